@@ -1,0 +1,51 @@
+# Everything from a fresh clone with Python 3.11 or newer, git and make: each target installs what it needs into .venv first.
+#   make demo        train a small Qwen3-MoE on this machine, export it, prove the export
+#   make test        the CPU test suite
+#   make lint        ruff and mypy
+#   make acceptance  transformers' own model tests on our classes
+#
+# TORCH is what pip is asked for before anything else. A machine without an NVIDIA GPU gets one fixed release, so that
+# no dependency pulls gigabytes of CUDA libraries later; `make TORCH=torch==2.14.1 demo` overrides it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint acceptance clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+WORKERS ?= 2
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+READY = $(VENV)/.ready
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expertmesh needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	@echo "setting up $(VENV) with $$("$(PYTHON)" --version), $(TORCH): a few minutes, once"
+	test -x $(VENV)/bin/python || "$(PYTHON)" -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	$(VENV)/bin/expertmesh demo
+
+# xdist gives each worker a core of its own: one BLAS thread each, or they fight over both
+test: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) -q --ignore=tests/acceptance
+
+lint: $(READY)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+acceptance: $(READY)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -q tests/acceptance
+
+clean:
+	rm -rf $(VENV) .acceptance demo-output dist build site .pytest_cache .mypy_cache .ruff_cache
