@@ -1,0 +1,263 @@
+"""The configuration of a run: seven short YAML sections, one sentence per key.
+
+The sentences are the only documentation of a key: the CLI help, the JSON Schema (`expertmesh schema`) and the docs are
+made from them. A key that does not exist is an error that names the nearest one; nothing given is ever ignored.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration or command line that cannot be run. Its text is one paragraph that names the key and the fix."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    name: str
+    """Model to fine-tune: a Hugging Face id, a local directory, or `demo` for a tiny Qwen3-MoE with new weights."""
+    revision: str = "main"
+    """Branch, tag or commit of the model on the Hugging Face Hub."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the weights; `auto` is the checkpoint's own on a GPU and float32 on a CPU."""
+    attn_implementation: str | None = None
+    """Attention backend, by transformers' name (`sdpa`, `flash_attention_2`, `eager`, ...); unset is its choice."""
+    trust_remote_code: bool = False
+    """Whether to run Python code that comes with the checkpoint."""
+    fused: bool | dict[str, bool] = True
+    """Fast layers: all on, all off (stock Transformers), or single ones switched, as in `{experts: false}`."""
+
+
+class DataSection(Section):
+    name: str
+    """Training data: a json, jsonl, csv, parquet or txt file, a Hugging Face id, `demo:chat` or `demo:python`."""
+    split: str = "train"
+    """Split to train on, where the source has splits."""
+    eval_split: str | None = None
+    """Split to evaluate on; unset holds back a share of the training split."""
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the training split held back for evaluation where no `eval_split` is given; 0 evaluates nothing."""
+    max_length: Annotated[int, Field(gt=1)] = 1024
+    """Longest sequence in tokens; longer examples are cut, and packed sequences have about this length."""
+    packing: bool = False
+    """Whether to fill sequences with several examples instead of padding; they do not see each other."""
+    assistant_only_loss: bool = False
+    """Whether only the assistant's words of a conversation are learned, not the user's."""
+
+
+class TrainSection(Section):
+    max_steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps of the whole run; give this or `num_train_epochs`."""
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training data; 1 where neither this nor `max_steps` is given."""
+    per_device_train_batch_size: Annotated[int, Field(gt=0)] = 8
+    """Sequences per microbatch in training."""
+    per_device_eval_batch_size: Annotated[int, Field(gt=0)] = 8
+    """Sequences per microbatch in evaluation."""
+    gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
+    """Microbatches per optimizer step."""
+    learning_rate: Annotated[float, Field(ge=0)] = 2e-5
+    """Peak learning rate."""
+    lr_scheduler_type: str = "cosine"
+    """Course of the learning rate, by transformers' name (`cosine`, `linear`, `constant_with_warmup`, ...)."""
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.03
+    """Steps of linear warm-up; a number below 1 is a share of all steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of matrices (not of norms and biases)."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the whole gradient, larger ones are scaled down; 0 never clips."""
+    optim: str = "adamw_torch_fused"
+    """Optimizer, by transformers' name."""
+    bf16: bool = False
+    """Mixed precision: float32 weights, bfloat16 matrix products (autocast)."""
+    activation_checkpointing: bool = False
+    """Whether to recompute activations in the backward pass: less memory, about a quarter slower."""
+    seed: int = 42
+    """Seed of weights, data order and dropout; the same seed on the same machine gives the same run."""
+
+
+class LoraSection(Section):
+    r: Annotated[int, Field(gt=0)] = 16
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale of the update: it is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: list[str] | str = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    """Linear modules that get an adapter, by the end of their name, or `all-linear`; the default is attention."""
+
+
+class MoeSection(Section):
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the load-balancing loss; unset is the model's own, 0 switches it off."""
+    freeze_router: bool = False
+    """Whether to keep the routers as they are and train everything else."""
+
+
+class LogSection(Section):
+    logging_steps: Annotated[int, Field(gt=0)] = 10
+    """Optimizer steps between two records in metrics.jsonl and on the screen."""
+    eval_steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps between two evaluations; unset evaluates at the end only."""
+    report_to: Annotated[list[str], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)] = []
+    """Trackers that also get the metrics (`tensorboard`, `wandb`, `trackio`, `mlflow`)."""
+
+
+class SaveSection(Section):
+    output_dir: str = "runs/expertmesh"
+    """Folder of the run: its configuration, metrics, plots, checkpoint-<step>/ and the finished model in final/."""
+    save_steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps between two checkpoints; unset saves when the run is interrupted, and the finished model."""
+    save_total_limit: Annotated[int, Field(gt=0)] | None = 2
+    """Checkpoints that are kept, the newest ones."""
+    resume_from_checkpoint: str | None = None
+    """Checkpoint to go on from: a folder, or `auto` for the newest one in output_dir where there is one."""
+
+
+class Config(Section):
+    """A fine-tuning run."""
+
+    model: ModelSection
+    """What is trained."""
+    data: DataSection
+    """What it is trained on."""
+    train: TrainSection = Field(default_factory=TrainSection)
+    """How it is trained."""
+    lora: LoraSection | None = None
+    """Low-rank adapters instead of all weights; `{}` takes the defaults, unset trains all weights."""
+    moe: MoeSection = Field(default_factory=MoeSection)
+    """Routers and experts."""
+    log: LogSection = Field(default_factory=LogSection)
+    """What is measured, and when."""
+    save: SaveSection = Field(default_factory=SaveSection)
+    """Where the run is kept."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Config":
+        if self.train.max_steps and self.train.num_train_epochs:
+            raise ValueError("`train.max_steps` and `train.num_train_epochs` are both set: remove one.")
+        if self.data.eval_split is not None and "eval_fraction" in self.data.model_fields_set:
+            raise ValueError("`data.eval_split` and `data.eval_fraction` are both set: remove one.")
+        return self
+
+    def to_yaml(self) -> str:
+        """Every key with its value, in the order of the sections; loading it gives the same configuration."""
+        dumped = self.model_dump(mode="json")
+        if self.data.eval_split is not None:
+            del dumped["data"]["eval_fraction"]
+        return yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True)
+
+
+DEMO: dict[str, dict[str, Any]] = {
+    "model": {"name": "demo"},
+    "data": {"name": "demo:chat", "max_length": 128, "assistant_only_loss": True},
+    "train": {"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 3e-3},
+    "moe": {"router_aux_loss_coef": 0.01},
+    "save": {"output_dir": "runs/demo"},
+}
+"""What `expertmesh train` runs when it is given no file: about a minute on two CPU cores."""
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in `path` (None: `DEMO`), with `key.sub=value` overrides; values are read as YAML.
+
+    Raises `ConfigError` where the file cannot be read, a key does not exist, or a value does not fit.
+    """
+    tree = _read(Path(path)) if path is not None else {name: dict(section) for name, section in DEMO.items()}
+    for override in overrides:
+        _override(tree, override)
+    for name in [name for name, section in tree.items() if section is None]:
+        del tree[name]  # `moe:` with nothing under it
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        source = str(path) if path is not None else "the command line"
+        raise ConfigError(f"{source}: " + " ".join(_sentences(error))) from None
+
+
+def known_keys() -> Iterator[tuple[str, str]]:
+    """Every key as (dotted path, its sentence), in order."""
+    for name, field in Config.model_fields.items():
+        for section in (t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(t)):
+            for key, leaf in section.model_fields.items():
+                yield f"{name}.{key}", leaf.description or ""
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"Cannot read the configuration {path}: {error}. Give the path of a readable YAML file."
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Correct that line.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} holds no sections. A configuration begins like `model:` with `  name: ...` on the next line."
+        )
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(
+            f"{override!r} is neither a file nor an override. Overrides look like train.learning_rate=1e-4."
+        )
+    *parents, leaf = dotted.strip().split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"The value in {override!r} is not valid YAML. Quote it, as in '{dotted}=\"...\"'.") from None
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{override!r} sets a key below `{parent}`, which is {tree!r} and holds no keys.")
+    tree[leaf] = value
+
+
+def _sentences(error: ValidationError) -> Iterator[str]:
+    known, seen = dict(known_keys()), set()
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        # below a key with several types pydantic lists every attempt: one sentence for the key is enough
+        key = next((path for path in known if key.startswith(path + ".")), key)
+        if key in seen:
+            continue
+        seen.add(key)
+        if problem["type"] == "extra_forbidden":
+            yield f"There is no key `{key}`; {_nearest(key)}"
+        elif problem["type"] == "missing":
+            key = key if "." in key else f"{key}.name"  # a missing section is missing for its name
+            yield f"`{key}` is missing. {known[key]}"
+        elif problem["type"] == "value_error":
+            yield problem["msg"].removeprefix("Value error, ")
+        else:
+            yield f"`{key}` cannot be {problem['input']!r}: {problem['msg']}."
+
+
+def _nearest(key: str) -> str:
+    keys = [known for known, _ in known_keys()]
+    same_leaf = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.5) or _close_leaf(key, keys)
+    return f"did you mean `{close[0]}`?" if close else "`expertmesh schema` lists all keys."
+
+
+def _close_leaf(key: str, keys: list[str]) -> list[str]:
+    leaves = {known.rpartition(".")[2]: known for known in reversed(keys)}
+    return [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.5)]
