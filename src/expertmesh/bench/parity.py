@@ -1,0 +1,312 @@
+"""Proof that a model under expertmesh is the model under stock Transformers: same weights in, same numbers out, same files saved.
+
+Both sides load one checkpoint and see the same tokens. On the CPU everything is float32 and each tensor may differ by at most 1e-5 of
+its largest value (`rows.relative_error`, and `rows.worst_error` for gradients). On CUDA both sides run in bfloat16 and expertmesh's distance from stock in float32 may be at most 1.5 times stock's own.
+`expertmesh check` prints the rows; the tests assert on them.
+"""
+
+import contextlib
+import inspect
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
+
+from expertmesh.bench.export import differing_tensors, export_rows
+from expertmesh.bench.rows import Row, relative_error, worst_error
+from expertmesh.bench.tiny import FAMILIES, tiny_model
+
+CPU_TOLERANCE = 1e-5
+CUDA_RATIO = 1.5
+LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to feed a model. `batch` makes the inputs from the vocabulary size; `routing` bends the routers first."""
+
+    name: str
+    batch: str = "plain"
+    routing: str | None = None
+    aux: bool = False
+    accumulated: bool = False
+    checkpointing: bool = False
+    poisoned: bool = False
+
+
+CASES = (
+    Case("plain"),
+    Case("right padding", batch="right"),
+    Case("left padding", batch="left"),
+    Case("packed", batch="packed"),
+    Case("num_items_in_batch", accumulated=True),
+    Case("aux loss", batch="right", aux=True),
+    Case("aux loss, num_items_in_batch", batch="right", aux=True, accumulated=True),
+    Case("checkpointing", checkpointing=True),
+    Case("experts without tokens", routing="starved"),
+    Case("all tokens on the same experts", routing="one"),
+    Case("ties", routing="ties"),
+    Case("poisoned memory", routing="starved", poisoned=True),
+)
+
+
+@dataclass
+class Outcome:
+    """What one model made of one case; all values float32 on the CPU."""
+
+    values: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
+
+
+def make_batch(kind: str, vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Tokens and labels [2, 16] of one kind: `plain`, `left`- or `right`-padded, or `packed` (documents told by position_ids).
+
+    A few tokens in every row carry the label -100, as prompts do.
+    """
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, vocab_size, (2, LENGTH), generator=generator)
+    labels = ids.clone()
+    labels[:, 4:7] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    if kind in ("left", "right"):
+        mask = torch.ones_like(ids)
+        mask[1, slice(0, 5) if kind == "left" else slice(-5, None)] = 0
+        labels[mask == 0] = -100
+        batch["attention_mask"] = mask
+    elif kind == "packed":
+        first, second = torch.arange(6), torch.arange(LENGTH - 6)
+        batch["position_ids"] = torch.stack([torch.cat([first, second]), torch.cat([second, first])])
+        labels[0, 6] = labels[1, LENGTH - 6] = -100
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def router_weights(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """The weight [E, H] of every router in the model, by parameter name."""
+    num_experts = {module.num_experts for module in model.modules() if hasattr(module, "_apply_gate")}
+    pattern = re.compile(r"\.(gate|router)\.(.*\.)?weight$")
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if pattern.search(name) and parameter.ndim == 2 and parameter.shape[0] in num_experts
+    }
+
+
+def top_k_of(model: PreTrainedModel) -> int:
+    """How many experts a token gets; the key has three names among the families."""
+    config = model.config.get_text_config()
+    names = ("num_experts_per_tok", "moe_k", "moe_topk")
+    value = next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
+    return value if isinstance(value, int) else value[0]
+
+
+@torch.no_grad()
+def bend_routing(model: PreTrainedModel, kind: str) -> None:
+    """Force the routing, in place: `starved` (half the experts get no token), `one` (all tokens go to the same experts), `ties`.
+
+    A router without bias can be steered only along its input, so each router's weight gets a component along the direction
+    that all its input tokens share; the tokens of the `plain` batch are given such a direction by a vector added to every embedding.
+    """
+    weights = router_weights(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if re.search(r"\.(gate|router)\.(.*\.)?(bias|e_score_correction_bias)$", name):
+            tensor.zero_()
+    if kind == "ties":
+        for weight in weights.values():
+            weight.copy_(weight[:1].expand_as(weight))
+        return
+
+    def steer(router: torch.nn.Module, inputs: tuple) -> None:
+        weight = router.weight
+        x_TH = inputs[0].flatten(0, -2).double()
+        shared_H = torch.linalg.pinv(x_TH, rtol=0.05).sum(1).to(weight)  # x_TH @ shared_H is about 1 for every token
+        num_chosen = weight.shape[0] // 2 if kind == "starved" else top_k_of(model)
+        weight.mul_(0.5)
+        weight[:num_chosen] += 3 * shared_H
+        weight[num_chosen:] -= 3 * shared_H
+
+    embedding = model.get_input_embeddings().weight
+    embedding += 0.5 * torch.randn(embedding.shape[1], generator=torch.Generator().manual_seed(3)).to(embedding)
+    hooks = [model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(steer) for name in weights]
+    batch = make_batch("plain", model.config.get_text_config().vocab_size, model.device)
+    model.eval()(input_ids=batch["input_ids"], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Whatever is allocated but never written reads as NaN inside this context: recycled blocks and `torch.empty` alike."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    blocks = [torch.full((2**power,), math.nan) for power in range(4, 20) for _ in range(4)]
+    del blocks
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def run_case(model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], float] | None = None) -> Outcome:
+    """Train step without optimizer, then evaluation, of one model on one case.
+
+    `share_of_aux` is given for the stock side: it says which part of the router aux loss expertmesh adds, because stock adds the
+    whole of it to every microbatch, however many there are.
+    """
+    batch = make_batch(case.batch, model.config.get_text_config().vocab_size, model.device)
+    extra: dict = {"output_router_logits": True} if case.aux else {}
+    if case.accumulated:
+        extra["num_items_in_batch"] = torch.tensor(50, device=model.device)
+    outcome = Outcome({})
+
+    def record(prefix: str, out) -> None:
+        outcome.values[f"{prefix} logits"] = out.logits.detach().float().cpu()
+        if case.aux:
+            outcome.values[f"{prefix} aux loss"] = out.aux_loss.detach().float().cpu()
+            outcome.values[f"{prefix} router logits"] = torch.cat(
+                [logits.detach().float().cpu().flatten(0, -2) for logits in out.router_logits]
+            )
+
+    model.train()
+    model.zero_grad(set_to_none=True)
+    if case.checkpointing:
+        model.activation_checkpointing_enable()
+    with poisoned_memory() if case.poisoned else contextlib.nullcontext():
+        torch.manual_seed(0)
+        out = model(**batch, **extra, use_cache=False)
+        loss = out.loss
+        if case.aux and share_of_aux is not None:
+            loss = loss + (share_of_aux(batch | extra) - 1) * model.config.router_aux_loss_coef * out.aux_loss
+        loss.backward()
+        outcome.values["loss"] = loss.detach().float().cpu()
+        record("training", out)
+        outcome.gradients = {
+            name: None if parameter.grad is None else parameter.grad.detach().float().cpu()
+            for name, parameter in model.named_parameters()
+        }
+        if case.checkpointing:
+            model.activation_checkpointing_disable()
+        model.zero_grad(set_to_none=True)
+        model.eval()
+        with torch.no_grad():
+            out = model(**batch, **extra)
+        record("eval", out)
+    return outcome
+
+
+def aux_share(batch: dict) -> float:
+    """The part of the router aux loss that belongs to this microbatch: its labelled tokens / `num_items_in_batch`."""
+    if "num_items_in_batch" not in batch:
+        return 1.0
+    return float((batch["labels"][:, 1:] != -100).sum() / batch["num_items_in_batch"])
+
+
+def errors(outcome: Outcome, reference: Outcome) -> dict[str, tuple[float, str]]:
+    """Quantity -> (relative error, where it is worst)."""
+    found = {name: (relative_error(value, reference.values[name]), "") for name, value in outcome.values.items()}
+    found["gradients"] = worst_error(outcome.gradients, reference.gradients)
+    return found
+
+
+def applicable(case: Case, model: PreTrainedModel) -> bool:
+    """Whether the model has what the case is about."""
+    if case.routing and not router_weights(model):
+        return False
+    if case.aux and "output_router_logits" not in inspect.signature(type(model).forward).parameters:
+        return False
+    return not case.checkpointing or model.supports_gradient_checkpointing
+
+
+def compare_case(
+    stock: PreTrainedModel, ours: PreTrainedModel, case: Case, reference: PreTrainedModel | None = None
+) -> list[Row]:
+    """Rows of one case. Without `reference` ours must equal stock; with it (stock in float32) be about as near to it as stock is.
+
+    Where the case bends the routing, all models get their weights back afterwards.
+    """
+    kept = {name: tensor.clone() for name, tensor in stock.state_dict().items()} if case.routing else {}
+    others = [model for model in (ours, reference) if model is not None]
+    if case.routing:
+        bend_routing(stock, case.routing)
+        for model in others:
+            model.load_state_dict(stock.state_dict())
+    try:
+        theirs = run_case(stock, case, aux_share)
+        found = run_case(ours, case)
+        if reference is None:
+            return [
+                Row(case.name, what, error, CPU_TOLERANCE, where)
+                for what, (error, where) in errors(found, theirs).items()
+            ]
+        exact = run_case(reference, case, aux_share)
+        own = errors(theirs, exact)
+        return [
+            Row(case.name, what, error, CUDA_RATIO * own[what][0], where)
+            for what, (error, where) in errors(found, exact).items()
+        ]
+    finally:
+        if case.routing:
+            for model in (stock, *others):
+                model.load_state_dict(kept)
+
+
+@torch.no_grad()
+def generate_rows(stock: PreTrainedModel, ours: PreTrainedModel, new_tokens: int = 8) -> list[Row]:
+    """Greedy decoding with the cache from a left-padded prompt: same tokens, and the logits of each step."""
+    batch = make_batch("left", stock.config.get_text_config().vocab_size, stock.device)
+    del batch["labels"]
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "use_cache": True}
+    theirs, found = (
+        model.eval().generate(**batch, **options, return_dict_in_generate=True, output_logits=True)
+        for model in (stock, ours)
+    )
+    different = int((theirs.sequences != found.sequences).sum())
+    logits = relative_error(torch.stack(found.logits), torch.stack(theirs.logits))
+    return [
+        Row("generate", "tokens that differ", different, 0, ""),
+        Row("generate", "logits of all steps", logits, CPU_TOLERANCE, ""),
+    ]
+
+
+def weight_rows(stock: PreTrainedModel, ours: PreTrainedModel) -> list[Row]:
+    """The loaded weights must be the same tensors under the same names."""
+    different = differing_tensors(ours.state_dict(), stock.state_dict())
+    return [Row("load", "weights that differ", len(different), 0, different[0] if different else "")]
+
+
+def check_checkpoint(path: str | Path, device: str = "cpu") -> Iterator[Row]:
+    """Compare stock Transformers and expertmesh on one checkpoint (a directory or a Hub id), row by row as they are found."""
+    from expertmesh import AutoModelForCausalLM
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    stock, ours = (
+        cls.from_pretrained(path, dtype=dtype).to(device) for cls in (StockAutoModelForCausalLM, AutoModelForCausalLM)
+    )
+    reference = None
+    if device != "cpu":
+        reference = StockAutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    yield from weight_rows(stock, ours)
+    for case in CASES:
+        if applicable(case, stock):
+            yield from compare_case(stock, ours, case, reference)
+    if device == "cpu":
+        yield from generate_rows(stock, ours)
+    yield from export_rows(stock, ours)
+
+
+def check_model(model: str, device: str = "cpu") -> Iterator[Row]:
+    """`check_checkpoint` for a checkpoint, or for a tiny model of a family (`qwen3_moe`), whose weights are made here."""
+    if model not in FAMILIES:
+        yield from check_checkpoint(model, device)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model(model).save_pretrained(folder)
+        yield from check_checkpoint(folder, device)
