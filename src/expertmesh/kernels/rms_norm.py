@@ -1,0 +1,220 @@
+"""RMSNorm, alone and with the residual add in front of it: one forward and one backward kernel for both.
+
+    s = x + residual                        (add_rms_norm only; rounded to the tensors' dtype, as stock does)
+    x_hat = s / sqrt(mean(s^2) + eps)       y = x_hat * weight
+
+Stock Transformers runs five to seven elementwise passes for this and keeps float32 intermediates for backward. Here forward
+reads each input once and writes each output once, backward reads the normed tensor and the incoming gradients once, and
+only the tensor that is normed is saved: 1/rms is recomputed, which is free in a kernel that waits for memory anyway.
+The weight's gradient is summed by a fixed number of programs into rows of their own, so it is deterministic.
+
+Letters: T rows, H width.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from expertmesh.backends import tl, triton, use_triton
+
+Scale = Literal["rounded", "float32", "one_plus"]
+"""How the weight is applied; x_hat is always computed in float32.
+
+rounded: `weight * x_hat.to(x.dtype)` (Llama, Qwen3, Mixtral, DeepSeek, OLMoE);
+float32: `(weight.float() * x_hat).to(x.dtype)` (Nemotron-H, GPT-OSS);
+one_plus: `((1 + weight.float()) * x_hat).to(x.dtype)` (Gemma, Qwen3-Next, Qwen3.5).
+"""
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded") -> torch.Tensor:
+    """RMSNorm over the last dimension, differentiable in `x` and `weight`.
+
+    x: [..., H] in any float dtype; weight: [H]. Returns [..., H] in x's dtype (with "rounded": in the dtype that x and weight
+    promote to, as in Transformers). Must equal the RMSNorm class of the model that uses this scale.
+    """
+    _check(x, weight, scale)
+    if use_triton(x):
+        return _RMSNorm.apply(x, None, weight, eps, scale)[0]
+    return rms_norm_reference(x, weight, eps, scale=scale)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(rms_norm(x + residual), x + residual)` in one pass; the gradients of both outputs meet in one kernel too.
+
+    x, residual: [..., H], same shape; weight: [H]. The sum is rounded to the dtype that x and residual promote to and then normed.
+    """
+    _check(x, weight, scale)
+    if x.shape != residual.shape:
+        raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have the same shape.")
+    if use_triton(x):
+        return _RMSNorm.apply(x, residual, weight, eps, scale)
+    return add_rms_norm_reference(x, residual, weight, eps, scale=scale)
+
+
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded") -> torch.Tensor:
+    """The specification: Transformers' formulas, operation by operation."""
+    x_hat = x.float()
+    x_hat = x_hat * torch.rsqrt(x_hat.pow(2).mean(-1, keepdim=True) + eps)
+    if scale == "rounded":
+        return weight * x_hat.to(x.dtype)
+    if scale == "float32":
+        return (weight.float() * x_hat).to(x.dtype)
+    return (x_hat * (1.0 + weight.float())).to(x.dtype)
+
+
+def add_rms_norm_reference(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The specification of `add_rms_norm`: a decoder layer's residual add, then the norm."""
+    total = residual + x
+    return rms_norm_reference(total, weight, eps, scale=scale), total
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, scale: str) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"The weight's shape {tuple(weight.shape)} must be the width of x, {tuple(x.shape[-1:])}.")
+    if scale not in ("rounded", "float32", "one_plus"):
+        raise ValueError(f"scale must be 'rounded', 'float32' or 'one_plus', not {scale!r}.")
+
+
+def partial_rows(device: torch.device, work: int, per_processor: int) -> int:
+    """How many persistent programs share `work` items: some per processor, each with its own row of partial sums."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return max(1, min(work, processors * per_processor))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., H] as [T, H] whose last dimension is contiguous; copies only where strides cannot say it."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _blocks(H: int) -> dict[str, int]:
+    """Tile of whole rows: about 2k elements per program, or one row if it is wider, 16 elements per thread."""
+    block_h = triton.next_power_of_2(H)
+    block_t = max(1, 2048 // block_h)
+    return {"BLOCK_T": block_t, "BLOCK_H": block_h, "num_warps": min(32, max(1, block_t * block_h // 512))}
+
+
+@triton.jit
+def _norm_forward(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, T, H, stride_x, stride_residual, eps,
+    HAS_RESIDUAL: tl.constexpr, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    cols = tl.arange(0, BLOCK_H)[None, :]
+    mask = (rows < T) & (cols < H)
+    s = tl.load(x_ptr + rows * stride_x + cols, mask, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + rows * stride_residual + cols, mask, other=0.0)
+        s = (s.to(tl.float32) + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + rows * H + cols, s, mask)
+    weight = tl.load(weight_ptr + cols, cols < H, other=0.0).to(tl.float32)
+    in_dtype = s.dtype
+    s = s.to(tl.float32)
+    x_hat = s * tl.rsqrt(tl.sum(s * s, axis=1, keep_dims=True) / H + eps)
+    if SCALE == "rounded":
+        x_hat = x_hat.to(in_dtype).to(tl.float32)
+    if SCALE == "one_plus":
+        weight += 1.0
+    tl.store(y_ptr + rows * H + cols, x_hat * weight, mask)
+
+
+@triton.jit
+def _norm_backward(
+    s_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_ptr, T, H, stride_s, stride_dy, stride_dsum, eps,
+    HAS_DSUM: tl.constexpr, WEIGHT_GRAD: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Persistent: program p takes row blocks p, p + P, ... and writes its sum of weight gradients to row p of dweight [P, H]."""
+    cols = tl.arange(0, BLOCK_H)[None, :]
+    weight = tl.load(weight_ptr + cols, cols < H, other=0.0).to(tl.float32)
+    if SCALE == "one_plus":
+        weight += 1.0
+    dweight = tl.zeros((1, BLOCK_H), tl.float32)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_T
+    while first_row < T:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
+        rows = first_row + tl.arange(0, BLOCK_T)[:, None]
+        mask = (rows < T) & (cols < H)
+        s = tl.load(s_ptr + rows * stride_s + cols, mask, other=0.0)
+        dy = tl.load(dy_ptr + rows * stride_dy + cols, mask, other=0.0).to(tl.float32)
+        in_dtype = s.dtype
+        s = s.to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(s * s, axis=1, keep_dims=True) / H + eps)
+        x_hat = s * rstd
+        dx_hat = dy * weight
+        dx = rstd * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, axis=1, keep_dims=True) / H))
+        if HAS_DSUM:
+            dx += tl.load(dsum_ptr + rows * stride_dsum + cols, mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + rows * H + cols, dx, mask)
+        if WEIGHT_GRAD:
+            if SCALE == "rounded":
+                x_hat = x_hat.to(in_dtype).to(tl.float32)
+            dweight += tl.sum(dy * x_hat, axis=0, keep_dims=True)
+        first_row += tl.num_programs(0) * BLOCK_T
+    if WEIGHT_GRAD:
+        tl.store(dweight_ptr + tl.program_id(0) * H + cols, dweight, cols < H)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x, residual or None, weight → (y, sum); without a residual the second output is None and x itself is saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x_TH = _rows(x)
+        T, H = x_TH.shape
+        total = None
+        sum_dtype = x.dtype
+        if residual is not None:
+            sum_dtype = torch.promote_types(x.dtype, residual.dtype)
+            total = torch.empty(x.shape, dtype=sum_dtype, device=x.device)
+        residual_TH = _rows(residual) if residual is not None else x_TH
+        weight = weight.contiguous()
+        y_dtype = torch.promote_types(sum_dtype, weight.dtype) if scale == "rounded" else sum_dtype
+        y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
+        blocks = _blocks(H)
+        if y.numel():
+            _norm_forward[(triton.cdiv(T, blocks["BLOCK_T"]),)](
+                x_TH, residual_TH, weight, y, total if total is not None else y, T, H,
+                x_TH.stride(0), residual_TH.stride(0), eps, HAS_RESIDUAL=total is not None, SCALE=scale, **blocks,
+            )  # fmt: skip
+        ctx.save_for_backward(x if total is None else total, weight)
+        ctx.eps, ctx.scale, ctx.dtypes = eps, scale, (x.dtype, residual.dtype if residual is not None else None)
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor | None, dsum: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        s, weight = ctx.saved_tensors
+        x_dtype, residual_dtype = ctx.dtypes
+        dx, dweight = dsum, None
+        if dy is not None:
+            dx, dweight = _launch_backward(s, weight, dy, dsum, ctx.eps, ctx.scale, ctx.needs_input_grad[2])
+        if dx is None:
+            return None, None, None, None, None
+        dresidual = dx.to(residual_dtype) if residual_dtype is not None else None
+        return dx.to(x_dtype), dresidual, dweight, None, None
+
+
+def _launch_backward(
+    s: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, dsum: torch.Tensor | None, eps: float, scale: str,
+    weight_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    s_TH, dy_TH = _rows(s), _rows(dy)
+    dsum_TH = _rows(dsum) if dsum is not None else dy_TH
+    T, H = s_TH.shape
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    blocks = _blocks(H)
+    programs = partial_rows(s.device, triton.cdiv(T, blocks["BLOCK_T"]), per_processor=4)
+    partial = torch.empty(programs if weight_grad else 0, H, dtype=torch.float32, device=s.device)
+    _norm_backward[(programs,)](
+        s_TH, weight, dy_TH, dsum_TH, dx, partial, T, H, s_TH.stride(0), dy_TH.stride(0), dsum_TH.stride(0), eps,
+        HAS_DSUM=dsum is not None, WEIGHT_GRAD=weight_grad, SCALE=scale, **blocks,
+    )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype) if weight_grad else None
