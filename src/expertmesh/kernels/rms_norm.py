@@ -3,10 +3,10 @@
     s = x + residual                        (add_rms_norm only; rounded to the tensors' dtype, as stock does)
     x_hat = s / sqrt(mean(s^2) + eps)       y = x_hat * weight
 
-Stock Transformers runs five to seven elementwise passes for this and keeps float32 intermediates for backward. Here forward
-reads each input once and writes each output once, backward reads the normed tensor and the incoming gradients once, and
-only the tensor that is normed is saved: 1/rms is recomputed, which is free in a kernel that waits for memory anyway.
-The weight's gradient is summed by a fixed number of programs into rows of their own, so it is deterministic.
+Stock Transformers runs five to seven elementwise passes for this and keeps float32 intermediates for backward. Here
+forward reads each input once and writes each output once, backward reads the normed tensor and the incoming gradients
+once, and only the tensor that is normed is saved: 1/rms is recomputed, which is free in a kernel that waits for memory
+anyway. The weight's gradient is summed by a fixed number of programs into rows of their own, so it is deterministic.
 
 Letters: T rows, H width.
 """
@@ -30,8 +30,8 @@ one_plus: `((1 + weight.float()) * x_hat).to(x.dtype)` (Gemma, Qwen3-Next, Qwen3
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded") -> torch.Tensor:
     """RMSNorm over the last dimension, differentiable in `x` and `weight`.
 
-    x: [..., H] in any float dtype; weight: [H]. Returns [..., H] in x's dtype (with "rounded": in the dtype that x and weight
-    promote to, as in Transformers). Must equal the RMSNorm class of the model that uses this scale.
+    x: [..., H] in any float dtype; weight: [H]. Returns [..., H] in x's dtype (with "rounded": in the dtype that x and
+    weight promote to, as in Transformers). Must equal the RMSNorm class of the model that uses this scale.
     """
     _check(x, weight, scale)
     if use_triton(x):
@@ -44,7 +44,8 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(rms_norm(x + residual), x + residual)` in one pass; the gradients of both outputs meet in one kernel too.
 
-    x, residual: [..., H], same shape; weight: [H]. The sum is rounded to the dtype that x and residual promote to and then normed.
+    x, residual: [..., H], same shape; weight: [H]. The sum is rounded to the dtype that x and residual promote to and
+    then normed.
     """
     _check(x, weight, scale)
     if x.shape != residual.shape:
@@ -129,7 +130,7 @@ def _norm_backward(
     HAS_DSUM: tl.constexpr, WEIGHT_GRAD: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: program p takes row blocks p, p + P, ... and writes its sum of weight gradients to row p of dweight [P, H]."""
+    """Persistent: program p takes row blocks p, p + P, ...; it sums weight gradients into row p of dweight [P, H]."""
     cols = tl.arange(0, BLOCK_H)[None, :]
     weight = tl.load(weight_ptr + cols, cols < H, other=0.0).to(tl.float32)
     if SCALE == "one_plus":

@@ -1,0 +1,107 @@
+"""SwiGLU on two tensors: silu(gate) * up, the activation of dense MLPs and shared experts.
+
+    y = gate * sigmoid(gate) * up
+
+One pass forward (two reads, one write) and one backward (three reads, two writes); only gate and up are kept. Stock
+Transformers computes silu in the input's dtype, rounds, and multiplies; the kernel computes in float32 and rounds once,
+so in bfloat16 it is closer to the exact value and not bit-equal to stock. Routed experts have the same activation
+inside their GEMM instead.
+
+Letters: T rows, W width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from expertmesh.backends import tl, triton, use_triton
+
+_BLOCK = 2048  # elements per program: 4 warps with two 16-byte loads of bfloat16 per thread and tensor
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, differentiable in both. gate, up: [..., W], same shape and dtype, any strides. Returns [..., W].
+
+    Must equal `act_fn(gate) * up` of a Transformers MLP with hidden_act "silu".
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(
+            f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must have one shape and dtype."
+        )
+    return _SwiGLU.apply(gate, up) if use_triton(gate) else swiglu_reference(gate, up)
+
+
+def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The specification: Transformers' two operations."""
+    return F.silu(gate) * up
+
+
+@triton.jit
+def _offsets(T, W, COL_BLOCKS, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Rows [BLOCK_T, 1] and columns [1, BLOCK_W] of this program's tile, and which of its elements exist."""
+    pid = tl.program_id(0).to(tl.int64)
+    rows = pid // COL_BLOCKS * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    cols = pid % COL_BLOCKS * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    return rows, cols, (rows < T) & (cols < W)
+
+
+@triton.jit
+def _forward(
+    gate_ptr, up_ptr, y_ptr, T, W, COL_BLOCKS, stride_gate, stride_up, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    rows, cols, mask = _offsets(T, W, COL_BLOCKS, BLOCK_T, BLOCK_W)
+    gate = tl.load(gate_ptr + rows * stride_gate + cols, mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + rows * stride_up + cols, mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows * W + cols, gate * tl.sigmoid(gate) * up, mask)
+
+
+@triton.jit
+def _backward(
+    gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr, T, W, COL_BLOCKS, stride_gate, stride_up, stride_dy,
+    BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    rows, cols, mask = _offsets(T, W, COL_BLOCKS, BLOCK_T, BLOCK_W)
+    gate = tl.load(gate_ptr + rows * stride_gate + cols, mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + rows * stride_up + cols, mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + rows * stride_dy + cols, mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(dup_ptr + rows * W + cols, dy * silu, mask)
+    tl.store(dgate_ptr + rows * W + cols, dy * up * (sigmoid + silu * (1.0 - sigmoid)), mask)
+
+
+def _launch(kernel: Any, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+    """Runs an elementwise kernel over [..., W] inputs and contiguous outputs; all contiguous means one long row."""
+    if all(x.is_contiguous() for x in inputs):
+        inputs = tuple(x.view(1, -1) for x in inputs)
+    else:
+        inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
+        inputs = tuple(x if x.stride(1) == 1 else x.contiguous() for x in inputs)
+    T, W = inputs[0].shape
+    block_w = min(_BLOCK, triton.next_power_of_2(max(1, W)))
+    block_t = _BLOCK // block_w
+    col_blocks = triton.cdiv(W, block_w)
+    programs = triton.cdiv(T, block_t) * col_blocks
+    if programs:
+        kernel[(programs,)](
+            *inputs, *outputs, T, W, col_blocks, *(x.stride(0) for x in inputs), BLOCK_T=block_t, BLOCK_W=block_w
+        )
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        _launch(_forward, (gate, up), (y,))
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+        _launch(_backward, (gate, up, dy), (dgate, dup))
+        return dgate, dup
