@@ -1,0 +1,217 @@
+"""The language-model loss straight from hidden states: linear head and cross entropy, never holding [N, V] logits.
+
+    logits = hidden @ weight.T + bias         loss = sum over rows of (logsumexp(logits) - logits[label]) / count
+    dlogits = softmax(logits) - onehot        dhidden = dlogits @ weight      dweight = dlogits.T @ hidden
+
+Stock Transformers keeps the logits twice (in the model's dtype and in float32): 15 GB for 16k tokens of Qwen3. Here
+rows go through in chunks. Because the loss is the last operation of a step, forward already computes the gradients: a
+chunk's logits are made once (6 N H V operations in all, nothing is recomputed), a row kernel turns them in place into
+their gradients, and two GEMMs use these up. The gradients are kept unscaled (so float16 does not underflow); the
+weight's is summed in float32 over the chunks. Backward only multiplies by `grad_output / count`.
+
+Letters: N rows (tokens), H hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from expertmesh.backends import tl, triton, use_triton
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """Cross entropy of `hidden @ weight.T + bias` against labels, as a float32 scalar.
+
+    hidden: [N, H]; weight: [V, H]; bias: [V]; labels: [N], integers, already shifted. Mean over the rows whose label is
+    not `ignore_index` (nan if there are none), or their sum divided by `num_items_in_batch` (a number, or a tensor,
+    read without waiting for the device). Differentiable once in hidden, weight and bias; only what needs a gradient is
+    computed. Under autocast hidden and weight are cast as `F.linear` would.
+    Must equal transformers' `ForCausalLMLoss` on those logits. A label outside [0, V) that is not `ignore_index` is a
+    ValueError on the CPU; on a GPU, where raising would mean waiting, it makes the loss nan.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"Expected hidden [N, H], weight [V, H] and labels [N]; got {tuple(hidden.shape)}, {tuple(weight.shape)} "
+            f"and {tuple(labels.shape)}: flatten batch and sequence, and shift the labels, before the call."
+        )
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, num_items_in_batch, ignore_index, wanted)
+
+
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """The specification: transformers' `fixed_cross_entropy` on float32 logits, all of them at once."""
+    logits = F.linear(hidden, weight, bias).float()
+    if num_items_in_batch is None:
+        return F.cross_entropy(logits, labels, ignore_index=ignore_index)
+    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
+
+
+def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows per chunk: equal chunks whose logits take up to about 1 GiB on a large GPU (a small one: 1/64 of its memory,
+    but at least 1024 rows), 256 MiB on a CPU. More is faster: every chunk reads and writes the weight's whole gradient.
+    """
+    if device.type == "cuda":
+        budget, least = min(2**30, torch.cuda.get_device_properties(device).total_memory // 64), 1024
+    else:
+        budget, least = 2**28, 64
+    most = max(least, budget // (vocab_size * dtype.itemsize))
+    chunks = max(1, triton.cdiv(num_rows, most))
+    return max(1, min(num_rows, triton.cdiv(num_rows, chunks * 64) * 64))  # whole GEMM tiles
+
+
+@triton.jit
+def _rows_kernel(
+    logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index, GRAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per row: loss[row], and with GRAD softmax(logits) - onehot(label) in place of the logits.
+
+    Two passes: maximum and sum of exponentials together, then the gradient. A row is only ever touched by its program.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    label = tl.load(labels_ptr + row)
+    cols = tl.arange(0, BLOCK)
+    start = 0
+    if label == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        if GRAD:
+            while start < V:
+                tl.store(logits_ptr + start + cols, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), start + cols < V)
+                start += BLOCK
+    else:
+        largest = float("-inf")
+        total = 0.0
+        while start < V:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
+            x = tl.load(logits_ptr + start + cols, start + cols < V, other=float("-inf")).to(tl.float32)
+            new_largest = tl.maximum(largest, tl.max(x, axis=0))
+            total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(x - new_largest), axis=0)
+            largest = new_largest
+            start += BLOCK
+        valid = (label >= 0) & (label < V)
+        target = tl.load(logits_ptr + label, valid, other=float("nan")).to(tl.float32)
+        logsumexp = tl.where(valid, largest + tl.log(total), float("nan"))  # a bad label must show, not read elsewhere
+        tl.store(loss_ptr + row, logsumexp - target)
+        if GRAD:
+            start = 0
+            while start < V:
+                x = tl.load(logits_ptr + start + cols, start + cols < V, other=0.0).to(tl.float32)
+                grad = tl.exp(x - logsumexp) - tl.where(start + cols == label, 1.0, 0.0)
+                tl.store(logits_ptr + start + cols, grad, start + cols < V)
+                start += BLOCK
+
+
+def _rows_torch(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, grad: bool) -> torch.Tensor:
+    """What `_rows_kernel` does, in PyTorch operations: returns the rows' losses, overwrites logits with their gradient."""
+    ignored = labels == ignore_index
+    if labels.device.type == "cpu" and bool((~ignored & ((labels < 0) | (labels >= logits.shape[1]))).any()):
+        raise ValueError(
+            f"Labels must lie in [0, {logits.shape[1]}) or be ignore_index ({ignore_index}); got {int(labels.min())} "
+            f"to {int(labels.max())}. Does the tokenizer belong to this model?"
+        )
+    target = labels.masked_fill(ignored, 0)[:, None]
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    losses = -log_probs.gather(1, target)[:, 0].masked_fill(ignored, 0.0)
+    if grad:
+        torch.exp(log_probs, out=log_probs)
+        log_probs.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+        logits.copy_(log_probs.masked_fill_(ignored[:, None], 0.0))
+    return losses
+
+
+def _rows(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, grad: bool) -> torch.Tensor:
+    if not use_triton(logits):
+        return _rows_torch(logits, labels, ignore_index, grad)
+    losses = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
+    block = min(16384, triton.next_power_of_2(logits.shape[1]))
+    _rows_kernel[(logits.shape[0],)](
+        logits, labels, losses, logits.shape[1], logits.stride(0), ignore_index,
+        GRAD=grad, BLOCK=block, num_warps=max(1, min(16, block // 512)),
+    )  # fmt: skip
+    return losses
+
+
+def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """total = a.T @ b (first) or total += a.T @ b, in total's float32 whatever the dtype of a and b."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
+    else:  # no mixed GEMM on CPUs
+        total.addmm_(a.to(total.dtype).t(), b.to(total.dtype), beta=0 if first else 1)
+
+
+def _scaled(x: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """x * scale, multiplied in float32 (scale is [1]: a 0-dim tensor would first be rounded to x's dtype)."""
+    return None if x is None else torch.mul(x, scale, out=torch.empty(x.shape, dtype=dtype, device=x.device))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The whole loss; `wanted` says which of hidden, weight and bias get a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
+        num_items_in_batch: int | torch.Tensor | None, ignore_index: int, wanted: list[bool],
+    ) -> torch.Tensor:  # fmt: skip
+        (N, H), V = hidden.shape, weight.shape[0]
+        labels = labels.contiguous()
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        dhidden = torch.empty_like(hidden) if wanted[0] else None
+        dweight = torch.empty(V, H, dtype=sum_dtype, device=hidden.device) if wanted[1] else None
+        dbias = torch.zeros(V, dtype=sum_dtype, device=hidden.device) if wanted[2] else None
+        rows = chunk_rows(N, V, hidden.dtype, hidden.device)
+        buffer = torch.empty(rows, V, dtype=hidden.dtype, device=hidden.device)
+        losses = []
+        for start in range(0, N, rows):
+            hidden_CH = hidden[start : start + rows]
+            logits_CV = buffer[: hidden_CH.shape[0]]
+            if bias is None:
+                torch.mm(hidden_CH, weight.t(), out=logits_CV)
+            else:
+                torch.addmm(bias, hidden_CH, weight.t(), out=logits_CV)
+            losses.append(_rows(logits_CV, labels[start : start + rows], ignore_index, any(wanted)))
+            dlogits_CV = logits_CV  # overwritten in place
+            if dhidden is not None:
+                torch.mm(dlogits_CV, weight, out=dhidden[start : start + rows])
+            if dweight is not None:
+                _accumulate(dweight, dlogits_CV, hidden_CH, first=start == 0)
+            if dbias is not None:
+                dbias += dlogits_CV.sum(0, dtype=sum_dtype)
+        total = torch.cat(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
+        if num_items_in_batch is None:
+            count = (labels != ignore_index).sum()
+            grad_count = count.clamp(min=1)  # nothing to learn from: the loss is nan, gradients are zero, as in PyTorch
+        else:
+            count = torch.as_tensor(num_items_in_batch)  # a number stays on the CPU: dividing by it needs no copy
+            count = grad_count = count.to(total.device) if count.device.type != "cpu" else count
+        ctx.save_for_backward(dhidden, dweight, dbias, grad_count)
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else weight.dtype
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *grads, count = ctx.saved_tensors
+        scale = (grad_output / count).reshape(1)
+        grads = [_scaled(grad, scale, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return *grads, None, None, None, None
