@@ -1,0 +1,122 @@
+"""The house rules that can be checked: rooms import only from below, files stay small, what is public is documented."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import expertmesh
+
+PACKAGE = Path(next(iter(expertmesh.__path__)))
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# From the roof to the cellar: a room imports only from rooms to the right of it.
+ROOMS = """
+cli bench train plan data checkpoint auto fuse parallel families layers dispatch memory kernels backends
+""".split()
+    "cli bench train plan data checkpoint auto fuse parallel families layers dispatch memory kernels backends".split()
+)
+OUTSIDE_CORE = {"cli", "bench", "data"}
+
+
+def room(path: Path) -> str | None:
+    """The room of a file; None for the package's own __init__, which hands out names lazily and may know every room."""
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return None if first == "__init__" else first
+
+
+def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, room) of every import of ours in the file, also inside functions and under TYPE_CHECKING."""
+    package = ("expertmesh", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) + 1 - node.level], *([node.module] if node.module else [])]
+            start = ".".join(base) if node.level else node.module or ""
+            # `from expertmesh import data` names the room in the imported name, not in the module
+            names = [f"{start}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and _is_import_module(node):
+            names = [node.args[0].value]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "expertmesh" and len(parts) > 1 and parts[1] in ROOMS:
+                yield node.lineno, parts[1]
+
+
+def _is_import_module(node: ast.Call) -> bool:
+    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return called in ("import_module", "__import__") and bool(node.args) and isinstance(node.args[0], ast.Constant)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_every_file_stands_in_a_known_room():
+    assert {room(path) for path in FILES} - {None} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_from_rooms_below_it(path):
+    here = room(path)
+    if here is None:
+        return
+    above = [f"line {line}: {other}" for line, other in imported_rooms(path) if ROOMS.index(other) < ROOMS.index(here)]
+    assert not above, f"{path.relative_to(PACKAGE)} is in {here} and imports from above it: {'; '.join(above)}"
+
+
+def test_every_way_to_import_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    file = tmp_path / "kernels" / "x.py"
+    file.parent.mkdir()
+    file.write_text(
+        "import expertmesh.cli.main\n"
+        "from expertmesh import train\n"
+        "from expertmesh.plan.memory import fits\n"
+        "from ..data import sources\n"
+        "def f():\n    from expertmesh.auto import AutoModelForCausalLM\n"
+        "def g():\n    importlib.import_module('expertmesh.bench')\n"
+        "from . import y\n"
+        "import torch\n"
+    )
+    assert [other for _, other in sorted(imported_rooms(file))] == "cli train plan data auto bench kernels".split()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_is_short_enough_to_read_in_one_sitting(path):
+    assert lines(path) <= 400
+
+
+def test_the_core_stays_under_ten_thousand_lines():
+    assert sum(lines(path) for path in FILES if room(path) not in OUTSIDE_CORE) < 10_000
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_public_is_documented(path):
+    tree = ast.parse(path.read_text())
+    assert not tree.body or ast.get_docstring(tree), "a file begins by saying what it is"
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    # a registration below `if TRITON:` is as public as one above it
+    public += [
+        node
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, kinds) and not node.name.startswith("_")
+    ]
+    missing = [f"{node.name} (line {node.lineno})" for node in public if not ast.get_docstring(node)]
+    assert not missing, f"{path.relative_to(PACKAGE)}: no docstring on {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_is_left_unfinished_or_swallowed(path):
+    text = path.read_text()
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+    assert not re.search(r"except[^\n]*:\s*\n?\s*pass\b", text), "an error that is swallowed hides a bug"
+    assert "raise NotImplementedError" not in text
