@@ -16,8 +16,6 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = """
 cli bench train plan data checkpoint auto fuse parallel families layers dispatch memory kernels backends
 """.split()
-    "cli bench train plan data checkpoint auto fuse parallel families layers dispatch memory kernels backends".split()
-)
 OUTSIDE_CORE = {"cli", "bench", "data"}
 
 
