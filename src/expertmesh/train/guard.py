@@ -1,0 +1,143 @@
+"""Nothing that is not a number reaches a weight.
+
+transformers' Trainer hides a NaN loss by default (`logging_nan_inf_filter`) and steps the optimizer with whatever
+gradient there is. Here the losses of an optimizer step and its gradient norm are looked at together, once, before the
+optimizer runs: the device is asked a single time per step, not per microbatch. What went wrong is written down with the
+examples it came from.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertmesh.data import check_supervised
+
+ROW = "__row__"  # column of an example's position in the training data; it never reaches the model
+SHOWN = 24  # tokens of an example that the error text decodes
+
+TRY_WEIGHTS = (
+    "{count} weights held values that are not finite before this step, first {first}: go back to a checkpoint "
+    "before that, or if the run has only begun, check the one it came from with `expertmesh check`."
+)
+TRY_LOSS = (
+    "All weights are finite, so the activations overflowed: lower the learning rate, lengthen the warm-up, clip with "
+    "max_grad_norm, and train in bfloat16 instead of float16. If the same examples fail under another seed, look at "
+    "their text and labels."
+)
+TRY_GRADIENT = (
+    "The losses and all weights are finite, so the backward pass overflowed: lower the learning rate, clip with "
+    "max_grad_norm, and train in bfloat16 instead of float16. If the same examples fail again, switch fusions off "
+    "(`fused=False`) to rule out a kernel, and report it with the saved batch."
+)
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient was nan or infinite. Raised before the optimizer step: no weight has changed.
+
+    Attributes: `step` (the optimizer step that did not happen, from 1), `what` ("loss" or "gradient"), `rows` (positions
+    of the examples in the training data, None where they cannot be known, as after packing) and `batch_file`.
+    """
+
+    def __init__(self, message: str, step: int, what: str, rows: list[int] | None, batch_file: Path):
+        super().__init__(message)
+        self.step, self.what, self.rows, self.batch_file = step, what, rows, batch_file
+
+
+class KeepRows:
+    """A collator around a collator: takes the row numbers out of the examples and puts them beside the batch."""
+
+    def __init__(self, collate: Callable[[list[dict]], Any]):
+        self.collate = collate
+
+    def __call__(self, examples: list[dict]) -> Any:
+        rows = [example.pop(ROW, None) for example in examples]
+        batch = self.collate(examples)
+        if None not in rows:
+            batch[ROW] = torch.tensor(rows)
+        return batch
+
+
+@dataclass
+class StepRecord:
+    """The microbatches of one optimizer step: what went in, and the losses that came out (device scalars)."""
+
+    batches: list[dict] = field(default_factory=list)
+    rows: list[torch.Tensor | None] = field(default_factory=list)
+    num_items: torch.Tensor | int | None = None
+    losses: list[torch.Tensor] = field(default_factory=list)
+
+    def check(
+        self, grad_norm: torch.Tensor | float, step: int, folder: str, model: nn.Module, decode: Callable | None
+    ) -> None:
+        """Raises NonFiniteError for a loss or gradient norm that is not finite, ValueError if no label is supervised.
+
+        `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token ids into text. This is
+        the one place where a training step waits for the device.
+        """
+        device = self.losses[0].device if self.losses else None
+        grad_norm = torch.as_tensor(grad_norm, device=device)
+        supervised = torch.as_tensor(1 if self.num_items is None else self.num_items, device=device) > 0
+        losses_finite = [torch.isfinite(loss).all() for loss in self.losses]
+        has_labels, grad_finite, *loss_finite = torch.stack(
+            [supervised, torch.isfinite(grad_norm), *losses_finite]
+        ).tolist()
+        if not has_labels:
+            check_supervised(torch.cat([batch["labels"][..., 1:].flatten() for batch in self.batches]), f"step {step}")
+        if all(loss_finite) and grad_finite:
+            return
+        what = "gradient" if all(loss_finite) else "loss"
+        guilty = [i for i in range(len(self.batches)) if what == "gradient" or not loss_finite[i]]
+        path = Path(folder) / f"nonfinite-step-{step}.json"
+        self._save(path, guilty, {"step": step, "what": what, "grad_norm": str(grad_norm.item())})
+        if what == "loss":
+            losses = ", ".join(f"microbatch {i + 1} of {len(self.batches)}: {self.losses[i].item()}" for i in guilty)
+            symptom = f"the loss is not finite ({losses})"
+        else:
+            symptom = f"the gradient is not finite (norm {grad_norm.item()})"
+        rows = self._rows_of(guilty)
+        origin = "cannot be traced to rows" if rows is None else f"are rows {_short(rows)} of the training data"
+        begin = f", beginning {decode(self.batches[guilty[0]]['input_ids'][0, :SHOWN].tolist())!r}" if decode else ""
+        raise NonFiniteError(
+            f"Step {step} was stopped before the optimizer ran: {symptom}. No weight was changed. Its examples {origin}; "
+            f"the whole batch is in {path}{begin}. {_advice(what, model)}",
+            step,
+            what,
+            rows,
+            path,
+        )
+
+    def _rows_of(self, microbatches: list[int]) -> list[int] | None:
+        rows: list[int] = []
+        for i in microbatches:
+            batch_rows = self.rows[i]
+            if batch_rows is None:
+                return None
+            rows += batch_rows.tolist()
+        return rows
+
+    def _save(self, path: Path, guilty: list[int], record: dict[str, Any]) -> None:
+        microbatches = []
+        for i in guilty:
+            rows = self.rows[i]
+            tensors = {key: self.batches[i][key].tolist() for key in ("input_ids", "labels") if key in self.batches[i]}
+            microbatches.append(
+                {"loss": str(self.losses[i].item()), "rows": None if rows is None else rows.tolist(), **tensors}
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | {"microbatches": microbatches}))
+
+
+def _advice(what: str, model: nn.Module) -> str:
+    damaged = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if damaged:
+        return TRY_WEIGHTS.format(count=len(damaged), first=damaged[0])
+    return TRY_LOSS if what == "loss" else TRY_GRADIENT
+
+
+def _short(rows: list[int], limit: int = 16) -> str:
+    return ", ".join(map(str, rows[:limit])) + (f" and {len(rows) - limit} more" if len(rows) > limit else "")

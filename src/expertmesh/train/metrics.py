@@ -1,0 +1,58 @@
+"""metrics.jsonl: every record that a run logs, one JSON object per line, always.
+
+Each line has `step`, `time` (seconds since 1970) and what transformers, TRL and our Trainer log (loss, grad_norm,
+learning_rate, tokens_per_second, moe/...). Records of training carry the router metrics layer by layer as `moe_layers`.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from expertmesh.train.routing import RouterLoad, layer_metrics
+
+
+class MetricsFile(TrainerCallback):
+    """Writes the records. A new run replaces the file; a resumed one first drops what came after its checkpoint."""
+
+    def __init__(self, folder: str, load: RouterLoad):
+        self.path = Path(folder) / "metrics.jsonl"
+        self.load = load
+        self.old = read_metrics(self.path)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        kept = [record for record in self.old if record["step"] <= state.global_step] if state.global_step else []
+        records = kept + read_metrics(self.path)[len(self.old) :]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        self.old = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        record: dict[str, Any] = {"step": state.global_step, "time": round(time.time(), 3)}
+        record |= {key: _plain(value) for key, value in (logs or {}).items()}
+        if "moe/load_cv" in record and self.load.last is not None:
+            layers = layer_metrics(self.load.last)
+            record["moe_layers"] = {key: [round(x, 5) for x in values.tolist()] for key, values in layers.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, [] where there is none. A last line that a crash cut short is left out."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    if lines and not lines[-1].endswith("}"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no nan and no infinity: they become null."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

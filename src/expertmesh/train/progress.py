@@ -1,0 +1,54 @@
+"""What a run shows on the screen: a bar on a terminal, one line per record anywhere else. It writes to stderr."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class ProgressLine(TrainerCallback):
+    """Loss, tokens/s and expert balance, as they are logged.
+
+    Balance is the mean load of the experts over the load of the busiest one: 100% is even, 1/experts is a collapse.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True, highlight=False)
+        columns = (TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("training", said="")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        said = _say(logs or {})
+        if not said:
+            return
+        if self.console.is_terminal and "eval_loss" not in (logs or {}):
+            self.bar.update(self.task, said=said)
+        else:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {said}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.stop()
+
+    def stop(self) -> None:
+        """Gives the terminal back; also to be called when training ends with an error."""
+        self.bar.stop()
+
+
+def _say(logs: dict[str, float]) -> str:
+    parts = []
+    if "loss" in logs:
+        parts.append(f"loss {logs['loss']:.4f}")
+    if "eval_loss" in logs:
+        parts.append(f"held-out loss {logs['eval_loss']:.4f}")
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    if "moe/max_vio" in logs:
+        parts.append(f"expert balance {1 / (1 + logs['moe/max_vio']):.0%}")
+    return "  ".join(parts)

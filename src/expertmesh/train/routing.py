@@ -1,0 +1,103 @@
+"""Where the tokens go: how many rows each expert of each layer received, counted on the device while training.
+
+A forward hook on every router adds its choices to one vector per layer. Nothing waits for the device until `window()`
+is read, at a logging step. Counted are all rows that are routed, padding included, in training mode only. Recomputed
+layers (activation checkpointing) may be counted twice, all of them alike; the metrics are ratios and do not change.
+
+Metrics of one layer, from its counts c_E:
+    load_cv     standard deviation of c over its mean; 0 is perfect balance
+    max_vio     the largest c over the mean, minus 1 (MaxVio of "Auxiliary-Loss-Free Load Balancing", arXiv 2408.15664)
+    dead_frac   share of experts that received nothing
+    entropy     entropy of c / sum(c), over log E: 1 is perfect balance, 0 one expert for all
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
+
+METRICS = ("load_cv", "max_vio", "dead_frac", "entropy")
+
+
+def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The routers of a model as (name, module), in the order of the layers.
+
+    They are the modules of which transformers records `router_logits`; a model that declares none has no routers.
+    """
+    targets: list[OutputRecorder] = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+            for target in recorded if isinstance(recorded, list) else [recorded]:
+                targets.append(target if isinstance(target, OutputRecorder) else OutputRecorder(target))
+    for name, module in model.named_modules():
+        for target in targets:
+            of_class = isinstance(target.target_class, type) and isinstance(module, target.target_class)
+            if of_class and (target.layer_name is None or f".{target.layer_name}." in f".{name}."):
+                yield name, module
+                break
+
+
+class RouterLoad:
+    """Counts of a model's routers. `layers` are their names, and every array here is [layers, experts].
+
+    `first` and `last` are the counts of the first and the latest logging window, `total` of all of them; None before.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.layers: list[str] = []
+        self.first: np.ndarray | None = None
+        self.last: np.ndarray | None = None
+        self.total: np.ndarray | None = None
+        self._counts: dict[str, torch.Tensor] = {}
+        for name, router in routers(model):
+            self.layers.append(name)
+            router.register_forward_hook(lambda module, _, output, name=name: self._count(name, module, output))
+
+    def _count(self, name: str, router: nn.Module, output: tuple[torch.Tensor, ...]) -> None:
+        if not router.training or not isinstance(output, tuple):
+            return
+        ids = next((x for x in reversed(output) if not x.is_floating_point()), None)
+        if ids is None:  # a router that does not return its choices (llama4) is left out
+            return
+        ids = ids.detach().reshape(-1).long()
+        if name not in self._counts:
+            self._counts[name] = torch.zeros(output[0].shape[-1], dtype=torch.long, device=ids.device)
+        self._counts[name].scatter_add_(0, ids, torch.ones_like(ids))
+
+    def window(self) -> dict[str, float]:
+        """Metrics of what was counted since the last call, means over the layers; {} if nothing was.
+
+        Waits for the device, and starts a new window.
+        """
+        names = [name for name in self.layers if name in self._counts]
+        if not names:
+            return {}
+        device = self._counts[names[0]].device
+        counts_LE = torch.stack([self._counts[name].to(device) for name in names]).cpu().numpy()
+        self.layers = names
+        for count_E in self._counts.values():
+            count_E.zero_()
+        if not counts_LE.any():
+            return {}
+        self.first = counts_LE if self.first is None else self.first
+        self.last = counts_LE
+        self.total = counts_LE if self.total is None else self.total + counts_LE
+        return {f"moe/{name}": float(values.mean()) for name, values in layer_metrics(counts_LE).items()}
+
+
+def layer_metrics(counts_LE: np.ndarray) -> dict[str, np.ndarray]:
+    """The four metrics, each [layers], from counts [layers, experts]. A layer without rows counts as balanced."""
+    counts_LE = np.where(counts_LE.sum(1, keepdims=True) > 0, counts_LE, 1).astype(np.float64)
+    mean_L1 = counts_LE.mean(1, keepdims=True)
+    share_LE = counts_LE / counts_LE.sum(1, keepdims=True)
+    surprise_LE = -np.log(np.where(share_LE > 0, share_LE, 1.0))
+    return {
+        "load_cv": (counts_LE / mean_L1).std(1),
+        "max_vio": (counts_LE / mean_L1).max(1) - 1,
+        "dead_frac": (counts_LE == 0).mean(1),
+        "entropy": (share_LE * surprise_LE).sum(1) / np.log(max(counts_LE.shape[1], 2)),
+    }
