@@ -1,0 +1,190 @@
+"""Under expertmesh every family gives stock Transformers' numbers; and the comparison that says so notices when one does not."""
+
+import math
+
+import pytest
+import torch
+from typer import Typer
+from typer.testing import CliRunner
+
+from expertmesh.bench.parity import (
+    CASES,
+    applicable,
+    bend_routing,
+    check_checkpoint,
+    compare_case,
+    generate_rows,
+    make_batch,
+    poisoned_memory,
+    router_weights,
+    top_k_of,
+    weight_rows,
+)
+from expertmesh.bench.rows import Row, relative_error, worst_error
+from expertmesh.bench.tiny import FAMILIES, tiny_model
+from expertmesh.cli.check import check
+from tests.models import load_ours, load_stock, saved, shared_pair
+
+CASE = {case.name: case for case in CASES}
+
+
+def differing(rows: list[Row]) -> list[Row]:
+    assert rows
+    return [row for row in rows if not row.ok]
+
+
+# every case, but the router loss only where Transformers adds one
+WORK = [
+    pytest.param(family, case, id=f"{family}-{case.name}")
+    for family, keys in FAMILIES.items()
+    for case in CASES
+    if "router_aux_loss_coef" in keys or not case.aux
+]
+
+
+@pytest.mark.parametrize(("family", "case"), WORK)
+def test_loss_logits_and_gradients_equal_stock(family, case):
+    stock, ours = shared_pair(family)
+    assert applicable(case, stock)
+    assert not differing(compare_case(stock, ours, case))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_and_generation_equal_stock(family):
+    stock, ours = shared_pair(family)
+    assert not differing([*weight_rows(stock, ours), *generate_rows(stock, ours)])
+
+
+@pytest.mark.parametrize("kind", ["starved", "one"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forced_routing_reaches_the_experts_it_should(family, kind):
+    stock = tiny_model(family)
+    bend_routing(stock, kind)
+    chosen = []
+    for module in stock.modules():
+        if hasattr(module, "_apply_gate"):
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: chosen.append([*args, *kwargs.values()][1]), with_kwargs=True
+            )
+    stock(input_ids=make_batch("plain", stock.config.vocab_size, stock.device)["input_ids"])
+    assert len(chosen) == len(router_weights(stock)) > 0
+    for index in chosen:
+        assert index.max() < (4 if kind == "starved" else top_k_of(stock))
+
+
+def planted(family: str = "qwen3_moe"):
+    """Two stock models: the second is to be broken by the test."""
+    return load_stock(family), load_stock(family)
+
+
+def test_equal_models_pass_every_case():
+    stock, other = planted()
+    for case in CASES:
+        if not (case.aux and case.accumulated):  # there expertmesh differs from stock on purpose
+            assert not differing(compare_case(stock, other, case))
+
+
+def test_aux_loss_of_every_microbatch_in_full_is_noticed():
+    """Stock adds the whole router loss to each microbatch; expertmesh adds the microbatch's share, and that is what is expected."""
+    stock, other = planted()
+    found = differing(compare_case(stock, other, CASE["aux loss, num_items_in_batch"]))
+    assert [row.quantity for row in found] == ["loss", "gradients"]
+
+
+def test_gradient_of_one_expert_off_by_a_thousandth_is_noticed_and_named():
+    stock, other = planted()
+    name = "model.layers.2.mlp.experts.down_proj"
+    scale = torch.ones(8, 1, 1)
+    scale[3] = 1.001
+    other.get_parameter(name).register_hook(lambda gradient: gradient * scale)
+    found = differing(compare_case(stock, other, CASE["plain"]))
+    assert [(row.quantity, row.where) for row in found] == [("gradients", name)]
+
+
+def test_swapped_experts_are_noticed_although_all_weights_load():
+    stock, other = planted()
+    with torch.no_grad():
+        experts = other.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
+        experts[[0, 1]] = experts[[1, 0]].clone()
+    quantities = {
+        row.quantity for row in differing([*compare_case(stock, other, CASE["plain"]), *weight_rows(stock, other)])
+    }
+    assert {"loss", "training logits", "eval logits", "gradients", "weights that differ"} <= quantities
+
+
+def test_reading_memory_nobody_wrote_is_noticed():
+    stock, other = planted()
+    experts = next(module for module in other.modules() if hasattr(module, "_apply_gate"))
+    experts.register_forward_hook(lambda _, args, out: out + 0 * torch.empty_like(out))
+    assert not differing(compare_case(stock, other, CASE["experts without tokens"]))
+    assert {row.error for row in differing(compare_case(stock, other, CASE["poisoned memory"]))} == {math.inf}
+
+
+def test_poisoned_memory_is_nan_and_healthy_again_afterwards():
+    with poisoned_memory():
+        assert torch.empty(1000).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_other_tokens_generated_are_noticed():
+    stock, other = planted()
+    other.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda _, args, kwargs: (
+            args,
+            kwargs | {"position_embeddings": tuple(2 * part for part in kwargs["position_embeddings"])},
+        ),
+        with_kwargs=True,
+    )
+    assert differing(generate_rows(stock, other))
+
+
+def test_bfloat16_is_measured_against_stock_in_float32():
+    reference, stock, other = load_stock("mixtral"), load_stock("mixtral").bfloat16(), load_stock("mixtral").bfloat16()
+    assert not differing(compare_case(stock, other, CASE["right padding"], reference))
+    other.model.norm.register_forward_hook(lambda _, args, out: out * 1.05)
+    assert differing(compare_case(stock, other, CASE["right padding"], reference))
+
+
+def test_error_measures():
+    one = torch.ones(2)
+    assert relative_error(one, one) == 0 and relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(one + 1e-3, one) == pytest.approx(1e-3, rel=1e-3)
+    for wrong in (torch.ones(3), one * math.nan, one * math.inf):
+        assert relative_error(wrong, one) == math.inf
+    assert relative_error(one, torch.zeros(2)) == math.inf
+    assert not Row("", "", math.nan, 1.0).ok
+    assert worst_error({"a": None}, {"a": one}) == (math.inf, "a")
+    assert worst_error({"a": None}, {"a": None})[0] == 0
+    assert worst_error({"a": one, "b": one * 1.01}, {"a": one, "b": one})[1] == "b"
+
+
+def run_check(*arguments: str):
+    app = Typer()
+    app.command()(check)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_check_command_exits_0_when_all_is_equal():
+    result = run_check("qwen3_moe")
+    assert result.exit_code == 0, result.output
+    assert "poisoned memory" in result.output and "0 differ" in result.output
+
+
+def test_check_command_exits_1_and_names_what_differs(monkeypatch):
+    broken = load_ours("mixtral")
+    broken.get_parameter("model.layers.0.mlp.experts.down_proj").register_hook(lambda gradient: gradient * 1.01)
+    monkeypatch.setattr(type(broken), "from_pretrained", classmethod(lambda cls, *args, **options: broken))
+    monkeypatch.setattr("expertmesh.AutoModelForCausalLM", type(broken))
+    result = run_check(str(saved("mixtral")), "--verbose")
+    assert result.exit_code == 1, result.output
+    assert "DIFFERS" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["qwen3_mo"], ["qwen3_moe", "--device", "tpu"], ["nobody/no-such-model"]])
+def test_check_command_exits_2_on_wrong_usage(arguments):
+    result = run_check(*arguments)
+    assert result.exit_code == 2, result.output
+
+
+def test_check_takes_a_checkpoint_folder():
+    assert not differing(list(check_checkpoint(saved("olmoe"))))
