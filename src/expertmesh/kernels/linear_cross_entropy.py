@@ -82,9 +82,7 @@ def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch
 
 
 @triton.jit
-def _rows_kernel(
-    logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index, GRAD: tl.constexpr, BLOCK: tl.constexpr
-):
+def _rows_kernel(logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index, GRAD: tl.constexpr, BLOCK: tl.constexpr):
     """One program per row: loss[row], and with GRAD softmax(logits) - onehot(label) in place of the logits.
 
     Two passes: maximum and sum of exponentials together, then the gradient. A row is only ever touched by its program.
@@ -123,7 +121,7 @@ def _rows_kernel(
 
 
 def _rows_torch(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, grad: bool) -> torch.Tensor:
-    """What `_rows_kernel` does, in PyTorch operations: returns the rows' losses, overwrites logits with their gradient."""
+    """What `_rows_kernel` does, in PyTorch: returns the rows' losses and overwrites logits with their gradient."""
     ignored = labels == ignore_index
     if labels.device.type == "cpu" and bool((~ignored & ((labels < 0) | (labels >= logits.shape[1]))).any()):
         raise ValueError(
@@ -134,9 +132,8 @@ def _rows_torch(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, g
     log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     losses = -log_probs.gather(1, target)[:, 0].masked_fill(ignored, 0.0)
     if grad:
-        torch.exp(log_probs, out=log_probs)
-        log_probs.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
-        logits.copy_(log_probs.masked_fill_(ignored[:, None], 0.0))
+        grad_rows = log_probs.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+        torch.mul(grad_rows, ~ignored[:, None], out=logits)
     return losses
 
 
