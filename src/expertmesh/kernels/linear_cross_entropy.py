@@ -86,6 +86,7 @@ def _rows_kernel(logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index, GRAD
     """One program per row: loss[row], and with GRAD softmax(logits) - onehot(label) in place of the logits.
 
     Two passes: maximum and sum of exponentials together, then the gradient. A row is only ever touched by its program.
+    A row may be read and written up to its stride, which is a multiple of 16: so accesses stay wide for any V.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
@@ -96,27 +97,28 @@ def _rows_kernel(logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index, GRAD
         tl.store(loss_ptr + row, 0.0)
         if GRAD:
             while start < V:
-                tl.store(logits_ptr + start + cols, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), start + cols < V)
+                tl.store(logits_ptr + start + cols, tl.zeros((BLOCK,), tl.float32), start + cols < stride)
                 start += BLOCK
     else:
+        valid = (label >= 0) & (label < V)
+        target = tl.load(logits_ptr + label, valid, other=float("nan")).to(tl.float32)
         largest = float("-inf")
         total = 0.0
         while start < V:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
-            x = tl.load(logits_ptr + start + cols, start + cols < V, other=float("-inf")).to(tl.float32)
+            x = tl.load(logits_ptr + start + cols, start + cols < stride, other=0.0).to(tl.float32)
+            x = tl.where(start + cols < V, x, float("-inf"))
             new_largest = tl.maximum(largest, tl.max(x, axis=0))
             total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(x - new_largest), axis=0)
             largest = new_largest
             start += BLOCK
-        valid = (label >= 0) & (label < V)
-        target = tl.load(logits_ptr + label, valid, other=float("nan")).to(tl.float32)
         logsumexp = tl.where(valid, largest + tl.log(total), float("nan"))  # a bad label must show, not read elsewhere
         tl.store(loss_ptr + row, logsumexp - target)
         if GRAD:
             start = 0
             while start < V:
-                x = tl.load(logits_ptr + start + cols, start + cols < V, other=0.0).to(tl.float32)
+                x = tl.load(logits_ptr + start + cols, start + cols < stride, other=0.0).to(tl.float32)
                 grad = tl.exp(x - logsumexp) - tl.where(start + cols == label, 1.0, 0.0)
-                tl.store(logits_ptr + start + cols, grad, start + cols < V)
+                tl.store(logits_ptr + start + cols, grad, start + cols < stride)
                 start += BLOCK
 
 
@@ -177,7 +179,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.empty(V, H, dtype=sum_dtype, device=hidden.device) if wanted[1] else None
         dbias = torch.zeros(V, dtype=sum_dtype, device=hidden.device) if wanted[2] else None
         rows = chunk_rows(N, V, hidden.dtype, hidden.device)
-        buffer = torch.empty(rows, V, dtype=hidden.dtype, device=hidden.device)
+        width = triton.cdiv(V, 16) * 16  # rows start aligned for GEMMs and wide loads, whatever V is
+        buffer = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device)[:, :V]
         losses = []
         for start in range(0, N, rows):
             hidden_CH = hidden[start : start + rows]

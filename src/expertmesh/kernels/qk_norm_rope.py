@@ -135,7 +135,7 @@ def _heads_backward(
     x_ptr, weight_ptr, dy_ptr, dx_ptr, c1, c2, s1, s2, N, HALF, stride_n, dy_stride_n, eps,
     BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx of one token's heads; returns its terms of the weight's gradient, [BLOCK_N, BLOCK_HALF] twice."""
+    """Writes dx of one token's heads; returns its terms of the weight's gradient, [BLOCK_HALF] twice."""
     heads = tl.arange(0, BLOCK_N)[:, None]
     cols = tl.arange(0, BLOCK_HALF)[None, :]
     mask = (heads < N) & (cols < HALF)
@@ -151,14 +151,14 @@ def _heads_backward(
     dx = dx_ptr + heads * (2 * HALF) + cols
     tl.store(dx, rstd * (dn1 * w1 - x1 * mean), mask)
     tl.store(dx + HALF, rstd * (dn2 * w2 - x2 * mean), mask)
-    return dn1 * x1, dn2 * x2
+    return tl.sum(dn1 * x1, axis=0), tl.sum(dn2 * x2, axis=0)
 
 
 @triton.jit
 def _store_sums(ptr, sum1, sum2, HALF, BLOCK_HALF: tl.constexpr):
     cols = tl.arange(0, BLOCK_HALF)
-    tl.store(ptr + cols, tl.sum(sum1, axis=0), cols < HALF)
-    tl.store(ptr + HALF + cols, tl.sum(sum2, axis=0), cols < HALF)
+    tl.store(ptr + cols, sum1, cols < HALF)
+    tl.store(ptr + HALF + cols, sum2, cols < HALF)
 
 
 @triton.jit
@@ -171,10 +171,10 @@ def _backward(
 ):  # fmt: skip
     """Persistent: program p takes tokens p, p + P, ...; its weight gradients go to dweight[p] of [P, 2 (q, k), D]."""
     cols = tl.arange(0, BLOCK_HALF)[None, :]
-    q_sum1 = tl.zeros((BLOCK_NQ, BLOCK_HALF), tl.float32)
-    q_sum2 = tl.zeros((BLOCK_NQ, BLOCK_HALF), tl.float32)
-    k_sum1 = tl.zeros((BLOCK_NK, BLOCK_HALF), tl.float32)
-    k_sum2 = tl.zeros((BLOCK_NK, BLOCK_HALF), tl.float32)
+    q_sum1 = tl.zeros((BLOCK_HALF,), tl.float32)
+    q_sum2 = tl.zeros((BLOCK_HALF,), tl.float32)
+    k_sum1 = tl.zeros((BLOCK_HALF,), tl.float32)
+    k_sum2 = tl.zeros((BLOCK_HALF,), tl.float32)
     token = tl.program_id(0).to(tl.int64)
     while token < T:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
         b, s = token // S, token % S
