@@ -1,4 +1,6 @@
-"""Under expertmesh every family gives stock Transformers' numbers; and the comparison that says so notices when one does not."""
+"""Under expertmesh every family gives stock Transformers' numbers; and the comparison that says so notices when one
+does not.
+"""
 
 import math
 
@@ -85,7 +87,9 @@ def test_equal_models_pass_every_case():
 
 
 def test_aux_loss_of_every_microbatch_in_full_is_noticed():
-    """Stock adds the whole router loss to each microbatch; expertmesh adds the microbatch's share, and that is what is expected."""
+    """Stock adds the whole router loss to each microbatch; expertmesh adds the microbatch's share, and that is what is
+    expected.
+    """
     stock, other = planted()
     found = differing(compare_case(stock, other, CASE["aux loss, num_items_in_batch"]))
     assert [row.quantity for row in found] == ["loss", "gradients"]

@@ -1,6 +1,7 @@
 """What transformers' suite runs on: its ModelTesterMixin around the stock Qwen3-MoE class and around ours.
 
-`test_transformers_suite.py` runs this file with pytest in a process of its own, with `hf_tests` (see suite.py) on the import path.
+`test_transformers_suite.py` runs this file with pytest in a process of its own, with `hf_tests` (see suite.py) on the
+import path.
 """
 
 import unittest

@@ -1,7 +1,9 @@
-"""transformers' own model tests, fetched when they are needed: the PyPI sdist of the installed version ships them, the wheel does not.
+"""transformers' own model tests, fetched when they are needed: the PyPI sdist of the installed version ships them, the
+wheel does not.
 
-The sdist lacks four helper modules that its tests import. `unpack` writes stand-ins for them: two empty mixins (export and generation
-tests, which need files that are not in the sdist), an empty table, and a function this suite never calls.
+The sdist lacks four helper modules that its tests import. `unpack` writes stand-ins for them: two empty mixins (export
+and generation tests, which need files that are not in the sdist), an empty table, and a function this suite never
+calls.
 """
 
 import importlib.metadata
@@ -47,7 +49,9 @@ def _download(version: str) -> None:
 
 
 def unpack(sdist: Path, target: Path) -> None:
-    """Write the sdist's tests/*.py and the stand-ins into `target`, as a package. `__init__.py` comes last: it marks completeness."""
+    """Write the sdist's tests/*.py and the stand-ins into `target`, as a package. `__init__.py` comes last: it marks
+    completeness.
+    """
     target.mkdir(parents=True, exist_ok=True)
     with tarfile.open(sdist) as archive:
         for member in archive.getmembers():

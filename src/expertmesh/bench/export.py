@@ -1,4 +1,6 @@
-"""Proof of the export: what expertmesh saves is what stock Transformers saves, and stock Transformers reads it back bit for bit."""
+"""Proof of the export: what expertmesh saves is what stock Transformers saves, and stock Transformers reads it back bit
+for bit.
+"""
 
 import json
 import tempfile
@@ -17,7 +19,7 @@ def layout(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     found = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():
+            for key in tensors.keys():  # noqa: SIM118 (not a dict: it cannot be iterated)
                 piece = tensors.get_slice(key)
                 found[key] = piece.get_dtype(), tuple(piece.get_shape())
     return found

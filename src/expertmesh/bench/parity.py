@@ -1,11 +1,14 @@
-"""Proof that a model under expertmesh is the model under stock Transformers: same weights in, same numbers out, same files saved.
+"""Proof that a model under expertmesh is the model under stock Transformers: same weights in, same numbers out, same
+files saved.
 
-Both sides load one checkpoint and see the same tokens. On the CPU everything is float32 and each tensor may differ by at most 1e-5 of
-its largest value (`rows.relative_error`, and `rows.worst_error` for gradients). On CUDA both sides run in bfloat16 and expertmesh's distance from stock in float32 may be at most 1.5 times stock's own.
-`expertmesh check` prints the rows; the tests assert on them.
+Both sides load one checkpoint and see the same tokens. On the CPU everything is float32 and each tensor may differ by
+at most 1e-5 of its largest value (`rows.relative_error`, and `rows.worst_error` for gradients). On CUDA both sides run
+in bfloat16 and expertmesh's distance from stock in float32 may be at most 1.5 times stock's own. `expertmesh check`
+prints the rows; the tests assert on them.
 """
 
 import contextlib
+import functools
 import inspect
 import math
 import re
@@ -13,10 +16,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
 from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from expertmesh.bench.export import differing_tensors, export_rows
 from expertmesh.bench.rows import Row, relative_error, worst_error
@@ -65,7 +69,8 @@ class Outcome:
 
 
 def make_batch(kind: str, vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Tokens and labels [2, 16] of one kind: `plain`, `left`- or `right`-padded, or `packed` (documents told by position_ids).
+    """Tokens and labels [2, 16] of one kind: `plain`, `left`- or `right`-padded, or `packed` (documents told by
+    position_ids).
 
     A few tokens in every row carry the label -100, as prompts do.
     """
@@ -107,10 +112,12 @@ def top_k_of(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def bend_routing(model: PreTrainedModel, kind: str) -> None:
-    """Force the routing, in place: `starved` (half the experts get no token), `one` (all tokens go to the same experts), `ties`.
+    """Force the routing, in place: `starved` (half the experts get no token), `one` (all tokens go to the same
+    experts), `ties`.
 
-    A router without bias can be steered only along its input, so each router's weight gets a component along the direction
-    that all its input tokens share; the tokens of the `plain` batch are given such a direction by a vector added to every embedding.
+    A router without bias can be steered only along its input, so each router's weight gets a component along the
+    direction that all its input tokens share; the tokens of the `plain` batch are given such a direction by a vector
+    added to every embedding.
     """
     weights = router_weights(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -121,8 +128,7 @@ def bend_routing(model: PreTrainedModel, kind: str) -> None:
             weight.copy_(weight[:1].expand_as(weight))
         return
 
-    def steer(router: torch.nn.Module, inputs: tuple) -> None:
-        weight = router.weight
+    def steer(weight: torch.Tensor, router: torch.nn.Module, inputs: tuple) -> None:
         x_TH = inputs[0].flatten(0, -2).double()
         shared_H = torch.linalg.pinv(x_TH, rtol=0.05).sum(1).to(weight)  # x_TH @ shared_H is about 1 for every token
         num_chosen = weight.shape[0] // 2 if kind == "starved" else top_k_of(model)
@@ -131,8 +137,12 @@ def bend_routing(model: PreTrainedModel, kind: str) -> None:
         weight[num_chosen:] -= 3 * shared_H
 
     embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
     embedding += 0.5 * torch.randn(embedding.shape[1], generator=torch.Generator().manual_seed(3)).to(embedding)
-    hooks = [model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(steer) for name in weights]
+    hooks = [
+        model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(functools.partial(steer, weight))
+        for name, weight in weights.items()
+    ]
     batch = make_batch("plain", model.config.get_text_config().vocab_size, model.device)
     model.eval()(input_ids=batch["input_ids"], use_cache=False)
     for hook in hooks:
@@ -141,25 +151,28 @@ def bend_routing(model: PreTrainedModel, kind: str) -> None:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Whatever is allocated but never written reads as NaN inside this context: recycled blocks and `torch.empty` alike."""
+    """Whatever is allocated but never written reads as NaN inside this context: recycled blocks and `torch.empty`
+    alike.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     blocks = [torch.full((2**power,), math.nan) for power in range(4, 20) for _ in range(4)]
     del blocks
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def run_case(model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], float] | None = None) -> Outcome:
     """Train step without optimizer, then evaluation, of one model on one case.
 
-    `share_of_aux` is given for the stock side: it says which part of the router aux loss expertmesh adds, because stock adds the
-    whole of it to every microbatch, however many there are.
+    `share_of_aux` is given for the stock side: it says which part of the router aux loss expertmesh adds, because stock
+    adds the whole of it to every microbatch, however many there are.
     """
     batch = make_batch(case.batch, model.config.get_text_config().vocab_size, model.device)
     extra: dict = {"output_router_logits": True} if case.aux else {}
@@ -228,7 +241,8 @@ def applicable(case: Case, model: PreTrainedModel) -> bool:
 def compare_case(
     stock: PreTrainedModel, ours: PreTrainedModel, case: Case, reference: PreTrainedModel | None = None
 ) -> list[Row]:
-    """Rows of one case. Without `reference` ours must equal stock; with it (stock in float32) be about as near to it as stock is.
+    """Rows of one case. Without `reference` ours must equal stock; with it (stock in float32) be about as near to it as
+    stock is.
 
     Where the case bends the routing, all models get their weights back afterwards.
     """
@@ -283,16 +297,18 @@ def weight_rows(stock: PreTrainedModel, ours: PreTrainedModel) -> list[Row]:
 
 
 def check_checkpoint(path: str | Path, device: str = "cpu") -> Iterator[Row]:
-    """Compare stock Transformers and expertmesh on one checkpoint (a directory or a Hub id), row by row as they are found."""
+    """Compare stock Transformers and expertmesh on one checkpoint (a directory or a Hub id), row by row as they are
+    found.
+    """
     from expertmesh import AutoModelForCausalLM
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    stock, ours = (
-        cls.from_pretrained(path, dtype=dtype).to(device) for cls in (StockAutoModelForCausalLM, AutoModelForCausalLM)
-    )
+    place: dict = {"device_map": device}
+    stock = StockAutoModelForCausalLM.from_pretrained(path, dtype=dtype, **place)
+    ours = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **place)
     reference = None
     if device != "cpu":
-        reference = StockAutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+        reference = StockAutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **place)
     yield from weight_rows(stock, ours)
     for case in CASES:
         if applicable(case, stock):
@@ -303,7 +319,7 @@ def check_checkpoint(path: str | Path, device: str = "cpu") -> Iterator[Row]:
 
 
 def check_model(model: str, device: str = "cpu") -> Iterator[Row]:
-    """`check_checkpoint` for a checkpoint, or for a tiny model of a family (`qwen3_moe`), whose weights are made here."""
+    """`check_checkpoint`, or the same for a tiny model of a family (`qwen3_moe`), made here."""
     if model not in FAMILIES:
         yield from check_checkpoint(model, device)
         return

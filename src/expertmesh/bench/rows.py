@@ -24,7 +24,9 @@ class Row:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
-    """max |found - expected| / max(max |expected|, floor). Equal is 0; another shape, or NaN or infinity on one side, is infinite."""
+    """max |found - expected| / max(max |expected|, floor). Equal is 0; another shape, or NaN or infinity on one side,
+    is infinite.
+    """
     if found.shape != expected.shape:
         return math.inf
     if torch.equal(found, expected):
@@ -37,18 +39,18 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor, floor: float = 0
 def worst_error(
     found: Mapping[str, torch.Tensor | None], expected: Mapping[str, torch.Tensor | None]
 ) -> tuple[float, str]:
-    """The largest `relative_error` of two models' gradients, and the parameter it belongs to. A gradient only one side has is infinite.
+    """The largest `relative_error` of two models' gradients, and the parameter it belongs to. A gradient only one side
+    has is infinite.
 
-    The floor is 1% of the model's largest gradient entry: a tensor of a few small, cancelling entries (Qwen3-Next's `A_log`) differs by
-    more than 1e-5 of itself even between two stock implementations of the experts, by rounding alone.
+    The floor is 1% of the model's largest gradient entry: a tensor of a few small, cancelling entries (Qwen3-Next's
+    `A_log`) differs by more than 1e-5 of itself even between two stock implementations of the experts, by rounding
+    alone.
     """
     floor = 0.01 * max((float(tensor.abs().max()) for tensor in expected.values() if tensor is not None), default=0.0)
     worst = (0.0, "")
     for name in sorted(found.keys() | expected.keys()):
         a, b = found.get(name), expected.get(name)
-        if a is None or b is None:
-            error = 0.0 if a is b else math.inf
-        else:
-            error = relative_error(a, b, floor)
+        alone = 0.0 if a is b else math.inf
+        error = alone if a is None or b is None else relative_error(a, b, floor)
         worst = max(worst, (error, name))
     return worst

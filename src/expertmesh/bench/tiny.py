@@ -1,8 +1,8 @@
 """Tiny models of every family we prove: a few thousand parameters, every feature of the family switched on.
 
-`expertmesh check qwen3_moe` and the tests build their models here. A freshly initialised model has a nearly uniform router, so a
-wrong expert or a wrong routing weight would hardly show; `tiny_model` therefore draws all weights anew (std 0.2) and moves every
-bias, norm and router correction off its neutral value.
+`expertmesh check qwen3_moe` and the tests build their models here. A freshly initialised model has a nearly uniform
+router, so a wrong expert or a wrong routing weight would hardly show; `tiny_model` therefore draws all weights anew
+(std 0.2) and moves every bias, norm and router correction off its neutral value.
 """
 
 import difflib

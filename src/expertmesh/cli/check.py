@@ -1,4 +1,4 @@
-"""`expertmesh check MODEL`: prove on this machine that a model under expertmesh is the model under stock Transformers."""
+"""`expertmesh check MODEL`: prove that a model under expertmesh is the model under stock Transformers."""
 
 import contextlib
 import difflib
@@ -31,7 +31,7 @@ def check(
         bool, typer.Option("--verbose", "-v", help="Print every comparison, not one line per case.")
     ] = False,
 ) -> None:
-    """Compare loss, logits, gradients, generation and export with stock Transformers. Exit code 1 if anything differs."""
+    """Compare loss, logits, gradients, generation and export with stock Transformers. Exit code 1 if any differs."""
     from expertmesh.bench.parity import check_model
     from expertmesh.bench.tiny import FAMILIES
 
@@ -43,7 +43,8 @@ def check(
         near = difflib.get_close_matches(model, ["all", *FAMILIES], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise typer.BadParameter(
-            f"{model!r} is neither a folder, nor a Hub id (owner/name), nor a family.{hint} Families: {', '.join(FAMILIES)}."
+            f"{model!r} is neither a folder, nor a Hub id (owner/name), nor a family.{hint} "
+            f"Families: {', '.join(FAMILIES)}."
         )
     console = Console()
     failed = 0
