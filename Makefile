@@ -45,7 +45,7 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 acceptance: $(READY)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -q tests/acceptance
+	$(VENV)/bin/python -m pytest -q tests/acceptance
 
 clean:
 	rm -rf $(VENV) .acceptance demo-output dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -22,7 +22,7 @@ def write(path, rows):
     return str(path)
 
 
-@pytest.mark.parametrize("source", ["demo:chat", "demo:python"])
+@pytest.mark.parametrize("source", ["demo:chat", "demo:python", "demo:all"])
 def test_the_built_in_sources_are_messages(source):
     assert load_dataset(source).column_names == ["messages"]
 
@@ -157,7 +157,7 @@ def test_an_id_that_cannot_be_reached_says_what_to_do():
 
 
 def test_an_unknown_built_in_dataset_lists_the_known_ones():
-    assert "demo:chat and demo:python" in error_of("demo:poetry")
+    assert "demo:chat, demo:python" in error_of("demo:poetry")
 
 
 def test_held_out_rows_share_no_question_with_training_rows():

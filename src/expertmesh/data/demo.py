@@ -2,6 +2,7 @@
 
 demo:chat    a part of the English dialogues of chatterbot-corpus (BSD 3-Clause), selected by hand; see chat/LICENSE
 demo:python  questions about Python, answered by the docstrings and reference topics of the interpreter that runs it
+demo:all     both
 """
 
 import contextlib
@@ -57,6 +58,11 @@ def python_dialogues(seed: int = 0) -> list[Row]:
             "`python -OO`. Run without -OO, or train on demo:chat."
         )
     return _shuffled([_row(question, answer) for answer, question in answers.items()], seed)
+
+
+def all_dialogues(seed: int = 0) -> list[Row]:
+    """The rows of `demo:all`: both of the above, shuffled together."""
+    return _shuffled(chat_dialogues(seed) + python_dialogues(seed), seed)
 
 
 def _row(question: str, answer: str) -> Row:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertmesh.data.demo import chat_dialogues, python_dialogues
+from expertmesh.data.demo import all_dialogues, chat_dialogues, python_dialogues
 from expertmesh.data.formats import to_standard
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BUILT_IN = {"demo:chat": chat_dialogues, "demo:python": python_dialogues}
+BUILT_IN = {"demo:chat": chat_dialogues, "demo:python": python_dialogues, "demo:all": all_dialogues}
 BUILDERS = {
     ".json": "json",
     ".jsonl": "json",
@@ -30,8 +30,8 @@ def load_dataset(
 ) -> "Dataset":
     """Rows of one source, or of several one after the other, in one of the standard shapes (formats.py).
 
-    source  `demo:chat`, `demo:python`; a json, jsonl, csv, parquet, arrow or txt file (txt: one row per paragraph); a
-            folder of such files or one that `Dataset.save_to_disk` wrote; the id of a dataset on the Hub
+    source  `demo:chat`, `demo:python`, `demo:all`; a json, jsonl, csv, parquet, arrow or txt file (txt: one row per
+            paragraph); a folder of such files or one that `Dataset.save_to_disk` wrote; the id of a dataset on the Hub
     split   the split to read, for sources that have splits; a file or a built-in source is all `train`
     seed    orders the built-in sources
     name    the configuration of a Hub dataset that has several
@@ -90,7 +90,7 @@ def _read(source: str, split: str, seed: int, name: str | None) -> "Dataset":
 
     if source.startswith("demo:"):
         if source not in BUILT_IN:
-            raise ValueError(f"There is no built-in dataset {source!r}. There are {' and '.join(BUILT_IN)}.")
+            raise ValueError(f"There is no built-in dataset {source!r}. There are {', '.join(BUILT_IN)}.")
         return datasets.Dataset.from_list(BUILT_IN[source](seed))
     path = Path(source).expanduser()
     if path.is_file():
@@ -154,7 +154,7 @@ def _read_hub(source: str, split: str, name: str | None) -> "Dataset":
         raise ValueError(
             f"{source!r} is no file or folder here, and reading it from the Hugging Face Hub (split {split!r}) failed: "
             f"{_cause(error)} Check the spelling and the split; for a private dataset log in with `hf auth login`; "
-            f"without a network give a local file, or one of {' and '.join(BUILT_IN)}."
+            f"without a network give a local file, or one of {', '.join(BUILT_IN)}."
         ) from error
 
 
