@@ -12,9 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-
-class ConfigError(ValueError):
-    """A configuration or command line that cannot be run. Its text is one paragraph that names the key and the fix."""
+from expertmesh.train.errors import ConfigError
 
 
 class Section(BaseModel):
@@ -37,8 +35,10 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    name: str
-    """Training data: a json, jsonl, csv, parquet or txt file, a Hugging Face id, `demo:chat` or `demo:python`."""
+    name: str | list[str]
+    """Training data: a json, jsonl, csv, parquet or txt file, folder or Hugging Face id, `demo:chat`, `demo:python`."""
+    config: str | None = None
+    """Configuration of a Hugging Face dataset that has several."""
     split: str = "train"
     """Split to train on, where the source has splits."""
     eval_split: str | None = None
@@ -163,7 +163,7 @@ DEMO: dict[str, dict[str, Any]] = {
     "moe": {"router_aux_loss_coef": 0.01},
     "save": {"output_dir": "runs/demo"},
 }
-"""What `expertmesh train` runs when it is given no file: about a minute on two CPU cores."""
+"""What `expertmesh train` runs when it is given no file: a minute on two CPU cores."""
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

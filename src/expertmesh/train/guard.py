@@ -39,8 +39,8 @@ TRY_GRADIENT = (
 class NonFiniteError(FloatingPointError):
     """A loss or gradient was nan or infinite. Raised before the optimizer step: no weight has changed.
 
-    Attributes: `step` (the optimizer step that did not happen, from 1), `what` ("loss" or "gradient"), `rows` (positions
-    of the examples in the training data, None where they cannot be known, as after packing) and `batch_file`.
+    Attributes: `step` (the optimizer step that did not happen, from 1), `what` ("loss" or "gradient"), `rows` (the
+    examples' positions in the training data, None where unknown, as after packing) and `batch_file`.
     """
 
     def __init__(self, message: str, step: int, what: str, rows: list[int] | None, batch_file: Path):
@@ -74,10 +74,10 @@ class StepRecord:
     def check(
         self, grad_norm: torch.Tensor | float, step: int, folder: str, model: nn.Module, decode: Callable | None
     ) -> None:
-        """Raises NonFiniteError for a loss or gradient norm that is not finite, ValueError if no label is supervised.
+        """Raises NonFiniteError for a loss or gradient norm that is not finite, ValueError without a supervised label.
 
-        `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token ids into text. This is
-        the one place where a training step waits for the device.
+        `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token ids into text. This
+        is the one place where a training step waits for the device.
         """
         device = self.losses[0].device if self.losses else None
         grad_norm = torch.as_tensor(grad_norm, device=device)
@@ -103,8 +103,8 @@ class StepRecord:
         origin = "cannot be traced to rows" if rows is None else f"are rows {_short(rows)} of the training data"
         begin = f", beginning {decode(self.batches[guilty[0]]['input_ids'][0, :SHOWN].tolist())!r}" if decode else ""
         raise NonFiniteError(
-            f"Step {step} was stopped before the optimizer ran: {symptom}. No weight was changed. Its examples {origin}; "
-            f"the whole batch is in {path}{begin}. {_advice(what, model)}",
+            f"Step {step} was stopped before the optimizer ran: {symptom}. No weight was changed. Its examples "
+            f"{origin}, saved in {path}{begin}. {_advice(what, model)}",
             step,
             what,
             rows,

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step that is running: a checkpoint is saved, then the process says why it stopped."""
+"""Ctrl-C and SIGTERM end a run after the step that is running, with a checkpoint and an exit code that says why."""
 
 import signal
 from types import FrameType
@@ -9,7 +9,7 @@ EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75: EX_TEMPFAIL, "put m
 
 
 class Interrupt(TrainerCallback):
-    """A callback, and a context manager around `trainer.train()` in which the two signals ask for a checkpoint and a stop.
+    """A callback, and a context manager around `trainer.train()`: within it the signals ask for checkpoint and stop.
 
     `exit_code` is 75 after SIGTERM, 130 after SIGINT, None if the run was not stopped. A second signal acts at once.
     """

@@ -18,7 +18,9 @@ def loss_curve(records: Sequence[dict[str, Any]], path: str | Path) -> None:
         axes.plot(*zip(*train, strict=True), color=TRAIN, linewidth=2, label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color=HELD_OUT, linewidth=2, marker="o", markersize=5, label="held out")
-        axes.annotate(f"{held_out[-1][1]:.2f}", held_out[-1], (0, 8), textcoords="offset points", ha="right", color=HELD_OUT)
+        axes.annotate(
+            f"{held_out[-1][1]:.2f}", held_out[-1], (0, 8), textcoords="offset points", ha="right", color=HELD_OUT
+        )
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.set_title("Loss", loc="left", fontweight="bold", color=INK)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -32,7 +34,9 @@ def router_heatmap(windows: Sequence[tuple[str, np.ndarray]], path: str | Path) 
 
     Colour is an expert's share of its layer's rows times the number of experts: 1 is an even share, 0 a dead expert.
     """
-    loads = [(title, counts / np.maximum(counts.sum(1, keepdims=True), 1) * counts.shape[1]) for title, counts in windows]
+    loads = [
+        (title, counts / np.maximum(counts.sum(1, keepdims=True), 1) * counts.shape[1]) for title, counts in windows
+    ]
     layers, experts = loads[0][1].shape
     width = float(np.clip(experts * 0.32, 3.2, 9.0))
     figure, panels = _figure(width * len(loads) + 1.4, float(np.clip(layers * 0.32, 1.6, 9.0)) + 1.2, len(loads))

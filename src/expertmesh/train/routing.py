@@ -1,8 +1,8 @@
 """Where the tokens go: how many rows each expert of each layer received, counted on the device while training.
 
 A forward hook on every router adds its choices to one vector per layer. Nothing waits for the device until `window()`
-is read, at a logging step. Counted are all rows that are routed, padding included, in training mode only. Recomputed
-layers (activation checkpointing) may be counted twice, all of them alike; the metrics are ratios and do not change.
+is read, at a logging step. Counted are the tokens that are not padding, in training mode only. Recomputed layers
+(activation checkpointing) may be counted twice, all of them alike; the metrics are ratios and do not change.
 
 Metrics of one layer, from its counts c_E:
     load_cv     standard deviation of c over its mean; 0 is perfect balance
@@ -52,6 +52,7 @@ class RouterLoad:
         self.first: np.ndarray | None = None
         self.last: np.ndarray | None = None
         self.total: np.ndarray | None = None
+        self.mask: torch.Tensor | None = None  # of the microbatch in work, nonzero where a token is no padding
         self._counts: dict[str, torch.Tensor] = {}
         for name, router in routers(model):
             self.layers.append(name)
@@ -63,10 +64,13 @@ class RouterLoad:
         ids = next((x for x in reversed(output) if not x.is_floating_point()), None)
         if ids is None:  # a router that does not return its choices (llama4) is left out
             return
-        ids = ids.detach().reshape(-1).long()
+        ids_TK = ids.detach().reshape(-1, ids.shape[-1]).long()
+        one_TK = torch.ones_like(ids_TK)
+        if self.mask is not None and self.mask.numel() == len(ids_TK):
+            one_TK *= (self.mask.reshape(-1, 1) != 0).to(ids_TK.device)
         if name not in self._counts:
-            self._counts[name] = torch.zeros(output[0].shape[-1], dtype=torch.long, device=ids.device)
-        self._counts[name].scatter_add_(0, ids, torch.ones_like(ids))
+            self._counts[name] = torch.zeros(output[0].shape[-1], dtype=torch.long, device=ids_TK.device)
+        self._counts[name].scatter_add_(0, ids_TK.flatten(), one_TK.flatten())
 
     def window(self) -> dict[str, float]:
         """Metrics of what was counted since the last call, means over the layers; {} if nothing was.

@@ -58,8 +58,9 @@ class _Watched:
             self._tokens = self._tokens + (batch["input_ids"].numel() if mask is None else mask.sum())
         return batches, num_items
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.load.mask = inputs.get("attention_mask")
+        loss = super().training_step(model, inputs, *args, **kwargs)
         self._record.losses.append(loss)
         return loss
 
@@ -88,14 +89,14 @@ class _Watched:
 
 
 class Trainer(_Watched, transformers.Trainer):
-    """transformers.Trainer that stops at the first loss or gradient that is not finite and logs the load of the experts.
+    """transformers.Trainer that stops at a loss or gradient that is not finite and logs the load of the experts.
 
     Raises `NonFiniteError` before the optimizer step, and ValueError for a step without a single supervised label.
     """
 
 
 class SFTTrainer(_Watched, trl.SFTTrainer):
-    """TRL's SFTTrainer that stops at the first loss or gradient that is not finite and logs the load of the experts.
+    """TRL's SFTTrainer that stops at a loss or gradient that is not finite and logs the load of the experts.
 
     Raises `NonFiniteError` before the optimizer step, and ValueError for a step without a single supervised label.
     """

@@ -1,0 +1,72 @@
+"""The command line: `expertmesh VERB ...`, one small file per verb, imported only when that verb is called.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 75 stopped by SIGTERM and 130 by Ctrl-C, checkpoint saved.
+An error that a user can mend is one paragraph without a traceback; EXPERTMESH_DEBUG=1 shows the traceback as well.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import typer
+
+VERBS = {
+    "train": "Fine-tune a model as a YAML file says.",
+    "check": "Prove that a model computes and saves what it does under stock Transformers.",
+    "demo": "Train, export and verify a small model on this machine.",
+    "doctor": "Show what is installed, what is on or off, and what is lost without it.",
+    "schema": "Print the JSON Schema of the configuration.",
+}
+
+
+def main() -> None:
+    """The `expertmesh` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line, given without the program's name, and returns its exit code."""
+    verb = next((word for word in arguments if not word.startswith("-")), None)
+    try:
+        _app(verb)(list(arguments), prog_name="expertmesh")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except Exception as error:
+        return _report(error)
+    return 0
+
+
+def _app(verb: str | None) -> typer.Typer:
+    """Every verb with its sentence; only `verb` itself is imported, so that `--help` does not wait for PyTorch."""
+    app = typer.Typer(
+        help="Fast Mixture-of-Experts fine-tuning that stays plain Transformers.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for name, sentence in VERBS.items():
+        called = name == verb
+        app.command(name, help=None if called else sentence)(_load(name) if called else _not_called)
+    return app
+
+
+def _load(verb: str) -> Callable[..., None]:
+    return getattr(importlib.import_module(f"expertmesh.cli.{verb}"), verb)
+
+
+def _not_called() -> None:
+    """Stands in the list of verbs for one that was not called."""
+
+
+def _report(error: Exception) -> int:
+    """Prints an error as a user should see it and returns the exit code."""
+    from expertmesh.train.errors import ConfigError, explain
+
+    paragraph = explain(error)
+    if paragraph is None or os.environ.get("EXPERTMESH_DEBUG"):
+        traceback.print_exception(error)
+    if paragraph is not None:
+        print(f"expertmesh: {paragraph}", file=sys.stderr)
+    return 2 if isinstance(error, ConfigError) else 1

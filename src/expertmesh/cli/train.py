@@ -1,0 +1,42 @@
+"""`expertmesh train`: a fine-tuning run from one YAML file."""
+
+from typing import Annotated
+
+import typer
+
+
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY.SUB=VALUE]...",
+            help="A YAML file, and keys that replace what it says, as in train.learning_rate=1e-4. "
+            "Without a file a tiny model learns the built-in data.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Fine-tune a model as a YAML file says; `expertmesh schema` lists the keys.
+
+    Exit codes: 0 done, 1 failed, 2 wrong configuration, 75 (SIGTERM) and 130 (Ctrl-C) stopped with a checkpoint saved.
+    """
+    from expertmesh.train.config import ConfigError, load_config
+
+    files = [argument for argument in arguments or [] if "=" not in argument]
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    if len(files) > 1:
+        raise ConfigError(f"One configuration file is expected, and here are {len(files)}: {', '.join(files)}.")
+    config = load_config(files[0] if files else None, overrides)
+    if dry_run:
+        typer.echo(config.to_yaml(), nl=False)
+        return
+
+    from expertmesh.train.run import run
+
+    result = run(config)
+    if result.exit_code:
+        again = " ".join(["expertmesh train", *(arguments or []), "save.resume_from_checkpoint=auto"])
+        typer.echo(f"Stopped, with a checkpoint in {result.output_dir}. To go on: {again}", err=True)
+        raise typer.Exit(result.exit_code)
+    typer.echo(f"Done: the model is in {result.final}, metrics and plots are in {result.output_dir}.", err=True)

@@ -1,0 +1,279 @@
+"""A run from its configuration: model, data and trainer are built, trained, evaluated, and written to one folder.
+
+config.yaml    the configuration, every key resolved: `expertmesh train` with it repeats the run
+env.json       versions, hardware, and which fusions were on
+metrics.jsonl  every logged record
+plots/         loss.png, router.png
+checkpoint-*/  to resume from
+final/         the model in Hugging Face's format with its tokenizer (with LoRA: the adapter)
+"""
+
+import json
+import logging
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig
+from transformers.trainer_utils import get_last_checkpoint
+
+import expertmesh
+from expertmesh import backends, data
+from expertmesh.train.config import Config, ConfigError
+from expertmesh.train.interrupt import Interrupt
+from expertmesh.train.metrics import read_metrics
+from expertmesh.train.progress import ProgressLine
+from expertmesh.train.routing import routers
+from expertmesh.train.trainer import SFTTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Result:
+    """What a run left behind. `exit_code` is 0, or 75 / 130 after SIGTERM / Ctrl-C (then `final` is None)."""
+
+    output_dir: Path
+    exit_code: int = 0
+    final: Path | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def run(config: Config) -> Result:
+    """Trains as the configuration says. Raises ConfigError for what cannot be run, NonFiniteError for a bad step."""
+    return train(config, build(config))
+
+
+def build(config: Config) -> SFTTrainer:
+    """The trainer of a run, with model, tokenizer and prepared data, before its first step."""
+    transformers.set_seed(config.train.seed)
+    tokenizer, model = load_tokenizer(config), load_model(config)
+    if config.moe.freeze_router:
+        _freeze_routers(model)
+    train_rows, eval_rows = load_data(config)
+    if "messages" in train_rows.column_names and not tokenizer.chat_template:
+        raise ConfigError(
+            f"The tokenizer of {config.model.name} has no chat template, so the conversations of {config.data.name} "
+            "cannot become tokens. Take the instruction-tuned model, or data with `text`, or `prompt` and `completion`."
+        )
+    trainer = SFTTrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=_lora(config),
+    )
+    for quiet in (transformers.PrinterCallback, transformers.ProgressCallback):
+        trainer.remove_callback(quiet)
+    _check_prepared(trainer, config)
+    return trainer
+
+
+def train(config: Config, trainer: SFTTrainer) -> Result:
+    """Trains what `build` made, evaluates, and writes the folder of the run."""
+    output_dir = Path(config.save.output_dir)
+    checkpoint = _checkpoint(config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(config.to_yaml())
+    (output_dir / "env.json").write_text(json.dumps(environment(trainer.model), indent=2) + "\n")
+    progress, interrupt = ProgressLine(), Interrupt()
+    trainer.add_callback(progress)
+    trainer.add_callback(interrupt)
+    try:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if interrupt.exit_code is not None:
+            return Result(output_dir, interrupt.exit_code)
+        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    finally:
+        progress.stop()
+    final = output_dir / "final"
+    trainer.model.save_pretrained(final)
+    trainer.processing_class.save_pretrained(final)
+    plot(trainer, output_dir)
+    return Result(output_dir, 0, final, metrics)
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.name`."""
+    if config.model.name == "demo":
+        return data.demo_tokenizer()
+    options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    try:
+        return AutoTokenizer.from_pretrained(config.model.name, **options)
+    except (OSError, ValueError) as error:
+        raise _unreachable(config.model.name, "tokenizer", error) from error
+
+
+def load_model(config: Config) -> transformers.PreTrainedModel:
+    """The fused model of `model.name`, on the device it is trained on."""
+    options: dict[str, Any] = {"fused": config.model.fused}
+    if config.model.attn_implementation is not None:
+        options["attn_implementation"] = config.model.attn_implementation
+    options["dtype"] = config.model.dtype
+    if config.model.dtype == "auto" and (config.model.name == "demo" or not torch.cuda.is_available()):
+        options["dtype"] = "float32"
+    if config.model.name == "demo":
+        return expertmesh.AutoModelForCausalLM.from_config(demo_config(), **options)
+    if torch.cuda.is_available():
+        options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, not through the CPU's memory
+    options |= {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    try:
+        return expertmesh.AutoModelForCausalLM.from_pretrained(config.model.name, **options)
+    except OSError as error:
+        raise _unreachable(config.model.name, "model", error) from error
+
+
+def demo_config() -> Qwen3MoeConfig:
+    """A Qwen3-MoE of about 3 million weights for the built-in tokenizer: small, and every part of the family in it."""
+    tokenizer = data.demo_tokenizer()
+    return Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+
+
+def load_data(config: Config) -> tuple["Dataset", "Dataset | None"]:
+    """(rows to train on, rows to evaluate on or None), in one of TRL's formats."""
+    section, seed = config.data, config.train.seed
+    try:
+        rows = data.load_dataset(section.name, section.split, seed, name=section.config)
+        if section.eval_split is not None:
+            return rows, data.load_dataset(section.name, section.eval_split, seed, name=section.config)
+        return data.hold_out(rows, section.eval_fraction, seed) if section.eval_fraction else (rows, None)
+    except ValueError as error:
+        raise ConfigError(f"data.name: {error}") from error
+
+
+def training_arguments(config: Config):
+    """The TRL arguments that say what `config` says."""
+    from trl import SFTConfig
+
+    settings, save, logs = config.train, config.save, config.log
+    return SFTConfig(
+        output_dir=save.output_dir,
+        max_steps=settings.max_steps or -1,
+        num_train_epochs=settings.num_train_epochs or 1.0,
+        **settings.model_dump(exclude={"max_steps", "num_train_epochs"}),
+        gradient_checkpointing=None,  # TRL switches it on by this, the old name
+        dataloader_pin_memory=torch.cuda.is_available(),
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+        assistant_only_loss=config.data.assistant_only_loss,
+        router_aux_loss_coef=config.moe.router_aux_loss_coef,
+        logging_steps=logs.logging_steps,
+        report_to=logs.report_to or "none",
+        eval_strategy="steps" if logs.eval_steps else "no",
+        eval_steps=logs.eval_steps,
+        save_strategy="steps" if save.save_steps else "no",
+        save_steps=save.save_steps or 500,
+        save_total_limit=save.save_total_limit,
+        disable_tqdm=True,
+    )
+
+
+def environment(model: torch.nn.Module) -> dict[str, Any]:
+    """Versions, hardware and fusions, as plain data."""
+    report = getattr(model, "fusion_report", None)
+    return {
+        "expertmesh": expertmesh.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "cuda": torch.version.cuda,
+        "packages": {row.name: row.version for row in backends.table()},
+        "fusions": [asdict(fusion) for fusion in report()] if report else [],
+    }
+
+
+def plot(trainer: SFTTrainer, output_dir: Path) -> None:
+    """Writes plots/loss.png and, for a model with routers, plots/router.png. Without matplotlib it says so."""
+    if backends.version_of("matplotlib") is None:
+        log.warning("No plots were drawn: matplotlib is not installed. `pip install expertmesh[plots]` adds it.")
+        return
+    from expertmesh.train import plots
+
+    plots.loss_curve(read_metrics(output_dir / "metrics.jsonl"), output_dir / "plots" / "loss.png")
+    load = trainer.load
+    if load.first is not None and load.last is not None:
+        steps = trainer.args.logging_steps
+        windows = [(f"first {steps:g} steps", load.first), (f"last {steps:g} steps", load.last)]
+        plots.router_heatmap(windows, output_dir / "plots" / "router.png")
+
+
+def _freeze_routers(model: torch.nn.Module) -> None:
+    frozen = [weight.requires_grad_(False) for _, router in routers(model) for weight in router.parameters()]
+    if not frozen:
+        raise ConfigError(f"moe.freeze_router is set, and {type(model).__name__} has no routers. Remove the key.")
+
+
+def _lora(config: Config):
+    if config.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _checkpoint(config: Config) -> str | None:
+    wanted, output_dir = config.save.resume_from_checkpoint, config.save.output_dir
+    if wanted == "auto":
+        return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if wanted is not None and not Path(wanted, "trainer_state.json").is_file():
+        raise ConfigError(
+            f"save.resume_from_checkpoint: {wanted} is no checkpoint (it has no trainer_state.json). Name a folder "
+            f"checkpoint-<step>, or `auto` for the newest one in {output_dir}."
+        )
+    return wanted
+
+
+def _check_prepared(trainer: SFTTrainer, config: Config) -> None:
+    """Raises ConfigError where no token of the prepared data would be learned."""
+    if not len(trainer.train_dataset):
+        raise ConfigError(
+            f"Nothing of {config.data.name} is left to train on: all labels are masked, because no example has a token "
+            f"to learn within data.max_length={config.data.max_length}. Raise it, or look at the answers in the data."
+        )
+
+
+def _unreachable(name: str, what: str, error: Exception) -> ConfigError:
+    if Path(name).is_dir():
+        return ConfigError(f"model.name: the {what} in the folder {name} cannot be read: {_first_sentence(error)}")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+    why = "it is not in the cache, and HF_HUB_OFFLINE forbids fetching it" if offline else _first_sentence(error)
+    return ConfigError(
+        f"model.name: there is no folder {name!r} here, and as a Hugging Face id its {what} cannot be had: {why}. "
+        f"Check the spelling, name a local folder, run `hf download {name}` where there is a network, or use `demo`."
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
