@@ -77,8 +77,8 @@ def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch
     else:
         budget, least = 2**28, 64
     most = max(least, budget // (vocab_size * dtype.itemsize))
-    chunks = max(1, triton.cdiv(num_rows, most))
-    return max(1, min(num_rows, triton.cdiv(num_rows, chunks * 64) * 64))  # whole GEMM tiles
+    chunks = max(1, -(-num_rows // most))
+    return max(1, min(num_rows, -(-num_rows // (chunks * 64)) * 64))  # whole GEMM tiles
 
 
 @triton.jit
@@ -179,7 +179,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.empty(V, H, dtype=sum_dtype, device=hidden.device) if wanted[1] else None
         dbias = torch.zeros(V, dtype=sum_dtype, device=hidden.device) if wanted[2] else None
         rows = chunk_rows(N, V, hidden.dtype, hidden.device)
-        width = triton.cdiv(V, 16) * 16  # rows start aligned for GEMMs and wide loads, whatever V is
+        width = -(-V // 16) * 16  # rows start aligned for GEMMs and wide loads, whatever V is
         buffer = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device)[:, :V]
         losses = []
         for start in range(0, N, rows):

@@ -1,0 +1,115 @@
+"""The only place that asks what is installed and which device this is.
+
+Every other file asks here: kernels call `use_triton(x)` to choose between their Triton and PyTorch paths, `doctor` prints
+`table()`. Triton is imported here once, so that a kernel file can be read (and its reference run) where Triton is missing.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _without_triton(fn: Any = None, **_: Any) -> Any:
+    """Stands in for `triton.jit`: kernels keep their names, and nothing calls them."""
+    return fn if fn is not None else _without_triton
+
+
+# CPU-only platforms have no Triton wheel; kernel files still import, so that their PyTorch references run
+triton: Any = importlib.import_module("triton") if HAS_TRITON else SimpleNamespace(jit=_without_triton)
+tl: Any = importlib.import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
+
+_interpreting = False
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within this context CPU tensors take the Triton path too. For tests; needs TRITON_INTERPRET=1 before the first import."""
+    global _interpreting
+    if not HAS_TRITON:
+        raise RuntimeError("Triton is not installed, so its kernels cannot be interpreted: pip install triton.")
+    before, _interpreting = _interpreting, True
+    try:
+        yield
+    finally:
+        _interpreting = before
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """True when a kernel function should run its Triton path for `x`: a CUDA tensor, and Triton is installed."""
+    return HAS_TRITON and (x.is_cuda or _interpreting)
+
+
+def has_liger() -> bool:
+    """True when liger-kernel can be imported."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of `table()`: a package or device, the version found (None: absent), what uses it, what its absence costs."""
+
+    name: str
+    version: str | None
+    used_for: str
+    without_it: str
+    required: bool = False
+
+
+_PACKAGES = (
+    Backend("torch", None, "everything", "nothing runs", required=True),
+    Backend("transformers", None, "models, loading, generation, Trainer", "nothing runs", required=True),
+    Backend(
+        "triton",
+        None,
+        "experts, router, norms, RoPE and loss on GPUs",
+        "on GPUs the slower F.grouped_mm and PyTorch ops",
+    ),
+    Backend(
+        "liger-kernel", None, "fused norms and MLPs of models without experts, on GPUs", "such models run as stock"
+    ),
+    Backend("accelerate", None, "transformers' Trainer", "no `expertmesh train`"),
+    Backend("trl", None, "`expertmesh train` (SFTTrainer)", "no `expertmesh train`"),
+    Backend("peft", None, "LoRA", "full fine-tuning only"),
+    Backend("datasets", None, "`expertmesh train`", "no `expertmesh train`"),
+    Backend("matplotlib", None, "loss curve and router heatmap", "no pictures; the numbers stay in metrics.jsonl"),
+)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def table() -> list[Backend]:
+    """What was found on this machine, one row each; the device is the first row."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        gpu = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (sm_{major}{minor})"
+    else:
+        gpu = None
+    device = Backend("GPU", gpu, "Triton kernels", "PyTorch reference on the CPU: correct, for small models")
+    rows = [Backend(p.name, version_of(p.name), p.used_for, p.without_it, p.required) for p in _PACKAGES]
+    return [device, *rows]
+
+
+def logger() -> logging.Logger:
+    """The package's logger: to stderr, from rank 0 only unless somebody configured it otherwise."""
+    log = logging.getLogger("expertmesh")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.propagate = False
+        log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    return log

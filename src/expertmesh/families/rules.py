@@ -1,0 +1,73 @@
+"""How a family says which of its classes have fast twins.
+
+A rule names the HF code it replaces by a fingerprint of that code. Families share code: one fingerprint covers the
+RMSNorm of fifty families. And if a later Transformers changes a forward, the fingerprint no longer matches: the class
+stays stock and the printed table says so, instead of a twin that computes something else.
+"""
+
+import ast
+import functools
+import hashlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from expertmesh.layers.fast import Fast
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose code has one of these fingerprints become twins of `fast`.
+
+    fusion: the switch it belongs to. like: HF classes, as "model_type.Class", whose code the twin equals (for readers and
+    for the test that keeps the fingerprints honest). code: the fingerprints of that code. also: methods, or functions of
+    the class' module, that belong to the code. why_not: the reason why one instance must stay stock, or None.
+    """
+
+    fusion: str
+    fast: type[Fast]
+    like: tuple[str, ...]
+    code: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    why_not: Callable[[nn.Module], str | None] = lambda module: None
+
+    def matches(self, cls: type) -> bool:
+        """Whether the class runs exactly the code this rule replaces."""
+        return fingerprint(cls, self.also) in self.code
+
+
+@functools.cache
+def fingerprint(cls: type, also: tuple[str, ...] = ()) -> str | None:
+    """Hash of the class' `forward` and what else is named, blind to comments, docstrings, annotations and decorators."""
+    functions = [getattr(cls, "forward", None)]
+    for name in also:
+        functions.append(getattr(cls, name, None) or getattr(sys.modules[cls.__module__], name, None))
+    if any(function is None for function in functions):
+        return None
+    try:
+        sources = [textwrap.dedent(inspect.getsource(function)) for function in functions]
+    except (OSError, TypeError):  # no source file, as in a frozen application: nothing can be recognised
+        return None
+    code = "\n".join(_normalized(ast.parse(source).body[0]) for source in sources)
+    return hashlib.sha1(code.encode()).hexdigest()[:12]
+
+
+def _normalized(node: ast.AST) -> str:
+    """The tree as text, without what does not compute and without fields that vary between Python versions."""
+    if isinstance(node, ast.FunctionDef):
+        node.decorator_list, node.returns = [], None
+        if isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant):
+            del node.body[0]
+    if isinstance(node, ast.arg):
+        node.annotation = None
+    fields = []
+    for name, value in ast.iter_fields(node):
+        values = value if isinstance(value, list) else [value]
+        parts = [_normalized(v) if isinstance(v, ast.AST) else repr(v) for v in values if v is not None]
+        if parts and name not in ("ctx", "type_comment", "type_params", "kind", "lineno"):
+            fields.append(f"{name}={','.join(parts)}")
+    return f"{type(node).__name__}({';'.join(fields)})"

@@ -1,0 +1,276 @@
+"""fuse(model): a Hugging Face model in, the same object with fast classes out.
+
+Nothing is renamed, wrapped or copied. Modules whose code is recognised become instances of a subclass that computes the
+same faster (families/); experts run on the "expertmesh" backend of Transformers' own registry; and the model's class
+becomes a subclass of itself, which defers the logits and weights the router's auxiliary loss (`FusedModel`). Loading,
+saving, generation, PEFT and Trainer see the HF model they know.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from expertmesh import backends
+from expertmesh.families.generic import RULES
+from expertmesh.families.rules import Rule
+from expertmesh.layers import experts as fast_experts
+from expertmesh.layers.fast import Fast, twin
+from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_head
+from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
+from expertmesh.memory.recompute import keep_routing
+
+#: Every fusion by its switch, and how Transformers names the classes it is meant for.
+FUSIONS = {
+    "experts": "Experts",
+    "router": "Router",
+    "rms_norm": "RMSNorm",
+    "swiglu": "MLP",
+    "qk_norm_rope": "Attention",
+    "add_norm": "DecoderLayer",
+    "linear_cross_entropy": "lm_head",
+    "liger": "models without experts",
+}
+
+_requested: ContextVar[frozenset[str]] = ContextVar("requested_fusions", default=frozenset(FUSIONS))
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One row of a model's report: a fusion is on for `count` modules by `by`, or off because of `reason`."""
+
+    name: str
+    on: bool
+    by: str
+    reason: str
+    count: int
+
+
+def fuse(model: PreTrainedModel, fused: bool | dict[str, bool] = True) -> PreTrainedModel:
+    """Turn a loaded Hugging Face model into its fast twin, in place, and return it.
+
+    fused: True for every fusion, or a dict that switches single ones, as {"router": False}. Parameters, buffers, names
+    and hooks stay. A model without experts stays stock, with Liger's kernels once it is on a GPU. Raises ValueError for
+    an unknown switch, TypeError if `model` is no Transformers model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"fuse() takes a Transformers model, not {type(model).__name__}. If the model is wrapped (by PEFT, DDP or "
+            f"torch.compile), fuse the model inside before wrapping it."
+        )
+    if isinstance(model, FusedModel) or fused is False:
+        return model
+    with requesting(fused):
+        if has_fast_experts(type(model)):
+            if "experts" in _requested.get():
+                model.set_experts_implementation(fast_experts.NAME)
+            model.__class__ = fused_class(type(model))
+            model._fuse_modules()
+        else:
+            _use_liger(model)
+    return model
+
+
+@contextmanager
+def requesting(fused: bool | dict[str, bool]) -> Iterator[None]:
+    """Models built inside get these fusions. `fused` as in `fuse`."""
+    switches = fused if isinstance(fused, dict) else {}
+    for name in switches:
+        if name not in FUSIONS:
+            nearest = get_close_matches(name, FUSIONS, 1, 0)[0]
+            raise ValueError(f"There is no fusion {name!r}; did you mean {nearest!r}? Known: {', '.join(FUSIONS)}.")
+    token = _requested.set(frozenset(name for name in FUSIONS if switches.get(name, True)))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def has_fast_experts(cls: type) -> bool:
+    """Whether this model class keeps its experts behind Transformers' `use_experts_implementation`."""
+    return issubclass(cls, PreTrainedModel) and cls._can_set_experts_implementation()
+
+
+@functools.cache
+def fused_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The subclass of a Transformers model class whose instances are fused when they are made.
+
+    Name and module stay the HF class': weight conversion, `architectures` in config.json and the loss go by them.
+    """
+    cls = twin(stock, FusedModel)
+
+    @functools.wraps(stock.forward)  # Trainer and generate read the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        defer = self.training and kwargs.get("labels") is not None
+        with deferring(defer), _aux_loss_share(self, kwargs):
+            return stock.forward(self, *args, **kwargs)
+
+    cls.forward = forward  # type: ignore[attr-defined]
+    return cls
+
+
+class FusedModel(Fast):
+    """What a fused model adds to its HF class."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._fuse_modules()
+
+    def fusion_report(self) -> list[Fusion]:
+        """For each fusion: on, and by what; or off, and why."""
+        return list(self._fusions)
+
+    def _fuse_modules(self) -> None:
+        self._fusions = [_experts_row(self), *_apply_rules(self), _fuse_head(self)]
+        _print_report(self, self._fusions)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Transformers' choice, except that ours is the default."""
+        if requested_experts is None and "experts" in _requested.get():
+            requested_experts = fast_experts.NAME
+        return super().get_correct_experts_implementation(requested_experts)
+
+    @property
+    def loss_function(self) -> Any:
+        """Transformers' loss; the causal one knows deferred logits."""
+        loss = super().loss_function
+        return causal_lm_loss if loss is ForCausalLMLoss else loss
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self._loss_function = value
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """As in Transformers (`resize_token_embeddings` comes here); the new head is fused like the old one."""
+        fast = isinstance(self.get_output_embeddings(), FastHead)
+        super().set_output_embeddings(new_embeddings)
+        if fast and why_not_head(new_embeddings) is None:
+            new_embeddings.__class__ = twin(nn.Linear, FastHead)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
+        """As in Transformers, and the experts chosen in the forward are kept for the recompute."""
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if options.get("use_reentrant") is False and "context_fn" not in options:
+            gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, context_fn=keep_routing)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+@contextmanager
+def _aux_loss_share(model: Any, inputs: dict[str, Any]) -> Iterator[None]:
+    """Weight the router's auxiliary loss by this microbatch's share of the batch's labelled tokens.
+
+    Transformers adds `coef * aux` to each microbatch's loss whole, though the loss proper is a sum over microbatches and
+    ranks divided by `num_items_in_batch`: the auxiliary part grows with world size and gradient accumulation.
+    """
+    labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
+    coef = getattr(model, "router_aux_loss_coef", None)
+    if labels is None or num_items is None or coef is None:
+        yield
+        return
+    shifted = inputs.get("shift_labels")
+    counted = labels[..., 1:] if shifted is None else shifted
+    if torch.is_tensor(num_items):
+        num_items = num_items.to(counted.device)
+    model.router_aux_loss_coef = coef * ((counted != -100).sum() / num_items)
+    try:
+        yield
+    finally:
+        model.router_aux_loss_coef = coef
+
+
+def _how() -> str:
+    if not torch.cuda.is_available():
+        return "PyTorch (no GPU here)"
+    return "Triton" if backends.HAS_TRITON else "PyTorch (no Triton here)"
+
+
+def _experts_row(model: Any) -> Fusion:
+    modules = [m for m in model.modules() if hasattr(m, "is_concatenated") and hasattr(m, "has_gate")]
+    chosen = model.config.get_text_config()._experts_implementation
+    if chosen != fast_experts.NAME:
+        return Fusion("experts", False, "", f"experts_implementation={chosen!r} was asked for", 0)
+    reasons = {reason for m in modules if (reason := fast_experts.why_not(m)) is not None}
+    if reasons:
+        return Fusion("experts", False, "", f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}", 0)
+    return Fusion("experts", True, _how(), "", len(modules))
+
+
+def _apply_rules(model: nn.Module) -> list[Fusion]:
+    return [_apply_fusion(model, fusion) for fusion in dict.fromkeys(rule.fusion for rule in RULES)]
+
+
+def _apply_fusion(model: nn.Module, fusion: str) -> Fusion:
+    if fusion not in _requested.get():
+        return Fusion(fusion, False, "", "switched off", 0)
+    rules = [rule for rule in RULES if rule.fusion == fusion]
+    reasons: dict[str, None] = {}
+    count = 0
+    for module in model.modules():
+        reason = _convert(module, fusion, rules)
+        if reason == "":
+            count += 1
+        elif reason is not None:
+            reasons[reason] = None
+    if not count and not reasons:
+        reasons["the model has no such module"] = None
+    return Fusion(fusion, count > 0, _how() if count else "", "; ".join(reasons), count)
+
+
+def _convert(module: nn.Module, fusion: str, rules: list[Rule]) -> str | None:
+    """Make the module fast: "" when done, the reason when it must stay stock, None when the fusion is not meant for it."""
+    cls = type(module)
+    if issubclass(cls, Fast) or not cls.__module__.startswith("transformers.models."):
+        return None
+    for rule in rules:
+        if rule.matches(cls):
+            reason = rule.why_not(module)
+            if reason is None:
+                module.__class__ = twin(cls, rule.fast)
+                return ""
+            return f"{cls.__name__}: {reason}"
+    return f"{cls.__name__} runs code of its own" if cls.__name__.endswith(FUSIONS[fusion]) else None
+
+
+def _fuse_head(model: Any) -> Fusion:
+    name = "linear_cross_entropy"
+    if name not in _requested.get():
+        return Fusion(name, False, "", "switched off", 0)
+    head = model.get_output_embeddings()
+    reason = why_not_head(head)
+    if reason is not None:
+        return Fusion(name, False, "", reason, 0)
+    head.__class__ = twin(nn.Linear, FastHead)
+    return Fusion(name, True, _how(), "", 1)
+
+
+def _use_liger(model: PreTrainedModel) -> None:
+    """A model without experts: stock, plus Liger's kernels at its first forward on a GPU."""
+    reason = "switched off" if "liger" not in _requested.get() else why_not_liger(model)
+    if reason is None:
+        model.register_forward_pre_hook(ApplyLigerOnGPU())
+    by = "liger-kernel, from the first forward on a GPU" if reason is None else ""
+    _print_report(model, [Fusion("liger", reason is None, by, reason or "", 1 if reason is None else 0)])
+
+
+_printed: set[tuple] = set()
+
+
+def _print_report(model: nn.Module, rows: list[Fusion]) -> None:
+    """Print what is on and what is off, once for each kind of model in a process."""
+    key = (type(model).__name__, *rows)
+    if key in _printed:
+        return
+    _printed.add(key)
+    lines = [f"expertmesh: {type(model).__name__}"]
+    for row in rows:
+        state = f"on   {row.by} x{row.count}" if row.on else "off"
+        lines.append(f"  {row.name:<21}{state}" + (f"  ({row.reason})" if row.reason else ""))
+    backends.logger().info("\n".join(lines))

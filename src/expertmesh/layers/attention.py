@@ -1,0 +1,63 @@
+"""Fast twin of attention with per-head q/k-norm (Qwen3): norm and RoPE of queries and keys in one kernel.
+
+The attention itself stays the one that the user chose (`attn_implementation`).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
+
+from expertmesh.kernels.qk_norm_rope import qk_norm_rope
+from expertmesh.layers.fast import Fast
+from expertmesh.layers.norm import can_merge
+
+
+class FastQKNormAttention(Fast):
+    """Must equal `Qwen3MoeAttention.forward` of Transformers."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not (can_merge(self.q_norm) and can_merge(self.k_norm)):  # replaced or hooked after fusing: call them
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        batch_seq = hidden_states.shape[:-1]
+        heads = (*batch_seq, -1, self.head_dim)
+        query, key = qk_norm_rope(
+            self.q_proj(hidden_states).view(heads),
+            self.k_proj(hidden_states).view(heads),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            *position_embeddings,
+            self.q_norm.variance_epsilon,
+        )
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attn_output, attn_weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*batch_seq, -1).contiguous()), attn_weights
+
+
+def why_not_qk_norm(attention: nn.Module) -> str | None:
+    """Why this attention must stay stock, or None."""
+    if can_merge(attention.q_norm) and can_merge(attention.k_norm):
+        return None
+    return "its q/k-norms are not fused RMSNorms"

@@ -1,0 +1,173 @@
+"""Every expert of a layer at once: the experts backend "expertmesh" of Transformers' `ExpertsInterface`.
+
+    group → up + activation → down → combine             forward
+    down-dgrad + activation' → weight gradients → up-dgrad → combine      backward
+
+One autograd function does both. It saves x [T, H], the up-projection's output h [S, J] and the routing, and nothing else
+that grows with S = T·K rows: the activation is recomputed from h, and the routing weights' gradient comes out of the
+down-dgrad, so neither the permuted input nor the experts' outputs are kept.
+
+All layouts of Transformers' experts modules work: gated (concatenated or interleaved) or not, with biases or not,
+weights [E, out, in] or transposed.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2CLS
+from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
+
+from expertmesh.kernels.activation import Activation
+from expertmesh.kernels.combine import combine
+from expertmesh.kernels.grouped_act import down_dact, up_act
+from expertmesh.kernels.grouped_gemm import grouped_gemm
+from expertmesh.kernels.grouped_wgrad import grouped_sum, grouped_wgrad
+from expertmesh.kernels.grouping import Grouping, group_by_expert
+
+NAME = "expertmesh"
+
+
+def why_not(experts: nn.Module) -> str | None:
+    """Why this experts module cannot run on the "expertmesh" backend, or None if it can."""
+    if getattr(experts, "has_post_expert_norm", False):
+        return "each expert's output is normalised before it is weighted"
+    return None
+
+
+def activation_of(experts: nn.Module) -> Activation:
+    """The `Activation` of a Transformers experts module, read from the flags and functions it carries."""
+    gated, interleaved = experts.has_gate, not experts.is_concatenated
+    if not gated:
+        kind = "relu2" if isinstance(experts.act_fn, ACT2CLS["relu2"]) else "custom"
+        return Activation(kind, gated=False, fn=experts.act_fn)
+    own_gate = type(experts)._apply_gate
+    if own_gate is _default_apply_gate and isinstance(experts.act_fn, (nn.SiLU, _class_of("silu"))):
+        return Activation("silu", interleaved=interleaved)
+    if own_gate.__qualname__ == "GptOssExperts._apply_gate":
+        return Activation("clamped", interleaved=interleaved, alpha=experts.alpha, limit=experts.limit)
+    return Activation("custom", interleaved=interleaved, fn=experts._apply_gate)
+
+
+def _class_of(name: str) -> type:
+    entry = ACT2CLS[name]
+    return entry[0] if isinstance(entry, tuple) else entry
+
+
+@torch.compiler.disable
+def experts_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Output [T, H] of a Transformers experts module for hidden_states [T, H].
+
+    top_k_index: [T, K], an id equal to `experts.num_experts` marks a pair that is not computed here. top_k_weights: [T, K],
+    any float type. Equals `grouped_mm_experts_forward` of Transformers; float32 sums, result in hidden_states' dtype.
+    """
+    if why_not(experts) is not None:
+        return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    w_up = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    b_up = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
+    b_down = experts.down_proj_bias if experts.has_bias else None
+    w_down = experts.down_proj
+    if not experts.is_transposed:
+        w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
+    x_TH = hidden_states.to(w_up.dtype)  # under autocast Transformers computes experts in their weights' dtype too
+    act = activation_of(experts)
+    out_TH = _Experts.apply(x_TH, top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act)
+    return out_TH.to(hidden_states.dtype)
+
+
+class _Experts(torch.autograd.Function):
+    """Weights are [E, in, out] views here; their gradients come back in the same shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH, weight_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, ids_TK, act: Activation):
+        group = group_by_expert(ids_TK, w_up_EHJ.shape[0])
+        x_TH = x_TH.contiguous()
+        h_SJ, a_SI = up_act(x_TH, w_up_EHJ, b_up_EJ, group, act)
+        y_SH = grouped_gemm(a_SI, w_down_EIH, group, b_down_EH)
+        ctx.act, ctx.tiles, ctx.block = act, group.tiles, group.block
+        ctx.save_for_backward(
+            x_TH,
+            h_SJ,
+            weight_TK,
+            ids_TK,
+            w_up_EHJ,
+            b_up_EJ,
+            w_down_EIH,
+            b_down_EH,
+            group.slot_S,
+            group.token_S,
+            group.position_TK,
+            group.offsets_E,
+        )
+        return combine(y_SH, group.position_TK, weight_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TH):
+        x_TH, h_SJ, weight_TK, ids_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, *rows = ctx.saved_tensors
+        group = Grouping(*rows, ctx.tiles, ctx.block)
+        need_x, need_weight, need_w_up, need_b_up, need_w_down, need_b_down = ctx.needs_input_grad[:6]
+        dout_TH = dout_TH.contiguous()
+        weight_S = weight_TK.reshape(-1)[group.slot_S.long()].float()
+
+        dh_SJ, wa_SI, dweight_S = down_dact(dout_TH, w_down_EIH.transpose(1, 2), h_SJ, weight_S, group, ctx.act)
+        dweight_TK = dx_TH = dw_up = dw_down = db_up = db_down = None
+        if need_weight:
+            dweight_TK = _per_slot(dweight_S, group, dout_TH, ids_TK, b_down_EH).to(weight_TK.dtype)
+        if need_w_down:
+            dw_down = _wgrad(wa_SI, dout_TH, group, like=w_down_EIH, gather_b=True)
+        if need_b_down:
+            db_down = _bias_down_grad(dout_TH, weight_TK, ids_TK, b_down_EH)
+        if need_w_up:
+            dw_up = _wgrad(x_TH, dh_SJ, group, like=w_up_EHJ, gather_a=True)
+        if need_b_up:
+            db_up = grouped_sum(dh_SJ, group)
+        if need_x:
+            dx_TH = combine(grouped_gemm(dh_SJ, w_up_EHJ.transpose(1, 2), group), group.position_TK)
+        return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None
+
+
+def _wgrad(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    group: Grouping,
+    *,
+    like: torch.Tensor,
+    gather_a: bool = False,
+    gather_b: bool = False,
+) -> torch.Tensor:
+    """dW [E, in, out] in the memory layout of the parameter behind `like`, so that autograd need not copy it."""
+    if like.stride(-1) == 1:
+        return grouped_wgrad(a, b, group, gather_a=gather_a, gather_b=gather_b)
+    return grouped_wgrad(b, a, group, gather_a=gather_b, gather_b=gather_a).transpose(1, 2)
+
+
+def _per_slot(
+    dweight_S: torch.Tensor,
+    group: Grouping,
+    dout_TH: torch.Tensor,
+    ids_TK: torch.Tensor,
+    b_down_EH: torch.Tensor | None,
+) -> torch.Tensor:
+    """Routing-weight gradients [T, K] from sorted rows [S]; the down bias adds ⟨dout_t, b_e⟩, one dense product."""
+    mine = group.position_TK >= 0
+    dweight_TK = torch.where(mine, dweight_S[group.position_TK.clamp(min=0).long()], 0)
+    if b_down_EH is None:
+        return dweight_TK
+    dot_TE = (dout_TH @ b_down_EH.t()).float()
+    return dweight_TK + torch.where(mine, dot_TE.gather(1, ids_TK.clamp(max=b_down_EH.shape[0] - 1)), 0)
+
+
+def _bias_down_grad(
+    dout_TH: torch.Tensor, weight_TK: torch.Tensor, ids_TK: torch.Tensor, b_down_EH: torch.Tensor
+) -> torch.Tensor:
+    """db [E, H] = Σ weight_tk · dout_t over the pairs of each expert, as one dense product with a [T, E+1] matrix."""
+    spread_TE = weight_TK.new_zeros(ids_TK.shape[0], b_down_EH.shape[0] + 1, dtype=torch.float32)
+    spread_TE.scatter_add_(1, ids_TK, weight_TK.float())
+    return spread_TE[:, :-1].to(dout_TH.dtype).t() @ dout_TH
+
+
+ExpertsInterface.register(NAME, experts_forward)

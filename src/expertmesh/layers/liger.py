@@ -1,0 +1,58 @@
+"""Models without experts run as vanilla Hugging Face models, with Liger's kernels once they are on a GPU.
+
+Liger patches a model in place, and its patches run on GPUs only, so they go in at the first forward that finds the model
+there. Two of its habits are undone: it also replaces classes in the modeling module, which would change every later
+model of the process; and it rebinds MLP forwards of experts, which would delete their expert-parallel dispatch.
+"""
+
+import importlib
+import inspect
+from typing import Any
+
+from torch import nn
+
+from expertmesh.backends import logger
+
+
+def why_not_liger(model: nn.Module) -> str | None:
+    """Why Liger cannot serve this model, or None."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError:
+        return "liger-kernel is not installed: pip install liger-kernel"
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return f"Liger has no kernels for model type {model.config.model_type!r}"
+    return None
+
+
+class ApplyLigerOnGPU:
+    """Forward pre-hook that applies Liger's kernels at the first forward on a GPU and removes itself."""
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if not next(model.parameters()).is_cuda:
+            return
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if hook is self:
+                del model._forward_pre_hooks[key]
+        apply_liger(model)
+
+
+def apply_liger(model: nn.Module) -> None:
+    """Apply Liger's kernels to this instance, and to nothing else."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type]
+    options = {"rope": False, "cross_entropy": False}  # these two exist only as patches of the module
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        options["swiglu"] = False
+    if "forward" in vars(model):  # a trainer has put its own loss into this model's forward
+        options["fused_linear_cross_entropy"] = False
+    known = inspect.signature(apply).parameters
+    modeling = vars(importlib.import_module(type(model).__module__))
+    before = dict(modeling)
+    try:
+        apply(model=model, **{name: value for name, value in options.items() if name in known})
+    finally:
+        modeling.clear()
+        modeling.update(before)
+    logger().info("expertmesh: Liger kernels are on in this %s.", type(model).__name__)

@@ -1,0 +1,35 @@
+"""Fast twins of Transformers' RMSNorm classes; three conventions of how the weight multiplies (kernels/rms_norm.py)."""
+
+import torch
+from torch import nn
+
+from expertmesh.kernels.rms_norm import Scale, rms_norm
+from expertmesh.layers.fast import Fast
+
+
+class FastRMSNorm(Fast):
+    """`weight * x_hat.to(dtype)`: Llama, Qwen, DeepSeek, Mixtral …"""
+
+    scale: Scale = "rounded"
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, scale=self.scale)
+
+
+class FastFloat32RMSNorm(FastRMSNorm):
+    """`(weight * x_hat).to(dtype)` in float32: GPT-OSS, Nemotron."""
+
+    scale: Scale = "float32"
+
+
+class FastOnePlusRMSNorm(Fast):
+    """`((1 + weight) * x_hat).to(dtype)` in float32: Qwen3-Next, Qwen3.5."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps, scale="one_plus")
+
+
+def can_merge(norm: nn.Module) -> bool:
+    """Whether a layer may compute this norm itself instead of calling it: a plain "rounded" RMSNorm that nobody hooked."""
+    plain = isinstance(norm, FastRMSNorm) and norm.scale == "rounded"
+    return plain and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)

@@ -1,0 +1,88 @@
+"""Fast twins of Transformers' routers: the same logits, then one kernel for weights and ids.
+
+Each returns what the HF router returns, (router_logits [T, E], weights [T, K], ids [T, K]), in the same dtypes. On the
+CPU the kernel's place is taken by its PyTorch reference. Inside a checkpointed layer the choice is recorded, and replayed
+when the layer is recomputed (memory/recompute.py).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from expertmesh.kernels.router import Routing, kernel_supports, route
+from expertmesh.layers.fast import Fast
+from expertmesh.memory.recompute import routed
+
+
+class _FastRouter(Fast):
+    """Common part: subclasses say how logits are made, the `Routing`, and the weights' dtype."""
+
+    def _route(
+        self,
+        logits_TE: torch.Tensor,
+        routing: Routing,
+        weight_dtype: torch.dtype,
+        bias_E: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weights, ids = routed(lambda ids: route(logits_TE, routing, bias_E, ids, weight_dtype))
+        return logits_TE, weights, ids
+
+
+class FastSoftmaxRouter(_FastRouter):
+    """Softmax over all experts, then top-k, normalised if `norm_topk_prob` says so; weights in the logits' dtype."""
+
+    always_normalize = False
+    float32_weights = False
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits_TE = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        routing = Routing("softmax", self.top_k, self.always_normalize or self.norm_topk_prob)
+        return self._route(logits_TE, routing, torch.float32 if self.float32_weights else logits_TE.dtype)
+
+
+class FastNormalizedSoftmaxRouter(FastSoftmaxRouter):
+    """The same, always normalised (Qwen3.5, Qwen3-VL)."""
+
+    always_normalize = True
+
+
+class FastMixtralRouter(FastNormalizedSoftmaxRouter):
+    """The same, with float32 weights (Mixtral, MiniMax)."""
+
+    float32_weights = True
+
+
+class FastTopKSoftmaxRouter(_FastRouter):
+    """Top-k of the logits, softmax over the chosen (GPT-OSS)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits_TE = F.linear(hidden_states, self.weight, self.bias)
+        return self._route(logits_TE, Routing("topk_softmax", self.top_k), logits_TE.dtype)
+
+
+class FastSigmoidRouter(_FastRouter):
+    """Sigmoid scores, biased and group-limited choice, float32 throughout (DeepSeek V3, GLM, Nemotron)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden_states = hidden_states.view(-1, self.hidden_dim).type(torch.float32)
+        logits_TE = F.linear(hidden_states, self.weight.type(torch.float32))
+        return self._route(logits_TE, sigmoid_routing(self), torch.float32, self.e_score_correction_bias)
+
+
+def sigmoid_routing(router: nn.Module) -> Routing:
+    """The `Routing` that a DeepSeek-V3-like router module describes."""
+    return Routing(
+        "sigmoid",
+        router.top_k,
+        router.norm_topk_prob,
+        router.routed_scaling_factor,
+        router.num_group,
+        router.topk_group,
+    )
+
+
+def why_not_sigmoid(router: nn.Module) -> str | None:
+    """Why this sigmoid router must stay stock, or None."""
+    if kernel_supports(sigmoid_routing(router), router.num_experts):
+        return None
+    return f"{router.num_experts} experts in {router.num_group} groups: the kernel needs powers of two"

@@ -1,0 +1,52 @@
+"""Activation checkpointing that keeps the routing.
+
+A router run again in backward can flip near-ties: the recomputed layer then sends tokens to other experts than the
+forward did, which breaks the checkpoint ("recomputed tensors have different metadata") or, worse, the gradients. So the
+choice of experts is recorded when a checkpointed layer first runs and replayed when it is recomputed.
+
+`keep_routing` goes in as the `context_fn` of `torch.utils.checkpoint.checkpoint(use_reentrant=False)`; a fused model
+does that by itself when `activation_checkpointing_enable()` is called.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+
+import torch
+
+_current: ContextVar["_Region | None"] = ContextVar("routing_region", default=None)
+
+
+class _Region:
+    """One run, first or repeated, of a checkpointed function; the runs of one call share the list of choices."""
+
+    def __init__(self, choices: list[torch.Tensor], replay: bool) -> None:
+        self.choices, self.replay, self.position = choices, replay, 0
+        self._tokens: list[Token] = []
+
+    def __enter__(self) -> None:
+        self.position = 0
+        self._tokens.append(_current.set(self))
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._tokens.pop())
+
+
+def keep_routing() -> tuple[_Region, _Region]:
+    """(forward context, recompute context) for one call of `torch.utils.checkpoint.checkpoint`."""
+    choices: list[torch.Tensor] = []
+    return _Region(choices, replay=False), _Region(choices, replay=True)
+
+
+def routed(
+    choose: Callable[[torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a router's `choose(ids or None) -> (weights, ids)`: with the recorded ids in a recompute, else freshly."""
+    region = _current.get()
+    if region is None:
+        return choose(None)
+    if region.replay:
+        region.position += 1
+        return choose(region.choices[region.position - 1])
+    weights, ids = choose(None)
+    region.choices.append(ids)
+    return weights, ids
