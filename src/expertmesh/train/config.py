@@ -87,7 +87,7 @@ class TrainSection(Section):
 class LoraSection(Section):
     r: Annotated[int, Field(gt=0)] = 16
     """Rank of the update."""
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Annotated[int, Field(gt=0)] = 32
     """Scale of the update: it is multiplied by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""

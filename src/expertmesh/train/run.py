@@ -28,7 +28,7 @@ from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.progress import ProgressLine
 from expertmesh.train.routing import routers
-from expertmesh.train.trainer import SFTTrainer
+from expertmesh.train.sft import SFTTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,23 +135,18 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
 def demo_config() -> Qwen3MoeConfig:
     """A Qwen3-MoE of about 3 million weights for the built-in tokenizer: small, and every part of the family in it."""
     tokenizer = data.demo_tokenizer()
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
+    tokens = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     return Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
         intermediate_size=256,
-        moe_intermediate_size=128,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=2048,
+        num_hidden_layers=4,
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+        **attention,
+        **experts,
+        **tokens,
     )
 
 
@@ -177,7 +172,7 @@ def training_arguments(config: Config):
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
         **settings.model_dump(exclude={"max_steps", "num_train_epochs"}),
-        gradient_checkpointing=None,  # TRL switches it on by this, the old name
+        gradient_checkpointing=settings.activation_checkpointing,  # the old name, by which TRL switches it on
         dataloader_pin_memory=torch.cuda.is_available(),
         max_length=config.data.max_length,
         packing=config.data.packing,
@@ -257,7 +252,8 @@ def _checkpoint(config: Config) -> str | None:
 
 def _check_prepared(trainer: SFTTrainer, config: Config) -> None:
     """Raises ConfigError where no token of the prepared data would be learned."""
-    if not len(trainer.train_dataset):
+    rows: Any = trainer.train_dataset
+    if not len(rows):
         raise ConfigError(
             f"Nothing of {config.data.name} is left to train on: all labels are masked, because no example has a token "
             f"to learn within data.max_length={config.data.max_length}. Raise it, or look at the answers in the data."

@@ -1,35 +1,35 @@
-"""Trainer and SFTTrainer: transformers' and TRL's, plus three things that every run should have.
+"""Trainer: transformers', plus three things that every run should have. sft.py gives them to TRL's SFTTrainer.
 
-    a loss or gradient that is not finite stops the run before the optimizer step     guard.py
-    how evenly the tokens are spread over the experts, in the logs                    routing.py
-    every record in output_dir/metrics.jsonl                                          metrics.py
-
-All arguments, methods and files are those of the classes below; a script changes its import line and nothing else.
+- a loss or gradient that is not finite stops the run before the optimizer step (guard.py)
+- how evenly the tokens are spread over the experts, in the logs (routing.py)
+- every record in output_dir/metrics.jsonl (metrics.py)
 """
 
 import time
 from typing import Any
 
-import datasets
 import torch
 import transformers
-import trl
+from transformers.utils import is_datasets_available
 
 from expertmesh.train.guard import ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.routing import RouterLoad
 
 
-class _Watched:
-    """The three things, for any subclass of transformers.Trainer.
+class Trainer(transformers.Trainer):
+    """transformers.Trainer that stops at a loss or gradient that is not finite and logs the load of the experts.
 
-    `load` (RouterLoad) holds the counts of tokens per layer and expert, for plots.
+    All arguments, methods and files are transformers'. `load` (RouterLoad) holds the counts of tokens per layer and
+    expert. `train` raises `NonFiniteError` before the optimizer step, and ValueError for a step without a single
+    supervised label.
     """
 
+    model: Any  # never None once built; a PreTrainedModel, or PEFT's wrapper around one
+    processing_class: Any
+
     def __init__(self, model=None, args=None, data_collator=None, train_dataset=None, *rest: Any, **kwargs: Any):
-        if isinstance(train_dataset, datasets.Dataset) and ROW not in train_dataset.column_names:
-            train_dataset = train_dataset.add_column(ROW, list(range(len(train_dataset))))
-        super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
+        super().__init__(model, args, data_collator, _numbered(train_dataset), *rest, **kwargs)
         self.args.logging_nan_inf_filter = False  # it hides a nan, and waits for every microbatch
         self.load = RouterLoad(self.model)
         self.add_callback(MetricsFile(self.args.output_dir, self.load))
@@ -88,15 +88,11 @@ class _Watched:
         super().log(logs, start_time)
 
 
-class Trainer(_Watched, transformers.Trainer):
-    """transformers.Trainer that stops at a loss or gradient that is not finite and logs the load of the experts.
+def _numbered(dataset: Any) -> Any:
+    """A datasets.Dataset with its row numbers as a column; anything else as it is, and its rows stay unknown."""
+    if is_datasets_available():
+        from datasets import Dataset
 
-    Raises `NonFiniteError` before the optimizer step, and ValueError for a step without a single supervised label.
-    """
-
-
-class SFTTrainer(_Watched, trl.SFTTrainer):
-    """TRL's SFTTrainer that stops at a loss or gradient that is not finite and logs the load of the experts.
-
-    Raises `NonFiniteError` before the optimizer step, and ValueError for a step without a single supervised label.
-    """
+        if isinstance(dataset, Dataset) and ROW not in dataset.column_names:
+            return dataset.add_column(ROW, list(range(len(dataset))))
+    return dataset
