@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from typer import Typer
-from typer.testing import CliRunner
 
 from expertmesh.bench.parity import (
     CASES,
@@ -24,7 +22,7 @@ from expertmesh.bench.parity import (
 )
 from expertmesh.bench.rows import Row, relative_error, worst_error
 from expertmesh.bench.tiny import FAMILIES, tiny_model
-from expertmesh.cli.check import check
+from expertmesh.cli import run
 from tests.models import load_ours, load_stock, saved, shared_pair
 
 CASE = {case.name: case for case in CASES}
@@ -113,7 +111,7 @@ def test_swapped_experts_are_noticed_although_all_weights_load():
     quantities = {
         row.quantity for row in differing([*compare_case(stock, other, CASE["plain"]), *weight_rows(stock, other)])
     }
-    assert {"loss", "training logits", "eval logits", "gradients", "weights that differ"} <= quantities
+    assert {"loss", "training logits", "eval logits", "gradients", "weights"} <= quantities
 
 
 def test_reading_memory_nobody_wrote_is_noticed():
@@ -162,32 +160,36 @@ def test_error_measures():
     assert worst_error({"a": one, "b": one * 1.01}, {"a": one, "b": one})[1] == "b"
 
 
-def run_check(*arguments: str):
-    app = Typer()
-    app.command()(check)
-    return CliRunner().invoke(app, list(arguments))
+def test_check_command_exits_0_when_all_is_equal(capsys):
+    assert run(["check", "qwen3_moe"]) == 0
+    printed = capsys.readouterr().out
+    assert "poisoned memory" in printed and "62 comparisons, 0 differ" in printed
 
 
-def test_check_command_exits_0_when_all_is_equal():
-    result = run_check("qwen3_moe")
-    assert result.exit_code == 0, result.output
-    assert "poisoned memory" in result.output and "0 differ" in result.output
-
-
-def test_check_command_exits_1_and_names_what_differs(monkeypatch):
+def test_check_command_exits_1_and_names_what_differs(capsys, monkeypatch):
     broken = load_ours("mixtral")
-    broken.get_parameter("model.layers.0.mlp.experts.down_proj").register_hook(lambda gradient: gradient * 1.01)
+    name = "model.layers.0.mlp.experts.down_proj"
+    broken.get_parameter(name).register_hook(lambda gradient: gradient * 1.01)
     monkeypatch.setattr(type(broken), "from_pretrained", classmethod(lambda cls, *args, **options: broken))
     monkeypatch.setattr("expertmesh.AutoModelForCausalLM", type(broken))
-    result = run_check(str(saved("mixtral")), "--verbose")
-    assert result.exit_code == 1, result.output
-    assert "DIFFERS" in result.output
+    assert run(["check", str(saved("mixtral"))]) == 1
+    printed = capsys.readouterr().out
+    assert "DIFFERS" in printed and f"plain, gradients: worst in {name}" in printed
 
 
-@pytest.mark.parametrize("arguments", [["qwen3_mo"], ["qwen3_moe", "--device", "tpu"], ["nobody/no-such-model"]])
-def test_check_command_exits_2_on_wrong_usage(arguments):
-    result = run_check(*arguments)
-    assert result.exit_code == 2, result.output
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (["qwen3_mo"], "Did you mean 'qwen3_moe'?"),
+        (["qwen3_moe", "--device", "tpu"], "--device is cpu or cuda"),
+        (["nobody/no-such-model"], "'nobody/no-such-model' cannot be loaded"),
+        (["qwen3_moe", "--devise", "cpu"], "No such option"),
+        ([], "Missing argument"),
+    ],
+)
+def test_check_command_exits_2_on_wrong_usage(capsys, arguments, fix):
+    assert run(["check", *arguments]) == 2
+    assert fix in capsys.readouterr().err
 
 
 def test_check_takes_a_checkpoint_folder():

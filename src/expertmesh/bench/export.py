@@ -61,8 +61,8 @@ def export_rows(stock: PreTrainedModel, ours: PreTrainedModel) -> list[Row]:
         ours.save_pretrained(found)
         reloaded = StockAutoModelForCausalLM.from_pretrained(found, dtype="auto")
         checks = {
-            "keys, shapes, dtypes that differ": differing(layout(found), layout(expected)),
-            "JSON files that differ": differing(configurations(found), configurations(expected)),
-            "weights that differ after reload": differing_tensors(reloaded.state_dict(), ours.state_dict()),
+            "keys, shapes, dtypes": differing(layout(found), layout(expected)),
+            "JSON files": differing(configurations(found), configurations(expected)),
+            "weights, reloaded": differing_tensors(reloaded.state_dict(), ours.state_dict()),
         }
     return [Row("export", what, len(names), 0, names[0] if names else "") for what, names in checks.items()]

@@ -54,7 +54,7 @@ CASES = (
     Case("aux loss, num_items_in_batch", batch="right", aux=True, accumulated=True),
     Case("checkpointing", checkpointing=True),
     Case("experts without tokens", routing="starved"),
-    Case("all tokens on the same experts", routing="one"),
+    Case("all on the same experts", routing="one"),
     Case("ties", routing="ties"),
     Case("poisoned memory", routing="starved", poisoned=True),
 )
@@ -285,7 +285,7 @@ def generate_rows(stock: PreTrainedModel, ours: PreTrainedModel, new_tokens: int
     different = int((theirs.sequences != found.sequences).sum())
     logits = relative_error(torch.stack(found.logits), torch.stack(theirs.logits))
     return [
-        Row("generate", "tokens that differ", different, 0, ""),
+        Row("generate", "tokens", different, 0, ""),
         Row("generate", "logits of all steps", logits, CPU_TOLERANCE, ""),
     ]
 
@@ -293,7 +293,7 @@ def generate_rows(stock: PreTrainedModel, ours: PreTrainedModel, new_tokens: int
 def weight_rows(stock: PreTrainedModel, ours: PreTrainedModel) -> list[Row]:
     """The loaded weights must be the same tensors under the same names."""
     different = differing_tensors(ours.state_dict(), stock.state_dict())
-    return [Row("load", "weights that differ", len(different), 0, different[0] if different else "")]
+    return [Row("load", "weights", len(different), 0, different[0] if different else "")]
 
 
 def check_checkpoint(path: str | Path, device: str = "cpu") -> Iterator[Row]:

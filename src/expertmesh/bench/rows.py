@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Row:
-    """One compared quantity. `error` and `limit` are relative errors, or counts where the quantity says so."""
+    """One compared quantity. `error` and `limit` are relative errors, or counts where `limit` is 0."""
 
     case: str
     quantity: str
