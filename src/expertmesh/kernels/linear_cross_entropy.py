@@ -176,7 +176,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels = labels.contiguous()
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         dhidden = torch.empty_like(hidden) if wanted[0] else None
-        dweight = torch.empty(V, H, dtype=sum_dtype, device=hidden.device) if wanted[1] else None
+        empty = torch.empty if N else torch.zeros  # the first chunk overwrites it, if there is one
+        dweight = empty(V, H, dtype=sum_dtype, device=hidden.device) if wanted[1] else None
         dbias = torch.zeros(V, dtype=sum_dtype, device=hidden.device) if wanted[2] else None
         rows = chunk_rows(N, V, hidden.dtype, hidden.device)
         width = -(-V // 16) * 16  # rows start aligned for GEMMs and wide loads, whatever V is
