@@ -89,7 +89,7 @@ def test_aux_loss_of_every_microbatch_in_full_is_noticed():
     expected.
     """
     stock, other = planted()
-    found = differing(compare_case(stock, other, CASE["aux loss, num_items_in_batch"]))
+    found = differing(compare_case(stock, other, CASE["aux loss, accumulated"]))
     assert [row.quantity for row in found] == ["loss", "gradients"]
 
 
@@ -111,7 +111,7 @@ def test_swapped_experts_are_noticed_although_all_weights_load():
     quantities = {
         row.quantity for row in differing([*compare_case(stock, other, CASE["plain"]), *weight_rows(stock, other)])
     }
-    assert {"loss", "training logits", "eval logits", "gradients", "weights"} <= quantities
+    assert {"loss", "train logits", "eval logits", "gradients", "weights"} <= quantities
 
 
 def test_reading_memory_nobody_wrote_is_noticed():

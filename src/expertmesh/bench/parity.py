@@ -49,9 +49,9 @@ CASES = (
     Case("right padding", batch="right"),
     Case("left padding", batch="left"),
     Case("packed", batch="packed"),
-    Case("num_items_in_batch", accumulated=True),
+    Case("accumulated", accumulated=True),
     Case("aux loss", batch="right", aux=True),
-    Case("aux loss, num_items_in_batch", batch="right", aux=True, accumulated=True),
+    Case("aux loss, accumulated", batch="right", aux=True, accumulated=True),
     Case("checkpointing", checkpointing=True),
     Case("experts without tokens", routing="starved"),
     Case("all on the same experts", routing="one"),
@@ -200,7 +200,7 @@ def run_case(model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], 
             loss = loss + (share_of_aux(batch | extra) - 1) * model.config.router_aux_loss_coef * out.aux_loss
         loss.backward()
         outcome.values["loss"] = loss.detach().float().cpu()
-        record("training", out)
+        record("train", out)
         outcome.gradients = {
             name: None if parameter.grad is None else parameter.grad.detach().float().cpu()
             for name, parameter in model.named_parameters()

@@ -95,7 +95,7 @@ def _table(name: str, rows: "list[Row]", verbose: bool) -> "Table":
     table = Table(title=f"{name} against stock Transformers", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("case", "quantity"):
         table.add_column(column, no_wrap=True)
-    for column in ("differs by", "allowed"):
+    for column in ("error", "allowed"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for case in dict.fromkeys(row.case for row in rows):
