@@ -152,11 +152,16 @@ def _rows(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, grad: b
 
 
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """total = a.T @ b (first) or total += a.T @ b, in total's float32 whatever the dtype of a and b."""
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
-    else:  # no mixed GEMM on CPUs
-        total.addmm_(a.to(total.dtype).t(), b.to(total.dtype), beta=0 if first else 1)
+    """total = a.T @ b (first) or total += a.T @ b, with total in float32 whatever the dtype of a and b."""
+    beta = 0 if first else 1
+    if a.dtype == total.dtype:
+        total.addmm_(a.t(), b, beta=beta)
+    elif a.is_cuda:
+        torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=beta, out=total)
+    elif first:  # CPUs have no GEMM from bfloat16 to float32: each chunk's product is rounded
+        total.copy_(a.t() @ b)
+    else:
+        total += a.t() @ b
 
 
 def _scaled(x: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
