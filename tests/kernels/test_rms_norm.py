@@ -62,6 +62,20 @@ def test_add_rms_norm_gives_gradients_when_only_one_output_is_used(used):
     assert_same(got, expected)
 
 
+def test_inputs_and_gradients_that_are_views_of_wider_rows_are_read_by_their_strides():
+    wide, wider, weight = leaf(7, 48), leaf(7, 72), leaf(24)
+
+    def run(norm):
+        def fn(wide, wider, weight):
+            return torch.cat(norm(wide[:, 24:], wider[:, 24:48], weight, 1e-6), dim=-1)
+
+        return outputs_and_grads(fn, wide, wider, weight)
+
+    expected = run(add_rms_norm_reference)
+    with on_triton():
+        assert_same(run(add_rms_norm), expected)
+
+
 def test_strided_inputs_and_gradients_are_read_by_their_strides():
     x, residual, weight = leaf(4, 6, 48), leaf(6, 4, 24), leaf(24)
 
