@@ -11,14 +11,15 @@ from transformers import PreTrainedModel
 import expertmesh
 from expertmesh.bench.tiny import tiny_model
 
-_FOLDERS = tempfile.TemporaryDirectory(prefix="expertmesh-tiny-")
+_FOLDERS = tempfile.TemporaryDirectory(prefix="tiny-models-")
 
 
 @functools.cache
 def saved(family: str, dtype: torch.dtype = torch.float32) -> Path:
     """The folder of one family's tiny checkpoint, as stock Transformers saves it. Do not write into it."""
     folder = Path(_FOLDERS.name, f"{family}-{dtype}")
-    tiny_model(family).to(dtype).save_pretrained(folder)
+    model = tiny_model(family) if dtype == torch.float32 else load_stock(family, dtype=dtype)
+    model.save_pretrained(folder)
     return folder
 
 
