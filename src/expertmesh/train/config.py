@@ -36,7 +36,7 @@ class ModelSection(Section):
 
 class DataSection(Section):
     name: str | list[str]
-    """Training data: a json, jsonl, csv, parquet or txt file, folder or Hugging Face id, `demo:chat`, `demo:python`."""
+    """Training data: a json, jsonl, csv, parquet or txt file, folder, Hugging Face id, or `demo:all`."""
     config: str | None = None
     """Configuration of a Hugging Face dataset that has several."""
     split: str = "train"
@@ -158,7 +158,7 @@ class Config(Section):
 
 DEMO: dict[str, dict[str, Any]] = {
     "model": {"name": "demo"},
-    "data": {"name": "demo:chat", "max_length": 128, "assistant_only_loss": True},
+    "data": {"name": "demo:all", "max_length": 128, "assistant_only_loss": True},
     "train": {"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 3e-3},
     "moe": {"router_aux_loss_coef": 0.01},
     "save": {"output_dir": "runs/demo"},
@@ -199,9 +199,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"Cannot read the configuration {path}: {error}. Give the path of a readable YAML file."
-        ) from None
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"Cannot read the configuration {path}: {why}. Give the path of a YAML file.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Correct that line.") from None
     if not isinstance(tree, dict):

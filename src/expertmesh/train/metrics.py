@@ -18,7 +18,7 @@ from expertmesh.train.routing import RouterLoad, layer_metrics
 class MetricsFile(TrainerCallback):
     """Writes the records. A new run replaces the file; a resumed one first drops what came after its checkpoint."""
 
-    def __init__(self, folder: str, load: RouterLoad):
+    def __init__(self, folder: str | Path, load: RouterLoad):
         self.path = Path(folder) / "metrics.jsonl"
         self.load = load
         self.old = read_metrics(self.path)

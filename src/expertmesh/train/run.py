@@ -135,9 +135,21 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
 def demo_config() -> Qwen3MoeConfig:
     """A Qwen3-MoE of about 3 million weights for the built-in tokenizer: small, and every part of the family in it."""
     tokenizer = data.demo_tokenizer()
-    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048}
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
-    tokens = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    attention: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+    }
+    experts: dict[str, Any] = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+    }
+    tokens: dict[str, Any] = {
+        f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
+    }
     return Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

@@ -3,6 +3,9 @@
 - a loss or gradient that is not finite stops the run before the optimizer step (guard.py)
 - how evenly the tokens are spread over the experts, in the logs (routing.py)
 - every record in output_dir/metrics.jsonl (metrics.py)
+
+And it mends resuming: transformers' Trainer looks for a checkpoint's weights under the names they have in the model. On
+disk experts have other names, so it logs a warning and goes on with experts that were never restored.
 """
 
 import time
@@ -32,7 +35,7 @@ class Trainer(transformers.Trainer):
         super().__init__(model, args, data_collator, _numbered(train_dataset), *rest, **kwargs)
         self.args.logging_nan_inf_filter = False  # it hides a nan, and waits for every microbatch
         self.load = RouterLoad(self.model)
-        self.add_callback(MetricsFile(self.args.output_dir, self.load))
+        self.add_callback(MetricsFile(self.args.output_dir or ".", self.load))
         self._record = StepRecord()
         self._tokens: torch.Tensor | int = 0
         self._seconds = 0.0
@@ -73,6 +76,26 @@ class Trainer(transformers.Trainer):
         decode = getattr(self.processing_class, "decode", None)
         self._record.check(watched, self.state.global_step + 1, self.args.output_dir, model, decode)
         return grad_norm
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Weights through `from_pretrained`, which knows both names; ValueError if any of them is not on disk."""
+        target = self.model if model is None else model
+        if not isinstance(target, transformers.PreTrainedModel) or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        options = {"dtype": target.dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        saved, info = type(target).from_pretrained(resume_from_checkpoint, **options)
+        absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+        if absent:
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} lacks {len(absent)} weights, such as {absent[0]}, or parts of "
+                "them. It was probably cut short: delete the folder and resume from the one before."
+            )
+        target.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self):
+        if isinstance(self.model, transformers.PreTrainedModel) and not self.is_fsdp_enabled:
+            return self._load_from_checkpoint(self.state.best_model_checkpoint)
+        return super()._load_best_model()
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         if self._step_began is not None:

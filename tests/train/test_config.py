@@ -1,0 +1,130 @@
+"""The configuration: what it accepts, what it says about the rest."""
+
+import pytest
+import yaml
+
+from expertmesh.train.config import DEMO, Config, ConfigError, known_keys, load_config
+
+SIX_LINES = """\
+model:
+  name: Qwen/Qwen3-30B-A3B
+data:
+  name: my.jsonl
+train:
+  learning_rate: 1e-4
+"""
+
+
+def test_six_lines_are_a_configuration(tmp_path):
+    (tmp_path / "run.yaml").write_text(SIX_LINES)
+    config = load_config(tmp_path / "run.yaml")
+    assert config.model.name == "Qwen/Qwen3-30B-A3B"
+    assert config.train.learning_rate == 1e-4  # YAML reads 1e-4 as a string
+    assert config.lora is None
+
+
+def test_no_file_is_the_demo():
+    config = load_config()
+    assert config.model.name == "demo"
+    assert config.train.max_steps == DEMO["train"]["max_steps"]
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("train.learningrate", "train.learning_rate"),
+        ("learning_rate", "train.learning_rate"),
+        ("train.output_dir", "save.output_dir"),
+        ("data.max_seq_length", "data.max_length"),
+        ("lora.lora_alpha", "lora.alpha"),
+        ("modle.name", "model.name"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(key, nearest):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [f"{key}=1"])
+    assert f"did you mean `{nearest}`?" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_like_no_other_points_to_the_schema():
+    with pytest.raises(ConfigError, match="`expertmesh schema` lists all keys"):
+        load_config(None, ["zzz=1"])
+
+
+def test_overrides_are_read_as_yaml():
+    config = load_config(None, ["lora.r=4", "model.fused={experts: false}", "log.report_to=wandb", "save.save_steps=5"])
+    assert config.lora is not None and config.lora.r == 4
+    assert config.model.fused == {"experts": False}
+    assert config.log.report_to == ["wandb"]
+    assert config.save.save_steps == 5
+
+
+def test_an_override_wins_over_the_file_and_leaves_the_demo_as_it_is(tmp_path):
+    (tmp_path / "run.yaml").write_text(SIX_LINES)
+    assert load_config(tmp_path / "run.yaml", ["train.learning_rate=3e-5"]).train.learning_rate == 3e-5
+    load_config(None, ["train.learning_rate=1"])
+    assert load_config().train.learning_rate == DEMO["train"]["learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.learning_rate=fast"], "`train.learning_rate` cannot be 'fast'"),
+        (["train.max_steps=0"], "`train.max_steps` cannot be 0"),
+        (["train.max_steps=5", "train.num_train_epochs=2"], "both set: remove one"),
+        (["data.eval_split=test", "data.eval_fraction=0.1"], "both set: remove one"),
+        (["train.max_steps"], "neither a file nor an override"),
+        (["model.name.x=1"], "holds no keys"),
+        (["train={max_steps: [}"], "not valid YAML"),
+        (["model.fused={experts: perhaps}"], "`model.fused` cannot be"),
+    ],
+)
+def test_a_wrong_value_is_one_paragraph_that_names_the_key(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["data: {name: x}", "model:\ndata: {name: x}"])
+def test_a_missing_model_is_named_with_its_sentence(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="`model.name` is missing. Model to fine-tune: a Hugging Face id"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("text", ["model: [", "just words", ""])
+def test_a_file_that_is_no_configuration_is_an_error(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_an_unreadable_file_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="No such file or directory. Give the path"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="it is not UTF-8 text"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_the_resolved_configuration_loads_as_itself(tmp_path):
+    for overrides in ([], ["lora={}"], ["data.eval_split=test"], ["model.fused={router: false}"]):
+        config = load_config(None, overrides)
+        (tmp_path / "run.yaml").write_text(config.to_yaml())
+        assert load_config(tmp_path / "run.yaml") == config
+
+
+def test_every_key_has_a_sentence():
+    keys = dict(known_keys())
+    assert len(keys) <= 42
+    for key, sentence in keys.items():
+        assert sentence.endswith(".") and len(sentence) > 10, key
+    assert "train.learning_rate" in keys and "lora.r" in keys
+
+
+def test_the_schema_holds_the_sentences():
+    schema = yaml.safe_dump(Config.model_json_schema())
+    assert "Peak learning rate." in schema
+    assert "additionalProperties: false" in schema
