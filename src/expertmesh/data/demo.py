@@ -30,7 +30,7 @@ tracemalloc types typing unicodedata unittest unittest.mock urllib.parse urllib.
 xml.dom.minidom xml.etree.ElementTree zipfile zlib zoneinfo
 """.split()
 
-SHORTEST, LONGEST = 40, 800  # characters of an answer: below it says nothing, above it is cut at a paragraph
+SHORTEST, LONGEST = 40, 400  # characters of an answer: below it says nothing, above it is cut at a paragraph
 
 
 def chat_dialogues(seed: int = 0) -> list[Row]:
