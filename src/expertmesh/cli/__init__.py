@@ -68,5 +68,5 @@ def _report(error: Exception) -> int:
     if paragraph is None or os.environ.get("EXPERTMESH_DEBUG"):
         traceback.print_exception(error)
     if paragraph is not None:
-        print(f"expertmesh: {paragraph}", file=sys.stderr)
+        print(f"expertmesh: error: {paragraph}", file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 1

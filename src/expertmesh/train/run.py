@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -63,14 +64,22 @@ def build(config: Config) -> SFTTrainer:
             f"The tokenizer of {config.model.name} has no chat template, so the conversations of {config.data.name} "
             "cannot become tokens. Take the instruction-tuned model, or data with `text`, or `prompt` and `completion`."
         )
-    trainer = SFTTrainer(
-        model=model,
-        args=training_arguments(config),
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=_lora(config),
-    )
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=training_arguments(config),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=_lora(config),
+        )
+    except RuntimeError as error:
+        if "assistant_only_loss" not in str(error):
+            raise
+        raise ConfigError(
+            f"data.assistant_only_loss: a conversation of {config.data.name} has no assistant token, so all its labels "
+            f"are masked. Remove conversations without an answer; if all have one: {data.labels.REMEDY}"
+        ) from error
     for quiet in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(quiet)
     _check_prepared(trainer, config)
@@ -128,7 +137,7 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
     options |= {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     try:
         return expertmesh.AutoModelForCausalLM.from_pretrained(config.model.name, **options)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _unreachable(config.model.name, "model", error) from error
 
 
@@ -171,7 +180,8 @@ def load_data(config: Config) -> tuple["Dataset", "Dataset | None"]:
             return rows, data.load_dataset(section.name, section.eval_split, seed, name=section.config)
         return data.hold_out(rows, section.eval_fraction, seed) if section.eval_fraction else (rows, None)
     except ValueError as error:
-        raise ConfigError(f"data.name: {error}") from error
+        source = "" if str(section.name) in str(error) else f"{section.name} cannot be read: "
+        raise ConfigError(f"data.name: {source}{error}") from error
 
 
 def training_arguments(config: Config):

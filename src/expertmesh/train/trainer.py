@@ -87,8 +87,8 @@ class Trainer(transformers.Trainer):
         absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if absent:
             raise ValueError(
-                f"The checkpoint {resume_from_checkpoint} lacks {len(absent)} weights, such as {absent[0]}, or parts of "
-                "them. It was probably cut short: delete the folder and resume from the one before."
+                f"The checkpoint {resume_from_checkpoint} lacks {len(absent)} weights or parts of them, "
+                f"such as {absent[0]}. It was probably cut short: delete it and resume from the one before."
             )
         target.load_state_dict(saved.state_dict())
 

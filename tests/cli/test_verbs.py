@@ -1,0 +1,113 @@
+"""The command line: verbs, help, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from expertmesh import backends, cli
+from expertmesh.cli.doctor import REQUIRED, wrong_versions
+from expertmesh.train.config import Config, load_config
+from tests.train.runs import tiny_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def process(*arguments, **options):
+    command = [sys.executable, "-c", "from expertmesh.cli import main; main()", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_help_lists_every_verb_and_imports_nothing_heavy():
+    probe = (
+        "import sys; from expertmesh.cli import run; code = run(['--help']); heavy = set(sys.modules) & "
+        "{'torch', 'transformers', 'trl', 'datasets', 'matplotlib'}; sys.exit(f'{code} {heavy}')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True)
+    assert done.stderr.strip() == "0 set()"
+    for verb, sentence in cli.VERBS.items():
+        assert verb in done.stdout and sentence.split()[0] in done.stdout
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb, capsys):
+    assert cli.run([verb, "--help"]) == 0
+    assert verb in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["train", "--frobnicate"], ["doctor", "extra"], []])
+def test_wrong_usage_exits_with_2(arguments):
+    assert cli.run(arguments) == 2
+
+
+def test_dry_run_prints_the_resolved_configuration(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: {name: a/b}\ndata: {name: c.jsonl}\n")
+    assert cli.run(["train", str(tmp_path / "run.yaml"), "train.learning_rate=1e-3", "--dry-run"]) == 0
+    (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
+    resolved = load_config(tmp_path / "resolved.yaml")
+    assert resolved == load_config(tmp_path / "run.yaml", ["train.learning_rate=1e-3"])
+    assert resolved.train.learning_rate == 1e-3
+
+
+def test_train_says_where_the_model_is(tmp_path, capsys):
+    assert cli.run(["train", *tiny_run(tmp_path)]) == 0
+    assert f"the model is in {tmp_path / 'final'}" in capsys.readouterr().err
+
+
+def test_schema_is_json_schema_of_the_configuration(capsys):
+    assert cli.run(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == Config.model_json_schema()
+
+
+def test_doctor_lists_every_backend(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.run(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for row in backends.table():
+        assert row.name in said
+
+
+def test_doctor_fails_where_a_required_version_is_wrong(monkeypatch, capsys):
+    table = [row for row in backends.table() if row.name != "transformers"]
+    old = backends.Backend("transformers", "4.57.0", "models", "nothing runs", required=True)
+    monkeypatch.setattr(backends, "table", lambda: [*table, old])
+    assert cli.run(["doctor"]) == 1
+    assert "transformers 4.57.0 is not supported: install transformers>=5.23,<6." in capsys.readouterr().out
+
+
+def test_what_doctor_requires_is_what_the_package_requires():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert REQUIRED["python"] == project["requires-python"]
+    for name in ("torch", "transformers"):
+        assert f"{name}{REQUIRED[name]}" in project["dependencies"]
+
+
+def test_missing_and_unsupported_versions_are_told_apart():
+    found = {"python": "3.11.9", "torch": "2.13.0+cpu", "transformers": None}
+    assert wrong_versions(found) == {"transformers": "transformers is missing: install transformers>=5.23,<6."}
+    assert "2.4.0 is not supported" in wrong_versions(found | {"torch": "2.4.0"})["torch"]
+    assert wrong_versions({"python": "3.13.0", "torch": "2.15.0.dev1", "transformers": "5.30.0"}) == {}
+
+
+def test_sigterm_saves_a_checkpoint_and_exits_with_75(tmp_path):
+    run = process("train", *tiny_run(tmp_path, train__max_steps=100000, log__logging_steps=1))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 75, said
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert (checkpoint / "model.safetensors").exists() and (checkpoint / "optimizer.pt").exists()
+    assert "Traceback" not in said
+    assert "To go on: expertmesh train" in said and "save.resume_from_checkpoint=auto" in said
