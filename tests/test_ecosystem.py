@@ -1,10 +1,11 @@
-"""Trainer, TRL, PEFT and Accelerate run on our model with no change but the import, and take the stock model's path.
+"""Trainer, TRL, PEFT and Accelerate run on our model with no change but the import, on the stock model's path.
 
-Each test runs the same few steps on the stock model and on ours, from the same weights and seed, and compares losses and
-final weights.
+Each test runs the same few steps on the stock model and on ours, from the same weights and seed, and compares losses
+and final weights.
 """
 
 import functools
+import gc
 import math
 
 import pytest
@@ -19,13 +20,23 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
+import expertmesh
 from expertmesh.bench.parity import CPU_TOLERANCE
 from expertmesh.bench.rows import relative_error, worst_error
 from tests.models import load_ours, load_stock
 
 STEPS = 3
-RATE = 1e-2
+RATE = 0.1
 BOTH = pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections():
+    """Each Trainer collects garbage; with all that the imports made set aside, that takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @functools.cache
@@ -50,7 +61,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def arguments(cls, folder, **options):
-    """Arguments under which a float32 run on one CPU thread is repeatable; plain SGD, so that weights show gradients."""
+    """Arguments under which a float32 run on one CPU thread is repeatable; plain SGD, so weights show gradients."""
     given = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -88,12 +99,12 @@ def assert_same_weights(ours: torch.nn.Module, stock: torch.nn.Module) -> None:
     assert error <= CPU_TOLERANCE, where
 
 
-def train(model, folder, collator=default_data_collator, data=None, callbacks=None, resume=None, **options) -> Trainer:
-    trainer = Trainer(
+def train(model, folder, data=None, callbacks=None, resume=None, cls=Trainer, **options) -> Trainer:
+    trainer = cls(
         model=model,
         args=arguments(TrainingArguments, folder, **options),
         train_dataset=data or rows(),
-        data_collator=collator,
+        data_collator=default_data_collator,
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -112,6 +123,14 @@ def both(family: str, folder, prepare=lambda model: model, **options) -> list[Tr
 @BOTH
 def test_trainer_takes_the_stock_path(family, tmp_path):
     assert_same_path(both(family, tmp_path), "grad_norm")
+
+
+def test_a_slightly_wrong_gradient_would_be_noticed(tmp_path):
+    stock, ours = load_stock("qwen3_moe"), load_ours("qwen3_moe")
+    ours.get_parameter("model.layers.2.mlp.experts.down_proj").register_hook(lambda gradient: gradient * 1.002)
+    trainers = [train(model, tmp_path / str(index)) for index, model in enumerate((stock, ours))]
+    with pytest.raises(AssertionError):
+        assert_same_path(trainers)
 
 
 @BOTH
@@ -178,8 +197,7 @@ def test_trainer_with_adamw_clipping_and_decay(tmp_path):
 
 
 def test_trainer_evaluates_and_predicts_with_logits(tmp_path):
-    def accuracy(prediction):
-        assert prediction.predictions.shape == (8, 12, 128)
+    def mean(prediction):
         return {"mean": float(prediction.predictions.mean()), "first": float(prediction.predictions[0, 0, 0])}
 
     found = []
@@ -191,11 +209,13 @@ def test_trainer_evaluates_and_predicts_with_logits(tmp_path):
             args=args,
             eval_dataset=rows()[:8],
             data_collator=default_data_collator,
-            compute_metrics=accuracy,
+            compute_metrics=mean,
         )
         metrics = trainer.evaluate()
         found.append(torch.tensor([metrics[key] for key in ("eval_loss", "eval_mean", "eval_first")]))
-        found[-1] = torch.cat([found[-1], torch.as_tensor(trainer.predict(rows()[:4]).predictions[0]).flatten()[:50]])
+        predictions = torch.as_tensor(trainer.predict(rows()[:8]).predictions)
+        assert predictions.shape == (8, 12, 128)
+        found[-1] = torch.cat([found[-1], predictions.flatten()])
     assert relative_error(found[1], found[0]) <= CPU_TOLERANCE
 
 
@@ -216,22 +236,20 @@ def test_trainer_evaluates_during_training(tmp_path):
     assert_same_path(trainers, "eval_loss")
 
 
-def test_trainer_resumes_where_it_was_stopped_bit_for_bit(tmp_path):
+@pytest.mark.parametrize(("family", "trainer"), [("gpt_oss", Trainer), ("qwen3_moe", expertmesh.Trainer)])
+def test_a_resumed_run_equals_the_uninterrupted_bit_for_bit(family, trainer, tmp_path):
+    """Transformers' Trainer reads back only weights that are saved under the names they train under: GPT-OSS's are. Of
+    Qwen3-MoE, which is saved expert by expert, it would leave all experts at their initial values.
+    """
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": "adamw_torch"}
-    whole = train(load_ours("qwen3_moe"), tmp_path, **options)
-    resumed = train(load_ours("qwen3_moe"), tmp_path, resume=str(tmp_path / "checkpoint-2"), **options)
+    whole = train(load_ours(family), tmp_path, cls=trainer, **options)
+    resumed = train(load_ours(family), tmp_path, cls=trainer, resume=str(tmp_path / "checkpoint-2"), **options)
     assert torch.equal(history(whole)[2:], history(resumed)[-2:])
     for name, parameter in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], parameter), name
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
     for name, parameter in whole.model.state_dict().items():
         assert torch.equal(stock.state_dict()[name], parameter), name
-
-
-def test_trainer_compiled(tmp_path):
-    options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
-    stock, ours = both("qwen3_moe", tmp_path, **options)
-    assert relative_error(history(ours), history(stock)) <= CPU_TOLERANCE
 
 
 def test_callbacks_that_read_gradients_see_the_stock_ones(tmp_path):
@@ -289,7 +307,9 @@ def test_lora_on_every_linear_layer_of_other_families(family, tmp_path):
 
     def adapt(model):
         torch.manual_seed(9)
-        return get_peft_model(model, lora(target_modules="all-linear"))
+        # PEFT refuses to adapt the output projection of a Mamba layer
+        mamba = {"exclude_modules": ["out_proj"]} if family == "nemotron_h" else {}
+        return get_peft_model(model, lora(target_modules="all-linear", **mamba))
 
     assert_same_path(both(family, tmp_path, prepare=adapt))
 
