@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import traceback
 
 import torch
 import transformers
@@ -113,7 +114,7 @@ def count_host_syncs(model, vocab, device):
     try:
         model(input_ids=ids, labels=ids).loss.backward()
     except RuntimeError as error:
-        return str(error)[:300]
+        return "".join(traceback.format_exception(error)[-5:])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return None
@@ -154,7 +155,9 @@ def main():
         print(json.dumps(parity(TINY, 64, "cpu"), indent=1)[:600])
         return
     device, vocab = "cuda", WIDTHS["vocab_size"]
-    commit = options.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = (
+        options.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    )
     import triton
 
     result = {

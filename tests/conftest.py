@@ -4,3 +4,26 @@ import os
 
 os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import contextlib  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture
+def nan_memory():
+    """Within `nan_memory()` every `torch.empty` is filled with NaN, so that an element nobody writes shows."""
+
+    @contextlib.contextmanager
+    def poisoned():
+        before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.utils.deterministic.fill_uninitialized_memory = before[0]
+            torch.use_deterministic_algorithms(before[1])
+
+    return poisoned

@@ -1,6 +1,8 @@
 """expertmesh: one import line makes Hugging Face Mixture-of-Experts fine-tuning faster and lighter."""
 
 import importlib
+import sys
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -22,3 +24,14 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
+
+
+class _Package(ModuleType):
+    """The import system binds every submodule to its package; `expertmesh.fuse` must stay the function of that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

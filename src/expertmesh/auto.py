@@ -1,18 +1,18 @@
 """AutoModelForCausalLM: the one import line.
 
-A subclass of Transformers' class of the same name. Its mapping from configuration to model class gives the fused twin of
-every class whose experts are pluggable; everything else about loading is Transformers' own code, so every argument of
-`from_pretrained` and `from_config` means what it means there.
+A subclass of Transformers' class of the same name. Its mapping from configuration to model class gives the fused twin
+of every class whose experts are pluggable; everything else about loading is Transformers' own code, so every argument
+of `from_pretrained` and `from_config` means what it means there.
 """
 
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from expertmesh.fuse import fuse, fused_class, has_fast_experts, requesting
 
-_stock_mapping = transformers.AutoModelForCausalLM._model_mapping
+_stock_mapping: Any = transformers.AutoModelForCausalLM._model_mapping
 
 
 class _FusedMapping:
@@ -32,18 +32,18 @@ class _FusedMapping:
         return getattr(_stock_mapping, name)
 
 
-def _fused(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _fused(cls: Any) -> Any:
     return fused_class(cls) if has_fast_experts(cls) else cls
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     """Transformers' `AutoModelForCausalLM`, whose Mixture-of-Experts models train several times faster.
 
-    All arguments are Transformers'. One is added: `fused=True`; False returns the stock model, and a dict switches single
-    fusions, as {"router": False} (`expertmesh.fuse.FUSIONS` names them).
+    All arguments are Transformers'. One is added: `fused=True`; False returns the stock model, and a dict switches
+    single fusions, as {"router": False} (`expertmesh.fuse.FUSIONS` names them).
     """
 
-    _model_mapping = _FusedMapping()
+    _model_mapping: Any = _FusedMapping()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -53,15 +53,11 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             return transformers.AutoModelForCausalLM.from_pretrained(
                 pretrained_model_name_or_path, *model_args, **kwargs
             )
-        with_info = kwargs.pop("output_loading_info", False)
         with requesting(fused):
-            loaded = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-        model, info = loaded
-        _refuse_missing_experts(model, info, pretrained_model_name_or_path)
-        model = fuse(model, fused)
-        return (model, info) if with_info else model
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            if isinstance(loaded, tuple):  # output_loading_info=True
+                return (fuse(loaded[0], fused), *loaded[1:])
+            return fuse(loaded, fused)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
@@ -71,18 +67,3 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             return transformers.AutoModelForCausalLM.from_config(config, **kwargs)
         with requesting(fused):
             return fuse(super().from_config(config, **kwargs), fused)
-
-
-def _refuse_missing_experts(model: PreTrainedModel, info: dict[str, Any], source: Any) -> None:
-    """Transformers fills missing weights at random and says so in a report; for experts and routers that is an error."""
-    blocks = [name for name, module in model.named_modules() if hasattr(module, "is_concatenated")]
-    moe_prefixes = tuple(f"{name.rpartition('.')[0]}." for name in blocks)
-    broken = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-    lost = sorted(key for key in broken if key.startswith(moe_prefixes))
-    if moe_prefixes and lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        raise ValueError(
-            f"The checkpoint {source!r} lacks weights of its experts or routers: {', '.join(lost[:3])}{more}. Training "
-            f"would start them at random. Download or convert the checkpoint again; its index "
-            f"(model.safetensors.index.json) should list every expert of every layer."
-        )

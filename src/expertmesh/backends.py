@@ -1,7 +1,8 @@
 """The only place that asks what is installed and which device this is.
 
-Every other file asks here: kernels call `use_triton(x)` to choose between their Triton and PyTorch paths, `doctor` prints
-`table()`. Triton is imported here once, so that a kernel file can be read (and its reference run) where Triton is missing.
+Every other file asks here: kernels call `use_triton(x)` to choose between their Triton and PyTorch paths, `doctor`
+prints `table()`. Triton is imported here once, so that a kernel file can be read (and its reference run) where Triton
+is missing.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ _interpreting = False
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Within this context CPU tensors take the Triton path too. For tests; needs TRITON_INTERPRET=1 before the first import."""
+    """Within this context CPU tensors take the Triton path too: for tests, with TRITON_INTERPRET=1 set at import."""
     global _interpreting
     if not HAS_TRITON:
         raise RuntimeError("Triton is not installed, so its kernels cannot be interpreted: pip install triton.")
@@ -56,7 +57,7 @@ def has_liger() -> bool:
 
 @dataclass(frozen=True)
 class Backend:
-    """One row of `table()`: a package or device, the version found (None: absent), what uses it, what its absence costs."""
+    """One row of `table()`: a package or device, the version found or None, its users, what its absence costs."""
 
     name: str
     version: str | None

@@ -26,6 +26,7 @@ from expertmesh.layers import experts as fast_experts
 from expertmesh.layers.fast import Fast, twin
 from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
+from expertmesh.layers.masks import unpacked
 from expertmesh.memory.recompute import keep_routing
 
 #: Every fusion by its switch, and how Transformers names the classes it is meant for.
@@ -54,7 +55,7 @@ class Fusion:
     count: int
 
 
-def fuse(model: PreTrainedModel, fused: bool | dict[str, bool] = True) -> PreTrainedModel:
+def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
     """Turn a loaded Hugging Face model into its fast twin, in place, and return it.
 
     fused: True for every fusion, or a dict that switches single ones, as {"router": False}. Parameters, buffers, names
@@ -69,10 +70,11 @@ def fuse(model: PreTrainedModel, fused: bool | dict[str, bool] = True) -> PreTra
     if isinstance(model, FusedModel) or fused is False:
         return model
     with requesting(fused):
-        if has_fast_experts(type(model)):
+        stock: Any = type(model)
+        if has_fast_experts(stock):
             if "experts" in _requested.get():
                 model.set_experts_implementation(fast_experts.NAME)
-            model.__class__ = fused_class(type(model))
+            model.__class__ = fused_class(stock)
             model._fuse_modules()
         else:
             _use_liger(model)
@@ -94,13 +96,13 @@ def requesting(fused: bool | dict[str, bool]) -> Iterator[None]:
         _requested.reset(token)
 
 
-def has_fast_experts(cls: type) -> bool:
+def has_fast_experts(cls: Any) -> bool:
     """Whether this model class keeps its experts behind Transformers' `use_experts_implementation`."""
     return issubclass(cls, PreTrainedModel) and cls._can_set_experts_implementation()
 
 
 @functools.cache
-def fused_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def fused_class(stock: Any) -> Any:
     """The subclass of a Transformers model class whose instances are fused when they are made.
 
     Name and module stay the HF class': weight conversion, `architectures` in config.json and the loss go by them.
@@ -110,10 +112,11 @@ def fused_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     @functools.wraps(stock.forward)  # Trainer and generate read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         defer = self.training and kwargs.get("labels") is not None
-        with deferring(defer), _aux_loss_share(self, kwargs):
+        no_positions = len(args) < 3 and kwargs.get("position_ids") is None  # the third argument of every causal model
+        with deferring(defer), unpacked(no_positions), _aux_loss_share(self, kwargs):
             return stock.forward(self, *args, **kwargs)
 
-    cls.forward = forward  # type: ignore[attr-defined]
+    cls.forward = forward
     return cls
 
 
@@ -155,6 +158,12 @@ class FusedModel(Fast):
         if fast and why_not_head(new_embeddings) is None:
             new_embeddings.__class__ = twin(nn.Linear, FastHead)
 
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """As in Transformers, which fills missing weights at random: for experts and routers that is an error."""
+        refuse_missing_experts(model, loading_info, load_config.pretrained_model_name_or_path)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
         """As in Transformers, and the experts chosen in the forward are kept for the recompute."""
         options = getattr(gradient_checkpointing_func, "keywords", {})
@@ -163,12 +172,28 @@ class FusedModel(Fast):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
 
+def refuse_missing_experts(model: nn.Module, loading_info: Any, source: Any) -> None:
+    """Raise ValueError if a checkpoint lacks weights of experts or routers, or holds some of the wrong shape."""
+    experts = [name for name, module in model.named_modules() if hasattr(module, "is_concatenated")]
+    blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
+    broken = {*loading_info.missing_keys, *loading_info.conversion_errors}
+    broken |= {key if isinstance(key, str) else key[0] for key in loading_info.mismatched_keys}
+    lost = sorted(key for key in broken if blocks and key.startswith(blocks))
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise ValueError(
+            f"The checkpoint {source!r} lacks weights of experts or routers, or some have the wrong shape: "
+            f"{', '.join(lost[:3])}{more}. Training would start them at random. Download or convert the checkpoint "
+            f"again; its index (model.safetensors.index.json) must list every expert of every layer."
+        )
+
+
 @contextmanager
 def _aux_loss_share(model: Any, inputs: dict[str, Any]) -> Iterator[None]:
     """Weight the router's auxiliary loss by this microbatch's share of the batch's labelled tokens.
 
-    Transformers adds `coef * aux` to each microbatch's loss whole, though the loss proper is a sum over microbatches and
-    ranks divided by `num_items_in_batch`: the auxiliary part grows with world size and gradient accumulation.
+    Transformers adds `coef * aux` to each microbatch's loss whole, though the loss proper is a sum over microbatches
+    and ranks divided by `num_items_in_batch`: the auxiliary part grows with world size and gradient accumulation.
     """
     labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
     coef = getattr(model, "router_aux_loss_coef", None)
@@ -225,8 +250,8 @@ def _apply_fusion(model: nn.Module, fusion: str) -> Fusion:
 
 
 def _convert(module: nn.Module, fusion: str, rules: list[Rule]) -> str | None:
-    """Make the module fast: "" when done, the reason when it must stay stock, None when the fusion is not meant for it."""
-    cls = type(module)
+    """Make the module fast: "" when done, the reason why it must stay stock, None when the fusion is not for it."""
+    cls: Any = type(module)
     if issubclass(cls, Fast) or not cls.__module__.startswith("transformers.models."):
         return None
     for rule in rules:

@@ -1,5 +1,7 @@
 """On a GPU, in bf16, at real widths: the Triton experts and routers are no further from float32 than stock's are."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DeepseekV3Config, GptOssConfig, MixtralConfig, NemotronHConfig, Qwen3MoeConfig
@@ -18,7 +20,11 @@ EXPERTS = {
     "qwen3": (Qwen3MoeExperts, Qwen3MoeConfig(num_experts=64, hidden_size=2048, moe_intermediate_size=768), 8),
     "odd": (Qwen3MoeExperts, Qwen3MoeConfig(num_experts=10, hidden_size=328, moe_intermediate_size=104), 3),
     "gpt_oss": (GptOssExperts, GptOssConfig(num_local_experts=32, hidden_size=2880, intermediate_size=720), 4),
-    "nemotron": (NemotronHExperts, NemotronHConfig(n_routed_experts=32, hidden_size=2688, moe_intermediate_size=464), 6),
+    "nemotron": (
+        NemotronHExperts,
+        NemotronHConfig(n_routed_experts=32, hidden_size=2688, moe_intermediate_size=464),
+        6,
+    ),
 }
 
 
@@ -46,7 +52,8 @@ def _inputs(module, config, top_k, tokens, kind):
 
 
 def _run(forward, module, x, ids, weight, dout):
-    x, weight = x.to(next(module.parameters()).dtype).requires_grad_(), weight.clone().requires_grad_()
+    x = x.detach().to(next(module.parameters()).dtype).clone().requires_grad_()
+    weight = weight.detach().clone().requires_grad_()
     module.zero_grad()
     out = forward(module, x, ids, weight)
     out.backward(dout.to(out.dtype))
@@ -74,7 +81,7 @@ def test_triton_experts_are_as_close_to_float32_as_stock(name, kind):
         parameter.data = parameter.data.bfloat16().float()
     want = _float32_reference(module, x, ids, weight, dout)
     exact = _run(experts_forward, module, x, ids, weight, dout)
-    module = module.bfloat16()
+    module = copy.deepcopy(module).bfloat16()  # gradients of the float32 runs stay float32
     stock = _run(grouped_mm_experts_forward, module, x, ids, weight, dout)
     ours = _run(experts_forward, module, x, ids, weight, dout)
     for key in want:

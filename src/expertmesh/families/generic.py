@@ -1,7 +1,7 @@
 """The table for every Mixture-of-Experts family of Transformers: classes recognised by the code they run.
 
-The experts themselves and the head need no rule: experts enter through Transformers' `ExpertsInterface`, the head is the
-model's output embedding (fuse.py).
+The experts themselves and the head need no rule: experts enter through Transformers' `ExpertsInterface`, the head is
+the model's output embedding (fuse.py).
 """
 
 from expertmesh.families import qwen3_moe

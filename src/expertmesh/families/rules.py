@@ -13,23 +13,23 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-
-from expertmesh.layers.fast import Fast
 
 
 @dataclass(frozen=True)
 class Rule:
     """Modules whose code has one of these fingerprints become twins of `fast`.
 
-    fusion: the switch it belongs to. like: HF classes, as "model_type.Class", whose code the twin equals (for readers and
-    for the test that keeps the fingerprints honest). code: the fingerprints of that code. also: methods, or functions of
-    the class' module, that belong to the code. why_not: the reason why one instance must stay stock, or None.
+    fusion: the switch it belongs to. fast: a mixin, subclass of `Fast`. like: HF classes, as "model_type.Class",
+    whose code the twin equals (for readers and for the test that keeps the fingerprints honest). code: the
+    fingerprints of that code. also: methods, or functions of the class' module, that belong to the code. why_not: the
+    reason why one instance must stay stock, or None.
     """
 
     fusion: str
-    fast: type[Fast]
+    fast: Any
     like: tuple[str, ...]
     code: tuple[str, ...]
     also: tuple[str, ...] = ()
@@ -42,8 +42,8 @@ class Rule:
 
 @functools.cache
 def fingerprint(cls: type, also: tuple[str, ...] = ()) -> str | None:
-    """Hash of the class' `forward` and what else is named, blind to comments, docstrings, annotations and decorators."""
-    functions = [getattr(cls, "forward", None)]
+    """Hash of the class' `forward` and what else is named; comments, docstrings, annotations, decorators left out."""
+    functions: list[Any] = [getattr(cls, "forward", None)]
     for name in also:
         functions.append(getattr(cls, name, None) or getattr(sys.modules[cls.__module__], name, None))
     if any(function is None for function in functions):

@@ -46,8 +46,8 @@ def down_dact(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dh [S, J], weight·a [S, I], dweight [S] float32) from the gradient dout [T, H] of the combined output.
 
-    w_EHI: the down-projections [E, I, H] transposed. weight_S: routing weights in sorted order. `dweight` leaves out the
-    down-projection's bias.
+    w_EHI: the down-projections [E, I, H] transposed. weight_S: routing weights in sorted order. `dweight` leaves out
+    the down-projection's bias.
     """
     if not use_triton(dout_TH):
         return down_dact_reference(dout_TH, w_EHI, h_SJ, weight_S, group, act)
@@ -114,7 +114,7 @@ def _up_act_triton(
         BM=group.block,
         PRECISION=dot_precision(x_TH.dtype),
         HAS_BIAS=bias_EJ is not None,
-        EVEN_K=num_inner % config["BK"] == 0,
+        EVEN=num_inner % config["BK"] == 0 and width % config["BN"] == 0,
         **config,
     )
     return h_SJ, a_SI
@@ -157,7 +157,7 @@ def _down_dact_triton(
         KIND=act.kind,
         BM=group.block,
         PRECISION=dot_precision(dout_TH.dtype),
-        EVEN_K=num_inner % config["BK"] == 0,
+        EVEN=num_inner % config["BK"] == 0 and width % config["BN"] == 0,
         **config,
     )
     return dh_SJ, wa_SI, dweight.sum(0)
@@ -169,11 +169,12 @@ def _accumulate_halves(
     up,
     x_rows,
     gate_columns,
+    column_mask,
     to_up,
     num_inner,
     stride_wk,
     BK: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`accumulate` for gate and up columns at once, so that x is read once; up's weights lie `to_up` behind gate's."""
@@ -181,15 +182,16 @@ def _accumulate_halves(
     for start in range(0, num_inner, BK):
         k = start + inner
         w = gate_columns + k[:, None] * stride_wk
-        if EVEN_K:
+        if EVEN:
             x = tl.load(x_rows + k[None, :])
             w_gate = tl.load(w)
             w_up = tl.load(w + to_up)
         else:
             inside = k < num_inner
             x = tl.load(x_rows + k[None, :], mask=inside[None, :], other=0.0)
-            w_gate = tl.load(w, mask=inside[:, None], other=0.0)
-            w_up = tl.load(w + to_up, mask=inside[:, None], other=0.0)
+            w_mask = inside[:, None] & column_mask
+            w_gate = tl.load(w, mask=w_mask, other=0.0)
+            w_up = tl.load(w + to_up, mask=w_mask, other=0.0)
         gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
         up = tl.dot(x, w_up, up, input_precision=PRECISION)
     return gate, up
@@ -221,7 +223,7 @@ def _up_act_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     column_tiles = tl.cdiv(width, BN)
     tile = tl.program_id(0) // column_tiles
@@ -244,18 +246,18 @@ def _up_act_kernel(
         pair = 2 * first + tl.arange(0, 2 * BN)
         pair_mask = (pair < 2 * width)[None, :]
         acc = tl.zeros((BM, 2 * BN), tl.float32)
-        w_columns = w_expert + tl.minimum(pair, 2 * width - 1)[None, :] * stride_wn
-        acc = accumulate(acc, x_rows, w_columns, num_inner, stride_wk, BK, EVEN_K, PRECISION)
+        w_columns = w_expert + pair[None, :] * stride_wn
+        acc = accumulate(acc, x_rows, w_columns, pair_mask, num_inner, stride_wk, BK, EVEN, PRECISION)
         if HAS_BIAS:
             acc += tl.load(bias + expert * 2 * width + pair, mask=pair < 2 * width, other=0.0).to(tl.float32)[None, :]
         tl.store(h + row * (2 * width) + pair[None, :], acc.to(kind), mask=row_mask & pair_mask)
         gate, up = tl.split(tl.reshape(acc.to(kind).to(tl.float32), (BM, BN, 2)))
     elif LAYOUT == "halves":
-        gate_columns = w_expert + tl.minimum(column, width - 1)[None, :] * stride_wn
+        gate_columns = w_expert + column[None, :] * stride_wn
         gate = tl.zeros((BM, BN), tl.float32)
         up = tl.zeros((BM, BN), tl.float32)
         gate, up = _accumulate_halves(
-            gate, up, x_rows, gate_columns, width * stride_wn, num_inner, stride_wk, BK, EVEN_K, PRECISION
+            gate, up, x_rows, gate_columns, column_mask, width * stride_wn, num_inner, stride_wk, BK, EVEN, PRECISION
         )
         if HAS_BIAS:
             gate_bias = bias + expert * 2 * width + column
@@ -267,8 +269,8 @@ def _up_act_kernel(
         gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
     else:
         gate = tl.zeros((BM, BN), tl.float32)
-        w_columns = w_expert + tl.minimum(column, width - 1)[None, :] * stride_wn
-        gate = accumulate(gate, x_rows, w_columns, num_inner, stride_wk, BK, EVEN_K, PRECISION)
+        w_columns = w_expert + column[None, :] * stride_wn
+        gate = accumulate(gate, x_rows, w_columns, column_mask, num_inner, stride_wk, BK, EVEN, PRECISION)
         if HAS_BIAS:
             gate += tl.load(bias + expert * width + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
         tl.store(h + row * width + column[None, :], gate.to(kind), mask=row_mask & column_mask)
@@ -306,7 +308,7 @@ def _down_dact_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     column_tiles = tl.cdiv(width, BN)
     tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
@@ -317,12 +319,14 @@ def _down_dact_kernel(
     row = begin + tl.arange(0, BM)
     column = column_tile * BN + tl.arange(0, BN)
     source = tl.load(token + tl.minimum(row, end - 1)).to(tl.int64)
-    w_columns = w + expert.to(tl.int64) * stride_we + tl.minimum(column, width - 1)[None, :] * stride_wn
+    column_mask = (column < width)[None, :]
+    dout_rows = dout + source[:, None] * stride_dm
+    w_columns = w + expert.to(tl.int64) * stride_we + column[None, :] * stride_wn
     da = tl.zeros((BM, BN), tl.float32)
-    da = accumulate(da, dout + source[:, None] * stride_dm, w_columns, num_inner, stride_wk, BK, EVEN_K, PRECISION)
+    da = accumulate(da, dout_rows, w_columns, column_mask, num_inner, stride_wk, BK, EVEN, PRECISION)
 
     in_group = row < end
-    mask = in_group[:, None] & (column < width)[None, :]
+    mask = in_group[:, None] & column_mask
     scale = tl.load(weight + row, mask=in_group, other=0.0).to(tl.float32)
     wide_row = row.to(tl.int64)[:, None]
     kind = dh.dtype.element_ty

@@ -4,9 +4,9 @@ Three files hold the experts' matrix products. This one multiplies rows that alr
 down-projection, and the gradient of the up-projection's input). `grouped_act` gathers its rows by index and carries the
 activation or its gradient in the epilogue. `grouped_wgrad` contracts over rows and makes the weights' gradients.
 
-Every Triton program computes one row tile of `Grouping.tiles` times one column tile; a tile never spans two experts, and
-unused tiles return at once, so the grid needs no number from the device. Weights are read through their strides: the
-transposed and the plain layout of Transformers need no copy.
+Every Triton program computes one row tile of `Grouping.tiles` times one column tile; a tile never spans two experts,
+and unused tiles return at once, so the grid needs no number from the device. Weights are read through their strides:
+the transposed and the plain layout of Transformers need no copy.
 """
 
 import torch
@@ -94,7 +94,7 @@ def _grouped_gemm_triton(
         BM=group.block,
         PRECISION=dot_precision(a_SK.dtype),
         HAS_BIAS=bias_EN is not None,
-        EVEN_K=num_inner % config["BK"] == 0,
+        EVEN=num_inner % config["BK"] == 0 and num_columns % config["BN"] == 0,
         **config,
     )
     return y_SN
@@ -102,18 +102,30 @@ def _grouped_gemm_triton(
 
 @triton.jit
 def accumulate(
-    acc, a_rows, b_columns, num_inner, stride_bk, BK: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr
+    acc,
+    a_rows,
+    b_columns,
+    column_mask,
+    num_inner,
+    stride_bk,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """acc [BM, BN] += A·B over the inner dimension; a_rows [BM, 1] and b_columns [1, BN] point at inner index 0."""
+    """acc [BM, BN] += A·B over the inner dimension; a_rows [BM, 1] and b_columns [1, BN] point at inner index 0.
+
+    EVEN: inner dimension and columns are multiples of the tile, so no load needs a mask.
+    """
     inner = tl.arange(0, BK)
     for start in range(0, num_inner, BK):
         k = start + inner
-        if EVEN_K:
+        if EVEN:
             a = tl.load(a_rows + k[None, :])
             b = tl.load(b_columns + k[:, None] * stride_bk)
         else:
-            a = tl.load(a_rows + k[None, :], mask=(k < num_inner)[None, :], other=0.0)
-            b = tl.load(b_columns + k[:, None] * stride_bk, mask=(k < num_inner)[:, None], other=0.0)
+            inside = k < num_inner
+            a = tl.load(a_rows + k[None, :], mask=inside[None, :], other=0.0)
+            b = tl.load(b_columns + k[:, None] * stride_bk, mask=inside[:, None] & column_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
@@ -138,7 +150,7 @@ def _grouped_gemm_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     column_tiles = tl.cdiv(num_columns, BN)
     tile = tl.program_id(0) // column_tiles
@@ -148,15 +160,15 @@ def _grouped_gemm_kernel(
     begin, end = tl.load(tile_row + tile), tl.load(offsets + expert)
     row = begin + tl.arange(0, BM)
     column = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
-    # rows and columns past the edge read a valid neighbour instead of a mask; they are not stored
+    column_mask = (column < num_columns)[None, :]
+    # rows past the end read a valid neighbour instead of a mask; they are not stored
     a_rows = a + tl.minimum(row, end - 1).to(tl.int64)[:, None] * stride_am
-    w_expert = w + expert.to(tl.int64) * stride_we
-    w_columns = w_expert + tl.minimum(column, num_columns - 1)[None, :] * stride_wn
+    w_columns = w + expert.to(tl.int64) * stride_we + column[None, :] * stride_wn
     acc = tl.zeros((BM, BN), tl.float32)
-    acc = accumulate(acc, a_rows, w_columns, num_inner, stride_wk, BK, EVEN_K, PRECISION)
+    acc = accumulate(acc, a_rows, w_columns, column_mask, num_inner, stride_wk, BK, EVEN, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias + expert * num_columns + column, mask=column < num_columns, other=0.0).to(tl.float32)[
             None, :
         ]
-    mask = (row < end)[:, None] & (column < num_columns)[None, :]
+    mask = (row < end)[:, None] & column_mask
     tl.store(y + row.to(tl.int64)[:, None] * num_columns + column[None, :], acc.to(y.dtype.element_ty), mask=mask)

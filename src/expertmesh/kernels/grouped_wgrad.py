@@ -3,8 +3,8 @@
     grouped_wgrad:  dW_e = Σ_s a_s ⊗ b_s   over the rows s of expert e
     grouped_sum:    db_e = Σ_s a_s
 
-Either operand of the product may be read through the token index instead of from a permuted copy. An expert without rows
-gets zeros: its gradient is written, not skipped.
+Either operand of the product may be read through the token index instead of from a permuted copy. An expert without
+rows gets zeros: its gradient is written, not skipped.
 """
 
 import torch
@@ -84,6 +84,7 @@ def _grouped_wgrad_triton(
         GATHER_A=gather_a,
         GATHER_B=gather_b,
         PRECISION=dot_precision(a.dtype),
+        EVEN=num_m % config["BM"] == 0 and num_n % config["BN"] == 0,
         **config,
     )
     return dw_EMN
@@ -106,6 +107,7 @@ def _grouped_wgrad_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(num_m, BM), tl.cdiv(num_n, BN)
     expert, tile = tl.program_id(0) // (tiles_m * tiles_n), tl.program_id(0) % (tiles_m * tiles_n)
@@ -113,8 +115,7 @@ def _grouped_wgrad_kernel(
     begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     m = (tile // tiles_n) * BM + tl.arange(0, BM)
     n = (tile % tiles_n) * BN + tl.arange(0, BN)
-    a_columns = a + tl.minimum(m, num_m - 1)[None, :]
-    b_columns = b + tl.minimum(n, num_n - 1)[None, :]
+    a_columns, b_columns = a + m[None, :], b + n[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(begin, end, BK):
         row = start + tl.arange(0, BK)
@@ -125,8 +126,13 @@ def _grouped_wgrad_kernel(
             row_a = tl.load(token + row, mask=inside, other=0)
         if GATHER_B:
             row_b = tl.load(token + row, mask=inside, other=0)
-        a_tile = tl.load(a_columns + row_a.to(tl.int64)[:, None] * stride_a, mask=inside[:, None], other=0.0)
-        b_tile = tl.load(b_columns + row_b.to(tl.int64)[:, None] * stride_b, mask=inside[:, None], other=0.0)
+        a_mask = inside[:, None]
+        b_mask = inside[:, None]
+        if not EVEN:
+            a_mask &= (m < num_m)[None, :]
+            b_mask &= (n < num_n)[None, :]
+        a_tile = tl.load(a_columns + row_a.to(tl.int64)[:, None] * stride_a, mask=a_mask, other=0.0)
+        b_tile = tl.load(b_columns + row_b.to(tl.int64)[:, None] * stride_b, mask=b_mask, other=0.0)
         acc = tl.dot(tl.trans(a_tile), b_tile, acc, input_precision=PRECISION)
     at = dw + expert.to(tl.int64) * num_m * num_n + m.to(tl.int64)[:, None] * num_n + n[None, :]
     tl.store(at, acc.to(dw.dtype.element_ty), mask=(m < num_m)[:, None] & (n < num_n)[None, :])

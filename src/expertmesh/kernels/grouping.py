@@ -1,13 +1,14 @@
 """Counting sort of (token, slot) pairs by expert, on the device, and the tiles that the grouped GEMMs walk.
 
-T tokens choose K experts each, so S = T·K rows. Sorting by expert makes each expert's rows contiguous. Nothing here asks
-the device for a number: counts stay there, so the CPU never waits. The sort is stable, hence deterministic.
+T tokens choose K experts each, so S = T·K rows. Sorting by expert makes each expert's rows contiguous. Nothing here
+asks the device for a number: counts stay there, so the CPU never waits. The sort is stable, hence deterministic.
 
 An id equal to E means "not mine" (Transformers' expert-parallel sentinel): such rows sort to the tail, behind every
 expert's, no kernel computes them, and `position` holds -1 for them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int) -> Grouping:
     ids_S = ids_TK.reshape(-1)
     bins = triton.next_power_of_2(num_experts + 1)
     num_blocks = triton.cdiv(num_rows, _SORT_BLOCK)
-    int32 = dict(dtype=torch.int32, device=device)
+    int32: dict[str, Any] = dict(dtype=torch.int32, device=device)
 
     # [bin, block], so that one running sum over the whole table gives each block's first row within its bin
     counts = torch.empty(bins, num_blocks, **int32)
@@ -133,7 +134,7 @@ def _tile_kernel(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program e lists expert e's tiles behind those of the experts before it; program E marks what is left as unused."""
+    """Program e lists expert e's tiles behind those of the experts before it; program E marks the rest as unused."""
     expert = tl.program_id(0)
     bin = tl.arange(0, BINS)
     end = tl.load(ends + bin * num_blocks + num_blocks - 1)

@@ -5,9 +5,10 @@
     sigmoid       s = σ(l); ids = top-k of s + bias, within the best groups;     DeepSeek V3, GLM, Nemotron
                   w = s[ids], optionally ÷ (Σw + 1e-20), then × scale
 
-One program handles a few tokens: it reads their logits once and picks the K best one after the other; equal scores go to
-the lower expert. Given `ids`, the choice is taken from there and only the weights are computed (replay in a recompute).
-The backward reads the logits again and writes their gradient in one pass; the choice itself has no gradient.
+One program handles a few tokens: it reads their logits once and picks the K best one after the other; equal scores go
+to the lower expert. Given `ids`, the choice is taken from there and only the weights are computed (replay in a
+recompute). The backward reads the logits again and writes their gradient in one pass; the choice itself has no
+gradient.
 """
 
 from dataclasses import dataclass
@@ -206,8 +207,8 @@ def _route_kernel(
     row = token.to(tl.int64)[:, None]
     in_row = (token < num_tokens)[:, None]
     real = (expert < num_experts)[None, :]
-    l = tl.load(logits + row * num_experts + expert[None, :], mask=in_row & real, other=0.0).to(tl.float32)
-    score = _scores(tl.where(real, l, float("-inf")), KIND)
+    logit = tl.load(logits + row * num_experts + expert[None, :], mask=in_row & real, other=0.0).to(tl.float32)
+    score = _scores(tl.where(real, logit, float("-inf")), KIND)
     choice = score
     if HAS_BIAS:
         choice += tl.load(bias + expert, mask=expert < num_experts, other=0.0).to(tl.float32)[None, :]
@@ -257,8 +258,8 @@ def _route_backward_kernel(
     row = token.to(tl.int64)[:, None]
     in_row = (token < num_tokens)[:, None]
     real = (expert < num_experts)[None, :]
-    l = tl.load(logits + row * num_experts + expert[None, :], mask=in_row & real, other=0.0).to(tl.float32)
-    score = _scores(tl.where(real, l, float("-inf")), KIND)
+    logit = tl.load(logits + row * num_experts + expert[None, :], mask=in_row & real, other=0.0).to(tl.float32)
+    score = _scores(tl.where(real, logit, float("-inf")), KIND)
     used = (slot < K)[None, :]
     dw = tl.load(dweights + row * K + slot[None, :], mask=in_row & used, other=0.0).to(tl.float32) * scale
 

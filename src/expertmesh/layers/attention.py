@@ -6,7 +6,6 @@ The attention itself stays the one that the user chose (`attn_implementation`).
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
 
@@ -56,7 +55,7 @@ class FastQKNormAttention(Fast):
         return self.o_proj(attn_output.reshape(*batch_seq, -1).contiguous()), attn_weights
 
 
-def why_not_qk_norm(attention: nn.Module) -> str | None:
+def why_not_qk_norm(attention: Any) -> str | None:
     """Why this attention must stay stock, or None."""
     if can_merge(attention.q_norm) and can_merge(attention.k_norm):
         return None

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from expertmesh.kernels.rms_norm import add_rms_norm
 from expertmesh.layers.fast import Fast
@@ -38,6 +37,6 @@ class FastDecoderLayer(Fast):
         return residual + self.mlp(normed)
 
 
-def why_not_add_norm(layer: nn.Module) -> str | None:
+def why_not_add_norm(layer: Any) -> str | None:
     """Why this decoder layer must stay stock, or None."""
     return None if can_merge(layer.post_attention_layernorm) else "the norm behind its attention is not a fused RMSNorm"

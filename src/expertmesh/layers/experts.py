@@ -3,9 +3,9 @@
     group → up + activation → down → combine             forward
     down-dgrad + activation' → weight gradients → up-dgrad → combine      backward
 
-One autograd function does both. It saves x [T, H], the up-projection's output h [S, J] and the routing, and nothing else
-that grows with S = T·K rows: the activation is recomputed from h, and the routing weights' gradient comes out of the
-down-dgrad, so neither the permuted input nor the experts' outputs are kept.
+One autograd function does both. It saves x [T, H], the up-projection's output h [S, J] and the routing, and nothing
+else that grows with S = T·K rows: the activation is recomputed from h, and the routing weights' gradient comes out of
+the down-dgrad, so neither the permuted input nor the experts' outputs are kept.
 
 All layouts of Transformers' experts modules work: gated (concatenated or interleaved) or not, with biases or not,
 weights [E, out, in] or transposed.
@@ -29,18 +29,18 @@ from expertmesh.kernels.grouping import Grouping, group_by_expert
 NAME = "expertmesh"
 
 
-def why_not(experts: nn.Module) -> str | None:
+def why_not(experts: Any) -> str | None:
     """Why this experts module cannot run on the "expertmesh" backend, or None if it can."""
     if getattr(experts, "has_post_expert_norm", False):
         return "each expert's output is normalised before it is weighted"
     return None
 
 
-def activation_of(experts: nn.Module) -> Activation:
+def activation_of(experts: Any) -> Activation:
     """The `Activation` of a Transformers experts module, read from the flags and functions it carries."""
     gated, interleaved = experts.has_gate, not experts.is_concatenated
     if not gated:
-        kind = "relu2" if isinstance(experts.act_fn, ACT2CLS["relu2"]) else "custom"
+        kind = "relu2" if isinstance(experts.act_fn, _class_of("relu2")) else "custom"
         return Activation(kind, gated=False, fn=experts.act_fn)
     own_gate = type(experts)._apply_gate
     if own_gate is _default_apply_gate and isinstance(experts.act_fn, (nn.SiLU, _class_of("silu"))):
@@ -50,19 +50,20 @@ def activation_of(experts: nn.Module) -> Activation:
     return Activation("custom", interleaved=interleaved, fn=experts._apply_gate)
 
 
-def _class_of(name: str) -> type:
-    entry = ACT2CLS[name]
+def _class_of(name: str) -> Any:
+    entry: Any = ACT2CLS[name]
     return entry[0] if isinstance(entry, tuple) else entry
 
 
 @torch.compiler.disable
 def experts_forward(
-    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Output [T, H] of a Transformers experts module for hidden_states [T, H].
 
-    top_k_index: [T, K], an id equal to `experts.num_experts` marks a pair that is not computed here. top_k_weights: [T, K],
-    any float type. Equals `grouped_mm_experts_forward` of Transformers; float32 sums, result in hidden_states' dtype.
+    top_k_index: [T, K], an id equal to `experts.num_experts` marks a pair that is not computed here. top_k_weights:
+    [T, K], any float type. Equals `grouped_mm_experts_forward` of Transformers; float32 sums, result in
+    hidden_states' dtype.
     """
     if why_not(experts) is not None:
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
@@ -108,7 +109,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_TH):
         x_TH, h_SJ, weight_TK, ids_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, *rows = ctx.saved_tensors
-        group = Grouping(*rows, ctx.tiles, ctx.block)
+        group = Grouping(rows[0], rows[1], rows[2], rows[3], ctx.tiles, ctx.block)
         need_x, need_weight, need_w_up, need_b_up, need_w_down, need_b_down = ctx.needs_input_grad[:6]
         dout_TH = dout_TH.contiguous()
         weight_S = weight_TK.reshape(-1)[group.slot_S.long()].float()

@@ -1,22 +1,22 @@
 """What every fast twin of a Transformers class has in common.
 
-A twin is made on the fly: a subclass of the HF class, with the HF class' name and module kept, whose `forward` comes from
-a `Fast` mixin. Instances are converted by `module.__class__ = twin`: parameters, hooks, names and isinstance tests stay.
+A twin is made on the fly: a subclass of the HF class, with the HF class' name and module kept, whose `forward` comes
+from a `Fast` mixin. Instances are converted by `module.__class__ = twin`: parameters, hooks, names and isinstance tests
+stay.
 """
 
 import functools
 from typing import TYPE_CHECKING, Any
 
+# to the type checker a mixin's attributes and super() are those of whatever HF class it is mixed into
+_Stock: Any = Any if TYPE_CHECKING else object
 
-class Fast:
+
+class Fast(_Stock):
     """Base of the mixins that carry fast forwards. Its twins pickle and deep-copy like their HF class."""
 
     __stock__: type
     __fast__: type
-
-    if TYPE_CHECKING:  # a mixin's attributes and super() are those of the HF class it is mixed into
-
-        def __getattr__(self, name: str) -> Any: ...
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         _, _, *state = super().__reduce_ex__(protocol)
@@ -24,7 +24,7 @@ class Fast:
 
 
 @functools.cache
-def twin(stock: type, fast: type) -> type:
+def twin(stock: Any, fast: Any) -> Any:
     """The subclass of the HF class `stock` that runs the mixin `fast`; one per pair."""
     return type(
         stock.__name__,
@@ -39,6 +39,6 @@ def twin(stock: type, fast: type) -> type:
     )
 
 
-def _rebuild(stock: type, fast: type) -> Any:
+def _rebuild(stock: Any, fast: Any) -> Any:
     cls = twin(stock, fast)
     return cls.__new__(cls)

@@ -1,9 +1,9 @@
 """The language-model head that never holds [tokens, vocabulary] logits in training.
 
-Within `deferring()` the head returns `DeferredLogits` instead of logits: a tensor that knows its shape, dtype and device
-and computes its values only if somebody touches them. `causal_lm_loss`, in the place of Transformers' `ForCausalLMLoss`,
-recognises it and goes from hidden states to loss directly. So `model(..., labels=...)` needs no logits, while
-`outputs.logits` still works, with gradients, for whoever asks.
+Within `deferring()` the head returns `DeferredLogits` instead of logits: a tensor that knows its shape, dtype and
+device and computes its values only if somebody touches them. `causal_lm_loss`, in the place of Transformers'
+`ForCausalLMLoss`, recognises it and goes from hidden states to loss directly. So `model(..., labels=...)` needs no
+logits, while `outputs.logits` still works, with gradients, for whoever asks.
 """
 
 import contextlib
@@ -67,12 +67,14 @@ _HISTORY = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "g
 class DeferredLogits(torch.Tensor):
     """Logits [..., V] = hidden [..., H] @ weightᵀ + bias that are computed when first used.
 
-    Metadata and conversions of the dtype cost nothing; any other operation computes the values, once, with autograd.
+    Metadata and conversions to a wider dtype cost nothing; any other operation computes the values, once, with
+    autograd.
     """
 
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
+    _computed: torch.Tensor | None
 
     @staticmethod
     def __new__(
@@ -85,15 +87,15 @@ class DeferredLogits(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], weight.shape[0]), dtype=dtype or hidden.dtype, device=hidden.device
         )
-        self.hidden, self.weight, self.bias, self._values = hidden, weight, bias, None
+        self.hidden, self.weight, self.bias, self._computed = hidden, weight, bias, None
         return self
 
     def materialize(self) -> torch.Tensor:
         """The logits as an ordinary tensor with its autograd history."""
-        if self._values is None:
+        if self._computed is None:
             with torch._C.DisableTorchFunctionSubclass():
-                self._values = F.linear(self.hidden, self.weight, self.bias).to(self.dtype)
-        return self._values
+                self._computed = F.linear(self.hidden, self.weight, self.bias).to(self.dtype)
+        return self._computed
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -101,7 +103,7 @@ class DeferredLogits(torch.Tensor):
         if func in _METADATA or func in _HISTORY:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        dtype = _new_dtype(func, args, kwargs)
+        dtype = _wider_dtype(func, args, kwargs)
         if dtype is not None:
             self = args[0]
             return self if dtype == self.dtype else DeferredLogits(self.hidden, self.weight, self.bias, dtype)
@@ -109,27 +111,31 @@ class DeferredLogits(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.materialize, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def _new_dtype(func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The dtype asked for if this call does nothing but convert a deferred tensor's dtype."""
+def _wider_dtype(func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The dtype asked for if this call does nothing but convert a deferred tensor to one that loses nothing."""
     if not (args and isinstance(args[0], DeferredLogits)) or kwargs:
         return None
     if func is torch.Tensor.float and len(args) == 1:
-        return torch.float32
-    if func is torch.Tensor.to and len(args) == 2 and isinstance(args[1], torch.dtype):
-        return args[1]
-    return None
+        dtype = torch.float32
+    elif func is torch.Tensor.to and len(args) == 2 and isinstance(args[1], torch.dtype):
+        dtype = args[1]
+    else:
+        return None
+    return dtype if torch.promote_types(args[0].dtype, dtype) == dtype else None
 
 
 def causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
-    num_items_in_batch: int | torch.Tensor | None = None,
+    num_items_in_batch: Any = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
     **kwargs: Any,
@@ -140,10 +146,7 @@ def causal_lm_loss(
     num_items_in_batch, or their mean if that is None. Returns a float32 scalar.
     """
     targets = labels if shift_labels is None else shift_labels
-    direct = (
-        isinstance(logits, DeferredLogits) and logits.shape[:-1] == targets.shape and logits.shape[-1] == vocab_size
-    )
-    if not direct:
+    if not (isinstance(logits, DeferredLogits) and logits.shape == (*targets.shape, vocab_size)):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -1,20 +1,18 @@
 """Models without experts run as vanilla Hugging Face models, with Liger's kernels once they are on a GPU.
 
-Liger patches a model in place, and its patches run on GPUs only, so they go in at the first forward that finds the model
-there. Two of its habits are undone: it also replaces classes in the modeling module, which would change every later
-model of the process; and it rebinds MLP forwards of experts, which would delete their expert-parallel dispatch.
+Liger patches a model in place, and its patches run on GPUs only, so they go in at the first forward that finds the
+model there. Two of its habits are undone: it also replaces classes in the modeling module, which would change every
+later model of the process; and it rebinds MLP forwards of experts, which would delete their expert-parallel dispatch.
 """
 
 import importlib
 import inspect
 from typing import Any
 
-from torch import nn
-
 from expertmesh.backends import logger
 
 
-def why_not_liger(model: nn.Module) -> str | None:
+def why_not_liger(model: Any) -> str | None:
     """Why Liger cannot serve this model, or None."""
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -28,7 +26,7 @@ def why_not_liger(model: nn.Module) -> str | None:
 class ApplyLigerOnGPU:
     """Forward pre-hook that applies Liger's kernels at the first forward on a GPU and removes itself."""
 
-    def __call__(self, model: nn.Module, args: Any) -> None:
+    def __call__(self, model: Any, args: Any) -> None:
         if not next(model.parameters()).is_cuda:
             return
         for key, hook in list(model._forward_pre_hooks.items()):
@@ -37,7 +35,7 @@ class ApplyLigerOnGPU:
         apply_liger(model)
 
 
-def apply_liger(model: nn.Module) -> None:
+def apply_liger(model: Any) -> None:
     """Apply Liger's kernels to this instance, and to nothing else."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

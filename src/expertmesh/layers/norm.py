@@ -30,6 +30,6 @@ class FastOnePlusRMSNorm(Fast):
 
 
 def can_merge(norm: nn.Module) -> bool:
-    """Whether a layer may compute this norm itself instead of calling it: a plain "rounded" RMSNorm that nobody hooked."""
+    """Whether a layer may compute this norm itself instead of calling it: a "rounded" RMSNorm that nobody hooked."""
     plain = isinstance(norm, FastRMSNorm) and norm.scale == "rounded"
     return plain and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)

@@ -1,12 +1,13 @@
 """Fast twins of Transformers' routers: the same logits, then one kernel for weights and ids.
 
-Each returns what the HF router returns, (router_logits [T, E], weights [T, K], ids [T, K]), in the same dtypes. On the
-CPU the kernel's place is taken by its PyTorch reference. Inside a checkpointed layer the choice is recorded, and replayed
-when the layer is recomputed (memory/recompute.py).
+Each returns what the HF router returns, (router_logits [T, E], weights [T, K], ids [T, K]), in the same dtypes. On
+the CPU the kernel's place is taken by its PyTorch reference. Inside a checkpointed layer the choice is recorded, and
+replayed when the layer is recomputed (memory/recompute.py).
 """
 
+from typing import Any
+
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from expertmesh.kernels.router import Routing, kernel_supports, route
@@ -69,7 +70,7 @@ class FastSigmoidRouter(_FastRouter):
         return self._route(logits_TE, sigmoid_routing(self), torch.float32, self.e_score_correction_bias)
 
 
-def sigmoid_routing(router: nn.Module) -> Routing:
+def sigmoid_routing(router: Any) -> Routing:
     """The `Routing` that a DeepSeek-V3-like router module describes."""
     return Routing(
         "sigmoid",
@@ -81,7 +82,7 @@ def sigmoid_routing(router: nn.Module) -> Routing:
     )
 
 
-def why_not_sigmoid(router: nn.Module) -> str | None:
+def why_not_sigmoid(router: Any) -> str | None:
     """Why this sigmoid router must stay stock, or None."""
     if kernel_supports(sigmoid_routing(router), router.num_experts):
         return None

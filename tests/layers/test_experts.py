@@ -1,0 +1,129 @@
+"""One autograd function equals Transformers' grouped_mm experts, in every layout, on the CPU and in the Triton kernels."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
+
+from expertmesh import backends
+from expertmesh.layers.experts import activation_of, experts_forward
+
+EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 6, 40, 24, 37, 3
+
+
+def _module(*, gate=True, bias=False, transposed=False, interleaved=False, act="silu", clamped=False):
+    """An experts module as Transformers' modeling files write them, with every flag free."""
+
+    class Experts(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts, up = EXPERTS, 2 * WIDTH if gate else WIDTH
+            shape = lambda rows, columns: (EXPERTS, columns, rows) if transposed else (EXPERTS, rows, columns)  # noqa: E731
+            name = "gate_up_proj" if gate else "up_proj"
+            setattr(self, name, nn.Parameter(torch.randn(shape(up, HIDDEN)) * 0.5))
+            self.down_proj = nn.Parameter(torch.randn(shape(HIDDEN, WIDTH)) * 0.5)
+            if bias:
+                setattr(self, f"{name}_bias", nn.Parameter(torch.randn(EXPERTS, up)))
+                self.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+            self.act_fn, self.alpha, self.limit = ACT2FN[act], 1.702, 2.0
+
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            raise AssertionError("replaced by the decorator")
+
+    if interleaved and not clamped:
+
+        def _apply_gate(self, gate_up):
+            return self.act_fn(gate_up[..., ::2]) * gate_up[..., 1::2]
+
+        Experts._apply_gate = _apply_gate
+    if clamped:
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+        Experts._apply_gate = GptOssExperts._apply_gate
+    decorate = use_experts_implementation(
+        is_concatenated=not interleaved, is_transposed=transposed, has_bias=bias, has_gate=gate
+    )
+    return decorate(Experts)(None)
+
+
+LAYOUTS = {
+    "qwen": dict(),
+    "qwen, biased": dict(bias=True),
+    "qwen, transposed": dict(transposed=True),
+    "gpt-oss": dict(bias=True, transposed=True, interleaved=True, clamped=True),
+    "gpt-oss, plain": dict(interleaved=True, clamped=True),
+    "nemotron": dict(gate=False, act="relu2"),
+    "nemotron, biased": dict(gate=False, act="relu2", bias=True, transposed=True),
+    "gelu gate": dict(act="gelu"),
+    "gelu, no gate": dict(gate=False, act="gelu"),
+    "own interleaved gate": dict(interleaved=True),
+}
+ROUTINGS = {
+    "random": lambda: torch.randn(TOKENS, EXPERTS).topk(TOP_K).indices,
+    "an empty expert": lambda: (torch.randn(TOKENS, EXPERTS) - 99 * torch.eye(EXPERTS)[2]).topk(TOP_K).indices,
+    "all on the same": lambda: torch.tensor([[0, 4, 5]]).repeat(TOKENS, 1),
+    "not all here": lambda: torch.randn(TOKENS, EXPERTS + 1).topk(TOP_K).indices,
+    "none here": lambda: torch.full((TOKENS, TOP_K), EXPERTS),
+}
+
+
+def _run(forward, module, x, ids, weight, dout):
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    module.zero_grad()
+    out = forward(module, x, ids, weight)
+    out.backward(dout)
+    return {"out": out.detach(), "x": x.grad, "weight": weight.grad} | {n: p.grad for n, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_equal_transformers(layout, routing, path, nan_memory):
+    torch.manual_seed(0)
+    module = _module(**LAYOUTS[layout])
+    ids = ROUTINGS[routing]()
+    x, weight, dout = torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K), torch.randn(TOKENS, HIDDEN)
+    if "here" in routing:
+        module._is_expert_parallel = True
+        weight = torch.where(ids < EXPERTS, weight, 0)
+    want = _run(grouped_mm_experts_forward, module, x, ids, weight, dout)
+    want["weight"] = torch.where(
+        ids < EXPERTS, want["weight"], 0
+    )  # stock leaves the gradient of absent pairs undefined
+    with backends.interpreted() if path == "triton" else contextlib.nullcontext(), nan_memory():
+        got = _run(experts_forward, module, x, ids, weight, dout)
+    for name, value in want.items():
+        scale = value.abs().max().clamp(min=1e-6)
+        assert ((got[name] - value).abs().max() / scale) < 1e-5, name
+
+
+def test_every_kind_of_activation_is_recognised():
+    kinds = {name: activation_of(_module(**flags)).kind for name, flags in LAYOUTS.items()}
+    assert kinds["qwen"] == "silu" and kinds["gpt-oss"] == "clamped" and kinds["nemotron"] == "relu2"
+    assert kinds["gelu gate"] == kinds["own interleaved gate"] == kinds["gelu, no gate"] == "custom"
+
+
+def test_backward_keeps_x_and_h_and_nothing_else_of_the_rows_size():
+    module = _module()
+    x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    ids, weight = ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        experts_forward(module, x, ids, weight)
+    parameters = {p.data_ptr() for p in module.parameters()}
+    activations = [t for t in saved if t.is_floating_point() and t.data_ptr() not in parameters]
+    assert sorted(t.numel() for t in activations if t.dim() == 2 and t.shape[1] > TOP_K) == [
+        TOKENS * HIDDEN,
+        TOKENS * TOP_K * 2 * WIDTH,
+    ]
+
+
+def test_frozen_experts_cost_no_weight_gradient():
+    module = _module()
+    module.requires_grad_(False)
+    x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    experts_forward(module, x, ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)).sum().backward()
+    assert x.grad is not None and all(p.grad is None for p in module.parameters())

@@ -1,0 +1,144 @@
+"""fuse(): which classes become fast, what the report says, what a switch does, and what happens when Transformers moves."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM as StockAuto
+from transformers import LlamaConfig
+
+import expertmesh
+from expertmesh import AutoModelForCausalLM, fuse
+from expertmesh.bench.tiny import tiny_config
+from expertmesh.families.generic import RULES
+from expertmesh.families.rules import Rule, fingerprint
+from expertmesh.fuse import FUSIONS
+from expertmesh.layers.fast import Fast
+
+
+def _report(model):
+    return {row.name: row for row in model.fusion_report()}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.fusion}-{rule.fast.__name__}")
+def test_every_fingerprint_is_that_of_the_code_it_names(rule):
+    for name in rule.like:
+        model_type, cls = name.split(".")
+        modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        assert rule.matches(getattr(modeling, cls)), (
+            f"Transformers changed {name}: compare it with {rule.fast.__name__}"
+        )
+
+
+EXPECTED = {
+    "qwen3_moe": {"experts", "router", "rms_norm", "qk_norm_rope", "add_norm", "swiglu", "linear_cross_entropy"},
+    "olmoe": {"experts", "router", "rms_norm", "add_norm", "linear_cross_entropy"},
+    "mixtral": {"experts", "router", "rms_norm", "linear_cross_entropy"},
+    "glm4_moe": {"experts", "router", "rms_norm", "add_norm", "swiglu", "linear_cross_entropy"},
+    "deepseek_v3": {"experts", "router", "rms_norm", "add_norm", "swiglu", "linear_cross_entropy"},
+    "gpt_oss": {"experts", "router", "rms_norm", "linear_cross_entropy"},
+    "nemotron_h": {"experts", "router", "rms_norm", "linear_cross_entropy"},
+    "qwen3_next": {"experts", "router", "rms_norm", "swiglu", "linear_cross_entropy"},
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_the_fusions_of_a_family_are_on(family):
+    report = _report(AutoModelForCausalLM.from_config(tiny_config(family)))
+    assert EXPECTED[family] == {name for name, row in report.items() if row.on}
+    assert all(row.on or row.reason for row in report.values()), "a fusion that is off must say why"
+
+
+def test_a_class_that_transformers_rewrote_stays_stock_and_the_report_says_so(monkeypatch):
+    from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
+
+    def forward(self, hidden_states):
+        scores = torch.nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight).sigmoid()
+        weights, ids = torch.topk(scores, self.top_k)
+        return scores, weights, ids
+
+    monkeypatch.setattr(OlmoeTopKRouter, "forward", forward)
+    fingerprint.cache_clear()
+    try:
+        model = AutoModelForCausalLM.from_config(tiny_config("olmoe"))
+    finally:
+        fingerprint.cache_clear()
+    row = _report(model)["router"]
+    assert not row.on and "OlmoeTopKRouter runs code of its own" in row.reason
+    assert not any(isinstance(m, Fast) and "Router" in type(m).__name__ for m in model.modules())
+
+
+def test_the_fingerprint_sees_code_and_nothing_else():
+    class One:
+        def forward(self, x: int) -> int:
+            """Says something."""
+            return x + 1  # a comment
+
+    class Same:
+        def forward(self, x):
+            return x + 1
+
+    class Other:
+        def forward(self, x):
+            return x + 2
+
+    assert fingerprint(One) == fingerprint(Same) != fingerprint(Other)
+    assert fingerprint(torch.nn.Linear) != fingerprint(torch.nn.Bilinear)
+
+
+@pytest.mark.parametrize("fusion", sorted(set(FUSIONS) - {"liger"}))
+def test_a_single_fusion_can_be_switched_off(fusion):
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"), fused={fusion: False})
+    row = _report(model)[fusion]
+    assert not row.on and row.reason
+    if fusion == "experts":
+        assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_an_unknown_fusion_is_an_error_that_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'router'"):
+        AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"), fused={"ruoter": False})
+
+
+def test_fuse_refuses_what_is_no_transformers_model():
+    with pytest.raises(TypeError, match="Transformers model"):
+        fuse(torch.nn.Linear(2, 2))
+
+
+def test_asking_for_another_experts_implementation_is_respected_and_reported():
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"), experts_implementation="eager")
+    row = _report(model)["experts"]
+    assert not row.on and "eager" in row.reason and model.config._experts_implementation == "eager"
+
+
+def test_the_report_is_printed_once_per_kind_of_model(caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(sys.modules["expertmesh.fuse"], "_printed", set())
+    monkeypatch.setattr(logging.getLogger("expertmesh"), "propagate", True)
+    with caplog.at_level("INFO", logger="expertmesh"):
+        for _ in range(2):
+            AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
+    printed = [record.getMessage() for record in caplog.records if "Qwen3MoeForCausalLM" in record.getMessage()]
+    assert len(printed) == 1 and "linear_cross_entropy on" in printed[0]
+
+
+def test_a_model_without_experts_stays_stock():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model) is type(StockAuto.from_config(config))
+    assert not any(isinstance(module, Fast) for module in model.modules())
+
+
+def test_public_names_are_what_they_say():
+    assert callable(expertmesh.fuse) and isinstance(expertmesh.AutoModelForCausalLM, type)
+    with pytest.raises(AttributeError, match="AutoModelForCausalLM"):
+        expertmesh.AutoModelForCasualLM  # noqa: B018
+
+
+def test_rules_are_for_known_switches():
+    assert {rule.fusion for rule in RULES} <= set(FUSIONS)
+    assert all(isinstance(rule, Rule) and issubclass(rule.fast, Fast) for rule in RULES)
