@@ -14,6 +14,7 @@ import importlib.util
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -181,13 +182,15 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", help="also write everything to this JSON file")
+    parser.add_argument("--commit", help="the commit to record where there is no git repository")
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-    packages = ("torch", "triton", "liger-kernel")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: backends.version_of(name) for name in packages},
-        "commit": commit,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "gpus": int(torch.cuda.is_available()),
+        **{name: backends.version_of(name) for name in ("torch", "triton", "liger-kernel")},
+        "commit": arguments.commit or head,
+        "command": " ".join(["python", *sys.argv]),
         "sizes": {"tokens": arguments.tokens, "hidden": arguments.hidden, "vocab": arguments.vocab},
         "rows": [],
     }

@@ -1,0 +1,113 @@
+"""Write docs/benchmarks.md, and the README's table, from the files in benchmarks/results. Nothing is typed in by hand.
+
+    python benchmarks/tables.py
+"""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- from benchmarks/results: begin -->", "<!-- from benchmarks/results: end -->"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(map(str, row)) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def source(result: dict) -> str:
+    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "triton", "transformers") if name in result)
+    return f"{result['gpus']} x {result['hardware']}; {versions}; commit `{result['commit'][:10]}`; `{result['command']}`"
+
+
+def step_table(result: dict) -> str:
+    stock = {row["batch"]: row["tokens_per_second_per_gpu"] for row in result["rows"] if row["arm"] == "stock"}
+    rows = [
+        [
+            row["arm"],
+            f"{row['batch']} x {row['seq']}",
+            row["forward_ms"],
+            row["backward_ms"],
+            f"{row['tokens_per_second_per_gpu']:,}",
+            f"{row['tokens_per_second_per_gpu'] / stock[row['batch']]:.2f}x",
+            row["peak_gib"],
+        ]
+        for row in sorted(result["rows"], key=lambda row: row["batch"])
+    ]
+    return table(["arm", "batch", "forward ms", "backward ms", "tokens/s", "against stock", "peak GiB"], rows)
+
+
+def parity_text(parity: dict) -> str:
+    return (
+        f"Against a float32 run of stock Transformers (2 layers, 2,048 tokens, same weights), the loss in bfloat16 is off by "
+        f"{parity['stock']['loss_error']:.1e} on the stock side and {parity['expertmesh']['loss_error']:.1e} on ours; over "
+        f"all parameters, our gradient error is at most {parity['worst_ratio']:.2f} times stock's "
+        f"(`{parity['worst_tensor']}`)."
+    )
+
+
+def profile_table(result: dict, arm: str, rows: int = 12) -> str:
+    return table(
+        ["kernel", "ms", "launches"],
+        [[f"`{row['kernel'][:70]}`", row["ms"], row["count"]] for row in result["profiles"][arm][:rows]],
+    )
+
+
+def small_kernel_table(result: dict) -> str:
+    arms = ["expertmesh", "liger", "torch.compile", "torch"]
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in result["rows"]:
+        if row["pass"] != "both" or row["kernel"].startswith("linear"):
+            cells.setdefault((row["kernel"], row["pass"]), {"floor": row["floor_ms"]})[row["implementation"]] = row["ms"]
+    rows = [[kernel, what, ms["floor"], *(ms.get(arm, "") for arm in arms)] for (kernel, what), ms in cells.items()]
+    return table(["kernel", "pass", "floor ms", *arms], rows)
+
+
+def page() -> str:
+    step, small = load("h200_qwen3_8_layers"), load("h200_small_kernels")
+    return f"""# Benchmarks
+
+Made by `python benchmarks/tables.py` from the files in `benchmarks/results`, each of which holds its hardware, versions,
+commit and command. Random weights and tokens, the model's own routing; stock Transformers and expertmesh ran in turn in
+one job.
+
+## Qwen3-30B-A3B widths, 8 of 48 layers, one GPU, forward and backward
+
+{step_table(step)}
+
+{source(step)}
+
+{parity_text(step["parity"])} A whole expertmesh step ran under `torch.cuda.set_sync_debug_mode("error")`: the CPU never
+waited for the GPU.
+
+Where the device time of one expertmesh step at the larger batch goes (the twelve longest kernels):
+
+{profile_table(step, "expertmesh")}
+
+## Small kernels, one GPU
+
+Milliseconds at {small["sizes"]["tokens"]:,} tokens, width {small["sizes"]["hidden"]:,}, vocabulary
+{small["sizes"]["vocab"]:,}, bfloat16. The floor is the bytes that must move over 4.25 TB/s, and for the loss its matrix
+products at 788 TFLOP/s.
+
+{small_kernel_table(small)}
+
+{source(small)}
+"""
+
+
+def readme() -> str:
+    text = (ROOT / "README.md").read_text()
+    step = load("h200_qwen3_8_layers")
+    block = f"{BEGIN}\n{step_table(step)}\n\n{source(step)}\n{END}"
+    return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "benchmarks.md").write_text(page())
+    (ROOT / "README.md").write_text(readme())
