@@ -16,10 +16,14 @@ from expertmesh.train.errors import ConfigError
 
 
 class Section(BaseModel):
+    """Keys of one part of a configuration; a key that is not among them is an error."""
+
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
 class ModelSection(Section):
+    """What is trained."""
+
     name: str
     """Model to fine-tune: a Hugging Face id, a local directory, or `demo` for a tiny Qwen3-MoE with new weights."""
     revision: str = "main"
@@ -35,6 +39,8 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
+    """What it is trained on."""
+
     name: str | list[str]
     """Training data: a json, jsonl, csv, parquet or txt file, folder, Hugging Face id, or `demo:all`."""
     config: str | None = None
@@ -54,6 +60,8 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
+    """How it is trained."""
+
     max_steps: Annotated[int, Field(gt=0)] | None = None
     """Optimizer steps of the whole run; give this or `num_train_epochs`."""
     num_train_epochs: Annotated[float, Field(gt=0)] | None = None
@@ -85,6 +93,8 @@ class TrainSection(Section):
 
 
 class LoraSection(Section):
+    """Low-rank adapters."""
+
     r: Annotated[int, Field(gt=0)] = 16
     """Rank of the update."""
     alpha: Annotated[int, Field(gt=0)] = 32
@@ -96,6 +106,8 @@ class LoraSection(Section):
 
 
 class MoeSection(Section):
+    """Routers and experts."""
+
     router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
     """Weight of the load-balancing loss; unset is the model's own, 0 switches it off."""
     freeze_router: bool = False
@@ -103,6 +115,8 @@ class MoeSection(Section):
 
 
 class LogSection(Section):
+    """What is measured, and when."""
+
     logging_steps: Annotated[int, Field(gt=0)] = 10
     """Optimizer steps between two records in metrics.jsonl and on the screen."""
     eval_steps: Annotated[int, Field(gt=0)] | None = None
@@ -112,6 +126,8 @@ class LogSection(Section):
 
 
 class SaveSection(Section):
+    """Where the run is kept."""
+
     output_dir: str = "runs/expertmesh"
     """Folder of the run: its configuration, metrics, plots, checkpoint-<step>/ and the finished model in final/."""
     save_steps: Annotated[int, Field(gt=0)] | None = None

@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback
 
 
@@ -13,8 +14,13 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True, highlight=False)
-        columns = (TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)
+        columns = (
+            BarColumn(16),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True),
+        )
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("training", said="")
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -101,12 +101,12 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
             trainer.train(resume_from_checkpoint=checkpoint)
         if interrupt.exit_code is not None:
             return Result(output_dir, interrupt.exit_code)
-        metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        final = output_dir / "final"  # first of all: nothing that comes later may cost the trained model
+        trainer.model.save_pretrained(final)
+        trainer.processing_class.save_pretrained(final)
+        metrics = _evaluate(trainer)
     finally:
         progress.stop()
-    final = output_dir / "final"
-    trainer.model.save_pretrained(final)
-    trainer.processing_class.save_pretrained(final)
     plot(trainer, output_dir)
     return Result(output_dir, 0, final, metrics)
 
@@ -238,6 +238,15 @@ def plot(trainer: SFTTrainer, output_dir: Path) -> None:
         steps = trainer.args.logging_steps
         windows = [(f"first {steps:g} steps", load.first), (f"last {steps:g} steps", load.last)]
         plots.router_heatmap(windows, output_dir / "plots" / "router.png")
+
+
+def _evaluate(trainer: SFTTrainer) -> dict[str, float]:
+    """Held-out metrics after the last step, {} without held-out data."""
+    if trainer.eval_dataset is None:
+        return {}
+    last = trainer.state.log_history[-2:]  # the record of the last evaluation, then the summary of the training
+    done = next((dict(record) for record in last if "eval_loss" in record), None)
+    return done if done and done.pop("step") == trainer.state.global_step else trainer.evaluate()
 
 
 def _freeze_routers(model: torch.nn.Module) -> None:

@@ -1,0 +1,38 @@
+"""How errors are told: a paragraph where a user can do something, nothing where the traceback is what helps."""
+
+import torch
+
+from expertmesh.train.errors import ConfigError, explain
+from expertmesh.train.guard import NonFiniteError
+
+
+def test_our_own_errors_are_told_as_they_are(tmp_path):
+    assert explain(ConfigError("`x` is\n  wrong.")) == "`x` is wrong."
+    assert explain(NonFiniteError("Step 1.", 1, "loss", None, tmp_path)) == "Step 1."
+
+
+def test_errors_of_libraries_point_to_the_traceback():
+    assert explain(OSError("disk full")) == "disk full (EXPERTMESH_DEBUG=1 shows where this comes from.)"
+
+
+def test_a_missing_extra_is_named():
+    assert explain(ModuleNotFoundError("No module named 'trl'", name="trl")) == (
+        "trl is not installed: `pip install 'expertmesh[train]'` adds it."
+    )
+
+
+def test_out_of_memory_names_the_settings_to_change():
+    told = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."))
+    assert told is not None
+    for key in (
+        "train.per_device_train_batch_size",
+        "train.activation_checkpointing=true",
+        "data.max_length",
+        "lora={}",
+    ):
+        assert key in told
+
+
+def test_defects_keep_their_traceback():
+    assert explain(KeyError("key")) is None
+    assert explain(ModuleNotFoundError("No module named 'x'", name="x")) is None
