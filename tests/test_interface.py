@@ -371,6 +371,25 @@ def test_router_loss_does_not_grow_with_accumulation():
     assert relative_error(losses[1][1], losses[0][1]) <= CPU_TOLERANCE
 
 
+@pytest.mark.parametrize("family", ALL_KINDS)
+def test_on_the_cpu_ties_go_to_the_experts_that_stock_chooses(family):
+    chosen = []
+    for load in (load_stock, load_ours):
+        model = load(family)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("gate.weight", "router.weight")):
+                parameter.data[:4], parameter.data[4:] = parameter.data[0], parameter.data[5]
+        for module in model.modules():
+            if hasattr(module, "_apply_gate"):
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs: chosen[-1].append([*args, *kwargs.values()][1]), with_kwargs=True
+                )
+        chosen.append([])
+        model.train()(**batch())
+    assert len(chosen[0]) == len(chosen[1]) > 0
+    assert all(torch.equal(a.sort().values, b.sort().values) for a, b in zip(*chosen, strict=True))
+
+
 def test_router_logits_from_the_configuration():
     outputs = []
     for load in (load_stock, load_ours):

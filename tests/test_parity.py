@@ -3,10 +3,12 @@ does not.
 """
 
 import math
+import os
 
 import pytest
 import torch
 
+from expertmesh import backends
 from expertmesh.bench.parity import (
     CASES,
     applicable,
@@ -25,6 +27,7 @@ from expertmesh.bench.tiny import FAMILIES, tiny_model
 from expertmesh.cli import run
 from tests.models import load_ours, load_stock, saved, shared_pair
 
+INTERPRETER = backends.HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 CASE = {case.name: case for case in CASES}
 
 
@@ -47,6 +50,21 @@ def test_loss_logits_and_gradients_equal_stock(family, case):
     stock, ours = shared_pair(family)
     assert applicable(case, stock)
     assert not differing(compare_case(stock, ours, case))
+
+
+@pytest.mark.skipif(not INTERPRETER, reason="Triton kernels run on the CPU only with TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        *((family, "poisoned memory") for family in ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h")),
+        *(("qwen3_moe", case) for case in ("right padding", "checkpointing", "all on the same experts", "ties")),
+    ],
+)
+def test_triton_kernels_give_the_same_numbers(family, case):
+    """The path of a GPU, interpreted: every fused kernel of the model at once."""
+    stock, ours = shared_pair(family)
+    with backends.interpreted():
+        assert not differing(compare_case(stock, ours, CASE[case]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

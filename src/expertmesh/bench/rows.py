@@ -36,6 +36,26 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor, floor: float = 0
     return worst / scale if scale > 0.0 and math.isfinite(worst) else math.inf
 
 
+def rms_errors(
+    found: Mapping[str, torch.Tensor | None], expected: Mapping[str, torch.Tensor | None]
+) -> dict[str, float]:
+    """Name -> rms(found - expected) / rms(expected), for noisy arithmetic. Floor and missing as in `worst_error`."""
+
+    def rms(tensor: torch.Tensor) -> float:
+        return float(tensor.double().square().mean().sqrt())
+
+    sizes = {name: rms(tensor) for name, tensor in expected.items() if tensor is not None}
+    floor = 0.01 * max(sizes.values(), default=0.0)
+    errors = {}
+    for name in sorted(found.keys() | expected.keys()):
+        a, b = found.get(name), expected.get(name)
+        if a is None or b is None:
+            errors[name] = 0.0 if a is b else math.inf
+        else:
+            errors[name] = rms(a - b) / (max(sizes[name], floor) or 1.0)
+    return errors
+
+
 def worst_error(
     found: Mapping[str, torch.Tensor | None], expected: Mapping[str, torch.Tensor | None]
 ) -> tuple[float, str]:
