@@ -81,7 +81,7 @@ def interrupt_at(step, number=signal.SIGINT):
     return Kill()
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": "{r: 4}"}, {"data__packing": "true"}])
+@pytest.mark.parametrize("changes", [{}, {"lora": "{r: 4}"}, {"data__packing": "true"}, {"model__name": "demo"}])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, changes):
     whole = run(configured(tmp_path / "whole", train__max_steps=6, **changes))
 

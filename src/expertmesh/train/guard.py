@@ -101,7 +101,8 @@ class StepRecord:
             symptom = f"the gradient is not finite (norm {grad_norm.item()})"
         rows = self._rows_of(guilty)
         origin = "cannot be traced to rows" if rows is None else f"are rows {_short(rows)} of the training data"
-        begin = f", beginning {decode(self.batches[guilty[0]]['input_ids'][0, :SHOWN].tolist())!r}" if decode else ""
+        ids = self.batches[guilty[0]].get("input_ids")
+        begin = f", beginning {decode(ids[0, :SHOWN].tolist())!r}" if decode and ids is not None else ""
         raise NonFiniteError(
             f"Step {step} was stopped before the optimizer ran: {symptom}. No weight was changed. Its examples "
             f"{origin}, saved in {path}{begin}. {_advice(what, model)}",

@@ -56,9 +56,9 @@ class Trainer(transformers.Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._record = StepRecord(batches, [batch.pop(ROW, None) for batch in batches], num_items)
         for batch in batches:
-            mask = batch.get("attention_mask")
+            mask, ids = batch.get("attention_mask"), batch.get("input_ids")
             # no .item() here: the sum stays on the device until the next record is logged
-            self._tokens = self._tokens + (batch["input_ids"].numel() if mask is None else mask.sum())
+            self._tokens = self._tokens + (mask.sum() if mask is not None else 0 if ids is None else ids.numel())
         return batches, num_items
 
     def training_step(self, model, inputs, *args, **kwargs):
