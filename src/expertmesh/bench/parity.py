@@ -265,7 +265,8 @@ def applicable(case: Case, model: PreTrainedModel) -> bool:
     """Whether the model has what the case is about."""
     if case.routing and not router_weights(model):
         return False
-    if case.aux and "output_router_logits" not in inspect.signature(type(model).forward).parameters:
+    has_aux_loss = "output_router_logits" in inspect.signature(type(model).forward).parameters
+    if case.aux and not (has_aux_loss and hasattr(model.config, "router_aux_loss_coef") and router_weights(model)):
         return False
     return not case.checkpointing or model.supports_gradient_checkpointing
 

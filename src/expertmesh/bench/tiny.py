@@ -51,6 +51,15 @@ GROUP_LIMITED = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
 }
+# DeepSeek's latent attention.
+LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 150000.0}
 
 FAMILIES: dict[str, dict] = {
@@ -63,15 +72,10 @@ FAMILIES: dict[str, dict] = {
     "glm4_moe": GROUP_LIMITED
     | {"num_hidden_layers": 3, "first_k_dense_replace": 1, "head_dim": 8, "use_qk_norm": True, "attention_bias": True},
     "deepseek_v3": GROUP_LIMITED
+    | LATENT_ATTENTION
     | {
         "num_hidden_layers": 3,
-        "num_key_value_heads": 4,
         "first_k_dense_replace": 1,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 24,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
         "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
     "gpt_oss": {
@@ -108,6 +112,13 @@ FAMILIES: dict[str, dict] = {
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5},
     "phimoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 8, "moe_topk": 2},
+    "deepseek_v2": GROUP_LIMITED
+    | LATENT_ATTENTION
+    | {"topk_method": "group_limited_greedy", "first_k_dense_replace": 1},
+    "dots1": GROUP_LIMITED | {"head_dim": 8, "first_k_dense_replace": 1},
+    "flex_olmo": {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "router_aux_loss_coef": 0.5},
+    "minimax_m2": {"head_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5},
+    "aria_text": {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1},
     "jamba": {
         "num_experts": 8,
         "num_experts_per_tok": 2,
