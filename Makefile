@@ -16,7 +16,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 WORKERS ?= 2
-PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -qq
 READY = $(VENV)/.ready
 
 help:

@@ -4,9 +4,10 @@ It is an ordinary run of `expertmesh train` on built-in data with a look before 
 loss on rows it never saw, and whether stock Transformers reads the saved checkpoint and computes the same logits.
 """
 
+import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,30 +16,40 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 QUESTIONS = [
-    "What does the method `str.upper` do?",
+    "What does `math.sqrt` do?",
+    "What is the class `ValueError`?",
     "Explain the Python topic `lambda`.",
-    "Can you write a stack in Python?",
 ]
 LOSS_MUST_FALL_TO = 0.75  # of what it was before training: far more than noise, far less than the demo reaches
-LOGITS_TOLERANCE = 1e-5  # relative, float32: two orders of summation, nothing else
+# Relative, float32. On a CPU two orders of summation differ and nothing else; a GPU may multiply with 10-bit mantissas.
+LOGITS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}
 
 
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for the checkpoint, the metrics and the plots.")] = Path(
         "demo-output"
     ),
-    steps: Annotated[int, typer.Option(min=20, help="Optimizer steps; the default takes about two minutes.")] = 500,
+    steps: Annotated[
+        int, typer.Option(min=20, help="Optimizer steps; the default takes about two minutes on two cores.")
+    ] = 600,
 ) -> None:
     """Train a small Qwen3-MoE on this machine, export it, and prove the export."""
     began = time.perf_counter()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    # threads that spin while they wait for a small operation to come would fight over the cores with everything else
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with console.status("loading"):
+        import datasets
+        import transformers
+
         from expertmesh.train.config import Config
         from expertmesh.train.run import build, train
 
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
         config = Config.model_validate(settings(output_dir, steps))
         trainer = build(config)
     model, tokenizer = trainer.model, trainer.processing_class
@@ -54,8 +65,17 @@ def demo(
         _show(console, question, early, _answer(model, tokenizer, question))
 
     differing, logits_error = compare_with_stock(model, tokenizer, result.final)
-    _report(console, result.output_dir, before, after, differing, logits_error, time.perf_counter() - began)
-    if after > LOSS_MUST_FALL_TO * before or differing or logits_error > LOGITS_TOLERANCE:
+    weights = f"{len(differing)} tensors differ, such as {differing[0]}" if differing else "every tensor bit-equal"
+    tolerance = LOGITS_TOLERANCE[model.device.type]
+    promises = [
+        ("held-out loss", f"{before:.3f} → {after:.3f}", f"below {LOSS_MUST_FALL_TO * before:.3f}"),
+        ("weights, reloaded", weights, "bit-equal"),
+        ("logits, stock against fused", f"{logits_error:.1e} apart", f"at most {tolerance:.0e}"),
+    ]
+    kept = [after <= LOSS_MUST_FALL_TO * before, not differing, logits_error <= tolerance]
+    _report(console, promises, kept, result.output_dir)
+    console.print(f"[dim]{time.perf_counter() - began:.0f} seconds in all[/]")
+    if not all(kept):
         raise typer.Exit(1)
 
 
@@ -63,17 +83,15 @@ def settings(output_dir: Path, steps: int) -> dict[str, dict]:
     """The configuration of the demo, as `expertmesh train` reads it."""
     return {
         "model": {"name": "demo"},
-        "data": {"name": "demo:all", "max_length": 128, "assistant_only_loss": True},
-        "train": {"max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 4e-3, "weight_decay": 0.1},
-        "moe": {"router_aux_loss_coef": 0.01},
+        "data": {"name": "demo:all", "max_length": 64, "assistant_only_loss": True},
+        "train": {"max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 6e-3, "weight_decay": 0.1},
+        "moe": {"router_aux_loss_coef": 0.02},
         "log": {"logging_steps": max(1, steps // 50), "eval_steps": max(1, steps // 5)},
         "save": {"output_dir": str(output_dir)},
     }
 
 
-def compare_with_stock(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path
-) -> tuple[list[str], float]:
+def compare_with_stock(model: "PreTrainedModel", tokenizer: Any, folder: Path) -> tuple[list[str], float]:
     """What differs between the model and its checkpoint in `folder`, read by stock Transformers.
 
     Returns the names of tensors that are not bit-equal or on one side only, and the largest difference of logits over
@@ -82,7 +100,8 @@ def compare_with_stock(
     import torch
     from transformers import AutoModelForCausalLM
 
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    stock: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+    stock.to(model.device).eval()
     ours, theirs = model.state_dict(), stock.state_dict()
     differing = sorted(ours.keys() ^ theirs.keys())
     differing += [name for name in sorted(ours.keys() & theirs.keys()) if not torch.equal(ours[name], theirs[name])]
@@ -95,7 +114,7 @@ def compare_with_stock(
     return differing, error
 
 
-def _introduce(console: Console, trainer) -> None:
+def _introduce(console: Console, trainer: Any) -> None:
     config, rows, held_out = trainer.model.config, len(trainer.train_dataset), len(trainer.eval_dataset)
     console.print(
         f"\n[bold]expertmesh demo[/]: a Qwen3-MoE with {trainer.model.num_parameters() / 1e6:.1f} million weights "
@@ -105,13 +124,13 @@ def _introduce(console: Console, trainer) -> None:
     )
 
 
-def _prompt(tokenizer: "PreTrainedTokenizerBase", question: str, device: "torch.device") -> "torch.Tensor":
+def _prompt(tokenizer: Any, question: str, device: "torch.device") -> "torch.Tensor":
     talk = [{"role": "user", "content": question}]
     encoded = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     return encoded["input_ids"].to(device)
 
 
-def _answer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", question: str) -> str:
+def _answer(model: "PreTrainedModel", tokenizer: Any, question: str) -> str:
     """The model's most likely answer, at most 60 tokens."""
     ids = _prompt(tokenizer, question, model.device)
     answered = model.eval().generate(ids, max_new_tokens=60, do_sample=False)
@@ -124,27 +143,13 @@ def _show(console: Console, question: str, before: str, after: str) -> None:
     console.print(f"[green]after:[/]  {escape(after)}")
 
 
-def _report(
-    console: Console,
-    output_dir: Path,
-    before: float,
-    after: float,
-    differing: list[str],
-    logits_error: float,
-    seconds: float,
-) -> None:
-    """The table at the end: every promise, what was measured, and whether it holds."""
+def _report(console: Console, promises: list[tuple[str, str, str]], kept: list[bool], output_dir: Path) -> None:
+    """The table at the end: every promise, what was measured, and whether it holds; then the files."""
     table = Table(box=None, pad_edge=False, title="\nwhat this run shows", title_justify="left")
     for column in ("", "measured", "must be", ""):
-        table.add_column(column)
-    fell, same, equal = after <= LOSS_MUST_FALL_TO * before, not differing, logits_error <= LOGITS_TOLERANCE
-    weights = "every tensor bit-equal" if same else f"{len(differing)} tensors differ, such as {differing[0]}"
-    for name, measured, wanted, holds in (
-        ("held-out loss", f"{before:.3f} → {after:.3f}", f"below {LOSS_MUST_FALL_TO * before:.3f}", fell),
-        ("weights, reloaded by stock Transformers", weights, "bit-equal", same),
-        ("logits, stock against fused", f"{logits_error:.1e} apart", f"at most {LOGITS_TOLERANCE:.0e}", equal),
-    ):
-        table.add_row(name, measured, wanted, "[green]yes[/]" if holds else "[bold red]no[/]")
+        table.add_column(column, no_wrap=True)
+    for promise, holds in zip(promises, kept, strict=True):
+        table.add_row(*promise, "[green]yes[/]" if holds else "[bold red]no[/]")
     console.print(table)
     for path, what in (
         ("final", "the checkpoint, in Hugging Face's format"),
@@ -152,5 +157,4 @@ def _report(
         ("plots/router.png", "where the tokens went, layers by experts"),
         ("metrics.jsonl", "every record of the run"),
     ):
-        console.print(f"  {output_dir / path}  [dim]{what}[/]", soft_wrap=True)
-    console.print(f"[dim]{seconds:.0f} seconds in all[/]")
+        console.print(f"  {output_dir / path}  [dim]{what}[/]")
