@@ -85,7 +85,7 @@ def settings(output_dir: Path, steps: int) -> dict[str, dict]:
         "model": {"name": "demo"},
         "data": {"name": "demo:all", "max_length": 64, "assistant_only_loss": True},
         "train": {"max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 6e-3, "weight_decay": 0.1},
-        "moe": {"router_aux_loss_coef": 0.02},
+        "moe": {"router_aux_loss_coef": 0.05},
         "log": {"logging_steps": max(1, steps // 50), "eval_steps": max(1, steps // 5)},
         "save": {"output_dir": str(output_dir)},
     }
