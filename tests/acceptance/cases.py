@@ -1,30 +1,39 @@
-"""What transformers' suite runs on: its ModelTesterMixin around the stock Qwen3-MoE class and around ours.
+"""What transformers' suite runs on: its ModelTesterMixin around stock classes and around ours.
 
-`test_transformers_suite.py` runs this file with pytest in a process of its own, with `hf_tests` (see suite.py) on the
+`test_transformers_suite.py` runs this file with pytest in processes of its own, with `hf_tests` (see suite.py) on the
 import path.
 """
 
 import unittest
 
 import torch
+import transformers
 from hf_tests.test_modeling_common import ModelTesterMixin, ids_tensor
-from transformers import Qwen3MoeForCausalLM
 
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.fuse import fused_class
+
+FAMILIES = {
+    "qwen3_moe": "Qwen3Moe",
+    "gpt_oss": "GptOss",
+    "deepseek_v3": "DeepseekV3",
+    "nemotron_h": "NemotronH",
+    "mixtral": "Mixtral",
+}
 
 
 class Inputs:
     """The part of transformers' CausalLMModelTester that ModelTesterMixin uses; that file is not in the sdist."""
 
     is_training = True
-    batch_size, seq_length, vocab_size, hidden_size, num_hidden_layers, num_attention_heads = 2, 12, 128, 32, 2, 4
+    batch_size, seq_length, vocab_size, hidden_size, num_attention_heads = 2, 12, 128, 32, 4
 
-    def __init__(self, parent: unittest.TestCase):
+    def __init__(self, parent: "Common"):
         self.parent = parent
+        self.num_hidden_layers = self.get_config().num_hidden_layers
 
     def get_config(self):
-        return tiny_config("qwen3_moe", num_hidden_layers=2, mlp_only_layers=[])
+        return tiny_config(self.parent.family)
 
     def prepare_config_and_inputs_for_common(self):
         ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
@@ -32,6 +41,7 @@ class Inputs:
 
 
 class Common(ModelTesterMixin):
+    family: str
     pipeline_model_mapping: dict = {}
     test_all_params_have_gradient = False  # an expert that no token chose has none
 
@@ -39,9 +49,8 @@ class Common(ModelTesterMixin):
         self.model_tester = Inputs(self)
 
 
-class StockTest(Common, unittest.TestCase):
-    all_model_classes = (Qwen3MoeForCausalLM,)
-
-
-class OursTest(Common, unittest.TestCase):
-    all_model_classes = (fused_class(Qwen3MoeForCausalLM),)
+for _family, _name in FAMILIES.items():
+    _stock = getattr(transformers, f"{_name}ForCausalLM")
+    for _side, _class in (("Stock", _stock), ("Ours", fused_class(_stock))):
+        _attributes = {"family": _family, "all_model_classes": (_class,)}
+        globals()[f"{_side}{_name}"] = type(f"{_side}{_name}", (Common, unittest.TestCase), _attributes)
