@@ -7,7 +7,7 @@ saving, generation, PEFT and Trainer see the HF model they know.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
 from expertmesh.layers.masks import unpacked
 from expertmesh.memory.recompute import keep_routing
+from expertmesh.weights.read import to_model_names
 
 #: Every fusion by its switch, and how Transformers names the classes it is meant for.
 FUSIONS = {
@@ -150,6 +151,14 @@ class FusedModel(Fast):
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
         self._loss_function = value
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch, and weights under the names they have on disk are converted as `from_pretrained` does.
+
+        Transformers' Trainer resumes through here: without it experts, which most families save one by one, would
+        keep their old weights. Raises ValueError if some weights of an expert are missing.
+        """
+        return super().load_state_dict(to_model_names(self, state_dict), strict, assign)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """As in Transformers (`resize_token_embeddings` comes here); the new head is fused like the old one."""

@@ -1,0 +1,146 @@
+"""A checkpoint appears whole or not at all.
+
+It is written into `.checkpoint-<step>.incomplete`, a name that no reader takes for a checkpoint. When every file is on
+the disk (fsync) a manifest of sizes and SHA-256 sums joins them, and one rename makes it `checkpoint-<step>`. A process
+killed before the rename leaves a hidden directory that the next save removes; one killed after it leaves a checkpoint.
+All ranks must see the same file system.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from expertmesh.weights import ranks
+
+MANIFEST = "sha256.json"
+log = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_LEFTOVER = re.compile(r"\.checkpoint-\d+\.(incomplete|deleted)")
+
+
+@contextmanager
+def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator[Path]:
+    """Yield an empty directory; what is in it when the block ends becomes `output_dir/checkpoint-<step>`.
+
+    Every rank of `group` (None: all) enters and writes its own files. After an error nothing is published. Raises
+    FileExistsError if there is such a checkpoint already: a published one is never replaced.
+    """
+    output_dir = Path(output_dir)
+    target, staging = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.incomplete"
+    refuse_to_replace(target)
+    ranks.barrier(group)  # nobody may look for the target once somebody has begun
+    if ranks.rank(group) == 0:
+        remove_leftovers(output_dir)
+        staging.mkdir(parents=True)
+        _sync(output_dir)
+    ranks.barrier(group)
+    yield staging
+    for path in [*_files(staging), *_folders(staging)]:  # on every rank: fsync reaches what this machine wrote
+        _sync(path)
+    ranks.barrier(group)
+    sums = ranks.gathered(_sums(staging, _files(staging)[ranks.rank(group) :: ranks.world_size(group)]), group)
+    if ranks.rank(group) == 0:
+        _write_manifest(staging, {name: entry for part in sums for name, entry in part.items()})
+        os.rename(staging, target)
+        _sync(output_dir)
+    ranks.barrier(group)
+
+
+def refuse_to_replace(target: Path) -> None:
+    """Raise FileExistsError, saying what to do, if `target` exists."""
+    if target.exists():
+        raise FileExistsError(
+            f"{target} exists, and a published checkpoint is never replaced. Resume from it, save to another folder, "
+            f"or move it away if it is not needed."
+        )
+
+
+def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """Every published (step, directory), oldest first, complete or not."""
+    paths = Path(output_dir).iterdir() if Path(output_dir).is_dir() else ()
+    return sorted((int(name[1]), path) for path in paths if (name := _CHECKPOINT.fullmatch(path.name)))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the checkpoint has a manifest, which is the last thing that is written."""
+    return (checkpoint / MANIFEST).is_file()
+
+
+def newest_complete(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint of the highest step, None if there is none. A warning names those that are skipped."""
+    for _, path in reversed(checkpoints(output_dir)):
+        if is_complete(path):
+            return path
+        log.warning("%s is skipped: without %s it is incomplete, or something else wrote it.", path, MANIFEST)
+    return None
+
+
+def prune(output_dir: str | Path, keep: int, protect: Sequence[str | Path] = ()) -> None:
+    """Delete all but the newest `keep` complete checkpoints and those in `protect`; what is incomplete stays.
+
+    Call it on one rank. Raises ValueError for `keep` below 1, so the only complete checkpoint is never deleted.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}, and at least 1 checkpoint must be kept.")
+    kept = {Path(path).resolve() for path in protect}
+    for step, path in [(step, path) for step, path in checkpoints(output_dir) if is_complete(path)][:-keep]:
+        if path.resolve() not in kept:
+            doomed = path.with_name(f".checkpoint-{step}.deleted")  # half deleted it must not look like a checkpoint
+            os.rename(path, doomed)
+            _sync(path.parent)
+            shutil.rmtree(doomed)
+
+
+def remove_leftovers(output_dir: str | Path) -> None:
+    """Delete what killed saves and deletions left behind. Call it on one rank, while nothing is being saved there."""
+    for path in Path(output_dir).iterdir() if Path(output_dir).is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            log.warning("%s is removed: a save or a deletion did not finish.", path)
+            shutil.rmtree(path)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sums(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        sums = list(pool.map(sha256, files))
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, sums, strict=True)
+    }
+
+
+def _write_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    path = folder / MANIFEST
+    path.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
+    _sync(path)
+    _sync(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*"), reverse=True) if path.is_dir()] + [folder]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

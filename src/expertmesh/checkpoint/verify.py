@@ -1,0 +1,66 @@
+"""Is every byte of a checkpoint the one that was saved? Asked before anything is loaded from it."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from expertmesh.checkpoint.publish import MANIFEST, sha256
+from expertmesh.weights import ranks
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that must not be loaded. `problems` names each file and what is wrong with it."""
+
+    def __init__(self, message: str, problems: list[str]):
+        super().__init__(message)
+        self.problems = problems
+
+
+def verify(checkpoint: str | Path, group: Any = None) -> None:
+    """Compare every file's size and SHA-256 with the manifest. Every rank of `group` takes a share of the files.
+
+    Raises CheckpointError on every rank, naming each file that is missing, truncated, changed or not in the manifest;
+    FileNotFoundError if there is no manifest.
+    """
+    checkpoint = Path(checkpoint)
+    entries = _manifest(checkpoint)
+    names = sorted(entries)[ranks.rank(group) :: ranks.world_size(group)]
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        found = list(pool.map(lambda name: _problem(checkpoint / name, name, entries[name]), names))
+    present = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    extra = [f"{name} is not in the manifest" for name in sorted(present - entries.keys() - {MANIFEST})]
+    shares = ranks.gathered([problem for problem in found if problem], group)
+    problems = sorted(problem for share in shares for problem in share) + extra
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint {checkpoint} is not what was saved: {'; '.join(problems)}. Restore it from a copy, or "
+            f"move it away and resume from the one before.",
+            problems,
+        )
+
+
+def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} has no {MANIFEST}: its save did not finish, or something else wrote it. Take another one."
+        )
+    try:
+        entries = json.loads(path.read_bytes())
+        return {name: {"size": int(entry["size"]), "sha256": str(entry["sha256"])} for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"The manifest of {checkpoint} cannot be read ({error}). Restore {MANIFEST} from a copy, or move the "
+            f"checkpoint away and resume from the one before.",
+            [f"{MANIFEST} cannot be read"],
+        ) from None
+
+
+def _problem(path: Path, name: str, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return f"{name} has {size} bytes instead of {entry['size']}"
+    return None if sha256(path) == entry["sha256"] else f"{name} has changed (its SHA-256 differs)"

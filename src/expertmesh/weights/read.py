@@ -1,0 +1,148 @@
+"""Checkpoint names in, a model's weights out: the conversion that `from_pretrained` does, for a model that exists.
+
+On disk most families name every expert's matrix; in the model one tensor holds all experts of a layer. What reads a
+checkpoint by the model's names, as torch's `load_state_dict` does, leaves such experts untouched. Both functions here
+go through Transformers' own conversion rules, one group of tensors at a time.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.distributed.sharding_utils import DtensorShardOperation
+
+Read = Callable[[Any, Any, int | None], torch.Tensor | None]
+
+
+def to_model_names(model: PreTrainedModel, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`state` with every tensor under the name it has in the model; what is there already, or unknown, stays.
+
+    Raises ValueError if the tensors of one parameter do not fit together, as when one expert's are missing.
+    """
+    targets = model.state_dict()
+    foreign = {key: value for key, value in state.items() if key not in targets}
+    if not foreign:
+        return state
+    groups, unknown = _groups(model, foreign, targets, lambda source, target, index: source)
+    converted = {key: value for key, value in state.items() if key in targets or key in unknown}
+    for name, group in groups.items():
+        for target, value in _converted(model, name, group):
+            if target in targets and value.shape != targets[target].shape:
+                raise ValueError(_misfit(target, value.shape, targets[target].shape))
+            converted[target] = value
+    return converted
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Overwrite the model's weights, in place, with those of a checkpoint in Hugging Face's format (safetensors).
+
+    Of a sharded model every rank reads its own slices only. Raises FileNotFoundError if the folder has no weights,
+    ValueError if a weight is missing, does not fit, or is not the model's.
+    """
+    with _opened(Path(folder)) as sources, torch.no_grad():
+        targets = model.state_dict()
+        groups, unknown = _groups(model, sources, targets, _read_slice)
+        tied = _aliases(model)
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+        absent = set(targets) - set(model._keys_to_ignore_on_save or ())
+        for name, group in groups.items():
+            for target, value in _converted(model, name, group):
+                _overwrite(target, targets[target], value)
+                absent -= tied.get(target, {target})
+        unknown = [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]
+    for what, keys in (("lacks", sorted(absent)), ("has, but the model has not:", sorted(unknown))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(
+                f"The checkpoint {folder} {what} {', '.join(keys[:3])}{more}. It was cut short, or is another model's: "
+                f"resume from the one before, or from one of this model."
+            )
+
+
+def _groups(
+    model: PreTrainedModel, sources: Mapping[str, Any], targets: dict[str, torch.Tensor], read: Read
+) -> tuple[dict[str, Any], list[str]]:
+    """(Transformers' conversion for each parameter with its tensors, still unread; keys that belong to no parameter)"""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    groups: dict[str, Any] = {}
+    unknown = []
+    for key in sorted(sources, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, targets)
+        if name not in targets and key in targets:
+            name, pattern = key, None
+        if name not in targets:
+            unknown.append(key)
+            continue
+        if pattern is None:
+            group, index = groups.setdefault(name, WeightRenaming(key, name)), None
+        else:
+            group = groups.setdefault(name, deepcopy(by_pattern[pattern]))
+            index = len(group.collected_tensors.get(pattern, ()))
+        group.add_tensor(name, key, pattern or key, partial(read, sources[key], targets[name], index))
+    return groups, unknown
+
+
+def _converted(model: PreTrainedModel, name: str, group: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        values = group.convert(name, model=model, config=model.config)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"The checkpoint's tensors for {name} do not fit together ({error}). One of them is missing or has the "
+            f"wrong shape: take a complete checkpoint of this model."
+        ) from error
+    for target, value in values.items():
+        yield target, value[0] if isinstance(value, list) else value
+
+
+def _read_slice(source: Any, target: torch.Tensor, index: int | None) -> torch.Tensor | None:
+    """This rank's part of a tensor on disk (a safetensors slice); None if none of it is this rank's."""
+    if isinstance(target, DTensor):
+        local = target.to_local()
+        return DtensorShardOperation(target).shard_tensor(source, index, local.device, target.dtype)
+    return source[...].to(target.device, target.dtype)
+
+
+def _overwrite(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
+    local = target.to_local() if isinstance(target, DTensor) else target
+    if local.shape != value.shape:
+        raise ValueError(_misfit(name, value.shape, local.shape))
+    local.copy_(value)
+
+
+def _misfit(name: str, found: torch.Size, wanted: torch.Size) -> str:
+    return (
+        f"The checkpoint's weights for {name} have the shape {tuple(found)}, the model's {tuple(wanted)}. Part of them "
+        f"is missing, or they are another model's: take a complete checkpoint of this model."
+    )
+
+
+def _aliases(model: PreTrainedModel) -> dict[str, set[str]]:
+    """For every parameter's name, all names of the same parameter (tied weights are saved once)."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {name: group for group in names.values() for name in group}
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every tensor in the folder's safetensors files, by its key, as a slice that is read when it is indexed."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights (*.safetensors). Name a folder that save_pretrained wrote.")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        yield {key: file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118 (not a dict)

@@ -1,0 +1,143 @@
+"""A checkpoint appears whole or not at all, and every byte of it is checked."""
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from expertmesh.checkpoint.publish import MANIFEST, checkpoints, newest_complete, prune, publishing, remove_leftovers
+from expertmesh.checkpoint.verify import CheckpointError, verify
+
+
+def publish(output_dir, step, **files):
+    with publishing(output_dir, step) as folder:
+        (folder / "inner").mkdir()
+        for name, content in ({"weights": b"w" * 1000, "inner/state": b"s" * 10} | files).items():
+            (folder / name).write_bytes(content)
+    return output_dir / f"checkpoint-{step}"
+
+
+def test_a_published_checkpoint_holds_its_files_and_passes(tmp_path):
+    checkpoint = publish(tmp_path, 3)
+    assert json.loads((checkpoint / MANIFEST).read_text()).keys() == {"weights", "inner/state"}
+    assert os.listdir(tmp_path) == ["checkpoint-3"]
+    assert newest_complete(tmp_path) == checkpoint
+    verify(checkpoint)
+
+
+def test_nothing_is_published_after_an_error_and_the_leftover_goes_with_the_next_save(tmp_path):
+    with pytest.raises(OSError, match="disk full"), publishing(tmp_path, 3) as folder:
+        (folder / "weights").write_bytes(b"half")
+        raise OSError("disk full")
+    assert os.listdir(tmp_path) == [".checkpoint-3.incomplete"]
+    assert newest_complete(tmp_path) is None
+    publish(tmp_path, 4)
+    assert os.listdir(tmp_path) == ["checkpoint-4"]
+
+
+def test_a_published_checkpoint_is_never_replaced(tmp_path):
+    publish(tmp_path, 3)
+    with pytest.raises(FileExistsError, match=r"checkpoint-3 exists.*another folder"):
+        publish(tmp_path, 3, weights=b"other")
+    verify(tmp_path / "checkpoint-3")
+
+
+def test_the_newest_complete_one_is_found_by_number_and_others_are_named(tmp_path, caplog):
+    publish(tmp_path, 9)
+    newest = publish(tmp_path, 10)
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / ".checkpoint-12.incomplete").mkdir()
+    (tmp_path / "checkpoint-last").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert newest_complete(tmp_path) == newest
+    assert "checkpoint-11 is skipped" in caplog.text
+    assert newest_complete(tmp_path / "nowhere") is None
+
+
+def test_old_checkpoints_go_and_the_only_complete_one_never_does(tmp_path):
+    for step in (1, 2, 3, 10):
+        publish(tmp_path, step)
+    (tmp_path / "checkpoint-11").mkdir()  # incomplete: it neither counts nor goes
+    prune(tmp_path, 2, protect=[tmp_path / "checkpoint-1"])
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 3, 10, 11]
+    prune(tmp_path, 1)
+    assert [step for step, _ in checkpoints(tmp_path)] == [10, 11]
+    with pytest.raises(ValueError, match="at least 1"):
+        prune(tmp_path, 0)
+
+
+def test_a_half_deleted_checkpoint_is_no_checkpoint(tmp_path):
+    publish(tmp_path, 1).rename(tmp_path / ".checkpoint-1.deleted")
+    assert newest_complete(tmp_path) is None
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda folder: os.truncate(folder / "weights", 999), "weights has 999 bytes instead of 1000"),
+        (lambda folder: os.remove(folder / "inner/state"), "inner/state is missing"),
+        (lambda folder: (folder / "inner/more").touch(), "inner/more is not in the manifest"),
+        (lambda folder: os.truncate(folder / MANIFEST, 20), "sha256.json cannot be read"),
+    ],
+)
+def test_damage_is_named(damage, expected, tmp_path):
+    checkpoint = publish(tmp_path, 3)
+    damage(checkpoint)
+    with pytest.raises(CheckpointError) as raised:
+        verify(checkpoint)
+    assert raised.value.problems == [expected]
+
+
+def test_any_flipped_byte_is_named(tmp_path):
+    checkpoint, draw = publish(tmp_path, 3), random.Random(0)
+    for name in ("weights", "inner/state"):
+        good = (checkpoint / name).read_bytes()
+        for _ in range(5):
+            bad, at = bytearray(good), draw.randrange(len(good))
+            bad[at] ^= 1 << draw.randrange(8)
+            (checkpoint / name).write_bytes(bad)
+            with pytest.raises(CheckpointError, match=f"{name} has changed"):
+                verify(checkpoint)
+        (checkpoint / name).write_bytes(good)
+    verify(checkpoint)
+
+
+def test_a_checkpoint_without_a_manifest_is_not_verified(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(FileNotFoundError, match="did not finish"):
+        verify(tmp_path / "checkpoint-1")
+
+
+SAVE_FOREVER = """
+import sys
+from pathlib import Path
+from expertmesh.checkpoint.publish import publishing, prune
+print("ready", flush=True)
+for step in range(10**6):
+    with publishing(sys.argv[1], step) as folder:
+        for name in "abcd":
+            (folder / name).write_bytes(bytes([step % 256]) * 100_000)
+    prune(sys.argv[1], 2)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_complete_newest_checkpoint(tmp_path):
+    draw = random.Random(1)
+    for kill in range(5):
+        folder = tmp_path / str(kill)
+        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(folder)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        while newest_complete(folder) is None:
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        verify(newest_complete(folder))
