@@ -2,8 +2,8 @@
 
     python benchmarks/one_gpu.py --out benchmarks/results/NAME.json
 
-For each batch size and arm: forward and backward by CUDA events, median of several; tokens per second; peak memory. Before
-that: bf16 errors of both sides against a float32 reference at the same widths (2 layers), and proof that a whole
+For each batch size and arm: forward and backward by CUDA events, median of several; tokens per second; peak memory.
+Before that: bf16 errors of both sides against a float32 reference at the same widths (2 layers), and proof that a whole
 expertmesh step never makes the CPU wait. Prints a table and writes JSON.
 """
 
@@ -28,7 +28,10 @@ WIDTHS = dict(
     head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
     max_position_embeddings=40960, use_cache=False,
 )  # fmt: skip
-TINY = WIDTHS | dict(vocab_size=512, hidden_size=64, num_attention_heads=4, head_dim=16, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2)  # fmt: skip
+TINY = WIDTHS | dict(
+    vocab_size=512, hidden_size=64, num_attention_heads=4, head_dim=16, moe_intermediate_size=32, num_experts=8,
+    num_experts_per_tok=2,
+)  # fmt: skip
 
 
 def build(auto, widths, layers, dtype, device, **options):
@@ -52,7 +55,7 @@ def gradients(model, ids):
 
 
 def parity(widths, tokens, device):
-    """Loss and gradient errors of both sides in bf16 against stock in float32 (eager experts), same weights, 2 layers."""
+    """Loss and gradient errors of both sides in bf16 against stock in float32 (eager); same weights, 2 layers."""
     reference = build(StockAuto, widths, 2, torch.float32, device, experts_implementation="eager")
     for name, parameter in reference.named_parameters():
         if name.endswith("gate.weight"):

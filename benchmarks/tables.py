@@ -1,6 +1,6 @@
 """Write docs/benchmarks.md, and the README's table, from the files in benchmarks/results. Nothing is typed in by hand.
 
-    python benchmarks/tables.py
+python benchmarks/tables.py
 """
 
 import json
@@ -22,7 +22,9 @@ def table(header: list[str], rows: list[list]) -> str:
 
 def source(result: dict) -> str:
     versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "triton", "transformers") if name in result)
-    return f"{result['gpus']} x {result['hardware']}; {versions}; commit `{result['commit'][:10]}`; `{result['command']}`"
+    return (
+        f"{result['gpus']} x {result['hardware']}; {versions}; commit `{result['commit'][:10]}`; `{result['command']}`"
+    )
 
 
 def step_table(result: dict) -> str:
@@ -43,12 +45,10 @@ def step_table(result: dict) -> str:
 
 
 def parity_text(parity: dict) -> str:
-    return (
-        f"Against a float32 run of stock Transformers (2 layers, 2,048 tokens, same weights), the loss in bfloat16 is off by "
-        f"{parity['stock']['loss_error']:.1e} on the stock side and {parity['expertmesh']['loss_error']:.1e} on ours; over "
-        f"all parameters, our gradient error is at most {parity['worst_ratio']:.2f} times stock's "
-        f"(`{parity['worst_tensor']}`)."
-    )
+    stock, ours = parity["stock"]["loss_error"], parity["expertmesh"]["loss_error"]
+    return f"""Against a float32 run of stock Transformers (2 layers, 2,048 tokens, same weights), the loss in bfloat16
+is off by {stock:.1e} on the stock side and {ours:.1e} on ours; over all parameters, our gradient error is at most
+{parity["worst_ratio"]:.2f} times stock's (`{parity["worst_tensor"]}`)."""
 
 
 def profile_table(result: dict, arm: str, rows: int = 12) -> str:
@@ -63,7 +63,9 @@ def small_kernel_table(result: dict) -> str:
     cells: dict[tuple[str, str], dict[str, float]] = {}
     for row in result["rows"]:
         if row["pass"] != "both" or row["kernel"].startswith("linear"):
-            cells.setdefault((row["kernel"], row["pass"]), {"floor": row["floor_ms"]})[row["implementation"]] = row["ms"]
+            cells.setdefault((row["kernel"], row["pass"]), {"floor": row["floor_ms"]})[row["implementation"]] = row[
+                "ms"
+            ]
     rows = [[kernel, what, ms["floor"], *(ms.get(arm, "") for arm in arms)] for (kernel, what), ms in cells.items()]
     return table(["kernel", "pass", "floor ms", *arms], rows)
 
@@ -72,9 +74,9 @@ def page() -> str:
     step, small = load("h200_qwen3_8_layers"), load("h200_small_kernels")
     return f"""# Benchmarks
 
-Made by `python benchmarks/tables.py` from the files in `benchmarks/results`, each of which holds its hardware, versions,
-commit and command. Random weights and tokens, the model's own routing; stock Transformers and expertmesh ran in turn in
-one job.
+Made by `python benchmarks/tables.py` from the files in `benchmarks/results`, each of which holds its hardware,
+versions, commit and command. Random weights and tokens, the model's own routing; stock Transformers and expertmesh ran
+in turn in one job. Our loss computes its gradients in the forward, so that part of the backward is counted there.
 
 ## Qwen3-30B-A3B widths, 8 of 48 layers, one GPU, forward and backward
 

@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig
 
-from expertmesh.fuse import fuse, fused_class, has_fast_experts, requesting
+from expertmesh.fuse import fuse, fused_class, has_fast_experts, refusing_missing_experts, requesting
 
 _stock_mapping: Any = transformers.AutoModelForCausalLM._model_mapping
 
@@ -47,13 +47,18 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As Transformers', plus `fused`. Raises ValueError if weights of experts or routers are missing on disk."""
+        """As Transformers', plus `fused`.
+
+        Raises ValueError if weights of experts or routers are missing on disk, unless the caller asks for
+        `output_loading_info`: Transformers would start them at random.
+        """
         fused = kwargs.pop("fused", True)
         if fused is False:
             return transformers.AutoModelForCausalLM.from_pretrained(
                 pretrained_model_name_or_path, *model_args, **kwargs
             )
-        with requesting(fused):
+        caller_looks = kwargs.get("output_loading_info", False)  # and sees for himself what is missing
+        with requesting(fused), refusing_missing_experts(not caller_looks):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             if isinstance(loaded, tuple):  # output_loading_info=True
                 return (fuse(loaded[0], fused), *loaded[1:])

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -106,11 +107,17 @@ def table() -> list[Backend]:
     return [device, *rows]
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to whatever sys.stderr is at that moment: notebooks and test runners exchange it."""
+
+    stream = property(lambda self: sys.stderr, lambda self, value: None)  # type: ignore[assignment]
+
+
 def logger() -> logging.Logger:
     """The package's logger: to stderr, from rank 0 only unless somebody configured it otherwise."""
     log = logging.getLogger("expertmesh")
     if not log.handlers:
-        log.addHandler(logging.StreamHandler())
+        log.addHandler(_Stderr())
         log.propagate = False
         log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     return log

@@ -42,6 +42,7 @@ FUSIONS = {
     "liger": "models without experts",
 }
 
+_refusing: ContextVar[bool] = ContextVar("refusing_missing_experts", default=False)
 _requested: ContextVar[frozenset[str]] = ContextVar("requested_fusions", default=frozenset(FUSIONS))
 
 
@@ -71,12 +72,12 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
     if isinstance(model, FusedModel) or fused is False:
         return model
     with requesting(fused):
-        stock: Any = type(model)
-        if has_fast_experts(stock):
+        instance: Any = model
+        if has_fast_experts(type(instance)):
             if "experts" in _requested.get():
-                model.set_experts_implementation(fast_experts.NAME)
-            model.__class__ = fused_class(stock)
-            model._fuse_modules()
+                instance.set_experts_implementation(fast_experts.NAME)
+            instance.__class__ = fused_class(type(instance))
+            instance._fuse_modules()
         else:
             _use_liger(model)
     return model
@@ -99,7 +100,7 @@ def requesting(fused: bool | dict[str, bool]) -> Iterator[None]:
 
 def has_fast_experts(cls: Any) -> bool:
     """Whether this model class keeps its experts behind Transformers' `use_experts_implementation`."""
-    return issubclass(cls, PreTrainedModel) and cls._can_set_experts_implementation()
+    return issubclass(cls, PreTrainedModel) and bool(cls._can_set_experts_implementation())
 
 
 @functools.cache
@@ -169,8 +170,9 @@ class FusedModel(Fast):
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """As in Transformers, which fills missing weights at random: for experts and routers that is an error."""
-        refuse_missing_experts(model, loading_info, load_config.pretrained_model_name_or_path)
+        """As in Transformers, which starts missing weights at random; see `refusing_missing_experts`."""
+        if _refusing.get():
+            _refuse_missing_experts(model, loading_info, load_config.pretrained_model_name_or_path)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
@@ -181,7 +183,17 @@ class FusedModel(Fast):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
 
-def refuse_missing_experts(model: nn.Module, loading_info: Any, source: Any) -> None:
+@contextmanager
+def refusing_missing_experts(on: bool) -> Iterator[None]:
+    """While `on`, loading a checkpoint without some of its experts or routers is a ValueError, not a line in a report."""
+    token = _refusing.set(on)
+    try:
+        yield
+    finally:
+        _refusing.reset(token)
+
+
+def _refuse_missing_experts(model: nn.Module, loading_info: Any, source: Any) -> None:
     """Raise ValueError if a checkpoint lacks weights of experts or routers, or holds some of the wrong shape."""
     experts = [name for name, module in model.named_modules() if hasattr(module, "is_concatenated")]
     blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)

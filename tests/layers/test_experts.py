@@ -1,4 +1,4 @@
-"""One autograd function equals Transformers' grouped_mm experts, in every layout, on the CPU and in the Triton kernels."""
+"""One autograd function equals Transformers' grouped_mm experts, in every layout, in PyTorch and in Triton."""
 
 import contextlib
 

@@ -78,6 +78,12 @@ def _dact_rows(
     return dh_SJ, weight_S1 * a_SI, (da_SI.float() * a_SI.float()).sum(-1)
 
 
+def dact_config(dtype: torch.dtype, block_rows: int) -> dict[str, int]:
+    """As `tile_config`; the epilogue needs registers of its own, so tiles are narrower."""
+    config = tile_config(dtype, block_rows)
+    return config | dict(BN=min(config["BN"], 128))
+
+
 def _layout(act: Activation) -> str:
     if not act.gated:
         return "single"
@@ -130,7 +136,7 @@ def _down_dact_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     assert group.tiles is not None and dout_TH.stride(1) == 1
     num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
-    config = tile_config(dout_TH.dtype, group.block)
+    config = dact_config(dout_TH.dtype, group.block)
     column_tiles = triton.cdiv(width, config["BN"])
     dh_SJ, wa_SI = torch.empty_like(h_SJ), dout_TH.new_empty(num_rows, width)
     # one partial sum per column tile: adding them afterwards keeps the result deterministic
@@ -325,32 +331,62 @@ def _down_dact_kernel(
     da = tl.zeros((BM, BN), tl.float32)
     da = accumulate(da, dout_rows, w_columns, column_mask, num_inner, stride_wk, BK, EVEN, PRECISION)
 
+    # the tile is finished in two halves: all of it at once would not fit into the registers
+    left, right = tl.split(tl.permute(tl.reshape(da, (BM, 2, BN // 2)), (0, 2, 1)))
     in_group = row < end
-    mask = in_group[:, None] & column_mask
     scale = tl.load(weight + row, mask=in_group, other=0.0).to(tl.float32)
+    first = column_tile * BN
+    partial = _finish_dact(left, row, in_group, scale, first, h, dh, wa, width, alpha, limit, LAYOUT, KIND, BM, BN // 2)
+    first += BN // 2
+    partial += _finish_dact(
+        right, row, in_group, scale, first, h, dh, wa, width, alpha, limit, LAYOUT, KIND, BM, BN // 2
+    )
+    tl.store(dweight + column_tile.to(tl.int64) * num_rows + row, partial, mask=in_group)
+
+
+@triton.jit
+def _finish_dact(
+    da,
+    row,
+    in_group,
+    scale,
+    first,
+    h,
+    dh,
+    wa,
+    width,
+    alpha,
+    limit,
+    LAYOUT: tl.constexpr,
+    KIND: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Store dh and weight·a of the columns from `first` on; returns each row's ⟨da, a⟩ over them."""
+    column = first + tl.arange(0, BN)
+    mask = in_group[:, None] & (column < width)[None, :]
     wide_row = row.to(tl.int64)[:, None]
     kind = dh.dtype.element_ty
     if LAYOUT == "pairs":
-        pair = 2 * column_tile * BN + tl.arange(0, 2 * BN)
+        pair = 2 * first + tl.arange(0, 2 * BN)
         pair_mask = in_group[:, None] & (pair < 2 * width)[None, :]
-        pairs = tl.load(h + wide_row * (2 * width) + pair[None, :], mask=pair_mask, other=0.0).to(tl.float32)
+        at = wide_row * (2 * width) + pair[None, :]
+        pairs = tl.load(h + at, mask=pair_mask, other=0.0).to(tl.float32)
         gate, up = tl.split(tl.reshape(pairs, (BM, BN, 2)))
         a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
         dpairs = tl.reshape(tl.join(dgate, dup), (BM, 2 * BN))
-        tl.store(dh + wide_row * (2 * width) + pair[None, :], dpairs.to(kind), mask=pair_mask)
-    else:
-        num_up = width
-        if LAYOUT == "halves":
-            num_up = 2 * width
-        at = wide_row * num_up + column[None, :]
+        tl.store(dh + at, dpairs.to(kind), mask=pair_mask)
+    elif LAYOUT == "halves":
+        at = wide_row * (2 * width) + column[None, :]
         gate = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
-        up = gate
-        if LAYOUT == "halves":
-            up = tl.load(h + at + width, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(h + at + width, mask=mask, other=0.0).to(tl.float32)
         a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
         tl.store(dh + at, dgate.to(kind), mask=mask)
-        if LAYOUT == "halves":
-            tl.store(dh + at + width, dup.to(kind), mask=mask)
+        tl.store(dh + at + width, dup.to(kind), mask=mask)
+    else:
+        at = wide_row * width + column[None, :]
+        x = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+        a, dx, _ = activate_backward(x, x, da * scale[:, None], KIND, alpha, limit)
+        tl.store(dh + at, dx.to(kind), mask=mask)
     tl.store(wa + wide_row * width + column[None, :], (a * scale[:, None]).to(kind), mask=mask)
-    partial = tl.sum(tl.where(mask, da * a, 0.0), axis=1)
-    tl.store(dweight + column_tile.to(tl.int64) * num_rows + row, partial, mask=in_group)
+    return tl.sum(tl.where(mask, da * a, 0.0), axis=1)

@@ -66,7 +66,7 @@ def tile_config(dtype: torch.dtype, block_rows: int) -> dict[str, int]:
     if dtype == torch.float32:
         return dict(BN=64, BK=32, num_warps=4, num_stages=2)
     if block_rows == 128:
-        return dict(BN=128, BK=64, num_warps=8, num_stages=3)
+        return dict(BN=256, BK=64, num_warps=8, num_stages=3)
     return dict(BN=128, BK=64, num_warps=4, num_stages=3)
 
 

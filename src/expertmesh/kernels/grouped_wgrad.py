@@ -60,16 +60,20 @@ def grouped_sum_reference(a_SN: torch.Tensor, group: Grouping) -> torch.Tensor:
     return (running[ends_E] - running[begins_E]).to(a_SN.dtype)
 
 
+def wgrad_config(dtype: torch.dtype) -> dict[str, int]:
+    """Tile of dW and of the rows contracted at a time, warps and pipeline stages."""
+    if dtype == torch.float32:
+        return dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2)
+    return dict(BM=128, BN=128, BK=64, num_warps=4, num_stages=3)
+
+
 def _grouped_wgrad_triton(
     a: torch.Tensor, b: torch.Tensor, group: Grouping, gather_a: bool, gather_b: bool
 ) -> torch.Tensor:
     assert a.stride(1) == 1 and b.stride(1) == 1
     num_experts, num_m, num_n = group.offsets_E.numel(), a.shape[1], b.shape[1]
     dw_EMN = a.new_empty(num_experts, num_m, num_n)
-    if a.dtype == torch.float32:
-        config = dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2)
-    else:
-        config = dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3)
+    config = wgrad_config(a.dtype)
     grid = (num_experts * triton.cdiv(num_m, config["BM"]) * triton.cdiv(num_n, config["BN"]),)
     _grouped_wgrad_kernel[grid](
         a,

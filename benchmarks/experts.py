@@ -1,0 +1,175 @@
+"""The experts of one Qwen3-30B-A3B layer alone: stock's grouped_mm path and ours, TFLOP/s forward and backward.
+
+    python benchmarks/experts.py --out benchmarks/results/NAME.json
+    python benchmarks/experts.py --sweep        # tile configurations of each kernel, to find better ones
+
+Random hidden states, bfloat16, 128 experts, top-8, widths 2048 and 768; routing random or Zipf-skewed. FLOPs: 2·S·H·3I
+forward (up and down products of S = T·K rows), twice that backward. Medians of CUDA events.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+
+import torch
+from transformers import Qwen3MoeConfig
+from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from expertmesh import backends
+from expertmesh.kernels import grouped_act, grouped_gemm, grouped_wgrad
+from expertmesh.kernels.activation import Activation
+from expertmesh.kernels.grouping import group_by_expert
+from expertmesh.layers.experts import experts_forward
+
+EXPERTS, HIDDEN, WIDTH, TOP_K = 128, 2048, 768, 8
+
+
+def median_ms(run, repeats=15, warmup=3):
+    times = []
+    for i in range(warmup + repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        if i >= warmup:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def routing(tokens, kind):
+    logits = torch.randn(tokens, EXPERTS, device="cuda")
+    if kind == "zipf":
+        logits -= torch.log(torch.arange(1, EXPERTS + 1, device="cuda").float())[torch.randperm(EXPERTS, device="cuda")]
+    weights, ids = logits.softmax(-1).topk(TOP_K)
+    return weights.bfloat16(), ids
+
+
+def experts():
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        module = Qwen3MoeExperts(Qwen3MoeConfig(num_experts=EXPERTS, hidden_size=HIDDEN, moe_intermediate_size=WIDTH))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return module.bfloat16()
+
+
+def measure(module, forward, tokens, kind):
+    weights, ids = routing(tokens, kind)
+    x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights.requires_grad_()
+    dout = torch.randn_like(x)
+    leaves = (x, weights, *module.parameters())
+
+    def both():
+        torch.autograd.grad(forward(module, x, ids, weights), leaves, dout)
+
+    with torch.no_grad():
+        forward_ms = median_ms(lambda: forward(module, x, ids, weights))
+    both_ms = median_ms(both)
+    flops = 2 * tokens * TOP_K * HIDDEN * 3 * WIDTH
+    return {
+        "forward_ms": round(forward_ms, 3),
+        "both_ms": round(both_ms, 3),
+        "forward_tflops": round(flops / forward_ms / 1e9, 1),
+        "both_tflops": round(3 * flops / both_ms / 1e9, 1),
+    }
+
+
+def kernels(module, tokens=16384):
+    """Each grouped kernel at this layer's shapes: name -> (run, FLOPs)."""
+    weights, ids = routing(tokens, "random")
+    group = group_by_expert(ids, EXPERTS)
+    x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    dout = torch.randn_like(x)
+    w_up, w_down = module.gate_up_proj.detach().transpose(1, 2), module.down_proj.detach().transpose(1, 2)
+    act = Activation("silu")
+    h, a = grouped_act.up_act(x, w_up, None, group, act)
+    weight_S = weights.reshape(-1)[group.slot_S.long()].float()
+    rows = tokens * TOP_K
+    small, large = 2 * rows * HIDDEN * WIDTH, 4 * rows * HIDDEN * WIDTH
+    return {
+        "up_act": (lambda: grouped_act.up_act(x, w_up, None, group, act), large),
+        "down": (lambda: grouped_gemm.grouped_gemm(a, w_down, group), small),
+        "down_dact": (lambda: grouped_act.down_dact(dout, w_down.transpose(1, 2), h, weight_S, group, act), small),
+        "up_dgrad": (lambda: grouped_gemm.grouped_gemm(h, w_up.transpose(1, 2), group), large),
+        "up_wgrad": (lambda: grouped_wgrad.grouped_wgrad(h, x, group, gather_b=True), large),
+        "down_wgrad": (lambda: grouped_wgrad.grouped_wgrad(dout, a, group, gather_a=True), small),
+    }
+
+
+ROW_TILES = [
+    (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (128, 32, 8, 4), (128, 64, 4, 3), (64, 64, 8, 3), (64, 64, 4, 4),
+]  # fmt: skip
+WGRAD_TILES = [
+    (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 32, 8, 4),
+    (128, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 256, 32, 8, 4),
+]  # fmt: skip
+
+
+def sweep(module):
+    """Time every kernel under several tile configurations, the best first."""
+    for name, (run, flops) in kernels(module).items():
+        if "wgrad" in name:
+            names, tiles, function = ("BM", "BN", "BK", "num_warps", "num_stages"), WGRAD_TILES, "wgrad_config"
+        else:
+            names, tiles, function = ("BN", "BK", "num_warps", "num_stages"), ROW_TILES, "tile_config"
+        found = [_try(run, flops, function, dict(zip(names, tile, strict=True))) for tile in tiles]
+        ranked = sorted((f for f in found if f), key=lambda f: -f[0])
+        print(name, *(f"{tflops:.0f} TFLOP/s {config}" for tflops, config in ranked), sep="\n   ", flush=True)
+
+
+def _try(run, flops, name, config):
+    modules = [m for m in (grouped_gemm, grouped_act, grouped_wgrad) if hasattr(m, name)]
+    before = [getattr(m, name) for m in modules]
+    for m in modules:
+        setattr(m, name, lambda *_: dict(config))
+    try:
+        return flops / median_ms(run, repeats=5, warmup=2) / 1e9, config
+    except Exception as error:  # a configuration that does not fit the chip is an answer too
+        if "OutOfResources" not in type(error).__name__:
+            print(f"   {config}: {type(error).__name__}")
+        return None
+    finally:
+        for m, value in zip(modules, before, strict=True):
+            setattr(m, name, value)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--sweep", action="store_true")
+    options = parser.parse_args()
+    module = experts()
+    if options.sweep:
+        sweep(module)
+        return
+    result = {
+        "hardware": torch.cuda.get_device_name(),
+        "gpus": 1,
+        **{name: backends.version_of(name) for name in ("torch", "triton", "transformers")},
+        "commit": options.commit,
+        "command": " ".join(["python", *sys.argv]),
+        "rows": [],
+        "kernels": {},
+    }
+    arms = {"stock": grouped_mm_experts_forward, "expertmesh": experts_forward}
+    for tokens, kind, arm in itertools.product((4096, 16384), ("random", "zipf"), arms):
+        row = {"arm": arm, "tokens": tokens, "routing": kind, **measure(module, arms[arm], tokens, kind)}
+        result["rows"].append(row)
+        print(row, flush=True)
+    for name, (run, flops) in kernels(module).items():
+        ms = median_ms(run)
+        result["kernels"][name] = {"ms": round(ms, 3), "tflops": round(flops / ms / 1e9, 1)}
+        print(name, result["kernels"][name], flush=True)
+    if options.out:
+        with open(options.out, "w") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
