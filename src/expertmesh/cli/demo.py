@@ -34,7 +34,7 @@ def demo(
     ),
     steps: Annotated[
         int, typer.Option(min=20, help="Optimizer steps; the default takes about two minutes on two cores.")
-    ] = 600,
+    ] = 500,
 ) -> None:
     """Train a small Qwen3-MoE on this machine, export it, and prove the export."""
     began = time.perf_counter()
