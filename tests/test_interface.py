@@ -142,6 +142,16 @@ def test_logits_of_a_training_step_survive_what_metrics_do_with_them():
         assert relative_error(a, b) <= CPU_TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_packed_documents_do_not_see_each_other(family):
+    _, ours = shared_pair(family)
+    packed = batch("packed")
+    with torch.no_grad():
+        together = ours.eval()(**packed, use_cache=False).logits[0, 6:]
+        alone = ours(input_ids=packed["input_ids"][:1, 6:], use_cache=False).logits[0]
+    assert_close(together, alone)
+
+
 def test_a_loss_function_set_by_the_caller_is_the_one_that_runs():
     def squared(logits, labels, vocab_size, **_):
         return (logits.float() ** 2).mean()

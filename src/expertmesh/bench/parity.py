@@ -227,7 +227,8 @@ def run_case(model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], 
         model.zero_grad(set_to_none=True)
         model.eval()
         with torch.no_grad():
-            out = model(**batch, **extra)
+            # with a cache Transformers does not look for packed documents
+            out = model(**batch, **extra, use_cache=case.batch != "packed")
         record("eval", out)
     return outcome
 
