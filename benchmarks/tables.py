@@ -58,6 +58,16 @@ def profile_table(result: dict, arm: str, rows: int = 12) -> str:
     )
 
 
+def experts_table(result: dict) -> str:
+    return table(
+        ["arm", "tokens", "routing", "forward ms", "TFLOP/s", "forward + backward ms", "TFLOP/s"],
+        [
+            [row[key] for key in ("arm", "tokens", "routing", "forward_ms", "forward_tflops", "both_ms", "both_tflops")]
+            for row in result["rows"]
+        ],
+    )
+
+
 def small_kernel_table(result: dict) -> str:
     arms = ["expertmesh", "liger", "torch.compile", "torch"]
     cells: dict[tuple[str, str], dict[str, float]] = {}
@@ -71,7 +81,8 @@ def small_kernel_table(result: dict) -> str:
 
 
 def page() -> str:
-    step, small = load("h200_qwen3_8_layers"), load("h200_small_kernels")
+    step, experts, small = load("h200_qwen3_8_layers"), load("h200_experts"), load("h200_small_kernels")
+    grouped = [[f"`{name}`", kernel["ms"], kernel["tflops"]] for name, kernel in experts["kernels"].items()]
     return f"""# Benchmarks
 
 Made by `python benchmarks/tables.py` from the files in `benchmarks/results`, each of which holds its hardware,
@@ -90,6 +101,19 @@ waited for the GPU.
 Where the device time of one expertmesh step at the larger batch goes (the twelve longest kernels):
 
 {profile_table(step, "expertmesh")}
+
+## The experts of one layer alone, one GPU
+
+128 experts, top-8, widths 2,048 and 768, bfloat16; routing at random or skewed by Zipf's law. Stock is Transformers'
+`grouped_mm` backend.
+
+{experts_table(experts)}
+
+Each grouped kernel of ours at 16,384 tokens:
+
+{table(["kernel", "ms", "TFLOP/s"], grouped)}
+
+{source(experts)}
 
 ## Small kernels, one GPU
 
