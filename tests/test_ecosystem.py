@@ -245,10 +245,12 @@ def test_trainer_evaluates_during_training(tmp_path):
     assert_same_path(trainers, "eval_loss")
 
 
-@pytest.mark.parametrize(("family", "trainer"), [("gpt_oss", Trainer), ("qwen3_moe", expertmesh.Trainer)])
+@pytest.mark.parametrize(
+    ("family", "trainer"), [("gpt_oss", Trainer), ("qwen3_moe", Trainer), ("qwen3_moe", expertmesh.Trainer)]
+)
 def test_a_resumed_run_equals_the_uninterrupted_bit_for_bit(family, trainer, tmp_path):
-    """Transformers' Trainer reads back only weights that are saved under the names they train under: GPT-OSS's are. Of
-    Qwen3-MoE, which is saved expert by expert, it would leave all experts at their initial values.
+    """Transformers' Trainer gives a checkpoint's tensors to `load_state_dict` as they are: GPT-OSS's bear the names it
+    trains under, Qwen3-MoE's are saved expert by expert, and the stock model would keep its initial experts.
     """
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": "adamw_torch"}
     whole = train(load_ours(family), tmp_path, cls=trainer, **options)
