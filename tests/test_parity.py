@@ -18,6 +18,7 @@ from expertmesh.bench.parity import (
     generate_rows,
     make_batch,
     poisoned_memory,
+    pooled,
     router_weights,
     top_k_of,
     weight_rows,
@@ -163,6 +164,17 @@ def test_bfloat16_is_measured_against_stock_in_float32():
     assert not differing(compare_case(stock, other, CASE["right padding"], reference))
     other.model.norm.register_forward_hook(lambda _, args, out: out * 1.05)
     assert differing(compare_case(stock, other, CASE["right padding"], reference))
+
+
+def test_cases_are_pooled_and_a_nan_in_one_of_them_shows():
+    lucky, unlucky, broken = (
+        Row("a", "loss", 0.0, 3.0),
+        Row("b", "loss", 4.0, 3.0, "here"),
+        Row("c", "loss", math.nan, 3.0),
+    )
+    (row,) = pooled([lucky, unlucky])
+    assert row.ok and row.error == pytest.approx(8**0.5) and row.limit == pytest.approx(3.0) and row.where == "here"
+    assert not list(pooled([unlucky, unlucky]))[0].ok and not list(pooled([lucky, broken]))[0].ok
 
 
 def test_error_measures():

@@ -16,5 +16,5 @@ pytestmark = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_case_is_as_near_to_float32_as_stock(family):
     rows = list(check_checkpoint(saved(family), "cuda"))
-    assert len(rows) > 30
+    assert {"loss", "train logits", "eval logits", "gradients", "worst gradient"} <= {row.quantity for row in rows}
     assert not [row for row in rows if not row.ok]

@@ -1,0 +1,197 @@
+"""Qwen3-30B-A3B on two GPUs: stock FSDP2, stock expert parallelism and expertmesh, in turn, in one job.
+
+    torchrun --nproc-per-node 2 benchmarks/two_gpus.py --out benchmarks/results/NAME.json
+
+First the gradients of an 8-layer model: every arm gets the same weights and tokens, and must agree with stock FSDP2
+within bfloat16 error. Then all 48 layers, forward and backward by CUDA events, median of several, and peak memory.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import zlib
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM as StockAuto
+from transformers import PreTrainedModel, Qwen3MoeConfig
+from transformers.distributed import DistributedConfig
+
+from expertmesh import AutoModelForCausalLM, backends
+
+WIDTHS = dict(
+    vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_attention_heads=32, num_key_value_heads=4,
+    head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+    max_position_embeddings=40960, use_cache=False,
+)  # fmt: skip
+TINY = WIDTHS | dict(
+    vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, moe_intermediate_size=32,
+    num_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
+ARMS = {"stock": 1, "stock-ep": 2, "expertmesh": 1, "expertmesh-ep": 2}
+
+
+def build(arm, config, device):
+    """A sharded model of this arm with the same weights in every arm and layout."""
+    ep_size = ARMS[arm]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if arm.startswith("stock"):
+        setup = DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=ep_size)
+        setup, _, meshes = PreTrainedModel.prepare_distribute_model(setup)
+        with torch.device("meta"):
+            model = StockAuto.from_config(config, dtype=dtype)
+        model = type(model).maybe_distribute_model(model, setup, meshes)
+        model.to_empty(device=device)
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, distributed_setup={"ep_size": ep_size})
+    fill(model, config, device)
+    return model.train()
+
+
+@torch.no_grad()
+def fill(model, config, device):
+    for name, parameter in model.named_parameters():
+        torch.manual_seed(zlib.crc32(name.encode()))
+        full = torch.ones(parameter.shape, device=device, dtype=parameter.dtype)
+        if parameter.dim() > 1:
+            full.normal_(0, 0.3 if name.endswith("gate.weight") else 0.02)
+        if isinstance(parameter, DTensor):
+            shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(shard.to_local())
+        else:
+            parameter.copy_(full)
+    for name, buffer in model.named_buffers():
+        if "inv_freq" in name:
+            steps = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+            buffer.copy_(1.0 / (config.rope_parameters["rope_theta"] ** steps))
+
+
+def free():
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def tokens(config, batch, seq, device):
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    return torch.randint(0, config.vocab_size, (batch, seq), generator=generator).to(device)
+
+
+def gradients(model, ids):
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    whole = {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()
+    }
+    return loss.detach(), whole
+
+
+def agreement(config, seq, device):
+    """Relative gradient errors of every arm against stock FSDP2."""
+    ids = tokens(config, 1, seq, device)
+    rows, want, want_loss = {}, {}, None
+    for arm in ARMS:
+        model = build(arm, config, device)
+        loss, got = gradients(model, ids)
+        if arm == "stock":
+            want, want_loss = {name: grad.clone() for name, grad in got.items()}, loss
+        else:
+            error = {n: ((got[n].float() - w.float()).norm() / w.float().norm()).item() for n, w in want.items()}
+            worst = max(error, key=error.get)
+            rows[arm] = {
+                "loss_difference": abs((loss - want_loss).item()),
+                "mean_gradient_error": sum(error.values()) / len(error),
+                "worst_gradient_error": error[worst],
+                "worst_tensor": worst,
+            }
+            say(arm, rows[arm])
+        del model, got
+        free()
+    return rows
+
+
+def time_arm(model, config, batch, seq, device, warmup=2, repeats=5):
+    ids = tokens(config, batch, seq, device)
+    forward, backward = [], []
+    for i in range(warmup + repeats):
+        if i == warmup:
+            torch.cuda.reset_peak_memory_stats()
+        model.zero_grad(set_to_none=True)
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        marks[0].record()
+        loss = model(input_ids=ids, labels=ids).loss
+        marks[1].record()
+        loss.backward()
+        marks[2].record()
+        torch.cuda.synchronize()
+        if i >= warmup:
+            forward.append(marks[0].elapsed_time(marks[1]))
+            backward.append(marks[1].elapsed_time(marks[2]))
+    f, b = statistics.median(forward), statistics.median(backward)
+    return {
+        "forward_ms": round(f, 1),
+        "backward_ms": round(b, 1),
+        "tokens_per_second_per_gpu": round(batch * seq / (f + b) * 1e3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+    }
+
+
+def say(*what):
+    if dist.get_rank() == 0:
+        print(*what, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    widths = WIDTHS if on_gpu else TINY
+    small = Qwen3MoeConfig(num_hidden_layers=8 if on_gpu else 2, **widths)
+    result = {
+        "hardware": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "gpus": dist.get_world_size(),
+        **{name: backends.version_of(name) for name in ("torch", "triton")},
+        "transformers": transformers.__version__,
+        "commit": options.commit,
+        "command": " ".join(["torchrun --nproc-per-node 2", *sys.argv]),
+        "agreement": agreement(small, 4096 if on_gpu else 16, device),
+        "rows": [],
+    }
+    for arm in options.arms if on_gpu else ():
+        config = Qwen3MoeConfig(num_hidden_layers=options.layers, **widths)
+        model = build(arm, config, device)
+        for batch in options.batches:
+            try:
+                measured = time_arm(model, config, batch, 4096, device)
+            except torch.OutOfMemoryError:
+                say(arm, batch, "out of memory")
+                break
+            row = {"work": "qwen3-30b-a3b", "arm": arm, "layers": options.layers, "batch": batch, "seq": 4096}
+            result["rows"].append(row | {"routing": "random-init", **measured})
+            say(result["rows"][-1])
+        del model
+        free()
+        if options.out and dist.get_rank() == 0:
+            with open(options.out, "w") as file:
+                json.dump(result, file, indent=1)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
