@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from expertmesh.bench.parity import top_k_of
 from expertmesh.bench.tiny import FAMILIES, tiny_model
 from expertmesh.train.routing import RouterLoad, layer_metrics, routers
 
@@ -24,11 +25,8 @@ def test_the_routers_of_every_family_are_counted(family):
     tokens = 2 * 9
     model(input_ids=torch.randint(3, 128, (2, 9)))
     assert set(load.window()) == {"moe/load_cv", "moe/max_vio", "moe/dead_frac", "moe/entropy"}
-    config = model.config.get_text_config()
-    top_k = getattr(config, "num_experts_per_tok", None) or config.moe_k
-    top_k = top_k[0] if isinstance(top_k, list) else top_k
     assert load.last is not None
-    assert (load.last.sum(1) == tokens * top_k).all()
+    assert (load.last.sum(1) == tokens * top_k_of(model)).all()
     assert len(load.layers) == len(load.last)
 
 
