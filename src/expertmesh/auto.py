@@ -7,10 +7,12 @@ of `from_pretrained` and `from_config` means what it means there.
 
 from typing import Any
 
+import torch
 import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from expertmesh.fuse import fuse, fused_class, has_fast_experts, refusing_missing_experts, requesting
+from expertmesh.parallel import DistributedSetup, as_setup, initialise_shards
 
 _stock_mapping: Any = transformers.AutoModelForCausalLM._model_mapping
 
@@ -39,36 +41,69 @@ def _fused(cls: Any) -> Any:
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     """Transformers' `AutoModelForCausalLM`, whose Mixture-of-Experts models train several times faster.
 
-    All arguments are Transformers'. One is added: `fused=True`; False returns the stock model, and a dict switches
-    single fusions, as {"router": False} (`expertmesh.fuse.FUSIONS` names them).
+    All arguments are Transformers'. Two are added. `fused=True`; False returns the stock model, and a dict switches
+    single fusions, as {"router": False} (`expertmesh.fuse.FUSIONS` names them). `distributed_setup=None`: a
+    `DistributedSetup`, or its section as a dict, lays the model out over the ranks; each holds and loads only its part.
     """
 
     _model_mapping: Any = _FusedMapping()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As Transformers', plus `fused`.
+        """As Transformers', plus `fused` and `distributed_setup`.
 
         Raises ValueError if weights of experts or routers are missing on disk, unless the caller asks for
-        `output_loading_info`: Transformers would start them at random.
+        `output_loading_info`: Transformers would start them at random. Raises ValueError if the setup does not fit the
+        model or the number of ranks.
         """
-        fused = kwargs.pop("fused", True)
-        if fused is False:
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                pretrained_model_name_or_path, *model_args, **kwargs
-            )
+        fused, setup = kwargs.pop("fused", True), _setup_of(kwargs)
+        if setup is not None:
+            kwargs["distributed_config"] = setup.to_transformers(**_stock_dispatch(fused))
+        loader: Any = super() if fused is not False else transformers.AutoModelForCausalLM
         caller_looks = kwargs.get("output_loading_info", False)  # and sees for himself what is missing
         with requesting(fused), refusing_missing_experts(not caller_looks):
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            if isinstance(loaded, tuple):  # output_loading_info=True
-                return (fuse(loaded[0], fused), *loaded[1:])
-            return fuse(loaded, fused)
+            loaded = loader.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # output_loading_info=True
+            model = fuse(model, fused)
+            if setup is not None:
+                setup.apply_to(model)
+            return (model, *info) if info else model
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        """As Transformers', plus `fused`."""
-        fused = kwargs.pop("fused", True)
-        if fused is False:
-            return transformers.AutoModelForCausalLM.from_config(config, **kwargs)
+        """As Transformers', plus `fused` and `distributed_setup`.
+
+        With a setup, no rank ever holds more than its part and one whole layer, and the weights depend on rank 0's
+        torch seed alone: they are the same under every layout and on one process (but not those of the same seed
+        without a setup, which draws in another order).
+        """
+        fused, setup = kwargs.pop("fused", True), _setup_of(kwargs)
+        maker: Any = super() if fused is not False else transformers.AutoModelForCausalLM
         with requesting(fused):
-            return fuse(super().from_config(config, **kwargs), fused)
+            if setup is None:
+                return fuse(maker.from_config(config, **kwargs), fused)
+            chosen, device, meshes = PreTrainedModel.prepare_distribute_model(
+                setup.to_transformers(**_stock_dispatch(fused))
+            )
+            with initialization.no_init_weights(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
+                model = maker.from_config(config, **kwargs)
+            model = model.maybe_distribute_model(model, chosen, meshes)
+            initialise_shards(model, device or torch.device("cpu"))
+            setup.apply_to(fuse(model, fused))
+            return model
+
+
+def _setup_of(kwargs: dict[str, Any]) -> DistributedSetup | None:
+    """Take `distributed_setup` out of the arguments; refuse others that say where the model goes."""
+    setup = kwargs.pop("distributed_setup", None)
+    if setup is None:
+        return None
+    for name in ("distributed_config", "device_map", "device_mesh", "tp_plan", "tp_size"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"distributed_setup says where the model goes; leave {name}= out.")
+    return as_setup(setup)
+
+
+def _stock_dispatch(fused: bool | dict[str, bool]) -> dict[str, str]:
+    """A stock model gets Transformers' own dispatch."""
+    return {"ep_implementation": "auto"} if fused is False else {}

@@ -28,6 +28,7 @@ from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
 from expertmesh.layers.masks import unpacked
 from expertmesh.memory.recompute import keep_routing
+from expertmesh.parallel import refuse_unfit_shards
 from expertmesh.weights.read import to_model_names
 
 #: Every fusion by its switch, and how Transformers names the classes it is meant for.
@@ -73,10 +74,11 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
         return model
     with requesting(fused):
         instance: Any = model
-        if has_fast_experts(type(instance)):
+        stock: Any = type(model)
+        if has_fast_experts(stock):
             if "experts" in _requested.get():
                 instance.set_experts_implementation(fast_experts.NAME)
-            instance.__class__ = fused_class(type(instance))
+            instance.__class__ = fused_class(stock)
             instance._fuse_modules()
         else:
             _use_liger(model)
@@ -167,6 +169,13 @@ class FusedModel(Fast):
         super().set_output_embeddings(new_embeddings)
         if fast and why_not_head(new_embeddings) is None:
             new_embeddings.__class__ = twin(nn.Linear, FastHead)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """As in Transformers, which crashes on some ranks and leaves others waiting if a shard would be empty."""
+        if mesh_manager is not None:
+            refuse_unfit_shards(model, distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:

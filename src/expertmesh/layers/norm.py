@@ -32,4 +32,5 @@ class FastOnePlusRMSNorm(Fast):
 def can_merge(norm: nn.Module) -> bool:
     """Whether a layer may compute this norm itself instead of calling it: a "rounded" RMSNorm that nobody hooked."""
     plain = isinstance(norm, FastRMSNorm) and norm.scale == "rounded"
-    return plain and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
+    wrapped = "forward" in vars(norm)  # Transformers' tensor parallelism replaces the forward of an instance
+    return plain and not (wrapped or norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)

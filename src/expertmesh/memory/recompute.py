@@ -10,8 +10,11 @@ does that by itself when `activation_checkpointing_enable()` is called.
 
 from collections.abc import Callable
 from contextvars import ContextVar, Token
+from typing import Any, TypeVar
 
 import torch
+
+Decision = TypeVar("Decision")
 
 _current: ContextVar["_Region | None"] = ContextVar("routing_region", default=None)
 
@@ -19,7 +22,7 @@ _current: ContextVar["_Region | None"] = ContextVar("routing_region", default=No
 class _Region:
     """One run, first or repeated, of a checkpointed function; the runs of one call share the list of choices."""
 
-    def __init__(self, choices: list[torch.Tensor], replay: bool) -> None:
+    def __init__(self, choices: list[Any], replay: bool) -> None:
         self.choices, self.replay, self.position = choices, replay, 0
         self._tokens: list[Token] = []
 
@@ -33,7 +36,7 @@ class _Region:
 
 def keep_routing() -> tuple[_Region, _Region]:
     """(forward context, recompute context) for one call of `torch.utils.checkpoint.checkpoint`."""
-    choices: list[torch.Tensor] = []
+    choices: list[Any] = []
     return _Region(choices, replay=False), _Region(choices, replay=True)
 
 
@@ -41,12 +44,24 @@ def routed(
     choose: Callable[[torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a router's `choose(ids or None) -> (weights, ids)`: with the recorded ids in a recompute, else freshly."""
+    made: list[torch.Tensor] = []
+
+    def first_time() -> torch.Tensor:
+        weights, ids = choose(None)
+        made.append(weights)
+        return ids
+
+    ids = kept(first_time)
+    return (made[0], ids) if made else choose(ids)
+
+
+def kept(decide: Callable[[], Decision]) -> Decision:
+    """`decide()`; in a recompute what it returned in the forward, without calling it again."""
     region = _current.get()
     if region is None:
-        return choose(None)
+        return decide()
     if region.replay:
         region.position += 1
-        return choose(region.choices[region.position - 1])
-    weights, ids = choose(None)
-    region.choices.append(ids)
-    return weights, ids
+        return region.choices[region.position - 1]
+    region.choices.append(decide())
+    return region.choices[-1]

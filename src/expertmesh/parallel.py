@@ -1,0 +1,388 @@
+"""Where every rank stands: data, expert and tensor parallelism from a few sizes.
+
+`DistributedSetup` holds the sizes, checks them against the number of ranks and turns into Transformers'
+`DistributedConfig`, which makes the meshes, shards the model and loads each rank's slice of it. Experts are spread over
+the ranks that already share the data: 8 GPUs are dp_size=8 and ep_size=8 at once.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.distributed import DistributedConfig
+from transformers.distributed.sharding_utils import DtensorShardOperation
+
+from expertmesh.dispatch.all_to_all import NAME
+
+STRATEGY = "fsdp2"
+
+
+@dataclass(frozen=True)
+class DistributedSetup:
+    """How a model is laid out over the ranks. Sizes that are not given follow from the number of ranks.
+
+    ep_size: ranks that share out the experts; each holds 1/ep_size of every layer's. Costs no data parallelism.
+    tp_size: ranks that share one batch and split attention and dense layers.
+    dp_size: ranks with a batch of their own; by default all ranks / tp_size.
+    dp_replicate_size: copies of the model (HSDP); each is sharded over dp_size / dp_replicate_size ranks.
+    activation_checkpointing: recompute every layer in the backward instead of keeping its activations.
+    reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
+        has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
+    strategy: "fsdp2"; there is no other.
+    world_size: ranks; by default those of torch.distributed, else WORLD_SIZE, else 1.
+
+    Raises ValueError if the sizes do not fit each other or the number of ranks.
+    """
+
+    ep_size: int = 1
+    tp_size: int = 1
+    dp_size: int | None = None
+    dp_replicate_size: int = 1
+    activation_checkpointing: bool = False
+    reshard_experts: bool = True
+    strategy: str = STRATEGY
+    world_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.strategy != STRATEGY:
+            raise ValueError(f"There is no strategy {self.strategy!r}; the strategy is {STRATEGY!r}.")
+        if self.world_size is None:
+            object.__setattr__(self, "world_size", current_world_size())
+        for name in ("world_size", "ep_size", "tp_size", "dp_size", "dp_replicate_size"):
+            size = getattr(self, name)
+            if size is not None and (type(size) is not int or size < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, not {size!r}.")
+        self._check_dense()
+        self._check_experts()
+
+    def _check_dense(self) -> None:
+        world, tp, replicas = self.world_size, self.tp_size, self.dp_replicate_size
+        assert world is not None
+        if world % tp:
+            raise ValueError(f"tp_size={tp} does not divide the {world} ranks. Set tp_size to {_divisors(world)}.")
+        if self.dp_size is None:
+            object.__setattr__(self, "dp_size", world // tp)
+        elif self.dp_size * tp != world:
+            raise ValueError(
+                f"dp_size={self.dp_size} x tp_size={tp} is {self.dp_size * tp}, but there are {world} ranks. "
+                f"Leave dp_size out (it then is {world // tp}), or start {self.dp_size * tp} ranks."
+            )
+        assert self.dp_size is not None
+        if self.dp_size % replicas:
+            raise ValueError(
+                f"dp_replicate_size={replicas} does not divide dp_size={self.dp_size} (world_size={world} / "
+                f"tp_size={tp}). Set dp_replicate_size to {_divisors(self.dp_size)}."
+            )
+
+    def _check_experts(self) -> None:
+        ranks = self.fsdp_size * self.tp_size
+        fitting = [n for n in range(1, ranks + 1) if ranks % n == 0 and n % self.tp_size == 0]
+        if self.ep_size > 1 and self.ep_size not in fitting:
+            raise ValueError(
+                f"ep_size={self.ep_size} does not fit: experts are spread over the {ranks} ranks of a replica "
+                f"(world_size={self.world_size} / dp_replicate_size={self.dp_replicate_size}), so ep_size must divide "
+                f"{ranks} and be a multiple of tp_size={self.tp_size}. Set ep_size to {_or([1, *fitting])}."
+            )
+
+    @property
+    def fsdp_size(self) -> int:
+        """Ranks that a replica's dense parameters are sharded over."""
+        assert self.dp_size is not None
+        return self.dp_size // self.dp_replicate_size
+
+    @property
+    def efsdp_size(self) -> int:
+        """Ranks that each expert's parameters are sharded over."""
+        return self.fsdp_size * self.tp_size // self.ep_size
+
+    def to_transformers(self, ep_implementation: str = NAME) -> DistributedConfig:
+        """The same as Transformers' `DistributedConfig`. Raises ValueError if the number of ranks has changed."""
+        ranks = current_world_size()
+        if ranks != self.world_size:
+            raise ValueError(
+                f"This DistributedSetup is for {self.world_size} ranks, but {ranks} are running. Start "
+                f"{self.world_size} (torchrun --nproc-per-node {self.world_size}), or make the setup for {ranks}."
+            )
+        return DistributedConfig(
+            fsdp_size=self.fsdp_size,
+            dp_replicate_size=self.dp_replicate_size,
+            tp_size=self.tp_size,
+            ep_size=self.ep_size,
+            ep_implementation=ep_implementation,
+        )
+
+    def apply_to(self, model: Any) -> None:
+        """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
+        if self.activation_checkpointing:
+            model.activation_checkpointing_enable()
+        for module in model.modules():
+            if getattr(module, "_is_expert_parallel", False) and isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(self.reshard_experts)
+
+    def picture(self) -> str:
+        """The mesh as text: a column for each rank, and which batch, copy and part of the model it holds."""
+        world = self.world_size
+        assert world is not None
+        per_replica = self.fsdp_size * self.tp_size
+        rows = {"rank": list(range(world)), "batch": [r // self.tp_size for r in range(world)]}
+        if self.dp_replicate_size > 1:
+            rows["replica"] = [r // per_replica for r in range(world)]
+        if self.tp_size > 1:
+            rows["tp part"] = [r % self.tp_size for r in range(world)]
+        if self.ep_size > 1:
+            rows["experts"] = [r % self.ep_size for r in range(world)]
+        if self.ep_size > 1 and self.efsdp_size > 1:
+            rows["shard of them"] = [r % per_replica // self.ep_size for r in range(world)]
+        width = len(str(world - 1))
+        lines = [
+            f"{world} rank{'s' * (world > 1)}: dp_size={self.dp_size} (dp_replicate_size={self.dp_replicate_size} x "
+            f"fsdp {self.fsdp_size}), tp_size={self.tp_size}, ep_size={self.ep_size}"
+        ]
+        for first in range(0, world, 16):
+            for name, values in rows.items():
+                lines.append(f"{name:>13}  " + " ".join(f"{v:>{width}}" for v in values[first : first + 16]))
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.picture()
+
+
+def current_world_size() -> int:
+    """How many ranks this run has."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _divisors(n: int) -> str:
+    return _or([d for d in range(1, n + 1) if n % d == 0])
+
+
+def _or(numbers: Iterable[int]) -> str:
+    *first, last = sorted(set(numbers))
+    return f"{', '.join(map(str, first))} or {last}" if first else str(last)
+
+
+# What NeMo AutoModel's `distributed` section knows and this project does not: values that ask for nothing or for what
+# happens anyway are accepted, and for any other the error says what to do.
+_ONE_STAGE = "There is no pipeline parallelism: shard with dp_size, ep_size and tp_size instead."
+_NO_GROUP = "Call torch.distributed.init_process_group yourself before this, with the timeout and ranks you want."
+_NEMO_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "pp_size": ((1, None), _ONE_STAGE),
+    "pipeline": ((None,), _ONE_STAGE),
+    "cp_size": ((1, None), "There is no context parallelism: split the batch over more ranks (dp_size) instead."),
+    "sequence_parallel": ((False, None), "Tensor-parallel ranks hold whole sequences."),
+    "tp_plan": ((None,), "The model's own plan in Transformers is used."),
+    "patch_is_packed_sequence": ((False, True, None), ""),
+    "mp_policy": ((None,), "Parameters compute in the dtype they are loaded in: from_pretrained(dtype=...)."),
+    "offload_policy": ((None,), "Parameters stay on the device."),
+    "autocast_dtype": ((None,), "Wrap the forward in torch.autocast yourself."),
+    "activation_checkpointing_scope": (("all", None), "All decoder layers are checkpointed or none."),
+    "defer_fsdp_grad_sync": ((True, None), "Call model.set_requires_gradient_sync yourself; Trainer does."),
+    "reshard_after_forward": ((None, True), "Layers free their gathered weights after the forward."),
+    "enable_async_tensor_parallel": ((False, None), "Compile the model yourself."),
+    "enable_compile": ((False, None), "Compile the model yourself."),
+    "enable_fsdp2_prefetch": ((False, None), "PyTorch's own prefetching of the next layer is used."),
+    "fsdp2_backward_prefetch_depth": ((2, None), "PyTorch's own prefetching of the next layer is used."),
+    "fsdp2_forward_prefetch_depth": ((1, None), "PyTorch's own prefetching of the next layer is used."),
+    "multimodal": ((None,), "Language models only."),
+    "timeout_minutes": ((None,), _NO_GROUP),
+    "ranks": ((None,), _NO_GROUP),
+}
+_NEMO_MOE_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "ignore_router_for_ac": ((True, None), "The choice of experts is always kept for the recompute."),
+    "lm_head_precision": ((None,), "The head computes in the model's dtype."),
+    "wrap_outer_model": ((True, None), "The whole model is always one FSDP unit."),
+    "mp_policy": _NEMO_KEYS["mp_policy"],
+}
+_OURS = ("strategy", "dp_size", "dp_replicate_size", "tp_size", "ep_size", "activation_checkpointing", "moe")
+_STRATEGIES = {
+    "ddp": "Set dp_replicate_size to the number of ranks: then every rank holds a whole copy.",
+    "megatron_fsdp": "Use 'fsdp2'.",
+    "mfsdp": "Use 'fsdp2'.",
+}
+
+
+def create_distributed_setup_from_config(
+    config: dict[str, Any] | None = None, world_size: int | None = None, **keys: Any
+) -> DistributedSetup:
+    """The `DistributedSetup` of a `distributed` section with NeMo AutoModel's keys, as a dict or keywords.
+
+    Keys: strategy, dp_size, dp_replicate_size, tp_size, ep_size, activation_checkpointing (bool or "full"), and
+    moe: {reshard_after_forward: bool}. A size of None follows from the others. NeMo's other keys are accepted at values
+    that ask for what happens anyway. Raises ValueError for any other value of them, and for a key that nobody knows.
+    """
+    section = {**(config or {}), **keys}
+    moe = section.get("moe") or {}
+    _refuse_keys(section, "", _OURS, _NEMO_KEYS)
+    _refuse_keys(moe, "moe.", ("reshard_after_forward",), _NEMO_MOE_KEYS)
+    strategy = section.get("strategy") or STRATEGY
+    if strategy in _STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is NeMo AutoModel's and not supported here. {_STRATEGIES[strategy]}")
+    recompute = section.get("activation_checkpointing") or False
+    if recompute not in (True, False, "full"):
+        raise ValueError(f"activation_checkpointing={recompute!r} is not supported; it is false, true or 'full'.")
+    sizes = {name: section[name] for name in _OURS if name.endswith("_size") and section.get(name) is not None}
+    reshard = moe.get("reshard_after_forward")
+    return DistributedSetup(
+        **sizes,
+        activation_checkpointing=bool(recompute),
+        reshard_experts=True if reshard is None else reshard,
+        strategy=strategy,
+        world_size=world_size,
+    )
+
+
+def _refuse_keys(section: dict[str, Any], path: str, ours: tuple[str, ...], theirs: dict[str, Any]) -> None:
+    for key, value in section.items():
+        if key in ours:
+            continue
+        if key not in theirs:
+            known = [*ours, *theirs]
+            near = get_close_matches(key, known, 1, 0)[0]
+            raise ValueError(
+                f"There is no distributed setting {path + key!r}; did you mean {path + near!r}? "
+                f"Settings: {', '.join(path + name for name in ours)}."
+            )
+        accepted, instead = theirs[key]
+        if value not in accepted:
+            raise ValueError(f"{path}{key}={value!r} is NeMo AutoModel's and not supported here. {instead}")
+
+
+def as_setup(setup: DistributedSetup | dict[str, Any]) -> DistributedSetup:
+    """A `DistributedSetup`, or the section that describes one. Raises TypeError for anything else."""
+    if isinstance(setup, dict):
+        return create_distributed_setup_from_config(setup)
+    if not isinstance(setup, DistributedSetup):
+        raise TypeError(f"distributed_setup must be a DistributedSetup or a dict, not {type(setup).__name__}.")
+    return setup
+
+
+def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
+    """Raise ValueError, on every rank alike and before anything is loaded, if experts cannot be cut as `layout` says.
+
+    ep_size must divide them. And where a checkpoint keeps one tensor per expert, Transformers' loader crashes on a rank
+    that gets none of them (it stacks an empty list) while the others wait; all other empty shards work.
+    """
+    conversions = get_model_conversion_mapping(model)
+    operations = [op for c in conversions if isinstance(c, WeightConverter) for op in c.operations]
+    one_by_one = any(isinstance(op, MergeModulelist) for op in operations)
+    replica = layout.fsdp_size * layout.tp_size
+
+    def fits(num_experts: int, ep_size: int) -> bool:
+        sharding = replica // ep_size if ep_size > 1 else layout.fsdp_size
+        held, rest = divmod(num_experts, ep_size)
+        covered = -(-held // sharding) * (sharding - 1)  # by all shards but the last, which gets what is left
+        return rest == 0 and (not one_by_one or covered < held)
+
+    for name, experts in model.named_modules():
+        if not hasattr(experts, "is_concatenated"):
+            continue
+        first, num_experts = next((n, p.shape[0]) for n, p in experts.named_parameters())
+        if not fits(num_experts, layout.ep_size):
+            sizes = [n for n in range(1, replica + 1) if replica % n == 0 and (n == 1 or n % layout.tp_size == 0)]
+            sizes = [n for n in sizes if fits(num_experts, n)]
+            raise ValueError(
+                f"{num_experts} experts ({name}.{first}) cannot be spread over the {replica} ranks of a replica with "
+                f"ep_size={layout.ep_size}: they do not divide evenly, or some rank would get none. "
+                + (f"Set ep_size to {_or(sizes)}." if sizes else "Raise dp_replicate_size: replicas get smaller.")
+            )
+
+
+@torch.no_grad()
+def initialise_shards(model: PreTrainedModel, device: Any) -> None:
+    """Give a sharded model on the meta device weights drawn by Transformers' rules, the same under every layout.
+
+    Every rank draws all weights from rank 0's seed, one layer at a time, and keeps its own part.
+    """
+    model.to_empty(device=device)
+    seed = torch.randint(2**62, (1,), device=device)
+    if dist.is_initialized():
+        dist.broadcast(seed, 0)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(seed))
+        _initialise(model, model, whole=False)
+    model.tie_weights(recompute_mapping=False)
+
+
+def _initialise(module: nn.Module, owner: PreTrainedModel, whole: bool) -> None:
+    """Children first, as Transformers does it; `whole`: the parameters below `module` are in full already."""
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    is_container = isinstance(module, (PreTrainedModel, nn.ModuleList))
+    with contextlib.nullcontext() if whole else _in_full(module, recurse=not is_container):
+        for child in module.children():
+            _initialise(child, owner, whole or not is_container)
+        owner._initialize_weights(module, owner.is_custom_code())
+
+
+@contextlib.contextmanager
+def _in_full(module: nn.Module, recurse: bool) -> Iterator[None]:
+    """Inside, sharded parameters are whole and empty; what is written to them ends up in the shards."""
+    shards: list[tuple[nn.Module, str, Any]] = [
+        (part, name, param)
+        for part in (module.modules() if recurse else [module])
+        for name, param in part._parameters.items()
+        if isinstance(param, DTensor)
+    ]
+    for part, name, param in shards:
+        part._parameters[name] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device=param.device))
+    yield
+    for part, name, param in shards:
+        full: Any = part._parameters[name]
+        param.to_local().copy_(DtensorShardOperation(param).shard_tensor(full))
+        part._parameters[name] = param
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: float) -> torch.Tensor:
+    """Scale all gradients, in place, so that their norm is at most `max_norm`; returns the norm before, float32 scalar.
+
+    Equals `torch.nn.utils.clip_grad_norm_` of the whole model in one process, for parameters on any mix of meshes and
+    plain ones that are the same on every rank. All ranks must call it. One all-reduce of one number; the host does not
+    wait.
+    """
+    parameters = [parameters] if isinstance(parameters, nn.Parameter) else parameters
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    ranks = current_world_size() if dist.is_initialized() else 1
+    locals_of: dict[int, list[torch.Tensor]] = {}  # by how many ranks hold the same piece of a gradient
+    for grad in grads:
+        locals_of.setdefault(ranks // _num_shards(grad), []).append(_local(grad))
+    squares = [_norm(tensors).square() / copies for copies, tensors in locals_of.items()]
+    total = torch.stack(squares).sum()
+    if ranks > 1:
+        dist.all_reduce(total)
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for tensors in locals_of.values():
+        torch._foreach_mul_(tensors, scale)
+    return norm
+
+
+def _num_shards(grad: torch.Tensor) -> int:
+    if not isinstance(grad, DTensor):
+        return 1
+    assert not any(p.is_partial() for p in grad.placements), "a gradient that is not reduced yet has no norm"
+    sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if not placement.is_replicate())
+
+
+def _local(grad: torch.Tensor) -> torch.Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, torch.float32)))

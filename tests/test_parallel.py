@@ -1,0 +1,153 @@
+"""A `DistributedSetup` fits the ranks or says what to change; NeMo's keys are mapped or refused, none is dropped."""
+
+import pytest
+import torch
+
+from expertmesh.bench.tiny import tiny_config
+from expertmesh.nemo import NeMoAutoModelForCausalLM
+from expertmesh.parallel import DistributedSetup, clip_grad_norm, create_distributed_setup_from_config
+
+LAYOUTS = [
+    (sizes, world)
+    for world in (1, 2, 4, 6, 8, 16)
+    for tp in (1, 2)
+    for replicas in (1, 2)
+    for ep in (1, 2, 4, 8)
+    if world % (tp * replicas) == 0 and (ep == 1 or ((world // replicas) % ep == 0 and ep % tp == 0))
+    for sizes in [{"tp_size": tp, "dp_replicate_size": replicas, "ep_size": ep}]
+]
+
+
+@pytest.mark.parametrize(("sizes", "world"), LAYOUTS, ids=str)
+def test_sizes_that_fit_become_the_meshes_of_transformers(sizes, world, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    setup = DistributedSetup(**sizes)
+    config = setup.to_transformers()
+    assert setup.dp_size == config.dp_size == world // sizes["tp_size"]
+    assert config.pp_size * config.dp_replicate_size * config.fsdp_size * config.tp_size == world
+    assert config.dp_replicate_size * config.efsdp_size * config.ep_size == world
+    assert setup.efsdp_size == config.efsdp_size
+    assert config.ep_implementation == "expertmesh"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    {
+        "tp": ({"tp_size": 3}, "tp_size=3 does not divide the 8 ranks. Set tp_size to 1, 2, 4 or 8."),
+        "dp": ({"dp_size": 3, "tp_size": 2}, "Leave dp_size out (it then is 4), or start 6 ranks."),
+        "replicas": ({"dp_replicate_size": 3}, "Set dp_replicate_size to 1, 2, 4 or 8."),
+        "ep": ({"ep_size": 3}, "Set ep_size to 1, 2, 4 or 8."),
+        "ep over replicas": ({"ep_size": 8, "dp_replicate_size": 2}, "Set ep_size to 1, 2 or 4."),
+        "ep below tp": ({"ep_size": 2, "tp_size": 4}, "Set ep_size to 1, 4 or 8."),
+        "zero": ({"ep_size": 0}, "ep_size must be a whole number of at least 1, not 0."),
+        "text": ({"tp_size": "2"}, "tp_size must be a whole number of at least 1, not '2'."),
+        "strategy": ({"strategy": "fsdp3"}, "the strategy is 'fsdp2'"),
+    }.values(),
+)
+def test_sizes_that_do_not_fit_are_errors_that_name_what_fits(sizes, says):
+    with pytest.raises(ValueError) as error:
+        DistributedSetup(**sizes, world_size=8)
+    assert says in str(error.value)
+
+
+def test_a_setup_for_other_ranks_than_run_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="is for 8 ranks, but 2 are running"):
+        DistributedSetup(world_size=8).to_transformers()
+
+
+def test_the_picture_shows_who_holds_what():
+    setup = DistributedSetup(ep_size=4, tp_size=2, world_size=8)
+    assert str(setup).splitlines() == [
+        "8 ranks: dp_size=4 (dp_replicate_size=1 x fsdp 4), tp_size=2, ep_size=4",
+        "         rank  0 1 2 3 4 5 6 7",
+        "        batch  0 0 1 1 2 2 3 3",
+        "      tp part  0 1 0 1 0 1 0 1",
+        "      experts  0 1 2 3 0 1 2 3",
+        "shard of them  0 0 0 0 1 1 1 1",
+    ]
+
+
+def test_the_section_of_a_nemo_script():
+    setup = create_distributed_setup_from_config({"strategy": "fsdp2", "ep_size": 8}, world_size=8)
+    assert setup == DistributedSetup(ep_size=8, dp_size=8, world_size=8)
+    section = {
+        "strategy": "fsdp2",
+        "dp_size": None,
+        "tp_size": 1,
+        "cp_size": 1,
+        "pp_size": 1,
+        "ep_size": 4,
+        "dp_replicate_size": 2,
+        "sequence_parallel": False,
+        "activation_checkpointing": True,
+        "moe": {"ignore_router_for_ac": True, "reshard_after_forward": False, "wrap_outer_model": True},
+    }
+    want = DistributedSetup(
+        ep_size=4, dp_replicate_size=2, activation_checkpointing=True, reshard_experts=False, world_size=8
+    )
+    assert create_distributed_setup_from_config(section, world_size=8) == want
+    assert create_distributed_setup_from_config(world_size=8, **section) == want
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"ep_sise": 2}, "did you mean 'ep_size'"),
+        ({"moe": {"reshard_after_foward": True}}, "did you mean 'moe.reshard_after_forward'"),
+        ({"pp_size": 2}, "no pipeline parallelism"),
+        ({"cp_size": 2}, "no context parallelism"),
+        ({"pipeline": {"pp_schedule": "1f1b"}}, "no pipeline parallelism"),
+        ({"strategy": "ddp"}, "dp_replicate_size"),
+        ({"strategy": "megatron_fsdp"}, "Use 'fsdp2'"),
+        ({"sequence_parallel": True}, "sequence_parallel=True"),
+        ({"activation_checkpointing": "selective"}, "'full'"),
+        ({"timeout_minutes": 5}, "init_process_group"),
+        ({"moe": {"lm_head_precision": "float32"}}, "moe.lm_head_precision='float32'"),
+    ],
+    ids=str,
+)
+def test_no_setting_is_dropped_in_silence(section, says):
+    with pytest.raises(ValueError) as error:
+        create_distributed_setup_from_config(section, world_size=8)
+    assert says in str(error.value)
+
+
+def test_one_process_takes_a_setup_too_and_initialises_by_the_seed():
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(
+            NeMoAutoModelForCausalLM.from_config(tiny_config("deepseek_v3"), distributed_setup={"ep_size": 1})
+        )
+    first, again, other = (dict(m.named_parameters()) for m in models)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+    assert all(torch.isfinite(b).all() for b in models[0].buffers())
+    stock = NeMoAutoModelForCausalLM.from_config(tiny_config("deepseek_v3"))
+    for name, param in stock.named_parameters():
+        torch.testing.assert_close(first[name].std(), param.std(), rtol=0.5, atol=1e-3)
+    for (name, want), (_, got) in zip(stock.named_buffers(), models[0].named_buffers(), strict=True):
+        torch.testing.assert_close(got, want, msg=name)
+
+
+def test_a_setup_and_a_device_map_together_are_an_error():
+    with pytest.raises(ValueError, match="leave device_map= out"):
+        NeMoAutoModelForCausalLM.from_config(tiny_config("mixtral"), distributed_setup={}, device_map="auto")
+    with pytest.raises(TypeError, match="DistributedSetup or a dict, not int"):
+        NeMoAutoModelForCausalLM.from_config(tiny_config("mixtral"), distributed_setup=8)
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e9], ids=["clips", "leaves"])
+def test_clipping_without_ranks_equals_torch(max_norm):
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), (2, 3, 4))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    for a, b in zip(ours, theirs, strict=True):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    norm = clip_grad_norm(iter(ours), max_norm)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, max_norm))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert clip_grad_norm([torch.nn.Parameter(torch.ones(1))], 1.0) == 0
