@@ -30,6 +30,7 @@ from expertmesh.layers.masks import unpacked
 from expertmesh.memory.recompute import keep_routing
 from expertmesh.parallel import refuse_unfit_shards
 from expertmesh.weights.read import to_model_names
+from expertmesh.weights.write import is_sharded, save_sharded
 
 #: Every fusion by its switch, and how Transformers names the classes it is meant for.
 FUSIONS = {
@@ -162,6 +163,19 @@ class FusedModel(Fast):
         keep their old weights. Raises ValueError if some weights of an expert are missing.
         """
         return super().load_state_dict(to_model_names(self, state_dict), strict, assign)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; call it on every rank. Of a sharded model each rank writes its part, and none gathers it.
+
+        For a model with adapters, a `state_dict` or an upload to the Hub it is Transformers' own, which gathers.
+        """
+        defaults = {"push_to_hub": False, "save_original_format": True, "distributed_checkpoint": False}
+        asked = {key for key, value in kwargs.items() if value is not defaults.get(key)}
+        special = args or asked - {"max_shard_size", "is_main_process"}
+        if special or getattr(self, "_hf_peft_config_loaded", False) or not is_sharded(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
+        else:
+            save_sharded(self, save_directory, kwargs.get("max_shard_size", "5GB"))
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """As in Transformers (`resize_token_embeddings` comes here); the new head is fused like the old one."""

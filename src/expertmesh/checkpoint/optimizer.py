@@ -1,0 +1,155 @@
+"""An optimizer's state, sharded like its parameters, saved by parameter name: it can be loaded under another layout.
+
+torch's own `get_optimizer_state_dict` takes a step with zero gradients to create the state it loads into, and
+`Optimizer.load_state_dict` casts state to the dtype of the parameters. Here state is created from what the checkpoint
+says about it, so nothing is stepped, and it stays exactly what was saved.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import empty as empty_dtensor
+
+from expertmesh.weights import ranks
+
+FOLDER = "optimizer"  # in a checkpoint
+GROUPS = "groups.pt"  # in FOLDER
+
+Named = dict[str, nn.Parameter]
+
+# one process without a process group is a case like others here, and no reason to warn at every save
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write the optimizer's state into `folder/optimizer`; every rank writes its shards."""
+    write(folder, tensors_of(model, optimizer), options_of(model, optimizer))
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state as {"parameter/key": value}, in layouts that torch.distributed.checkpoint knows. All ranks call it."""
+    tensors = {}
+    for name, parameter in _named(model, optimizer).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, dict):
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps a dict as {key!r} of every parameter, which cannot be sharded: "
+                    f"save without the optimizer, or take one whose state is tensors."
+                )
+            tensors[f"{name}/{key}"] = _contiguous(value)
+    return tensors
+
+
+def options_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """For each parameter the options of its group: groups are cut by layout, names are not."""
+    names = {parameter: name for name, parameter in _named(model, optimizer).items()}
+    return {
+        names[parameter]: {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def write(folder: Path, tensors: dict[str, Any], options: dict[str, dict[str, Any]], group: Any = None) -> None:
+    """Write what `tensors_of` and `options_of` gave, from all ranks of `group`."""
+    folder = folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    dcp.save(tensors, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
+    if ranks.rank(group) == 0:
+        torch.save(options, folder / GROUPS)
+
+
+@torch.no_grad()
+def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Replace the optimizer's state and options by the checkpoint's; each rank reads its shards.
+
+    Raises ValueError if the checkpoint is of other parameters, or a group would get two different sets of options.
+    """
+    folder, named = checkpoint / FOLDER, _named(model, optimizer)
+    options = torch.load(folder / GROUPS, weights_only=True)
+    if options.keys() != named.keys():
+        odd = sorted(options.keys() ^ named.keys())[0]
+        raise ValueError(
+            f"The optimizer in {checkpoint} is of other parameters: only the "
+            f"{'optimizer' if odd in named else 'checkpoint'} has {odd}. Freeze parameters as in the run that saved it."
+        )
+    tensors = _to_load(dcp.FileSystemReader(folder), named, optimizer)
+    dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    optimizer.state.clear()
+    for path, value in tensors.items():
+        name, _, key = path.rpartition("/")
+        optimizer.state[named[name]][key] = _like_parameter(value, named[name])
+    names = {parameter: name for name, parameter in named.items()}
+    for group in optimizer.param_groups:
+        saved = [options[names[parameter]] for parameter in group["params"]]
+        if any(other != saved[0] for other in saved):
+            raise ValueError(
+                f"A parameter group of the optimizer joins parameters that had different options in {checkpoint}: "
+                f"group them as in the run that saved it."
+            )
+        group.update(saved[0] if saved else {})
+
+
+def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> Named:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    try:
+        return {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
+    except KeyError:
+        raise ValueError("The optimizer has parameters that are not the model's: build it from this model's.") from None
+
+
+def _to_load(reader: Any, named: Named, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Empty state, laid out like the parameters, for everything the checkpoint holds."""
+    on_device = {
+        parameter: bool(group.get("capturable") or group.get("fused"))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    tensors: dict[str, Any] = {}
+    for path, saved in reader.read_metadata().state_dict_metadata.items():
+        name, _, key = path.rpartition("/")
+        parameter = named[name]
+        if not isinstance(saved, TensorStorageMetadata):
+            tensors[path] = None
+            continue
+        shape, dtype = saved.size, saved.properties.dtype
+        if not shape:  # the step count: PyTorch keeps it beside the parameter if its kernel reads it there
+            tensors[path] = torch.empty((), dtype=dtype, device=parameter.device if on_device[parameter] else "cpu")
+        elif not isinstance(parameter, DTensor):
+            tensors[path] = torch.empty(shape, dtype=dtype, device=parameter.device)
+        elif shape == parameter.shape:
+            mesh, placements = parameter.device_mesh, _simple(parameter.placements)
+            tensors[path] = empty_dtensor(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        else:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key!r} of {name} in the shape {tuple(shape)}, the parameter is "
+                f"{tuple(parameter.shape)}: such state cannot be loaded into a sharded model. Resume in one process."
+            )
+    return tensors
+
+
+def _simple(placements: Any) -> tuple[Any, ...]:
+    """Contiguous shards instead of the strided ones that FSDP2 makes of EP and TP shards: files have no strides."""
+    return tuple(
+        placement if placement.is_replicate() else Shard(placement.dim)  # Shard(d) and _StridedShard(d)
+        for placement in placements
+    )
+
+
+def _contiguous(value: Any) -> Any:
+    if not isinstance(value, DTensor) or _simple(value.placements) == value.placements:
+        return value
+    return value.redistribute(placements=_simple(value.placements))
+
+
+def _like_parameter(value: Any, parameter: nn.Parameter) -> Any:
+    if not isinstance(value, DTensor) or not isinstance(parameter, DTensor) or value.placements == parameter.placements:
+        return value
+    return value.redistribute(placements=parameter.placements)

@@ -1,0 +1,234 @@
+"""Save and resume a training from any loop: model, optimizer, scheduler, random numbers, and where the data stands.
+
+    with BackgroundSaver() as saver: ...     # or save_checkpoint, which returns when everything is on the disk
+    if last := newest_complete("run"):
+        resumed = load_checkpoint(last, model=model, optimizer=optimizer, scheduler=scheduler)
+
+A checkpoint is a model directory as `from_pretrained` reads it, and beside it what a training needs:
+
+    model*.safetensors, config.json   the weights, written by the ranks that hold them
+    optimizer/                        torch.distributed.checkpoint, by parameter name
+    run.pt, rank-<r>.pt               step and scheduler; random numbers and `extra` of every rank
+    sha256.json                       size and SHA-256 of all of these
+
+It can be loaded by any number of ranks in any layout. On as many ranks as saved it, the training goes on bit for bit.
+"""
+
+import io
+import logging
+import random
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.utils import extract_model_from_parallel
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from transformers import PreTrainedModel
+
+from expertmesh.checkpoint import optimizer as optimizer_state
+from expertmesh.checkpoint.publish import prune, publishing
+from expertmesh.checkpoint.verify import verify
+from expertmesh.weights import ranks
+from expertmesh.weights.read import load_weights
+from expertmesh.weights.write import Export
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint says about the loop that saved it.
+
+    `step` and `extra` are what `save_checkpoint` was given; `extras` are all ranks' `extra`, in rank order. On another
+    number of ranks than saved it `extra` is None: make each rank's own from `extras`.
+    """
+
+    step: int
+    extra: dict[str, Any] | None
+    extras: list[dict[str, Any]]
+
+
+def save_checkpoint(
+    directory: str | Path,
+    *,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    scheduler: Any = None,
+    extra: dict[str, Any] | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Publish `directory/checkpoint-<step>` and return its path. Every rank calls it, on one file system.
+
+    model: a Transformers model, sharded or not, in one process or many. extra: what else the loop must remember, as
+    the position in its data; each rank its own. keep: how many checkpoints stay, the newest ones; None keeps all.
+    Raises FileExistsError if the checkpoint exists, ValueError if `extra` could not be read back.
+    """
+    model = _plain(model)
+    files = _rank_files(step, scheduler, extra)
+    with publishing(directory, step) as folder:
+        _write_weights(folder, export := Export(model), export.files())
+        optimizer_state.save_optimizer(folder, model, optimizer)
+        _write_bytes(folder, files)
+    return _published(directory, step, keep)
+
+
+def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None, scheduler: Any = None) -> Resumed:
+    """Verify a checkpoint, then load it into a model and optimizer that exist, in place, in any layout.
+
+    Raises CheckpointError naming every damaged file, FileNotFoundError if the directory is no complete checkpoint, and
+    ValueError if it is another model's or optimizer's. Nothing is changed before everything is verified.
+    """
+    checkpoint, model = Path(checkpoint), _plain(model)
+    verify(checkpoint)
+    run = torch.load(checkpoint / "run.pt", weights_only=True)
+    saved = [torch.load(checkpoint / f"rank-{rank}.pt", weights_only=True) for rank in range(run["world_size"])]
+    load_weights(model, checkpoint)
+    if optimizer is not None:
+        optimizer_state.load_optimizer(checkpoint, model, optimizer)
+    if scheduler is not None:
+        if run["scheduler"] is None:
+            raise ValueError(f"{checkpoint} was saved without a scheduler: load it without one.")
+        scheduler.load_state_dict(run["scheduler"])
+    ranks.barrier()
+    extras = [part["extra"] for part in saved]
+    if run["world_size"] != ranks.world_size():
+        log.warning("%s is of %d ranks: random numbers start anew.", checkpoint, run["world_size"])
+        return Resumed(run["step"], None, extras)
+    set_random_state(saved[ranks.rank()]["random"])
+    return Resumed(run["step"], extras[ranks.rank()], extras)
+
+
+class BackgroundSaver:
+    """Saves while the training goes on: `save` returns when everything is copied to host memory.
+
+    A save waits for the one before it. An error of a save is raised by the next `save`, by `wait`, or at the end of the
+    `with` block. Make it on all ranks at the same time; a save needs host memory for this rank's weights and state.
+    """
+
+    def __init__(self) -> None:
+        # a group of its own: its messages must not meet the training's
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._running: Future[Path] | None = None
+
+    def __enter__(self) -> "BackgroundSaver":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        scheduler: Any = None,
+        extra: dict[str, Any] | None = None,
+        keep: int | None = None,
+    ) -> None:
+        """As `save_checkpoint`; the files are written after it returns."""
+        self.wait()
+        model = _plain(model)
+        files = _rank_files(step, scheduler, extra)
+        export = Export(model)
+        weights = list(export.files())
+        tensors = BlockingAsyncStager().stage(optimizer_state.tensors_of(model, optimizer))
+        options = optimizer_state.options_of(model, optimizer)
+
+        def write() -> Path:
+            with publishing(directory, step, self._group) as folder:
+                _write_weights(folder, export, iter(weights))
+                optimizer_state.write(folder, tensors, options, self._group)
+                _write_bytes(folder, files)
+            return _published(directory, step, keep, self._group)
+
+        self._running = self._pool.submit(write)
+
+    def wait(self) -> Path | None:
+        """Wait for the running save, and return the checkpoint's path, or None if nothing was running."""
+        running, self._running = self._running, None
+        return running.result() if running else None
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator of this process: Python's, NumPy's, PyTorch's, and this process' GPU's."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Continue with the random numbers that `random_state` saw coming."""
+    kind, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _plain(model: Any) -> PreTrainedModel:
+    model = extract_model_from_parallel(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"Checkpoints are of Transformers models, not of {type(model).__name__}. With PEFT, save the adapter with "
+            f"its save_pretrained, or train with expertmesh.Trainer."
+        )
+    return model
+
+
+def _rank_files(step: int, scheduler: Any, extra: dict[str, Any] | None) -> dict[str, bytes]:
+    """This rank's small files, made now: the loop may change what is in them before they are written."""
+    files: dict[str, dict[str, Any]] = {f"rank-{ranks.rank()}.pt": {"random": random_state(), "extra": extra or {}}}
+    if ranks.rank() == 0:
+        state = None if scheduler is None else scheduler.state_dict()
+        files["run.pt"] = {"step": step, "world_size": ranks.world_size(), "scheduler": state}
+    return {name: _dumped(name, content) for name, content in files.items()}
+
+
+def _dumped(name: str, content: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{name} could not be read back: `extra` and the scheduler's state may hold numbers, text, tensors, lists "
+            f"and dicts, not other objects ({str(error).split('.')[0]})."
+        ) from error
+    return buffer.getvalue()
+
+
+def _write_weights(folder: Path, export: Export, files: Iterator[tuple[str, dict[str, torch.Tensor]]]) -> None:
+    for name, tensors in files:
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    export.write_json(folder)
+
+
+def _write_bytes(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def _published(directory: str | Path, step: int, keep: int | None, group: Any = None) -> Path:
+    if keep is not None and ranks.rank(group) == 0:
+        prune(directory, keep)
+    return Path(directory) / f"checkpoint-{step}"

@@ -1,0 +1,150 @@
+"""Interrupted and resumed equals uninterrupted: from a plain loop, in any layout, saved now or in the background."""
+
+import pytest
+import torch
+from torch import nn
+
+from expertmesh.bench.tiny import tiny_model
+from expertmesh.checkpoint.state import BackgroundSaver, load_checkpoint, save_checkpoint
+from expertmesh.checkpoint.verify import CheckpointError
+from tests.checkpoint.loop import finish, loop, source, start
+
+
+def same(one, other) -> bool:
+    """Whether two dumps, or parts of them, agree bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    return torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_one_process_goes_on_bit_for_bit(family, background, tmp_path):
+    options = {"source": str(source(tmp_path, family)), "steps": 4, "save_every": 2, "background": background}
+    loop(**options, output=str(tmp_path / "whole"), dump=tmp_path / "whole.pt")
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    loop(**options, output=str(tmp_path / "resumed"), dump=tmp_path / "resumed.pt", resume=checkpoint)
+    whole, resumed = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "resumed.pt")
+    assert len(set(whole["losses"])) == 4
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "Adamax", "NAdam", "RMSprop"])
+def test_other_optimizers(optimizer, tmp_path):
+    options = {"source": str(source(tmp_path, "mixtral")), "steps": 2, "save_every": 1, "optimizer": optimizer}
+    loop(**options, output=str(tmp_path / "whole"), dump=tmp_path / "whole.pt")
+    checkpoint = str(tmp_path / "whole" / "checkpoint-1")
+    loop(**options, output=str(tmp_path / "resumed"), dump=tmp_path / "resumed.pt", resume=checkpoint)
+    assert same(torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "resumed.pt"))
+
+
+def test_layouts(tmp_path):
+    """2 ranks with EP -> the same, bit for bit; -> 1 process; -> 4 ranks -> 2 ranks without EP: the same state."""
+    model, folder = {"source": str(source(tmp_path, "qwen3_moe"))}, str(tmp_path / "run")
+    two, four = {"fsdp_size": 2, "ep_size": 2}, {"fsdp_size": 4, "ep_size": 2}
+    at_two, at_three = f"{folder}/checkpoint-2", f"{folder}/checkpoint-3"
+
+    def dump(name):
+        return str(tmp_path / f"{name}.pt")
+
+    finish(start(2, **model, layout=two, steps=4, save_every=2, output=folder, dump=dump("whole")))
+    finish(start(2, **model, layout=two, steps=4, resume=at_two, dump=dump("resumed"), dump_loaded=dump("two")))
+    loop(**model, steps=2, resume=at_two, dump=dump("one"))
+    other = {"layout": four, "background": True, "save_every": 3, "output": folder}
+    finish(start(4, **model, **other, steps=3, resume=at_two, dump=dump("four"), dump_loaded=dump("loaded")))
+    finish(start(2, **model, layout={"fsdp_size": 2}, steps=3, resume=at_three, dump=dump("plain")))
+    for one, other in (("whole", "resumed"), ("two", "one"), ("two", "loaded"), ("four", "plain")):
+        assert same(torch.load(dump(one)), torch.load(dump(other))), (one, other)
+
+
+def pair(frozen: bool = False):
+    model = tiny_model("qwen3_moe")
+    model.lm_head.weight.requires_grad_(not frozen)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return model, torch.optim.AdamW(parameters)
+
+
+def test_a_checkpoint_is_a_model_directory(tmp_path):
+    model, optimizer = pair()
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    loaded = type(model).from_pretrained(path)
+    assert same(dict(model.state_dict()), dict(loaded.state_dict()))
+
+
+def test_state_that_does_not_exist_yet_is_not_invented(tmp_path):
+    model, optimizer = pair()
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    assert not optimizer.state
+    load_checkpoint(path, model=model, optimizer=optimizer)
+    assert not optimizer.state
+
+
+def test_state_keeps_its_dtype_under_low_precision_weights(tmp_path):
+    model = tiny_model("qwen3_moe").to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    weight = model.lm_head.weight
+    optimizer.state[weight] = {"step": torch.tensor(3.0), "exp_avg": torch.randn(weight.shape)}
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    other = torch.optim.AdamW(model.parameters())
+    load_checkpoint(path, model=model, optimizer=other)
+    assert other.state[weight]["exp_avg"].dtype == torch.float32
+    assert same(optimizer.state[weight], other.state[weight])
+
+
+def test_a_damaged_checkpoint_changes_nothing(tmp_path):
+    model, optimizer = pair()
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    weights = path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.nn.init.ones_(model.lm_head.weight)
+    before["lm_head.weight"].fill_(1)
+    with pytest.raises(CheckpointError, match="model.safetensors has changed"):
+        load_checkpoint(path, model=model, optimizer=optimizer)
+    assert same(before, dict(model.state_dict()))
+
+
+def test_other_parameters_are_refused_by_name(tmp_path):
+    model, optimizer = pair()
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    model, optimizer = pair(frozen=True)
+    with pytest.raises(ValueError, match=r"only the checkpoint has lm_head.weight. Freeze"):
+        load_checkpoint(path, model=model, optimizer=optimizer)
+
+
+def test_what_could_not_be_read_back_is_refused_at_once(tmp_path):
+    model, optimizer = pair()
+    with pytest.raises(ValueError, match="`extra`.*not other objects"):
+        save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1, extra={"loader": nn.Identity()})
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_transformers_models_have_checkpoints(tmp_path):
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="Transformers models, not of Linear"):
+        save_checkpoint(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters()), step=1)
+
+
+def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path):
+    model, optimizer = pair()
+    model(input_ids=torch.ones(1, 8, dtype=torch.long), labels=torch.ones(1, 8, dtype=torch.long)).loss.backward()
+    optimizer.step()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    moment = optimizer.state[model.lm_head.weight]["exp_avg"].clone()
+    with BackgroundSaver() as saver:
+        saver.save(tmp_path, model=model, optimizer=optimizer, step=1)
+        optimizer.step()  # while the files are written
+    assert not torch.equal(moment, optimizer.state[model.lm_head.weight]["exp_avg"])
+    load_checkpoint(tmp_path / "checkpoint-1", model=model, optimizer=optimizer)
+    assert same(weights, dict(model.state_dict()))
+    assert torch.equal(moment, optimizer.state[model.lm_head.weight]["exp_avg"])
+
+
+def test_an_error_in_the_background_surfaces(tmp_path):
+    model, optimizer = pair()
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(FileExistsError), BackgroundSaver() as saver:
+        saver.save(tmp_path, model=model, optimizer=optimizer, step=1)
+        saver.save(tmp_path, model=model, optimizer=optimizer, step=2)

@@ -1,0 +1,91 @@
+"""A sharded model is written as `save_pretrained` writes the whole one, by ranks that never hold it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.distributed import DistributedConfig
+
+import expertmesh
+from expertmesh.bench.tiny import FAMILIES
+from expertmesh.weights.read import load_weights
+from expertmesh.weights.write import save_sharded
+from tests.distributed.ranks import on_ranks
+from tests.models import load_ours, saved
+
+LAYOUTS = [
+    {"fsdp_size": 4, "ep_size": 4},
+    {"fsdp_size": 4, "ep_size": 2},
+    {"fsdp_size": 4},
+    {"fsdp_size": 2, "tp_size": 2, "ep_size": 4},
+    {"fsdp_size": 2, "dp_replicate_size": 2, "ep_size": 2},
+]
+
+
+def assert_same_checkpoint(written: Path, original: Path):
+    """Keys, shapes, dtypes, bits and configuration; where there are several files, the index finds every tensor."""
+    wanted, found = load_file(original / "model.safetensors"), {}
+    index = written / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+    for file in written.glob("*.safetensors"):
+        tensors = load_file(file)
+        assert not found.keys() & tensors.keys()
+        assert not weight_map or all(weight_map[key] == file.name for key in tensors)
+        found |= tensors
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value), key
+    for name in ("config.json", "generation_config.json"):
+        assert (written / name).exists() == (original / name).exists()
+    assert json.loads((written / "config.json").read_text()) == json.loads((original / "config.json").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_process_writes_what_transformers_writes(family, tmp_path):
+    save_sharded(load_ours(family), tmp_path / "written")
+    load_ours(family).save_pretrained(tmp_path / "stock")
+    assert_same_checkpoint(tmp_path / "written", tmp_path / "stock")
+
+
+def write_and_read(rank: int, source: Path, folder: Path, layouts: list[dict]) -> list[str]:
+    """Saves under each layout, wipes the model, and reads it back in place; returns what did not come back."""
+    wrong = []
+    for number, layout in enumerate(layouts):
+        config = DistributedConfig(**layout)
+        model = expertmesh.AutoModelForCausalLM.from_pretrained(source, distributed_config=config, dtype=torch.float32)
+        before = {name: value.to_local().clone() for name, value in model.named_parameters()}
+        model.save_pretrained(folder / str(number), max_shard_size="20KB")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.to_local().zero_()
+        load_weights(model, folder / str(number))
+        after = dict(model.named_parameters())
+        wrong += [
+            f"{layout} {name}" for name, value in before.items() if not torch.equal(after[name].to_local(), value)
+        ]
+    return wrong
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_four_ranks_write_what_one_process_writes(family, tmp_path):
+    assert on_ranks(4, write_and_read, saved(family), tmp_path, LAYOUTS) == [[]] * 4
+    for number in range(len(LAYOUTS)):
+        assert len(list((tmp_path / str(number)).glob("*.safetensors"))) > 4
+        assert_same_checkpoint(tmp_path / str(number), saved(family))
+
+
+def test_files_of_an_earlier_save_go(tmp_path):
+    model = load_ours("qwen3_moe")
+    save_sharded(model, tmp_path, max_shard_size="10KB")
+    save_sharded(model, tmp_path)
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert_same_checkpoint(tmp_path, saved("qwen3_moe"))
+
+
+@pytest.mark.parametrize("size", ["5 bananas", "GB"])
+def test_a_size_that_is_none_is_refused(size, tmp_path):
+    with pytest.raises(ValueError, match="max_shard_size"):
+        save_sharded(load_ours("qwen3_moe"), tmp_path, max_shard_size=size)
