@@ -9,6 +9,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "AutoModelForCausalLM": "expertmesh.auto",
     "fuse": "expertmesh.fuse",
+    "DistributedSetup": "expertmesh.parallel",
+    "create_distributed_setup_from_config": "expertmesh.parallel",
+    "clip_grad_norm": "expertmesh.parallel",
     "keep_routing": "expertmesh.memory.recompute",
     "Trainer": "expertmesh.train.trainer",
     "SFTTrainer": "expertmesh.train.sft",

@@ -1,7 +1,10 @@
 """Every layout computes the loss and the gradients that stock Transformers computes on one process."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 
 from tests.distributed import work
 from tests.distributed.ranks import on_ranks
@@ -10,34 +13,168 @@ from tests.models import load_stock, saved
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "mixtral"]
 TOLERANCE = 1e-5
+TOP_K = {"deepseek_v3": 3, "nemotron_h": 3}
+LAYOUTS = {
+    2: [{}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2}],
+    4: [
+        {},
+        {"ep_size": 4},
+        {"ep_size": 2},
+        {"ep_size": 2, "reshard_experts": False},
+        {"tp_size": 2, "ep_size": 2},
+        {"tp_size": 2, "ep_size": 4},
+        {"dp_replicate_size": 2, "ep_size": 2},
+    ],
+}
 
 
-def check(tmp_path, family: str, num_ranks: int, cases: list[Case]) -> None:
-    for case in cases:
-        dp_size = num_ranks // case.setup.get("tp_size", 1)
-        torch.save(work.reference(load_stock(family), dp_size, case.force), tmp_path / f"{dp_size}-{case.force}.pt")
-    results = on_ranks(num_ranks, work.parity, saved(family), cases, tmp_path)
-    for rank in results:
+def references(folder, family: str, num_ranks: int, cases: list[Case]) -> None:
+    for dp_size, force in {(num_ranks // case.setup.get("tp_size", 1), case.force) for case in cases}:
+        torch.save(work.reference(load_stock(family), dp_size, force), folder / f"{dp_size}-{force}.pt")
+
+
+def check(folder, family: str, num_ranks: int, cases: list[Case], seconds: float = 240) -> None:
+    references(folder, family, num_ranks, cases)
+    for rank in on_ranks(num_ranks, work.parity, saved(family), cases, folder, seconds=seconds):
         for name, loss, grad, parameter in rank:
             assert loss <= TOLERANCE and grad <= TOLERANCE, f"{family} {name}: loss {loss:.1e}, {parameter} {grad:.1e}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks(tmp_path, family):
-    check(tmp_path, family, 2, [Case({"ep_size": 2}), Case({"ep_size": 2}, recompute=True), Case({})])
+def few(family: str) -> tuple[int, ...]:
+    """Choices that leave all but the first experts, and with them whole ranks, without a token."""
+    return tuple(range(TOP_K.get(family, 2)))
+
+
+def one(family: str) -> tuple[int, ...]:
+    """Every choice of every token is expert 5."""
+    return (5,) * TOP_K.get(family, 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_four_ranks(tmp_path, family):
-    check(
-        tmp_path,
-        family,
-        4,
-        [
-            Case({"ep_size": 4}, recompute=True),
-            Case({"ep_size": 2}),
-            Case({"tp_size": 2, "ep_size": 2}),
-            Case({"tp_size": 2, "ep_size": 4}, recompute=True),
-            Case({"dp_replicate_size": 2, "ep_size": 2}),
-        ],
-    )
+def test_gradients_on_two_ranks(tmp_path, family):
+    layout = {"ep_size": 2}
+    cases = [Case(layout), Case(layout, recompute=True), Case({}), Case(layout, force=few(family))]
+    check(tmp_path, family, 2, [*cases, Case(layout, force=one(family), recompute=True)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_on_four_ranks(tmp_path, family):
+    several = [Case({"ep_size": 2}), Case({"tp_size": 2, "ep_size": 4}, recompute=True)]
+    more = {
+        "qwen3_moe": [Case({"ep_size": 4}, force=few(family)), Case({"ep_size": 2, "reshard_experts": False})],
+        "nemotron_h": [Case({"ep_size": 4}, force=few(family)), Case({"tp_size": 2, "ep_size": 2})],
+        "deepseek_v3": [Case({"dp_replicate_size": 2, "ep_size": 2}, recompute=True)],
+    }
+    check(tmp_path, family, 4, several + more.get(family, [Case({"ep_size": 4})]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
+@pytest.mark.parametrize("num_ranks", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_every_layout(tmp_path, family, num_ranks, recompute):
+    forces = [None, few(family), one(family)]
+    cases = [Case(layout, recompute, force) for layout in LAYOUTS[num_ranks] for force in forces]
+    check(tmp_path, family, num_ranks, cases, seconds=900)
+
+
+def agree_after_steps(folder, family: str, num_ranks: int, cases: list[Case], num_steps: int = 5) -> None:
+    for dp_size in {num_ranks // case.setup.get("tp_size", 1) for case in cases}:
+        trained = work.trained_reference(load_stock(family).train(), dp_size, num_steps)
+        torch.save(trained, folder / f"steps-{dp_size}.pt")
+    for rank in on_ranks(num_ranks, work.steps, saved(family), cases, folder, num_steps):
+        for name, norm, weight, parameter in rank:
+            assert norm <= TOLERANCE and weight <= TOLERANCE, f"{name}: norm {norm:.1e}, {parameter} {weight:.1e}"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
+def test_norms_and_weights_agree_after_five_steps(tmp_path, family):
+    layouts = [{"ep_size": 2}, {"tp_size": 2, "ep_size": 2}, {"dp_replicate_size": 2, "ep_size": 2}]
+    agree_after_steps(tmp_path, family, 4, [Case(layout) for layout in layouts])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_and_weights_agree_after_five_steps_of_every_layout(tmp_path, family, num_ranks):
+    agree_after_steps(tmp_path, family, num_ranks, [Case(layout) for layout in LAYOUTS[num_ranks]])
+
+
+def shapes(folder) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("qwen3_moe", {"ep_size": 4}), ("nemotron_h", {"tp_size": 2, "ep_size": 4}), ("gpt_oss", {"ep_size": 2})],
+    ids=str,
+)
+def test_generate_with_uneven_prompts_and_save(tmp_path, family, layout):
+    prompts = [torch.randint(3, 128, (1, 3 + 2 * rank)) for rank in range(4)]
+    made = on_ranks(4, work.generate_and_save, saved(family), Case(layout), prompts, tmp_path)
+    stock, tp_size = load_stock(family).eval(), layout.get("tp_size", 1)
+    for rank, tokens in enumerate(made):
+        n = rank // tp_size
+        assert torch.equal(tokens, stock.generate(prompts[n], max_new_tokens=4 + n, do_sample=False))
+    assert shapes(tmp_path) == shapes(saved(family))
+    config, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, saved(family)))
+    assert config == original
+    reloaded = type(stock).from_pretrained(tmp_path)
+    for (name, want), got in zip(stock.named_parameters(), reloaded.parameters(), strict=True):
+        assert torch.equal(want, got), name
+
+
+def test_two_models_in_one_process_do_not_mix(tmp_path):
+    folders, cases = [saved("mixtral"), saved("deepseek_v3")], [Case({"ep_size": 2})]
+    for family in ("mixtral", "deepseek_v3"):
+        (tmp_path / family).mkdir()
+        references(tmp_path / family, family, 2, cases)
+    paths = [tmp_path / "mixtral", tmp_path / "deepseek_v3"]
+    for errors in on_ranks(2, work.interleaved, folders, cases[0], paths):
+        assert max(errors) <= TOLERANCE
+
+
+def test_a_recompute_sends_rows_but_does_not_ask_for_counts_again():
+    num_moe_layers = 2
+    for recompute in (False, True):
+        for count in on_ranks(2, work.exchanges, saved("qwen3_moe"), Case({"ep_size": 2}, recompute)):
+            assert count["counts"] == num_moe_layers
+            assert count["rows"] >= (8 if recompute else 6) * num_moe_layers
+
+
+def test_from_config_draws_the_same_weights_under_every_layout():
+    layouts = [{}, {"ep_size": 4}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2}, {"dp_replicate_size": 2}]
+    made = on_ranks(4, work.initialised, "nemotron_h", [Case(layout) for layout in layouts])
+    alone = work.initialised(0, "nemotron_h", [Case({})])[0]
+    for rank in made:
+        for weights in rank:
+            assert all(torch.equal(weights[name], want) for name, want in alone.items())
+
+
+def test_experts_that_cannot_be_spread_are_refused_on_every_rank(tmp_path):
+    from expertmesh.bench.tiny import tiny_model
+
+    tiny_model("qwen3_moe", num_experts=6).save_pretrained(tmp_path)
+    for error in on_ranks(4, work.refusal, tmp_path, {}) + on_ranks(4, work.refusal, tmp_path, {"ep_size": 4}):
+        assert "6 experts (model.layers.0.mlp.experts.gate_up_proj)" in error and "Set ep_size to 2." in error
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks):
+    cases = [((6, 0, 5, 1), None), ((0, 4, 0, 0), None), ((0, 0, 0, 0), None), ((3, 9, 2, 2), 7), ((3, 0, 2, 2), 0)]
+    made = on_ranks(num_ranks, work.layers, cases)
+    for number, (tokens, favourite) in enumerate(cases):
+        experts = work.experts_of(8, slice(None))
+        for rank in range(num_ranks):
+            x, ids, weights, dout = work.layer_inputs(tokens[rank], favourite, seed=rank)
+            out = experts(x, ids, weights)
+            out.backward(dout)
+            for got, want in zip(made[rank][number], (out, x.grad, weights.grad), strict=False):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        for at, grad in ((3, experts.gate_up_proj.grad), (4, experts.down_proj.grad)):
+            got = torch.cat([made[rank][number][at] for rank in range(num_ranks)])
+            torch.testing.assert_close(got, torch.zeros_like(got) if grad is None else grad, rtol=1e-5, atol=1e-6)

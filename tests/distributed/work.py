@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import expertmesh
-from expertmesh.parallel import DistributedSetup
+from expertmesh.bench.tiny import tiny_config
+from expertmesh.parallel import DistributedSetup, clip_grad_norm
 
 LENGTHS = (11, 7, 13, 5)  # tokens per data-parallel rank: uneven, and no multiple of anything
 
@@ -39,7 +42,10 @@ def num_items(dp_size: int) -> int:
 
 
 def force_choices(model: Any, ids: tuple[int, ...] | None) -> None:
-    """Let every token choose these experts; weights stay the router's."""
+    """Let every token choose these experts, with the router's weights: the largest whole, the second halved, …
+
+    Halved, so that they do not sum to 1 and their gradients do not vanish when all choices are one expert.
+    """
     if ids is None:
         return
     routers = [m for name, m in model.named_modules() if name.endswith(("mlp.gate", "mlp.router", "mixer.gate"))]
@@ -48,6 +54,7 @@ def force_choices(model: Any, ids: tuple[int, ...] | None) -> None:
 
     def forced(_: Any, __: Any, out: tuple) -> tuple:
         logits, weights, chosen = out
+        weights = weights.sort(-1, descending=True).values * 0.5 ** torch.arange(len(ids))
         return logits, weights, torch.tensor(ids).to(chosen).expand_as(chosen).contiguous()
 
     for router in routers:
@@ -109,4 +116,134 @@ def parity(rank: int, folder: Path, cases: list[Case], references: Path) -> list
         grads = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
         error, name = worst(grads, want["grads"])
         results.append((str(case), abs(float(mean) - want["loss"]) / want["loss"], error, name))
+    return results
+
+
+def train(model: Any, steps: int, loss_and_backward: Any, clip: Any) -> list[float]:
+    """`steps` of AdamW with clipping at a norm that every step exceeds; returns the norms."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
+    norms = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_and_backward()
+        norms.append(float(clip(model.parameters(), 0.5)))
+        optimizer.step()
+    return norms
+
+
+def trained_reference(model: Any, dp_size: int, steps: int) -> dict[str, Any]:
+    """Weights and norms after some steps on one process."""
+    norms = train(model, steps, lambda: reference(model, dp_size, None), torch.nn.utils.clip_grad_norm_)
+    return {"norms": norms, "weights": {n: p.detach() for n, p in model.named_parameters()}}
+
+
+def steps(rank: int, folder: Path, cases: list[Case], references: Path, num_steps: int) -> list[tuple]:
+    """For every case: (name, worst error of a norm, worst error of a weight, its parameter)."""
+    results = []
+    for case in cases:
+        model, setup = load(folder, case)
+        want = torch.load(references / f"steps-{setup.dp_size}.pt")
+        norms = train(model, num_steps, lambda m=model, s=setup: loss_of(m, s, rank).backward(), clip_grad_norm)
+        norm_error = max(abs(a - b) / b for a, b in zip(norms, want["norms"], strict=True))
+        weights = {n: full(p.detach()) for n, p in model.named_parameters()}
+        results.append((str(case), norm_error, *worst(weights, want["weights"])))
+    return results
+
+
+def generate_and_save(rank: int, folder: Path, case: Case, prompts: list[torch.Tensor], out: Path) -> torch.Tensor:
+    """What this rank makes of its prompt; then all save together."""
+    model, setup = load(folder, case)
+    model.eval()
+    prompt = prompts[rank // setup.tp_size]
+    made = model.generate(prompt, max_new_tokens=4 + rank // setup.tp_size, do_sample=False)
+    model.save_pretrained(out)
+    return made
+
+
+def interleaved(rank: int, folders: list[Path], case: Case, references: list[Path]) -> list[float]:
+    """Two models in one process, forward a, forward b, backward a, backward b."""
+    models = [load(folder, case) for folder in folders]
+    losses = [loss_of(model, setup, rank) for model, setup in models]
+    errors = []
+    for (model, setup), loss, path in zip(models, losses, references, strict=True):
+        loss.backward()
+        want = torch.load(path / f"{setup.dp_size}-None.pt")
+        errors.append(worst({n: full(p.grad) for n, p in model.named_parameters()}, want["grads"])[0])
+    return errors
+
+
+def exchanges(rank: int, folder: Path, case: Case) -> dict[str, int]:
+    """How often a forward and a backward exchange row counts, and anything else."""
+    model, setup = load(folder, case)
+    count, real = {"counts": 0, "rows": 0}, dist.all_to_all_single
+
+    def counting(output: torch.Tensor, rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        count["counts" if rows.ndim == 1 else "rows"] += 1
+        return real(output, rows, *args, **kwargs)
+
+    dist.all_to_all_single = counting
+    try:
+        loss_of(model, setup, rank).backward()
+    finally:
+        dist.all_to_all_single = real
+    return count
+
+
+def initialised(rank: int, family: str, cases: list[Case]) -> list[dict[str, torch.Tensor]]:
+    """Weights of `from_config` under every case; ranks are seeded differently, only rank 0's seed may count."""
+    made = []
+    for case in cases:
+        torch.manual_seed(7 + rank)
+        config = tiny_config(family)
+        model = expertmesh.AutoModelForCausalLM.from_config(config, distributed_setup=DistributedSetup(**case.setup))
+        loss_of(model.train(), DistributedSetup(**case.setup), rank).backward()
+        made.append({n: full(p.detach()) for n, p in model.named_parameters()})
+    return made
+
+
+def refusal(rank: int, folder: Path, setup: dict[str, Any]) -> str:
+    """The error of a layout that does not fit the model."""
+    try:
+        load(folder, Case(setup))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def experts_of(num_experts: int, local: slice) -> Any:
+    """Some experts of a Mixtral layer, always with the same weights."""
+    config = tiny_config("mixtral", num_local_experts=num_experts)
+    config._experts_implementation = "expertmesh"
+    experts = MixtralExperts(config)
+    generator = torch.Generator().manual_seed(3)
+    for name, param in list(experts.named_parameters()):
+        weights = torch.randn(param.shape, generator=generator) * 0.2
+        setattr(experts, name, torch.nn.Parameter(weights[local].clone()))
+    experts.num_experts = experts.down_proj.shape[0]
+    return experts
+
+
+def layer_inputs(num_tokens: int, favourite: int | None, seed: int) -> tuple[torch.Tensor, ...]:
+    """hidden [T, H], ids [T, K], weights [T, K] and the output's gradient [T, H]."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(num_tokens, 8, generator=generator).argsort(1)[:, :3]
+    ids = ids if favourite is None else torch.full_like(ids, favourite)
+    x, dout = (torch.randn(num_tokens, 32, generator=generator) for _ in range(2))
+    return x.requires_grad_(), ids, torch.rand(num_tokens, 3, generator=generator).requires_grad_(), dout
+
+
+def layers(rank: int, cases: list[tuple[tuple[int, ...], int | None]]) -> list[list[torch.Tensor]]:
+    """One layer's output and gradients on this rank, for (tokens of each rank, favourite expert)."""
+    from expertmesh.dispatch.all_to_all import AllToAll
+
+    dist.init_process_group("gloo")
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
+    results = []
+    for tokens, favourite in cases:
+        experts = experts_of(8, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
+        x, ids, weights, dout = layer_inputs(tokens[rank], favourite, seed=rank)
+        out = AllToAll(experts, mesh["ep"], mesh["tp"])(x, ids, weights)
+        out.backward(dout)
+        results.append([out.detach(), x.grad, weights.grad, experts.gate_up_proj.grad, experts.down_proj.grad])
     return results

@@ -112,15 +112,11 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TH, weight_TK, x_NH, meta_NK2, journey: _Journey, group, experts_per_rank: int):
-        ctx.journey, ctx.group, ctx.experts_per_rank, ctx.weight_dtype = (
-            journey,
-            group,
-            experts_per_rank,
-            weight_TK.dtype,
-        )
+        ctx.journey, ctx.group = journey, group
+        ctx.experts_per_rank, ctx.weight_dtype = experts_per_rank, weight_TK.dtype
         num_sent, num_rows, top_k = sum(journey.send), sum(journey.recv), weight_TK.shape[1]
-        x_MH = x_NH.new_zeros(max(num_rows, 1), x_NH.shape[1])
-        meta_MK2 = meta_NK2.new_zeros(max(num_rows, 1), 2 * top_k)
+        x_MH = _room_for(num_rows, x_NH)
+        meta_MK2 = _room_for(num_rows, meta_NK2)
         if num_rows == 0:
             meta_MK2[:, :top_k] = experts_per_rank
         dist.all_to_all_single(meta_MK2[:num_rows], meta_NK2[:num_sent], journey.recv, journey.send, group)
@@ -147,17 +143,23 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_MH, journey: _Journey, group):
-        ctx.journey, ctx.group, ctx.num_rows = journey, group, y_MH.shape[0]
+        ctx.journey, ctx.group = journey, group
         return combine(_back(y_MH, journey, group), journey.routes.position_TR)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TH):
         journey = ctx.journey
-        dy_MH = dout_TH.new_zeros(ctx.num_rows, dout_TH.shape[1])
+        num_rows = sum(journey.recv)
         dy_NH = dout_TH[journey.routes.token_N]
-        dist.all_to_all_single(dy_MH[: sum(journey.recv)], dy_NH, journey.recv, journey.send, ctx.group)
+        dy_MH = _room_for(num_rows, dy_NH)
+        dist.all_to_all_single(dy_MH[:num_rows], dy_NH, journey.recv, journey.send, ctx.group)
         return dy_MH, None, None
+
+
+def _room_for(num_rows: int, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised rows as wide as those of `like`; without any, a single one of zeros."""
+    return like.new_empty(num_rows, like.shape[1]) if num_rows else like.new_zeros(1, like.shape[1])
 
 
 def _back(rows_MH: torch.Tensor, journey: _Journey, group: dist.ProcessGroup) -> torch.Tensor:
