@@ -208,7 +208,7 @@ class FusedModel(Fast):
 
 @contextmanager
 def refusing_missing_experts(on: bool) -> Iterator[None]:
-    """While `on`, loading a checkpoint without some of its experts or routers is a ValueError, not a line in a report."""
+    """While `on`, loading a checkpoint without some of its experts or routers is a ValueError, not a line in a log."""
     token = _refusing.set(on)
     try:
         yield
