@@ -351,7 +351,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: 
 
     Equals `torch.nn.utils.clip_grad_norm_` of the whole model in one process, for parameters on any mix of meshes and
     plain ones that are the same on every rank. All ranks must call it. One all-reduce of one number; the host does not
-    wait.
+    wait. math.inf only measures.
     """
     parameters = [parameters] if isinstance(parameters, nn.Parameter) else parameters
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -366,6 +366,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: 
     if ranks > 1:
         dist.all_reduce(total)
     norm = total.sqrt()
+    if math.isinf(max_norm):  # to measure only
+        return norm
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for tensors in locals_of.values():
         torch._foreach_mul_(tensors, scale)

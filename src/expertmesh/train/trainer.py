@@ -8,6 +8,7 @@ And it mends resuming: transformers' Trainer looks for a checkpoint's weights un
 disk experts have other names, so it logs a warning and goes on with experts that were never restored.
 """
 
+import math
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import transformers
 from transformers.utils import is_datasets_available
 
+from expertmesh.parallel import clip_grad_norm
 from expertmesh.train.guard import ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.routing import RouterLoad
@@ -67,8 +69,20 @@ class Trainer(transformers.Trainer):
         self._record.losses.append(loss)
         return loss
 
+    def _clip_grad_norm(self, model):
+        if not self.is_sharded:
+            return super()._clip_grad_norm(model)
+        return clip_grad_norm(model.parameters(), self.args.max_grad_norm)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model was laid out over ranks when it was made (`distributed_setup=`)."""
+        return getattr(self.model, "is_distributed_loading_by_transformers", False)
+
     def _get_grad_norm(self, model, grad_norm=None):
         """The last thing that transformers calls before the optimizer, at every step, clipped or not."""
+        if grad_norm is None and self.is_sharded:
+            grad_norm = clip_grad_norm(model.parameters(), math.inf)
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaler = getattr(self.accelerator, "scaler", None)
         # with float16 an infinite gradient is how the loss scaler finds its scale: it skips the step by itself
