@@ -112,6 +112,18 @@ def test_asking_for_another_experts_implementation_is_respected_and_reported():
     assert not row.on and "eager" in row.reason and model.config._experts_implementation == "eager"
 
 
+def test_one_configuration_object_serves_stock_and_ours_in_any_order(tmp_path):
+    config = tiny_config("qwen3_moe")
+    names = [
+        auto.from_config(config).config._experts_implementation
+        for auto in (StockAuto, AutoModelForCausalLM, StockAuto, AutoModelForCausalLM)
+    ]
+    assert names == ["grouped_mm", "expertmesh"] * 2
+    StockAuto.from_config(config).save_pretrained(tmp_path)
+    loaded = [auto.from_pretrained(tmp_path, config=config) for auto in (AutoModelForCausalLM, StockAuto)]
+    assert [model.config._experts_implementation for model in loaded] == ["expertmesh", "grouped_mm"]
+
+
 def test_the_report_is_printed_once_per_kind_of_model(monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["expertmesh.fuse"], "_printed", set())
     for _ in range(2):

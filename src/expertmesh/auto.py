@@ -5,6 +5,7 @@ of every class whose experts are pluggable; everything else about loading is Tra
 of `from_pretrained` and `from_config` means what it means there.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         if setup is not None:
             kwargs["distributed_config"] = setup.to_transformers(**_stock_dispatch(fused))
         loader: Any = super() if fused is not False else transformers.AutoModelForCausalLM
+        if fused is not False and isinstance(kwargs.get("config"), PreTrainedConfig):
+            kwargs["config"] = _own_copy(kwargs["config"], kwargs)
         caller_looks = kwargs.get("output_loading_info", False)  # and sees for himself what is missing
         with requesting(fused), refusing_missing_experts(not caller_looks):
             loaded = loader.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -79,6 +82,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         """
         fused, setup = kwargs.pop("fused", True), _setup_of(kwargs)
         maker: Any = super() if fused is not False else transformers.AutoModelForCausalLM
+        if fused is not False:
+            config = _own_copy(config, kwargs)
         with requesting(fused):
             if setup is None:
                 return fuse(maker.from_config(config, **kwargs), fused)
@@ -91,6 +96,18 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             initialise_shards(model, device or torch.device("cpu"))
             setup.apply_to(fuse(model, fused))
             return model
+
+
+def _own_copy(config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """The caller's configuration, to be written into: models note their experts implementation there.
+
+    So a stock model that is made from the caller's object afterwards stays stock, and "grouped_mm", which a stock model
+    made before has noted there as its default, does not count as asked for.
+    """
+    config = copy.deepcopy(config)
+    if "experts_implementation" not in kwargs and config._experts_implementation == "grouped_mm":
+        config._experts_implementation = None
+    return config
 
 
 def _setup_of(kwargs: dict[str, Any]) -> DistributedSetup | None:
