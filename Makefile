@@ -1,6 +1,7 @@
 # Everything from a fresh clone with Python 3.11 or newer, git and make: each target installs what it needs into .venv first.
 #   make demo        train a small Qwen3-MoE on this machine, export it, prove the export
 #   make test        the CPU test suite
+#   make slow        every family on every layout of two and four ranks
 #   make lint        ruff and mypy
 #   make acceptance  transformers' own model tests on our classes
 #
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint acceptance clean
+.PHONY: help setup demo test slow lint acceptance clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -37,7 +38,10 @@ demo: $(READY)
 
 # xdist gives each worker a core of its own: one BLAS thread each, or they fight over both
 test: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) -q --ignore=tests/acceptance
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) -q -m "not slow" --ignore=tests/acceptance
+
+slow: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) -q -m slow --ignore=tests/acceptance
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .

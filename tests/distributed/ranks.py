@@ -1,12 +1,13 @@
-"""Run a function on several gloo ranks of this machine and collect what each returns."""
+"""Run a function on several ranks of this machine and collect what each returns."""
 
+import contextlib
 import os
 import pickle
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,25 @@ import torch.multiprocessing as mp
 _PRELOADED = ["torch", "transformers", "transformers.models.auto.modeling_auto", "expertmesh.auto"]
 
 
-def on_ranks(num_ranks: int, function: Callable, *args: Any, seconds: float = 240) -> list[Any]:
+def on_ranks(num_ranks: int, function: Callable, *args: Any, seconds: float = 240, gpus: bool = False) -> list[Any]:
     """[function(rank, *args) for every rank], run at the same time. `function` must be importable by name.
 
-    An exception on any rank ends all and is raised here with its traceback; so does silence for `seconds`.
+    Ranks see no GPU, or with `gpus` all. An exception on any rank ends all and is raised here with its traceback; so
+    does silence for `seconds`.
     """
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server finds what pytest's settings add
-    mp.get_context("forkserver").set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        ranks = mp.start_processes(
-            _rank, (num_ranks, port, folder, function, args), num_ranks, join=False, start_method="forkserver"
-        )
+        with _environment(gpus):
+            mp.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+            ranks = mp.start_processes(
+                _rank,
+                (num_ranks, port, folder, function, args),
+                num_ranks,
+                join=False,
+                start_method="spawn" if gpus else "forkserver",
+            )
         deadline = time.monotonic() + seconds
         while not ranks.join(timeout=1):
             if time.monotonic() > deadline:
@@ -38,6 +44,19 @@ def on_ranks(num_ranks: int, function: Callable, *args: Any, seconds: float = 24
                     process.kill()
                 raise TimeoutError(f"{function.__name__} on {num_ranks} ranks did not end in {seconds} s: a deadlock?")
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(num_ranks)]
+
+
+@contextlib.contextmanager
+def _environment(gpus: bool) -> Iterator[None]:
+    """What the ranks inherit: where pytest's settings find modules, and whether there are GPUs."""
+    changes = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _rank(rank: int, num_ranks: int, port: int, folder: str, function: Callable, args: tuple) -> None:

@@ -1,6 +1,7 @@
 """Every layout computes the loss and the gradients that stock Transformers computes on one process."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -128,6 +129,19 @@ def test_generate_with_uneven_prompts_and_save(tmp_path, family, layout):
         assert torch.equal(want, got), name
 
 
+def test_the_script_of_a_nemo_automodel_user_runs_with_other_import_lines():
+    stock, ids = load_stock("nemotron_h", dtype=torch.bfloat16).eval(), torch.arange(3, 15)[None]
+    want = stock(ids).logits.detach()
+    for logits in on_ranks(2, work.nemo_script, saved("nemotron_h"), ids):
+        torch.testing.assert_close(logits, want, rtol=0.05, atol=0.1)
+
+
+def test_a_stock_model_can_be_laid_out_too(tmp_path):
+    check(
+        tmp_path, "qwen3_moe", 2, [Case({"ep_size": 2}, fused=False), Case({"ep_size": 2}, fused=False, recompute=True)]
+    )
+
+
 def test_two_models_in_one_process_do_not_mix(tmp_path):
     folders, cases = [saved("mixtral"), saved("deepseek_v3")], [Case({"ep_size": 2})]
     for family in ("mixtral", "deepseek_v3"):
@@ -163,10 +177,13 @@ def test_experts_that_cannot_be_spread_are_refused_on_every_rank(tmp_path):
         assert "6 experts (model.layers.0.mlp.experts.gate_up_proj)" in error and "Set ep_size to 2." in error
 
 
+@pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks):
+def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton):
+    if with_triton and os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("the GPU tests cover Triton here")
     cases = [((6, 0, 5, 1), None), ((0, 4, 0, 0), None), ((0, 0, 0, 0), None), ((3, 9, 2, 2), 7), ((3, 0, 2, 2), 0)]
-    made = on_ranks(num_ranks, work.layers, cases)
+    made = on_ranks(num_ranks, work.layers, cases, with_triton)
     for number, (tokens, favourite) in enumerate(cases):
         experts = work.experts_of(8, slice(None))
         for rank in range(num_ranks):
@@ -177,4 +194,4 @@ def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         for at, grad in ((3, experts.gate_up_proj.grad), (4, experts.down_proj.grad)):
             got = torch.cat([made[rank][number][at] for rank in range(num_ranks)])
-            torch.testing.assert_close(got, torch.zeros_like(got) if grad is None else grad, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got, torch.zeros_like(got) if grad is None else grad, rtol=1e-5, atol=1e-5)

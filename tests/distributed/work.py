@@ -1,5 +1,6 @@
 """What ranks do in the parity tests, and the same on one process with stock Transformers."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from torch.distributed.tensor import DTensor
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import expertmesh
+from expertmesh import backends
 from expertmesh.bench.tiny import tiny_config
+from expertmesh.dispatch.all_to_all import AllToAll
+from expertmesh.layers import experts
 from expertmesh.parallel import DistributedSetup, clip_grad_norm
 
 LENGTHS = (11, 7, 13, 5)  # tokens per data-parallel rank: uneven, and no multiple of anything
@@ -24,6 +28,7 @@ class Case:
     setup: dict[str, Any]
     recompute: bool = False
     force: tuple[int, ...] | None = None
+    fused: bool = True
 
     def __str__(self) -> str:
         sizes = " ".join(f"{k.removesuffix('_size')}{v}" for k, v in self.setup.items())
@@ -54,7 +59,7 @@ def force_choices(model: Any, ids: tuple[int, ...] | None) -> None:
 
     def forced(_: Any, __: Any, out: tuple) -> tuple:
         logits, weights, chosen = out
-        weights = weights.sort(-1, descending=True).values * 0.5 ** torch.arange(len(ids))
+        weights = weights.sort(-1, descending=True).values * 0.5 ** torch.arange(len(ids), device=weights.device)
         return logits, weights, torch.tensor(ids).to(chosen).expand_as(chosen).contiguous()
 
     for router in routers:
@@ -67,28 +72,31 @@ def reference(model: Any, dp_size: int, force: tuple[int, ...] | None) -> dict[s
     model.zero_grad()
     loss = 0.0
     for batch in batches(dp_size):
+        batch = batch.to(model.device)
         part = model(input_ids=batch, labels=batch, num_items_in_batch=num_items(dp_size), use_cache=False).loss
         part.backward()
         loss += part.item()
-    return {"loss": loss, "grads": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+    return {"loss": loss, "grads": {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}}
 
 
 def load(folder: Path, case: Case) -> tuple[Any, DistributedSetup]:
     """The model laid out as the case says."""
     setup = DistributedSetup(**case.setup, activation_checkpointing=case.recompute)
-    model = expertmesh.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_setup=setup)
+    model = expertmesh.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, distributed_setup=setup, fused=case.fused
+    )
     force_choices(model.train(), case.force)
     return model, setup
 
 
 def full(x: torch.Tensor) -> torch.Tensor:
-    """A whole tensor from its shards; every rank must ask."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """A whole tensor from its shards, on the CPU; every rank must ask."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
 
 
 def loss_of(model: Any, setup: DistributedSetup, rank: int) -> torch.Tensor:
     """This rank's part of the loss, times the data-parallel ranks that FSDP divides gradients by."""
-    batch = batches(setup.dp_size)[rank // setup.tp_size]
+    batch = batches(setup.dp_size)[rank // setup.tp_size].to(model.device)
     items = num_items(setup.dp_size)
     loss = model(input_ids=batch, labels=batch, num_items_in_batch=items, use_cache=False).loss
     return loss * setup.dp_size
@@ -160,6 +168,28 @@ def generate_and_save(rank: int, folder: Path, case: Case, prompts: list[torch.T
     return made
 
 
+def nemo_script(rank: int, folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """The example of the announcement, with this package's name, two ranks and the CPU's backend."""
+    import torch.distributed as dist
+
+    from expertmesh.nemo import NeMoAutoModelForCausalLM, create_distributed_setup_from_config
+
+    dist.init_process_group(backend="gloo")
+    dist_setup = create_distributed_setup_from_config(
+        {
+            "strategy": "fsdp2",
+            "ep_size": 2,
+        }
+    )
+    model = NeMoAutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        distributed_setup=dist_setup,
+    )
+    with torch.no_grad():
+        return model(ids).logits
+
+
 def interleaved(rank: int, folders: list[Path], case: Case, references: list[Path]) -> list[float]:
     """Two models in one process, forward a, forward b, backward a, backward b."""
     models = [load(folder, case) for folder in folders]
@@ -213,14 +243,14 @@ def refusal(rank: int, folder: Path, setup: dict[str, Any]) -> str:
 def experts_of(num_experts: int, local: slice) -> Any:
     """Some experts of a Mixtral layer, always with the same weights."""
     config = tiny_config("mixtral", num_local_experts=num_experts)
-    config._experts_implementation = "expertmesh"
-    experts = MixtralExperts(config)
+    config._experts_implementation = experts.NAME
+    module = MixtralExperts(config)
     generator = torch.Generator().manual_seed(3)
-    for name, param in list(experts.named_parameters()):
+    for name, param in list(module.named_parameters()):
         weights = torch.randn(param.shape, generator=generator) * 0.2
-        setattr(experts, name, torch.nn.Parameter(weights[local].clone()))
-    experts.num_experts = experts.down_proj.shape[0]
-    return experts
+        setattr(module, name, torch.nn.Parameter(weights[local].clone()))
+    module.num_experts = module.down_proj.shape[0]
+    return module
 
 
 def layer_inputs(num_tokens: int, favourite: int | None, seed: int) -> tuple[torch.Tensor, ...]:
@@ -232,18 +262,36 @@ def layer_inputs(num_tokens: int, favourite: int | None, seed: int) -> tuple[tor
     return x.requires_grad_(), ids, torch.rand(num_tokens, 3, generator=generator).requires_grad_(), dout
 
 
-def layers(rank: int, cases: list[tuple[tuple[int, ...], int | None]]) -> list[list[torch.Tensor]]:
+def layers(rank: int, cases: list[tuple[tuple[int, ...], int | None]], with_triton: bool) -> list[list[torch.Tensor]]:
     """One layer's output and gradients on this rank, for (tokens of each rank, favourite expert)."""
-    from expertmesh.dispatch.all_to_all import AllToAll
-
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
     results = []
     for tokens, favourite in cases:
-        experts = experts_of(8, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
+        module = experts_of(8, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
         x, ids, weights, dout = layer_inputs(tokens[rank], favourite, seed=rank)
-        out = AllToAll(experts, mesh["ep"], mesh["tp"])(x, ids, weights)
-        out.backward(dout)
-        results.append([out.detach(), x.grad, weights.grad, experts.gate_up_proj.grad, experts.down_proj.grad])
+        with backends.interpreted() if with_triton else contextlib.nullcontext():
+            out = AllToAll(module, mesh["ep"], mesh["tp"])(x, ids, weights)
+            out.backward(dout)
+        results.append([out.detach(), x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad])
     return results
+
+
+def host_waits(rank: int, folder: Path, case: Case) -> dict[str, int]:
+    """Waits for events in a forward and in a backward in which any other wait is an error."""
+    model, setup = load(folder, case)
+    loss_of(model, setup, rank).backward()  # kernels compile, communicators start
+    count, stage, real = {"forward": 0, "backward": 0}, "forward", torch.cuda.Event.synchronize
+
+    def counting(event: torch.cuda.Event) -> None:
+        count[stage] += 1
+        real(event)
+
+    torch.cuda.Event.synchronize = counting
+    torch.cuda.set_sync_debug_mode("error")
+    loss = loss_of(model, setup, rank)
+    stage = "backward"
+    loss.backward()
+    torch.cuda.set_sync_debug_mode("default")
+    return count

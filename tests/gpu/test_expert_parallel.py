@@ -1,0 +1,30 @@
+"""Expert parallelism over NCCL with the Triton kernels: the gradients of one GPU, and a layer that waits only once."""
+
+import pytest
+import torch
+
+from tests.distributed import work
+from tests.distributed.ranks import on_ranks
+from tests.distributed.work import Case
+from tests.models import load_stock, saved
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "mixtral"])
+def test_two_gpus_compute_the_gradients_of_one(tmp_path, family):
+    layout, few = {"ep_size": 2}, (0, 1, 2) if family in ("deepseek_v3", "nemotron_h") else (0, 1)
+    cases = [Case(layout), Case(layout, recompute=True), Case(layout, force=few), Case({})]
+    for force in (None, few):
+        torch.save(work.reference(load_stock(family).cuda(), 2, force), tmp_path / f"2-{force}.pt")
+    for rank in on_ranks(2, work.parity, saved(family), cases, tmp_path, gpus=True):
+        for name, loss, grad, parameter in rank:
+            assert loss <= 1e-4 and grad <= 1e-3, f"{family} {name}: loss {loss:.1e}, {parameter} {grad:.1e}"
+
+
+def test_only_the_wait_for_the_counts_stops_the_host(tmp_path):
+    for waits in on_ranks(2, work.host_waits, saved("qwen3_moe"), Case({"ep_size": 2}), gpus=True):
+        assert waits == {"forward": 2, "backward": 0}
