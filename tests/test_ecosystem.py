@@ -254,11 +254,12 @@ def test_a_resumed_run_equals_the_uninterrupted_bit_for_bit(family, trainer, tmp
     """
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": "adamw_torch"}
     whole = train(load_ours(family), tmp_path, cls=trainer, **options)
-    resumed = train(load_ours(family), tmp_path, cls=trainer, resume=str(tmp_path / "checkpoint-2"), **options)
+    checkpoint = str(tmp_path / "checkpoint-2")
+    resumed = train(load_ours(family), tmp_path / "resumed", cls=trainer, resume=checkpoint, **options)
     assert torch.equal(history(whole)[2:], history(resumed)[-2:])
     for name, parameter in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], parameter), name
-    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "resumed" / "checkpoint-4")
     for name, parameter in whole.model.state_dict().items():
         assert torch.equal(stock.state_dict()[name], parameter), name
 

@@ -7,7 +7,8 @@ from torch import nn
 from expertmesh.bench.tiny import tiny_model
 from expertmesh.checkpoint.state import BackgroundSaver, load_checkpoint, save_checkpoint
 from expertmesh.checkpoint.verify import CheckpointError
-from tests.checkpoint.loop import finish, loop, source, start
+from tests.checkpoint.loop import loop, on, source
+from tests.distributed.ranks import on_ranks
 
 
 def same(one, other) -> bool:
@@ -47,12 +48,15 @@ def test_layouts(tmp_path):
     def dump(name):
         return str(tmp_path / f"{name}.pt")
 
-    finish(start(2, **model, layout=two, steps=4, save_every=2, output=folder, dump=dump("whole")))
-    finish(start(2, **model, layout=two, steps=4, resume=at_two, dump=dump("resumed"), dump_loaded=dump("two")))
+    def train(ranks, **options):
+        on_ranks(ranks, on, model | options)
+
+    train(2, layout=two, steps=4, save_every=2, output=folder, dump=dump("whole"))
+    train(2, layout=two, steps=4, resume=at_two, dump=dump("resumed"), dump_loaded=dump("two"))
     loop(**model, steps=2, resume=at_two, dump=dump("one"))
-    other = {"layout": four, "background": True, "save_every": 3, "output": folder}
-    finish(start(4, **model, **other, steps=3, resume=at_two, dump=dump("four"), dump_loaded=dump("loaded")))
-    finish(start(2, **model, layout={"fsdp_size": 2}, steps=3, resume=at_three, dump=dump("plain")))
+    background = {"background": True, "save_every": 3, "output": folder}
+    train(4, layout=four, steps=3, resume=at_two, dump=dump("four"), dump_loaded=dump("loaded"), **background)
+    train(2, layout={"fsdp_size": 2}, steps=3, resume=at_three, dump=dump("plain"))
     for one, other in (("whole", "resumed"), ("two", "one"), ("two", "loaded"), ("four", "plain")):
         assert same(torch.load(dump(one)), torch.load(dump(other))), (one, other)
 

@@ -22,6 +22,8 @@ from expertmesh.weights import ranks
 FOLDER = "optimizer"  # in a checkpoint
 GROUPS = "groups.pt"  # in FOLDER
 
+PER_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"}
+
 Named = dict[str, nn.Parameter]
 
 # one process without a process group is a case like others here, and no reason to warn at every save
@@ -30,7 +32,13 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write the optimizer's state into `folder/optimizer`; every rank writes its shards."""
-    write(folder, tensors_of(model, optimizer), options_of(model, optimizer))
+    write(folder, tensors_of(model, optimizer), groups_of(model, optimizer))
+
+
+def is_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all the optimizer's parameters are the model's; those of layer-wise optimizers are only for show."""
+    known = set(model.parameters())
+    return all(parameter in known for group in optimizer.param_groups for parameter in group["params"])
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -47,35 +55,34 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return tensors
 
 
-def options_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """For each parameter the options of its group: groups are cut by layout, names are not."""
+def groups_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The options of every parameter group, and each parameter's group by name: groups are cut by layout."""
     names = {parameter: name for name, parameter in _named(model, optimizer).items()}
-    return {
-        names[parameter]: {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    groups = optimizer.param_groups
+    options = [{key: value for key, value in g.items() if key not in ("params", "param_names")} for g in groups]
+    return {"options": options, "of": {names[p]: number for number, g in enumerate(groups) for p in g["params"]}}
 
 
-def write(folder: Path, tensors: dict[str, Any], options: dict[str, dict[str, Any]], group: Any = None) -> None:
-    """Write what `tensors_of` and `options_of` gave, from all ranks of `group`."""
+def write(folder: Path, tensors: dict[str, Any], groups: dict[str, Any], group: Any = None) -> None:
+    """Write what `tensors_of` and `groups_of` gave, from all ranks of `group`."""
     folder = folder / FOLDER
     folder.mkdir(exist_ok=True)
     dcp.save(tensors, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
     if ranks.rank(group) == 0:
-        torch.save(options, folder / GROUPS)
+        torch.save(groups, folder / GROUPS)
 
 
 @torch.no_grad()
-def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
     """Replace the optimizer's state and options by the checkpoint's; each rank reads its shards.
 
-    Raises ValueError if the checkpoint is of other parameters, or a group would get two different sets of options.
+    Returns for each parameter group the number of the saved group that it continues. Raises ValueError if the
+    checkpoint is of other parameters, or a group would get two different sets of options.
     """
     folder, named = checkpoint / FOLDER, _named(model, optimizer)
-    options = torch.load(folder / GROUPS, weights_only=True)
-    if options.keys() != named.keys():
-        odd = sorted(options.keys() ^ named.keys())[0]
+    groups = torch.load(folder / GROUPS, weights_only=True)
+    if groups["of"].keys() != named.keys():
+        odd = sorted(groups["of"].keys() ^ named.keys())[0]
         raise ValueError(
             f"The optimizer in {checkpoint} is of other parameters: only the "
             f"{'optimizer' if odd in named else 'checkpoint'} has {odd}. Freeze parameters as in the run that saved it."
@@ -87,14 +94,32 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
         name, _, key = path.rpartition("/")
         optimizer.state[named[name]][key] = _like_parameter(value, named[name])
     names = {parameter: name for name, parameter in named.items()}
+    order = []
     for group in optimizer.param_groups:
-        saved = [options[names[parameter]] for parameter in group["params"]]
-        if any(other != saved[0] for other in saved):
+        numbers = [groups["of"][names[parameter]] for parameter in group["params"]]
+        options = [groups["options"][number] for number in dict.fromkeys(numbers)]
+        if any(other != options[0] for other in options):
             raise ValueError(
                 f"A parameter group of the optimizer joins parameters that had different options in {checkpoint}: "
                 f"group them as in the run that saved it."
             )
-        group.update(saved[0] if saved else {})
+        if options:
+            group.update(options[0])
+        order.append(numbers[0] if numbers else 0)
+    return order
+
+
+def regrouped(state: dict[str, Any], order: list[int]) -> dict[str, Any]:
+    """A scheduler's state for the groups of `load_optimizer`: what it keeps for each group is put in their order."""
+
+    def change(key: str, value: Any) -> Any:
+        if key in PER_GROUP and isinstance(value, list):
+            return [value[number] for number in order]
+        if isinstance(value, list):  # schedulers of a SequentialLR
+            return [regrouped(item, order) if isinstance(item, dict) else item for item in value]
+        return value
+
+    return {key: change(key, value) for key, value in state.items()}
 
 
 def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> Named:

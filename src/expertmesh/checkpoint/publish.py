@@ -85,15 +85,18 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 
 
 def prune(output_dir: str | Path, keep: int, protect: Sequence[str | Path] = ()) -> None:
-    """Delete all but the newest `keep` complete checkpoints and those in `protect`; what is incomplete stays.
+    """Delete complete checkpoints but `keep`: the newest one, those in `protect`, then the next newest.
 
-    Call it on one rank. Raises ValueError for `keep` below 1, so the only complete checkpoint is never deleted.
+    Call it on one rank. What is incomplete stays. Raises ValueError for `keep` below 1: the newest is never deleted.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, and at least 1 checkpoint must be kept.")
-    kept = {Path(path).resolve() for path in protect}
-    for step, path in [(step, path) for step, path in checkpoints(output_dir) if is_complete(path)][:-keep]:
-        if path.resolve() not in kept:
+    complete = [(step, path) for step, path in reversed(checkpoints(output_dir)) if is_complete(path)]
+    protected = {Path(path).resolve() for path in protect}
+    kept = [path for number, (_, path) in enumerate(complete) if number == 0 or path.resolve() in protected]
+    kept += [path for _, path in complete if path not in kept][: max(0, keep - len(kept))]
+    for step, path in complete:
+        if path not in kept:
             doomed = path.with_name(f".checkpoint-{step}.deleted")  # half deleted it must not look like a checkpoint
             os.rename(path, doomed)
             _sync(path.parent)

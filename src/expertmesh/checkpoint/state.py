@@ -90,12 +90,12 @@ def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None
     run = torch.load(checkpoint / "run.pt", weights_only=True)
     saved = [torch.load(checkpoint / f"rank-{rank}.pt", weights_only=True) for rank in range(run["world_size"])]
     load_weights(model, checkpoint)
-    if optimizer is not None:
-        optimizer_state.load_optimizer(checkpoint, model, optimizer)
+    order = None if optimizer is None else optimizer_state.load_optimizer(checkpoint, model, optimizer)
     if scheduler is not None:
         if run["scheduler"] is None:
             raise ValueError(f"{checkpoint} was saved without a scheduler: load it without one.")
-        scheduler.load_state_dict(run["scheduler"])
+        state = run["scheduler"] if order is None else optimizer_state.regrouped(run["scheduler"], order)
+        scheduler.load_state_dict(state)
     ranks.barrier()
     extras = [part["extra"] for part in saved]
     if run["world_size"] != ranks.world_size():
@@ -146,12 +146,12 @@ class BackgroundSaver:
         export = Export(model)
         weights = list(export.files())
         tensors = BlockingAsyncStager().stage(optimizer_state.tensors_of(model, optimizer))
-        options = optimizer_state.options_of(model, optimizer)
+        groups = optimizer_state.groups_of(model, optimizer)
 
         def write() -> Path:
             with publishing(directory, step, self._group) as folder:
                 _write_weights(folder, export, iter(weights))
-                optimizer_state.write(folder, tensors, options, self._group)
+                optimizer_state.write(folder, tensors, groups, self._group)
                 _write_bytes(folder, files)
             return _published(directory, step, keep, self._group)
 

@@ -20,10 +20,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 import expertmesh
 from expertmesh import backends, data
+from expertmesh.checkpoint.publish import newest_complete
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.metrics import read_metrics
@@ -273,7 +273,8 @@ def _lora(config: Config):
 def _checkpoint(config: Config) -> str | None:
     wanted, output_dir = config.save.resume_from_checkpoint, config.save.output_dir
     if wanted == "auto":
-        return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        newest = newest_complete(output_dir)
+        return str(newest) if newest else None
     if wanted is not None and not Path(wanted, "trainer_state.json").is_file():
         raise ConfigError(
             f"save.resume_from_checkpoint: {wanted} is no checkpoint (it has no trainer_state.json). Name a folder "

@@ -4,8 +4,7 @@
 - how evenly the tokens are spread over the experts, in the logs (routing.py)
 - every record in output_dir/metrics.jsonl (metrics.py)
 
-And it mends resuming: transformers' Trainer looks for a checkpoint's weights under the names they have in the model. On
-disk experts have other names, so it logs a warning and goes on with experts that were never restored.
+And checkpoints that appear whole, are checked before they are loaded, and fit another layout (resume.py).
 """
 
 import math
@@ -13,16 +12,16 @@ import time
 from typing import Any
 
 import torch
-import transformers
 from transformers.utils import is_datasets_available
 
 from expertmesh.parallel import clip_grad_norm
 from expertmesh.train.guard import ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
+from expertmesh.train.resume import ResumableTrainer
 from expertmesh.train.routing import RouterLoad
 
 
-class Trainer(transformers.Trainer):
+class Trainer(ResumableTrainer):
     """transformers.Trainer that stops at a loss or gradient that is not finite and logs the load of the experts.
 
     All arguments, methods and files are transformers'. `load` (RouterLoad) holds the counts of tokens per layer and
@@ -90,26 +89,6 @@ class Trainer(transformers.Trainer):
         decode = getattr(self.processing_class, "decode", None)
         self._record.check(watched, self.state.global_step + 1, self.args.output_dir, model, decode)
         return grad_norm
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Weights through `from_pretrained`, which knows both names; ValueError if any of them is not on disk."""
-        target = self.model if model is None else model
-        if not isinstance(target, transformers.PreTrainedModel) or self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        options = {"dtype": target.dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        saved, info = type(target).from_pretrained(resume_from_checkpoint, **options)
-        absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-        if absent:
-            raise ValueError(
-                f"The checkpoint {resume_from_checkpoint} lacks {len(absent)} weights or parts of them, "
-                f"such as {absent[0]}. It was probably cut short: delete it and resume from the one before."
-            )
-        target.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self):
-        if isinstance(self.model, transformers.PreTrainedModel) and not self.is_fsdp_enabled:
-            return self._load_from_checkpoint(self.state.best_model_checkpoint)
-        return super()._load_best_model()
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         if self._step_began is not None:

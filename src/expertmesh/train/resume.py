@@ -1,0 +1,180 @@
+"""Saving and resuming for transformers' Trainer, sharded models included.
+
+transformers' own writes a checkpoint file by file under its final name, takes the highest number for the newest, cannot
+resume a model that was sharded when it was made, and looks for weights under the names they have in the model, where
+experts have others on disk. Here a checkpoint appears whole, with the SHA-256 of every file, is checked before anything
+is loaded from it, and holds the optimizer by parameter name, so that another layout can read it.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.trainer_callback import TrainerState
+
+from expertmesh.checkpoint import optimizer as optimizer_state
+from expertmesh.checkpoint.publish import checkpoints, is_complete, newest_complete, prune, publishing
+from expertmesh.checkpoint.verify import verify
+from expertmesh.weights import ranks
+from expertmesh.weights.read import load_weights
+
+log = logging.getLogger(__name__)
+
+
+class ResumableTrainer(transformers.Trainer):
+    """transformers.Trainer whose checkpoints are whole, checked, and loadable under another layout.
+
+    The files are transformers', but the optimizer is a folder, sharded, and sha256.json stands beside them. `train`
+    raises CheckpointError for a damaged checkpoint, and FileExistsError before the first step if output_dir holds
+    checkpoints that the run would come to replace. DeepSpeed and Accelerate's FSDP keep their own checkpoints.
+    """
+
+    model: Any
+    lr_scheduler: Any
+
+    def __init__(self, model=None, args=None, *rest: Any, **kwargs: Any):
+        only_model = args is not None and args.save_only_model
+        if args is not None:
+            args.save_only_model = True  # or a sharded model is refused: transformers could not resume it
+        try:
+            super().__init__(model, args, *rest, **kwargs)
+        finally:
+            if args is not None:
+                args.save_only_model = only_model
+        self.args.save_only_model = only_model  # TRL may have made itself a copy
+        self._staging: Path | None = None
+        self._published_step: int | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any):
+        """As in transformers. `resume_from_checkpoint=True` takes the newest complete checkpoint in output_dir."""
+        checkpoint = resume_from_checkpoint or None
+        if not self._has_other_format:
+            if checkpoint is True:
+                checkpoint = self._newest()
+            if trial is None:
+                self._refuse_to_replace(checkpoint)
+        self._published_step = None
+        return super().train(checkpoint, trial, *args, **kwargs)
+
+    @property
+    def _has_other_format(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _newest(self) -> str:
+        output_dir = str(self.args.output_dir)
+        newest = newest_complete(output_dir)
+        if newest is None:
+            raise ValueError(f"There is no complete checkpoint in {output_dir}: start without resume_from_checkpoint.")
+        ranks.barrier()  # everybody has looked before anything moves
+        if ranks.rank() == 0:
+            for step, path in checkpoints(output_dir):
+                if step > _step_of(newest) and not is_complete(path):
+                    log.warning("%s is incomplete: it is moved aside.", path)
+                    path.rename(path.with_name(f"{path.name}.incomplete"))
+        ranks.barrier()
+        return str(newest)
+
+    def _refuse_to_replace(self, checkpoint: str | None) -> None:
+        """Now, not hours later: the run will not come to a step whose checkpoint exists."""
+        step = -1 if checkpoint is None else _step_of(Path(checkpoint))
+        later = [path for number, path in checkpoints(str(self.args.output_dir)) if number > step]
+        if later:
+            raise FileExistsError(
+                f"{later[-1]} exists, and this run would come to replace it. Continue it with "
+                f"resume_from_checkpoint=True, choose another output_dir, or move it away if it is not needed."
+            )
+
+    # --- saving
+
+    def _save_checkpoint(self, model, trial):
+        if self._has_other_format:
+            return super()._save_checkpoint(model, trial)
+        step, run_dir = self.state.global_step, Path(super()._get_output_dir(trial))
+        if step == self._published_step:
+            return  # asked for twice after one step
+        with publishing(run_dir, step) as folder:
+            self._staging = folder
+            try:
+                super()._save_checkpoint(model, trial)  # into folder/checkpoint-<step>
+            finally:
+                self._staging = None
+            ranks.barrier()
+            if ranks.rank() == 0:
+                inner = folder / run_dir.joinpath(f"checkpoint-{step}").name
+                self._correct_best(inner, run_dir)
+                for path in inner.iterdir():
+                    path.rename(folder / path.name)
+                inner.rmdir()
+            ranks.barrier()
+        self._correct_best(None, run_dir)
+        self._published_step = step
+        if self.args.save_total_limit and ranks.rank() == 0:
+            prune(run_dir, self.args.save_total_limit, [self.state.best_model_checkpoint or ""])
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(run_dir / f"checkpoint-{step}"))
+
+    def _get_output_dir(self, trial):
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else: once it is published
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _correct_best(self, folder: Path | None, run_dir: Path) -> None:
+        """transformers looks for the best checkpoint beside the one it writes: point to where it is published."""
+        best = self.state.best_global_step
+        if best:
+            path = run_dir / f"checkpoint-{best}"
+            if best == self.state.global_step or path.exists():
+                self.state.best_model_checkpoint = str(path)
+        if folder is not None:
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._has_other_format or not optimizer_state.is_of(self.model, self._torch_optimizer):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        Path(output_dir).mkdir(exist_ok=True)
+        optimizer_state.save_optimizer(Path(output_dir), self.model, self._torch_optimizer)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        wrapped: Any = self.optimizer  # by Accelerate
+        return getattr(wrapped, "optimizer", wrapped)
+
+    # --- loading
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Weights in place, from the names on disk; every file is checked first. ValueError if any is missing."""
+        folder = Path(resume_from_checkpoint)
+        if is_complete(folder):
+            verify(folder)
+        else:
+            log.warning("%s has no sha256.json, so its files cannot be checked.", folder)
+        target = self.model if model is None else model
+        plain = isinstance(target, transformers.PreTrainedModel) and not self._has_other_format
+        if not plain or not any(folder.glob("*.safetensors")):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(target, folder)
+
+    def _load_best_model(self):
+        if isinstance(self.model, transformers.PreTrainedModel) and not self._has_other_format:
+            return self._load_from_checkpoint(self.state.best_model_checkpoint)
+        return super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not Path(checkpoint, optimizer_state.FOLDER).is_dir():
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        order = optimizer_state.load_optimizer(Path(checkpoint), self.model, self._torch_optimizer)
+        state = torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True)
+        self.lr_scheduler.load_state_dict(optimizer_state.regrouped(state, order))
+
+
+def _step_of(checkpoint: Path) -> int:
+    state = checkpoint / "trainer_state.json"
+    if not state.is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint of a Trainer: it has no trainer_state.json.")
+    return TrainerState.load_from_json(str(state)).global_step

@@ -1,0 +1,148 @@
+"""Checkpoints of the Trainer: whole, checked, the newest is found, and a run goes on bit for bit, on ranks too."""
+
+import json
+import logging
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments, default_data_collator
+
+import expertmesh
+from expertmesh.checkpoint.publish import checkpoints
+from expertmesh.checkpoint.verify import CheckpointError, verify
+from tests.distributed.ranks import on_ranks
+from tests.models import load_ours
+
+
+def rows(count: int = 16) -> list[dict]:
+    ids = torch.randint(0, 128, (count, 12), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row.clone()} for row in ids]
+
+
+def trainer(folder, model=None, **options) -> expertmesh.Trainer:
+    settings = {
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    } | options
+    arguments = TrainingArguments(output_dir=str(folder), **settings)
+    model = model or load_ours("qwen3_moe", attention_dropout=0.1)
+    return expertmesh.Trainer(model, arguments, default_data_collator, rows(), eval_dataset=rows(4))
+
+
+def losses(run) -> list[float]:
+    return [record["loss"] for record in run.state.log_history if "loss" in record]
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    state = run.model.state_dict()
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+
+
+def assert_same(one: dict, other: dict):
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_the_newest_checkpoint_goes_on_bit_for_bit(tmp_path):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    assert sorted(os.listdir(tmp_path / "whole")) == ["checkpoint-2", "checkpoint-4", "metrics.jsonl"]
+    resumed = trainer(tmp_path / "again")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    assert_same(weights(whole), weights(resumed))
+    verify(tmp_path / "again" / "checkpoint-4")
+
+
+def test_true_finds_the_newest_complete_one_and_moves_others_aside(tmp_path, caplog):
+    whole = trainer(tmp_path, save_steps=1)
+    whole.train()
+    (tmp_path / "checkpoint-4" / "sha256.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        resumed = trainer(tmp_path, save_steps=1)
+        resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-4 is skipped" in caplog.text
+    assert losses(resumed) == losses(whole)
+    assert_same(weights(whole), weights(resumed))
+    assert {"checkpoint-4", "checkpoint-4.incomplete"} <= set(os.listdir(tmp_path))
+
+
+def test_true_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_would_replace_checkpoints_does_not_start(tmp_path):
+    trainer(tmp_path).train()
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(FileExistsError, match=r"checkpoint-4 exists.*resume_from_checkpoint=True"):
+            trainer(tmp_path).train(resume_from_checkpoint=resume)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "scheduler.pt", "rng_state.pth"])
+def test_a_flipped_byte_is_named_before_anything_is_loaded(name, tmp_path):
+    trainer(tmp_path, max_steps=2).train()
+    path = tmp_path / "checkpoint-2" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    resumed = trainer(tmp_path)
+    before = {key: value.clone() for key, value in weights(resumed).items()}
+    with pytest.raises(CheckpointError, match=f"{name} has changed"):
+        resumed.train(resume_from_checkpoint=True)
+    assert_same(before, weights(resumed))
+
+
+def test_the_best_checkpoint_stays_and_is_found_where_it_was_published(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    run = trainer(tmp_path, **options, **best)
+    run.train()
+    assert run.state.best_global_step == 1
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 4]
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
+    assert_same(expertmesh.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1").state_dict(), weights(run))
+
+
+def test_only_the_model_where_only_the_model_is_asked_for(tmp_path):
+    run = trainer(tmp_path, save_only_model=True)
+    run.train()
+    assert run.args.save_only_model
+    assert not (tmp_path / "checkpoint-4" / "optimizer").exists()
+    verify(tmp_path / "checkpoint-4")
+
+
+def train_on_ranks(rank: int, folder, setup: dict, resume) -> tuple[list[float], dict]:
+    model = expertmesh.AutoModelForCausalLM.from_pretrained(
+        folder.parent / "source", dtype=torch.float32, distributed_setup=setup
+    )
+    run = trainer(folder, model)
+    run.train(resume_from_checkpoint=resume)
+    found = losses(run), weights(run)
+    dist.barrier()
+    return found
+
+
+def test_two_ranks_with_expert_parallelism_go_on_bit_for_bit_and_so_does_another_layout(tmp_path):
+    load_ours("qwen3_moe").save_pretrained(tmp_path / "source")
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    whole = on_ranks(2, train_on_ranks, tmp_path / "whole", {"ep_size": 2}, None)
+    again = on_ranks(2, train_on_ranks, tmp_path / "again", {"ep_size": 2}, checkpoint)
+    plain = on_ranks(2, train_on_ranks, tmp_path / "plain", {}, checkpoint)
+    assert whole[0][0] == again[0][0]
+    assert_same(whole[0][1], again[0][1])
+    assert whole[0][0] == pytest.approx(plain[0][0], rel=1e-5)
+    for name, value in whole[0][1].items():
+        torch.testing.assert_close(plain[0][1][name], value, rtol=1e-3, atol=1e-5)
