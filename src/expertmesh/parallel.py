@@ -5,10 +5,9 @@
 the ranks that already share the data: 8 GPUs are dp_size=8 and ep_size=8 at once.
 """
 
-import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
-from transformers.distributed.sharding_utils import DtensorShardOperation
+from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
 from expertmesh.dispatch.all_to_all import NAME
 
@@ -271,11 +270,18 @@ def as_setup(setup: DistributedSetup | dict[str, Any]) -> DistributedSetup:
 
 
 def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
-    """Raise ValueError, on every rank alike and before anything is loaded, if experts cannot be cut as `layout` says.
+    """Raise ValueError, on every rank alike and before anything is loaded, if heads or experts do not fit `layout`.
 
-    ep_size must divide them. And where a checkpoint keeps one tensor per expert, Transformers' loader crashes on a rank
-    that gets none of them (it stacks an empty list) while the others wait; all other empty shards work.
+    tp_size must divide the heads, ep_size the experts. And where a checkpoint keeps one tensor per expert,
+    Transformers' loader crashes on a rank that gets none of them (it stacks an empty list) while the others wait; all
+    other empty shards work.
     """
+    heads = getattr(model.config.get_text_config(), "num_key_value_heads", None) or 1
+    if get_kv_heads_per_rank(model.tp_plan, heads, layout.tp_size) is None:
+        raise ValueError(
+            f"tp_size={layout.tp_size} does not divide the {heads} key-value heads of {type(model).__name__}. "
+            f"Set tp_size to {_divisors(heads if isinstance(heads, int) else math.gcd(*heads))}."
+        )
     conversions = get_model_conversion_mapping(model)
     operations = [op for c in conversions if isinstance(c, WeightConverter) for op in c.operations]
     one_by_one = any(isinstance(op, MergeModulelist) for op in operations)
@@ -299,50 +305,6 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
                 f"ep_size={layout.ep_size}: they do not divide evenly, or some rank would get none. "
                 + (f"Set ep_size to {_or(sizes)}." if sizes else "Raise dp_replicate_size: replicas get smaller.")
             )
-
-
-@torch.no_grad()
-def initialise_shards(model: PreTrainedModel, device: Any) -> None:
-    """Give a sharded model on the meta device weights drawn by Transformers' rules, the same under every layout.
-
-    Every rank draws all weights from rank 0's seed, one layer at a time, and keeps its own part.
-    """
-    model.to_empty(device=device)
-    seed = torch.randint(2**62, (1,), device=device)
-    if dist.is_initialized():
-        dist.broadcast(seed, 0)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(seed))
-        _initialise(model, model, whole=False)
-    model.tie_weights(recompute_mapping=False)
-
-
-def _initialise(module: nn.Module, owner: PreTrainedModel, whole: bool) -> None:
-    """Children first, as Transformers does it; `whole`: the parameters below `module` are in full already."""
-    owner = module if isinstance(module, PreTrainedModel) else owner
-    is_container = isinstance(module, (PreTrainedModel, nn.ModuleList))
-    with contextlib.nullcontext() if whole else _in_full(module, recurse=not is_container):
-        for child in module.children():
-            _initialise(child, owner, whole or not is_container)
-        owner._initialize_weights(module, owner.is_custom_code())
-
-
-@contextlib.contextmanager
-def _in_full(module: nn.Module, recurse: bool) -> Iterator[None]:
-    """Inside, sharded parameters are whole and empty; what is written to them ends up in the shards."""
-    shards: list[tuple[nn.Module, str, Any]] = [
-        (part, name, param)
-        for part in (module.modules() if recurse else [module])
-        for name, param in part._parameters.items()
-        if isinstance(param, DTensor)
-    ]
-    for part, name, param in shards:
-        part._parameters[name] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device=param.device))
-    yield
-    for part, name, param in shards:
-        full: Any = part._parameters[name]
-        param.to_local().copy_(DtensorShardOperation(param).shard_tensor(full))
-        part._parameters[name] = param
 
 
 @torch.no_grad()

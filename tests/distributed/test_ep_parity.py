@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from expertmesh.bench import tiny
 from tests.distributed import work
 from tests.distributed.ranks import on_ranks
 from tests.distributed.work import Case
@@ -16,9 +17,11 @@ FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "mixtral"]
 TOLERANCE = 1e-5
 TOP_K = {"deepseek_v3": 3, "nemotron_h": 3}
 LAYOUTS = {
-    2: [{}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2}],
+    2: [{}, {"ep_size": 2}, {"tp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"dp_replicate_size": 2}],
     4: [
         {},
+        {"tp_size": 2},
+        {"dp_replicate_size": 2},
         {"ep_size": 4},
         {"ep_size": 2},
         {"ep_size": 2, "reshard_experts": False},
@@ -79,6 +82,25 @@ def test_gradients_of_every_layout(tmp_path, family, num_ranks, recompute):
     check(tmp_path, family, num_ranks, cases, seconds=900)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", sorted(set(tiny.FAMILIES) - {*FAMILIES, "phimoe"})
+)  # PhiMoE's router draws at random
+def test_gradients_of_other_families(tmp_path, family):
+    check(tmp_path, family, 2, [Case({"ep_size": 2}), Case({"ep_size": 2}, recompute=True), Case({})])
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    tied = tiny.tiny_model("qwen3_moe", tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "model")
+    torch.save(work.reference(tied, 2, None), tmp_path / "2-None.pt")
+    for rank in on_ranks(2, work.parity, tmp_path / "model", [Case({"ep_size": 2}), Case({})], tmp_path):
+        assert all(loss <= TOLERANCE and grad <= TOLERANCE for _, loss, grad, _ in rank)
+    layouts = [Case({}), Case({"ep_size": 2})]
+    for rank in on_ranks(2, work.initialised, "qwen3_moe", layouts, True):
+        assert all("lm_head.weight" not in weights for weights in rank)
+
+
 def agree_after_steps(folder, family: str, num_ranks: int, cases: list[Case], num_steps: int = 5) -> None:
     for dp_size in {num_ranks // case.setup.get("tp_size", 1) for case in cases}:
         trained = work.trained_reference(load_stock(family).train(), dp_size, num_steps)
@@ -110,13 +132,18 @@ def shapes(folder) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"),
-    [("qwen3_moe", {"ep_size": 4}), ("nemotron_h", {"tp_size": 2, "ep_size": 4}), ("gpt_oss", {"ep_size": 2})],
+    ("family", "num_ranks", "layout"),
+    [
+        ("qwen3_moe", 4, {"ep_size": 4}),
+        ("nemotron_h", 4, {"tp_size": 2, "ep_size": 4}),
+        ("gpt_oss", 4, {"ep_size": 2}),
+        ("mixtral", 2, {"tp_size": 2, "ep_size": 2}),
+    ],
     ids=str,
 )
-def test_generate_with_uneven_prompts_and_save(tmp_path, family, layout):
+def test_generate_with_uneven_prompts_and_save(tmp_path, family, num_ranks, layout):
     prompts = [torch.randint(3, 128, (1, 3 + 2 * rank)) for rank in range(4)]
-    made = on_ranks(4, work.generate_and_save, saved(family), Case(layout), prompts, tmp_path)
+    made = on_ranks(num_ranks, work.generate_and_save, saved(family), Case(layout), prompts, tmp_path)
     stock, tp_size = load_stock(family).eval(), layout.get("tp_size", 1)
     for rank, tokens in enumerate(made):
         n = rank // tp_size
@@ -170,11 +197,11 @@ def test_from_config_draws_the_same_weights_under_every_layout():
 
 
 def test_experts_that_cannot_be_spread_are_refused_on_every_rank(tmp_path):
-    from expertmesh.bench.tiny import tiny_model
-
-    tiny_model("qwen3_moe", num_experts=6).save_pretrained(tmp_path)
+    tiny.tiny_model("qwen3_moe", num_experts=6).save_pretrained(tmp_path)
     for error in on_ranks(4, work.refusal, tmp_path, {}) + on_ranks(4, work.refusal, tmp_path, {"ep_size": 4}):
         assert "6 experts (model.layers.0.mlp.experts.gate_up_proj)" in error and "Set ep_size to 2." in error
+    for error in on_ranks(4, work.refusal, tmp_path, {"tp_size": 4}):
+        assert "tp_size=4 does not divide the 2 key-value heads" in error and "Set tp_size to 1 or 2." in error
 
 
 @pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])

@@ -219,12 +219,12 @@ def exchanges(rank: int, folder: Path, case: Case) -> dict[str, int]:
     return count
 
 
-def initialised(rank: int, family: str, cases: list[Case]) -> list[dict[str, torch.Tensor]]:
+def initialised(rank: int, family: str, cases: list[Case], tied: bool = False) -> list[dict[str, torch.Tensor]]:
     """Weights of `from_config` under every case; ranks are seeded differently, only rank 0's seed may count."""
     made = []
     for case in cases:
         torch.manual_seed(7 + rank)
-        config = tiny_config(family)
+        config = tiny_config(family, tie_word_embeddings=tied)
         model = expertmesh.AutoModelForCausalLM.from_config(config, distributed_setup=DistributedSetup(**case.setup))
         loss_of(model.train(), DistributedSetup(**case.setup), rank).backward()
         made.append({n: full(p.detach()) for n, p in model.named_parameters()})

@@ -1,0 +1,56 @@
+"""Random weights for a sharded model, the same whatever the layout."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.distributed.sharding_utils import DtensorShardOperation
+
+
+@torch.no_grad()
+def initialise_shards(model: PreTrainedModel, device: Any) -> None:
+    """Give a sharded model on the meta device weights drawn by Transformers' rules, the same under every layout.
+
+    Every rank draws all weights from rank 0's seed, one layer at a time, and keeps its own part.
+    """
+    model.to_empty(device=device)
+    seed = torch.randint(2**62, (1,), device=device)
+    if dist.is_initialized():
+        dist.broadcast(seed, 0)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(seed))
+        _initialise(model, model, whole=False)
+    model.tie_weights(recompute_mapping=False)
+
+
+def _initialise(module: nn.Module, owner: PreTrainedModel, whole: bool) -> None:
+    """Children first, as Transformers does it; `whole`: the parameters below `module` are in full already."""
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    is_container = isinstance(module, (PreTrainedModel, nn.ModuleList))
+    with contextlib.nullcontext() if whole else _in_full(module, recurse=not is_container):
+        for child in module.children():
+            _initialise(child, owner, whole or not is_container)
+        owner._initialize_weights(module, owner.is_custom_code())
+
+
+@contextlib.contextmanager
+def _in_full(module: nn.Module, recurse: bool) -> Iterator[None]:
+    """Inside, sharded parameters are whole and empty; what is written to them ends up in the shards."""
+    shards: list[tuple[nn.Module, str, Any]] = [
+        (part, name, param)
+        for part in (module.modules() if recurse else [module])
+        for name, param in part._parameters.items()
+        if isinstance(param, DTensor)
+    ]
+    for part, name, param in shards:
+        part._parameters[name] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device=param.device))
+    yield
+    for part, name, param in shards:
+        full: Any = part._parameters[name]
+        param.to_local().copy_(DtensorShardOperation(param).shard_tensor(full))
+        part._parameters[name] = param
