@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments, default_data_collator
 
@@ -62,6 +63,21 @@ def test_the_newest_checkpoint_goes_on_bit_for_bit(tmp_path):
     assert losses(resumed) == losses(whole)
     assert_same(weights(whole), weights(resumed))
     verify(tmp_path / "again" / "checkpoint-4")
+
+
+def test_a_checkpoint_of_transformers_trainer_goes_on_bit_for_bit(tmp_path, caplog):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    stock = transformers.Trainer(
+        load_ours("qwen3_moe", attention_dropout=0.1), whole.args, default_data_collator, rows()
+    )
+    stock.args.output_dir = str(tmp_path / "stock")
+    stock.train()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stock" / "checkpoint-2"))
+    assert "no sha256.json" in caplog.text
+    assert losses(resumed) == losses(whole)
+    assert_same(weights(whole), weights(resumed))
 
 
 def test_true_finds_the_newest_complete_one_and_moves_others_aside(tmp_path, caplog):
