@@ -83,7 +83,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         """
         fused, setup = kwargs.pop("fused", True), _setup_of(kwargs)
         maker: Any = super() if fused is not False else transformers.AutoModelForCausalLM
-        if fused is not False:
+        if fused is not False or setup is not None:  # a layout is noted there, too
             config = _own_copy(config, kwargs)
         with requesting(fused):
             if setup is None:

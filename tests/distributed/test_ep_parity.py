@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from expertmesh.bench import tiny
 from tests.distributed import work
@@ -222,3 +223,16 @@ def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton):
         for at, grad in ((3, experts.gate_up_proj.grad), (4, experts.down_proj.grad)):
             got = torch.cat([made[rank][number][at] for rank in range(num_ranks)])
             torch.testing.assert_close(got, torch.zeros_like(got) if grad is None else grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux' memory accounting")
+@pytest.mark.parametrize("layout", [{"ep_size": 4}, {"ep_size": 2}, {}], ids=str)
+def test_loading_never_holds_half_of_the_model(tmp_path, layout):
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 16, "vocab_size": 8192}
+    for name, layers in (("small", 1), ("large", 8)):
+        config = tiny.tiny_config("qwen3_moe", num_hidden_layers=layers, mlp_only_layers=[], **sizes)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / name)
+    for shard, peak, after in on_ranks(4, work.loading_memory, tmp_path, layout):
+        print(f"shard {shard / 2**20:.0f} MiB, peak {peak / 2**20:.0f}, after {after / 2**20:.0f}")
+        assert peak < 2 * shard  # of four

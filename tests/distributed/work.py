@@ -1,6 +1,7 @@
 """What ranks do in the parity tests, and the same on one process with stock Transformers."""
 
 import contextlib
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,30 @@ def layers(rank: int, cases: list[tuple[tuple[int, ...], int | None]], with_trit
             out.backward(dout)
         results.append([out.detach(), x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad])
     return results
+
+
+def loading_memory(rank: int, folder: Path, setup: dict[str, Any]) -> tuple[int, int, int]:
+    """Bytes: this rank's parameters, and how far its private memory rose at most while loading, and after it."""
+
+    def private() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    load(folder / "small", Case(setup))  # imports, process groups and thread pools are there
+    before, peak, done = private(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], private())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model, _ = load(folder / "large", Case(setup))
+    done.set()
+    watcher.join()
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return sum(p.numel() * p.element_size() for p in local), peak[0] - before, private() - before
 
 
 def host_waits(rank: int, folder: Path, case: Case) -> dict[str, int]:
