@@ -1,9 +1,9 @@
 """Run a function on several ranks of this machine and collect what each returns."""
 
 import contextlib
+import faulthandler
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import time
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # the server that forks the ranks imports these once; every rank starts with them loaded
@@ -24,15 +25,14 @@ def on_ranks(num_ranks: int, function: Callable, *args: Any, seconds: float = 24
     Ranks see no GPU, or with `gpus` all. An exception on any rank ends all and is raised here with its traceback; so
     does silence for `seconds`.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    # the store lives here, not on rank 0: its port is taken before anybody else can take it
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
         with _environment(gpus):
             mp.get_context("forkserver").set_forkserver_preload(_PRELOADED)
             ranks = mp.start_processes(
                 _rank,
-                (num_ranks, port, folder, function, args),
+                (num_ranks, store.port, folder, seconds, function, args),
                 num_ranks,
                 join=False,
                 start_method="spawn" if gpus else "forkserver",
@@ -59,13 +59,15 @@ def _environment(gpus: bool) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _rank(rank: int, num_ranks: int, port: int, folder: str, function: Callable, args: tuple) -> None:
+def _rank(rank: int, num_ranks: int, port: int, folder: str, seconds: float, function: Callable, args: tuple) -> None:
+    faulthandler.dump_traceback_later(seconds - 5)  # a deadlock shows where
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(num_ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
         HF_HUB_OFFLINE="1",
     )
     torch.set_num_threads(1)

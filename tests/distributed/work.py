@@ -296,9 +296,11 @@ def loading_memory(rank: int, folder: Path, setup: dict[str, Any]) -> tuple[int,
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model, _ = load(folder / "large", Case(setup))
-    done.set()
-    watcher.join()
+    try:
+        model, _ = load(folder / "large", Case(setup))
+    finally:
+        done.set()
+        watcher.join()
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     return sum(p.numel() * p.element_size() for p in local), peak[0] - before, private() - before
 
