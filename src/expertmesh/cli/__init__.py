@@ -14,6 +14,7 @@ import typer
 
 VERBS = {
     "train": "Fine-tune a model as a YAML file says.",
+    "launch": "Write the Slurm or SkyPilot file that trains on several machines.",
     "check": "Prove that a model computes and saves what it does under stock Transformers.",
     "demo": "Train, export and verify a small model on this machine.",
     "doctor": "Show what is installed, what is on or off, and what is lost without it.",
@@ -23,7 +24,12 @@ VERBS = {
 
 def main() -> None:
     """The `expertmesh` command."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code and os.environ.get("RANK"):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a rank that fails must not wait for others in the destructors of its process group
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -63,10 +69,12 @@ def _not_called() -> None:
 def _report(error: Exception) -> int:
     """Prints an error as a user should see it and returns the exit code."""
     from expertmesh.train.errors import ConfigError, explain
+    from expertmesh.train.launch import record_error
 
     paragraph = explain(error)
+    said = [] if paragraph is None else [f"expertmesh: error: {paragraph}\n"]
     if paragraph is None or os.environ.get("EXPERTMESH_DEBUG"):
-        traceback.print_exception(error)
-    if paragraph is not None:
-        print(f"expertmesh: error: {paragraph}", file=sys.stderr)
+        said = traceback.format_exception(error) + said
+    if not record_error("".join(said)):
+        print("".join(said), end="", file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 1

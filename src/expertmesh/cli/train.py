@@ -1,5 +1,7 @@
-"""`expertmesh train`: a fine-tuning run from one YAML file."""
+"""`expertmesh train`: a fine-tuning run from one YAML file, on all GPUs of a machine or as a rank of a larger run."""
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,9 +34,17 @@ def train(
         typer.echo(config.to_yaml(), nl=False)
         return
 
+    from expertmesh.train.launch import default_nproc, is_rank, launch, leave
+
+    if not is_rank() and (nproc := config.parallel.nproc or default_nproc()) > 1:
+        command = [sys.executable, "-m", "expertmesh.cli", "train", *(arguments or [])]
+        raise typer.Exit(launch(command, nproc, Path(config.save.output_dir) / "logs"))
+
     from expertmesh.train.run import run
 
     result = run(config)
+    if leave() != 0:
+        raise typer.Exit(result.exit_code)
     if result.exit_code:
         again = " ".join(["expertmesh train", *(arguments or []), "save.resume_from_checkpoint=auto"])
         typer.echo(f"Stopped, with a checkpoint in {result.output_dir}. To go on: {again}", err=True)

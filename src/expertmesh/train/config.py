@@ -1,4 +1,4 @@
-"""The configuration of a run: seven short YAML sections, one sentence per key.
+"""The configuration of a run: eight short YAML sections, one sentence per key.
 
 The sentences are the only documentation of a key: the CLI help, the JSON Schema (`expertmesh schema`) and the docs are
 made from them. A key that does not exist is an error that names the nearest one; nothing given is ever ignored.
@@ -67,9 +67,9 @@ class TrainSection(Section):
     num_train_epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training data; 1 where neither this nor `max_steps` is given."""
     per_device_train_batch_size: Annotated[int, Field(gt=0)] = 8
-    """Sequences per microbatch in training."""
+    """Sequences per microbatch in training, on each rank that has a batch of its own."""
     per_device_eval_batch_size: Annotated[int, Field(gt=0)] = 8
-    """Sequences per microbatch in evaluation."""
+    """Sequences per microbatch in evaluation, on each such rank."""
     gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
     """Microbatches per optimizer step."""
     learning_rate: Annotated[float, Field(ge=0)] = 2e-5
@@ -90,6 +90,19 @@ class TrainSection(Section):
     """Whether to recompute activations in the backward pass: less memory, about a quarter slower."""
     seed: int = 42
     """Seed of weights, data order and dropout; the same seed on the same machine gives the same run."""
+
+
+class ParallelSection(Section):
+    """How it is spread over GPUs."""
+
+    nproc: Annotated[int, Field(gt=0)] | None = None
+    """Ranks that `expertmesh train` starts on this machine; unset is one for each GPU, or one without a GPU."""
+    ep_size: Annotated[int, Field(gt=0)] = 1
+    """Ranks that share out the experts of every layer; costs no data parallelism."""
+    tp_size: Annotated[int, Field(gt=0)] = 1
+    """Ranks that share one batch and split attention and dense layers."""
+    dp_replicate_size: Annotated[int, Field(gt=0)] = 1
+    """Copies of the model, each sharded over its part of the ranks; 1 shards one copy over all of them."""
 
 
 class LoraSection(Section):
@@ -147,6 +160,8 @@ class Config(Section):
     """What it is trained on."""
     train: TrainSection = Field(default_factory=TrainSection)
     """How it is trained."""
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    """How it is spread over GPUs."""
     lora: LoraSection | None = None
     """Low-rank adapters instead of all weights; `{}` takes the defaults, unset trains all weights."""
     moe: MoeSection = Field(default_factory=MoeSection)

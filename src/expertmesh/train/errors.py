@@ -1,5 +1,8 @@
 """What can go wrong in a run, and how it is told: one paragraph that names the fix. Imports nothing heavy."""
 
+import signal
+
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75: EX_TEMPFAIL, "put me in the queue again"
 EXTRAS = {"trl": "train", "peft": "train", "datasets": "train", "matplotlib": "plots", "tensorboard": "track"}
 
 

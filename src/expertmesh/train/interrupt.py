@@ -3,21 +3,25 @@
 import signal
 from types import FrameType
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 
-EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75: EX_TEMPFAIL, "put me in the queue again"
+from expertmesh.train.errors import EXIT_CODES
 
 
 class Interrupt(TrainerCallback):
     """A callback, and a context manager around `trainer.train()`: within it the signals ask for checkpoint and stop.
 
     `exit_code` is 75 after SIGTERM, 130 after SIGINT, None if the run was not stopped. A second signal acts at once.
+    Ranks need not get the signal at the same time, nor all of them: after every step they agree whether to stop.
     """
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self._received: int | None = None
         self._before: dict[int, object] = {}
+        self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> "Interrupt":
         self._before = {number: signal.signal(number, self._on_signal) for number in EXIT_CODES}
@@ -35,8 +39,20 @@ class Interrupt(TrainerCallback):
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")  # the GPU's queue need not drain for the question
+
+    def _agreed(self) -> int:
+        """The signal that any rank received, 0 if none did."""
+        received = torch.tensor(self._received or 0)
+        if self._group is not None:
+            dist.all_reduce(received, dist.ReduceOp.MAX, self._group)
+        return int(received)
+
     def on_step_end(self, args, state, control, **kwargs):
-        if self._received is not None and state.global_step < state.max_steps:
-            self.exit_code = EXIT_CODES[signal.Signals(self._received)]
+        received = self._agreed()
+        if received and state.global_step < state.max_steps:
+            self.exit_code = EXIT_CODES[signal.Signals(received)]
             control.should_save = True
             control.should_training_stop = True

@@ -1,8 +1,9 @@
 """Where the tokens go: how many rows each expert of each layer received, counted on the device while training.
 
 A forward hook on every router adds its choices to one vector per layer. Nothing waits for the device until `window()`
-is read, at a logging step. Counted are the tokens that are not padding, in training mode only. Recomputed layers
-(activation checkpointing) may be counted twice, all of them alike; the metrics are ratios and do not change.
+is read, at a logging step, by all ranks together: the counts are summed over them. Counted are the tokens that are not
+padding, in training mode only. Recomputed layers (activation checkpointing) may be counted twice, all of them alike;
+the metrics are ratios and do not change.
 
 Metrics of one layer, from its counts c_E:
     load_cv     standard deviation of c over its mean; 0 is perfect balance
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
@@ -75,13 +77,16 @@ class RouterLoad:
     def window(self) -> dict[str, float]:
         """Metrics of what was counted since the last call, means over the layers; {} if nothing was.
 
-        Waits for the device, and starts a new window.
+        Waits for the device, and starts a new window. All ranks must call it.
         """
         names = [name for name in self.layers if name in self._counts]
         if not names:
             return {}
         device = self._counts[names[0]].device
-        counts_LE = torch.stack([self._counts[name].to(device) for name in names]).cpu().numpy()
+        counts = torch.stack([self._counts[name].to(device) for name in names])
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        counts_LE = counts.cpu().numpy()
         self.layers = names
         for count_E in self._counts.values():
             count_E.zero_()

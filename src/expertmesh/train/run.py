@@ -5,6 +5,7 @@ env.json       versions, hardware, and which fusions were on
 metrics.jsonl  every logged record
 plots/         loss.png, router.png
 checkpoint-*/  to resume from
+logs/          what ranks other than the first have to say, where there are several
 final/         the model in Hugging Face's format with its tokenizer (with LoRA: the adapter)
 """
 
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +26,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig
 import expertmesh
 from expertmesh import backends, data
 from expertmesh.checkpoint.publish import newest_complete
+from expertmesh.parallel import current_world_size
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.interrupt import Interrupt
+from expertmesh.train.launch import layout
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.progress import ProgressLine
 from expertmesh.train.routing import routers
@@ -54,6 +58,8 @@ def run(config: Config) -> Result:
 
 def build(config: Config) -> SFTTrainer:
     """The trainer of a run, with model, tokenizer and prepared data, before its first step."""
+    if not _is_first():
+        _hush()
     transformers.set_seed(config.train.seed)
     tokenizer, model = load_tokenizer(config), load_model(config)
     if config.moe.freeze_router:
@@ -90,12 +96,13 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
     """Trains what `build` made, evaluates, and writes the folder of the run."""
     output_dir = Path(config.save.output_dir)
     checkpoint = _checkpoint(config)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(config.to_yaml())
-    (output_dir / "env.json").write_text(json.dumps(environment(trainer.model), indent=2) + "\n")
     progress, interrupt = ProgressLine(), Interrupt()
-    trainer.add_callback(progress)
     trainer.add_callback(interrupt)
+    if first := _is_first():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(config.to_yaml())
+        (output_dir / "env.json").write_text(json.dumps(environment(trainer.model), indent=2) + "\n")
+        trainer.add_callback(progress)
     try:
         with interrupt:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -103,11 +110,13 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
             return Result(output_dir, interrupt.exit_code)
         final = output_dir / "final"  # first of all: nothing that comes later may cost the trained model
         trainer.model.save_pretrained(final)
-        trainer.processing_class.save_pretrained(final)
+        if first:
+            trainer.processing_class.save_pretrained(final)
         metrics = _evaluate(trainer)
     finally:
         progress.stop()
-    plot(trainer, output_dir)
+    if first:
+        plot(trainer, output_dir)
     return Result(output_dir, 0, final, metrics)
 
 
@@ -123,8 +132,11 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: Config) -> transformers.PreTrainedModel:
-    """The fused model of `model.name`, on the device it is trained on."""
+    """The fused model of `model.name`, on the device it is trained on; of several ranks, each holds its part."""
     options: dict[str, Any] = {"fused": config.model.fused}
+    setup = layout(config, current_world_size())
+    if setup is not None:
+        options["distributed_setup"] = setup
     if config.model.attn_implementation is not None:
         options["attn_implementation"] = config.model.attn_implementation
     options["dtype"] = config.model.dtype
@@ -132,7 +144,7 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
         options["dtype"] = "float32"
     if config.model.name == "demo":
         return expertmesh.AutoModelForCausalLM.from_config(demo_config(), **options)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and setup is None:
         options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, not through the CPU's memory
     options |= {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     try:
@@ -196,6 +208,8 @@ def training_arguments(config: Config):
         num_train_epochs=settings.num_train_epochs or 1.0,
         **settings.model_dump(exclude={"max_steps", "num_train_epochs"}),
         gradient_checkpointing=settings.activation_checkpointing,  # the old name, by which TRL switches it on
+        use_cpu=current_world_size() > 1
+        and not torch.cuda.is_available(),  # else it takes ranks on CPUs for one process
         dataloader_pin_memory=torch.cuda.is_available(),
         max_length=config.data.max_length,
         packing=config.data.packing,
@@ -239,6 +253,20 @@ def plot(trainer: SFTTrainer, output_dir: Path) -> None:
         steps = trainer.args.logging_steps
         windows = [(f"first {steps:g} steps", load.first), (f"last {steps:g} steps", load.last)]
         plots.router_heatmap(windows, output_dir / "plots" / "router.png")
+
+
+def _is_first() -> bool:
+    """Whether this is rank 0, which alone prints and writes what is not each rank's own."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _hush() -> None:
+    """Say only what goes wrong: the rest is rank 0's to say."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("expertmesh").setLevel(logging.ERROR)
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def _evaluate(trainer: SFTTrainer) -> dict[str, float]:

@@ -1,0 +1,5 @@
+"""`python -m expertmesh.cli`, which is how a launcher starts its ranks."""
+
+from expertmesh.cli import main
+
+main()

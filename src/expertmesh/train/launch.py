@@ -1,0 +1,187 @@
+"""The ranks of a run on this machine: started, watched, and stopped together.
+
+A process that torchrun or Slurm started is a rank already. Otherwise `launch` starts one process for each GPU and
+waits. A rank that fails ends the others at once, and what went wrong is shown once: every rank writes its error into a
+file (TORCHELASTIC_ERROR_FILE, as under torchrun), of which the first is printed. Signals go to all ranks; they answer
+with a checkpoint (interrupt.py). Should this process die, the ranks see the end of their standard input and follow.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from expertmesh.train.config import Config
+from expertmesh.train.errors import EXIT_CODES, ConfigError
+from expertmesh.train.slurm import is_slurm_rank, slurm_variables
+
+if TYPE_CHECKING:
+    from expertmesh.parallel import DistributedSetup
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+_WATCH = "EXPERTMESH_LAUNCHER"  # set in ranks whose standard input says whether the launcher lives
+_POLL = 0.1  # seconds between two looks at the ranks
+_SHOWN = 20  # last lines of a rank that ended without an error of its own
+
+
+def is_rank() -> bool:
+    """Whether torchrun, Slurm or `launch` started this process as a rank; Slurm's variables are translated."""
+    if "RANK" not in os.environ and is_slurm_rank(os.environ):
+        os.environ.update(slurm_variables(os.environ))
+    if os.environ.get(_WATCH):
+        threading.Thread(target=_follow_launcher, daemon=True).start()
+    return "RANK" in os.environ
+
+
+def default_nproc() -> int:
+    """A rank for each GPU that this process may use, else one."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
+    """How `config` lays the model out over `num_ranks`, None for one. Raises ConfigError if its sizes do not fit."""
+    from expertmesh.parallel import DistributedSetup
+
+    try:
+        setup = DistributedSetup(**config.parallel.model_dump(exclude={"nproc"}), world_size=num_ranks)
+    except ValueError as error:
+        raise ConfigError(f"parallel: {error}") from None
+    return setup if num_ranks > 1 else None
+
+
+def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
+    """Run `command` as `nproc` ranks of this machine, and return the exit code of the run.
+
+    Rank 0 has this process's output; that of the others goes to `logs`/rank-<r>.txt. Returns 0 if all ranks did, 75 or
+    130 if all stopped after a signal, else the code of the rank that failed first, whose error is printed.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        errors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-")))
+        port = _free_port()
+        ranks: list[subprocess.Popen] = []
+        received: list[int] = []
+
+        def forward(number: int, _: object) -> None:
+            received.append(number)
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.send_signal(number)
+
+        before = {number: signal.signal(number, forward) for number in EXIT_CODES}
+        stack.callback(lambda: [signal.signal(number, handler) for number, handler in before.items()])
+        stack.callback(lambda: _kill(ranks))
+        for number in range(nproc):
+            log = None if number == 0 else stack.enter_context((logs / f"rank-{number}.txt").open("w"))
+            ranks.append(_start(command, number, nproc, port, errors / f"{number}.json", log))
+        while not (failed := [n for n, rank in enumerate(ranks) if rank.poll()]):
+            if all(rank.returncode == 0 for rank in ranks):
+                return 0
+            time.sleep(_POLL)
+        if received and ranks[failed[0]].returncode in EXIT_CODES.values():
+            return max(rank.wait() for rank in ranks)  # all stop after the same step
+        time.sleep(_POLL)  # whoever fails with the same error at the same time may finish writing it
+        failed = [n for n, rank in enumerate(ranks) if rank.poll()]
+        _kill(ranks)
+        return _report(ranks, failed, errors, logs, received)
+
+
+def _start(command: Sequence[str], rank: int, nproc: int, port: int, error_file: Path, log) -> subprocess.Popen:
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": nproc,
+        "LOCAL_WORLD_SIZE": nproc,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // nproc),
+        ERROR_FILE: error_file,
+        _WATCH: os.getpid(),
+    }
+    return subprocess.Popen(
+        command,
+        env=os.environ | {name: str(value) for name, value in variables.items()},
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on: once, not twice
+    )
+
+
+def _report(ranks: list[subprocess.Popen], failed: list[int], errors: Path, logs: Path, received: list[int]) -> int:
+    """Print why the first of the failed ranks ended, and return its exit code."""
+
+    def moment(rank: int) -> tuple[bool, float]:
+        # when a rank is killed, the others notice and fail as well: it comes first, though it leaves no error
+        file = errors / f"{rank}.json"
+        return ranks[rank].returncode > 0, file.stat().st_mtime if file.exists() else float("inf")
+
+    first = min(failed, key=moment)
+    code, file = ranks[first].returncode, errors / f"{first}.json"
+    if code < 0 and -code in received:
+        return 128 - code  # the signal came before the first step, or twice: nothing is saved
+    if file.exists():
+        print(json.loads(file.read_text())["message"]["message"], file=sys.stderr)
+    else:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        log = logs / f"rank-{first}.txt"
+        said = log.read_text().splitlines()[-_SHOWN:] if first else []
+        print("\n".join(said), file=sys.stderr)
+        print(f"expertmesh: error: rank {first} {how}; the other ranks were stopped.", file=sys.stderr)
+    return code if code > 0 else 1
+
+
+def record_error(text: str) -> bool:
+    """Leave `text` for whoever started this rank to print it, once for all ranks. False if nobody waits for it."""
+    file = os.environ.get(ERROR_FILE)
+    if not file:
+        return False
+    # torchrun shows the call stack; for an error that a user can mend, the paragraph says more
+    extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+    return True
+
+
+def leave() -> int:
+    """Wait for the other ranks, leave them, and return which rank this was: 0 in a process of its own."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return 0
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers stop all ranks when the first one ends
+    dist.barrier()
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    return rank
+
+
+def _follow_launcher() -> None:
+    os.read(0, 1)  # nothing is ever written: this returns when the launcher's end of the pipe is closed
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill(ranks: Sequence[subprocess.Popen]) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
+    for rank in ranks:
+        rank.wait()
+        assert rank.stdin is not None
+        rank.stdin.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

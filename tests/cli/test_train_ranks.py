@@ -1,0 +1,67 @@
+"""`expertmesh train` on two ranks of this machine: the same run, stopped and continued like one process."""
+
+import json
+import signal
+import time
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from expertmesh import cli
+from expertmesh.train.metrics import read_metrics
+from tests.cli.test_verbs import process
+from tests.train.runs import tiny_run
+
+TWO = {"parallel__nproc": 2, "parallel__ep_size": 2, "train__per_device_train_batch_size": 2}
+ALIKE = {"log__logging_steps": 1, "moe__router_aux_loss_coef": 0}  # balance is weighed over each rank's own tokens
+
+
+def steps(folder):
+    return [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
+
+
+def test_two_ranks_train_what_one_process_trains(tmp_path):
+    assert cli.run(["train", *tiny_run(tmp_path / "one", **ALIKE)]) == 0
+    run = process("train", *tiny_run(tmp_path / "two", **ALIKE, **TWO))
+    said = "".join(run.communicate(timeout=240))
+    assert run.returncode == 0, said
+    one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    for alone, together in zip(one, two, strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        # counts of all ranks, so the very same numbers
+        assert together["moe_layers"] == alone["moe_layers"]
+    assert said.count("step 4/4  loss") == said.count("Done: the model is in") == 1
+    names = {file.name for file in (tmp_path / "one").iterdir()}
+    assert {file.name for file in (tmp_path / "two").iterdir()} == names | {"logs"}
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "final", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert json.loads((tmp_path / "two" / "env.json").read_text())["fusions"]
+
+
+def test_sigterm_saves_once_for_all_ranks_and_the_run_goes_on(tmp_path):
+    endless = {"log__logging_steps": 1, "data__eval_fraction": 0, "train__max_steps": 100000, **TWO}
+    run = process("train", *tiny_run(tmp_path, **endless))
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    said = "".join(run.communicate(timeout=60))
+    assert run.returncode == 75, said
+    assert said.count("To go on: expertmesh train") == 1 and "Traceback" not in said
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    reached = int(checkpoint.name.partition("-")[2])
+    assert steps(tmp_path)[-1]["step"] == reached
+    # on one process, which has another layout
+    more = {**endless, "parallel__nproc": 1, "parallel__ep_size": 1, "train__max_steps": reached + 2}
+    assert cli.run(["train", *tiny_run(tmp_path, **more, save__resume_from_checkpoint="auto")]) == 0
+    assert [record["step"] for record in steps(tmp_path)] == list(range(1, reached + 3))
+
+
+@pytest.mark.slow
+def test_an_error_of_the_ranks_is_one_paragraph(tmp_path):
+    run = process("train", *tiny_run(tmp_path, parallel__nproc=2, parallel__ep_size=3))
+    said = "".join(run.communicate(timeout=120))
+    assert run.returncode == 2
+    assert said.count("expertmesh: error: parallel: ep_size=3 does not fit") == 1 and "Traceback" not in said
