@@ -72,7 +72,8 @@ def loop(
     if dump_loaded:
         write(dump_loaded, model, optim, losses)
     saver = BackgroundSaver() if background else None
-    print("ready", flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print("ready", flush=True)
     while step < steps:
         ids = torch.randint(0, 128, (2, 16))  # the next data: from the generator that is saved
         loss = model(input_ids=ids, labels=ids).loss
