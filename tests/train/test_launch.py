@@ -112,6 +112,11 @@ def test_a_rank_that_is_killed_is_named_with_its_last_words(tmp_path):
     assert wait_until_gone(all_pids)
 
 
+def test_ranks_that_agree_to_stop_are_no_failure(tmp_path):
+    ranks = start("time.sleep(rank); os._exit(75)", 2, tmp_path)  # a signal that came to a rank, not to the launcher
+    assert ranks.communicate(timeout=20) == ("", "") and ranks.returncode == 75
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_reaches_all_ranks_and_their_answer_is_the_exit_code(tmp_path, number, code):
     answer = f"""

@@ -89,8 +89,8 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
             if all(rank.returncode == 0 for rank in ranks):
                 return 0
             time.sleep(_POLL)
-        if received and ranks[failed[0]].returncode in EXIT_CODES.values():
-            return max(rank.wait() for rank in ranks)  # all stop after the same step
+        if ranks[failed[0]].returncode in EXIT_CODES.values():
+            return max(rank.wait() for rank in ranks)  # all stop after the same step, whoever received the signal
         time.sleep(_POLL)  # whoever fails with the same error at the same time may finish writing it
         failed = [n for n, rank in enumerate(ranks) if rank.poll()]
         _kill(ranks)
