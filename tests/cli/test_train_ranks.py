@@ -1,8 +1,10 @@
 """`expertmesh train` on two ranks of this machine: the same run, stopped and continued like one process."""
 
 import json
+import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -57,6 +59,41 @@ def test_sigterm_saves_once_for_all_ranks_and_the_run_goes_on(tmp_path):
     more = {**endless, "parallel__nproc": 1, "parallel__ep_size": 1, "train__max_steps": reached + 2}
     assert cli.run(["train", *tiny_run(tmp_path, **more, save__resume_from_checkpoint="auto")]) == 0
     assert [record["step"] for record in steps(tmp_path)] == list(range(1, reached + 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora__r": 4},
+        {"train__activation_checkpointing": "true", "data__packing": "true", "data__max_length": 32},
+        {"parallel__ep_size": 1, "parallel__dp_replicate_size": 2},
+    ],
+    ids=str,
+)
+def test_other_runs_on_two_ranks(tmp_path, changes):
+    alone = {key: value for key, value in changes.items() if not key.startswith("parallel__")}
+    assert cli.run(["train", *tiny_run(tmp_path / "one", **ALIKE, **alone)]) == 0
+    run = process("train", *tiny_run(tmp_path / "two", **ALIKE, **{**TWO, **changes}))
+    said = "".join(run.communicate(timeout=240))
+    assert run.returncode == 0, said
+    one, two = ([r["loss"] for r in steps(tmp_path / folder)] for folder in ("one", "two"))
+    assert len(one) == 4 and two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_in_training_ends_the_run(tmp_path):
+    run = process("train", *tiny_run(tmp_path, log__logging_steps=1, train__max_steps=100000, **TWO))
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    said = "".join(run.communicate(timeout=15))
+    assert run.returncode == 1
+    assert said.count("expertmesh: error:") == 1 and "rank 1 was ended by SIGKILL" in said
+    assert "Traceback" not in said, said
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
 @pytest.mark.slow

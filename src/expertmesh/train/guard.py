@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from expertmesh.data import check_supervised
+from expertmesh.weights import ranks
 
 ROW = "__row__"  # column of an example's position in the training data; it never reaches the model
 SHOWN = 24  # tokens of an example that the error text decodes
@@ -92,7 +93,8 @@ class StepRecord:
             return
         what = "gradient" if all(loss_finite) else "loss"
         guilty = [i for i in range(len(self.batches)) if what == "gradient" or not loss_finite[i]]
-        path = Path(folder) / f"nonfinite-step-{step}.json"
+        of_rank = f"-rank-{ranks.rank()}" if ranks.world_size() > 1 else ""  # each has its own batch
+        path = Path(folder) / f"nonfinite-step-{step}{of_rank}.json"
         self._save(path, guilty, {"step": step, "what": what, "grad_norm": str(grad_norm.item())})
         if what == "loss":
             losses = ", ".join(f"microbatch {i + 1} of {len(self.batches)}: {self.losses[i].item()}" for i in guilty)

@@ -137,6 +137,10 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
     setup = layout(config, current_world_size())
     if setup is not None:
         options["distributed_setup"] = setup
+        if setup.tp_size > 1 and not torch.cuda.is_available():
+            raise ConfigError(
+                "parallel.tp_size: Accelerate shares out batches among tensor-parallel GPUs only; set it to 1."
+            )
     if config.model.attn_implementation is not None:
         options["attn_implementation"] = config.model.attn_implementation
     options["dtype"] = config.model.dtype
