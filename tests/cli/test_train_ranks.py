@@ -102,3 +102,16 @@ def test_an_error_of_the_ranks_is_one_paragraph(tmp_path):
     said = "".join(run.communicate(timeout=120))
     assert run.returncode == 2
     assert said.count("expertmesh: error: parallel: ep_size=3 does not fit") == 1 and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_tasks_of_a_slurm_job_are_ranks(tmp_path, monkeypatch):
+    job = {"NTASKS": "2", "JOB_ID": str(os.getpid()), "JOB_NODELIST": "localhost"}
+    tasks = []
+    for rank in "01":
+        for name, value in {**job, "PROCID": rank, "LOCALID": rank}.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        tasks.append(process("train", *tiny_run(tmp_path, **TWO)))
+    first, second = ("".join(task.communicate(timeout=200)) for task in tasks)
+    assert [task.returncode for task in tasks] == [0, 0], first + second
+    assert "Done: the model is in" in first and "Done" not in second and len(steps(tmp_path)) == 2
