@@ -374,11 +374,12 @@ def check_checkpoint(path: str | Path, device: str = "cpu") -> Iterator[Row]:
     yield from export_rows(stock, ours)
 
 
-def check_model(model: str, device: str = "cpu") -> Iterator[Row]:
-    """`check_checkpoint`, or the same for a tiny model of a family (`qwen3_moe`), made here."""
+@contextlib.contextmanager
+def checkpoint_of(model: str) -> Iterator[str]:
+    """The checkpoint to compare: `model` itself, or for a family (`qwen3_moe`) that of a tiny model made here."""
     if model not in FAMILIES:
-        yield from check_checkpoint(model, device)
+        yield model
         return
     with tempfile.TemporaryDirectory() as folder:
         tiny_model(model).save_pretrained(folder)
-        yield from check_checkpoint(folder, device)
+        yield folder

@@ -15,29 +15,32 @@ if TYPE_CHECKING:
     from expertmesh.bench.rows import Row
 
 MODEL_HELP = "A checkpoint folder, a Hub id, a family (`qwen3_moe`: a tiny model is made), or `all` families."
+RANKS_HELP = "Compare on this many processes instead: FSDP2 and expert parallelism against stock on one process."
 DEVICE_HELP = "`cpu`: float32, equal within 1e-5. `cuda`: bfloat16, at most 1.5 times stock's own error."
 
 
 def check(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    ranks: Annotated[int, typer.Option(min=1, help=RANKS_HELP)] = 1,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every comparison, not one line per case.")] = False,
 ) -> None:
     """Compare loss, logits, gradients, generation and export with stock Transformers. Exit code 1 if any differs."""
     from rich.console import Console
     from rich.markup import escape
 
-    from expertmesh.bench.parity import check_model
+    from expertmesh.bench.layouts import check_layouts
+    from expertmesh.bench.parity import check_checkpoint, checkpoint_of
     from expertmesh.bench.tiny import FAMILIES
     from expertmesh.train.errors import ConfigError
 
-    _refuse_nonsense(model, device)
+    _refuse_nonsense(model, device, ranks)
     console = Console()
     failed = 0
     for name in FAMILIES if model == "all" else [model]:
         try:
-            with console.status(f"{name}: comparing with stock Transformers"), _quiet():
-                rows = list(check_model(name, device))
+            with console.status(f"{name}: comparing with stock Transformers"), _quiet(), checkpoint_of(name) as path:
+                rows = check_layouts(path, ranks) if ranks > 1 else list(check_checkpoint(path, device))
         except OSError as error:
             raise ConfigError(f"{name!r} cannot be loaded by Transformers: {' '.join(str(error).split())}") from error
         console.print(_table(name, rows, verbose))
@@ -50,7 +53,7 @@ def check(
     raise typer.Exit(1 if failed else 0)
 
 
-def _refuse_nonsense(model: str, device: str) -> None:
+def _refuse_nonsense(model: str, device: str, ranks: int) -> None:
     import torch
 
     from expertmesh.bench.tiny import FAMILIES
@@ -58,6 +61,8 @@ def _refuse_nonsense(model: str, device: str) -> None:
 
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device is cpu or cuda, not {device!r}.")
+    if device == "cuda" and ranks > 1:
+        raise ConfigError("--ranks compares in float32 on the CPU: leave out --device.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("This machine has no CUDA device: leave out --device, and the check runs on the CPU.")
     if model != "all" and model not in FAMILIES and "/" not in model and not os.path.isdir(model):
