@@ -10,7 +10,12 @@ from expertmesh.train.guard import NonFiniteError
 from expertmesh.train.routing import RouterLoad
 from expertmesh.train.trainer import Trainer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.device_count() != 1, reason="needs one GPU: with more, one process uses DataParallel"
+    ),
+]
 
 
 def model():
