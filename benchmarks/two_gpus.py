@@ -34,12 +34,13 @@ TINY = WIDTHS | dict(
     num_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
 ARMS = {"stock": 1, "stock-ep": 2, "expertmesh": 1, "expertmesh-ep": 2}
+FLOAT32 = "stock-float32"
 
 
 def build(arm, config, device):
     """A sharded model of this arm with the same weights in every arm and layout."""
-    ep_size = ARMS[arm]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ep_size = ARMS.get(arm, 1)
+    dtype = torch.bfloat16 if device.type == "cuda" and arm != FLOAT32 else torch.float32
     if arm.startswith("stock"):
         setup = DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=ep_size)
         setup, _, meshes = PreTrainedModel.prepare_distribute_model(setup)
@@ -57,9 +58,10 @@ def build(arm, config, device):
 def fill(model, config, device):
     for name, parameter in model.named_parameters():
         torch.manual_seed(zlib.crc32(name.encode()))
-        full = torch.ones(parameter.shape, device=device, dtype=parameter.dtype)
+        full = torch.ones(parameter.shape, device=device, dtype=torch.bfloat16)
         if parameter.dim() > 1:
             full.normal_(0, 0.3 if name.endswith("gate.weight") else 0.02)
+        full = full.to(parameter.dtype)
         if isinstance(parameter, DTensor):
             shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(shard.to_local())
@@ -93,16 +95,38 @@ def gradients(model, ids):
     return loss.detach(), whole
 
 
-def agreement(config, seq, device):
-    """Relative gradient errors of every arm against stock FSDP2, and of expert parallelism against its own FSDP2.
+def pin_routing(model):
+    """Every gate chooses K fixed random experts per token, the same in every arm; their weights still follow the logits.
 
-    The two libraries' bfloat16 runs differ by the near-ties that their routers decide differently; with one library's
-    kernels the layouts must agree closely.
+    Otherwise a near-tie that rounding decides differently sends a token to another expert, and one such token moves a
+    gradient more than all the rounding that is to be compared.
+    """
+    for number, gate in enumerate(module for name, module in model.named_modules() if name.endswith(".gate")):
+
+        def choose(gate, inputs, output, number=number):
+            logits, _, ids = output
+            generator = torch.Generator(logits.device).manual_seed(1000 * number + dist.get_rank())
+            order = torch.rand(logits.shape, generator=generator, device=logits.device)
+            ids = order.topk(ids.shape[-1], dim=-1).indices.to(ids.dtype)
+            weights = logits.float().softmax(-1).gather(-1, ids.long())
+            return logits, (weights / weights.sum(-1, keepdim=True)).to(logits.dtype), ids
+
+        gate.register_forward_hook(choose)
+
+
+def agreement(config, seq, device, pinned):
+    """Relative gradient errors of every arm against stock FSDP2 in float32 and in bfloat16, and of expert parallelism
+    against its own FSDP2.
+
+    With the routers' own choices the arms differ by near-ties that rounding decides; with pinned choices by rounding
+    alone.
     """
     ids = tokens(config, 1, seq, device)
     rows, known = [], {}
-    for arm in ARMS:
+    for arm in (FLOAT32, *ARMS):
         model = build(arm, config, device)
+        if pinned:
+            pin_routing(model)
         loss, got = gradients(model, ids)
         for base, (base_loss, want) in known.items():
             error = {n: ((got[n].float() - w.float()).norm() / w.float().norm()).item() for n, w in want.items()}
@@ -111,6 +135,7 @@ def agreement(config, seq, device):
                 {
                     "arm": arm,
                     "against": base,
+                    "routing": "pinned" if pinned else "own",
                     "loss_difference": abs((loss - base_loss).item()),
                     "mean_gradient_error": sum(error.values()) / len(error),
                     "worst_gradient_error": error[worst],
@@ -118,7 +143,7 @@ def agreement(config, seq, device):
                 }
             )
             say(rows[-1])
-        if ARMS[arm] == 1:
+        if ARMS.get(arm, 1) == 1:
             known[arm] = loss, {name: grad.clone() for name, grad in got.items()}
         del model, got
         free()
@@ -178,7 +203,9 @@ def main():
         "transformers": transformers.__version__,
         "commit": options.commit,
         "command": " ".join(["torchrun --nproc-per-node 2", *sys.argv]),
-        "agreement": agreement(small, 4096 if on_gpu else 16, device),
+        "agreement": [
+            row for pinned in (True, False) for row in agreement(small, 4096 if on_gpu else 16, device, pinned)
+        ],
         "rows": [],
     }
     for arm in options.arms if on_gpu else ():
