@@ -95,9 +95,7 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
     )
     weight_S = None if weight_TK is None else torch.empty(num_rows, dtype=torch.float32, device=device)
     ids_S = ids_TK.reshape(-1)
-    # an id is compared with all bins and with the ids of its part: both tables must fit into registers
-    config = dict(BINS=bins, PART=max(16, min(128, 16384 // bins)), num_warps=8)
-    _count_kernel[(num_blocks,)](ids_S, counts, num_rows, num_experts, BLOCK=sort_block, **config)
+    _count_kernel[(num_blocks,)](ids_S, counts, num_rows, num_experts, BINS=bins, BLOCK=sort_block, num_warps=4)
     _place_kernel[(num_blocks,)](
         ids_S,
         counts,
@@ -117,7 +115,10 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
         TILE=block,
         TILES=triton.next_power_of_2(triton.cdiv(max_tiles, num_blocks)),
         HAS_WEIGHT=weight_TK is not None,
-        **config,
+        # an id is compared with all bins and with the ids of its part: both tables must fit into registers
+        BINS=bins,
+        PART=max(16, min(128, 16384 // bins)),
+        num_warps=8,
     )
     return Grouping(
         slot_S, token_S, position_S.view(ids_TK.shape), offsets_E, (tile_expert, tile_row), block, weight_S
@@ -132,15 +133,12 @@ def _load_experts(ids, row, end, num_experts):
 
 
 @triton.jit
-def _count_kernel(ids, counts, num_rows, num_experts, BINS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
+def _count_kernel(ids, counts, num_rows, num_experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """counts [block, bin] of one block."""
-    bin = tl.arange(0, BINS)
-    counted = tl.zeros((BINS,), tl.int32)
-    for part in range(BLOCK // PART):
-        row = tl.program_id(0) * BLOCK + part * PART + tl.arange(0, PART)
-        expert = _load_experts(ids, row, num_rows, num_experts)
-        counted += tl.sum((expert[:, None] == bin[None, :]).to(tl.int32), axis=0)
-    tl.store(counts + tl.program_id(0) * BINS + bin, counted)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(ids + row, mask=row < num_rows, other=num_experts).to(tl.int32)
+    counted = tl.histogram(expert, BINS, mask=expert < num_experts)
+    tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), counted)
 
 
 @triton.jit
@@ -186,8 +184,8 @@ def _place_kernel(
     last_tile = tl.cumsum(tiles, axis=0)
     tile = block * TILES + tl.arange(0, TILES)
     expert_of = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)
-    mine = expert_of[:, None] == bin[None, :]
-    row_of = tl.sum(tl.where(mine, (ends - totals - (last_tile - tiles) * TILE)[None, :], 0), axis=1) + tile * TILE
+    listed = expert_of[:, None] == bin[None, :]
+    row_of = tl.sum(tl.where(listed, (ends - totals - (last_tile - tiles) * TILE)[None, :], 0), axis=1) + tile * TILE
     used = tile < tl.sum(tiles, axis=0)
     tl.store(tile_expert + tile, tl.where(used, expert_of, -1), mask=tile < max_tiles)
     tl.store(tile_row + tile, tl.where(used, row_of, 0), mask=tile < max_tiles)

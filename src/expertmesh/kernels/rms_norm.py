@@ -36,8 +36,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     """
     _check(x, weight, scale)
     if use_triton(x):
-        return _RMSNorm.apply(x, None, weight, eps, scale)[0]
+        return _RMSNorm.apply(x, None, weight, eps, scale, False)[0]
     return rms_norm_reference(x, weight, eps, scale=scale)
+
+
+def keep_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(rms_norm(x), x)`: for a residual connection around what the norm feeds; where x's two gradients would be added
+    in a pass of their own, the norm's backward adds them.
+    """
+    _check(x, weight, "rounded")
+    if use_triton(x):
+        return _RMSNorm.apply(x, None, weight, eps, "rounded", True)
+    return rms_norm_reference(x, weight, eps), x
 
 
 def add_rms_norm(
@@ -52,7 +62,7 @@ def add_rms_norm(
     if x.shape != residual.shape:
         raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have the same shape.")
     if use_triton(x):
-        return _RMSNorm.apply(x, residual, weight, eps, scale)
+        return _RMSNorm.apply(x, residual, weight, eps, scale, False)
     return add_rms_norm_reference(x, residual, weight, eps, scale=scale)
 
 
@@ -217,12 +227,13 @@ def _norm_backward(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x, residual or None, weight → (y, sum); without a residual the second output is None and x itself is saved."""
+    """x, residual or None, weight → (y, sum); without a residual x itself is saved, and is the second output if `keep`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: str,
+        keep: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         x_TH = _rows(x)
         T, H = x_TH.shape
         total = None
@@ -243,7 +254,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x if total is None else total, weight)
         ctx.eps, ctx.scale, ctx.dtypes = eps, scale, (x.dtype, residual.dtype if residual is not None else None)
         ctx.set_materialize_grads(False)
-        return y, total
+        return y, x if keep else total
 
     @staticmethod
     @once_differentiable
@@ -254,9 +265,9 @@ class _RMSNorm(torch.autograd.Function):
         if dy is not None:
             dx, dweight = _launch_backward(s, weight, dy, dsum, ctx.eps, ctx.scale, ctx.needs_input_grad[2])
         if dx is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         dresidual = dx.to(residual_dtype) if residual_dtype is not None else None
-        return dx.to(x_dtype), dresidual, dweight, None, None
+        return dx.to(x_dtype), dresidual, dweight, None, None, None
 
 
 def _launch_backward(
