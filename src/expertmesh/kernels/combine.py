@@ -39,12 +39,14 @@ def combine_reference(
 
 
 def unsort(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[T, K] in `dtype`: what stands in sorted row position(t, k), summed in float32 over the P parts; 0 at position -1."""
+    """[T, K] in `dtype`: sorted row position(t, k), summed in float32 over the P parts; 0 at position -1."""
     if use_triton(value_PS):
         out_TK = torch.empty(position_TK.shape, dtype=dtype, device=value_PS.device)
         (parts, rows), count = value_PS.shape, position_TK.numel()
         if count:
-            _unsort_kernel[(triton.cdiv(count, 512),)](value_PS, position_TK, out_TK, count, rows, PARTS=parts, BLOCK=512)
+            _unsort_kernel[(triton.cdiv(count, 512),)](
+                value_PS, position_TK, out_TK, count, rows, PARTS=parts, BLOCK=512
+            )
         return out_TK
     return unsort_reference(value_PS, position_TK, dtype)
 

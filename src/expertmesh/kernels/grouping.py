@@ -9,7 +9,6 @@ expert's, no kernel computes them, and `position` holds -1 for them.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -120,9 +119,7 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
         PART=max(16, min(128, 16384 // bins)),
         num_warps=8,
     )
-    return Grouping(
-        slot_S, token_S, position_S.view(ids_TK.shape), offsets_E, (tile_expert, tile_row), block, weight_S
-    )
+    return Grouping(slot_S, token_S, position_S.view(ids_TK.shape), offsets_E, (tile_expert, tile_row), block, weight_S)
 
 
 @triton.jit

@@ -91,7 +91,7 @@ def _load_halves(ptr, HALF: tl.constexpr, mask):
 
 @triton.jit
 def _places(tile, num_heads, S, N: tl.constexpr, ROWS: tl.constexpr):
-    """Of the heads that a tile holds, counted through all tokens: batch, position, head and flat number, each [ROWS, 1]."""
+    """Of a tile's heads, counted through all tokens: batch, position, head, flat number and whether there is one."""
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     token = row // N
     b = token // S

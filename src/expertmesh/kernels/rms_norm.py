@@ -99,7 +99,7 @@ def processors(device: torch.device) -> int:
 
 
 def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -> None:
-    """Sums of float32 rows, one launch: outputs[0] [W] of rows [0, split), outputs[1] of the others, if it is asked for.
+    """Sums of float32 rows, one launch: outputs[0] [W] of rows [0, split), outputs[1], if it is asked for, of the others.
 
     Every column is summed by one program in a fixed order, and rounded to its output's dtype once.
     """
@@ -227,7 +227,7 @@ def _norm_backward(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x, residual or None, weight → (y, sum); without a residual x itself is saved, and is the second output if `keep`."""
+    """x, residual or None, weight → (y, sum); without a residual x is saved, and is the second output if `keep`."""
 
     @staticmethod
     def forward(
