@@ -99,7 +99,7 @@ def processors(device: torch.device) -> int:
 
 
 def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -> None:
-    """Sums of float32 rows, one launch: outputs[0] [W] of rows [0, split), outputs[1], if it is asked for, of the others.
+    """Sums of float32 rows, one launch: outputs[0] [W] of rows [0, split), outputs[1], if given, of the others.
 
     Every column is summed by one program in a fixed order, and rounded to its output's dtype once.
     """
