@@ -69,7 +69,7 @@ def linear_cross_entropy_reference(
 
 
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows per chunk: logits that take up to 1.25 GiB on a large GPU (a small one: 1/64 of its memory, but at least 1024
+    """Rows per chunk: logits of up to 1.25 GiB on a large GPU (a small one: 1/64 of its memory, but at least 1024
     rows), 256 MiB on a CPU. More is faster: every chunk reads and writes the weight's whole gradient.
 
     Where they fit, chunks are multiples of 2048 rows. The hidden states' gradient is a GEMM with few columns: with a
