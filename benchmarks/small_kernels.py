@@ -1,17 +1,22 @@
-"""Norms, RoPE, SwiGLU and the loss: each kernel's time beside its floor and beside PyTorch, torch.compile and Liger.
+"""Norms, RoPE, SwiGLU, routing and the loss: each kernel's time beside its floor, PyTorch, torch.compile and Liger.
 
     python benchmarks/small_kernels.py --out benchmarks/results/NAME.json
+    python benchmarks/small_kernels.py --sweep                 every configuration of every kernel's table, best first
 
 One JSON row per kernel, implementation and pass, on stdout and in the file. The floor is the bytes that must move over
 4.25 TB/s (one H200 copying), for the loss its three GEMMs at 788 TFLOP/s. Forward and backward are timed apart by CUDA
-events, each run behind a write that empties the L2 cache and hides the launch; the median is kept. Without a GPU
+events, each run behind writes that empty the L2 cache and keep the GPU busy for longer than the CPU needs to launch;
+the median is kept. `cpu_ms` is that CPU time: what one call costs a step whose GPU work is short. Without a GPU
 `--tokens 64 --hidden 64 --vocab 512` runs it all on the CPU (torch.compile and Liger left out): figures mean nothing
 there.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,15 +27,64 @@ from typing import Any
 import torch
 
 from expertmesh import backends
+from expertmesh.kernels import linear_cross_entropy as loss_kernels
+from expertmesh.kernels import qk_norm_rope as rope_kernels
+from expertmesh.kernels import rms_norm as norm_kernels
+from expertmesh.kernels import swiglu as swiglu_kernels
+from expertmesh.kernels.combine import combine, combine_reference, unsort, unsort_reference
+from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from expertmesh.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from expertmesh.kernels.router import Routing, route, route_reference
 from expertmesh.kernels.swiglu import swiglu, swiglu_reference
 
 BYTES_PER_MS = 4.25e9
 FLOP_PER_MS = 788e9
-FLUSH_BYTES = 2**28
+FLUSH_BYTES, FLUSHES = 2**28, 8  # about half a millisecond
 EPS = 1e-6
+EXPERTS, TOP_K = 128, 8
+
+
+def table(**values: tuple[int, ...]) -> list[dict[str, int]]:
+    """Every combination of these values."""
+    return [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
+
+
+#: kernel: (its table, {pass: configurations to try})
+SWEEPS: dict[str, tuple[dict[str, dict[str, int]], dict[str, list[dict[str, int]]]]] = {
+    "add_rms_norm": (
+        norm_kernels.TUNING,
+        {
+            "forward": table(elements=(2048, 4096), per_thread=(8, 16)),
+            "backward": table(elements=(2048,), per_thread=(8, 16), programs=(2, 3, 4, 6))
+            + table(elements=(4096,), per_thread=(16,), programs=(1, 2)),
+        },
+    ),
+    "qk_norm_rope": (
+        rope_kernels.TUNING,
+        {
+            "forward": table(ROWS=(8, 16, 32), num_warps=(2, 4)),
+            "backward": table(ROWS=(8,), num_warps=(2,), programs=(8, 10, 16))
+            + table(ROWS=(16,), num_warps=(4,), programs=(4, 5, 8))
+            + table(ROWS=(16, 32), num_warps=(8,), programs=(3,)),
+        },
+    ),
+    "swiglu": (
+        swiglu_kernels.TUNING,
+        {
+            "forward": table(elements=(1024, 2048, 4096), num_warps=(4,)),
+            "backward": table(elements=(1024, 2048, 4096), num_warps=(4, 8)),
+        },
+    ),
+    "linear_cross_entropy": (
+        loss_kernels.TUNING,
+        {
+            "rows": table(BLOCK=(4096, 8192), num_warps=(8,)) + table(BLOCK=(8192, 16384, 32768), num_warps=(16, 32)),
+            "scale": table(BLOCK=(2048, 4096, 8192), num_warps=(4, 8)),
+        },
+    ),
+}
 
 
 def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -92,6 +146,7 @@ def cases(tokens: int, hidden: int, vocab: int) -> Iterator[tuple[str, Callable,
         3 * head_pass + rotation,
     )
     yield "swiglu", swiglu, swiglu_reference, (leaf(tokens, 3 * hidden), leaf(tokens, 3 * hidden)), 9 * row, 15 * row
+    yield from routing_cases(tokens, hidden)
     gemm = 2 * tokens * hidden * vocab / FLOP_PER_MS
     labels = torch.randint(0, vocab, (tokens,), device=x.device)
     loss = linear_cross_entropy, linear_cross_entropy_reference
@@ -100,58 +155,145 @@ def cases(tokens: int, hidden: int, vocab: int) -> Iterator[tuple[str, Callable,
     yield "linear_cross_entropy, frozen weight", *loss, (x, frozen, labels), gemm, gemm
 
 
-def median_ms(fn: Callable[[], Any], repeats: int) -> float:
-    """Median time of one call, after three to warm up (and compile)."""
+def routing_cases(tokens: int, hidden: int) -> Iterator[tuple[str, Callable, Callable, tuple, float, float]]:
+    """As `cases`; what has no backward gets 0 as its floor."""
+    rows = tokens * TOP_K
+    logits, routing = leaf(tokens, EXPERTS), Routing("softmax", TOP_K, normalize=True)
+    weights, ids = (x.detach() for x in route_reference(logits, routing))
+    logit_pass = tokens * EXPERTS * 2 / BYTES_PER_MS
+    router = (
+        lambda x: route(x, routing, weight_dtype=x.dtype)[0],
+        lambda x: route_reference(x, routing, weight_dtype=x.dtype)[0],
+    )
+    yield "route", *router, (logits,), logit_pass + rows * 10 / BYTES_PER_MS, 2 * logit_pass + rows * 10 / BYTES_PER_MS
+    sort = (
+        lambda ids, weights: group_by_expert(ids, EXPERTS, weights).position_TK,
+        lambda ids, weights: group_by_expert_reference(ids, EXPERTS, weights).position_TK,
+    )
+    yield "group_by_expert", *sort, (ids, weights), rows * (8 + 4 + 4 * 4) / BYTES_PER_MS, 0.0
+    position = group_by_expert_reference(ids, EXPERTS).position_TK
+    y = leaf(rows, hidden).detach()
+    yield (
+        "combine",
+        combine,
+        combine_reference,
+        (y, position, weights),
+        (rows + tokens) * hidden * 2 / BYTES_PER_MS,
+        0.0,
+    )
+    parts = torch.randn(6, rows, device=y.device)
+    back = (
+        lambda parts, position: unsort(parts, position, y.dtype),
+        lambda parts, position: unsort_reference(  # noqa: E731
+            parts, position, y.dtype
+        ),
+    )
+    yield "unsort", *back, (parts, position), rows * (6 * 4 + 4 + 2) / BYTES_PER_MS, 0.0
+
+
+def median_ms(fn: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Median times of one call on the device, and of the CPU until it returns; three calls warm up (and compile)."""
     cuda = torch.cuda.is_available()
     flush = torch.empty(FLUSH_BYTES if cuda else 1, dtype=torch.int8, device="cuda" if cuda else "cpu")
-    times = []
+    times, cpu_times = [], []
     for i in range(repeats + 3):
-        flush.zero_()
+        for _ in range(FLUSHES if cuda else 0):
+            flush.zero_()
         if cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            fn()
+        begin = time.perf_counter()
+        fn()
+        elapsed = cpu = (time.perf_counter() - begin) * 1e3
+        if cuda:
             end.record()
             end.synchronize()
             elapsed = start.elapsed_time(end)
-        else:
-            begin = time.perf_counter()
-            fn()
-            elapsed = (time.perf_counter() - begin) * 1e3
         if i >= 3:
             times.append(elapsed)
-    return statistics.median(times)
+            cpu_times.append(cpu)
+    return statistics.median(times), statistics.median(cpu_times)
 
 
-def measure(fn: Callable, inputs: tuple[torch.Tensor, ...], repeats: int) -> dict[str, float]:
-    """Times of forward (keeping what backward needs), backward, and both; peak memory of both in GiB, on a GPU."""
+def measure(fn: Callable, inputs: tuple[torch.Tensor, ...], repeats: int) -> Iterator[dict[str, Any]]:
+    """Times of forward (keeping what backward needs), backward, and both, with peak memory in GiB; forward alone where
+    no input has a gradient."""
     leaves = [x for x in inputs if x.requires_grad]
 
     def outputs() -> list[torch.Tensor]:
         result = fn(*inputs)
         return [result] if isinstance(result, torch.Tensor) else list(result)
 
-    grads = [torch.randn_like(y) for y in outputs()]
+    def timed(name: str, fn: Callable[[], Any]) -> dict[str, Any]:
+        ms, cpu_ms = median_ms(fn, repeats)
+        return {"pass": name, "ms": round(ms, 4), "cpu_ms": round(cpu_ms, 4)}
 
-    def both() -> None:
-        torch.autograd.grad(outputs(), leaves, grads)
-
+    yield timed("forward", outputs)
+    if not leaves:
+        return
     kept = outputs()
+    grads = [torch.randn_like(y) for y in kept]
 
     def backward() -> None:
         torch.autograd.grad(kept, leaves, grads, retain_graph=True)
 
-    found = {"forward": median_ms(outputs, repeats), "backward": median_ms(backward, repeats)}
+    yield timed("backward", backward)
     kept.clear()
     before = 0
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    found["both"] = median_ms(both, repeats)
+    both = timed("both", lambda: torch.autograd.grad(outputs(), leaves, grads))
     if torch.cuda.is_available():
-        found["peak_gib"] = (torch.cuda.max_memory_allocated() - before - FLUSH_BYTES) / 2**30
-    return found
+        both["peak_gib"] = round((torch.cuda.max_memory_allocated() - before - FLUSH_BYTES) / 2**30, 3)
+    yield both
+
+
+def sweep(tokens: int, hidden: int, vocab: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """One row per pass of each kernel: [ms, configuration] of its candidates, best first."""
+    found = {name: (fn, inputs, floors) for name, fn, _, inputs, *floors in cases(tokens, hidden, vocab)}
+    for kernel, (tuning, passes) in SWEEPS.items():
+        fn, inputs, floors = found[kernel]
+        calls: dict[str, tuple[Callable[[], Any], float]]
+        if kernel == "linear_cross_entropy":
+            calls = loss_calls(inputs[0].device, hidden, vocab)
+        else:
+            kept = list(fn(*inputs)) if kernel != "swiglu" else [fn(*inputs)]
+            grads = [torch.randn_like(y) for y in kept]
+            leaves = [x for x in inputs if x.requires_grad]
+            calls = {
+                "forward": (lambda fn=fn, inputs=inputs: fn(*inputs), floors[0]),
+                "backward": (
+                    lambda kept=kept, leaves=leaves, grads=grads: torch.autograd.grad(
+                        kept, leaves, grads, retain_graph=True
+                    ),
+                    floors[1],
+                ),
+            }
+        for name, candidates in passes.items():
+            call, floor = calls[name]
+            shipped = dict(tuning[name])
+            times = []
+            for candidate in candidates:
+                tuning[name].update(candidate)
+                with contextlib.suppress(RuntimeError if torch.cuda.is_available() else ()):  # too large for this GPU
+                    times.append([round(median_ms(call, repeats)[0], 4), candidate])
+            tuning[name].update(shipped)
+            times.sort(key=lambda entry: entry[0])
+            yield {"kernel": kernel, "pass": name, "floor_ms": round(floor, 4), "shipped": shipped, "best_first": times}
+
+
+def loss_calls(device: torch.device, hidden: int, vocab: int) -> dict[str, tuple[Callable[[], Any], float]]:
+    """The two kernels of the loss, without its GEMMs: one chunk of rows, and the head's gradient scaled."""
+    rows = loss_kernels.chunk_rows(2**30, vocab, torch.bfloat16, device) if device.type == "cuda" else 16
+    logits = torch.randn(rows, -(-vocab // 16) * 16, device=device, dtype=torch.bfloat16)[:, :vocab]
+    labels = torch.randint(0, vocab, (rows,), device=device)
+    gradient, scale = torch.randn(vocab, hidden, device=device), torch.ones(1, device=device)
+    return {
+        "rows": (lambda: loss_kernels._rows(logits, labels, -100, True), 3 * rows * vocab * 2 / BYTES_PER_MS),
+        "scale": (lambda: loss_kernels._scaled(gradient, scale, torch.bfloat16), vocab * hidden * 6 / BYTES_PER_MS),
+    }
 
 
 def rows(tokens: int, hidden: int, vocab: int, repeats: int) -> Iterator[dict[str, Any]]:
@@ -164,14 +306,13 @@ def rows(tokens: int, hidden: int, vocab: int, repeats: int) -> Iterator[dict[st
             arms["liger"] = theirs[name]
         floors = {"forward": forward_floor, "backward": backward_floor, "both": forward_floor + backward_floor}
         for arm, fn in arms.items():
-            times = measure(fn, inputs, repeats)
-            peak = times.pop("peak_gib", None)
-            # a loss that makes its gradients in forward has no backward to compare: only the sum is meaningful
-            for direction in ("both",) if name.startswith("linear") else times:
-                floor = floors[direction]
-                row = {"kernel": name, "implementation": arm, "pass": direction, "ms": round(times[direction], 4)}
-                row |= {"floor_ms": round(floor, 4), "share_of_floor": round(floor / times[direction], 3)}
-                yield row | ({"peak_gib": round(peak, 3)} if peak is not None and direction == "both" else {})
+            for times in measure(fn, inputs, repeats):
+                # a loss that makes its gradients in forward has no backward to compare: only the sum is meaningful
+                if times["pass"] == "both" or not name.startswith("linear"):
+                    floor = floors[times["pass"]]
+                    share = round(floor / times["ms"], 3)
+                    row = {"kernel": name, "implementation": arm, **times}
+                    yield row | {"floor_ms": round(floor, 4), "share_of_floor": share}
         torch.compiler.reset()
 
 
@@ -181,6 +322,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--sweep", action="store_true", help="try every configuration of the kernels' tables")
     parser.add_argument("--out", help="also write everything to this JSON file")
     parser.add_argument("--commit", help="the commit to record where there is no git repository")
     arguments = parser.parse_args()
@@ -195,9 +337,12 @@ def main() -> None:
         "rows": [],
     }
     print(json.dumps({key: value for key, value in result.items() if key != "rows"}), flush=True)
-    for row in rows(arguments.tokens, arguments.hidden, arguments.vocab, arguments.repeats):
-        print(json.dumps(row), flush=True)
-        result["rows"].append(row)
+    work = sweep if arguments.sweep else rows
+    interpreted = backends.interpreted() if os.environ.get("TRITON_INTERPRET") == "1" else contextlib.nullcontext()
+    with interpreted:
+        for row in work(arguments.tokens, arguments.hidden, arguments.vocab, arguments.repeats):
+            print(json.dumps(row), flush=True)
+            result["rows"].append(row)
     if arguments.out:
         with open(arguments.out, "w") as file:
             json.dump(result, file, indent=1)

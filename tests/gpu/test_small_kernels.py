@@ -8,9 +8,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from expertmesh.kernels.combine import unsort, unsort_reference
+from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
-from expertmesh.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from expertmesh.kernels.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_reference,
+    keep_rms_norm,
+    rms_norm,
+    rms_norm_reference,
+)
 from expertmesh.kernels.swiglu import swiglu, swiglu_reference
 from tests.kernels.compare import outputs_and_grads
 
@@ -48,6 +56,11 @@ def cases() -> dict[str, tuple[Callable, Callable, tuple[torch.Tensor, ...]]]:
             lambda x, r, w: add_rms_norm_reference(x, r, w, 1e-6),
             (leaf(4, 1023, width), leaf(4, 1023, width), leaf(width)),
         )
+    found["keep_rms_norm 2048"] = (
+        lambda x, w: keep_rms_norm(x, w, 1e-6),
+        lambda x, w: (rms_norm_reference(x, w, 1e-6), x),
+        (leaf(4, 1023, 2048), leaf(2048)),
+    )
 
     def heads(function: Callable) -> Callable:
         def run(qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -96,6 +109,33 @@ def test_kernels_are_deterministic_and_never_make_the_cpu_wait():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"),
+    [(16384, 8, 128), (4096, 8, 128), (4095, 6, 64), (3000, 10, 512), (70000, 4, 32), (5, 2, 8)],
+)
+def test_the_counting_sort_equals_a_stable_sort_without_waiting(tokens, top_k, experts):
+    torch.manual_seed(0)
+    ids = torch.randint(0, experts + 1, (tokens, top_k), device="cuda")  # some are for nobody here
+    weight = torch.rand(tokens, top_k, device="cuda").bfloat16()
+    parts = torch.randn(3, tokens * top_k, device="cuda")
+    group_by_expert(ids, experts, weight)  # compiles
+    unsort(parts, torch.zeros_like(ids, dtype=torch.int32), torch.float32)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = group_by_expert(ids, experts, weight)
+        back = unsort(parts, got.position_TK, torch.float32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = group_by_expert_reference(ids, experts, weight)
+    for name in ("slot_S", "token_S", "position_TK", "offsets_E", "weight_S"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    torch.testing.assert_close(back, unsort_reference(parts, got.position_TK, torch.float32))
+    expert, row = (x.tolist() for x in got.tiles)
+    ends = want.offsets_E.tolist()
+    tiles = [(e, r) for e in range(experts) for r in range(([0] + ends)[e], ends[e], got.block)]
+    assert [pair for pair in zip(expert, row, strict=True) if pair[0] >= 0] == tiles
 
 
 @pytest.mark.parametrize("count", [None, 700, "cpu", "cuda"])

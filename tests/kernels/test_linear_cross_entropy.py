@@ -1,5 +1,7 @@
 """Chunked linear + cross entropy, in PyTorch and in interpreted Triton, against all logits at once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,6 +163,17 @@ def test_chunks_are_equal_whole_tiles_within_the_budget():
     rows = module.chunk_rows(2048, 151936, torch.float32, torch.device("cpu"))
     assert rows % 64 == 0 and rows * 151936 * 4 <= 1.25 * 2**28
     assert module.chunk_rows(100, 4096, torch.float32, torch.device("cpu")) == 100
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "rows", "vocab", "chunk"),
+    [(141, 16384, 151936, 4096), (141, 4096, 151936, 4096), (141, 16384, 201088, 2048), (141, 300, 32000, 300)]
+    + [(24, 16384, 151936, 1280), (24, 16384, 32000, 6144)],
+)
+def test_chunks_on_a_gpu_fill_whole_waves_within_the_budget(memory_gib, rows, vocab, chunk, monkeypatch):
+    memory = SimpleNamespace(total_memory=memory_gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    assert module.chunk_rows(rows, vocab, torch.bfloat16, torch.device("cuda")) == chunk
 
 
 def test_unflattened_inputs_are_refused():

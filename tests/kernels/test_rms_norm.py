@@ -8,7 +8,14 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
-from expertmesh.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from expertmesh.kernels.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_reference,
+    keep_rms_norm,
+    rms_norm,
+    rms_norm_reference,
+    sum_partials,
+)
 from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads
 
 SCALES = ["rounded", "float32", "one_plus"]
@@ -50,6 +57,34 @@ def test_add_rms_norm_kernel_equals_reference(shape, scale):
     with on_triton():
         got = outputs_and_grads(lambda x, r, w: add_rms_norm(x, r, w, 1e-6, scale=scale), x, residual, weight)
     assert_same(got, expected)
+
+
+@pytest.mark.parametrize("used", [slice(0, 1), slice(1, 2), slice(0, 2)])
+@pytest.mark.parametrize("shape", [(1, 24), (7, 100), (2, 3, 96), (300, 33)])
+def test_keep_rms_norm_adds_the_gradients_of_both_uses(shape, used):
+    wide, weight = leaf(*shape[:-1], 2 * shape[-1]), leaf(shape[-1])
+
+    def run(norm):
+        def fn(wide, weight):
+            half = wide[..., : shape[-1]]
+            return torch.cat([*norm(half, weight, 1e-6)[used], 0 * (half + weight)], dim=-1)
+
+        return outputs_and_grads(fn, wide, weight)
+
+    expected = run(lambda x, w, eps: (rms_norm_reference(x, w, eps), x))
+    with on_triton():
+        assert_same(run(keep_rms_norm), expected)
+
+
+@pytest.mark.parametrize(("rows", "split", "width"), [(1, 1, 3), (7, 2, 40), (200, 130, 33)])
+def test_partial_sums_of_two_parts_are_rounded_once(rows, split, width):
+    partial, first, second = torch.randn(rows, width), torch.empty(width), torch.empty(width).bfloat16()
+    with on_triton():
+        sum_partials(partial, split, first)
+        assert_same([first], [partial[:split].sum(0)])
+        first = first.bfloat16()
+        sum_partials(partial, split, first, second)
+    assert_same([first, second], [x.sum(0).bfloat16() for x in (partial[:split], partial[split:])], tolerance=8e-3)
 
 
 @pytest.mark.parametrize("used", [0, 1])

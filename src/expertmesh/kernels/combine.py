@@ -3,7 +3,8 @@
     out_t = Σ_k weight_tk · y_position(t,k)
 
 The same kernel, without weights, turns the rows of the up-projection's input gradient into the tokens' gradient. Each
-output element is written by one program in a fixed order, in float32: no atomics, no scatter, deterministic.
+output element is written by one program in a fixed order, in float32: no atomics, no scatter, deterministic. `unsort`
+is the same road for one number per row.
 """
 
 import torch
@@ -35,6 +36,35 @@ def combine_reference(
     if weight_TK is not None:
         y_TKH = y_TKH * torch.where(mine_TK1, weight_TK[..., None], 0)
     return y_TKH.sum(1).to(y_SH.dtype)
+
+
+def unsort(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[T, K] in `dtype`: sorted row position(t, k), summed in float32 over the P parts; 0 at position -1."""
+    if use_triton(value_PS):
+        out_TK = torch.empty(position_TK.shape, dtype=dtype, device=value_PS.device)
+        (parts, rows), count = value_PS.shape, position_TK.numel()
+        if count:
+            _unsort_kernel[(triton.cdiv(count, 512),)](
+                value_PS, position_TK, out_TK, count, rows, PARTS=parts, BLOCK=512
+            )
+        return out_TK
+    return unsort_reference(value_PS, position_TK, dtype)
+
+
+def unsort_reference(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The specification of `unsort`."""
+    value_S = value_PS.sum(0)
+    return torch.where(position_TK >= 0, value_S[position_TK.clamp(min=0).long()], 0).to(dtype)
+
+
+@triton.jit
+def _unsort_kernel(value, position, out, count, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(position + at, mask=at < count, other=-1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(PARTS):
+        total += tl.load(value + part * rows + row, mask=row >= 0, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
 
 
 @triton.jit

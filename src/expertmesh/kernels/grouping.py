@@ -1,14 +1,14 @@
 """Counting sort of (token, slot) pairs by expert, on the device, and the tiles that the grouped GEMMs walk.
 
 T tokens choose K experts each, so S = T·K rows. Sorting by expert makes each expert's rows contiguous. Nothing here
-asks the device for a number: counts stay there, so the CPU never waits. The sort is stable, hence deterministic.
+asks the device for a number: counts stay there, so the CPU never waits. The sort is stable, hence deterministic. It is
+two launches: every block of rows counts its experts; then every block reads all counts and places its own rows.
 
 An id equal to E means "not mine" (Transformers' expert-parallel sentinel): such rows sort to the tail, behind every
 expert's, no kernel computes them, and `position` holds -1 for them.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -22,7 +22,8 @@ class Grouping:
     slot_S: which flat (token·K + k) stands in sorted row s. token_S: its token, slot_S // K.
     position_TK: the inverse, in which sorted row (t, k) stands, or -1 if nobody here computes it.
     offsets_E: where each expert's rows end. tiles: (expert [M], first row [M]) of each row tile of the Triton GEMMs,
-    expert -1 for unused entries; None on the PyTorch path. block: rows per tile.
+    expert -1 for unused entries; None on the PyTorch path. block: rows per tile. weight_S: the routing weights in
+    sorted order, float32, if `group_by_expert` was given them.
     """
 
     slot_S: torch.Tensor
@@ -31,19 +32,23 @@ class Grouping:
     offsets_E: torch.Tensor
     tiles: tuple[torch.Tensor, torch.Tensor] | None = None
     block: int = 0
+    weight_S: torch.Tensor | None = None
 
 
-def group_by_expert(ids_TK: torch.Tensor, num_experts: int) -> Grouping:
+def group_by_expert(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None) -> Grouping:
     """Sort the S = T·K routed rows by expert.
 
-    ids_TK: integer tensor [T, K] with values in [0, num_experts]; num_experts itself marks rows to skip.
+    ids_TK: integer tensor [T, K] with values in [0, num_experts]; num_experts itself marks rows to skip. weight_TK:
+    routing weights, any float type, to be sorted along (without gradient).
     """
     if use_triton(ids_TK):
-        return _group_triton(ids_TK, num_experts)
-    return group_by_expert_reference(ids_TK, num_experts)
+        return _group_triton(ids_TK, num_experts, weight_TK)
+    return group_by_expert_reference(ids_TK, num_experts, weight_TK)
 
 
-def group_by_expert_reference(ids_TK: torch.Tensor, num_experts: int) -> Grouping:
+def group_by_expert_reference(
+    ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None
+) -> Grouping:
     """The specification of `group_by_expert`, in PyTorch: a stable sort."""
     flat = ids_TK.reshape(-1)
     slot_S = torch.sort(flat, stable=True).indices
@@ -52,8 +57,9 @@ def group_by_expert_reference(ids_TK: torch.Tensor, num_experts: int) -> Groupin
     position = torch.empty_like(slot_S)
     position[slot_S] = torch.arange(flat.numel(), device=flat.device)
     position = torch.where(flat < num_experts, position, -1).to(torch.int32)
+    weight_S = None if weight_TK is None else weight_TK.detach().reshape(-1)[slot_S].float()
     slot_S = slot_S.to(torch.int32)
-    return Grouping(slot_S, slot_S // ids_TK.shape[1], position.view(ids_TK.shape), offsets_E)
+    return Grouping(slot_S, slot_S // ids_TK.shape[1], position.view(ids_TK.shape), offsets_E, weight_S=weight_S)
 
 
 def _block_rows(rows_per_expert: int) -> int:
@@ -64,91 +70,139 @@ def _block_rows(rows_per_expert: int) -> int:
     return 16
 
 
-_SORT_BLOCK = 256
+def _sort_block(num_rows: int) -> int:
+    """Rows per program of the sort: every program reads the counts of all, so there are at most 512 of them."""
+    return max(512, triton.next_power_of_2(triton.cdiv(num_rows, 512)))
 
 
-def _group_triton(ids_TK: torch.Tensor, num_experts: int) -> Grouping:
+def _int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
+    """Vectors of these sizes, one allocation; each starts at a multiple of 16 bytes, as kernels expect."""
+    padded = [-(-size // 4) * 4 for size in sizes]
+    pieces = torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)
+    return [piece if len(piece) == size else piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
+
+
+def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None) -> Grouping:
     num_rows, top_k, device = ids_TK.numel(), ids_TK.shape[1], ids_TK.device
-    ids_S = ids_TK.reshape(-1)
-    bins = triton.next_power_of_2(num_experts + 1)
-    num_blocks = triton.cdiv(num_rows, _SORT_BLOCK)
-    int32: dict[str, Any] = dict(dtype=torch.int32, device=device)
-
-    # [bin, block], so that one running sum over the whole table gives each block's first row within its bin
-    counts = torch.empty(bins, num_blocks, **int32)
-    slot_S, token_S = torch.empty(num_rows, **int32), torch.empty(num_rows, **int32)
-    position_TK, offsets_E = torch.empty(ids_TK.shape, **int32), torch.empty(num_experts, **int32)
-    _count_kernel[(num_blocks,)](ids_S, counts, num_rows, num_blocks, BINS=bins, BLOCK=_SORT_BLOCK)
-    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
-    _place_kernel[(num_blocks,)](
-        ids_S, counts, ends, slot_S, token_S, position_TK, num_rows, num_blocks, num_experts, top_k, BLOCK=_SORT_BLOCK
-    )
-
+    bins = triton.next_power_of_2(num_experts)
+    sort_block = _sort_block(num_rows)
+    num_blocks = max(1, triton.cdiv(num_rows, sort_block))
     block = _block_rows(num_rows // num_experts)
     max_tiles = triton.cdiv(num_rows, block) + num_experts
-    tile_expert, tile_row = torch.empty(max_tiles, **int32), torch.empty(max_tiles, **int32)
-    _tile_kernel[(num_experts + 1,)](
-        ends, offsets_E, tile_expert, tile_row, num_blocks, num_experts, max_tiles, BINS=bins, BLOCK=block
+    slot_S, token_S, position_S, offsets_E, tile_expert, tile_row, counts = _int32(
+        device, num_rows, num_rows, num_rows, num_experts, max_tiles, max_tiles, num_blocks * bins
     )
-    return Grouping(slot_S, token_S, position_TK, offsets_E, (tile_expert, tile_row), block)
+    weight_S = None if weight_TK is None else torch.empty(num_rows, dtype=torch.float32, device=device)
+    ids_S = ids_TK.reshape(-1)
+    _count_kernel[(num_blocks,)](ids_S, counts, num_rows, num_experts, BINS=bins, BLOCK=sort_block, num_warps=4)
+    _place_kernel[(num_blocks,)](
+        ids_S,
+        counts,
+        None if weight_TK is None else weight_TK.reshape(-1),
+        slot_S,
+        token_S,
+        position_S,
+        weight_S,
+        offsets_E,
+        tile_expert,
+        tile_row,
+        num_rows,
+        num_experts,
+        max_tiles,
+        top_k,
+        BLOCK=sort_block,
+        TILE=block,
+        TILES=triton.next_power_of_2(triton.cdiv(max_tiles, num_blocks)),
+        HAS_WEIGHT=weight_TK is not None,
+        # an id is compared with all bins and with the ids of its part: both tables must fit into registers
+        BINS=bins,
+        PART=max(16, min(128, 16384 // bins)),
+        num_warps=8,
+    )
+    return Grouping(slot_S, token_S, position_S.view(ids_TK.shape), offsets_E, (tile_expert, tile_row), block, weight_S)
 
 
 @triton.jit
-def _count_kernel(ids, counts, num_rows, num_blocks, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    block = tl.program_id(0)
-    rows = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(ids + rows, mask=rows < num_rows, other=BINS - 1).to(tl.int32)
-    bin = tl.arange(0, BINS)
-    counted = tl.sum(((expert[:, None] == bin[None, :]) & (rows < num_rows)[:, None]).to(tl.int32), axis=0)
-    tl.store(counts + bin * num_blocks + block, counted)
+def _load_experts(ids, row, end, num_experts):
+    """The experts of some rows: -1 for those that nobody computes here, -2 behind the last row."""
+    expert = tl.load(ids + row, mask=row < end, other=0).to(tl.int32)
+    return tl.where(row < end, tl.where(expert < num_experts, expert, -1), -2)
+
+
+@triton.jit
+def _count_kernel(ids, counts, num_rows, num_experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """counts [block, bin] of one block."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(ids + row, mask=row < num_rows, other=num_experts).to(tl.int32)
+    counted = tl.histogram(expert, BINS, mask=expert < num_experts)
+    tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), counted)
 
 
 @triton.jit
 def _place_kernel(
-    ids, counts, ends, slot, token, position, num_rows, num_blocks, num_experts, top_k, BLOCK: tl.constexpr
-):
-    block = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    rows = block * BLOCK + lane
-    valid = rows < num_rows
-    expert = tl.load(ids + rows, mask=valid, other=-1).to(tl.int32)
-    same_before = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
-    rank = tl.sum(same_before.to(tl.int32), axis=1)
-    cell = expert * num_blocks + block
-    first = tl.load(ends + cell, mask=valid, other=0) - tl.load(counts + cell, mask=valid, other=0)
-    where = first + rank
-    tl.store(slot + where, rows, mask=valid)
-    tl.store(token + where, rows // top_k, mask=valid)
-    tl.store(position + rows, tl.where(expert < num_experts, where, -1), mask=valid)
-
-
-@triton.jit
-def _tile_kernel(
-    ends,
+    ids,
+    counts,
+    weight,
+    slot,
+    token,
+    position,
+    weight_sorted,
     offsets,
     tile_expert,
     tile_row,
-    num_blocks,
+    num_rows,
     num_experts,
     max_tiles,
+    top_k,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
 ):
-    """Program e lists expert e's tiles behind those of the experts before it; program E marks the rest as unused."""
-    expert = tl.program_id(0)
+    """Places the rows of one block, and writes its share of the list of tiles; block 0 writes the offsets."""
+    block, num_blocks = tl.program_id(0), tl.num_programs(0)
     bin = tl.arange(0, BINS)
-    end = tl.load(ends + bin * num_blocks + num_blocks - 1)
-    begin = tl.load(ends + bin * num_blocks - 1, mask=bin > 0, other=0)
-    tiles = tl.where(bin < num_experts, (end - begin + BLOCK - 1) // BLOCK, 0)
-    first_tile = tl.sum(tl.where(bin < expert, tiles, 0), axis=0)
-    if expert < num_experts:
-        mine = bin == expert
-        row, num_tiles = tl.sum(tl.where(mine, begin, 0), axis=0), tl.sum(tl.where(mine, tiles, 0), axis=0)
-        tl.store(offsets + expert, tl.sum(tl.where(mine, end, 0), axis=0))
-        for i in range(0, num_tiles):
-            tl.store(tile_expert + first_tile + i, expert)
-            tl.store(tile_row + first_tile + i, row + i * BLOCK)
-    else:
-        for i in range(first_tile, max_tiles):
-            tl.store(tile_expert + i, -1)
-            tl.store(tile_row + i, 0)
+    totals = tl.zeros((BINS,), tl.int32)
+    before = tl.zeros((BINS,), tl.int32)  # rows of each expert in the blocks before this one
+    first = 0
+    while first < num_blocks:
+        other = first + tl.arange(0, PART)[:, None]
+        count = tl.load(counts + other * BINS + bin[None, :], mask=other < num_blocks, other=0)
+        totals += tl.sum(count, axis=0)
+        before += tl.sum(tl.where(other < block, count, 0), axis=0)
+        first += PART
+    ends = tl.cumsum(totals, axis=0)
+    if block == 0:
+        tl.store(offsets + bin, ends, mask=bin < num_experts)
+
+    tiles = (totals + TILE - 1) // TILE
+    last_tile = tl.cumsum(tiles, axis=0)
+    tile = block * TILES + tl.arange(0, TILES)
+    expert_of = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+    listed = expert_of[:, None] == bin[None, :]
+    row_of = tl.sum(tl.where(listed, (ends - totals - (last_tile - tiles) * TILE)[None, :], 0), axis=1) + tile * TILE
+    used = tile < tl.sum(tiles, axis=0)
+    tl.store(tile_expert + tile, tl.where(used, expert_of, -1), mask=tile < max_tiles)
+    tl.store(tile_row + tile, tl.where(used, row_of, 0), mask=tile < max_tiles)
+
+    place = ends - totals + before  # where the next row of each expert goes, and the next one of none
+    skipped_place = tl.sum(totals, axis=0) + block * BLOCK - tl.sum(before, axis=0)
+    lane = tl.arange(0, PART)
+    for part in range(BLOCK // PART):
+        row = block * BLOCK + part * PART + lane
+        expert = _load_experts(ids, row, num_rows, num_experts)
+        mine = expert[:, None] == bin[None, :]
+        skipped = expert == -1
+        earlier = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
+        start = tl.where(skipped, skipped_place, tl.sum(tl.where(mine, place[None, :], 0), axis=1))
+        where = start + tl.sum(earlier.to(tl.int32), axis=1)
+        place += tl.sum(mine.to(tl.int32), axis=0)
+        skipped_place += tl.sum(skipped.to(tl.int32), axis=0)
+        valid = row < num_rows
+        tl.store(slot + where, row, mask=valid)
+        tl.store(token + where, row // top_k, mask=valid)
+        tl.store(position + row, tl.where(skipped, -1, where), mask=valid)
+        if HAS_WEIGHT:
+            tl.store(weight_sorted + where, tl.load(weight + row, mask=valid, other=0.0).to(tl.float32), mask=valid)

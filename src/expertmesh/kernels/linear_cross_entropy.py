@@ -69,16 +69,33 @@ def linear_cross_entropy_reference(
 
 
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows per chunk: equal chunks whose logits take up to about 1 GiB on a large GPU (a small one: 1/64 of its memory,
-    but at least 1024 rows), 256 MiB on a CPU. More is faster: every chunk reads and writes the weight's whole gradient.
+    """Rows per chunk: logits of up to 1.25 GiB on a large GPU (a small one: 1/64 of its memory, but at least 1024
+    rows), 256 MiB on a CPU. More is faster: every chunk reads and writes the weight's whole gradient.
+
+    Where they fit, chunks are multiples of 2048 rows. The hidden states' gradient is a GEMM with few columns: with a
+    width of 2048 that many rows are 128 output tiles, just under one for each of a Hopper's 132 processors, where other
+    counts leave a part of the last wave idle. Otherwise chunks are equal.
     """
     if device.type == "cuda":
-        budget, least = min(2**30, torch.cuda.get_device_properties(device).total_memory // 64), 1024
+        budget, least = min(5 * 2**28, torch.cuda.get_device_properties(device).total_memory // 64), 1024
     else:
         budget, least = 2**28, 64
     most = max(least, budget // (vocab_size * dtype.itemsize))
+    if device.type == "cuda" and most >= 2048:
+        return max(1, min(num_rows, most // 2048 * 2048))
     chunks = max(1, -(-num_rows // most))
     return max(1, min(num_rows, -(-num_rows // (chunks * 64)) * 64))  # whole GEMM tiles
+
+
+#: elements of a row, or of a gradient, at a time, and warps
+TUNING = {"rows": {"BLOCK": 16384, "num_warps": 16}, "scale": {"BLOCK": 4096, "num_warps": 8}}
+
+
+@triton.jit
+def _merge(x, largest, total):
+    """Maximum and sum of exponentials (relative to it) of what was seen before and of x."""
+    new_largest = tl.maximum(largest, tl.max(x, axis=0))
+    return new_largest, total * tl.exp(largest - new_largest) + tl.sum(tl.exp(x - new_largest), axis=0)
 
 
 @triton.jit
@@ -86,7 +103,8 @@ def _rows_kernel(logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index, GRAD
     """One program per row: loss[row], and with GRAD softmax(logits) - onehot(label) in place of the logits.
 
     Two passes: maximum and sum of exponentials together, then the gradient. A row is only ever touched by its program.
-    A row may be read and written up to its stride, which is a multiple of 16: so accesses stay wide for any V.
+    A row may be read and written up to its stride, which is a multiple of 16: so accesses stay wide for any V. Only the
+    last block of a row is masked, and the label's own entry is written last: both would cost every element.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
@@ -96,7 +114,7 @@ def _rows_kernel(logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index, GRAD
     if label == ignore_index:
         tl.store(loss_ptr + row, 0.0)
         if GRAD:
-            while start < V:
+            while start < V:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
                 tl.store(logits_ptr + start + cols, tl.zeros((BLOCK,), tl.float32), start + cols < stride)
                 start += BLOCK
     else:
@@ -104,22 +122,34 @@ def _rows_kernel(logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index, GRAD
         target = tl.load(logits_ptr + label, valid, other=float("nan")).to(tl.float32)
         largest = float("-inf")
         total = 0.0
-        while start < V:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
-            x = tl.load(logits_ptr + start + cols, start + cols < stride, other=0.0).to(tl.float32)
-            x = tl.where(start + cols < V, x, float("-inf"))
-            new_largest = tl.maximum(largest, tl.max(x, axis=0))
-            total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(x - new_largest), axis=0)
-            largest = new_largest
+        while start + BLOCK <= V:
+            x = tl.load(logits_ptr + start + cols, eviction_policy="evict_last").to(tl.float32)
+            largest, total = _merge(x, largest, total)
             start += BLOCK
+        if start < V:
+            x = tl.load(logits_ptr + start + cols, start + cols < stride, other=0.0).to(tl.float32)
+            largest, total = _merge(tl.where(start + cols < V, x, float("-inf")), largest, total)
         logsumexp = tl.where(valid, largest + tl.log(total), float("nan"))  # a bad label must show, not read elsewhere
         tl.store(loss_ptr + row, logsumexp - target)
         if GRAD:
             start = 0
-            while start < V:
-                x = tl.load(logits_ptr + start + cols, start + cols < stride, other=0.0).to(tl.float32)
-                grad = tl.exp(x - logsumexp) - tl.where(start + cols == label, 1.0, 0.0)
-                tl.store(logits_ptr + start + cols, grad, start + cols < stride)
+            while start + BLOCK <= V:
+                x = tl.load(logits_ptr + start + cols, eviction_policy="evict_first").to(tl.float32)
+                tl.store(logits_ptr + start + cols, tl.exp(x - logsumexp))
                 start += BLOCK
+            if start < V:
+                mask = start + cols < stride
+                x = tl.load(logits_ptr + start + cols, mask, other=0.0).to(tl.float32)
+                tl.store(logits_ptr + start + cols, tl.exp(x - logsumexp), mask)
+            tl.debug_barrier()  # the threads of a program do not write in order by themselves
+            tl.store(logits_ptr + label, tl.exp(target - logsumexp) - 1.0, valid)
+
+
+@triton.jit
+def _scale_kernel(x_ptr, scale_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, at < N, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    tl.store(out_ptr + at, x * tl.load(scale_ptr).to(tl.float32), at < N)
 
 
 def _rows_torch(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, grad: bool) -> torch.Tensor:
@@ -143,10 +173,12 @@ def _rows(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, grad: b
     if not use_triton(logits):
         return _rows_torch(logits, labels, ignore_index, grad)
     losses = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
-    block = min(16384, triton.next_power_of_2(logits.shape[1]))
+    tuning = TUNING["rows"]
+    block = min(tuning["BLOCK"], triton.next_power_of_2(logits.shape[1]))
+    warps = max(1, tuning["num_warps"] * block // tuning["BLOCK"])
     _rows_kernel[(logits.shape[0],)](
         logits, labels, losses, logits.shape[1], logits.stride(0), ignore_index,
-        GRAD=grad, BLOCK=block, num_warps=max(1, min(16, block // 512)),
+        GRAD=grad, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return losses
 
@@ -166,7 +198,15 @@ def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bo
 
 def _scaled(x: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """x * scale, multiplied in float32 (scale is [1]: a 0-dim tensor would first be rounded to x's dtype)."""
-    return None if x is None else torch.mul(x, scale, out=torch.empty(x.shape, dtype=dtype, device=x.device))
+    if x is None:
+        return None
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if not use_triton(x):
+        return torch.mul(x, scale, out=out)
+    if x.numel():
+        tuning = TUNING["scale"]
+        _scale_kernel[(triton.cdiv(x.numel(), tuning["BLOCK"]),)](x, scale, out, x.numel(), **tuning)
+    return out
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

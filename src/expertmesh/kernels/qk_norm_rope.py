@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.rms_norm import partial_rows, rms_norm_reference
+from expertmesh.kernels.rms_norm import processors, rms_norm_reference, sum_partials
 
 
 def qk_norm_rope(
@@ -77,133 +77,132 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
-@triton.jit
-def _load_rotation(cos_ptr, sin_ptr, b, s, stride_b, stride_s, HALF, cols, mask):
-    """cos and sin of one token, each as its two halves [1, BLOCK_HALF]."""
-    base = b * stride_b + s * stride_s + cols
-    c1 = tl.load(cos_ptr + base, mask, other=0.0).to(tl.float32)
-    c2 = tl.load(cos_ptr + base + HALF, mask, other=0.0).to(tl.float32)
-    s1 = tl.load(sin_ptr + base, mask, other=0.0).to(tl.float32)
-    s2 = tl.load(sin_ptr + base + HALF, mask, other=0.0).to(tl.float32)
-    return c1, c2, s1, s2
+#: heads per tile, warps, and persistent programs per multiprocessor
+TUNING = {
+    "forward": {"ROWS": 16, "num_warps": 4},
+    "backward": {"ROWS": 16, "num_warps": 4, "programs": 6},
+}
 
 
 @triton.jit
-def _load_halves(ptr, HALF, mask):
+def _load_halves(ptr, HALF: tl.constexpr, mask):
     return tl.load(ptr, mask, other=0.0).to(tl.float32), tl.load(ptr + HALF, mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _heads_forward(
-    x_ptr, weight_ptr, y_ptr, c1, c2, s1, s2, N, HALF, stride_n, eps, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr
-):
-    """All heads [N, D] of one token; x_ptr and y_ptr point at the token."""
-    heads = tl.arange(0, BLOCK_N)[:, None]
+def _places(tile, num_heads, S, N: tl.constexpr, ROWS: tl.constexpr):
+    """Of a tile's heads, counted through all tokens: batch, position, head, flat number and whether there is one."""
+    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    token = row // N
+    b = token // S
+    return b.to(tl.int64), (token - b * S).to(tl.int64), row - token * N, row.to(tl.int64), row < num_heads
+
+
+@triton.jit
+def _forward_tile(
+    tile, x_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, num_heads, S, stride_b, stride_s, stride_n, rot_stride_b,
+    rot_stride_s, eps, N: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
     cols = tl.arange(0, BLOCK_HALF)[None, :]
-    mask = (heads < N) & (cols < HALF)
-    x1, x2 = _load_halves(x_ptr + heads * stride_n + cols, HALF, mask)
+    b, s, head, row, inside = _places(tile, num_heads, S, N, ROWS)
+    mask = inside & (cols < HALF)
+    x1, x2 = _load_halves(x_ptr + b * stride_b + s * stride_s + head * stride_n + cols, HALF, mask)
+    turn = b * rot_stride_b + s * rot_stride_s + cols
+    c1, c2 = _load_halves(cos_ptr + turn, HALF, mask)
+    s1, s2 = _load_halves(sin_ptr + turn, HALF, mask)
     w1, w2 = _load_halves(weight_ptr + cols, HALF, cols < HALF)
     rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / (2 * HALF) + eps)
     n1 = x1 * rstd * w1
     n2 = x2 * rstd * w2
-    y = y_ptr + heads * (2 * HALF) + cols
+    y = y_ptr + row * (2 * HALF) + cols
     tl.store(y, n1 * c1 - n2 * s1, mask)
     tl.store(y + HALF, n2 * c2 + n1 * s2, mask)
 
 
 @triton.jit
 def _forward(
-    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, S, NQ, NK, HALF,
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, S,
     q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n, rot_stride_b, rot_stride_s, eps,
-    BLOCK_NQ: tl.constexpr, BLOCK_NK: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    NQ: tl.constexpr, NK: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """One program per token."""
-    token = tl.program_id(0).to(tl.int64)
-    b, s = token // S, token % S
-    cols = tl.arange(0, BLOCK_HALF)[None, :]
-    c1, c2, s1, s2 = _load_rotation(cos_ptr, sin_ptr, b, s, rot_stride_b, rot_stride_s, HALF, cols, cols < HALF)
-    q = q_ptr + b * q_stride_b + s * q_stride_s
-    k = k_ptr + b * k_stride_b + s * k_stride_s
-    q_out = q_out_ptr + token * (NQ * HALF * 2)
-    k_out = k_out_ptr + token * (NK * HALF * 2)
-    _heads_forward(q, q_weight_ptr, q_out, c1, c2, s1, s2, NQ, HALF, q_stride_n, eps, BLOCK_NQ, BLOCK_HALF)
-    _heads_forward(k, k_weight_ptr, k_out, c1, c2, s1, s2, NK, HALF, k_stride_n, eps, BLOCK_NK, BLOCK_HALF)
+    """One program per tile of heads: those of q, then those of k."""
+    tile = tl.program_id(0)
+    q_tiles = tl.cdiv(T * NQ, ROWS)
+    if tile < q_tiles:
+        _forward_tile(
+            tile, q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, T * NQ, S, q_stride_b, q_stride_s, q_stride_n,
+            rot_stride_b, rot_stride_s, eps, NQ, HALF, ROWS, BLOCK_HALF,
+        )  # fmt: skip
+    else:
+        _forward_tile(
+            tile - q_tiles, k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr, T * NK, S, k_stride_b, k_stride_s,
+            k_stride_n, rot_stride_b, rot_stride_s, eps, NK, HALF, ROWS, BLOCK_HALF,
+        )  # fmt: skip
 
 
 @triton.jit
-def _heads_backward(
-    x_ptr, weight_ptr, dy_ptr, dx_ptr, c1, c2, s1, s2, N, HALF, stride_n, dy_stride_n, eps,
-    BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
+def _backward_tiles(
+    first, step, x_ptr, weight_ptr, cos_ptr, sin_ptr, dy_ptr, dx_ptr, dweight_ptr, num_heads, S,
+    stride_b, stride_s, stride_n, dy_stride_b, dy_stride_s, dy_stride_n, rot_stride_b, rot_stride_s, eps,
+    N: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx of one token's heads; returns its terms of the weight's gradient, [BLOCK_HALF] twice."""
-    heads = tl.arange(0, BLOCK_N)[:, None]
+    """dx of tiles first, first + step, …; their weight gradient [D] goes to dweight_ptr.
+
+    The weight gradient is summed per thread and reduced over heads once, at the end: nothing in the loop crosses warps.
+    """
     cols = tl.arange(0, BLOCK_HALF)[None, :]
-    mask = (heads < N) & (cols < HALF)
-    x1, x2 = _load_halves(x_ptr + heads * stride_n + cols, HALF, mask)
     w1, w2 = _load_halves(weight_ptr + cols, HALF, cols < HALF)
-    dy1, dy2 = _load_halves(dy_ptr + heads * dy_stride_n + cols, HALF, mask)
-    dn1 = dy1 * c1 + dy2 * s2
-    dn2 = dy2 * c2 - dy1 * s1
-    rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / (2 * HALF) + eps)
-    x1 *= rstd
-    x2 *= rstd
-    mean = tl.sum(dn1 * w1 * x1 + dn2 * w2 * x2, axis=1, keep_dims=True) / (2 * HALF)
-    dx = dx_ptr + heads * (2 * HALF) + cols
-    tl.store(dx, rstd * (dn1 * w1 - x1 * mean), mask)
-    tl.store(dx + HALF, rstd * (dn2 * w2 - x2 * mean), mask)
-    return tl.sum(dn1 * x1, axis=0), tl.sum(dn2 * x2, axis=0)
-
-
-@triton.jit
-def _store_sums(ptr, sum1, sum2, HALF, BLOCK_HALF: tl.constexpr):
-    cols = tl.arange(0, BLOCK_HALF)
-    tl.store(ptr + cols, sum1, cols < HALF)
-    tl.store(ptr + HALF + cols, sum2, cols < HALF)
+    sum1 = tl.zeros((ROWS, BLOCK_HALF), tl.float32)
+    sum2 = tl.zeros((ROWS, BLOCK_HALF), tl.float32)
+    tile = first
+    while tile * ROWS < num_heads:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
+        b, s, head, row, inside = _places(tile, num_heads, S, N, ROWS)
+        mask = inside & (cols < HALF)
+        x1, x2 = _load_halves(x_ptr + b * stride_b + s * stride_s + head * stride_n + cols, HALF, mask)
+        dy1, dy2 = _load_halves(dy_ptr + b * dy_stride_b + s * dy_stride_s + head * dy_stride_n + cols, HALF, mask)
+        turn = b * rot_stride_b + s * rot_stride_s + cols
+        c1, c2 = _load_halves(cos_ptr + turn, HALF, mask)
+        s1, s2 = _load_halves(sin_ptr + turn, HALF, mask)
+        dn1 = dy1 * c1 + dy2 * s2
+        dn2 = dy2 * c2 - dy1 * s1
+        rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / (2 * HALF) + eps)
+        x1 *= rstd
+        x2 *= rstd
+        sum1 += dn1 * x1
+        sum2 += dn2 * x2
+        dn1 *= w1
+        dn2 *= w2
+        mean = tl.sum(dn1 * x1 + dn2 * x2, axis=1, keep_dims=True) / (2 * HALF)
+        dx = dx_ptr + row * (2 * HALF) + cols
+        tl.store(dx, rstd * (dn1 - x1 * mean), mask)
+        tl.store(dx + HALF, rstd * (dn2 - x2 * mean), mask)
+        tile += step
+    tl.store(dweight_ptr + cols, tl.sum(sum1, axis=0, keep_dims=True), cols < HALF)
+    tl.store(dweight_ptr + HALF + cols, tl.sum(sum2, axis=0, keep_dims=True), cols < HALF)
 
 
 @triton.jit
 def _backward(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_out_ptr, dk_out_ptr, dq_ptr, dk_ptr, dweight_ptr,
-    T, S, NQ, NK, HALF,
-    q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n, rot_stride_b, rot_stride_s,
-    dq_stride_b, dq_stride_s, dq_stride_n, dk_stride_b, dk_stride_s, dk_stride_n, eps,
-    BLOCK_NQ: tl.constexpr, BLOCK_NK: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    q_programs, T, S, q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n, rot_stride_b,
+    rot_stride_s, dq_stride_b, dq_stride_s, dq_stride_n, dk_stride_b, dk_stride_s, dk_stride_n, eps,
+    NQ: tl.constexpr, NK: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: program p takes tokens p, p + P, ...; its weight gradients go to dweight[p] of [P, 2 (q, k), D]."""
-    cols = tl.arange(0, BLOCK_HALF)[None, :]
-    q_sum1 = tl.zeros((BLOCK_HALF,), tl.float32)
-    q_sum2 = tl.zeros((BLOCK_HALF,), tl.float32)
-    k_sum1 = tl.zeros((BLOCK_HALF,), tl.float32)
-    k_sum2 = tl.zeros((BLOCK_HALF,), tl.float32)
-    token = tl.program_id(0).to(tl.int64)
-    while token < T:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
-        b, s = token // S, token % S
-        c1, c2, s1, s2 = _load_rotation(cos_ptr, sin_ptr, b, s, rot_stride_b, rot_stride_s, HALF, cols, cols < HALF)
-        term1, term2 = _heads_backward(
-            q_ptr + b * q_stride_b + s * q_stride_s, q_weight_ptr, dq_out_ptr + b * dq_stride_b + s * dq_stride_s,
-            dq_ptr + token * (NQ * HALF * 2), c1, c2, s1, s2, NQ, HALF, q_stride_n, dq_stride_n, eps,
-            BLOCK_NQ, BLOCK_HALF,
+    """Persistent: the first programs share the tiles of q, the others those of k; program p writes row p of dweight."""
+    program = tl.program_id(0)
+    dweight_ptr += program * (HALF * 2)
+    if program < q_programs:
+        _backward_tiles(
+            program, q_programs, q_ptr, q_weight_ptr, cos_ptr, sin_ptr, dq_out_ptr, dq_ptr, dweight_ptr, T * NQ, S,
+            q_stride_b, q_stride_s, q_stride_n, dq_stride_b, dq_stride_s, dq_stride_n, rot_stride_b, rot_stride_s, eps,
+            NQ, HALF, ROWS, BLOCK_HALF,
         )  # fmt: skip
-        q_sum1 += term1
-        q_sum2 += term2
-        term1, term2 = _heads_backward(
-            k_ptr + b * k_stride_b + s * k_stride_s, k_weight_ptr, dk_out_ptr + b * dk_stride_b + s * dk_stride_s,
-            dk_ptr + token * (NK * HALF * 2), c1, c2, s1, s2, NK, HALF, k_stride_n, dk_stride_n, eps,
-            BLOCK_NK, BLOCK_HALF,
+    else:
+        _backward_tiles(
+            program - q_programs, tl.num_programs(0) - q_programs, k_ptr, k_weight_ptr, cos_ptr, sin_ptr, dk_out_ptr,
+            dk_ptr, dweight_ptr, T * NK, S, k_stride_b, k_stride_s, k_stride_n, dk_stride_b, dk_stride_s, dk_stride_n,
+            rot_stride_b, rot_stride_s, eps, NK, HALF, ROWS, BLOCK_HALF,
         )  # fmt: skip
-        k_sum1 += term1
-        k_sum2 += term2
-        token += tl.num_programs(0)
-    partial = dweight_ptr + tl.program_id(0) * (HALF * 4)
-    _store_sums(partial, q_sum1, q_sum2, HALF, BLOCK_HALF)
-    _store_sums(partial + HALF * 2, k_sum1, k_sum2, HALF, BLOCK_HALF)
-
-
-def _blocks(NQ: int, NK: int, D: int) -> dict[str, int]:
-    """Tiles of all heads by half a head, with 32 query elements per thread."""
-    block_nq, block_half = triton.next_power_of_2(NQ), triton.next_power_of_2(D // 2)
-    warps = min(16, max(1, block_nq * block_half // 512))
-    return {"BLOCK_NQ": block_nq, "BLOCK_NK": triton.next_power_of_2(NK), "BLOCK_HALF": block_half, "num_warps": warps}
 
 
 def _dense_last(x: torch.Tensor) -> torch.Tensor:
@@ -220,18 +219,22 @@ class _QKNormRope(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         B, S, NQ, D = q.shape
         NK = k.shape[2]
+        assert B * S * max(NQ, NK) < 2**31, "heads are counted in 32 bits"
         q, k = _dense_last(q), _dense_last(k)
         q_weight, k_weight, cos, sin = q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous()
-        q_out, k_out = (
-            torch.empty(
-                x.shape, device=x.device, dtype=torch.promote_types(torch.promote_types(x.dtype, w.dtype), cos.dtype)
-            )
+        q_dtype, k_dtype = (
+            torch.promote_types(torch.promote_types(x.dtype, w.dtype), cos.dtype)
             for x, w in ((q, q_weight), (k, k_weight))
         )
+        q_out = torch.empty(q.shape, dtype=q_dtype, device=q.device)
+        k_out = torch.empty(k.shape, dtype=k_dtype, device=k.device)
+        tuning = TUNING["forward"]
         if B * S:
-            _forward[(B * S,)](
-                q, k, q_weight, k_weight, cos, sin, q_out, k_out, S, NQ, NK, D // 2, *q.stride()[:3], *k.stride()[:3],
-                cos.stride(0) if cos.shape[0] == B else 0, cos.stride(1), eps, **_blocks(NQ, NK, D),
+            programs = sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK))
+            _forward[(programs,)](
+                q, k, q_weight, k_weight, cos, sin, q_out, k_out, B * S, S, *q.stride()[:3], *k.stride()[:3],
+                cos.stride(0) if cos.shape[0] == B else 0, cos.stride(1), eps,
+                NQ=NQ, NK=NK, HALF=D // 2, BLOCK_HALF=triton.next_power_of_2(D // 2), **tuning,
             )  # fmt: skip
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         ctx.eps = eps
@@ -245,12 +248,18 @@ class _QKNormRope(torch.autograd.Function):
         NK = k.shape[2]
         dq_out, dk_out = _dense_last(dq_out), _dense_last(dk_out)
         dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-        programs = partial_rows(q.device, B * S, per_processor=4)
-        partial = torch.empty(programs, 2, D, dtype=torch.float32, device=q.device)
-        _backward[(programs,)](
-            q, k, q_weight, k_weight, cos, sin, dq_out, dk_out, dq, dk, partial, B * S, S, NQ, NK, D // 2,
+        dq_weight, dk_weight = torch.empty_like(q_weight), torch.empty_like(k_weight)
+        tuning = dict(TUNING["backward"])
+        programs = processors(q.device) * tuning.pop("programs")
+        k_programs, q_programs = (
+            max(1, min(programs * N // (NQ + NK), triton.cdiv(B * S * N, tuning["ROWS"]))) for N in (NK, NQ)
+        )
+        partial = torch.empty(q_programs + k_programs, D, dtype=torch.float32, device=q.device)
+        _backward[(q_programs + k_programs,)](
+            q, k, q_weight, k_weight, cos, sin, dq_out, dk_out, dq, dk, partial, q_programs, B * S, S,
             *q.stride()[:3], *k.stride()[:3], cos.stride(0) if cos.shape[0] == B else 0, cos.stride(1),
-            *dq_out.stride()[:3], *dk_out.stride()[:3], ctx.eps, **_blocks(NQ, NK, D),
+            *dq_out.stride()[:3], *dk_out.stride()[:3], ctx.eps,
+            NQ=NQ, NK=NK, HALF=D // 2, BLOCK_HALF=triton.next_power_of_2(D // 2), **tuning,
         )  # fmt: skip
-        dweights = partial.sum(0)
-        return dq, dk, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None, None, None
+        sum_partials(partial, q_programs, dq_weight, dk_weight)
+        return dq, dk, dq_weight, dk_weight, None, None, None

@@ -11,6 +11,7 @@ anyway. The weight's gradient is summed by a fixed number of programs into rows 
 Letters: T rows, H width.
 """
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -35,8 +36,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     """
     _check(x, weight, scale)
     if use_triton(x):
-        return _RMSNorm.apply(x, None, weight, eps, scale)[0]
+        return _RMSNorm.apply(x, None, weight, eps, scale, False)[0]
     return rms_norm_reference(x, weight, eps, scale=scale)
+
+
+def keep_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(rms_norm(x), x)`: for a residual connection around what the norm feeds; where x's two gradients would be added
+    in a pass of their own, the norm's backward adds them.
+    """
+    _check(x, weight, "rounded")
+    if use_triton(x):
+        return _RMSNorm.apply(x, None, weight, eps, "rounded", True)
+    return rms_norm_reference(x, weight, eps), x
 
 
 def add_rms_norm(
@@ -51,7 +62,7 @@ def add_rms_norm(
     if x.shape != residual.shape:
         raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have the same shape.")
     if use_triton(x):
-        return _RMSNorm.apply(x, residual, weight, eps, scale)
+        return _RMSNorm.apply(x, residual, weight, eps, scale, False)
     return add_rms_norm_reference(x, residual, weight, eps, scale=scale)
 
 
@@ -81,10 +92,39 @@ def _check(x: torch.Tensor, weight: torch.Tensor, scale: str) -> None:
         raise ValueError(f"scale must be 'rounded', 'float32' or 'one_plus', not {scale!r}.")
 
 
-def partial_rows(device: torch.device, work: int, per_processor: int) -> int:
-    """How many persistent programs share `work` items: some per processor, each with its own row of partial sums."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(work, processors * per_processor))
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 2 for a CPU, where the interpreter plays both."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -> None:
+    """Sums of float32 rows, one launch: outputs[0] [W] of rows [0, split), outputs[1], if given, of the others.
+
+    Every column is summed by one program in a fixed order, and rounded to its output's dtype once.
+    """
+    P, W = partial_PW.shape
+    _sum_partials[(triton.cdiv(W, 16), len(outputs))](
+        partial_PW, outputs[0], outputs[-1], P, split, W, BLOCK_P=64, BLOCK_W=16
+    )
+
+
+@triton.jit
+def _sum_partials(partial_ptr, first_ptr, second_ptr, P, split, W, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
+    cols = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    second = tl.program_id(1) == 1
+    row = tl.where(second, split, 0)
+    end = tl.where(second, P, split)
+    total = tl.zeros((BLOCK_P, BLOCK_W), tl.float32)
+    while row < end:
+        rows = row + tl.arange(0, BLOCK_P)[:, None]
+        total += tl.load(partial_ptr + rows * W + cols[None, :], (rows < end) & (cols < W)[None, :], other=0.0)
+        row += BLOCK_P
+    sums = tl.sum(total, axis=0)
+    if second:
+        tl.store(second_ptr + cols, sums, cols < W)
+    else:
+        tl.store(first_ptr + cols, sums, cols < W)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -93,11 +133,20 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _blocks(H: int) -> dict[str, int]:
-    """Tile of whole rows: about 2k elements per program, or one row if it is wider, 16 elements per thread."""
+#: elements per program (rows are not split), elements per thread, and persistent programs per multiprocessor
+TUNING = {
+    "forward": {"elements": 2048, "per_thread": 16},
+    "backward": {"elements": 2048, "per_thread": 16, "programs": 4},
+}
+
+
+def _blocks(H: int, direction: str) -> dict[str, int]:
+    """Tile of whole rows."""
+    tuning = TUNING[direction]
     block_h = triton.next_power_of_2(H)
-    block_t = max(1, 2048 // block_h)
-    return {"BLOCK_T": block_t, "BLOCK_H": block_h, "num_warps": min(32, max(1, block_t * block_h // 512))}
+    block_t = max(1, tuning["elements"] // block_h)
+    warps = min(32, max(1, block_t * block_h // (32 * tuning["per_thread"])))
+    return {"BLOCK_T": block_t, "BLOCK_H": block_h, "num_warps": warps}
 
 
 @triton.jit
@@ -125,48 +174,66 @@ def _norm_forward(
 
 
 @triton.jit
+def _add_pairs(a1, b1, a2, b2):
+    return a1 + a2, b1 + b2
+
+
+@triton.jit
 def _norm_backward(
     s_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_ptr, T, H, stride_s, stride_dy, stride_dsum, eps,
     HAS_DSUM: tl.constexpr, WEIGHT_GRAD: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: program p takes row blocks p, p + P, ...; it sums weight gradients into row p of dweight [P, H]."""
+    """Persistent: program p takes row blocks p, p + P, ...; it sums weight gradients into row p of dweight [P, H].
+
+    The next rows are on their way while these are worked on: between two reductions a program would wait for memory.
+    """
     cols = tl.arange(0, BLOCK_H)[None, :]
     weight = tl.load(weight_ptr + cols, cols < H, other=0.0).to(tl.float32)
     if SCALE == "one_plus":
         weight += 1.0
-    dweight = tl.zeros((1, BLOCK_H), tl.float32)
+    dweight = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    step = tl.num_programs(0) * BLOCK_T
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    next_s = tl.load(s_ptr + rows * stride_s + cols, (rows < T) & (cols < H), other=0.0)
+    next_dy = tl.load(dy_ptr + rows * stride_dy + cols, (rows < T) & (cols < H), other=0.0)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_T
     while first_row < T:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
         rows = first_row + tl.arange(0, BLOCK_T)[:, None]
         mask = (rows < T) & (cols < H)
-        s = tl.load(s_ptr + rows * stride_s + cols, mask, other=0.0)
-        dy = tl.load(dy_ptr + rows * stride_dy + cols, mask, other=0.0).to(tl.float32)
-        in_dtype = s.dtype
-        s = s.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(s * s, axis=1, keep_dims=True) / H + eps)
-        x_hat = s * rstd
-        dx_hat = dy * weight
-        dx = rstd * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, axis=1, keep_dims=True) / H))
+        in_dtype = next_s.dtype
+        s = next_s.to(tl.float32)
+        dy = next_dy.to(tl.float32)
+        later = (rows + step < T) & (cols < H)
+        next_s = tl.load(s_ptr + (rows + step) * stride_s + cols, later, other=0.0)
+        next_dy = tl.load(dy_ptr + (rows + step) * stride_dy + cols, later, other=0.0)
         if HAS_DSUM:
-            dx += tl.load(dsum_ptr + rows * stride_dsum + cols, mask, other=0.0).to(tl.float32)
+            dsum = tl.load(dsum_ptr + rows * stride_dsum + cols, mask, other=0.0)
+        dx_hat = dy * weight
+        square, product = tl.reduce((s * s, dx_hat * s), 1, _add_pairs, keep_dims=True)
+        rstd = tl.rsqrt(square / H + eps)
+        x_hat = s * rstd
+        dx = rstd * (dx_hat - x_hat * (product * rstd / H))
+        if HAS_DSUM:
+            dx += dsum.to(tl.float32)
         tl.store(dx_ptr + rows * H + cols, dx, mask)
         if WEIGHT_GRAD:
             if SCALE == "rounded":
                 x_hat = x_hat.to(in_dtype).to(tl.float32)
-            dweight += tl.sum(dy * x_hat, axis=0, keep_dims=True)
-        first_row += tl.num_programs(0) * BLOCK_T
+            dweight += dy * x_hat
+        first_row += step
     if WEIGHT_GRAD:
-        tl.store(dweight_ptr + tl.program_id(0) * H + cols, dweight, cols < H)
+        tl.store(dweight_ptr + tl.program_id(0) * H + cols, tl.sum(dweight, axis=0, keep_dims=True), cols < H)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x, residual or None, weight → (y, sum); without a residual the second output is None and x itself is saved."""
+    """x, residual or None, weight → (y, sum); without a residual x is saved, and is the second output if `keep`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: str,
+        keep: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         x_TH = _rows(x)
         T, H = x_TH.shape
         total = None
@@ -178,7 +245,7 @@ class _RMSNorm(torch.autograd.Function):
         weight = weight.contiguous()
         y_dtype = torch.promote_types(sum_dtype, weight.dtype) if scale == "rounded" else sum_dtype
         y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
-        blocks = _blocks(H)
+        blocks = _blocks(H, "forward")
         if y.numel():
             _norm_forward[(triton.cdiv(T, blocks["BLOCK_T"]),)](
                 x_TH, residual_TH, weight, y, total if total is not None else y, T, H,
@@ -187,7 +254,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x if total is None else total, weight)
         ctx.eps, ctx.scale, ctx.dtypes = eps, scale, (x.dtype, residual.dtype if residual is not None else None)
         ctx.set_materialize_grads(False)
-        return y, total
+        return y, x if keep else total
 
     @staticmethod
     @once_differentiable
@@ -198,9 +265,9 @@ class _RMSNorm(torch.autograd.Function):
         if dy is not None:
             dx, dweight = _launch_backward(s, weight, dy, dsum, ctx.eps, ctx.scale, ctx.needs_input_grad[2])
         if dx is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         dresidual = dx.to(residual_dtype) if residual_dtype is not None else None
-        return dx.to(x_dtype), dresidual, dweight, None, None
+        return dx.to(x_dtype), dresidual, dweight, None, None, None
 
 
 def _launch_backward(
@@ -211,11 +278,16 @@ def _launch_backward(
     dsum_TH = _rows(dsum) if dsum is not None else dy_TH
     T, H = s_TH.shape
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    blocks = _blocks(H)
-    programs = partial_rows(s.device, triton.cdiv(T, blocks["BLOCK_T"]), per_processor=4)
+    blocks = _blocks(H, "backward")
+    programs = processors(s.device) * TUNING["backward"]["programs"]
+    programs = max(1, min(programs, triton.cdiv(T, blocks["BLOCK_T"])))
     partial = torch.empty(programs if weight_grad else 0, H, dtype=torch.float32, device=s.device)
     _norm_backward[(programs,)](
         s_TH, weight, dy_TH, dsum_TH, dx, partial, T, H, s_TH.stride(0), dy_TH.stride(0), dsum_TH.stride(0), eps,
         HAS_DSUM=dsum is not None, WEIGHT_GRAD=weight_grad, SCALE=scale, **blocks,
     )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype) if weight_grad else None
+    if not weight_grad:
+        return dx, None
+    dweight = torch.empty_like(weight)
+    sum_partials(partial, programs, dweight)
+    return dx, dweight

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
 
-_BLOCK = 2048  # elements per program: 4 warps with two 16-byte loads of bfloat16 per thread and tensor
+#: elements per program, and warps: two or one 16-byte loads of bfloat16 per thread and tensor
+TUNING = {"forward": {"elements": 2048, "num_warps": 4}, "backward": {"elements": 1024, "num_warps": 4}}
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -41,9 +42,10 @@ def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def _offsets(T, W, COL_BLOCKS, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr):
     """Rows [BLOCK_T, 1] and columns [1, BLOCK_W] of this program's tile, and which of its elements exist."""
-    pid = tl.program_id(0).to(tl.int64)
-    rows = pid // COL_BLOCKS * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    cols = pid % COL_BLOCKS * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    pid = tl.program_id(0)
+    row_block = pid // COL_BLOCKS  # divided in 32 bits: in 64 it takes longer than all the rest
+    rows = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    cols = (pid - row_block * COL_BLOCKS).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
     return rows, cols, (rows < T) & (cols < W)
 
 
@@ -72,7 +74,9 @@ def _backward(
     tl.store(dgate_ptr + rows * W + cols, dy * up * (sigmoid + silu * (1.0 - sigmoid)), mask)
 
 
-def _launch(kernel: Any, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+def _launch(
+    kernel: Any, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], elements: int, num_warps: int
+) -> None:
     """Runs an elementwise kernel over [..., W] inputs and contiguous outputs; all contiguous means one long row."""
     if all(x.is_contiguous() for x in inputs):
         inputs = tuple(x.view(1, -1) for x in inputs)
@@ -80,21 +84,22 @@ def _launch(kernel: Any, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.
         inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
         inputs = tuple(x if x.stride(1) == 1 else x.contiguous() for x in inputs)
     T, W = inputs[0].shape
-    block_w = min(_BLOCK, triton.next_power_of_2(max(1, W)))
-    block_t = _BLOCK // block_w
+    block_w = min(elements, triton.next_power_of_2(max(1, W)))
+    block_t = elements // block_w
     col_blocks = triton.cdiv(W, block_w)
     programs = triton.cdiv(T, block_t) * col_blocks
     if programs:
         kernel[(programs,)](
-            *inputs, *outputs, T, W, col_blocks, *(x.stride(0) for x in inputs), BLOCK_T=block_t, BLOCK_W=block_w
-        )
+            *inputs, *outputs, T, W, col_blocks, *(x.stride(0) for x in inputs),
+            BLOCK_T=block_t, BLOCK_W=block_w, num_warps=num_warps,
+        )  # fmt: skip
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        _launch(_forward, (gate, up), (y,))
+        _launch(_forward, (gate, up), (y,), **TUNING["forward"])
         ctx.save_for_backward(gate, up)
         return y
 
@@ -103,5 +108,5 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-        _launch(_backward, (gate, up, dy), (dgate, dup))
+        _launch(_backward, (gate, up, dy), (dgate, dup), **TUNING["backward"])
         return dgate, dup

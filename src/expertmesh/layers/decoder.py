@@ -1,10 +1,13 @@
-"""Fast twin of a pre-norm decoder layer: the residual add after attention and the norm behind it are one kernel."""
+"""Fast twin of a pre-norm decoder layer: the residual add after attention and the norm behind it are one kernel.
+
+In backward each norm adds the gradient of the residual connection around it while it writes its own.
+"""
 
 from typing import Any
 
 import torch
 
-from expertmesh.kernels.rms_norm import add_rms_norm
+from expertmesh.kernels.rms_norm import add_rms_norm, keep_rms_norm
 from expertmesh.layers.fast import Fast
 from expertmesh.layers.norm import can_merge
 
@@ -32,7 +35,12 @@ class FastDecoderLayer(Fast):
         norm = self.post_attention_layernorm
         if not can_merge(norm):  # somebody replaced or hooked the norm after fusing: call it
             return super().forward(hidden_states, **kwargs)
-        attn_output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        first = self.input_layernorm
+        if can_merge(first):
+            normed, hidden_states = keep_rms_norm(hidden_states, first.weight, first.variance_epsilon)
+        else:
+            normed = first(hidden_states)
+        attn_output, _ = self.self_attn(hidden_states=normed, **kwargs)
         normed, residual = add_rms_norm(attn_output, hidden_states, norm.weight, norm.variance_epsilon)
         return residual + self.mlp(normed)
 

@@ -20,7 +20,7 @@ from transformers.activations import ACT2CLS
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
 
 from expertmesh.kernels.activation import Activation
-from expertmesh.kernels.combine import combine
+from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouped_act import down_dact, up_act
 from expertmesh.kernels.grouped_gemm import grouped_gemm
 from expertmesh.kernels.grouped_wgrad import grouped_sum, grouped_wgrad
@@ -84,7 +84,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TH, weight_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, ids_TK, act: Activation):
-        group = group_by_expert(ids_TK, w_up_EHJ.shape[0])
+        group = group_by_expert(ids_TK, w_up_EHJ.shape[0], weight_TK)
         x_TH = x_TH.contiguous()
         h_SJ, a_SI = up_act(x_TH, w_up_EHJ, b_up_EJ, group, act)
         y_SH = grouped_gemm(a_SI, w_down_EIH, group, b_down_EH)
@@ -102,6 +102,7 @@ class _Experts(torch.autograd.Function):
             group.token_S,
             group.position_TK,
             group.offsets_E,
+            group.weight_S,
         )
         return combine(y_SH, group.position_TK, weight_TK)
 
@@ -109,15 +110,15 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_TH):
         x_TH, h_SJ, weight_TK, ids_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, *rows = ctx.saved_tensors
-        group = Grouping(rows[0], rows[1], rows[2], rows[3], ctx.tiles, ctx.block)
+        group = Grouping(rows[0], rows[1], rows[2], rows[3], ctx.tiles, ctx.block, rows[4])
         need_x, need_weight, need_w_up, need_b_up, need_w_down, need_b_down = ctx.needs_input_grad[:6]
         dout_TH = dout_TH.contiguous()
-        weight_S = weight_TK.reshape(-1)[group.slot_S.long()].float()
+        assert group.weight_S is not None
 
-        dh_SJ, wa_SI, dweight_S = down_dact(dout_TH, w_down_EIH.transpose(1, 2), h_SJ, weight_S, group, ctx.act)
+        dh_SJ, wa_SI, dweight_S = down_dact(dout_TH, w_down_EIH.transpose(1, 2), h_SJ, group.weight_S, group, ctx.act)
         dweight_TK = dx_TH = dw_up = dw_down = db_up = db_down = None
         if need_weight:
-            dweight_TK = _per_slot(dweight_S, group, dout_TH, ids_TK, b_down_EH).to(weight_TK.dtype)
+            dweight_TK = _per_slot(dweight_S[None], group, dout_TH, ids_TK, b_down_EH, weight_TK.dtype)
         if need_w_down:
             dw_down = _wgrad(wa_SI, dout_TH, group, like=w_down_EIH, gather_b=True)
         if need_b_down:
@@ -147,19 +148,21 @@ def _wgrad(
 
 
 def _per_slot(
-    dweight_S: torch.Tensor,
+    dweight_PS: torch.Tensor,
     group: Grouping,
     dout_TH: torch.Tensor,
     ids_TK: torch.Tensor,
     b_down_EH: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Routing-weight gradients [T, K] from sorted rows [S]; the down bias adds ⟨dout_t, b_e⟩, one dense product."""
-    mine = group.position_TK >= 0
-    dweight_TK = torch.where(mine, dweight_S[group.position_TK.clamp(min=0).long()], 0)
+    """Routing-weight gradients [T, K] from parts of sorted rows [P, S]; the down bias adds ⟨dout_t, b_e⟩, one dense
+    product."""
     if b_down_EH is None:
-        return dweight_TK
+        return unsort(dweight_PS, group.position_TK, dtype)
+    dweight_TK = unsort(dweight_PS, group.position_TK, torch.float32)
     dot_TE = (dout_TH @ b_down_EH.t()).float()
-    return dweight_TK + torch.where(mine, dot_TE.gather(1, ids_TK.clamp(max=b_down_EH.shape[0] - 1)), 0)
+    dot_TK = dot_TE.gather(1, ids_TK.clamp(max=b_down_EH.shape[0] - 1))
+    return (dweight_TK + torch.where(group.position_TK >= 0, dot_TK, 0)).to(dtype)
 
 
 def _bias_down_grad(

@@ -1,0 +1,43 @@
+"""Un-permuting equals its reference: weighted sums of rows, and one number per row."""
+
+import pytest
+import torch
+
+from expertmesh.kernels.combine import combine, combine_reference, unsort, unsort_reference
+from tests.kernels.compare import assert_same, on_triton
+
+
+def positions(tokens: int, top_k: int, skipped: int) -> torch.Tensor:
+    """A permutation of all rows [T, K] in which `skipped` of them are marked as not computed."""
+    position = torch.randperm(tokens * top_k, dtype=torch.int32)
+    position[:skipped] = -1
+    return position[torch.randperm(tokens * top_k)].view(tokens, top_k)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("tokens", "top_k", "width", "skipped"), [(1, 1, 3, 0), (7, 3, 40, 5), (5, 2, 1500, 10)])
+def test_combine_kernel_equals_its_reference(tokens, top_k, width, skipped, weighted):
+    y, position = torch.randn(tokens * top_k, width), positions(tokens, top_k, skipped)
+    weight = torch.rand(tokens, top_k) if weighted else None
+    expected = combine_reference(y, position, weight)
+    with on_triton():
+        assert_same([combine(y, position, weight)], [expected])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "top_k", "parts", "skipped"), [(1, 1, 1, 0), (7, 3, 2, 5), (300, 2, 6, 600)])
+def test_unsort_kernel_equals_its_reference_and_gives_skipped_pairs_zero(tokens, top_k, parts, skipped, dtype):
+    value, position = torch.randn(parts, tokens * top_k), positions(tokens, top_k, skipped)
+    value[:, :skipped] = torch.nan  # rows that nobody computes hold anything
+    position = torch.where(position < skipped, -1, position)
+    with on_triton():
+        got = unsort(value, position, dtype)
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3  # sums in another order may round to a neighbour
+    assert_same([got], [unsort_reference(value, position, dtype)], tolerance)
+    assert not got[position < 0].any()
+
+
+def test_no_tokens_give_an_empty_result():
+    empty = torch.empty(0, 2, dtype=torch.int32)
+    with on_triton():
+        assert unsort(torch.empty(1, 0), empty, torch.float32).shape == (0, 2)
