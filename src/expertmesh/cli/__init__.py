@@ -16,6 +16,7 @@ VERBS = {
     "train": "Fine-tune a model as a YAML file says.",
     "launch": "Write the Slurm or SkyPilot file that trains on several machines.",
     "check": "Prove that a model computes and saves what it does under stock Transformers.",
+    "bench": "Time stock Transformers and expertmesh on the same work, in one job.",
     "demo": "Train, export and verify a small model on this machine.",
     "doctor": "Show what is installed, what is on or off, and what is lost without it.",
     "schema": "Print the JSON Schema of the configuration.",

@@ -11,7 +11,7 @@ INK, FAINT, TRAIN, HELD_OUT = "#1f2933", "#cbd2d9", "#2f6f9f", "#d1495b"
 
 def loss_curve(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Draws training and held-out loss over the optimizer steps from the records of a metrics.jsonl."""
-    figure, axes = _figure(7.2, 4.0)
+    page, axes = figure(7.2, 4.0)
     train = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
     held_out = [(record["step"], record["eval_loss"]) for record in records if record.get("eval_loss") is not None]
     if train:
@@ -26,7 +26,7 @@ def loss_curve(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     if train or held_out:
         axes.legend(frameon=False)
-    _save(figure, path)
+    save(page, path)
 
 
 def router_heatmap(windows: Sequence[tuple[str, np.ndarray]], path: str | Path) -> None:
@@ -39,7 +39,7 @@ def router_heatmap(windows: Sequence[tuple[str, np.ndarray]], path: str | Path) 
     ]
     layers, experts = loads[0][1].shape
     width = float(np.clip(experts * 0.32, 3.2, 9.0))
-    figure, panels = _figure(width * len(loads) + 1.4, float(np.clip(layers * 0.32, 1.6, 9.0)) + 1.2, len(loads))
+    page, panels = figure(width * len(loads) + 1.4, float(np.clip(layers * 0.32, 1.6, 9.0)) + 1.2, len(loads))
     for axes, (title, load_LE) in zip(np.atleast_1d(panels), loads, strict=True):
         image = axes.imshow(load_LE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
         axes.set_title(title, loc="left", fontweight="bold", color=INK)
@@ -49,23 +49,25 @@ def router_heatmap(windows: Sequence[tuple[str, np.ndarray]], path: str | Path) 
         for spine in axes.spines.values():
             spine.set_visible(False)
     np.atleast_1d(panels)[0].set_ylabel("MoE layer")
-    bar = figure.colorbar(image, ax=list(np.atleast_1d(panels)), extend="max", shrink=0.9, pad=0.02)
+    bar = page.colorbar(image, ax=list(np.atleast_1d(panels)), extend="max", shrink=0.9, pad=0.02)
     bar.set_label("load (1 = even share)")
     bar.outline.set_visible(False)
-    _save(figure, path)
+    save(page, path)
 
 
-def _figure(width: float, height: float, panels: int = 1):
+def figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
+    """A figure of this size in inches with its axes (an array, if there are several panels), in our style."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True)
+    page = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = page.subplots(1, panels, sharey=True)
     for one in np.atleast_1d(axes):
         one.spines[["top", "right"]].set_visible(False)
         one.tick_params(colors=INK, length=3)
-    return figure, axes
+    return page, axes
 
 
-def _save(figure, path: str | Path) -> None:
+def save(page: Any, path: str | Path) -> None:
+    """Writes the figure, and the folder if it is missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    page.savefig(path)

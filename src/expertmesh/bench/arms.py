@@ -1,0 +1,124 @@
+"""The sides of a benchmark, by name: stock Transformers in three forms, and expertmesh, whole or without one fusion."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from expertmesh import backends
+from expertmesh.auto import AutoModelForCausalLM
+from expertmesh.fuse import FUSIONS
+from expertmesh.train.errors import ConfigError
+
+WITHOUT = "expertmesh-no-"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side. `compiled`: each decoder layer by torch.compile. `without`: the one fusion that is off."""
+
+    name: str
+    ours: bool = False
+    compiled: bool = False
+    liger: bool = False
+    without: str | None = None
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("stock"),
+        Arm("stock-compiled", compiled=True),
+        Arm("stock-liger", liger=True),
+        Arm("expertmesh", ours=True),
+        *(Arm(f"{WITHOUT}{fusion}", ours=True, without=fusion) for fusion in FUSIONS if fusion != "liger"),
+    )
+}
+DEFAULT = ("stock", "stock-compiled", "stock-liger", "expertmesh")
+
+
+def nearest(name: str, known: Any, what: str) -> str:
+    """`name` if it is one of `known`, else a ConfigError that names the nearest."""
+    if name in known:
+        return name
+    hint = "".join(f" Did you mean {near!r}?" for near in get_close_matches(name, known, 1, 0))
+    raise ConfigError(f"There is no {what} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def why_not(arm: Arm, config: PreTrainedConfig, device: str) -> str | None:
+    """Why this arm cannot run this model here, and what to do; None if it can."""
+    if arm.liger:
+        if not backends.has_liger():
+            return "liger-kernel is not installed: `pip install 'expertmesh[gpu]'` adds it."
+        if device == "cpu":
+            return "Liger's kernels run on GPUs only."
+        if config.model_type not in _liger_functions():
+            return f"Liger has no kernels for {config.model_type}."
+    if arm.without:
+        row = next(row for row in fusions_of(config) if row.name == arm.without)
+        return None if row.on else f"that fusion is off for {config.model_type} anyway: {row.reason}."
+    return None
+
+
+def fusions_of(config: PreTrainedConfig) -> list[Any]:
+    """The fusion report of a model of this configuration; nothing is allocated."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).fusion_report()
+
+
+@contextmanager
+def model_of(
+    arm: Arm, config: PreTrainedConfig, dtype: torch.dtype, device: str, attention: str | None = None
+) -> Iterator[PreTrainedModel]:
+    """A model of this arm, ready to train; the same weights in every arm.
+
+    Liger patches whole modules of Transformers, so its arm's model works only within this context; when it is left,
+    Transformers is as it was.
+    """
+    auto: Any = AutoModelForCausalLM if arm.ours else transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    if arm.without:
+        options["fused"] = {arm.without: False}
+    torch.manual_seed(0)
+    with _patched_by_liger(config.model_type, arm.liger), torch.device(device):
+        model = auto.from_config(config, dtype=dtype, **options).train()
+        if arm.compiled:
+            torch._dynamo.reset()
+            for layer in model.base_model.layers:
+                layer.compile()
+        with torch.device("cpu"):
+            yield model
+
+
+@contextmanager
+def _patched_by_liger(model_type: str, on: bool) -> Iterator[None]:
+    """Within: Liger's patches as its users get them. After: the modeling module and its classes as they were."""
+    if not on:
+        yield
+        return
+    modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    classes = [value for value in vars(modeling).values() if isinstance(value, type)]
+    owners: list[Any] = [modeling, *classes]
+    before = [dict(vars(owner)) for owner in owners]
+    try:
+        _liger_functions()[model_type]()
+        yield
+    finally:
+        for owner, kept in zip(owners, before, strict=True):
+            for name, value in dict(vars(owner)).items():
+                if name not in kept:
+                    delattr(owner, name)
+                elif value is not kept[name]:
+                    setattr(owner, name, kept[name])
+
+
+def _liger_functions() -> dict[str, Callable[..., None]]:
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    return MODEL_TYPE_TO_APPLY_LIGER_FN

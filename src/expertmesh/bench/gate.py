@@ -1,0 +1,84 @@
+"""How tokens choose experts in a benchmark, the same on every arm: by the weights the model has, not by the arm.
+
+random-init  as the initialised router chooses: near even, and no token's choice is clear.
+skewed       as trained routers choose: a few experts get many tokens. Router weights are set so that expert e is
+             wanted by a share p_e of the tokens, p_e proportional to 1 / rank (Zipf), at most 0.4, sum K; ranks are
+             dealt at random. Rows of the router keep their direction and get length s_e: behind a norm an input is
+             nearly a vector of independent entries of size 1, so the logit is nearly normal with deviation s_e, and it
+             is over 1 for a share p_e of the tokens if s_e = 1 / Q(1 - p_e), Q the normal quantile. About K logits of a
+             token are over 1, and those the router takes. Group-limited routers bend the law. What load came out is in
+             each row of the result ("busiest": the largest expert's rows over the mean).
+balanced     what published benchmarks often use: token t gets experts tK … tK+K-1 modulo E, each expert the same
+             number of rows. A forward hook replaces the router's choice, on every arm alike; the weights are the
+             softmax of the chosen experts' logits, so that the router is still trained, and still runs.
+"""
+
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+ROUTINGS = ("random-init", "skewed", "balanced")
+LARGEST_SHARE = 0.4
+
+
+def routers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The routers of a model by name; each holds `weight` [E, H] and returns (logits [T, E], weights, ids [T, K])."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("Router")}
+
+
+def set_routing(model: PreTrainedModel, routing: str, top_k: int) -> None:
+    """Make a freshly initialised model route as one of `ROUTINGS` says, in place."""
+    for number, router in enumerate(routers(model).values()):
+        if routing == "skewed":
+            _skew(router, top_k, seed=number)
+        elif routing == "balanced":
+            router.register_forward_hook(_deal)
+
+
+def zipf_shares(experts: int, top_k: int) -> list[float]:
+    """The share of tokens that want the expert of each rank: c / rank, at most 0.4, with the sum `top_k`."""
+    low, high = 0.0, float(top_k * experts)
+    for _ in range(60):
+        middle = (low + high) / 2
+        total = sum(min(LARGEST_SHARE, middle / rank) for rank in range(1, experts + 1))
+        low, high = (middle, high) if total < top_k else (low, middle)
+    return [min(LARGEST_SHARE, high / rank) for rank in range(1, experts + 1)]
+
+
+@torch.no_grad()
+def busiest(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Rows of a layer's largest expert over the mean of its experts, on these tokens; the mean over layers."""
+    loads = []
+
+    def look(router: nn.Module, args: Any, output: tuple) -> None:
+        logits_TE, _, ids_TK = output
+        counts = torch.bincount(ids_TK.flatten(), minlength=logits_TE.shape[-1]).float()
+        loads.append(counts.max() / counts.mean())
+
+    hooks = [router.register_forward_hook(look) for router in routers(model).values()]
+    model.base_model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    return float(torch.stack(loads).mean())
+
+
+@torch.no_grad()
+def _skew(router: Any, top_k: int, seed: int) -> None:
+    experts = router.weight.shape[0]
+    deviations = torch.tensor([1 / NormalDist().inv_cdf(1 - share) for share in zipf_shares(experts, top_k)])
+    dealt = deviations[torch.randperm(experts, generator=torch.Generator().manual_seed(seed))]
+    rows = router.weight.float()
+    router.weight.copy_(rows * (dealt.to(rows.device) / rows.norm(dim=1))[:, None])
+
+
+def _deal(router: nn.Module, args: Any, output: tuple) -> tuple:
+    """Forward hook: the experts in turn instead of those chosen; ids and weights keep their dtypes."""
+    logits_TE, weights_TK, ids_TK = output
+    tokens, top_k = ids_TK.shape
+    rows = torch.arange(tokens * top_k, device=ids_TK.device, dtype=ids_TK.dtype)
+    dealt_TK = (rows % logits_TE.shape[-1]).view(tokens, top_k)
+    chosen_TK = logits_TE.reshape(tokens, -1).gather(1, dealt_TK.long())
+    return logits_TE, chosen_TK.float().softmax(-1).to(weights_TK.dtype), dealt_TK

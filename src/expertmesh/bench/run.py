@@ -1,0 +1,274 @@
+"""`expertmesh bench`: the same models, weights, tokens and routing through every arm in turn, in one process.
+
+    run(BenchOptions(works=("qwen3-30b-a3b",), arms=("stock", "expertmesh"), batches=(1, 4), out="NAME.json"))
+
+First the proof (`parity`), then per arm and batch the times. The file is written after every row, so that a job that is
+cut short leaves what it measured; an arm that fails, by want of memory for instance, is noted and the others go on.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from expertmesh import backends
+from expertmesh.bench import profile, steps
+from expertmesh.bench.arms import ARMS, DEFAULT, WITHOUT, Arm, fusions_of, model_of, nearest, why_not
+from expertmesh.bench.flops import forward_flops, step_flops
+from expertmesh.bench.gate import ROUTINGS, busiest, set_routing
+from expertmesh.bench.proof import parity
+from expertmesh.bench.works import WORKS, config_of, top_k_and_experts
+from expertmesh.train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure. `arms` None: all that run here. `layers` None: the work's own. `ablate` adds expertmesh without
+    each fusion that is on. `full`: with clipping and AdamW. `device` None: the GPU if there is one.
+    """
+
+    works: tuple[str, ...] = ("qwen3-30b-a3b",)
+    arms: tuple[str, ...] | None = None
+    batches: tuple[int, ...] = (1, 4)
+    seq: int = 4096
+    layers: int | None = None
+    routings: tuple[str, ...] = ("random-init",)
+    tiny: bool = False
+    device: str | None = None
+    full: bool = False
+    ablate: bool = False
+    proof: bool = True
+    profile: bool = False
+    warmup: int = 3
+    repeats: int = 7
+    out: str | None = None
+    commit: str | None = None
+
+
+def run(options: BenchOptions, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measures and returns what `out` then holds; `say` gets a line per finding. Raises ConfigError for nonsense.
+
+    Rows have one shape: "work", "arm", "layers", "batch", "seq", "routing" and what was measured; None where that takes
+    a GPU. "failed" lists what did not run, with its error.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    refuse(options, device)
+    plan = {name: list(_arms(name, options, device, say)) for name in options.works}
+    result = _heading(options, device)
+    for name, arms in plan.items():
+        bench = _Bench(options, device, name, result, say)
+        if options.proof:
+            bench.prove(arms)
+        for routing in options.routings:
+            for arm in arms:
+                bench.time(arm, routing)
+    return result
+
+
+def refuse(options: BenchOptions, device: str) -> None:
+    """Raises ConfigError for names and numbers that cannot be run."""
+    for work in options.works:
+        nearest(work, WORKS, "work")
+    for arm in options.arms or ():
+        nearest(arm, ARMS, "arm")
+    for routing in options.routings:
+        nearest(routing, ROUTINGS, "routing")
+    for work in options.works if "balanced" in options.routings else ():
+        top_k, experts = top_k_and_experts(config_of(WORKS[work], options.layers, options.tiny))
+        for batch in options.batches:
+            if batch * options.seq * top_k % experts:
+                raise ConfigError(
+                    f"A balanced gate gives each of the {experts} experts of {work} the same number of rows, but "
+                    f"{batch} x {options.seq} tokens x {top_k} cannot be divided so: change --batch or --seq."
+                )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("This machine has no CUDA device: use --device cpu --tiny.")
+    if device == "cpu" and not options.tiny:
+        raise ConfigError("On the CPU the bench runs tiny models only: add --tiny.")
+
+
+def _arms(name: str, options: BenchOptions, device: str, say: Callable[[str], None]) -> Iterable[Arm]:
+    """The arms of one work, in order. One asked for by name that cannot run is an error, another is left out, aloud."""
+    config = config_of(WORKS[name], options.layers, options.tiny)
+    for asked in options.arms or DEFAULT:
+        reason = why_not(ARMS[asked], config, device)
+        if reason is None:
+            yield ARMS[asked]
+        elif options.arms:
+            raise ConfigError(f"{asked} cannot run {name} here: {reason}")
+        else:
+            say(f"{name}: without {asked}: {reason}")
+    if options.ablate:
+        for row in fusions_of(config):
+            if row.on and f"{WITHOUT}{row.name}" not in (options.arms or ()):
+                yield ARMS[f"{WITHOUT}{row.name}"]
+
+
+class _Bench:
+    """One work of a run: adds to `result` and writes it."""
+
+    def __init__(
+        self, options: BenchOptions, device: str, name: str, result: dict[str, Any], say: Callable[[str], None]
+    ) -> None:
+        self.options, self.device, self.name, self.result, self.say = options, device, name, result, say
+        self.work = WORKS[name]
+        self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.attention = None if device == "cpu" else self.work.attention
+        self.weights: dict[str, dict[str, int]] = {}  # by routing
+        self.loads: dict[tuple[str, int], float] = {}  # by routing and batch
+
+    def prove(self, arms: list[Arm]) -> None:
+        """The parity of these arms, into `result`."""
+        found = parity(self.work, arms, self.device, 64 if self.options.tiny else 2048, self.options.tiny)
+        self.result["parity"][self.name] = found
+        for name, row in found.items():
+            worst = f", worst gradient {row['worst_ratio']:.2f}x stock's" if "worst_ratio" in row else ""
+            self.say(f"{self.name}: {name}: loss off by {row['loss_error']:.1e} from float32{worst}")
+        self._write()
+
+    def time(self, arm: Arm, routing: str) -> None:
+        """One row per batch of one arm."""
+        batches = self.options.batches
+        try:
+            # compiled anew for each batch, because shapes known to vary compile to slower code
+            for group in [(batch,) for batch in batches] if arm.compiled else [batches]:
+                config = config_of(self.work, self.options.layers, self.options.tiny)
+                with model_of(arm, config, self.dtype, self.device, self.attention) as model:
+                    set_routing(model, routing, top_k_and_experts(config)[0])
+                    self._same_weights(arm, model, routing)
+                    for batch in group:
+                        self._row(arm, model, routing, batch)
+                        self._write()
+                del model
+                steps.release()
+        except Exception as error:
+            if isinstance(error, ConfigError | AssertionError):
+                raise
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            self.result["failed"].append({"work": self.name, "arm": arm.name, "routing": routing, "error": text})
+            self.say(f"{self.name}: {arm.name} FAILED: {text}")
+            del error
+            self._write()
+        steps.release()
+
+    def _row(self, arm: Arm, model: Any, routing: str, batch: int) -> None:
+        options, config = self.options, model.config
+        step = steps.Step(model, batch, options.seq, options.full)
+        found = steps.measure(step, options.warmup, options.repeats)
+        flops = step_flops(config, batch, options.seq)
+        both_ms = found["forward_ms"] + found["backward_ms"]
+        tflops = flops / both_ms / 1e9
+        row = {
+            "work": self.name,
+            "arm": arm.name,
+            "layers": config.num_hidden_layers,
+            "batch": batch,
+            "seq": options.seq,
+            "routing": routing,
+            **found,
+            "tokens_per_second_per_gpu": round(batch * options.seq / found["step_ms"] * 1e3),
+            "tflops_per_gpu": round(tflops, 4 if options.tiny else 1),
+            "percent_of_gemm": round(100 * tflops / self.result["ceilings"]["gemm_tflops"], 1),
+            "host_syncs": steps.count_host_syncs(step),
+            "launches": steps.count_launches(step),
+            "busiest": self._busiest(arm, step, routing),
+        }
+        self.result["rows"].append(row)
+        self.say(
+            f"{self.name}: {arm.name}, {routing}, {batch} x {options.seq}: forward {row['forward_ms']} backward "
+            f"{row['backward_ms']} step {row['step_ms']} ms, {row['tokens_per_second_per_gpu']:,} tokens/s, "
+            f"{row['peak_gib']} GiB, {row['host_syncs']} host syncs, {row['launches']} launches"
+        )
+        if options.profile and batch == options.batches[-1] and not arm.compiled:
+            self._profile(arm, step, routing, both_ms)
+
+    def _profile(self, arm: Arm, step: steps.Step, routing: str, both_ms: float) -> None:
+        batch, seq = step.ids.shape
+        rates = self.result["ceilings"]
+        limits = profile.floors(step.model, forward_flops(step.model.config, batch, seq), batch * seq)
+        rows = []
+        for component, (ms, launches) in profile.by_component(step).items():
+            floor = limits.get(component, profile.Floor("0: could be fused into its neighbours"))
+            least = floor.flops / rates["gemm_tflops"] / 1e9 + floor.bytes / rates["copy_tb_per_s"] / 1e9
+            rows.append(
+                {
+                    "component": component,
+                    "ms": round(ms, 3),
+                    "floor_ms": round(least, 3),
+                    "launches": launches,
+                    "floor": floor.formula,
+                }
+            )
+        rows.sort(key=lambda row: -row["ms"])
+        found = {
+            "batch": batch,
+            "seq": seq,
+            "layers": step.model.config.num_hidden_layers,
+            "forward_and_backward_ms": round(both_ms, 2),
+            "components": rows,
+        }
+        self.result["profiles"].setdefault(f"{self.name}, {routing}", {})[arm.name] = found
+        for row in rows:
+            self.say(f"  {row['ms']:9.2f} ms, floor {row['floor_ms']:8.2f}, x{row['launches']:<5} {row['component']}")
+
+    def _same_weights(self, arm: Arm, model: Any, routing: str) -> None:
+        """Every arm must have the first arm's weights, bit for bit."""
+        sums = {name: _bits(tensor) for name, tensor in model.named_parameters()}
+        first = self.weights.setdefault(routing, sums)
+        different = sorted(name for name in sums.keys() | first.keys() if sums.get(name) != first.get(name))
+        assert not different, f"{arm.name} of {self.name} has other weights than the arms before it: {different[:3]}"
+
+    def _busiest(self, arm: Arm, step: steps.Step, routing: str) -> float | None:
+        """Measured on the first arm that is not compiled (a hook would compile it anew) and the same on all."""
+        key = (routing, len(step.ids))
+        if key not in self.loads and not arm.compiled:
+            self.loads[key] = round(busiest(step.model, step.ids), 2)
+        return self.loads.get(key)
+
+    def _write(self) -> None:
+        if self.options.out:
+            path = Path(self.options.out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.result, indent=1))
+
+
+def _bits(tensor: torch.Tensor) -> int:
+    """A sum over the tensor's bits: equal for equal tensors, and hardly ever for others."""
+    kind = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    return int(tensor.detach().view(kind).sum(dtype=torch.int64))
+
+
+def _heading(options: BenchOptions, device: str) -> dict[str, Any]:
+    """What was measured where, by which versions; the rows are still to come."""
+    return {
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "gpus": int(device == "cuda"),
+        "torch": torch.__version__,
+        "triton": backends.version_of("triton"),
+        "transformers": transformers.__version__,
+        "commit": options.commit or _commit(),
+        "command": shlex.join(["expertmesh", *sys.argv[1:]]),
+        "ceilings": {
+            "gemm_tflops": round(steps.gemm_tflops(device), 3),
+            "copy_tb_per_s": round(steps.copy_tb_per_second(device), 3),
+        },
+        "rows": [],
+        "parity": {},
+        "profiles": {},
+        "failed": [],
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this package runs from, None where it is no git checkout."""
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    return done.stdout.strip() or None

@@ -1,0 +1,145 @@
+"""One training step, timed by its parts, and what it cost: memory, host syncs, kernel launches.
+
+On a GPU times are those of CUDA events, so work that the CPU has queued counts where it runs; on the CPU they are wall
+time.
+"""
+
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+PHASES = ("forward", "backward", "clip", "optimizer")
+
+
+class Step:
+    """A training step of one model on fixed tokens.
+
+    With `full`, gradients are clipped to norm 1 and AdamW follows, fused, with states in the weights' dtype. Its
+    learning rate is 0: the same work, and every step sees the same weights, hence the same routing. Setting gradients
+    to None is not timed.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: int, seq: int, full: bool) -> None:
+        self.model, self.device = model, model.device
+        vocab = model.config.get_text_config().vocab_size
+        self.ids = torch.randint(0, vocab, (batch, seq), generator=torch.Generator().manual_seed(1)).to(self.device)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if full else None
+
+    def run(self) -> tuple[list[Any], torch.Tensor]:
+        """Queues one step; returns the marks around its phases, and the loss."""
+        self.model.zero_grad(set_to_none=True)
+        marks = [_mark(self.device)]
+        loss = self.model(input_ids=self.ids, labels=self.ids).loss
+        marks.append(_mark(self.device))
+        loss.backward()
+        marks.append(_mark(self.device))
+        if self.optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            marks.append(_mark(self.device))
+            self.optimizer.step()
+            marks.append(_mark(self.device))
+        return marks, loss.detach()
+
+    def milliseconds(self) -> dict[str, float]:
+        """Runs one step and waits for it; ms by phase."""
+        marks, _ = self.run()
+        return dict(zip(PHASES, _between(marks), strict=False))
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(marks: list[Any]) -> list[float]:
+    """Milliseconds from each mark to the next."""
+    pairs = list(zip(marks, marks[1:], strict=False))
+    if isinstance(marks[0], float):
+        return [(end - start) * 1e3 for start, end in pairs]
+    marks[-1].synchronize()
+    return [start.elapsed_time(end) for start, end in pairs]
+
+
+def measure(step: Step, warmup: int, repeats: int) -> dict[str, Any]:
+    """Times, peak memory and loss of a step: medians of `repeats`, after `warmup` (the first of which compiles)."""
+    start = time.perf_counter()
+    step.milliseconds()
+    first = time.perf_counter() - start
+    for _ in range(warmup - 1):
+        step.milliseconds()
+    on_gpu = step.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    runs = [step.milliseconds() for _ in range(repeats)]
+    found: dict[str, Any] = {f"{phase}_ms": None for phase in PHASES}
+    for phase in runs[0]:
+        found[f"{phase}_ms"] = round(statistics.median(run[phase] for run in runs), 2)
+    found["step_ms"] = round(statistics.median(sum(run.values()) for run in runs), 2)
+    found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None
+    found["first_step_s"] = round(first, 1)
+    found["loss"] = step.run()[1].item()
+    return found
+
+
+def count_host_syncs(step: Step) -> int | None:
+    """How often the CPU waits for the GPU in one step, None on the CPU."""
+    if step.device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in said)
+
+
+def count_launches(step: Step) -> int | None:
+    """Kernels, copies and fills of one step on the GPU, None on the CPU."""
+    if step.device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step.run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+
+
+def gemm_tflops(device: str) -> float:
+    """The matrix-product rate of this device in TFLOP/s: bfloat16, 8192³ (on the CPU float32, 512³)."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _median_ms(lambda: a @ b, device) / 1e9
+
+
+def copy_tb_per_second(device: str) -> float:
+    """Bytes read and written per second by a device copy of 2 GiB (on the CPU 64 MiB), in TB/s."""
+    source = torch.empty(2**31 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _median_ms(lambda: target.copy_(source), device) / 1e9
+
+
+def release() -> None:
+    """Give memory of what is no longer referenced back to the GPU, so that the next peak is its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _median_ms(run: Callable[[], Any], device: str, repeats: int = 20) -> float:
+    times = []
+    for _ in range(repeats + 3):
+        start = _mark(torch.device(device))
+        run()
+        times += _between([start, _mark(torch.device(device))])
+    return statistics.median(times[3:])

@@ -1,0 +1,137 @@
+"""`expertmesh bench`: stock Transformers and expertmesh on the same work, timed in one job."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WORK_HELP = "Models by name, with commas: qwen3-30b-a3b, nemotron-3-nano, gpt-oss-20b, deepseek-v3."
+ARMS_HELP = (
+    "Sides, with commas: stock, stock-compiled (each layer by torch.compile), stock-liger, expertmesh, and "
+    "expertmesh-no-NAME (one fusion off). Default: the first four, as far as they run here."
+)
+ABLATE_HELP = "Also expertmesh without each of its fusions, one by one: what every fusion is worth."
+ROUTING_HELP = "How tokens choose experts, with commas: random-init, skewed (as trained), balanced."
+LAYERS_HELP = "How many of the model's layers; default: as many as stock can train on one 141 GB GPU."
+STEP_HELP = "Whole steps: clipping and fused AdamW after the backward; tokens/s are then those of the step."
+PROFILE_HELP = "Device time by component of the layer beside its floor, at the last batch size."
+OUT_HELP = "Write the result here as JSON, and pictures beside it (with matplotlib)."
+COMMIT_HELP = "The commit to note in the result, where the source is no git checkout."
+
+
+def bench(
+    work: Annotated[str, typer.Option(help=WORK_HELP)] = "qwen3-30b-a3b",
+    arms: Annotated[str | None, typer.Option(help=ARMS_HELP)] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help=ABLATE_HELP)] = False,
+    batch: Annotated[str, typer.Option(help="Sequences per step, with commas.")] = "1,4",
+    seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 4096,
+    layers: Annotated[int | None, typer.Option(min=1, help=LAYERS_HELP)] = None,
+    routing: Annotated[str, typer.Option(help=ROUTING_HELP)] = "random-init",
+    step: Annotated[bool, typer.Option("--step", help=STEP_HELP)] = False,
+    proof: Annotated[bool, typer.Option(help="Compare every arm's gradients with float32 before timing.")] = True,
+    profile: Annotated[bool, typer.Option("--profile", help=PROFILE_HELP)] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Models of a few thousand parameters: to try the bench.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="`cuda` or `cpu`; default: the GPU if there is one.")] = None,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps before the timed ones.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps, of which the median counts.")] = 7,
+    out: Annotated[str | None, typer.Option(help=OUT_HELP)] = None,
+    commit: Annotated[str | None, typer.Option(help=COMMIT_HELP)] = None,
+) -> None:
+    """Train the same model, weights, tokens and routing under stock Transformers and under expertmesh, in turn.
+
+    Every arm's loss and gradients are first compared with stock in float32. Exit code 1 if an arm failed.
+    """
+    from rich.console import Console
+
+    from expertmesh.bench.run import BenchOptions, run
+
+    console = Console(highlight=False)
+    result = run(
+        BenchOptions(
+            works=_names(work),
+            arms=None if arms is None else _names(arms),
+            batches=_sizes(batch),
+            seq=seq,
+            layers=layers,
+            routings=_names(routing),
+            tiny=tiny,
+            device=device,
+            full=step,
+            ablate=ablate,
+            proof=proof,
+            profile=profile,
+            warmup=warmup,
+            repeats=repeats,
+            out=out,
+            commit=commit,
+        ),
+        say=lambda line: console.print(line, markup=False, soft_wrap=True),
+    )
+    for table in _tables(result["rows"]):
+        console.print(table)
+    if out:
+        from expertmesh.bench.pictures import draw
+
+        for path in draw(result, out):
+            console.print(f"wrote {path}", markup=False, soft_wrap=True)
+    raise typer.Exit(1 if result["failed"] else 0)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    from expertmesh.train.errors import ConfigError
+
+    names = _names(text)
+    if not all(name.isdigit() and int(name) > 0 for name in names):
+        raise ConfigError(f"--batch takes numbers of sequences with commas, as 1,4, not {text!r}.")
+    return tuple(map(int, names))
+
+
+def _tables(rows: list[dict[str, Any]]) -> "list[Table]":
+    """One table per work, routing and batch. The last columns: the first arm's time over this one's, and what a fusion
+    is worth, which is the time without it over that of expertmesh.
+    """
+    from rich import box
+    from rich.table import Table
+
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["work"], row["layers"], row["routing"], row["batch"], row["seq"]), []).append(row)
+    tables = []
+    for (work, layers, routing, batch, seq), group in groups.items():
+        title = f"{work}, {layers} layers, {batch} x {seq} tokens, {routing} routing"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        columns = {
+            "forward": "forward_ms",
+            "backward": "backward_ms",
+            "clip": "clip_ms",
+            "optimizer": "optimizer_ms",
+            "step ms": "step_ms",
+            "tokens/s": "tokens_per_second_per_gpu",
+            "TFLOP/s": "tflops_per_gpu",
+            "% GEMM": "percent_of_gemm",
+            "GiB": "peak_gib",
+            "syncs": "host_syncs",
+            "launches": "launches",
+        }
+        columns = {name: key for name, key in columns.items() if any(row[key] is not None for row in group)}
+        table.add_column("arm", no_wrap=True)
+        whole = next((row["step_ms"] for row in group if row["arm"] == "expertmesh"), None)
+        ablated = whole is not None and any(row["arm"].startswith("expertmesh-no-") for row in group)
+        for name in (*columns, f"x {group[0]['arm']}", *["worth"] * ablated):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in group:
+            cells = [f"{row[key]:,}" if row[key] is not None else "" for key in columns.values()]
+            cells.append(f"{group[0]['step_ms'] / row['step_ms']:.2f}")
+            if ablated and row["arm"].startswith("expertmesh-no-"):
+                cells.append(f"{row['step_ms'] / whole:.3f}")
+            table.add_row(row["arm"], *cells)
+        tables.append(table)
+    return tables
