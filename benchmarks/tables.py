@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md, and the README's table, from the files in benchmarks/results. Nothing is typed in by hand.
+"""Write docs/benchmarks.md, docs/profile.md and the README's table from benchmarks/results; nothing is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+WITHOUT = "expertmesh-no-"
 BEGIN, END = "<!-- from benchmarks/results: begin -->", "<!-- from benchmarks/results: end -->"
 
 
@@ -27,35 +28,134 @@ def source(result: dict) -> str:
     )
 
 
+# what `expertmesh bench` measures besides; results from before it lack these
+MORE = {
+    "clip ms": "clip_ms",
+    "optimizer ms": "optimizer_ms",
+    "TFLOP/s": "tflops_per_gpu",
+    "% of GEMM": "percent_of_gemm",
+    "host syncs": "host_syncs",
+    "launches": "launches",
+}
+
+
 def step_table(result: dict) -> str:
-    stock = {row["batch"]: row["tokens_per_second_per_gpu"] for row in result["rows"] if row["arm"] == "stock"}
-    rows = [
+    """One table per work and routing; arms without one fusion have their own (`worth_table`)."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in result["rows"]:
+        if not row["arm"].startswith(WITHOUT):
+            groups.setdefault((row["work"], row["layers"], row["routing"]), []).append(row)
+    tables = []
+    for (work, layers, routing), rows in groups.items():
+        title = f"{work}, {layers} layers, {routing} routing:\n\n" if len(groups) > 1 else ""
+        tables.append(title + _step_table(rows))
+    return "\n\n".join(tables)
+
+
+def _step_table(rows: list[dict]) -> str:
+    stock = {row["batch"]: row["tokens_per_second_per_gpu"] for row in rows if row["arm"] == "stock"}
+    more = {} if "step_ms" not in rows[0] else {n: key for n, key in MORE.items() if rows[0][key] is not None}
+    cells = [
         [
             row["arm"],
             f"{row['batch']} x {row['seq']}",
             row["forward_ms"],
             row["backward_ms"],
             f"{row['tokens_per_second_per_gpu']:,}",
-            f"{row['tokens_per_second_per_gpu'] / stock[row['batch']]:.2f}x",
+            f"{row['tokens_per_second_per_gpu'] / stock[row['batch']]:.2f}x" if row["batch"] in stock else "",
             row["peak_gib"],
+            *(row[key] for key in more.values()),
         ]
-        for row in sorted(result["rows"], key=lambda row: row["batch"])
+        for row in sorted(rows, key=lambda row: row["batch"])
     ]
-    return table(["arm", "batch", "forward ms", "backward ms", "tokens/s", "against stock", "peak GiB"], rows)
+    return table(["arm", "batch", "forward ms", "backward ms", "tokens/s", "against stock", "peak GiB", *more], cells)
+
+
+def worth_table(result: dict) -> str:
+    """What each fusion is worth: the time of a step without it over that of expertmesh with all."""
+    place = ("work", "routing", "batch", "seq")
+    whole = {tuple(row[key] for key in place): row["step_ms"] for row in result["rows"] if row["arm"] == "expertmesh"}
+    rows = [
+        [
+            row["work"],
+            f"{row['batch']} x {row['seq']}",
+            f"`{row['arm'].removeprefix(WITHOUT)}`",
+            row["step_ms"],
+            f"{row['step_ms'] / whole[tuple(row[key] for key in place)]:.3f}",
+        ]
+        for row in result["rows"]
+        if row["arm"].startswith(WITHOUT)
+    ]
+    return table(["work", "batch", "fusion", "ms without it", "worth"], rows)
 
 
 def parity_text(parity: dict) -> str:
+    parity = parity.get("qwen3-30b-a3b", parity)
     stock, ours = parity["stock"]["loss_error"], parity["expertmesh"]["loss_error"]
+    worst = parity if "worst_ratio" in parity else parity["expertmesh"]
     return f"""Against a float32 run of stock Transformers (2 layers, 2,048 tokens, same weights), the loss in bfloat16
 is off by {stock:.1e} on the stock side and {ours:.1e} on ours; over all parameters, our gradient error is at most
-{parity["worst_ratio"]:.2f} times stock's (`{parity["worst_tensor"]}`)."""
+{worst["worst_ratio"]:.2f} times stock's (`{worst["worst_tensor"]}`)."""
 
 
-def profile_table(result: dict, arm: str, rows: int = 12) -> str:
-    return table(
-        ["kernel", "ms", "launches"],
-        [[f"`{row['kernel'][:70]}`", row["ms"], row["count"]] for row in result["profiles"][arm][:rows]],
-    )
+def step_notes(result: dict) -> str:
+    """What goes with the table of a step: what fusions are worth; in results older than `expertmesh bench`, kernels."""
+    if "step_ms" in result["rows"][0]:
+        ablated = any(row["arm"].startswith(WITHOUT) for row in result["rows"])
+        worth = "What each fusion is worth: the time of a step without it over that of a step with all.\n\n"
+        return worth + worth_table(result) if ablated else "Each column is explained in [bench.md](bench.md)."
+    kernels = [[f"`{row['kernel'][:70]}`", row["ms"], row["count"]] for row in result["profiles"]["expertmesh"][:12]]
+    return f"""A whole expertmesh step ran under `torch.cuda.set_sync_debug_mode("error")`: the CPU never
+waited for the GPU.
+
+Where the device time of one expertmesh step at the larger batch goes (the twelve longest kernels):
+
+{table(["kernel", "ms", "launches"], kernels)}"""
+
+
+def component_table(profile: dict) -> str:
+    """Milliseconds of each component beside its floor, one step of one arm."""
+    rows = [
+        [row["component"], row["ms"], row["floor_ms"] or "", _times(row["ms"], row["floor_ms"])]
+        + [row["launches"], row["floor"]]
+        for row in profile["components"]
+    ]
+    ms, floor = (sum(row[key] for row in profile["components"]) for key in ("ms", "floor_ms"))
+    launches = sum(row["launches"] for row in profile["components"])
+    rows.append(["**all**", f"{ms:.3f}", f"{floor:.3f}", _times(ms, floor), launches, ""])
+    return table(["component", "ms", "floor ms", "times the floor", "launches", "floor is"], rows)
+
+
+def _times(ms: float, floor: float) -> str:
+    return f"{ms / floor:.2f}" if floor else ""
+
+
+def profile_page(result: dict) -> str:
+    """docs/profile.md from a result of `expertmesh bench --profile`."""
+    sections = []
+    for what, arms in result["profiles"].items():
+        for arm, profile in arms.items():
+            sections.append(
+                f"""## {what} routing, {profile["layers"]} layers, {profile["batch"]} x {profile["seq"]} tokens: {arm}
+
+Forward and backward took {profile["forward_and_backward_ms"]} ms; what the components leave of that is time in which
+the GPU waited for launches.
+
+{component_table(profile)}"""
+            )
+    rates = result["ceilings"]
+    return f"""# Where each millisecond goes
+
+Made by `python benchmarks/tables.py` from `benchmarks/results/h200_profile.json`: the device time of one training step
+by component of the layers, beside the least that the component needs on this GPU: its FLOPs at the rate of a bfloat16
+product of 8192 x 8192 matrices ({rates["gemm_tflops"]:.0f} TFLOP/s in this job), or the bytes it must move at the
+rate of a copy ({rates["copy_tb_per_s"]:.2f} TB/s). F is a component's FLOPs of the forward ([formulas](bench.md)),
+T the tokens, H the hidden size, V the vocabulary, S the rows of all experts of all layers. Kernels are traced to the
+module they were launched for.
+
+{chr(10).join(section + chr(10) for section in sections)}
+{source(result)}
+"""
 
 
 def agreement_table(rows: list[dict]) -> str:
@@ -108,12 +208,7 @@ in turn in one job. Our loss computes its gradients in the forward, so that part
 
 {source(step)}
 
-{parity_text(step["parity"])} A whole expertmesh step ran under `torch.cuda.set_sync_debug_mode("error")`: the CPU never
-waited for the GPU.
-
-Where the device time of one expertmesh step at the larger batch goes (the twelve longest kernels):
-
-{profile_table(step, "expertmesh")}
+{parity_text(step["parity"])} {step_notes(step)}
 
 ## Qwen3-30B-A3B, all 48 layers, two GPUs, forward and backward
 
@@ -171,3 +266,5 @@ def readme() -> str:
 if __name__ == "__main__":
     (ROOT / "docs" / "benchmarks.md").write_text(page())
     (ROOT / "README.md").write_text(readme())
+    if (RESULTS / "h200_profile.json").exists():
+        (ROOT / "docs" / "profile.md").write_text(profile_page(load("h200_profile")))

@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+from expertmesh.bench.run import BenchOptions, run
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -17,6 +19,32 @@ def test_docs_and_readme_show_the_committed_results():
     tables = _tables()
     assert (ROOT / "docs" / "benchmarks.md").read_text() == tables.page(), "run python benchmarks/tables.py"
     assert (ROOT / "README.md").read_text() == tables.readme(), "run python benchmarks/tables.py"
+
+
+def test_the_profile_page_shows_the_committed_profile():
+    tables, page = _tables(), ROOT / "docs" / "profile.md"
+    if (tables.RESULTS / "h200_profile.json").exists():
+        assert page.read_text() == tables.profile_page(tables.load("h200_profile")), "run python benchmarks/tables.py"
+    else:
+        assert not page.exists()
+
+
+def test_results_of_the_bench_make_tables():
+    tables = _tables()
+    options = BenchOptions(
+        tiny=True, arms=("stock", "expertmesh"), batches=(2,), seq=32, full=True, ablate=True, profile=True,
+        warmup=1, repeats=1, device="cpu",
+    )  # fmt: skip
+    result = run(options, say=lambda line: None)
+    steps = tables.step_table(result)
+    assert "| expertmesh | 2 x 32 |" in steps and "| clip ms | optimizer ms |" in steps and "-no-" not in steps
+    assert "| `router` |" in tables.step_notes(result)
+    page = tables.profile_page(result)
+    assert "qwen3-30b-a3b, random-init routing, 3 layers, 2 x 32 tokens: expertmesh" in page
+    assert "| loss head |" in page and "| **all** |" in page
+    # what is measured on a GPU only
+    result["parity"]["qwen3-30b-a3b"]["expertmesh"] |= {"worst_ratio": 1.25, "worst_tensor": "lm_head.weight"}
+    assert "at most\n1.25 times stock's (`lm_head.weight`)" in tables.parity_text(result["parity"])
 
 
 def test_every_result_says_where_it_comes_from():

@@ -86,14 +86,14 @@ def model_of(
     if arm.without:
         options["fused"] = {arm.without: False}
     torch.manual_seed(0)
-    with _patched_by_liger(config.model_type, arm.liger), torch.device(device):
-        model = auto.from_config(config, dtype=dtype, **options).train()
+    with _patched_by_liger(config.model_type, arm.liger):
+        with torch.device(device):
+            model = auto.from_config(config, dtype=dtype, **options).train()
         if arm.compiled:
             torch._dynamo.reset()
             for layer in model.base_model.layers:
                 layer.compile()
-        with torch.device("cpu"):
-            yield model
+        yield model
 
 
 @contextmanager
@@ -103,8 +103,8 @@ def _patched_by_liger(model_type: str, on: bool) -> Iterator[None]:
         yield
         return
     modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    classes = [value for value in vars(modeling).values() if isinstance(value, type)]
-    owners: list[Any] = [modeling, *classes]
+    own = [value for value in vars(modeling).values() if getattr(value, "__module__", None) == modeling.__name__]
+    owners: list[Any] = [modeling, *(value for value in own if isinstance(value, type))]
     before = [dict(vars(owner)) for owner in owners]
     try:
         _liger_functions()[model_type]()

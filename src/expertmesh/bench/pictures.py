@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: a step's time on each arm by phase and by component, tokens per second over tokens per step."""
+"""Pictures of a benchmark: a step's time by phase and by component on each arm, tokens/s over tokens per step."""
 
 import itertools
 from collections.abc import Sequence

@@ -89,6 +89,8 @@ def floors(model: PreTrainedModel, flops: dict[str, float], tokens: int) -> dict
         "experts down": Floor("F", flops["experts down"]),
         "experts dgrads": Floor("F of up + down", flops["experts up"] + flops["experts down"]),
         "experts wgrads": Floor("F of up + down", flops["experts up"] + flops["experts down"]),
+        "embedding": Floor("2 bytes x (4 TH + VH, its gradient)", bytes=2 * hidden * (4 * tokens + config.vocab_size)),
+        "clip and optimizer": Floor("2 bytes x 10 per parameter", bytes=20 * model.num_parameters()),
         "combine": Floor("2 bytes x 2 (S + T) H", bytes=4 * moe_layers * tokens * (top_k + 1) * hidden),
     }
     for component in ("attention linears", "Mamba2 linears", "Mamba2 scan", "other MLPs", "loss head"):
@@ -143,7 +145,7 @@ def _traced(events: list[Any], on_gpu: bool, up: tuple[int, int]) -> Iterator[tu
             made[event.sequence_nr] = event  # events are in order of their start: the last one is the innermost
     claimed: Counter[str] = Counter()
     for event in events:
-        if event.device_type != DeviceType.CPU or event.name.startswith(RANGE):
+        if event.device_type != DeviceType.CPU:
             continue
         node = _node(event)
         source = event if node is None else made.get(node.sequence_nr)
@@ -151,9 +153,11 @@ def _traced(events: list[Any], on_gpu: bool, up: tuple[int, int]) -> Iterator[tu
         what = f"{'forward' if node is None else 'backward'} {_operator(event, up)}"
         if on_gpu:
             for kernel in event.kernels:
+                if kernel.name == event.name:  # the shadow of a named range on the GPU's timeline
+                    continue
                 claimed[kernel.name] += 1
                 yield module, f"{what} {kernel.name}", kernel.duration
-        else:
+        elif not event.name.startswith(RANGE):
             yield module, what, event.self_cpu_time_total
     for event in events if on_gpu else ():
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:

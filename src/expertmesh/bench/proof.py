@@ -5,7 +5,6 @@ GPU the arms run in bfloat16, and an arm's gradient errors are told as multiples
 is float32.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,39 +16,52 @@ from expertmesh.bench.steps import release
 from expertmesh.bench.works import Work, config_of
 
 
-def parity(work: Work, arms: Sequence[Arm], device: str, tokens: int, tiny: bool) -> dict[str, Any]:
-    """By arm: the loss' relative error, each gradient's (norm of the difference over the norm), and how the worst
-    compares with stock's: `worst_ratio` in `worst_tensor` (on a GPU only).
-    """
-    changes = {} if tiny else work.proof
+class Proof:
+    """Stock in float32 for one work: weights, tokens, loss and gradients, to which arms are compared."""
 
-    def built(arm: Arm, dtype: torch.dtype, **options: Any) -> Any:
-        attention = None if device == "cpu" or dtype == torch.float32 else work.attention
-        config = config_of(work, work.proof_layers, tiny, **changes | options)
-        return model_of(arm, config, dtype, device, attention)
+    def __init__(self, work: Work, device: str, tokens: int, tiny: bool) -> None:
+        self.work, self.device, self.tiny = work, device, tiny
+        self._run_exact(tokens)
+        self.stock = self.errors(ARMS["stock"])
 
-    with built(ARMS["stock"], torch.float32, experts_implementation="eager") as reference:
-        _prepare(reference)
-        weights = {name: parameter.detach().bfloat16().cpu() for name, parameter in reference.named_parameters()}
-        ids = torch.randint(0, reference.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(2))
-        exact_loss, exact = _gradients(reference, ids)
-        exact = {name: gradient.cpu() for name, gradient in exact.items()}
-    del reference
-    release()
-    found: dict[str, Any] = {}
-    for arm in (ARMS["stock"], *(arm for arm in arms if arm.name != "stock")):
-        with built(arm, torch.float32 if device == "cpu" else torch.bfloat16) as model:
+    def compare(self, arm: Arm) -> dict[str, Any]:
+        """The loss' relative error, each gradient's (norm of the difference over the norm), and on a GPU how the worst
+        compares with stock's: `worst_ratio` in `worst_tensor`.
+        """
+        found = self.stock if arm.name == "stock" else self.errors(arm)
+        if self.device == "cpu":
+            return found
+        stock = self.stock["gradient_errors"]
+        ratios = {name: error / stock[name] for name, error in found["gradient_errors"].items() if stock[name]}
+        worst = max(ratios, key=lambda name: ratios[name])
+        return found | {"worst_ratio": ratios[worst], "worst_tensor": worst}
+
+    def errors(self, arm: Arm) -> dict[str, Any]:
+        """Relative errors of one arm, in the dtype it is timed in."""
+        release()
+        with self._built(arm, torch.float32 if self.device == "cpu" else torch.bfloat16) as model:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    parameter.copy_(weights[name])
-            loss, got = _gradients(model, ids)
-            errors = {name: _error(got.pop(name), want) for name, want in exact.items()}
-        del model, got
-        release()
-        found[arm.name] = {"loss_error": abs(loss - exact_loss) / exact_loss, "gradient_errors": errors}
-        if device != "cpu":
-            found[arm.name] |= _against_stock(errors, found["stock"]["gradient_errors"])
-    return found
+                    parameter.copy_(self.weights[name])
+            loss, got = _gradients(model, self.ids)
+            errors = {name: _error(got.pop(name), want) for name, want in self.gradients.items()}
+        return {"loss_error": abs(loss - self.loss) / self.loss, "gradient_errors": errors}
+
+    def _run_exact(self, tokens: int) -> None:
+        """On the CPU afterwards, because the arms need the GPU's memory."""
+        with self._built(ARMS["stock"], torch.float32, experts_implementation="eager") as model:
+            _prepare(model)
+            self.weights = {name: parameter.detach().bfloat16().cpu() for name, parameter in model.named_parameters()}
+            generator = torch.Generator().manual_seed(2)
+            self.ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator)
+            self.loss, gradients = _gradients(model, self.ids)
+            self.gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
+
+    def _built(self, arm: Arm, dtype: torch.dtype, **options: Any) -> Any:
+        attention = None if self.device == "cpu" or dtype == torch.float32 else self.work.attention
+        changes = options if self.tiny else self.work.proof | options
+        config = config_of(self.work, self.work.proof_layers, self.tiny, **changes)
+        return model_of(arm, config, dtype, self.device, attention)
 
 
 @torch.no_grad()
@@ -78,9 +90,3 @@ def _error(got: torch.Tensor, want: torch.Tensor, piece: int = 2**26) -> float:
         difference += float((some.float() - wanted).square().sum(dtype=torch.float64))
         size += float(wanted.square().sum(dtype=torch.float64))
     return (difference / size) ** 0.5 if size else difference**0.5
-
-
-def _against_stock(errors: dict[str, float], stock: dict[str, float]) -> dict[str, Any]:
-    ratios = {name: error / stock[name] for name, error in errors.items() if stock[name]}
-    worst = max(ratios, key=lambda name: ratios[name])
-    return {"worst_ratio": ratios[worst], "worst_tensor": worst}

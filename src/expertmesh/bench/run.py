@@ -10,7 +10,8 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from expertmesh.bench import profile, steps
 from expertmesh.bench.arms import ARMS, DEFAULT, WITHOUT, Arm, fusions_of, model_of, nearest, why_not
 from expertmesh.bench.flops import forward_flops, step_flops
 from expertmesh.bench.gate import ROUTINGS, busiest, set_routing
-from expertmesh.bench.proof import parity
+from expertmesh.bench.proof import Proof
 from expertmesh.bench.works import WORKS, config_of, top_k_and_experts
 from expertmesh.train.errors import ConfigError
 
@@ -88,6 +89,8 @@ def refuse(options: BenchOptions, device: str) -> None:
                     f"A balanced gate gives each of the {experts} experts of {work} the same number of rows, but "
                     f"{batch} x {options.seq} tokens x {top_k} cannot be divided so: change --batch or --seq."
                 )
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device is cpu or cuda, not {device!r}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("This machine has no CUDA device: use --device cpu --tiny.")
     if device == "cpu" and not options.tiny:
@@ -125,38 +128,42 @@ class _Bench:
         self.loads: dict[tuple[str, int], float] = {}  # by routing and batch
 
     def prove(self, arms: list[Arm]) -> None:
-        """The parity of these arms, into `result`."""
-        found = parity(self.work, arms, self.device, 64 if self.options.tiny else 2048, self.options.tiny)
-        self.result["parity"][self.name] = found
-        for name, row in found.items():
-            worst = f", worst gradient {row['worst_ratio']:.2f}x stock's" if "worst_ratio" in row else ""
-            self.say(f"{self.name}: {name}: loss off by {row['loss_error']:.1e} from float32{worst}")
-        self._write()
+        """The parity of stock and of these arms, into `result`."""
+        proof = Proof(self.work, self.device, 64 if self.options.tiny else 2048, self.options.tiny)
+        for arm in dict.fromkeys((ARMS["stock"], *arms)):
+            with self._noting_failure(arm, "proof"):
+                found = proof.compare(arm)
+                self.result["parity"].setdefault(self.name, {})[arm.name] = found
+                worst = f", worst gradient {found['worst_ratio']:.2f}x stock's" if "worst_ratio" in found else ""
+                self.say(f"{self.name}: {arm.name}: loss off by {found['loss_error']:.1e} from float32{worst}")
 
     def time(self, arm: Arm, routing: str) -> None:
         """One row per batch of one arm."""
         batches = self.options.batches
-        try:
-            # compiled anew for each batch, because shapes known to vary compile to slower code
-            for group in [(batch,) for batch in batches] if arm.compiled else [batches]:
-                config = config_of(self.work, self.options.layers, self.options.tiny)
-                with model_of(arm, config, self.dtype, self.device, self.attention) as model:
-                    set_routing(model, routing, top_k_and_experts(config)[0])
-                    self._same_weights(arm, model, routing)
-                    for batch in group:
-                        self._row(arm, model, routing, batch)
-                        self._write()
-                del model
-                steps.release()
-        except Exception as error:
-            if isinstance(error, ConfigError | AssertionError):
-                raise
-            text = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-            self.result["failed"].append({"work": self.name, "arm": arm.name, "routing": routing, "error": text})
-            self.say(f"{self.name}: {arm.name} FAILED: {text}")
-            del error
-            self._write()
+        # compiled anew for each batch, because shapes known to vary compile to slower code
+        for group in [(batch,) for batch in batches] if arm.compiled else [batches]:
+            with self._noting_failure(arm, routing):
+                self._time(arm, routing, group)
+
+    def _time(self, arm: Arm, routing: str, batches: tuple[int, ...]) -> None:
+        config = config_of(self.work, self.options.layers, self.options.tiny)
+        with model_of(arm, config, self.dtype, self.device, self.attention) as model:
+            set_routing(model, routing, top_k_and_experts(config)[0])
+            self._same_weights(arm, model, routing)
+            for batch in batches:
+                self._row(arm, model, routing, batch)
+                self._write()
+
+    @contextmanager
+    def _noting_failure(self, arm: Arm, what: str) -> Iterator[None]:
         steps.release()
+        try:
+            yield
+        except Exception as error:
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            self.result["failed"].append({"work": self.name, "arm": arm.name, "what": what, "error": text})
+            self.say(f"{self.name}: {arm.name}, {what}: FAILED: {text}")
+        self._write()
 
     def _row(self, arm: Arm, model: Any, routing: str, batch: int) -> None:
         options, config = self.options, model.config

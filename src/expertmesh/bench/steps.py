@@ -112,7 +112,8 @@ def count_launches(step: Step) -> int | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step.run()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    on_gpu = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not event.is_user_annotation for event in on_gpu)
 
 
 def gemm_tflops(device: str) -> float:

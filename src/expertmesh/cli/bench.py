@@ -47,6 +47,7 @@ def bench(
     """
     from rich.console import Console
 
+    from expertmesh.backends import version_of
     from expertmesh.bench.run import BenchOptions, run
 
     console = Console(highlight=False)
@@ -73,7 +74,9 @@ def bench(
     )
     for table in _tables(result["rows"]):
         console.print(table)
-    if out:
+    if out and version_of("matplotlib") is None:
+        console.print("no pictures: `pip install 'expertmesh[plots]'` adds matplotlib", markup=False)
+    elif out:
         from expertmesh.bench.pictures import draw
 
         for path in draw(result, out):
