@@ -170,6 +170,7 @@ class _Bench:
         step = steps.Step(model, batch, options.seq, options.full)
         found = steps.measure(step, options.warmup, options.repeats)
         flops = step_flops(config, batch, options.seq)
+        waits = steps.host_syncs(step)
         both_ms = found["forward_ms"] + found["backward_ms"]
         tflops = flops / both_ms / 1e9
         row = {
@@ -183,7 +184,7 @@ class _Bench:
             "tokens_per_second_per_gpu": round(batch * options.seq / found["step_ms"] * 1e3),
             "tflops_per_gpu": round(tflops, 4 if options.tiny else 1),
             "percent_of_gemm": round(100 * tflops / self.result["ceilings"]["gemm_tflops"], 1),
-            "host_syncs": steps.count_host_syncs(step),
+            "host_syncs": None if waits is None else len(waits),
             "launches": steps.count_launches(step),
             "busiest": self._busiest(arm, step, routing),
         }
@@ -193,6 +194,8 @@ class _Bench:
             f"{row['backward_ms']} step {row['step_ms']} ms, {row['tokens_per_second_per_gpu']:,} tokens/s, "
             f"{row['peak_gib']} GiB, {row['host_syncs']} host syncs, {row['launches']} launches"
         )
+        if arm.ours and waits:
+            self.say(f"  the CPU waited for the GPU at {', '.join(dict.fromkeys(waits))}")
         if options.profile and batch == options.batches[-1] and not arm.compiled:
             self._profile(arm, step, routing, both_ms)
 

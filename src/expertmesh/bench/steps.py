@@ -90,8 +90,8 @@ def measure(step: Step, warmup: int, repeats: int) -> dict[str, Any]:
     return found
 
 
-def count_host_syncs(step: Step) -> int | None:
-    """How often the CPU waits for the GPU in one step, None on the CPU."""
+def host_syncs(step: Step) -> list[str] | None:
+    """Where the CPU waits for the GPU in one step, as file:line for each time; None on the CPU."""
     if step.device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -102,7 +102,8 @@ def count_host_syncs(step: Step) -> int | None:
             step.run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(warning.message) for warning in said)
+    waits = (warning for warning in said if "called a synchronizing" in str(warning.message))
+    return [f"{warning.filename}:{warning.lineno}" for warning in waits]
 
 
 def count_launches(step: Step) -> int | None:

@@ -1,5 +1,6 @@
 """`expertmesh bench`: stock Transformers and expertmesh on the same work, timed in one job."""
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -51,6 +52,8 @@ def bench(
     from expertmesh.bench.run import BenchOptions, run
 
     console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(highlight=False, width=160)  # a log has no width: cut no column off
     result = run(
         BenchOptions(
             works=_names(work),
