@@ -169,6 +169,7 @@ def test_a_profile_finds_every_component_of_the_model(work):
         ("M/L/Block/Qwen3MoeExperts", "backward _ExpertsBackward _down_dact_kernel", "experts dgrads"),
         ("M/L/Block/Qwen3MoeExperts", "backward _ExpertsBackward _grouped_wgrad_kernel", "experts wgrads"),
         ("M/L/Block/Qwen3MoeExperts", "backward _ExpertsBackward _combine_kernel", "combine"),
+        ("M/L/Block/Qwen3MoeExperts", "backward _ExpertsBackward _unsort_kernel", "combine"),
         ("Qwen3MoeForCausalLM", "forward _LinearCrossEntropy _rows_kernel", "loss head"),
         ("M/Qwen3MoeDecoderLayer", "forward _RMSNorm _norm_forward", "norms, RoPE"),
         ("M/Qwen3MoeDecoderLayer", "backward aten::add vectorized_elementwise_kernel", "residual adds and the rest"),
