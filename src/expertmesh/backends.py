@@ -30,6 +30,10 @@ def _without_triton(fn: Any = None, **_: Any) -> Any:
 triton: Any = importlib.import_module("triton") if HAS_TRITON else SimpleNamespace(jit=_without_triton)
 tl: Any = importlib.import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 
+TensorDescriptor: Any = (
+    importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor if HAS_TRITON else SimpleNamespace
+)
+
 _interpreting = False
 
 

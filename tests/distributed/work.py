@@ -95,9 +95,10 @@ def full(x: torch.Tensor) -> torch.Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
 
 
-def loss_of(model: Any, setup: DistributedSetup, rank: int) -> torch.Tensor:
+def loss_of(model: Any, setup: DistributedSetup, rank: int, batch: torch.Tensor | None = None) -> torch.Tensor:
     """This rank's part of the loss, times the data-parallel ranks that FSDP divides gradients by."""
-    batch = batches(setup.dp_size)[rank // setup.tp_size].to(model.device)
+    if batch is None:
+        batch = batches(setup.dp_size)[rank // setup.tp_size].to(model.device)
     items = num_items(setup.dp_size)
     loss = model(input_ids=batch, labels=batch, num_items_in_batch=items, use_cache=False).loss
     return loss * setup.dp_size
@@ -308,7 +309,8 @@ def loading_memory(rank: int, folder: Path, setup: dict[str, Any]) -> tuple[int,
 def host_waits(rank: int, folder: Path, case: Case) -> dict[str, int]:
     """Waits for events in a forward and in a backward in which any other wait is an error."""
     model, setup = load(folder, case)
-    loss_of(model, setup, rank).backward()  # kernels compile, communicators start
+    batch = batches(setup.dp_size)[rank // setup.tp_size].to(model.device)
+    loss_of(model, setup, rank, batch).backward()  # kernels compile, communicators start
     count, stage, real = {"forward": 0, "backward": 0}, "forward", torch.cuda.Event.synchronize
 
     def counting(event: torch.cuda.Event) -> None:
@@ -317,7 +319,7 @@ def host_waits(rank: int, folder: Path, case: Case) -> dict[str, int]:
 
     torch.cuda.Event.synchronize = counting
     torch.cuda.set_sync_debug_mode("error")
-    loss = loss_of(model, setup, rank)
+    loss = loss_of(model, setup, rank, batch)
     stage = "backward"
     loss.backward()
     torch.cuda.set_sync_debug_mode("default")

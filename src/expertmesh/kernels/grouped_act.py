@@ -12,7 +12,17 @@ import torch
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.activation import Activation, activate, activate_backward
-from expertmesh.kernels.grouped_gemm import accumulate, dot_precision, grouped_gemm, grouped_gemm_reference, tile_config
+from expertmesh.kernels.grouped_gemm import (
+    add_bias,
+    dot_precision,
+    gathered_tile,
+    grouped_gemm,
+    grouped_gemm_reference,
+    programs,
+    tile_config,
+    weight_tile,
+    weight_tiles,
+)
 from expertmesh.kernels.grouping import Grouping
 
 
@@ -44,16 +54,18 @@ def down_dact(
     group: Grouping,
     act: Activation,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dh [S, J], weight·a [S, I], dweight [S] float32) from the gradient dout [T, H] of the combined output.
+    """(dh [S, J], weight·a [S, I], dweight [P, S] float32) from the gradient dout [T, H] of the combined output.
 
     w_EHI: the down-projections [E, I, H] transposed. weight_S: routing weights in sorted order. `dweight` leaves out
-    the down-projection's bias.
+    the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to
+    the end of its last row tile, are zero: `grouped_wgrad` reads them.
     """
     if not use_triton(dout_TH):
         return down_dact_reference(dout_TH, w_EHI, h_SJ, weight_S, group, act)
     if act.kind == "custom":
         da_SI = grouped_gemm(dout_TH[group.token_S.long()], w_EHI, group)
-        return _dact_rows(da_SI, h_SJ, weight_S, act)
+        mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
+        return _dact_rows(torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0), weight_S, act)
     return _down_dact_triton(dout_TH, w_EHI, h_SJ, weight_S, group, act)
 
 
@@ -75,13 +87,7 @@ def _dact_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     weight_S1 = weight_S[:, None].to(da_SI.dtype)
     a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
-    return dh_SJ, weight_S1 * a_SI, (da_SI.float() * a_SI.float()).sum(-1)
-
-
-def dact_config(dtype: torch.dtype, block_rows: int) -> dict[str, int]:
-    """As `tile_config`; the epilogue needs registers of its own, so tiles are narrower."""
-    config = tile_config(dtype, block_rows)
-    return config | dict(BN=min(config["BN"], 128))
+    return dh_SJ, weight_S1 * a_SI, (da_SI.float() * a_SI.float()).sum(-1)[None]
 
 
 def _layout(act: Activation) -> str:
@@ -97,13 +103,16 @@ def _up_act_triton(
     num_rows, (_, num_inner, num_up) = group.slot_S.numel(), w_EHJ.shape
     width = num_up // 2 if act.gated else num_up
     h_SJ, a_SI = x_TH.new_empty(num_rows, num_up), x_TH.new_empty(num_rows, width)
-    config = tile_config(x_TH.dtype, group.block)
+    config = tile_config(x_TH, group.block, stages=4)
     if act.gated:
         config["BN"] //= 2  # gate and up accumulate side by side
-    _up_act_kernel[(group.tiles[0].numel() * triton.cdiv(width, config["BN"]),)](
+    columns = 2 * config["BN"] if act.gated and act.interleaved else config["BN"]
+    w_tiles, transposed = weight_tiles(w_EHJ, config["BK"], columns)
+    num_programs = programs(x_TH.device)
+    _up_act_kernel[(num_programs,)](
         x_TH,
         group.token_S,
-        w_EHJ,
+        w_tiles,
         bias_EJ,
         h_SJ,
         a_SI,
@@ -112,15 +121,16 @@ def _up_act_triton(
         width,
         num_inner,
         x_TH.stride(0),
-        *w_EHJ.stride(),
         act.alpha,
         act.limit,
         LAYOUT=_layout(act),
         KIND=act.kind,
+        TRANSPOSED=transposed,
+        PROGRAMS=num_programs,
         BM=group.block,
         PRECISION=dot_precision(x_TH.dtype),
         HAS_BIAS=bias_EJ is not None,
-        EVEN=num_inner % config["BK"] == 0 and width % config["BN"] == 0,
+        EVEN=num_inner % config["BK"] == 0,
         **config,
     )
     return h_SJ, a_SI
@@ -136,71 +146,40 @@ def _down_dact_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     assert group.tiles is not None and dout_TH.stride(1) == 1
     num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
-    config = dact_config(dout_TH.dtype, group.block)
-    column_tiles = triton.cdiv(width, config["BN"])
+    config = tile_config(dout_TH, group.block, stages=4)
+    w_tiles, transposed = weight_tiles(w_EHI, config["BK"], config["BN"])
     dh_SJ, wa_SI = torch.empty_like(h_SJ), dout_TH.new_empty(num_rows, width)
     # one partial sum per column tile: adding them afterwards keeps the result deterministic
-    dweight = torch.empty(column_tiles, num_rows, dtype=torch.float32, device=dout_TH.device)
-    _down_dact_kernel[(group.tiles[0].numel() * column_tiles,)](
+    dweight_PS = torch.empty(triton.cdiv(width, config["BN"]), num_rows, dtype=torch.float32, device=dout_TH.device)
+    num_programs = programs(dout_TH.device)
+    _down_dact_kernel[(num_programs,)](
         dout_TH,
         group.token_S,
-        w_EHI,
+        w_tiles,
         h_SJ,
         weight_S,
         dh_SJ,
         wa_SI,
-        dweight,
+        dweight_PS,
         *group.tiles,
         group.offsets_E,
+        w_EHI.shape[0],
         num_rows,
         width,
         num_inner,
         dout_TH.stride(0),
-        *w_EHI.stride(),
         act.alpha,
         act.limit,
         LAYOUT=_layout(act),
         KIND=act.kind,
+        TRANSPOSED=transposed,
+        PROGRAMS=num_programs,
         BM=group.block,
         PRECISION=dot_precision(dout_TH.dtype),
-        EVEN=num_inner % config["BK"] == 0 and width % config["BN"] == 0,
+        EVEN=num_inner % config["BK"] == 0,
         **config,
     )
-    return dh_SJ, wa_SI, dweight.sum(0)
-
-
-@triton.jit
-def _accumulate_halves(
-    gate,
-    up,
-    x_rows,
-    gate_columns,
-    column_mask,
-    to_up,
-    num_inner,
-    stride_wk,
-    BK: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`accumulate` for gate and up columns at once, so that x is read once; up's weights lie `to_up` behind gate's."""
-    inner = tl.arange(0, BK)
-    for start in range(0, num_inner, BK):
-        k = start + inner
-        w = gate_columns + k[:, None] * stride_wk
-        if EVEN:
-            x = tl.load(x_rows + k[None, :])
-            w_gate = tl.load(w)
-            w_up = tl.load(w + to_up)
-        else:
-            inside = k < num_inner
-            x = tl.load(x_rows + k[None, :], mask=inside[None, :], other=0.0)
-            w_mask = inside[:, None] & column_mask
-            w_gate = tl.load(w, mask=w_mask, other=0.0)
-            w_up = tl.load(w + to_up, mask=w_mask, other=0.0)
-        gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
-        up = tl.dot(x, w_up, up, input_precision=PRECISION)
-    return gate, up
+    return dh_SJ, wa_SI, dweight_PS
 
 
 @triton.jit
@@ -213,17 +192,17 @@ def _up_act_kernel(
     a_out,
     tile_expert,
     tile_row,
+    num_tiles,
     offsets,
     width,
     num_inner,
-    stride_xm,
-    stride_we,
-    stride_wk,
-    stride_wn,
+    stride_x,
     alpha,
     limit,
     LAYOUT: tl.constexpr,
     KIND: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -232,58 +211,56 @@ def _up_act_kernel(
     EVEN: tl.constexpr,
 ):
     column_tiles = tl.cdiv(width, BN)
-    tile = tl.program_id(0) // column_tiles
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
-    begin, end = tl.load(tile_row + tile), tl.load(offsets + expert)
-    row = begin + tl.arange(0, BM)
-    row_mask = (row < end)[:, None]
-    first = (tl.program_id(0) % column_tiles) * BN
-    column = first + tl.arange(0, BN)
-    column_mask = (column < width)[None, :]
-    source = tl.load(token + tl.minimum(row, end - 1)).to(tl.int64)
-    x_rows = x + source[:, None] * stride_xm
-    w_expert = w + expert.to(tl.int64) * stride_we
-    row = row.to(tl.int64)[:, None]
-    kind = h.dtype.element_ty
+    work = tl.load(num_tiles) * column_tiles
+    for item in range(tl.program_id(0), work, PROGRAMS):
+        tile, first = item // column_tiles, (item % column_tiles) * BN
+        expert, begin = tl.load(tile_expert + tile), tl.load(tile_row + tile)
+        row = begin + tl.arange(0, BM)
+        in_group = row < tl.load(offsets + expert)
+        source = tl.load(token + row, mask=in_group, other=0)
+        x_rows = x + source.to(tl.int64)[:, None] * stride_x
+        inner = tl.arange(0, BK)
+        column = first + tl.arange(0, BN)
+        mask = in_group[:, None] & (column < width)[None, :]
+        row = row.to(tl.int64)[:, None]
+        kind = h.dtype.element_ty
 
-    if LAYOUT == "pairs":
-        pair = 2 * first + tl.arange(0, 2 * BN)
-        pair_mask = (pair < 2 * width)[None, :]
-        acc = tl.zeros((BM, 2 * BN), tl.float32)
-        w_columns = w_expert + pair[None, :] * stride_wn
-        acc = accumulate(acc, x_rows, w_columns, pair_mask, num_inner, stride_wk, BK, EVEN, PRECISION)
-        if HAS_BIAS:
-            acc += tl.load(bias + expert * 2 * width + pair, mask=pair < 2 * width, other=0.0).to(tl.float32)[None, :]
-        tl.store(h + row * (2 * width) + pair[None, :], acc.to(kind), mask=row_mask & pair_mask)
-        gate, up = tl.split(tl.reshape(acc.to(kind).to(tl.float32), (BM, BN, 2)))
-    elif LAYOUT == "halves":
-        gate_columns = w_expert + column[None, :] * stride_wn
-        gate = tl.zeros((BM, BN), tl.float32)
-        up = tl.zeros((BM, BN), tl.float32)
-        gate, up = _accumulate_halves(
-            gate, up, x_rows, gate_columns, column_mask, width * stride_wn, num_inner, stride_wk, BK, EVEN, PRECISION
-        )
-        if HAS_BIAS:
-            gate_bias = bias + expert * 2 * width + column
-            gate += tl.load(gate_bias, mask=column < width, other=0.0).to(tl.float32)[None, :]
-            up += tl.load(gate_bias + width, mask=column < width, other=0.0).to(tl.float32)[None, :]
-        at = h + row * (2 * width) + column[None, :]
-        tl.store(at, gate.to(kind), mask=row_mask & column_mask)
-        tl.store(at + width, up.to(kind), mask=row_mask & column_mask)
-        gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
-    else:
-        gate = tl.zeros((BM, BN), tl.float32)
-        w_columns = w_expert + column[None, :] * stride_wn
-        gate = accumulate(gate, x_rows, w_columns, column_mask, num_inner, stride_wk, BK, EVEN, PRECISION)
-        if HAS_BIAS:
-            gate += tl.load(bias + expert * width + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-        tl.store(h + row * width + column[None, :], gate.to(kind), mask=row_mask & column_mask)
-        gate = gate.to(kind).to(tl.float32)
-        up = gate
-    a = activate(gate, up, KIND, alpha, limit)
-    tl.store(a_out + row * width + column[None, :], a.to(kind), mask=row_mask & column_mask)
+        if LAYOUT == "halves":
+            # gate and up columns at once, so that x is read once; up's weights lie `width` behind gate's
+            gate = tl.zeros((BM, BN), tl.float32)
+            up = tl.zeros((BM, BN), tl.float32)
+            for k in range(0, num_inner, BK):
+                tokens = gathered_tile(x_rows, k + inner, num_inner, EVEN)
+                w_gate = weight_tile(w, expert, k, first, num_inner, 2 * width, TRANSPOSED)
+                w_up = weight_tile(w, expert, k, width + first, num_inner, 2 * width, TRANSPOSED)
+                gate = tl.dot(tokens, w_gate, gate, input_precision=PRECISION)
+                up = tl.dot(tokens, w_up, up, input_precision=PRECISION)
+            if HAS_BIAS:
+                gate = add_bias(gate, bias + expert * width, expert, column, width)
+                up = add_bias(up, bias + expert * width + width, expert, column, width)
+            at = h + row * (2 * width) + column[None, :]
+            tl.store(at, gate.to(kind), mask=mask)
+            tl.store(at + width, up.to(kind), mask=mask)
+        else:
+            WIDE: tl.constexpr = 2 if LAYOUT == "pairs" else 1
+            acc = tl.zeros((BM, WIDE * BN), tl.float32)
+            for k in range(0, num_inner, BK):
+                tokens = gathered_tile(x_rows, k + inner, num_inner, EVEN)
+                columns = weight_tile(w, expert, k, WIDE * first, num_inner, WIDE * width, TRANSPOSED)
+                acc = tl.dot(tokens, columns, acc, input_precision=PRECISION)
+            wide = WIDE * first + tl.arange(0, WIDE * BN)
+            if HAS_BIAS:
+                acc = add_bias(acc, bias, expert, wide, WIDE * width)
+            at = h + row * (WIDE * width) + wide[None, :]
+            tl.store(at, acc.to(kind), mask=in_group[:, None] & (wide < WIDE * width)[None, :])
+            if LAYOUT == "pairs":
+                gate, up = tl.split(tl.reshape(acc, (BM, BN, 2)))
+            else:
+                gate = acc
+                up = acc
+        # from the rounded h, as the backward sees it
+        a = activate(gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32), KIND, alpha, limit)
+        tl.store(a_out + row * width + column[None, :], a.to(kind), mask=mask)
 
 
 @triton.jit
@@ -298,18 +275,19 @@ def _down_dact_kernel(
     dweight,
     tile_expert,
     tile_row,
+    num_tiles,
     offsets,
+    num_experts,
     num_rows,
     width,
     num_inner,
-    stride_dm,
-    stride_we,
-    stride_wk,
-    stride_wn,
+    stride_d,
     alpha,
     limit,
     LAYOUT: tl.constexpr,
     KIND: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -317,31 +295,53 @@ def _down_dact_kernel(
     EVEN: tl.constexpr,
 ):
     column_tiles = tl.cdiv(width, BN)
-    tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
-    begin, end = tl.load(tile_row + tile), tl.load(offsets + expert)
-    row = begin + tl.arange(0, BM)
-    column = column_tile * BN + tl.arange(0, BN)
-    source = tl.load(token + tl.minimum(row, end - 1)).to(tl.int64)
-    column_mask = (column < width)[None, :]
-    dout_rows = dout + source[:, None] * stride_dm
-    w_columns = w + expert.to(tl.int64) * stride_we + column[None, :] * stride_wn
-    da = tl.zeros((BM, BN), tl.float32)
-    da = accumulate(da, dout_rows, w_columns, column_mask, num_inner, stride_wk, BK, EVEN, PRECISION)
+    work = tl.load(num_tiles) * column_tiles
+    last_end = tl.load(offsets + num_experts - 1)
+    for item in range(tl.program_id(0), work, PROGRAMS):
+        tile, column_tile = item // column_tiles, item % column_tiles
+        first = column_tile * BN
+        expert, begin = tl.load(tile_expert + tile), tl.load(tile_row + tile)
+        end = tl.load(offsets + expert)
+        row = begin + tl.arange(0, BM)
+        in_group = row < end
+        source = tl.load(token + row, mask=in_group, other=0)
+        dout_rows = dout + source.to(tl.int64)[:, None] * stride_d
+        inner = tl.arange(0, BK)
+        da = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, num_inner, BK):
+            gradients = gathered_tile(dout_rows, k + inner, num_inner, EVEN)
+            columns = weight_tile(w, expert, k, first, num_inner, width, TRANSPOSED)
+            da = tl.dot(gradients, columns, da, input_precision=PRECISION)
+        scale = tl.load(weight + row, mask=in_group, other=0.0).to(tl.float32)
+        # zeros behind the last row of all, where nobody else writes
+        stored = row < tl.where(end == last_end, num_rows, end)
+        # in pieces: the epilogue of the whole tile would not fit into the registers
+        PART: tl.constexpr = BN // 4 if BN == 256 else BN // 2
+        left, right = _halves(da, BM, BN)
+        partial = tl.zeros((BM,), tl.float32)
+        if BN == 256:
+            for half in tl.static_range(2):
+                near, far = _halves(left if half == 0 else right, BM, BN // 2)
+                for quarter in tl.static_range(2):
+                    piece = near if quarter == 0 else far
+                    at = first + (2 * half + quarter) * PART
+                    partial += _finish_dact(
+                        piece, row, in_group, stored, scale, at, h, dh, wa, width, alpha, limit, LAYOUT, KIND, BM, PART
+                    )
+        else:
+            for half in tl.static_range(2):
+                piece = left if half == 0 else right
+                at = first + half * PART
+                partial += _finish_dact(
+                    piece, row, in_group, stored, scale, at, h, dh, wa, width, alpha, limit, LAYOUT, KIND, BM, PART
+                )
+        tl.store(dweight + column_tile.to(tl.int64) * num_rows + row, partial, mask=in_group)
 
-    # the tile is finished in two halves: all of it at once would not fit into the registers
-    left, right = tl.split(tl.permute(tl.reshape(da, (BM, 2, BN // 2)), (0, 2, 1)))
-    in_group = row < end
-    scale = tl.load(weight + row, mask=in_group, other=0.0).to(tl.float32)
-    first = column_tile * BN
-    partial = _finish_dact(left, row, in_group, scale, first, h, dh, wa, width, alpha, limit, LAYOUT, KIND, BM, BN // 2)
-    first += BN // 2
-    partial += _finish_dact(
-        right, row, in_group, scale, first, h, dh, wa, width, alpha, limit, LAYOUT, KIND, BM, BN // 2
-    )
-    tl.store(dweight + column_tile.to(tl.int64) * num_rows + row, partial, mask=in_group)
+
+@triton.jit
+def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right columns of x [BM, BN]."""
+    return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -349,6 +349,7 @@ def _finish_dact(
     da,
     row,
     in_group,
+    stored,
     scale,
     first,
     h,
@@ -364,29 +365,30 @@ def _finish_dact(
 ):
     """Store dh and weight·a of the columns from `first` on; returns each row's ⟨da, a⟩ over them."""
     column = first + tl.arange(0, BN)
-    mask = in_group[:, None] & (column < width)[None, :]
+    inside = (column < width)[None, :]
+    mask, store_mask = in_group[:, None] & inside, stored[:, None] & inside
     wide_row = row.to(tl.int64)[:, None]
     kind = dh.dtype.element_ty
     if LAYOUT == "pairs":
         pair = 2 * first + tl.arange(0, 2 * BN)
-        pair_mask = in_group[:, None] & (pair < 2 * width)[None, :]
+        inside = (pair < 2 * width)[None, :]
         at = wide_row * (2 * width) + pair[None, :]
-        pairs = tl.load(h + at, mask=pair_mask, other=0.0).to(tl.float32)
+        pairs = tl.load(h + at, mask=in_group[:, None] & inside, other=0.0).to(tl.float32)
         gate, up = tl.split(tl.reshape(pairs, (BM, BN, 2)))
         a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
         dpairs = tl.reshape(tl.join(dgate, dup), (BM, 2 * BN))
-        tl.store(dh + at, dpairs.to(kind), mask=pair_mask)
+        tl.store(dh + at, dpairs.to(kind), mask=stored[:, None] & inside)
     elif LAYOUT == "halves":
         at = wide_row * (2 * width) + column[None, :]
         gate = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(h + at + width, mask=mask, other=0.0).to(tl.float32)
         a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
-        tl.store(dh + at, dgate.to(kind), mask=mask)
-        tl.store(dh + at + width, dup.to(kind), mask=mask)
+        tl.store(dh + at, dgate.to(kind), mask=store_mask)
+        tl.store(dh + at + width, dup.to(kind), mask=store_mask)
     else:
         at = wide_row * width + column[None, :]
         x = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
         a, dx, _ = activate_backward(x, x, da * scale[:, None], KIND, alpha, limit)
-        tl.store(dh + at, dx.to(kind), mask=mask)
-    tl.store(wa + wide_row * width + column[None, :], (a * scale[:, None]).to(kind), mask=mask)
+        tl.store(dh + at, dx.to(kind), mask=store_mask)
+    tl.store(wa + wide_row * width + column[None, :], (a * scale[:, None]).to(kind), mask=store_mask)
     return tl.sum(tl.where(mask, da * a, 0.0), axis=1)

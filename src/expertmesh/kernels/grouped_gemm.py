@@ -4,22 +4,26 @@ Three files hold the experts' matrix products. This one multiplies rows that alr
 down-projection, and the gradient of the up-projection's input). `grouped_act` gathers its rows by index and carries the
 activation or its gradient in the epilogue. `grouped_wgrad` contracts over rows and makes the weights' gradients.
 
-Every Triton program computes one row tile of `Grouping.tiles` times one column tile; a tile never spans two experts,
-and unused tiles return at once, so the grid needs no number from the device. Weights are read through their strides:
-the transposed and the plain layout of Transformers need no copy.
+One Triton program per multiprocessor walks over row tiles (`Grouping.tiles`; a tile never spans two experts) times
+column tiles; how many there are is read on the device. What lies contiguous is read through tensor descriptors, by the
+TMA unit on Hopper and Blackwell, by plain loads elsewhere. The transposed and the plain layout of Transformers' weights
+need no copy.
 """
+
+from functools import cache
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from expertmesh.backends import tl, triton, use_triton
+from expertmesh.backends import TensorDescriptor, tl, triton, use_triton
 from expertmesh.kernels.grouping import Grouping
 
 
 def grouped_gemm(
     a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """y [S, N]: row s of a [S, K] times the weights [E, K, N] (any strides) of its expert, plus its bias [E, N].
+    """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias [E, N].
 
     Rows behind the last expert's are not written on the Triton path: no reader of a `Grouping` looks at them.
     """
@@ -61,73 +65,103 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def tile_config(dtype: torch.dtype, block_rows: int) -> dict[str, int]:
-    """Column and contraction tile, warps and pipeline stages of the row-tile kernels."""
-    if dtype == torch.float32:
+@cache
+def programs(device: torch.device) -> int:
+    """How many programs fill the device: its multiprocessors. Two where Triton is interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def wide(device: torch.device) -> bool:
+    """Whether the device's shared memory holds three or four stages of the large tiles (Hopper, datacentre Blackwell)."""
+    return (
+        device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 1024
+    )
+
+
+def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3) -> dict[str, int]:
+    """Column and contraction tile, warps and pipeline stages of the row-tile kernels; `stages` of the large tile."""
+    if x.dtype == torch.float32:
         return dict(BN=64, BK=32, num_warps=4, num_stages=2)
-    if block_rows == 128:
-        return dict(BN=256, BK=64, num_warps=8, num_stages=3)
-    return dict(BN=128, BK=64, num_warps=4, num_stages=3)
+    if block_rows == 128 and wide(x.device):
+        return dict(BN=256, BK=64, num_warps=8, num_stages=stages)
+    return dict(BN=128, BK=64, num_warps=8 if block_rows == 128 else 4, num_stages=3)
+
+
+def tiles_of(x_RC: torch.Tensor, rows: int, columns: int) -> Any:
+    """A descriptor that reads tiles [rows, columns] of the matrix x; what lies outside of x reads as zero.
+
+    Raises ValueError where rows of x are not whole pieces of 16 bytes.
+    """
+    if x_RC.stride(0) * x_RC.element_size() % 16:
+        raise ValueError(
+            f"Experts with rows of {x_RC.stride(0)} {x_RC.dtype} elements do not run on the Triton kernels, which read"
+            " pieces of 16 bytes: load the model with fused={'experts': False}."
+        )
+    return TensorDescriptor.from_tensor(x_RC, [rows, columns])
+
+
+def weight_tiles(w_EKN: torch.Tensor, inner: int, columns: int) -> tuple[Any, bool]:
+    """(descriptor, transposed) for the weights of all experts one below the other; `weight_tile` reads through it."""
+    if w_EKN.stride(2) == 1:
+        assert w_EKN.is_contiguous()
+        return tiles_of(w_EKN.flatten(0, 1), inner, columns), False
+    w_ENK = w_EKN.transpose(1, 2)
+    assert w_ENK.is_contiguous()
+    return tiles_of(w_ENK.flatten(0, 1), columns, inner), True
 
 
 def _grouped_gemm_triton(
     a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None
 ) -> torch.Tensor:
     assert group.tiles is not None and a_SK.stride(1) == 1
-    tile_expert, tile_row = group.tiles
     num_columns, num_inner = w_EKN.shape[2], w_EKN.shape[1]
     y_SN = a_SK.new_empty(a_SK.shape[0], num_columns)
-    config = tile_config(a_SK.dtype, group.block)
-    grid = (tile_expert.numel() * triton.cdiv(num_columns, config["BN"]),)
-    _grouped_gemm_kernel[grid](
-        a_SK,
-        w_EKN,
+    config = tile_config(a_SK, group.block)
+    w_tiles, transposed = weight_tiles(w_EKN, config["BK"], config["BN"])
+    num_programs = programs(a_SK.device)
+    _grouped_gemm_kernel[(num_programs,)](
+        tiles_of(a_SK, group.block, config["BK"]),
+        w_tiles,
         bias_EN,
         y_SN,
-        tile_expert,
-        tile_row,
+        *group.tiles,
         group.offsets_E,
         num_columns,
         num_inner,
-        a_SK.stride(0),
-        *w_EKN.stride(),
+        TRANSPOSED=transposed,
+        PROGRAMS=num_programs,
         BM=group.block,
         PRECISION=dot_precision(a_SK.dtype),
         HAS_BIAS=bias_EN is not None,
-        EVEN=num_inner % config["BK"] == 0 and num_columns % config["BN"] == 0,
         **config,
     )
     return y_SN
 
 
 @triton.jit
-def accumulate(
-    acc,
-    a_rows,
-    b_columns,
-    column_mask,
-    num_inner,
-    stride_bk,
-    BK: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """acc [BM, BN] += A·B over the inner dimension; a_rows [BM, 1] and b_columns [1, BN] point at inner index 0.
+def weight_tile(w, expert, k, column, num_inner, num_columns, TRANSPOSED: tl.constexpr):
+    """Weights [BK, BN] of an expert at inner index k and a column; behind the inner dimension lies another expert."""
+    if TRANSPOSED:
+        return w.load([expert * num_columns + column, k]).T
+    else:
+        return w.load([expert * num_inner + k, column])
 
-    EVEN: inner dimension and columns are multiples of the tile, so no load needs a mask.
-    """
-    inner = tl.arange(0, BK)
-    for start in range(0, num_inner, BK):
-        k = start + inner
-        if EVEN:
-            a = tl.load(a_rows + k[None, :])
-            b = tl.load(b_columns + k[:, None] * stride_bk)
-        else:
-            inside = k < num_inner
-            a = tl.load(a_rows + k[None, :], mask=inside[None, :], other=0.0)
-            b = tl.load(b_columns + k[:, None] * stride_bk, mask=inside[:, None] & column_mask, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
+
+@triton.jit
+def gathered_tile(rows, k, num_inner, EVEN: tl.constexpr):
+    """[BM, BK] from row pointers [BM, 1] at inner indices k [BK]; EVEN: there are as many, so no load needs a mask."""
+    if EVEN:
+        return tl.load(rows + k[None, :])
+    else:
+        return tl.load(rows + k[None, :], mask=(k < num_inner)[None, :], other=0.0)
+
+
+@triton.jit
+def add_bias(acc, bias, expert, column, num_columns):
+    """acc [BM, BN] plus the bias [E, num_columns] of an expert at some columns [BN]."""
+    values = tl.load(bias + expert * num_columns + column, mask=column < num_columns, other=0.0)
+    return acc + values.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -138,37 +172,37 @@ def _grouped_gemm_kernel(
     y,
     tile_expert,
     tile_row,
+    num_tiles,
     offsets,
     num_columns,
     num_inner,
-    stride_am,
-    stride_we,
-    stride_wk,
-    stride_wn,
+    TRANSPOSED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     column_tiles = tl.cdiv(num_columns, BN)
-    tile = tl.program_id(0) // column_tiles
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
-    begin, end = tl.load(tile_row + tile), tl.load(offsets + expert)
-    row = begin + tl.arange(0, BM)
-    column = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
-    column_mask = (column < num_columns)[None, :]
-    # rows past the end read a valid neighbour instead of a mask; they are not stored
-    a_rows = a + tl.minimum(row, end - 1).to(tl.int64)[:, None] * stride_am
-    w_columns = w + expert.to(tl.int64) * stride_we + column[None, :] * stride_wn
-    acc = tl.zeros((BM, BN), tl.float32)
-    acc = accumulate(acc, a_rows, w_columns, column_mask, num_inner, stride_wk, BK, EVEN, PRECISION)
-    if HAS_BIAS:
-        acc += tl.load(bias + expert * num_columns + column, mask=column < num_columns, other=0.0).to(tl.float32)[
-            None, :
-        ]
-    mask = (row < end)[:, None] & column_mask
-    tl.store(y + row.to(tl.int64)[:, None] * num_columns + column[None, :], acc.to(y.dtype.element_ty), mask=mask)
+    work = tl.load(num_tiles) * column_tiles
+    # flattened: the loads of the next tile are under way while this one's result is stored
+    for item in tl.range(tl.program_id(0), work, PROGRAMS, flatten=True):
+        tile, first = item // column_tiles, (item % column_tiles) * BN
+        expert, begin = tl.load(tile_expert + tile), tl.load(tile_row + tile)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, num_inner, BK):
+            # rows past the expert's end belong to the next one, or to nobody; they are not stored
+            rows = a.load([begin, k])
+            acc = tl.dot(
+                rows,
+                weight_tile(w, expert, k, first, num_inner, num_columns, TRANSPOSED),
+                acc,
+                input_precision=PRECISION,
+            )
+        column = first + tl.arange(0, BN)
+        if HAS_BIAS:
+            acc = add_bias(acc, bias, expert, column, num_columns)
+        row = begin + tl.arange(0, BM)
+        mask = (row < tl.load(offsets + expert))[:, None] & (column < num_columns)[None, :]
+        tl.store(y + row.to(tl.int64)[:, None] * num_columns + column[None, :], acc.to(y.dtype.element_ty), mask=mask)

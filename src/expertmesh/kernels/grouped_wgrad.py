@@ -1,44 +1,43 @@
 """Gradients of the experts' weights and biases: sums over each expert's rows.
 
-    grouped_wgrad:  dW_e = Σ_s a_s ⊗ b_s   over the rows s of expert e
+    grouped_wgrad:  dW_e = Σ_s g_t(s) ⊗ c_s   over the rows s of expert e
     grouped_sum:    db_e = Σ_s a_s
 
-Either operand of the product may be read through the token index instead of from a permuted copy. An expert without
-rows gets zeros: its gradient is written, not skipped.
+One operand of the product is read through the token index instead of from a permuted copy, the other lies in sorted
+order. An expert without rows gets zeros: its gradient is written, not skipped.
 """
 
 import torch
 from torch.nn import functional as F
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.grouped_gemm import dot_precision, segments
+from expertmesh.kernels.grouped_gemm import dot_precision, segments, tiles_of, wide
 from expertmesh.kernels.grouping import Grouping
 
 
-def grouped_wgrad(
-    a: torch.Tensor, b: torch.Tensor, group: Grouping, *, gather_a: bool = False, gather_b: bool = False
-) -> torch.Tensor:
-    """dW [E, M, N] = Σ over each expert's rows of a_s [M] ⊗ b_s [N].
+def grouped_wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, *, gathered_first: bool) -> torch.Tensor:
+    """dW [E, G, C] = Σ over each expert's rows of g_t(s) [G] ⊗ c_s [C]; [E, C, G] unless `gathered_first`.
 
-    a: [S, M] in sorted order, or [T, M] with `gather_a`; b likewise. Sums in float32, result in a's dtype.
+    g: [T, G], one row per token; c: [S, C] in sorted order, finite up to the end of the last expert's last row tile.
+    Sums in float32, result in g's dtype.
     """
-    if use_triton(a):
-        return _grouped_wgrad_triton(a, b, group, gather_a, gather_b)
-    return grouped_wgrad_reference(a, b, group, gather_a=gather_a, gather_b=gather_b)
+    if use_triton(g_TG):
+        return _grouped_wgrad_triton(g_TG, c_SC, group, gathered_first)
+    return grouped_wgrad_reference(g_TG, c_SC, group, gathered_first=gathered_first)
 
 
 def grouped_wgrad_reference(
-    a: torch.Tensor, b: torch.Tensor, group: Grouping, *, gather_a: bool = False, gather_b: bool = False
+    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, *, gathered_first: bool
 ) -> torch.Tensor:
     """The specification of `grouped_wgrad`: one product per expert, or `F.grouped_mm` on a GPU without Triton."""
-    a_SM = a[group.token_S.long()] if gather_a else a
-    b_SN = b[group.token_S.long()] if gather_b else b
-    if a.is_cuda:
-        return F.grouped_mm(a_SM.t(), b_SN, offs=group.offsets_E)
-    dw_EMN = a.new_zeros(group.offsets_E.numel(), a.shape[1], b.shape[1])
+    g_SG = g_TG[group.token_S.long()]
+    a, b = (g_SG, c_SC) if gathered_first else (c_SC, g_SG)
+    if g_TG.is_cuda:
+        return F.grouped_mm(a.t(), b, offs=group.offsets_E)
+    dw = a.new_zeros(group.offsets_E.numel(), a.shape[1], b.shape[1])
     for expert, (begin, end) in segments(group):
-        torch.mm(a_SM[begin:end].t(), b_SN[begin:end], out=dw_EMN[expert])
-    return dw_EMN
+        torch.mm(a[begin:end].t(), b[begin:end], out=dw[expert])
+    return dw
 
 
 def grouped_sum(a_SN: torch.Tensor, group: Grouping) -> torch.Tensor:
@@ -60,86 +59,91 @@ def grouped_sum_reference(a_SN: torch.Tensor, group: Grouping) -> torch.Tensor:
     return (running[ends_E] - running[begins_E]).to(a_SN.dtype)
 
 
-def wgrad_config(dtype: torch.dtype) -> dict[str, int]:
-    """Tile of dW and of the rows contracted at a time, warps and pipeline stages."""
-    if dtype == torch.float32:
-        return dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2)
-    return dict(BM=128, BN=128, BK=64, num_warps=4, num_stages=3)
+def wgrad_config(x: torch.Tensor, block_rows: int) -> dict[str, int]:
+    """Tile of dW (gathered and sorted columns), rows contracted at a time, warps and pipeline stages.
+
+    The rows contracted at a time divide a row tile: behind its end nobody promises finite numbers.
+    """
+    if x.dtype == torch.float32:
+        return dict(BG=64, BC=64, BK=min(32, block_rows), num_warps=4, num_stages=2)
+    if wide(x.device):
+        return dict(BG=128, BC=256, BK=min(64, block_rows), num_warps=8, num_stages=3)
+    return dict(BG=128, BC=128, BK=min(64, block_rows), num_warps=4, num_stages=3)
 
 
 def _grouped_wgrad_triton(
-    a: torch.Tensor, b: torch.Tensor, group: Grouping, gather_a: bool, gather_b: bool
+    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, gathered_first: bool
 ) -> torch.Tensor:
-    assert a.stride(1) == 1 and b.stride(1) == 1
-    num_experts, num_m, num_n = group.offsets_E.numel(), a.shape[1], b.shape[1]
-    dw_EMN = a.new_empty(num_experts, num_m, num_n)
-    config = wgrad_config(a.dtype)
-    grid = (num_experts * triton.cdiv(num_m, config["BM"]) * triton.cdiv(num_n, config["BN"]),)
+    assert g_TG.stride(1) == 1 and c_SC.stride(1) == 1
+    num_experts, num_g, num_c = group.offsets_E.numel(), g_TG.shape[1], c_SC.shape[1]
+    dw = g_TG.new_empty(num_experts, *((num_g, num_c) if gathered_first else (num_c, num_g)))
+    config = wgrad_config(g_TG, group.block)
+    grid = (num_experts * triton.cdiv(num_g, config["BG"]) * triton.cdiv(num_c, config["BC"]),)
     _grouped_wgrad_kernel[grid](
-        a,
-        b,
+        g_TG,
+        tiles_of(c_SC, config["BK"], config["BC"]),
         group.token_S,
-        dw_EMN,
+        dw,
         group.offsets_E,
-        num_m,
-        num_n,
-        a.stride(0),
-        b.stride(0),
-        GATHER_A=gather_a,
-        GATHER_B=gather_b,
-        PRECISION=dot_precision(a.dtype),
-        EVEN=num_m % config["BM"] == 0 and num_n % config["BN"] == 0,
+        num_g,
+        num_c,
+        g_TG.stride(0),
+        GATHERED_FIRST=gathered_first,
+        PRECISION=dot_precision(g_TG.dtype),
+        EVEN=num_g % config["BG"] == 0,
         **config,
     )
-    return dw_EMN
+    return dw
 
 
 @triton.jit
 def _grouped_wgrad_kernel(
-    a,
-    b,
+    g,
+    c,
     token,
     dw,
     offsets,
-    num_m,
-    num_n,
-    stride_a,
-    stride_b,
-    GATHER_A: tl.constexpr,
-    GATHER_B: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    num_g,
+    num_c,
+    stride_g,
+    GATHERED_FIRST: tl.constexpr,
+    BG: tl.constexpr,
+    BC: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    tiles_m, tiles_n = tl.cdiv(num_m, BM), tl.cdiv(num_n, BN)
-    expert, tile = tl.program_id(0) // (tiles_m * tiles_n), tl.program_id(0) % (tiles_m * tiles_n)
+    tiles_g, tiles_c = tl.cdiv(num_g, BG), tl.cdiv(num_c, BC)
+    expert, tile = tl.program_id(0) // (tiles_g * tiles_c), tl.program_id(0) % (tiles_g * tiles_c)
     end = tl.load(offsets + expert)
     begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
-    m = (tile // tiles_n) * BM + tl.arange(0, BM)
-    n = (tile % tiles_n) * BN + tl.arange(0, BN)
-    a_columns, b_columns = a + m[None, :], b + n[None, :]
-    acc = tl.zeros((BM, BN), tl.float32)
+    first_c = (tile // tiles_g) * BC
+    column_g = (tile % tiles_g) * BG + tl.arange(0, BG)
+    g_columns = g + column_g[None, :]
+    lane = tl.arange(0, BK)
+    acc = tl.zeros((BG, BC), tl.float32)
+    # tokens are read one step ahead: a load whose address is itself being loaded would halve the pipeline's depth
+    ahead = tl.load(token + begin + lane, mask=begin + lane < end, other=0)
     for start in range(begin, end, BK):
-        row = start + tl.arange(0, BK)
-        inside = row < end
-        row_a = row
-        row_b = row
-        if GATHER_A:
-            row_a = tl.load(token + row, mask=inside, other=0)
-        if GATHER_B:
-            row_b = tl.load(token + row, mask=inside, other=0)
-        a_mask = inside[:, None]
-        b_mask = inside[:, None]
+        row = start + lane
+        source = ahead
+        ahead = tl.load(token + row + BK, mask=row + BK < end, other=0)
+        mask = (row < end)[:, None]
         if not EVEN:
-            a_mask &= (m < num_m)[None, :]
-            b_mask &= (n < num_n)[None, :]
-        a_tile = tl.load(a_columns + row_a.to(tl.int64)[:, None] * stride_a, mask=a_mask, other=0.0)
-        b_tile = tl.load(b_columns + row_b.to(tl.int64)[:, None] * stride_b, mask=b_mask, other=0.0)
-        acc = tl.dot(tl.trans(a_tile), b_tile, acc, input_precision=PRECISION)
-    at = dw + expert.to(tl.int64) * num_m * num_n + m.to(tl.int64)[:, None] * num_n + n[None, :]
-    tl.store(at, acc.to(dw.dtype.element_ty), mask=(m < num_m)[:, None] & (n < num_n)[None, :])
+            mask &= (column_g < num_g)[None, :]
+        gathered = tl.load(g_columns + source.to(tl.int64)[:, None] * stride_g, mask=mask, other=0.0)
+        # rows past the end are another expert's; they meet zeros
+        acc = tl.dot(tl.trans(gathered), c.load([start, first_c]), acc, input_precision=PRECISION)
+    column_c = first_c + tl.arange(0, BC)
+    base = dw + expert.to(tl.int64) * num_g * num_c
+    result = acc.to(dw.dtype.element_ty)
+    inside_g, inside_c = column_g < num_g, column_c < num_c
+    if GATHERED_FIRST:
+        at = base + column_g.to(tl.int64)[:, None] * num_c + column_c[None, :]
+        tl.store(at, result, mask=inside_g[:, None] & inside_c[None, :])
+    else:
+        at = base + column_c.to(tl.int64)[:, None] * num_g + column_g[None, :]
+        tl.store(at, tl.trans(result), mask=inside_c[:, None] & inside_g[None, :])
 
 
 @triton.jit

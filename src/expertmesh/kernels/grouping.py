@@ -21,8 +21,8 @@ class Grouping:
 
     slot_S: which flat (token·K + k) stands in sorted row s. token_S: its token, slot_S // K.
     position_TK: the inverse, in which sorted row (t, k) stands, or -1 if nobody here computes it.
-    offsets_E: where each expert's rows end. tiles: (expert [M], first row [M]) of each row tile of the Triton GEMMs,
-    expert -1 for unused entries; None on the PyTorch path. block: rows per tile. weight_S: the routing weights in
+    offsets_E: where each expert's rows end. tiles: (expert [M], first row [M]) of each row tile of the Triton GEMMs
+    and how many [1] of the M entries are used; None on the PyTorch path. block: rows per tile. weight_S: the routing weights in
     sorted order, float32, if `group_by_expert` was given them.
     """
 
@@ -30,7 +30,7 @@ class Grouping:
     token_S: torch.Tensor
     position_TK: torch.Tensor
     offsets_E: torch.Tensor
-    tiles: tuple[torch.Tensor, torch.Tensor] | None = None
+    tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     block: int = 0
     weight_S: torch.Tensor | None = None
 
@@ -89,8 +89,8 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
     num_blocks = max(1, triton.cdiv(num_rows, sort_block))
     block = _block_rows(num_rows // num_experts)
     max_tiles = triton.cdiv(num_rows, block) + num_experts
-    slot_S, token_S, position_S, offsets_E, tile_expert, tile_row, counts = _int32(
-        device, num_rows, num_rows, num_rows, num_experts, max_tiles, max_tiles, num_blocks * bins
+    slot_S, token_S, position_S, offsets_E, tile_expert, tile_row, num_tiles, counts = _int32(
+        device, num_rows, num_rows, num_rows, num_experts, max_tiles, max_tiles, 1, num_blocks * bins
     )
     weight_S = None if weight_TK is None else torch.empty(num_rows, dtype=torch.float32, device=device)
     ids_S = ids_TK.reshape(-1)
@@ -106,9 +106,9 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
         offsets_E,
         tile_expert,
         tile_row,
+        num_tiles,
         num_rows,
         num_experts,
-        max_tiles,
         top_k,
         BLOCK=sort_block,
         TILE=block,
@@ -119,7 +119,8 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
         PART=max(16, min(128, 16384 // bins)),
         num_warps=8,
     )
-    return Grouping(slot_S, token_S, position_S.view(ids_TK.shape), offsets_E, (tile_expert, tile_row), block, weight_S)
+    tiles = tile_expert, tile_row, num_tiles
+    return Grouping(slot_S, token_S, position_S.view(ids_TK.shape), offsets_E, tiles, block, weight_S)
 
 
 @triton.jit
@@ -150,9 +151,9 @@ def _place_kernel(
     offsets,
     tile_expert,
     tile_row,
+    num_tiles,
     num_rows,
     num_experts,
-    max_tiles,
     top_k,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -183,9 +184,11 @@ def _place_kernel(
     expert_of = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)
     listed = expert_of[:, None] == bin[None, :]
     row_of = tl.sum(tl.where(listed, (ends - totals - (last_tile - tiles) * TILE)[None, :], 0), axis=1) + tile * TILE
-    used = tile < tl.sum(tiles, axis=0)
-    tl.store(tile_expert + tile, tl.where(used, expert_of, -1), mask=tile < max_tiles)
-    tl.store(tile_row + tile, tl.where(used, row_of, 0), mask=tile < max_tiles)
+    used = tl.sum(tiles, axis=0)
+    if block == 0:
+        tl.store(num_tiles, used)
+    tl.store(tile_expert + tile, expert_of, mask=tile < used)
+    tl.store(tile_row + tile, row_of, mask=tile < used)
 
     place = ends - totals + before  # where the next row of each expert goes, and the next one of none
     skipped_place = tl.sum(totals, axis=0) + block * BLOCK - tl.sum(before, axis=0)

@@ -115,16 +115,16 @@ class _Experts(torch.autograd.Function):
         dout_TH = dout_TH.contiguous()
         assert group.weight_S is not None
 
-        dh_SJ, wa_SI, dweight_S = down_dact(dout_TH, w_down_EIH.transpose(1, 2), h_SJ, group.weight_S, group, ctx.act)
+        dh_SJ, wa_SI, dweight_PS = down_dact(dout_TH, w_down_EIH.transpose(1, 2), h_SJ, group.weight_S, group, ctx.act)
         dweight_TK = dx_TH = dw_up = dw_down = db_up = db_down = None
         if need_weight:
-            dweight_TK = _per_slot(dweight_S[None], group, dout_TH, ids_TK, b_down_EH, weight_TK.dtype)
+            dweight_TK = _per_slot(dweight_PS, group, dout_TH, ids_TK, b_down_EH, weight_TK.dtype)
         if need_w_down:
-            dw_down = _wgrad(wa_SI, dout_TH, group, like=w_down_EIH, gather_b=True)
+            dw_down = _wgrad(dout_TH, wa_SI, group, w_down_EIH.transpose(1, 2)).transpose(1, 2)
         if need_b_down:
             db_down = _bias_down_grad(dout_TH, weight_TK, ids_TK, b_down_EH)
         if need_w_up:
-            dw_up = _wgrad(x_TH, dh_SJ, group, like=w_up_EHJ, gather_a=True)
+            dw_up = _wgrad(x_TH, dh_SJ, group, w_up_EHJ)
         if need_b_up:
             db_up = grouped_sum(dh_SJ, group)
         if need_x:
@@ -132,19 +132,14 @@ class _Experts(torch.autograd.Function):
         return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None
 
 
-def _wgrad(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    group: Grouping,
-    *,
-    like: torch.Tensor,
-    gather_a: bool = False,
-    gather_b: bool = False,
-) -> torch.Tensor:
-    """dW [E, in, out] in the memory layout of the parameter behind `like`, so that autograd need not copy it."""
-    if like.stride(-1) == 1:
-        return grouped_wgrad(a, b, group, gather_a=gather_a, gather_b=gather_b)
-    return grouped_wgrad(b, a, group, gather_a=gather_b, gather_b=gather_a).transpose(1, 2)
+def _wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor) -> torch.Tensor:
+    """The gradient of the weights w [E, G, C] in the memory layout of their parameter, so that autograd need not copy.
+
+    w may be a transposed view of it.
+    """
+    if w_EGC.stride(2) == 1:
+        return grouped_wgrad(g_TG, c_SC, group, gathered_first=True)
+    return grouped_wgrad(g_TG, c_SC, group, gathered_first=False).transpose(1, 2)
 
 
 def _per_slot(
