@@ -96,8 +96,8 @@ def kernels(module, tokens=16384):
         "down": (lambda: grouped_gemm.grouped_gemm(a, w_down, group), small),
         "down_dact": (lambda: grouped_act.down_dact(dout, w_down.transpose(1, 2), h, weight_S, group, act), small),
         "up_dgrad": (lambda: grouped_gemm.grouped_gemm(h, w_up.transpose(1, 2), group), large),
-        "up_wgrad": (lambda: grouped_wgrad.grouped_wgrad(h, x, group, gather_b=True), large),
-        "down_wgrad": (lambda: grouped_wgrad.grouped_wgrad(dout, a, group, gather_a=True), small),
+        "up_wgrad": (lambda: grouped_wgrad.grouped_wgrad(x, h, group, gathered_first=False), large),
+        "down_wgrad": (lambda: grouped_wgrad.grouped_wgrad(dout, a, group, gathered_first=True), small),
     }
 
 

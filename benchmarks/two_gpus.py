@@ -96,7 +96,7 @@ def gradients(model, ids):
 
 
 def pin_routing(model):
-    """Every gate chooses K fixed random experts per token, the same in every arm; their weights still follow the logits.
+    """Every gate chooses K fixed random experts per token, the same in every arm; the weights still follow the logits.
 
     Otherwise a near-tie that rounding decides differently sends a token to another expert, and one such token moves a
     gradient more than all the rounding that is to be compared.

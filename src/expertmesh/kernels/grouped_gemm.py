@@ -23,7 +23,7 @@ from expertmesh.kernels.grouping import Grouping
 def grouped_gemm(
     a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias [E, N].
+    """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias.
 
     Rows behind the last expert's are not written on the Triton path: no reader of a `Grouping` looks at them.
     """
@@ -73,7 +73,7 @@ def programs(device: torch.device) -> int:
 
 @cache
 def wide(device: torch.device) -> bool:
-    """Whether the device's shared memory holds three or four stages of the large tiles (Hopper, datacentre Blackwell)."""
+    """Whether shared memory holds three or four stages of the large tiles: Hopper and datacentre Blackwell."""
     return (
         device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 1024
     )

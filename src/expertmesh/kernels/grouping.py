@@ -21,9 +21,9 @@ class Grouping:
 
     slot_S: which flat (token·K + k) stands in sorted row s. token_S: its token, slot_S // K.
     position_TK: the inverse, in which sorted row (t, k) stands, or -1 if nobody here computes it.
-    offsets_E: where each expert's rows end. tiles: (expert [M], first row [M]) of each row tile of the Triton GEMMs
-    and how many [1] of the M entries are used; None on the PyTorch path. block: rows per tile. weight_S: the routing weights in
-    sorted order, float32, if `group_by_expert` was given them.
+    offsets_E: where each expert's rows end. tiles: (expert [M], first row [M]) of each row tile of the Triton GEMMs and
+    how many [1] of the M entries are used; None on the PyTorch path. block: rows per tile. weight_S: the routing
+    weights in sorted order, float32, if `group_by_expert` was given them.
     """
 
     slot_S: torch.Tensor
