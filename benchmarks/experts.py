@@ -19,7 +19,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from expertmesh import backends
-from expertmesh.kernels import grouped_act, grouped_gemm, grouped_wgrad
+from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouping import group_by_expert
 from expertmesh.layers.experts import experts_forward
@@ -87,14 +87,14 @@ def kernels(module, tokens=16384):
     dout = torch.randn_like(x)
     w_up, w_down = module.gate_up_proj.detach().transpose(1, 2), module.down_proj.detach().transpose(1, 2)
     act = Activation("silu")
-    h, a = grouped_act.up_act(x, w_up, None, group, act)
+    h, a = grouped_up.up_act(x, w_up, None, group, act)
     weight_S = weights.reshape(-1)[group.slot_S.long()].float()
     rows = tokens * TOP_K
     small, large = 2 * rows * HIDDEN * WIDTH, 4 * rows * HIDDEN * WIDTH
     return {
-        "up_act": (lambda: grouped_act.up_act(x, w_up, None, group, act), large),
+        "up_act": (lambda: grouped_up.up_act(x, w_up, None, group, act), large),
         "down": (lambda: grouped_gemm.grouped_gemm(a, w_down, group), small),
-        "down_dact": (lambda: grouped_act.down_dact(dout, w_down.transpose(1, 2), h, weight_S, group, act), small),
+        "down_dact": (lambda: grouped_down.down_dact(dout, w_down.transpose(1, 2), h, weight_S, group, act), small),
         "up_dgrad": (lambda: grouped_gemm.grouped_gemm(h, w_up.transpose(1, 2), group), large),
         "up_wgrad": (lambda: grouped_wgrad.grouped_wgrad(x, h, group, gathered_first=False), large),
         "down_wgrad": (lambda: grouped_wgrad.grouped_wgrad(dout, a, group, gathered_first=True), small),
@@ -114,7 +114,7 @@ def sweep(module):
     """Time every kernel under several tile configurations, the best first."""
     for name, (run, flops) in kernels(module).items():
         if "wgrad" in name:
-            names, tiles, function = ("BM", "BN", "BK", "num_warps", "num_stages"), WGRAD_TILES, "wgrad_config"
+            names, tiles, function = ("BG", "BC", "BK", "num_warps", "num_stages"), WGRAD_TILES, "wgrad_config"
         else:
             names, tiles, function = ("BN", "BK", "num_warps", "num_stages"), ROW_TILES, "tile_config"
         found = [_try(run, flops, function, dict(zip(names, tile, strict=True))) for tile in tiles]
@@ -123,7 +123,7 @@ def sweep(module):
 
 
 def _try(run, flops, name, config):
-    modules = [m for m in (grouped_gemm, grouped_act, grouped_wgrad) if hasattr(m, name)]
+    modules = [m for m in (grouped_gemm, grouped_up, grouped_down, grouped_wgrad) if hasattr(m, name)]
     before = [getattr(m, name) for m in modules]
     for m in modules:
         setattr(m, name, lambda *_: dict(config))

@@ -1,8 +1,8 @@
 """Grouped GEMM over rows sorted by expert: y_s = a_s · W_e(s) (+ bias), and the pieces its relatives share.
 
-Three files hold the experts' matrix products. This one multiplies rows that already stand in sorted order (the
-down-projection, and the gradient of the up-projection's input). `grouped_act` gathers its rows by index and carries the
-activation or its gradient in the epilogue. `grouped_wgrad` contracts over rows and makes the weights' gradients.
+Four files hold the experts' matrix products. This one multiplies rows that already stand in sorted order (the
+down-projection, and the gradient of the up-projection's input). `grouped_up` and `grouped_down` gather their rows by
+index and carry the activation, or its gradient, in the epilogue. `grouped_wgrad` makes the weights' gradients.
 
 One Triton program per multiprocessor walks over row tiles (`Grouping.tiles`; a tile never spans two experts) times
 column tiles; how many there are is read on the device. What lies contiguous is read through tensor descriptors, by the

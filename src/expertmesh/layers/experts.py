@@ -21,8 +21,9 @@ from transformers.integrations.moe import ExpertsInterface, _default_apply_gate,
 
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
-from expertmesh.kernels.grouped_act import down_dact, up_act
+from expertmesh.kernels.grouped_down import down_dact
 from expertmesh.kernels.grouped_gemm import grouped_gemm
+from expertmesh.kernels.grouped_up import up_act
 from expertmesh.kernels.grouped_wgrad import grouped_sum, grouped_wgrad
 from expertmesh.kernels.grouping import Grouping, group_by_expert
 

@@ -1,0 +1,258 @@
+"""The gradient of the experts' down-projection with gather, and with the activation's gradient in the epilogue.
+
+    dā_s = dout_t(s) · W_downᵀ,  dweight_s = ⟨dā_s, a_s⟩,                 a_s from h_s again
+    dh_s = activation'(h_s) · weight_s · dā_s,  and weight_s · a_s for the down-projection's weight gradient
+
+Rows of dout are read by index, so no permuted copy of it is ever stored, and the routing weight's gradient costs no
+pass of its own (SonicMoE's observation, arXiv:2512.14080).
+"""
+
+import torch
+
+from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.activation import Activation, activate_backward
+from expertmesh.kernels.grouped_gemm import (
+    dot_precision,
+    gathered_tile,
+    grouped_gemm,
+    grouped_gemm_reference,
+    programs,
+    tile_config,
+    weight_tile,
+    weight_tiles,
+)
+from expertmesh.kernels.grouped_up import layout
+from expertmesh.kernels.grouping import Grouping
+
+
+def down_dact(
+    dout_TH: torch.Tensor,
+    w_EHI: torch.Tensor,
+    h_SJ: torch.Tensor,
+    weight_S: torch.Tensor,
+    group: Grouping,
+    act: Activation,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dh [S, J], weight·a [S, I], dweight [P, S] float32) from the gradient dout [T, H] of the combined output.
+
+    w_EHI: the down-projections [E, I, H] transposed. weight_S: routing weights in sorted order. `dweight` leaves out
+    the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to
+    the end of its last row tile, are zero: `grouped_wgrad` reads them.
+    """
+    if not use_triton(dout_TH):
+        return down_dact_reference(dout_TH, w_EHI, h_SJ, weight_S, group, act)
+    if act.kind == "custom":
+        da_SI = grouped_gemm(dout_TH[group.token_S.long()], w_EHI, group)
+        mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
+        return _dact_rows(torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0), weight_S, act)
+    return _down_dact_triton(dout_TH, w_EHI, h_SJ, weight_S, group, act)
+
+
+def down_dact_reference(
+    dout_TH: torch.Tensor,
+    w_EHI: torch.Tensor,
+    h_SJ: torch.Tensor,
+    weight_S: torch.Tensor,
+    group: Grouping,
+    act: Activation,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The specification of `down_dact`."""
+    da_SI = grouped_gemm_reference(dout_TH[group.token_S.long()], w_EHI, group)
+    return _dact_rows(da_SI, h_SJ, weight_S, act)
+
+
+def _dact_rows(
+    da_SI: torch.Tensor, h_SJ: torch.Tensor, weight_S: torch.Tensor, act: Activation
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    weight_S1 = weight_S[:, None].to(da_SI.dtype)
+    a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
+    return dh_SJ, weight_S1 * a_SI, (da_SI.float() * a_SI.float()).sum(-1)[None]
+
+
+def _down_dact_triton(
+    dout_TH: torch.Tensor,
+    w_EHI: torch.Tensor,
+    h_SJ: torch.Tensor,
+    weight_S: torch.Tensor,
+    group: Grouping,
+    act: Activation,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    assert group.tiles is not None and dout_TH.stride(1) == 1
+    num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
+    config = tile_config(dout_TH, group.block, stages=4)
+    w_tiles, transposed = weight_tiles(w_EHI, config["BK"], config["BN"])
+    dh_SJ, wa_SI = torch.empty_like(h_SJ), dout_TH.new_empty(num_rows, width)
+    # one partial sum per column tile: adding them afterwards keeps the result deterministic
+    dweight_PS = torch.empty(triton.cdiv(width, config["BN"]), num_rows, dtype=torch.float32, device=dout_TH.device)
+    num_programs = programs(dout_TH.device)
+    _down_dact_kernel[(num_programs,)](
+        dout_TH,
+        group.token_S,
+        w_tiles,
+        h_SJ,
+        weight_S,
+        dh_SJ,
+        wa_SI,
+        dweight_PS,
+        *group.tiles,
+        group.offsets_E,
+        w_EHI.shape[0],
+        num_rows,
+        width,
+        num_inner,
+        dout_TH.stride(0),
+        act.alpha,
+        act.limit,
+        LAYOUT=layout(act),
+        KIND=act.kind,
+        TRANSPOSED=transposed,
+        PROGRAMS=num_programs,
+        BM=group.block,
+        PRECISION=dot_precision(dout_TH.dtype),
+        EVEN=num_inner % config["BK"] == 0,
+        **config,
+    )
+    return dh_SJ, wa_SI, dweight_PS
+
+
+@triton.jit
+def _down_dact_kernel(
+    dout,
+    token,
+    w,
+    h,
+    weight,
+    dh,
+    wa,
+    dweight,
+    tile_expert,
+    tile_row,
+    num_tiles,
+    offsets,
+    num_experts,
+    num_rows,
+    width,
+    num_inner,
+    stride_d,
+    alpha,
+    limit,
+    LAYOUT: tl.constexpr,
+    KIND: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    column_tiles = tl.cdiv(width, BN)
+    work = tl.load(num_tiles) * column_tiles
+    for item in range(tl.program_id(0), work, PROGRAMS):
+        tile, column_tile = item // column_tiles, item % column_tiles
+        first = column_tile * BN
+        expert, begin = tl.load(tile_expert + tile), tl.load(tile_row + tile)
+        row = begin + tl.arange(0, BM)
+        source = tl.load(token + row, mask=row < tl.load(offsets + expert), other=0)
+        dout_rows = dout + source.to(tl.int64)[:, None] * stride_d
+        inner = tl.arange(0, BK)
+        da = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, num_inner, BK):
+            gradients = gathered_tile(dout_rows, k + inner, num_inner, EVEN)
+            columns = weight_tile(w, expert, k, first, num_inner, width, TRANSPOSED)
+            da = tl.dot(gradients, columns, da, input_precision=PRECISION)
+        # computed anew: kept through the loop they would cost registers
+        end = tl.load(offsets + expert)
+        row = begin + tl.arange(0, BM)
+        in_group = row < end
+        scale = tl.load(weight + row, mask=in_group, other=0.0).to(tl.float32)
+        # in pieces: the epilogue of the whole tile would not fit into the registers
+        PART: tl.constexpr = BN // 4 if BN == 256 else BN // 2
+        left, right = _halves(da, BM, BN)
+        partial = tl.zeros((BM,), tl.float32)
+        if BN == 256:
+            for half in tl.static_range(2):
+                near, far = _halves(left if half == 0 else right, BM, BN // 2)
+                for quarter in tl.static_range(2):
+                    piece = near if quarter == 0 else far
+                    at = first + (2 * half + quarter) * PART
+                    partial += _finish_dact(
+                        piece, row, in_group, scale, at, h, dh, wa, width, alpha, limit, LAYOUT, KIND, BM, PART
+                    )
+        else:
+            for half in tl.static_range(2):
+                piece = left if half == 0 else right
+                at = first + half * PART
+                partial += _finish_dact(
+                    piece, row, in_group, scale, at, h, dh, wa, width, alpha, limit, LAYOUT, KIND, BM, PART
+                )
+        tl.store(dweight + column_tile.to(tl.int64) * num_rows + row, partial, mask=in_group)
+        if end == tl.load(offsets + num_experts - 1):
+            behind = (row >= end) & (row < num_rows)
+            _store_zeros(wa, row, behind, first, width, BN)
+            WIDE: tl.constexpr = 1 if LAYOUT == "single" else 2
+            _store_zeros(dh, row, behind, WIDE * first, WIDE * width, WIDE * BN)
+
+
+@triton.jit
+def _store_zeros(x, row, mask, first, width, BN: tl.constexpr):
+    """Zeros into columns [first, first + BN) of some rows of x [S, width], 64 at a time."""
+    for start in range(0, BN, 64):
+        column = first + start + tl.arange(0, 64)
+        at = x + row.to(tl.int64)[:, None] * width + column[None, :]
+        zeros = tl.zeros((row.shape[0], 64), x.dtype.element_ty)
+        tl.store(at, zeros, mask=mask[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right columns of x [BM, BN]."""
+    return tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish_dact(
+    da,
+    row,
+    in_group,
+    scale,
+    first,
+    h,
+    dh,
+    wa,
+    width,
+    alpha,
+    limit,
+    LAYOUT: tl.constexpr,
+    KIND: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Store dh and weight·a of the columns from `first` on; returns each row's ⟨da, a⟩ over them."""
+    column = first + tl.arange(0, BN)
+    mask = in_group[:, None] & (column < width)[None, :]
+    wide_row = row.to(tl.int64)[:, None]
+    kind = dh.dtype.element_ty
+    if LAYOUT == "pairs":
+        pair = 2 * first + tl.arange(0, 2 * BN)
+        pair_mask = in_group[:, None] & (pair < 2 * width)[None, :]
+        at = wide_row * (2 * width) + pair[None, :]
+        pairs = tl.load(h + at, mask=pair_mask, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(pairs, (BM, BN, 2)))
+        a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
+        dpairs = tl.reshape(tl.join(dgate, dup), (BM, 2 * BN))
+        tl.store(dh + at, dpairs.to(kind), mask=pair_mask)
+    elif LAYOUT == "halves":
+        at = wide_row * (2 * width) + column[None, :]
+        gate = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(h + at + width, mask=mask, other=0.0).to(tl.float32)
+        a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
+        tl.store(dh + at, dgate.to(kind), mask=mask)
+        tl.store(dh + at + width, dup.to(kind), mask=mask)
+    else:
+        at = wide_row * width + column[None, :]
+        x = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+        a, dx, _ = activate_backward(x, x, da * scale[:, None], KIND, alpha, limit)
+        tl.store(dh + at, dx.to(kind), mask=mask)
+    tl.store(wa + wide_row * width + column[None, :], (a * scale[:, None]).to(kind), mask=mask)
+    return tl.sum(tl.where(mask, da * a, 0.0), axis=1)
