@@ -79,7 +79,9 @@ def measure(step: Step, warmup: int, repeats: int) -> dict[str, Any]:
     on_gpu = step.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    runs = [step.milliseconds() for _ in range(repeats)]
+    # queued one behind the other, as in training: whoever waits for each step measures how fast an idle GPU is fed
+    queued = [step.run()[0] for _ in range(repeats)]
+    runs = [dict(zip(PHASES, _between(marks), strict=False)) for marks in queued]
     found: dict[str, Any] = {f"{phase}_ms": None for phase in PHASES}
     for phase in runs[0]:
         found[f"{phase}_ms"] = round(statistics.median(run[phase] for run in runs), 2)
