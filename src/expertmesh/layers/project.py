@@ -11,6 +11,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from expertmesh.layers.fast import untouched
+
 
 def project(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
     """linear(x) for each; x: [..., H]. If one is more than a bare weight (a bias, an adapter, a quantised or sharded
@@ -21,10 +23,9 @@ def project(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
 
 
 def _is_bare(linear: nn.Module, x: torch.Tensor) -> bool:
-    if type(linear) is not nn.Linear or linear.bias is not None or "forward" in vars(linear):
+    if type(linear) is not nn.Linear or linear.bias is not None or not untouched(linear):
         return False
-    hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks
-    return not any(hooks) and type(linear.weight.data) is torch.Tensor and linear.weight.dtype == x.dtype
+    return type(linear.weight.data) is torch.Tensor and linear.weight.dtype == x.dtype
 
 
 class _Project(torch.autograd.Function):
