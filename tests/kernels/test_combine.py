@@ -14,14 +14,16 @@ def positions(tokens: int, top_k: int, skipped: int) -> torch.Tensor:
     return position[torch.randperm(tokens * top_k)].view(tokens, top_k)
 
 
+@pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(("tokens", "top_k", "width", "skipped"), [(1, 1, 3, 0), (7, 3, 40, 5), (5, 2, 1500, 10)])
-def test_combine_kernel_equals_its_reference(tokens, top_k, width, skipped, weighted):
+def test_combine_kernel_equals_its_reference(tokens, top_k, width, skipped, weighted, residual):
     y, position = torch.randn(tokens * top_k, width), positions(tokens, top_k, skipped)
     weight = torch.rand(tokens, top_k) if weighted else None
-    expected = combine_reference(y, position, weight)
+    added = torch.randn(tokens, 2 * width)[:, :width] if residual else None
+    expected = combine_reference(y, position, weight, added)
     with on_triton():
-        assert_same([combine(y, position, weight)], [expected])
+        assert_same([combine(y, position, weight, added)], [expected])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

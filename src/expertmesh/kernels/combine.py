@@ -1,6 +1,6 @@
 """Un-permute, weight and sum: every token collects its K rows from the sorted order.
 
-    out_t = Σ_k weight_tk · y_position(t,k)
+    out_t = Σ_k weight_tk · y_position(t,k)  (+ residual_t)
 
 The same kernel, without weights, turns the rows of the up-projection's input gradient into the tokens' gradient. Each
 output element is written by one program in a fixed order, in float32: no atomics, no scatter, deterministic. `unsort`
@@ -12,8 +12,15 @@ import torch
 from expertmesh.backends import tl, triton, use_triton
 
 
-def combine(y_SH: torch.Tensor, position_TK: torch.Tensor, weight_TK: torch.Tensor | None = None) -> torch.Tensor:
-    """out [T, H] in y's dtype. position -1 contributes nothing; weight None means 1. Sums in float32."""
+def combine(
+    y_SH: torch.Tensor,
+    position_TK: torch.Tensor,
+    weight_TK: torch.Tensor | None = None,
+    residual_TH: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out [T, H] in y's dtype. position -1 contributes nothing; weight None means 1; residual [T, H] is added. Sums in
+    float32, rounded once.
+    """
     if use_triton(y_SH):
         num_tokens, top_k = position_TK.shape
         width = y_SH.shape[1]
@@ -21,21 +28,34 @@ def combine(y_SH: torch.Tensor, position_TK: torch.Tensor, weight_TK: torch.Tens
         block = min(triton.next_power_of_2(width), 1024)
         grid = (num_tokens, triton.cdiv(width, block))
         _combine_kernel[grid](
-            y_SH, position_TK, weight_TK, out_TH, width, top_k, HAS_WEIGHT=weight_TK is not None, BLOCK=block
+            y_SH,
+            position_TK,
+            weight_TK,
+            None if residual_TH is None else residual_TH.contiguous(),
+            out_TH,
+            width,
+            top_k,
+            HAS_WEIGHT=weight_TK is not None,
+            HAS_RESIDUAL=residual_TH is not None,
+            BLOCK=block,
         )
         return out_TH
-    return combine_reference(y_SH, position_TK, weight_TK)
+    return combine_reference(y_SH, position_TK, weight_TK, residual_TH)
 
 
 def combine_reference(
-    y_SH: torch.Tensor, position_TK: torch.Tensor, weight_TK: torch.Tensor | None = None
+    y_SH: torch.Tensor,
+    position_TK: torch.Tensor,
+    weight_TK: torch.Tensor | None = None,
+    residual_TH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of `combine`."""
     mine_TK1 = (position_TK >= 0)[..., None]
     y_TKH = torch.where(mine_TK1, y_SH[position_TK.clamp(min=0).long()], 0)
     if weight_TK is not None:
         y_TKH = y_TKH * torch.where(mine_TK1, weight_TK[..., None], 0)
-    return y_TKH.sum(1).to(y_SH.dtype)
+    out_TH = y_TKH.sum(1).to(y_SH.dtype)
+    return out_TH if residual_TH is None else residual_TH + out_TH
 
 
 def unsort(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -68,7 +88,18 @@ def _unsort_kernel(value, position, out, count, rows, PARTS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _combine_kernel(y, position, weight, out, width, top_k, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(
+    y,
+    position,
+    weight,
+    residual,
+    out,
+    width,
+    top_k,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
@@ -80,4 +111,6 @@ def _combine_kernel(y, position, weight, out, width, top_k, HAS_WEIGHT: tl.const
             if HAS_WEIGHT:
                 part *= tl.load(weight + token * top_k + k).to(tl.float32)
             acc += part
+    if HAS_RESIDUAL:
+        acc += tl.load(residual + token * width + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + token * width + column, acc.to(out.dtype.element_ty), mask=mask)

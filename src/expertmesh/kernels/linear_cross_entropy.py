@@ -93,42 +93,49 @@ TUNING = {"rows": {"BLOCK": 16384, "num_warps": 16}, "scale": {"BLOCK": 4096, "n
 
 @triton.jit
 def _merge(x, largest, total):
-    """Maximum and sum of exponentials (relative to it) of what was seen before and of x."""
+    """Per lane: maximum, and sum of exponentials relative to it, of what was seen before and of x [:, lane]."""
     new_largest = tl.maximum(largest, tl.max(x, axis=0))
-    return new_largest, total * tl.exp(largest - new_largest) + tl.sum(tl.exp(x - new_largest), axis=0)
+    sums = tl.sum(tl.exp(x - new_largest[None, :]), axis=0)
+    return new_largest, total * tl.exp(largest - new_largest) + sums
 
 
 @triton.jit
-def _rows_kernel(logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+def _rows_kernel(
+    logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index,
+    GRAD: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """One program per row: loss[row], and with GRAD softmax(logits) - onehot(label) in place of the logits.
 
     Two passes: maximum and sum of exponentials together, then the gradient. A row is only ever touched by its program.
-    A row may be read and written up to its stride, which is a multiple of 16: so accesses stay wide for any V. Only the
-    last block of a row is masked, and the label's own entry is written last: both would cost every element.
+    A row may be read and written up to its stride, which is a multiple of 16: so accesses stay wide for any V. What
+    would cost every element is left out of the loops: lanes are merged at the end, so no warp waits for another; only
+    the last block of a row is masked; the label's own entry is written last.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     label = tl.load(labels_ptr + row)
-    cols = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     start = 0
     if label == ignore_index:
         tl.store(loss_ptr + row, 0.0)
         if GRAD:
             while start < V:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
-                tl.store(logits_ptr + start + cols, tl.zeros((BLOCK,), tl.float32), start + cols < stride)
+                tl.store(logits_ptr + start + cols, tl.zeros_like(cols).to(tl.float32), start + cols < stride)
                 start += BLOCK
     else:
         valid = (label >= 0) & (label < V)
         target = tl.load(logits_ptr + label, valid, other=float("nan")).to(tl.float32)
-        largest = float("-inf")
-        total = 0.0
+        lane_largest = tl.full((LANES,), -3.4e38, tl.float32)  # finite: a lane may see nothing but padding
+        lane_total = tl.zeros((LANES,), tl.float32)
         while start + BLOCK <= V:
             x = tl.load(logits_ptr + start + cols, eviction_policy="evict_last").to(tl.float32)
-            largest, total = _merge(x, largest, total)
+            lane_largest, lane_total = _merge(x, lane_largest, lane_total)
             start += BLOCK
         if start < V:
             x = tl.load(logits_ptr + start + cols, start + cols < stride, other=0.0).to(tl.float32)
-            largest, total = _merge(tl.where(start + cols < V, x, float("-inf")), largest, total)
+            lane_largest, lane_total = _merge(tl.where(start + cols < V, x, float("-inf")), lane_largest, lane_total)
+        largest = tl.max(lane_largest, axis=0)
+        total = tl.sum(lane_total * tl.exp(lane_largest - largest), axis=0)
         logsumexp = tl.where(valid, largest + tl.log(total), float("nan"))  # a bad label must show, not read elsewhere
         tl.store(loss_ptr + row, logsumexp - target)
         if GRAD:
@@ -178,7 +185,7 @@ def _rows(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, grad: b
     warps = max(1, tuning["num_warps"] * block // tuning["BLOCK"])
     _rows_kernel[(logits.shape[0],)](
         logits, labels, losses, logits.shape[1], logits.stride(0), ignore_index,
-        GRAD=grad, BLOCK=block, num_warps=warps,
+        GRAD=grad, BLOCK=block, LANES=min(block, warps * 256), num_warps=warps,
     )  # fmt: skip
     return losses
 

@@ -80,7 +80,7 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
 #: heads per tile, warps, and persistent programs per multiprocessor
 TUNING = {
     "forward": {"ROWS": 16, "num_warps": 4},
-    "backward": {"ROWS": 16, "num_warps": 4, "programs": 6},
+    "backward": {"ROWS": 16, "num_warps": 4, "programs": 5},
 }
 
 

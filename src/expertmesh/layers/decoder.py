@@ -1,6 +1,7 @@
 """Fast twin of a pre-norm decoder layer: the residual add after attention and the norm behind it are one kernel.
 
-In backward each norm adds the gradient of the residual connection around it while it writes its own.
+The second residual add happens in the experts' last kernel, where the block allows it (moe.py). In backward each norm
+adds the gradient of the residual connection around it while it writes its own.
 """
 
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import torch
 
 from expertmesh.kernels.rms_norm import add_rms_norm, keep_rms_norm
-from expertmesh.layers.fast import Fast
+from expertmesh.layers.fast import Fast, untouched
+from expertmesh.layers.moe import FastMoEBlock
 from expertmesh.layers.norm import can_merge
 
 
@@ -42,6 +44,8 @@ class FastDecoderLayer(Fast):
             normed = first(hidden_states)
         attn_output, _ = self.self_attn(hidden_states=normed, **kwargs)
         normed, residual = add_rms_norm(attn_output, hidden_states, norm.weight, norm.variance_epsilon)
+        if isinstance(self.mlp, FastMoEBlock) and untouched(self.mlp):
+            return self.mlp(normed, residual)
         return residual + self.mlp(normed)
 
 

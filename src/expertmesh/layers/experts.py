@@ -58,16 +58,21 @@ def _class_of(name: str) -> Any:
 
 @torch.compiler.disable
 def experts_forward(
-    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    experts: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Output [T, H] of a Transformers experts module for hidden_states [T, H].
 
     top_k_index: [T, K], an id equal to `experts.num_experts` marks a pair that is not computed here. top_k_weights:
     [T, K], any float type. Equals `grouped_mm_experts_forward` of Transformers; float32 sums, result in
-    hidden_states' dtype.
+    hidden_states' dtype. residual: [T, H], added to the result.
     """
     if why_not(experts) is not None:
-        return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+        out_TH = grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+        return out_TH if residual is None else residual + out_TH
     w_up = experts.gate_up_proj if experts.has_gate else experts.up_proj
     b_up = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
     b_down = experts.down_proj_bias if experts.has_bias else None
@@ -76,15 +81,19 @@ def experts_forward(
         w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
     x_TH = hidden_states.to(w_up.dtype)  # under autocast Transformers computes experts in their weights' dtype too
     act = activation_of(experts)
-    out_TH = _Experts.apply(x_TH, top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act)
-    return out_TH.to(hidden_states.dtype)
+    inside = residual if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype else None
+    out_TH = _Experts.apply(x_TH, top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act, inside)
+    out_TH = out_TH.to(hidden_states.dtype)
+    return out_TH if residual is inside else residual + out_TH
 
 
 class _Experts(torch.autograd.Function):
     """Weights are [E, in, out] views here; their gradients come back in the same shape."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH, weight_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, ids_TK, act: Activation):
+    def forward(
+        ctx: Any, x_TH, weight_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, ids_TK, act: Activation, residual_TH
+    ):
         group = group_by_expert(ids_TK, w_up_EHJ.shape[0], weight_TK)
         x_TH = x_TH.contiguous()
         h_SJ, a_SI = up_act(x_TH, w_up_EHJ, b_up_EJ, group, act)
@@ -105,7 +114,7 @@ class _Experts(torch.autograd.Function):
             group.offsets_E,
             group.weight_S,
         )
-        return combine(y_SH, group.position_TK, weight_TK)
+        return combine(y_SH, group.position_TK, weight_TK, residual_TH)
 
     @staticmethod
     @once_differentiable
@@ -113,6 +122,7 @@ class _Experts(torch.autograd.Function):
         x_TH, h_SJ, weight_TK, ids_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, *rows = ctx.saved_tensors
         group = Grouping(rows[0], rows[1], rows[2], rows[3], ctx.tiles, ctx.block, rows[4])
         need_x, need_weight, need_w_up, need_b_up, need_w_down, need_b_down = ctx.needs_input_grad[:6]
+        dresidual_TH = dout_TH if ctx.needs_input_grad[8] else None
         dout_TH = dout_TH.contiguous()
         assert group.weight_S is not None
 
@@ -130,7 +140,7 @@ class _Experts(torch.autograd.Function):
             db_up = grouped_sum(dh_SJ, group)
         if need_x:
             dx_TH = combine(grouped_gemm(dh_SJ, w_up_EHJ.transpose(1, 2), group), group.position_TK)
-        return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None
+        return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None, dresidual_TH
 
 
 def _wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ stay.
 import functools
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 # to the type checker a mixin's attributes and super() are those of whatever HF class it is mixed into
 _Stock: Any = Any if TYPE_CHECKING else object
 
@@ -21,6 +23,15 @@ class Fast(_Stock):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         _, _, *state = super().__reduce_ex__(protocol)
         return (_rebuild, (type(self).__stock__, type(self).__fast__), *state)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether a call of this module runs its class' forward and nobody watches it, so that a kernel may stand for it.
+
+    Transformers' parallelism replaces the forward of instances; users and frameworks put hooks.
+    """
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return "forward" not in vars(module) and not any(hooks)
 
 
 @functools.cache

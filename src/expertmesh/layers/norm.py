@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from expertmesh.kernels.rms_norm import Scale, rms_norm
-from expertmesh.layers.fast import Fast
+from expertmesh.layers.fast import Fast, untouched
 
 
 class FastRMSNorm(Fast):
@@ -31,6 +31,4 @@ class FastOnePlusRMSNorm(Fast):
 
 def can_merge(norm: nn.Module) -> bool:
     """Whether a layer may compute this norm itself instead of calling it: a "rounded" RMSNorm that nobody hooked."""
-    plain = isinstance(norm, FastRMSNorm) and norm.scale == "rounded"
-    wrapped = "forward" in vars(norm)  # Transformers' tensor parallelism replaces the forward of an instance
-    return plain and not (wrapped or norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
+    return isinstance(norm, FastRMSNorm) and norm.scale == "rounded" and untouched(norm)

@@ -1,0 +1,26 @@
+"""Fast twin of a Mixture-of-Experts block: the residual add behind it happens where the experts' rows are summed."""
+
+from typing import Any
+
+import torch
+
+from expertmesh.layers import experts as fast_experts
+from expertmesh.layers.fast import Fast, untouched
+
+
+class FastMoEBlock(Fast):
+    """Must equal `Qwen3MoeSparseMoeBlock.forward` of Transformers; given a residual, returns residual + that."""
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if residual is None:
+            return super().forward(hidden_states)
+        if not _takes_residual(self.experts):
+            return residual + super().forward(hidden_states)
+        x_TH = hidden_states.view(-1, hidden_states.shape[-1])
+        _, weight_TK, ids_TK = self.gate(x_TH)
+        return self.experts(x_TH, ids_TK, weight_TK, residual=residual.view(x_TH.shape)).view(hidden_states.shape)
+
+
+def _takes_residual(experts: Any) -> bool:
+    """Whether a call goes straight to our `experts_forward`, past no other rank and no hook."""
+    return experts.config._experts_implementation == fast_experts.NAME and untouched(experts)

@@ -1,0 +1,78 @@
+"""A block that adds the residual inside its experts equals one that adds it afterwards, whoever looks on."""
+
+import contextlib
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from expertmesh import backends, fuse
+from expertmesh.layers import experts
+from expertmesh.layers.moe import FastMoEBlock
+
+
+def layer_of(fused: bool, implementation: str = "expertmesh"):
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=16, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=12,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, experts_implementation="grouped_mm",
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    if fused:
+        model = fuse(model)
+        model.set_experts_implementation(implementation)
+    return model.model.layers[0]
+
+
+def run(layer):
+    torch.manual_seed(1)
+    x, angle = torch.randn(2, 7, 24, requires_grad=True), torch.randn(1, 7, 12)
+    layer.zero_grad()
+    out = layer(x, position_embeddings=(angle.cos(), angle.sin()))
+    out.square().sum().backward()
+    return {"out": out.detach(), "x": x.grad} | {name: p.grad for name, p in layer.named_parameters()}
+
+
+def counting(monkeypatch) -> list[bool]:
+    """Collects, for each sum of the experts' rows, whether a residual was added there."""
+    seen: list[bool] = []
+
+    def combine(y_SH, position_TK, weight_TK=None, residual_TH=None):
+        seen.append(residual_TH is not None)
+        return stock(y_SH, position_TK, weight_TK, residual_TH)
+
+    stock = experts.combine
+    monkeypatch.setattr(experts, "combine", combine)
+    return seen
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("watched", "implementation", "seen"),
+    [
+        (None, "expertmesh", [True, False]),
+        ("mlp", "expertmesh", [False, False]),
+        ("mlp.experts", "expertmesh", [False, False]),
+        (None, "grouped_mm", []),
+    ],
+)
+def test_the_layer_equals_stock_whoever_watches(watched, implementation, seen, path, monkeypatch):
+    expected = run(layer_of(fused=False))
+    layer, found = layer_of(fused=True, implementation=implementation), counting(monkeypatch)
+    assert isinstance(layer.mlp, FastMoEBlock)
+    outputs = []
+    if watched is not None:
+        layer.get_submodule(watched).register_forward_hook(lambda *call: outputs.append(call[2]))
+    with backends.interpreted() if path == "triton" else contextlib.nullcontext():
+        got = run(layer)
+    for name, value in expected.items():
+        scale = value.abs().max().clamp(min=1e-6)
+        assert ((got[name] - value).abs().max() / scale) < 1e-5, name
+    assert found == seen and len(outputs) == (watched is not None)
+
+
+def test_a_residual_of_another_dtype_is_added_afterwards():
+    block = layer_of(fused=True).mlp
+    x, residual = torch.randn(1, 5, 24), torch.randn(1, 5, 24, dtype=torch.float64)
+    torch.testing.assert_close(block(x, residual), residual + block(x))
+    assert block(x, residual).dtype == torch.float64
