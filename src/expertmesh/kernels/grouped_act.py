@@ -42,7 +42,7 @@ def up_act_reference(
     x_TH: torch.Tensor, w_EHJ: torch.Tensor, bias_EJ: torch.Tensor | None, group: Grouping, act: Activation
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification of `up_act`."""
-    h_SJ = grouped_gemm_reference(x_TH[group.token_S.long()], w_EHJ, group, bias_EJ)
+    h_SJ = grouped_gemm_reference(x_TH, w_EHJ, group, bias_EJ, gather=True)
     return h_SJ, act.forward(h_SJ)
 
 
@@ -78,7 +78,7 @@ def down_dact_reference(
     act: Activation,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The specification of `down_dact`."""
-    da_SI = grouped_gemm_reference(dout_TH[group.token_S.long()], w_EHI, group)
+    da_SI = grouped_gemm_reference(dout_TH, w_EHI, group, gather=True)
     return _dact_rows(da_SI, h_SJ, weight_S, act)
 
 
@@ -87,7 +87,7 @@ def _dact_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     weight_S1 = weight_S[:, None].to(da_SI.dtype)
     a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
-    return dh_SJ, weight_S1 * a_SI, (da_SI.float() * a_SI.float()).sum(-1)[None]
+    return dh_SJ, weight_S1 * a_SI, da_SI.float().mul_(a_SI).sum(-1)[None]
 
 
 def _layout(act: Activation) -> str:
