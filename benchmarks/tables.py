@@ -23,9 +23,8 @@ def table(header: list[str], rows: list[list]) -> str:
 
 def source(result: dict) -> str:
     versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "triton", "transformers") if name in result)
-    return (
-        f"{result['gpus']} x {result['hardware']}; {versions}; commit `{result['commit'][:10]}`; `{result['command']}`"
-    )
+    machine = f"{result['gpus']} x {result['hardware']}" if result["gpus"] else result["hardware"]
+    return f"{machine}; {versions}; commit `{result['commit'][:10]}`; `{result['command']}`"
 
 
 # what `expertmesh bench` measures besides; results from before it lack these
@@ -192,6 +191,26 @@ def small_kernel_table(result: dict) -> str:
     return table(["kernel", "pass", "floor ms", *arms], rows)
 
 
+def cpu_section(result: dict) -> str:
+    stock = next(row for row in result["rows"] if row["arm"] == "stock")
+    keys = ("arm", "forward_ms", "backward_ms", "both_ms", "both_shortest_ms")
+    rows = [
+        [*(row[key] for key in keys), f"{row['tokens_per_second']:,}", f"{stock['both_ms'] / row['both_ms']:.2f}x"]
+        for row in result["rows"]
+    ]
+    header = ["arm", "forward ms", "backward ms", "both, median ms", "shortest ms", "tokens/s", "against stock"]
+    return f"""## A small Qwen3-MoE on {result["threads"]} CPU threads, float32, forward and backward
+
+{stock["layers"]} layers, hidden 256, 32 experts, top-4, width 128, vocabulary 4,096; {stock["batch"]} x {stock["seq"]}
+tokens; the arms alternate step by step. Stock is Transformers' `grouped_mm` backend, `stock-eager` its loop over
+experts.
+
+{table(header, rows)}
+
+{source(result)}
+"""
+
+
 def page() -> str:
     step, experts, small = load("h200_qwen3_8_layers"), load("h200_experts"), load("h200_small_kernels")
     pair, layouts = load("h200_x2_qwen3_30b"), load("h200_x2_agreement")
@@ -253,7 +272,8 @@ products at 788 TFLOP/s.
 {small_kernel_table(small)}
 
 {source(small)}
-"""
+
+{cpu_section(load("cpu_qwen3_moe"))}"""
 
 
 def readme() -> str:

@@ -60,6 +60,12 @@ def has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
+def has_onednn() -> bool:
+    """True when this PyTorch has oneDNN's float32 linear operator, and the user has not switched oneDNN off."""
+    onednn: Any = torch.backends.mkldnn
+    return onednn.is_available() and onednn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @dataclass(frozen=True)
 class Backend:
     """One row of `table()`: a package or device, the version found or None, its users, what its absence costs."""

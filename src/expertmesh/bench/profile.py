@@ -143,7 +143,10 @@ def _traced(events: list[Any], on_gpu: bool, up: tuple[int, int]) -> Iterator[tu
     for event in events:
         if event.device_type == DeviceType.CPU and event.sequence_nr >= 0 and _node(event) is None:
             made[event.sequence_nr] = event  # events are in order of their start: the last one is the innermost
-    claimed: Counter[str] = Counter()
+    # what ran on the GPU; other entries of `kernels` are shadows of named ranges
+    left = Counter(
+        event.name for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    )
     for event in events:
         if event.device_type != DeviceType.CPU:
             continue
@@ -153,18 +156,16 @@ def _traced(events: list[Any], on_gpu: bool, up: tuple[int, int]) -> Iterator[tu
         what = f"{'forward' if node is None else 'backward'} {_operator(event, up)}"
         if on_gpu:
             for kernel in event.kernels:
-                if kernel.name == event.name:  # the shadow of a named range on the GPU's timeline
+                if not left[kernel.name]:
                     continue
-                claimed[kernel.name] += 1
+                left[kernel.name] -= 1
                 yield module, f"{what} {kernel.name}", kernel.duration
         elif not event.name.startswith(RANGE):
             yield module, what, event.self_cpu_time_total
     for event in events if on_gpu else ():
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            if claimed[event.name]:
-                claimed[event.name] -= 1
-            else:  # launched outside of every operator
-                yield "", event.name, event.time_range.elapsed_us()
+        if event.device_type == DeviceType.CUDA and left[event.name]:  # launched outside of every operator
+            left[event.name] -= 1
+            yield "", event.name, event.time_range.elapsed_us()
 
 
 def _chain(event: Any) -> Iterator[Any]:

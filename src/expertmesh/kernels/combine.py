@@ -8,6 +8,7 @@ is the same road for one number per row.
 """
 
 import torch
+from torch.nn import functional as F
 
 from expertmesh.backends import tl, triton, use_triton
 
@@ -49,12 +50,18 @@ def combine_reference(
     weight_TK: torch.Tensor | None = None,
     residual_TH: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The specification of `combine`."""
-    mine_TK1 = (position_TK >= 0)[..., None]
-    y_TKH = torch.where(mine_TK1, y_SH[position_TK.clamp(min=0).long()], 0)
-    if weight_TK is not None:
-        y_TKH = y_TKH * torch.where(mine_TK1, weight_TK[..., None], 0)
-    out_TH = y_TKH.sum(1).to(y_SH.dtype)
+    """The specification of `combine`: each token's bag of rows, summed (no [T, K, H] tensor is made)."""
+    wide = torch.promote_types(y_SH.dtype, torch.float32)
+    mine_TK = position_TK >= 0
+    ends_T = mine_TK.sum(1).cumsum(0)
+    out_TH = F.embedding_bag(
+        position_TK[mine_TK],
+        y_SH.to(wide),
+        torch.cat([ends_T.new_zeros(1), ends_T]),
+        mode="sum",
+        per_sample_weights=None if weight_TK is None else weight_TK[mine_TK].to(wide),
+        include_last_offset=True,
+    ).to(y_SH.dtype)
     return out_TH if residual_TH is None else residual_TH + out_TH
 
 

@@ -57,7 +57,7 @@ def down_dact_reference(
     act: Activation,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The specification of `down_dact`."""
-    da_SI = grouped_gemm_reference(dout_TH[group.token_S.long()], w_EHI, group)
+    da_SI = grouped_gemm_reference(dout_TH, w_EHI, group, gather=True)
     return _dact_rows(da_SI, h_SJ, weight_S, act)
 
 
@@ -66,7 +66,7 @@ def _dact_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     weight_S1 = weight_S[:, None].to(da_SI.dtype)
     a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
-    return dh_SJ, weight_S1 * a_SI, (da_SI.float() * a_SI.float()).sum(-1)[None]
+    return dh_SJ, weight_S1 * a_SI, da_SI.float().mul_(a_SI).sum(-1)[None]
 
 
 def _down_dact_triton(

@@ -10,6 +10,7 @@ TMA unit on Hopper and Blackwell, by plain loads elsewhere. The transposed and t
 need no copy.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from expertmesh.backends import TensorDescriptor, tl, triton, use_triton
 from expertmesh.kernels.grouping import Grouping
+from expertmesh.kernels.matmul import mm_out
 
 
 def grouped_gemm(
@@ -25,7 +27,7 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias.
 
-    Rows behind the last expert's are not written on the Triton path: no reader of a `Grouping` looks at them.
+    Rows behind the last expert's are not written: no reader of a `Grouping` looks at them.
     """
     if use_triton(a_SK):
         return _grouped_gemm_triton(a_SK, w_EKN, group, bias_EN)
@@ -33,24 +35,37 @@ def grouped_gemm(
 
 
 def grouped_gemm_reference(
-    a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None
+    a_SK: torch.Tensor,
+    w_EKN: torch.Tensor,
+    group: Grouping,
+    bias_EN: torch.Tensor | None = None,
+    *,
+    gather: bool = False,
 ) -> torch.Tensor:
     """The specification of `grouped_gemm`: one matrix product per expert, or `F.grouped_mm` on a GPU without Triton."""
     if a_SK.is_cuda:
-        y_SN = F.grouped_mm(a_SK, w_EKN, offs=group.offsets_E)
+        y_SN = F.grouped_mm(rows_of(a_SK, group, gather=gather), w_EKN, offs=group.offsets_E)
         return y_SN if bias_EN is None else y_SN + rows_of_experts(bias_EN, group)
-    y_SN = a_SK.new_zeros(a_SK.shape[0], w_EKN.shape[2])
-    for expert, (begin, end) in segments(group):
-        torch.mm(a_SK[begin:end], w_EKN[expert], out=y_SN[begin:end])
+    y_SN = a_SK.new_empty(group.token_S.numel(), w_EKN.shape[2])
+    for expert, rows in segments(group):
+        mm_out(rows_of(a_SK, group, rows, gather=gather), w_EKN[expert], y_SN[rows])
         if bias_EN is not None:
-            y_SN[begin:end] += bias_EN[expert]
+            y_SN[rows] += bias_EN[expert]
     return y_SN
 
 
-def segments(group: Grouping) -> list[tuple[int, tuple[int, int]]]:
-    """(expert, (first row, end row)) of every expert that has rows. Reads the offsets: for the CPU path only."""
+def segments(group: Grouping) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert. Reads the offsets: for the CPU path only.
+
+    What is done with one expert's rows before going on to the next stays in the cache, and in memory already mapped.
+    """
     ends = group.offsets_E.tolist()
-    return [(e, (begin, end)) for e, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > begin]
+    return enumerate(map(slice, [0, *ends], ends))
+
+
+def rows_of(x: torch.Tensor, group: Grouping, rows: slice = slice(None), *, gather: bool) -> torch.Tensor:
+    """Sorted rows of x [S, N], or of x [T, N] with `gather`. One expert's at a time, a gather stays in the cache."""
+    return x.index_select(0, group.token_S[rows]) if gather else x[rows]
 
 
 def rows_of_experts(bias_EN: torch.Tensor, group: Grouping) -> torch.Tensor:

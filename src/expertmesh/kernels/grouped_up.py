@@ -38,11 +38,12 @@ def up_act_reference(
     x_TH: torch.Tensor, w_EHJ: torch.Tensor, bias_EJ: torch.Tensor | None, group: Grouping, act: Activation
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification of `up_act`."""
-    h_SJ = grouped_gemm_reference(x_TH[group.token_S.long()], w_EHJ, group, bias_EJ)
+    h_SJ = grouped_gemm_reference(x_TH, w_EHJ, group, bias_EJ, gather=True)
     return h_SJ, act.forward(h_SJ)
 
 
 def layout(act: Activation) -> str:
+    """How the kernels find gate and up columns in h: in halves, in pairs, or a single kind of column."""
     if not act.gated:
         return "single"
     return "pairs" if act.interleaved else "halves"

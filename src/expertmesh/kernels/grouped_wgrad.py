@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.grouped_gemm import dot_precision, segments, tiles_of, wide
+from expertmesh.kernels.grouped_gemm import dot_precision, rows_of, segments, tiles_of, wide
 from expertmesh.kernels.grouping import Grouping
 
 
@@ -30,13 +30,16 @@ def grouped_wgrad_reference(
     g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, *, gathered_first: bool
 ) -> torch.Tensor:
     """The specification of `grouped_wgrad`: one product per expert, or `F.grouped_mm` on a GPU without Triton."""
-    g_SG = g_TG[group.token_S.long()]
-    a, b = (g_SG, c_SC) if gathered_first else (c_SC, g_SG)
     if g_TG.is_cuda:
+        g_SG = rows_of(g_TG, group, gather=True)
+        a, b = (g_SG, c_SC) if gathered_first else (c_SC, g_SG)
         return F.grouped_mm(a.t(), b, offs=group.offsets_E)
-    dw = a.new_zeros(group.offsets_E.numel(), a.shape[1], b.shape[1])
-    for expert, (begin, end) in segments(group):
-        torch.mm(a[begin:end].t(), b[begin:end], out=dw[expert])
+    num_rows, num_columns = (x.shape[1] for x in ((g_TG, c_SC) if gathered_first else (c_SC, g_TG)))
+    dw = g_TG.new_empty(group.offsets_E.numel(), num_rows, num_columns)
+    for expert, rows in segments(group):  # no rows: the product is zeros
+        g, c = rows_of(g_TG, group, rows, gather=True), c_SC[rows]
+        a, b = (g, c) if gathered_first else (c, g)
+        torch.mm(a.t(), b, out=dw[expert])
     return dw
 
 

@@ -51,9 +51,9 @@ def group_by_expert_reference(
 ) -> Grouping:
     """The specification of `group_by_expert`, in PyTorch: a stable sort."""
     flat = ids_TK.reshape(-1)
-    slot_S = torch.sort(flat, stable=True).indices
+    expert_S, slot_S = torch.sort(flat, stable=True)
     ends = torch.arange(num_experts, device=flat.device)
-    offsets_E = torch.searchsorted(flat[slot_S].contiguous(), ends.to(flat.dtype), right=True).to(torch.int32)
+    offsets_E = torch.searchsorted(expert_S, ends.to(flat.dtype), right=True).to(torch.int32)
     position = torch.empty_like(slot_S)
     position[slot_S] = torch.arange(flat.numel(), device=flat.device)
     position = torch.where(flat < num_experts, position, -1).to(torch.int32)

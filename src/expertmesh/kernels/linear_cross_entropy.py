@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.matmul import mm_out
 
 
 def linear_cross_entropy(
@@ -70,7 +71,8 @@ def linear_cross_entropy_reference(
 
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows per chunk: logits of up to 1.25 GiB on a large GPU (a small one: 1/64 of its memory, but at least 1024
-    rows), 256 MiB on a CPU. More is faster: every chunk reads and writes the weight's whole gradient.
+    rows), 8 MiB on a CPU, but at least 256 rows. More is faster, as every chunk reads and writes the weight's whole
+    gradient, but on a CPU memory that is mapped anew for each chunk costs more.
 
     Where they fit, chunks are multiples of 2048 rows. The hidden states' gradient is a GEMM with few columns: with a
     width of 2048 that many rows are 128 output tiles, just under one for each of a Hopper's 132 processors, where other
@@ -79,7 +81,7 @@ def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch
     if device.type == "cuda":
         budget, least = min(5 * 2**28, torch.cuda.get_device_properties(device).total_memory // 64), 1024
     else:
-        budget, least = 2**28, 64
+        budget, least = 2**23, 256
     most = max(least, budget // (vocab_size * dtype.itemsize))
     if device.type == "cuda" and most >= 2048:
         return max(1, min(num_rows, most // 2048 * 2048))
@@ -239,13 +241,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_CH = hidden[start : start + rows]
             logits_CV = buffer[: hidden_CH.shape[0]]
             if bias is None:
-                torch.mm(hidden_CH, weight.t(), out=logits_CV)
+                mm_out(hidden_CH, weight.t(), logits_CV)
             else:
                 torch.addmm(bias, hidden_CH, weight.t(), out=logits_CV)
             losses.append(_rows(logits_CV, labels[start : start + rows], ignore_index, any(wanted)))
             dlogits_CV = logits_CV  # overwritten in place
             if dhidden is not None:
-                torch.mm(dlogits_CV, weight, out=dhidden[start : start + rows])
+                mm_out(dlogits_CV, weight, dhidden[start : start + rows])
             if dweight is not None:
                 _accumulate(dweight, dlogits_CV, hidden_CH, first=start == 0)
             if dbias is not None:
