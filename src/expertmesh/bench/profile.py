@@ -143,10 +143,9 @@ def _traced(events: list[Any], on_gpu: bool, up: tuple[int, int]) -> Iterator[tu
     for event in events:
         if event.device_type == DeviceType.CPU and event.sequence_nr >= 0 and _node(event) is None:
             made[event.sequence_nr] = event  # events are in order of their start: the last one is the innermost
-    # what ran on the GPU; other entries of `kernels` are shadows of named ranges
-    left = Counter(
-        event.name for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation
-    )
+    # what ran on the GPU; its timeline and the operators' `kernels` also hold shadows of the named ranges
+    on_device = (event.name for event in events if event.device_type == DeviceType.CUDA)
+    left = Counter(name for name in on_device if not name.startswith(RANGE))
     for event in events:
         if event.device_type != DeviceType.CPU:
             continue

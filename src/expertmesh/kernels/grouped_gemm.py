@@ -89,9 +89,8 @@ def programs(device: torch.device) -> int:
 @cache
 def wide(device: torch.device) -> bool:
     """Whether shared memory holds three or four stages of the large tiles: Hopper and datacentre Blackwell."""
-    return (
-        device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 1024
-    )
+    properties: Any = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return properties is not None and properties.shared_memory_per_block_optin >= 200 * 1024
 
 
 def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3) -> dict[str, int]:
