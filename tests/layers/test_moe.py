@@ -76,3 +76,19 @@ def test_a_residual_of_another_dtype_is_added_afterwards():
     x, residual = torch.randn(1, 5, 24), torch.randn(1, 5, 24, dtype=torch.float64)
     torch.testing.assert_close(block(x, residual), residual + block(x))
     assert block(x, residual).dtype == torch.float64
+
+
+def test_a_module_around_the_experts_is_called_without_a_residual():
+    class Around(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, hidden_states, ids, weights):
+            return 2 * self.base(hidden_states, ids, weights)
+
+    block = layer_of(fused=True).mlp
+    x, residual = torch.randn(1, 5, 24), torch.randn(1, 5, 24)
+    expected = residual + 2 * block(x)
+    block.experts = Around(block.experts)
+    torch.testing.assert_close(block(x, residual), expected)

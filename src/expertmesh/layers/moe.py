@@ -22,5 +22,7 @@ class FastMoEBlock(Fast):
 
 
 def _takes_residual(experts: Any) -> bool:
-    """Whether a call goes straight to our `experts_forward`, past no other rank and no hook."""
-    return experts.config._experts_implementation == fast_experts.NAME and untouched(experts)
+    """Whether a call goes straight to our `experts_forward`: past no adapter, no other rank and no hook."""
+    if "is_concatenated" not in vars(experts) or not untouched(experts):
+        return False
+    return experts.config._experts_implementation == fast_experts.NAME
