@@ -112,6 +112,8 @@ def tiles_of(x_RC: torch.Tensor, rows: int, columns: int) -> Any:
             f"Experts with rows of {x_RC.stride(0)} {x_RC.dtype} elements do not run on the Triton kernels, which read"
             " pieces of 16 bytes: load the model with fused={'experts': False}."
         )
+    if x_RC.data_ptr() % 16:  # a view into somebody's flat buffer or file
+        x_RC = x_RC.clone()
     return TensorDescriptor.from_tensor(x_RC, [rows, columns])
 
 
