@@ -9,8 +9,12 @@ from expertmesh.layers.fast import Fast, untouched
 
 
 class FastMoEBlock(Fast):
-    """Must equal `Qwen3MoeSparseMoeBlock.forward` of Transformers; given a residual, returns residual + that."""
+    """Must equal `Qwen3MoeSparseMoeBlock.forward` of Transformers; given a residual, returns residual + that.
 
+    A compiled layer calls the block and does not look into it: one graph break instead of one for every call inside.
+    """
+
+    @torch.compiler.disable
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if residual is None:
             return super().forward(hidden_states)

@@ -40,6 +40,7 @@ def keep_routing() -> tuple[_Region, _Region]:
     return _Region(choices, replay=False), _Region(choices, replay=True)
 
 
+@torch.compiler.disable  # it reads a context variable, which no graph can
 def routed(
     choose: Callable[[torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
