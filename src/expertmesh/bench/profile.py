@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.profiler import ProfilerActivity, record_function
 from transformers import PreTrainedModel
 
@@ -102,7 +103,7 @@ def by_component(step: Step) -> dict[str, tuple[float, int]]:
     """Component -> (ms, launches) of one step."""
     on_gpu = step.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with module_ranges(step.model), torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+    with module_ranges(), torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         step.run()
         if on_gpu:
             torch.cuda.synchronize()
@@ -116,20 +117,21 @@ def by_component(step: Step) -> dict[str, tuple[float, int]]:
 
 
 @contextmanager
-def module_ranges(model: PreTrainedModel) -> Iterator[None]:
-    """Within, each module's forward shows in a profile as a range named by the classes from the model inwards."""
-    hooks, opened = [], []
+def module_ranges() -> Iterator[None]:
+    """Within, each module's forward shows in a profile as a range named by its class.
+
+    The hooks are global ones: a module that has hooks of its own is not fused into its neighbours.
+    """
+    opened = []
 
     def enter(module: Any, args: Any) -> None:
-        inner = type(module).__name__
-        opened.append(record_function(f"{RANGE}{inner}"))
+        opened.append(record_function(f"{RANGE}{type(module).__name__}"))
         opened[-1].__enter__()
 
     def leave(module: Any, args: Any, output: Any) -> None:
         opened.pop().__exit__(None, None, None)
 
-    for module in model.modules():
-        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
         yield
     finally:
