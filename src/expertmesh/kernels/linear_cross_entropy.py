@@ -90,7 +90,7 @@ def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch
 
 
 #: elements of a row, or of a gradient, at a time, and warps
-TUNING = {"rows": {"BLOCK": 16384, "num_warps": 16}, "scale": {"BLOCK": 4096, "num_warps": 8}}
+TUNING = {"rows": {"BLOCK": 32768, "num_warps": 32}, "scale": {"BLOCK": 4096, "num_warps": 8}}
 
 
 @triton.jit

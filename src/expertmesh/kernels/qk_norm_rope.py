@@ -79,7 +79,7 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 #: heads per tile, warps, and persistent programs per multiprocessor
 TUNING = {
-    "forward": {"ROWS": 16, "num_warps": 4},
+    "forward": {"ROWS": 8, "num_warps": 4},
     "backward": {"ROWS": 16, "num_warps": 4, "programs": 5},
 }
 
