@@ -28,7 +28,7 @@ EXPERTS, HIDDEN, WIDTH, TOP_K = 128, 2048, 768, 8
 
 
 def median_ms(run, repeats=9, warmup=3, queued=5):
-    """Milliseconds of a call among calls queued one behind the other, as layers are; the median of several such rows."""
+    """Milliseconds of a call among calls queued one behind the other, as layers are; median of several rows."""
     times = []
     for i in range(warmup + repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
