@@ -12,7 +12,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_for
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope
 from expertmesh.layers.fast import Fast
 from expertmesh.layers.norm import can_merge
-from expertmesh.layers.project import project
 
 
 class FastQKNormAttention(Fast):
@@ -30,16 +29,15 @@ class FastQKNormAttention(Fast):
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         batch_seq = hidden_states.shape[:-1]
         heads = (*batch_seq, -1, self.head_dim)
-        query, key, value = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         query, key = qk_norm_rope(
-            query.view(heads),
-            key.view(heads),
+            self.q_proj(hidden_states).view(heads),
+            self.k_proj(hidden_states).view(heads),
             self.q_norm.weight,
             self.k_norm.weight,
             *position_embeddings,
             self.q_norm.variance_epsilon,
         )
-        value = value.view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

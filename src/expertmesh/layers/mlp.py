@@ -6,14 +6,13 @@ from transformers.activations import SiLUActivation
 
 from expertmesh.kernels.swiglu import swiglu
 from expertmesh.layers.fast import Fast
-from expertmesh.layers.project import project
 
 
 class FastSwiGLU(Fast):
     """down_proj(silu(gate_proj(x)) * up_proj(x))."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def why_not_swiglu(mlp: nn.Module) -> str | None:
