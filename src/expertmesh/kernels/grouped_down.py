@@ -12,6 +12,7 @@ import torch
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.activation import Activation, activate_backward
 from expertmesh.kernels.grouped_gemm import (
+    by_descriptor,
     dot_precision,
     gathered_tile,
     grouped_gemm,
@@ -106,6 +107,7 @@ def _down_dact_triton(
         LAYOUT=layout(act),
         KIND=act.kind,
         TRANSPOSED=transposed,
+        DESCRIPTOR=by_descriptor(dout_TH.device),
         PROGRAMS=num_programs,
         BM=group.block,
         PRECISION=dot_precision(dout_TH.dtype),
@@ -139,6 +141,7 @@ def _down_dact_kernel(
     LAYOUT: tl.constexpr,
     KIND: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -159,7 +162,7 @@ def _down_dact_kernel(
         da = tl.zeros((BM, BN), tl.float32)
         for k in range(0, num_inner, BK):
             gradients = gathered_tile(dout_rows, k + inner, num_inner, EVEN)
-            columns = weight_tile(w, expert, k, first, num_inner, width, TRANSPOSED)
+            columns = weight_tile(w, expert, k, first, num_inner, width, BK, BN, TRANSPOSED, DESCRIPTOR)
             da = tl.dot(gradients, columns, da, input_precision=PRECISION)
         # computed anew: kept through the loop they would cost registers
         end = tl.load(offsets + expert)

@@ -5,9 +5,9 @@ down-projection, and the gradient of the up-projection's input). `grouped_up` an
 index and carry the activation, or its gradient, in the epilogue. `grouped_wgrad` makes the weights' gradients.
 
 One Triton program per multiprocessor walks over row tiles (`Grouping.tiles`; a tile never spans two experts) times
-column tiles; how many there are is read on the device. What lies contiguous is read through tensor descriptors, by the
-TMA unit on Hopper and Blackwell, by plain loads elsewhere. The transposed and the plain layout of Transformers' weights
-need no copy.
+column tiles; how many there are is read on the device. What lies contiguous is read by the TMA unit, through tensor
+descriptors, where the GPU has one (from Hopper on), by pointers elsewhere. The transposed and the plain layout of
+Transformers' weights need no copy.
 """
 
 from collections.abc import Iterator
@@ -102,11 +102,20 @@ def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3) -> dict[str, 
     return dict(BN=128, BK=64, num_warps=8 if block_rows == 128 else 4, num_stages=3)
 
 
-def tiles_of(x_RC: torch.Tensor, rows: int, columns: int) -> Any:
-    """A descriptor that reads tiles [rows, columns] of the matrix x; what lies outside of x reads as zero.
+@cache
+def by_descriptor(device: torch.device) -> bool:
+    """Whether `matrix_tile` reads through descriptors: before Hopper, Triton does not pipeline what they become."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
-    Raises ValueError where rows of x are not whole pieces of 16 bytes.
+
+def tiles_of(x_RC: torch.Tensor, rows: int, columns: int) -> Any:
+    """What `matrix_tile` reads tiles [rows, columns] of the contiguous matrix x through.
+
+    Raises ValueError where descriptors are used and rows of x are not whole pieces of 16 bytes.
     """
+    assert x_RC.is_contiguous()
+    if not by_descriptor(x_RC.device):
+        return x_RC
     if x_RC.stride(0) * x_RC.element_size() % 16:
         raise ValueError(
             f"Experts with rows of {x_RC.stride(0)} {x_RC.dtype} elements do not run on the Triton kernels, which read"
@@ -130,7 +139,7 @@ def weight_tiles(w_EKN: torch.Tensor, inner: int, columns: int) -> tuple[Any, bo
 def _grouped_gemm_triton(
     a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None
 ) -> torch.Tensor:
-    assert group.tiles is not None and a_SK.stride(1) == 1
+    assert group.tiles is not None
     num_columns, num_inner = w_EKN.shape[2], w_EKN.shape[1]
     y_SN = a_SK.new_empty(a_SK.shape[0], num_columns)
     config = tile_config(a_SK, group.block)
@@ -143,9 +152,11 @@ def _grouped_gemm_triton(
         y_SN,
         *group.tiles,
         group.offsets_E,
+        a_SK.shape[0],
         num_columns,
         num_inner,
         TRANSPOSED=transposed,
+        DESCRIPTOR=by_descriptor(a_SK.device),
         PROGRAMS=num_programs,
         BM=group.block,
         PRECISION=dot_precision(a_SK.dtype),
@@ -156,12 +167,39 @@ def _grouped_gemm_triton(
 
 
 @triton.jit
-def weight_tile(w, expert, k, column, num_inner, num_columns, TRANSPOSED: tl.constexpr):
-    """Weights [BK, BN] of an expert at inner index k and a column; behind the inner dimension lies another expert."""
-    if TRANSPOSED:
-        return w.load([expert * num_columns + column, k]).T
+def matrix_tile(x, row, column, num_rows, num_columns, BR: tl.constexpr, BC: tl.constexpr, DESCRIPTOR: tl.constexpr):
+    """[BR, BC] of x [num_rows, num_columns] from some row and column on; zeros outside.
+
+    A descriptor knows x's own number of rows, which may be larger: more is read then.
+    """
+    if DESCRIPTOR:
+        return x.load([row, column])
     else:
-        return w.load([expert * num_inner + k, column])
+        rows, columns = row + tl.arange(0, BR), column + tl.arange(0, BC)
+        at = x + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+        return tl.load(at, mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :], other=0.0)
+
+
+@triton.jit
+def weight_tile(
+    w,
+    expert,
+    k,
+    column,
+    num_inner,
+    num_columns,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """Weights [BK, BN] of an expert at inner index k and a column; behind them may lie another expert's."""
+    if TRANSPOSED:
+        first, behind = expert * num_columns + column, (expert + 1) * num_columns
+        return matrix_tile(w, first, k, behind, num_inner, BN, BK, DESCRIPTOR).T
+    else:
+        first, behind = expert * num_inner + k, (expert + 1) * num_inner
+        return matrix_tile(w, first, column, behind, num_columns, BK, BN, DESCRIPTOR)
 
 
 @triton.jit
@@ -190,9 +228,11 @@ def _grouped_gemm_kernel(
     tile_row,
     num_tiles,
     offsets,
+    num_rows,
     num_columns,
     num_inner,
     TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -209,13 +249,9 @@ def _grouped_gemm_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, num_inner, BK):
             # rows past the expert's end belong to the next one, or to nobody; they are not stored
-            rows = a.load([begin, k])
-            acc = tl.dot(
-                rows,
-                weight_tile(w, expert, k, first, num_inner, num_columns, TRANSPOSED),
-                acc,
-                input_precision=PRECISION,
-            )
+            rows = matrix_tile(a, begin, k, num_rows, num_inner, BM, BK, DESCRIPTOR)
+            columns = weight_tile(w, expert, k, first, num_inner, num_columns, BK, BN, TRANSPOSED, DESCRIPTOR)
+            acc = tl.dot(rows, columns, acc, input_precision=PRECISION)
         column = first + tl.arange(0, BN)
         if HAS_BIAS:
             acc = add_bias(acc, bias, expert, column, num_columns)

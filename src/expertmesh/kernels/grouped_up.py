@@ -10,6 +10,7 @@ from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.activation import Activation, activate
 from expertmesh.kernels.grouped_gemm import (
     add_bias,
+    by_descriptor,
     dot_precision,
     gathered_tile,
     grouped_gemm,
@@ -79,6 +80,7 @@ def _up_act_triton(
         LAYOUT=layout(act),
         KIND=act.kind,
         TRANSPOSED=transposed,
+        DESCRIPTOR=by_descriptor(x_TH.device),
         PROGRAMS=num_programs,
         BM=group.block,
         PRECISION=dot_precision(x_TH.dtype),
@@ -109,6 +111,7 @@ def _up_act_kernel(
     LAYOUT: tl.constexpr,
     KIND: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -136,8 +139,8 @@ def _up_act_kernel(
             up = tl.zeros((BM, BN), tl.float32)
             for k in range(0, num_inner, BK):
                 tokens = gathered_tile(x_rows, k + inner, num_inner, EVEN)
-                w_gate = weight_tile(w, expert, k, first, num_inner, 2 * width, TRANSPOSED)
-                w_up = weight_tile(w, expert, k, width + first, num_inner, 2 * width, TRANSPOSED)
+                w_gate = weight_tile(w, expert, k, first, num_inner, 2 * width, BK, BN, TRANSPOSED, DESCRIPTOR)
+                w_up = weight_tile(w, expert, k, width + first, num_inner, 2 * width, BK, BN, TRANSPOSED, DESCRIPTOR)
                 gate = tl.dot(tokens, w_gate, gate, input_precision=PRECISION)
                 up = tl.dot(tokens, w_up, up, input_precision=PRECISION)
             if HAS_BIAS:
@@ -152,7 +155,9 @@ def _up_act_kernel(
             acc = tl.zeros((BM, WIDE * BN), tl.float32)
             for k in range(0, num_inner, BK):
                 tokens = gathered_tile(x_rows, k + inner, num_inner, EVEN)
-                columns = weight_tile(w, expert, k, WIDE * first, num_inner, WIDE * width, TRANSPOSED)
+                columns = weight_tile(
+                    w, expert, k, WIDE * first, num_inner, WIDE * width, BK, WIDE * BN, TRANSPOSED, DESCRIPTOR
+                )
                 acc = tl.dot(tokens, columns, acc, input_precision=PRECISION)
             wide = WIDE * first + tl.arange(0, WIDE * BN)
             if HAS_BIAS:

@@ -11,7 +11,15 @@ import torch
 from torch.nn import functional as F
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.grouped_gemm import dot_precision, rows_of, segments, tiles_of, wide
+from expertmesh.kernels.grouped_gemm import (
+    by_descriptor,
+    dot_precision,
+    matrix_tile,
+    rows_of,
+    segments,
+    tiles_of,
+    wide,
+)
 from expertmesh.kernels.grouping import Grouping
 
 
@@ -77,7 +85,7 @@ def wgrad_config(x: torch.Tensor, block_rows: int) -> dict[str, int]:
 def _grouped_wgrad_triton(
     g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, gathered_first: bool
 ) -> torch.Tensor:
-    assert g_TG.stride(1) == 1 and c_SC.stride(1) == 1
+    assert g_TG.stride(1) == 1
     num_experts, num_g, num_c = group.offsets_E.numel(), g_TG.shape[1], c_SC.shape[1]
     dw = g_TG.new_empty(num_experts, *((num_g, num_c) if gathered_first else (num_c, num_g)))
     config = wgrad_config(g_TG, group.block)
@@ -92,6 +100,7 @@ def _grouped_wgrad_triton(
         num_c,
         g_TG.stride(0),
         GATHERED_FIRST=gathered_first,
+        DESCRIPTOR=by_descriptor(g_TG.device),
         PRECISION=dot_precision(g_TG.dtype),
         EVEN=num_g % config["BG"] == 0,
         **config,
@@ -110,6 +119,7 @@ def _grouped_wgrad_kernel(
     num_c,
     stride_g,
     GATHERED_FIRST: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     BG: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
@@ -135,8 +145,9 @@ def _grouped_wgrad_kernel(
         if not EVEN:
             mask &= (column_g < num_g)[None, :]
         gathered = tl.load(g_columns + source.to(tl.int64)[:, None] * stride_g, mask=mask, other=0.0)
-        # rows past the end are another expert's; they meet zeros
-        acc = tl.dot(tl.trans(gathered), c.load([start, first_c]), acc, input_precision=PRECISION)
+        # rows past the end may be another expert's; they meet zeros
+        rows = matrix_tile(c, start, first_c, end, num_c, BK, BC, DESCRIPTOR)
+        acc = tl.dot(tl.trans(gathered), rows, acc, input_precision=PRECISION)
     column_c = first_c + tl.arange(0, BC)
     base = dw + expert.to(tl.int64) * num_g * num_c
     result = acc.to(dw.dtype.element_ty)
