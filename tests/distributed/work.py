@@ -292,7 +292,7 @@ def loading_memory(rank: int, folder: Path, setup: dict[str, Any]) -> tuple[int,
     before, peak, done = private(), [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.002):
+        while not done.wait(0.005):
             peak[0] = max(peak[0], private())
 
     watcher = threading.Thread(target=watch)
