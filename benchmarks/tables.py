@@ -1,6 +1,6 @@
 """Write docs/benchmarks.md, docs/profile.md and the README's table from benchmarks/results; nothing is typed by hand.
 
-python benchmarks/tables.py
+python benchmarks/tables.py        # needs expertmesh and matplotlib for the pictures
 """
 
 import json
@@ -137,6 +137,8 @@ product of 8192 x 8192 matrices ({rates["gemm_tflops"]:.0f} TFLOP/s in this job)
 rate of a copy ({rates["copy_tb_per_s"]:.2f} TB/s). F is a component's FLOPs of the forward ([formulas](bench.md)),
 T the tokens, H the hidden size, V the vocabulary, S the rows of all experts of all layers. Kernels are traced to the
 module they were launched for.
+
+![Device time of one step by component](images/h200_profile-qwen3-30b-a3b-random-init-components.png)
 
 {chr(10).join(section + chr(10) for section in sections)}
 {source(result)}
@@ -282,6 +284,9 @@ def readme() -> str:
 
 
 if __name__ == "__main__":
+    from expertmesh.bench.pictures import draw
+
+    draw(load("h200_profile"), ROOT / "docs" / "images" / "h200_profile")
     (ROOT / "docs" / "benchmarks.md").write_text(page())
     (ROOT / "README.md").write_text(readme())
     (ROOT / "docs" / "profile.md").write_text(profile_page(load("h200_profile")))
