@@ -42,12 +42,18 @@ def test_sizes_that_fit_become_the_meshes_of_transformers(sizes, world, monkeypa
         "zero": ({"ep_size": 0}, "ep_size must be a whole number of at least 1, not 0."),
         "text": ({"tp_size": "2"}, "tp_size must be a whole number of at least 1, not '2'."),
         "strategy": ({"strategy": "fsdp3"}, "the strategy is 'fsdp2'"),
+        "dispatch": ({"dispatch": "scatter"}, "Set it to all_to_all or gather."),
     }.values(),
 )
 def test_sizes_that_do_not_fit_are_errors_that_name_what_fits(sizes, says):
     with pytest.raises(ValueError) as error:
         DistributedSetup(**sizes, world_size=8)
     assert says in str(error.value)
+
+
+def test_the_dispatch_is_named_to_transformers():
+    setup = create_distributed_setup_from_config({"dispatch": "gather"}, world_size=1)
+    assert setup.dispatch == "gather" and setup.to_transformers().ep_implementation == "expertmesh-gather"
 
 
 def test_a_setup_for_other_ranks_than_run_is_an_error(monkeypatch):

@@ -23,9 +23,11 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
-from expertmesh.dispatch.all_to_all import NAME
+from expertmesh.dispatch import all_to_all, gather
 
 STRATEGY = "fsdp2"
+# how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
+DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class DistributedSetup:
     activation_checkpointing: recompute every layer in the backward instead of keeping its activations.
     reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
         has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
+    dispatch: how tokens reach experts on other ranks. "all_to_all": once to each rank that needs them, any number of
+        ranks; the host waits once per layer for the counts. "gather": to all ranks of the expert-parallel group, for
+        groups of two to four that lie near each other; the host never waits for the device.
     strategy: "fsdp2"; there is no other.
     world_size: ranks; by default those of torch.distributed, else WORLD_SIZE, else 1.
 
@@ -51,6 +56,7 @@ class DistributedSetup:
     dp_replicate_size: int = 1
     activation_checkpointing: bool = False
     reshard_experts: bool = True
+    dispatch: str = "all_to_all"
     strategy: str = STRATEGY
     world_size: int | None = None
 
@@ -63,6 +69,8 @@ class DistributedSetup:
             size = getattr(self, name)
             if size is not None and (type(size) is not int or size < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {size!r}.")
+        if self.dispatch not in DISPATCH:
+            raise ValueError(f"dispatch={self.dispatch!r} is unknown. Set it to {' or '.join(DISPATCH)}.")
         self._check_dense()
         self._check_experts()
 
@@ -106,7 +114,7 @@ class DistributedSetup:
         """Ranks that each expert's parameters are sharded over."""
         return self.fsdp_size * self.tp_size // self.ep_size
 
-    def to_transformers(self, ep_implementation: str = NAME) -> DistributedConfig:
+    def to_transformers(self, ep_implementation: str | None = None) -> DistributedConfig:
         """The same as Transformers' `DistributedConfig`. Raises ValueError if the number of ranks has changed."""
         ranks = current_world_size()
         if ranks != self.world_size:
@@ -119,7 +127,7 @@ class DistributedSetup:
             dp_replicate_size=self.dp_replicate_size,
             tp_size=self.tp_size,
             ep_size=self.ep_size,
-            ep_implementation=ep_implementation,
+            ep_implementation=ep_implementation or DISPATCH[self.dispatch],
         )
 
     def apply_to(self, model: Any) -> None:
@@ -206,7 +214,16 @@ _NEMO_MOE_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "wrap_outer_model": ((True, None), "The whole model is always one FSDP unit."),
     "mp_policy": _NEMO_KEYS["mp_policy"],
 }
-_OURS = ("strategy", "dp_size", "dp_replicate_size", "tp_size", "ep_size", "activation_checkpointing", "moe")
+_OURS = (
+    "strategy",
+    "dp_size",
+    "dp_replicate_size",
+    "tp_size",
+    "ep_size",
+    "activation_checkpointing",
+    "moe",
+    "dispatch",
+)
 _STRATEGIES = {
     "ddp": "Set dp_replicate_size to the number of ranks: then every rank holds a whole copy.",
     "megatron_fsdp": "Use 'fsdp2'.",
@@ -219,8 +236,8 @@ def create_distributed_setup_from_config(
 ) -> DistributedSetup:
     """The `DistributedSetup` of a `distributed` section with NeMo AutoModel's keys, as a dict or keywords.
 
-    Keys: strategy, dp_size, dp_replicate_size, tp_size, ep_size, activation_checkpointing (bool or "full"), and
-    moe: {reshard_after_forward: bool}. A size of None follows from the others. NeMo's other keys are accepted at values
+    Keys: strategy, dp_size, dp_replicate_size, tp_size, ep_size, activation_checkpointing (bool or "full"),
+    moe: {reshard_after_forward: bool}, and dispatch, which NeMo has not. A size of None follows from the others. NeMo's other keys are accepted at values
     that ask for what happens anyway. Raises ValueError for any other value of them, and for a key that nobody knows.
     """
     section = {**(config or {}), **keys}
@@ -239,6 +256,7 @@ def create_distributed_setup_from_config(
         **sizes,
         activation_checkpointing=bool(recompute),
         reshard_experts=True if reshard is None else reshard,
+        dispatch=section.get("dispatch") or "all_to_all",
         strategy=strategy,
         world_size=world_size,
     )

@@ -18,7 +18,14 @@ FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "mixtral"]
 TOLERANCE = 1e-5
 TOP_K = {"deepseek_v3": 3, "nemotron_h": 3}
 LAYOUTS = {
-    2: [{}, {"ep_size": 2}, {"tp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"dp_replicate_size": 2}],
+    2: [
+        {},
+        {"ep_size": 2},
+        {"tp_size": 2},
+        {"tp_size": 2, "ep_size": 2},
+        {"dp_replicate_size": 2},
+        {"ep_size": 2, "dispatch": "gather"},
+    ],
     4: [
         {},
         {"tp_size": 2},
@@ -29,6 +36,9 @@ LAYOUTS = {
         {"tp_size": 2, "ep_size": 2},
         {"tp_size": 2, "ep_size": 4},
         {"dp_replicate_size": 2, "ep_size": 2},
+        {"ep_size": 4, "dispatch": "gather"},
+        {"ep_size": 2, "dispatch": "gather"},
+        {"tp_size": 2, "ep_size": 4, "dispatch": "gather"},
     ],
 }
 
@@ -58,7 +68,9 @@ def one(family: str) -> tuple[int, ...]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_on_two_ranks(tmp_path, family):
     layout = {"ep_size": 2}
+    gather = layout | {"dispatch": "gather"}
     cases = [Case(layout), Case(layout, recompute=True), Case({}), Case(layout, force=few(family))]
+    cases += [Case(gather), Case(gather, recompute=True, force=few(family))]
     check(tmp_path, family, 2, [*cases, Case(layout, force=one(family), recompute=True)])
 
 
@@ -205,13 +217,14 @@ def test_experts_that_cannot_be_spread_are_refused_on_every_rank(tmp_path):
         assert "tp_size=4 does not divide the 2 key-value heads" in error and "Set tp_size to 1 or 2." in error
 
 
+@pytest.mark.parametrize("gather", [False, True], ids=["all-to-all", "gather"])
 @pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton):
+def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, gather):
     if with_triton and os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("the GPU tests cover Triton here")
     cases = [((6, 0, 5, 1), None), ((0, 4, 0, 0), None), ((0, 0, 0, 0), None), ((3, 9, 2, 2), 7), ((3, 0, 2, 2), 0)]
-    made = on_ranks(num_ranks, work.layers, cases, with_triton)
+    made = on_ranks(num_ranks, work.layers, cases, with_triton, gather)
     for number, (tokens, favourite) in enumerate(cases):
         experts = work.experts_of(8, slice(None))
         for rank in range(num_ranks):

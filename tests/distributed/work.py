@@ -16,6 +16,7 @@ import expertmesh
 from expertmesh import backends
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.dispatch.all_to_all import AllToAll
+from expertmesh.dispatch.gather import Gather
 from expertmesh.layers import experts
 from expertmesh.parallel import DistributedSetup, clip_grad_norm
 
@@ -264,7 +265,9 @@ def layer_inputs(num_tokens: int, favourite: int | None, seed: int) -> tuple[tor
     return x.requires_grad_(), ids, torch.rand(num_tokens, 3, generator=generator).requires_grad_(), dout
 
 
-def layers(rank: int, cases: list[tuple[tuple[int, ...], int | None]], with_triton: bool) -> list[list[torch.Tensor]]:
+def layers(
+    rank: int, cases: list[tuple[tuple[int, ...], int | None]], with_triton: bool, gather: bool
+) -> list[list[torch.Tensor]]:
     """One layer's output and gradients on this rank, for (tokens of each rank, favourite expert)."""
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
@@ -274,7 +277,7 @@ def layers(rank: int, cases: list[tuple[tuple[int, ...], int | None]], with_trit
         module = experts_of(8, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
         x, ids, weights, dout = layer_inputs(tokens[rank], favourite, seed=rank)
         with backends.interpreted() if with_triton else contextlib.nullcontext():
-            out = AllToAll(module, mesh["ep"], mesh["tp"])(x, ids, weights)
+            out = (Gather if gather else AllToAll)(module, mesh["ep"], mesh["tp"])(x, ids, weights)
             out.backward(dout)
         results.append([out.detach(), x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad])
     return results
