@@ -237,8 +237,9 @@ def create_distributed_setup_from_config(
     """The `DistributedSetup` of a `distributed` section with NeMo AutoModel's keys, as a dict or keywords.
 
     Keys: strategy, dp_size, dp_replicate_size, tp_size, ep_size, activation_checkpointing (bool or "full"),
-    moe: {reshard_after_forward: bool}, and dispatch, which NeMo has not. A size of None follows from the others. NeMo's other keys are accepted at values
-    that ask for what happens anyway. Raises ValueError for any other value of them, and for a key that nobody knows.
+    moe: {reshard_after_forward: bool}, and dispatch, which NeMo has not. A size of None follows from the others. NeMo's
+    other keys are accepted at values that ask for what happens anyway. Raises ValueError for any other value of them,
+    and for a key that nobody knows.
     """
     section = {**(config or {}), **keys}
     moe = section.get("moe") or {}

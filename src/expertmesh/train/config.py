@@ -103,8 +103,6 @@ class ParallelSection(Section):
     """Ranks that share one batch and split attention and dense layers."""
     dp_replicate_size: Annotated[int, Field(gt=0)] = 1
     """Copies of the model, each sharded over its part of the ranks; 1 shards one copy over all of them."""
-    dispatch: Literal["all_to_all", "gather"] = "all_to_all"
-    """How tokens reach experts on other ranks: to those that need them, or (2 to 4 ranks) to all, without host waits."""
 
 
 class LoraSection(Section):
