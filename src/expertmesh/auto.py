@@ -6,6 +6,7 @@ of `from_pretrained` and `from_config` means what it means there.
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -43,51 +44,60 @@ def _fused(cls: Any) -> Any:
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     """Transformers' `AutoModelForCausalLM`, whose Mixture-of-Experts models train several times faster.
 
-    All arguments are Transformers'. Two are added. `fused=True`; False returns the stock model, and a dict switches
+    All arguments are Transformers'. Three are added. `fused=True`; False returns the stock model, and a dict switches
     single fusions, as {"router": False} (`expertmesh.fuse.FUSIONS` names them). `distributed_setup=None`: a
     `DistributedSetup`, or its section as a dict, lays the model out over the ranks; each holds and loads only its part.
+    `mtp_loss_weight=None`: a positive number trains the modules for multi-token prediction of DeepSeek V3 and
+    Nemotron 3, with this weight of their loss; None keeps those that a checkpoint has as they are. Either way they are
+    saved again. `num_nextn_predict_layers=0` leaves them out.
     """
 
     _model_mapping: Any = _FusedMapping()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As Transformers', plus `fused` and `distributed_setup`.
+        """As Transformers', plus `fused`, `distributed_setup` and `mtp_loss_weight`.
 
         Raises ValueError if weights of experts or routers are missing on disk, unless the caller asks for
         `output_loading_info`: Transformers would start them at random. Raises ValueError if the setup does not fit the
-        model or the number of ranks.
+        model or the number of ranks, or if there is nothing that `mtp_loss_weight` could weigh.
         """
         fused, setup = kwargs.pop("fused", True), _setup_of(kwargs)
+        mtp_weight = _mtp_weight_of(kwargs, fused, setup)
         if setup is not None:
             kwargs["distributed_config"] = setup.to_transformers(**_stock_dispatch(fused))
         loader: Any = super() if fused is not False else transformers.AutoModelForCausalLM
         if fused is not False and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = _own_copy(kwargs["config"], kwargs)
         caller_looks = kwargs.get("output_loading_info", False)  # and sees for himself what is missing
-        with requesting(fused), refusing_missing_experts(not caller_looks):
+        with requesting(fused, mtp="saved"), refusing_missing_experts(not caller_looks):
             loaded = loader.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # output_loading_info=True
             model = fuse(model, fused)
+            _use_mtp(model, mtp_weight)
             if setup is not None:
                 setup.apply_to(model)
             return (model, *info) if info else model
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        """As Transformers', plus `fused` and `distributed_setup`.
+        """As Transformers', plus `fused`, `distributed_setup` and `mtp_loss_weight`.
 
         With a setup, no rank ever holds more than its part and one whole layer, and the weights depend on rank 0's
         torch seed alone: they are the same under every layout and on one process (but not those of the same seed
-        without a setup, which draws in another order).
+        without a setup, which draws in another order). Only with `mtp_loss_weight` are modules for
+        multi-token prediction made.
         """
         fused, setup = kwargs.pop("fused", True), _setup_of(kwargs)
+        mtp_weight = _mtp_weight_of(kwargs, fused, setup)
         maker: Any = super() if fused is not False else transformers.AutoModelForCausalLM
         if fused is not False or setup is not None:  # a layout is noted there, too
             config = _own_copy(config, kwargs)
-        with requesting(fused):
+        with requesting(fused, mtp="no" if mtp_weight is None else "new"):
             if setup is None:
-                return fuse(maker.from_config(config, **kwargs), fused)
+                model = fuse(maker.from_config(config, **kwargs), fused)
+                _use_mtp(model, mtp_weight)
+                return model
             chosen, device, meshes = PreTrainedModel.prepare_distribute_model(
                 setup.to_transformers(**_stock_dispatch(fused))
             )
@@ -95,7 +105,9 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
                 model = maker.from_config(config, **kwargs)
             model = model.maybe_distribute_model(model, chosen, meshes)
             initialise_shards(model, device or torch.device("cpu"))
-            setup.apply_to(fuse(model, fused))
+            model = fuse(model, fused)
+            _use_mtp(model, mtp_weight)
+            setup.apply_to(model)
             return model
 
 
@@ -125,3 +137,38 @@ def _setup_of(kwargs: dict[str, Any]) -> DistributedSetup | None:
 def _stock_dispatch(fused: bool | dict[str, bool]) -> dict[str, str]:
     """A stock model gets Transformers' own dispatch."""
     return {"ep_implementation": "auto"} if fused is False else {}
+
+
+def _mtp_weight_of(kwargs: dict[str, Any], fused: Any, setup: DistributedSetup | None) -> float | None:
+    """Take `mtp_loss_weight` out of the arguments; refuse what cannot be meant."""
+    weight = kwargs.pop("mtp_loss_weight", None)
+    if weight is None:
+        return None
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise ValueError(
+            f"mtp_loss_weight={weight!r}: give a positive number (DeepSeek-V3 was trained with 0.3, then 0.1), or "
+            f"leave it out to keep the modules for multi-token prediction as they are."
+        )
+    if fused is False:
+        raise ValueError("fused=False gives stock Transformers, which trains no MTP: leave mtp_loss_weight out.")
+    if setup is not None and setup.tp_size > 1:
+        raise ValueError(
+            f"mtp_loss_weight does not work with tp_size={setup.tp_size}, which splits the head that the modules "
+            f"share. Set tp_size to 1 and shard with dp_size and ep_size, or leave mtp_loss_weight out."
+        )
+    return float(weight)
+
+
+def _use_mtp(model: Any, weight: float | None) -> None:
+    """Train the model's modules for multi-token prediction with this weight of their loss, or freeze them."""
+    mtp = getattr(model, "_mtp", None)
+    if mtp is None and weight is not None:
+        raise ValueError(
+            f"mtp_loss_weight was given, but there are no modules for multi-token prediction: "
+            f"{type(model).__name__} has none (DeepSeek V3 and Nemotron 3 have), num_nextn_predict_layers is 0, or the "
+            f"checkpoint was saved without them. Leave mtp_loss_weight out, or take a checkpoint that has them."
+        )
+    if mtp is not None:
+        model.mtp_loss_weight = weight
+        for parameter in mtp.parameters_of(model):
+            parameter.requires_grad_(weight is not None)

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
+from expertmesh.families import mtp as mtp_modules
 from expertmesh.families.generic import RULES
 from expertmesh.families.rules import Rule
 from expertmesh.layers import experts as fast_experts
@@ -27,10 +28,11 @@ from expertmesh.layers.fast import Fast, twin
 from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
 from expertmesh.layers.masks import unpacked
+from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
 from expertmesh.memory.recompute import keep_routing
 from expertmesh.parallel import refuse_unfit_shards
 from expertmesh.weights.read import to_model_names
-from expertmesh.weights.write import is_sharded, save_sharded
+from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
 #: Every fusion by its switch, and how Transformers names the classes it is meant for.
 FUSIONS = {
@@ -46,6 +48,7 @@ FUSIONS = {
 
 _refusing: ContextVar[bool] = ContextVar("refusing_missing_experts", default=False)
 _requested: ContextVar[frozenset[str]] = ContextVar("requested_fusions", default=frozenset(FUSIONS))
+_with_mtp: ContextVar[str] = ContextVar("with_mtp_modules", default="no")  # or "new", or "saved" in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -87,18 +90,25 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
 
 
 @contextmanager
-def requesting(fused: bool | dict[str, bool]) -> Iterator[None]:
-    """Models built inside get these fusions. `fused` as in `fuse`."""
+def requesting(fused: bool | dict[str, bool], mtp: str = "no") -> Iterator[None]:
+    """Models built inside get these fusions, `fused` as in `fuse`, and modules for multi-token prediction.
+
+    mtp: "no"; "new", where the configuration has such modules; or "saved", where the checkpoint has their weights, too.
+    """
     switches = fused if isinstance(fused, dict) else {}
     for name in switches:
         if name not in FUSIONS:
             nearest = get_close_matches(name, FUSIONS, 1, 0)[0]
             raise ValueError(f"There is no fusion {name!r}; did you mean {nearest!r}? Known: {', '.join(FUSIONS)}.")
-    token = _requested.set(frozenset(name for name in FUSIONS if switches.get(name, True)))
+    token, mtp_token = (
+        _requested.set(frozenset(name for name in FUSIONS if switches.get(name, True))),
+        _with_mtp.set(mtp),
+    )
     try:
         yield
     finally:
         _requested.reset(token)
+        _with_mtp.reset(mtp_token)
 
 
 def has_fast_experts(cls: Any) -> bool:
@@ -118,7 +128,7 @@ def fused_class(stock: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         defer = self.training and kwargs.get("labels") is not None
         no_positions = len(args) < 3 and kwargs.get("position_ids") is None  # the third argument of every causal model
-        with deferring(defer), unpacked(no_positions), _aux_loss_share(self, kwargs):
+        with deferring(defer), unpacked(no_positions), _aux_loss_share(self, kwargs), predicting(self, defer):
             return stock.forward(self, *args, **kwargs)
 
     cls.forward = forward
@@ -126,10 +136,18 @@ def fused_class(stock: Any) -> Any:
 
 
 class FusedModel(Fast):
-    """What a fused model adds to its HF class."""
+    """What a fused model adds to its HF class.
+
+    mtp_loss_weight: the weight of the loss of multi-token prediction in training; None where that is not trained.
+    """
+
+    _mtp: MTP | None = None
+    mtp_loss_weight: float | None = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        if _with_mtp.get() != "no":
+            self._mtp = mtp_modules.add_modules(self)
         self._fuse_modules()
 
     def fusion_report(self) -> list[Fusion]:
@@ -138,7 +156,8 @@ class FusedModel(Fast):
 
     def _fuse_modules(self) -> None:
         self._fusions = [_experts_row(self), *_apply_rules(self), _fuse_head(self)]
-        _print_report(self, self._fusions)
+        if self._mtp is None or _with_mtp.get() != "saved":  # else it turns out in loading whether they stay
+            _print_report(self, self._fusions)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Transformers' choice, except that ours is the default."""
@@ -150,7 +169,7 @@ class FusedModel(Fast):
     def loss_function(self) -> Any:
         """Transformers' loss; the causal one knows deferred logits."""
         loss = super().loss_function
-        return causal_lm_loss if loss is ForCausalLMLoss else loss
+        return with_predictions(self, causal_lm_loss if loss is ForCausalLMLoss else loss)
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
@@ -162,7 +181,9 @@ class FusedModel(Fast):
         Transformers' Trainer resumes through here: without it experts, which most families save one by one, would
         keep their old weights. Raises ValueError if some weights of an expert are missing.
         """
-        return super().load_state_dict(to_model_names(self, state_dict), strict, assign)
+        copies = self._mtp.copies if self._mtp is not None else {}
+        own = {key: value for key, value in state_dict.items() if key not in copies} if copies else state_dict
+        return super().load_state_dict(to_model_names(self, own), strict, assign)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; call it on every rank. Of a sharded model each rank writes its part, and none gathers it.
@@ -173,6 +194,8 @@ class FusedModel(Fast):
         asked = {key for key, value in kwargs.items() if value is not defaults.get(key)}
         special = args or asked - {"max_shard_size", "is_main_process"}
         if special or getattr(self, "_hf_peft_config_loaded", False) or not is_sharded(self):
+            if len(args) < 2 and not getattr(self, "_hf_peft_config_loaded", False):
+                kwargs["state_dict"] = with_copies(self, kwargs.get("state_dict"))
             super().save_pretrained(save_directory, *args, **kwargs)
         else:
             save_sharded(self, save_directory, kwargs.get("max_shard_size", "5GB"))
@@ -194,6 +217,8 @@ class FusedModel(Fast):
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         """As in Transformers, which starts missing weights at random; see `refusing_missing_experts`."""
+        if model._mtp is not None:
+            _settle_mtp(model, loading_info, load_config)
         if _refusing.get():
             _refuse_missing_experts(model, loading_info, load_config.pretrained_model_name_or_path)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
@@ -204,6 +229,25 @@ class FusedModel(Fast):
         if options.get("use_reentrant") is False and "context_fn" not in options:
             gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, context_fn=keep_routing)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+def _settle_mtp(model: Any, loading_info: Any, load_config: Any) -> None:
+    """Keep the modules for multi-token prediction that the checkpoint has; drop them if it has none."""
+    missing, unexpected = loading_info.missing_keys, loading_info.unexpected_keys
+    source, quantized = load_config.pretrained_model_name_or_path, load_config.is_quantized
+    if not were_saved(model, missing, unexpected, source, quantized):
+        loading_info.missing_keys = {key for key in loading_info.missing_keys if not model._mtp.owns(key)}
+        removed = model._mtp.remove_from(model)
+        model._mtp = None
+        model._fusions = [replace(row, count=row.count - _count(row.name, removed)) for row in model._fusions]
+    _print_report(model, model._fusions)
+
+
+def _count(fusion: str, modules: list[nn.Module]) -> int:
+    """How many of the modules this fusion is on for."""
+    if fusion == "experts":
+        return sum(hasattr(module, "is_concatenated") for module in modules)
+    return sum(isinstance(m, tuple(rule.fast for rule in RULES if rule.fusion == fusion)) for m in modules)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
 
-from expertmesh.bench.parity import CPU_TOLERANCE
+from expertmesh.bench.parity import CPU_TOLERANCE, without_mtp
 from expertmesh.bench.rows import Row, relative_error, worst_error
 from expertmesh.parallel import DistributedSetup
 
@@ -86,7 +86,8 @@ def _rank(rank: int, num_ranks: int, port: int, folder: str, path: str, layouts:
 def _compare(path: str, rank: int, setup: DistributedSetup, want: dict[str, Any]) -> list[Row]:
     from expertmesh import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, distributed_setup=setup).train()
+    options: dict[str, Any] = {"distributed_setup": setup} | without_mtp(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).train()
     batches = _batches(model.config.get_text_config().vocab_size, dist.get_world_size())
     loss = _loss(model, batches[rank], batches)
     (loss * dist.get_world_size()).backward()  # data-parallel ranks average gradients

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, PreTrainedModel
 from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
-from transformers import PreTrainedModel
 
 from expertmesh.bench.export import differing_tensors, export_rows
 from expertmesh.bench.rows import Row, relative_error, rms_errors, worst_error
@@ -29,6 +29,7 @@ from expertmesh.bench.tiny import FAMILIES, tiny_model
 CPU_TOLERANCE = 1e-5
 CUDA_RATIO = 1.5
 LENGTH = 16
+MTP_KEY = "num_nextn_predict_layers"
 
 
 @dataclass(frozen=True)
@@ -351,6 +352,11 @@ def pooled(rows: Iterable[Row]) -> Iterator[Row]:
         yield Row(f"{len(found)} cases together", quantity, error, limit, worst.where or worst.case)
 
 
+def without_mtp(path: str | Path) -> dict[str, int]:
+    """Options that load a checkpoint without modules for multi-token prediction: stock Transformers has none."""
+    return {MTP_KEY: 0} if getattr(AutoConfig.from_pretrained(path), MTP_KEY, 0) else {}
+
+
 def check_checkpoint(path: str | Path, device: str = "cpu") -> Iterator[Row]:
     """Compare stock Transformers and expertmesh on one checkpoint (a directory or a Hub id), row by row as they are
     found.
@@ -358,7 +364,7 @@ def check_checkpoint(path: str | Path, device: str = "cpu") -> Iterator[Row]:
     from expertmesh import AutoModelForCausalLM
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    place: dict = {"device_map": device}
+    place: dict = {"device_map": device} | without_mtp(path)
     stock = StockAutoModelForCausalLM.from_pretrained(path, dtype=dtype, **place)
     ours = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **place)
     reference = None

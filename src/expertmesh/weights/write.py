@@ -164,7 +164,26 @@ def _saved_state(model: PreTrainedModel) -> dict[str, Any]:
     state = {name: value for name, value in model.state_dict().items() if name not in ignored}
     # on meta tensors Transformers compares the parameters themselves: sharded ones have no storage to compare
     shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in state.items()}
-    return {name: state[name] for name in remove_tied_weights_from_state_dict(shapes, model)}
+    saved = {name: state[name] for name in remove_tied_weights_from_state_dict(shapes, model)}
+    return saved | {copy: state[name] for copy, name in _copies(model).items()}
+
+
+def with_copies(model: PreTrainedModel, state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """`state` (None: the model's) with the weights that its checkpoints repeat, as memory of their own on the CPU.
+
+    None stays None where checkpoints repeat nothing.
+    """
+    copies = _copies(model)
+    if not copies:
+        return state
+    state = model.state_dict() if state is None else state
+    return state | {copy: state[name].to("cpu", copy=True) for copy, name in copies.items() if name in state}
+
+
+def _copies(model: PreTrainedModel) -> dict[str, str]:
+    """{name on disk: name in the model} of weights that checkpoints have twice: MTP modules repeat what they share."""
+    mtp = getattr(model, "_mtp", None)
+    return {} if mtp is None else mtp.copies
 
 
 def _groups(model: PreTrainedModel, state: dict[str, Any]) -> tuple[list[_Group], list[WeightRenaming]]:
