@@ -11,6 +11,7 @@ from expertmesh import AutoModelForCausalLM
 from tests.distributed import work
 from tests.distributed.ranks import on_ranks
 from tests.layers.test_mtp import FAMILIES, WEIGHT, load, on_disk, saved
+from tests.models import saved as saved_without
 
 CASES = [
     ({"ep_size": 2}, {}),
@@ -63,10 +64,14 @@ def dropped(rank: int, folder: Path) -> tuple[bool, float]:
 
 
 def refused(rank: int, folder: Path) -> str:
-    """The error of a layout that splits the head."""
-    with pytest.raises(ValueError) as error:
+    """The errors of a layout that splits the head, and of a sharded head that makes logits."""
+    with pytest.raises(ValueError) as split:
         AutoModelForCausalLM.from_pretrained(folder, distributed_setup={"tp_size": 2}, mtp_loss_weight=0.1)
-    return str(error.value)
+    options: dict[str, Any] = {"fused": {"linear_cross_entropy": False}, "distributed_setup": {"ep_size": 2}}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, mtp_loss_weight=0.1, **options).train()
+    with pytest.raises(ValueError) as logits:
+        work.loss_of(model, work.DistributedSetup(ep_size=2), rank)
+    return f"{split.value} {logits.value}"
 
 
 def made(rank: int, family: str) -> dict[str, torch.Tensor]:
@@ -103,14 +108,12 @@ def same_weights(got: Path, want: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_without_them_loads_as_ever(family):
-    from tests.models import saved as saved_without
-
     for absent, loss in on_ranks(2, dropped, saved_without(family)):
         assert absent and loss == loss
 
 
 def test_tensor_parallel_training_is_refused_and_new_models_are_made():
     for error in on_ranks(2, refused, saved("deepseek_v3")):
-        assert "Set tp_size to 1" in error
+        assert "Set tp_size to 1" in error and "leave the fusion linear_cross_entropy on" in error
     first, second = on_ranks(2, made, "nemotron_h")
     assert any(name.startswith("mtp.") for name in first) and all(torch.equal(first[n], second[n]) for n in first)

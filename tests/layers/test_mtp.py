@@ -13,15 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.export import differing_tensors
+from expertmesh.bench.parity import check_checkpoint
 from expertmesh.bench.rows import relative_error
 from expertmesh.bench.tiny import randomise, tiny_config
+from expertmesh.checkpoint.state import load_checkpoint, save_checkpoint
 from expertmesh.kernels import linear_cross_entropy
+from expertmesh.layers.mtp import _targets, were_saved
 from expertmesh.weights.read import load_weights
 from tests.models import saved as saved_without
 
@@ -179,8 +183,6 @@ def test_packed_documents_do_not_predict_each_other(family):
     labels, positions = ids.clone(), torch.cat([torch.arange(n) for n in lengths])[None]
     labels[positions == 0] = -100
     if family == "nemotron_h":  # its Mamba layers know no documents without a kernel that does: compare what is asked
-        from expertmesh.layers.mtp import _targets
-
         for depth in (1, 2):
             got = _targets(F.pad(labels, (0, 1), value=-100)[:, 1:], positions, depth)
             want = [F.pad(d, (0, depth + 1), value=-100)[:, depth + 1 :] for d in ids.split(lengths, 1)]
@@ -241,6 +243,17 @@ def test_evaluation_and_generation_are_stock(family, weight):
     assert len(got.hidden_states) == len(want.hidden_states)
     prompt = inputs["input_ids"][:1, :7]
     made = [model.generate(prompt, max_new_tokens=6, do_sample=False) for model in (ours, main)]
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+def test_transformers_drafts_with_what_was_saved(weight):
+    """`use_mtp` builds modules of its own, from the classes of our layers and the weights in our files."""
+    made = []
+    for model in (stock("deepseek_v3"), load("deepseek_v3", weight)):
+        model._keys_to_ignore_on_load_unexpected |= {r"model\.layers\.[34].*"}  # its list names layer 61 alone
+        options = {"max_new_tokens": 8, "do_sample": False, "use_mtp": True}
+        made.append(model.eval().generate(batch(1, 7)["input_ids"], **options))
     assert torch.equal(*made)
 
 
@@ -351,6 +364,49 @@ def test_copies_of_the_model_train_alike(family):
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert torch.equal(other(**batch()).loss.detach(), loss)
         assert not any(hook for module in other.modules() for hook in module._forward_pre_hooks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_learn_from_it(family):
+    ours = get_peft_model(load(family), LoraConfig(target_modules=["o_proj"], init_lora_weights=False)).train()
+    want = load(family).train()(**batch()).loss
+    out = ours(**batch())
+    assert relative_error(out.loss.detach(), want.detach()) > 1e-4
+    out.loss.backward()
+    grads = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
+    assert all(grad.abs().max() > 0 for grad in grads.values())
+    assert any("mtp." in name or "layers.3" in name for name in grads)
+
+
+def test_under_autocast_it_is_close(family="deepseek_v3"):
+    ours = load(family).train()
+    want = ours(**batch()).loss.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(**batch()).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and relative_error(loss.detach(), want) < 0.03
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_hold_them_and_the_check_command_passes_them_by(family, tmp_path):
+    ours, other = load(family), load(family)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.01)
+    save_checkpoint(tmp_path, model=ours, optimizer=torch.optim.SGD(ours.parameters()), step=1)
+    load_checkpoint(tmp_path / "checkpoint-1", model=other, optimizer=torch.optim.SGD(other.parameters()))
+    assert not differing_tensors(other.state_dict(), ours.state_dict())
+    assert on_disk(tmp_path / "checkpoint-1").keys() == on_disk(saved(family)).keys()
+    assert all(row.ok for row in check_checkpoint(saved(family)))
+
+
+def test_a_quantized_model_does_without_modules_that_are_less_quantized():
+    model = load("deepseek_v3")
+    missing = {"model.layers.3.eh_proj.weight"}
+    assert were_saved(model, set(), set(), "here")
+    assert not were_saved(model, missing, set(), "here", quantized=True)
+    with pytest.raises(ValueError, match="only a part"):
+        were_saved(model, missing, set(), "here")
 
 
 def test_wrong_use_says_what_to_do(tmp_path):

@@ -88,8 +88,6 @@ class TrainSection(Section):
     """Mixed precision: float32 weights, bfloat16 matrix products (autocast)."""
     activation_checkpointing: bool = False
     """Whether to recompute activations in the backward pass: less memory, about a quarter slower."""
-    mtp_loss_weight: Annotated[float, Field(gt=0)] | None = None
-    """Weight of the loss of multi-token prediction (DeepSeek V3, Nemotron 3); unset keeps a checkpoint's modules as is."""
     seed: int = 42
     """Seed of weights, data order and dropout; the same seed on the same machine gives the same run."""
 

@@ -141,8 +141,6 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
             raise ConfigError(
                 "parallel.tp_size: Accelerate shares out batches among tensor-parallel GPUs only; set it to 1."
             )
-    if config.train.mtp_loss_weight is not None:
-        options["mtp_loss_weight"] = config.train.mtp_loss_weight
     if config.model.attn_implementation is not None:
         options["attn_implementation"] = config.model.attn_implementation
     options["dtype"] = config.model.dtype
