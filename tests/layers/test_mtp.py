@@ -400,11 +400,12 @@ def test_checkpoints_hold_them_and_the_check_command_passes_them_by(family, tmp_
     assert all(row.ok for row in check_checkpoint(saved(family)))
 
 
-def test_a_quantized_model_does_without_modules_that_are_less_quantized():
+def test_a_quantized_model_does_without_modules_that_are_less_quantized(caplog):
     model = load("deepseek_v3")
     missing = {"model.layers.3.eh_proj.weight"}
     assert were_saved(model, set(), set(), "here")
     assert not were_saved(model, missing, set(), "here", quantized=True)
+    assert "are left out" in caplog.text
     with pytest.raises(ValueError, match="only a part"):
         were_saved(model, missing, set(), "here")
 

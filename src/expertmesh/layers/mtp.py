@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from expertmesh import backends
 from expertmesh.layers.fast import Fast, twin
 from expertmesh.layers.head import DeferredLogits, causal_lm_loss
 
@@ -114,7 +115,11 @@ def were_saved(model: Any, missing: set[str], unexpected: set[str], source: Any,
     mtp: MTP = model._mtp
     names = {name for name in model.state_dict() if mtp.owns(name)}
     lost = sorted(names & missing)
-    if lost and len(lost) < len(names) and not quantized:
+    if quantized and 0 < len(lost) < len(names):
+        backends.logger().warning(
+            f"The modules for multi-token prediction are left out: {source!r} holds them less quantized than the model."
+        )
+    elif 0 < len(lost) < len(names):
         raise ValueError(
             f"The checkpoint {source!r} has only a part of the weights for multi-token prediction: "
             f"{', '.join(lost[:3])} {'is' if len(lost) == 1 else 'are'} missing. Download or convert it again, or load "
