@@ -42,14 +42,14 @@ class Gather(AllToAll):
 def most_tokens(num_tokens: int, group: dist.ProcessGroup) -> int:
     """The largest number of tokens that any rank of the group has, at least 1; the hosts ask each other."""
     most = torch.tensor([max(num_tokens, 1)])
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=_hosts(tuple(dist.get_process_group_ranks(group))))
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=_hosts(group))
     return int(most)
 
 
 @cache
-def _hosts(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+def _hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of the same ranks whose messages travel between their CPUs."""
-    return dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
 
 
 def _padded(x: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:
