@@ -33,7 +33,7 @@ TINY = WIDTHS | dict(
     vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, moe_intermediate_size=32,
     num_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
-ARMS = {"stock": 1, "stock-ep": 2, "expertmesh": 1, "expertmesh-ep": 2}
+ARMS = {"stock": 1, "stock-ep": 2, "expertmesh": 1, "expertmesh-ep": 2, "expertmesh-gather": 2}
 FLOAT32 = "stock-float32"
 
 
@@ -49,7 +49,8 @@ def build(arm, config, device):
         model = type(model).maybe_distribute_model(model, setup, meshes)
         model.to_empty(device=device)
     else:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, distributed_setup={"ep_size": ep_size})
+        setup = {"ep_size": ep_size, "dispatch": "gather" if arm.endswith("gather") else "all_to_all"}
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, distributed_setup=setup)
     fill(model, config, device)
     return model.train()
 

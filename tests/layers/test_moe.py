@@ -37,9 +37,9 @@ def counting(monkeypatch) -> list[bool]:
     """Collects, for each sum of the experts' rows, whether a residual was added there."""
     seen: list[bool] = []
 
-    def combine(y_SH, position_TK, weight_TK=None, residual_TH=None):
-        seen.append(residual_TH is not None)
-        return stock(y_SH, position_TK, weight_TK, residual_TH)
+    def combine(y_SH, position_TK, weight_TK=None, residual=None):
+        seen.append(residual is not None)
+        return stock(y_SH, position_TK, weight_TK, residual)
 
     stock = experts.combine
     monkeypatch.setattr(experts, "combine", combine)

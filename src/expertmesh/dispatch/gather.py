@@ -61,6 +61,11 @@ def _padded(x: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:
     return out
 
 
+def _first(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first rows of x; no view, of which FSDP warns."""
+    return x if len(x) == rows else x[:rows].clone()
+
+
 def _gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The rows of all ranks of the group, in their order; x has as many on each."""
     out = x.new_empty(group.size() * len(x), *x.shape[1:])
@@ -84,14 +89,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _scatter_sum(dx, ctx.group)[: ctx.num_tokens], None, None
+        return _first(_scatter_sum(dx, ctx.group), ctx.num_tokens), None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, num_tokens: int, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.rows, ctx.group = len(y) // group.size(), group
-        return _scatter_sum(y, group)[:num_tokens]
+        return _first(_scatter_sum(y, group), num_tokens)
 
     @staticmethod
     @once_differentiable

@@ -17,38 +17,38 @@ def combine(
     y_SH: torch.Tensor,
     position_TK: torch.Tensor,
     weight_TK: torch.Tensor | None = None,
-    residual_TH: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """out [T, H] in y's dtype. position -1 contributes nothing; weight None means 1; residual [T, H] is added. Sums in
-    float32, rounded once.
+    """out [T, H] in y's dtype. position -1 contributes nothing; weight None means 1. A residual of T rows in any shape
+    [..., H] is added, and gives out its shape. Sums in float32, rounded once.
     """
     if use_triton(y_SH):
         num_tokens, top_k = position_TK.shape
         width = y_SH.shape[1]
-        out_TH = y_SH.new_empty(num_tokens, width)
+        out = y_SH.new_empty((num_tokens, width) if residual is None else residual.shape)
         block = min(triton.next_power_of_2(width), 1024)
         grid = (num_tokens, triton.cdiv(width, block))
         _combine_kernel[grid](
             y_SH,
             position_TK,
             weight_TK,
-            None if residual_TH is None else residual_TH.contiguous(),
-            out_TH,
+            None if residual is None else residual.contiguous(),
+            out,
             width,
             top_k,
             HAS_WEIGHT=weight_TK is not None,
-            HAS_RESIDUAL=residual_TH is not None,
+            HAS_RESIDUAL=residual is not None,
             BLOCK=block,
         )
-        return out_TH
-    return combine_reference(y_SH, position_TK, weight_TK, residual_TH)
+        return out
+    return combine_reference(y_SH, position_TK, weight_TK, residual)
 
 
 def combine_reference(
     y_SH: torch.Tensor,
     position_TK: torch.Tensor,
     weight_TK: torch.Tensor | None = None,
-    residual_TH: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of `combine`: each token's bag of rows, summed (no [T, K, H] tensor is made)."""
     wide = torch.promote_types(y_SH.dtype, torch.float32)
@@ -62,7 +62,7 @@ def combine_reference(
         per_sample_weights=None if weight_TK is None else weight_TK[mine_TK].to(wide),
         include_last_offset=True,
     ).to(y_SH.dtype)
-    return out_TH if residual_TH is None else residual_TH + out_TH
+    return out_TH if residual is None else residual + out_TH.view(residual.shape)
 
 
 def unsort(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

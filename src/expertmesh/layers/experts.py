@@ -68,11 +68,11 @@ def experts_forward(
 
     top_k_index: [T, K], an id equal to `experts.num_experts` marks a pair that is not computed here. top_k_weights:
     [T, K], any float type. Equals `grouped_mm_experts_forward` of Transformers; float32 sums, result in
-    hidden_states' dtype. residual: [T, H], added to the result.
+    hidden_states' dtype. residual: T rows in any shape [..., H], added to the result, which then has its shape.
     """
     if why_not(experts) is not None:
         out_TH = grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
-        return out_TH if residual is None else residual + out_TH
+        return out_TH if residual is None else residual + out_TH.view(residual.shape)
     w_up = experts.gate_up_proj if experts.has_gate else experts.up_proj
     b_up = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
     b_down = experts.down_proj_bias if experts.has_bias else None
@@ -82,18 +82,16 @@ def experts_forward(
     x_TH = hidden_states.to(w_up.dtype)  # under autocast Transformers computes experts in their weights' dtype too
     act = activation_of(experts)
     inside = residual if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype else None
-    out_TH = _Experts.apply(x_TH, top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act, inside)
-    out_TH = out_TH.to(hidden_states.dtype)
-    return out_TH if residual is inside else residual + out_TH
+    out = _Experts.apply(x_TH, top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act, inside)
+    out = out.to(hidden_states.dtype)
+    return out if residual is None or residual is inside else residual + out.view(residual.shape)
 
 
 class _Experts(torch.autograd.Function):
     """Weights are [E, in, out] views here; their gradients come back in the same shape."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TH, weight_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, ids_TK, act: Activation, residual_TH
-    ):
+    def forward(ctx: Any, x_TH, weight_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, ids_TK, act: Activation, residual):
         group = group_by_expert(ids_TK, w_up_EHJ.shape[0], weight_TK)
         x_TH = x_TH.contiguous()
         h_SJ, a_SI = up_act(x_TH, w_up_EHJ, b_up_EJ, group, act)
@@ -114,16 +112,16 @@ class _Experts(torch.autograd.Function):
             group.offsets_E,
             group.weight_S,
         )
-        return combine(y_SH, group.position_TK, weight_TK, residual_TH)
+        return combine(y_SH, group.position_TK, weight_TK, residual)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_TH):
+    def backward(ctx: Any, dout):
         x_TH, h_SJ, weight_TK, ids_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, *rows = ctx.saved_tensors
         group = Grouping(rows[0], rows[1], rows[2], rows[3], ctx.tiles, ctx.block, rows[4])
         need_x, need_weight, need_w_up, need_b_up, need_w_down, need_b_down = ctx.needs_input_grad[:6]
-        dresidual_TH = dout_TH if ctx.needs_input_grad[8] else None
-        dout_TH = dout_TH.contiguous()
+        dresidual = dout if ctx.needs_input_grad[8] else None
+        dout_TH = dout.reshape(x_TH.shape).contiguous()
         assert group.weight_S is not None
 
         dh_SJ, wa_SI, dweight_PS = down_dact(dout_TH, w_down_EIH.transpose(1, 2), h_SJ, group.weight_S, group, ctx.act)
@@ -140,7 +138,7 @@ class _Experts(torch.autograd.Function):
             db_up = grouped_sum(dh_SJ, group)
         if need_x:
             dx_TH = combine(grouped_gemm(dh_SJ, w_up_EHJ.transpose(1, 2), group), group.position_TK)
-        return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None, dresidual_TH
+        return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None, dresidual
 
 
 def _wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ class FastMoEBlock(Fast):
             return residual + super().forward(hidden_states)
         x_TH = hidden_states.view(-1, hidden_states.shape[-1])
         _, weight_TK, ids_TK = self.gate(x_TH)
-        return self.experts(x_TH, ids_TK, weight_TK, residual=residual.view(x_TH.shape)).view(hidden_states.shape)
+        return self.experts(x_TH, ids_TK, weight_TK, residual=residual)
 
 
 def _takes_residual(experts: Any) -> bool:
