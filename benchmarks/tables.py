@@ -234,12 +234,11 @@ Tokens per second are those of one GPU. `stock` and `expertmesh` are FSDP2; `-ep
 
 {source(pair)}
 
-At batch 1 our expert parallelism takes as long as at batch 2: the host waits once per layer for the counts. Measured
-before the experts' kernels of the section above.
+At batch 1 our expert parallelism takes as long as at batch 2: the host waits once per layer for the counts.
 
 An 8-layer model with the same weights and tokens in every arm, relative errors of the gradients in bfloat16, against
 stock in float32 among others. `pinned`: every token's experts are given, the same in every arm; `own`: the routers
-choose.
+choose. Measured, like the table above, before the experts' kernels of the first section.
 
 {agreement_table(layouts["agreement"])}
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.nemo import NeMoAutoModelForCausalLM
 from expertmesh.parallel import DistributedSetup, clip_grad_norm, create_distributed_setup_from_config
@@ -54,6 +55,13 @@ def test_sizes_that_do_not_fit_are_errors_that_name_what_fits(sizes, says):
 def test_the_dispatch_is_named_to_transformers():
     setup = create_distributed_setup_from_config({"dispatch": "gather"}, world_size=1)
     assert setup.dispatch == "gather" and setup.to_transformers().ep_implementation == "expertmesh-gather"
+
+
+def test_a_stock_model_refuses_our_dispatch_instead_of_ignoring_it():
+    with pytest.raises(ValueError, match="leave dispatch='gather' out"):
+        AutoModelForCausalLM.from_config(
+            tiny_config("qwen3_moe"), fused=False, distributed_setup={"dispatch": "gather", "ep_size": 1}
+        )
 
 
 def test_a_setup_for_other_ranks_than_run_is_an_error(monkeypatch):

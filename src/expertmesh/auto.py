@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from expertmesh.fuse import fuse, fused_class, has_fast_experts, refusing_missing_experts, requesting
-from expertmesh.parallel import DistributedSetup, as_setup
+from expertmesh.parallel import DEFAULT_DISPATCH, DistributedSetup, as_setup
 from expertmesh.weights.init import initialise_shards
 
 _stock_mapping: Any = transformers.AutoModelForCausalLM._model_mapping
@@ -65,7 +65,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         fused, setup = kwargs.pop("fused", True), _setup_of(kwargs)
         mtp_weight = _mtp_weight_of(kwargs, fused, setup)
         if setup is not None:
-            kwargs["distributed_config"] = setup.to_transformers(**_stock_dispatch(fused))
+            kwargs["distributed_config"] = setup.to_transformers(**_stock_dispatch(fused, setup))
         loader: Any = super() if fused is not False else transformers.AutoModelForCausalLM
         if fused is not False and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = _own_copy(kwargs["config"], kwargs)
@@ -99,7 +99,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
                 _use_mtp(model, mtp_weight)
                 return model
             chosen, device, meshes = PreTrainedModel.prepare_distribute_model(
-                setup.to_transformers(**_stock_dispatch(fused))
+                setup.to_transformers(**_stock_dispatch(fused, setup))
             )
             with initialization.no_init_weights(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
                 model = maker.from_config(config, **kwargs)
@@ -134,9 +134,15 @@ def _setup_of(kwargs: dict[str, Any]) -> DistributedSetup | None:
     return as_setup(setup)
 
 
-def _stock_dispatch(fused: bool | dict[str, bool]) -> dict[str, str]:
-    """A stock model gets Transformers' own dispatch."""
-    return {"ep_implementation": "auto"} if fused is False else {}
+def _stock_dispatch(fused: bool | dict[str, bool], setup: DistributedSetup) -> dict[str, str]:
+    """A stock model gets Transformers' own dispatch; ours, asked for by name, would be ignored."""
+    if fused is not False:
+        return {}
+    if setup.dispatch != DEFAULT_DISPATCH:
+        raise ValueError(
+            f"fused=False gives stock Transformers, dispatch included: leave dispatch={setup.dispatch!r} out."
+        )
+    return {"ep_implementation": "auto"}
 
 
 def _mtp_weight_of(kwargs: dict[str, Any], fused: Any, setup: DistributedSetup | None) -> float | None:

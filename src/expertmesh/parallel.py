@@ -28,6 +28,7 @@ from expertmesh.dispatch import all_to_all, gather
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
 DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME}
+DEFAULT_DISPATCH = "all_to_all"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class DistributedSetup:
     dp_replicate_size: int = 1
     activation_checkpointing: bool = False
     reshard_experts: bool = True
-    dispatch: str = "all_to_all"
+    dispatch: str = DEFAULT_DISPATCH
     strategy: str = STRATEGY
     world_size: int | None = None
 
@@ -257,7 +258,7 @@ def create_distributed_setup_from_config(
         **sizes,
         activation_checkpointing=bool(recompute),
         reshard_experts=True if reshard is None else reshard,
-        dispatch=section.get("dispatch") or "all_to_all",
+        dispatch=section.get("dispatch") or DEFAULT_DISPATCH,
         strategy=strategy,
         world_size=world_size,
     )

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from expertmesh.bench.layouts import become_rank
+
 # the server that forks the ranks imports these once; every rank starts with them loaded
 _PRELOADED = ["torch", "transformers", "transformers.models.auto.modeling_auto", "expertmesh.auto"]
 
@@ -61,16 +63,8 @@ def _environment(gpus: bool) -> Iterator[None]:
 
 def _rank(rank: int, num_ranks: int, port: int, folder: str, seconds: float, function: Callable, args: tuple) -> None:
     faulthandler.dump_traceback_later(seconds - 5)  # a deadlock shows where
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(num_ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        HF_HUB_OFFLINE="1",
-    )
-    torch.set_num_threads(1)
+    become_rank(rank, num_ranks, port)
+    os.environ["HF_HUB_OFFLINE"] = "1"
     # every torch.empty is filled with NaN: an element that nobody writes shows
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,6 +1,6 @@
 """How tokens choose experts in a benchmark, the same on every arm: by the weights the model has, not by the arm.
 
-random-init  as the initialised router chooses: near even, and no token's choice is clear.
+random-init  as the initialised router chooses; loads are far from even ("busiest" tells how far).
 skewed       as trained routers choose: a few experts get many tokens. Router weights are set so that expert e is
              wanted by a share p_e of the tokens, p_e proportional to 1 / rank (Zipf), at most 0.4, sum K; ranks are
              dealt at random. Rows of the router keep their direction and get length s_e: behind a norm an input is

@@ -62,7 +62,8 @@ def _on_one_process(model: Any, num_ranks: int) -> dict[str, Any]:
     return {"loss": total, "gradients": {name: p.grad for name, p in model.named_parameters()}}
 
 
-def _rank(rank: int, num_ranks: int, port: int, folder: str, path: str, layouts: list[int]) -> None:
+def become_rank(rank: int, num_ranks: int, port: int) -> None:
+    """Make this process one of the ranks of this machine, with a thread of its own; a store listens on `port`."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -70,9 +71,13 @@ def _rank(rank: int, num_ranks: int, port: int, folder: str, path: str, layouts:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
-        CUDA_VISIBLE_DEVICES="",
     )
     torch.set_num_threads(1)
+
+
+def _rank(rank: int, num_ranks: int, port: int, folder: str, path: str, layouts: list[int]) -> None:
+    become_rank(rank, num_ranks, port)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     want = torch.load(Path(folder, "stock.pt"))
     rows = []
     for ep_size in layouts:

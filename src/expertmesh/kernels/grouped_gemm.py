@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from expertmesh.backends import TensorDescriptor, tl, triton, use_triton
+from expertmesh.backends import TensorDescriptor, logger, tl, triton, use_triton
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.matmul import mm_out
 
@@ -122,18 +122,27 @@ def tiles_of(x_RC: torch.Tensor, rows: int, columns: int) -> Any:
             " pieces of 16 bytes: load the model with fused={'experts': False}."
         )
     if x_RC.data_ptr() % 16:  # a view into somebody's flat buffer or file
+        _tell_of_copies()
         x_RC = x_RC.clone()
     return TensorDescriptor.from_tensor(x_RC, [rows, columns])
 
 
+@cache
+def _tell_of_copies() -> None:
+    logger().warning(
+        "Experts' weights do not start at a multiple of 16 bytes and are copied in every step: give them memory of"
+        " their own (parameter.data = parameter.data.clone())."
+    )
+
+
 def weight_tiles(w_EKN: torch.Tensor, inner: int, columns: int) -> tuple[Any, bool]:
-    """(descriptor, transposed) for the weights of all experts one below the other; `weight_tile` reads through it."""
+    """(descriptor, transposed) for the weights of all experts one below the other; `weight_tile` reads through it.
+
+    Plain and transposed weights are read in place; any other strides (an adapter's sum may have them) cost a copy.
+    """
     if w_EKN.stride(2) == 1:
-        assert w_EKN.is_contiguous()
-        return tiles_of(w_EKN.flatten(0, 1), inner, columns), False
-    w_ENK = w_EKN.transpose(1, 2)
-    assert w_ENK.is_contiguous()
-    return tiles_of(w_ENK.flatten(0, 1), columns, inner), True
+        return tiles_of(w_EKN.contiguous().flatten(0, 1), inner, columns), False
+    return tiles_of(w_EKN.transpose(1, 2).contiguous().flatten(0, 1), columns, inner), True
 
 
 def _grouped_gemm_triton(

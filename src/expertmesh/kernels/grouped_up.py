@@ -26,7 +26,7 @@ from expertmesh.kernels.grouping import Grouping
 def up_act(
     x_TH: torch.Tensor, w_EHJ: torch.Tensor, bias_EJ: torch.Tensor | None, group: Grouping, act: Activation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h [S, J], a [S, I]) of tokens x [T, H], up-projections [E, H, J] (any strides) and biases [E, J]."""
+    """(h [S, J], a [S, I]) of tokens x [T, H], up-projections [E, H, J] (plain or transposed) and biases [E, J]."""
     if not use_triton(x_TH):
         return up_act_reference(x_TH, w_EHJ, bias_EJ, group, act)
     if act.kind == "custom":
@@ -144,8 +144,8 @@ def _up_act_kernel(
                 gate = tl.dot(tokens, w_gate, gate, input_precision=PRECISION)
                 up = tl.dot(tokens, w_up, up, input_precision=PRECISION)
             if HAS_BIAS:
-                gate = add_bias(gate, bias + expert * width, expert, column, width)
-                up = add_bias(up, bias + expert * width + width, expert, column, width)
+                gate = add_bias(gate, bias, 2 * expert, column, width)
+                up = add_bias(up, bias, 2 * expert + 1, column, width)
             at = h + row * (2 * width) + column[None, :]
             mask = (row < tl.load(offsets + expert)) & (column < width)[None, :]
             tl.store(at, gate.to(kind), mask=mask)
