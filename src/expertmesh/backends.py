@@ -8,6 +8,7 @@ is missing.
 import contextlib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.attention import varlen
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -64,6 +66,19 @@ def has_onednn() -> bool:
     """True when this PyTorch has oneDNN's float32 linear operator, and the user has not switched oneDNN off."""
     onednn: Any = torch.backends.mkldnn
     return onednn.is_available() and onednn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """True when PyTorch's `varlen_attn` runs on this device in this dtype: FlashAttention, so Ampere or newer."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+#: what PyTorch's `varlen_attn` must be told where keys have fewer heads than queries: nothing in 2.11, later a flag
+VARLEN_GQA: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
+)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from expertmesh.layers import experts as fast_experts
 from expertmesh.layers.fast import Fast, twin
 from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
-from expertmesh.layers.masks import unpacked
+from expertmesh.layers.masks import known_rows
 from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
 from expertmesh.memory.recompute import keep_routing
 from expertmesh.parallel import refuse_unfit_shards
@@ -128,7 +128,8 @@ def fused_class(stock: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         defer = self.training and kwargs.get("labels") is not None
         no_positions = len(args) < 3 and kwargs.get("position_ids") is None  # the third argument of every causal model
-        with deferring(defer), unpacked(no_positions), _aux_loss_share(self, kwargs), predicting(self, defer):
+        known = known_rows(self, no_positions, kwargs)
+        with deferring(defer), known, _aux_loss_share(self, kwargs), predicting(self, defer):
             return stock.forward(self, *args, **kwargs)
 
     cls.forward = forward

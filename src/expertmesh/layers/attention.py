@@ -1,17 +1,54 @@
 """Fast twin of attention with per-head q/k-norm (Qwen3): norm and RoPE of queries and keys in one kernel.
 
-The attention itself stays the one that the user chose (`attn_implementation`).
+The attention itself stays the one that the user chose (`attn_implementation`). Transformers' default, "sdpa", learns
+here to take packed documents (`Documents`, from masks.py) for a mask, in the attention of every family.
 """
 
 from typing import Any
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
 
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope
+from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
 from expertmesh.layers.fast import Fast
+from expertmesh.layers.masks import Documents
 from expertmesh.layers.norm import can_merge
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | Documents | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' `sdpa_attention_forward`, and what the kernel takes of packed documents by variable length."""
+    if isinstance(attention_mask, Documents):
+        if dropout == 0 and position_bias is None and takes(query, value):
+            return varlen_attention(query, key, value, *attention_mask, scaling), None
+        attention_mask = document_mask(attention_mask.cu_seqlens, query.shape[0], query.shape[2])
+    return sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        position_bias=position_bias,
+        **kwargs,
+    )
+
+
+AttentionInterface.register("sdpa", attend)
 
 
 class FastQKNormAttention(Fast):

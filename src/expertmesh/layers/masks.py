@@ -1,33 +1,110 @@
-"""Causal masks without waiting for the device.
+"""Masks without waiting for the device, and none at all where documents are packed.
 
 Transformers looks at `position_ids` in every forward, on the device, to find out whether several documents are packed
-into a row: the CPU waits for the GPU once per step. A caller who passes no `position_ids` has packed nothing, so
-within `unpacked()` the question is answered without looking. Outside, Transformers' function is called as ever.
+into a row: the CPU waits for the GPU. If they are, it makes a mask [B, 1, S, S], for which SDPA has no fast kernel. A
+fused model's forward knows more (`known_rows`). No `position_ids`: nothing is packed, and nobody looks. A collator that
+passes `cu_seq_lens_q` and `max_length_q` with them has said where the documents are. Otherwise they are looked for, as
+ever, with one wait. On GPUs packed rows get their `Documents` in place of a mask, which attention.py understands.
+Everything else, and every model outside such a forward, gets Transformers' masks.
 """
 
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from transformers import masking_utils
+from transformers.utils.generic import is_flash_attention_requested
 
-_unpacked: ContextVar[bool] = ContextVar("unpacked", default=False)
+from expertmesh import backends
+from expertmesh.kernels.varlen import document_of
+
+
+class Documents(NamedTuple):
+    """In place of an attention mask: causal within each document, none between them. See kernels/varlen.py."""
+
+    cu_seqlens: torch.Tensor
+    max_length: int
+
+
+@dataclass
+class _Rows:
+    """What is known about the rows of one forward. `packed` passes from the question to the mask made of its answer:
+    the documents, and the positions in them.
+    """
+
+    unpacked: bool
+    given: Documents | None
+    packed: tuple[Documents, torch.Tensor] | None = None
+
+
+_rows: ContextVar[_Rows | None] = ContextVar("rows", default=None)
 _look = masking_utils.find_packed_sequence_indices
 
 
-def _find_packed_sequence_indices(position_ids: torch.Tensor) -> torch.Tensor | None:
-    return None if _unpacked.get() else _look(position_ids)
-
-
-masking_utils.find_packed_sequence_indices = _find_packed_sequence_indices
-
-
 @contextlib.contextmanager
-def unpacked(known: bool) -> Iterator[None]:
-    """While `known`, rows are known to hold one document each."""
-    token = _unpacked.set(known)
+def known_rows(model: Any, unpacked: bool, inputs: dict[str, Any]) -> Iterator[None]:
+    """One forward of `model` on `inputs`; `unpacked`: rows are known to hold one document each."""
+    # FlashAttention's integrations find the documents themselves, and their mask has no use for the answer
+    unpacked = unpacked or is_flash_attention_requested(model.config.get_text_config())
+    token = _rows.set(_Rows(unpacked, _given(inputs)) if unpacked or _takes_documents(model) else None)
     try:
         yield
     finally:
-        _unpacked.reset(token)
+        _rows.reset(token)
+
+
+def _takes_documents(model: Any) -> bool:
+    """Whether all attention of this model passes its mask on to SDPA unseen: so do those that FlashAttention fits."""
+    config = model.config
+    causal_text = getattr(config, "is_causal", True) and config.get_text_config() is config
+    return causal_text and config._attn_implementation == "sdpa" and model._supports_flash_attn
+
+
+def _given(inputs: dict[str, Any]) -> Documents | None:
+    cu_seqlens, max_length = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
+    return None if cu_seqlens is None or max_length is None else Documents(cu_seqlens.int(), int(max_length))
+
+
+def find_documents(position_ids: torch.Tensor) -> Documents:
+    """The documents in rows [B, S] of positions: one begins wherever they do not count on. Waits for the device."""
+    positions = position_ids.cpu()
+    starts = torch.diff(positions, prepend=positions[:, :1]) != 1
+    cu_seqlens = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([positions.numel()])]).int()
+    return Documents(cu_seqlens.to(position_ids.device, non_blocking=True), int(cu_seqlens.diff().max()))
+
+
+def _find_packed_sequence_indices(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Within `known_rows` the answer is none, and the mask that Transformers then asks for knows better."""
+    rows = _rows.get()
+    if rows is None or (not rows.unpacked and torch.compiler.is_compiling()):
+        return _look(position_ids)
+    if not rows.unpacked:
+        documents = rows.given or find_documents(position_ids)
+        if len(documents.cu_seqlens) > len(position_ids) + 1:  # more of them than rows
+            rows.packed = documents, position_ids
+    return None
+
+
+def _sdpa_mask(*args: Any, **asked: Any) -> Any:
+    """Transformers' mask for SDPA, or `Documents`. What else than documents bounds (windows, chunks) needs a mask."""
+    rows = _rows.get()
+    if rows is None or rows.packed is None:
+        return masking_utils.sdpa_mask(*args, **asked)
+    (documents, position_ids), rows.packed = rows.packed, None
+    causal = asked["mask_function"] is masking_utils.causal_mask_function and asked["allow_is_causal_skip"]
+    device, dtype = asked["device"], asked["dtype"]
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if causal and backends.has_varlen(device, dtype):
+        return documents
+    asked["mask_function"] = masking_utils.packed_sequence_compatibility_function(
+        asked["mask_function"], position_ids, document_of(documents.cu_seqlens, *position_ids.shape)
+    )
+    return masking_utils.sdpa_mask(**asked | {"allow_is_causal_skip": False})
+
+
+masking_utils.find_packed_sequence_indices = _find_packed_sequence_indices
+masking_utils.AttentionMaskInterface.register("sdpa", _sdpa_mask)

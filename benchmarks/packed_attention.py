@@ -1,0 +1,177 @@
+"""Attention over packed documents: Transformers' mask, ours, and as many tokens in rows that nothing is packed into.
+
+    python benchmarks/packed_attention.py --out benchmarks/results/NAME.json
+
+Qwen3-30B's attention (32 heads of queries, 4 of keys, width 128) in bfloat16 over one row of 16,384 tokens that holds
+14 documents of unequal length; `unpacked` is four rows of 4,096. Times are medians of CUDA events over one layer's
+attention; the mask, or finding the documents, comes once per forward of a model: `mask_ms`, on the wall clock because
+both make the CPU wait. TFLOP/s count what the documents need: 4·N·D·length²/2 each, 2.5 times that backward. Where
+flash-attn-4 is installed, the arm `expertmesh-fa4` runs our path on its kernels. Without a GPU `--tokens 64 --heads 4`
+runs it all on the CPU: figures mean nothing there.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import activate_flash_attention_impl
+from transformers import masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from expertmesh import backends
+from expertmesh.layers.attention import attend
+from expertmesh.layers.masks import find_documents
+
+#: shares of the row, in 64ths
+DOCUMENTS = (12, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2, 1, 1, 1)
+WIDTH = 128
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_ms(run: Callable[[], Any], repeats: int, wall: bool = False) -> float:
+    """Median time of one call, on the device or on the wall clock; three calls warm up."""
+    times = []
+    for i in range(repeats + 3):
+        synchronize()
+        begin = time.perf_counter()
+        if DEVICE == "cuda" and not wall:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            elapsed = start.elapsed_time(end)
+        else:
+            run()
+            synchronize()
+            elapsed = (time.perf_counter() - begin) * 1e3
+        if i >= 3:
+            times.append(elapsed)
+    return statistics.median(times)
+
+
+def transformers_mask(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """What `create_causal_mask` does for packed rows."""
+    document = masking_utils.find_packed_sequence_indices(position_ids)
+    function = masking_utils.packed_sequence_compatibility_function(
+        masking_utils.causal_mask_function, position_ids, document
+    )
+    rows, length = position_ids.shape
+    return masking_utils.sdpa_mask(
+        rows, length, length, mask_function=function, allow_is_causal_skip=False, device=position_ids.device
+    )
+
+
+def measure(
+    attention: Callable, make_mask: Callable[[], Any], lengths: list[int], rows: int, heads: int, repeats: int
+) -> dict[str, Any]:
+    """One arm on documents of these lengths, laid out in `rows` rows."""
+    tokens, key_heads = sum(lengths), max(1, heads // 8)
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // key_heads, True
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(rows, tokens // rows, n, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+        .transpose(1, 2)
+        .requires_grad_()
+        for n in (heads, key_heads, key_heads)
+    )
+    mask_ms = median_ms(make_mask, repeats, wall=True)
+    before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+    mask = make_mask()
+
+    def forward() -> torch.Tensor:
+        return attention(module, query, key, value, mask, scaling=WIDTH**-0.5)[0]
+
+    forward_ms = median_ms(forward, repeats)
+    out = forward()
+    gradient = torch.randn_like(out)
+    backward_ms = median_ms(lambda: torch.autograd.grad(out, (query, key, value), gradient, retain_graph=True), repeats)
+    peak = {}
+    if DEVICE == "cuda":
+        del out
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(forward(), (query, key, value), gradient)
+        peak["peak_gib"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
+    flop = sum(2 * heads * WIDTH * length**2 for length in lengths)
+    return {
+        "mask_ms": round(mask_ms, 4),
+        "forward_ms": round(forward_ms, 4),
+        "backward_ms": round(backward_ms, 4),
+        "tokens_per_second": round(tokens / (forward_ms + backward_ms) * 1e3),
+        "forward_tflops": round(flop / forward_ms / 1e9, 1),
+        "backward_tflops": round(2.5 * flop / backward_ms / 1e9, 1),
+        **peak,
+    }
+
+
+def has_flash_attn_4() -> bool:
+    return (
+        DEVICE == "cuda"
+        and bool(importlib.util.find_spec("flash_attn"))
+        and bool(importlib.util.find_spec("flash_attn.cute"))
+    )
+
+
+def rows(tokens: int, heads: int, repeats: int) -> Iterator[dict[str, Any]]:
+    lengths = [share * tokens // 64 for share in DOCUMENTS]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(DEVICE)
+    unpacked = [tokens // 4] * 4
+    arms: dict[str, tuple] = {
+        "transformers": (sdpa_attention_forward, lambda: transformers_mask(positions), lengths, 1),
+        "expertmesh": (attend, lambda: find_documents(positions), lengths, 1),
+        "unpacked": (attend, lambda: None, unpacked, 4),
+    }
+    for arm, work in arms.items():
+        yield {"work": "unpacked" if arm == "unpacked" else "packed", "arm": arm} | measure(*work, heads, repeats)
+    if has_flash_attn_4():
+        activate_flash_attention_impl("FA4")  # for the rest of the process, so it is the last
+        yield {"work": "packed", "arm": "expertmesh-fa4"} | measure(*arms["expertmesh"], heads, repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384, help="a multiple of 64")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--commit", help="default: that of the working tree")
+    parser.add_argument("--out", help="write the JSON here as well")
+    arguments = parser.parse_args()
+    if arguments.tokens % 64:
+        parser.error("--tokens must be a multiple of 64")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    result: dict[str, Any] = {
+        "hardware": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "gpus": int(DEVICE == "cuda"),
+        **{name: backends.version_of(name) for name in ("torch", "triton", "transformers", "flash-attn-4")},
+        "commit": arguments.commit or head,
+        "command": " ".join(["python", *sys.argv]),
+        "sizes": {"tokens": arguments.tokens, "documents": len(DOCUMENTS), "heads": arguments.heads, "width": WIDTH},
+        "rows": [],
+    }
+    for row in rows(arguments.tokens, arguments.heads, arguments.repeats):
+        if not result["rows"]:
+            print("".join(f"{name:>18}" for name in row))
+        print("".join(f"{value!s:>18}" for value in row.values()), flush=True)
+        result["rows"].append(row)
+    if arguments.out:
+        with open(arguments.out, "w") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Causal attention within each of the documents that lie one behind the other in a batch, and none between them.
+
+PyTorch's FlashAttention kernel takes the documents' boundaries, so what is computed and kept grows with the documents'
+lengths; the mask that stands for the same thing grows with the square of the row, and SDPA has no fast kernel for it.
+
+Letters: B batch, S row, T = B·S tokens, N heads (of queries or of keys), D head width.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from expertmesh.backends import VARLEN_GQA
+
+
+def takes(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernel has these head widths: multiples of 8 up to 256, values at most as wide as queries."""
+    width = query.shape[-1]
+    return width % 8 == 0 and value.shape[-1] <= width <= 256
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_length: int,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """[B, S, Nq, Dv] in the inputs' dtype; scale None is 1 / sqrt(D). On CUDA float16 or bfloat16, also by autocast.
+
+    query: [B, Nq, S, D], key: [B, Nk, S, D] and value: [B, Nk, S, Dv], no copy if they are views of [B, S, N, D];
+    cu_seqlens: [documents + 1] int32, where each begins among the T tokens, and T; max_length: that of the longest.
+    """
+    B, _, S, D = query.shape
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    missing = D - value.shape[-1]
+    query, key, value = (x.transpose(1, 2).reshape(B * S, -1, x.shape[-1]) for x in (query, key, value))
+    value = F.pad(value, (0, missing)) if missing else value
+    out: Any  # torch's function returns a tuple if asked for more
+    if query.is_cuda:
+        lengths = cu_seqlens, cu_seqlens, max_length, max_length
+        out = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0), **VARLEN_GQA)
+    else:
+        out = varlen_attention_reference(query, key, value, cu_seqlens, scale)
+    return out.view(B, S, -1, D)[..., : D - missing]
+
+
+def varlen_attention_reference(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """The specification, for [T, N, D] tensors: SDPA with a mask of blocks, one per document."""
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    mask = document_mask(cu_seqlens, 1, query.shape[2])
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1).contiguous()
+
+
+def document_mask(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """The same attention as a mask [B, 1, S, S]: True where a query sees a key."""
+    document = document_of(cu_seqlens, rows, length)[:, None]
+    return (document[..., :, None] == document[..., None, :]).tril()
+
+
+def document_of(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """[B, S]: which document each token belongs to."""
+    token = torch.arange(rows * length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(token, cu_seqlens, right=True).view(rows, length)
