@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
+from expertmesh.dispatch.gather import one_forward
 from expertmesh.families import mtp as mtp_modules
 from expertmesh.families.generic import RULES
 from expertmesh.families.rules import Rule
@@ -29,6 +30,7 @@ from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
 from expertmesh.layers.masks import known_rows
 from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
+from expertmesh.layers.sharding import unwrapped_experts
 from expertmesh.memory.recompute import keep_routing
 from expertmesh.parallel import refuse_unfit_shards
 from expertmesh.weights.read import to_model_names
@@ -129,7 +131,7 @@ def fused_class(stock: Any) -> Any:
         defer = self.training and kwargs.get("labels") is not None
         no_positions = len(args) < 3 and kwargs.get("position_ids") is None  # the third argument of every causal model
         known = known_rows(self, no_positions, kwargs)
-        with deferring(defer), known, _aux_loss_share(self, kwargs), predicting(self, defer):
+        with one_forward(), deferring(defer), known, _aux_loss_share(self, kwargs), predicting(self, defer):
             return stock.forward(self, *args, **kwargs)
 
     cls.forward = forward
@@ -213,7 +215,8 @@ class FusedModel(Fast):
         """As in Transformers, which crashes on some ranks and leaves others waiting if a shard would be empty."""
         if mesh_manager is not None:
             refuse_unfit_shards(model, distributed_config)
-        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        with unwrapped_experts(model, distributed_config):
+            return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:

@@ -217,14 +217,14 @@ def test_experts_that_cannot_be_spread_are_refused_on_every_rank(tmp_path):
         assert "tp_size=4 does not divide the 2 key-value heads" in error and "Set tp_size to 1 or 2." in error
 
 
-@pytest.mark.parametrize("gather", [False, True], ids=["all-to-all", "gather"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes"])
 @pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, gather):
+def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, dispatch, tmp_path):
     if with_triton and os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("the GPU tests cover Triton here")
     cases = [((6, 0, 5, 1), None), ((0, 4, 0, 0), None), ((0, 0, 0, 0), None), ((3, 9, 2, 2), 7), ((3, 0, 2, 2), 0)]
-    made = on_ranks(num_ranks, work.layers, cases, with_triton, gather)
+    made = on_ranks(num_ranks, work.layers, cases, with_triton, dispatch, tmp_path)
     for number, (tokens, favourite) in enumerate(cases):
         experts = work.experts_of(8, slice(None))
         for rank in range(num_ranks):

@@ -1,6 +1,8 @@
 """What ranks do in the parity tests, and the same on one process with stock Transformers."""
 
 import contextlib
+import functools
+import random
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import expertmesh
 from expertmesh import backends
 from expertmesh.bench.tiny import tiny_config
+from expertmesh.dispatch import gather, links
 from expertmesh.dispatch.all_to_all import AllToAll
-from expertmesh.dispatch.gather import Gather
+from expertmesh.dispatch.links import Mailboxes
 from expertmesh.layers import experts
 from expertmesh.parallel import DistributedSetup, clip_grad_norm
 
@@ -265,22 +268,65 @@ def layer_inputs(num_tokens: int, favourite: int | None, seed: int) -> tuple[tor
     return x.requires_grad_(), ids, torch.rand(num_tokens, 3, generator=generator).requires_grad_(), dout
 
 
+class HostMemory:
+    """Mailboxes of ranks on one machine: files in `folder` that all of them map, with barriers by gloo."""
+
+    made = 0
+
+    def __init__(self, folder: Path, num_bytes: int) -> None:
+        HostMemory.made += 1
+        paths = [folder / f"{HostMemory.made}-{rank}" for rank in range(dist.get_world_size())]
+        paths[dist.get_rank()].write_bytes(b"\xff" * num_bytes)
+        dist.barrier()
+        self.boxes = [torch.from_file(str(p), shared=True, size=num_bytes, dtype=torch.uint8) for p in paths]
+
+    def of(self, rank: int) -> torch.Tensor:
+        return self.boxes[rank]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
 def layers(
-    rank: int, cases: list[tuple[tuple[int, ...], int | None]], with_triton: bool, gather: bool
+    rank: int, cases: list[tuple[tuple[int, ...], int | None]], with_triton: bool, dispatch: str, folder: Path
 ) -> list[list[torch.Tensor]]:
     """One layer's output and gradients on this rank, for (tokens of each rank, favourite expert)."""
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
+    if dispatch == "mailboxes":
+        link = Mailboxes(mesh["ep"].get_group(), functools.partial(HostMemory, folder))
+        gather.link_of = lambda group: link
+    implementation = AllToAll if dispatch == "all_to_all" else gather.Gather
     results = []
     for tokens, favourite in cases:
         module = experts_of(8, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
         x, ids, weights, dout = layer_inputs(tokens[rank], favourite, seed=rank)
         with backends.interpreted() if with_triton else contextlib.nullcontext():
-            out = (Gather if gather else AllToAll)(module, mesh["ep"], mesh["tp"])(x, ids, weights)
+            out = implementation(module, mesh["ep"], mesh["tp"])(x, ids, weights)
             out.backward(dout)
         results.append([out.detach(), x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad])
     return results
+
+
+def mailboxes(rank: int, num_cases: int) -> int:
+    """Random exchanges through device mailboxes, each equal to what the collectives make of it; how many."""
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    group = dist.group.WORLD
+    link = links.link_of(group)
+    assert isinstance(link, Mailboxes)
+    collectives, shapes = links.Collectives(group), random.Random(0)
+    torch.manual_seed(rank)
+    for _ in range(num_cases):
+        rows, width, top_k = shapes.randint(1, 3000), 8 * shapes.randint(1, 300), shapes.randint(1, 10)
+        parts = [torch.randn(rows, width, device="cuda").bfloat16(), torch.randn(rows, top_k, device="cuda")]
+        for got, want in zip(link.all_gather(parts), collectives.all_gather(parts), strict=True):
+            assert torch.equal(got, want)
+        parts = [part.repeat(dist.get_world_size(), 1) for part in parts]
+        for got, want in zip(link.reduce_scatter(parts), collectives.reduce_scatter(parts), strict=True):
+            torch.testing.assert_close(got, want)
+    return num_cases
 
 
 def loading_memory(rank: int, folder: Path, setup: dict[str, Any]) -> tuple[int, int, int]:

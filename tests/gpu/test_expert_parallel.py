@@ -1,4 +1,4 @@
-"""Expert parallelism over NCCL with the Triton kernels: the gradients of one GPU, and a layer that waits only once."""
+"""Expert parallelism over NCCL with the Triton kernels: the gradients of one GPU, and who waits for whom."""
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ pytestmark = [
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "mixtral"])
 def test_two_gpus_compute_the_gradients_of_one(tmp_path, family):
     layout, few = {"ep_size": 2}, (0, 1, 2) if family in ("deepseek_v3", "nemotron_h") else (0, 1)
+    gather = layout | {"dispatch": "gather"}
     cases = [Case(layout), Case(layout, recompute=True), Case(layout, force=few), Case({})]
+    cases += [Case(gather), Case(gather, recompute=True), Case(gather, force=few)]
     for force in (None, few):
         torch.save(work.reference(load_stock(family).cuda(), 2, force), tmp_path / f"2-{force}.pt")
     for rank in on_ranks(2, work.parity, saved(family), cases, tmp_path, gpus=True):
@@ -25,6 +27,13 @@ def test_two_gpus_compute_the_gradients_of_one(tmp_path, family):
             assert loss <= 1e-4 and grad <= 1e-3, f"{family} {name}: loss {loss:.1e}, {parameter} {grad:.1e}"
 
 
-def test_only_the_wait_for_the_counts_stops_the_host(tmp_path):
-    for waits in on_ranks(2, work.host_waits, saved("qwen3_moe"), Case({"ep_size": 2}), gpus=True):
-        assert waits == {"forward": 2, "backward": 0}
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("dispatch", "waits"), [("all_to_all", 2), ("gather", 0)])
+def test_only_the_wait_for_the_counts_stops_the_host(dispatch, waits, recompute):
+    case = Case({"ep_size": 2, "dispatch": dispatch}, recompute=recompute)
+    for waited in on_ranks(2, work.host_waits, saved("qwen3_moe"), case, gpus=True):
+        assert waited == {"forward": waits, "backward": 0}
+
+
+def test_mailboxes_and_collectives_bring_the_same_rows():
+    assert on_ranks(2, work.mailboxes, 200, gpus=True) == [200, 200]

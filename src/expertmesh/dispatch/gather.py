@@ -4,13 +4,16 @@
 
 With 2 ranks this moves as many rows as sending each token once to every rank that needs it, with 4 hardly more; and
 nothing about the routing has to be known on the host: shapes follow from how many tokens each rank has, which the hosts
-tell each other, so the CPU never waits for a device. Pairs of other ranks' experts carry the id "not mine", which the
-experts skip. The backward mirrors the forward: a reduce-scatter where that gathers, and the reverse.
+tell each other once per forward, so the CPU never waits for a device. Pairs of other ranks' experts carry the id "not
+mine", which the experts skip. The backward mirrors the forward: a reduce-scatter where that gathers, and the reverse.
+What the rows travel by is links.py's.
 
 Registered in Transformers as the `ep_implementation` "expertmesh-gather".
 """
 
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from expertmesh.dispatch.all_to_all import AllToAll
+from expertmesh.dispatch.links import Link, hosts, link_of
 from expertmesh.memory.recompute import kept
 
 NAME = "expertmesh-gather"
@@ -29,27 +33,54 @@ class Gather(AllToAll):
 
     def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         group, experts_per_rank = self.ep_mesh.get_group(), self.num_local_experts
-        rows = kept(lambda: most_tokens(len(x_TH), group))  # of any rank; the others are padded to it
-        first = self.ep_mesh.get_local_rank() * experts_per_rank
-        ids_MK = _gather(_padded(ids_TK, rows, self.ep_mesh.size() * experts_per_rank), group) - first
-        ids_MK = torch.where((ids_MK >= 0) & (ids_MK < experts_per_rank), ids_MK, experts_per_rank)
-        x_MH = _Gather.apply(x_TH, rows, group)
-        weight_MK = _Gather.apply(weight_TK.float(), rows, group)
-        y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
-        return _Scatter.apply(y_MH, len(x_TH), group)
+        rows = kept(lambda: most_tokens(len(x_TH), group))
+        num_experts, link = self.ep_mesh.size() * experts_per_rank, link_of(group)
+        x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, rows, num_experts, link)
+        # this rank's experts become 0, 1, …; all others and the padding's, by the modulus, something larger
+        ids_MK = (ids_MK - self.ep_mesh.get_local_rank() * experts_per_rank) % (num_experts + 1)
+        y_MH = self.experts_forward(x_MH, ids_MK.clamp_(max=experts_per_rank), weight_MK)
+        return _Scatter.apply(y_MH, len(x_TH), link)
+
+
+_agreed: ContextVar[dict[dist.ProcessGroup, tuple[int, int]] | None] = ContextVar("agreed_tokens", default=None)
+
+
+@contextmanager
+def one_forward() -> Iterator[None]:
+    """Within: one forward of a model, whose layers all get as many tokens on this rank, so that hosts ask once."""
+    token = _agreed.set({})
+    try:
+        yield
+    finally:
+        _agreed.reset(token)
 
 
 def most_tokens(num_tokens: int, group: dist.ProcessGroup) -> int:
-    """The largest number of tokens that any rank of the group has, at least 1; the hosts ask each other."""
-    most = torch.tensor([max(num_tokens, 1)])
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=_hosts(group))
-    return int(most)
+    """The largest number of tokens that any rank of the group has, at least 1; the hosts ask each other.
 
-
-@cache
-def _hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks whose messages travel between their CPUs."""
-    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+    Raises RuntimeError if a rank does not answer within the group's timeout.
+    """
+    agreed = _agreed.get()
+    if agreed is not None and group in agreed:
+        before, most = agreed[group]
+        if before != num_tokens:
+            raise RuntimeError(
+                f"dispatch='gather' needs as many tokens in every layer of a forward, but here {before} became "
+                f"{num_tokens}. Use dispatch='all_to_all' with this model."
+            )
+        return most
+    answer = torch.tensor([max(num_tokens, 1)])
+    try:
+        dist.all_reduce(answer, dist.ReduceOp.MAX, group=hosts(group))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Rank {dist.get_rank()} waited in vain for the ranks {dist.get_process_group_ranks(group)} to reach the "
+            f"experts of the same forward. One of them failed or got fewer batches: look at the first error of all."
+        ) from error
+    most = int(answer)
+    if agreed is not None:
+        agreed[group] = num_tokens, most
+    return most
 
 
 def _padded(x: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:
@@ -66,42 +97,44 @@ def _first(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x if len(x) == rows else x[:rows].clone()
 
 
-def _gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The rows of all ranks of the group, in their order; x has as many on each."""
-    out = x.new_empty(group.size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x, group)
-    return out
-
-
-def _scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """This rank's part of the rows of x, summed over the ranks of the group."""
-    out = x.new_empty(len(x) // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
-    return out
-
-
 class _Gather(torch.autograd.Function):
+    """x [T, H], ids and weights [T, K] of each rank → those of all, padded to M = R · rows; weights in float32.
+
+    The padding's ids are `num_experts`. Ids are made int64, as Transformers' experts take them.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.num_tokens, ctx.group = len(x), group
-        return _gather(_padded(x, rows), group)
+    def forward(ctx: Any, x_TH, ids_TK, weight_TK, rows: int, num_experts: int, link: Link):
+        ctx.num_tokens, ctx.rows, ctx.weight_dtype, ctx.link = len(x_TH), rows, weight_TK.dtype, link
+        top_k = ids_TK.shape[1]
+        pairs_TK2 = torch.cat([ids_TK.int(), weight_TK.float().view(torch.int32)], dim=1)
+        x_MH, pairs_MK2 = link.all_gather([_padded(x_TH, rows), _padded(pairs_TK2, rows, num_experts)])
+        ids_MK = pairs_MK2[:, :top_k].long()
+        ctx.mark_non_differentiable(ids_MK)
+        return x_MH, ids_MK, pairs_MK2[:, top_k:].contiguous().view(torch.float32)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _first(_scatter_sum(dx, ctx.group), ctx.num_tokens), None, None
+    def backward(ctx: Any, dx_MH, _, dweight_MK):
+        parts = [d for d, needed in ((dx_MH, ctx.needs_input_grad[0]), (dweight_MK, ctx.needs_input_grad[2])) if needed]
+        sums = [_first(part, ctx.num_tokens) for part in ctx.link.reduce_scatter(parts)] if parts else []
+        dx_TH = sums.pop(0) if ctx.needs_input_grad[0] else None
+        dweight_TK = sums.pop().to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
+        return dx_TH, None, dweight_TK, None, None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, num_tokens: int, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.rows, ctx.group = len(y) // group.size(), group
-        return _first(_scatter_sum(y, group), num_tokens)
+    def forward(ctx: Any, y_MH: torch.Tensor, num_tokens: int, link: Link) -> torch.Tensor:
+        (out,) = link.reduce_scatter([y_MH])
+        ctx.rows, ctx.link = len(out), link
+        return _first(out, num_tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _gather(_padded(dout, ctx.rows), ctx.group), None, None
+        (dy_MH,) = ctx.link.all_gather([_padded(dout, ctx.rows)])
+        return dy_MH, None, None
 
 
 EPImplementationInterface.register(NAME, Gather)

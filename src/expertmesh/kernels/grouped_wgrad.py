@@ -1,6 +1,6 @@
 """Gradients of the experts' weights and biases: sums over each expert's rows.
 
-    grouped_wgrad:  dW_e = Σ_s g_t(s) ⊗ c_s   over the rows s of expert e
+    grouped_wgrad:  dW_e = scale · Σ_s g_t(s) ⊗ c_s   over the rows s of expert e
     grouped_sum:    db_e = Σ_s a_s
 
 One operand of the product is read through the token index instead of from a permuted copy, the other lies in sorted
@@ -23,32 +23,34 @@ from expertmesh.kernels.grouped_gemm import (
 from expertmesh.kernels.grouping import Grouping
 
 
-def grouped_wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, *, gathered_first: bool) -> torch.Tensor:
-    """dW [E, G, C] = Σ over each expert's rows of g_t(s) [G] ⊗ c_s [C]; [E, C, G] unless `gathered_first`.
+def grouped_wgrad(
+    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, *, gathered_first: bool, scale: float = 1.0
+) -> torch.Tensor:
+    """dW [E, G, C] = scale · Σ over each expert's rows of g_t(s) [G] ⊗ c_s [C]; [E, C, G] unless `gathered_first`.
 
     g: [T, G], one row per token; c: [S, C] in sorted order, finite up to the end of the last expert's last row tile.
     Sums in float32, result in g's dtype.
     """
     if use_triton(g_TG):
-        return _grouped_wgrad_triton(g_TG, c_SC, group, gathered_first)
-    return grouped_wgrad_reference(g_TG, c_SC, group, gathered_first=gathered_first)
+        return _grouped_wgrad_triton(g_TG, c_SC, group, gathered_first, scale)
+    return grouped_wgrad_reference(g_TG, c_SC, group, gathered_first=gathered_first, scale=scale)
 
 
 def grouped_wgrad_reference(
-    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, *, gathered_first: bool
+    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, *, gathered_first: bool, scale: float = 1.0
 ) -> torch.Tensor:
     """The specification of `grouped_wgrad`: one product per expert, or `F.grouped_mm` on a GPU without Triton."""
     if g_TG.is_cuda:
         g_SG = rows_of(g_TG, group, gather=True)
         a, b = (g_SG, c_SC) if gathered_first else (c_SC, g_SG)
-        return F.grouped_mm(a.t(), b, offs=group.offsets_E)
+        return F.grouped_mm(a.t(), b, offs=group.offsets_E).mul_(scale)
     num_rows, num_columns = (x.shape[1] for x in ((g_TG, c_SC) if gathered_first else (c_SC, g_TG)))
     dw = g_TG.new_empty(group.offsets_E.numel(), num_rows, num_columns)
     for expert, rows in segments(group):  # no rows: the product is zeros
         g, c = rows_of(g_TG, group, rows, gather=True), c_SC[rows]
         a, b = (g, c) if gathered_first else (c, g)
         torch.mm(a.t(), b, out=dw[expert])
-    return dw
+    return dw if scale == 1 else dw.mul_(scale)
 
 
 def grouped_sum(a_SN: torch.Tensor, group: Grouping) -> torch.Tensor:
@@ -83,7 +85,7 @@ def wgrad_config(x: torch.Tensor, block_rows: int) -> dict[str, int]:
 
 
 def _grouped_wgrad_triton(
-    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, gathered_first: bool
+    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, gathered_first: bool, scale: float
 ) -> torch.Tensor:
     assert g_TG.stride(1) == 1
     num_experts, num_g, num_c = group.offsets_E.numel(), g_TG.shape[1], c_SC.shape[1]
@@ -99,6 +101,7 @@ def _grouped_wgrad_triton(
         num_g,
         num_c,
         g_TG.stride(0),
+        scale,
         GATHERED_FIRST=gathered_first,
         DESCRIPTOR=by_descriptor(g_TG.device),
         PRECISION=dot_precision(g_TG.dtype),
@@ -118,6 +121,7 @@ def _grouped_wgrad_kernel(
     num_g,
     num_c,
     stride_g,
+    scale,
     GATHERED_FIRST: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     BG: tl.constexpr,
@@ -150,7 +154,7 @@ def _grouped_wgrad_kernel(
         acc = tl.dot(tl.trans(gathered), rows, acc, input_precision=PRECISION)
     column_c = first_c + tl.arange(0, BC)
     base = dw + expert.to(tl.int64) * num_g * num_c
-    result = acc.to(dw.dtype.element_ty)
+    result = (acc * scale).to(dw.dtype.element_ty)
     inside_g, inside_c = column_g < num_g, column_c < num_c
     if GATHERED_FIRST:
         at = base + column_g.to(tl.int64)[:, None] * num_c + column_c[None, :]

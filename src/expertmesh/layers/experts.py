@@ -37,6 +37,11 @@ def why_not(experts: Any) -> str | None:
     return None
 
 
+def divides_gradients(experts: Any) -> bool:
+    """Whether this module runs here, where its weights' gradients are divided by its `grad_divisor`, if it has one."""
+    return experts.config._experts_implementation == NAME and why_not(experts) is None
+
+
 def activation_of(experts: Any) -> Activation:
     """The `Activation` of a Transformers experts module, read from the flags and functions it carries."""
     gated, interleaved = experts.has_gate, not experts.is_concatenated
@@ -82,21 +87,34 @@ def experts_forward(
     x_TH = hidden_states.to(w_up.dtype)  # under autocast Transformers computes experts in their weights' dtype too
     act = activation_of(experts)
     inside = residual if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype else None
-    out = _Experts.apply(x_TH, top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act, inside)
+    scale = 1 / getattr(experts, "grad_divisor", 1)
+    out = _Experts.apply(x_TH, top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act, inside, scale)
     out = out.to(hidden_states.dtype)
     return out if residual is None or residual is inside else residual + out.view(residual.shape)
 
 
 class _Experts(torch.autograd.Function):
-    """Weights are [E, in, out] views here; their gradients come back in the same shape."""
+    """Weights are [E, in, out] views here; their gradients come back in the same shape, times `scale`."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH, weight_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, ids_TK, act: Activation, residual):
+    def forward(
+        ctx: Any,
+        x_TH,
+        weight_TK,
+        w_up_EHJ,
+        b_up_EJ,
+        w_down_EIH,
+        b_down_EH,
+        ids_TK,
+        act: Activation,
+        residual,
+        scale: float,
+    ):
         group = group_by_expert(ids_TK, w_up_EHJ.shape[0], weight_TK)
         x_TH = x_TH.contiguous()
         h_SJ, a_SI = up_act(x_TH, w_up_EHJ, b_up_EJ, group, act)
         y_SH = grouped_gemm(a_SI, w_down_EIH, group, b_down_EH)
-        ctx.act, ctx.tiles, ctx.block = act, group.tiles, group.block
+        ctx.act, ctx.tiles, ctx.block, ctx.scale = act, group.tiles, group.block, scale
         ctx.save_for_backward(
             x_TH,
             h_SJ,
@@ -129,26 +147,26 @@ class _Experts(torch.autograd.Function):
         if need_weight:
             dweight_TK = _per_slot(dweight_PS, group, dout_TH, ids_TK, b_down_EH, weight_TK.dtype)
         if need_w_down:
-            dw_down = _wgrad(dout_TH, wa_SI, group, w_down_EIH.transpose(1, 2)).transpose(1, 2)
+            dw_down = _wgrad(dout_TH, wa_SI, group, w_down_EIH.transpose(1, 2), ctx.scale).transpose(1, 2)
         if need_b_down:
-            db_down = _bias_down_grad(dout_TH, weight_TK, ids_TK, b_down_EH)
+            db_down = _bias_down_grad(dout_TH, weight_TK, ids_TK, b_down_EH) * ctx.scale
         if need_w_up:
-            dw_up = _wgrad(x_TH, dh_SJ, group, w_up_EHJ)
+            dw_up = _wgrad(x_TH, dh_SJ, group, w_up_EHJ, ctx.scale)
         if need_b_up:
-            db_up = grouped_sum(dh_SJ, group)
+            db_up = grouped_sum(dh_SJ, group) * ctx.scale
         if need_x:
             dx_TH = combine(grouped_gemm(dh_SJ, w_up_EHJ.transpose(1, 2), group), group.position_TK)
-        return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None, dresidual
+        return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None, dresidual, None
 
 
-def _wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor) -> torch.Tensor:
+def _wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor, scale: float) -> torch.Tensor:
     """The gradient of the weights w [E, G, C] in the memory layout of their parameter, so that autograd need not copy.
 
     w may be a transposed view of it.
     """
     if w_EGC.stride(2) == 1:
-        return grouped_wgrad(g_TG, c_SC, group, gathered_first=True)
-    return grouped_wgrad(g_TG, c_SC, group, gathered_first=False).transpose(1, 2)
+        return grouped_wgrad(g_TG, c_SC, group, gathered_first=True, scale=scale)
+    return grouped_wgrad(g_TG, c_SC, group, gathered_first=False, scale=scale).transpose(1, 2)
 
 
 def _per_slot(
