@@ -30,7 +30,7 @@ from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
 from expertmesh.layers.masks import known_rows
 from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
-from expertmesh.layers.sharding import unwrapped_experts
+from expertmesh.layers.sharding import lean_layout
 from expertmesh.memory.recompute import keep_routing
 from expertmesh.parallel import refuse_unfit_shards
 from expertmesh.weights.read import to_model_names
@@ -215,7 +215,7 @@ class FusedModel(Fast):
         """As in Transformers, which crashes on some ranks and leaves others waiting if a shard would be empty."""
         if mesh_manager is not None:
             refuse_unfit_shards(model, distributed_config)
-        with unwrapped_experts(model, distributed_config):
+        with lean_layout(model, distributed_config):
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @staticmethod

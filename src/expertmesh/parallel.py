@@ -24,7 +24,6 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
 from expertmesh.dispatch import all_to_all, gather
-from expertmesh.layers.sharding import keep_small_dense
 
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
@@ -133,11 +132,9 @@ class DistributedSetup:
         )
 
     def apply_to(self, model: Any) -> None:
-        """What the setup asks of a model that is laid out already: checkpointing, and when weights are freed."""
+        """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
         if self.activation_checkpointing:
             model.activation_checkpointing_enable()
-        if self.ep_size > 1:
-            keep_small_dense(model)
         for module in model.modules():
             if getattr(module, "_is_expert_parallel", False) and isinstance(module, FSDPModule):
                 module.set_reshard_after_forward(self.reshard_experts)

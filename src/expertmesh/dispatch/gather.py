@@ -37,7 +37,7 @@ class Gather(AllToAll):
         num_experts, link = self.ep_mesh.size() * experts_per_rank, link_of(group)
         x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, rows, num_experts, link)
         # this rank's experts become 0, 1, …; all others and the padding's, by the modulus, something larger
-        ids_MK = (ids_MK - self.ep_mesh.get_local_rank() * experts_per_rank) % (num_experts + 1)
+        ids_MK = ids_MK.sub_(self.ep_mesh.get_local_rank() * experts_per_rank).remainder_(num_experts + 1)
         y_MH = self.experts_forward(x_MH, ids_MK.clamp_(max=experts_per_rank), weight_MK)
         return _Scatter.apply(y_MH, len(x_TH), link)
 
@@ -98,20 +98,15 @@ def _first(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """x [T, H], ids and weights [T, K] of each rank → those of all, padded to M = R · rows; weights in float32.
-
-    The padding's ids are `num_experts`. Ids are made int64, as Transformers' experts take them.
-    """
+    """x [T, H], ids and weights [T, K] of each rank → those of all, padded to M = R · rows by ids `num_experts`."""
 
     @staticmethod
     def forward(ctx: Any, x_TH, ids_TK, weight_TK, rows: int, num_experts: int, link: Link):
-        ctx.num_tokens, ctx.rows, ctx.weight_dtype, ctx.link = len(x_TH), rows, weight_TK.dtype, link
-        top_k = ids_TK.shape[1]
-        pairs_TK2 = torch.cat([ids_TK.int(), weight_TK.float().view(torch.int32)], dim=1)
-        x_MH, pairs_MK2 = link.all_gather([_padded(x_TH, rows), _padded(pairs_TK2, rows, num_experts)])
-        ids_MK = pairs_MK2[:, :top_k].long()
+        ctx.num_tokens, ctx.link = len(x_TH), link
+        parts = _padded(x_TH, rows), _padded(ids_TK, rows, num_experts), _padded(weight_TK, rows)
+        x_MH, ids_MK, weight_MK = link.all_gather(list(parts))
         ctx.mark_non_differentiable(ids_MK)
-        return x_MH, ids_MK, pairs_MK2[:, top_k:].contiguous().view(torch.float32)
+        return x_MH, ids_MK, weight_MK
 
     @staticmethod
     @once_differentiable
@@ -119,7 +114,7 @@ class _Gather(torch.autograd.Function):
         parts = [d for d, needed in ((dx_MH, ctx.needs_input_grad[0]), (dweight_MK, ctx.needs_input_grad[2])) if needed]
         sums = [_first(part, ctx.num_tokens) for part in ctx.link.reduce_scatter(parts)] if parts else []
         dx_TH = sums.pop(0) if ctx.needs_input_grad[0] else None
-        dweight_TK = sums.pop().to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
+        dweight_TK = sums.pop() if ctx.needs_input_grad[2] else None
         return dx_TH, None, dweight_TK, None, None, None
 
 

@@ -9,6 +9,7 @@ enough, and the host never waits.
 `link_of` makes the choice, once for each group, and prints it.
 """
 
+import math
 import socket
 from collections.abc import Callable
 from functools import cache
@@ -70,61 +71,65 @@ class Mailboxes:
 
     def __init__(self, group: dist.ProcessGroup, make: Callable[[int], Memory]) -> None:
         self.rank, self.size, self.make = group.rank(), group.size(), make
+        # every rank sends to its neighbour first
+        self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
         self.boxes: list[Memory] = []
         self.bytes = self.turn = 0
+        self._places: dict[Any, list[list[torch.Tensor]]] = {}
 
     def all_gather(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        begins = self._begin([self.size * part.nbytes for part in parts])
-        box = self.boxes[self.turn]
-        for step in range(1, self.size + 1):  # each begins with its neighbour; itself comes last
-            receiver = box.of((self.rank + step) % self.size)
-            for part, begin in zip(parts, begins, strict=True):
-                _rows_of(receiver, begin, part.shape, part.dtype, self.rank).copy_(part)
+        box, places = self._begin(parts, 1)
+        for place, part in zip(places, parts, strict=True):
+            for receiver in (*self.others, self.rank):
+                place[receiver].copy_(part)
         box.barrier()
-        mine = box.of(self.rank)
-        return [
-            _rows_of(mine, begin, (self.size * len(part), *part.shape[1:]), part.dtype).clone()
-            for part, begin in zip(parts, begins, strict=True)
-        ]
+        return [place[-1].clone() for place in places]
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        begins = self._begin([part.nbytes for part in parts])
-        box, chunks = self.boxes[self.turn], [part.chunk(self.size) for part in parts]
-        others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        for other in others:
-            receiver = box.of(other)
-            for chunk, begin in zip(chunks, begins, strict=True):
-                rows = chunk[other]
-                _rows_of(receiver, begin, rows.shape, rows.dtype, self.rank).copy_(rows)
+        box, places = self._begin(parts, self.size)
+        chunks = [part.chunk(self.size) for part in parts]
+        for place, chunk in zip(places, chunks, strict=True):
+            for receiver in self.others:
+                place[receiver].copy_(chunk[receiver])
         box.barrier()
-        mine, sums = box.of(self.rank), []
-        for chunk, begin in zip(chunks, begins, strict=True):
-            own = chunk[self.rank]
-            received = [_rows_of(mine, begin, own.shape, own.dtype, other) for other in others]
-            # more than two are added in float32
-            sums.append(own + received[0] if len(others) == 1 else torch.stack([own, *received]).sum(0))
-        return sums
+        if self.size == 2:
+            return [chunk[self.rank] + place[-1][1 - self.rank] for place, chunk in zip(places, chunks, strict=True)]
+        for place, chunk in zip(places, chunks, strict=True):
+            place[self.rank].copy_(chunk[self.rank])
+        return [place[-1].sum(0) for place in places]  # in float32
 
-    def _begin(self, sizes: list[int]) -> list[int]:
-        """Take the other mailbox; where in it each part begins. Larger ones are made first if the parts need it."""
-        begins, end = [], 0
-        for size in sizes:
-            begins.append(end)
-            end += -(-size // ALIGNMENT) * ALIGNMENT
-        if end > self.bytes:
-            self.bytes = end
-            self.boxes = [self.make(end), self.make(end)]
+    def _begin(self, parts: list[torch.Tensor], pieces: int) -> tuple[Memory, list[list[torch.Tensor]]]:
+        """Take the other mailbox for exchanges of one of the `pieces` of each part.
+
+        Returns it and, for each part, where it goes in every rank's box, and last all that comes into this rank's own:
+        [R · n, …] of whole parts, else [R, n, …]. Larger boxes are made if the parts need them.
+        """
         self.turn = 1 - self.turn
-        return begins
+        key = (self.turn, pieces, *((part.shape, part.dtype) for part in parts))
+        if key not in self._places:
+            begins, end = [], 0
+            for part in parts:
+                begins.append(end)
+                end += -(-part.nbytes * self.size // pieces // ALIGNMENT) * ALIGNMENT
+            if end > self.bytes:
+                self._places.clear()
+                self.boxes = [self.make(end), self.make(end)]
+                self.bytes = end
+            boxes = [self.boxes[self.turn].of(rank) for rank in range(self.size)]
+            self._places[key] = [
+                _places(boxes, begin, (len(part) // pieces, *part.shape[1:]), part.dtype, self.rank, pieces == 1)
+                for part, begin in zip(parts, begins, strict=True)
+            ]
+        return self.boxes[self.turn], self._places[key]
 
 
-def _rows_of(box: torch.Tensor, begin: int, shape: tuple[int, ...], dtype: torch.dtype, place: int = 0) -> torch.Tensor:
-    """A tensor of this shape in a mailbox: at byte `begin`, behind `place` others of the same shape."""
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    begin += place * size
-    return box[begin : begin + size].view(dtype).view(shape)
+def _places(
+    boxes: list[torch.Tensor], begin: int, shape: tuple[int, ...], dtype: torch.dtype, rank: int, joined: bool
+) -> list[torch.Tensor]:
+    """Where a tensor of this rank lies in every box, behind those of the ranks before it; and all in its own box."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    whole = [box[begin : begin + len(boxes) * num_bytes].view(dtype).view(len(boxes), *shape) for box in boxes]
+    return [*(tensors[rank] for tensors in whole), whole[rank].flatten(0, 1) if joined else whole[rank]]
 
 
 class DeviceMemory:

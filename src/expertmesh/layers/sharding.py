@@ -1,5 +1,6 @@
 """What Transformers' FSDP2 layout does at a needless cost where experts are spread over ranks, done without it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -7,35 +8,52 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers.distributed import DistributedConfig
 from transformers.distributed import fsdp as stock_fsdp
 
 from expertmesh.layers.experts import divides_gradients
 
-SMALL = 1 / 30  # of a GPU's memory
+SMALL = 1 / 30  # of a device's memory
+LAYERS_AT_ONCE = 8
 
 
 @contextmanager
-def unwrapped_experts(model: Any, layout: DistributedConfig) -> Iterator[None]:
-    """While Transformers lays the model out: FSDP leaves alone the experts that lie whole on one rank.
+def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
+    """While Transformers lays the model out with expert parallelism: FSDP does less.
 
-    It would neither gather nor reduce them, but copy and divide their gradients. They divide them themselves, in the
-    kernel that makes them (`experts.grad_divisor`). Replicated experts (HSDP) and other experts backends stay FSDP's.
+    It leaves alone the experts that lie whole on one rank, which it would neither gather nor reduce, but whose
+    gradients it would copy and divide. They divide them themselves, in the kernel that makes them
+    (`experts.grad_divisor`). Replicated experts (HSDP) and other experts backends stay FSDP's.
+
+    And if all dense weights together take little memory, they are gathered once per step, not again in the backward,
+    and several layers at once: otherwise small layers wait for the CPU.
     """
-    experts = _experts_of(model)
-    whole = (layout.ep_size or 1) > 1 and layout.efsdp_size == 1 and layout.dp_replicate_size == 1
-    if not whole or not all(divides_gradients(module) for module in experts):
+    if (layout.ep_size or 1) == 1:
         yield
         return
-    ours = {id(module) for module in experts}
+    experts = [module for module in model.modules() if hasattr(module, "is_concatenated")]
+    whole = layout.efsdp_size == 1 and layout.dp_replicate_size == 1 and all(map(divides_gradients, experts))
+    ours = {id(module) for module in experts} if whole else set()
+    layers = _layers_to_stay(model)
+    small = _dense_is_small(model, experts)
+    later: list[tuple[Any, dict[str, Any]]] = []
 
     def fully_shard(module: Any, **options: Any) -> Any:
         if id(module) in ours:
             module.set_gradient_divide_factor = partial(setattr, module, "grad_divisor")  # Transformers calls it next
             return module
-        parameters = {parameter for expert in experts for parameter in expert.parameters()}
-        return stock(module, ignored_params=parameters, **options)
+        if whole:  # their parameters are made anew when they are spread, which is before this
+            options["ignored_params"] = {parameter for expert in experts for parameter in expert.parameters()}
+        if small and not hasattr(module, "is_concatenated"):
+            options["reshard_after_forward"] = False
+            if id(module) in layers:
+                later.append((module, options))
+                return module
+        if module is model:  # the last call
+            for first in range(0, len(later), LAYERS_AT_ONCE):
+                some = later[first : first + LAYERS_AT_ONCE]
+                stock([layer for layer, _ in some], **some[0][1])
+        return stock(module, **options)
 
     stock = stock_fsdp.fully_shard
     stock_fsdp.fully_shard = fully_shard
@@ -47,18 +65,20 @@ def unwrapped_experts(model: Any, layout: DistributedConfig) -> Iterator[None]:
             vars(module).pop("set_gradient_divide_factor", None)
 
 
-def keep_small_dense(model: Any) -> None:
-    """Gather dense weights once per step, not again in the backward, if whole they take little of the GPU's memory."""
-    if not torch.cuda.is_available():
-        return
-    of_experts = {parameter for expert in _experts_of(model) for parameter in expert.parameters()}
-    dense = [parameter for parameter in model.parameters() if parameter not in of_experts]
-    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    if sum(parameter.numel() * parameter.element_size() for parameter in dense) < SMALL * memory:
-        for module in model.modules():
-            if isinstance(module, FSDPModule) and not hasattr(module, "is_concatenated"):
-                module.set_reshard_after_forward(False, recurse=False)
+def _layers_to_stay(model: Any) -> set[int]:
+    """The ids of all layers but those for multi-token prediction, which a checkpoint without them takes out again."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    mtp = getattr(model, "_mtp", None)
+    children = [(f"{name}.{number}.", layer) for name, module in lists for number, layer in enumerate(module)]
+    return {id(layer) for name, layer in children if mtp is None or not mtp.owns(name)}
 
 
-def _experts_of(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "is_concatenated")]
+def _dense_is_small(model: nn.Module, experts: list[Any]) -> bool:
+    """Whether all parameters outside the experts, whole, take less than `SMALL` of the device's memory."""
+    of_experts = {parameter for expert in experts for parameter in expert.parameters()}
+    dense = sum(p.numel() * p.element_size() for p in model.parameters() if p not in of_experts)
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return dense < SMALL * memory
