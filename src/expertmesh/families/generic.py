@@ -6,9 +6,26 @@ the model's output embedding (fuse.py).
 
 from expertmesh.families import qwen3_moe
 from expertmesh.families.rules import Rule
+from expertmesh.layers.decoder import (
+    FastDecoderLayer,
+    FastGraniteDecoderLayer,
+    FastHybridDecoderLayer,
+    why_not_add_norm,
+)
 from expertmesh.layers.mlp import FastSwiGLU, why_not_swiglu
+from expertmesh.layers.moe import (
+    FastGatedSharedMoEBlock,
+    FastGraniteMoEBlock,
+    FastMoEBlock,
+    FastSharedMLPMoEBlock,
+    FastSharedMoEBlock,
+    why_not_noisy,
+)
 from expertmesh.layers.norm import FastFloat32RMSNorm, FastOnePlusRMSNorm, FastRMSNorm
 from expertmesh.layers.router import (
+    FastErnieRouter,
+    FastGraniteRouter,
+    FastHunYuanRouter,
     FastMixtralRouter,
     FastNormalizedSoftmaxRouter,
     FastSigmoidRouter,
@@ -43,6 +60,14 @@ ROUTER_RULES = (
     Rule("router", FastNormalizedSoftmaxRouter, like=("qwen3_5_moe.Qwen3_5MoeTopKRouter",), code=("4466b6818575",)),
     Rule("router", FastMixtralRouter, like=("mixtral.MixtralTopKRouter",), code=("c2255326ddf6",)),
     Rule("router", FastTopKSoftmaxRouter, like=("gpt_oss.GptOssTopKRouter",), code=("cab650bd04b3",)),
+    Rule("router", FastGraniteRouter, like=("granitemoe.GraniteMoeTopKRouter",), code=("3602d2719735",)),
+    Rule(
+        "router",
+        FastErnieRouter,
+        like=("ernie4_5_moe.Ernie4_5_MoeTopKRouter",),
+        code=("47188f81d518",),
+    ),
+    Rule("router", FastHunYuanRouter, like=("hunyuan_v1_moe.HunYuanMoEV1Gate",), code=("ca681c3ae536",)),
     Rule(
         "router",
         FastSigmoidRouter,
@@ -52,5 +77,39 @@ ROUTER_RULES = (
     ),
 )
 
-# a family's own rules look at the norms inside a module, so they come after the norms' rules
-RULES = (*NORM_RULES, *MLP_RULES, *ROUTER_RULES, *qwen3_moe.RULES)
+LAYER_RULES = (
+    Rule("add_norm", FastDecoderLayer, ("mixtral.MixtralDecoderLayer",), ("00e30df93b0b",), why_not=why_not_add_norm),
+    Rule(
+        "add_norm",
+        FastGraniteDecoderLayer,
+        ("granitemoe.GraniteMoeDecoderLayer",),
+        ("5f4f76f7d85f",),
+        why_not=why_not_add_norm,
+    ),
+    Rule(
+        "add_norm",
+        FastHybridDecoderLayer,
+        ("qwen3_next.Qwen3NextDecoderLayer", "qwen3_5_moe.Qwen3_5MoeDecoderLayer"),
+        ("e0272a479c25",),
+        why_not=why_not_add_norm,
+    ),
+    Rule("add_norm", FastMoEBlock, ("olmoe.OlmoeSparseMoeBlock",), ("caa0c6ea1669",)),
+    Rule("add_norm", FastMoEBlock, ("mixtral.MixtralSparseMoeBlock",), ("8afc3ebd8fed",), why_not=why_not_noisy),
+    Rule("add_norm", FastGraniteMoEBlock, ("granitemoe.GraniteMoeMoE",), ("87b73612cc25",)),
+    Rule(
+        "add_norm",
+        FastSharedMoEBlock,
+        ("deepseek_v3.DeepseekV3MoE", "glm4_moe.Glm4MoeMoE", "ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock"),
+        ("16e9c3000cd8", "8604e692394b"),
+    ),
+    Rule("add_norm", FastSharedMLPMoEBlock, ("hunyuan_v1_moe.HunYuanMoEV1Moe",), ("b732303f7ebf",)),
+    Rule(
+        "add_norm",
+        FastGatedSharedMoEBlock,
+        ("qwen2_moe.Qwen2MoeSparseMoeBlock", "qwen3_5_moe.Qwen3_5MoeSparseMoeBlock"),
+        ("72d5edaac713",),
+    ),
+)
+
+# a family's own rules and those of layers look at the norms inside a module, so they come after the norms' rules
+RULES = (*NORM_RULES, *MLP_RULES, *ROUTER_RULES, *qwen3_moe.RULES, *LAYER_RULES)
