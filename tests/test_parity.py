@@ -26,6 +26,7 @@ from expertmesh.bench.parity import (
 from expertmesh.bench.rows import Row, relative_error, worst_error
 from expertmesh.bench.tiny import FAMILIES, tiny_model
 from expertmesh.cli import run
+from expertmesh.layers.head import DeferredLogits
 from tests.models import load_ours, load_stock, saved, shared_pair
 
 INTERPRETER = backends.HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,6 +70,14 @@ def test_triton_kernels_give_the_same_numbers(family, case):
     stock, ours = shared_pair(family)
     with backends.interpreted():
         assert not differing(compare_case(stock, ours, CASE[case]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_not_computed_in_training_unless_somebody_looks(family):
+    _, ours = shared_pair(family)
+    (row,) = (row for row in ours.fusion_report() if row.name == "linear_cross_entropy")
+    logits = ours.train()(**make_batch("plain", 128, ours.device)).logits
+    assert row.on and isinstance(logits, DeferredLogits) and logits._computed is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
