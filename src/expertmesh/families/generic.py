@@ -22,6 +22,7 @@ from expertmesh.layers.moe import (
     why_not_noisy,
 )
 from expertmesh.layers.norm import FastFloat32RMSNorm, FastOnePlusRMSNorm, FastRMSNorm
+from expertmesh.layers.rope import FastInterleavedRoPE, FastRoPE, why_not_rope
 from expertmesh.layers.router import (
     FastErnieRouter,
     FastGraniteRouter,
@@ -111,5 +112,19 @@ LAYER_RULES = (
     ),
 )
 
-# a family's own rules and those of layers look at the norms inside a module, so they come after the norms' rules
-RULES = (*NORM_RULES, *MLP_RULES, *ROUTER_RULES, *qwen3_moe.RULES, *LAYER_RULES)
+
+def _rope_rule(fast: type, like: tuple[str, ...], code: tuple[str, ...]) -> Rule:
+    also = ("apply_rotary_pos_emb", "rotate_half")
+    return Rule("rope", fast, like, code, also, calls="apply_rotary_pos_emb", why_not=why_not_rope)
+
+
+ROPE_RULES = (
+    _rope_rule(
+        FastRoPE, ("mixtral.MixtralAttention", "qwen3_next.Qwen3NextAttention"), ("799063ae4b15", "046be360974c")
+    ),
+    _rope_rule(FastInterleavedRoPE, ("ernie4_5_moe.Ernie4_5_MoeAttention",), ("ab37fa6b6172",)),
+)
+
+# a family's own rules and those of layers look at the norms inside a module, so they come after the norms' rules;
+# attention that no family knows gets a fast RoPE
+RULES = (*NORM_RULES, *MLP_RULES, *ROUTER_RULES, *qwen3_moe.RULES, *LAYER_RULES, *ROPE_RULES)

@@ -33,16 +33,10 @@ class FastDecoderLayer(Fast):
         normed, residual = add_rms_norm(mixed, hidden_states, norm.weight, norm.variance_epsilon, scale=norm.scale)
         return self._feed_forward(normed, residual)
 
-    def _mix(
-        self,
-        normed: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
+    def _mix(self, normed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """What is added to the residual before the second norm."""
-        kwargs.update(attention_mask=attention_mask, position_embeddings=position_embeddings)
-        return self.self_attn(hidden_states=normed, **kwargs)[0]
+        required = {"attention_mask": None, "position_embeddings": None}
+        return self.self_attn(hidden_states=normed, **required | kwargs)[0]
 
     def _feed_forward(self, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return add_block(self.mlp, normed, residual)
