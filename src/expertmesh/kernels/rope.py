@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from expertmesh.backends import tl, triton, use_triton
 
 #: heads per tile, and warps
-TUNING = {"ROWS": 16, "num_warps": 4}
+TUNING = {"forward": {"ROWS": 16, "num_warps": 4}, "backward": {"ROWS": 16, "num_warps": 4}}
 
 
 def rope(
@@ -130,13 +130,14 @@ def _launch(
     q_out, k_out = (
         torch.empty(B, S, x.shape[1], D, dtype=t, device=x.device) for x, t in zip((q, k), dtypes, strict=True)
     )
+    tuning = TUNING["backward" if flags["back"] else "forward"]
     if B * S:
-        programs = sum(triton.cdiv(B * S * N, TUNING["ROWS"]) for N in (NQ, NK))
+        programs = sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK))
         _turn[(programs,)](
             q, k, cos, sin, q_out, k_out, B * S, S, *q.stride()[:3], *k.stride()[:3],
             cos.stride(0) if cos.shape[0] == B else 0, cos.stride(1), NQ=NQ, NK=NK, D=D, R=R,
             INTERLEAVED=flags["interleaved"], BACK=flags["back"], BLOCK=triton.next_power_of_2(R // 2),
-            BLOCK_REST=triton.next_power_of_2(max(1, D - R)), **TUNING,
+            BLOCK_REST=triton.next_power_of_2(max(1, D - R)), **tuning,
         )  # fmt: skip
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
