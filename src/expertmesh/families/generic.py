@@ -5,7 +5,7 @@ the model's output embedding (fuse.py).
 """
 
 from expertmesh.families import qwen3_moe
-from expertmesh.families.rules import Rule
+from expertmesh.families.rules import Rule, never
 from expertmesh.layers.decoder import (
     FastDecoderLayer,
     FastGraniteDecoderLayer,
@@ -62,12 +62,7 @@ ROUTER_RULES = (
     Rule("router", FastMixtralRouter, like=("mixtral.MixtralTopKRouter",), code=("c2255326ddf6",)),
     Rule("router", FastTopKSoftmaxRouter, like=("gpt_oss.GptOssTopKRouter",), code=("cab650bd04b3",)),
     Rule("router", FastGraniteRouter, like=("granitemoe.GraniteMoeTopKRouter",), code=("3602d2719735",)),
-    Rule(
-        "router",
-        FastErnieRouter,
-        like=("ernie4_5_moe.Ernie4_5_MoeTopKRouter",),
-        code=("47188f81d518",),
-    ),
+    Rule("router", FastErnieRouter, like=("ernie4_5_moe.Ernie4_5_MoeTopKRouter",), code=("47188f81d518",)),
     Rule("router", FastHunYuanRouter, like=("hunyuan_v1_moe.HunYuanMoEV1Gate",), code=("ca681c3ae536",)),
     Rule(
         "router",
@@ -78,51 +73,36 @@ ROUTER_RULES = (
     ),
 )
 
-LAYER_RULES = (
-    Rule("add_norm", FastDecoderLayer, ("mixtral.MixtralDecoderLayer",), ("00e30df93b0b",), why_not=why_not_add_norm),
-    Rule(
-        "add_norm",
-        FastGraniteDecoderLayer,
-        ("granitemoe.GraniteMoeDecoderLayer",),
-        ("5f4f76f7d85f",),
-        why_not=why_not_add_norm,
-    ),
-    Rule(
-        "add_norm",
-        FastHybridDecoderLayer,
-        ("qwen3_next.Qwen3NextDecoderLayer", "qwen3_5_moe.Qwen3_5MoeDecoderLayer"),
-        ("e0272a479c25",),
-        why_not=why_not_add_norm,
-    ),
-    Rule("add_norm", FastMoEBlock, ("olmoe.OlmoeSparseMoeBlock",), ("caa0c6ea1669",)),
-    Rule("add_norm", FastMoEBlock, ("mixtral.MixtralSparseMoeBlock",), ("8afc3ebd8fed",), why_not=why_not_noisy),
-    Rule("add_norm", FastGraniteMoEBlock, ("granitemoe.GraniteMoeMoE",), ("87b73612cc25",)),
-    Rule(
-        "add_norm",
-        FastSharedMoEBlock,
-        ("deepseek_v3.DeepseekV3MoE", "glm4_moe.Glm4MoeMoE", "ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock"),
-        ("16e9c3000cd8", "8604e692394b"),
-    ),
-    Rule("add_norm", FastSharedMLPMoEBlock, ("hunyuan_v1_moe.HunYuanMoEV1Moe",), ("b732303f7ebf",)),
-    Rule(
-        "add_norm",
-        FastGatedSharedMoEBlock,
-        ("qwen2_moe.Qwen2MoeSparseMoeBlock", "qwen3_5_moe.Qwen3_5MoeSparseMoeBlock"),
-        ("72d5edaac713",),
-    ),
+LAYERS = (
+    (FastDecoderLayer, "mixtral.MixtralDecoderLayer", "00e30df93b0b", why_not_add_norm),
+    (FastGraniteDecoderLayer, "granitemoe.GraniteMoeDecoderLayer", "5f4f76f7d85f", why_not_add_norm),
+    (FastHybridDecoderLayer, "qwen3_next.Qwen3NextDecoderLayer", "e0272a479c25", why_not_add_norm),
+    (FastMoEBlock, "mixtral.MixtralSparseMoeBlock", "8afc3ebd8fed", why_not_noisy),
+    (FastMoEBlock, "olmoe.OlmoeSparseMoeBlock", "caa0c6ea1669", never),
+    (FastGraniteMoEBlock, "granitemoe.GraniteMoeMoE", "87b73612cc25", never),
+    (FastSharedMoEBlock, "deepseek_v3.DeepseekV3MoE", "16e9c3000cd8", never),
+    (FastSharedMoEBlock, "ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock", "8604e692394b", never),
+    (FastSharedMLPMoEBlock, "hunyuan_v1_moe.HunYuanMoEV1Moe", "b732303f7ebf", never),
+    (FastGatedSharedMoEBlock, "qwen2_moe.Qwen2MoeSparseMoeBlock", "72d5edaac713", never),
 )
+LAYER_RULES = tuple(Rule("add_norm", fast, (like,), (code,), why_not=why_not) for fast, like, code, why_not in LAYERS)
 
-
-def _rope_rule(fast: type, like: tuple[str, ...], code: tuple[str, ...]) -> Rule:
-    also = ("apply_rotary_pos_emb", "rotate_half")
-    return Rule("rope", fast, like, code, also, calls="apply_rotary_pos_emb", why_not=why_not_rope)
-
-
-ROPE_RULES = (
-    _rope_rule(
-        FastRoPE, ("mixtral.MixtralAttention", "qwen3_next.Qwen3NextAttention"), ("799063ae4b15", "046be360974c")
-    ),
-    _rope_rule(FastInterleavedRoPE, ("ernie4_5_moe.Ernie4_5_MoeAttention",), ("ab37fa6b6172",)),
+ROPES = (
+    (FastRoPE, "mixtral.MixtralAttention", "799063ae4b15"),
+    (FastRoPE, "qwen3_next.Qwen3NextAttention", "046be360974c"),
+    (FastInterleavedRoPE, "ernie4_5_moe.Ernie4_5_MoeAttention", "ab37fa6b6172"),
+)
+ROPE_RULES = tuple(
+    Rule(
+        "rope",
+        fast,
+        (like,),
+        (code,),
+        also=("apply_rotary_pos_emb", "rotate_half"),
+        calls="apply_rotary_pos_emb",
+        why_not=why_not_rope,
+    )
+    for fast, like, code in ROPES
 )
 
 # a family's own rules and those of layers look at the norms inside a module, so they come after the norms' rules;

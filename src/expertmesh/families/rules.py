@@ -18,6 +18,10 @@ from typing import Any
 from torch import nn
 
 
+def never(module: nn.Module) -> None:
+    """The `why_not` of rules that hold for every instance."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """Modules whose code has one of these fingerprints become twins of `fast`.
@@ -35,7 +39,7 @@ class Rule:
     code: tuple[str, ...]
     also: tuple[str, ...] = ()
     calls: str | None = None
-    why_not: Callable[[nn.Module], str | None] = lambda module: None
+    why_not: Callable[[nn.Module], str | None] = never
 
     def matches(self, cls: type) -> bool:
         """Whether the class runs exactly the code this rule replaces."""

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys in one launch, for attention whose q/k-norms, if any, stand elsewhere.
+"""Rotary position embedding of queries and keys, for attention whose q/k-norms, if any, stand elsewhere.
 
     [a', b'] = [a cos_a - b sin_a, b cos_b + a sin_b]
 
@@ -6,7 +6,7 @@ a and b are the halves of the turned width R or, interleaved, its even and odd e
 unturned. Stock Transformers needs about ten passes over q and k; here each is read and written once, computed in
 float32 and rounded once. Only cos and sin are kept: backward turns the gradients back.
 
-Letters: B batch, N heads (of q or of k), S sequence, D head width, R turned width.
+Letters: B batch, N heads, S sequence, D head width, R turned width.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def rope(
             f"R even and at most the heads' width, {q.shape[-1]}."
         )
     if use_triton(q):
-        return _RoPE.apply(q, k, cos, sin, interleaved)
+        return _RoPE.apply(q, cos, sin, interleaved), _RoPE.apply(k, cos, sin, interleaved)
     return rope_reference(q, k, cos, sin, interleaved)
 
 
@@ -62,19 +62,20 @@ def rope_reference(
 
 
 @triton.jit
-def _turn_tile(
-    tile, x_ptr, cos_ptr, sin_ptr, y_ptr, num_heads, S, stride_b, stride_n, stride_s, rot_stride_b, rot_stride_s,
+def _turn(
+    x_ptr, cos_ptr, sin_ptr, y_ptr, num_heads, S, stride_b, stride_n, stride_s, rot_stride_b, rot_stride_s,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    """One program per tile of heads, counted through all tokens."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     token = row // N
-    batch = token // S
+    batch = (token // S).to(tl.int64)
+    position = (token % S).to(tl.int64)
     inside = row < num_heads
-    position = (token - batch * S).to(tl.int64)
-    x_ptr += batch.to(tl.int64) * stride_b + (row - token * N).to(tl.int64) * stride_n + position * stride_s
+    x_ptr += batch * stride_b + (row % N).to(tl.int64) * stride_n + position * stride_s
     y_ptr += row.to(tl.int64) * D
-    turn = batch.to(tl.int64) * rot_stride_b + position * rot_stride_s
+    turn = batch * rot_stride_b + position * rot_stride_s
 
     pair = tl.arange(0, BLOCK)[None, :]
     mask = inside & (pair < R // 2)
@@ -98,62 +99,34 @@ def _turn_tile(
         tl.store(y_ptr + at, tl.load(x_ptr + at, rest, other=0.0).to(tl.float32), rest)
 
 
-@triton.jit
-def _turn(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, S, q_stride_b, q_stride_n, q_stride_s,
-    k_stride_b, k_stride_n, k_stride_s, rot_stride_b, rot_stride_s, NQ: tl.constexpr, NK: tl.constexpr,
-    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
-):  # fmt: skip
-    """One program per tile of heads: those of q, then those of k."""
-    tile = tl.program_id(0)
-    q_tiles = tl.cdiv(T * NQ, ROWS)
-    if tile < q_tiles:
-        _turn_tile(
-            tile, q_ptr, cos_ptr, sin_ptr, q_out_ptr, T * NQ, S, q_stride_b, q_stride_n, q_stride_s, rot_stride_b,
-            rot_stride_s, NQ, D, R, INTERLEAVED, BACK, ROWS, BLOCK, BLOCK_REST,
-        )  # fmt: skip
-    else:
-        _turn_tile(
-            tile - q_tiles, k_ptr, cos_ptr, sin_ptr, k_out_ptr, T * NK, S, k_stride_b, k_stride_n, k_stride_s,
-            rot_stride_b, rot_stride_s, NK, D, R, INTERLEAVED, BACK, ROWS, BLOCK, BLOCK_REST,
-        )  # fmt: skip
-
-
-def _launch(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtypes: list[torch.dtype], **flags: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    B, NQ, S, D = q.shape
-    NK, R = k.shape[1], cos.shape[-1]
-    assert B * S * max(NQ, NK) < 2**31, "heads are counted in 32 bits"
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    q_out, k_out = (
-        torch.empty(B, S, x.shape[1], D, dtype=t, device=x.device) for x, t in zip((q, k), dtypes, strict=True)
-    )
-    tuning = TUNING["backward" if flags["back"] else "forward"]
-    if B * S:
-        programs = sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK))
-        _turn[(programs,)](
-            q, k, cos, sin, q_out, k_out, B * S, S, *q.stride()[:3], *k.stride()[:3],
-            cos.stride(0) if cos.shape[0] == B else 0, cos.stride(1), NQ=NQ, NK=NK, D=D, R=R,
-            INTERLEAVED=flags["interleaved"], BACK=flags["back"], BLOCK=triton.next_power_of_2(R // 2),
+def _turned(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, interleaved: bool, back: bool
+) -> torch.Tensor:
+    (B, N, S, D), R = x.shape, cos.shape[-1]
+    assert B * S * N < 2**31, "heads are counted in 32 bits"
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y = torch.empty(B, S, N, D, dtype=dtype, device=x.device)
+    tuning = TUNING["backward" if back else "forward"]
+    if y.numel():
+        _turn[(triton.cdiv(B * S * N, tuning["ROWS"]),)](
+            x, cos, sin, y, B * S * N, S, *x.stride()[:3], cos.stride(0) if cos.shape[0] == B else 0, cos.stride(1),
+            N=N, D=D, R=R, INTERLEAVED=interleaved, BACK=back, BLOCK=triton.next_power_of_2(R // 2),
             BLOCK_REST=triton.next_power_of_2(max(1, D - R)), **tuning,
         )  # fmt: skip
-    return q_out.transpose(1, 2), k_out.transpose(1, 2)
+    return y.transpose(1, 2)
 
 
 class _RoPE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool):
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved, ctx.dtypes = interleaved, [q.dtype, k.dtype]
-        dtypes = ctx.dtypes if interleaved else [torch.promote_types(dtype, cos.dtype) for dtype in ctx.dtypes]
-        return _launch(q, k, cos, sin, dtypes, interleaved=interleaved, back=False)
+        ctx.interleaved, ctx.dtype = interleaved, x.dtype
+        dtype = x.dtype if interleaved else torch.promote_types(x.dtype, cos.dtype)
+        return _turned(x, cos, sin, dtype, interleaved, back=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        dq, dk = _launch(dq, dk, cos, sin, ctx.dtypes, interleaved=ctx.interleaved, back=True)
-        return dq, dk, None, None, None
+        return _turned(dy, cos, sin, ctx.dtype, ctx.interleaved, back=True), None, None, None
