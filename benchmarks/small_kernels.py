@@ -37,7 +37,7 @@ from expertmesh.kernels.grouping import group_by_expert, group_by_expert_referen
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from expertmesh.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from expertmesh.kernels.rope import rope, rope_reference
+from expertmesh.kernels.rope import rotary, rotary_reference
 from expertmesh.kernels.router import Routing, route, route_reference
 from expertmesh.kernels.swiglu import swiglu, swiglu_reference
 
@@ -159,7 +159,7 @@ def cases(tokens: int, hidden: int, vocab: int) -> Iterator[tuple[str, Callable,
         3 * head_pass + rotation,
     )
     turned = (q.detach().transpose(1, 2).requires_grad_(), k.detach().transpose(1, 2).requires_grad_(), cos, sin)
-    yield "rope", rope, rope_reference, turned, 2 * head_pass + rotation, 2 * head_pass + rotation
+    yield "rope", rotary, rotary_reference, turned, 2 * head_pass + rotation, 2 * head_pass + rotation
     yield "swiglu", swiglu, swiglu_reference, (leaf(tokens, 3 * hidden), leaf(tokens, 3 * hidden)), 9 * row, 15 * row
     yield from routing_cases(tokens, hidden)
     gemm = 2 * tokens * hidden * vocab / FLOP_PER_MS

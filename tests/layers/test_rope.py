@@ -13,8 +13,8 @@ from tests.models import shared_pair
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_next", "ernie4_5_moe"])
 def test_the_kernel_is_called_where_stock_called_its_function(family, monkeypatch):
-    calls, reference = [], kernels.rope_reference
-    monkeypatch.setattr(kernels, "rope_reference", lambda *args: calls.append(args) or reference(*args))
+    calls, reference = [], kernels.rotary_reference
+    monkeypatch.setattr(kernels, "rotary_reference", lambda *args: calls.append(args) or reference(*args))
     stock, ours = shared_pair(family)
     ids = torch.arange(9)[None]
     torch.testing.assert_close(copy.deepcopy(ours)(ids).logits, stock(ids).logits)

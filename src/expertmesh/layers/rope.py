@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from expertmesh.kernels.rope import rope
+from expertmesh.kernels.rope import rotary
 from expertmesh.layers.fast import Fast
 
 
@@ -51,6 +51,6 @@ def _turning(stock: Callable, interleaved: bool) -> Callable:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if unsqueeze_dim != 1 or cos.ndim != 3:  # heads elsewhere than in the kernel's layout
             return stock(q, k, cos, sin, unsqueeze_dim)
-        return rope(q, k, cos, sin, interleaved)
+        return rotary(q, k, cos, sin, interleaved)
 
     return apply_rotary_pos_emb
