@@ -28,14 +28,16 @@ import torch
 
 from expertmesh import backends
 from expertmesh.kernels import linear_cross_entropy as loss_kernels
-from expertmesh.kernels import qk_norm_rope as rope_kernels
+from expertmesh.kernels import qk_norm_rope as qk_kernels
 from expertmesh.kernels import rms_norm as norm_kernels
+from expertmesh.kernels import rope as rope_kernels
 from expertmesh.kernels import swiglu as swiglu_kernels
 from expertmesh.kernels.combine import combine, combine_reference, unsort, unsort_reference
 from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from expertmesh.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from expertmesh.kernels.rope import rotary, rotary_reference
 from expertmesh.kernels.router import Routing, route, route_reference
 from expertmesh.kernels.swiglu import swiglu, swiglu_reference
 
@@ -62,13 +64,20 @@ SWEEPS: dict[str, tuple[dict[str, dict[str, int]], dict[str, list[dict[str, int]
         },
     ),
     "qk_norm_rope": (
-        rope_kernels.TUNING,
+        qk_kernels.TUNING,
         {
             "forward": table(ROWS=(8, 16, 32), num_warps=(2, 4)),
             "backward": table(ROWS=(8,), num_warps=(2,), programs=(8, 10, 16))
             + table(ROWS=(16,), num_warps=(4,), programs=(4, 5, 8))
             + table(ROWS=(16,), num_warps=(8,), programs=(3, 4))
             + table(ROWS=(32,), num_warps=(8,), programs=(2,)),
+        },
+    ),
+    "rope": (
+        rope_kernels.TUNING,
+        {
+            "forward": table(ROWS=(4, 8, 16, 32), num_warps=(2, 4)),
+            "backward": table(ROWS=(4, 8, 16, 32), num_warps=(2, 4)),
         },
     ),
     "swiglu": (
@@ -109,6 +118,7 @@ def liger() -> dict[str, Callable]:
         "rms_norm": lambda x, w: f.liger_rms_norm(x, w, EPS, in_place=False),
         "add_rms_norm": lambda x, r, w: f.liger_fused_add_rms_norm(x, r, w, EPS, in_place=False),
         "qk_norm_rope": heads,
+        "rope": lambda q, k, cos, sin: f.liger_rope(q.clone(), k.clone(), cos, sin),  # it works in place
         "swiglu": f.liger_swiglu,
         "linear_cross_entropy": lambda h, w, y: f.liger_fused_linear_cross_entropy(h, w, y),
         "linear_cross_entropy, frozen weight": lambda h, w, y: f.liger_fused_linear_cross_entropy(h, w, y),
@@ -148,6 +158,8 @@ def cases(tokens: int, hidden: int, vocab: int) -> Iterator[tuple[str, Callable,
         2 * head_pass + rotation,
         3 * head_pass + rotation,
     )
+    turned = (q.detach().transpose(1, 2).requires_grad_(), k.detach().transpose(1, 2).requires_grad_(), cos, sin)
+    yield "rope", rotary, rotary_reference, turned, 2 * head_pass + rotation, 2 * head_pass + rotation
     yield "swiglu", swiglu, swiglu_reference, (leaf(tokens, 3 * hidden), leaf(tokens, 3 * hidden)), 9 * row, 15 * row
     yield from routing_cases(tokens, hidden)
     gemm = 2 * tokens * hidden * vocab / FLOP_PER_MS

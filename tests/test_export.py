@@ -216,15 +216,21 @@ def test_fuse_turns_a_loaded_stock_model_into_ours(family):
 
 
 @pytest.mark.parametrize(
-    "name", ["experts", "router", "rms_norm", "swiglu", "qk_norm_rope", "add_norm", "linear_cross_entropy"]
+    ("family", "name"),
+    [
+        *(("qwen3_moe", name) for name in ("experts", "router", "rms_norm", "swiglu", "qk_norm_rope", "add_norm")),
+        ("qwen3_moe", "linear_cross_entropy"),
+        ("granitemoe", "rope"),
+        ("granitemoe", "add_norm"),
+    ],
 )
-def test_each_fusion_can_be_switched_off_alone_and_the_numbers_stay(name):
-    ours = load_ours("qwen3_moe", fused={name: False})
+def test_each_fusion_can_be_switched_off_alone_and_the_numbers_stay(family, name):
+    ours = load_ours(family, fused={name: False})
     states = {row.name: row.on for row in ours.fusion_report()}
     assert states[name] is False and sum(states.values()) >= 4
     assert all(row.on or row.reason for row in ours.fusion_report())
     for case in CASES[1:2]:
-        assert not [row for row in compare_case(load_stock("qwen3_moe"), ours, case) if not row.ok]
+        assert not [row for row in compare_case(load_stock(family), ours, case) if not row.ok]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -33,13 +33,16 @@ def test_every_fingerprint_is_that_of_the_code_it_names(rule):
 
 EXPECTED = {
     "qwen3_moe": {"experts", "router", "rms_norm", "qk_norm_rope", "add_norm", "swiglu", "linear_cross_entropy"},
-    "olmoe": {"experts", "router", "rms_norm", "add_norm", "linear_cross_entropy"},
-    "mixtral": {"experts", "router", "rms_norm", "linear_cross_entropy"},
-    "glm4_moe": {"experts", "router", "rms_norm", "add_norm", "swiglu", "linear_cross_entropy"},
     "deepseek_v3": {"experts", "router", "rms_norm", "add_norm", "swiglu", "linear_cross_entropy"},
     "gpt_oss": {"experts", "router", "rms_norm", "linear_cross_entropy"},
     "nemotron_h": {"experts", "router", "rms_norm", "linear_cross_entropy"},
-    "qwen3_next": {"experts", "router", "rms_norm", "swiglu", "linear_cross_entropy"},
+    "mixtral": {"experts", "router", "rms_norm", "rope", "add_norm", "linear_cross_entropy"},
+    "phimoe": {"experts", "rope", "linear_cross_entropy"},
+    "glm4_moe": {"experts", "router", "rms_norm", "rope", "add_norm", "swiglu", "linear_cross_entropy"},
+}
+EXPECTED |= {family: EXPECTED["mixtral"] for family in ("olmoe", "granitemoe")}
+EXPECTED |= {
+    family: EXPECTED["glm4_moe"] for family in ("qwen3_next", "qwen3_5_moe_text", "ernie4_5_moe", "hunyuan_v1_moe")
 }
 
 

@@ -26,6 +26,7 @@ from expertmesh.bench.parity import (
 from expertmesh.bench.rows import Row, relative_error, worst_error
 from expertmesh.bench.tiny import FAMILIES, tiny_model
 from expertmesh.cli import run
+from expertmesh.layers.head import DeferredLogits
 from tests.models import load_ours, load_stock, saved, shared_pair
 
 INTERPRETER = backends.HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,6 +37,9 @@ def differing(rows: list[Row]) -> list[Row]:
     assert rows
     return [row for row in rows if not row.ok]
 
+
+BY_HAND = ("qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
+GENERIC = ("mixtral", "granitemoe", "ernie4_5_moe", "hunyuan_v1_moe", "qwen3_5_moe_text")  # between them every rule
 
 # every case, but the router loss only where Transformers adds one
 WORK = [
@@ -57,7 +61,7 @@ def test_loss_logits_and_gradients_equal_stock(family, case):
 @pytest.mark.parametrize(
     ("family", "case"),
     [
-        *((family, "poisoned memory") for family in ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h")),
+        *((family, "poisoned memory") for family in BY_HAND + GENERIC),
         *(("mixtral", case) for case in ("right padding", "checkpointing", "all on the same experts", "ties")),
     ],
 )
@@ -66,6 +70,14 @@ def test_triton_kernels_give_the_same_numbers(family, case):
     stock, ours = shared_pair(family)
     with backends.interpreted():
         assert not differing(compare_case(stock, ours, CASE[case]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_not_computed_in_training_unless_somebody_looks(family):
+    _, ours = shared_pair(family)
+    (row,) = (row for row in ours.fusion_report() if row.name == "linear_cross_entropy")
+    logits = ours.train()(**make_batch("plain", 128, ours.device)).logits
+    assert row.on and isinstance(logits, DeferredLogits) and logits._computed is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -43,6 +43,7 @@ FUSIONS = {
     "rms_norm": "RMSNorm",
     "swiglu": "MLP",
     "qk_norm_rope": "Attention",
+    "rope": "Attention",
     "add_norm": "DecoderLayer",
     "linear_cross_entropy": "lm_head",
     "liger": "models without experts",
@@ -337,7 +338,7 @@ def _apply_fusion(model: nn.Module, fusion: str) -> Fusion:
         elif reason is not None:
             reasons[reason] = None
     if not count and not reasons:
-        reasons["the model has no such module"] = None
+        reasons["no module of the model needs it"] = None
     return Fusion(fusion, count > 0, _how() if count else "", "; ".join(reasons), count)
 
 

@@ -133,6 +133,11 @@ def parity(rank: int, folder: Path, cases: list[Case], references: Path) -> list
     return results
 
 
+def parity_of_several(rank: int, folders: list[Path], cases: list[Case]) -> list[list[tuple[str, float, float, str]]]:
+    """`parity` of one model after the other; each folder has the model in `model`, and its references."""
+    return [parity(rank, folder / "model", cases, folder) for folder in folders]
+
+
 def train(model: Any, steps: int, loss_and_backward: Any, clip: Any) -> list[float]:
     """`steps` of AdamW with clipping at a norm that every step exceeds; returns the norms."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)

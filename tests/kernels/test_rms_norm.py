@@ -59,19 +59,20 @@ def test_add_rms_norm_kernel_equals_reference(shape, scale):
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("used", [slice(0, 1), slice(1, 2), slice(0, 2)])
 @pytest.mark.parametrize("shape", [(1, 24), (7, 100), (2, 3, 96), (300, 33)])
-def test_keep_rms_norm_adds_the_gradients_of_both_uses(shape, used):
+def test_keep_rms_norm_adds_the_gradients_of_both_uses(shape, used, scale):
     wide, weight = leaf(*shape[:-1], 2 * shape[-1]), leaf(shape[-1])
 
     def run(norm):
         def fn(wide, weight):
             half = wide[..., : shape[-1]]
-            return torch.cat([*norm(half, weight, 1e-6)[used], 0 * (half + weight)], dim=-1)
+            return torch.cat([*norm(half, weight, 1e-6, scale=scale)[used], 0 * (half + weight)], dim=-1)
 
         return outputs_and_grads(fn, wide, weight)
 
-    expected = run(lambda x, w, eps: (rms_norm_reference(x, w, eps), x))
+    expected = run(lambda x, w, eps, scale: (rms_norm_reference(x, w, eps, scale=scale), x))
     with on_triton():
         assert_same(run(keep_rms_norm), expected)
 

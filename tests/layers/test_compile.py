@@ -23,7 +23,7 @@ def loss_and_gradients(model, ids):
     }
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe"])
 def test_compiled_layers_equal_eager_and_compile_once_for_all_lengths(family):
     eager, compiled = load_ours(family).train(), load_ours(family).train()
     for layer in compiled.model.layers:
@@ -37,10 +37,11 @@ def test_compiled_layers_equal_eager_and_compile_once_for_all_lengths(family):
         assert error < 1e-5, (length, where)
 
 
-def test_compiled_layer_is_one_graph_and_the_moe_block_behind_it():
-    model = load_ours("qwen3_moe").train()
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_compiled_layer_is_one_graph_and_the_moe_block_behind_it(family):
+    model = load_ours(family).train()
     inputs = []
-    layer = model.model.layers[0]
+    layer = model.model.layers[-1]
     layer.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
     ids = torch.arange(24)[None]
     model(input_ids=ids)

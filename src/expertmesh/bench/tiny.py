@@ -109,7 +109,15 @@ FAMILIES: dict[str, dict] = {
         "moe_layer_end_index": 1,
         "router_aux_loss_coef": 0.5,
     },
-    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5},
+    "granitemoe": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.5,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 1.5,
+    },
     "phimoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 8, "moe_topk": 2},
     "deepseek_v2": GROUP_LIMITED

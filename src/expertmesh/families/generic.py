@@ -5,10 +5,28 @@ the model's output embedding (fuse.py).
 """
 
 from expertmesh.families import qwen3_moe
-from expertmesh.families.rules import Rule
+from expertmesh.families.rules import Rule, never
+from expertmesh.layers.decoder import (
+    FastDecoderLayer,
+    FastGraniteDecoderLayer,
+    FastHybridDecoderLayer,
+    why_not_add_norm,
+)
 from expertmesh.layers.mlp import FastSwiGLU, why_not_swiglu
+from expertmesh.layers.moe import (
+    FastGatedSharedMoEBlock,
+    FastGraniteMoEBlock,
+    FastMoEBlock,
+    FastSharedMLPMoEBlock,
+    FastSharedMoEBlock,
+    why_not_noisy,
+)
 from expertmesh.layers.norm import FastFloat32RMSNorm, FastOnePlusRMSNorm, FastRMSNorm
+from expertmesh.layers.rope import FastInterleavedRoPE, FastRoPE, why_not_rope
 from expertmesh.layers.router import (
+    FastErnieRouter,
+    FastGraniteRouter,
+    FastHunYuanRouter,
     FastMixtralRouter,
     FastNormalizedSoftmaxRouter,
     FastSigmoidRouter,
@@ -43,6 +61,9 @@ ROUTER_RULES = (
     Rule("router", FastNormalizedSoftmaxRouter, like=("qwen3_5_moe.Qwen3_5MoeTopKRouter",), code=("4466b6818575",)),
     Rule("router", FastMixtralRouter, like=("mixtral.MixtralTopKRouter",), code=("c2255326ddf6",)),
     Rule("router", FastTopKSoftmaxRouter, like=("gpt_oss.GptOssTopKRouter",), code=("cab650bd04b3",)),
+    Rule("router", FastGraniteRouter, like=("granitemoe.GraniteMoeTopKRouter",), code=("3602d2719735",)),
+    Rule("router", FastErnieRouter, like=("ernie4_5_moe.Ernie4_5_MoeTopKRouter",), code=("47188f81d518",)),
+    Rule("router", FastHunYuanRouter, like=("hunyuan_v1_moe.HunYuanMoEV1Gate",), code=("ca681c3ae536",)),
     Rule(
         "router",
         FastSigmoidRouter,
@@ -52,5 +73,38 @@ ROUTER_RULES = (
     ),
 )
 
-# a family's own rules look at the norms inside a module, so they come after the norms' rules
-RULES = (*NORM_RULES, *MLP_RULES, *ROUTER_RULES, *qwen3_moe.RULES)
+LAYERS = (
+    (FastDecoderLayer, "mixtral.MixtralDecoderLayer", "00e30df93b0b", why_not_add_norm),
+    (FastGraniteDecoderLayer, "granitemoe.GraniteMoeDecoderLayer", "5f4f76f7d85f", why_not_add_norm),
+    (FastHybridDecoderLayer, "qwen3_next.Qwen3NextDecoderLayer", "e0272a479c25", why_not_add_norm),
+    (FastMoEBlock, "mixtral.MixtralSparseMoeBlock", "8afc3ebd8fed", why_not_noisy),
+    (FastMoEBlock, "olmoe.OlmoeSparseMoeBlock", "caa0c6ea1669", never),
+    (FastGraniteMoEBlock, "granitemoe.GraniteMoeMoE", "87b73612cc25", never),
+    (FastSharedMoEBlock, "deepseek_v3.DeepseekV3MoE", "16e9c3000cd8", never),
+    (FastSharedMoEBlock, "ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock", "8604e692394b", never),
+    (FastSharedMLPMoEBlock, "hunyuan_v1_moe.HunYuanMoEV1Moe", "b732303f7ebf", never),
+    (FastGatedSharedMoEBlock, "qwen2_moe.Qwen2MoeSparseMoeBlock", "72d5edaac713", never),
+)
+LAYER_RULES = tuple(Rule("add_norm", fast, (like,), (code,), why_not=why_not) for fast, like, code, why_not in LAYERS)
+
+ROPES = (
+    (FastRoPE, "mixtral.MixtralAttention", "799063ae4b15"),
+    (FastRoPE, "qwen3_next.Qwen3NextAttention", "046be360974c"),
+    (FastInterleavedRoPE, "ernie4_5_moe.Ernie4_5_MoeAttention", "ab37fa6b6172"),
+)
+ROPE_RULES = tuple(
+    Rule(
+        "rope",
+        fast,
+        (like,),
+        (code,),
+        also=("apply_rotary_pos_emb", "rotate_half"),
+        calls="apply_rotary_pos_emb",
+        why_not=why_not_rope,
+    )
+    for fast, like, code in ROPES
+)
+
+# a family's own rules and those of layers look at the norms inside a module, so they come after the norms' rules;
+# attention that no family knows gets a fast RoPE
+RULES = (*NORM_RULES, *MLP_RULES, *ROUTER_RULES, *qwen3_moe.RULES, *LAYER_RULES, *ROPE_RULES)

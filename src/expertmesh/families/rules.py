@@ -18,14 +18,19 @@ from typing import Any
 from torch import nn
 
 
+def never(module: nn.Module) -> None:
+    """The `why_not` of rules that hold for every instance."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """Modules whose code has one of these fingerprints become twins of `fast`.
 
     fusion: the switch it belongs to. fast: a mixin, subclass of `Fast`. like: HF classes, as "model_type.Class",
     whose code the twin equals (for readers and for the test that keeps the fingerprints honest). code: the
-    fingerprints of that code. also: methods, or functions of the class' module, that belong to the code. why_not: the
-    reason why one instance must stay stock, or None.
+    fingerprints of that code. also: methods, or functions of the class' module, that belong to the code. calls: the
+    twin replaces this function alone, in a forward that calls it and is HF's own; then the code is that of `also`.
+    why_not: the reason why one instance must stay stock, or None.
     """
 
     fusion: str
@@ -33,17 +38,24 @@ class Rule:
     like: tuple[str, ...]
     code: tuple[str, ...]
     also: tuple[str, ...] = ()
-    why_not: Callable[[nn.Module], str | None] = lambda module: None
+    calls: str | None = None
+    why_not: Callable[[nn.Module], str | None] = never
 
     def matches(self, cls: type) -> bool:
         """Whether the class runs exactly the code this rule replaces."""
-        return fingerprint(cls, self.also) in self.code
+        return fingerprint(cls, self.also, self.calls) in self.code
 
 
 @functools.cache
-def fingerprint(cls: type, also: tuple[str, ...] = ()) -> str | None:
-    """Hash of the class' `forward` and what else is named; comments, docstrings, annotations, decorators left out."""
-    functions: list[Any] = [getattr(cls, "forward", None)]
+def fingerprint(cls: type, also: tuple[str, ...] = (), calls: str | None = None) -> str | None:
+    """Hash of the class' `forward` and what else is named; comments, docstrings, annotations, decorators left out.
+
+    With `calls` it is the hash of what else is named; None if `forward` does not call this.
+    """
+    forward = getattr(cls, "forward", None)
+    if calls is not None and calls not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return None
+    functions: list[Any] = [forward] if calls is None else []
     for name in also:
         functions.append(getattr(cls, name, None) or getattr(sys.modules[cls.__module__], name, None))
     if any(function is None for function in functions):

@@ -40,14 +40,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     return rms_norm_reference(x, weight, eps, scale=scale)
 
 
-def keep_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def keep_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`(rms_norm(x), x)`: for a residual connection around what the norm feeds; where x's two gradients would be added
     in a pass of their own, the norm's backward adds them.
     """
-    _check(x, weight, "rounded")
+    _check(x, weight, scale)
     if use_triton(x):
-        return _RMSNorm.apply(x, None, weight, eps, "rounded", True)
-    return rms_norm_reference(x, weight, eps), x
+        return _RMSNorm.apply(x, None, weight, eps, scale, True)
+    return rms_norm_reference(x, weight, eps, scale=scale), x
 
 
 def add_rms_norm(

@@ -1,6 +1,7 @@
 """From router logits to (weights, ids), in one kernel, and back.
 
-    softmax       w = softmax(l)[ids], ids = top-k; optionally ÷ Σw              Qwen, OLMoE, Mixtral
+    softmax       s = softmax(l); ids = top-k of s (+ bias); w = s[ids],         Qwen, OLMoE, Mixtral; ERNIE
+                  optionally ÷ max(Σw, min_sum)
     topk_softmax  ids = top-k of l, w = softmax(l[ids])                          GPT-OSS, Granite
     sigmoid       s = σ(l); ids = top-k of s + bias, within the best groups;     DeepSeek V3, GLM, Nemotron
                   w = s[ids], optionally ÷ (Σw + 1e-20), then × scale
@@ -30,6 +31,7 @@ class Routing:
     scale: float = 1.0
     num_groups: int = 1
     top_groups: int = 1
+    min_sum: float = 0.0
 
 
 def route(
@@ -41,7 +43,7 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights [T, K] in weight_dtype, ids [T, K] int64) of router logits [T, E].
 
-    bias_E: added to the scores for the choice only (`sigmoid`). ids_TK: take this choice instead of the best K. Math in
+    bias_E: added to the scores for the choice only. ids_TK: take this choice instead of the best K. Math in
     float32. On the Triton path the number of groups and of experts per group must be powers of two (or one group).
     """
     if use_triton(logits_TE):
@@ -67,7 +69,10 @@ def route_reference(
     if routing.kind == "topk_softmax":
         weights = weights.softmax(-1)
     elif routing.normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if routing.kind == "sigmoid" else 0.0))
+        total = weights.sum(-1, keepdim=True)
+        if routing.min_sum:
+            total = total.clamp(min=routing.min_sum)
+        weights = weights / (total + (1e-20 if routing.kind == "sigmoid" else 0.0))
     return (weights * routing.scale).to(weight_dtype), ids_TK
 
 
@@ -109,6 +114,7 @@ class _Route(torch.autograd.Function):
             num_tokens,
             num_experts,
             routing.scale,
+            routing.min_sum,
             KIND=routing.kind,
             K=routing.top_k,
             KP=triton.next_power_of_2(routing.top_k),
@@ -140,6 +146,7 @@ class _Route(torch.autograd.Function):
             num_tokens,
             num_experts,
             routing.scale,
+            routing.min_sum,
             KIND=routing.kind,
             K=routing.top_k,
             KP=triton.next_power_of_2(routing.top_k),
@@ -190,6 +197,7 @@ def _route_kernel(
     num_tokens,
     num_experts,
     scale,
+    min_sum,
     KIND: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
@@ -232,7 +240,7 @@ def _route_kernel(
         weight = tl.where(used, tl.exp(weight - top), 0.0)
         weight /= tl.sum(weight, axis=1)[:, None]
     elif NORMALIZE:
-        weight /= tl.sum(weight, axis=1)[:, None] + 1e-20
+        weight /= tl.maximum(tl.sum(weight, axis=1)[:, None], min_sum) + 1e-20
     tl.store(weights + row * K + slot[None, :], (weight * scale).to(weights.dtype.element_ty), mask=in_row & used)
 
 
@@ -245,6 +253,7 @@ def _route_backward_kernel(
     num_tokens,
     num_experts,
     scale,
+    min_sum,
     KIND: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
@@ -274,8 +283,10 @@ def _route_backward_kernel(
         weight /= tl.sum(weight, axis=1)[:, None]
         dvalue = weight * (dw - tl.sum(dw * weight, axis=1)[:, None])
     elif NORMALIZE:
-        total = tl.sum(picked, axis=1)[:, None] + 1e-20
-        dvalue = (dw - tl.sum(dw * picked, axis=1)[:, None] / total) / total
+        picked_sum = tl.sum(picked, axis=1)[:, None]
+        total = tl.maximum(picked_sum, min_sum) + 1e-20
+        dtotal = tl.where(picked_sum >= min_sum, tl.sum(dw * picked, axis=1)[:, None] / total, 0.0)
+        dvalue = (dw - dtotal) / total
     else:
         dvalue = dw
 

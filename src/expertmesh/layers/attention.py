@@ -62,7 +62,7 @@ class FastQKNormAttention(Fast):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not (can_merge(self.q_norm) and can_merge(self.k_norm)):  # replaced or hooked after fusing: call them
+        if why_not_qk_norm(self) is not None:  # norms replaced or hooked after fusing: call them
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         batch_seq = hidden_states.shape[:-1]
         heads = (*batch_seq, -1, self.head_dim)
@@ -94,6 +94,7 @@ class FastQKNormAttention(Fast):
 
 def why_not_qk_norm(attention: Any) -> str | None:
     """Why this attention must stay stock, or None."""
-    if can_merge(attention.q_norm) and can_merge(attention.k_norm):
+    norms = (attention.q_norm, attention.k_norm)
+    if all(can_merge(norm) and norm.scale == "rounded" for norm in norms):
         return None
-    return "its q/k-norms are not fused RMSNorms"
+    return "its q/k-norms are not fused RMSNorms of Llama's kind"

@@ -1,4 +1,4 @@
-"""Fast twin of a pre-norm decoder layer: the residual add after attention and the norm behind it are one kernel.
+"""Fast twins of pre-norm decoder layers: the residual add after attention and the norm behind it are one kernel.
 
 The second residual add happens in the experts' last kernel, where the block allows it (moe.py). In backward each norm
 adds the gradient of the residual connection around it while it writes its own.
@@ -7,6 +7,7 @@ adds the gradient of the residual connection around it while it writes its own.
 from typing import Any
 
 import torch
+from torch import nn
 
 from expertmesh.kernels.rms_norm import add_rms_norm, keep_rms_norm
 from expertmesh.layers.fast import Fast, untouched
@@ -15,38 +16,59 @@ from expertmesh.layers.norm import can_merge
 
 
 class FastDecoderLayer(Fast):
-    """Must equal `Qwen3MoeDecoderLayer.forward` of Transformers."""
+    """Must equal `Qwen3MoeDecoderLayer.forward` and `MixtralDecoderLayer.forward` of Transformers."""
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        kwargs.update(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-        )
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         norm = self.post_attention_layernorm
-        if not can_merge(norm):  # somebody replaced or hooked the norm after fusing: call it
-            return super().forward(hidden_states, **kwargs)
+        if args or not can_merge(norm):  # arguments by position; or a norm replaced or hooked after fusing: call it
+            return super().forward(hidden_states, *args, **kwargs)
         first = self.input_layernorm
         if can_merge(first):
-            normed, hidden_states = keep_rms_norm(hidden_states, first.weight, first.variance_epsilon)
+            normed, hidden_states = keep_rms_norm(
+                hidden_states, first.weight, first.variance_epsilon, scale=first.scale
+            )
         else:
             normed = first(hidden_states)
-        attn_output, _ = self.self_attn(hidden_states=normed, **kwargs)
-        normed, residual = add_rms_norm(attn_output, hidden_states, norm.weight, norm.variance_epsilon)
-        if isinstance(self.mlp, FastMoEBlock) and untouched(self.mlp):
-            return self.mlp(normed, residual)
-        return residual + self.mlp(normed)
+        mixed = self._mix(normed, **kwargs)
+        normed, residual = add_rms_norm(mixed, hidden_states, norm.weight, norm.variance_epsilon, scale=norm.scale)
+        return self._feed_forward(normed, residual)
+
+    def _mix(self, normed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """What is added to the residual before the second norm."""
+        required = {"attention_mask": None, "position_embeddings": None}
+        return self.self_attn(hidden_states=normed, **required | kwargs)[0]
+
+    def _feed_forward(self, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return add_block(self.mlp, normed, residual)
+
+
+class FastHybridDecoderLayer(FastDecoderLayer):
+    """Must equal `Qwen3NextDecoderLayer.forward`: linear attention or full attention."""
+
+    def _mix(self, normed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self.block_type == "full_attention":
+            return super()._mix(normed, **kwargs)
+        for name in ("position_embeddings", "position_ids"):
+            kwargs.pop(name, None)
+        return self.linear_attn(hidden_states=normed, cache_params=kwargs.pop("past_key_values", None), **kwargs)
+
+
+class FastGraniteDecoderLayer(FastDecoderLayer):
+    """Must equal `GraniteMoeDecoderLayer.forward`: what is added to the residual is scaled."""
+
+    def _mix(self, normed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return super()._mix(normed, **kwargs) * self.residual_multiplier
+
+    def _feed_forward(self, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return add_block(self.block_sparse_moe, normed, residual, self.residual_multiplier)
+
+
+def add_block(block: nn.Module, normed: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """residual + scale · block(normed); in the experts' last kernel where the block can."""
+    if isinstance(block, FastMoEBlock) and untouched(block):
+        return block(normed, residual, scale)
+    out = block(normed)
+    return residual + (out if scale == 1 else out * scale)
 
 
 def why_not_add_norm(layer: Any) -> str | None:

@@ -60,6 +60,7 @@ _METADATA = {
     getattr(torch.Tensor, name)
     for name in ("size", "dim", "numel", "__len__", "is_floating_point", "is_complex", "element_size", "get_device")
 }
+_SCALING = {torch.Tensor.mul, torch.Tensor.div}
 # a deferred tensor is no leaf and has no history of its own: frameworks that look for outputs to hook pass it by
 _HISTORY = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "grad", "is_leaf")}
 
@@ -67,8 +68,8 @@ _HISTORY = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "g
 class DeferredLogits(torch.Tensor):
     """Logits [..., V] = hidden [..., H] @ weightᵀ + bias that are computed when first used.
 
-    Metadata and conversions to a wider dtype cost nothing; any other operation computes the values, once, with
-    autograd.
+    Metadata and conversions to a wider dtype cost nothing, and a product with a number (Granite, Cohere) is one with
+    the hidden states; any other operation computes the values, once, with autograd.
     """
 
     hidden: torch.Tensor
@@ -107,6 +108,11 @@ class DeferredLogits(torch.Tensor):
         if dtype is not None:
             self = args[0]
             return self if dtype == self.dtype else DeferredLogits(self.hidden, self.weight, self.bias, dtype)
+        if func in _SCALING and len(args) == 2 and isinstance(args[0], DeferredLogits):
+            self, number = args
+            if isinstance(number, int | float) and not kwargs:
+                bias = None if self.bias is None else func(self.bias, number)
+                return DeferredLogits(func(self.hidden, number), self.weight, bias, self.dtype)
         args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.materialize, (args, kwargs))
         return func(*args, **kwargs)
 

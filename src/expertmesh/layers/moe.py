@@ -1,4 +1,7 @@
-"""Fast twin of a Mixture-of-Experts block: the residual add behind it happens where the experts' rows are summed."""
+"""Fast twins of Mixture-of-Experts blocks: the residual add behind them happens where the experts' rows are summed.
+
+What else is added to the experts' sum, a shared expert, is added to the residual before.
+"""
 
 from typing import Any
 
@@ -9,20 +12,66 @@ from expertmesh.layers.fast import Fast, untouched
 
 
 class FastMoEBlock(Fast):
-    """Must equal `Qwen3MoeSparseMoeBlock.forward` of Transformers; given a residual, returns residual + that.
+    """Must equal `Qwen3MoeSparseMoeBlock.forward` of Transformers; given a residual, returns residual + scale · that.
 
     A compiled layer calls the block and does not look into it: one graph break instead of one for every call inside.
     """
 
     @torch.compiler.disable
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, scale: float = 1.0
+    ) -> torch.Tensor:
         if residual is None:
             return super().forward(hidden_states)
         if not _takes_residual(self.experts):
-            return residual + super().forward(hidden_states)
-        x_TH = hidden_states.view(-1, hidden_states.shape[-1])
-        _, weight_TK, ids_TK = self.gate(x_TH)
-        return self.experts(x_TH, ids_TK, weight_TK, residual=residual)
+            out = super().forward(hidden_states)
+            return residual + (out if scale == 1 else out * scale)
+        beside = self._beside(hidden_states)
+        if beside is not None:
+            residual = residual + (beside if scale == 1 else beside * scale)
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weight_TK, ids_TK = self._router()(x_TH)
+        return self.experts(x_TH, ids_TK, weight_TK if scale == 1 else weight_TK * scale, residual=residual)
+
+    def _router(self) -> Any:
+        return self.gate
+
+    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the experts' sum."""
+        return None
+
+
+class FastGraniteMoEBlock(FastMoEBlock):
+    """Must equal `GraniteMoeMoE.forward`, whose gate is called router."""
+
+    def _router(self) -> Any:
+        return self.router
+
+
+class FastSharedMoEBlock(FastMoEBlock):
+    """Must equal `DeepseekV3MoE.forward` and `Ernie4_5_MoeSparseMoeBlock.forward`, which may have no shared experts."""
+
+    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return None if self.shared_experts is None else self.shared_experts(hidden_states)
+
+
+class FastSharedMLPMoEBlock(FastMoEBlock):
+    """Must equal `HunYuanMoEV1Moe.forward`, whose shared expert has another name."""
+
+    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.shared_mlp(hidden_states)
+
+
+class FastGatedSharedMoEBlock(FastMoEBlock):
+    """Must equal `Qwen2MoeSparseMoeBlock.forward`: the shared expert has a gate."""
+
+    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.shared_expert_gate(hidden_states)) * self.shared_expert(hidden_states)
+
+
+def why_not_noisy(block: Any) -> str | None:
+    """Why this block of Mixtral's must stay stock, or None."""
+    return "its inputs get noise in training (router_jitter_noise)" if block.jitter_noise > 0 else None
 
 
 def _takes_residual(experts: Any) -> bool:

@@ -22,13 +22,17 @@ class FastFloat32RMSNorm(FastRMSNorm):
     scale: Scale = "float32"
 
 
-class FastOnePlusRMSNorm(Fast):
+class FastOnePlusRMSNorm(FastRMSNorm):
     """`((1 + weight) * x_hat).to(dtype)` in float32: Qwen3-Next, Qwen3.5."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps, scale="one_plus")
+    scale: Scale = "one_plus"
+
+    @property
+    def variance_epsilon(self) -> float:
+        """What these classes call `eps`."""
+        return self.eps
 
 
 def can_merge(norm: nn.Module) -> bool:
-    """Whether a layer may compute this norm itself instead of calling it: a "rounded" RMSNorm that nobody hooked."""
-    return isinstance(norm, FastRMSNorm) and norm.scale == "rounded" and untouched(norm)
+    """Whether a layer may compute this norm, by its `scale`, itself instead of calling it: an RMSNorm nobody hooked."""
+    return isinstance(norm, FastRMSNorm) and untouched(norm)

@@ -61,6 +61,34 @@ class FastTopKSoftmaxRouter(_FastRouter):
         return self._route(logits_TE, Routing("topk_softmax", self.top_k), logits_TE.dtype)
 
 
+class FastGraniteRouter(_FastRouter):
+    """Top-k of float32 logits, softmax over the chosen, weights in the hidden states' dtype (Granite)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits_TE = F.linear(hidden_states, self.weight).float()
+        return self._route(logits_TE, Routing("topk_softmax", self.top_k), hidden_states.dtype)
+
+
+class FastErnieRouter(_FastRouter):
+    """Softmax in float32, biased choice, weights divided by at least `norm_min` (ERNIE 4.5)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits_TE = F.linear(hidden_states.float(), self.weight.float())
+        bias_E = self.moe_statics(logits_TE.new_zeros(())).detach()  # called: its parameter may be sharded
+        routing = Routing("softmax", self.top_k, normalize=True, min_sum=self.norm_min)
+        return self._route(logits_TE, routing, hidden_states.dtype, bias_E)
+
+
+class FastHunYuanRouter(_FastRouter):
+    """Logits of a Linear, in float32 if that is; softmax, top-k, normalised (HunYuan)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits_TE = self.wg(hidden_states.float() if self.wg.weight.dtype == torch.float32 else hidden_states)
+        return self._route(logits_TE, Routing("softmax", self.top_k, normalize=True), logits_TE.dtype)
+
+
 class FastSigmoidRouter(_FastRouter):
     """Sigmoid scores, biased and group-limited choice, float32 throughout (DeepSeek V3, GLM, Nemotron)."""
 

@@ -1,0 +1,161 @@
+"""Write docs/families.md from the fusion reports of real, tiny models; nothing in its tables is typed by hand.
+
+PYTHONPATH=src python scripts/families.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from expertmesh import AutoModelForCausalLM
+from expertmesh.bench.tiny import COMMON, FAMILIES, tiny_config
+from expertmesh.fuse import FUSIONS
+from expertmesh.layers.liger import why_not_liger
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+BY_HAND = {
+    "qwen3_moe": "Qwen3-MoE, Qwen3-Coder",
+    "nemotron_h": "Nemotron 3",
+    "gpt_oss": "GPT-OSS",
+    "deepseek_v3": "DeepSeek V3, R1",
+}
+GENERIC = {
+    "mixtral": "Mixtral",
+    "olmoe": "OLMoE",
+    "glm4_moe": "GLM-4.5",
+    "qwen3_next": "Qwen3-Next",
+    "qwen3_5_moe_text": "Qwen3.5-MoE",
+    "ernie4_5_moe": "ERNIE 4.5",
+    "granitemoe": "Granite 3 MoE",
+    "hunyuan_v1_moe": "Hunyuan-A13B",
+    "phimoe": "Phi-3.5-MoE",
+    "qwen2_moe": "Qwen2-MoE",
+    "deepseek_v2": "DeepSeek V2",
+    "dots1": "dots.llm1",
+    "flex_olmo": "FlexOlmo",
+    "minimax_m2": "MiniMax M2",
+    "aria_text": "Aria",
+    "jamba": "Jamba",
+}
+DENSE = {"llama": "Llama", "qwen3": "Qwen3"}
+WHAT = {
+    "experts": "all experts of a layer at once: grouped GEMMs that gather their rows and hold the activation",
+    "router": "from logits to weights and expert ids in one kernel",
+    "rms_norm": "RMSNorm in one kernel forward and one backward",
+    "swiglu": "`silu(gate) * up` of dense and shared MLPs in one kernel",
+    "qk_norm_rope": "norms of each query and key head and RoPE in one kernel",
+    "rope": "RoPE in one kernel, where `qk_norm_rope` does not apply",
+    "add_norm": "residual adds inside the norm behind attention and inside the experts' last kernel",
+    "linear_cross_entropy": "the loss from hidden states; logits are never held in training",
+}
+NOT_NEEDED = "no module of the model needs it"
+HEAD = """# Model families
+
+Written by `python scripts/families.py`, which builds a tiny model of each family and asks it for its `fusion_report()`.
+A class gets a fast twin only if its code is, by fingerprint, the code that the twin equals; all else runs
+Transformers' own. How a family gets more of them: [Add a family](add-a-family.md).
+
+For every family with experts in these tables tests hold that loss, logits and all gradients equal stock Transformers'
+to 1e-5 in float32, that stock Transformers reads what was saved bit for bit, and that two ranks with expert parallelism
+give the gradients of one process.
+"""
+TAIL = """
+## Models without experts
+
+{dense}
+
+They run as stock Transformers; on a GPU [Liger](https://github.com/linkedin/Liger-Kernel)'s kernels go in at the first
+forward, if liger-kernel is installed and knows the model type.
+
+## All others
+
+Any Mixture-of-Experts model of Transformers whose experts are behind its `ExpertsInterface` gets the fast experts,
+expert parallelism and the loss head, and the fusions that its code happens to share with a family above. One whose
+experts are not, and any other model, is treated as a model without experts.
+
+## What no fusion covers
+
+- Qwen3-Next and Qwen3.5: the linear-attention layers are Transformers' own, which calls flash-linear-attention and
+  causal-conv1d where they are installed, and is slow where they are not.
+- Phi-3.5-MoE: in training the router draws experts at random, and the norms are LayerNorms. Its expert parallelism is
+  tested with that noise off.
+"""
+
+
+def fusions() -> list[str]:
+    """The fusions of models with experts, in the order of the columns."""
+    return [name for name in FUSIONS if name != "liger"]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def reports(families: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """For each family the rows of its tiny model's report, by fusion."""
+    models = {name: AutoModelForCausalLM.from_config(tiny_config(name)) for name in families}
+    return {name: {row.name: row for row in model.fusion_report()} for name, model in models.items()}
+
+
+def cell(row: Any) -> str:
+    """`on`, `off`, `part` (some modules stay stock), or a dash where there is nothing to do."""
+    if row.on:
+        return "part" if row.reason else "on"
+    return "–" if row.reason == NOT_NEEDED else "off"
+
+
+def overview(families: dict[str, str], found: dict[str, dict[str, Any]]) -> str:
+    rows = [[f"{families[name]} (`{name}`)", *(cell(found[name][f]) for f in fusions())] for name in families]
+    return table(["family", *(f"`{f}`" for f in fusions())], rows)
+
+
+def why_not(found: dict[str, dict[str, Any]]) -> str:
+    """One row for each fusion and reason, with the classes it holds for."""
+    classes: dict[tuple[str, str], dict[str, None]] = {}
+    for report in found.values():
+        for fusion in fusions():
+            for reason in filter(None, report[fusion].reason.split("; ")):
+                cls, _, text = reason.replace(": ", " ", 1).partition(" ")
+                if reason != NOT_NEEDED:
+                    classes.setdefault((fusion, text), {})[f"`{cls}`"] = None
+    rows = [[f"`{fusion}`", text, ", ".join(names)] for (fusion, text), names in classes.items()]
+    return table(["fusion", "why a class stays stock", "classes"], sorted(rows, key=lambda row: row[0]))
+
+
+def dense() -> str:
+    """What becomes of models without experts."""
+    rows = []
+    for name, models in DENSE.items():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **COMMON | {"head_dim": 8}))
+        rows.append([f"{models} (`{name}`)", why_not_liger(model) or "Transformers, with Liger's kernels on a GPU"])
+    return table(["family", "runs as"], rows)
+
+
+def page() -> str:
+    """The text of docs/families.md."""
+    by_hand, generic = reports(BY_HAND), reports(GENERIC)
+    return (
+        "\n".join(
+            [
+                HEAD,
+                "## Tuned by hand\n",
+                overview(BY_HAND, by_hand),
+                "\n## By shared code\n",
+                overview(GENERIC, generic),
+                "\n`part`: some of the modules stay stock. A dash: the model has nothing that the fusion is for.\n",
+                table(["fusion", "what it does"], [[f"`{name}`", WHAT[name]] for name in fusions()]),
+                "\n## Why not\n",
+                why_not(by_hand | generic),
+                TAIL.format(dense=dense()),
+            ]
+        ).rstrip("\n")
+        + "\n"
+    )
+
+
+assert set(FAMILIES) == {*BY_HAND, *GENERIC}, "every family with a tiny model is on the page"
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,56 @@
+"""Fast twin of any attention that turns its queries and keys by one of Transformers' `apply_rotary_pos_emb`.
+
+The twin runs the HF class' own forward; only the name `apply_rotary_pos_emb` stands for another function in it. So one
+rule serves the attention of all families with the same RoPE, whatever else they do.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from expertmesh.kernels.rope import rotary
+from expertmesh.layers.fast import Fast
+
+
+class FastRoPE(Fast):
+    """HF's forward with a kernel for RoPE of halves, of the whole width of a head (Mixtral) or a part (GLM)."""
+
+    _interleaved = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__stock__" in vars(cls):  # a twin is made
+            stock = cls.__stock__.forward  # type: ignore[attr-defined]
+            scope = stock.__globals__ | {
+                "apply_rotary_pos_emb": _turning(stock.__globals__["apply_rotary_pos_emb"], cls._interleaved)
+            }
+            del scope["__name__"]  # by which torch.compile would look the names up in the HF module
+            forward = types.FunctionType(stock.__code__, scope, None, stock.__defaults__, stock.__closure__)
+            cls.forward = functools.wraps(stock)(forward)
+
+
+class FastInterleavedRoPE(FastRoPE):
+    """The same for RoPE of even and odd elements (ERNIE 4.5)."""
+
+    _interleaved = True
+
+
+def why_not_rope(attention: Any) -> str | None:
+    """Why this attention must stay stock, or None."""
+    names = type(attention).forward.__code__.co_names
+    others = [name for name in names if "rotary_pos_emb" in name and name != "apply_rotary_pos_emb"]
+    return f"its forward also calls {others[0]}" if others else None
+
+
+def _turning(stock: Callable, interleaved: bool) -> Callable:
+    def apply_rotary_pos_emb(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if unsqueeze_dim != 1 or cos.ndim != 3:  # heads elsewhere than in the kernel's layout
+            return stock(q, k, cos, sin, unsqueeze_dim)
+        return rotary(q, k, cos, sin, interleaved)
+
+    return apply_rotary_pos_emb
