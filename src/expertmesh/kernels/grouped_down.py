@@ -81,6 +81,8 @@ def _down_dact_triton(
     assert group.tiles is not None and dout_TH.stride(1) == 1
     num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
     config = tile_config(dout_TH, group.block, stages=4)
+    if act.interleaved:  # pulling gate and up apart takes registers
+        config["BN"] = min(config["BN"], 128)
     w_tiles, transposed = weight_tiles(w_EHI, config["BK"], config["BN"])
     dh_SJ, wa_SI = torch.empty_like(h_SJ), dout_TH.new_empty(num_rows, width)
     # one partial sum per column tile: adding them afterwards keeps the result deterministic
