@@ -28,6 +28,7 @@ import torch
 
 from expertmesh import backends
 from expertmesh.kernels import linear_cross_entropy as loss_kernels
+from expertmesh.kernels import mla_rope as mla_kernels
 from expertmesh.kernels import qk_norm_rope as qk_kernels
 from expertmesh.kernels import rms_norm as norm_kernels
 from expertmesh.kernels import rope as rope_kernels
@@ -35,6 +36,7 @@ from expertmesh.kernels import swiglu as swiglu_kernels
 from expertmesh.kernels.combine import combine, combine_reference, unsort, unsort_reference
 from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from expertmesh.kernels.mla_rope import mla_rope, mla_rope_reference
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from expertmesh.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from expertmesh.kernels.rope import rotary, rotary_reference
@@ -78,6 +80,13 @@ SWEEPS: dict[str, tuple[dict[str, dict[str, int]], dict[str, list[dict[str, int]
         {
             "forward": table(ROWS=(4, 8, 16, 32), num_warps=(2, 4)),
             "backward": table(ROWS=(4, 8, 16, 32), num_warps=(2, 4)),
+        },
+    ),
+    "mla_rope": (
+        mla_kernels.TUNING,
+        {
+            "forward": table(HEADS=(8,), num_warps=(2, 4)) + table(HEADS=(16, 32), num_warps=(4, 8)),
+            "backward": table(HEADS=(8,), num_warps=(2, 4)) + table(HEADS=(16, 32), num_warps=(4, 8)),
         },
     ),
     "swiglu": (
@@ -160,6 +169,7 @@ def cases(tokens: int, hidden: int, vocab: int) -> Iterator[tuple[str, Callable,
     )
     turned = (q.detach().transpose(1, 2).requires_grad_(), k.detach().transpose(1, 2).requires_grad_(), cos, sin)
     yield "rope", rotary, rotary_reference, turned, 2 * head_pass + rotation, 2 * head_pass + rotation
+    yield latent_case(min(tokens, 4096))  # as many as a GPU holds of DeepSeek V3's widths
     yield "swiglu", swiglu, swiglu_reference, (leaf(tokens, 3 * hidden), leaf(tokens, 3 * hidden)), 9 * row, 15 * row
     yield from routing_cases(tokens, hidden)
     gemm = 2 * tokens * hidden * vocab / FLOP_PER_MS
@@ -168,6 +178,24 @@ def cases(tokens: int, hidden: int, vocab: int) -> Iterator[tuple[str, Callable,
     yield "linear_cross_entropy", *loss, (x, leaf(vocab, hidden, scale=0.02), labels), gemm, 2 * gemm
     frozen = leaf(vocab, hidden, scale=0.02).detach()
     yield "linear_cross_entropy, frozen weight", *loss, (x, frozen, labels), gemm, gemm
+
+
+def latent_case(tokens: int) -> tuple[str, Callable, Callable, tuple, float, float]:
+    """As `cases`, with DeepSeek V3's 128 heads: 128 wide without and 64 with position, values 128."""
+    heads, nope, rope = 128, 128, 64
+    q, kv, k_rope = leaf(1, tokens, heads, nope + rope), leaf(1, tokens, heads, 2 * nope), leaf(1, tokens, rope)
+    angle = torch.randn(1, tokens, rope, device=q.device)
+    rotation = angle.cos().bfloat16(), angle.sin().bfloat16(), True
+    row = tokens * heads * 2 / BYTES_PER_MS  # one element of every head
+    small = 3 * tokens * rope * 2 / BYTES_PER_MS  # cos, sin, k_rope
+    return (
+        "mla_rope",
+        lambda *x: mla_rope(*x, *rotation),
+        lambda *x: mla_rope_reference(*x, *rotation),
+        (q, kv, k_rope),
+        (3 * (nope + rope) + nope) * row + small,  # the values stay where they are
+        (3 * (nope + rope) + nope + 2 * nope) * row + small,
+    )
 
 
 def routing_cases(tokens: int, hidden: int) -> Iterator[tuple[str, Callable, Callable, tuple, float, float]]:

@@ -42,6 +42,7 @@ FUSIONS = {
     "router": "Router",
     "rms_norm": "RMSNorm",
     "swiglu": "MLP",
+    "mla_rope": "latent attention",
     "qk_norm_rope": "Attention",
     "rope": "Attention",
     "add_norm": "DecoderLayer",

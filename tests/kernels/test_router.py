@@ -13,6 +13,7 @@ ROUTINGS = {
     "gpt-oss": (Routing("topk_softmax", 4), 16),
     "top-1": (Routing("topk_softmax", 1), 5),
     "deepseek": (Routing("sigmoid", 3, True, 2.5, num_groups=4, top_groups=2), 16),
+    "deepseek, full size": (Routing("sigmoid", 8, True, 2.5, num_groups=8, top_groups=4), 256),
     "nemotron": (Routing("sigmoid", 3, False, 2.5), 10),
     "ernie": (Routing("softmax", 3, normalize=True, min_sum=0.7), 6),  # some sums are below, some above
 }

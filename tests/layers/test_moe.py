@@ -8,7 +8,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from expertmesh import backends, fuse
 from expertmesh.layers import experts
-from expertmesh.layers.moe import FastMoEBlock
+from expertmesh.layers.moe import FastMoEBlock, FastSharedMoEBlock
+from tests.models import load_ours
 
 
 def layer_of(fused: bool, implementation: str = "expertmesh"):
@@ -92,3 +93,11 @@ def test_a_module_around_the_experts_is_called_without_a_residual():
     expected = residual + 2 * block(x)
     block.experts = Around(block.experts)
     torch.testing.assert_close(block(x, residual), expected)
+
+
+def test_shared_experts_are_added_in_the_same_sum(monkeypatch):
+    layer, found = load_ours("deepseek_v3").model.layers[1], counting(monkeypatch)
+    assert isinstance(layer.mlp, FastSharedMoEBlock)
+    x, residual = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    torch.testing.assert_close(layer.mlp(x, residual), residual + layer.mlp(x))
+    assert found == [True, False]

@@ -76,7 +76,7 @@ FAMILIES: dict[str, dict] = {
     | {
         "num_hidden_layers": 3,
         "first_k_dense_replace": 1,
-        "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0},
     },
     "gpt_oss": {
         "head_dim": 8,

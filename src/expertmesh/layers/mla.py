@@ -1,0 +1,60 @@
+"""Fast twin of multi-head latent attention (DeepSeek V3, Kimi K2, GLM-4.7-Flash): what lies between its projections
+and its attention is one kernel.
+
+The attention stays the one that the user chose. On the way of "sdpa" queries and keys are 192 wide and values 128: on
+Hopper and newer cuDNN takes that as it is, before Hopper PyTorch's memory-efficient kernel; never a matrix of S x S.
+"""
+
+from typing import Any
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import eager_attention_forward
+
+from expertmesh.kernels.mla_rope import mla_rope, rotated, rotated_tail
+from expertmesh.layers.fast import Fast
+
+
+class FastLatentAttention(Fast):
+    """Must equal `DeepseekV3Attention.forward` of Transformers."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, seq = hidden_states.shape[:-1]
+        if self.q_lora_rank is None:
+            q = self.q_proj(hidden_states)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        q = q.view(batch, seq, -1, self.qk_head_dim)
+        widths = [self.kv_lora_rank, self.qk_rope_head_dim]
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(widths, dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        rotation = *position_embeddings, bool(self.config.rope_interleave)
+
+        cached = None
+        if past_key_values is not None:  # it keeps latents and rotated positions, as stock does
+            cached = past_key_values.update(latent[:, None], rotated(k_rope[:, None], *rotation), self.layer_idx)
+        if cached is None or cached[0].shape[2] == seq:  # all keys are of these tokens
+            kv = self.kv_b_proj(latent).view(batch, seq, -1, self.qk_nope_head_dim + self.v_head_dim)
+            query, key, value = mla_rope(q, kv, k_rope, *rotation)
+        else:
+            query = rotated_tail(q.transpose(1, 2), self.qk_rope_head_dim, *rotation)
+            key, value = self.expand_kv(*cached)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attn_output, attn_weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(batch, seq, -1).contiguous()), attn_weights
