@@ -33,6 +33,7 @@ from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
 from expertmesh.layers.sharding import lean_layout
 from expertmesh.memory.recompute import keep_routing
 from expertmesh.parallel import refuse_unfit_shards
+from expertmesh.weights.quantized import ReadsQuantized, tell_saved
 from expertmesh.weights.read import to_model_names
 from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
@@ -140,7 +141,7 @@ def fused_class(stock: Any) -> Any:
     return cls
 
 
-class FusedModel(Fast):
+class FusedModel(ReadsQuantized):
     """What a fused model adds to its HF class.
 
     mtp_loss_weight: the weight of the loss of multi-token prediction in training; None where that is not trained.
@@ -204,6 +205,7 @@ class FusedModel(Fast):
             super().save_pretrained(save_directory, *args, **kwargs)
         else:
             save_sharded(self, save_directory, kwargs.get("max_shard_size", "5GB"))
+        tell_saved(self, save_directory)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """As in Transformers (`resize_token_embeddings` comes here); the new head is fused like the old one."""

@@ -6,7 +6,7 @@ go through Transformers' own conversion rules, one group of tensors at a time.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -49,7 +49,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     Of a sharded model every rank reads its own slices only. Raises FileNotFoundError if the folder has no weights,
     ValueError if a weight is missing, does not fit, or is not the model's.
     """
-    with _opened(Path(folder)) as sources, torch.no_grad():
+    with opened(_files(Path(folder))) as sources, torch.no_grad():
         targets = model.state_dict()
         groups, unknown = _groups(model, sources, targets, _read_slice)
         tied = _aliases(model)
@@ -137,12 +137,16 @@ def _aliases(model: PreTrainedModel) -> dict[str, set[str]]:
     return {name: group for group in names.values() for name in group}
 
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every tensor in the folder's safetensors files, by its key, as a slice that is read when it is indexed."""
+def _files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no weights (*.safetensors). Name a folder that save_pretrained wrote.")
+    return files
+
+
+@contextmanager
+def opened(files: Iterable[str | Path]) -> Iterator[dict[str, Any]]:
+    """Every tensor in these safetensors files, by its key, as a slice that is read when it is indexed."""
     with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        yield {key: file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118 (not a dict)
+        handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        yield {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118 (not a dict)

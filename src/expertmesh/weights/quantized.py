@@ -1,0 +1,146 @@
+"""Checkpoints with quantized weights, read as what these stand for: to be trained, and saved unquantized.
+
+Transformers 5.23 can dequantize block-FP8 weights while it loads, but refuses them, or scales them wrongly, where the
+last block is cut off (DeepSeek V3's kv_a_proj_with_mqa has 576 rows in blocks of 128) or a rank reads a slice, and it
+cannot save them afterwards. Here its loader gets the tensors as if they were stored unquantized: each slice is
+dequantized when it is read, so no more than that is in memory, and what follows is as with any checkpoint.
+
+A further method of quantization is a function in `READERS`.
+"""
+
+import copy
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from expertmesh import backends
+from expertmesh.layers.fast import Fast
+from expertmesh.weights.read import opened
+
+Tensors = dict[str, Any]  # by name: slices of safetensors, or what can be indexed like them
+
+
+class BlockFP8:
+    """Weights [.., M, N] in FP8, each block of them times its scale, as a float32 tensor that is read when indexed.
+
+    weight: a slice of safetensors; scales: that of [.., ceil(M / block[0]), ceil(N / block[1])] of any float dtype.
+    """
+
+    def __init__(self, weight: Any, scales: Any, block: tuple[int, int]):
+        self.weight, self.scales, self.block = weight, scales, block
+
+    def get_shape(self) -> list[int]:
+        return self.weight.get_shape()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Of a tuple of slices, one per dimension and without steps, or of `...`."""
+        if index is ...:
+            index = (slice(None),) * len(self.get_shape())
+        *outer, rows, columns = index
+        (top, bottom, _), (left, right, _) = map(slice.indices, (rows, columns), self.get_shape()[-2:])
+        M, N = self.block
+        scales = self.scales[(*outer, slice(top // M, -(-bottom // M)), slice(left // N, -(-right // N)))].float()
+        scales = scales.repeat_interleave(N, -1)[..., left % N : left % N + max(right - left, 0)]
+        weight = self.weight[tuple(index)].float()
+        for i in range(scales.shape[-2]):  # scales of all rows would be as large as the weights
+            start = max(i * M - top % M, 0)
+            weight[..., start : (i + 1) * M - top % M, :].mul_(scales[..., i : i + 1, :])
+        return weight
+
+
+def _read_fp8(stored: dict[str, Any], tensors: Tensors) -> Tensors:
+    block = tuple(stored["weight_block_size"])
+    for name in [name for name, tensor in tensors.items() if tensor.get_dtype() == "F8_E4M3"]:
+        if f"{name}_scale_inv" not in tensors:
+            raise ValueError(
+                f"The checkpoint holds {name} in FP8 without {name}_scale_inv, the scales of its blocks: it is cut "
+                f"short or in another format. Give quantization_config= to have Transformers read it."
+            )
+        tensors[name] = BlockFP8(tensors[name], tensors.pop(f"{name}_scale_inv"), block)
+    return tensors
+
+
+#: how to read what a quant_method stores; each takes the checkpoint's quantization_config and its tensors
+READERS: dict[str, Callable[[dict[str, Any], Tensors], Tensors]] = {"fp8": _read_fp8}
+
+
+def dequantized(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Take `quantization_config` out of a checkpoint's configuration if its weights can be read unquantized.
+
+    Returns it, or None if there is none or none of a kind that is known here.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if not isinstance(stored, dict) or stored.get("quant_method") not in READERS:
+        return None
+    if stored["quant_method"] == "fp8" and not stored.get("weight_block_size"):
+        return None
+    del config.quantization_config
+    config.dtype = config.dtype or torch.bfloat16
+    return stored
+
+
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    stored: dict[str, Any]
+
+    def __str__(self) -> str:
+        return str(self.stored["quant_method"]).upper()
+
+
+_source: ContextVar[_Source | None] = ContextVar("quantized_source", default=None)
+
+
+class ReadsQuantized(Fast):
+    """What a model class adds to its HF class to load quantized checkpoints for training."""
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, but quantized weights are dequantized, unless `quantization_config=` says how to keep
+        them."""
+        config, source = kwargs.get("config"), None
+        if isinstance(config, PreTrainedConfig) and kwargs.get("quantization_config") is None:
+            config = copy.deepcopy(config)
+            stored = dequantized(config)
+            if stored is not None:
+                kwargs["config"], source = config, _Source(str(name), stored)
+        token = _source.set(source)
+        try:
+            return super().from_pretrained(name, *args, **kwargs)
+        finally:
+            _source.reset(token)
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
+        """As in Transformers, from tensors that are dequantized when they are read."""
+        load, source = PreTrainedModel._load_pretrained_model, _source.get()
+        if source is None:
+            return load(model, state_dict, files, load_config, *args)
+        if not files or not all(str(file).endswith(".safetensors") for file in files):
+            raise ValueError(f"{source.name} is quantized ({source}), and only safetensors files of it can be read.")
+        if "disk" in (load_config.device_map or {}).values():
+            raise ValueError(f"{source.name} is quantized ({source}): it cannot stay on the disk. Change device_map.")
+        dtype = str(load_config.dtype).removeprefix("torch.")
+        backends.logger().info(
+            f"expertmesh: {source.name} is quantized ({source}). Its weights become {dtype} while they are read, to be "
+            f"trained; give quantization_config= to keep them quantized."
+        )
+        model._dequantized_from = str(source)
+        with opened(files) as tensors:
+            return load(
+                model, READERS[source.stored["quant_method"]](source.stored, tensors), files, load_config, *args
+            )
+
+
+def tell_saved(model: Any, folder: Any) -> None:
+    """Say what a checkpoint holds that was loaded from a quantized one."""
+    before = getattr(model, "_dequantized_from", None)
+    if before is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        backends.logger().info(
+            f"expertmesh: {folder} holds {dtype} weights and no quantization_config; it was loaded from {before}."
+        )
