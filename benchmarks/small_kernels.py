@@ -185,7 +185,7 @@ def latent_case(tokens: int) -> tuple[str, Callable, Callable, tuple, float, flo
     heads, nope, rope = 128, 128, 64
     q, kv, k_rope = leaf(1, tokens, heads, nope + rope), leaf(1, tokens, heads, 2 * nope), leaf(1, tokens, rope)
     angle = torch.randn(1, tokens, rope, device=q.device)
-    rotation = angle.cos().bfloat16(), angle.sin().bfloat16(), True
+    rotation = angle.cos().bfloat16(), angle.sin().bfloat16()
     row = tokens * heads * 2 / BYTES_PER_MS  # one element of every head
     small = 3 * tokens * rope * 2 / BYTES_PER_MS  # cos, sin, k_rope
     return (

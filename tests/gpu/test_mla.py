@@ -21,20 +21,16 @@ def inputs(batch: int, seq: int, heads: int, nope: int = 128, rope: int = 64, va
     return leaves, (angle.cos().bfloat16(), angle.sin().bfloat16())
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(
     ("batch", "seq", "heads", "nope", "value"), [(1, 512, 128, 128, 128), (3, 129, 20, 192, 256), (2, 65, 7, 16, 24)]
 )
-def test_kernel_is_as_exact_as_the_operations_it_replaces(batch, seq, heads, nope, value, interleaved):
+def test_kernel_is_as_exact_as_the_operations_it_replaces(batch, seq, heads, nope, value):
     leaves, turn = inputs(batch, seq, heads, nope, value=value)
     exact = outputs_and_grads(
-        lambda *x: mla_rope_reference(*x, *(part.float() for part in turn), interleaved),
+        lambda *x: mla_rope_reference(*x, *(part.float() for part in turn)),
         *(x.detach().float().requires_grad_() for x in leaves),
     )
-    ours, stock = (
-        outputs_and_grads(lambda *x, fn=fn: fn(*x, *turn, interleaved), *leaves)
-        for fn in (mla_rope, mla_rope_reference)
-    )
+    ours, stock = (outputs_and_grads(lambda *x, fn=fn: fn(*x, *turn), *leaves) for fn in (mla_rope, mla_rope_reference))
     for name, mine, theirs, want in zip(("q", "k", "v", "dq", "dkv", "dk_rope"), ours, stock, exact, strict=True):
         error, allowed = (float((x.double() - want.double()).norm() / want.double().norm()) for x in (mine, theirs))
         assert error <= 1.1 * allowed + 1e-6, (name, error, allowed)
@@ -44,7 +40,7 @@ def test_attention_takes_what_the_kernel_makes_without_a_matrix_of_scores():
     """The memory of one head's scores would show; on Hopper and Blackwell it is cuDNN's kernel."""
     seq, heads = 4096, 16
     leaves, turn = inputs(1, seq, heads)
-    query, key, value = mla_rope(*leaves, *turn, True)
+    query, key, value = mla_rope(*leaves, *turn)
     choice = SDPBackend(torch._fused_sdp_choice(query, key, value, is_causal=True))
     assert choice != SDPBackend.MATH
     if torch.cuda.get_device_capability()[0] in (9, 10):

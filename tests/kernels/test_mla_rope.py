@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-    apply_rotary_pos_emb,
-    apply_rotary_pos_emb_interleave,
-)
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
 from expertmesh.kernels.mla_rope import mla_rope, mla_rope_reference
 from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads
@@ -18,26 +15,23 @@ def rotation(batch: int, seq: int, width: int) -> tuple[torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_the_reference_is_bit_equal_to_stock_transformers(interleaved, dtype):
+def test_the_reference_is_bit_equal_to_stock_transformers(dtype):
     q, kv, k_rope = (torch.randn(2, 5, *shape).to(dtype) for shape in ((3, 24), (3, 28), (8,)))
     cos, sin = (x.to(dtype) for x in rotation(2, 5, 8))
-    turn = apply_rotary_pos_emb_interleave if interleaved else apply_rotary_pos_emb
-    q_rope, k_turned = turn(q.transpose(1, 2)[..., 16:], k_rope[:, None], cos, sin)
-    query, key, value = mla_rope_reference(q, kv, k_rope, cos, sin, interleaved)
+    q_rope, k_turned = apply_rotary_pos_emb_interleave(q.transpose(1, 2)[..., 16:], k_rope[:, None], cos, sin)
+    query, key, value = mla_rope_reference(q, kv, k_rope, cos, sin)
     assert torch.equal(query, torch.cat([q.transpose(1, 2)[..., :16], q_rope], dim=-1))
     assert torch.equal(key, torch.cat([kv.transpose(1, 2)[..., :16], k_turned.expand(-1, 3, -1, -1)], dim=-1))
     assert torch.equal(value, kv.transpose(1, 2)[..., 16:])
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(
     ("batch", "seq", "heads", "nope", "rope", "value", "rotations"),
     [(1, 1, 1, 16, 8, 16, 1), (2, 5, 3, 16, 8, 12, 1), (2, 3, 20, 24, 12, 24, 2), (1, 2, 33, 4, 2, 7, 1)],
 )
-def test_kernel_equals_reference(batch, seq, heads, nope, rope, value, rotations, interleaved):
+def test_kernel_equals_reference(batch, seq, heads, nope, rope, value, rotations):
     leaves = leaf(batch, seq, heads, nope + rope), leaf(batch, seq, heads, nope + value), leaf(batch, seq, rope)
-    turn = *rotation(rotations, seq, rope), interleaved
+    turn = rotation(rotations, seq, rope)
     expected = outputs_and_grads(lambda *x: mla_rope_reference(*x, *turn), *leaves)
     with on_triton():
         got = outputs_and_grads(lambda *x: mla_rope(*x, *turn), *leaves)
@@ -50,7 +44,7 @@ def test_strided_inputs_and_gradients_are_read_by_their_strides():
 
     def run(kernel):
         def fn(fused, latent):
-            turn = cos[:, ::2, 3:11], sin[:, ::2, 3:11], True
+            turn = cos[:, ::2, 3:11], sin[:, ::2, 3:11]
             query, key, value = kernel(fused[:, :, ::2, :24], fused[:, :, 1::2, 24:], latent[..., 12:], *turn)
             last_strided = kernel(
                 fused.transpose(2, 3).contiguous().transpose(2, 3)[..., :24], fused[..., 24:], latent[..., :8], *turn
@@ -67,7 +61,7 @@ def test_strided_inputs_and_gradients_are_read_by_their_strides():
 def test_queries_and_keys_lie_token_by_token_and_values_are_not_copied():
     q, kv, k_rope = torch.randn(2, 5, 3, 24), torch.randn(2, 5, 3, 28), torch.randn(2, 5, 8)
     with on_triton():
-        query, key, value = mla_rope(q, kv, k_rope, *rotation(1, 5, 8), True)
+        query, key, value = mla_rope(q, kv, k_rope, *rotation(1, 5, 8))
     assert query.transpose(1, 2).is_contiguous() and key.transpose(1, 2).is_contiguous()
     assert value.data_ptr() == kv[..., 16:].data_ptr() and value.transpose(1, 2).stride() == kv.stride()
 
@@ -75,7 +69,7 @@ def test_queries_and_keys_lie_token_by_token_and_values_are_not_copied():
 def test_only_keys_used_leaves_queries_and_values_with_zero_gradients():
     leaves = leaf(1, 5, 4, 24), leaf(1, 5, 4, 28), leaf(1, 5, 8)
     with on_triton():
-        _, dq, dkv, dk_rope = outputs_and_grads(lambda *x: mla_rope(*x, *rotation(1, 5, 8), True)[1], *leaves)
+        _, dq, dkv, dk_rope = outputs_and_grads(lambda *x: mla_rope(*x, *rotation(1, 5, 8))[1], *leaves)
     assert dq.count_nonzero() == dkv[..., 16:].count_nonzero() == 0
     assert dkv[..., :16].all() and dk_rope.all() and dk_rope.isfinite().all()
 
@@ -90,6 +84,6 @@ def test_shapes_that_do_not_belong_together_are_refused():
         (q, kv[..., :16], k_rope),
     ):
         with pytest.raises(ValueError, match=r"must be \[B, S, N, P\+R\]"):
-            mla_rope(*wrong, cos, sin, True)
+            mla_rope(*wrong, cos, sin)
     with pytest.raises(ValueError, match=r"must both be \[1 or 2, 5, 8\]"):
-        mla_rope(q, kv, k_rope, cos[..., :4], sin[..., :4], True)
+        mla_rope(q, kv, k_rope, cos[..., :4], sin[..., :4])

@@ -20,7 +20,6 @@ from expertmesh.layers.masks import Documents
 SCALED = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}
 VARIANTS = {
     "YaRN": SCALED,
-    "halves rotated": SCALED | {"rope_interleave": False},
     "queries not compressed": {"q_lora_rank": None},
     "eager": SCALED | {"attn_implementation": "eager"},
     "biases, values wider than queries": {"attention_bias": True, "v_head_dim": 40},
@@ -62,7 +61,7 @@ def gradients(model, ids, **more):
     ("model_type", "variant", "path"),
     [
         *(("deepseek_v3", variant, "reference") for variant in VARIANTS),
-        ("deepseek_v3", "halves rotated", "triton"),
+        ("deepseek_v3", "YaRN", "triton"),
         ("glm4_moe_lite", "YaRN", "reference"),
     ],
 )
@@ -88,10 +87,15 @@ def test_both_scalings_of_yarn_are_in_the_numbers():
     assert len(losses) == 3
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
+def test_attention_that_rotates_halves_stays_stock_and_the_report_says_so():
+    _, ours = models(rope_interleave=False)
+    (row,) = (row for row in ours.fusion_report() if row.name == "mla_rope")
+    assert not row.on and "turns halves" in row.reason
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_with_a_cache_equals_stock(cache, interleaved):
-    stock, ours = (model.eval() for model in models(rope_interleave=interleaved))
+def test_generation_with_a_cache_equals_stock(cache):
+    stock, ours = (model.eval() for model in models(**SCALED))
     ids = tokens(2, 6)
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
     pad = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]), "pad_token_id": 0}

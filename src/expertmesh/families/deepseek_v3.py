@@ -11,14 +11,15 @@ modules for multi-token prediction                                              
 """
 
 from expertmesh.families.rules import Rule
-from expertmesh.layers.mla import FastLatentAttention
+from expertmesh.layers.mla import FastLatentAttention, why_not_mla
 
 RULES = (
     Rule(
         "mla_rope",
         FastLatentAttention,
         like=("deepseek_v3.DeepseekV3Attention", "glm4_moe_lite.Glm4MoeLiteAttention"),
-        code=("275dc233d0de",),
-        also=("expand_kv", "apply_rotary_pos_emb", "rotate_half", "apply_rotary_pos_emb_interleave"),
+        code=("f6d9c3f44254",),
+        also=("expand_kv", "apply_rotary_pos_emb_interleave"),
+        why_not=why_not_mla,
     ),
 )

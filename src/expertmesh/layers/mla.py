@@ -11,7 +11,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import eager_attention_forward
 
-from expertmesh.kernels.mla_rope import mla_rope, rotated, rotated_tail
+from expertmesh.kernels.mla_rope import mla_rope, rotated
 from expertmesh.layers.fast import Fast
 
 
@@ -35,16 +35,17 @@ class FastLatentAttention(Fast):
         widths = [self.kv_lora_rank, self.qk_rope_head_dim]
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(widths, dim=-1)
         latent = self.kv_a_layernorm(latent)
-        rotation = *position_embeddings, bool(self.config.rope_interleave)
 
         cached = None
         if past_key_values is not None:  # it keeps latents and rotated positions, as stock does
-            cached = past_key_values.update(latent[:, None], rotated(k_rope[:, None], *rotation), self.layer_idx)
+            cached = past_key_values.update(
+                latent[:, None], rotated(k_rope[:, None], *position_embeddings), self.layer_idx
+            )
         if cached is None or cached[0].shape[2] == seq:  # all keys are of these tokens
             kv = self.kv_b_proj(latent).view(batch, seq, -1, self.qk_nope_head_dim + self.v_head_dim)
-            query, key, value = mla_rope(q, kv, k_rope, *rotation)
+            query, key, value = mla_rope(q, kv, k_rope, *position_embeddings)
         else:
-            query = rotated_tail(q.transpose(1, 2), self.qk_rope_head_dim, *rotation)
+            query = rotated(q.transpose(1, 2), *position_embeddings)
             key, value = self.expand_kv(*cached)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attn_output, attn_weights = attend(
@@ -58,3 +59,8 @@ class FastLatentAttention(Fast):
             **kwargs,
         )
         return self.o_proj(attn_output.reshape(batch, seq, -1).contiguous()), attn_weights
+
+
+def why_not_mla(attention: Any) -> str | None:
+    """Why this attention must stay stock, or None."""
+    return None if attention.config.rope_interleave else "its RoPE turns halves, not pairs (rope_interleave=False)"
