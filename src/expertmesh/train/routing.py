@@ -13,6 +13,7 @@ Metrics of one layer, from its counts c_E:
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,24 @@ def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 break
 
 
+def expert_counts(router: nn.Module, output: Any, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """How many rows each expert got, int64 [E], in a call of `router` that gave `output`; None if that is not to count.
+
+    mask: nonzero where a token is no padding; None, or one of another number of tokens, if all are to count.
+    """
+    if not router.training or not isinstance(output, tuple):
+        return None
+    ids = next((x for x in reversed(output) if not x.is_floating_point()), None)
+    if ids is None:  # a router that does not return its choices (llama4) is left out
+        return None
+    ids_TK = ids.detach().reshape(-1, ids.shape[-1]).long()
+    one_TK = torch.ones_like(ids_TK)
+    if mask is not None and mask.numel() == len(ids_TK):
+        one_TK *= (mask.reshape(-1, 1) != 0).to(ids_TK.device)
+    counts_E = torch.zeros(output[0].shape[-1], dtype=torch.long, device=ids_TK.device)
+    return counts_E.scatter_add_(0, ids_TK.flatten(), one_TK.flatten())
+
+
 class RouterLoad:
     """Counts of a model's routers. `layers` are their names, and every array here is [layers, experts].
 
@@ -61,18 +80,9 @@ class RouterLoad:
             router.register_forward_hook(lambda module, _, output, name=name: self._count(name, module, output))
 
     def _count(self, name: str, router: nn.Module, output: tuple[torch.Tensor, ...]) -> None:
-        if not router.training or not isinstance(output, tuple):
-            return
-        ids = next((x for x in reversed(output) if not x.is_floating_point()), None)
-        if ids is None:  # a router that does not return its choices (llama4) is left out
-            return
-        ids_TK = ids.detach().reshape(-1, ids.shape[-1]).long()
-        one_TK = torch.ones_like(ids_TK)
-        if self.mask is not None and self.mask.numel() == len(ids_TK):
-            one_TK *= (self.mask.reshape(-1, 1) != 0).to(ids_TK.device)
-        if name not in self._counts:
-            self._counts[name] = torch.zeros(output[0].shape[-1], dtype=torch.long, device=ids_TK.device)
-        self._counts[name].scatter_add_(0, ids_TK.flatten(), one_TK.flatten())
+        counts = expert_counts(router, output, self.mask)
+        if counts is not None:
+            self._counts[name] = self._counts[name] + counts if name in self._counts else counts
 
     def window(self) -> dict[str, float]:
         """Metrics of what was counted since the last call, means over the layers; {} if nothing was.
