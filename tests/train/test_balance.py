@@ -7,11 +7,8 @@ from transformers import TrainingArguments
 from expertmesh import Trainer
 from expertmesh.bench.tiny import tiny_model
 from expertmesh.train.balance import BalanceRouters
-from expertmesh.train.errors import ConfigError
 from expertmesh.train.routing import RouterLoad, routers
-from expertmesh.train.run import build
 from tests.models import load_ours
-from tests.train.test_run import configured
 
 
 def biases(model) -> list[torch.Tensor]:
@@ -62,6 +59,7 @@ def test_training_with_it_evens_the_load_and_without_it_leaves_the_bias(rate, tm
         assert sum(found[-4:]) < 0.8 * sum(found[:4])
 
 
-def test_a_model_without_such_a_bias_is_a_configuration_error(tmp_path):
-    with pytest.raises(ConfigError, match="moe.router_bias_update_rate: No router of Qwen3MoeForCausalLM has"):
-        build(configured(tmp_path, moe__router_bias_update_rate="0.001"))
+def test_a_model_without_such_a_bias_is_refused():
+    model = tiny_model("qwen3_moe")
+    with pytest.raises(ValueError, match="No router of Qwen3MoeForCausalLM has"):
+        BalanceRouters(model, RouterLoad(model), 0.001)

@@ -123,9 +123,6 @@ class MoeSection(Section):
 
     router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
     """Weight of the load-balancing loss; unset is the model's own, 0 switches it off."""
-    router_bias_update_rate: Annotated[float, Field(gt=0)] | None = None
-    """By how much, after each step, the selection bias of DeepSeek-like routers moves towards experts with little load
-    (DeepSeek-V3: 0.001), also where routers are frozen; unset keeps it as it is."""
     freeze_router: bool = False
     """Whether to keep the routers as they are and train everything else."""
 

@@ -27,7 +27,6 @@ import expertmesh
 from expertmesh import backends, data
 from expertmesh.checkpoint.publish import newest_complete
 from expertmesh.parallel import current_world_size
-from expertmesh.train.balance import BalanceRouters
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.launch import layout
@@ -87,11 +86,6 @@ def build(config: Config) -> SFTTrainer:
             f"data.assistant_only_loss: a conversation of {config.data.name} has no assistant token, so all its labels "
             f"are masked. Remove conversations without an answer; if all have one: {data.labels.REMEDY}"
         ) from error
-    if config.moe.router_bias_update_rate is not None:
-        try:
-            trainer.add_callback(BalanceRouters(trainer.model, trainer.load, config.moe.router_bias_update_rate))
-        except ValueError as error:
-            raise ConfigError(f"moe.router_bias_update_rate: {error}") from error
     for quiet in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(quiet)
     _check_prepared(trainer, config)
