@@ -36,7 +36,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     """
     _check(x, weight, scale)
     if use_triton(x):
-        return _RMSNorm.apply(x, None, weight, eps, scale, False)[0]
+        return _RMSNorm.apply(x, None, weight, eps, scale, False)
     return rms_norm_reference(x, weight, eps, scale=scale)
 
 
@@ -229,13 +229,15 @@ def _norm_backward(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x, residual or None, weight → (y, sum); without a residual x is saved, and is the second output if `keep`."""
+    """x, residual or None, weight → (y, sum); without a residual (y, x) if `keep`, else y alone: Dynamo before
+    PyTorch 2.12 does not know outputs that are None.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: str,
         keep: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         x_TH = _rows(x)
         T, H = x_TH.shape
         total = None
@@ -256,11 +258,14 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x if total is None else total, weight)
         ctx.eps, ctx.scale, ctx.dtypes = eps, scale, (x.dtype, residual.dtype if residual is not None else None)
         ctx.set_materialize_grads(False)
-        return y, x if keep else total
+        second = x if keep else total
+        return y if second is None else (y, second)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor | None, dsum: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: torch.Tensor | None, dsum: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
         s, weight = ctx.saved_tensors
         x_dtype, residual_dtype = ctx.dtypes
         dx, dweight = dsum, None
