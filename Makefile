@@ -4,6 +4,7 @@
 #   make slow        every family on every layout of two and four ranks
 #   make lint        ruff and mypy
 #   make acceptance  transformers' own model tests on our classes
+#   make mixins TRANSFORMERS=path  more of them, from a transformers checkout of the installed version
 #
 # TORCH is what pip is asked for before anything else. A machine without an NVIDIA GPU gets one fixed release, so that
 # no dependency pulls gigabytes of CUDA libraries later; `make TORCH=torch==2.14.1 demo` overrides it.
@@ -11,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow lint acceptance clean
+.PHONY: help setup demo test slow lint acceptance mixins clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -50,6 +51,10 @@ lint: $(READY)
 
 acceptance: $(READY)
 	$(VENV)/bin/python -m pytest -q tests/acceptance
+
+mixins: $(READY)
+	@test -n "$(TRANSFORMERS)" || { echo "say where: make mixins TRANSFORMERS=path-of-a-transformers-checkout"; exit 2; }
+	$(VENV)/bin/python tests/acceptance/checkout.py "$(TRANSFORMERS)"
 
 clean:
 	rm -rf $(VENV) .acceptance demo-output dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -19,6 +19,13 @@ FAMILIES = {
     "deepseek_v3": "DeepseekV3",
     "nemotron_h": "NemotronH",
     "mixtral": "Mixtral",
+    "olmoe": "Olmoe",
+    "glm4_moe": "Glm4Moe",
+    "qwen3_next": "Qwen3Next",
+    "ernie4_5_moe": "Ernie4_5_Moe",
+    "granitemoe": "GraniteMoe",
+    "hunyuan_v1_moe": "HunYuanMoEV1",
+    "phimoe": "Phimoe",
 }
 
 

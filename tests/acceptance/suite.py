@@ -7,9 +7,11 @@ calls.
 """
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tarfile
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -66,3 +68,37 @@ def unpack(sdist: Path, target: Path) -> None:
         (file.parent / "__init__.py").touch()
         file.write_text(text)
     (target / "__init__.py").touch()
+
+
+def start(arguments: list[str], path: list[Path], folder: Path, report: Path, **environment: str) -> subprocess.Popen:
+    """pytest with these arguments and import path in `folder`; results go to `report` as JUnit XML."""
+    command = [sys.executable, "-m", "pytest", *arguments, f"--junitxml={report}", "-q", "-p", "no:cacheprovider"]
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def results(report: Path, side: str = "") -> dict[str, str]:
+    """`Class::test` -> `passed`, `skipped`, or the first line of its failure; the class without `side` before it."""
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcome = "passed"
+        for child in case:
+            if child.tag in ("failure", "error"):
+                outcome = (child.get("message") or child.tag).splitlines()[0][:200]
+            elif child.tag == "skipped" and outcome == "passed":
+                outcome = "skipped"
+        cls = case.get("classname", "").rpartition(".")[2].removeprefix(side)
+        name = f"{cls}::{case.get('name')}"
+        if found.get(name, "passed") in ("passed", "skipped"):  # subtests are reported under their test's name
+            found[name] = outcome
+    return found
+
+
+def compared(stock: dict[str, str], ours: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """A line of counts; and the tests that stock passes and we do not, each with what became of it."""
+    passed = [name for name, outcome in stock.items() if outcome == "passed"]
+    ours_passed = sum(outcome == "passed" for outcome in ours.values())
+    line = f"{len(stock)} of transformers' tests: the stock classes pass {len(passed)}, ours pass {ours_passed}"
+    return line, {name: ours.get(name, "did not run") for name in passed if ours.get(name) != "passed"}

@@ -1,44 +1,15 @@
 """transformers' own model tests must not fail for our classes where they pass for theirs."""
 
-import os
+import importlib.metadata
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
-from tests.acceptance.suite import ROOT, Unavailable, fetch
+from tests.acceptance.suite import ROOT, Unavailable, compared, fetch, results, start
 
 CASES = Path(__file__).with_name("cases.py")
-
-
-def start(package: Path, side: str, report: Path) -> subprocess.Popen:
-    """Run the classes of cases.py that are `Stock` or `Ours`; results go to `report` as JUnit XML."""
-    command = [sys.executable, "-m", "pytest", "-c", str(CASES.with_suffix(".ini")), "--rootdir", str(ROOT)]
-    command += [str(CASES), "-k", side, f"--junitxml={report}", "-q", "-p", "no:cacheprovider"]
-    path = os.pathsep.join([str(package), str(ROOT / "src"), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def results(report: Path, side: str) -> dict[str, str]:
-    """`Family::test` -> `passed`, `skipped`, or the first line of its failure."""
-    found = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        outcome = "passed"
-        for child in case:
-            if child.tag in ("failure", "error"):
-                outcome = (child.get("message") or child.tag).splitlines()[0][:200]
-            elif child.tag == "skipped" and outcome == "passed":
-                outcome = "skipped"
-        family = case.get("classname", "").rpartition(".")[2].removeprefix(side)
-        name = f"{family}::{case.get('name')}"
-        if found.get(name, "passed") in ("passed", "skipped"):  # subtests are reported under their test's name
-            found[name] = outcome
-    return found
 
 
 def test_transformers_suite_fails_nowhere_that_stock_passes(tmp_path):
@@ -47,14 +18,65 @@ def test_transformers_suite_fails_nowhere_that_stock_passes(tmp_path):
     except Unavailable as reason:
         pytest.skip(str(reason))
     reports = {side: tmp_path / f"{side}.xml" for side in ("Stock", "Ours")}
-    runs = {side: start(package, side, report) for side, report in reports.items()}
+    settings = ["-c", str(CASES.with_suffix(".ini")), "--rootdir", str(ROOT), str(CASES)]
+    path = [package, ROOT / "src", ROOT]
+    runs = {side: start([*settings, "-k", side], path, ROOT, report) for side, report in reports.items()}
     outputs = {side: run.communicate(timeout=1200)[0] for side, run in runs.items()}
     for side, report in reports.items():
         assert report.exists(), f"{side} did not run:\n{outputs[side][-3000:]}"
     stock, ours = (results(report, side) for side, report in reports.items())
-    passed = [name for name, outcome in stock.items() if outcome == "passed"]
-    ours_passed = sum(outcome == "passed" for outcome in ours.values())
-    print(f"{len(stock)} of transformers' tests: the stock classes pass {len(passed)}, ours pass {ours_passed}")
-    assert len(passed) > 400, f"the suite itself is broken here:\n{outputs['Stock'][-3000:]}"
-    worse = {name: ours.get(name, "did not run") for name in passed if ours.get(name) != "passed"}
+    line, worse = compared(stock, ours)
+    print(line)
+    assert sum(outcome == "passed" for outcome in stock.values()) > 400, (
+        f"the suite itself is broken here:\n{outputs['Stock'][-3000:]}"
+    )
     assert not worse, f"transformers' tests that pass for the stock class and not for ours: {worse}"
+
+
+FAKE_TESTS = """
+import unittest
+from transformers import GptOssConfig, GptOssForCausalLM
+
+class GptOssModelTest(unittest.TestCase):
+    def test_that_passes(self):
+        GptOssForCausalLM(GptOssConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, head_dim=4, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+        ))
+
+    def test_that_fails(self):
+        self.fail("on both sides")
+
+    def test_that_fails_for_ours(self):
+        self.assertFalse(hasattr(GptOssForCausalLM, "fusion_report"), "ours")
+"""
+
+
+def checkout(folder: Path, version: str) -> Path:
+    """A transformers checkout of one family with three tests."""
+    tests = folder / "tests" / "models" / "gpt_oss"
+    (folder / "src" / "transformers").mkdir(parents=True)
+    tests.mkdir(parents=True)
+    (folder / "src" / "transformers" / "__init__.py").write_text(f'__version__ = "{version}"\n')
+    for package in (tests, tests.parent, tests.parent.parent):
+        (package / "__init__.py").touch()
+    (tests / "test_modeling_gpt_oss.py").write_text(FAKE_TESTS)
+    return folder
+
+
+def run_checkout(*arguments: str) -> tuple[int, str]:
+    command = [sys.executable, str(ROOT / "tests" / "acceptance" / "checkout.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_checkout_is_run_twice_and_only_what_got_worse_is_named(tmp_path):
+    folder = checkout(tmp_path / "transformers", importlib.metadata.version("transformers"))
+    code, printed = run_checkout(str(folder), "gpt_oss")
+    assert code == 1 and "3 of transformers' tests: the stock classes pass 2, ours pass 1" in printed, printed
+    assert "GptOssModelTest::test_that_fails_for_ours" in printed and "::test_that_fails:" not in printed
+
+
+def test_a_checkout_of_another_version_is_refused(tmp_path):
+    code, printed = run_checkout(str(checkout(tmp_path, "5.0.0")), "gpt_oss")
+    assert code == 2 and "git checkout v" in printed, printed

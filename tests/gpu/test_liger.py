@@ -3,7 +3,7 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM as StockAuto
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from expertmesh import AutoModelForCausalLM
 
@@ -11,10 +11,12 @@ pytest.importorskip("liger_kernel")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def test_a_dense_model_runs_on_liger_and_stays_right():
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4
-    )
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen3Config])
+def test_a_dense_model_runs_on_liger_and_stays_right(family):
+    config = family(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64,
+    )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).train()  # on the CPU, as a script for Trainer does
     stock = StockAuto.from_config(config).cuda().train()

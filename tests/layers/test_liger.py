@@ -2,19 +2,24 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama import modeling_llama
 
 from expertmesh import AutoModelForCausalLM
 from expertmesh.layers.liger import apply_liger, why_not_liger
 
 pytest.importorskip("liger_kernel")
-CONFIG = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+CONFIG = LlamaConfig(**SIZES)
+QWEN = Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=8)
 
 
-def test_on_the_cpu_the_model_computes_what_stock_computes():
-    model = AutoModelForCausalLM.from_config(CONFIG)
-    stock = LlamaForCausalLM(CONFIG)
+@pytest.mark.parametrize(("stock", "config"), [(LlamaForCausalLM, CONFIG), (Qwen3ForCausalLM, QWEN)])
+def test_on_the_cpu_the_model_computes_what_stock_computes(stock, config, tmp_path):
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    assert type(model) is stock and AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().keys()
+    stock = stock(config)
     stock.load_state_dict(model.state_dict())
     ids = torch.arange(8)[None]
     assert torch.equal(model(ids).logits, stock(ids).logits)

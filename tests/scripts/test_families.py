@@ -24,3 +24,27 @@ def test_the_page_shows_what_the_models_report():
 def test_every_fusion_is_explained():
     families = _families()
     assert set(families.WHAT) == set(families.fusions()), "say in scripts/families.py what a new fusion does"
+
+
+def _blocks(language: str) -> list[str]:
+    page = (ROOT / "docs" / "add-a-family.md").read_text()
+    return [part.split("```")[0].strip("\n") for part in page.split(f"```{language}\n")[1:]]
+
+
+def test_the_code_on_the_page_for_a_new_family_is_the_code_that_runs():
+    quoted, scripts = 0, {}
+    for block in _blocks("python"):
+        first, _, rest = block.partition("\n")
+        if first.startswith("# src/"):
+            assert rest in (ROOT / first.removeprefix("# ")).read_text(), block
+            quoted += 1
+        else:
+            exec(block, scripts)
+    assert quoted == 3 and "fingerprint" in scripts
+
+
+def test_the_files_and_tests_that_the_page_names_exist():
+    (commands,) = _blocks("bash")
+    page = (ROOT / "docs" / "add-a-family.md").read_text()
+    for path in [word for word in commands.split() if word.startswith("tests/")]:
+        assert (ROOT / path).exists() and path in page

@@ -24,13 +24,11 @@ class FastDecoderLayer(Fast):
             return super().forward(hidden_states, *args, **kwargs)
         first = self.input_layernorm
         if can_merge(first):
-            normed, hidden_states = keep_rms_norm(
-                hidden_states, first.weight, first.variance_epsilon, scale=first.scale
-            )
+            normed, hidden_states = keep_rms_norm(hidden_states, first.weight, first.get_eps(), scale=first.scale)
         else:
             normed = first(hidden_states)
         mixed = self._mix(normed, **kwargs)
-        normed, residual = add_rms_norm(mixed, hidden_states, norm.weight, norm.variance_epsilon, scale=norm.scale)
+        normed, residual = add_rms_norm(mixed, hidden_states, norm.weight, norm.get_eps(), scale=norm.scale)
         return self._feed_forward(normed, residual)
 
     def _mix(self, normed: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -31,7 +31,7 @@ class FastMoEBlock(Fast):
             residual = residual + (beside if scale == 1 else beside * scale)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weight_TK, ids_TK = self._router()(x_TH)
-        return self.experts(x_TH, ids_TK, weight_TK if scale == 1 else weight_TK * scale, residual=residual)
+        return self.experts(x_TH, ids_TK, weight_TK if scale == 1 else weight_TK.float() * scale, residual=residual)
 
     def _router(self) -> Any:
         return self.gate

@@ -13,7 +13,11 @@ class FastRMSNorm(Fast):
     scale: Scale = "rounded"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, scale=self.scale)
+        return rms_norm(hidden_states, self.weight, self.get_eps(), scale=self.scale)
+
+    def get_eps(self) -> float:
+        """What is added to the mean square."""
+        return self.variance_epsilon
 
 
 class FastFloat32RMSNorm(FastRMSNorm):
@@ -27,9 +31,8 @@ class FastOnePlusRMSNorm(FastRMSNorm):
 
     scale: Scale = "one_plus"
 
-    @property
-    def variance_epsilon(self) -> float:
-        """What these classes call `eps`."""
+    def get_eps(self) -> float:
+        """These classes have it under another name."""
         return self.eps
 
 
