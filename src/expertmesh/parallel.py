@@ -28,7 +28,8 @@ from expertmesh.dispatch import all_to_all, gather
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
 DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME}
-DEFAULT_DISPATCH = "all_to_all"
+AUTO = "auto"
+NEAR = 4  # ranks up to which all tokens may go to all: more would get rows that they do not need
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class DistributedSetup:
     reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
         has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
     dispatch: how tokens reach experts on other ranks. "all_to_all": once to each rank that needs them, any number of
-        ranks; the host waits once per layer for the counts. "gather": to all ranks of the expert-parallel group, for
-        groups of two to four that lie near each other; the host never waits for the device.
+        ranks; the host waits once per layer for the counts. "gather": to all ranks of the expert-parallel group; the
+        host never waits for the device. "auto": "gather" where ep_size is at most 4 and groups lie on GPUs of one node.
     strategy: "fsdp2"; there is no other.
     world_size: ranks; by default those of torch.distributed, else WORLD_SIZE, else 1.
 
@@ -57,7 +58,7 @@ class DistributedSetup:
     dp_replicate_size: int = 1
     activation_checkpointing: bool = False
     reshard_experts: bool = True
-    dispatch: str = DEFAULT_DISPATCH
+    dispatch: str = AUTO
     strategy: str = STRATEGY
     world_size: int | None = None
 
@@ -70,8 +71,8 @@ class DistributedSetup:
             size = getattr(self, name)
             if size is not None and (type(size) is not int or size < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {size!r}.")
-        if self.dispatch not in DISPATCH:
-            raise ValueError(f"dispatch={self.dispatch!r} is unknown. Set it to {' or '.join(DISPATCH)}.")
+        if self.dispatch not in (AUTO, *DISPATCH):
+            raise ValueError(f"dispatch={self.dispatch!r} is unknown. Set it to {', '.join((AUTO, *DISPATCH))}.")
         self._check_dense()
         self._check_experts()
 
@@ -128,8 +129,16 @@ class DistributedSetup:
             dp_replicate_size=self.dp_replicate_size,
             tp_size=self.tp_size,
             ep_size=self.ep_size,
-            ep_implementation=ep_implementation or DISPATCH[self.dispatch],
+            ep_implementation=ep_implementation or DISPATCH[self._dispatch()],
         )
+
+    def _dispatch(self) -> str:
+        """The dispatch that is asked for, or the one that fits: groups are ranks one behind the other."""
+        if self.dispatch != AUTO:
+            return self.dispatch
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", current_world_size()))
+        near = torch.cuda.is_available() and self.ep_size <= NEAR and per_node % self.ep_size == 0
+        return "gather" if near else "all_to_all"
 
     def apply_to(self, model: Any) -> None:
         """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
@@ -258,7 +267,7 @@ def create_distributed_setup_from_config(
         **sizes,
         activation_checkpointing=bool(recompute),
         reshard_experts=True if reshard is None else reshard,
-        dispatch=section.get("dispatch") or DEFAULT_DISPATCH,
+        dispatch=section.get("dispatch") or AUTO,
         strategy=strategy,
         world_size=world_size,
     )
