@@ -1,0 +1,300 @@
+"""Depthwise causal convolution over four tokens, with bias and SiLU: what stands before Mamba2's scan.
+
+    z[t] = bias + w[3] x[t] + w[2] x[t-1] + w[1] x[t-2] + w[0] x[t-3]          y[t] = z[t] * sigmoid(z[t])
+
+Channels stay last, as the projection before it writes them, so nothing is transposed, and x may be a slice of that
+projection's output. In packed rows a tap that would reach across its document's start reads zero.
+
+A program owns some channels and walks down a block of tokens with the last three of them in registers: every element
+is read once, and backward, which recomputes z, needs one sigmoid per element. The gradients of weight and bias are
+summed per program and then over programs in a fixed order, so they are deterministic.
+
+Letters: B sequences, S tokens, C channels.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.rms_norm import sum_partials
+
+#: tokens and channels per program; with 32 * num_warps threads a channel block of 256 * num_warps is 16 bytes a thread
+TUNING = {
+    "forward": {"rows": 64, "channels": 512, "num_warps": 2},
+    "backward": {"rows": 64, "channels": 256, "num_warps": 2},
+}
+
+
+def document_starts(seq_idx_BS: torch.Tensor) -> torch.Tensor:
+    """[B, S] int32: the index of the token at which each token's document starts, without waiting for the device.
+
+    seq_idx: [B, S], the number of each token's document, as Transformers' packing collator makes it; any numbers
+    that differ between neighbouring documents. (From position_ids it is `arange(S) - position_ids`.)
+    """
+    token_S = torch.arange(seq_idx_BS.shape[1], device=seq_idx_BS.device, dtype=torch.int32)
+    is_start = F.pad(seq_idx_BS[:, 1:] != seq_idx_BS[:, :-1], (1, 0), value=True)
+    return torch.where(is_start, token_S, 0).cummax(dim=1).values
+
+
+def causal_conv(
+    x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None = None
+) -> torch.Tensor:
+    """silu(conv(x)) [B, S, C] in x's dtype, accumulated in float32; differentiable in x, weight and bias.
+
+    x: [B, S, C], channels contiguous; weight: [C, 4] (`conv1d.weight.squeeze(1)`); bias: [C] or None; start: [B, S]
+    int32 for packed rows (see `document_starts`). Must equal `causal_conv1d_fn` of Transformers' nemotron_h with
+    activation "silu", document by document.
+    """
+    if x_BSC.dim() != 3 or weight_C4.shape != (x_BSC.shape[2], 4):
+        raise ValueError(
+            f"causal_conv takes x [B, S, C] and weight [C, 4], not {tuple(x_BSC.shape)} and {tuple(weight_C4.shape)}."
+        )
+    if start_BS is not None and start_BS.shape != x_BSC.shape[:2]:
+        raise ValueError(f"start must be [B, S] = {tuple(x_BSC.shape[:2])}, not {tuple(start_BS.shape)}.")
+    if use_triton(x_BSC):
+        return _CausalConv.apply(x_BSC, weight_C4, bias_C, start_BS)
+    return causal_conv_reference(x_BSC, weight_C4, bias_C, start_BS)
+
+
+def causal_conv_reference(
+    x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The specification, tap by tap, in float32."""
+    S = x_BSC.shape[1]
+    x, weight = x_BSC.float(), weight_C4.float()
+    position = torch.arange(S, device=x.device) - (start_BS if start_BS is not None else 0)
+    z = x * weight[:, 3] + (bias_C.float() if bias_C is not None else 0.0)
+    for lag in (1, 2, 3):
+        shifted = F.pad(x, (0, 0, lag, 0))[:, :S]
+        if start_BS is not None:
+            shifted = shifted * (position >= lag).unsqueeze(-1)
+        z = z + shifted * weight[:, 3 - lag]
+    return F.silu(z).to(x_BSC.dtype)
+
+
+@triton.jit
+def _row(ptr, row, S, stride, cols, mask):
+    """Token `row` of one sequence; zeros where it does not exist."""
+    return tl.load(ptr + row * stride + cols, mask & (row >= 0) & (row < S), other=0.0)
+
+
+@triton.jit
+def _position(start_ptr, row, S, PACKED: tl.constexpr):
+    """How far the token stands behind its document's start (outside packed rows the zeros before token 0 do it)."""
+    if PACKED:
+        return row - tl.load(start_ptr + row, row < S, other=0)
+    else:
+        return row + 3
+
+
+@triton.jit
+def _tap(value, position, lag: tl.constexpr, PACKED: tl.constexpr):
+    """What tap `lag` reads or hands back: nothing across the document's start."""
+    value = value.to(tl.float32)
+    return tl.where(position >= lag, value, 0.0) if PACKED else value
+
+
+@triton.jit
+def _z(x3, x2, x1, x0, w0, w1, w2, w3, bias, position, PACKED: tl.constexpr):
+    z = bias + w3 * x0.to(tl.float32) + w2 * _tap(x1, position, 1, PACKED)
+    return z + w1 * _tap(x2, position, 2, PACKED) + w0 * _tap(x3, position, 3, PACKED)
+
+
+@triton.jit
+def _store_silu(ptr, row, end, stride, cols, mask, z):
+    tl.store(ptr + row * stride + cols, z * tl.sigmoid(z), mask & (row < end))
+
+
+@triton.jit
+def _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS: tl.constexpr):
+    w0 = tl.load(weight_ptr + cols * 4, mask, other=0.0).to(tl.float32)
+    w1 = tl.load(weight_ptr + cols * 4 + 1, mask, other=0.0).to(tl.float32)
+    w2 = tl.load(weight_ptr + cols * 4 + 2, mask, other=0.0).to(tl.float32)
+    w3 = tl.load(weight_ptr + cols * 4 + 3, mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros_like(w0)
+    return w0, w1, w2, w3, bias
+
+
+@triton.jit
+def _forward(
+    x_ptr, weight_ptr, bias_ptr, start_ptr, y_ptr, S, C, blocks, stride_xb, stride_xs, stride_yb, stride_ys,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Four tokens a step, the next four on their way."""
+    batch = (tl.program_id(1) // blocks).to(tl.int64)
+    row = (tl.program_id(1) % blocks).to(tl.int64) * ROWS
+    end = tl.minimum(row + ROWS, S)
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = cols < C
+    x_ptr += batch * stride_xb
+    y_ptr += batch * stride_yb
+    start_ptr += batch * S
+    w0, w1, w2, w3, bias = _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS)
+    a = _row(x_ptr, row - 3, S, stride_xs, cols, mask)
+    b = _row(x_ptr, row - 2, S, stride_xs, cols, mask)
+    c = _row(x_ptr, row - 1, S, stride_xs, cols, mask)
+    x0 = _row(x_ptr, row, S, stride_xs, cols, mask)
+    x1 = _row(x_ptr, row + 1, S, stride_xs, cols, mask)
+    x2 = _row(x_ptr, row + 2, S, stride_xs, cols, mask)
+    x3 = _row(x_ptr, row + 3, S, stride_xs, cols, mask)
+    while row < end:
+        next0 = _row(x_ptr, row + 4, end, stride_xs, cols, mask)
+        next1 = _row(x_ptr, row + 5, end, stride_xs, cols, mask)
+        next2 = _row(x_ptr, row + 6, end, stride_xs, cols, mask)
+        next3 = _row(x_ptr, row + 7, end, stride_xs, cols, mask)
+        z = _z(a, b, c, x0, w0, w1, w2, w3, bias, _position(start_ptr, row, S, PACKED), PACKED)
+        _store_silu(y_ptr, row, end, stride_ys, cols, mask, z)
+        z = _z(b, c, x0, x1, w0, w1, w2, w3, bias, _position(start_ptr, row + 1, S, PACKED), PACKED)
+        _store_silu(y_ptr, row + 1, end, stride_ys, cols, mask, z)
+        z = _z(c, x0, x1, x2, w0, w1, w2, w3, bias, _position(start_ptr, row + 2, S, PACKED), PACKED)
+        _store_silu(y_ptr, row + 2, end, stride_ys, cols, mask, z)
+        z = _z(x0, x1, x2, x3, w0, w1, w2, w3, bias, _position(start_ptr, row + 3, S, PACKED), PACKED)
+        _store_silu(y_ptr, row + 3, end, stride_ys, cols, mask, z)
+        a, b, c, x0, x1, x2, x3 = x1, x2, x3, next0, next1, next2, next3
+        row += 4
+
+
+@triton.jit
+def _dz(z, dy):
+    sigmoid = tl.sigmoid(z)
+    return dy.to(tl.float32) * (sigmoid + z * sigmoid * (1.0 - sigmoid))
+
+
+@triton.jit
+def _backward_token(
+    x3, x2, x1, x0, dy, d3, d2, d1, p3, p2, p1, row, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3, sum_bias,
+    start_ptr, dx_ptr, first, stride_dxs, cols, mask, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Token `row`: its dz, its part of the weights' gradients, and dx three tokens before it, which is now complete.
+
+    d1..d3 and p1..p3: dz and position of the tokens before. Tokens from `end` on are the next program's.
+    """
+    p0 = _position(start_ptr, row, S, PACKED)
+    d0 = _dz(_z(x3, x2, x1, x0, w0, w1, w2, w3, bias, p0, PACKED), dy)
+    dx = w3 * d3 + w2 * _tap(d2, p2, 1, PACKED) + w1 * _tap(d1, p1, 2, PACKED) + w0 * _tap(d0, p0, 3, PACKED)
+    tl.store(dx_ptr + (row - 3) * stride_dxs + cols, dx, mask & (row - 3 >= first) & (row - 3 < end))
+    own = tl.where(row < end, d0, 0.0)
+    sum0 += own * _tap(x3, p0, 3, PACKED)
+    sum1 += own * _tap(x2, p0, 2, PACKED)
+    sum2 += own * _tap(x1, p0, 1, PACKED)
+    sum3 += own * x0.to(tl.float32)
+    return d0, p0, sum0, sum1, sum2, sum3, sum_bias + own
+
+
+@triton.jit
+def _backward(
+    x_ptr, weight_ptr, bias_ptr, start_ptr, dy_ptr, dx_ptr, partial_ptr, S, C, blocks,
+    stride_xb, stride_xs, stride_dyb, stride_dys, stride_dxb, stride_dxs,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Two tokens a step; three tokens past the block complete its last dx. Sums go to rows of partial [*, 5, C]."""
+    batch = (tl.program_id(1) // blocks).to(tl.int64)
+    first = (tl.program_id(1) % blocks).to(tl.int64) * ROWS
+    end = tl.minimum(first + ROWS, S)
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = cols < C
+    x_ptr += batch * stride_xb
+    dy_ptr += batch * stride_dyb
+    dx_ptr += batch * stride_dxb
+    start_ptr += batch * S
+    w0, w1, w2, w3, bias = _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS)
+    sum0 = tl.zeros((BLOCK_C,), tl.float32)
+    sum1, sum2, sum3, sum_bias, d1, d2, d3 = sum0, sum0, sum0, sum0, sum0, sum0, sum0
+    row = first
+    p1, p2, p3 = row, row, row  # of tokens whose dz counts as zero here
+    a = _row(x_ptr, row - 3, S, stride_xs, cols, mask)
+    b = _row(x_ptr, row - 2, S, stride_xs, cols, mask)
+    c = _row(x_ptr, row - 1, S, stride_xs, cols, mask)
+    x0 = _row(x_ptr, row, S, stride_xs, cols, mask)
+    x1 = _row(x_ptr, row + 1, S, stride_xs, cols, mask)
+    dy0 = _row(dy_ptr, row, S, stride_dys, cols, mask)
+    dy1 = _row(dy_ptr, row + 1, S, stride_dys, cols, mask)
+    while row < end + 3:
+        later = tl.minimum(S, end + 3)
+        next_x0 = _row(x_ptr, row + 2, later, stride_xs, cols, mask)
+        next_x1 = _row(x_ptr, row + 3, later, stride_xs, cols, mask)
+        next_dy0 = _row(dy_ptr, row + 2, later, stride_dys, cols, mask)
+        next_dy1 = _row(dy_ptr, row + 3, later, stride_dys, cols, mask)
+        d0, p0, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
+            a, b, c, x0, dy0, d3, d2, d1, p3, p2, p1, row, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3,
+            sum_bias, start_ptr, dx_ptr, first, stride_dxs, cols, mask, PACKED,
+        )  # fmt: skip
+        d3, d2, d1, p3, p2, p1 = d2, d1, d0, p2, p1, p0
+        d0, p0, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
+            b, c, x0, x1, dy1, d3, d2, d1, p3, p2, p1, row + 1, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3,
+            sum_bias, start_ptr, dx_ptr, first, stride_dxs, cols, mask, PACKED,
+        )  # fmt: skip
+        d3, d2, d1, p3, p2, p1 = d2, d1, d0, p2, p1, p0
+        a, b, c, x0, x1, dy0, dy1 = c, x0, x1, next_x0, next_x1, next_dy0, next_dy1
+        row += 2
+    partial_ptr += tl.program_id(1) * 5 * C + cols
+    tl.store(partial_ptr, sum0, mask)
+    tl.store(partial_ptr + C, sum1, mask)
+    tl.store(partial_ptr + 2 * C, sum2, mask)
+    tl.store(partial_ptr + 3 * C, sum3, mask)
+    tl.store(partial_ptr + 4 * C, sum_bias, mask)
+
+
+def channels_last(x_BSC: torch.Tensor) -> torch.Tensor:
+    """x itself where its channels are contiguous."""
+    return x_BSC if x_BSC.stride(2) == 1 else x_BSC.contiguous()
+
+
+def _launch(kernel: Any, direction: str, x_BSC: torch.Tensor, pointers: tuple, strides: tuple, **flags: bool) -> None:
+    B, S, C = x_BSC.shape
+    tuning = TUNING[direction]
+    blocks = triton.cdiv(S, tuning["rows"])
+    channels = min(tuning["channels"], triton.next_power_of_2(C))
+    kernel[(triton.cdiv(C, channels), B * blocks)](
+        *pointers, S, C, blocks, *strides, ROWS=tuning["rows"], BLOCK_C=channels, num_warps=tuning["num_warps"], **flags
+    )
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, start: torch.Tensor | None
+    ) -> torch.Tensor:
+        x, weight = channels_last(x), weight.contiguous()
+        start = start.to(torch.int32).contiguous() if start is not None else None
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if y.numel():
+            pointers = x, weight, bias if bias is not None else weight, start if start is not None else x, y
+            strides = *x.stride()[:2], *y.stride()[:2]
+            _launch(_forward, "forward", x, pointers, strides, PACKED=start is not None, HAS_BIAS=bias is not None)
+        ctx.save_for_backward(x, weight, bias, start)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias, start = ctx.saved_tensors
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dweight, dbias = conv_backward(x, weight, bias, start, dy, dx)
+        return dx, dweight, dbias, None
+
+
+def conv_backward(
+    x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None,
+    dy_BSC: torch.Tensor, dx_BSC: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Writes dx (which may be a slice of a wider gradient) and returns (dweight, dbias)."""
+    B, S, C = x_BSC.shape
+    if not x_BSC.numel():
+        return torch.zeros_like(weight_C4), torch.zeros_like(bias_C) if bias_C is not None else None
+    dy_BSC = channels_last(dy_BSC)
+    programs = B * triton.cdiv(S, TUNING["backward"]["rows"])
+    partial = torch.empty(programs, 5 * C, dtype=torch.float32, device=x_BSC.device)
+    pointers = (
+        x_BSC, weight_C4, bias_C if bias_C is not None else weight_C4, start_BS if start_BS is not None else x_BSC,
+        dy_BSC, dx_BSC, partial,
+    )  # fmt: skip
+    strides = *x_BSC.stride()[:2], *dy_BSC.stride()[:2], *dx_BSC.stride()[:2]
+    flags = dict(PACKED=start_BS is not None, HAS_BIAS=bias_C is not None)
+    _launch(_backward, "backward", x_BSC, pointers, strides, **flags)
+    sums = torch.empty(5, C, dtype=torch.float32, device=x_BSC.device)
+    sum_partials(partial, programs, sums)
+    return sums[:4].t().to(weight_C4.dtype), sums[4].to(bias_C.dtype) if bias_C is not None else None

@@ -1,0 +1,85 @@
+"""The causal convolution's kernels against their reference, and the reference against Transformers."""
+
+import pytest
+import torch
+from transformers.models.nemotron_h.modeling_nemotron_h import causal_conv1d_fn
+
+from expertmesh.kernels import causal_conv as conv
+from expertmesh.kernels.causal_conv import causal_conv, causal_conv_reference, document_starts
+from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads
+
+
+def starts(B: int, S: int, *firsts: int) -> torch.Tensor:
+    """Documents that start at 0 and at these tokens; the second row has one document more."""
+    seq_idx = torch.zeros(B, S, dtype=torch.int32)
+    for first in firsts:
+        seq_idx[:, first:] += 1
+    seq_idx[1:, S // 2 :] += 1
+    return document_starts(seq_idx)
+
+
+def test_document_starts_are_where_the_number_changes():
+    seq_idx = torch.tensor([[0, 0, 1, 1, 1, 5], [3, 2, 2, 0, 0, 0]])
+    assert document_starts(seq_idx).tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 1, 3, 3, 3]]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_reference_equals_stock_transformers(bias):
+    x, weight, bias = leaf(2, 11, 24), leaf(24, 4), leaf(24) if bias else None
+    leaves = [x, weight] if bias is None else [x, weight, bias]
+
+    def stock(x, weight, bias=None):
+        return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
+
+    expected = outputs_and_grads(stock, *leaves)
+    assert_same(outputs_and_grads(lambda *a: causal_conv_reference(*a, *[None] * (3 - len(a))), *leaves), expected)
+
+
+def test_the_reference_treats_packed_documents_as_separate_sequences():
+    x, weight, bias = leaf(2, 17, 8), leaf(8, 4), leaf(8)
+    start = document_starts(torch.tensor([[0] * 5 + [1] * 2 + [2] * 10, [0] * 1 + [1] * 3 + [2] * 13]))
+    packed = causal_conv_reference(x, weight, bias, start)
+    for row, bounds in enumerate([(0, 5, 7, 17), (0, 1, 4, 17)]):
+        for a, b in zip(bounds, bounds[1:], strict=False):
+            alone = causal_conv_reference(x[row : row + 1, a:b], weight, bias)
+            assert_same([packed[row : row + 1, a:b]], [alone])
+
+
+@pytest.mark.parametrize("documents", [None, (3, 4, 6, 21)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("S", "C"), [(37, 40), (64, 32), (16, 5), (33, 70)])
+def test_the_kernels_equal_the_reference(S, C, bias, documents, monkeypatch):
+    for direction in ("forward", "backward"):
+        monkeypatch.setitem(conv.TUNING, direction, {"rows": 16, "channels": 32, "num_warps": 1})
+    start = starts(2, S, *(d for d in documents if d < S)) if documents else None
+    wide, weight, *rest = leaf(2, S, C + 3), leaf(C, 4), *([leaf(C)] if bias else [])
+
+    def run(fn):
+        def sliced(wide, weight, bias=None):
+            return fn(wide[..., 2 : 2 + C], weight, bias, start)
+
+        return outputs_and_grads(sliced, wide, weight, *rest)
+
+    expected = run(causal_conv_reference)
+    with on_triton():
+        assert_same(run(causal_conv), expected)
+
+
+def test_one_token_and_no_token():
+    weight, bias = leaf(8, 4), leaf(8)
+    for S in (1, 0):
+        x = leaf(2, S, 8)
+        expected = outputs_and_grads(causal_conv_reference, x, weight, bias) if S else None
+        with on_triton():
+            got = outputs_and_grads(causal_conv, x, weight, bias)
+        if S:
+            assert_same(got, expected)
+        else:
+            assert got[0].shape == (2, 0, 8) and not got[2].any() and not got[3].any()
+
+
+def test_wrong_shapes_say_what_is_right():
+    with pytest.raises(ValueError, match=r"weight \[C, 4\]"):
+        causal_conv(torch.randn(1, 4, 8), torch.randn(8, 3), None)
+    with pytest.raises(ValueError, match=r"start must be"):
+        causal_conv(torch.randn(1, 4, 8), torch.randn(8, 4), None, torch.zeros(1, 5, dtype=torch.int32))
