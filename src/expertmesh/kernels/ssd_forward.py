@@ -1,0 +1,257 @@
+"""The forward kernels of Mamba2's scan and their launches; `ssd` has the formulas and the letters."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from expertmesh.backends import tl, triton
+from expertmesh.kernels.causal_conv import channels_last
+from expertmesh.kernels.grouped_gemm import dot_precision
+
+#: chunk: tokens between stored states, in every kernel. The others: rows of a program's tile (walk: of the state).
+TUNING: dict[str, Any] = {
+    "chunk": 128,
+    "prepare": {"HEADS": 16, "num_warps": 4},
+    "walk": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
+    "outputs": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
+    "gradients": {"BLOCK": 64, "num_warps": 8, "num_stages": 1},
+    "finish": {"HEADS": 16, "num_warps": 4},
+}
+
+
+class Sizes(NamedTuple):
+    """Letters of the module's docstring."""
+
+    B: int
+    S: int
+    H: int
+    P: int
+    G: int
+    N: int
+
+
+def split(xbc_BSK: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views x [B, S, H, P], B and C [B, S, G, N]."""
+    x, B, C = xbc_BSK.split([sizes.H * sizes.P, sizes.G * sizes.N, sizes.G * sizes.N], dim=-1)
+    shape = sizes.G, sizes.N
+    return x.unflatten(-1, (sizes.H, sizes.P)), B.unflatten(-1, shape), C.unflatten(-1, shape)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), also where exp(x) is far below 1; from 20 on x, as in PyTorch."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e
+    small = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.where(x > 20.0, x, small)
+
+
+@triton.jit
+def _prepare(
+    raw_ptr, bias_ptr, A_ptr, dt_ptr, c_ptr, S, H, chunks, stride_b, stride_s, low, high,
+    Q: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """dt [B, H, chunks * Q], zero past the sequence, and log2(e) c: decays are powers of two."""
+    batch = (tl.program_id(0) // chunks).to(tl.int64)
+    token = (tl.program_id(0) % chunks) * Q + tl.arange(0, Q)[:, None]
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[None, :]
+    raw = tl.load(
+        raw_ptr + batch * stride_b + token.to(tl.int64) * stride_s + head, (token < S) & (head < H), other=0.0
+    )
+    bias = tl.load(bias_ptr + head, head < H, other=0.0).to(tl.float32)
+    A = tl.load(A_ptr + head, head < H, other=0.0).to(tl.float32)
+    dt = tl.minimum(tl.maximum(softplus(raw.to(tl.float32) + bias), low), high)
+    dt = tl.where(token < S, dt, 0.0)
+    c = tl.cumsum(dt * (A * 1.4426950408889634), axis=0)  # log2(e)
+    at = (batch * H + tl.trans(head)) * chunks * Q + tl.trans(token)
+    tl.store(dt_ptr + at, tl.trans(dt), tl.trans(head) < H)
+    tl.store(c_ptr + at, tl.trans(c), tl.trans(head) < H)
+
+
+@triton.jit
+def _walk_chunks(
+    v_ptr, m_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, S, chunks, stride_vs, stride_ms, stride_chunk,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stores the state before each chunk (its gradient after each chunk, in reverse) of one head.
+
+    v: x or dy, of this head and block; m: B or C. What a chunk adds is sum_q weight[q] v[q] m[q]^T.
+    """
+    lane, n, p = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, BLOCK)
+    state = tl.zeros((BLOCK, N), tl.float32)
+    for i in range(0, chunks):
+        chunk = chunks - 1 - i if REVERSE else i
+        first = chunk * Q
+        token = first + lane
+        at = states_ptr + chunk.to(tl.int64) * stride_chunk + p[:, None] * N + n[None, :]
+        tl.store(at, state.to(states_ptr.dtype.element_ty))
+        c = tl.load(c_ptr + token)
+        last = tl.load(c_ptr + first + Q - 1)
+        carried = tl.exp2(last)
+        weight = tl.exp2(c) if REVERSE else tl.load(dt_ptr + token) * tl.exp2(last - c)
+        if PACKED:
+            last_start = tl.load(start_ptr + tl.minimum(first + Q, S) - 1)
+            carried = tl.where(last_start < first, carried, 0.0)
+            if REVERSE:
+                start = tl.load(start_ptr + token, token < S, other=0)
+                weight = tl.where(start < first, weight, 0.0)
+            else:
+                weight = tl.where(token >= last_start, weight, 0.0)
+        inside = (token < S)[:, None]
+        v = tl.load(v_ptr + token.to(tl.int64)[:, None] * stride_vs + p[None, :], inside, other=0.0)
+        m = tl.load(m_ptr + token.to(tl.int64)[:, None] * stride_ms + n[None, :], inside, other=0.0)
+        v = (v.to(tl.float32) * weight[:, None]).to(v.dtype)
+        state = tl.dot(tl.trans(v), m, state * carried, input_precision=PRECISION)
+
+
+@triton.jit
+def _walk(
+    x_ptr, B_ptr, dy_ptr, C_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, dstates_ptr, S, H, chunks,
+    stride_b, stride_s, stride_dyb, stride_dys,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (block of the state's rows, head, sequence); the second half of axis 1, if launched, goes in reverse."""
+    per_head: tl.constexpr = P // BLOCK
+    block = tl.program_id(0) % per_head * BLOCK
+    head = (tl.program_id(0) // per_head) % H
+    batch = (tl.program_id(0) // per_head // H).to(tl.int64)
+    row = (batch * H + head) * chunks * Q
+    state = (batch * chunks * H + head) * P * N + block * N
+    at, group = batch * stride_b, head // HEADS * N
+    stride_chunk = H * P * N
+    if tl.program_id(1) == 0:
+        _walk_chunks(
+            x_ptr + at + head * P + block, B_ptr + at + group, dt_ptr + row, c_ptr + row, start_ptr + batch * S,
+            states_ptr + state, S, chunks, stride_s, stride_s, stride_chunk, False, PACKED, PRECISION, P, N, Q, BLOCK,
+        )  # fmt: skip
+    else:
+        _walk_chunks(
+            dy_ptr + batch * stride_dyb + head * P + block, C_ptr + at + group, dt_ptr + row, c_ptr + row,
+            start_ptr + batch * S, dstates_ptr + state, S, chunks, stride_dys, stride_s, stride_chunk,
+            True, PACKED, PRECISION, P, N, Q, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def place(chunks, groups, Q: tl.constexpr, BLOCK: tl.constexpr):
+    """(batch, chunk, group, first row in the chunk): the row blocks of a group run side by side and share its reads."""
+    blocks: tl.constexpr = Q // BLOCK
+    pid = tl.program_id(0)
+    row = pid % blocks * BLOCK
+    group = pid // blocks % groups
+    chunk = pid // blocks // groups % chunks
+    return (pid // blocks // groups // chunks).to(tl.int64), chunk, group, row
+
+
+@triton.jit
+def tokens(ptr, first, S, stride, NUM: tl.constexpr, WIDTH: tl.constexpr):
+    """[NUM, WIDTH] of one sequence from token `first` on; zeros past its end."""
+    token = first + tl.arange(0, NUM)
+    at = ptr + token.to(tl.int64)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
+    return tl.load(at, (token < S)[:, None], other=0.0)
+
+
+@triton.jit
+def _outputs(
+    x_ptr, B_ptr, C_ptr, D_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, y_ptr, S, H, groups, chunks, stride_b, stride_s,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch, chunk, group, row = place(chunks, groups, Q, BLOCK)
+    first = chunk * Q
+    target, source = first + row + tl.arange(0, BLOCK), first + tl.arange(0, Q)
+    at = batch * stride_b
+    C = tokens(C_ptr + at + group * N, first + row, S, stride_s, BLOCK, N)
+    B = tokens(B_ptr + at + group * N, first, S, stride_s, Q, N)
+    scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+    legal = target[:, None] >= source[None, :]
+    if PACKED:
+        start = tl.load(start_ptr + batch * S + target, target < S, other=0)
+        legal &= source[None, :] >= start[:, None]
+    head = group * HEADS
+    for _ in range(0, HEADS):
+        line = (batch * H + head) * chunks * Q
+        c_t, c_s = tl.load(c_ptr + line + target), tl.load(c_ptr + line + source)
+        weights = scores * tl.exp2(tl.where(legal, c_t[:, None] - c_s[None, :], float("-inf")))
+        weights = (weights * tl.load(dt_ptr + line + source)[None, :]).to(C.dtype)
+        entering = tl.exp2(c_t)
+        if PACKED:
+            entering = tl.where(start < first, entering, 0.0)
+        p, n = tl.arange(0, P), tl.arange(0, N)
+        state = states_ptr + ((batch * chunks + chunk) * H + head) * P * N + p[:, None] * N + n[None, :]
+        y = tl.dot(C, tl.trans(tl.load(state)), input_precision=PRECISION) * entering[:, None]
+        x = tokens(x_ptr + at + head * P, first, S, stride_s, Q, P)
+        y = tl.dot(weights, x, y, input_precision=PRECISION)
+        own = tokens(x_ptr + at + head * P, first + row, S, stride_s, BLOCK, P)
+        y += own.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
+        out = y_ptr + (batch * S + target[:, None]) * (H * P) + head * P + p[None, :]
+        tl.store(out, y.to(y_ptr.dtype.element_ty), (target < S)[:, None])
+        head += 1
+
+
+def fitting(kernel: str, rows: int) -> dict[str, int]:
+    """The kernel's configuration, with a block that no chunk or head is too small for."""
+    tuning = dict(TUNING[kernel])
+    return tuning | {"BLOCK": min(tuning["BLOCK"], rows)}
+
+
+def constants(sizes: Sizes, dtype: torch.dtype, start_BS: torch.Tensor | None) -> dict[str, Any]:
+    return dict(
+        PACKED=start_BS is not None, PRECISION=dot_precision(dtype), HEADS=sizes.H // sizes.G, P=sizes.P, N=sizes.N,
+        Q=TUNING["chunk"],
+    )  # fmt: skip
+
+
+def prepare(
+    dt_BSH: torch.Tensor, bias_H: torch.Tensor, A_H: torch.Tensor, dt_limit: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dt and log2(e) c, both [B, H, chunks * Q] float32."""
+    (B, S, H), Q = dt_BSH.shape, TUNING["chunk"]
+    chunks = triton.cdiv(S, Q)
+    dt, c = torch.empty(2, B, H, chunks * Q, dtype=torch.float32, device=dt_BSH.device)
+    tuning = TUNING["prepare"]
+    _prepare[(B * chunks, triton.cdiv(H, tuning["HEADS"]))](
+        dt_BSH, bias_H, A_H, dt, c, S, H, chunks, *dt_BSH.stride()[:2], *map(float, dt_limit), Q=Q, **tuning
+    )
+    return dt, c
+
+
+def walk(
+    xbc_BSK: torch.Tensor, dy: torch.Tensor | None, dt: torch.Tensor, c: torch.Tensor, start: torch.Tensor | None,
+    sizes: Sizes,
+) -> torch.Tensor:  # fmt: skip
+    """[1, B, chunks, H, P, N]: the states before each chunk; with dy [2, ...]: and their gradients after each chunk."""
+    x, B, C = split(xbc_BSK, sizes)
+    chunks = c.shape[2] // TUNING["chunk"]
+    directions = 1 if dy is None else 2
+    shape = directions, sizes.B, chunks, sizes.H, sizes.P, sizes.N
+    states = torch.empty(shape, dtype=x.dtype, device=x.device)
+    tuning = fitting("walk", sizes.P)
+    dy_BSI = dy if dy is not None else xbc_BSK
+    _walk[(sizes.B * sizes.H * sizes.P // tuning["BLOCK"], directions)](
+        x, B, dy_BSI, C, dt, c, start if start is not None else c, states[0], states[-1], sizes.S, sizes.H, chunks,
+        *xbc_BSK.stride()[:2], *dy_BSI.stride()[:2], **constants(sizes, x.dtype, start), **tuning,
+    )  # fmt: skip
+    return states
+
+
+def ssd_forward(
+    xbc_BSK: torch.Tensor, dt_BSH: torch.Tensor, A_H: torch.Tensor, D_H: torch.Tensor, dt_bias_H: torch.Tensor,
+    start: torch.Tensor | None, sizes: Sizes, dt_limit: tuple[float, float],
+) -> torch.Tensor:  # fmt: skip
+    """y [B, S, H * P]."""
+    xbc_BSK, dt_BSH = channels_last(xbc_BSK), channels_last(dt_BSH)
+    y = torch.empty(sizes.B, sizes.S, sizes.H * sizes.P, dtype=xbc_BSK.dtype, device=xbc_BSK.device)
+    if not y.numel():
+        return y
+    dt, c = prepare(dt_BSH, dt_bias_H, A_H, dt_limit)
+    states = walk(xbc_BSK, None, dt, c, start, sizes)
+    chunks = states.shape[2]
+    tuning = fitting("outputs", TUNING["chunk"])
+    _outputs[(sizes.B * chunks * sizes.G * (TUNING["chunk"] // tuning["BLOCK"]),)](
+        *split(xbc_BSK, sizes), D_H, dt, c, start if start is not None else c, states, y, sizes.S, sizes.H, sizes.G,
+        chunks, *xbc_BSK.stride()[:2], **constants(sizes, xbc_BSK.dtype, start), **tuning,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,131 @@
+"""Mamba2's scan: the reference against Transformers and its own formula, the kernels against the reference.
+
+The kernels multiply decays as powers of two of differences of sums, where the reference adds up one exponent after the
+other: in float32 the two differ by the rounding of a sum of up to a chunk's exponents, so the tolerance is 2e-5 and
+not that of a single product.
+"""
+
+import pytest
+import torch
+from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
+
+from expertmesh.kernels import ssd_forward
+from expertmesh.kernels.causal_conv import document_starts
+from expertmesh.kernels.ssd import ssd_reference, ssd_scan
+from tests.kernels.compare import assert_same, error, leaf, on_triton, outputs_and_grads
+
+LIMIT = 0.05, 1.5
+
+
+def parts(B: int, S: int, H: int, P: int, G: int, N: int) -> list[torch.Tensor]:
+    """x, dt, A, B, C, D, dt_bias; part of dt is outside LIMIT, some heads forget fast and some slowly."""
+    A = (-torch.rand(H) * torch.logspace(-2, 0.5, H)).requires_grad_()
+    return [
+        leaf(B, S, H, P), leaf(B, S, H, scale=2.0), A, leaf(B, S, G, N), leaf(B, S, G, N), leaf(H), leaf(H)
+    ]  # fmt: skip
+
+
+def documents(S: int, *rows: tuple[int, ...]) -> torch.Tensor:
+    seq_idx = torch.zeros(len(rows), S, dtype=torch.int32)
+    for row, firsts in enumerate(rows):
+        for first in firsts:
+            seq_idx[row, first:] += 1
+    return document_starts(seq_idx)
+
+
+@pytest.mark.parametrize(("S", "chunk"), [(5, 8), (16, 8), (37, 16)])
+def test_the_reference_equals_stock_transformers(S, chunk):
+    x, dt, A, B, C, D, bias = leaves = parts(2, S, 4, 8, 2, 6)
+
+    def stock(x, dt, A, B, C, D, bias):
+        return mamba2_chunk_scan(
+            x, dt, A, B, C, chunk_size=chunk, D=D, dt_bias=bias, dt_softplus=True, dt_limit=LIMIT
+        )
+
+    expected = outputs_and_grads(stock, *leaves)
+    got = outputs_and_grads(lambda *a: ssd_reference(*a, dt_limit=LIMIT, chunk=12), *leaves)
+    assert_same(got, expected, tolerance=1e-5)
+
+
+def test_the_reference_treats_packed_documents_as_separate_sequences():
+    S = 41
+    leaves = parts(2, S, 4, 8, 2, 6)
+    rows = (5, 7, 30), (1, 16, 17, 40)
+    packed = ssd_reference(*leaves, dt_limit=LIMIT, start_BS=documents(S, *rows), chunk=8)
+    for row, firsts in enumerate(rows):
+        for a, b in zip((0, *firsts), (*firsts, S), strict=True):
+            x, dt, A, B, C, D, bias = leaves
+            cut = [t[row : row + 1, a:b] for t in (x, dt, B, C)]
+            alone = ssd_reference(*cut[:2], A, *cut[2:], D, bias, dt_limit=LIMIT, chunk=8)
+            assert error(packed[row : row + 1, a:b].detach(), alone.detach()) < 1e-5
+
+
+def compare(B, S, H, P, G, N, start=None, block=16):
+    x, dt, A, Bm, C, D, bias = parts(B, S, H, P, G, N)
+    xbc = torch.cat([t.detach().flatten(2) for t in (x, Bm, C)], -1)
+    # what the projection leaves: slices of something wider
+    wide = torch.cat([torch.randn(B, S, 3), xbc, dt.detach()], -1).requires_grad_()
+    width = xbc.shape[-1]
+
+    def run(fn):
+        def sliced(wide, *small):
+            return fn(wide[..., 3 : 3 + width], wide[..., 3 + width :], *small)
+
+        return outputs_and_grads(sliced, wide, A, D, bias)
+
+    options = dict(head_dim=P, groups=G, dt_limit=LIMIT, start_BS=start)
+    expected = run(lambda *a: ssd_scan(*a, **options))
+    with on_triton():
+        got = run(lambda *a: ssd_scan(*a, **options))
+    assert_same(got, expected, tolerance=2e-5)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setitem(ssd_forward.TUNING, "chunk", 32)
+    for kernel in ("walk", "outputs", "gradients"):
+        monkeypatch.setitem(ssd_forward.TUNING, kernel, {"BLOCK": 16, "num_warps": 4, "num_stages": 1})
+    for kernel in ("prepare", "finish"):
+        monkeypatch.setitem(ssd_forward.TUNING, kernel, {"HEADS": 2, "num_warps": 4})
+
+
+@pytest.mark.parametrize("S", [2, 20, 32, 75, 96])
+def test_the_kernels_equal_the_reference(S, small_tiles):
+    compare(2, S, 6, 32, 2, 16)
+
+
+def test_the_kernels_equal_the_reference_with_whole_chunks_as_tiles(small_tiles):
+    for kernel in ("walk", "outputs", "gradients"):
+        ssd_forward.TUNING[kernel]["BLOCK"] = 32
+    compare(1, 70, 3, 16, 1, 32)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ((40,), ()),  # inside a chunk, and none
+        ((32, 64), (31, 33, 65)),  # at the chunks' borders and beside them
+        ((1, 2, 3, 50, 51), (74,)),  # several in one chunk, and the last token alone
+    ],
+)
+def test_packed_documents_do_not_see_each_other(rows, small_tiles):
+    compare(2, 75, 4, 16, 2, 16, start=documents(75, *rows))
+
+
+def test_the_shipped_tiles_at_one_and_a_half_chunks():
+    compare(1, 190, 2, 64, 1, 128, start=documents(190, (100, 150)))
+
+
+def test_an_empty_sequence_gives_nothing(small_tiles):
+    leaves = [leaf(2, 0, 64), leaf(2, 0, 2), -leaf(2).detach().abs().requires_grad_(), leaf(2), leaf(2)]
+    leaves[2] = leaves[2].detach().requires_grad_()
+    with on_triton():
+        got = outputs_and_grads(lambda *a: ssd_scan(*a, head_dim=16, groups=1), *leaves)
+    assert got[0].shape == (2, 0, 32) and not any(g.any() for g in got[3:])
+
+
+def test_wrong_sizes_say_what_is_right():
+    with pytest.raises(ValueError, match="is not x, B and C"):
+        ssd_scan(torch.randn(1, 4, 50), torch.randn(1, 4, 2), *torch.randn(3, 2), head_dim=16, groups=2)
+    with on_triton(), pytest.raises(ValueError, match="powers of two"):
+        ssd_scan(torch.randn(1, 4, 40), torch.randn(1, 4, 2), *torch.randn(3, 2), head_dim=12, groups=1)
