@@ -83,7 +83,7 @@ def compare(B, S, H, P, G, N, start=None, block=16):
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setitem(ssd_forward.TUNING, "chunk", 32)
-    for kernel in ("walk", "outputs", "gradients"):
+    for kernel in ("walk", "outputs", "inputs", "gradients"):
         monkeypatch.setitem(ssd_forward.TUNING, kernel, {"BLOCK": 16, "num_warps": 4, "num_stages": 1})
     for kernel in ("prepare", "finish"):
         monkeypatch.setitem(ssd_forward.TUNING, kernel, {"HEADS": 2, "num_warps": 4})
@@ -95,7 +95,7 @@ def test_the_kernels_equal_the_reference(S, small_tiles):
 
 
 def test_the_kernels_equal_the_reference_with_whole_chunks_as_tiles(small_tiles):
-    for kernel in ("walk", "outputs", "gradients"):
+    for kernel in ("walk", "outputs", "inputs", "gradients"):
         ssd_forward.TUNING[kernel]["BLOCK"] = 32
     compare(1, 70, 3, 16, 1, 32)
 

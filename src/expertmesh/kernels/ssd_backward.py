@@ -28,6 +28,7 @@ from expertmesh.kernels.ssd_forward import (
     fitting,
     place,
     prepare,
+    row_at,
     softplus,
     split,
     tokens,
@@ -36,100 +37,182 @@ from expertmesh.kernels.ssd_forward import (
 
 
 @triton.jit
+def _inputs(
+    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, dt_ptr, c_ptr, start_ptr, dstates_ptr, dx_ptr, inter_ptr, dD_ptr,
+    S, H, groups, chunks, stride_b, stride_s, stride_dyb, stride_dys, stride_dxb, stride_dxs,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx of BLOCK sources: the mirror of `_outputs`. inter [B, H, chunks * Q]: x . dS B exp(c[last] - c[s]); dD
+    [B * chunks, Q // BLOCK, H]: sum dy x."""
+    batch, chunk, group, row = place(chunks, groups, Q, BLOCK)
+    first = chunk * Q
+    source, target = first + row + tl.arange(0, BLOCK), first + tl.arange(0, Q)
+    p, n = tl.arange(0, P), tl.arange(0, N)
+    at = batch * stride_b
+    B = tokens(B_ptr + at + group * N, first + row, S, stride_s, BLOCK, N)
+    C = tokens(C_ptr + at + group * N, first, S, stride_s, Q, N)
+    scores = tl.dot(B, tl.trans(C), input_precision=PRECISION)
+    legal = source[:, None] <= target[None, :]
+    if PACKED:
+        start = tl.load(start_ptr + batch * S + target, target < S, other=0)
+        legal &= source[:, None] >= start[None, :]
+        last_start = tl.load(start_ptr + batch * S + tl.minimum(first + Q, S) - 1)
+    scores = tl.where(legal, scores, 0.0)
+    for head in range(group * HEADS, group * HEADS + HEADS):
+        line = (batch * H + head) * chunks * Q
+        c_s, c_t = tl.load(c_ptr + line + source), tl.load(c_ptr + line + target)
+        weights = (scores * tl.exp2(tl.minimum(c_t[None, :] - c_s[:, None], 0.0))).to(B.dtype)
+        leaving = tl.exp2(tl.load(c_ptr + line + first + Q - 1) - c_s)
+        if PACKED:
+            leaving = tl.where(source >= last_start, leaving, 0.0)
+        state = dstates_ptr + ((batch * chunks + chunk) * H + head) * P * N + p[:, None] * N + n[None, :]
+        u = tl.dot(B, tl.trans(tl.load(state)), input_precision=PRECISION) * leaving[:, None]
+        x = tokens(x_ptr + at + head * P, first + row, S, stride_s, BLOCK, P).to(tl.float32)
+        tl.store(inter_ptr + line + source, tl.sum(u * x, axis=1))
+        dy = tokens(dy_ptr + batch * stride_dyb + head * P, first, S, stride_dys, Q, P)
+        u = tl.dot(weights, dy, u, input_precision=PRECISION)
+        own = tokens(dy_ptr + batch * stride_dyb + head * P, first + row, S, stride_dys, BLOCK, P).to(tl.float32)
+        part = ((batch * chunks + chunk) * (Q // BLOCK) + row // BLOCK) * H + head
+        tl.store(dD_ptr + part, tl.sum(tl.sum(own * x, axis=1)))
+        dx = u * tl.load(dt_ptr + line + source)[:, None] + own * tl.load(D_ptr + head).to(tl.float32)
+        to = row_at(dx_ptr + batch * stride_dxb + head * P, first + row, stride_dxs, BLOCK) + p[None, :]
+        tl.store(to, dx.to(dx_ptr.dtype.element_ty), (source < S)[:, None])
+
+
+@triton.jit
+def _within(
+    dm, v_ptr, w_ptr, other_m_ptr, dt_ptr, c_ptr, start_ptr, intra_ptr,
+    own_m, first, row, S, stride_v, stride_w, stride_m, stride_line,
+    SOURCES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dB or dC plus what the chunk's tokens give each other, one tile of the other side after the other.
+
+    v: own rows of x or dy; w: the other side's. Pointers stand at the group's first head.
+    """
+    own = first + row + tl.arange(0, BLOCK)
+    for i in range(0, Q // BLOCK - row // BLOCK if SOURCES else row // BLOCK + 1):
+        begin = first + row + i * BLOCK if SOURCES else first + row - i * BLOCK
+        other = begin + tl.arange(0, BLOCK)
+        legal = own[:, None] <= other[None, :] if SOURCES else own[:, None] >= other[None, :]
+        if PACKED:
+            if SOURCES:
+                legal &= own[:, None] >= tl.load(start_ptr + other, other < S, other=0)[None, :]
+            else:
+                legal &= other[None, :] >= tl.load(start_ptr + own, own < S, other=0)[:, None]
+        other_m = tokens(other_m_ptr, begin, S, stride_m, BLOCK, N)
+        # illegal pairs: no scores; in `pairs` they hold finite numbers until the heads have passed
+        scores = tl.where(legal, tl.dot(own_m, tl.trans(other_m), input_precision=PRECISION), 0.0)
+        pairs = tl.zeros((BLOCK, BLOCK), tl.float32)
+        tl.debug_barrier()  # the sums of the tile before are read by other threads than wrote them
+        for head in range(0, HEADS):
+            line = head * stride_line
+            c_own, c_other = tl.load(c_ptr + line + own), tl.load(c_ptr + line + other)
+            v = tokens(v_ptr + head * P, first + row, S, stride_v, BLOCK, P)
+            w = tokens(w_ptr + head * P, begin, S, stride_w, BLOCK, P)
+            difference = c_other[None, :] - c_own[:, None] if SOURCES else c_own[:, None] - c_other[None, :]
+            product = tl.dot(v, tl.trans(w), input_precision=PRECISION) * tl.exp2(tl.minimum(difference, 0.0))
+            if not SOURCES:
+                product *= tl.load(dt_ptr + line + other)[None, :]
+            before = tl.load(intra_ptr + line + own, own < tl.where(i > 0, first + Q, 0), other=0.0)
+            tl.store(intra_ptr + line + own, tl.sum(product * scores, axis=1) + before)
+            if SOURCES:
+                product *= tl.load(dt_ptr + line + own)[:, None]
+            pairs += product
+        pairs = tl.where(legal, pairs, 0.0).to(own_m.dtype)
+        dm = tl.dot(pairs, tokens(other_m_ptr, begin, S, stride_m, BLOCK, N), dm, input_precision=PRECISION)
+    return dm
+
+
+@triton.jit
+def _across(
+    v_ptr, dt_ptr, c_ptr, states_ptr, dstates_ptr, inter_ptr, through_ptr,
+    own_m, reached, carried, first, row, S, stride_v, stride_line,
+    SOURCES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dB or dC: what passes through the states, head by head."""
+    own = first + row + tl.arange(0, BLOCK)
+    p, n = tl.arange(0, P), tl.arange(0, N)
+    dm = tl.zeros((BLOCK, N), tl.float32)
+    for head in range(0, HEADS):
+        line = head * stride_line
+        v = tokens(v_ptr + head * P, first + row, S, stride_v, BLOCK, P)
+        if SOURCES:
+            passing = tl.load(dstates_ptr + head * P * N + p[:, None] * N + n[None, :])
+            last = tl.load(c_ptr + line + first + Q - 1)
+            weight = tl.exp2(last - tl.load(c_ptr + line + own)) * tl.load(dt_ptr + line + own)
+            flat = head * P * N + row * (P * N // Q) + tl.arange(0, BLOCK * P * N // Q)
+            before = tl.load(states_ptr + flat).to(tl.float32)
+            through = tl.sum(before * tl.load(dstates_ptr + flat).to(tl.float32)) * tl.exp2(last)
+            tl.store(through_ptr + head, tl.where(carried, through, 0.0))
+        else:
+            passing = tl.load(states_ptr + head * P * N + p[:, None] * N + n[None, :])
+            weight = tl.exp2(tl.load(c_ptr + line + own))
+        if PACKED:
+            weight = tl.where(reached, weight, 0.0)
+        weighted = v.to(tl.float32) * weight[:, None]
+        if not SOURCES:
+            entered = tl.dot(own_m, tl.trans(passing), input_precision=PRECISION)
+            tl.store(inter_ptr + line + own, tl.sum(entered * weighted, axis=1))
+        dm = tl.dot(weighted.to(v.dtype), passing, dm, input_precision=PRECISION)
+    return dm
+
+
+@triton.jit
 def _side(
-    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, dstates_ptr, dx_ptr, dm_ptr,
-    intra_ptr, inter_ptr, through_ptr, dD_ptr, S, H, groups, chunks,
+    x_ptr, B_ptr, C_ptr, dy_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, dstates_ptr, dm_ptr,
+    intra_ptr, inter_ptr, through_ptr, S, H, groups, chunks,
     stride_b, stride_s, stride_dyb, stride_dys, stride_dxb, stride_dxs, SOURCES: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One group's heads in one chunk; own rows: BLOCK sources or targets, the others: all Q of the opposite kind.
+    """dB of BLOCK sources or dC of BLOCK targets, one group in one chunk; all its heads' sums per row on the way.
 
-    dm: dB or dC. intra, inter [B, H, chunks * Q]: each row's sum of M (C . B), with dt[s] on the targets' side, and of
-    the same with the state. through, dD [B * chunks, Q // BLOCK, H]: <S, dS> exp(c[last]), and sum dy x, of a block.
+    intra, inter [B, H, chunks * Q]: sums of M (C . B), with dt[s] on the targets' side, and, of the targets, of the
+    same with the state. through [B * chunks, Q // BLOCK, H]: a block's part of <S, dS> exp(c[last]).
     """
     batch, chunk, group, row = place(chunks, groups, Q, BLOCK)
     first = chunk * Q
-    own, other = first + row + tl.arange(0, BLOCK), first + tl.arange(0, Q)
-    at, at_dy, m = batch * stride_b, batch * stride_dyb, group * N
+    own, head = first + row + tl.arange(0, BLOCK), group * HEADS
+    x_ptr += batch * stride_b + head * P
+    dy_ptr += batch * stride_dyb + head * P
+    B_ptr += batch * stride_b + group * N
+    C_ptr += batch * stride_b + group * N
+    start_ptr += batch * S
+    state = ((batch * chunks + chunk) * H + head) * P * N
+    line = (batch * H + head) * chunks * Q
+    part = ((batch * chunks + chunk) * (Q // BLOCK) + row // BLOCK) * H + head
     if SOURCES:
-        own_ptr, other_ptr, stride_own, stride_other = x_ptr + at, dy_ptr + at_dy, stride_s, stride_dys
-        own_m_ptr, other_m_ptr, passing_ptr = B_ptr + at + m, C_ptr + at + m, dstates_ptr
-        legal = own[:, None] <= other[None, :]
+        own_m_ptr, other_m_ptr, v_ptr, stride_v, w_ptr, stride_w = B_ptr, C_ptr, x_ptr, stride_s, dy_ptr, stride_dys
     else:
-        own_ptr, other_ptr, stride_own, stride_other = dy_ptr + at_dy, x_ptr + at, stride_dys, stride_s
-        own_m_ptr, other_m_ptr, passing_ptr = C_ptr + at + m, B_ptr + at + m, states_ptr
-        legal = own[:, None] >= other[None, :]
+        own_m_ptr, other_m_ptr, v_ptr, stride_v, w_ptr, stride_w = C_ptr, B_ptr, dy_ptr, stride_dys, x_ptr, stride_s
+    reached, carried = own >= 0, True
     if PACKED:
-        last_start = tl.load(start_ptr + batch * S + tl.minimum(first + Q, S) - 1)
-        if SOURCES:
-            start = tl.load(start_ptr + batch * S + other, other < S, other=0)
-            legal &= own[:, None] >= start[None, :]
-            reached = own >= last_start
-        else:
-            start = tl.load(start_ptr + batch * S + own, own < S, other=0)
-            legal &= other[None, :] >= start[:, None]
-            reached = start < first
+        last_start = tl.load(start_ptr + tl.minimum(first + Q, S) - 1)
+        carried = last_start < first
+        reached = own >= last_start if SOURCES else tl.load(start_ptr + own, own < S, other=0) < first
     own_m = tokens(own_m_ptr, first + row, S, stride_s, BLOCK, N)
-    scores = tl.dot(own_m, tl.trans(tokens(other_m_ptr, first, S, stride_s, Q, N)), input_precision=PRECISION)
-    pairs = tl.zeros((BLOCK, Q), tl.float32)
-    dm = tl.zeros((BLOCK, N), tl.float32)
-    p, n = tl.arange(0, P), tl.arange(0, N)
-    head = group * HEADS
-    for _ in range(0, HEADS):
-        line = (batch * H + head) * chunks * Q
-        c_own, c_other = tl.load(c_ptr + line + own), tl.load(c_ptr + line + other)
-        state = ((batch * chunks + chunk) * H + head) * P * N
-        passing = tl.load(passing_ptr + state + p[:, None] * N + n[None, :])
-        v = tokens(own_ptr + head * P, first + row, S, stride_own, BLOCK, P)
-        w = tokens(other_ptr + head * P, first, S, stride_other, Q, P)
-        if SOURCES:
-            last = tl.load(c_ptr + line + first + Q - 1)
-            decay = tl.exp2(tl.where(legal, c_other[None, :] - c_own[:, None], float("-inf")))
-            weight = tl.exp2(last - c_own)
-            dt = tl.load(dt_ptr + line + own)
-        else:
-            decay = tl.exp2(tl.where(legal, c_own[:, None] - c_other[None, :], float("-inf")))
-            decay *= tl.load(dt_ptr + line + other)[None, :]
-            weight = tl.exp2(c_own)
-        if PACKED:
-            weight = tl.where(reached, weight, 0.0)
-        v32 = v.to(tl.float32)
-        u = tl.dot(own_m, tl.trans(passing), input_precision=PRECISION) * weight[:, None]
-        tl.store(inter_ptr + line + own, tl.sum(u * v32, axis=1))
-        if SOURCES:
-            u = tl.dot((scores * decay).to(v.dtype), w, u, input_precision=PRECISION)
-        product = tl.dot(v, tl.trans(w), input_precision=PRECISION) * decay
-        tl.store(intra_ptr + line + own, tl.sum(product * scores, axis=1))
-        if SOURCES:
-            pairs += product * dt[:, None]
-            weight *= dt
-            dy = tokens(dy_ptr + at_dy + head * P, first + row, S, stride_dys, BLOCK, P).to(tl.float32)
-            dx = u * dt[:, None] + dy * tl.load(D_ptr + head).to(tl.float32)
-            to = dx_ptr + batch * stride_dxb + own.to(tl.int64)[:, None] * stride_dxs + head * P + p[None, :]
-            tl.store(to, dx.to(dx_ptr.dtype.element_ty), (own < S)[:, None])
-            part = ((batch * chunks + chunk) * (Q // BLOCK) + row // BLOCK) * H + head
-            tl.store(dD_ptr + part, tl.sum(dy * v32))
-            flat = state + row * (P * N // Q) + tl.arange(0, BLOCK * P * N // Q)
-            before = tl.load(states_ptr + flat).to(tl.float32)
-            through = tl.sum(before * tl.load(dstates_ptr + flat).to(tl.float32)) * tl.exp2(last)
-            if PACKED:
-                through = tl.where(last_start < first, through, 0.0)
-            tl.store(through_ptr + part, through)
-        else:
-            pairs += product
-        dm = tl.dot((v32 * weight[:, None]).to(v.dtype), passing, dm, input_precision=PRECISION)
-        head += 1
-    other_m = tokens(other_m_ptr, first, S, stride_s, Q, N)
-    dm = tl.dot(pairs.to(other_m.dtype), other_m, dm, input_precision=PRECISION)
-    to = dm_ptr + batch * stride_dxb + own.to(tl.int64)[:, None] * stride_dxs + m + n[None, :]
+    dm = _across(
+        v_ptr, dt_ptr + line, c_ptr + line, states_ptr + state, dstates_ptr + state, inter_ptr + line,
+        through_ptr + part, own_m, reached, carried, first, row, S, stride_v, chunks * Q,
+        SOURCES, PACKED, PRECISION, HEADS, P, N, Q, BLOCK,
+    )  # fmt: skip
+    dm = _within(
+        dm, v_ptr, w_ptr, other_m_ptr, dt_ptr + line, c_ptr + line, start_ptr, intra_ptr + line,
+        own_m, first, row, S, stride_v, stride_w, stride_s, chunks * Q,
+        SOURCES, PACKED, PRECISION, HEADS, P, N, Q, BLOCK,
+    )  # fmt: skip
+    to = row_at(dm_ptr + batch * stride_dxb + group * N, first + row, stride_dxs, BLOCK) + tl.arange(0, N)[None, :]
     tl.store(to, dm.to(dm_ptr.dtype.element_ty), (own < S)[:, None])
 
 
 @triton.jit
 def _finish(
     raw_ptr, bias_ptr, A_ptr, dt_ptr, sums_ptr, through_ptr, dD_ptr, draw_ptr, partial_ptr, S, H, chunks, length,
-    stride_b, stride_s, stride_db, stride_ds, low, high, BLOCKS: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
+    stride_b, stride_s, stride_db, stride_ds, low, high, BLOCKS: tl.constexpr,
+    DD_BLOCKS: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of dt as the projection made it, and this chunk's rows of dA, d(dt_bias) and dD.
 
@@ -149,6 +232,8 @@ def _finish(
     for block in range(BLOCKS):
         part = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * H + head
         through += tl.load(through_ptr + part, real, other=0.0)
+    for block in range(DD_BLOCKS):
+        part = (tl.program_id(0).to(tl.int64) * DD_BLOCKS + block) * H + head
         dD += tl.load(dD_ptr + part, real, other=0.0)
     leaving = dt * inter
     over = tl.cumsum(target, axis=1, reverse=True) + tl.cumsum(leaving, axis=1) - leaving + through
@@ -178,24 +263,30 @@ def ssd_backward(
     dt, c = prepare(dt_BSH, dt_bias_H, A_H, dt_limit)
     states, dstates = walk(xbc_BSK, dy_BSI, dt, c, start, sizes)
     chunks, Q = states.shape[1], TUNING["chunk"]
-    tuning = fitting("gradients", Q)
-    blocks = Q // tuning["BLOCK"]
     x, B, C = split(xbc_BSK, sizes)
     dx, dB, dC = split(dxbc_BSK, sizes)
+    inputs, side = fitting("inputs", Q), fitting("gradients", Q)
     sums = torch.empty(4, *c.shape, dtype=torch.float32, device=x.device)
-    through, dD = torch.empty(2, sizes.B * chunks, blocks, sizes.H, dtype=torch.float32, device=x.device)
+    dD = torch.empty(sizes.B * chunks, Q // inputs["BLOCK"], sizes.H, dtype=torch.float32, device=x.device)
+    through = torch.empty(sizes.B * chunks, Q // side["BLOCK"], sizes.H, dtype=torch.float32, device=x.device)
+    grid = sizes.B * chunks * sizes.G
+    numbers = sizes.S, sizes.H, sizes.G, chunks
     strides = *xbc_BSK.stride()[:2], *dy_BSI.stride()[:2], *dxbc_BSK.stride()[:2]
-    for sources, dm, intra, inter in ((True, dB, sums[0], sums[1]), (False, dC, sums[2], sums[3])):
-        _side[(sizes.B * chunks * sizes.G * blocks,)](
-            x, B, C, D_H, dy_BSI, dt, c, start if start is not None else c, states, dstates, dx, dm, intra, inter,
-            through, dD, sizes.S, sizes.H, sizes.G, chunks, *strides, SOURCES=sources,
-            **constants(sizes, x.dtype, start), **tuning,
+    where = start if start is not None else c
+    known = constants(sizes, x.dtype, start)
+    _inputs[(grid * dD.shape[1],)](
+        x, B, C, D_H, dy_BSI, dt, c, where, dstates, dx, sums[1], dD, *numbers, *strides, **known, **inputs
+    )
+    for sources, dm, intra in ((True, dB, sums[0]), (False, dC, sums[2])):
+        _side[(grid * through.shape[1],)](
+            x, B, C, dy_BSI, dt, c, where, states, dstates, dm, intra, sums[3], through, *numbers, *strides,
+            SOURCES=sources, **known, **side,
         )  # fmt: skip
     partial = torch.empty(sizes.B * chunks, 3 * sizes.H, dtype=torch.float32, device=x.device)
     finish = TUNING["finish"]
     _finish[(sizes.B * chunks, triton.cdiv(sizes.H, finish["HEADS"]))](
         dt_BSH, dt_bias_H, A_H, dt, sums, through, dD, ddt_BSH, partial, sizes.S, sizes.H, chunks, c.numel(),
-        *dt_BSH.stride()[:2], *ddt_BSH.stride()[:2], *map(float, dt_limit), BLOCKS=blocks, Q=Q, **finish,
+        *dt_BSH.stride()[:2], *ddt_BSH.stride()[:2], *map(float, dt_limit), BLOCKS=through.shape[1], DD_BLOCKS=dD.shape[1], Q=Q, **finish,
     )  # fmt: skip
     small = torch.empty(3, sizes.H, dtype=torch.float32, device=x.device)
     sum_partials(partial, len(partial), small)

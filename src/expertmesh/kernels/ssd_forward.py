@@ -14,7 +14,8 @@ TUNING: dict[str, Any] = {
     "prepare": {"HEADS": 16, "num_warps": 4},
     "walk": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
     "outputs": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
-    "gradients": {"BLOCK": 64, "num_warps": 8, "num_stages": 1},
+    "inputs": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
+    "gradients": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
     "finish": {"HEADS": 16, "num_warps": 4},
 }
 
@@ -98,9 +99,8 @@ def _walk_chunks(
                 weight = tl.where(start < first, weight, 0.0)
             else:
                 weight = tl.where(token >= last_start, weight, 0.0)
-        inside = (token < S)[:, None]
-        v = tl.load(v_ptr + token.to(tl.int64)[:, None] * stride_vs + p[None, :], inside, other=0.0)
-        m = tl.load(m_ptr + token.to(tl.int64)[:, None] * stride_ms + n[None, :], inside, other=0.0)
+        v = tokens(v_ptr, first, S, stride_vs, Q, BLOCK)
+        m = tokens(m_ptr, first, S, stride_ms, Q, N)
         v = (v.to(tl.float32) * weight[:, None]).to(v.dtype)
         state = tl.dot(tl.trans(v), m, state * carried, input_precision=PRECISION)
 
@@ -147,10 +147,15 @@ def place(chunks, groups, Q: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def tokens(ptr, first, S, stride, NUM: tl.constexpr, WIDTH: tl.constexpr):
-    """[NUM, WIDTH] of one sequence from token `first` on; zeros past its end."""
-    token = first + tl.arange(0, NUM)
-    at = ptr + token.to(tl.int64)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
-    return tl.load(at, (token < S)[:, None], other=0.0)
+    """[NUM, WIDTH] of one sequence from token `first` on; zeros past its end. Offsets in it are 32 bits: see `row_at`."""
+    at = row_at(ptr, first, stride, NUM) + tl.arange(0, WIDTH)[None, :]
+    return tl.load(at, (first + tl.arange(0, NUM) < S)[:, None], other=0.0)
+
+
+@triton.jit
+def row_at(ptr, first, stride, NUM: tl.constexpr):
+    """Where rows [NUM, 1] begin. Only the first is far away: 64-bit offsets of each would stay in registers."""
+    return ptr + first.to(tl.int64) * stride + tl.arange(0, NUM)[:, None] * stride
 
 
 @triton.jit
@@ -170,11 +175,11 @@ def _outputs(
     if PACKED:
         start = tl.load(start_ptr + batch * S + target, target < S, other=0)
         legal &= source[None, :] >= start[:, None]
-    head = group * HEADS
-    for _ in range(0, HEADS):
+    scores = tl.where(legal, scores, 0.0)
+    for head in range(group * HEADS, group * HEADS + HEADS):
         line = (batch * H + head) * chunks * Q
         c_t, c_s = tl.load(c_ptr + line + target), tl.load(c_ptr + line + source)
-        weights = scores * tl.exp2(tl.where(legal, c_t[:, None] - c_s[None, :], float("-inf")))
+        weights = scores * tl.exp2(tl.minimum(c_t[:, None] - c_s[None, :], 0.0))
         weights = (weights * tl.load(dt_ptr + line + source)[None, :]).to(C.dtype)
         entering = tl.exp2(c_t)
         if PACKED:
@@ -186,9 +191,8 @@ def _outputs(
         y = tl.dot(weights, x, y, input_precision=PRECISION)
         own = tokens(x_ptr + at + head * P, first + row, S, stride_s, BLOCK, P)
         y += own.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
-        out = y_ptr + (batch * S + target[:, None]) * (H * P) + head * P + p[None, :]
-        tl.store(out, y.to(y_ptr.dtype.element_ty), (target < S)[:, None])
-        head += 1
+        to = row_at(y_ptr + batch * S * H * P + head * P, first + row, H * P, BLOCK) + p[None, :]
+        tl.store(to, y.to(y_ptr.dtype.element_ty), (target < S)[:, None])
 
 
 def fitting(kernel: str, rows: int) -> dict[str, int]:
