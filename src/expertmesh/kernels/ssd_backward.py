@@ -47,7 +47,8 @@ def _inputs(
     [B * chunks, Q // BLOCK, H]: sum dy x."""
     batch, chunk, group, row = place(chunks, groups, Q, BLOCK)
     first = chunk * Q
-    source, target = first + row + tl.arange(0, BLOCK), first + tl.arange(0, Q)
+    lane, lanes = tl.arange(0, BLOCK), tl.arange(0, Q)
+    source, target = first + row + lane, first + lanes
     p, n = tl.arange(0, P), tl.arange(0, N)
     at = batch * stride_b
     B = tokens(B_ptr + at + group * N, first + row, S, stride_s, BLOCK, N)
@@ -60,22 +61,22 @@ def _inputs(
         last_start = tl.load(start_ptr + batch * S + tl.minimum(first + Q, S) - 1)
     scores = tl.where(legal, scores, 0.0)
     for head in range(group * HEADS, group * HEADS + HEADS):
-        line = (batch * H + head) * chunks * Q
-        c_s, c_t = tl.load(c_ptr + line + source), tl.load(c_ptr + line + target)
+        line = (batch * H + head) * chunks * Q + first
+        c_s, c_t = tl.load(c_ptr + line + row + lane), tl.load(c_ptr + line + lanes)
         weights = (scores * tl.exp2(tl.minimum(c_t[None, :] - c_s[:, None], 0.0))).to(B.dtype)
-        leaving = tl.exp2(tl.load(c_ptr + line + first + Q - 1) - c_s)
+        leaving = tl.exp2(tl.load(c_ptr + line + Q - 1) - c_s)
         if PACKED:
             leaving = tl.where(source >= last_start, leaving, 0.0)
         state = dstates_ptr + ((batch * chunks + chunk) * H + head) * P * N + p[:, None] * N + n[None, :]
         u = tl.dot(B, tl.trans(tl.load(state)), input_precision=PRECISION) * leaving[:, None]
         x = tokens(x_ptr + at + head * P, first + row, S, stride_s, BLOCK, P).to(tl.float32)
-        tl.store(inter_ptr + line + source, tl.sum(u * x, axis=1))
+        tl.store(inter_ptr + line + row + lane, tl.sum(u * x, axis=1))
         dy = tokens(dy_ptr + batch * stride_dyb + head * P, first, S, stride_dys, Q, P)
         u = tl.dot(weights, dy, u, input_precision=PRECISION)
         own = tokens(dy_ptr + batch * stride_dyb + head * P, first + row, S, stride_dys, BLOCK, P).to(tl.float32)
         part = ((batch * chunks + chunk) * (Q // BLOCK) + row // BLOCK) * H + head
         tl.store(dD_ptr + part, tl.sum(tl.sum(own * x, axis=1)))
-        dx = u * tl.load(dt_ptr + line + source)[:, None] + own * tl.load(D_ptr + head).to(tl.float32)
+        dx = u * tl.load(dt_ptr + line + row + lane)[:, None] + own * tl.load(D_ptr + head).to(tl.float32)
         to = row_at(dx_ptr + batch * stride_dxb + head * P, first + row, stride_dxs, BLOCK) + p[None, :]
         tl.store(to, dx.to(dx_ptr.dtype.element_ty), (source < S)[:, None])
 
@@ -91,10 +92,11 @@ def _within(
 
     v: own rows of x or dy; w: the other side's. Pointers stand at the group's first head.
     """
-    own = first + row + tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    own = first + row + lane
     for i in range(0, Q // BLOCK - row // BLOCK if SOURCES else row // BLOCK + 1):
         begin = first + row + i * BLOCK if SOURCES else first + row - i * BLOCK
-        other = begin + tl.arange(0, BLOCK)
+        other = begin + lane
         legal = own[:, None] <= other[None, :] if SOURCES else own[:, None] >= other[None, :]
         if PACKED:
             if SOURCES:
@@ -107,18 +109,18 @@ def _within(
         pairs = tl.zeros((BLOCK, BLOCK), tl.float32)
         tl.debug_barrier()  # the sums of the tile before are read by other threads than wrote them
         for head in range(0, HEADS):
-            line = head * stride_line
-            c_own, c_other = tl.load(c_ptr + line + own), tl.load(c_ptr + line + other)
+            own_line, other_line = head * stride_line + first + row, head * stride_line + begin
+            c_own, c_other = tl.load(c_ptr + own_line + lane), tl.load(c_ptr + other_line + lane)
             v = tokens(v_ptr + head * P, first + row, S, stride_v, BLOCK, P)
             w = tokens(w_ptr + head * P, begin, S, stride_w, BLOCK, P)
             difference = c_other[None, :] - c_own[:, None] if SOURCES else c_own[:, None] - c_other[None, :]
             product = tl.dot(v, tl.trans(w), input_precision=PRECISION) * tl.exp2(tl.minimum(difference, 0.0))
             if not SOURCES:
-                product *= tl.load(dt_ptr + line + other)[None, :]
-            before = tl.load(intra_ptr + line + own, own < tl.where(i > 0, first + Q, 0), other=0.0)
-            tl.store(intra_ptr + line + own, tl.sum(product * scores, axis=1) + before)
+                product *= tl.load(dt_ptr + other_line + lane)[None, :]
+            before = tl.load(intra_ptr + own_line + lane, lane < i * BLOCK, other=0.0)
+            tl.store(intra_ptr + own_line + lane, tl.sum(product * scores, axis=1) + before)
             if SOURCES:
-                product *= tl.load(dt_ptr + line + own)[:, None]
+                product *= tl.load(dt_ptr + own_line + lane)[:, None]
             pairs += product
         pairs = tl.where(legal, pairs, 0.0).to(own_m.dtype)
         dm = tl.dot(pairs, tokens(other_m_ptr, begin, S, stride_m, BLOCK, N), dm, input_precision=PRECISION)
@@ -133,29 +135,29 @@ def _across(
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dB or dC: what passes through the states, head by head."""
-    own = first + row + tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
     p, n = tl.arange(0, P), tl.arange(0, N)
     dm = tl.zeros((BLOCK, N), tl.float32)
     for head in range(0, HEADS):
-        line = head * stride_line
+        line = head * stride_line + first
         v = tokens(v_ptr + head * P, first + row, S, stride_v, BLOCK, P)
         if SOURCES:
             passing = tl.load(dstates_ptr + head * P * N + p[:, None] * N + n[None, :])
-            last = tl.load(c_ptr + line + first + Q - 1)
-            weight = tl.exp2(last - tl.load(c_ptr + line + own)) * tl.load(dt_ptr + line + own)
+            last = tl.load(c_ptr + line + Q - 1)
+            weight = tl.exp2(last - tl.load(c_ptr + line + row + lane)) * tl.load(dt_ptr + line + row + lane)
             flat = head * P * N + row * (P * N // Q) + tl.arange(0, BLOCK * P * N // Q)
             before = tl.load(states_ptr + flat).to(tl.float32)
             through = tl.sum(before * tl.load(dstates_ptr + flat).to(tl.float32)) * tl.exp2(last)
             tl.store(through_ptr + head, tl.where(carried, through, 0.0))
         else:
             passing = tl.load(states_ptr + head * P * N + p[:, None] * N + n[None, :])
-            weight = tl.exp2(tl.load(c_ptr + line + own))
+            weight = tl.exp2(tl.load(c_ptr + line + row + lane))
         if PACKED:
             weight = tl.where(reached, weight, 0.0)
         weighted = v.to(tl.float32) * weight[:, None]
         if not SOURCES:
             entered = tl.dot(own_m, tl.trans(passing), input_precision=PRECISION)
-            tl.store(inter_ptr + line + own, tl.sum(entered * weighted, axis=1))
+            tl.store(inter_ptr + line + row + lane, tl.sum(entered * weighted, axis=1))
         dm = tl.dot(weighted.to(v.dtype), passing, dm, input_precision=PRECISION)
     return dm
 
@@ -286,7 +288,8 @@ def ssd_backward(
     finish = TUNING["finish"]
     _finish[(sizes.B * chunks, triton.cdiv(sizes.H, finish["HEADS"]))](
         dt_BSH, dt_bias_H, A_H, dt, sums, through, dD, ddt_BSH, partial, sizes.S, sizes.H, chunks, c.numel(),
-        *dt_BSH.stride()[:2], *ddt_BSH.stride()[:2], *map(float, dt_limit), BLOCKS=through.shape[1], DD_BLOCKS=dD.shape[1], Q=Q, **finish,
+        *dt_BSH.stride()[:2], *ddt_BSH.stride()[:2], *map(float, dt_limit),
+        BLOCKS=through.shape[1], DD_BLOCKS=dD.shape[1], Q=Q, **finish,
     )  # fmt: skip
     small = torch.empty(3, sizes.H, dtype=torch.float32, device=x.device)
     sum_partials(partial, len(partial), small)

@@ -87,10 +87,10 @@ def _walk_chunks(
         token = first + lane
         at = states_ptr + chunk.to(tl.int64) * stride_chunk + p[:, None] * N + n[None, :]
         tl.store(at, state.to(states_ptr.dtype.element_ty))
-        c = tl.load(c_ptr + token)
+        c = tl.load(c_ptr + first + lane)
         last = tl.load(c_ptr + first + Q - 1)
         carried = tl.exp2(last)
-        weight = tl.exp2(c) if REVERSE else tl.load(dt_ptr + token) * tl.exp2(last - c)
+        weight = tl.exp2(c) if REVERSE else tl.load(dt_ptr + first + lane) * tl.exp2(last - c)
         if PACKED:
             last_start = tl.load(start_ptr + tl.minimum(first + Q, S) - 1)
             carried = tl.where(last_start < first, carried, 0.0)
@@ -147,7 +147,7 @@ def place(chunks, groups, Q: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def tokens(ptr, first, S, stride, NUM: tl.constexpr, WIDTH: tl.constexpr):
-    """[NUM, WIDTH] of one sequence from token `first` on; zeros past its end. Offsets in it are 32 bits: see `row_at`."""
+    """[NUM, WIDTH] of one sequence from token `first` on; zeros past its end."""
     at = row_at(ptr, first, stride, NUM) + tl.arange(0, WIDTH)[None, :]
     return tl.load(at, (first + tl.arange(0, NUM) < S)[:, None], other=0.0)
 
@@ -166,7 +166,8 @@ def _outputs(
 ):  # fmt: skip
     batch, chunk, group, row = place(chunks, groups, Q, BLOCK)
     first = chunk * Q
-    target, source = first + row + tl.arange(0, BLOCK), first + tl.arange(0, Q)
+    lane, lanes = tl.arange(0, BLOCK), tl.arange(0, Q)
+    target, source = first + row + lane, first + lanes
     at = batch * stride_b
     C = tokens(C_ptr + at + group * N, first + row, S, stride_s, BLOCK, N)
     B = tokens(B_ptr + at + group * N, first, S, stride_s, Q, N)
@@ -177,10 +178,10 @@ def _outputs(
         legal &= source[None, :] >= start[:, None]
     scores = tl.where(legal, scores, 0.0)
     for head in range(group * HEADS, group * HEADS + HEADS):
-        line = (batch * H + head) * chunks * Q
-        c_t, c_s = tl.load(c_ptr + line + target), tl.load(c_ptr + line + source)
+        line = (batch * H + head) * chunks * Q + first
+        c_t, c_s = tl.load(c_ptr + line + row + lane), tl.load(c_ptr + line + lanes)
         weights = scores * tl.exp2(tl.minimum(c_t[:, None] - c_s[None, :], 0.0))
-        weights = (weights * tl.load(dt_ptr + line + source)[None, :]).to(C.dtype)
+        weights = (weights * tl.load(dt_ptr + line + lanes)[None, :]).to(C.dtype)
         entering = tl.exp2(c_t)
         if PACKED:
             entering = tl.where(start < first, entering, 0.0)
