@@ -38,9 +38,7 @@ def test_the_reference_equals_stock_transformers(S, chunk):
     x, dt, A, B, C, D, bias = leaves = parts(2, S, 4, 8, 2, 6)
 
     def stock(x, dt, A, B, C, D, bias):
-        return mamba2_chunk_scan(
-            x, dt, A, B, C, chunk_size=chunk, D=D, dt_bias=bias, dt_softplus=True, dt_limit=LIMIT
-        )
+        return mamba2_chunk_scan(x, dt, A, B, C, chunk_size=chunk, D=D, dt_bias=bias, dt_softplus=True, dt_limit=LIMIT)
 
     expected = outputs_and_grads(stock, *leaves)
     got = outputs_and_grads(lambda *a: ssd_reference(*a, dt_limit=LIMIT, chunk=12), *leaves)
@@ -89,9 +87,9 @@ def small_tiles(monkeypatch):
         monkeypatch.setitem(ssd_forward.TUNING, kernel, {"HEADS": 2, "num_warps": 4})
 
 
-@pytest.mark.parametrize("S", [2, 20, 32, 75, 96])
+@pytest.mark.parametrize("S", [2, 32, 75])
 def test_the_kernels_equal_the_reference(S, small_tiles):
-    compare(2, S, 6, 32, 2, 16)
+    compare(2, S, 4, 32, 2, 16)
 
 
 def test_the_kernels_equal_the_reference_with_whole_chunks_as_tiles(small_tiles):

@@ -11,9 +11,9 @@ that passes over token s: pairs s' < s <= t, what enters for a t >= s, what leav
 Pairs that do not pass over s cancel in it; both their sums are therefore taken from float32 products that were not
 rounded.
 
-Five launches: dt and c again, the states and their gradients (two directions in one), one kernel for both sides, in
-which a side's own rows are sources s (x, B, dx, dB) or targets t (dy, C, dC), the gradients of dt, and the sums over
-tokens, which every program leaves in a row of its own: all is deterministic.
+Seven launches: dt and c again, the states and their gradients (two directions in one), dx, one kernel for dB and for dC
+(its own rows are sources s with x and B, or targets t with dy and C), the gradients of dt, and the sums over tokens,
+for which every program leaves a row of its own: all is deterministic.
 """
 
 import torch
@@ -38,13 +38,12 @@ from expertmesh.kernels.ssd_forward import (
 
 @triton.jit
 def _inputs(
-    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, dt_ptr, c_ptr, start_ptr, dstates_ptr, dx_ptr, inter_ptr, dD_ptr,
+    B_ptr, C_ptr, D_ptr, dy_ptr, dt_ptr, c_ptr, start_ptr, dstates_ptr, dx_ptr,
     S, H, groups, chunks, stride_b, stride_s, stride_dyb, stride_dys, stride_dxb, stride_dxs,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx of BLOCK sources: the mirror of `_outputs`. inter [B, H, chunks * Q]: x . dS B exp(c[last] - c[s]); dD
-    [B * chunks, Q // BLOCK, H]: sum dy x."""
+    """dx of BLOCK sources: the mirror of `_outputs`."""
     batch, chunk, group, row = place(chunks, groups, Q, BLOCK)
     first = chunk * Q
     lane, lanes = tl.arange(0, BLOCK), tl.arange(0, Q)
@@ -63,19 +62,15 @@ def _inputs(
     for head in range(group * HEADS, group * HEADS + HEADS):
         line = (batch * H + head) * chunks * Q + first
         c_s, c_t = tl.load(c_ptr + line + row + lane), tl.load(c_ptr + line + lanes)
-        weights = (scores * tl.exp2(tl.minimum(c_t[None, :] - c_s[:, None], 0.0))).to(B.dtype)
         leaving = tl.exp2(tl.load(c_ptr + line + Q - 1) - c_s)
         if PACKED:
             leaving = tl.where(source >= last_start, leaving, 0.0)
         state = dstates_ptr + ((batch * chunks + chunk) * H + head) * P * N + p[:, None] * N + n[None, :]
         u = tl.dot(B, tl.trans(tl.load(state)), input_precision=PRECISION) * leaving[:, None]
-        x = tokens(x_ptr + at + head * P, first + row, S, stride_s, BLOCK, P).to(tl.float32)
-        tl.store(inter_ptr + line + row + lane, tl.sum(u * x, axis=1))
         dy = tokens(dy_ptr + batch * stride_dyb + head * P, first, S, stride_dys, Q, P)
+        weights = (scores * tl.exp2(tl.minimum(c_t[None, :] - c_s[:, None], 0.0))).to(B.dtype)
         u = tl.dot(weights, dy, u, input_precision=PRECISION)
         own = tokens(dy_ptr + batch * stride_dyb + head * P, first + row, S, stride_dys, BLOCK, P).to(tl.float32)
-        part = ((batch * chunks + chunk) * (Q // BLOCK) + row // BLOCK) * H + head
-        tl.store(dD_ptr + part, tl.sum(tl.sum(own * x, axis=1)))
         dx = u * tl.load(dt_ptr + line + row + lane)[:, None] + own * tl.load(D_ptr + head).to(tl.float32)
         to = row_at(dx_ptr + batch * stride_dxb + head * P, first + row, stride_dxs, BLOCK) + p[None, :]
         tl.store(to, dx.to(dx_ptr.dtype.element_ty), (source < S)[:, None])
@@ -129,8 +124,8 @@ def _within(
 
 @triton.jit
 def _across(
-    v_ptr, dt_ptr, c_ptr, states_ptr, dstates_ptr, inter_ptr, through_ptr,
-    own_m, reached, carried, first, row, S, stride_v, stride_line,
+    v_ptr, w_ptr, dt_ptr, c_ptr, states_ptr, dstates_ptr, inter_ptr, through_ptr, dD_ptr,
+    own_m, reached, carried, first, row, S, stride_v, stride_w, stride_line,
     SOURCES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -144,20 +139,23 @@ def _across(
         if SOURCES:
             passing = tl.load(dstates_ptr + head * P * N + p[:, None] * N + n[None, :])
             last = tl.load(c_ptr + line + Q - 1)
-            weight = tl.exp2(last - tl.load(c_ptr + line + row + lane)) * tl.load(dt_ptr + line + row + lane)
+            weight = tl.exp2(last - tl.load(c_ptr + line + row + lane))
             flat = head * P * N + row * (P * N // Q) + tl.arange(0, BLOCK * P * N // Q)
             before = tl.load(states_ptr + flat).to(tl.float32)
             through = tl.sum(before * tl.load(dstates_ptr + flat).to(tl.float32)) * tl.exp2(last)
             tl.store(through_ptr + head, tl.where(carried, through, 0.0))
+            dy = tokens(w_ptr + head * P, first + row, S, stride_w, BLOCK, P).to(tl.float32)
+            tl.store(dD_ptr + head, tl.sum(tl.sum(dy * v.to(tl.float32), axis=1)))
         else:
             passing = tl.load(states_ptr + head * P * N + p[:, None] * N + n[None, :])
             weight = tl.exp2(tl.load(c_ptr + line + row + lane))
         if PACKED:
             weight = tl.where(reached, weight, 0.0)
+        entered = tl.sum(tl.dot(own_m, tl.trans(passing), input_precision=PRECISION) * v.to(tl.float32), axis=1)
+        tl.store(inter_ptr + line + row + lane, entered * weight)
+        if SOURCES:
+            weight *= tl.load(dt_ptr + line + row + lane)
         weighted = v.to(tl.float32) * weight[:, None]
-        if not SOURCES:
-            entered = tl.dot(own_m, tl.trans(passing), input_precision=PRECISION)
-            tl.store(inter_ptr + line + row + lane, tl.sum(entered * weighted, axis=1))
         dm = tl.dot(weighted.to(v.dtype), passing, dm, input_precision=PRECISION)
     return dm
 
@@ -165,15 +163,15 @@ def _across(
 @triton.jit
 def _side(
     x_ptr, B_ptr, C_ptr, dy_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, dstates_ptr, dm_ptr,
-    intra_ptr, inter_ptr, through_ptr, S, H, groups, chunks,
+    intra_ptr, inter_ptr, through_ptr, dD_ptr, S, H, groups, chunks,
     stride_b, stride_s, stride_dyb, stride_dys, stride_dxb, stride_dxs, SOURCES: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dB of BLOCK sources or dC of BLOCK targets, one group in one chunk; all its heads' sums per row on the way.
 
-    intra, inter [B, H, chunks * Q]: sums of M (C . B), with dt[s] on the targets' side, and, of the targets, of the
-    same with the state. through [B * chunks, Q // BLOCK, H]: a block's part of <S, dS> exp(c[last]).
+    intra, inter [B, H, chunks * Q]: sums of M (C . B), with dt[s] on the targets' side, and of the same with the
+    state. through, dD [B * chunks, Q // BLOCK, H]: a block's part of <S, dS> exp(c[last]), and of sum dy x.
     """
     batch, chunk, group, row = place(chunks, groups, Q, BLOCK)
     first = chunk * Q
@@ -197,8 +195,8 @@ def _side(
         reached = own >= last_start if SOURCES else tl.load(start_ptr + own, own < S, other=0) < first
     own_m = tokens(own_m_ptr, first + row, S, stride_s, BLOCK, N)
     dm = _across(
-        v_ptr, dt_ptr + line, c_ptr + line, states_ptr + state, dstates_ptr + state, inter_ptr + line,
-        through_ptr + part, own_m, reached, carried, first, row, S, stride_v, chunks * Q,
+        v_ptr, w_ptr, dt_ptr + line, c_ptr + line, states_ptr + state, dstates_ptr + state, inter_ptr + line,
+        through_ptr + part, dD_ptr + part, own_m, reached, carried, first, row, S, stride_v, stride_w, chunks * Q,
         SOURCES, PACKED, PRECISION, HEADS, P, N, Q, BLOCK,
     )  # fmt: skip
     dm = _within(
@@ -214,7 +212,7 @@ def _side(
 def _finish(
     raw_ptr, bias_ptr, A_ptr, dt_ptr, sums_ptr, through_ptr, dD_ptr, draw_ptr, partial_ptr, S, H, chunks, length,
     stride_b, stride_s, stride_db, stride_ds, low, high, BLOCKS: tl.constexpr,
-    DD_BLOCKS: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
+    Q: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of dt as the projection made it, and this chunk's rows of dA, d(dt_bias) and dD.
 
@@ -234,8 +232,6 @@ def _finish(
     for block in range(BLOCKS):
         part = (tl.program_id(0).to(tl.int64) * BLOCKS + block) * H + head
         through += tl.load(through_ptr + part, real, other=0.0)
-    for block in range(DD_BLOCKS):
-        part = (tl.program_id(0).to(tl.int64) * DD_BLOCKS + block) * H + head
         dD += tl.load(dD_ptr + part, real, other=0.0)
     leaving = dt * inter
     over = tl.cumsum(target, axis=1, reverse=True) + tl.cumsum(leaving, axis=1) - leaving + through
@@ -269,19 +265,19 @@ def ssd_backward(
     dx, dB, dC = split(dxbc_BSK, sizes)
     inputs, side = fitting("inputs", Q), fitting("gradients", Q)
     sums = torch.empty(4, *c.shape, dtype=torch.float32, device=x.device)
-    dD = torch.empty(sizes.B * chunks, Q // inputs["BLOCK"], sizes.H, dtype=torch.float32, device=x.device)
-    through = torch.empty(sizes.B * chunks, Q // side["BLOCK"], sizes.H, dtype=torch.float32, device=x.device)
+    blocks = Q // side["BLOCK"]
+    through, dD = torch.empty(2, sizes.B * chunks, blocks, sizes.H, dtype=torch.float32, device=x.device)
     grid = sizes.B * chunks * sizes.G
     numbers = sizes.S, sizes.H, sizes.G, chunks
     strides = *xbc_BSK.stride()[:2], *dy_BSI.stride()[:2], *dxbc_BSK.stride()[:2]
     where = start if start is not None else c
     known = constants(sizes, x.dtype, start)
-    _inputs[(grid * dD.shape[1],)](
-        x, B, C, D_H, dy_BSI, dt, c, where, dstates, dx, sums[1], dD, *numbers, *strides, **known, **inputs
+    _inputs[(grid * (Q // inputs["BLOCK"]),)](
+        B, C, D_H, dy_BSI, dt, c, where, dstates, dx, *numbers, *strides, **known, **inputs
     )
-    for sources, dm, intra in ((True, dB, sums[0]), (False, dC, sums[2])):
-        _side[(grid * through.shape[1],)](
-            x, B, C, dy_BSI, dt, c, where, states, dstates, dm, intra, sums[3], through, *numbers, *strides,
+    for sources, dm, (intra, inter) in ((True, dB, sums[:2]), (False, dC, sums[2:])):
+        _side[(grid * blocks,)](
+            x, B, C, dy_BSI, dt, c, where, states, dstates, dm, intra, inter, through, dD, *numbers, *strides,
             SOURCES=sources, **known, **side,
         )  # fmt: skip
     partial = torch.empty(sizes.B * chunks, 3 * sizes.H, dtype=torch.float32, device=x.device)
@@ -289,7 +285,7 @@ def ssd_backward(
     _finish[(sizes.B * chunks, triton.cdiv(sizes.H, finish["HEADS"]))](
         dt_BSH, dt_bias_H, A_H, dt, sums, through, dD, ddt_BSH, partial, sizes.S, sizes.H, chunks, c.numel(),
         *dt_BSH.stride()[:2], *ddt_BSH.stride()[:2], *map(float, dt_limit),
-        BLOCKS=through.shape[1], DD_BLOCKS=dD.shape[1], Q=Q, **finish,
+        BLOCKS=blocks, Q=Q, **finish,
     )  # fmt: skip
     small = torch.empty(3, sizes.H, dtype=torch.float32, device=x.device)
     sum_partials(partial, len(partial), small)

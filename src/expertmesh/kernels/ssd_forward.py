@@ -15,7 +15,7 @@ TUNING: dict[str, Any] = {
     "walk": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
     "outputs": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
     "inputs": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
-    "gradients": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
+    "gradients": {"BLOCK": 64, "num_warps": 8, "num_stages": 2},
     "finish": {"HEADS": 16, "num_warps": 4},
 }
 
@@ -85,7 +85,7 @@ def _walk_chunks(
         chunk = chunks - 1 - i if REVERSE else i
         first = chunk * Q
         token = first + lane
-        at = states_ptr + chunk.to(tl.int64) * stride_chunk + p[:, None] * N + n[None, :]
+        at = states_ptr + tl.cast(chunk, tl.int64) * stride_chunk + p[:, None] * N + n[None, :]
         tl.store(at, state.to(states_ptr.dtype.element_ty))
         c = tl.load(c_ptr + first + lane)
         last = tl.load(c_ptr + first + Q - 1)
