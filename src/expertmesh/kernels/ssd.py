@@ -57,6 +57,7 @@ def ssd_scan(
 
 
 def sizes_of(xbc_BSK: torch.Tensor, dt_BSH: torch.Tensor, head_dim: int, groups: int) -> Sizes:
+    """What the shapes say; ValueError where they do not belong together."""
     B, S, H = dt_BSH.shape
     N = (xbc_BSK.shape[2] - H * head_dim) // (2 * groups)
     if N <= 0 or H % groups or xbc_BSK.shape != (B, S, H * head_dim + 2 * groups * N):

@@ -203,6 +203,7 @@ def fitting(kernel: str, rows: int) -> dict[str, int]:
 
 
 def constants(sizes: Sizes, dtype: torch.dtype, start_BS: torch.Tensor | None) -> dict[str, Any]:
+    """The compile-time arguments that all the tensor-core kernels share."""
     return dict(
         PACKED=start_BS is not None, PRECISION=dot_precision(dtype), HEADS=sizes.H // sizes.G, P=sizes.P, N=sizes.N,
         Q=TUNING["chunk"],
