@@ -61,3 +61,20 @@ def assert_same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], t
 
 def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape) * scale).requires_grad_()
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, forward, backward, *inputs):
+        ctx.save_for_backward(*inputs)
+        ctx.kernels = backward
+        return forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, None, *ctx.kernels(dy, *ctx.saved_tensors)
+
+
+def differentiable(forward: Callable, backward: Callable) -> Callable[..., torch.Tensor]:
+    """A function of tensors made of two: y = forward(*inputs) and gradients = backward(dy, *inputs)."""
+    return lambda *inputs: _Differentiable.apply(forward, backward, *inputs)

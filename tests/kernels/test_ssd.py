@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
-from expertmesh.kernels import ssd_forward
 from expertmesh.kernels.causal_conv import document_starts
-from expertmesh.kernels.ssd import ssd_reference, ssd_scan
-from tests.kernels.compare import assert_same, error, leaf, on_triton, outputs_and_grads
+from expertmesh.kernels.ssd import ssd_reference
+from expertmesh.kernels.ssd_backward import ssd_backward
+from expertmesh.kernels.ssd_forward import TUNING, Sizes, split, ssd_forward
+from tests.kernels.compare import assert_same, differentiable, error, leaf, on_triton, outputs_and_grads
 
 LIMIT = 0.05, 1.5
 
@@ -71,20 +72,36 @@ def compare(B, S, H, P, G, N, start=None, block=16):
 
         return outputs_and_grads(sliced, wide, A, D, bias)
 
-    options = dict(head_dim=P, groups=G, dt_limit=LIMIT, start_BS=start)
-    expected = run(lambda *a: ssd_scan(*a, **options))
+    sizes = Sizes(B, S, H, P, G, N)
+    expected = run(lambda *a: reference(sizes, start, *a))
     with on_triton():
-        got = run(lambda *a: ssd_scan(*a, **options))
+        got = run(kernels(sizes, start))
     assert_same(got, expected, tolerance=2e-5)
+
+
+def reference(sizes, start, xbc, dt, A, D, bias):
+    x, B, C = split(xbc, sizes)
+    return ssd_reference(x, dt, A, B, C, D, bias, dt_limit=LIMIT, start_BS=start).flatten(2)
+
+
+def kernels(sizes, start):
+    """The kernels as a function of xbc, dt, A, D and dt_bias."""
+
+    def backward(dy, xbc, dt, A, D, bias):
+        dxbc, ddt = torch.empty_like(xbc, memory_format=torch.contiguous_format), torch.empty(dt.shape)
+        dA, dbias, dD = ssd_backward(xbc, dt, A, D, bias, start, sizes, LIMIT, dy, dxbc, ddt)
+        return dxbc, ddt, dA, dD, dbias
+
+    return differentiable(lambda xbc, dt, A, D, bias: ssd_forward(xbc, dt, A, D, bias, start, sizes, LIMIT), backward)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setitem(ssd_forward.TUNING, "chunk", 32)
+    monkeypatch.setitem(TUNING, "chunk", 32)
     for kernel in ("walk", "outputs", "inputs", "gradients"):
-        monkeypatch.setitem(ssd_forward.TUNING, kernel, {"BLOCK": 16, "num_warps": 4, "num_stages": 1})
+        monkeypatch.setitem(TUNING, kernel, {"BLOCK": 16, "num_warps": 4, "num_stages": 1})
     for kernel in ("prepare", "finish"):
-        monkeypatch.setitem(ssd_forward.TUNING, kernel, {"HEADS": 2, "num_warps": 4})
+        monkeypatch.setitem(TUNING, kernel, {"HEADS": 2, "num_warps": 4})
 
 
 @pytest.mark.parametrize("S", [2, 32, 75])
@@ -94,7 +111,7 @@ def test_the_kernels_equal_the_reference(S, small_tiles):
 
 def test_the_kernels_equal_the_reference_with_whole_chunks_as_tiles(small_tiles):
     for kernel in ("walk", "outputs", "inputs", "gradients"):
-        ssd_forward.TUNING[kernel]["BLOCK"] = 32
+        TUNING[kernel]["BLOCK"] = 32
     compare(1, 70, 3, 16, 1, 32)
 
 
@@ -112,18 +129,3 @@ def test_packed_documents_do_not_see_each_other(rows, small_tiles):
 
 def test_the_shipped_tiles_at_one_and_a_half_chunks():
     compare(1, 190, 2, 64, 1, 128, start=documents(190, (100, 150)))
-
-
-def test_an_empty_sequence_gives_nothing(small_tiles):
-    leaves = [leaf(2, 0, 64), leaf(2, 0, 2), -leaf(2).detach().abs().requires_grad_(), leaf(2), leaf(2)]
-    leaves[2] = leaves[2].detach().requires_grad_()
-    with on_triton():
-        got = outputs_and_grads(lambda *a: ssd_scan(*a, head_dim=16, groups=1), *leaves)
-    assert got[0].shape == (2, 0, 32) and not any(g.any() for g in got[3:])
-
-
-def test_wrong_sizes_say_what_is_right():
-    with pytest.raises(ValueError, match="is not x, B and C"):
-        ssd_scan(torch.randn(1, 4, 50), torch.randn(1, 4, 2), *torch.randn(3, 2), head_dim=16, groups=2)
-    with on_triton(), pytest.raises(ValueError, match="powers of two"):
-        ssd_scan(torch.randn(1, 4, 40), torch.randn(1, 4, 2), *torch.randn(3, 2), head_dim=12, groups=1)

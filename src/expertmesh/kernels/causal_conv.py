@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from expertmesh.backends import tl, triton, use_triton
+from expertmesh.backends import tl, triton
 from expertmesh.kernels.rms_norm import sum_partials
 
 #: tokens and channels per program; with 32 * num_warps threads a channel block of 256 * num_warps is 16 bytes a thread
@@ -39,30 +38,14 @@ def document_starts(seq_idx_BS: torch.Tensor) -> torch.Tensor:
     return torch.where(is_start, token_S, 0).cummax(dim=1).values
 
 
-def causal_conv(
-    x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None = None
-) -> torch.Tensor:
-    """silu(conv(x)) [B, S, C] in x's dtype, accumulated in float32; differentiable in x, weight and bias.
-
-    x: [B, S, C], channels contiguous; weight: [C, 4] (`conv1d.weight.squeeze(1)`); bias: [C] or None; start: [B, S]
-    int32 for packed rows (see `document_starts`). Must equal `causal_conv1d_fn` of Transformers' nemotron_h with
-    activation "silu", document by document.
-    """
-    if x_BSC.dim() != 3 or weight_C4.shape != (x_BSC.shape[2], 4):
-        raise ValueError(
-            f"causal_conv takes x [B, S, C] and weight [C, 4], not {tuple(x_BSC.shape)} and {tuple(weight_C4.shape)}."
-        )
-    if start_BS is not None and start_BS.shape != x_BSC.shape[:2]:
-        raise ValueError(f"start must be [B, S] = {tuple(x_BSC.shape[:2])}, not {tuple(start_BS.shape)}.")
-    if use_triton(x_BSC):
-        return _CausalConv.apply(x_BSC, weight_C4, bias_C, start_BS)
-    return causal_conv_reference(x_BSC, weight_C4, bias_C, start_BS)
-
-
 def causal_conv_reference(
     x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The specification, tap by tap, in float32."""
+    """silu(conv(x)) [B, S, C] in x's dtype, accumulated in float32: the specification, tap by tap.
+
+    weight: [C, 4] (`conv1d.weight.squeeze(1)`); bias: [C] or None; start: [B, S] int32 for packed rows. Must equal
+    `causal_conv1d_fn` of Transformers' nemotron_h with activation "silu", document by document.
+    """
     S = x_BSC.shape[1]
     x, weight = x_BSC.float(), weight_C4.float()
     position = torch.arange(S, device=x.device) - (start_BS if start_BS is not None else 0)
@@ -253,45 +236,39 @@ def _launch(kernel: Any, direction: str, x_BSC: torch.Tensor, pointers: tuple, s
     )
 
 
-class _CausalConv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, start: torch.Tensor | None
-    ) -> torch.Tensor:
-        x, weight = channels_last(x), weight.contiguous()
-        start = start.to(torch.int32).contiguous() if start is not None else None
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if y.numel():
-            pointers = x, weight, bias if bias is not None else weight, start if start is not None else x, y
-            strides = *x.stride()[:2], *y.stride()[:2]
-            _launch(_forward, "forward", x, pointers, strides, PACKED=start is not None, HAS_BIAS=bias is not None)
-        ctx.save_for_backward(x, weight, bias, start)
-        return y
+def conv_forward(
+    x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None
+) -> torch.Tensor:
+    """y as in the reference, contiguous. x: channels contiguous, a slice of something wider or not; start as made by
+    `document_starts`.
+    """
+    y = torch.empty(x_BSC.shape, dtype=x_BSC.dtype, device=x_BSC.device)
+    if y.numel():
+        pointers = *_pointers(x_BSC, weight_C4, bias_C, start_BS), y
+        strides = *x_BSC.stride()[:2], *y.stride()[:2]
+        flags = dict(PACKED=start_BS is not None, HAS_BIAS=bias_C is not None)
+        _launch(_forward, "forward", x_BSC, pointers, strides, **flags)
+    return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias, start = ctx.saved_tensors
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dweight, dbias = conv_backward(x, weight, bias, start, dy, dx)
-        return dx, dweight, dbias, None
+
+def _pointers(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, start: torch.Tensor | None) -> tuple:
+    """What both kernels read; something stands for what is not there."""
+    weight = weight.contiguous()
+    return x, weight, bias if bias is not None else weight, start if start is not None else x
 
 
 def conv_backward(
     x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None,
     dy_BSC: torch.Tensor, dx_BSC: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """Writes dx (which may be a slice of a wider gradient) and returns (dweight, dbias)."""
+    """Writes dx (which may be a slice of a wider gradient) and returns (dweight, dbias). Inputs as in forward."""
     B, S, C = x_BSC.shape
     if not x_BSC.numel():
         return torch.zeros_like(weight_C4), torch.zeros_like(bias_C) if bias_C is not None else None
     dy_BSC = channels_last(dy_BSC)
     programs = B * triton.cdiv(S, TUNING["backward"]["rows"])
     partial = torch.empty(programs, 5 * C, dtype=torch.float32, device=x_BSC.device)
-    pointers = (
-        x_BSC, weight_C4, bias_C if bias_C is not None else weight_C4, start_BS if start_BS is not None else x_BSC,
-        dy_BSC, dx_BSC, partial,
-    )  # fmt: skip
+    pointers = *_pointers(x_BSC, weight_C4, bias_C, start_BS), dy_BSC, dx_BSC, partial
     strides = *x_BSC.stride()[:2], *dy_BSC.stride()[:2], *dx_BSC.stride()[:2]
     flags = dict(PACKED=start_BS is not None, HAS_BIAS=bias_C is not None)
     _launch(_backward, "backward", x_BSC, pointers, strides, **flags)

@@ -129,7 +129,7 @@ def _sum_partials(partial_ptr, first_ptr, second_ptr, P, split, W, BLOCK_P: tl.c
         tl.store(first_ptr + cols, sums, cols < W)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     """[..., H] as [T, H] whose last dimension is contiguous; copies only where strides cannot say it."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -142,9 +142,8 @@ TUNING = {
 }
 
 
-def _blocks(H: int, direction: str) -> dict[str, int]:
-    """Tile of whole rows."""
-    tuning = TUNING[direction]
+def row_tile(H: int, tuning: dict[str, int]) -> dict[str, int]:
+    """Tile of whole rows of width H."""
     block_h = triton.next_power_of_2(H)
     block_t = max(1, tuning["elements"] // block_h)
     warps = min(32, max(1, block_t * block_h // (32 * tuning["per_thread"])))
@@ -176,7 +175,8 @@ def _norm_forward(
 
 
 @triton.jit
-def _add_pairs(a1, b1, a2, b2):
+def add_pairs(a1, b1, a2, b2):
+    """Reduces two sums at once."""
     return a1 + a2, b1 + b2
 
 
@@ -212,7 +212,7 @@ def _norm_backward(
         if HAS_DSUM:
             dsum = tl.load(dsum_ptr + rows * stride_dsum + cols, mask, other=0.0)
         dx_hat = dy * weight
-        square, product = tl.reduce((s * s, dx_hat * s), 1, _add_pairs, keep_dims=True)
+        square, product = tl.reduce((s * s, dx_hat * s), 1, add_pairs, keep_dims=True)
         rstd = tl.rsqrt(square / H + eps)
         x_hat = s * rstd
         dx = rstd * (dx_hat - x_hat * (product * rstd / H))
@@ -238,18 +238,18 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: str,
         keep: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        x_TH = _rows(x)
+        x_TH = last_contiguous(x)
         T, H = x_TH.shape
         total = None
         sum_dtype = x.dtype
         if residual is not None:
             sum_dtype = torch.promote_types(x.dtype, residual.dtype)
             total = torch.empty(x.shape, dtype=sum_dtype, device=x.device)
-        residual_TH = _rows(residual) if residual is not None else x_TH
+        residual_TH = last_contiguous(residual) if residual is not None else x_TH
         weight = weight.contiguous()
         y_dtype = torch.promote_types(sum_dtype, weight.dtype) if scale == "rounded" else sum_dtype
         y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
-        blocks = _blocks(H, "forward")
+        blocks = row_tile(H, TUNING["forward"])
         if y.numel():
             _norm_forward[(triton.cdiv(T, blocks["BLOCK_T"]),)](
                 x_TH, residual_TH, weight, y, total if total is not None else y, T, H,
@@ -281,11 +281,11 @@ def _launch_backward(
     s: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, dsum: torch.Tensor | None, eps: float, scale: str,
     weight_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    s_TH, dy_TH = _rows(s), _rows(dy)
-    dsum_TH = _rows(dsum) if dsum is not None else dy_TH
+    s_TH, dy_TH = last_contiguous(s), last_contiguous(dy)
+    dsum_TH = last_contiguous(dsum) if dsum is not None else dy_TH
     T, H = s_TH.shape
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    blocks = _blocks(H, "backward")
+    blocks = row_tile(H, TUNING["backward"])
     programs = processors(s.device) * TUNING["backward"]["programs"]
     programs = max(1, min(programs, triton.cdiv(T, blocks["BLOCK_T"])))
     partial = torch.empty(programs if weight_grad else 0, H, dtype=torch.float32, device=s.device)

@@ -20,52 +20,8 @@ Letters: B sequences, S tokens, H heads, P head width, G groups, N state width, 
 Q tokens of a chunk.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
-
-from expertmesh.backends import use_triton
-from expertmesh.kernels.ssd_backward import ssd_backward
-from expertmesh.kernels.ssd_forward import Sizes, split, ssd_forward
-
-
-def ssd_scan(
-    xbc_BSK: torch.Tensor, dt_BSH: torch.Tensor, A_H: torch.Tensor, D_H: torch.Tensor, dt_bias_H: torch.Tensor,
-    *, head_dim: int, groups: int, dt_limit: tuple[float, float] = (0.0, float("inf")),
-    start_BS: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """y [B, S, H * P] in xbc's dtype; differentiable once in xbc, dt, A, D and dt_bias.
-
-    xbc: [B, S, H P + 2 G N], x, B and C side by side as the convolution leaves them, so that their gradients are
-    written side by side too; dt: [B, S, H], before bias and softplus; A [H] negative, `-exp(A_log)`; D, dt_bias: [H];
-    start: [B, S] int32 for packed rows (`causal_conv.document_starts`). Must equal `mamba2_chunk_scan` of
-    Transformers' nemotron_h with dt_softplus, document by document. Raises ValueError for sizes that the kernels do
-    not have: head width and state width must be powers of two from 16 on.
-    """
-    sizes = sizes_of(xbc_BSK, dt_BSH, head_dim, groups)
-    if use_triton(xbc_BSK):
-        if min(sizes.P, sizes.N) < 16 or sizes.P & (sizes.P - 1) or sizes.N & (sizes.N - 1):
-            raise ValueError(
-                f"Mamba2's kernels need a head width and a state width that are powers of two from 16 on, not"
-                f" {sizes.P} and {sizes.N}: load the model with fused={{'mamba2': False}}."
-            )
-        return _SSD.apply(xbc_BSK, dt_BSH, A_H, D_H, dt_bias_H, start_BS, sizes, dt_limit)
-    x, B, C = split(xbc_BSK, sizes)
-    return ssd_reference(x, dt_BSH, A_H, B, C, D_H, dt_bias_H, dt_limit=dt_limit, start_BS=start_BS).flatten(2)
-
-
-def sizes_of(xbc_BSK: torch.Tensor, dt_BSH: torch.Tensor, head_dim: int, groups: int) -> Sizes:
-    """What the shapes say; ValueError where they do not belong together."""
-    B, S, H = dt_BSH.shape
-    N = (xbc_BSK.shape[2] - H * head_dim) // (2 * groups)
-    if N <= 0 or H % groups or xbc_BSK.shape != (B, S, H * head_dim + 2 * groups * N):
-        raise ValueError(
-            f"xbc {tuple(xbc_BSK.shape)} is not x, B and C of {H} heads of width {head_dim} in {groups} groups"
-            f" for dt {tuple(dt_BSH.shape)}."
-        )
-    return Sizes(B, S, H, head_dim, groups, N)
 
 
 def ssd_reference(
@@ -102,28 +58,3 @@ def ssd_reference(
         state = state * entering[:, -1, :, :, None, None]
         state = state + torch.einsum("bsgn,bsghp,bsgh->bghpn", B[:, at], dtx, leaving)
     return torch.cat(outputs, 1).to(dtype) if outputs else x.to(dtype)
-
-
-class _SSD(torch.autograd.Function):
-    """xbc, dt, A, D, dt_bias → y; keeps nothing but its inputs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, xbc: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, D: torch.Tensor, dt_bias: torch.Tensor,
-        start: torch.Tensor | None, sizes: Sizes, dt_limit: tuple[float, float],
-    ) -> torch.Tensor:  # fmt: skip
-        start = start.to(torch.int32).contiguous() if start is not None else None
-        ctx.save_for_backward(xbc, dt, A, D, dt_bias, start)
-        ctx.sizes, ctx.dt_limit = sizes, dt_limit
-        return ssd_forward(xbc, dt, A, D, dt_bias, start, sizes, dt_limit)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        xbc, dt, A, D, dt_bias, start = ctx.saved_tensors
-        dxbc = torch.empty(xbc.shape, dtype=xbc.dtype, device=xbc.device)
-        ddt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
-        if not ctx.sizes.B * ctx.sizes.S:
-            return dxbc, ddt, *map(torch.zeros_like, (A, D, dt_bias)), None, None, None
-        dA, dbias, dD = ssd_backward(xbc, dt, A, D, dt_bias, start, ctx.sizes, ctx.dt_limit, dy, dxbc, ddt)
-        return dxbc, ddt, dA.to(A.dtype), dD.to(D.dtype), dbias.to(dt_bias.dtype), None, None, None

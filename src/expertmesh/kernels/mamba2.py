@@ -1,0 +1,126 @@
+"""All that Mamba2 does between its two projections: causal convolution, scan, gated norm; see those files.
+
+    gate, xbc, dt = projected          y = norm(scan(conv(xbc), dt), gate)
+
+One autograd function around the kernels: their gradients are written side by side into the projection's, and of what
+lies between only the scan's output is kept; the convolution is run again.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from expertmesh.backends import use_triton
+from expertmesh.kernels.causal_conv import causal_conv_reference, channels_last, conv_backward, conv_forward
+from expertmesh.kernels.gated_norm import gated_norm_backward, gated_norm_forward, gated_norm_reference
+from expertmesh.kernels.ssd import ssd_reference
+from expertmesh.kernels.ssd_backward import ssd_backward
+from expertmesh.kernels.ssd_forward import Sizes, split, ssd_forward
+
+
+class Mamba2Weights(NamedTuple):
+    """K channels of the convolution, H heads, W = H P. A is negative, `-exp(A_log)`; conv_bias may be None."""
+
+    conv_K4: torch.Tensor
+    conv_bias_K: torch.Tensor | None
+    A_H: torch.Tensor
+    D_H: torch.Tensor
+    dt_bias_H: torch.Tensor
+    norm_W: torch.Tensor
+
+
+class Mamba2Options(NamedTuple):
+    """Width of a head, number of groups, the limits that dt is clamped to, eps of the norm."""
+
+    head_dim: int
+    groups: int
+    dt_limit: tuple[float, float]
+    eps: float
+
+
+def mamba2(
+    projected: torch.Tensor,
+    weights: Mamba2Weights,
+    options: Mamba2Options,
+    start_BS: torch.Tensor | None = None,
+    mask_BS: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y [B, S, W] in projected's dtype; differentiable once in projected and the weights.
+
+    projected: [B, S, W + K + H], gate, xbc and dt side by side as `in_proj` leaves them; start: [B, S] int32 for packed
+    rows (`causal_conv.document_starts`); mask: [B, S], zero where tokens are padding. Must equal what the Mamba2 mixers
+    of Transformers do between in_proj and out_proj, document by document.
+    """
+    if use_triton(projected) and projected.numel():
+        return _Mamba2.apply(projected, *weights, options, start_BS, mask_BS)
+    return mamba2_reference(projected, weights, options, start_BS, mask_BS)
+
+
+def mamba2_reference(
+    projected: torch.Tensor,
+    weights: Mamba2Weights,
+    options: Mamba2Options,
+    start_BS: torch.Tensor | None = None,
+    mask_BS: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The specification: the references of the three, one after the other."""
+    sizes = _sizes(projected, weights, options)
+    gate, xbc, dt = _parts(projected, sizes)
+    xbc = _masked(causal_conv_reference(xbc, weights.conv_K4, weights.conv_bias_K, start_BS), mask_BS)
+    x, B, C = split(xbc, sizes)
+    scanned = ssd_reference(
+        x, dt, weights.A_H, B, C, weights.D_H, weights.dt_bias_H, dt_limit=options.dt_limit, start_BS=start_BS
+    )
+    return gated_norm_reference(scanned.flatten(2), gate, weights.norm_W, options.eps, options.groups)
+
+
+def _sizes(projected: torch.Tensor, weights: Mamba2Weights, options: Mamba2Options) -> Sizes:
+    heads, width, channels = len(weights.D_H), len(weights.norm_W), len(weights.conv_K4)
+    return Sizes(
+        *projected.shape[:2], heads, options.head_dim, options.groups, (channels - width) // (2 * options.groups)
+    )
+
+
+def _parts(projected: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
+    """Views gate, xbc and dt."""
+    width = sizes.H * sizes.P
+    return projected.split([width, width + 2 * sizes.G * sizes.N, sizes.H], dim=-1)
+
+
+def _masked(x_BSK: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
+    return x_BSK if mask_BS is None else (x_BSK * mask_BS.unsqueeze(-1)).to(x_BSK.dtype)
+
+
+class _Mamba2(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, projected: torch.Tensor, conv: torch.Tensor, conv_bias: torch.Tensor | None, A: torch.Tensor,
+        D: torch.Tensor, dt_bias: torch.Tensor, norm: torch.Tensor, options: Mamba2Options,
+        start: torch.Tensor | None, mask: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        projected = channels_last(projected)
+        ctx.sizes = sizes = _sizes(projected, Mamba2Weights(conv, conv_bias, A, D, dt_bias, norm), options)
+        gate, xbc, dt = _parts(projected, sizes)
+        xbc = _masked(conv_forward(xbc, conv, conv_bias, start), mask)
+        scanned = ssd_forward(xbc, dt, A, D, dt_bias, start, sizes, options.dt_limit)
+        ctx.save_for_backward(projected, conv, conv_bias, A, D, dt_bias, norm, start, mask, scanned)
+        ctx.options = options
+        return gated_norm_forward(scanned, gate, norm, options.eps, options.groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        projected, conv, conv_bias, A, D, dt_bias, norm, start, mask, scanned = ctx.saved_tensors
+        sizes, options = ctx.sizes, ctx.options
+        dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
+        (gate, xbc, dt), (dgate, dxbc, ddt) = (_parts(t, sizes) for t in (projected, dprojected))
+        dscanned, dnorm = gated_norm_backward(scanned, gate, norm, options.eps, options.groups, dy, dgate)
+        xbc_out = _masked(conv_forward(xbc, conv, conv_bias, start), mask)
+        dxbc_out = torch.empty_like(xbc_out)
+        dA, d_dt_bias, dD = ssd_backward(
+            xbc_out, dt, A, D, dt_bias, start, sizes, options.dt_limit, dscanned, dxbc_out, ddt
+        )
+        dconv, dconv_bias = conv_backward(xbc, conv, conv_bias, start, _masked(dxbc_out, mask), dxbc)
+        small = dA.to(A.dtype), dD.to(D.dtype), d_dt_bias.to(dt_bias.dtype)
+        return dprojected, dconv, dconv_bias, *small, dnorm, None, None, None

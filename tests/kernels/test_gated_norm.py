@@ -1,0 +1,55 @@
+"""The gated norm's kernels against their reference, and the reference against Transformers."""
+
+import pytest
+import torch
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
+
+from expertmesh.kernels import gated_norm
+from expertmesh.kernels.gated_norm import gated_norm_backward, gated_norm_forward, gated_norm_reference
+from tests.kernels.compare import assert_same, differentiable, leaf, on_triton, outputs_and_grads
+
+
+def test_the_reference_equals_stock_transformers():
+    stock = NemotronHRMSNormGated(96, group_size=24, eps=1e-5)
+    torch.nn.init.normal_(stock.weight)
+    x, gate = leaf(2, 5, 96), leaf(2, 5, 96)
+
+    def run(norm):
+        return outputs_and_grads(lambda x, gate, _: norm(x, gate), x, gate, stock.weight)
+
+    assert_same(run(lambda x, gate: gated_norm_reference(x, gate, stock.weight, 1e-5, 4)), run(stock))
+
+
+def kernels(groups):
+    """The kernels as a function of x, gate and weight."""
+
+    def backward(dy, x, gate, weight):
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + 2), torch.nan)  # dgate is a slice of something wider
+        dx, dweight = gated_norm_backward(x, gate, weight, 1e-5, groups, dy, wide[..., 1:-1])
+        assert wide[..., 0].isnan().all() and wide[..., -1].isnan().all()
+        return dx, wide[..., 1:-1], dweight
+
+    return differentiable(lambda x, gate, weight: gated_norm_forward(x, gate, weight, 1e-5, groups), backward)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 37, 96), 4), ((2, 3, 40), 1), ((1, 70, 60), 5)])
+def test_the_kernels_equal_the_reference(shape, groups, monkeypatch):
+    monkeypatch.setitem(gated_norm.TUNING, "backward", {"elements": 64, "per_thread": 16, "programs": 2})
+    wide, gates, weight = leaf(*shape[:-1], shape[-1] + 3), leaf(*shape[:-1], shape[-1] + 5), leaf(shape[-1])
+
+    def run(norm):
+        def fn(wide, gates, weight):
+            return norm(wide[..., 3:], gates[..., 5:], weight)
+
+        return outputs_and_grads(fn, wide, gates, weight)
+
+    expected = run(lambda x, gate, weight: gated_norm_reference(x, gate, weight, 1e-5, groups))
+    with on_triton():
+        assert_same(run(kernels(groups)), expected)
+
+
+def test_no_tokens_give_nothing_and_a_zero_weight_gradient():
+    x, gate, weight = leaf(2, 0, 24), leaf(2, 0, 24), leaf(24)
+    with on_triton():
+        y, dx, dgate, dweight = outputs_and_grads(kernels(3), x, gate, weight)
+    assert y.shape == dx.shape == dgate.shape == (2, 0, 24) and not dweight.any()
