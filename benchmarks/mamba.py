@@ -1,18 +1,19 @@
-"""Mamba2's causal convolution and scan at Nemotron-3-Nano widths: errors, and times beside the floor and others.
+"""Mamba2's convolution, scan and gated norm at Nemotron-3-Nano widths: errors, and times beside the floor and others.
 
     python benchmarks/mamba.py --out benchmarks/results/NAME.json
+    python benchmarks/mamba.py --others ""      without other libraries, whose scans tune themselves for over a minute
     python benchmarks/mamba.py --sweep          every configuration of the tables that compiles, best first
 
-Errors are against the reference in float32 on the same bfloat16 inputs, relative to each tensor's largest value, with
-and without packed documents. The floor counts each tensor of the interface once over 4.25 TB/s (one H200 copying).
-fla-core's convolution and mamba_ssm's scan take part where they can be imported; torch is the reference here. Without a
-GPU `TRITON_INTERPRET=1 python benchmarks/mamba.py --tiny` runs it all in float32: figures mean nothing there.
+`mixer` is all that a layer does between its projections, in one autograd function. Errors are against the reference in
+float32 on the same bfloat16 inputs, relative to each tensor's largest value, with and without packed documents;
+`seconds` is what the first call took, compiling included. The floor counts each tensor of the interface once over
+4.2 TB/s (one H200 copying). Without a GPU `TRITON_INTERPRET=1 python benchmarks/mamba.py --tiny` runs it all in
+float32: figures mean nothing there.
 """
 
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import itertools
 import json
 import os
@@ -25,42 +26,75 @@ import torch
 
 from expertmesh import backends
 from expertmesh.kernels import causal_conv as conv_kernels
+from expertmesh.kernels import gated_norm as norm_kernels
 from expertmesh.kernels import ssd_forward as scan_kernels
-from expertmesh.kernels.causal_conv import causal_conv, causal_conv_reference, document_starts
-from expertmesh.kernels.ssd import ssd_reference, ssd_scan
-from expertmesh.kernels.ssd_forward import Sizes, split
+from expertmesh.kernels.causal_conv import causal_conv_reference, conv_backward, conv_forward, document_starts
+from expertmesh.kernels.gated_norm import gated_norm_backward, gated_norm_forward, gated_norm_reference
+from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
+from expertmesh.kernels.ssd import ssd_reference
+from expertmesh.kernels.ssd_backward import ssd_backward
+from expertmesh.kernels.ssd_forward import Sizes, split, ssd_forward
 
-BYTES_PER_MS = 4.25e9
+BYTES_PER_MS = 4.2e9
+EPS = 1e-5
 LIMIT = 0.001, float("inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 #: kernel: (table, entry, configurations to try, whether it runs in forward)
-SWEEPS: list[tuple[str, dict[str, Any], str, list[dict[str, int]]]] = [
-    (
-        f"conv {name}",
-        conv_kernels.TUNING,
-        name,
-        [
-            {"rows": rows, "channels": channels, "num_warps": warps}
-            for rows, (channels, warps) in itertools.product((32, 64, 128), ((256, 1), (512, 2), (256, 2), (512, 4)))
-        ],
-    )
-    for name in ("forward", "backward")
-] + [
-    (
-        f"scan {name}",
-        scan_kernels.TUNING,
-        name,
-        [{"BLOCK": block, "num_warps": warps, "num_stages": stages} for block, warps, stages in choices],
-    )
-    for name, choices in {
-        "walk": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (32, 4, 2), (32, 4, 3)],
-        "outputs": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2), (128, 8, 3)],
-        "inputs": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2), (128, 8, 3)],
-        "gradients": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 1), (64, 8, 2)],
-    }.items()
-]
+SWEEPS: list[tuple[str, dict[str, Any], str, list[dict[str, int]]]] = (
+    [
+        (
+            f"conv {name}",
+            conv_kernels.TUNING,
+            name,
+            [
+                {"rows": rows, "channels": channels, "num_warps": warps}
+                for rows, (channels, warps) in itertools.product(
+                    (32, 64, 128), ((256, 1), (512, 2), (256, 2), (512, 4))
+                )
+            ],
+        )
+        for name in ("forward", "backward")
+    ]
+    + [
+        (
+            f"norm {name}",
+            norm_kernels.TUNING,
+            name,
+            [
+                {"elements": elements, "per_thread": per_thread, "programs": programs}
+                for elements, per_thread, programs in choices
+            ],
+        )
+        for name, choices in {
+            "forward": [(1024, 8, 1), (2048, 8, 1), (2048, 16, 1), (4096, 16, 1), (4096, 32, 1)],
+            "backward": [
+                (1024, 8, 4),
+                (1024, 8, 8),
+                (2048, 16, 4),
+                (2048, 16, 8),
+                (2048, 8, 4),
+                (4096, 16, 2),
+                (4096, 16, 4),
+            ],
+        }.items()
+    ]
+    + [
+        (
+            f"scan {name}",
+            scan_kernels.TUNING,
+            name,
+            [{"BLOCK": block, "num_warps": warps, "num_stages": stages} for block, warps, stages in choices],
+        )
+        for name, choices in {
+            "walk": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (32, 4, 2), (32, 4, 3)],
+            "outputs": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2), (128, 8, 3)],
+            "inputs": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2), (128, 8, 3)],
+            "gradients": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 1), (64, 8, 2)],
+        }.items()
+    ]
+)
 
 
 def leaf(*shape: int, scale: float = 1.0, dtype: torch.dtype = DTYPE) -> torch.Tensor:
@@ -90,6 +124,20 @@ def median_ms(fn: Callable[[], Any], repeats: int) -> float:
     return round(statistics.median(times), 4)
 
 
+class Autograd(torch.autograd.Function):
+    """y = forward(*inputs), gradients = backward(dy, *inputs): a pair of kernels as one function."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Callable, backward: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.kernels = backward
+        return forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple:
+        return None, None, *ctx.kernels(dy, *ctx.saved_tensors)
+
+
 class Case:
     """One function with its inputs: forward and backward, timed apart."""
 
@@ -115,70 +163,156 @@ def errors(fn: Callable, reference: Callable, leaves: list[torch.Tensor]) -> lis
     return [float(f"{(g - e).abs().max() / e.abs().max():.2e}") for g, e in zip(got, expected, strict=True)]
 
 
-def inputs(sizes: Sizes) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Leaves of the convolution and of the scan; dt as a trained model has it: between 0.001 and 0.1."""
-    channels = sizes.H * sizes.P + 2 * sizes.G * sizes.N
-    conv = [leaf(sizes.B, sizes.S, channels), leaf(channels, 4, scale=0.5), leaf(channels)]
-    dt, bias = leaf(sizes.B, sizes.S, sizes.H), (leaf(sizes.H) - 4).detach().requires_grad_()
+def inputs(sizes: Sizes) -> dict[str, list[torch.Tensor]]:
+    """Leaves of each kernel; dt as a trained model has it: between 0.001 and 0.1."""
+    inner = sizes.H * sizes.P
+    channels = inner + 2 * sizes.G * sizes.N
+    conv = [leaf(channels, 4, scale=0.5), leaf(channels)]
     A = -torch.arange(1, sizes.H + 1, device=DEVICE, dtype=torch.float32)
-    scan = [leaf(sizes.B, sizes.S, channels, scale=0.3), dt, A.requires_grad_(), leaf(sizes.H), bias]
-    return conv, scan
-
-
-def functions(sizes: Sizes, start: torch.Tensor | None) -> dict[str, tuple[Callable, Callable]]:
-    """(ours, reference) of both."""
-    options: dict[str, Any] = dict(dt_limit=LIMIT, start_BS=start)
-
-    def scan_reference(xbc, dt, A, D, bias):
-        x, B, C = split(xbc, sizes)
-        return ssd_reference(x, dt, A, B, C, D, bias, **options).flatten(2)
-
+    small = [A.requires_grad_(), leaf(sizes.H), (leaf(sizes.H) - 4).detach().requires_grad_()]
+    rows = sizes.B, sizes.S
     return {
-        "conv": (lambda *a: causal_conv(*a, start), lambda *a: causal_conv_reference(*a, start)),
-        "scan": (lambda *a: ssd_scan(*a, head_dim=sizes.P, groups=sizes.G, **options), scan_reference),
+        "conv": [leaf(*rows, channels), *conv],
+        "scan": [leaf(*rows, channels, scale=0.3), leaf(*rows, sizes.H), *small],
+        "norm": [leaf(*rows, inner), leaf(*rows, inner), leaf(inner)],
+        "mixer": [leaf(*rows, inner + channels + sizes.H), *conv, *small, leaf(inner)],
     }
 
 
-def others(sizes: Sizes) -> dict[str, dict[str, Callable]]:
-    """What is installed of fla-core and mamba_ssm."""
-    found: dict[str, dict[str, Callable]] = {"conv": {}, "scan": {}}
-    if DEVICE == "cuda" and importlib.util.find_spec("fla"):
-        fla = importlib.import_module("fla.modules.causal_conv1d").causal_conv1d
-        found["conv"]["fla"] = lambda x, weight, bias: fla(x, weight, bias, activation="silu")[0]
-    if DEVICE == "cuda" and importlib.util.find_spec("mamba_ssm"):
-        combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+def functions(sizes: Sizes, start: torch.Tensor | None) -> dict[str, tuple[Callable, Callable]]:
+    """(ours, reference) of each."""
+    options = Mamba2Options(sizes.P, sizes.G, LIMIT, EPS)
+
+    def conv(dy, x, weight, bias):
+        dx = torch.empty_like(x)
+        return dx, *conv_backward(x, weight, bias, start, dy, dx)
+
+    def scan(dy, xbc, dt, A, D, bias):
+        dxbc, ddt = torch.empty_like(xbc), torch.empty_like(dt)
+        dA, dbias, dD = ssd_backward(xbc, dt, A, D, bias, start, sizes._replace(B=len(xbc)), LIMIT, dy, dxbc, ddt)
+        return dxbc, ddt, dA, dD, dbias
+
+    def scan_reference(xbc, dt, A, D, bias):
+        x, B, C = split(xbc, sizes)
+        return ssd_reference(x, dt, A, B, C, D, bias, dt_limit=LIMIT, start_BS=start).flatten(2)
+
+    def norm(dy, x, gate, weight):
+        dgate = torch.empty_like(gate)
+        dx, dweight = gated_norm_backward(x, gate, weight, EPS, sizes.G, dy, dgate)
+        return dx, dgate, dweight
+
+    def kernels(forward: Callable, backward: Callable) -> Callable:
+        return lambda *leaves: Autograd.apply(forward, backward, *leaves)
+
+    return {
+        "conv": (kernels(lambda *a: conv_forward(*a, start), conv), lambda *a: causal_conv_reference(*a, start)),
+        "scan": (
+            kernels(lambda *a: ssd_forward(*a, start, sizes._replace(B=len(a[0])), LIMIT), scan),
+            scan_reference,
+        ),
+        "norm": (
+            kernels(lambda *a: gated_norm_forward(*a, EPS, sizes.G), norm),
+            lambda *a: gated_norm_reference(*a, EPS, sizes.G),
+        ),
+        "mixer": (
+            lambda x, *w: mamba2(x, Mamba2Weights(*w), options, start),
+            lambda x, *w: mamba2_reference(x, Mamba2Weights(*w), options, start),
+        ),
+    }
+
+
+def imported(attribute: str, *modules: str) -> Callable | None:
+    """The first of these modules' attributes that there is."""
+    for name in modules if DEVICE == "cuda" else ():
+        try:
+            found = getattr(importlib.import_module(name), attribute, None)
+        except ImportError:
+            continue
+        if callable(found):
+            return found
+    return None
+
+
+def others(sizes: Sizes, asked: list[str]) -> dict[str, dict[str, Callable]]:
+    """What is installed of fla-core and mamba_ssm; a line for what is not."""
+
+    def fla_conv(fn):
+        return lambda x, weight, bias: fn(x, weight, bias, activation="silu")[0]
+
+    def fla_scan(fn):
+        """Their scan has no groups, no dt and no D: what makes those is part of the time, as it would be in a model."""
 
         def scan(xbc, dt, A, D, bias):
             x, B, C = split(xbc, sizes)
-            y = combined(x, dt, A, B, C, 128, D=D, dt_bias=bias, dt_softplus=True, dt_limit=LIMIT)
-            return y.flatten(2)
+            dt = torch.nn.functional.softplus(dt.float() + bias.float()).clamp(*LIMIT)
+            B, C = (t.repeat_interleave(sizes.H // sizes.G, 2) for t in (B, C))
+            y = fn(C, B, (x * dt.unsqueeze(-1)).to(x.dtype), dt * A, scale=1.0)[0]
+            return (y + D[:, None] * x).flatten(2)
 
-        found["scan"]["mamba_ssm"] = scan
+        return scan
+
+    def mamba_scan(fn):
+        def scan(xbc, dt, A, D, bias):
+            x, B, C = split(xbc, sizes)
+            return fn(x, dt, A, B, C, 128, D=D, dt_bias=bias, dt_softplus=True, dt_limit=LIMIT).flatten(2)
+
+        return scan
+
+    def mamba_norm(fn):
+        group = sizes.H * sizes.P // sizes.G
+        return lambda x, gate, w: fn(x, w, None, z=gate, eps=EPS, group_size=group, norm_before_gate=False)
+
+    triton_ops = "mamba_ssm.ops.triton"
+    known: dict[str, tuple[str, Callable, Callable | None]] = {
+        "fla-conv": (
+            "conv",
+            fla_conv,
+            imported("causal_conv1d", "fla.modules.conv", "fla.modules.causal_conv1d", "fla.modules.convolution"),
+        ),
+        "fla-scan": ("scan", fla_scan, imported("chunk_simple_gla", "fla.ops.simple_gla")),
+        "mamba_ssm-scan": ("scan", mamba_scan, imported("mamba_chunk_scan_combined", f"{triton_ops}.ssd_combined")),
+        "mamba_ssm-norm": ("norm", mamba_norm, imported("rmsnorm_fn", f"{triton_ops}.layernorm_gated")),
+    }
+    found: dict[str, dict[str, Callable]] = {"conv": {}, "scan": {}, "norm": {}, "mixer": {}}
+    for name, (kernel, adapt, fn) in known.items():
+        if fn is not None and name in asked:
+            found[kernel][name] = adapt(fn)
+        else:
+            print(json.dumps({"skipped": name, "why": "not installed" if fn is None else "not asked for"}), flush=True)
     return found
 
 
 def floors(sizes: Sizes) -> dict[str, tuple[float, float]]:
-    tokens, inner = sizes.B * sizes.S, sizes.H * sizes.P
+    """ms of forward and backward."""
+    inner, heads = sizes.H * sizes.P, sizes.H
     channels = inner + 2 * sizes.G * sizes.N
-    byte = 2 * tokens / BYTES_PER_MS
-    return {"conv": (2 * channels * byte, 3 * channels * byte),
-            "scan": ((channels + inner + sizes.H) * byte, (2 * channels + inner + 2 * sizes.H) * byte)}  # fmt: skip
+    byte = 2 * sizes.B * sizes.S / BYTES_PER_MS
+    projected = inner + channels + heads
+    widths = {
+        "conv": (2 * channels, 3 * channels),
+        "scan": (channels + inner + heads, 2 * channels + inner + 2 * heads),
+        "norm": (3 * inner, 5 * inner),
+        "mixer": (projected + inner, 2 * projected + inner),
+    }
+    return {name: (forward * byte, backward * byte) for name, (forward, backward) in widths.items()}
 
 
-def rows(sizes: Sizes, repeats: int) -> Iterator[dict[str, Any]]:
-    leaves = dict(zip(("conv", "scan"), inputs(sizes), strict=True))
+def rows(sizes: Sizes, repeats: int, asked: list[str]) -> Iterator[dict[str, Any]]:
+    leaves = inputs(sizes)
     cuts = torch.arange(1, 8, device=DEVICE) * (sizes.S // 8) + 5
     start = document_starts((torch.arange(sizes.S, device=DEVICE)[:, None] >= cuts).sum(1).expand(sizes.B, -1))
     for packed in (False, True):
-        for name, (ours, reference) in functions(sizes, start if packed else None).items():
+        for name in [name for name in leaves if not (packed and name == "norm")]:
             cut = [x.detach()[:1].requires_grad_() if x.dim() == 3 else x for x in leaves[name]]
             ours, reference = functions(sizes._replace(B=1), start[:1] if packed else None)[name]
             begin = time.perf_counter()
             yield {"kernel": name, "packed": packed, "errors": errors(ours, reference, cut),
                    "seconds": round(time.perf_counter() - begin, 1)}  # fmt: skip
-    theirs = others(sizes)
+    theirs = others(sizes, asked)
     for packed in (False, True):
         for name, (ours, reference) in functions(sizes, start if packed else None).items():
+            if packed and name == "norm":
+                continue
             arms = {"expertmesh": ours} if packed else {"expertmesh": ours, "torch": reference, **theirs[name]}
             for arm, fn in arms.items():
                 case = Case(fn, leaves[name])
@@ -188,11 +322,10 @@ def rows(sizes: Sizes, repeats: int) -> Iterator[dict[str, Any]]:
                            "floor_ms": round(floor, 4), "share_of_floor": round(floor / ms, 3)}  # fmt: skip
 
 
-def sweep(sizes: Sizes, repeats: int) -> Iterator[dict[str, Any]]:
+def sweep(sizes: Sizes, repeats: int, asked: list[str]) -> Iterator[dict[str, Any]]:
     """Times a whole pass while one kernel's configuration varies; one that needs too much of the GPU is passed over."""
-    conv, scan = inputs(sizes)
-    ours = functions(sizes, None)
-    cases = {"conv": Case(ours["conv"][0], conv), "scan": Case(ours["scan"][0], scan)}
+    leaves, ours = inputs(sizes), functions(sizes, None)
+    cases = {name: Case(ours[name][0], leaves[name]) for name in ("conv", "scan", "norm")}
     for name, tuning, entry, candidates in SWEEPS:
         case = cases[name.split()[0]]
         call = case.forward if entry in ("forward", "outputs") else case.backward
@@ -212,6 +345,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--others", default="fla-conv,fla-scan,mamba_ssm-scan,mamba_ssm-norm", help="of these, by name")
     parser.add_argument("--sweep", action="store_true", help="try the configurations of the kernels' tables")
     parser.add_argument("--tiny", action="store_true", help="sizes for a dry run without a GPU")
     parser.add_argument("--out", help="also write everything to this JSON file")
@@ -229,7 +363,7 @@ def main() -> None:
     torch.manual_seed(0)
     interpreted = backends.interpreted() if os.environ.get("TRITON_INTERPRET") == "1" else contextlib.nullcontext()
     with interpreted:
-        for row in (sweep if arguments.sweep else rows)(sizes, repeats):
+        for row in (sweep if arguments.sweep else rows)(sizes, repeats, arguments.others.split(",")):
             print(json.dumps(row), flush=True)
             result["rows"].append(row)
     if arguments.out:
