@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from expertmesh.kernels.router import Routing, kernel_supports, route
+from expertmesh.kernels.router_logits import router_logits
 from expertmesh.layers.fast import Fast
 from expertmesh.memory.recompute import routed
 
@@ -93,8 +94,7 @@ class FastSigmoidRouter(_FastRouter):
     """Sigmoid scores, biased and group-limited choice, float32 throughout (DeepSeek V3, GLM, Nemotron)."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden_states = hidden_states.view(-1, self.hidden_dim).type(torch.float32)
-        logits_TE = F.linear(hidden_states, self.weight.type(torch.float32))
+        logits_TE = router_logits(hidden_states.view(-1, self.hidden_dim), self.weight)
         return self._route(logits_TE, sigmoid_routing(self), torch.float32, self.e_score_correction_bias)
 
 
