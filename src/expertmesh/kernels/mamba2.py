@@ -39,6 +39,7 @@ class Mamba2Options(NamedTuple):
     eps: float
 
 
+@torch.compiler.disable
 def mamba2(
     projected: torch.Tensor,
     weights: Mamba2Weights,
@@ -76,10 +77,8 @@ def mamba2_reference(
 
 
 def _sizes(projected: torch.Tensor, weights: Mamba2Weights, options: Mamba2Options) -> Sizes:
-    heads, width, channels = len(weights.D_H), len(weights.norm_W), len(weights.conv_K4)
-    return Sizes(
-        *projected.shape[:2], heads, options.head_dim, options.groups, (channels - width) // (2 * options.groups)
-    )
+    (B, S, _), P, G = projected.shape, options.head_dim, options.groups
+    return Sizes(B, S, len(weights.D_H), P, G, (len(weights.conv_K4) - len(weights.norm_W)) // (2 * G))
 
 
 def _parts(projected: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
