@@ -41,7 +41,8 @@ from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from expertmesh.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from expertmesh.kernels.rope import rotary, rotary_reference
 from expertmesh.kernels.router import Routing, route, route_reference
-from expertmesh.kernels.swiglu import swiglu, swiglu_reference
+from expertmesh.kernels.router_logits import router_logits
+from expertmesh.kernels.swiglu import relu2, swiglu, swiglu_reference
 
 BYTES_PER_MS = 4.25e9
 FLOP_PER_MS = 788e9
@@ -204,6 +205,11 @@ def routing_cases(tokens: int, hidden: int) -> Iterator[tuple[str, Callable, Cal
     logits, routing = leaf(tokens, EXPERTS), Routing("softmax", TOP_K, normalize=True)
     weights, ids = (x.detach() for x in route_reference(logits, routing))
     logit_pass = tokens * EXPERTS * 2 / BYTES_PER_MS
+    row = tokens * hidden * 2 / BYTES_PER_MS
+    products = router_logits, lambda x, w: torch.nn.functional.linear(x.float(), w.float())
+    inputs = leaf(tokens, hidden), leaf(EXPERTS, hidden, scale=0.02)
+    yield "router_logits", *products, inputs, row + 2 * logit_pass, 2 * row + 2 * logit_pass
+    yield "relu2", relu2, lambda x: torch.relu(x).square(), (leaf(tokens, 2 * hidden),), 4 * row, 6 * row
     router = (
         lambda x: route(x, routing, weight_dtype=x.dtype)[0],
         lambda x: route_reference(x, routing, weight_dtype=x.dtype)[0],

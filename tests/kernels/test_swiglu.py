@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from expertmesh.kernels.swiglu import swiglu, swiglu_reference
+from expertmesh.kernels.swiglu import relu2, swiglu, swiglu_reference
 from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads
 
 
@@ -56,3 +56,19 @@ def test_different_shapes_or_dtypes_are_refused():
         swiglu(torch.randn(2, 8), torch.randn(1, 8))
     with pytest.raises(ValueError, match="one shape and dtype"):
         swiglu(torch.randn(2, 8), torch.randn(2, 8).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 96), (3, 2500), (0, 24)])
+def test_relu2_is_bit_equal_to_stock_transformers(shape):
+    wide = leaf(*shape[:-1], shape[-1] + 8)
+
+    def run(fn):
+        return outputs_and_grads(lambda wide: fn(wide[..., 8:]), wide)
+
+    expected = run(ACT2FN["relu2"])
+    with on_triton():
+        got = run(relu2)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+    x = torch.tensor([-1.0, 0.0, 2.0, torch.nan, -torch.inf])
+    with on_triton():
+        assert torch.equal(relu2(x).isnan(), x.isnan()) and relu2(x)[4] == 0

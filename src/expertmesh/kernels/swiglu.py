@@ -1,11 +1,11 @@
-"""SwiGLU on two tensors: silu(gate) * up, the activation of dense MLPs and shared experts.
+"""The activations of dense MLPs and shared experts: SwiGLU on two tensors, silu(gate) * up, and relu(x)^2 on one.
 
     y = gate * sigmoid(gate) * up
 
 One pass forward (two reads, one write) and one backward (three reads, two writes); only gate and up are kept. Stock
 Transformers computes silu in the input's dtype, rounds, and multiplies; the kernel computes in float32 and rounds once,
 so in bfloat16 it is closer to the exact value and not bit-equal to stock. Routed experts have the same activation
-inside their GEMM instead.
+inside their GEMM instead. relu(x)^2 and its gradient 2 relu(x) dy are bit-equal to stock's, in one pass each.
 
 Letters: T rows, W width.
 """
@@ -110,3 +110,43 @@ class _SwiGLU(torch.autograd.Function):
         dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
         _launch(_backward, (gate, up, dy), (dgate, dup), **TUNING["backward"])
         return dgate, dup
+
+
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    """relu(x)^2, differentiable; x: [..., W], any strides. Must equal "relu2" of Transformers' ACT2FN."""
+    return _ReLU2.apply(x) if use_triton(x) else F.relu(x).square()
+
+
+@triton.jit
+def _relu2_forward(x_ptr, y_ptr, T, W, COL_BLOCKS, stride_x, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr):
+    rows, cols, mask = _offsets(T, W, COL_BLOCKS, BLOCK_T, BLOCK_W)
+    x = tl.load(x_ptr + rows * stride_x + cols, mask, other=0.0).to(tl.float32)
+    x = tl.where(x < 0, 0.0, x)  # nan stays nan
+    tl.store(y_ptr + rows * W + cols, x * x, mask)
+
+
+@triton.jit
+def _relu2_backward(
+    x_ptr, dy_ptr, dx_ptr, T, W, COL_BLOCKS, stride_x, stride_dy, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    rows, cols, mask = _offsets(T, W, COL_BLOCKS, BLOCK_T, BLOCK_W)
+    x = tl.load(x_ptr + rows * stride_x + cols, mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + rows * stride_dy + cols, mask, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + rows * W + cols, tl.where(x <= 0, 0.0, 2.0 * x * dy), mask)
+
+
+class _ReLU2(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _launch(_relu2_forward, (x,), (y,), **TUNING["forward"])
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _launch(_relu2_backward, (x, dy), (dx,), **TUNING["backward"])
+        return dx

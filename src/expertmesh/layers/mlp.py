@@ -1,10 +1,10 @@
-"""Fast twin of the dense and shared-expert MLP: silu(gate) * up in one kernel."""
+"""Fast twins of dense and shared-expert MLPs: their activation, silu(gate) * up or relu(x)^2, in one kernel."""
 
 import torch
 from torch import nn
-from transformers.activations import SiLUActivation
+from transformers.activations import ReLUSquaredActivation, SiLUActivation
 
-from expertmesh.kernels.swiglu import swiglu
+from expertmesh.kernels.swiglu import relu2, swiglu
 from expertmesh.layers.fast import Fast
 
 
@@ -20,3 +20,17 @@ def why_not_swiglu(mlp: nn.Module) -> str | None:
     if isinstance(mlp.act_fn, (SiLUActivation, nn.SiLU)):
         return None
     return f"its activation is {type(mlp.act_fn).__name__}, not SiLU"
+
+
+class FastReLU2MLP(Fast):
+    """down_proj(relu(up_proj(x))^2)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(relu2(self.up_proj(x)))
+
+
+def why_not_relu2(mlp: nn.Module) -> str | None:
+    """Why this MLP without gate must stay stock, or None."""
+    if isinstance(mlp.act_fn, ReLUSquaredActivation):
+        return None
+    return f"its activation is {type(mlp.act_fn).__name__}, not relu^2"

@@ -49,7 +49,9 @@ class FastGraniteMoEBlock(FastMoEBlock):
 
 
 class FastSharedMoEBlock(FastMoEBlock):
-    """Must equal `DeepseekV3MoE.forward` and `Ernie4_5_MoeSparseMoeBlock.forward`, which may have no shared experts."""
+    """Must equal `DeepseekV3MoE.forward`, `Ernie4_5_MoeSparseMoeBlock.forward`, which may have no shared experts, and
+    `NemotronHMoE.forward` without latent projections.
+    """
 
     def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return None if self.shared_experts is None else self.shared_experts(hidden_states)
