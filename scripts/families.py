@@ -43,11 +43,12 @@ WHAT = {
     "experts": "all experts of a layer at once: grouped GEMMs that gather their rows and hold the activation",
     "router": "from logits to weights and expert ids in one kernel",
     "rms_norm": "RMSNorm in one kernel forward and one backward",
-    "swiglu": "`silu(gate) * up` of dense and shared MLPs in one kernel",
+    "swiglu": "`silu(gate) * up`, or `relu(x)^2`, of dense and shared MLPs in one kernel",
     "mla_rope": "latent attention (MLA): RoPE of queries and the shared key, and keys put together, in one kernel",
     "qk_norm_rope": "norms of each query and key head and RoPE in one kernel",
     "rope": "RoPE in one kernel, where neither of the two above applies",
     "add_norm": "residual adds inside the norm behind attention and inside the experts' last kernel",
+    "mamba2": "Mamba2's convolution, scan and gated norm in Triton, packed documents kept apart",
     "linear_cross_entropy": "the loss from hidden states; logits are never held in training",
 }
 NOT_NEEDED = "no module of the model needs it"

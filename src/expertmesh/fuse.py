@@ -28,6 +28,7 @@ from expertmesh.layers import experts as fast_experts
 from expertmesh.layers.fast import Fast, twin
 from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
+from expertmesh.layers.mamba2 import mixer_inputs
 from expertmesh.layers.masks import known_rows
 from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
 from expertmesh.layers.sharding import lean_layout
@@ -47,6 +48,7 @@ FUSIONS = {
     "qk_norm_rope": "Attention",
     "rope": "Attention",
     "add_norm": "DecoderLayer",
+    "mamba2": "Mamba2Mixer",
     "linear_cross_entropy": "lm_head",
     "liger": "models without experts",
 }
@@ -134,6 +136,8 @@ def fused_class(stock: Any) -> Any:
         defer = self.training and kwargs.get("labels") is not None
         no_positions = len(args) < 3 and kwargs.get("position_ids") is None  # the third argument of every causal model
         known = known_rows(self, no_positions, kwargs)
+        if self._has_mamba2:
+            kwargs |= mixer_inputs(self, args, kwargs)
         with one_forward(), deferring(defer), known, _aux_loss_share(self, kwargs), predicting(self, defer):
             return stock.forward(self, *args, **kwargs)
 
@@ -148,6 +152,7 @@ class FusedModel(ReadsQuantized):
     """
 
     _mtp: MTP | None = None
+    _has_mamba2 = False
     mtp_loss_weight: float | None = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -162,6 +167,7 @@ class FusedModel(ReadsQuantized):
 
     def _fuse_modules(self) -> None:
         self._fusions = [_experts_row(self), *_apply_rules(self), _fuse_head(self)]
+        self._has_mamba2 = any(row.name == "mamba2" and row.on for row in self._fusions)
         if self._mtp is None or _with_mtp.get() != "saved":  # else it turns out in loading whether they stay
             _print_report(self, self._fusions)
 

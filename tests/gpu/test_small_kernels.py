@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from expertmesh.kernels.combine import unsort, unsort_reference
 from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
@@ -19,7 +20,8 @@ from expertmesh.kernels.rms_norm import (
     rms_norm,
     rms_norm_reference,
 )
-from expertmesh.kernels.swiglu import swiglu, swiglu_reference
+from expertmesh.kernels.router_logits import router_logits
+from expertmesh.kernels.swiglu import relu2, swiglu, swiglu_reference
 from tests.kernels.compare import outputs_and_grads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -77,6 +79,7 @@ def cases() -> dict[str, tuple[Callable, Callable, tuple[torch.Tensor, ...]]]:
         lambda x: swiglu_reference(*x.chunk(2, dim=-1)),
         (leaf(4095, 1536),),
     )
+    found["relu2 3712"] = relu2, lambda x: torch.relu(x).square(), (leaf(4095, 3712),)
     for rows, vocab in ((3000, 151936), (5000, 32001)):
         labels = labels_with_ignored(rows, vocab)
         found[f"linear_cross_entropy {vocab}"] = (
@@ -109,6 +112,13 @@ def test_kernels_are_deterministic_and_never_make_the_cpu_wait():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
+
+
+def test_router_logits_are_those_of_a_float32_product():
+    x, weight = leaf(4095, 2688), leaf(128, 2688, scale=0.02)
+    exact = outputs_and_grads(lambda x, w: F.linear(x.double(), w.double()).float(), x, weight)
+    errors = relative_errors(outputs_and_grads(router_logits, x, weight), exact)
+    assert errors[0] < 1e-5 and max(errors[1:]) < 3e-3, errors  # gradients are rounded to bfloat16
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
 
+from expertmesh.bench.apart import documents_apart, keeps_apart
 from expertmesh.bench.export import differing_tensors, export_rows
 from expertmesh.bench.rows import Row, relative_error, rms_errors, worst_error
 from expertmesh.bench.tiny import FAMILIES, tiny_model
@@ -190,12 +191,15 @@ def gradients_of(model: PreTrainedModel, over_experts: bool = False) -> dict[str
     return gradients
 
 
-def run_case(model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], float] | None = None) -> Outcome:
+def run_case(
+    model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], float] | None = None, apart: bool = False
+) -> Outcome:
     """Train step without optimizer, then evaluation, of one model on one case.
 
     `share_of_aux` is given for the stock side: it says which part of the router aux loss expertmesh adds, because stock
-    adds the whole of it to every microbatch, however many there are.
+    adds the whole of it to every microbatch, however many there are. `apart`: packed documents one by one.
     """
+    call = functools.partial(documents_apart, model) if apart and case.batch == "packed" else model
     batch = make_batch(case.batch, model.config.get_text_config().vocab_size, model.device)
     extra: dict = {"output_router_logits": True} if case.aux else {}
     if case.accumulated:
@@ -216,7 +220,7 @@ def run_case(model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], 
         model.activation_checkpointing_enable()
     with poisoned_memory() if case.poisoned else contextlib.nullcontext():
         torch.manual_seed(0)
-        out = model(**batch, **extra, use_cache=False)
+        out = call(**batch, **extra, use_cache=False)
         loss = out.loss
         if case.aux and share_of_aux is not None:
             loss = loss + (share_of_aux(batch | extra) - 1) * model.config.router_aux_loss_coef * out.aux_loss
@@ -230,7 +234,7 @@ def run_case(model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], 
         model.eval()
         with torch.no_grad():
             # with a cache Transformers does not look for packed documents
-            out = model(**batch, **extra, use_cache=case.batch != "packed")
+            out = call(**batch, **extra, use_cache=case.batch != "packed")
         record("eval", out)
     return outcome
 
@@ -289,14 +293,15 @@ def compare_case(
         for model in others:
             model.load_state_dict(stock.state_dict())
     try:
-        theirs = run_case(stock, case, aux_share)
+        apart = keeps_apart(ours)
+        theirs = run_case(stock, case, aux_share, apart)
         found = run_case(ours, case)
         if reference is None:
             return [
                 Row(case.name, what, error, CPU_TOLERANCE, where)
                 for what, (error, where) in errors(found, theirs).items()
             ]
-        exact = run_case(reference, case, aux_share)
+        exact = run_case(reference, case, aux_share, apart)
         own = noise(theirs, exact)
         # the worst of many tensors, some of them with four entries, is itself noisy
         ratio = dict.fromkeys(own, CUDA_RATIO) | {"worst gradient": 2 * CUDA_RATIO}

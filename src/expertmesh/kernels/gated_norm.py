@@ -17,7 +17,7 @@ from expertmesh.kernels.rms_norm import add_pairs, last_contiguous, processors, 
 #: elements per program, elements per thread, and persistent programs per multiprocessor
 TUNING = {
     "forward": {"elements": 2048, "per_thread": 16},
-    "backward": {"elements": 2048, "per_thread": 16, "programs": 4},
+    "backward": {"elements": 1024, "per_thread": 8, "programs": 4},
 }
 
 
