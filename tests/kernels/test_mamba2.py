@@ -36,8 +36,7 @@ def inputs(B, S, bias=True):
     return [leaf(B, S, inner + channels + HEADS), leaf(channels, 4), *small, A, leaf(HEADS), leaf(HEADS), leaf(inner)]
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
+@pytest.mark.parametrize(("kind", "bias"), [("plain", False), ("packed", True), ("padded", True)])
 def test_the_kernels_equal_the_references(kind, bias):
     start = document_starts((torch.arange(45) >= torch.tensor([[7], [40]])).int()) if kind == "packed" else None
     mask = (torch.arange(45) < torch.tensor([[45], [31]])).long() if kind == "padded" else None

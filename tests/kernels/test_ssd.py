@@ -124,7 +124,7 @@ def test_the_kernels_equal_the_reference_with_whole_chunks_as_tiles(small_tiles)
     ],
 )
 def test_packed_documents_do_not_see_each_other(rows, small_tiles):
-    compare(2, 75, 4, 16, 2, 16, start=documents(75, *rows))
+    compare(2, 75, 2, 16, 1, 16, start=documents(75, *rows))
 
 
 def test_the_shipped_tiles_at_one_and_a_half_chunks():
