@@ -107,10 +107,8 @@ def requesting(fused: bool | dict[str, bool], mtp: str = "no") -> Iterator[None]
         if name not in FUSIONS:
             nearest = get_close_matches(name, FUSIONS, 1, 0)[0]
             raise ValueError(f"There is no fusion {name!r}; did you mean {nearest!r}? Known: {', '.join(FUSIONS)}.")
-    token, mtp_token = (
-        _requested.set(frozenset(name for name in FUSIONS if switches.get(name, True))),
-        _with_mtp.set(mtp),
-    )
+    token = _requested.set(frozenset(name for name in FUSIONS if switches.get(name, True)))
+    mtp_token = _with_mtp.set(mtp)
     try:
         yield
     finally:
@@ -152,7 +150,6 @@ class FusedModel(ReadsQuantized):
     """
 
     _mtp: MTP | None = None
-    _has_mamba2 = False
     mtp_loss_weight: float | None = None
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
