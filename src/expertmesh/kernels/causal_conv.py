@@ -148,23 +148,26 @@ def _dz(z, dy):
 
 @triton.jit
 def _backward_token(
-    x3, x2, x1, x0, dy, d3, d2, d1, p3, p2, p1, row, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3, sum_bias,
+    x3, x2, x1, x0, dy, dx3, dx2, dx1, row, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3, sum_bias,
     start_ptr, dx_ptr, first, stride_dxs, cols, mask, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Token `row`: its dz, its part of the weights' gradients, and dx three tokens before it, which is now complete.
+    """Token `row`: its dz, its part of the weights' gradients and of dx of itself and the three tokens before it.
 
-    d1..d3 and p1..p3: dz and position of the tokens before. Tokens from `end` on are the next program's.
+    dx1..dx3: what is there of dx of the tokens 1..3 before; that of the third is complete now. Tokens from `end` on are
+    the next program's.
     """
-    p0 = _position(start_ptr, row, S, PACKED)
-    d0 = _dz(_z(x3, x2, x1, x0, w0, w1, w2, w3, bias, p0, PACKED), dy)
-    dx = w3 * d3 + w2 * _tap(d2, p2, 1, PACKED) + w1 * _tap(d1, p1, 2, PACKED) + w0 * _tap(d0, p0, 3, PACKED)
-    tl.store(dx_ptr + (row - 3) * stride_dxs + cols, dx, mask & (row - 3 >= first) & (row - 3 < end))
-    own = tl.where(row < end, d0, 0.0)
-    sum0 += own * _tap(x3, p0, 3, PACKED)
-    sum1 += own * _tap(x2, p0, 2, PACKED)
-    sum2 += own * _tap(x1, p0, 1, PACKED)
+    position = _position(start_ptr, row, S, PACKED)
+    dz = _dz(_z(x3, x2, x1, x0, w0, w1, w2, w3, bias, position, PACKED), dy)
+    dx3 += w0 * _tap(dz, position, 3, PACKED)
+    tl.store(dx_ptr + (row - 3) * stride_dxs + cols, dx3, mask & (row - 3 >= first) & (row - 3 < end))
+    own = tl.where(row < end, dz, 0.0)
+    sum0 += own * _tap(x3, position, 3, PACKED)
+    sum1 += own * _tap(x2, position, 2, PACKED)
+    sum2 += own * _tap(x1, position, 1, PACKED)
     sum3 += own * x0.to(tl.float32)
-    return d0, p0, sum0, sum1, sum2, sum3, sum_bias + own
+    dx3 = dx2 + w1 * _tap(dz, position, 2, PACKED)
+    dx2 = dx1 + w2 * _tap(dz, position, 1, PACKED)
+    return dx3, dx2, w3 * dz, sum0, sum1, sum2, sum3, sum_bias + own
 
 
 @triton.jit
@@ -177,6 +180,7 @@ def _backward(
     batch = (tl.program_id(1) // blocks).to(tl.int64)
     first = (tl.program_id(1) % blocks).to(tl.int64) * ROWS
     end = tl.minimum(first + ROWS, S)
+    later = tl.minimum(S, end + 3)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = cols < C
     x_ptr += batch * stride_xb
@@ -185,34 +189,29 @@ def _backward(
     start_ptr += batch * S
     w0, w1, w2, w3, bias = _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS)
     sum0 = tl.zeros((BLOCK_C,), tl.float32)
-    sum1, sum2, sum3, sum_bias, d1, d2, d3 = sum0, sum0, sum0, sum0, sum0, sum0, sum0
-    row = first
-    p1, p2, p3 = row, row, row  # of tokens whose dz counts as zero here
-    a = _row(x_ptr, row - 3, S, stride_xs, cols, mask)
-    b = _row(x_ptr, row - 2, S, stride_xs, cols, mask)
-    c = _row(x_ptr, row - 1, S, stride_xs, cols, mask)
-    x0 = _row(x_ptr, row, S, stride_xs, cols, mask)
-    x1 = _row(x_ptr, row + 1, S, stride_xs, cols, mask)
-    dy0 = _row(dy_ptr, row, S, stride_dys, cols, mask)
-    dy1 = _row(dy_ptr, row + 1, S, stride_dys, cols, mask)
-    while row < end + 3:
-        later = tl.minimum(S, end + 3)
+    sum1, sum2, sum3, sum_bias, dx1, dx2, dx3 = sum0, sum0, sum0, sum0, sum0, sum0, sum0
+    a = _row(x_ptr, first - 3, S, stride_xs, cols, mask)
+    b = _row(x_ptr, first - 2, S, stride_xs, cols, mask)
+    c = _row(x_ptr, first - 1, S, stride_xs, cols, mask)
+    x0 = _row(x_ptr, first, S, stride_xs, cols, mask)
+    x1 = _row(x_ptr, first + 1, S, stride_xs, cols, mask)
+    dy0 = _row(dy_ptr, first, S, stride_dys, cols, mask)
+    dy1 = _row(dy_ptr, first + 1, S, stride_dys, cols, mask)
+    for step in range(0, ROWS + 3, 2):
+        row = first + step
         next_x0 = _row(x_ptr, row + 2, later, stride_xs, cols, mask)
         next_x1 = _row(x_ptr, row + 3, later, stride_xs, cols, mask)
         next_dy0 = _row(dy_ptr, row + 2, later, stride_dys, cols, mask)
         next_dy1 = _row(dy_ptr, row + 3, later, stride_dys, cols, mask)
-        d0, p0, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
-            a, b, c, x0, dy0, d3, d2, d1, p3, p2, p1, row, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3,
-            sum_bias, start_ptr, dx_ptr, first, stride_dxs, cols, mask, PACKED,
+        dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
+            a, b, c, x0, dy0, dx3, dx2, dx1, row, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3, sum_bias,
+            start_ptr, dx_ptr, first, stride_dxs, cols, mask, PACKED,
         )  # fmt: skip
-        d3, d2, d1, p3, p2, p1 = d2, d1, d0, p2, p1, p0
-        d0, p0, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
-            b, c, x0, x1, dy1, d3, d2, d1, p3, p2, p1, row + 1, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3,
-            sum_bias, start_ptr, dx_ptr, first, stride_dxs, cols, mask, PACKED,
+        dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
+            b, c, x0, x1, dy1, dx3, dx2, dx1, row + 1, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3, sum_bias,
+            start_ptr, dx_ptr, first, stride_dxs, cols, mask, PACKED,
         )  # fmt: skip
-        d3, d2, d1, p3, p2, p1 = d2, d1, d0, p2, p1, p0
         a, b, c, x0, x1, dy0, dy1 = c, x0, x1, next_x0, next_x1, next_dy0, next_dy1
-        row += 2
     partial_ptr += tl.program_id(1) * 5 * C + cols
     tl.store(partial_ptr, sum0, mask)
     tl.store(partial_ptr + C, sum1, mask)
