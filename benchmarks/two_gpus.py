@@ -4,6 +4,7 @@
 
 First the gradients of an 8-layer model: every arm gets the same weights and tokens, and must agree with stock FSDP2
 within bfloat16 error. Then all 48 layers, forward and backward by CUDA events, median of several, and peak memory.
+`-recompute` checkpoints every layer. `--probe` measures what gather.py's exchanges of 16,384 tokens take alone.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from transformers import PreTrainedModel, Qwen3MoeConfig
 from transformers.distributed import DistributedConfig
 
 from expertmesh import AutoModelForCausalLM, backends
+from expertmesh.bench.gate import skewed
+from expertmesh.dispatch.links import Collectives, link_of
 
 WIDTHS = dict(
     vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_attention_heads=32, num_key_value_heads=4,
@@ -33,11 +36,18 @@ TINY = WIDTHS | dict(
     vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, moe_intermediate_size=32,
     num_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
-ARMS = {"stock": 1, "stock-ep": 2, "expertmesh": 1, "expertmesh-ep": 2, "expertmesh-gather": 2}
+ARMS = {  # name: ep_size
+    "stock": 1,
+    "stock-ep": 2,
+    "expertmesh": 1,
+    "expertmesh-ep": 2,
+    "expertmesh-gather": 2,
+    "expertmesh-gather-recompute": 2,
+}
 FLOAT32 = "stock-float32"
 
 
-def build(arm, config, device):
+def build(arm, config, device, routing="random-init"):
     """A sharded model of this arm with the same weights in every arm and layout."""
     ep_size = ARMS.get(arm, 1)
     dtype = torch.bfloat16 if device.type == "cuda" and arm != FLOAT32 else torch.float32
@@ -49,19 +59,25 @@ def build(arm, config, device):
         model = type(model).maybe_distribute_model(model, setup, meshes)
         model.to_empty(device=device)
     else:
-        setup = {"ep_size": ep_size, "dispatch": "gather" if arm.endswith("gather") else "all_to_all"}
+        setup = {
+            "ep_size": ep_size,
+            "dispatch": "gather" if "gather" in arm else "all_to_all",
+            "activation_checkpointing": arm.endswith("recompute"),
+        }
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, distributed_setup=setup)
-    fill(model, config, device)
+    fill(model, config, device, routing)
     return model.train()
 
 
 @torch.no_grad()
-def fill(model, config, device):
+def fill(model, config, device, routing):
     for name, parameter in model.named_parameters():
         torch.manual_seed(zlib.crc32(name.encode()))
         full = torch.ones(parameter.shape, device=device, dtype=torch.bfloat16)
         if parameter.dim() > 1:
             full.normal_(0, 0.3 if name.endswith("gate.weight") else 0.02)
+        if routing == "skewed" and name.endswith("gate.weight"):
+            full = skewed(full, config.num_experts_per_tok, seed=zlib.crc32(name.encode()))
         full = full.to(parameter.dtype)
         if isinstance(parameter, DTensor):
             shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -115,7 +131,7 @@ def pin_routing(model):
         gate.register_forward_hook(choose)
 
 
-def agreement(config, seq, device, pinned):
+def agreement(arms, config, seq, device, pinned):
     """Relative gradient errors of every arm against stock FSDP2 in float32 and in bfloat16, and of expert parallelism
     against its own FSDP2.
 
@@ -124,7 +140,7 @@ def agreement(config, seq, device, pinned):
     """
     ids = tokens(config, 1, seq, device)
     rows, known = [], {}
-    for arm in (FLOAT32, *ARMS):
+    for arm in (FLOAT32, *arms):
         model = build(arm, config, device)
         if pinned:
             pin_routing(model)
@@ -177,6 +193,29 @@ def time_arm(model, config, batch, seq, device, warmup=2, repeats=5):
     }
 
 
+def probe(device, tokens, width):
+    """Microseconds, and GB/s in one direction, of an all-gather and a reduce-scatter of [tokens, width] bfloat16."""
+    x = torch.randn(tokens, width, device=device).bfloat16()
+    xs = torch.randn(dist.get_world_size() * tokens, width, device=device).bfloat16()
+    sent = (dist.get_world_size() - 1) * x.nbytes
+    rows = []
+    for name, link in (("NCCL", Collectives(dist.group.WORLD)), ("mailboxes", link_of(dist.group.WORLD))):
+        for what, exchange, part in (("gather", link.all_gather, x), ("scatter", link.reduce_scatter, xs)):
+            times = []
+            for _ in range(8):
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                for _ in range(10):
+                    exchange([part])
+                end.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(end) * 100)
+            us = statistics.median(times[2:])
+            rows.append({"link": name, "exchange": what, "us": round(us, 1), "gb_per_second": round(sent / us / 1e3)})
+            say(rows[-1])
+    return rows
+
+
 def say(*what):
     if dist.get_rank() == 0:
         print(*what, flush=True)
@@ -189,6 +228,9 @@ def main():
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--arms", nargs="*", default=list(ARMS), help="none: gradients only")
+    parser.add_argument("--routings", nargs="+", default=["random-init", "skewed"])
+    parser.add_argument("--agreement", nargs="*", default=["pinned", "own"], help="none: times only")
+    parser.add_argument("--probe", action="store_true")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -205,24 +247,31 @@ def main():
         "commit": options.commit,
         "command": " ".join(["torchrun --nproc-per-node 2", *sys.argv]),
         "agreement": [
-            row for pinned in (True, False) for row in agreement(small, 4096 if on_gpu else 16, device, pinned)
+            row
+            for choice in options.agreement
+            for row in agreement(options.arms or list(ARMS), small, 4096 if on_gpu else 16, device, choice == "pinned")
         ],
+        "exchanges": probe(device, 16384, 2048) if options.probe and on_gpu else [],
         "rows": [],
     }
     for arm in options.arms if on_gpu else ():
-        config = Qwen3MoeConfig(num_hidden_layers=options.layers, **widths)
-        model = build(arm, config, device)
-        for batch in options.batches:
-            try:
-                measured = time_arm(model, config, batch, 4096, device)
-            except torch.OutOfMemoryError:
-                say(arm, batch, "out of memory")
-                break
-            row = {"work": "qwen3-30b-a3b", "arm": arm, "layers": options.layers, "batch": batch, "seq": 4096}
-            result["rows"].append(row | {"routing": "random-init", **measured})
-            say(result["rows"][-1])
-        del model
-        free()
+        for routing in options.routings if arm.startswith("expertmesh") else options.routings[:1]:
+            config = Qwen3MoeConfig(num_hidden_layers=options.layers, **widths)
+            model = build(arm, config, device, routing)
+            for batch in options.batches:
+                try:
+                    measured = time_arm(model, config, batch, 4096, device)
+                except torch.OutOfMemoryError:
+                    say(arm, batch, "out of memory")
+                    break
+                row = {"work": "qwen3-30b-a3b", "arm": arm, "layers": options.layers, "batch": batch, "seq": 4096}
+                result["rows"].append(row | {"routing": routing, **measured})
+                say(result["rows"][-1])
+                if options.out and dist.get_rank() == 0:  # a later row may fail
+                    with open(options.out, "w") as file:
+                        json.dump(result, file, indent=1)
+            del model
+            free()
     if options.out and dist.get_rank() == 0:
         with open(options.out, "w") as file:
             json.dump(result, file, indent=1)

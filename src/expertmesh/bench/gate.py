@@ -33,7 +33,8 @@ def set_routing(model: PreTrainedModel, routing: str, top_k: int) -> None:
     """Make a freshly initialised model route as one of `ROUTINGS` says, in place."""
     for number, router in enumerate(routers(model).values()):
         if routing == "skewed":
-            _skew(router, top_k, seed=number)
+            weight: Any = router.weight
+            weight.data.copy_(skewed(weight.data, top_k, seed=number))
         elif routing == "balanced":
             router.register_forward_hook(_deal)
 
@@ -65,13 +66,13 @@ def busiest(model: PreTrainedModel, ids: torch.Tensor) -> float:
     return float(torch.stack(loads).mean())
 
 
-@torch.no_grad()
-def _skew(router: Any, top_k: int, seed: int) -> None:
-    experts = router.weight.shape[0]
+def skewed(weight_EH: torch.Tensor, top_k: int, seed: int) -> torch.Tensor:
+    """A router's weights [E, H] with rows of the lengths that `skewed` routing needs, in float32."""
+    experts = len(weight_EH)
     deviations = torch.tensor([1 / NormalDist().inv_cdf(1 - share) for share in zipf_shares(experts, top_k)])
     dealt = deviations[torch.randperm(experts, generator=torch.Generator().manual_seed(seed))]
-    rows = router.weight.float()
-    router.weight.copy_(rows * (dealt.to(rows.device) / rows.norm(dim=1))[:, None])
+    rows = weight_EH.float()
+    return rows * (dealt.to(rows.device) / rows.norm(dim=1))[:, None]
 
 
 def _deal(router: nn.Module, args: Any, output: tuple) -> tuple:
