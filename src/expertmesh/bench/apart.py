@@ -1,7 +1,8 @@
 """Stock Transformers on packed rows, one document after the other: what a model that mixes them up should compute.
 
 Transformers' Mamba2 layers carry their state from one packed document into the next if only position_ids tell them
-apart, and GPT-OSS's attention looks across, unless it is FlashAttention. Ours do not, so stock's numbers for such rows are made from calls on the documents alone.
+apart, and GPT-OSS's attention looks across, unless it is FlashAttention. Ours do not, so stock's numbers for such rows
+are made from calls on the documents alone.
 """
 
 from types import SimpleNamespace
