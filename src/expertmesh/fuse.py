@@ -23,18 +23,21 @@ from expertmesh import backends
 from expertmesh.dispatch.gather import one_forward
 from expertmesh.families import mtp as mtp_modules
 from expertmesh.families.generic import RULES
+from expertmesh.families.gpt_oss import has_sinks
 from expertmesh.families.rules import Rule
 from expertmesh.layers import experts as fast_experts
+from expertmesh.layers import sinks
 from expertmesh.layers.fast import Fast, twin
 from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
 from expertmesh.layers.mamba2 import mixer_inputs
 from expertmesh.layers.masks import known_rows
 from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
+from expertmesh.layers.router import aux_loss_share
 from expertmesh.layers.sharding import lean_layout
 from expertmesh.memory.recompute import keep_routing
 from expertmesh.parallel import refuse_unfit_shards
-from expertmesh.weights.quantized import ReadsQuantized, tell_saved
+from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
 from expertmesh.weights.read import to_model_names
 from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
@@ -47,6 +50,7 @@ FUSIONS = {
     "mla_rope": "latent attention",
     "qk_norm_rope": "Attention",
     "rope": "Attention",
+    "sink_attention": "attention with sinks",
     "add_norm": "DecoderLayer",
     "mamba2": "Mamba2Mixer",
     "linear_cross_entropy": "lm_head",
@@ -89,6 +93,9 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
         if has_fast_experts(stock):
             if "experts" in _requested.get():
                 instance.set_experts_implementation(fast_experts.NAME)
+            if model.config._attn_implementation == "eager" and _wants_sinks(model):  # Transformers' default there
+                instance.set_attn_implementation(sinks.NAME)
+            forget_packed_names(model)
             instance.__class__ = fused_class(stock)
             instance._fuse_modules()
         else:
@@ -116,6 +123,10 @@ def requesting(fused: bool | dict[str, bool], mtp: str = "no") -> Iterator[None]
         _with_mtp.reset(mtp_token)
 
 
+def _wants_sinks(model: PreTrainedModel) -> bool:
+    return "sink_attention" in _requested.get() and has_sinks(type(model))
+
+
 def has_fast_experts(cls: Any) -> bool:
     """Whether this model class keeps its experts behind Transformers' `use_experts_implementation`."""
     return issubclass(cls, PreTrainedModel) and bool(cls._can_set_experts_implementation())
@@ -132,11 +143,11 @@ def fused_class(stock: Any) -> Any:
     @functools.wraps(stock.forward)  # Trainer and generate read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         defer = self.training and kwargs.get("labels") is not None
-        no_positions = len(args) < 3 and kwargs.get("position_ids") is None  # the third argument of every causal model
-        known = known_rows(self, no_positions, kwargs)
+        positions = args[2] if len(args) > 2 else kwargs.get("position_ids")  # the third of every causal model
+        known = known_rows(self, positions, kwargs)
         if self._has_mamba2:
             kwargs |= mixer_inputs(self, args, kwargs)
-        with one_forward(), deferring(defer), known, _aux_loss_share(self, kwargs), predicting(self, defer):
+        with one_forward(), deferring(defer), known, aux_loss_share(self, kwargs), predicting(self, defer):
             return stock.forward(self, *args, **kwargs)
 
     cls.forward = forward
@@ -173,6 +184,12 @@ class FusedModel(ReadsQuantized):
         if requested_experts is None and "experts" in _requested.get():
             requested_experts = fast_experts.NAME
         return super().get_correct_experts_implementation(requested_experts)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Transformers' choice, except that attention with sinks, eager by default, runs ours."""
+        if requested_attention is None and _wants_sinks(self):
+            requested_attention = sinks.NAME
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @property
     def loss_function(self) -> Any:
@@ -285,29 +302,6 @@ def _refuse_missing_experts(model: nn.Module, loading_info: Any, source: Any) ->
             f"{', '.join(lost[:3])}{more}. Training would start them at random. Download or convert the checkpoint "
             f"again; its index (model.safetensors.index.json) must list every expert of every layer."
         )
-
-
-@contextmanager
-def _aux_loss_share(model: Any, inputs: dict[str, Any]) -> Iterator[None]:
-    """Weight the router's auxiliary loss by this microbatch's share of the batch's labelled tokens.
-
-    Transformers adds `coef * aux` to each microbatch's loss whole, though the loss proper is a sum over microbatches
-    and ranks divided by `num_items_in_batch`: the auxiliary part grows with world size and gradient accumulation.
-    """
-    labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
-    coef = getattr(model, "router_aux_loss_coef", None)
-    if labels is None or num_items is None or coef is None:
-        yield
-        return
-    shifted = inputs.get("shift_labels")
-    counted = labels[..., 1:] if shifted is None else shifted
-    if torch.is_tensor(num_items):
-        num_items = num_items.to(counted.device)
-    model.router_aux_loss_coef = coef * ((counted != -100).sum() / num_items)
-    try:
-        yield
-    finally:
-        model.router_aux_loss_coef = coef
 
 
 def _how() -> str:

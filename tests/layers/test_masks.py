@@ -138,7 +138,7 @@ def test_who_asks_for_a_mask_in_any_case_gets_transformers_own(varlen):
     model = load_ours("mixtral")
     asked = (model.config, torch.zeros(1, sum(LENGTHS), model.config.hidden_size), None, None, POSITIONS)
     expected = masking_utils.create_causal_mask(*asked)
-    with masks.known_rows(model, False, {}):
+    with masks.known_rows(model, POSITIONS, {}):
         assert isinstance(masking_utils.create_causal_mask(*asked), masks.Documents)
         assert torch.equal(masking_utils.create_causal_mask(*asked, allow_is_causal_skip=False), expected)
 

@@ -1,7 +1,8 @@
 """Stock Transformers on packed rows, one document after the other: what a model that mixes them up should compute.
 
 Transformers' Mamba2 layers carry their state from one packed document into the next if only position_ids tell them
-apart. Ours do not, so stock's numbers for such rows are made from calls on the documents alone.
+apart, and GPT-OSS's attention looks across, unless it is FlashAttention. Ours do not, so stock's numbers for such rows
+are made from calls on the documents alone.
 """
 
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 
 def keeps_apart(model: Any) -> bool:
     """Whether this model keeps packed documents apart where stock Transformers does not."""
-    return any(row.name == "mamba2" and row.on for row in getattr(model, "fusion_report", list)())
+    return any(row.name in ("mamba2", "sink_attention") and row.on for row in getattr(model, "fusion_report", list)())
 
 
 def documents_apart(

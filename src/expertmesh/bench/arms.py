@@ -82,7 +82,8 @@ def model_of(
     Transformers is as it was.
     """
     auto: Any = AutoModelForCausalLM if arm.ours else transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    own_attention = arm.ours and arm.without != "sink_attention"
+    options: dict[str, Any] = {"attn_implementation": attention} if attention and not own_attention else {}
     if arm.without:
         options["fused"] = {arm.without: False}
     torch.manual_seed(0)

@@ -79,7 +79,7 @@ FAMILIES: dict[str, dict] = {
         "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0},
     },
     "gpt_oss": {
-        "head_dim": 8,
+        "head_dim": 16,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "sliding_window": 8,

@@ -20,7 +20,8 @@ NEMOTRON_LAYERS = {"M": "linear_attention", "E": "moe", "*": "full_attention"}
 class Work:
     """One model to train. `proof` changes widths for the float32 parity run, where the model at full width is too big.
 
-    `attention` is the fastest implementation stock Transformers offers on a GPU, which every arm gets.
+    `attention` is the fastest implementation stock Transformers offers on a GPU, which every stock arm gets; ours run
+    their default.
     """
 
     model_type: str

@@ -4,7 +4,7 @@ The experts themselves and the head need no rule: experts enter through Transfor
 the model's output embedding (fuse.py).
 """
 
-from expertmesh.families import deepseek_v3, nemotron_h, qwen3_moe
+from expertmesh.families import deepseek_v3, gpt_oss, nemotron_h, qwen3_moe
 from expertmesh.families.rules import Rule, never
 from expertmesh.layers.decoder import (
     FastDecoderLayer,
@@ -107,5 +107,5 @@ ROPE_RULES = tuple(
 
 # a family's own rules and those of layers look at the norms inside a module, so they come after the norms' rules;
 # attention that no family knows gets a fast RoPE
-FAMILY_RULES = (*deepseek_v3.RULES, *qwen3_moe.RULES, *nemotron_h.RULES)
+FAMILY_RULES = (*deepseek_v3.RULES, *gpt_oss.RULES, *qwen3_moe.RULES, *nemotron_h.RULES)
 RULES = (*NORM_RULES, *MLP_RULES, *ROUTER_RULES, *FAMILY_RULES, *LAYER_RULES, *ROPE_RULES)

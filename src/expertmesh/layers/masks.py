@@ -19,7 +19,11 @@ from transformers import masking_utils
 from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh import backends
+from expertmesh.kernels.sink_attention import Bounds, Padding, bounds_of, document_bounds, padding_of
 from expertmesh.kernels.varlen import document_of
+
+#: our implementation of attention with sinks, as an `attn_implementation` (sinks.py)
+SINKS = "expertmesh-sinks"
 
 
 class Documents(NamedTuple):
@@ -32,12 +36,14 @@ class Documents(NamedTuple):
 @dataclass
 class _Rows:
     """What is known about the rows of one forward. `packed` passes from the question to the mask made of its answer:
-    the documents, and the positions in them.
+    the documents, and the positions in them. `bounds`: the documents for attention with sinks, once they are made.
     """
 
     unpacked: bool
     given: Documents | None
+    positions: torch.Tensor | None
     packed: tuple[Documents, torch.Tensor] | None = None
+    bounds: Bounds | None = None
 
 
 _rows: ContextVar[_Rows | None] = ContextVar("rows", default=None)
@@ -45,11 +51,11 @@ _look = masking_utils.find_packed_sequence_indices
 
 
 @contextlib.contextmanager
-def known_rows(model: Any, unpacked: bool, inputs: dict[str, Any]) -> Iterator[None]:
-    """One forward of `model` on `inputs`; `unpacked`: rows are known to hold one document each."""
+def known_rows(model: Any, positions: torch.Tensor | None, inputs: dict[str, Any]) -> Iterator[None]:
+    """One forward of `model` on `inputs`; without `positions` rows are known to hold one document each."""
     # FlashAttention's integrations find the documents themselves, and their mask has no use for the answer
-    unpacked = unpacked or is_flash_attention_requested(model.config.get_text_config())
-    token = _rows.set(_Rows(unpacked, _given(inputs)) if unpacked or _takes_documents(model) else None)
+    unpacked = positions is None or is_flash_attention_requested(model.config.get_text_config())
+    token = _rows.set(_Rows(unpacked, _given(inputs), positions) if unpacked or _takes_documents(model) else None)
     try:
         yield
     finally:
@@ -60,7 +66,8 @@ def _takes_documents(model: Any) -> bool:
     """Whether all attention of this model passes its mask on to SDPA unseen: so do those that FlashAttention fits."""
     config = model.config
     causal_text = getattr(config, "is_causal", True) and config.get_text_config() is config
-    return causal_text and config._attn_implementation == "sdpa" and model._supports_flash_attn
+    chosen = config._attn_implementation
+    return causal_text and model._supports_flash_attn and chosen in ("sdpa", SINKS)
 
 
 def _given(inputs: dict[str, Any]) -> Documents | None:
@@ -106,5 +113,35 @@ def _sdpa_mask(*args: Any, **asked: Any) -> Any:
     return masking_utils.sdpa_mask(**asked | {"allow_is_causal_skip": False})
 
 
+def _sinks_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    **asked: Any,
+) -> torch.Tensor | Bounds | Padding | None:
+    """What our attention with sinks needs to know beside causality and windows, or Transformers' eager mask.
+
+    GPT-OSS's own masks let packed documents see each other.
+    """
+    whole = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
+    if not whole or asked["use_vmap"] or not asked["allow_is_causal_skip"]:
+        return masking_utils.eager_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **asked
+        )
+    if attention_mask is not None:
+        return padding_of(attention_mask[:, :kv_length])
+    rows = _rows.get()
+    if rows is None or rows.unpacked or rows.positions is None:
+        return None
+    if rows.bounds is None:
+        given, positions = rows.given, rows.positions.expand(batch_size, -1)
+        rows.bounds = document_bounds(given.cu_seqlens, *positions.shape) if given else bounds_of(positions)
+    return rows.bounds
+
+
 masking_utils.find_packed_sequence_indices = _find_packed_sequence_indices
 masking_utils.AttentionMaskInterface.register("sdpa", _sdpa_mask)
+masking_utils.AttentionMaskInterface.register(SINKS, _sinks_mask)

@@ -5,6 +5,8 @@ the CPU the kernel's place is taken by its PyTorch reference. Inside a checkpoin
 replayed when the layer is recomputed (memory/recompute.py).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,3 +117,26 @@ def why_not_sigmoid(router: Any) -> str | None:
     if kernel_supports(sigmoid_routing(router), router.num_experts):
         return None
     return f"{router.num_experts} experts in {router.num_group} groups: the kernel needs powers of two"
+
+
+@contextmanager
+def aux_loss_share(model: Any, inputs: dict[str, Any]) -> Iterator[None]:
+    """Weight the router's auxiliary loss by this microbatch's share of the batch's labelled tokens.
+
+    Transformers adds `coef * aux` to each microbatch's loss whole, though the loss proper is a sum over microbatches
+    and ranks divided by `num_items_in_batch`: the auxiliary part grows with world size and gradient accumulation.
+    """
+    labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
+    coef = getattr(model, "router_aux_loss_coef", None)
+    if labels is None or num_items is None or coef is None:
+        yield
+        return
+    shifted = inputs.get("shift_labels")
+    counted = labels[..., 1:] if shifted is None else shifted
+    if torch.is_tensor(num_items):
+        num_items = num_items.to(counted.device)
+    model.router_aux_loss_coef = coef * ((counted != -100).sum() / num_items)
+    try:
+        yield
+    finally:
+        model.router_aux_loss_coef = coef

@@ -64,8 +64,48 @@ def _read_fp8(stored: dict[str, Any], tensors: Tensors) -> Tensors:
     return tensors
 
 
+_FLOATS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.bfloat16)
+_PAIRS = torch.stack([_FLOATS.repeat(16), _FLOATS.repeat_interleave(16)], dim=1)  # the two 4-bit floats of every byte
+
+
+class MXFP4:
+    """Weights [E, I, O] of experts in MXFP4, packed along I, as a bfloat16 tensor, exact, that is read when indexed.
+
+    blocks: a slice of safetensors, [E, O, I / 32, 16]: two 4-bit floats a byte, the first in the lower half. scales:
+    that of [E, O, I / 32], the exponents of the powers of two of 32 weights, plus 127.
+    """
+
+    def __init__(self, blocks: Any, scales: Any):
+        self.blocks, self.scales = blocks, scales
+
+    def get_shape(self) -> list[int]:
+        E, O, groups, _ = self.blocks.get_shape()  # noqa: E741
+        return [E, 32 * groups, O]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """As of `BlockFP8`; one expert at a time, so that little more than the result is in memory."""
+        index = (slice(None),) * 3 if index is ... else index
+        (first, end, _), (left, right, _), (top, bottom, _) = map(slice.indices, index, self.get_shape())
+        result = torch.empty(max(end - first, 0), max(right - left, 0), max(bottom - top, 0), dtype=torch.bfloat16)
+        groups = slice(left // 32, -(-right // 32))
+        for expert in range(len(result)):
+            at = slice(first + expert, first + expert + 1), slice(top, bottom), groups
+            power = torch.exp2(self.scales[at].float() - 127).bfloat16()
+            weights = _PAIRS[self.blocks[at].int()].flatten(-2) * power[..., None]
+            result[expert] = weights[0].flatten(-2)[:, left % 32 :][:, : right - left].t()
+        return result
+
+
+def _read_mxfp4(stored: dict[str, Any], tensors: Tensors) -> Tensors:
+    for name in [name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")]:
+        if f"{name}_scales" not in tensors:
+            raise ValueError(f"The checkpoint holds {name}_blocks without {name}_scales: it is cut short.")
+        tensors[name] = MXFP4(tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales"))
+    return tensors
+
+
 #: how to read what a quant_method stores; each takes the checkpoint's quantization_config and its tensors
-READERS: dict[str, Callable[[dict[str, Any], Tensors], Tensors]] = {"fp8": _read_fp8}
+READERS: dict[str, Callable[[dict[str, Any], Tensors], Tensors]] = {"fp8": _read_fp8, "mxfp4": _read_mxfp4}
 
 
 def dequantized(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -144,3 +184,13 @@ def tell_saved(model: Any, folder: Any) -> None:
         backends.logger().info(
             f"expertmesh: {folder} holds {dtype} weights and no quantization_config; it was loaded from {before}."
         )
+
+
+def forget_packed_names(model: Any) -> None:
+    """Of a model that Transformers dequantized: let it be saved under the names of its weights.
+
+    Transformers saves it under those of the packed tensors, which nothing loads.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    if any(type(op).__name__.endswith("Dequantize") for c in conversions for op in getattr(c, "operations", ())):
+        del model._weight_conversions

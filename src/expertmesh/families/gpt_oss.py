@@ -1,0 +1,36 @@
+"""GPT-OSS (20B, 120B).
+
+attention       sinks, full and sliding by turns: our kernels, RoPE in one pass       here
+router          top-k, then softmax                                                   generic
+experts         transposed, gate and up interleaved, biases, clamped SwiGLU           generic
+norms           float32                                                               generic
+head            loss from hidden states, no logits                                    every family
+"""
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from expertmesh.families.rules import Rule
+from expertmesh.layers.sinks import FastSinkAttention, why_not_sinks
+
+RULES = (
+    Rule(
+        "sink_attention",
+        FastSinkAttention,
+        like=("gpt_oss.GptOssAttention",),
+        code=("a952c04be7c0",),
+        also=("apply_rotary_pos_emb", "_apply_rotary_emb", "eager_attention_forward"),
+        why_not=why_not_sinks,
+    ),
+)
+
+
+def has_sinks(model_class: Any) -> bool:
+    """Whether the modeling file of this Transformers class has the attention that `RULES` replace."""
+    found = vars(sys.modules[model_class.__module__]).values()
+    classes = [
+        x for x in found if isinstance(x, type) and issubclass(x, nn.Module) and x.__name__.endswith("Attention")
+    ]
+    return any(rule.matches(cls) for rule in RULES for cls in classes)

@@ -1,0 +1,89 @@
+"""Attention with sinks (GPT-OSS) on our kernels: what Transformers has no SDPA for, and runs eagerly by default.
+
+`NAME` is registered as an attention implementation. It stands in for a model's default, never for one that the user
+asked for. Its masks (masks.py) are lists of documents or of padding; where the kernels do not apply, as with a cache
+that already holds tokens, Transformers' own mask is made and its eager attention runs.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+from expertmesh.kernels.rope import rope
+from expertmesh.kernels.sink_attention import Bounds, Padding, sink_attention, takes, visible
+from expertmesh.layers.fast import Fast
+from expertmesh.layers.masks import SINKS as NAME
+
+
+def attend_with_sinks(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | Bounds | Padding | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As the `eager_attention_forward` of Transformers' GPT-OSS; no weights are returned where the kernels ran."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if isinstance(attention_mask, torch.Tensor):
+        return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    documents = attention_mask if isinstance(attention_mask, Bounds) else None
+    padding = attention_mask if isinstance(attention_mask, Padding) else None
+    if dropout == 0 and takes(query) and s_aux is not None:
+        return sink_attention(query, key, value, s_aux, scaling, sliding_window, documents, padding), None
+    start, seen = documents and documents.start, padding and padding.seen
+    mask = visible(query.shape[2], query.device, sliding_window, start, seen)[:, None]
+    mask = query.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(dtype).min)
+    return eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)
+
+
+AttentionInterface.register(NAME, attend_with_sinks)
+
+
+class FastSinkAttention(Fast):
+    """Must equal `GptOssAttention.forward` of Transformers."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | Bounds | Padding | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_seq = hidden_states.shape[:-1]
+        heads = (*batch_seq, -1, self.head_dim)
+        query = rope(self.q_proj(hidden_states).view(heads), *position_embeddings).transpose(1, 2)
+        key = rope(self.k_proj(hidden_states).view(heads), *position_embeddings).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attn_output, attn_weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            s_aux=self.sinks,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*batch_seq, -1).contiguous()), attn_weights
+
+
+def why_not_sinks(attention: Any) -> str | None:
+    """Why this attention must stay stock, or None."""
+    chosen = attention.config._attn_implementation
+    return None if chosen == NAME else f"attn_implementation={chosen!r} was asked for"
