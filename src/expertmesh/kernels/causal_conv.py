@@ -22,7 +22,7 @@ from expertmesh.kernels.rms_norm import sum_partials
 
 #: tokens and channels per program; with 32 * num_warps threads a channel block of 256 * num_warps is 16 bytes a thread
 TUNING = {
-    "forward": {"rows": 64, "channels": 512, "num_warps": 2},
+    "forward": {"rows": 64, "channels": 512, "num_warps": 4},
     "backward": {"rows": 64, "channels": 256, "num_warps": 2},
 }
 

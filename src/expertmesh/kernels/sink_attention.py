@@ -137,8 +137,8 @@ def visible(
 
 #: (pass, head width up to, windowed): rows of queries and of keys in a tile, warps, pipeline stages
 TUNING: dict[tuple[str, int, bool], dict[str, int]] = {
-    ("forward", 64, False): dict(BM=128, BN=64, num_warps=4, num_stages=3),
-    ("forward", 64, True): dict(BM=128, BN=64, num_warps=4, num_stages=3),
+    ("forward", 64, False): dict(BM=64, BN=64, num_warps=4, num_stages=2),
+    ("forward", 64, True): dict(BM=64, BN=64, num_warps=4, num_stages=2),
     ("forward", 128, False): dict(BM=128, BN=64, num_warps=8, num_stages=3),
     ("forward", 128, True): dict(BM=128, BN=64, num_warps=8, num_stages=2),
     ("dq", 64, False): dict(BM=128, BN=64, num_warps=8, num_stages=3),

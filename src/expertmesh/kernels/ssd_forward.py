@@ -15,7 +15,7 @@ TUNING: dict[str, Any] = {
     "walk": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
     "outputs": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
     "inputs": {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
-    "gradients": {"BLOCK": 64, "num_warps": 8, "num_stages": 2},
+    "gradients": {"BLOCK": 64, "num_warps": 4, "num_stages": 3},
     "finish": {"HEADS": 16, "num_warps": 4},
 }
 
