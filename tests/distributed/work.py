@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -301,6 +302,7 @@ def layers(
     mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
     if dispatch == "mailboxes":
         link = Mailboxes(mesh["ep"].get_group(), functools.partial(HostMemory, folder))
+        link.reduce_scatter = scatters = mock.Mock(wraps=link.reduce_scatter)
         gather.link_of = lambda group: link
     implementation = AllToAll if dispatch == "all_to_all" else gather.Gather
     results = []
@@ -311,6 +313,8 @@ def layers(
             out = implementation(module, mesh["ep"], mesh["tp"])(x, ids, weights)
             out.backward(dout)
         results.append([out.detach(), x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad])
+    if dispatch == "mailboxes":
+        assert scatters.call_count == 2 * len(cases)  # what the experts' backward has sent is not sent again
     return results
 
 

@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from expertmesh.dispatch.all_to_all import AllToAll
-from expertmesh.dispatch.links import Link, hosts, link_of
+from expertmesh.dispatch.handoff import Handoff, offered
+from expertmesh.dispatch.links import hosts, link_of
 from expertmesh.memory.recompute import kept
 
 NAME = "expertmesh-gather"
@@ -34,12 +35,13 @@ class Gather(AllToAll):
     def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         group, experts_per_rank = self.ep_mesh.get_group(), self.num_local_experts
         rows = kept(lambda: most_tokens(len(x_TH), group))
-        num_experts, link = self.ep_mesh.size() * experts_per_rank, link_of(group)
-        x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, rows, num_experts, link)
+        num_experts, handoff = self.ep_mesh.size() * experts_per_rank, Handoff(link_of(group))
+        x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, rows, num_experts, handoff)
         # this rank's experts become 0, 1, …; all others and the padding's, by the modulus, something larger
         ids_MK = ids_MK.sub_(self.ep_mesh.get_local_rank() * experts_per_rank).remainder_(num_experts + 1)
-        y_MH = self.experts_forward(x_MH, ids_MK.clamp_(max=experts_per_rank), weight_MK)
-        return _Scatter.apply(y_MH, len(x_TH), link)
+        with offered(handoff):
+            y_MH = self.experts_forward(x_MH, ids_MK.clamp_(max=experts_per_rank), weight_MK)
+        return _Scatter.apply(y_MH, len(x_TH), handoff)
 
 
 _agreed: ContextVar[dict[dist.ProcessGroup, tuple[int, int]] | None] = ContextVar("agreed_tokens", default=None)
@@ -101,10 +103,10 @@ class _Gather(torch.autograd.Function):
     """x [T, H], ids and weights [T, K] of each rank → those of all, padded to M = R · rows by ids `num_experts`."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH, ids_TK, weight_TK, rows: int, num_experts: int, link: Link):
-        ctx.num_tokens, ctx.link = len(x_TH), link
+    def forward(ctx: Any, x_TH, ids_TK, weight_TK, rows: int, num_experts: int, handoff: Handoff):
+        ctx.num_tokens, ctx.handoff = len(x_TH), handoff
         parts = _padded(x_TH, rows), _padded(ids_TK, rows, num_experts), _padded(weight_TK, rows)
-        x_MH, ids_MK, weight_MK = link.all_gather(list(parts))
+        x_MH, ids_MK, weight_MK = handoff.link.all_gather(list(parts))
         ctx.mark_non_differentiable(ids_MK)
         return x_MH, ids_MK, weight_MK
 
@@ -112,7 +114,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dx_MH, _, dweight_MK):
         parts = [d for d, needed in ((dx_MH, ctx.needs_input_grad[0]), (dweight_MK, ctx.needs_input_grad[2])) if needed]
-        sums = [_first(part, ctx.num_tokens) for part in ctx.link.reduce_scatter(parts)] if parts else []
+        sums = [_first(part, ctx.num_tokens) for part in ctx.handoff.finish(parts)] if parts else []
         dx_TH = sums.pop(0) if ctx.needs_input_grad[0] else None
         dweight_TK = sums.pop() if ctx.needs_input_grad[2] else None
         return dx_TH, None, dweight_TK, None, None, None
@@ -120,15 +122,16 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_MH: torch.Tensor, num_tokens: int, link: Link) -> torch.Tensor:
-        (out,) = link.reduce_scatter([y_MH])
-        ctx.rows, ctx.link = len(out), link
+    def forward(ctx: Any, y_MH: torch.Tensor, num_tokens: int, handoff: Handoff) -> torch.Tensor:
+        (out,) = handoff.link.reduce_scatter([y_MH])
+        ctx.rows, ctx.handoff = len(out), handoff
         return _first(out, num_tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (dy_MH,) = ctx.link.all_gather([_padded(dout, ctx.rows)])
+        # experts that send dx themselves have read this by then, and the next exchange may overwrite it
+        (dy_MH,) = ctx.handoff.link.all_gather([_padded(dout, ctx.rows)], lasting=not ctx.handoff.adopted)
         return dy_MH, None, None
 
 

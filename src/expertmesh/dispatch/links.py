@@ -26,8 +26,10 @@ ALIGNMENT = 128  # bytes at which each part of an exchange begins
 class Link(Protocol):
     """Exchanges of several tensors at once. All ranks pass the same shapes, in the same order."""
 
-    def all_gather(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """For each part [n, …] the parts of all ranks, in their order [R·n, …]."""
+    def all_gather(self, parts: list[torch.Tensor], lasting: bool = True) -> list[torch.Tensor]:
+        """For each part [n, …] the parts of all ranks, in their order [R·n, …]; if not `lasting`, until the next
+        exchange, before which all that reads them must have been launched.
+        """
         ...
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -41,7 +43,7 @@ class Collectives:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def all_gather(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def all_gather(self, parts: list[torch.Tensor], lasting: bool = True) -> list[torch.Tensor]:
         outs = [part.new_empty(self.group.size() * len(part), *part.shape[1:]) for part in parts]
         for out, part in zip(outs, parts, strict=True):
             dist.all_gather_into_tensor(out, part.contiguous(), self.group)
@@ -77,13 +79,13 @@ class Mailboxes:
         self.bytes = self.turn = 0
         self._places: dict[Any, list[list[torch.Tensor]]] = {}
 
-    def all_gather(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def all_gather(self, parts: list[torch.Tensor], lasting: bool = True) -> list[torch.Tensor]:
         box, places = self._begin(parts, 1)
         for place, part in zip(places, parts, strict=True):
             for receiver in (*self.others, self.rank):
                 place[receiver].copy_(part)
         box.barrier()
-        return [place[-1].clone() for place in places]
+        return [place[-1].clone() if lasting else place[-1] for place in places]
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         box, places = self._begin(parts, self.size)

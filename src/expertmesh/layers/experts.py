@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2CLS
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
 
+from expertmesh.dispatch.handoff import Handoff, adopt
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouped_down import down_dact
@@ -88,7 +89,11 @@ def experts_forward(
     act = activation_of(experts)
     inside = residual if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype else None
     scale = 1 / getattr(experts, "grad_divisor", 1)
-    out = _Experts.apply(x_TH, top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act, inside, scale)
+    sends_back = (
+        x_TH is hidden_states and x_TH.requires_grad and top_k_weights.requires_grad and torch.is_grad_enabled()
+    )
+    handoff = adopt() if sends_back else None
+    out = _Experts.apply(x_TH, top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act, inside, scale, handoff)
     out = out.to(hidden_states.dtype)
     return out if residual is None or residual is inside else residual + out.view(residual.shape)
 
@@ -109,12 +114,13 @@ class _Experts(torch.autograd.Function):
         act: Activation,
         residual,
         scale: float,
+        handoff: Handoff | None,
     ):
         group = group_by_expert(ids_TK, w_up_EHJ.shape[0], weight_TK)
         x_TH = x_TH.contiguous()
         h_SJ, a_SI = up_act(x_TH, w_up_EHJ, b_up_EJ, group, act)
         y_SH = grouped_gemm(a_SI, w_down_EIH, group, b_down_EH)
-        ctx.act, ctx.tiles, ctx.block, ctx.scale = act, group.tiles, group.block, scale
+        ctx.act, ctx.tiles, ctx.block, ctx.scale, ctx.handoff = act, group.tiles, group.block, scale, handoff
         ctx.save_for_backward(
             x_TH,
             h_SJ,
@@ -150,13 +156,15 @@ class _Experts(torch.autograd.Function):
             dw_down = _wgrad(dout_TH, wa_SI, group, w_down_EIH.transpose(1, 2), ctx.scale).transpose(1, 2)
         if need_b_down:
             db_down = _bias_down_grad(dout_TH, weight_TK, ids_TK, b_down_EH) * ctx.scale
+        if need_x:
+            dx_TH = combine(grouped_gemm(dh_SJ, w_up_EHJ.transpose(1, 2), group), group.position_TK)
+        if ctx.handoff is not None:  # from here on dout may be overwritten
+            ctx.handoff.start([dx_TH, dweight_TK])
         if need_w_up:
             dw_up = _wgrad(x_TH, dh_SJ, group, w_up_EHJ, ctx.scale)
         if need_b_up:
             db_up = grouped_sum(dh_SJ, group) * ctx.scale
-        if need_x:
-            dx_TH = combine(grouped_gemm(dh_SJ, w_up_EHJ.transpose(1, 2), group), group.position_TK)
-        return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None, dresidual, None
+        return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None, dresidual, None, None
 
 
 def _wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor, scale: float) -> torch.Tensor:
