@@ -1,0 +1,76 @@
+"""The way back of the experts' input gradients, started before the experts' last weight gradient, which hides it.
+
+A dispatch offers a `Handoff` around its call of the experts; experts whose backward makes dx before it is done adopt
+it, and call `start` with what must travel. The dispatch's own backward, which autograd runs next, asks `finish` for
+what came back.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+
+import torch
+
+from expertmesh.dispatch.links import Link
+
+
+class Handoff:
+    """One call of the experts. adopted: they start the way back themselves, and then read the gradient of their
+    output no more.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.link, self.adopted = link, False
+        self._parts: list[torch.Tensor] = []
+        self._sums: list[torch.Tensor] = []
+
+    def start(self, parts: list[torch.Tensor]) -> None:
+        """Begin the reduce-scatter of these; on a GPU beside what is launched next."""
+        self._parts = parts
+        if not parts[0].is_cuda:
+            self._sums = self.link.reduce_scatter(parts)
+            return
+        side = _side_stream(parts[0].device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._sums = self.link.reduce_scatter(parts)
+
+    def finish(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The sums of `parts`: those under way if they are the same tensors, else made now."""
+        started, sums, self._parts, self._sums = self._parts, self._sums, [], []
+        if started and parts[0].is_cuda:
+            stream = torch.cuda.current_stream()
+            stream.wait_stream(_side_stream(parts[0].device))
+            for tensor in sums:
+                tensor.record_stream(stream)
+        if [part.data_ptr() for part in started] == [part.data_ptr() for part in parts]:
+            return sums
+        return self.link.reduce_scatter(parts)
+
+
+_offered: ContextVar[Handoff | None] = ContextVar("handoff", default=None)
+
+
+@contextmanager
+def offered(handoff: Handoff) -> Iterator[None]:
+    """Within: the experts may adopt it."""
+    token = _offered.set(handoff)
+    try:
+        yield
+    finally:
+        _offered.reset(token)
+
+
+def adopt() -> Handoff | None:
+    """The handoff on offer, now adopted, or None."""
+    handoff = _offered.get()
+    if handoff is not None:
+        handoff.adopted = True
+    return handoff
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority: its barriers, one block each, must not wait behind whole waves of a matrix product."""
+    return torch.cuda.Stream(device, priority=-1)
