@@ -78,8 +78,9 @@ def test_forward_returns_what_stock_returns(family, options, training):
     if not options.get("labels"):
         del inputs["labels"]
     outputs = []
-    # layers with a state fill no cache for a loss because of the configuration alone
-    stock_options = {"use_cache": False} if family == "nemotron_h" and (training or "labels" in inputs) else {}
+    # no cache is filled in training because of the configuration alone, nor, of layers with a state, for a loss
+    no_cache = (training and "labels" in inputs) or (family == "nemotron_h" and (training or "labels" in inputs))
+    stock_options = {"use_cache": False} if no_cache else {}
     options = {key: value for key, value in options.items() if key != "labels"}
     for model, more in zip(shared_pair(family), (stock_options, {}), strict=True):
         model.train(training)

@@ -144,6 +144,8 @@ def fused_class(stock: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         defer = self.training and kwargs.get("labels") is not None
         positions = args[2] if len(args) > 2 else kwargs.get("position_ids")  # the third of every causal model
+        if defer and len(args) < 4 and kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
         known = known_rows(self, positions, kwargs)
         if self._has_mamba2:
             kwargs |= mixer_inputs(self, args, kwargs)

@@ -1,5 +1,7 @@
 """Latent attention (MLA) on a GPU: the kernel as near to float32 as stock's operations, no T x T matrix, no waiting."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -57,12 +59,16 @@ def test_compiled_attention_equals_eager():
     layer = model.model.layers[0].self_attn
     x = torch.randn(2, 64, model.config.hidden_size, device="cuda").bfloat16().requires_grad_()
     turn = model.model.rotary_emb(x, torch.arange(64, device="cuda")[None])
-    found = []
-    for run in (layer, torch.compile(layer, fullgraph=True)):
+
+    def found(run, x, turn):
         out = run(x, turn, None)[0]
-        found.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])))
-    for eager, compiled in zip(*found, strict=True):
-        assert (eager.double() - compiled.double()).norm() <= 0.02 * eager.double().norm()
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), [x, *run.parameters()])]
+
+    wide = copy.deepcopy(layer).float()
+    exact = found(wide, x.detach().float().requires_grad_(), tuple(part.float() for part in turn))
+    eager, compiled = found(layer, x, turn), found(torch.compile(layer, fullgraph=True), x, turn)
+    for want, plain, got in zip(exact, eager, compiled, strict=True):
+        assert (got - want).norm() <= 1.5 * (plain - want).norm() + 1e-3 * want.norm()
 
 
 @pytest.mark.parametrize("use_cache", [False, True])

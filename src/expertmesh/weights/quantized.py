@@ -155,11 +155,13 @@ class ReadsQuantized(Fast):
             _source.reset(token)
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
         """As in Transformers, from tensors that are dequantized when they are read."""
-        load, source = PreTrainedModel._load_pretrained_model, _source.get()
-        if source is None:
-            return load(model, state_dict, files, load_config, *args)
+        load, source, files = PreTrainedModel._load_pretrained_model, _source.get(), checkpoint_files
+        if source is None or expected_keys is not None:  # only an adapter's loading names the keys
+            return load(model, state_dict, files, load_config, expected_keys)
         if not files or not all(str(file).endswith(".safetensors") for file in files):
             raise ValueError(f"{source.name} is quantized ({source}), and only safetensors files of it can be read.")
         if "disk" in (load_config.device_map or {}).values():
@@ -171,9 +173,7 @@ class ReadsQuantized(Fast):
         )
         model._dequantized_from = str(source)
         with opened(files) as tensors:
-            return load(
-                model, READERS[source.stored["quant_method"]](source.stored, tensors), files, load_config, *args
-            )
+            return load(model, READERS[source.stored["quant_method"]](source.stored, tensors), files, load_config)
 
 
 def tell_saved(model: Any, folder: Any) -> None:
