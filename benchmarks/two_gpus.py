@@ -4,7 +4,8 @@
 
 First the gradients of an 8-layer model: every arm gets the same weights and tokens, and must agree with stock FSDP2
 within bfloat16 error. Then all 48 layers, forward and backward by CUDA events, median of several, and peak memory.
-`-recompute` checkpoints every layer. `--probe` measures what gather.py's exchanges of 16,384 tokens take alone.
+`-recompute` checkpoints every layer. `--probe` measures what the exchanges of gather.py and push.py take alone, of
+16,384 tokens with top-8 of 128 experts at random.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from transformers.distributed import DistributedConfig
 from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.gate import skewed
 from expertmesh.dispatch.links import Collectives, link_of
+from expertmesh.dispatch.push import Pushed
 
 WIDTHS = dict(
     vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_attention_heads=32, num_key_value_heads=4,
@@ -43,6 +45,7 @@ ARMS = {  # name: ep_size
     "expertmesh-ep": 2,
     "expertmesh-gather": 2,
     "expertmesh-gather-recompute": 2,
+    "expertmesh-push": 2,
 }
 FLOAT32 = "stock-float32"
 
@@ -61,7 +64,7 @@ def build(arm, config, device, routing="random-init"):
     else:
         setup = {
             "ep_size": ep_size,
-            "dispatch": "gather" if "gather" in arm else "all_to_all",
+            "dispatch": next((name for name in ("gather", "push") if name in arm), "all_to_all"),
             "activation_checkpointing": arm.endswith("recompute"),
         }
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, distributed_setup=setup)
@@ -194,12 +197,19 @@ def time_arm(model, config, batch, seq, device, warmup=2, repeats=5):
 
 
 def probe(device, tokens, width):
-    """Microseconds, and GB/s in one direction, of an all-gather and a reduce-scatter of [tokens, width] bfloat16."""
+    """Microseconds, and GB/s in one direction, of an all-gather and a reduce-scatter of [tokens, width] bfloat16.
+
+    GB/s count the rows that some rank needs, each once per rank.
+    """
+    ranks, mailboxes = dist.get_world_size(), link_of(dist.group.WORLD)
     x = torch.randn(tokens, width, device=device).bfloat16()
-    xs = torch.randn(dist.get_world_size() * tokens, width, device=device).bfloat16()
-    sent = (dist.get_world_size() - 1) * x.nbytes
+    xs = torch.randn(ranks * tokens, width, device=device).bfloat16()
+    pushed = Pushed(mailboxes, 128 // ranks)
+    pushed.all_gather([x, torch.rand(tokens, 128, device=device).topk(8).indices])
+    needed = pushed.needed_RT.sum() - pushed.needed_RT[dist.get_rank()].sum()
+    sent = int(needed) * width * x.element_size()
     rows = []
-    for name, link in (("NCCL", Collectives(dist.group.WORLD)), ("mailboxes", link_of(dist.group.WORLD))):
+    for name, link in (("NCCL", Collectives(dist.group.WORLD)), ("mailboxes", mailboxes), ("push", pushed)):
         for what, exchange, part in (("gather", link.all_gather, x), ("scatter", link.reduce_scatter, xs)):
             times = []
             for _ in range(8):

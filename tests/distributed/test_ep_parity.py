@@ -29,6 +29,7 @@ LAYOUTS = {
         {"tp_size": 2, "ep_size": 2},
         {"dp_replicate_size": 2},
         {"ep_size": 2, "dispatch": "gather"},
+        {"ep_size": 2, "dispatch": "push"},
     ],
     4: [
         {},
@@ -43,6 +44,9 @@ LAYOUTS = {
         {"ep_size": 4, "dispatch": "gather"},
         {"ep_size": 2, "dispatch": "gather"},
         {"tp_size": 2, "ep_size": 4, "dispatch": "gather"},
+        {"ep_size": 4, "dispatch": "push"},
+        {"ep_size": 2, "dispatch": "push"},
+        {"tp_size": 2, "ep_size": 4, "dispatch": "push"},
     ],
 }
 
@@ -74,7 +78,9 @@ def test_gradients_on_two_ranks(tmp_path, family):
     layout = {"ep_size": 2}
     gather = layout | {"dispatch": "gather"}
     cases = [Case(layout), Case(layout, recompute=True), Case({}), Case(layout, force=few(family))]
+    push = layout | {"dispatch": "push"}
     cases += [Case(gather), Case(gather, recompute=True, force=few(family))]
+    cases += [Case(push), Case(push, recompute=True, force=few(family))]
     check(tmp_path, family, 2, [*cases, Case(layout, force=one(family), recompute=True)])
 
 
@@ -86,6 +92,7 @@ def test_gradients_on_four_ranks(tmp_path, family):
         "nemotron_h": [Case({"ep_size": 4}, force=few(family)), Case({"tp_size": 2, "ep_size": 2})],
         "deepseek_v3": [Case({"dp_replicate_size": 2, "ep_size": 2}, recompute=True)],
     }
+    several += [Case({"ep_size": 4, "dispatch": "push"}, recompute=True)]
     check(tmp_path, family, 4, several + more.get(family, [Case({"ep_size": 4})]))
 
 
@@ -236,7 +243,7 @@ def test_experts_that_cannot_be_spread_are_refused_on_every_rank(tmp_path):
         assert "tp_size=4 does not divide the 2 key-value heads" in error and "Set tp_size to 1 or 2." in error
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes", "push", "push alone"])
 @pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, dispatch, tmp_path):
@@ -255,6 +262,20 @@ def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, disp
         for at, grad in ((3, experts.gate_up_proj.grad), (4, experts.down_proj.grad)):
             got = torch.cat([made[rank][number][at] for rank in range(num_ranks)])
             torch.testing.assert_close(got, torch.zeros_like(got) if grad is None else grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_rows_are_pushed_only_where_they_are_needed_and_nothing_else_is_read(num_ranks, with_triton, tmp_path):
+    if with_triton and os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("the GPU tests cover Triton here")
+    for sent, unsent in on_ranks(num_ranks, work.pushes, 4 if with_triton else 100, with_triton, tmp_path):
+        assert sent and unsent
+
+
+def test_a_rank_that_never_arrives_is_an_error_that_names_who_waited(tmp_path):
+    said, _ = on_ranks(2, work.never_arrives, 2.0, tmp_path)
+    assert said.startswith("Rank 0 waited in vain for the ranks [0, 1]")
 
 
 @pytest.mark.slow

@@ -4,7 +4,10 @@ import contextlib
 import functools
 import random
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import expertmesh
 from expertmesh import backends
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.dispatch import gather, links
+from expertmesh.dispatch import gather, links, push
 from expertmesh.dispatch.all_to_all import AllToAll
 from expertmesh.dispatch.links import Mailboxes
 from expertmesh.layers import experts
@@ -120,6 +123,8 @@ def worst(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tuple[
 def parity(rank: int, folder: Path, cases: list[Case], references: Path) -> list[tuple[str, float, float, str]]:
     """For every case: (name, loss error, worst gradient error, its parameter)."""
     results = []
+    if not torch.cuda.is_available():
+        open_memory(push, references)
     for case in cases:
         model, setup = load(folder, case)
         want = torch.load(references / f"{setup.dp_size}-{case.force}.pt")
@@ -279,18 +284,25 @@ class HostMemory:
 
     made = 0
 
-    def __init__(self, folder: Path, num_bytes: int) -> None:
+    def __init__(self, folder: Path, group: dist.ProcessGroup, num_bytes: int) -> None:
         HostMemory.made += 1
-        paths = [folder / f"{HostMemory.made}-{rank}" for rank in range(dist.get_world_size())]
-        paths[dist.get_rank()].write_bytes(b"\xff" * num_bytes)
-        dist.barrier()
+        self.group = group
+        paths = [folder / f"{HostMemory.made}-{rank}" for rank in dist.get_process_group_ranks(group)]
+        paths[group.rank()].write_bytes(b"\xff" * num_bytes)
+        dist.barrier(group)
         self.boxes = [torch.from_file(str(p), shared=True, size=num_bytes, dtype=torch.uint8) for p in paths]
 
     def of(self, rank: int) -> torch.Tensor:
         return self.boxes[rank]
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(self.group)
+
+
+def open_memory(module: Any, folder: Path) -> Callable[[dist.ProcessGroup], Mailboxes]:
+    """Let a dispatch find mailboxes between CPUs of this machine; returns what now makes them."""
+    module.link_of = functools.cache(lambda group: Mailboxes(group, functools.partial(HostMemory, folder, group)))
+    return module.link_of
 
 
 def layers(
@@ -300,11 +312,11 @@ def layers(
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
-    if dispatch == "mailboxes":
-        link = Mailboxes(mesh["ep"].get_group(), functools.partial(HostMemory, folder))
-        link.reduce_scatter = scatters = mock.Mock(wraps=link.reduce_scatter)
-        gather.link_of = lambda group: link
-    implementation = AllToAll if dispatch == "all_to_all" else gather.Gather
+    exchanges = mock.Mock()
+    if dispatch in ("mailboxes", "push"):
+        link = open_memory(push if dispatch == "push" else gather, folder)(mesh["ep"].get_group())
+        link.begin = exchanges = mock.Mock(wraps=link.begin)
+    implementation = {"all_to_all": AllToAll, "push": push.Push, "push alone": push.Push}.get(dispatch, gather.Gather)
     results = []
     for tokens, favourite in cases:
         module = experts_of(8, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
@@ -313,8 +325,8 @@ def layers(
             out = implementation(module, mesh["ep"], mesh["tp"])(x, ids, weights)
             out.backward(dout)
         results.append([out.detach(), x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad])
-    if dispatch == "mailboxes":
-        assert scatters.call_count == 2 * len(cases)  # what the experts' backward has sent is not sent again
+    if dispatch in ("mailboxes", "push"):
+        assert exchanges.call_count == 4 * len(cases)  # what the experts' backward has sent is not sent again
     return results
 
 
@@ -336,6 +348,80 @@ def mailboxes(rank: int, num_cases: int) -> int:
         for got, want in zip(link.reduce_scatter(parts), collectives.reduce_scatter(parts), strict=True):
             torch.testing.assert_close(got, want)
     return num_cases
+
+
+def pushes(rank: int, num_cases: int, with_triton: bool, folder: Path) -> tuple[int, int]:
+    """Random exchanges by `Pushed`, each checked; how many rows were sent between ranks, and how many were not.
+
+    Values are small whole numbers, so that sums are exact in any order.
+    """
+    gpus = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
+    group, ranks = dist.group.WORLD, dist.get_world_size()
+    boxes = links.link_of(group) if gpus else Mailboxes(group, functools.partial(HostMemory, folder, group))
+    assert isinstance(boxes, Mailboxes)
+    shapes, values = random.Random(0), torch.Generator(device).manual_seed(rank)
+    collectives, sent, unsent = links.Collectives(group), 0, 0
+
+    def draw(most: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, most, shape, generator=values, device=device)
+
+    for _ in range(num_cases):
+        rows, width, top_k, experts = (shapes.randint(1, most) for most in (3000 if gpus else 20, 100, 5, 3))
+        ids = draw(experts * shapes.randint(1, ranks) + 1, rows, top_k)  # often nobody chooses the last ranks
+        ids = torch.where(ids == 0, experts * ranks, ids - 1)  # some pairs are padding
+        kind = shapes.choice([torch.float32, torch.bfloat16])
+        x, weights, dout = draw(9, rows, width).to(kind), draw(9, rows, top_k).float(), draw(9, rows, width).to(kind)
+        link = push.Pushed(boxes, experts)
+        all_x, all_ids, all_weights, all_dout = collectives.all_gather([x, ids, weights, dout])
+        mine = (all_ids // experts == rank).any(-1, keepdim=True)
+        partial = torch.where(mine, draw(9, *all_x.shape), torch.nan).to(kind)
+        dweight = torch.where(mine, draw(9, *all_weights.shape), torch.nan)
+        with backends.interpreted() if with_triton else contextlib.nullcontext():
+            there = link.all_gather([x, ids, weights])
+            back = link.reduce_scatter([partial])
+            dist.barrier()
+            for box in boxes.boxes:
+                box.of(rank).fill_(255)  # NaN
+            dist.barrier()
+            (backward,) = link.all_gather([dout])
+            came = boxes.boxes[boxes.turn].of(rank)[: all_dout.nbytes].view(kind).view(all_dout.shape)
+            assert torch.equal(came.isnan(), (~mine).expand_as(came)), "only rows that are needed are stored"
+            gradients = link.reduce_scatter([partial, dweight])
+        for got, want in zip(there, (torch.where(mine, all_x, 0), all_ids, all_weights), strict=True):
+            assert torch.equal(got, want)
+        assert torch.equal(backward, torch.where(mine, all_dout, 0))
+        (want,) = collectives.reduce_scatter([partial.nan_to_num().float()])
+        assert torch.equal(back[0], want.to(kind)) and torch.equal(gradients[0], back[0])
+        assert torch.equal(gradients[1], collectives.reduce_scatter([dweight.nan_to_num()])[0])
+        others = [r for r in range(ranks) if r != rank]
+        sent += int(link.needed_RT[others].sum())
+        unsent += int((~link.needed_RT[others]).sum())
+    return sent, unsent
+
+
+def never_arrives(rank: int, seconds: float, folder: Path) -> str:
+    """What rank 0 says when rank 1 does not come to the experts within the timeout."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+    hosts = links.hosts(dist.group.WORLD)
+    assert gather.most_tokens(3 + rank, dist.group.WORLD) == 4
+    told = folder / "told"
+    if rank == 1:
+        while not told.exists():
+            time.sleep(0.05)
+        return ""
+    begin = time.monotonic()
+    try:
+        gather.most_tokens(3, dist.group.WORLD)
+    except RuntimeError as error:
+        assert hosts is links.hosts(dist.group.WORLD) and time.monotonic() - begin < 10 * seconds
+        return str(error)
+    finally:
+        told.touch()
+    return "no error"
 
 
 def loading_memory(rank: int, folder: Path, setup: dict[str, Any]) -> tuple[int, int, int]:

@@ -19,7 +19,9 @@ def test_two_gpus_compute_the_gradients_of_one(tmp_path, family):
     layout, few = {"ep_size": 2}, (0, 1, 2) if family in ("deepseek_v3", "nemotron_h") else (0, 1)
     gather = layout | {"dispatch": "gather"}
     cases = [Case(layout), Case(layout, recompute=True), Case(layout, force=few), Case({})]
-    cases += [Case(gather), Case(gather, recompute=True), Case(gather, force=few)]
+    push = layout | {"dispatch": "push"}
+    for near in (gather, push):
+        cases += [Case(near), Case(near, recompute=True), Case(near, force=few)]
     for force in (None, few):
         torch.save(work.reference(load_stock(family).cuda(), 2, force), tmp_path / f"2-{force}.pt")
     for rank in on_ranks(2, work.parity, saved(family), cases, tmp_path, gpus=True):
@@ -28,7 +30,7 @@ def test_two_gpus_compute_the_gradients_of_one(tmp_path, family):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("dispatch", "waits"), [("all_to_all", 2), ("gather", 0)])
+@pytest.mark.parametrize(("dispatch", "waits"), [("all_to_all", 2), ("gather", 0), ("push", 0)])
 def test_only_the_wait_for_the_counts_stops_the_host(dispatch, waits, recompute):
     case = Case({"ep_size": 2, "dispatch": dispatch}, recompute=recompute)
     for waited in on_ranks(2, work.host_waits, saved("qwen3_moe"), case, gpus=True):
@@ -37,3 +39,8 @@ def test_only_the_wait_for_the_counts_stops_the_host(dispatch, waits, recompute)
 
 def test_mailboxes_and_collectives_bring_the_same_rows():
     assert on_ranks(2, work.mailboxes, 200, gpus=True) == [200, 200]
+
+
+def test_rows_are_pushed_only_where_they_are_needed_and_nothing_else_is_read(tmp_path):
+    for sent, unsent in on_ranks(2, work.pushes, 200, False, tmp_path, gpus=True):
+        assert sent and unsent

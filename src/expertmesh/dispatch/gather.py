@@ -23,7 +23,7 @@ from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from expertmesh.dispatch.all_to_all import AllToAll
 from expertmesh.dispatch.handoff import Handoff, offered
-from expertmesh.dispatch.links import hosts, link_of
+from expertmesh.dispatch.links import Link, hosts, link_of
 from expertmesh.memory.recompute import kept
 
 NAME = "expertmesh-gather"
@@ -33,9 +33,12 @@ class Gather(AllToAll):
     """The experts of one layer, spread over the ranks of `ep_mesh`; slices of a tensor-parallel group as there."""
 
     def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        return self._through(link_of(self.ep_mesh.get_group()), x_TH, ids_TK, weight_TK)
+
+    def _through(self, link: Link, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         group, experts_per_rank = self.ep_mesh.get_group(), self.num_local_experts
         rows = kept(lambda: most_tokens(len(x_TH), group))
-        num_experts, handoff = self.ep_mesh.size() * experts_per_rank, Handoff(link_of(group))
+        num_experts, handoff = self.ep_mesh.size() * experts_per_rank, Handoff(link)
         x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, rows, num_experts, handoff)
         # this rank's experts become 0, 1, …; all others and the padding's, by the modulus, something larger
         ids_MK = ids_MK.sub_(self.ep_mesh.get_local_rank() * experts_per_rank).remainder_(num_experts + 1)
@@ -67,8 +70,8 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup) -> int:
         before, most = agreed[group]
         if before != num_tokens:
             raise RuntimeError(
-                f"dispatch='gather' needs as many tokens in every layer of a forward, but here {before} became "
-                f"{num_tokens}. Use dispatch='all_to_all' with this model."
+                f"dispatch='gather' and 'push' need as many tokens in every layer of a forward, but here {before} "
+                f"became {num_tokens}. Use dispatch='all_to_all' with this model."
             )
         return most
     answer = torch.tensor([max(num_tokens, 1)])

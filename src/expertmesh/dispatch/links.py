@@ -80,7 +80,7 @@ class Mailboxes:
         self._places: dict[Any, list[list[torch.Tensor]]] = {}
 
     def all_gather(self, parts: list[torch.Tensor], lasting: bool = True) -> list[torch.Tensor]:
-        box, places = self._begin(parts, 1)
+        box, places = self.begin(parts, 1)
         for place, part in zip(places, parts, strict=True):
             for receiver in (*self.others, self.rank):
                 place[receiver].copy_(part)
@@ -88,7 +88,7 @@ class Mailboxes:
         return [place[-1].clone() if lasting else place[-1] for place in places]
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        box, places = self._begin(parts, self.size)
+        box, places = self.begin(parts, self.size)
         chunks = [part.chunk(self.size) for part in parts]
         for place, chunk in zip(places, chunks, strict=True):
             for receiver in self.others:
@@ -100,7 +100,7 @@ class Mailboxes:
             place[self.rank].copy_(chunk[self.rank])
         return [place[-1].sum(0) for place in places]  # in float32
 
-    def _begin(self, parts: list[torch.Tensor], pieces: int) -> tuple[Memory, list[list[torch.Tensor]]]:
+    def begin(self, parts: list[torch.Tensor], pieces: int) -> tuple[Memory, list[list[torch.Tensor]]]:
         """Take the other mailbox for exchanges of one of the `pieces` of each part.
 
         Returns it and, for each part, where it goes in every rank's box, and last all that comes into this rank's own:
@@ -162,7 +162,7 @@ class DeviceMemory:
 def link_of(group: dist.ProcessGroup) -> Link:
     """The fastest link between the ranks of this group: mailboxes where all are GPUs that map each other's memory."""
     reason = _why_no_mailboxes(group)
-    how = "copy engines, through mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
+    how = "mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
     backends.logger().info(f"expertmesh: rows travel between {group.size()} ranks by {how}")
     if reason is None:
         return Mailboxes(group, lambda num_bytes: DeviceMemory(num_bytes, group))
@@ -189,5 +189,8 @@ def _why_no_mailboxes(group: dist.ProcessGroup) -> str | None:
 
 @cache
 def hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks whose messages travel between their CPUs."""
-    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+    """A group of the same ranks whose messages travel between their CPUs, with the timeout of `init_process_group`."""
+    world: Any = dist.group.WORLD
+    timeout = world._get_backend(world._device_types[0]).options._timeout
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, timeout, backend="gloo", use_local_synchronization=True)
