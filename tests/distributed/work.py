@@ -312,10 +312,9 @@ def layers(
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
-    exchanges = mock.Mock()
     if dispatch in ("mailboxes", "push"):
         link = open_memory(push if dispatch == "push" else gather, folder)(mesh["ep"].get_group())
-        link.begin = exchanges = mock.Mock(wraps=link.begin)
+        link.begin = begun = mock.Mock(wraps=link.begin)
     implementation = {"all_to_all": AllToAll, "push": push.Push, "push alone": push.Push}.get(dispatch, gather.Gather)
     results = []
     for tokens, favourite in cases:
@@ -326,7 +325,7 @@ def layers(
             out.backward(dout)
         results.append([out.detach(), x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad])
     if dispatch in ("mailboxes", "push"):
-        assert exchanges.call_count == 4 * len(cases)  # what the experts' backward has sent is not sent again
+        assert begun.call_count == 4 * len(cases)  # what the experts' backward has sent is not sent again
     return results
 
 
