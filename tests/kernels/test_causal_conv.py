@@ -5,7 +5,8 @@ import torch
 from transformers.models.nemotron_h.modeling_nemotron_h import causal_conv1d_fn
 
 from expertmesh.kernels import causal_conv as conv
-from expertmesh.kernels.causal_conv import causal_conv_reference, conv_backward, conv_forward, document_starts
+from expertmesh.kernels.causal_conv import causal_conv_reference, conv_backward, conv_forward
+from expertmesh.kernels.documents import document_starts
 from tests.kernels.compare import assert_same, differentiable, leaf, on_triton, outputs_and_grads
 
 
@@ -35,11 +36,6 @@ def starts(B: int, S: int, *firsts: int) -> torch.Tensor:
         seq_idx[:, first:] += 1
     seq_idx[1:, S // 2 :] += 1
     return document_starts(seq_idx)
-
-
-def test_document_starts_are_where_the_number_changes():
-    seq_idx = torch.tensor([[0, 0, 1, 1, 1, 5], [3, 2, 2, 0, 0, 0]])
-    assert document_starts(seq_idx).tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 1, 3, 3, 3]]
 
 
 @pytest.mark.parametrize("bias", [True, False])
