@@ -111,9 +111,8 @@ def arms(work: str, rows: int, length: int, scale: float) -> dict[str, Callable]
     documents = start = None
     if work == "packed":
         lengths = [share * length // 64 for share in DOCUMENTS]
-        documents = document_bounds(
-            document_of(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), rows, length)
-        )
+        cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+        documents = document_bounds(document_of(cu_seqlens, rows, length))
         start = documents.start
 
     def ours(q, k, v, s):
