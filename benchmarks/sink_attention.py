@@ -31,7 +31,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from expertmesh import backends
 from expertmesh.kernels import sink_attention as kernels
-from expertmesh.kernels.sink_attention import document_bounds, sink_attention, visible
+from expertmesh.kernels.documents import document_bounds, document_of
+from expertmesh.kernels.sink_attention import sink_attention, visible
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOW, GROUP = 128, 8
@@ -110,7 +111,8 @@ def arms(work: str, rows: int, length: int, scale: float) -> dict[str, Callable]
     documents = start = None
     if work == "packed":
         lengths = [share * length // 64 for share in DOCUMENTS]
-        documents = document_bounds(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), rows, length)
+        cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+        documents = document_bounds(document_of(cu_seqlens, rows, length))
         start = documents.start
 
     def ours(q, k, v, s):

@@ -34,7 +34,7 @@ def test_every_fingerprint_is_that_of_the_code_it_names(rule):
 EXPECTED = {
     "qwen3_moe": {"experts", "router", "rms_norm", "qk_norm_rope", "add_norm", "swiglu", "linear_cross_entropy"},
     "deepseek_v3": {"experts", "router", "rms_norm", "mla_rope", "add_norm", "swiglu", "linear_cross_entropy"},
-    "gpt_oss": {"experts", "router", "rms_norm", "sink_attention", "linear_cross_entropy"},
+    "gpt_oss": {"experts", "router", "rms_norm", "sink_attention", "add_norm", "linear_cross_entropy"},
     "nemotron_h": {"experts", "router", "rms_norm", "add_norm", "mamba2", "swiglu", "linear_cross_entropy"},
     "mixtral": {"experts", "router", "rms_norm", "rope", "add_norm", "linear_cross_entropy"},
     "phimoe": {"experts", "rope", "linear_cross_entropy"},

@@ -98,7 +98,7 @@ _PACKAGES = (
     Backend(
         "triton",
         None,
-        "experts, router, norms, RoPE and loss on GPUs",
+        "experts, routers, norms, RoPE, Mamba2, attention with sinks and the loss on GPUs",
         "on GPUs the slower F.grouped_mm and PyTorch ops",
     ),
     Backend(

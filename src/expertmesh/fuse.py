@@ -356,7 +356,8 @@ def _convert(module: nn.Module, fusion: str, rules: list[Rule]) -> str | None:
                 module.__class__ = twin(cls, rule.fast)
                 return ""
             return f"{cls.__name__}: {reason}"
-    return f"{cls.__name__} runs code of its own" if cls.__name__.endswith(FUSIONS[fusion]) else None
+    meant = cls.__name__.endswith(FUSIONS[fusion]) and not hasattr(module, "experts")  # a GptOssMLP is a block of them
+    return f"{cls.__name__} runs code of its own" if meant else None
 
 
 def _fuse_head(model: Any) -> Fusion:

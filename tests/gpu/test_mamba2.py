@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertmesh.kernels.causal_conv import document_starts
+from expertmesh.kernels.documents import document_starts
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
 from tests.kernels.compare import outputs_and_grads
 from tests.models import load_ours

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from expertmesh.kernels.sink_attention import document_bounds, padding_of, sink_attention, sink_attention_reference
+from expertmesh.kernels.documents import document_bounds, document_of
+from expertmesh.kernels.sink_attention import padding_of, sink_attention, sink_attention_reference
 from tests.kernels.compare import outputs_and_grads
 from tests.models import load_ours
 
@@ -37,7 +38,7 @@ def test_the_kernels_are_as_exact_as_the_reference(width, window, kind):
     if kind == "packed":
         lengths = [n for n in (300, 1, 17, 129) if n < length - 447] or [length // 2]
         cu_seqlens = torch.tensor([0, *lengths, length - sum(lengths), *[length] * (rows - 1)], device="cuda")
-        documents = document_bounds(cu_seqlens.cumsum(0).int(), rows, length)
+        documents = document_bounds(document_of(cu_seqlens.cumsum(0).int(), rows, length))
     if kind == "padded":
         seen = torch.ones(rows, length, dtype=torch.bool, device="cuda")
         seen[0, : length // 3] = seen[-1, length - length // 5 :] = False

@@ -5,7 +5,8 @@ import torch
 from transformers.models.nemotron_h.modeling_nemotron_h import causal_conv1d_fn
 
 from expertmesh.kernels import causal_conv as conv
-from expertmesh.kernels.causal_conv import causal_conv_reference, conv_backward, conv_forward, document_starts
+from expertmesh.kernels.causal_conv import causal_conv_reference, conv_backward, conv_forward
+from expertmesh.kernels.documents import document_starts
 from tests.kernels.compare import assert_same, differentiable, leaf, on_triton, outputs_and_grads
 
 
@@ -37,11 +38,6 @@ def starts(B: int, S: int, *firsts: int) -> torch.Tensor:
     return document_starts(seq_idx)
 
 
-def test_document_starts_are_where_the_number_changes():
-    seq_idx = torch.tensor([[0, 0, 1, 1, 1, 5], [3, 2, 2, 0, 0, 0]])
-    assert document_starts(seq_idx).tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 1, 3, 3, 3]]
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_reference_equals_stock_transformers(bias):
     x, weight, bias = leaf(2, 11, 24), leaf(24, 4), leaf(24) if bias else None
@@ -64,9 +60,15 @@ def test_the_reference_treats_packed_documents_as_separate_sequences():
             assert_same([packed[row : row + 1, a:b]], [alone])
 
 
-@pytest.mark.parametrize("documents", [None, (3, 4, 6, 21)])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("S", "C"), [(37, 40), (64, 32), (16, 5), (33, 70)])
+@pytest.mark.parametrize(
+    ("S", "C", "bias", "documents"),
+    [
+        (37, 40, True, None),
+        (33, 70, True, (3, 4, 6, 21)),
+        (64, 32, False, (3, 4, 6, 21)),
+        (16, 5, False, None),
+    ],
+)
 def test_the_kernels_equal_the_reference(S, C, bias, documents, monkeypatch):
     for direction in ("forward", "backward"):
         monkeypatch.setitem(conv.TUNING, direction, {"rows": 16, "channels": 32, "num_warps": 1})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertmesh.kernels.causal_conv import document_starts
+from expertmesh.kernels.documents import document_starts
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
 from expertmesh.kernels.ssd_forward import TUNING
 from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads

@@ -59,9 +59,10 @@ def test_add_rms_norm_kernel_equals_reference(shape, scale):
     assert_same(got, expected)
 
 
-@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("used", [slice(0, 1), slice(1, 2), slice(0, 2)])
-@pytest.mark.parametrize("shape", [(1, 24), (7, 100), (2, 3, 96), (300, 33)])
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((1, 24), "one_plus"), ((7, 100), "float32"), ((2, 3, 96), "rounded"), ((300, 33), "rounded")]
+)
 def test_keep_rms_norm_adds_the_gradients_of_both_uses(shape, used, scale):
     wide, weight = leaf(*shape[:-1], 2 * shape[-1]), leaf(shape[-1])
 

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from expertmesh.kernels import sink_attention as kernels
-from expertmesh.kernels.sink_attention import document_bounds, padding_of, sink_attention, visible
+from expertmesh.kernels.documents import document_bounds, document_of
+from expertmesh.kernels.sink_attention import padding_of, sink_attention, visible
 from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads
 
 
@@ -18,7 +19,7 @@ def leaves(length: int, heads: int = 4, key_heads: int = 2, rows: int = 2, width
 
 
 def bounds(lengths: list[int], rows: int, length: int):
-    return document_bounds(torch.tensor([0, *lengths]).cumsum(0).int(), rows, length)
+    return document_bounds(document_of(torch.tensor([0, *lengths]).cumsum(0).int(), rows, length))
 
 
 def both(inputs, **options) -> None:

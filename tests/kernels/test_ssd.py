@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
-from expertmesh.kernels.causal_conv import document_starts
+from expertmesh.kernels.documents import document_starts
 from expertmesh.kernels.ssd import ssd_reference
 from expertmesh.kernels.ssd_backward import ssd_backward
 from expertmesh.kernels.ssd_forward import TUNING, Sizes, split, ssd_forward

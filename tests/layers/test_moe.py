@@ -8,6 +8,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from expertmesh import backends, fuse
 from expertmesh.layers import experts
+from expertmesh.layers.decoder import add_block
 from expertmesh.layers.moe import FastMoEBlock, FastSharedMoEBlock
 from tests.models import load_ours
 
@@ -101,3 +102,16 @@ def test_shared_experts_are_added_in_the_same_sum(monkeypatch):
     x, residual = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
     torch.testing.assert_close(layer.mlp(x, residual), residual + layer.mlp(x))
     assert found == [True, False]
+
+
+def test_a_block_that_returns_its_routing_weights_too_adds_a_residual_all_the_same(monkeypatch):
+    block, found = load_ours("gpt_oss").model.layers[1].mlp, counting(monkeypatch)
+    x, residual = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    expected = residual + block(x)[0]
+    torch.testing.assert_close(block(x, residual), expected)
+    block.experts.register_forward_hook(lambda *call: None)
+    torch.testing.assert_close(block(x, residual), expected)
+    torch.testing.assert_close(add_block(block, x, residual), expected)
+    block.register_forward_hook(lambda *call: None)
+    torch.testing.assert_close(add_block(block, x, residual), expected)
+    assert found == [False, True, False, False, False]

@@ -9,7 +9,6 @@ from expertmesh import AutoModelForCausalLM, fuse
 from expertmesh.bench.parity import CPU_TOLERANCE, Case, compare_case
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.kernels.sink_attention import bounds_of, document_bounds
 from expertmesh.layers import masks, sinks
 from tests.kernels.compare import on_triton
 from tests.models import load_ours, load_stock, saved, shared_pair
@@ -81,8 +80,7 @@ def test_a_saved_configuration_does_not_carry_our_name(tmp_path):
     )
 
 
-@pytest.mark.parametrize("cache", [False, True])
-@pytest.mark.parametrize("interpreted", [False, True])
+@pytest.mark.parametrize(("interpreted", "cache"), [(False, False), (False, True), (True, False)])
 def test_packed_documents_give_what_each_gives_alone(cache, interpreted, ran):
     model = load_ours("gpt_oss").train()
     ids = tokens()
@@ -120,14 +118,6 @@ def test_nobody_waits_to_find_documents(monkeypatch):
     model = load_ours("gpt_oss")
     told, found = (model(input_ids=tokens(), position_ids=POSITIONS, **more).logits for more in (said, {}))
     assert torch.equal(told, found)
-
-
-def test_bounds_from_positions_are_those_from_lengths():
-    lengths = [[4, 1, 1, 6], [12]]
-    positions = torch.stack([torch.cat([torch.arange(n) + 5 for n in row]) for row in lengths])
-    cu_seqlens = torch.tensor([0, *(n for row in lengths for n in row)]).cumsum(0).int()
-    for found, expected in zip(bounds_of(positions), document_bounds(cu_seqlens, 2, 12), strict=True):
-        assert torch.equal(found, expected) and found.dtype == torch.int32
 
 
 def test_dropout_and_unknown_widths_take_the_eager_attention(ran, monkeypatch):

@@ -15,8 +15,8 @@ from expertmesh.layers.decoder import (
 from expertmesh.layers.mlp import FastSwiGLU, why_not_swiglu
 from expertmesh.layers.moe import (
     FastGatedSharedMoEBlock,
-    FastGraniteMoEBlock,
     FastMoEBlock,
+    FastRouterMoEBlock,
     FastSharedMLPMoEBlock,
     FastSharedMoEBlock,
     why_not_noisy,
@@ -79,7 +79,7 @@ LAYERS = (
     (FastHybridDecoderLayer, "qwen3_next.Qwen3NextDecoderLayer", "e0272a479c25", why_not_add_norm),
     (FastMoEBlock, "mixtral.MixtralSparseMoeBlock", "8afc3ebd8fed", why_not_noisy),
     (FastMoEBlock, "olmoe.OlmoeSparseMoeBlock", "caa0c6ea1669", never),
-    (FastGraniteMoEBlock, "granitemoe.GraniteMoeMoE", "87b73612cc25", never),
+    (FastRouterMoEBlock, "granitemoe.GraniteMoeMoE", "87b73612cc25", never),
     (FastSharedMoEBlock, "deepseek_v3.DeepseekV3MoE", "16e9c3000cd8", never),
     (FastSharedMoEBlock, "ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock", "8604e692394b", never),
     (FastSharedMLPMoEBlock, "hunyuan_v1_moe.HunYuanMoEV1Moe", "b732303f7ebf", never),

@@ -27,17 +27,6 @@ TUNING = {
 }
 
 
-def document_starts(seq_idx_BS: torch.Tensor) -> torch.Tensor:
-    """[B, S] int32: the index of the token at which each token's document starts, without waiting for the device.
-
-    seq_idx: [B, S], the number of each token's document, as Transformers' packing collator makes it; any numbers
-    that differ between neighbouring documents. (From position_ids it is `arange(S) - position_ids`.)
-    """
-    token_S = torch.arange(seq_idx_BS.shape[1], device=seq_idx_BS.device, dtype=torch.int32)
-    is_start = F.pad(seq_idx_BS[:, 1:] != seq_idx_BS[:, :-1], (1, 0), value=True)
-    return torch.where(is_start, token_S, 0).cummax(dim=1).values
-
-
 def causal_conv_reference(
     x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -239,7 +228,7 @@ def conv_forward(
     x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None
 ) -> torch.Tensor:
     """y as in the reference, contiguous. x: channels contiguous, a slice of something wider or not; start as made by
-    `document_starts`.
+    `documents.document_starts`.
     """
     y = torch.empty(x_BSC.shape, dtype=x_BSC.dtype, device=x_BSC.device)
     if y.numel():

@@ -50,7 +50,7 @@ def mamba2(
     """y [B, S, W] in projected's dtype; differentiable once in projected and the weights.
 
     projected: [B, S, W + K + H], gate, xbc and dt side by side as `in_proj` leaves them; start: [B, S] int32 for packed
-    rows (`causal_conv.document_starts`); mask: [B, S], zero where tokens are padding. Must equal what the Mamba2 mixers
+    rows (`documents.document_starts`); mask: [B, S], zero where tokens are padding. Must equal what the Mamba2 mixers
     of Transformers do between in_proj and out_proj, document by document.
     """
     if use_triton(projected) and projected.numel():

@@ -20,16 +20,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import triton, use_triton
+from expertmesh.kernels.documents import Bounds
 from expertmesh.kernels.grouped_gemm import by_descriptor, dot_precision, tiles_of
 from expertmesh.kernels.sink_kernels import sink_dkdv, sink_dq, sink_forward
-from expertmesh.kernels.varlen import document_of
-
-
-class Bounds(NamedTuple):
-    """Where each token's document begins and ends in its row: [B, S] int32 each."""
-
-    start: torch.Tensor
-    end: torch.Tensor
 
 
 class Padding(NamedTuple):
@@ -49,25 +42,6 @@ def padding_of(mask: torch.Tensor) -> Padding:
     # the first of the largest: 0 where all are equal
     whole = torch.where(seen.all(1), seen.shape[1], (~seen).int().argmax(1))
     return Padding(seen.contiguous(), whole.int())
-
-
-def document_bounds(cu_seqlens: torch.Tensor, rows: int, length: int) -> Bounds:
-    """`Bounds` from where documents begin among the B·S tokens, and B·S; nothing waits for the device."""
-    document = document_of(cu_seqlens, rows, length)
-    row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)[:, None] * length
-    start, end = cu_seqlens[document - 1] - row, cu_seqlens[document] - row
-    return Bounds(start.clamp(min=0).int(), end.clamp(max=length).int())
-
-
-def bounds_of(positions: torch.Tensor) -> Bounds:
-    """`Bounds` from positions [B, S]: a document begins wherever they do not count on. Nothing waits for the device."""
-    length = positions.shape[1]
-    token = torch.arange(length, device=positions.device, dtype=torch.int32).expand(positions.shape)
-    new = torch.diff(positions, prepend=positions[:, :1]) != 1
-    start = torch.where(new, token, 0).cummax(1).values
-    # the next beginning: the smallest of those behind
-    behind = torch.where(new, token, length).flip(1).cummin(1).values.flip(1)
-    return Bounds(start, torch.cat([behind[:, 1:], behind.new_full((len(positions), 1), length)], dim=1))
 
 
 def takes(query: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from expertmesh.backends import VARLEN_GQA
+from expertmesh.kernels.documents import document_of
 
 
 def takes(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -64,9 +65,3 @@ def document_mask(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Ten
     """The same attention as a mask [B, 1, S, S]: True where a query sees a key."""
     document = document_of(cu_seqlens, rows, length)[:, None]
     return (document[..., :, None] == document[..., None, :]).tril()
-
-
-def document_of(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """[B, S]: which document each token belongs to."""
-    token = torch.arange(rows * length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.bucketize(token, cu_seqlens, right=True).view(rows, length)

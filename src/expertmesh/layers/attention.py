@@ -4,6 +4,7 @@ The attention itself stays the one that the user chose (`attn_implementation`). 
 here to take packed documents (`Documents`, from masks.py) for a mask, in the attention of every family.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +52,27 @@ def attend(
 AttentionInterface.register("sdpa", attend)
 
 
+def attended(
+    attention: Any,
+    eager: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What an attention module returns: its chosen implementation's output, projected, and the weights or None.
+
+    query, key, value: [B, N, S, D]. eager: its family's own implementation. kwargs go to the implementation.
+    """
+    chosen = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    out, weights = chosen(
+        attention, query, key, value, attention_mask, dropout=dropout, scaling=attention.scaling, **kwargs
+    )
+    return attention.o_proj(out.reshape(*out.shape[:2], -1).contiguous()), weights
+
+
 class FastQKNormAttention(Fast):
     """Must equal `Qwen3MoeAttention.forward` of Transformers."""
 
@@ -64,8 +86,7 @@ class FastQKNormAttention(Fast):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if why_not_qk_norm(self) is not None:  # norms replaced or hooked after fusing: call them
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        batch_seq = hidden_states.shape[:-1]
-        heads = (*batch_seq, -1, self.head_dim)
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = qk_norm_rope(
             self.q_proj(hidden_states).view(heads),
             self.k_proj(hidden_states).view(heads),
@@ -77,19 +98,8 @@ class FastQKNormAttention(Fast):
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attn_output, attn_weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(attn_output.reshape(*batch_seq, -1).contiguous()), attn_weights
+        kwargs["sliding_window"] = self.sliding_window
+        return attended(self, eager_attention_forward, query, key, value, attention_mask, **kwargs)
 
 
 def why_not_qk_norm(attention: Any) -> str | None:

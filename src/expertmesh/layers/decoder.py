@@ -11,12 +11,12 @@ from torch import nn
 
 from expertmesh.kernels.rms_norm import add_rms_norm, keep_rms_norm
 from expertmesh.layers.fast import Fast, untouched
-from expertmesh.layers.moe import FastMoEBlock
+from expertmesh.layers.moe import FastMoEBlock, add_scaled
 from expertmesh.layers.norm import can_merge
 
 
 class FastDecoderLayer(Fast):
-    """Must equal `Qwen3MoeDecoderLayer.forward` and `MixtralDecoderLayer.forward` of Transformers."""
+    """Must equal `Qwen3MoeDecoderLayer.forward`, `MixtralDecoderLayer.forward` and `GptOssDecoderLayer.forward`."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         norm = self.post_attention_layernorm
@@ -65,8 +65,7 @@ def add_block(block: nn.Module, normed: torch.Tensor, residual: torch.Tensor, sc
     """residual + scale · block(normed); in the experts' last kernel where the block can."""
     if isinstance(block, FastMoEBlock) and untouched(block):
         return block(normed, residual, scale)
-    out = block(normed)
-    return residual + (out if scale == 1 else out * scale)
+    return add_scaled(residual, block(normed), scale)
 
 
 def why_not_add_norm(layer: Any) -> str | None:

@@ -10,8 +10,8 @@ import torch
 
 from expertmesh.kernels.rms_norm import keep_rms_norm
 from expertmesh.layers.decoder import add_block
-from expertmesh.layers.fast import Fast, untouched
-from expertmesh.layers.norm import FastRMSNorm
+from expertmesh.layers.fast import Fast
+from expertmesh.layers.norm import can_merge
 
 
 class FastNemotronHBlock(Fast):
@@ -19,10 +19,9 @@ class FastNemotronHBlock(Fast):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         norm = self.norm
-        merges = isinstance(norm, FastRMSNorm) and untouched(norm) and norm.weight.dtype == hidden_states.dtype
-        if args or not merges:
+        if args or not can_merge(norm) or norm.weight.dtype != hidden_states.dtype:  # which stock then converts
             return super().forward(hidden_states, *args, **kwargs)
-        normed, residual = keep_rms_norm(hidden_states, norm.weight, norm.variance_epsilon, scale=norm.scale)
+        normed, residual = keep_rms_norm(hidden_states, norm.weight, norm.get_eps(), scale=norm.scale)
         if self.block_type == "linear_attention":
             for name in ("position_ids", "use_cache"):
                 kwargs.pop(name, None)

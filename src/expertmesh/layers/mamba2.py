@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from expertmesh.kernels.causal_conv import document_starts
+from expertmesh.kernels.documents import document_of, document_of_positions, document_starts
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2
-from expertmesh.kernels.varlen import document_of
 from expertmesh.layers.fast import Fast, untouched
 
 
@@ -92,7 +91,7 @@ def mixer_inputs(model: Any, args: tuple, inputs: dict[str, Any]) -> dict[str, A
         if seq_idx is None and cu_seqlens is not None:
             seq_idx = document_of(cu_seqlens.to(tokens.device), B, S)
         if seq_idx is None and position_ids is not None and no_cache and inputs.get("attention_mask") is None:
-            seq_idx = torch.arange(S, device=position_ids.device) - position_ids
+            seq_idx = document_of_positions(position_ids)
         if seq_idx is not None:
             told["document_starts"] = document_starts(seq_idx.expand(B, S))
     return told

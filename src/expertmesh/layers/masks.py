@@ -19,8 +19,8 @@ from transformers import masking_utils
 from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh import backends
-from expertmesh.kernels.sink_attention import Bounds, Padding, bounds_of, document_bounds, padding_of
-from expertmesh.kernels.varlen import document_of
+from expertmesh.kernels.documents import Bounds, document_bounds, document_of, document_of_positions
+from expertmesh.kernels.sink_attention import Padding, padding_of
 
 #: our implementation of attention with sinks, as an `attn_implementation` (sinks.py)
 SINKS = "expertmesh-sinks"
@@ -138,7 +138,8 @@ def _sinks_mask(
         return None
     if rows.bounds is None:
         given, positions = rows.given, rows.positions.expand(batch_size, -1)
-        rows.bounds = document_bounds(given.cu_seqlens, *positions.shape) if given else bounds_of(positions)
+        number = document_of(given.cu_seqlens, *positions.shape) if given else document_of_positions(positions)
+        rows.bounds = document_bounds(number)
     return rows.bounds
 
 

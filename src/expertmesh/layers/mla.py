@@ -8,10 +8,10 @@ Hopper and newer cuDNN takes that as it is, before Hopper PyTorch's memory-effic
 from typing import Any
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import eager_attention_forward
 
 from expertmesh.kernels.mla_rope import mla_rope, rotated
+from expertmesh.layers.attention import attended
 from expertmesh.layers.fast import Fast
 
 
@@ -47,18 +47,7 @@ class FastLatentAttention(Fast):
         else:
             query = rotated(q.transpose(1, 2), *position_embeddings)
             key, value = self.expand_kv(*cached)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attn_output, attn_weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(attn_output.reshape(batch, seq, -1).contiguous()), attn_weights
+        return attended(self, eager_attention_forward, query, key, value, attention_mask, **kwargs)
 
 
 def why_not_mla(attention: Any) -> str | None:

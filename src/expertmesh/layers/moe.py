@@ -24,11 +24,10 @@ class FastMoEBlock(Fast):
         if residual is None:
             return super().forward(hidden_states)
         if not _takes_residual(self.experts):
-            out = super().forward(hidden_states)
-            return residual + (out if scale == 1 else out * scale)
+            return add_scaled(residual, super().forward(hidden_states), scale)
         beside = self._beside(hidden_states)
         if beside is not None:
-            residual = residual + (beside if scale == 1 else beside * scale)
+            residual = add_scaled(residual, beside, scale)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weight_TK, ids_TK = self._router()(x_TH)
         return self.experts(x_TH, ids_TK, weight_TK if scale == 1 else weight_TK.float() * scale, residual=residual)
@@ -41,8 +40,11 @@ class FastMoEBlock(Fast):
         return None
 
 
-class FastGraniteMoEBlock(FastMoEBlock):
-    """Must equal `GraniteMoeMoE.forward`, whose gate is called router."""
+class FastRouterMoEBlock(FastMoEBlock):
+    """Must equal `GraniteMoeMoE.forward` and `GptOssMLP.forward`, whose gates are called router.
+
+    GPT-OSS's returns (output, routing weights), but the sum alone where it is given a residual.
+    """
 
     def _router(self) -> Any:
         return self.router
@@ -69,6 +71,12 @@ class FastGatedSharedMoEBlock(FastMoEBlock):
 
     def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(self.shared_expert_gate(hidden_states)) * self.shared_expert(hidden_states)
+
+
+def add_scaled(residual: torch.Tensor, out: torch.Tensor | tuple[torch.Tensor, ...], scale: float) -> torch.Tensor:
+    """residual + scale · out, the output of a block of experts; of several outputs the first."""
+    out = out[0] if isinstance(out, tuple) else out
+    return residual + (out if scale == 1 else out * scale)
 
 
 def why_not_noisy(block: Any) -> str | None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.modeling_utils import AttentionInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
+from expertmesh.kernels.documents import Bounds
 from expertmesh.kernels.rope import rope
-from expertmesh.kernels.sink_attention import Bounds, Padding, sink_attention, takes, visible
+from expertmesh.kernels.sink_attention import Padding, sink_attention, takes, visible
+from expertmesh.layers.attention import attended
 from expertmesh.layers.fast import Fast
 from expertmesh.layers.masks import SINKS as NAME
 
@@ -60,27 +62,14 @@ class FastSinkAttention(Fast):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch_seq = hidden_states.shape[:-1]
-        heads = (*batch_seq, -1, self.head_dim)
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = rope(self.q_proj(hidden_states).view(heads), *position_embeddings).transpose(1, 2)
         key = rope(self.k_proj(hidden_states).view(heads), *position_embeddings).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attn_output, attn_weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            s_aux=self.sinks,
-            **kwargs,
-        )
-        return self.o_proj(attn_output.reshape(*batch_seq, -1).contiguous()), attn_weights
+        kwargs |= {"sliding_window": self.sliding_window, "s_aux": self.sinks}
+        return attended(self, eager_attention_forward, query, key, value, attention_mask, **kwargs)
 
 
 def why_not_sinks(attention: Any) -> str | None:

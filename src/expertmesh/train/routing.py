@@ -22,8 +22,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-METRICS = ("load_cv", "max_vio", "dead_frac", "entropy")
-
 
 def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The routers of a model as (name, module), in the order of the layers.
