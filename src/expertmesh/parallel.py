@@ -28,6 +28,7 @@ from expertmesh.dispatch import all_to_all, gather, push
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
 DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME, "push": push.NAME}
+DEFAULT_DISPATCH = "all_to_all"
 AUTO = "auto"
 # ranks of one node up to which a dispatch is chosen: with more than 4, sending all tokens to all sends too many rows
 NEAR = {"gather": 4, "push": 8}
@@ -61,7 +62,7 @@ class DistributedSetup:
     dp_replicate_size: int = 1
     activation_checkpointing: bool = False
     reshard_experts: bool = True
-    dispatch: str = AUTO
+    dispatch: str = DEFAULT_DISPATCH
     strategy: str = STRATEGY
     world_size: int | None = None
 
@@ -270,7 +271,7 @@ def create_distributed_setup_from_config(
         **sizes,
         activation_checkpointing=bool(recompute),
         reshard_experts=True if reshard is None else reshard,
-        dispatch=section.get("dispatch") or AUTO,
+        dispatch=section.get("dispatch") or DEFAULT_DISPATCH,
         strategy=strategy,
         world_size=world_size,
     )
