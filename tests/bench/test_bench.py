@@ -61,7 +61,7 @@ def test_compiled_stock_is_compiled_for_every_batch(monkeypatch):
 
 def test_ablation_runs_ours_without_each_fusion_that_is_on():
     result, _ = tiny(works=("gpt-oss-20b",), arms=("expertmesh",), ablate=True, proof=False)
-    fusions = ["experts", "rms_norm", "router", "sink_attention", "linear_cross_entropy"]
+    fusions = ["experts", "rms_norm", "router", "sink_attention", "add_norm", "linear_cross_entropy"]
     assert [row["arm"] for row in result["rows"]] == ["expertmesh", *(f"expertmesh-no-{name}" for name in fusions)]
     with model_of(
         ARMS["expertmesh-no-router"], config_of(WORKS["gpt-oss-20b"], tiny=True), torch.float32, "cpu"
