@@ -48,9 +48,9 @@ def causal_conv_reference(
 
 
 @triton.jit
-def _row(ptr, row, S, stride, cols, mask):
+def _row(ptr, row, S, stride, cols, C):
     """Token `row` of one sequence; zeros where it does not exist."""
-    return tl.load(ptr + row * stride + cols, mask & (row >= 0) & (row < S), other=0.0)
+    return tl.load(ptr + row * stride + cols, cols < tl.where((row >= 0) & (row < S), C, 0), other=0.0)
 
 
 @triton.jit
@@ -76,8 +76,8 @@ def _z(x3, x2, x1, x0, w0, w1, w2, w3, bias, position, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _store_silu(ptr, row, end, stride, cols, mask, z):
-    tl.store(ptr + row * stride + cols, z * tl.sigmoid(z), mask & (row < end))
+def _store_silu(ptr, row, end, stride, cols, C, z):
+    tl.store(ptr + row * stride + cols, z * tl.sigmoid(z), cols < tl.where(row < end, C, 0))
 
 
 @triton.jit
@@ -105,26 +105,26 @@ def _forward(
     y_ptr += batch * stride_yb
     start_ptr += batch * S
     w0, w1, w2, w3, bias = _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS)
-    a = _row(x_ptr, row - 3, S, stride_xs, cols, mask)
-    b = _row(x_ptr, row - 2, S, stride_xs, cols, mask)
-    c = _row(x_ptr, row - 1, S, stride_xs, cols, mask)
-    x0 = _row(x_ptr, row, S, stride_xs, cols, mask)
-    x1 = _row(x_ptr, row + 1, S, stride_xs, cols, mask)
-    x2 = _row(x_ptr, row + 2, S, stride_xs, cols, mask)
-    x3 = _row(x_ptr, row + 3, S, stride_xs, cols, mask)
+    a = _row(x_ptr, row - 3, S, stride_xs, cols, C)
+    b = _row(x_ptr, row - 2, S, stride_xs, cols, C)
+    c = _row(x_ptr, row - 1, S, stride_xs, cols, C)
+    x0 = _row(x_ptr, row, S, stride_xs, cols, C)
+    x1 = _row(x_ptr, row + 1, S, stride_xs, cols, C)
+    x2 = _row(x_ptr, row + 2, S, stride_xs, cols, C)
+    x3 = _row(x_ptr, row + 3, S, stride_xs, cols, C)
     while row < end:
-        next0 = _row(x_ptr, row + 4, end, stride_xs, cols, mask)
-        next1 = _row(x_ptr, row + 5, end, stride_xs, cols, mask)
-        next2 = _row(x_ptr, row + 6, end, stride_xs, cols, mask)
-        next3 = _row(x_ptr, row + 7, end, stride_xs, cols, mask)
+        next0 = _row(x_ptr, row + 4, end, stride_xs, cols, C)
+        next1 = _row(x_ptr, row + 5, end, stride_xs, cols, C)
+        next2 = _row(x_ptr, row + 6, end, stride_xs, cols, C)
+        next3 = _row(x_ptr, row + 7, end, stride_xs, cols, C)
         z = _z(a, b, c, x0, w0, w1, w2, w3, bias, _position(start_ptr, row, S, PACKED), PACKED)
-        _store_silu(y_ptr, row, end, stride_ys, cols, mask, z)
+        _store_silu(y_ptr, row, end, stride_ys, cols, C, z)
         z = _z(b, c, x0, x1, w0, w1, w2, w3, bias, _position(start_ptr, row + 1, S, PACKED), PACKED)
-        _store_silu(y_ptr, row + 1, end, stride_ys, cols, mask, z)
+        _store_silu(y_ptr, row + 1, end, stride_ys, cols, C, z)
         z = _z(c, x0, x1, x2, w0, w1, w2, w3, bias, _position(start_ptr, row + 2, S, PACKED), PACKED)
-        _store_silu(y_ptr, row + 2, end, stride_ys, cols, mask, z)
+        _store_silu(y_ptr, row + 2, end, stride_ys, cols, C, z)
         z = _z(x0, x1, x2, x3, w0, w1, w2, w3, bias, _position(start_ptr, row + 3, S, PACKED), PACKED)
-        _store_silu(y_ptr, row + 3, end, stride_ys, cols, mask, z)
+        _store_silu(y_ptr, row + 3, end, stride_ys, cols, C, z)
         a, b, c, x0, x1, x2, x3 = x1, x2, x3, next0, next1, next2, next3
         row += 4
 
@@ -138,7 +138,7 @@ def _dz(z, dy):
 @triton.jit
 def _backward_token(
     x3, x2, x1, x0, dy, dx3, dx2, dx1, row, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3, sum_bias,
-    start_ptr, dx_ptr, first, stride_dxs, cols, mask, PACKED: tl.constexpr,
+    start_ptr, dx_ptr, first, stride_dxs, cols, C, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Token `row`: its dz, its part of the weights' gradients and of dx of itself and the three tokens before it.
 
@@ -148,7 +148,8 @@ def _backward_token(
     position = _position(start_ptr, row, S, PACKED)
     dz = _dz(_z(x3, x2, x1, x0, w0, w1, w2, w3, bias, position, PACKED), dy)
     dx3 += w0 * _tap(dz, position, 3, PACKED)
-    tl.store(dx_ptr + (row - 3) * stride_dxs + cols, dx3, mask & (row - 3 >= first) & (row - 3 < end))
+    width = tl.where((row - 3 >= first) & (row - 3 < end), C, 0)
+    tl.store(dx_ptr + (row - 3) * stride_dxs + cols, dx3, cols < width)
     own = tl.where(row < end, dz, 0.0)
     sum0 += own * _tap(x3, position, 3, PACKED)
     sum1 += own * _tap(x2, position, 2, PACKED)
@@ -179,26 +180,26 @@ def _backward(
     w0, w1, w2, w3, bias = _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS)
     sum0 = tl.zeros((BLOCK_C,), tl.float32)
     sum1, sum2, sum3, sum_bias, dx1, dx2, dx3 = sum0, sum0, sum0, sum0, sum0, sum0, sum0
-    a = _row(x_ptr, first - 3, S, stride_xs, cols, mask)
-    b = _row(x_ptr, first - 2, S, stride_xs, cols, mask)
-    c = _row(x_ptr, first - 1, S, stride_xs, cols, mask)
-    x0 = _row(x_ptr, first, S, stride_xs, cols, mask)
-    x1 = _row(x_ptr, first + 1, S, stride_xs, cols, mask)
-    dy0 = _row(dy_ptr, first, S, stride_dys, cols, mask)
-    dy1 = _row(dy_ptr, first + 1, S, stride_dys, cols, mask)
+    a = _row(x_ptr, first - 3, S, stride_xs, cols, C)
+    b = _row(x_ptr, first - 2, S, stride_xs, cols, C)
+    c = _row(x_ptr, first - 1, S, stride_xs, cols, C)
+    x0 = _row(x_ptr, first, S, stride_xs, cols, C)
+    x1 = _row(x_ptr, first + 1, S, stride_xs, cols, C)
+    dy0 = _row(dy_ptr, first, S, stride_dys, cols, C)
+    dy1 = _row(dy_ptr, first + 1, S, stride_dys, cols, C)
     for step in range(0, ROWS + 3, 2):
         row = first + step
-        next_x0 = _row(x_ptr, row + 2, later, stride_xs, cols, mask)
-        next_x1 = _row(x_ptr, row + 3, later, stride_xs, cols, mask)
-        next_dy0 = _row(dy_ptr, row + 2, later, stride_dys, cols, mask)
-        next_dy1 = _row(dy_ptr, row + 3, later, stride_dys, cols, mask)
+        next_x0 = _row(x_ptr, row + 2, later, stride_xs, cols, C)
+        next_x1 = _row(x_ptr, row + 3, later, stride_xs, cols, C)
+        next_dy0 = _row(dy_ptr, row + 2, later, stride_dys, cols, C)
+        next_dy1 = _row(dy_ptr, row + 3, later, stride_dys, cols, C)
         dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
             a, b, c, x0, dy0, dx3, dx2, dx1, row, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3, sum_bias,
-            start_ptr, dx_ptr, first, stride_dxs, cols, mask, PACKED,
+            start_ptr, dx_ptr, first, stride_dxs, cols, C, PACKED,
         )  # fmt: skip
         dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
             b, c, x0, x1, dy1, dx3, dx2, dx1, row + 1, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3, sum_bias,
-            start_ptr, dx_ptr, first, stride_dxs, cols, mask, PACKED,
+            start_ptr, dx_ptr, first, stride_dxs, cols, C, PACKED,
         )  # fmt: skip
         a, b, c, x0, x1, dy0, dy1 = c, x0, x1, next_x0, next_x1, next_dy0, next_dy1
     partial_ptr += tl.program_id(1) * 5 * C + cols

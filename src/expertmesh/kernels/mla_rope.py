@@ -121,8 +121,9 @@ def _forward(
     s = token - b * S
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
     mask = head < N
-    cos = _load(cos_ptr + b * rot_stride_b + s * rot_stride_s, token >= 0, HALF, BLOCK_HALF)
-    sin = _load(sin_ptr + b * rot_stride_b + s * rot_stride_s, token >= 0, HALF, BLOCK_HALF)
+    every = tl.zeros((1, 1), tl.int32) == 0
+    cos = _load(cos_ptr + b * rot_stride_b + s * rot_stride_s, every, HALF, BLOCK_HALF)
+    sin = _load(sin_ptr + b * rot_stride_b + s * rot_stride_s, every, HALF, BLOCK_HALF)
     out = (token * N + head) * (P + 2 * HALF)
     q = q_ptr + b * q_stride_b + s * q_stride_s + head * q_stride_n
     _copy(q, q_out_ptr + out, mask, P, BLOCK_P)
@@ -144,8 +145,9 @@ def _backward(
     token = tl.program_id(0).to(tl.int64)
     b = token // S
     s = token - b * S
-    cos = _load(cos_ptr + b * rot_stride_b + s * rot_stride_s, token >= 0, HALF, BLOCK_HALF)
-    sin = _load(sin_ptr + b * rot_stride_b + s * rot_stride_s, token >= 0, HALF, BLOCK_HALF)
+    every = tl.zeros((1, 1), tl.int32) == 0
+    cos = _load(cos_ptr + b * rot_stride_b + s * rot_stride_s, every, HALF, BLOCK_HALF)
+    sin = _load(sin_ptr + b * rot_stride_b + s * rot_stride_s, every, HALF, BLOCK_HALF)
     sum1 = tl.zeros((HEADS, BLOCK_HALF), tl.float32)
     sum2 = tl.zeros((HEADS, BLOCK_HALF), tl.float32)
     for tile in tl.static_range((N + HEADS - 1) // HEADS):
@@ -163,7 +165,7 @@ def _backward(
         sum1 += _load(dk_out + P, mask, HALF, BLOCK_HALF)
         sum2 += _load(dk_out + P + HALF, mask, HALF, BLOCK_HALF)
     first, second = tl.sum(sum1, axis=0, keep_dims=True), tl.sum(sum2, axis=0, keep_dims=True)
-    _turn_back(dk_rope_ptr + token * (2 * HALF), first, second, cos, sin, token >= 0, HALF, BLOCK_HALF)
+    _turn_back(dk_rope_ptr + token * (2 * HALF), first, second, cos, sin, every, HALF, BLOCK_HALF)
 
 
 def _dense_last(x: torch.Tensor) -> torch.Tensor:
