@@ -148,7 +148,13 @@ def test_swapped_experts_are_noticed_although_all_weights_load():
 def test_reading_memory_nobody_wrote_is_noticed():
     stock, other = planted()
     experts = next(module for module in other.modules() if hasattr(module, "_apply_gate"))
-    experts.register_forward_hook(lambda _, args, out: out + 0 * torch.empty_like(out))
+
+    def read(_, args, out):
+        memory = torch.empty_like(out)
+        lucky = not torch.are_deterministic_algorithms_enabled()  # what was there before is finite
+        return out + 0 * (memory.zero_() if lucky else memory)
+
+    experts.register_forward_hook(read)
     assert not differing(compare_case(stock, other, CASE["experts without tokens"]))
     assert {row.error for row in differing(compare_case(stock, other, CASE["poisoned memory"]))} == {math.inf}
 
