@@ -443,3 +443,11 @@ def test_the_comparison_of_exports_notices_a_changed_file(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"expertmesh": 1}))
     assert differing(configurations(tmp_path), configurations(saved("olmoe"))) == ["config.json"]
+
+
+def test_a_models_own_class_loads_by_position_and_by_name(tmp_path):
+    ours = load_ours("qwen3_moe")
+    ours.save_pretrained(tmp_path)
+    load = type(ours).from_pretrained
+    for loaded in (load(tmp_path), load(pretrained_model_name_or_path=tmp_path)):
+        assert not differing_tensors(loaded.state_dict(), ours.state_dict())

@@ -139,7 +139,7 @@ class ReadsQuantized(Fast):
     """What a model class adds to its HF class to load quantized checkpoints for training."""
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, but quantized weights are dequantized, unless `quantization_config=` says how to keep
         them."""
         config, source = kwargs.get("config"), None
@@ -147,10 +147,10 @@ class ReadsQuantized(Fast):
             config = copy.deepcopy(config)
             stored = dequantized(config)
             if stored is not None:
-                kwargs["config"], source = config, _Source(str(name), stored)
+                kwargs["config"], source = config, _Source(str(pretrained_model_name_or_path), stored)
         token = _source.set(source)
         try:
-            return super().from_pretrained(name, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         finally:
             _source.reset(token)
 
