@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from expertmesh import backends
+from expertmesh.bench.origin import origin, write
 from expertmesh.kernels import causal_conv as conv_kernels
 from expertmesh.kernels import gated_norm as norm_kernels
 from expertmesh.kernels import ssd_forward as scan_kernels
@@ -350,16 +352,17 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="try the configurations of the kernels' tables")
     parser.add_argument("--tiny", action="store_true", help="sizes for a dry run without a GPU")
     parser.add_argument("--out", help="also write everything to this JSON file")
+    parser.add_argument("--commit", help="the commit to note in it, where the source is no git checkout")
     arguments = parser.parse_args()
     sizes = Sizes(arguments.batch, arguments.seq, 64, 64, 8, 128)
     repeats = arguments.repeats
     if arguments.tiny:
         sizes, repeats = Sizes(1, 136, 2, 16, 1, 16), 1
     result: dict[str, Any] = {
-        "hardware": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", "gpus": int(DEVICE == "cuda"),
-        **{name: backends.version_of(name) for name in ("torch", "triton", "fla-core", "mamba-ssm")},
-        "sizes": sizes._asdict(), "rows": [],
-    }  # fmt: skip
+        **origin(["python", *sys.argv], arguments.commit, ("triton", "fla-core", "mamba-ssm")),
+        "sizes": sizes._asdict(),
+        "rows": [],
+    }
     print(json.dumps(result), flush=True)
     torch.manual_seed(0)
     interpreted = backends.interpreted() if os.environ.get("TRITON_INTERPRET") == "1" else contextlib.nullcontext()
@@ -367,9 +370,7 @@ def main() -> None:
         for row in (sweep if arguments.sweep else rows)(sizes, repeats, arguments.others.split(",")):
             print(json.dumps(row), flush=True)
             result["rows"].append(row)
-    if arguments.out:
-        with open(arguments.out, "w") as file:
-            json.dump(result, file, indent=1)
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":

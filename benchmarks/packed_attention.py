@@ -12,9 +12,7 @@ runs it all on the CPU: figures mean nothing there.
 
 import argparse
 import importlib.util
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +24,7 @@ from torch.nn.attention import activate_flash_attention_impl
 from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from expertmesh import backends
+from expertmesh.bench.origin import origin, write
 from expertmesh.layers.attention import attend
 from expertmesh.layers.masks import find_documents
 
@@ -140,7 +138,11 @@ def rows(tokens: int, heads: int, repeats: int) -> Iterator[dict[str, Any]]:
         yield {"work": "unpacked" if arm == "unpacked" else "packed", "arm": arm} | measure(*work, heads, repeats)
     if has_flash_attn_4():
         activate_flash_attention_impl("FA4")  # for the rest of the process, so it is the last
-        yield {"work": "packed", "arm": "expertmesh-fa4"} | measure(*arms["expertmesh"], heads, repeats)
+        try:
+            measured = measure(*arms["expertmesh"], heads, repeats)
+        except ValueError as error:  # PyTorch 2.11 unpacks two results; later versions of the package return more
+            measured = {"failed": str(error)}
+        yield {"work": "packed", "arm": "expertmesh-fa4"} | measured
 
 
 def main() -> None:
@@ -153,13 +155,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tokens % 64:
         parser.error("--tokens must be a multiple of 64")
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result: dict[str, Any] = {
-        "hardware": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "gpus": int(DEVICE == "cuda"),
-        **{name: backends.version_of(name) for name in ("torch", "triton", "transformers", "flash-attn-4")},
-        "commit": arguments.commit or head,
-        "command": " ".join(["python", *sys.argv]),
+        **origin(["python", *sys.argv], arguments.commit, ("triton", "transformers", "flash-attn-4")),
         "sizes": {"tokens": arguments.tokens, "documents": len(DOCUMENTS), "heads": arguments.heads, "width": WIDTH},
         "rows": [],
     }
@@ -168,9 +165,7 @@ def main() -> None:
             print("".join(f"{name:>18}" for name in row))
         print("".join(f"{value!s:>18}" for value in row.values()), flush=True)
         result["rows"].append(row)
-    if arguments.out:
-        with open(arguments.out, "w") as file:
-            json.dump(result, file, indent=1)
+        write(result, arguments.out)
 
 
 if __name__ == "__main__":

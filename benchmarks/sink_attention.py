@@ -16,7 +16,6 @@ import importlib.util
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -29,7 +28,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
-from expertmesh import backends
+from expertmesh.bench.origin import origin, write
 from expertmesh.kernels import sink_attention as kernels
 from expertmesh.kernels.documents import document_bounds, document_of
 from expertmesh.kernels.sink_attention import sink_attention, visible
@@ -258,22 +257,15 @@ def main() -> None:
     parser.add_argument("--commit", help="default: that of the working tree")
     parser.add_argument("--out", help="write the JSON here as well")
     sizes = parser.parse_args()
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result: dict[str, Any] = {
-        "hardware": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "gpus": int(DEVICE == "cuda"),
-        **{name: backends.version_of(name) for name in ("torch", "triton", "transformers", "flash-attn-4")},
-        "commit": sizes.commit or head,
-        "command": " ".join(["python", *sys.argv]),
+        **origin(["python", *sys.argv], sizes.commit, ("triton", "transformers", "flash-attn-4")),
         "sizes": {name: getattr(sizes, name) for name in ("rows", "length", "heads", "width")},
         "rows": [],
     }
     for row in swept(sizes) if sizes.sweep else measured(sizes):
         print(json.dumps(row) if sizes.sweep else "  ".join(f"{value!s:<26}" for value in row.values()), flush=True)
         result["rows"].append(row)
-    if sizes.out:
-        with open(sizes.out, "w") as file:
-            json.dump(result, file, indent=1)
+    write(result, sizes.out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from expertmesh import backends
+from expertmesh.bench.origin import origin, write
 from expertmesh.kernels import linear_cross_entropy as loss_kernels
 from expertmesh.kernels import mla_rope as mla_kernels
 from expertmesh.kernels import qk_norm_rope as qk_kernels
@@ -374,13 +374,8 @@ def main() -> None:
     parser.add_argument("--out", help="also write everything to this JSON file")
     parser.add_argument("--commit", help="the commit to record where there is no git repository")
     arguments = parser.parse_args()
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "gpus": int(torch.cuda.is_available()),
-        **{name: backends.version_of(name) for name in ("torch", "triton", "liger-kernel")},
-        "commit": arguments.commit or head,
-        "command": " ".join(["python", *sys.argv]),
+        **origin(["python", *sys.argv], arguments.commit, ("triton", "liger-kernel")),
         "sizes": {"tokens": arguments.tokens, "hidden": arguments.hidden, "vocab": arguments.vocab},
         "rows": [],
     }
@@ -391,9 +386,7 @@ def main() -> None:
         for row in work(arguments.tokens, arguments.hidden, arguments.vocab, arguments.repeats):
             print(json.dumps(row), flush=True)
             result["rows"].append(row)
-    if arguments.out:
-        with open(arguments.out, "w") as file:
-            json.dump(result, file, indent=1)
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":

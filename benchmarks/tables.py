@@ -208,7 +208,8 @@ def page() -> str:
 
 Made by `python benchmarks/tables.py` from the files in `benchmarks/results`, each of which holds its hardware,
 versions, commit and command. Random weights and tokens, the model's own routing; stock Transformers and expertmesh ran
-in turn in one job. Our loss computes its gradients in the forward, so that part of the backward is counted there.
+in turn in one job. Our loss computes its gradients in the forward, so that part of the backward is counted there. A
+table holds for the commit that its last line names, not for what was changed since.
 
 ## Qwen3-30B-A3B widths, 8 of 48 layers, one GPU, forward and backward
 
@@ -220,7 +221,8 @@ in turn in one job. Our loss computes its gradients in the forward, so that part
 [bench.md](bench.md), and [profile.md](profile.md) tells where the time goes.
 
 What each fusion is worth: the time of a step without it over that of a step with all. Without `rms_norm`,
-`qk_norm_rope` and `add_norm` are off as well.
+`qk_norm_rope` and `add_norm` are off as well. Measured before RoPE had a kernel of its own, which now runs where
+`qk_norm_rope` is off: those two rows would be smaller today.
 
 {worth_table(fusions)}
 

@@ -34,7 +34,7 @@ from expertmesh.layers.mamba2 import mixer_inputs
 from expertmesh.layers.masks import known_rows
 from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
 from expertmesh.layers.router import aux_loss_share
-from expertmesh.layers.sharding import lean_layout
+from expertmesh.layers.sharding import lean_layout, refuse_undivided
 from expertmesh.memory.recompute import keep_routing
 from expertmesh.parallel import refuse_unfit_shards
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
@@ -142,6 +142,7 @@ def fused_class(stock: Any) -> Any:
 
     @functools.wraps(stock.forward)  # Trainer and generate read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_undivided(self)
         defer = self.training and kwargs.get("labels") is not None
         positions = args[2] if len(args) > 2 else kwargs.get("position_ids")  # the third of every causal model
         if defer and len(args) < 4 and kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None:

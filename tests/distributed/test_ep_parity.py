@@ -243,6 +243,12 @@ def test_experts_that_cannot_be_spread_are_refused_on_every_rank(tmp_path):
         assert "tp_size=4 does not divide the 2 key-value heads" in error and "Set tp_size to 1 or 2." in error
 
 
+def test_experts_laid_out_for_our_backend_are_not_trained_by_another():
+    for error in on_ranks(2, work.other_backend, saved("qwen3_moe"), {"ep_size": 2}):
+        assert "laid out for 'expertmesh' and cannot be trained by 'grouped_mm'" in error
+    assert on_ranks(2, work.other_backend, saved("qwen3_moe"), {"ep_size": 1}) == ["no error"] * 2
+
+
 @pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes", "push", "push alone"])
 @pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
 @pytest.mark.parametrize("num_ranks", [2, 4])

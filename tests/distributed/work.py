@@ -257,6 +257,20 @@ def refusal(rank: int, folder: Path, setup: dict[str, Any]) -> str:
     return "no error"
 
 
+def other_backend(rank: int, folder: Path, setup: dict[str, Any]) -> str:
+    """The error of training with another experts backend than the one laid out for; without gradients there is none."""
+    model, _ = load(folder, Case(setup))
+    model.set_experts_implementation("grouped_mm")
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        model(input_ids=ids)
+    try:
+        model(input_ids=ids, labels=ids)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def experts_of(num_experts: int, local: slice) -> Any:
     """Some experts of a Mixtral layer, always with the same weights."""
     config = tiny_config("mixtral", num_local_experts=num_experts)

@@ -7,8 +7,6 @@ cut short leaves what it measured; an arm that fails, by want of memory for inst
 """
 
 import json
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from expertmesh import backends
 from expertmesh.bench import profile, steps
 from expertmesh.bench.arms import ARMS, DEFAULT, WITHOUT, Arm, fusions_of, model_of, nearest, why_not
 from expertmesh.bench.flops import forward_flops, step_flops
 from expertmesh.bench.gate import ROUTINGS, busiest, set_routing
+from expertmesh.bench.origin import origin
 from expertmesh.bench.proof import Proof
 from expertmesh.bench.works import WORKS, config_of, top_k_and_experts
 from expertmesh.train.errors import ConfigError
@@ -258,13 +255,8 @@ def _bits(tensor: torch.Tensor) -> int:
 def _heading(options: BenchOptions, device: str) -> dict[str, Any]:
     """What was measured where, by which versions; the rows are still to come."""
     return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "gpus": int(device == "cuda"),
-        "torch": torch.__version__,
-        "triton": backends.version_of("triton"),
-        "transformers": transformers.__version__,
-        "commit": options.commit or _commit(),
-        "command": shlex.join(["expertmesh", *sys.argv[1:]]),
+        **origin(["expertmesh", *sys.argv[1:]], options.commit),
+        **({"hardware": "CPU", "gpus": 0} if device == "cpu" else {}),
         "ceilings": {
             "gemm_tflops": round(steps.gemm_tflops(device), 3),
             "copy_tb_per_s": round(steps.copy_tb_per_second(device), 3),
@@ -274,11 +266,3 @@ def _heading(options: BenchOptions, device: str) -> dict[str, Any]:
         "profiles": {},
         "failed": [],
     }
-
-
-def _commit() -> str | None:
-    """The commit of the source tree this package runs from, None where it is no git checkout."""
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
-    return done.stdout.strip() or None

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.distributed import DistributedConfig
 from transformers.distributed import fsdp as stock_fsdp
 
-from expertmesh.layers.experts import divides_gradients
+from expertmesh.layers.experts import NAME, divides_gradients
 
 SMALL = 1 / 30  # of a device's memory
 LAYERS_AT_ONCE = 8
@@ -55,6 +55,7 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
                 stock([layer for layer, _ in some], **some[0][1])
         return stock(module, **options)
 
+    model._divides_gradients = whole
     stock = stock_fsdp.fully_shard
     stock_fsdp.fully_shard = fully_shard
     try:
@@ -63,6 +64,18 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
         stock_fsdp.fully_shard = stock
         for module in experts:
             vars(module).pop("set_gradient_divide_factor", None)
+
+
+def refuse_undivided(model: Any) -> None:
+    """Raise ValueError if gradients would come from an experts backend that does not divide them, though FSDP left
+    that to ours. Without gradients, as in `generate`, any backend will do.
+    """
+    chosen = model.config.get_text_config()._experts_implementation
+    if torch.is_grad_enabled() and getattr(model, "_divides_gradients", False) and chosen != NAME:
+        raise ValueError(
+            f"The experts were laid out for {NAME!r} and cannot be trained by {chosen!r}: their gradients would be too "
+            f"large. Load the model with experts_implementation={chosen!r}, or set {NAME!r} again."
+        )
 
 
 def _layers_to_stay(model: Any) -> set[int]:
