@@ -171,27 +171,27 @@ def agreement(arms, config, seq, device, pinned):
 
 
 def time_arm(model, config, batch, seq, device, warmup=2, repeats=5):
+    """Steps one behind the other, as in training: the CPU may be a step ahead, nothing waits for it in between."""
     ids = tokens(config, batch, seq, device)
-    forward, backward = [], []
-    for i in range(warmup + repeats):
-        if i == warmup:
+    steps = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(repeats + 1)]
+    for i in range(-warmup, repeats):
+        if i == 0:
             torch.cuda.reset_peak_memory_stats()
+        steps[max(i, 0)][0].record()
         model.zero_grad(set_to_none=True)
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        marks[0].record()
         loss = model(input_ids=ids, labels=ids).loss
-        marks[1].record()
+        steps[max(i, 0)][1].record()
         loss.backward()
-        marks[2].record()
-        torch.cuda.synchronize()
-        if i >= warmup:
-            forward.append(marks[0].elapsed_time(marks[1]))
-            backward.append(marks[1].elapsed_time(marks[2]))
-    f, b = statistics.median(forward), statistics.median(backward)
+        steps[max(i, 0)][2].record()
+    steps[repeats][0].record()
+    torch.cuda.synchronize()
+    f = statistics.median(start.elapsed_time(middle) for start, middle, _ in steps[:-1])
+    b = statistics.median(middle.elapsed_time(end) for _, middle, end in steps[:-1])
+    step = statistics.median(start[0].elapsed_time(end[0]) for start, end in zip(steps, steps[1:], strict=False))
     return {
         "forward_ms": round(f, 1),
         "backward_ms": round(b, 1),
-        "tokens_per_second_per_gpu": round(batch * seq / (f + b) * 1e3),
+        "tokens_per_second_per_gpu": round(batch * seq / step * 1e3),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
     }
 

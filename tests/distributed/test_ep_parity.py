@@ -256,7 +256,21 @@ def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, disp
     if with_triton and os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("the GPU tests cover Triton here")
     cases = [((6, 0, 5, 1), None), ((0, 4, 0, 0), None), ((0, 0, 0, 0), None), ((3, 9, 2, 2), 7), ((3, 0, 2, 2), 0)]
-    made = on_ranks(num_ranks, work.layers, cases, with_triton, dispatch, tmp_path)
+    check_layers(on_ranks(num_ranks, work.layers, cases, with_triton, dispatch, tmp_path), cases)
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes", "push"])
+@pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
+def test_a_layer_that_is_recomputed_repeats_exchanges_between_none_and_its_reader(with_triton, dispatch, tmp_path):
+    if with_triton and os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("the GPU tests cover Triton here")
+    cases = [((6, 0), None), ((9, 8), 7)]
+    check_layers(on_ranks(2, work.layers, cases, with_triton, dispatch, tmp_path, True), cases)
+
+
+def check_layers(made, cases):
+    """What the ranks made of (tokens of each, favourite expert): outputs and gradients of one process."""
+    num_ranks = len(made)
     for number, (tokens, favourite) in enumerate(cases):
         experts = work.experts_of(8, slice(None))
         for rank in range(num_ranks):

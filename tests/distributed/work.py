@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import expertmesh
@@ -320,7 +321,12 @@ def open_memory(module: Any, folder: Path) -> Callable[[dist.ProcessGroup], Mail
 
 
 def layers(
-    rank: int, cases: list[tuple[tuple[int, ...], int | None]], with_triton: bool, dispatch: str, folder: Path
+    rank: int,
+    cases: list[tuple[tuple[int, ...], int | None]],
+    with_triton: bool,
+    dispatch: str,
+    folder: Path,
+    recompute: bool = False,
 ) -> list[list[torch.Tensor]]:
     """One layer's output and gradients on this rank, for (tokens of each rank, favourite expert)."""
     dist.init_process_group("gloo")
@@ -335,11 +341,13 @@ def layers(
         module = experts_of(8, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
         x, ids, weights, dout = layer_inputs(tokens[rank], favourite, seed=rank)
         with backends.interpreted() if with_triton else contextlib.nullcontext():
-            out = implementation(module, mesh["ep"], mesh["tp"])(x, ids, weights)
+            layer = implementation(module, mesh["ep"], mesh["tp"])
+            out = checkpoint(layer, x, ids, weights, use_reentrant=False) if recompute else layer(x, ids, weights)
             out.backward(dout)
         results.append([out.detach(), x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad])
     if dispatch in ("mailboxes", "push"):
-        assert begun.call_count == 4 * len(cases)  # what the experts' backward has sent is not sent again
+        # what the experts' backward has sent is not sent again; a recompute ends where the experts have saved all
+        assert begun.call_count == (5 if recompute else 4) * len(cases)
     return results
 
 

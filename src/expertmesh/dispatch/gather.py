@@ -4,8 +4,8 @@
 
 With 2 ranks this moves as many rows as sending each token once to every rank that needs it, with 4 hardly more; and
 nothing about the routing has to be known on the host: shapes follow from how many tokens each rank has, which the hosts
-tell each other once per forward, so the CPU never waits for a device. Pairs of other ranks' experts carry the id "not
-mine", which the experts skip. The backward mirrors the forward: a reduce-scatter where that gathers, and the reverse.
+tell each other once per forward, so the CPU never waits for a device. The experts skip pairs whose ids are not
+theirs. The backward mirrors the forward: a reduce-scatter where that gathers, and the reverse.
 What the rows travel by is links.py's.
 
 Registered in Transformers as the `ep_implementation` "expertmesh-gather".
@@ -40,10 +40,10 @@ class Gather(AllToAll):
         rows = kept(lambda: most_tokens(len(x_TH), group))
         num_experts, handoff = self.ep_mesh.size() * experts_per_rank, Handoff(link)
         x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, rows, num_experts, handoff)
-        # this rank's experts become 0, 1, …; all others and the padding's, by the modulus, something larger
-        ids_MK = ids_MK.sub_(self.ep_mesh.get_local_rank() * experts_per_rank).remainder_(num_experts + 1)
+        # this rank's experts become 0, 1, …; all others', and the padding, something else
+        ids_MK = ids_MK.sub_(self.ep_mesh.get_local_rank() * experts_per_rank)
         with offered(handoff):
-            y_MH = self.experts_forward(x_MH, ids_MK.clamp_(max=experts_per_rank), weight_MK)
+            y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
         return _Scatter.apply(y_MH, len(x_TH), handoff)
 
 
@@ -110,6 +110,7 @@ class _Gather(torch.autograd.Function):
         ctx.num_tokens, ctx.handoff = len(x_TH), handoff
         parts = _padded(x_TH, rows), _padded(ids_TK, rows, num_experts), _padded(weight_TK, rows)
         x_MH, ids_MK, weight_MK = handoff.link.all_gather(list(parts))
+        handoff.remember(ctx, x_TH)
         ctx.mark_non_differentiable(ids_MK)
         return x_MH, ids_MK, weight_MK
 
@@ -134,6 +135,7 @@ class _Scatter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         # experts that send dx themselves have read this by then, and the next exchange may overwrite it
+        ctx.handoff.recompute()
         (dy_MH,) = ctx.handoff.link.all_gather([_padded(dout, ctx.rows)], lasting=not ctx.handoff.adopted)
         return dy_MH, None, None
 

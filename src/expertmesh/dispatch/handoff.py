@@ -5,10 +5,12 @@ it, and call `start` with what must travel. The dispatch's own backward, which a
 what came back.
 """
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -24,6 +26,20 @@ class Handoff:
         self.link, self.adopted = link, False
         self._parts: list[torch.Tensor] = []
         self._sums: list[torch.Tensor] = []
+        self._before: Callable[[], Any] = lambda: None
+
+    def remember(self, ctx: Any, like: torch.Tensor) -> None:
+        """Of the function before the experts, for `recompute`: it saves an empty tensor."""
+        ctx.save_for_backward(like.new_empty(0))
+        self._before = weakref.ref(ctx)  # the graph holds it; it holds this
+
+    def recompute(self) -> None:
+        """Let a checkpointed region run again now, if this is in one, not when the experts ask for what they saved:
+        it repeats exchanges, which must not come between one and its reader.
+        """
+        ctx = self._before()
+        if ctx is not None and self.adopted:
+            _ = ctx.saved_tensors
 
     def start(self, parts: list[torch.Tensor]) -> None:
         """Begin the reduce-scatter of these; on a GPU beside what is launched next."""

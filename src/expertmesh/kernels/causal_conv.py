@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from expertmesh.backends import tl, triton
+from expertmesh.kernels.launch import launched
 from expertmesh.kernels.rms_norm import sum_partials
 
 #: tokens and channels per program; with 32 * num_warps threads a channel block of 256 * num_warps is 16 bytes a thread
@@ -90,7 +91,7 @@ def _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS: tl.constexpr):
     return w0, w1, w2, w3, bias
 
 
-@triton.jit
+@launched
 def _forward(
     x_ptr, weight_ptr, bias_ptr, start_ptr, y_ptr, S, C, blocks, stride_xb, stride_xs, stride_yb, stride_ys,
     PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -160,7 +161,7 @@ def _backward_token(
     return dx3, dx2, w3 * dz, sum0, sum1, sum2, sum3, sum_bias + own
 
 
-@triton.jit
+@launched
 def _backward(
     x_ptr, weight_ptr, bias_ptr, start_ptr, dy_ptr, dx_ptr, partial_ptr, S, C, blocks,
     stride_xb, stride_xs, stride_dyb, stride_dys, stride_dxb, stride_dxs,

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.launch import launched
 
 
 def combine(
@@ -84,7 +85,7 @@ def unsort_reference(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: t
     return torch.where(position_TK >= 0, value_S[position_TK.clamp(min=0).long()], 0).to(dtype)
 
 
-@triton.jit
+@launched
 def _unsort_kernel(value, position, out, count, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(position + at, mask=at < count, other=-1)
@@ -94,7 +95,7 @@ def _unsort_kernel(value, position, out, count, rows, PARTS: tl.constexpr, BLOCK
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
 
 
-@triton.jit
+@launched
 def _combine_kernel(
     y,
     position,

@@ -7,6 +7,7 @@ needs, and the host learns nothing.
 import torch
 
 from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.launch import launched
 
 TILE = 4096  # elements per program
 
@@ -28,7 +29,7 @@ def copy_rows_reference(x_TH: torch.Tensor, needed_T: torch.Tensor, out_TH: torc
     out_TH[needed_T] = x_TH[needed_T]
 
 
-@triton.jit
+@launched
 def _copy_rows_kernel(x, needed, out, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from expertmesh.backends import tl, triton
+from expertmesh.kernels.launch import launched
 from expertmesh.kernels.rms_norm import add_pairs, last_contiguous, processors, row_tile, sum_partials
 
 #: elements per program, elements per thread, and persistent programs per multiprocessor
@@ -37,7 +38,7 @@ def _load(x_ptr, gate_ptr, rows, T, stride_x, stride_gate, cols, mask):
     return x, tl.load(gate_ptr + rows * stride_gate + cols, mask, other=0.0)
 
 
-@triton.jit
+@launched
 def _forward(
     x_ptr, gate_ptr, weight_ptr, y_ptr, T, W, width, stride_x, stride_gate, eps,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -53,7 +54,7 @@ def _forward(
     tl.store(y_ptr + rows * W + cols, v * weight, (rows < T) & in_group)
 
 
-@triton.jit
+@launched
 def _backward(
     x_ptr, gate_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, T, W, width,
     stride_x, stride_gate, stride_dy, stride_dgate, eps, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,

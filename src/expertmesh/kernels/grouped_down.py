@@ -24,6 +24,7 @@ from expertmesh.kernels.grouped_gemm import (
 )
 from expertmesh.kernels.grouped_up import layout
 from expertmesh.kernels.grouping import Grouping
+from expertmesh.kernels.launch import launched
 
 
 def down_dact(
@@ -119,7 +120,7 @@ def _down_dact_triton(
     return dh_SJ, wa_SI, dweight_PS
 
 
-@triton.jit
+@launched
 def _down_dact_kernel(
     dout,
     token,

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from expertmesh.backends import TensorDescriptor, logger, tl, triton, use_triton
 from expertmesh.kernels.grouping import Grouping
+from expertmesh.kernels.launch import launched
 from expertmesh.kernels.matmul import mm_out
 
 
@@ -227,7 +228,7 @@ def add_bias(acc, bias, expert, column, num_columns):
     return acc + values.to(tl.float32)[None, :]
 
 
-@triton.jit
+@launched
 def _grouped_gemm_kernel(
     a,
     w,

@@ -6,7 +6,7 @@ and a leave in the epilogue.
 
 import torch
 
-from expertmesh.backends import tl, triton, use_triton
+from expertmesh.backends import tl, use_triton
 from expertmesh.kernels.activation import Activation, activate
 from expertmesh.kernels.grouped_gemm import (
     add_bias,
@@ -21,6 +21,7 @@ from expertmesh.kernels.grouped_gemm import (
     weight_tiles,
 )
 from expertmesh.kernels.grouping import Grouping
+from expertmesh.kernels.launch import launched
 
 
 def up_act(
@@ -91,7 +92,7 @@ def _up_act_triton(
     return h_SJ, a_SI
 
 
-@triton.jit
+@launched
 def _up_act_kernel(
     x,
     token,

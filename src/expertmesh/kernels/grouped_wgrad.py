@@ -21,6 +21,7 @@ from expertmesh.kernels.grouped_gemm import (
     wide,
 )
 from expertmesh.kernels.grouping import Grouping
+from expertmesh.kernels.launch import launched
 
 
 def grouped_wgrad(
@@ -111,7 +112,7 @@ def _grouped_wgrad_triton(
     return dw
 
 
-@triton.jit
+@launched
 def _grouped_wgrad_kernel(
     g,
     c,
@@ -164,7 +165,7 @@ def _grouped_wgrad_kernel(
         tl.store(at, tl.trans(result), mask=inside_c[:, None] & inside_g[None, :])
 
 
-@triton.jit
+@launched
 def _grouped_sum_kernel(a, sums, offsets, num_columns, BR: tl.constexpr, BN: tl.constexpr):
     expert = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)

@@ -4,8 +4,8 @@ T tokens choose K experts each, so S = T·K rows. Sorting by expert makes each e
 asks the device for a number: counts stay there, so the CPU never waits. The sort is stable, hence deterministic. It is
 two launches: every block of rows counts its experts; then every block reads all counts and places its own rows.
 
-An id equal to E means "not mine" (Transformers' expert-parallel sentinel): such rows sort to the tail, behind every
-expert's, no kernel computes them, and `position` holds -1 for them.
+An id outside [0, E) means "not mine", among them E, Transformers' expert-parallel sentinel: such rows sort to the tail,
+behind every expert's, no kernel computes them, and `position` holds -1 for them.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.launch import launched
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Grouping:
 def group_by_expert(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None) -> Grouping:
     """Sort the S = T·K routed rows by expert.
 
-    ids_TK: integer tensor [T, K] with values in [0, num_experts]; num_experts itself marks rows to skip. weight_TK:
-    routing weights, any float type, to be sorted along (without gradient).
+    ids_TK: integer tensor [T, K]; ids outside [0, num_experts) mark rows to skip. weight_TK: routing weights, any float
+    type, to be sorted along (without gradient).
     """
     if use_triton(ids_TK):
         return _group_triton(ids_TK, num_experts, weight_TK)
@@ -50,7 +51,7 @@ def group_by_expert_reference(
     ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None
 ) -> Grouping:
     """The specification of `group_by_expert`, in PyTorch: a stable sort."""
-    flat = ids_TK.reshape(-1)
+    flat = or_none(ids_TK.reshape(-1), num_experts)
     expert_S, slot_S = torch.sort(flat, stable=True)
     ends = torch.arange(num_experts, device=flat.device)
     offsets_E = torch.searchsorted(expert_S, ends.to(flat.dtype), right=True).to(torch.int32)
@@ -60,6 +61,11 @@ def group_by_expert_reference(
     weight_S = None if weight_TK is None else weight_TK.detach().reshape(-1)[slot_S].float()
     slot_S = slot_S.to(torch.int32)
     return Grouping(slot_S, slot_S // ids_TK.shape[1], position.view(ids_TK.shape), offsets_E, weight_S=weight_S)
+
+
+def or_none(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """The ids, and num_experts for all outside [0, num_experts)."""
+    return torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
 
 
 def _block_rows(rows_per_expert: int) -> int:
@@ -127,19 +133,19 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
 def _load_experts(ids, row, end, num_experts):
     """The experts of some rows: -1 for those that nobody computes here, -2 behind the last row."""
     expert = tl.load(ids + row, mask=row < end, other=0).to(tl.int32)
-    return tl.where(row < end, tl.where(expert < num_experts, expert, -1), -2)
+    return tl.where(row < end, tl.where((expert >= 0) & (expert < num_experts), expert, -1), -2)
 
 
-@triton.jit
+@launched
 def _count_kernel(ids, counts, num_rows, num_experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """counts [block, bin] of one block."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(ids + row, mask=row < num_rows, other=num_experts).to(tl.int32)
-    counted = tl.histogram(expert, BINS, mask=expert < num_experts)
+    counted = tl.histogram(expert, BINS, mask=(expert >= 0) & (expert < num_experts))
     tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), counted)
 
 
-@triton.jit
+@launched
 def _place_kernel(
     ids,
     counts,

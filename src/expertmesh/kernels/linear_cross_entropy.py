@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.launch import launched
 from expertmesh.kernels.matmul import mm_out
 
 
@@ -101,7 +102,7 @@ def _merge(x, largest, total):
     return new_largest, total * tl.exp(largest - new_largest) + sums
 
 
-@triton.jit
+@launched
 def _rows_kernel(
     logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index,
     GRAD: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
@@ -154,7 +155,7 @@ def _rows_kernel(
             tl.store(logits_ptr + label, tl.exp(target - logsumexp) - 1.0, valid)
 
 
-@triton.jit
+@launched
 def _scale_kernel(x_ptr, scale_ptr, out_ptr, N, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, at < N, other=0.0, eviction_policy="evict_first").to(tl.float32)

@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.launch import launched
 
 
 def mla_rope(
@@ -107,7 +108,7 @@ def _turn_back(target, first, second, cos, sin, mask, HALF: tl.constexpr, BLOCK:
     _store(target, pairs, mask, 2 * HALF, 2 * BLOCK)
 
 
-@triton.jit
+@launched
 def _forward(
     q_ptr, kv_ptr, k_rope_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, S,
     q_stride_b, q_stride_s, q_stride_n, kv_stride_b, kv_stride_s, kv_stride_n, rope_stride_b, rope_stride_s,
@@ -133,7 +134,7 @@ def _forward(
     _turn(k_rope, k_out_ptr + out + P, cos, sin, mask, HALF, BLOCK_HALF)
 
 
-@triton.jit
+@launched
 def _backward(
     dq_out_ptr, dk_out_ptr, dv_ptr, cos_ptr, sin_ptr, dq_ptr, dkv_ptr, dk_rope_ptr, S,
     dq_stride_b, dq_stride_s, dq_stride_n, dk_stride_b, dk_stride_s, dk_stride_n, dv_stride_b, dv_stride_s, dv_stride_n,

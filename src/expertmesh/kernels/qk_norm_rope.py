@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.launch import launched
 from expertmesh.kernels.rms_norm import processors, rms_norm_reference, sum_partials
 
 
@@ -119,7 +120,7 @@ def _forward_tile(
     tl.store(y + HALF, n2 * c2 + n1 * s2, mask)
 
 
-@triton.jit
+@launched
 def _forward(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, S,
     q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n, rot_stride_b, rot_stride_s, eps,
@@ -181,7 +182,7 @@ def _backward_tiles(
     tl.store(dweight_ptr + HALF + cols, tl.sum(sum2, axis=0, keep_dims=True), cols < HALF)
 
 
-@triton.jit
+@launched
 def _backward(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_out_ptr, dk_out_ptr, dq_ptr, dk_ptr, dweight_ptr,
     q_programs, T, S, q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n, rot_stride_b,

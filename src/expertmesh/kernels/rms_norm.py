@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.launch import launched
 
 Scale = Literal["rounded", "float32", "one_plus"]
 """How the weight is applied; x_hat is always computed in float32.
@@ -111,7 +112,7 @@ def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -
     )
 
 
-@triton.jit
+@launched
 def _sum_partials(partial_ptr, first_ptr, second_ptr, P, split, W, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
     cols = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     second = tl.program_id(1) == 1
@@ -150,7 +151,7 @@ def row_tile(H: int, tuning: dict[str, int]) -> dict[str, int]:
     return {"BLOCK_T": block_t, "BLOCK_H": block_h, "num_warps": warps}
 
 
-@triton.jit
+@launched
 def _norm_forward(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, T, H, stride_x, stride_residual, eps,
     HAS_RESIDUAL: tl.constexpr, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -180,7 +181,7 @@ def add_pairs(a1, b1, a2, b2):
     return a1 + a2, b1 + b2
 
 
-@triton.jit
+@launched
 def _norm_backward(
     s_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_ptr, T, H, stride_s, stride_dy, stride_dsum, eps,
     HAS_DSUM: tl.constexpr, WEIGHT_GRAD: tl.constexpr, SCALE: tl.constexpr,

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.launch import launched
 
 #: heads per tile, and warps
 TUNING = {"forward": {"ROWS": 16, "num_warps": 4}, "backward": {"ROWS": 16, "num_warps": 4}}
@@ -86,7 +87,7 @@ def rotary_reference(
     return turned(q), turned(k)
 
 
-@triton.jit
+@launched
 def _turn(
     x_ptr, cos_ptr, sin_ptr, y_ptr, num_heads, S, stride_b, stride_s, stride_n, rot_stride_b, rot_stride_s,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SECOND: tl.constexpr, INTERLEAVED: tl.constexpr,

@@ -19,6 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.launch import launched
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _keep_best_groups(choice, ROWS: tl.constexpr, EP: tl.constexpr, GROUPS: tl.c
     return tl.reshape(grouped, (ROWS, EP))
 
 
-@triton.jit
+@launched
 def _route_kernel(
     logits,
     bias,
@@ -244,7 +245,7 @@ def _route_kernel(
     tl.store(weights + row * K + slot[None, :], (weight * scale).to(weights.dtype.element_ty), mask=in_row & used)
 
 
-@triton.jit
+@launched
 def _route_backward_kernel(
     logits,
     ids,

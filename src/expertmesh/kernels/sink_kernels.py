@@ -10,6 +10,7 @@ from typing import Any
 
 from expertmesh.backends import tl, triton
 from expertmesh.kernels.grouped_gemm import matrix_tile
+from expertmesh.kernels.launch import launched
 
 _LOG2E: Any = tl.constexpr(math.log2(math.e))
 
@@ -93,7 +94,7 @@ def _attend(
     return acc, total, peak
 
 
-@triton.jit
+@launched
 def sink_forward(
     q, k, v, sinks, start, seen, whole, out, lse, num_rows, S, scale,
     NQ: tl.constexpr, NK: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
@@ -150,7 +151,7 @@ def _sum_dq(
     return acc
 
 
-@triton.jit
+@launched
 def sink_dq(
     q, k, v, sinks, start, seen, whole, out, dout, lse, delta, dq, dsinks, num_rows, S, scale,
     NQ: tl.constexpr, NK: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
@@ -220,7 +221,7 @@ def _sum_dkdv(
     return dk, dv
 
 
-@triton.jit
+@launched
 def sink_dkdv(
     q, dout, k, v, end, seen, lse, delta, dk_out, dv_out, num_rows, S, scale,
     NQ: tl.constexpr, NK: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,

@@ -20,6 +20,7 @@ import torch
 
 from expertmesh.backends import tl, triton
 from expertmesh.kernels.causal_conv import channels_last
+from expertmesh.kernels.launch import launched
 from expertmesh.kernels.rms_norm import sum_partials
 from expertmesh.kernels.ssd_forward import (
     TUNING,
@@ -36,7 +37,7 @@ from expertmesh.kernels.ssd_forward import (
 )
 
 
-@triton.jit
+@launched
 def _inputs(
     B_ptr, C_ptr, D_ptr, dy_ptr, dt_ptr, c_ptr, start_ptr, dstates_ptr, dx_ptr,
     S, H, groups, chunks, stride_b, stride_s, stride_dyb, stride_dys, stride_dxb, stride_dxs,
@@ -160,7 +161,7 @@ def _across(
     return dm
 
 
-@triton.jit
+@launched
 def _side(
     x_ptr, B_ptr, C_ptr, dy_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, dstates_ptr, dm_ptr,
     intra_ptr, inter_ptr, through_ptr, dD_ptr, S, H, groups, chunks,
@@ -208,7 +209,7 @@ def _side(
     tl.store(to, dm.to(dm_ptr.dtype.element_ty), (own < S)[:, None])
 
 
-@triton.jit
+@launched
 def _finish(
     raw_ptr, bias_ptr, A_ptr, dt_ptr, sums_ptr, through_ptr, dD_ptr, draw_ptr, partial_ptr, S, H, chunks, length,
     stride_b, stride_s, stride_db, stride_ds, low, high, BLOCKS: tl.constexpr,

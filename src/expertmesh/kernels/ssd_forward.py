@@ -7,6 +7,7 @@ import torch
 from expertmesh.backends import tl, triton
 from expertmesh.kernels.causal_conv import channels_last
 from expertmesh.kernels.grouped_gemm import dot_precision
+from expertmesh.kernels.launch import launched
 
 #: chunk: tokens between stored states, in every kernel. The others: rows of a program's tile (walk: of the state).
 TUNING: dict[str, Any] = {
@@ -47,7 +48,7 @@ def softplus(x):
     return tl.where(x > 20.0, x, small)
 
 
-@triton.jit
+@launched
 def _prepare(
     raw_ptr, bias_ptr, A_ptr, dt_ptr, c_ptr, S, H, chunks, stride_b, stride_s, low, high,
     Q: tl.constexpr, HEADS: tl.constexpr,
@@ -105,7 +106,7 @@ def _walk_chunks(
         state = tl.dot(tl.trans(v), m, state * carried, input_precision=PRECISION)
 
 
-@triton.jit
+@launched
 def _walk(
     x_ptr, B_ptr, dy_ptr, C_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, dstates_ptr, S, H, chunks,
     stride_b, stride_s, stride_dyb, stride_dys,
@@ -158,7 +159,7 @@ def row_at(ptr, first, stride, NUM: tl.constexpr):
     return ptr + first.to(tl.int64) * stride + tl.arange(0, NUM)[:, None] * stride
 
 
-@triton.jit
+@launched
 def _outputs(
     x_ptr, B_ptr, C_ptr, D_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, y_ptr, S, H, groups, chunks, stride_b, stride_s,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,

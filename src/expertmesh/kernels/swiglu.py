@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.launch import launched
 
 #: elements per program, and warps: two or one 16-byte loads of bfloat16 per thread and tensor
 TUNING = {"forward": {"elements": 2048, "num_warps": 4}, "backward": {"elements": 1024, "num_warps": 4}}
@@ -49,7 +50,7 @@ def _offsets(T, W, COL_BLOCKS, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr):
     return rows, cols, (rows < T) & (cols < W)
 
 
-@triton.jit
+@launched
 def _forward(
     gate_ptr, up_ptr, y_ptr, T, W, COL_BLOCKS, stride_gate, stride_up, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr
 ):
@@ -59,7 +60,7 @@ def _forward(
     tl.store(y_ptr + rows * W + cols, gate * tl.sigmoid(gate) * up, mask)
 
 
-@triton.jit
+@launched
 def _backward(
     gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr, T, W, COL_BLOCKS, stride_gate, stride_up, stride_dy,
     BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -117,7 +118,7 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
     return _ReLU2.apply(x) if use_triton(x) else F.relu(x).square()
 
 
-@triton.jit
+@launched
 def _relu2_forward(x_ptr, y_ptr, T, W, COL_BLOCKS, stride_x, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr):
     rows, cols, mask = _offsets(T, W, COL_BLOCKS, BLOCK_T, BLOCK_W)
     x = tl.load(x_ptr + rows * stride_x + cols, mask, other=0.0).to(tl.float32)
@@ -125,7 +126,7 @@ def _relu2_forward(x_ptr, y_ptr, T, W, COL_BLOCKS, stride_x, BLOCK_T: tl.constex
     tl.store(y_ptr + rows * W + cols, x * x, mask)
 
 
-@triton.jit
+@launched
 def _relu2_backward(
     x_ptr, dy_ptr, dx_ptr, T, W, COL_BLOCKS, stride_x, stride_dy, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr
 ):

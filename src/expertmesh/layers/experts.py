@@ -26,7 +26,7 @@ from expertmesh.kernels.grouped_down import down_dact
 from expertmesh.kernels.grouped_gemm import grouped_gemm
 from expertmesh.kernels.grouped_up import up_act
 from expertmesh.kernels.grouped_wgrad import grouped_sum, grouped_wgrad
-from expertmesh.kernels.grouping import Grouping, group_by_expert
+from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
 
 NAME = "expertmesh"
 
@@ -72,12 +72,13 @@ def experts_forward(
 ) -> torch.Tensor:
     """Output [T, H] of a Transformers experts module for hidden_states [T, H].
 
-    top_k_index: [T, K], an id equal to `experts.num_experts` marks a pair that is not computed here. top_k_weights:
+    top_k_index: [T, K], an id outside [0, `experts.num_experts`) marks a pair that is not computed here. top_k_weights:
     [T, K], any float type. Equals `grouped_mm_experts_forward` of Transformers; float32 sums, result in
     hidden_states' dtype. residual: T rows in any shape [..., H], added to the result, which then has its shape.
     """
     if why_not(experts) is not None:
-        out_TH = grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+        ids_TK = or_none(top_k_index, experts.num_experts)
+        out_TH = grouped_mm_experts_forward(experts, hidden_states, ids_TK, top_k_weights)
         return out_TH if residual is None else residual + out_TH.view(residual.shape)
     w_up = experts.gate_up_proj if experts.has_gate else experts.up_proj
     b_up = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
@@ -191,7 +192,7 @@ def _per_slot(
         return unsort(dweight_PS, group.position_TK, dtype)
     dweight_TK = unsort(dweight_PS, group.position_TK, torch.float32)
     dot_TE = (dout_TH @ b_down_EH.t()).float()
-    dot_TK = dot_TE.gather(1, ids_TK.clamp(max=b_down_EH.shape[0] - 1))
+    dot_TK = dot_TE.gather(1, ids_TK.clamp(0, b_down_EH.shape[0] - 1))
     return (dweight_TK + torch.where(group.position_TK >= 0, dot_TK, 0)).to(dtype)
 
 
@@ -200,7 +201,7 @@ def _bias_down_grad(
 ) -> torch.Tensor:
     """db [E, H] = Σ weight_tk · dout_t over the pairs of each expert, as one dense product with a [T, E+1] matrix."""
     spread_TE = weight_TK.new_zeros(ids_TK.shape[0], b_down_EH.shape[0] + 1, dtype=torch.float32)
-    spread_TE.scatter_add_(1, ids_TK, weight_TK.float())
+    spread_TE.scatter_add_(1, or_none(ids_TK, b_down_EH.shape[0]), weight_TK.float())
     return spread_TE[:, :-1].to(dout_TH.dtype).t() @ dout_TH
 
 

@@ -1,0 +1,101 @@
+"""A kernel that is launched again is found without Triton's own search, and only where that would find the same."""
+
+import pytest
+import torch
+
+from expertmesh.backends import TensorDescriptor
+from expertmesh.kernels import launch
+
+
+class Jit:
+    """In place of `triton.jit`'s: notes what is searched for, and what is launched."""
+
+    arg_names = ["x", "n", "eps", "WIDE", "BLOCK"]
+
+    def __init__(self):
+        self.searched, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def search(*arguments, **constants):
+            self.searched.append((grid, arguments, constants))
+            return self
+
+        return search
+
+    def compiled(self, grid):
+        return lambda *arguments: self.launched.append((grid, arguments))
+
+
+class Compiled(Jit):
+    def __getitem__(self, grid):
+        if len(grid) < 3:
+            return super().__getitem__(grid)
+        return self.compiled(grid)
+
+
+@pytest.fixture
+def jit(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return Compiled()
+
+
+def test_the_second_launch_needs_no_search_and_passes_constants_in_the_kernels_order(jit):
+    kernel, x, y = launch.Kernel(jit), torch.zeros(64), torch.ones(64)
+    kernel[(4,)](x, 64, 1e-6, BLOCK=8, WIDE=True, num_warps=4)
+    kernel[(2, 3)](y, 64, 1e-5, BLOCK=8, WIDE=True, num_warps=4)
+    assert len(jit.searched) == 1
+    ((grid, arguments),) = jit.launched
+    assert grid[:3] == (2, 3, 1) and arguments[0] is y and arguments[1:] == (64, 1e-5, True, 8)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (torch.zeros(64).double(), 64, 1e-6, True, 8, 4),
+        (torch.zeros(65)[1:], 64, 1e-6, True, 8, 4),  # starts elsewhere
+        (torch.nn.Parameter(torch.zeros(65))[1:], 64, 1e-6, True, 8, 4),
+        (None, 64, 1e-6, True, 8, 4),
+        (torch.zeros(64), 1, 1e-6, True, 8, 4),
+        (torch.zeros(64), True, 1e-6, True, 8, 4),
+        (torch.zeros(64), 64, 1, True, 8, 4),
+        (torch.zeros(64), 64, 1e-6, False, 8, 4),
+        (torch.zeros(64), 64, 1e-6, True, 16, 4),
+        (torch.zeros(64), 64, 1e-6, True, 8, 8),
+    ],
+)
+def test_whatever_triton_may_compile_differently_is_searched_for(jit, other):
+    kernel = launch.Kernel(jit)
+    for x, n, eps, wide, block, warps in [(torch.zeros(64), 64, 1e-6, True, 8, 4), other] * 2:
+        kernel[(4,)](x, n, eps, WIDE=wide, BLOCK=block, num_warps=warps)
+    assert len(jit.searched) == len(jit.launched) == 2
+
+
+def test_descriptors_of_other_tiles_or_sizes_are_searched_for(jit):
+    kernel, x, y = launch.Kernel(jit), torch.zeros(64, 64), torch.zeros(32, 64)
+    for matrix, block in ((x, [16, 16]), (x, [16, 32]), (y, [16, 16]), (torch.ones(64, 64), [16, 16])):
+        kernel[(4,)](TensorDescriptor.from_tensor(matrix, block), 64, 1e-6, WIDE=True, BLOCK=8)
+    assert len(jit.searched) == 3 and len(jit.launched) == 1
+
+
+def test_another_device_is_searched_for(jit, monkeypatch):
+    kernel = launch.Kernel(jit)
+    for device in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        kernel[(4,)](torch.zeros(64), 64, 1e-6, WIDE=True, BLOCK=8)
+    assert len(jit.searched) == 2
+
+
+def test_sizes_that_never_come_again_do_not_fill_the_memory(jit, monkeypatch):
+    monkeypatch.setattr(launch, "MOST", 8)
+    kernel = launch.Kernel(jit)
+    for n in range(2, 100):
+        kernel[(4,)](torch.zeros(64), n, 1e-6, WIDE=True, BLOCK=8)
+    assert len(kernel._known) <= 8 and len(jit.searched) == 98
+
+
+def test_an_interpreted_function_stays_as_it_is():
+    def add(x):
+        return x
+
+    kernel = launch.launched(add)
+    assert isinstance(kernel, launch.Kernel) == (type(launch.triton.jit(add)).__name__ == "JITFunction")
