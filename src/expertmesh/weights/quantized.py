@@ -68,6 +68,12 @@ _FLOATS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3
 _PAIRS = torch.stack([_FLOATS.repeat(16), _FLOATS.repeat_interleave(16)], dim=1)  # the two 4-bit floats of every byte
 
 
+def unpacked(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The bfloat16 weights [.., 32] that bytes [.., 16] and exponents [..] of MXFP4 stand for."""
+    power = torch.exp2(scales.float() - 127).bfloat16()
+    return _PAIRS.to(blocks.device)[blocks.int()].flatten(-2) * power[..., None]
+
+
 class MXFP4:
     """Weights [E, I, O] of experts in MXFP4, packed along I, as a bfloat16 tensor, exact, that is read when indexed.
 
@@ -90,8 +96,7 @@ class MXFP4:
         groups = slice(left // 32, -(-right // 32))
         for expert in range(len(result)):
             at = slice(first + expert, first + expert + 1), slice(top, bottom), groups
-            power = torch.exp2(self.scales[at].float() - 127).bfloat16()
-            weights = _PAIRS[self.blocks[at].int()].flatten(-2) * power[..., None]
+            weights = unpacked(self.blocks[at], self.scales[at])
             result[expert] = weights[0].flatten(-2)[:, left % 32 :][:, : right - left].t()
         return result
 

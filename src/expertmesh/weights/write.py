@@ -7,7 +7,7 @@ at a time and written by ranks in turn. In host memory a rank keeps one file of 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from expertmesh.weights import ranks
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+#: (name in the model, name on disk, weight) in, the tensors that are written for it out, by their names on disk
+Pack = Callable[[str, str, torch.Tensor], dict[str, torch.Tensor]]
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -41,10 +43,13 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
+def save_sharded(
+    model: PreTrainedModel, folder: str | Path, max_shard_size: int | str = "5GB", pack: Pack | None = None
+) -> None:
     """Write weights, index and configurations as `save_pretrained` does. Every rank must call it, on one file system.
 
     max_shard_size: the largest weights file, as "5GB" or in bytes, and about the host memory that a rank needs.
+    pack: what the tensors on disk are made of, if not the weights; it is also asked with meta tensors, for the plan.
     """
     folder = Path(folder)
     if ranks.rank() == 0:
@@ -52,7 +57,7 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
         for old in (*folder.glob("model*.safetensors"), *folder.glob(INDEX)):
             old.unlink()
     ranks.barrier()
-    export = Export(model, max_shard_size)
+    export = Export(model, max_shard_size, pack)
     for name, tensors in export.files():
         save_file(tensors, folder / name, metadata={"format": "pt"})
     export.write_json(folder)
@@ -73,8 +78,8 @@ class _Group:
 class Export:
     """Who writes which tensor of a model into which file. Made on every rank at the same time."""
 
-    def __init__(self, model: PreTrainedModel, max_shard_size: int | str = "5GB"):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, max_shard_size: int | str = "5GB", pack: Pack | None = None):
+        self.model, self.pack = model, pack
         self.state = _saved_state(model)
         self.groups, self.renamings = _groups(model, self.state)
         limit = _bytes(max_shard_size)
@@ -155,7 +160,8 @@ class Export:
         for key, value in transform.convert(group.target, model=self.model, config=self.model.config).items():
             if isinstance(transform, WeightConverter):
                 key = apply_renamings(_renumbered(key, transform, first), self.renamings)
-            yield key, value[0] if isinstance(value, list) else value
+            value = value[0] if isinstance(value, list) else value
+            yield from self.pack(group.sources[0][0], key, value).items() if self.pack else [(key, value)]
 
 
 def _saved_state(model: PreTrainedModel) -> dict[str, Any]:
