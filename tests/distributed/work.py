@@ -88,11 +88,11 @@ def reference(model: Any, dp_size: int, force: tuple[int, ...] | None) -> dict[s
     return {"loss": loss, "grads": {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}}
 
 
-def load(folder: Path, case: Case) -> tuple[Any, DistributedSetup]:
+def load(folder: Path, case: Case, dtype: torch.dtype = torch.float32) -> tuple[Any, DistributedSetup]:
     """The model laid out as the case says."""
     setup = DistributedSetup(**case.setup, activation_checkpointing=case.recompute)
     model = expertmesh.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, distributed_setup=setup, fused=case.fused
+        folder, dtype=dtype, distributed_setup=setup, fused=case.fused
     )
     force_choices(model.train(), case.force)
     return model, setup

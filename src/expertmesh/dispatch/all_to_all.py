@@ -10,7 +10,7 @@ forward, so the host waits exactly once per layer, for the counts, and not at al
 Registered in Transformers as the `ep_implementation` "expertmesh".
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from expertmesh.kernels.combine import combine
 from expertmesh.memory.recompute import kept
 
 NAME = "expertmesh"
+Splits = list[int] | None
 
 
 @contextmanager
@@ -42,20 +43,6 @@ def waiting(layer: str, group: dist.ProcessGroup) -> Iterator[None]:
             f"Rank {dist.get_rank()} waited in vain for the ranks {dist.get_process_group_ranks(group)} at {layer}. "
             f"One of them failed or got fewer batches: look at the first error of all."
         ) from error
-
-
-@dataclass(frozen=True)
-class _Exchange:
-    """The all-to-all of rows between the ranks of `group`, for the experts `layer`."""
-
-    group: dist.ProcessGroup
-    layer: str
-
-    def __call__(
-        self, to: torch.Tensor, rows: torch.Tensor, recv: list[int] | None = None, send: list[int] | None = None
-    ) -> None:
-        with waiting(self.layer, self.group):
-            dist.all_to_all_single(to, rows, recv, send, self.group)
 
 
 @dataclass(frozen=True)
@@ -92,12 +79,12 @@ class AllToAll(EPImplementation):
         return _all_rows(self._run(*mine), self.tp_mesh, hidden_states.shape)
 
     def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        exchange, experts_per_rank = _Exchange(self.ep_mesh.get_group(), self.layer), self.num_local_experts
+        experts_per_rank = self.num_local_experts
         packed: list[torch.Tensor] = []
 
         def decide() -> _Journey:
             routes = routes_of(ids_TK, self.ep_mesh.size(), experts_per_rank)
-            counts = _Counts(routes.count_R, exchange)
+            counts = _Counts(routes.count_R, self._exchange)
             packed.extend(_pack(x_TH, weight_TK, routes, experts_per_rank))  # the device's work while counts travel
             send, recv = counts.wait()
             return _Journey(ids_TK, routes.first(sum(send)), send, recv)
@@ -105,15 +92,20 @@ class AllToAll(EPImplementation):
         journey = kept(decide)
         if not packed:  # a recompute: nothing was decided anew
             packed.extend(_pack(x_TH, weight_TK, journey.routes, experts_per_rank))
-        x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, *packed, journey, exchange, experts_per_rank)
+        x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, *packed, journey, self._exchange, experts_per_rank)
         y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
-        return _Combine.apply(y_MH, journey, exchange)
+        return _Combine.apply(y_MH, journey, self._exchange)
+
+    def _exchange(self, to: torch.Tensor, rows: torch.Tensor, recv: Splits = None, send: Splits = None) -> None:
+        group = self.ep_mesh.get_group()
+        with waiting(self.layer, group):
+            dist.all_to_all_single(to, rows, recv, send, group)
 
 
 class _Counts:
     """The all-to-all of row counts: under way once made, on the host after `wait`."""
 
-    def __init__(self, count_R: torch.Tensor, exchange: _Exchange) -> None:
+    def __init__(self, count_R: torch.Tensor, exchange: Callable) -> None:
         both = torch.stack([count_R, torch.zeros_like(count_R)])
         exchange(both[1], both[0])
         self._event: torch.cuda.Event | None = None
@@ -147,7 +139,9 @@ class _Dispatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH, weight_TK, x_NH, meta_NK2, journey: _Journey, exchange, experts_per_rank: int):
+    def forward(
+        ctx: Any, x_TH, weight_TK, x_NH, meta_NK2, journey: _Journey, exchange: Callable, experts_per_rank: int
+    ):
         ctx.journey, ctx.exchange = journey, exchange
         ctx.experts_per_rank, ctx.weight_dtype = experts_per_rank, weight_TK.dtype
         num_sent, num_rows, top_k = sum(journey.send), sum(journey.recv), weight_TK.shape[1]
@@ -178,7 +172,7 @@ class _Combine(torch.autograd.Function):
     """The experts' rows [M, H] → every token's sum over the ranks that it went to [T, H]."""
 
     @staticmethod
-    def forward(ctx: Any, y_MH, journey: _Journey, exchange: _Exchange):
+    def forward(ctx: Any, y_MH, journey: _Journey, exchange: Callable):
         ctx.journey, ctx.exchange = journey, exchange
         return combine(_back(y_MH, journey, exchange), journey.routes.position_TR)
 
@@ -198,7 +192,7 @@ def _room_for(num_rows: int, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(num_rows, like.shape[1]) if num_rows else like.new_zeros(1, like.shape[1])
 
 
-def _back(rows_MH: torch.Tensor, journey: _Journey, exchange: _Exchange) -> torch.Tensor:
+def _back(rows_MH: torch.Tensor, journey: _Journey, exchange: Callable) -> torch.Tensor:
     """Rows at the experts' ranks → rows at their tokens' ranks [N, H]."""
     rows_NH = rows_MH.new_empty(sum(journey.send), rows_MH.shape[1])
     exchange(rows_NH, rows_MH[: sum(journey.recv)].contiguous(), journey.send, journey.recv)
