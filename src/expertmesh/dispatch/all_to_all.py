@@ -139,9 +139,7 @@ class _Dispatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TH, weight_TK, x_NH, meta_NK2, journey: _Journey, exchange: Callable, experts_per_rank: int
-    ):
+    def forward(ctx: Any, x_TH, weight_TK, x_NH, meta_NK2, journey: _Journey, exchange, experts_per_rank: int):
         ctx.journey, ctx.exchange = journey, exchange
         ctx.experts_per_rank, ctx.weight_dtype = experts_per_rank, weight_TK.dtype
         num_sent, num_rows, top_k = sum(journey.send), sum(journey.recv), weight_TK.shape[1]
