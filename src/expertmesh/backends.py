@@ -62,6 +62,11 @@ def has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
+def deep_ep() -> Any:
+    """The package deep_ep. Raises ImportError, OSError or AssertionError, as its import does, where it cannot run."""
+    return importlib.import_module("deep_ep")
+
+
 def has_onednn() -> bool:
     """True when this PyTorch has oneDNN's float32 linear operator, and the user has not switched oneDNN off."""
     onednn: Any = torch.backends.mkldnn
@@ -104,6 +109,7 @@ _PACKAGES = (
     Backend(
         "liger-kernel", None, "fused norms and MLPs of models without experts, on GPUs", "such models run as stock"
     ),
+    Backend("deep_ep", None, "`dispatch='deepep'`", "the other ways between GPUs, which need no package"),
     Backend("accelerate", None, "transformers' Trainer", "no `expertmesh train`"),
     Backend("trl", None, "`expertmesh train` (SFTTrainer)", "no `expertmesh train`"),
     Backend("peft", None, "LoRA", "full fine-tuning only"),

@@ -295,7 +295,14 @@ def test_rows_are_pushed_only_where_they_are_needed_and_nothing_else_is_read(num
 
 def test_a_rank_that_never_arrives_is_an_error_that_names_who_waited(tmp_path):
     said, _ = on_ranks(2, work.never_arrives, 2.0, tmp_path)
-    assert said.startswith("Rank 0 waited in vain for the ranks [0, 1]")
+    assert said.startswith("Rank 0 waited in vain for the ranks [0, 1] at layer 1.")
+
+
+@pytest.mark.parametrize(("dispatch", "layer"), [("all_to_all", 2), ("gather", 0)])
+def test_the_layer_where_a_rank_never_arrives_is_named(tmp_path, dispatch, layer):
+    case, name = Case({"ep_size": 2, "dispatch": dispatch}), f"model.layers.{layer}.mlp.experts"
+    said, _ = on_ranks(2, work.never_arrives_at_a_layer, saved("qwen3_moe"), case, name, 3.0, tmp_path)
+    assert said.startswith(f"Rank 0 waited in vain for the ranks [0, 1] at {name}. One of them failed")
 
 
 @pytest.mark.slow

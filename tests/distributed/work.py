@@ -89,11 +89,11 @@ def reference(model: Any, dp_size: int, force: tuple[int, ...] | None) -> dict[s
     return {"loss": loss, "grads": {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}}
 
 
-def load(folder: Path, case: Case) -> tuple[Any, DistributedSetup]:
+def load(folder: Path, case: Case, dtype: torch.dtype = torch.float32) -> tuple[Any, DistributedSetup]:
     """The model laid out as the case says."""
     setup = DistributedSetup(**case.setup, activation_checkpointing=case.recompute)
     model = expertmesh.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, distributed_setup=setup, fused=case.fused
+        folder, dtype=dtype, distributed_setup=setup, fused=case.fused
     )
     force_choices(model.train(), case.force)
     return model, setup
@@ -428,7 +428,7 @@ def never_arrives(rank: int, seconds: float, folder: Path) -> str:
     """What rank 0 says when rank 1 does not come to the experts within the timeout."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
     hosts = links.hosts(dist.group.WORLD)
-    assert gather.most_tokens(3 + rank, dist.group.WORLD) == 4
+    assert gather.most_tokens(3 + rank, dist.group.WORLD, "layer 0") == 4
     told = folder / "told"
     if rank == 1:
         while not told.exists():
@@ -436,9 +436,35 @@ def never_arrives(rank: int, seconds: float, folder: Path) -> str:
         return ""
     begin = time.monotonic()
     try:
-        gather.most_tokens(3, dist.group.WORLD)
+        gather.most_tokens(3, dist.group.WORLD, "layer 1")
     except RuntimeError as error:
         assert hosts is links.hosts(dist.group.WORLD) and time.monotonic() - begin < 10 * seconds
+        return str(error)
+    finally:
+        told.touch()
+    return "no error"
+
+
+def never_arrives_at_a_layer(rank: int, model: Path, case: Case, layer: str, seconds: float, folder: Path) -> str:
+    """What rank 0 says in a forward when rank 1 comes as far as the experts `layer`, but not into them."""
+    dist.init_process_group("gloo")
+    laid_out, setup = load(model, case)
+    told = folder / "told"
+
+    def stay_away(*_: Any) -> None:
+        while not told.exists():
+            time.sleep(0.05)
+        raise InterruptedError
+
+    if rank == 1:
+        laid_out.get_submodule(layer).register_forward_pre_hook(stay_away)
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+    try:
+        loss_of(laid_out, setup, rank)
+    except InterruptedError:
+        return ""
+    except RuntimeError as error:
         return str(error)
     finally:
         told.touch()

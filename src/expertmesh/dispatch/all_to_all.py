@@ -10,6 +10,8 @@ forward, so the host waits exactly once per layer, for the counts, and not at al
 Registered in Transformers as the `ep_implementation` "expertmesh".
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,23 @@ from expertmesh.kernels.combine import combine
 from expertmesh.memory.recompute import kept
 
 NAME = "expertmesh"
+Splits = list[int] | None
+
+
+@contextmanager
+def waiting(layer: str, group: dist.ProcessGroup) -> Iterator[None]:
+    """Within: these ranks exchange something for the experts `layer`; a RuntimeError then says who waited, and there.
+
+    So do the backends that raise, as gloo does after the group's timeout. NCCL's exchanges only start here: if a rank
+    does not come, its watchdog ends the process, and tells the rank and the exchange, but not the layer.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Rank {dist.get_rank()} waited in vain for the ranks {dist.get_process_group_ranks(group)} at {layer}. "
+            f"One of them failed or got fewer batches: look at the first error of all."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -45,6 +64,10 @@ class AllToAll(EPImplementation):
 
     num_local_experts: Any
 
+    def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.layer = getattr(experts, "full_name", "some experts")  # as `lean_layout` has noted it
+
     @torch.compiler.disable
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -56,12 +79,12 @@ class AllToAll(EPImplementation):
         return _all_rows(self._run(*mine), self.tp_mesh, hidden_states.shape)
 
     def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        group, experts_per_rank = self.ep_mesh.get_group(), self.num_local_experts
+        experts_per_rank = self.num_local_experts
         packed: list[torch.Tensor] = []
 
         def decide() -> _Journey:
             routes = routes_of(ids_TK, self.ep_mesh.size(), experts_per_rank)
-            counts = _Counts(routes.count_R, group)
+            counts = _Counts(routes.count_R, self._exchange)
             packed.extend(_pack(x_TH, weight_TK, routes, experts_per_rank))  # the device's work while counts travel
             send, recv = counts.wait()
             return _Journey(ids_TK, routes.first(sum(send)), send, recv)
@@ -69,17 +92,22 @@ class AllToAll(EPImplementation):
         journey = kept(decide)
         if not packed:  # a recompute: nothing was decided anew
             packed.extend(_pack(x_TH, weight_TK, journey.routes, experts_per_rank))
-        x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, *packed, journey, group, experts_per_rank)
+        x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, *packed, journey, self._exchange, experts_per_rank)
         y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
-        return _Combine.apply(y_MH, journey, group)
+        return _Combine.apply(y_MH, journey, self._exchange)
+
+    def _exchange(self, to: torch.Tensor, rows: torch.Tensor, recv: Splits = None, send: Splits = None) -> None:
+        group = self.ep_mesh.get_group()
+        with waiting(self.layer, group):
+            dist.all_to_all_single(to, rows, recv, send, group)
 
 
 class _Counts:
     """The all-to-all of row counts: under way once made, on the host after `wait`."""
 
-    def __init__(self, count_R: torch.Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, count_R: torch.Tensor, exchange: Callable) -> None:
         both = torch.stack([count_R, torch.zeros_like(count_R)])
-        dist.all_to_all_single(both[1], both[0], group=group)
+        exchange(both[1], both[0])
         self._event: torch.cuda.Event | None = None
         self._host = both
         if both.is_cuda:
@@ -111,16 +139,16 @@ class _Dispatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH, weight_TK, x_NH, meta_NK2, journey: _Journey, group, experts_per_rank: int):
-        ctx.journey, ctx.group = journey, group
+    def forward(ctx: Any, x_TH, weight_TK, x_NH, meta_NK2, journey: _Journey, exchange, experts_per_rank: int):
+        ctx.journey, ctx.exchange = journey, exchange
         ctx.experts_per_rank, ctx.weight_dtype = experts_per_rank, weight_TK.dtype
         num_sent, num_rows, top_k = sum(journey.send), sum(journey.recv), weight_TK.shape[1]
         x_MH = _room_for(num_rows, x_NH)
         meta_MK2 = _room_for(num_rows, meta_NK2)
         if num_rows == 0:
             meta_MK2[:, :top_k] = experts_per_rank
-        dist.all_to_all_single(meta_MK2[:num_rows], meta_NK2[:num_sent], journey.recv, journey.send, group)
-        dist.all_to_all_single(x_MH[:num_rows], x_NH[:num_sent], journey.recv, journey.send, group)
+        exchange(meta_MK2[:num_rows], meta_NK2[:num_sent], journey.recv, journey.send)
+        exchange(x_MH[:num_rows], x_NH[:num_sent], journey.recv, journey.send)
         ids_MK = meta_MK2[:, :top_k].long()
         ctx.mark_non_differentiable(ids_MK)
         return x_MH, meta_MK2[:, top_k:].contiguous().view(torch.float32), ids_MK
@@ -130,11 +158,11 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, dx_MH, dweight_MK, _):
         journey, dx_TH, dweight_TK = ctx.journey, None, None
         if ctx.needs_input_grad[1]:
-            dweight_NK = _back(dweight_MK, journey, ctx.group)
+            dweight_NK = _back(dweight_MK, journey, ctx.exchange)
             row_TK = owners_rows(journey.routes, journey.ids_TK, ctx.experts_per_rank)
             dweight_TK = dweight_NK.gather(0, row_TK).to(ctx.weight_dtype)
         if ctx.needs_input_grad[0]:
-            dx_TH = combine(_back(dx_MH, journey, ctx.group), journey.routes.position_TR)
+            dx_TH = combine(_back(dx_MH, journey, ctx.exchange), journey.routes.position_TR)
         return dx_TH, dweight_TK, None, None, None, None, None
 
 
@@ -142,9 +170,9 @@ class _Combine(torch.autograd.Function):
     """The experts' rows [M, H] → every token's sum over the ranks that it went to [T, H]."""
 
     @staticmethod
-    def forward(ctx: Any, y_MH, journey: _Journey, group):
-        ctx.journey, ctx.group = journey, group
-        return combine(_back(y_MH, journey, group), journey.routes.position_TR)
+    def forward(ctx: Any, y_MH, journey: _Journey, exchange: Callable):
+        ctx.journey, ctx.exchange = journey, exchange
+        return combine(_back(y_MH, journey, exchange), journey.routes.position_TR)
 
     @staticmethod
     @once_differentiable
@@ -153,7 +181,7 @@ class _Combine(torch.autograd.Function):
         num_rows = sum(journey.recv)
         dy_NH = dout_TH[journey.routes.token_N]
         dy_MH = _room_for(num_rows, dy_NH)
-        dist.all_to_all_single(dy_MH[:num_rows], dy_NH, journey.recv, journey.send, ctx.group)
+        ctx.exchange(dy_MH[:num_rows], dy_NH, journey.recv, journey.send)
         return dy_MH, None, None
 
 
@@ -162,10 +190,10 @@ def _room_for(num_rows: int, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(num_rows, like.shape[1]) if num_rows else like.new_zeros(1, like.shape[1])
 
 
-def _back(rows_MH: torch.Tensor, journey: _Journey, group: dist.ProcessGroup) -> torch.Tensor:
+def _back(rows_MH: torch.Tensor, journey: _Journey, exchange: Callable) -> torch.Tensor:
     """Rows at the experts' ranks → rows at their tokens' ranks [N, H]."""
     rows_NH = rows_MH.new_empty(sum(journey.send), rows_MH.shape[1])
-    dist.all_to_all_single(rows_NH, rows_MH[: sum(journey.recv)].contiguous(), journey.send, journey.recv, group)
+    exchange(rows_NH, rows_MH[: sum(journey.recv)].contiguous(), journey.send, journey.recv)
     return rows_NH
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
-from expertmesh.dispatch.all_to_all import AllToAll
+from expertmesh.dispatch.all_to_all import AllToAll, waiting
 from expertmesh.dispatch.handoff import Handoff, offered
 from expertmesh.dispatch.links import Link, hosts, link_of
 from expertmesh.memory.recompute import kept
@@ -33,11 +33,14 @@ class Gather(AllToAll):
     """The experts of one layer, spread over the ranks of `ep_mesh`; slices of a tensor-parallel group as there."""
 
     def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        return self._through(link_of(self.ep_mesh.get_group()), x_TH, ids_TK, weight_TK)
+        group = self.ep_mesh.get_group()
+        with waiting(self.layer, group):  # the first time, the ranks meet
+            link = link_of(group)
+        return self._through(link, x_TH, ids_TK, weight_TK)
 
     def _through(self, link: Link, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         group, experts_per_rank = self.ep_mesh.get_group(), self.num_local_experts
-        rows = kept(lambda: most_tokens(len(x_TH), group))
+        rows = kept(lambda: most_tokens(len(x_TH), group, self.layer))
         num_experts, handoff = self.ep_mesh.size() * experts_per_rank, Handoff(link)
         x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, rows, num_experts, handoff)
         # this rank's experts become 0, 1, …; all others', and the padding, something else
@@ -60,10 +63,11 @@ def one_forward() -> Iterator[None]:
         _agreed.reset(token)
 
 
-def most_tokens(num_tokens: int, group: dist.ProcessGroup) -> int:
+def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
     """The largest number of tokens that any rank of the group has, at least 1; the hosts ask each other.
 
-    Raises RuntimeError if a rank does not answer within the group's timeout.
+    Raises RuntimeError, with this rank and the layer, if a rank does not answer within the group's timeout. In one
+    forward that is the first layer that asks.
     """
     agreed = _agreed.get()
     if agreed is not None and group in agreed:
@@ -75,13 +79,8 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup) -> int:
             )
         return most
     answer = torch.tensor([max(num_tokens, 1)])
-    try:
+    with waiting(layer, group):
         dist.all_reduce(answer, dist.ReduceOp.MAX, group=hosts(group))
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"Rank {dist.get_rank()} waited in vain for the ranks {dist.get_process_group_ranks(group)} to reach the "
-            f"experts of the same forward. One of them failed or got fewer batches: look at the first error of all."
-        ) from error
     most = int(answer)
     if agreed is not None:
         agreed[group] = num_tokens, most

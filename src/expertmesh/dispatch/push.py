@@ -21,7 +21,7 @@ import torch.distributed as dist
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from expertmesh import backends
-from expertmesh.dispatch.all_to_all import AllToAll
+from expertmesh.dispatch.all_to_all import AllToAll, waiting
 from expertmesh.dispatch.gather import Gather
 from expertmesh.dispatch.links import Mailboxes, link_of
 from expertmesh.kernels.combine import combine
@@ -34,9 +34,11 @@ class Push(Gather):
     """The experts of one layer, spread over the ranks of `ep_mesh`; slices of a tensor-parallel group as there."""
 
     def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        boxes = link_of(self.ep_mesh.get_group())
+        group = self.ep_mesh.get_group()
+        with waiting(self.layer, group):
+            boxes = link_of(group)
         if not isinstance(boxes, Mailboxes):
-            _tell_of_all_to_all(self.ep_mesh.get_group())
+            _tell_of_all_to_all(group)
             return AllToAll._run(self, x_TH, ids_TK, weight_TK)
         return self._through(Pushed(boxes, self.num_local_experts), x_TH, ids_TK, weight_TK)
 

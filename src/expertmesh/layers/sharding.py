@@ -33,7 +33,11 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
     if (layout.ep_size or 1) == 1:
         yield
         return
-    experts = [module for module in model.modules() if hasattr(module, "is_concatenated")]
+    experts = []
+    for name, module in model.named_modules():
+        if hasattr(module, "is_concatenated"):
+            module.full_name = name  # for the errors of a dispatch
+            experts.append(module)
     whole = layout.efsdp_size == 1 and layout.dp_replicate_size == 1 and all(map(divides_gradients, experts))
     ours = {id(module) for module in experts} if whole else set()
     layers = _layers_to_stay(model)
