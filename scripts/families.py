@@ -48,7 +48,7 @@ WHAT = {
     "qk_norm_rope": "norms of each query and key head and RoPE in one kernel",
     "rope": "RoPE in one kernel, where neither of the two above applies",
     "sink_attention": "attention with sinks, full and sliding, without a mask in memory, and its RoPE",
-    "add_norm": "residual adds inside the norm behind attention and inside the experts' last kernel",
+    "add_norm": "residual adds inside the norm behind attention and inside the experts' last kernel or product",
     "mamba2": "Mamba2's convolution, scan and gated norm in Triton, packed documents kept apart",
     "linear_cross_entropy": "the loss from hidden states; logits are never held in training",
 }

@@ -226,6 +226,21 @@ def test_a_recompute_sends_rows_but_does_not_ask_for_counts_again():
             assert count["rows"] >= (8 if recompute else 6) * num_moe_layers
 
 
+@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "push"])
+def test_rows_of_experts_in_a_latent_width_travel_in_it(dispatch, tmp_path):
+    config = tiny.tiny_config("nemotron_h")
+    latent, top_k = config.moe_latent_size, config.num_experts_per_tok
+    besides = {2 * top_k, top_k} if dispatch == "all_to_all" else {top_k}  # ids and weights, and these' gradients
+    assert on_ranks(2, work.widths, saved("nemotron_h"), dispatch, tmp_path) == [{latent} | besides] * 2
+
+
+def test_adapters_around_experts_in_a_latent_width_get_the_gradients_of_one_process():
+    want = work.reference(work.adapt(load_stock("nemotron_h")), 2, None)["grads"]
+    want = {name: grad for name, grad in want.items() if "lora" in name}
+    for grads in on_ranks(2, work.adapters, saved("nemotron_h"), Case({"ep_size": 2}, recompute=True)):
+        assert len(grads) == 8 and work.worst(grads, want)[0] <= TOLERANCE
+
+
 def test_from_config_draws_the_same_weights_under_every_layout():
     layouts = [{}, {"ep_size": 4}, {"ep_size": 2}, {"tp_size": 2, "ep_size": 2}, {"dp_replicate_size": 2}]
     made = on_ranks(4, work.initialised, "nemotron_h", [Case(layout) for layout in layouts])

@@ -220,6 +220,25 @@ def interleaved(rank: int, folders: list[Path], case: Case, references: list[Pat
     return errors
 
 
+def adapt(model: Any) -> Any:
+    """The same adapters on every rank, on the projections around experts in a latent width."""
+    from peft import LoraConfig, inject_adapter_in_model  # other ranks need not load it
+
+    targets = ["fc1_latent_proj", "fc2_latent_proj"]
+    torch.manual_seed(1)
+    return inject_adapter_in_model(LoraConfig(target_modules=targets, init_lora_weights=False), model)
+
+
+def adapters(rank: int, folder: Path, case: Case) -> dict[str, torch.Tensor]:
+    """The adapters' gradients, averaged over the ranks."""
+    model, setup = load(folder, case)
+    loss_of(adapt(model), setup, rank).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if "lora" in n}
+    for grad in grads.values():
+        dist.all_reduce(grad)
+    return {n: grad / dist.get_world_size() for n, grad in grads.items()}
+
+
 def exchanges(rank: int, folder: Path, case: Case) -> dict[str, int]:
     """How often a forward and a backward exchange row counts, and anything else."""
     model, setup = load(folder, case)
@@ -235,6 +254,27 @@ def exchanges(rank: int, folder: Path, case: Case) -> dict[str, int]:
     finally:
         dist.all_to_all_single = real
     return count
+
+
+def widths(rank: int, folder: Path, dispatch: str, boxes: Path) -> set[int]:
+    """The widths of all tables that the experts of one rank exchange in a forward and a backward."""
+    if dispatch != "all_to_all":
+        open_memory({"gather": gather, "push": push}[dispatch], boxes)
+    model, setup = load(folder, Case({"ep_size": 2, "dispatch": dispatch}))
+    seen: set[int] = set()
+    all_to_all, begin = dist.all_to_all_single, Mailboxes.begin
+
+    def sends(output: torch.Tensor, rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.update(table.shape[1] for table in (output, rows) if table.ndim > 1)
+        return all_to_all(output, rows, *args, **kwargs)
+
+    def begins(self: Mailboxes, parts: list[torch.Tensor], pieces: int) -> Any:
+        seen.update(part.shape[1] for part in parts)
+        return begin(self, parts, pieces)
+
+    with mock.patch.object(dist, "all_to_all_single", sends), mock.patch.object(Mailboxes, "begin", begins):
+        loss_of(model, setup, rank).backward()
+    return seen
 
 
 def initialised(rank: int, family: str, cases: list[Case], tied: bool = False) -> list[dict[str, torch.Tensor]]:

@@ -4,7 +4,9 @@ decoder layer   in backward the norm adds the residual connection's gradient    
 mixer of a layer, one of
   Mamba2        convolution, scan and gated norm in Triton; packed documents kept apart          here
   attention     no RoPE, no q/k-norm; packed documents by variable length                       every family
-  experts       relu^2, not gated; around them, in Super and Ultra, projections to and from the latent width
+  experts       relu^2, not gated; in Super and Ultra in a latent width, which is all that travels between ranks
+  block         residual and shared expert are added where the experts' rows are summed, or where these are projected
+                back from the latent width                                                       here
   router        sigmoid, correction bias, limited groups in one kernel                          generic
   MLP           relu^2 in one kernel (dense and shared experts)                                 here
 norms           float32 weight                                                                  generic
@@ -15,10 +17,9 @@ mtp             loaded, trained, saved                                          
 from typing import Any
 
 from expertmesh.families.rules import Rule, fingerprint
-from expertmesh.layers.hybrid import FastNemotronHBlock, why_not_latent
+from expertmesh.layers.hybrid import FastNemotronHBlock, FastNemotronHMoEBlock
 from expertmesh.layers.mamba2 import FastMamba2Mixer, why_not_mamba2
 from expertmesh.layers.mlp import FastReLU2MLP, why_not_relu2
-from expertmesh.layers.moe import FastSharedMoEBlock
 
 #: `NemotronHRMSNormGated` of Transformers, and all its namesakes
 GATED_NORM = "64ad4957826b"
@@ -41,12 +42,6 @@ RULES = (
         why_not=_why_not,
     ),
     Rule("add_norm", FastNemotronHBlock, like=("nemotron_h.NemotronHBlock",), code=("6901db2d3275",)),
-    Rule(
-        "add_norm",
-        FastSharedMoEBlock,
-        like=("nemotron_h.NemotronHMoE",),
-        code=("583798ea34f9",),
-        why_not=why_not_latent,
-    ),
+    Rule("add_norm", FastNemotronHMoEBlock, like=("nemotron_h.NemotronHMoE",), code=("583798ea34f9",)),
     Rule("swiglu", FastReLU2MLP, like=("nemotron_h.NemotronHMLP",), code=("d4bf579a3de9",), why_not=why_not_relu2),
 )

@@ -2,9 +2,10 @@
 
     dā_s = dout_t(s) · W_downᵀ,  dweight_s = ⟨dā_s, a_s⟩,                 a_s from h_s again
     dh_s = activation'(h_s) · weight_s · dā_s,  and weight_s · a_s for the down-projection's weight gradient
+    db_e = Σ_s dh_s                             the gradient of the up-projection's bias
 
 Rows of dout are read by index, so no permuted copy of it is ever stored, and the routing weight's gradient costs no
-pass of its own (SonicMoE's observation, arXiv:2512.14080).
+pass of its own (SonicMoE's observation, arXiv:2512.14080), nor does the bias': each tile sums its rows of dh.
 """
 
 import torch
@@ -23,6 +24,7 @@ from expertmesh.kernels.grouped_gemm import (
     weight_tiles,
 )
 from expertmesh.kernels.grouped_up import layout
+from expertmesh.kernels.grouped_wgrad import grouped_sum
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched
 
@@ -34,20 +36,23 @@ def down_dact(
     weight_S: torch.Tensor,
     group: Grouping,
     act: Activation,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dh [S, J], weight·a [S, I], dweight [P, S] float32) from the gradient dout [T, H] of the combined output.
+    has_bias: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dh [S, J], weight·a [S, I], dweight [P, S] float32, db [E, J] if `has_bias`) from the gradient dout [T, H] of
+    the combined output.
 
     w_EHI: the down-projections [E, I, H] transposed. weight_S: routing weights in sorted order. `dweight` leaves out
     the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to
     the end of its last row tile, are zero: `grouped_wgrad` reads them.
     """
     if not use_triton(dout_TH):
-        return down_dact_reference(dout_TH, w_EHI, h_SJ, weight_S, group, act)
+        return down_dact_reference(dout_TH, w_EHI, h_SJ, weight_S, group, act, has_bias)
     if act.kind == "custom":
         da_SI = grouped_gemm(dout_TH[group.token_S.long()], w_EHI, group)
         mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
-        return _dact_rows(torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0), weight_S, act)
-    return _down_dact_triton(dout_TH, w_EHI, h_SJ, weight_S, group, act)
+        da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
+        return _dact_rows(da_SI, h_SJ, weight_S, group, act, has_bias)
+    return _down_dact_triton(dout_TH, w_EHI, h_SJ, weight_S, group, act, has_bias)
 
 
 def down_dact_reference(
@@ -57,18 +62,20 @@ def down_dact_reference(
     weight_S: torch.Tensor,
     group: Grouping,
     act: Activation,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    has_bias: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The specification of `down_dact`."""
     da_SI = grouped_gemm_reference(dout_TH, w_EHI, group, gather=True)
-    return _dact_rows(da_SI, h_SJ, weight_S, act)
+    return _dact_rows(da_SI, h_SJ, weight_S, group, act, has_bias)
 
 
 def _dact_rows(
-    da_SI: torch.Tensor, h_SJ: torch.Tensor, weight_S: torch.Tensor, act: Activation
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    da_SI: torch.Tensor, h_SJ: torch.Tensor, weight_S: torch.Tensor, group: Grouping, act: Activation, has_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     weight_S1 = weight_S[:, None].to(da_SI.dtype)
     a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
-    return dh_SJ, weight_S1 * a_SI, da_SI.float().mul_(a_SI).sum(-1)[None]
+    db_EJ = grouped_sum(dh_SJ, group) if has_bias else None
+    return dh_SJ, weight_S1 * a_SI, da_SI.float().mul_(a_SI).sum(-1)[None], db_EJ
 
 
 def _down_dact_triton(
@@ -78,16 +85,19 @@ def _down_dact_triton(
     weight_S: torch.Tensor,
     group: Grouping,
     act: Activation,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    has_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     assert group.tiles is not None and dout_TH.stride(1) == 1
     num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
     config = tile_config(dout_TH, group.block, stages=4)
-    if act.interleaved:  # pulling gate and up apart takes registers
+    if act.interleaved or has_bias:  # pulling gate and up apart takes registers, and so do sums
         config["BN"] = min(config["BN"], 128)
     w_tiles, transposed = weight_tiles(w_EHI, config["BK"], config["BN"])
     dh_SJ, wa_SI = torch.empty_like(h_SJ), dout_TH.new_empty(num_rows, width)
     # one partial sum per column tile: adding them afterwards keeps the result deterministic
     dweight_PS = torch.empty(triton.cdiv(width, config["BN"]), num_rows, dtype=torch.float32, device=dout_TH.device)
+    # and likewise one of dh per row tile
+    db_MJ = dweight_PS.new_empty(group.tiles[0].numel(), h_SJ.shape[1]) if has_bias else None
     num_programs = programs(dout_TH.device)
     _down_dact_kernel[(num_programs,)](
         dout_TH,
@@ -98,6 +108,7 @@ def _down_dact_triton(
         dh_SJ,
         wa_SI,
         dweight_PS,
+        db_MJ,
         *group.tiles,
         group.offsets_E,
         w_EHI.shape[0],
@@ -115,9 +126,11 @@ def _down_dact_triton(
         BM=group.block,
         PRECISION=dot_precision(dout_TH.dtype),
         EVEN=num_inner % config["BK"] == 0,
+        HAS_BIAS=has_bias,
         **config,
     )
-    return dh_SJ, wa_SI, dweight_PS
+    db_EJ = None if db_MJ is None else grouped_sum(db_MJ, group, h_SJ.dtype, tile=group.block)
+    return dh_SJ, wa_SI, dweight_PS, db_EJ
 
 
 @launched
@@ -130,6 +143,7 @@ def _down_dact_kernel(
     dh,
     wa,
     dweight,
+    db,
     tile_expert,
     tile_row,
     num_tiles,
@@ -151,6 +165,7 @@ def _down_dact_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     column_tiles = tl.cdiv(width, BN)
     work = tl.load(num_tiles) * column_tiles
@@ -172,31 +187,34 @@ def _down_dact_kernel(
         row = begin + tl.arange(0, BM)
         in_group = row < end
         scale = tl.load(weight + row, mask=in_group, other=0.0).to(tl.float32)
+        WIDE: tl.constexpr = 1 if LAYOUT == "single" else 2
+        tile_db = db
+        if HAS_BIAS:
+            tile_db += tile.to(tl.int64) * WIDE * width
         # in pieces: the epilogue of the whole tile would not fit into the registers
-        PART: tl.constexpr = BN // 4 if BN == 256 else BN // 2
+        PART: tl.constexpr = BN // 4 if HAS_BIAS or BN == 256 else BN // 2
         left, right = _halves(da, BM, BN)
         partial = tl.zeros((BM,), tl.float32)
-        if BN == 256:
+        if PART < BN // 2:
             for half in tl.static_range(2):
                 near, far = _halves(left if half == 0 else right, BM, BN // 2)
                 for quarter in tl.static_range(2):
                     piece = near if quarter == 0 else far
                     at = first + (2 * half + quarter) * PART
                     partial += _finish_dact(
-                        piece, row, in_group, scale, at, h, dh, wa, width, alpha, limit, LAYOUT, KIND, BM, PART
+                        piece, row, in_group, scale, at, h, dh, wa, tile_db, width, alpha, limit, LAYOUT, KIND, HAS_BIAS
                     )
         else:
             for half in tl.static_range(2):
                 piece = left if half == 0 else right
                 at = first + half * PART
                 partial += _finish_dact(
-                    piece, row, in_group, scale, at, h, dh, wa, width, alpha, limit, LAYOUT, KIND, BM, PART
+                    piece, row, in_group, scale, at, h, dh, wa, tile_db, width, alpha, limit, LAYOUT, KIND, HAS_BIAS
                 )
         tl.store(dweight + column_tile.to(tl.int64) * num_rows + row, partial, mask=in_group)
         if end == tl.load(offsets + num_experts - 1):
             behind = (row >= end) & (row < num_rows)
             _store_zeros(wa, row, behind, first, width, BN)
-            WIDE: tl.constexpr = 1 if LAYOUT == "single" else 2
             _store_zeros(dh, row, behind, WIDE * first, WIDE * width, WIDE * BN)
 
 
@@ -226,15 +244,17 @@ def _finish_dact(
     h,
     dh,
     wa,
+    db,
     width,
     alpha,
     limit,
     LAYOUT: tl.constexpr,
     KIND: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
-    """Store dh and weight·a of the columns from `first` on; returns each row's ⟨da, a⟩ over them."""
+    """Store dh, its sum and weight·a of the columns from `first` on; returns each row's ⟨da, a⟩ over them."""
+    BM: tl.constexpr = da.shape[0]
+    BN: tl.constexpr = da.shape[1]
     column = first + tl.arange(0, BN)
     mask = in_group[:, None] & (column < width)[None, :]
     wide_row = row.to(tl.int64)[:, None]
@@ -246,6 +266,9 @@ def _finish_dact(
         pairs = tl.load(h + at, mask=pair_mask, other=0.0).to(tl.float32)
         gate, up = tl.split(tl.reshape(pairs, (BM, BN, 2)))
         a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
+        if HAS_BIAS:
+            _store_sum(db, dgate, 2 * column, 2 * width)
+            _store_sum(db, dup, 2 * column + 1, 2 * width)
         dpairs = tl.reshape(tl.join(dgate, dup), (BM, 2 * BN))
         tl.store(dh + at, dpairs.to(kind), mask=pair_mask)
     elif LAYOUT == "halves":
@@ -255,10 +278,21 @@ def _finish_dact(
         a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
         tl.store(dh + at, dgate.to(kind), mask=mask)
         tl.store(dh + at + width, dup.to(kind), mask=mask)
+        if HAS_BIAS:
+            _store_sum(db, dgate, column, width)
+            _store_sum(db + width, dup, column, width)
     else:
         at = wide_row * width + column[None, :]
         x = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
         a, dx, _ = activate_backward(x, x, da * scale[:, None], KIND, alpha, limit)
         tl.store(dh + at, dx.to(kind), mask=mask)
+        if HAS_BIAS:
+            _store_sum(db, dx, column, width)
     tl.store(wa + wide_row * width + column[None, :], (a * scale[:, None]).to(kind), mask=mask)
     return tl.sum(tl.where(mask, da * a, 0.0), axis=1)
+
+
+@triton.jit
+def _store_sum(db, dh, column, width):
+    """The sum of a tile's rows, those that are not in its group being zero: there `scale` is."""
+    tl.store(db + column, tl.sum(dh, axis=0), mask=column < width)

@@ -54,14 +54,20 @@ def grouped_wgrad_reference(
     return dw if scale == 1 else dw.mul_(scale)
 
 
-def grouped_sum(a_SN: torch.Tensor, group: Grouping) -> torch.Tensor:
-    """db [E, N]: the sum of a [S, N] over each expert's rows, in float32, returned in a's dtype."""
+def grouped_sum(a_SN: torch.Tensor, group: Grouping, dtype: torch.dtype | None = None, tile: int = 1) -> torch.Tensor:
+    """db [E, N]: the sum of a [S, N] over each expert's rows, in float32, returned in a's dtype or another.
+
+    tile: on Triton a may have one row for each tile of so many of an expert's rows.
+    """
     if use_triton(a_SN):
         num_experts, num_columns = group.offsets_E.numel(), a_SN.shape[1]
-        sums_EN = a_SN.new_empty(num_experts, num_columns)
-        grid = (num_experts, triton.cdiv(num_columns, 64))
-        _grouped_sum_kernel[grid](a_SN, sums_EN, group.offsets_E, num_columns, BR=64, BN=64)
+        sums_EN = a_SN.new_empty(num_experts, num_columns, dtype=dtype)
+        grid, bins = (num_experts, triton.cdiv(num_columns, 64)), triton.next_power_of_2(num_experts)
+        _grouped_sum_kernel[grid](
+            a_SN, sums_EN, group.offsets_E, num_experts, num_columns, TILE=tile, BINS=bins, BR=64, BN=64
+        )
         return sums_EN
+    assert tile == 1
     return grouped_sum_reference(a_SN, group)
 
 
@@ -166,11 +172,25 @@ def _grouped_wgrad_kernel(
 
 
 @launched
-def _grouped_sum_kernel(a, sums, offsets, num_columns, BR: tl.constexpr, BN: tl.constexpr):
+def _grouped_sum_kernel(
+    a,
+    sums,
+    offsets,
+    num_experts,
+    num_columns,
+    TILE: tl.constexpr,
+    BINS: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+):
     expert = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
-    end = tl.load(offsets + expert)
-    begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    bin = tl.arange(0, BINS)
+    ends = tl.load(offsets + bin, mask=bin < num_experts, other=0)
+    begins = tl.load(offsets + bin - 1, mask=(bin > 0) & (bin < num_experts), other=0)
+    tiles = (ends - begins + TILE - 1) // TILE
+    begin = tl.sum(tl.where(bin < expert, tiles, 0), axis=0)
+    end = begin + tl.sum(tl.where(bin == expert, tiles, 0), axis=0)
     acc = tl.zeros((BN,), tl.float32)
     for start in range(begin, end, BR):
         row = start + tl.arange(0, BR)

@@ -25,7 +25,7 @@ from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouped_down import down_dact
 from expertmesh.kernels.grouped_gemm import grouped_gemm
 from expertmesh.kernels.grouped_up import up_act
-from expertmesh.kernels.grouped_wgrad import grouped_sum, grouped_wgrad
+from expertmesh.kernels.grouped_wgrad import grouped_wgrad
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
 
 NAME = "expertmesh"
@@ -149,8 +149,10 @@ class _Experts(torch.autograd.Function):
         dout_TH = dout.reshape(x_TH.shape).contiguous()
         assert group.weight_S is not None
 
-        dh_SJ, wa_SI, dweight_PS = down_dact(dout_TH, w_down_EIH.transpose(1, 2), h_SJ, group.weight_S, group, ctx.act)
-        dweight_TK = dx_TH = dw_up = dw_down = db_up = db_down = None
+        dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
+            dout_TH, w_down_EIH.transpose(1, 2), h_SJ, group.weight_S, group, ctx.act, need_b_up
+        )
+        dweight_TK = dx_TH = dw_up = dw_down = db_down = None
         if need_weight:
             dweight_TK = _per_slot(dweight_PS, group, dout_TH, ids_TK, b_down_EH, weight_TK.dtype)
         if need_w_down:
@@ -163,8 +165,8 @@ class _Experts(torch.autograd.Function):
             ctx.handoff.start([dx_TH, dweight_TK])
         if need_w_up:
             dw_up = _wgrad(x_TH, dh_SJ, group, w_up_EHJ, ctx.scale)
-        if need_b_up:
-            db_up = grouped_sum(dh_SJ, group) * ctx.scale
+        if db_up is not None:
+            db_up = db_up * ctx.scale
         return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None, dresidual, None, None
 
 

@@ -1,16 +1,18 @@
 """Fast twin of Nemotron-H's decoder layer: one norm, one mixer of four kinds, one residual connection around both.
 
-In backward the norm adds the gradient of the residual connection while it writes its own; experts that work in the
-model's own width add the residual in their last kernel.
+In backward the norm adds the gradient of the residual connection while it writes its own; experts add the residual in
+their last kernel, or in the projection behind it if they work in a latent width.
 """
 
 from typing import Any
 
 import torch
+from torch import nn
 
 from expertmesh.kernels.rms_norm import keep_rms_norm
 from expertmesh.layers.decoder import add_block
-from expertmesh.layers.fast import Fast
+from expertmesh.layers.fast import Fast, untouched
+from expertmesh.layers.moe import FastSharedMoEBlock, add_scaled
 from expertmesh.layers.norm import can_merge
 
 
@@ -31,6 +33,29 @@ class FastNemotronHBlock(Fast):
         return add_block(self.mixer, normed, residual)
 
 
-def why_not_latent(block: Any) -> str | None:
-    """Why this block of experts cannot add a residual itself, or None."""
-    return None if block.config.moe_latent_size is None else "its experts work in a latent width"
+class FastNemotronHMoEBlock(FastSharedMoEBlock):
+    """Must equal `NemotronHMoE.forward`, whose experts may work in a latent width, as in Super and Ultra.
+
+    Then the residual waits for the projection back from that width, and is added by its matrix product.
+    """
+
+    @torch.compiler.disable
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, scale: float = 1.0
+    ) -> torch.Tensor:
+        if residual is None or self.config.moe_latent_size is None:
+            return super().forward(hidden_states, residual, scale)
+        shared_TH = self.shared_experts(hidden_states).flatten(0, -2)
+        total_TH = add_scaled(residual.flatten(0, -2), shared_TH, scale)
+        x_TH = hidden_states.flatten(0, -2)
+        _, weight_TK, ids_TK = self.gate(x_TH)
+        y_TL = self.experts(self.fc1_latent_proj(x_TH), ids_TK, weight_TK)
+        return _add_projected(total_TH, y_TL, self.fc2_latent_proj, scale).view_as(residual)
+
+
+def _add_projected(total_TH: torch.Tensor, y_TL: torch.Tensor, proj: Any, scale: float) -> torch.Tensor:
+    """total + scale · proj(y); without a bias, adapter or hook the product adds into total, which nobody else keeps."""
+    plain = type(proj) is nn.Linear and proj.bias is None and untouched(proj)
+    if plain and total_TH.dtype == y_TL.dtype == proj.weight.dtype:
+        return total_TH.addmm_(y_TL, proj.weight.t(), alpha=scale)
+    return add_scaled(total_TH, proj(y_TL), scale)

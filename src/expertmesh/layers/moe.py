@@ -51,9 +51,7 @@ class FastRouterMoEBlock(FastMoEBlock):
 
 
 class FastSharedMoEBlock(FastMoEBlock):
-    """Must equal `DeepseekV3MoE.forward`, `Ernie4_5_MoeSparseMoeBlock.forward`, which may have no shared experts, and
-    `NemotronHMoE.forward` without latent projections.
-    """
+    """Must equal `DeepseekV3MoE.forward` and `Ernie4_5_MoeSparseMoeBlock.forward`, which may have no shared experts."""
 
     def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return None if self.shared_experts is None else self.shared_experts(hidden_states)
