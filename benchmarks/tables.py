@@ -54,13 +54,13 @@ def step_table(result: dict) -> str:
 
 def _step_table(rows: list[dict]) -> str:
     stock = {row["batch"]: row["tokens_per_second_per_gpu"] for row in rows if row["arm"] == "stock"}
-    more = {} if "step_ms" not in rows[0] else {n: key for n, key in MORE.items() if rows[0][key] is not None}
+    more = {} if "host_syncs" not in rows[0] else {n: key for n, key in MORE.items() if rows[0][key] is not None}
     cells = [
         [
             row["arm"],
             f"{row['batch']} x {row['seq']}",
-            row["forward_ms"],
-            row["backward_ms"],
+            row.get("forward_ms", ""),
+            row.get("backward_ms", ""),
             f"{row['tokens_per_second_per_gpu']:,}",
             f"{row['tokens_per_second_per_gpu'] / stock[row['batch']]:.2f}x" if row["batch"] in stock else "",
             row["peak_gib"],

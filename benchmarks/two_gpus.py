@@ -4,8 +4,8 @@
 
 First the gradients of an 8-layer model: every arm gets the same weights and tokens, and must agree with stock FSDP2
 within bfloat16 error. Then all 48 layers, forward and backward by CUDA events, median of several, and peak memory.
-`-recompute` checkpoints every layer. `--probe` measures what the exchanges of gather.py and push.py take alone, of
-16,384 tokens with top-8 of 128 experts at random.
+`-recompute` checkpoints every layer, `-graph` replays forward and backward as one CUDA graph. `--probe` measures what
+the exchanges of gather.py and push.py take alone, of 16,384 tokens with top-8 of 128 experts at random.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.gate import skewed
 from expertmesh.dispatch.links import Collectives, link_of
 from expertmesh.dispatch.push import Pushed
+from expertmesh.train.graphed import WARM_UP, GraphedStep
 
 WIDTHS = dict(
     vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_attention_heads=32, num_key_value_heads=4,
@@ -44,6 +45,7 @@ ARMS = {  # name: ep_size
     "expertmesh": 1,
     "expertmesh-ep": 2,
     "expertmesh-gather": 2,
+    "expertmesh-gather-graph": 2,
     "expertmesh-gather-recompute": 2,
     "expertmesh-push": 2,
 }
@@ -170,28 +172,38 @@ def agreement(arms, config, seq, device, pinned):
     return rows
 
 
-def time_arm(model, config, batch, seq, device, warmup=2, repeats=5):
-    """Steps one behind the other, as in training: the CPU may be a step ahead, nothing waits for it in between."""
+def time_arm(model, config, batch, seq, device, warmup=2, repeats=5, step=None):
+    """Steps one behind the other, as in training: the CPU may be a step ahead, nothing waits for it in between.
+
+    step: the model's `GraphedStep`, whose forward and backward are one.
+    """
     ids = tokens(config, batch, seq, device)
+    if step is not None:
+        warmup += WARM_UP
     steps = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(repeats + 1)]
     for i in range(-warmup, repeats):
         if i == 0:
             torch.cuda.reset_peak_memory_stats()
         steps[max(i, 0)][0].record()
         model.zero_grad(set_to_none=True)
+        if step is not None:
+            step(input_ids=ids, labels=ids)
+            continue
         loss = model(input_ids=ids, labels=ids).loss
         steps[max(i, 0)][1].record()
         loss.backward()
         steps[max(i, 0)][2].record()
     steps[repeats][0].record()
     torch.cuda.synchronize()
-    f = statistics.median(start.elapsed_time(middle) for start, middle, _ in steps[:-1])
-    b = statistics.median(middle.elapsed_time(end) for _, middle, end in steps[:-1])
-    step = statistics.median(start[0].elapsed_time(end[0]) for start, end in zip(steps, steps[1:], strict=False))
-    return {
-        "forward_ms": round(f, 1),
-        "backward_ms": round(b, 1),
-        "tokens_per_second_per_gpu": round(batch * seq / step * 1e3),
+    whole = statistics.median(start[0].elapsed_time(end[0]) for start, end in zip(steps, steps[1:], strict=False))
+    parts = {}
+    if step is None:
+        forward = statistics.median(start.elapsed_time(middle) for start, middle, _ in steps[:-1])
+        backward = statistics.median(middle.elapsed_time(end) for _, middle, end in steps[:-1])
+        parts = {"forward_ms": round(forward, 1), "backward_ms": round(backward, 1)}
+    return parts | {
+        "step_ms": round(whole, 1),
+        "tokens_per_second_per_gpu": round(batch * seq / whole * 1e3),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
     }
 
@@ -269,8 +281,9 @@ def main():
             config = Qwen3MoeConfig(num_hidden_layers=options.layers, **widths)
             model = build(arm, config, device, routing)
             for batch in options.batches:
+                step = GraphedStep(model) if arm.endswith("graph") else None
                 try:
-                    measured = time_arm(model, config, batch, 4096, device)
+                    measured = time_arm(model, config, batch, 4096, device, step=step)
                 except torch.OutOfMemoryError:
                     say(arm, batch, "out of memory")
                     break
@@ -280,6 +293,8 @@ def main():
                 if options.out and dist.get_rank() == 0:  # a later row may fail
                     with open(options.out, "w") as file:
                         json.dump(result, file, indent=1)
+                del step
+                free()
             del model
             free()
     if options.out and dist.get_rank() == 0:

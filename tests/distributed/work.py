@@ -125,7 +125,8 @@ def parity(rank: int, folder: Path, cases: list[Case], references: Path) -> list
     """For every case: (name, loss error, worst gradient error, its parameter)."""
     results = []
     if not torch.cuda.is_available():
-        open_memory(push, references)
+        for module in (gather, push):
+            open_memory(module, references)
     for case in cases:
         model, setup = load(folder, case)
         want = torch.load(references / f"{setup.dp_size}-{case.force}.pt")

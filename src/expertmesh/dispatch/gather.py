@@ -2,6 +2,8 @@
 
     all-gather tokens, ids and weights → this rank's experts → reduce-scatter of the partial sums
 
+The tokens are sent before the router has chosen, if the block around the experts calls `experts.send_ahead`.
+
 With 2 ranks this moves as many rows as sending each token once to every rank that needs it, with 4 hardly more; and
 nothing about the routing has to be known on the host: shapes follow from how many tokens each rank has, which the hosts
 tell each other once per forward, so the CPU never waits for a device. The experts skip pairs whose ids are not
@@ -23,7 +25,7 @@ from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from expertmesh.dispatch.all_to_all import AllToAll, waiting
 from expertmesh.dispatch.handoff import Handoff, offered
-from expertmesh.dispatch.links import Link, hosts, link_of
+from expertmesh.dispatch.links import Link, Mailboxes, hosts, link_of
 from expertmesh.memory.recompute import kept
 
 NAME = "expertmesh-gather"
@@ -31,6 +33,19 @@ NAME = "expertmesh-gather"
 
 class Gather(AllToAll):
     """The experts of one layer, spread over the ranks of `ep_mesh`; slices of a tensor-parallel group as there."""
+
+    def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        experts.send_ahead = self.send_ahead
+
+    def send_ahead(self, x_TH: torch.Tensor) -> None:
+        """Let rows travel while the router chooses: `hidden_states` of the next call will be this x [T, H]."""
+        group = self.ep_mesh.get_group()
+        with waiting(self.layer, group):
+            link = link_of(group)
+        if self.tp_mesh.size() == 1 and isinstance(link, Mailboxes):
+            rows = kept(lambda: most_tokens(len(x_TH), group, self.layer))
+            link.send_ahead(_padded(x_TH.detach(), rows))
 
     def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         group = self.ep_mesh.get_group()

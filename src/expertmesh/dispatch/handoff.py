@@ -9,12 +9,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
 
 import torch
 
-from expertmesh.dispatch.links import Link
+from expertmesh.dispatch.links import Link, beside, join
 
 
 class Handoff:
@@ -44,22 +43,16 @@ class Handoff:
     def start(self, parts: list[torch.Tensor]) -> None:
         """Begin the reduce-scatter of these; on a GPU beside what is launched next."""
         self._parts = parts
-        if not parts[0].is_cuda:
-            self._sums = self.link.reduce_scatter(parts)
-            return
-        side = _side_stream(parts[0].device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with beside(parts[0].device):
             self._sums = self.link.reduce_scatter(parts)
 
     def finish(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """The sums of `parts`: those under way if they are the same tensors, else made now."""
         started, sums, self._parts, self._sums = self._parts, self._sums, [], []
         if started and parts[0].is_cuda:
-            stream = torch.cuda.current_stream()
-            stream.wait_stream(_side_stream(parts[0].device))
+            join(parts[0].device)
             for tensor in sums:
-                tensor.record_stream(stream)
+                tensor.record_stream(torch.cuda.current_stream())
         if [part.data_ptr() for part in started] == [part.data_ptr() for part in parts]:
             return sums
         return self.link.reduce_scatter(parts)
@@ -84,9 +77,3 @@ def adopt() -> Handoff | None:
     if handoff is not None:
         handoff.adopted = True
     return handoff
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Of high priority: its barriers, one block each, must not wait behind whole waves of a matrix product."""
-    return torch.cuda.Stream(device, priority=-1)

@@ -11,7 +11,8 @@ enough, and the host never waits.
 
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Protocol
 
@@ -77,13 +78,26 @@ class Mailboxes:
         self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
         self.boxes: list[Memory] = []
         self.bytes = self.turn = 0
+        self._ahead: tuple[Memory, torch.Tensor] | None = None
         self._places: dict[Any, list[list[torch.Tensor]]] = {}
 
+    def send_ahead(self, part: torch.Tensor) -> None:
+        """Begin the next exchange, which must be an `all_gather`: this is its first part, and travels beside what is
+        launched until then. All ranks must call it.
+        """
+        box, (place,) = self.begin([part], 1)
+        with beside(part.device):
+            self._send(place, part)
+        self._ahead = box, part
+
     def all_gather(self, parts: list[torch.Tensor], lasting: bool = True) -> list[torch.Tensor]:
-        box, places = self.begin(parts, 1)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            join(parts[0].device)
+        box, places = self.begin(parts, 1, another=ahead is None)
         for place, part in zip(places, parts, strict=True):
-            for receiver in (*self.others, self.rank):
-                place[receiver].copy_(part)
+            if ahead is None or ahead[0] is not box or not _same(part, ahead[1]):
+                self._send(place, part)
         box.barrier()
         return [place[-1].clone() if lasting else place[-1] for place in places]
 
@@ -100,13 +114,20 @@ class Mailboxes:
             place[self.rank].copy_(chunk[self.rank])
         return [place[-1].sum(0) for place in places]  # in float32
 
-    def begin(self, parts: list[torch.Tensor], pieces: int) -> tuple[Memory, list[list[torch.Tensor]]]:
-        """Take the other mailbox for exchanges of one of the `pieces` of each part.
+    def _send(self, place: list[torch.Tensor], part: torch.Tensor) -> None:
+        for receiver in (*self.others, self.rank):
+            place[receiver].copy_(part)
+
+    def begin(
+        self, parts: list[torch.Tensor], pieces: int, another: bool = True
+    ) -> tuple[Memory, list[list[torch.Tensor]]]:
+        """Take the other mailbox, or not `another`, for exchanges of one of the `pieces` of each part.
 
         Returns it and, for each part, where it goes in every rank's box, and last all that comes into this rank's own:
         [R · n, …] of whole parts, else [R, n, …]. Larger boxes are made if the parts need them.
         """
-        self.turn = 1 - self.turn
+        if another:
+            self.turn = 1 - self.turn
         key = (self.turn, pieces, *((part.shape, part.dtype) for part in parts))
         if key not in self._places:
             begins, end = [], 0
@@ -132,6 +153,34 @@ def _places(
     num_bytes = math.prod(shape) * dtype.itemsize
     whole = [box[begin : begin + len(boxes) * num_bytes].view(dtype).view(len(boxes), *shape) for box in boxes]
     return [*(tensors[rank] for tensors in whole), whole[rank].flatten(0, 1) if joined else whole[rank]]
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Within, launches on a GPU run beside those that follow, until `join`."""
+    if device.type != "cuda":
+        yield
+        return
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+
+
+def join(device: torch.device) -> None:
+    """What is launched from now on comes after all that was launched `beside`."""
+    if device.type == "cuda":
+        torch.cuda.current_stream().wait_stream(_side_stream(device))
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority: its barriers, one block each, must not wait behind whole waves of a matrix product."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class DeviceMemory:

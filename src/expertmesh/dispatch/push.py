@@ -33,6 +33,9 @@ NAME = "expertmesh-push"
 class Push(Gather):
     """The experts of one layer, spread over the ranks of `ep_mesh`; slices of a tensor-parallel group as there."""
 
+    def send_ahead(self, x_TH: torch.Tensor) -> None:
+        """Nothing: who needs a row is known only when the router has chosen."""
+
     def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         group = self.ep_mesh.get_group()
         with waiting(self.layer, group):

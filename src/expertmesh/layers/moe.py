@@ -23,13 +23,15 @@ class FastMoEBlock(Fast):
     ) -> torch.Tensor:
         if residual is None:
             return super().forward(hidden_states)
-        if not _takes_residual(self.experts):
-            return add_scaled(residual, super().forward(hidden_states), scale)
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if "send_ahead" in vars(self.experts):  # experts on other ranks
+            self.experts.send_ahead(x_TH)
+        _, weight_TK, ids_TK = self._router()(x_TH)
         beside = self._beside(hidden_states)
         if beside is not None:
             residual = add_scaled(residual, beside, scale)
-        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weight_TK, ids_TK = self._router()(x_TH)
+        if not _takes_residual(self.experts):
+            return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK).view_as(residual), scale)
         return self.experts(x_TH, ids_TK, weight_TK if scale == 1 else weight_TK.float() * scale, residual=residual)
 
     def _router(self) -> Any:
