@@ -66,7 +66,7 @@ def test_compiled_attention_equals_eager():
 
     wide = copy.deepcopy(layer).float()
     exact = found(wide, x.detach().float().requires_grad_(), tuple(part.float() for part in turn))
-    eager, compiled = found(layer, x, turn), found(torch.compile(layer, fullgraph=True), x, turn)
+    eager, compiled = found(layer, x, turn), found(torch.compile(layer), x, turn)
     for want, plain, got in zip(exact, eager, compiled, strict=True):
         assert (got - want).norm() <= 1.5 * (plain - want).norm() + 1e-3 * want.norm()
 

@@ -99,3 +99,32 @@ def test_an_interpreted_function_stays_as_it_is():
 
     kernel = launch.launched(add)
     assert isinstance(kernel, launch.Kernel) == (type(launch.triton.jit(add)).__name__ == "JITFunction")
+
+
+def test_compiled_code_launches_as_eager_code_does(jit, monkeypatch):
+    kernel = launch.Kernel(jit)
+    monkeypatch.setattr(jit, "compiled", lambda grid: lambda x, out, *_: out.copy_(2 * x))
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            out = torch.empty_like(x)
+            kernel[(1,)](x, out, 1e-6, WIDE=True, BLOCK=8)
+            return out
+
+        @staticmethod
+        def backward(ctx, dout):
+            dx = torch.empty_like(dout)
+            kernel[(1,)](dout.contiguous(), dx, 1e-6, WIDE=True, BLOCK=8)
+            return dx
+
+    @torch.compile(backend="aot_eager")
+    def run(x):
+        return Double.apply(x.sin()).cos().sum()
+
+    for _ in range(3):  # the first launch is the search, which here computes nothing
+        x = torch.randn(64, requires_grad=True)
+        run(x).backward()
+    want = torch.autograd.grad((2 * x.sin()).cos().sum(), x)[0]
+    torch.testing.assert_close(x.grad, want)
+    assert len(jit.searched) == 1 and len(jit.launched) == 0

@@ -26,15 +26,19 @@ def launched(function: Callable[..., Any]) -> Any:
 class Kernel:
     """`kernel[grid](*arguments, **constants)`: tensors, descriptors and numbers by position, then all constants and
     launch options by name.
+
+    To `torch.compile` a launch is opaque: its own way to compile Triton kernels makes doubles of numbers, and copies of
+    a tensor that is passed twice.
     """
 
     def __init__(self, jit: Any) -> None:
         self.jit = jit
         self._known: dict[tuple, tuple[Any, list[Any]]] = {}
+        self._opaque = torch.compiler.disable(self._launch)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         if torch.compiler.is_compiling():
-            return self.jit[grid]
+            return partial(self._opaque, grid)
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
