@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from expertmesh.fuse import fuse, fused_class, has_fast_experts, refusing_missing_experts, requesting
-from expertmesh.parallel import DEFAULT_DISPATCH, DistributedSetup, as_setup
+from expertmesh.parallel import AUTO, DistributedSetup, as_setup
 from expertmesh.weights.init import initialise_shards
 
 _stock_mapping: Any = transformers.AutoModelForCausalLM._model_mapping
@@ -138,7 +138,7 @@ def _stock_dispatch(fused: bool | dict[str, bool], setup: DistributedSetup) -> d
     """A stock model gets Transformers' own dispatch; ours, asked for by name, would be ignored."""
     if fused is not False:
         return {}
-    if setup.dispatch != DEFAULT_DISPATCH:
+    if setup.dispatch != AUTO:
         raise ValueError(
             f"fused=False gives stock Transformers, dispatch included: leave dispatch={setup.dispatch!r} out."
         )

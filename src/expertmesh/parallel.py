@@ -28,7 +28,6 @@ from expertmesh.dispatch import all_to_all, deepep, gather, push
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
 DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME, "push": push.NAME, "deepep": deepep.NAME}
-DEFAULT_DISPATCH = "all_to_all"
 AUTO = "auto"
 # ranks of one node up to which a dispatch is chosen: with more than 4, sending all tokens to all sends too many rows
 NEAR = {"gather": 4, "push": 8}
@@ -45,11 +44,11 @@ class DistributedSetup:
     activation_checkpointing: recompute every layer in the backward instead of keeping its activations.
     reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
         has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
-    dispatch: how tokens reach experts on other ranks. "all_to_all": once to each rank that needs them, any number of
+    dispatch: how tokens reach experts on other ranks. "auto": where groups lie on GPUs of one node, "gather" up to an
+        ep_size of 4 and "push" up to 8, else "all_to_all". "all_to_all": once to each rank that needs them, any number of
         ranks; the host waits once per layer for the counts. "gather": to all ranks of the expert-parallel group; the
         host never waits for the device. "push": as "gather", but only to the ranks that need them, by stores into each
-        other's memory; without such memory as "all_to_all". "deepep": by the package deep_ep, in bfloat16. "auto":
-        where groups lie on GPUs of one node, "gather" up to an ep_size of 4 and "push" up to 8, else "all_to_all".
+        other's memory; without such memory as "all_to_all". "deepep": by the package deep_ep, in bfloat16.
     strategy: "fsdp2"; there is no other.
     world_size: ranks; by default those of torch.distributed, else WORLD_SIZE, else 1.
 
@@ -62,7 +61,7 @@ class DistributedSetup:
     dp_replicate_size: int = 1
     activation_checkpointing: bool = False
     reshard_experts: bool = True
-    dispatch: str = DEFAULT_DISPATCH
+    dispatch: str = AUTO
     strategy: str = STRATEGY
     world_size: int | None = None
 
@@ -273,7 +272,7 @@ def create_distributed_setup_from_config(
         **sizes,
         activation_checkpointing=bool(recompute),
         reshard_experts=True if reshard is None else reshard,
-        dispatch=section.get("dispatch") or DEFAULT_DISPATCH,
+        dispatch=section.get("dispatch") or AUTO,
         strategy=strategy,
         world_size=world_size,
     )
