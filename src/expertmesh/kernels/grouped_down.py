@@ -174,7 +174,8 @@ def _down_dact_kernel(
         first = column_tile * BN
         expert, begin = tl.load(tile_expert + tile), tl.load(tile_row + tile)
         row = begin + tl.arange(0, BM)
-        source = tl.load(token + row, mask=row < tl.load(offsets + expert), other=0)
+        end = tl.load(offsets + expert)
+        source = tl.load(token + row, mask=row < end, other=0)
         dout_rows = dout + source.to(tl.int64)[:, None] * stride_d
         inner = tl.arange(0, BK)
         da = tl.zeros((BM, BN), tl.float32)
@@ -182,8 +183,7 @@ def _down_dact_kernel(
             gradients = gathered_tile(dout_rows, k + inner, num_inner, EVEN)
             columns = weight_tile(w, expert, k, first, num_inner, width, BK, BN, TRANSPOSED, DESCRIPTOR)
             da = tl.dot(gradients, columns, da, input_precision=PRECISION)
-        # computed anew: kept through the loop they would cost registers
-        end = tl.load(offsets + expert)
+        # computed anew: kept through the loop it would cost registers
         row = begin + tl.arange(0, BM)
         in_group = row < end
         scale = tl.load(weight + row, mask=in_group, other=0.0).to(tl.float32)
@@ -192,25 +192,25 @@ def _down_dact_kernel(
         if HAS_BIAS:
             tile_db += tile.to(tl.int64) * WIDE * width
         # in pieces: the epilogue of the whole tile would not fit into the registers
-        PART: tl.constexpr = BN // 4 if HAS_BIAS or BN == 256 else BN // 2
+        PIECES: tl.constexpr = 4 if HAS_BIAS or BN == 256 else 2
+        PART: tl.constexpr = BN // PIECES
         left, right = _halves(da, BM, BN)
-        partial = tl.zeros((BM,), tl.float32)
-        if PART < BN // 2:
-            for half in tl.static_range(2):
-                near, far = _halves(left if half == 0 else right, BM, BN // 2)
-                for quarter in tl.static_range(2):
-                    piece = near if quarter == 0 else far
-                    at = first + (2 * half + quarter) * PART
-                    partial += _finish_dact(
-                        piece, row, in_group, scale, at, h, dh, wa, tile_db, width, alpha, limit, LAYOUT, KIND, HAS_BIAS
-                    )
+        if PIECES == 4:
+            pieces = _halves(left, BM, BN // 2) + _halves(right, BM, BN // 2)
         else:
-            for half in tl.static_range(2):
-                piece = left if half == 0 else right
-                at = first + half * PART
-                partial += _finish_dact(
-                    piece, row, in_group, scale, at, h, dh, wa, tile_db, width, alpha, limit, LAYOUT, KIND, HAS_BIAS
-                )
+            pieces = left, right
+        partial = tl.zeros((BM,), tl.float32)
+        gate, up = _load_h(h, row, in_group, first, width, PART, LAYOUT)
+        for number in tl.static_range(PIECES):
+            at = first + number * PART
+            if number + 1 < PIECES:  # under way while this piece is stored: no load would overtake a store by itself
+                next_gate, next_up = _load_h(h, row, in_group, at + PART, width, PART, LAYOUT)
+            partial += _finish_dact(
+                pieces[number], gate, up, row, in_group, scale, at, dh, wa, tile_db, width, alpha, limit,
+                LAYOUT, KIND, HAS_BIAS,
+            )  # fmt: skip
+            if number + 1 < PIECES:
+                gate, up = next_gate, next_up
         tl.store(dweight + column_tile.to(tl.int64) * num_rows + row, partial, mask=in_group)
         if end == tl.load(offsets + num_experts - 1):
             behind = (row >= end) & (row < num_rows)
@@ -235,13 +235,35 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _load_h(h, row, in_group, first, width, BN: tl.constexpr, LAYOUT: tl.constexpr):
+    """(gate, up) of the columns from `first` on, or twice what there is: pairs of both, or a single one."""
+    column = first + tl.arange(0, BN)
+    mask = in_group[:, None] & (column < width)[None, :]
+    wide_row = row.to(tl.int64)[:, None]
+    if LAYOUT == "pairs":
+        pair = 2 * first + tl.arange(0, 2 * BN)
+        pair_mask = in_group[:, None] & (pair < 2 * width)[None, :]
+        gate = tl.load(h + wide_row * (2 * width) + pair[None, :], mask=pair_mask, other=0.0)
+        up = gate
+    elif LAYOUT == "halves":
+        at = h + wide_row * (2 * width) + column[None, :]
+        gate = tl.load(at, mask=mask, other=0.0)
+        up = tl.load(at + width, mask=mask, other=0.0)
+    else:
+        gate = tl.load(h + wide_row * width + column[None, :], mask=mask, other=0.0)
+        up = gate
+    return gate, up
+
+
+@triton.jit
 def _finish_dact(
     da,
+    gate,
+    up,
     row,
     in_group,
     scale,
     first,
-    h,
     dh,
     wa,
     db,
@@ -252,7 +274,9 @@ def _finish_dact(
     KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Store dh, its sum and weight·a of the columns from `first` on; returns each row's ⟨da, a⟩ over them."""
+    """Store dh, its sum and weight·a of the columns from `first` on, whose h `_load_h` has loaded; returns each row's
+    ⟨da, a⟩ over them.
+    """
     BM: tl.constexpr = da.shape[0]
     BN: tl.constexpr = da.shape[1]
     column = first + tl.arange(0, BN)
@@ -263,8 +287,7 @@ def _finish_dact(
         pair = 2 * first + tl.arange(0, 2 * BN)
         pair_mask = in_group[:, None] & (pair < 2 * width)[None, :]
         at = wide_row * (2 * width) + pair[None, :]
-        pairs = tl.load(h + at, mask=pair_mask, other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(pairs, (BM, BN, 2)))
+        gate, up = tl.split(tl.reshape(gate.to(tl.float32), (BM, BN, 2)))
         a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
         if HAS_BIAS:
             _store_sum(db, dgate, 2 * column, 2 * width)
@@ -273,9 +296,7 @@ def _finish_dact(
         tl.store(dh + at, dpairs.to(kind), mask=pair_mask)
     elif LAYOUT == "halves":
         at = wide_row * (2 * width) + column[None, :]
-        gate = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(h + at + width, mask=mask, other=0.0).to(tl.float32)
-        a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
+        a, dgate, dup = activate_backward(gate.to(tl.float32), up.to(tl.float32), da * scale[:, None], KIND, alpha, limit)
         tl.store(dh + at, dgate.to(kind), mask=mask)
         tl.store(dh + at + width, dup.to(kind), mask=mask)
         if HAS_BIAS:
@@ -283,7 +304,7 @@ def _finish_dact(
             _store_sum(db + width, dup, column, width)
     else:
         at = wide_row * width + column[None, :]
-        x = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+        x = gate.to(tl.float32)
         a, dx, _ = activate_backward(x, x, da * scale[:, None], KIND, alpha, limit)
         tl.store(dh + at, dx.to(kind), mask=mask)
         if HAS_BIAS:
