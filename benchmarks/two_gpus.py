@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM as StockAuto
 from transformers import PreTrainedModel, Qwen3MoeConfig
 from transformers.distributed import DistributedConfig
@@ -50,6 +51,7 @@ ARMS = {  # name: ep_size
     "expertmesh-push": 2,
 }
 FLOAT32 = "stock-float32"
+EXCHANGES = "barrier_kernel", "nccl", "PtoP"  # parts of the names of what does not compute in a trace
 
 
 def build(arm, config, device, routing="random-init"):
@@ -208,6 +210,34 @@ def time_arm(model, config, batch, seq, device, warmup=2, repeats=5, step=None):
     }
 
 
+def exposed(model, ids, step):
+    """Where the milliseconds of one step went on this GPU, from a trace: `compute_ms` while a kernel computed,
+    `exchange_ms` while rows, dense weights or gradients travelled or ranks met and nothing computed, `idle_ms`."""
+    model.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step(input_ids=ids, labels=ids) if step else model(input_ids=ids, labels=ids).loss.backward()
+        torch.cuda.synchronize()
+    spans = [
+        (event.time_range.start, event.time_range.end, any(name in event.name for name in EXCHANGES))
+        for event in found.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("FSDP", "nccl:", "## ", "ProfilerStep"))
+    ]
+    whole = max(end for _, end, _ in spans) - min(start for start, _, _ in spans)
+    busy, computing = covered(spans), covered([span for span in spans if not span[2]])
+    parts = {"compute_ms": computing, "exchange_ms": busy - computing, "idle_ms": whole - busy}
+    return {name: round(microseconds / 1e3, 1) for name, microseconds in parts.items()}
+
+
+def covered(spans):
+    """How long at least one of them lasted."""
+    total, last = 0, float("-inf")
+    for start, end, *_ in sorted(spans):
+        total += max(0, end - max(start, last))
+        last = max(last, end)
+    return total
+
+
 def probe(device, tokens, width):
     """Microseconds, and GB/s in one direction, of an all-gather and a reduce-scatter of [tokens, width] bfloat16.
 
@@ -249,10 +279,13 @@ def main():
     parser.add_argument("--commit", default="")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), help="none: gradients only")
+    parser.add_argument(
+        "--arms", nargs="*", default=list(ARMS), help="none: gradients only; ARM:1,2 has batch sizes of its own"
+    )
     parser.add_argument("--routings", nargs="+", default=["random-init", "skewed"])
     parser.add_argument("--agreement", nargs="*", default=["pinned", "own"], help="none: times only")
     parser.add_argument("--probe", action="store_true")
+    parser.add_argument("--trace", action="store_true", help="for expertmesh-gather: what exchanges cost in a step")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -271,19 +304,29 @@ def main():
         "agreement": [
             row
             for choice in options.agreement
-            for row in agreement(options.arms or list(ARMS), small, 4096 if on_gpu else 16, device, choice == "pinned")
+            for row in agreement(
+                [arm.partition(":")[0] for arm in options.arms] or list(ARMS),
+                small,
+                4096 if on_gpu else 16,
+                device,
+                choice == "pinned",
+            )
         ],
         "exchanges": probe(device, 16384, 2048) if options.probe and on_gpu else [],
         "rows": [],
     }
-    for arm in options.arms if on_gpu else ():
+    for name in options.arms if on_gpu else ():
+        arm, _, own = name.partition(":")
+        batches = [int(batch) for batch in own.split(",")] if own else options.batches
         for routing in options.routings if arm.startswith("expertmesh") else options.routings[:1]:
             config = Qwen3MoeConfig(num_hidden_layers=options.layers, **widths)
             model = build(arm, config, device, routing)
-            for batch in options.batches:
+            for batch in batches:
                 step = GraphedStep(model) if arm.endswith("graph") else None
                 try:
                     measured = time_arm(model, config, batch, 4096, device, step=step)
+                    if options.trace and arm.startswith("expertmesh-gather"):
+                        measured["trace"] = exposed(model, tokens(config, batch, 4096, device), step)
                 except torch.OutOfMemoryError:
                     say(arm, batch, "out of memory")
                     break
