@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,14 +12,18 @@ from torch import nn
 
 from expertmesh import Trainer
 from expertmesh.bench.tiny import tiny_model
+from expertmesh.data import demo_tokenizer
 from expertmesh.dispatch import links
 from expertmesh.train import graphed
 from expertmesh.train.balance import BIAS, BalanceRouters
+from expertmesh.train.config import ConfigError, load_config
 from expertmesh.train.graphed import MOST, WARM_UP, GraphedStep
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.routing import routers
+from expertmesh.train.run import run as run_recipe
 from tests.distributed.ranks import on_ranks
 from tests.train import tape
+from tests.train.runs import tiny_run
 from tests.train.tape import Tape
 
 
@@ -208,7 +213,8 @@ def sharded_weights(rank):
             monkeypatch.setattr(graphed._Recorded, "__init__", lambda self, step, batch: vars(self).update(step=step))
             monkeypatch.setattr(graphed._Recorded, "mailboxes", [], raising=False)
             monkeypatch.setattr(graphed._Recorded, "replay", replay_beside_fsdp)
-            step = GraphedStep(module, lambda x: run(module, x)) if recorded else lambda x: run(module, x)
+            always = functools.partial(run, module)
+            step = GraphedStep(module, always) if recorded else always
             seen = []
             for value in range(WARM_UP + 3):
                 step(x=torch.full((1, 4), float(value)))
@@ -315,7 +321,7 @@ def test_routers_are_balanced_by_the_rows_of_replayed_steps(tmp_path, on_cpu):
 
 def test_a_run_without_a_single_replay_says_so(tmp_path, on_cpu, caplog):
     trained(tmp_path, True, max_steps=WARM_UP)
-    assert "No step was replayed" in caplog.text
+    assert "replayed no step" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -348,3 +354,65 @@ def test_a_dispatch_that_waits_is_refused(tmp_path, name, refused, monkeypatch):
     trainer.model.config.distributed_config = type("Layout", (), {"ep_size": 2, "ep_implementation": name})()
     with pytest.raises(ValueError, match="dispatch='gather'") if refused else contextlib.nullcontext():
         graphed.refuse(trainer)
+
+
+# --- in TRL's and in recipes
+
+
+def fine_tuned(folder, cuda_graph):
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from expertmesh.train.sft import SFTTrainer
+
+    data = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows()])
+    options = arguments(folder).to_dict() | {"output_dir": str(folder), "max_length": None, "bf16": False}
+    options |= {"router_aux_loss_coef": 0.3, "eval_strategy": "steps", "eval_steps": 6}
+    args = SFTConfig(**{key: value for key, value in options.items() if key in SFTConfig.__dataclass_fields__})
+    trainer = SFTTrainer(model(), args, train_dataset=data, eval_dataset=data.select(range(8)),
+                         processing_class=demo_tokenizer(), cuda_graph=cuda_graph)  # fmt: skip
+    trainer.train()
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def test_a_recorded_sft_run_learns_the_same_without_trl_s_waits(tmp_path, on_cpu):
+    recorded, always = (fine_tuned(tmp_path / str(on), on) for on in (True, False))
+    assert replays() == [8 - WARM_UP]
+    for mine, other in zip(recorded, always, strict=True):
+        waited = {"entropy", "mean_token_accuracy", "num_tokens", "aux_loss"} if "loss" in other else set()
+        assert other.keys() - mine.keys() == waited and mine.keys() <= other.keys()
+        for key in mine.keys() & {"loss", "grad_norm", "eval_loss", "eval_entropy", "moe/load_cv", "moe/max_vio"}:
+            assert mine[key] == pytest.approx(other[key], rel=1e-4), key
+
+
+def test_a_loss_that_is_not_the_model_s_is_refused(tmp_path, on_cpu):
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from expertmesh.train.sft import SFTTrainer
+
+    data = Dataset.from_list([{"input_ids": [3, 4]}])
+    args = SFTConfig(str(tmp_path), loss_type="dft", bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match="leave out loss_type"):
+        SFTTrainer(model(), args, train_dataset=data, processing_class=demo_tokenizer(), cuda_graph=True)
+
+
+def test_a_recipe_s_batches_have_one_shape(tmp_path, on_cpu):
+    changes = {
+        "train__max_steps": 6,
+        "model__fused": "{experts: false, linear_cross_entropy: false}",
+        "data__max_length": 64,
+    }
+    for on in (True, False):
+        config = load_config(None, tiny_run(tmp_path / str(on), **changes, train__cuda_graph=on))
+        assert run_recipe(config).final is not None
+    assert replays() == [6 - WARM_UP]
+    for mine, other in zip(*(read_metrics(tmp_path / str(on) / "metrics.jsonl") for on in (True, False)), strict=True):
+        for key in mine.keys() & {"loss", "grad_norm", "moe/max_vio", "eval_loss"}:
+            assert mine[key] == pytest.approx(other[key], rel=1e-3), key
+
+
+@pytest.mark.parametrize("other", ["data.packing=true", "train.gradient_accumulation_steps=2"])
+def test_a_recipe_whose_batches_cannot_be_recorded_is_refused(other):
+    with pytest.raises(ConfigError, match="always of the same shape: remove it, or `data.packing`"):
+        load_config(None, ["train.cuda_graph=true", other])

@@ -85,13 +85,14 @@ class Trainer(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any):
         try:
-            return super().train(*args, **kwargs)
+            done = super().train(*args, **kwargs)
+            if self._graphed is not None and not self._graphed.replayed:
+                log.warning("cuda_graph=True replayed no step: too few batches had the same shape.")
+            return done
         finally:
             if self._graphed is not None:
                 self._graphed.close()
-                if not self._graphed.replayed:
-                    log.warning("No step was replayed by cuda_graph=True: too few steps had batches of one shape.")
-                self._graphed = None
+            self._graphed = None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self._graphed_step if self.cuda_graph else self._plain_step
