@@ -13,7 +13,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
 
     All arguments, methods and files are TRL's; what is added is described at `Trainer`. With `cuda_graph=True` the loss
     in training is the model's own, which is the same number: TRL's looks for the labelled tokens on the CPU. Then
-    TRL's `entropy`, `mean_token_accuracy` and `num_tokens` are in no record of training, only in those of evaluation.
+    TRL's `entropy`, `mean_token_accuracy`, `aux_loss` and `num_tokens` are in the records of evaluation only.
     """
 
     def __init__(self, *args: Any, cuda_graph: bool = False, **kwargs: Any):
