@@ -27,6 +27,7 @@ from expertmesh.dispatch.all_to_all import AllToAll
 from expertmesh.dispatch.links import Mailboxes
 from expertmesh.layers import experts
 from expertmesh.parallel import DistributedSetup, clip_grad_norm
+from expertmesh.train.graphed import WARM_UP, GraphedStep
 
 LENGTHS = (11, 7, 13, 5)  # tokens per data-parallel rank: uneven, and no multiple of anything
 
@@ -556,3 +557,58 @@ def host_waits(rank: int, folder: Path, case: Case) -> dict[str, int]:
     loss.backward()
     torch.cuda.set_sync_debug_mode("default")
     return count
+
+
+def recorded(rank: int, folder: Path, case: Case) -> list[tuple[float, float, float]]:
+    """Of each step of a `GraphedStep`, against a model whose steps run as always: errors of loss, gradients, and logits
+    of an evaluation after both moved by their gradients.
+    """
+    (model, setup), (other, _) = load(folder, case), load(folder, case)
+
+    def run(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        loss = loss_of(model, setup, rank, batch)
+        loss.backward()
+        return loss.detach()
+
+    def move(model: Any) -> None:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=1e-3)
+        model.zero_grad()
+
+    def logits(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        out = model.eval()(input_ids=batch, use_cache=False).logits.clone()
+        model.train()
+        return out
+
+    errors = []
+    with contextlib.closing(GraphedStep(model, functools.partial(run, model))) as step:
+        for seed in range(WARM_UP + 4):
+            generator = torch.Generator().manual_seed(10 * seed + rank)
+            batch = torch.randint(3, 128, (2, LENGTHS[rank]), generator=generator).to(model.device)
+            loss, want = step(batch=batch), run(other, batch)
+            mine, theirs = (
+                {n: full(p.grad) for n, p in m.named_parameters() if p.grad is not None} for m in (model, other)
+            )
+            with torch.no_grad():
+                move(model), move(other)
+                a, b = logits(model, batch), logits(other, batch)
+            errors.append(
+                (float(abs(loss / want - 1)), worst(mine, theirs)[0], float((a - b).abs().max() / b.abs().max()))
+            )
+        assert step.replayed == 4
+    return errors
+
+
+def not_recordable(rank: int, folder: Path) -> str:
+    """What the error says where documents are packed, and the model has to look for them."""
+    model = expertmesh.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().train()
+    ids, positions = torch.arange(3, 19, device="cuda")[None], torch.arange(8, device="cuda").repeat(2)[None]
+    step = GraphedStep(model)
+    try:
+        for _ in range(WARM_UP + 1):
+            model.zero_grad()
+            step(input_ids=ids, labels=ids, position_ids=positions)
+    except RuntimeError as error:
+        return str(error)
+    return "recorded"

@@ -214,8 +214,24 @@ def link_of(group: dist.ProcessGroup) -> Link:
     how = "mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
     backends.logger().info(f"expertmesh: rows travel between {group.size()} ranks by {how}")
     if reason is None:
-        return Mailboxes(group, lambda num_bytes: DeviceMemory(num_bytes, group))
+        _opened.append(Mailboxes(group, lambda num_bytes: DeviceMemory(num_bytes, group)))
+        return _opened[-1]
     return Collectives(group)
+
+
+_opened: list[Mailboxes] = []
+
+
+def mailboxes() -> list[Memory]:
+    """All that are in use: others, once larger ones are needed."""
+    return [box for link in _opened for box in link.boxes]
+
+
+def settle() -> None:
+    """Let all ranks of each group read what came, so that any mailbox may be the next."""
+    for link in _opened:
+        if link.boxes:
+            link.boxes[0].barrier()
 
 
 def _why_no_mailboxes(group: dist.ProcessGroup) -> str | None:

@@ -42,7 +42,8 @@ class BalanceRouters(TrainerCallback):
     def _count(self, number: int, router: nn.Module, output: Any) -> None:
         counts = expert_counts(router, output, self.load.mask)
         if counts is not None:
-            self.counts[number] = self.counts[number].to(counts.device) + counts
+            self.counts[number] = self.counts[number].to(counts.device)
+            self.counts[number] += counts  # in place: a recorded step (graphed.py) counts on
 
     @torch.no_grad()
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -54,4 +55,5 @@ class BalanceRouters(TrainerCallback):
         for router, move_E in zip(self.routers, moves_LE, strict=True):
             bias: Any = getattr(router, BIAS)
             bias += move_E.to(bias)
-        self.counts = [torch.zeros_like(counts_E) for counts_E in self.counts]
+        for counts_E in self.counts:
+            counts_E.zero_()

@@ -88,6 +88,8 @@ class TrainSection(Section):
     """Mixed precision: float32 weights, bfloat16 matrix products (autocast)."""
     activation_checkpointing: bool = False
     """Whether to recompute activations in the backward pass: less memory, about a quarter slower."""
+    cuda_graph: bool = False
+    """Whether to record steps once and replay them: faster where the CPU is the limit; pads to `data.max_length`."""
     seed: int = 42
     """Seed of weights, data order and dropout; the same seed on the same machine gives the same run."""
 
@@ -177,6 +179,11 @@ class Config(Section):
             raise ValueError("`train.max_steps` and `train.num_train_epochs` are both set: remove one.")
         if self.data.eval_split is not None and "eval_fraction" in self.data.model_fields_set:
             raise ValueError("`data.eval_split` and `data.eval_fraction` are both set: remove one.")
+        if self.train.cuda_graph and (self.data.packing or self.train.gradient_accumulation_steps > 1):
+            raise ValueError(
+                "`train.cuda_graph` records steps of one batch, always of the same shape: remove it, or `data.packing` "
+                "(documents begin elsewhere in every batch) and `train.gradient_accumulation_steps` above 1."
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -79,8 +79,12 @@ class RouterLoad:
 
     def _count(self, name: str, router: nn.Module, output: tuple[torch.Tensor, ...]) -> None:
         counts = expert_counts(router, output, self.mask)
-        if counts is not None:
-            self._counts[name] = self._counts[name] + counts if name in self._counts else counts
+        if counts is None:
+            return
+        if name in self._counts:
+            self._counts[name] += counts  # in place: a recorded step (graphed.py) counts on
+        else:
+            self._counts[name] = counts
 
     def window(self) -> dict[str, float]:
         """Metrics of what was counted since the last call, means over the layers; {} if nothing was.

@@ -4,9 +4,11 @@
 - how evenly the tokens are spread over the experts, in the logs (routing.py)
 - every record in output_dir/metrics.jsonl (metrics.py)
 
-And checkpoints that appear whole, are checked before they are loaded, and fit another layout (resume.py).
+On request steps are recorded as CUDA graphs (graphed.py). And checkpoints appear whole, are checked before they are
+loaded, and fit another layout (resume.py).
 """
 
+import logging
 import math
 import time
 from typing import Any
@@ -15,10 +17,13 @@ import torch
 from transformers.utils import is_datasets_available
 
 from expertmesh.parallel import clip_grad_norm
+from expertmesh.train.graphed import GraphedStep, refuse
 from expertmesh.train.guard import ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.resume import ResumableTrainer
 from expertmesh.train.routing import RouterLoad
+
+log = logging.getLogger(__name__)
 
 
 class Trainer(ResumableTrainer):
@@ -27,13 +32,29 @@ class Trainer(ResumableTrainer):
     All arguments, methods and files are transformers'. `load` (RouterLoad) holds the counts of tokens per layer and
     expert. `train` raises `NonFiniteError` before the optimizer step, and ValueError for a step without a single
     supervised label.
+
+    cuda_graph: whether forward and backward are recorded and replayed, for batches of one shape (see `GraphedStep`);
+    only while `train` runs. Raises ValueError where that is known not to work, with what to change.
     """
 
     model: Any  # never None once built; a PreTrainedModel, or PEFT's wrapper around one
     processing_class: Any
 
-    def __init__(self, model=None, args=None, data_collator=None, train_dataset=None, *rest: Any, **kwargs: Any):
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        *rest: Any,
+        cuda_graph: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(model, args, data_collator, _numbered(train_dataset), *rest, **kwargs)
+        self.cuda_graph = cuda_graph
+        self._graphed: GraphedStep | None = None
+        if cuda_graph:
+            refuse(self)
         self.args.logging_nan_inf_filter = False  # it hides a nan, and waits for every microbatch
         self.load = RouterLoad(self.model)
         self.add_callback(MetricsFile(self.args.output_dir or ".", self.load))
@@ -62,11 +83,37 @@ class Trainer(ResumableTrainer):
             self._tokens = self._tokens + (mask.sum() if mask is not None else 0 if ids is None else ids.numel())
         return batches, num_items
 
-    def training_step(self, model, inputs, *args, **kwargs):
-        self.load.mask = inputs.get("attention_mask")
-        loss = super().training_step(model, inputs, *args, **kwargs)
+    def train(self, *args: Any, **kwargs: Any):
+        try:
+            done = super().train(*args, **kwargs)
+            if self._graphed is not None and not self._graphed.replayed:
+                log.warning("cuda_graph=True replayed no step: too few batches had the same shape.")
+            return done
+        finally:
+            if self._graphed is not None:
+                self._graphed.close()
+            self._graphed = None
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        step = self._graphed_step if self.cuda_graph else self._plain_step
+        loss = step(model, inputs, num_items_in_batch)
         self._record.losses.append(loss)
         return loss
+
+    def _plain_step(self, model, inputs, num_items_in_batch):
+        self.load.mask = inputs.get("attention_mask")
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _graphed_step(self, model, inputs, num_items_in_batch):
+        if self._graphed is None:
+            refuse(self)  # arguments may have changed
+            self._graphed = GraphedStep(model, lambda n, **batch: self._plain_step(model, batch, n))
+        for module in (model, self.optimizer):  # a replay does not
+            if callable(getattr(module, "train", None)):
+                module.train()
+        if num_items_in_batch is not None:
+            num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device)
+        return self._graphed(n=num_items_in_batch, **self._prepare_inputs(inputs))
 
     def _clip_grad_norm(self, model):
         if not self.is_sharded:

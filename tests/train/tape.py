@@ -1,0 +1,80 @@
+"""A stand-in for CUDA graphs on a CPU: operations are taken down while recording, and carried out again on the same
+tensors in a replay. Python runs while recording only, what recording changed is put back, and asking for a value fails:
+as with the real ones.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Stream:
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+class Tape:
+    """In the place of `torch.cuda.CUDAGraph`."""
+
+    made: "list[Tape]" = []
+
+    def __init__(self) -> None:
+        self.operations: list[tuple] = []
+        self.replays = 0
+        Tape.made.append(self)
+
+    def reset(self) -> None:
+        self.operations.clear()
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        assert self.operations, "replayed after reset, or never recorded"
+        self.replays += 1
+        for func, args, kwargs, out in self.operations:
+            new = func(*args, **kwargs)
+            for old, x in zip(tensors(out), tensors(new), strict=True):
+                if old.data_ptr() != x.data_ptr():
+                    old.detach().copy_(x)
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+class Recorder(TorchDispatchMode):
+    """In the place of `torch.cuda.graph`."""
+
+    def __init__(self, tape: Tape, **_: Any) -> None:
+        super().__init__()
+        self.tape = tape
+        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        for argument, x in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(x, torch.Tensor):
+                self.before.append((x.detach(), x.detach().clone()))
+        out = func(*args, **kwargs)
+        self.tape.operations.append((func, args, kwargs, out))
+        return out
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for x, value in reversed(self.before):
+            x.copy_(value)
+
+
+def instead_of_cuda(monkeypatch: Any) -> None:
+    """From now on a recording is a tape."""
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", Recorder)
+    recording = torch.utils._python_dispatch._get_current_dispatch_mode
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: isinstance(recording(), Recorder))
