@@ -380,6 +380,7 @@ def test_a_recorded_sft_run_learns_the_same_without_trl_s_waits(tmp_path, on_cpu
     assert replays() == [8 - WARM_UP]
     for mine, other in zip(recorded, always, strict=True):
         waited = {"entropy", "mean_token_accuracy", "num_tokens", "aux_loss"} if "loss" in other else set()
+        waited |= {"eval_num_tokens"} & other.keys()
         assert other.keys() - mine.keys() == waited and mine.keys() <= other.keys()
         for key in mine.keys() & {"loss", "grad_norm", "eval_loss", "eval_entropy", "moe/load_cv", "moe/max_vio"}:
             assert mine[key] == pytest.approx(other[key], rel=1e-4), key

@@ -126,22 +126,22 @@ class _Recorded:
 def refuse(trainer: Any) -> None:
     """Raise ValueError if a transformers.Trainer is set up so that its steps cannot be recorded."""
     args, model = trainer.args, trainer.model
-    layout = getattr(model.config, "distributed_config", None)
-    waits = layout is not None and layout.ep_size > 1 and layout.ep_implementation not in (gather.NAME, push.NAME)
+    layout = getattr(getattr(model, "config", None), "distributed_config", None)
+    dispatch = layout.ep_implementation if layout is not None and (layout.ep_size or 1) > 1 else gather.NAME
     repeats = [getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}) for m in model.modules()]
     repeats.append(args.activation_checkpointing_kwargs or {})
     reasons = {
         f"it needs an NVIDIA GPU, and this run is on {args.device}. Start it on one": args.device.type != "cuda",
         "gradients are accumulated over several microbatches. Set gradient_accumulation_steps=1 and raise "
         "per_device_train_batch_size": args.gradient_accumulation_steps > 1,
-        "float16's loss scaler decides by values. Train in bfloat16": args.fp16,
+        "float16's loss scaler decides by values. Train in bfloat16": trainer.accelerator.scaler is not None,
         "layers are recomputed inside of another backward. Set activation_checkpointing_kwargs={'use_reentrant': "
         "False}": any(options.get("use_reentrant") for options in repeats),
         "torch_empty_cache_steps frees memory. Leave it unset": args.torch_empty_cache_steps is not None,
         "on several GPUs it needs a model that is laid out as it is loaded. Pass distributed_setup= to "
         "from_pretrained": args.n_gpu > 1 or (args.world_size > 1 and not trainer.is_sharded),
         "the CPU waits to hear how many rows this dispatch sends. Load the model with dispatch='gather' (2 to 4 GPUs "
-        "of a node) or dispatch='push' (5 to 8)": waits,
+        "of a node) or dispatch='push' (5 to 8)": dispatch not in (gather.NAME, push.NAME),
     }
     for reason, holds in reasons.items():
         if holds:

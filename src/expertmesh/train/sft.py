@@ -12,8 +12,8 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
     """TRL's SFTTrainer that stops at a loss or gradient that is not finite and logs the load of the experts.
 
     All arguments, methods and files are TRL's; what is added is described at `Trainer`. With `cuda_graph=True` the loss
-    in training is the model's own, which is the same number: TRL's looks for the labelled tokens on the CPU. Then
-    TRL's `entropy`, `mean_token_accuracy`, `aux_loss` and `num_tokens` are in the records of evaluation only.
+    in training is the model's own, which is the same number: TRL's looks for the labelled tokens on the CPU. Then TRL's
+    `entropy`, `mean_token_accuracy` and `aux_loss` are in the records of evaluation only, `num_tokens` in none.
     """
 
     def __init__(self, *args: Any, cuda_graph: bool = False, **kwargs: Any):
@@ -37,3 +37,8 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.cuda_graph:
+            self._metrics["eval"].pop("num_tokens", None)  # those of training, which nobody counted
+        super().log(logs, start_time)
