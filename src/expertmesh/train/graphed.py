@@ -95,9 +95,10 @@ class GraphedStep:
             return _Recorded(self, batch)
         except RuntimeError as error:
             self.close()
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise RuntimeError(CANNOT.format(why=str(_first(error)).strip().split("\n")[0].rstrip("."))) from error
+            first = _first(error)
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            raise RuntimeError(CANNOT.format(why=str(first).strip().split("\n")[0].rstrip("."))) from error
 
 
 class _Recorded:
@@ -166,6 +167,6 @@ def _on_all_ranks(number: int) -> tuple[int, ...]:
     return tuple(map(int, answers))
 
 
-def _first(error: BaseException) -> BaseException:
-    """What went wrong first: ending a capture that failed raises an error of its own."""
-    return _first(error.__context__) if error.__context__ is not None else error
+def _first(error: RuntimeError) -> RuntimeError:
+    """What went wrong first: ending a recording that failed raises an error of its own."""
+    return _first(error.__context__) if isinstance(error.__context__, RuntimeError) else error
