@@ -296,7 +296,9 @@ def _finish_dact(
         tl.store(dh + at, dpairs.to(kind), mask=pair_mask)
     elif LAYOUT == "halves":
         at = wide_row * (2 * width) + column[None, :]
-        a, dgate, dup = activate_backward(gate.to(tl.float32), up.to(tl.float32), da * scale[:, None], KIND, alpha, limit)
+        a, dgate, dup = activate_backward(
+            gate.to(tl.float32), up.to(tl.float32), da * scale[:, None], KIND, alpha, limit
+        )
         tl.store(dh + at, dgate.to(kind), mask=mask)
         tl.store(dh + at + width, dup.to(kind), mask=mask)
         if HAS_BIAS:

@@ -51,12 +51,10 @@ def default_nproc() -> int:
 
 def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
     """How `config` lays the model out over `num_ranks`, None for one. Raises ConfigError if its sizes do not fit."""
-    from expertmesh.parallel import AUTO, DEFAULT_DISPATCH, DistributedSetup
+    from expertmesh.parallel import DistributedSetup
 
     try:
-        sizes = config.parallel.model_dump(exclude={"nproc"})
-        dispatch = AUTO if config.train.cuda_graph else DEFAULT_DISPATCH  # which cannot be recorded
-        setup = DistributedSetup(**sizes, dispatch=dispatch, world_size=num_ranks)
+        setup = DistributedSetup(**config.parallel.model_dump(exclude={"nproc"}), world_size=num_ranks)
     except ValueError as error:
         raise ConfigError(f"parallel: {error}") from None
     return setup if num_ranks > 1 else None
