@@ -336,6 +336,9 @@ def main():
                 if options.out and dist.get_rank() == 0:  # a later row may fail
                     with open(options.out, "w") as file:
                         json.dump(result, file, indent=1)
+                if step is not None:
+                    step.close()
+                    model.zero_grad(set_to_none=True)
                 del step
                 free()
             del model

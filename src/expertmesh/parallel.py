@@ -45,10 +45,10 @@ class DistributedSetup:
     reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
         has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
     dispatch: how tokens reach experts on other ranks. "auto": where groups lie on GPUs of one node, "gather" up to an
-        ep_size of 4 and "push" up to 8, else "all_to_all". "all_to_all": once to each rank that needs them, any number of
-        ranks; the host waits once per layer for the counts. "gather": to all ranks of the expert-parallel group; the
-        host never waits for the device. "push": as "gather", but only to the ranks that need them, by stores into each
-        other's memory; without such memory as "all_to_all". "deepep": by the package deep_ep, in bfloat16.
+        ep_size of 4 and "push" up to 8, else "all_to_all". "all_to_all": once to each rank that needs them, any number
+        of ranks; the host waits once per layer for the counts. "gather": to all ranks of the expert-parallel group;
+        the host never waits for the device. "push": as "gather", but only to the ranks that need them, by stores into
+        each other's memory; without such memory as "all_to_all". "deepep": by the package deep_ep, in bfloat16.
     strategy: "fsdp2"; there is no other.
     world_size: ranks; by default those of torch.distributed, else WORLD_SIZE, else 1.
 

@@ -195,10 +195,8 @@ def _down_dact_kernel(
         PIECES: tl.constexpr = 4 if HAS_BIAS or BN == 256 else 2
         PART: tl.constexpr = BN // PIECES
         left, right = _halves(da, BM, BN)
-        if PIECES == 4:
-            pieces = _halves(left, BM, BN // 2) + _halves(right, BM, BN // 2)
-        else:
-            pieces = left, right
+        quarters: tl.constexpr = PIECES == 4
+        pieces = _halves(left, BM, BN // 2) + _halves(right, BM, BN // 2) if quarters else (left, right)
         partial = tl.zeros((BM,), tl.float32)
         gate, up = _load_h(h, row, in_group, first, width, PART, LAYOUT)
         for number in tl.static_range(PIECES):
