@@ -180,11 +180,12 @@ def time_arm(model, config, batch, seq, device, warmup=2, repeats=5, step=None):
     step: the model's `GraphedStep`, whose forward and backward are one.
     """
     ids = tokens(config, batch, seq, device)
+    peak_from = 0
     if step is not None:
-        warmup += WARM_UP
+        warmup, peak_from = warmup + WARM_UP, -warmup  # the recording, whose memory all replays keep
     steps = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(repeats + 1)]
     for i in range(-warmup, repeats):
-        if i == 0:
+        if i == peak_from:
             torch.cuda.reset_peak_memory_stats()
         steps[max(i, 0)][0].record()
         model.zero_grad(set_to_none=True)
@@ -293,6 +294,8 @@ def main():
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     widths = WIDTHS if on_gpu else TINY
+    arms = {arm.partition(":")[0]: arm.partition(":")[2] for arm in options.arms or ARMS}
+    compared = [arm for arm in arms if not arm.endswith("graph")]  # a recorded step computes what its arm does
     small = Qwen3MoeConfig(num_hidden_layers=8 if on_gpu else 2, **widths)
     result = {
         "hardware": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -304,19 +307,12 @@ def main():
         "agreement": [
             row
             for choice in options.agreement
-            for row in agreement(
-                [arm.partition(":")[0] for arm in options.arms] or list(ARMS),
-                small,
-                4096 if on_gpu else 16,
-                device,
-                choice == "pinned",
-            )
+            for row in agreement(compared, small, 4096 if on_gpu else 16, device, choice == "pinned")
         ],
         "exchanges": probe(device, 16384, 2048) if options.probe and on_gpu else [],
         "rows": [],
     }
-    for name in options.arms if on_gpu else ():
-        arm, _, own = name.partition(":")
+    for arm, own in arms.items() if on_gpu and options.arms else ():
         batches = [int(batch) for batch in own.split(",")] if own else options.batches
         for routing in options.routings if arm.startswith("expertmesh") else options.routings[:1]:
             config = Qwen3MoeConfig(num_hidden_layers=options.layers, **widths)
