@@ -126,8 +126,7 @@ def parity(rank: int, folder: Path, cases: list[Case], references: Path) -> list
     """For every case: (name, loss error, worst gradient error, its parameter)."""
     results = []
     if not torch.cuda.is_available():
-        for module in (gather, push):
-            open_memory(module, references)
+        open_memory(references)
     for case in cases:
         model, setup = load(folder, case)
         want = torch.load(references / f"{setup.dp_size}-{case.force}.pt")
@@ -261,7 +260,7 @@ def exchanges(rank: int, folder: Path, case: Case) -> dict[str, int]:
 def widths(rank: int, folder: Path, dispatch: str, boxes: Path) -> set[int]:
     """The widths of all tables that the experts of one rank exchange in a forward and a backward."""
     if dispatch != "all_to_all":
-        open_memory({"gather": gather, "push": push}[dispatch], boxes)
+        open_memory(boxes)
     model, setup = load(folder, Case({"ep_size": 2, "dispatch": dispatch}))
     seen: set[int] = set()
     all_to_all, begin = dist.all_to_all_single, Mailboxes.begin
@@ -270,9 +269,9 @@ def widths(rank: int, folder: Path, dispatch: str, boxes: Path) -> set[int]:
         seen.update(table.shape[1] for table in (output, rows) if table.ndim > 1)
         return all_to_all(output, rows, *args, **kwargs)
 
-    def begins(self: Mailboxes, parts: list[torch.Tensor], pieces: int) -> Any:
+    def begins(self: Mailboxes, parts: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         seen.update(part.shape[1] for part in parts)
-        return begin(self, parts, pieces)
+        return begin(self, parts, *args, **kwargs)
 
     with mock.patch.object(dist, "all_to_all_single", sends), mock.patch.object(Mailboxes, "begin", begins):
         loss_of(model, setup, rank).backward()
@@ -356,10 +355,10 @@ class HostMemory:
         dist.barrier(self.group)
 
 
-def open_memory(module: Any, folder: Path) -> Callable[[dist.ProcessGroup], Mailboxes]:
-    """Let a dispatch find mailboxes between CPUs of this machine; returns what now makes them."""
-    module.link_of = functools.cache(lambda group: Mailboxes(group, functools.partial(HostMemory, folder, group)))
-    return module.link_of
+def open_memory(folder: Path) -> Callable[[dist.ProcessGroup], Mailboxes]:
+    """Let gather and push find mailboxes between CPUs of this machine; returns what now makes them."""
+    gather.link_of = functools.cache(lambda group: Mailboxes(group, functools.partial(HostMemory, folder, group)))
+    return gather.link_of
 
 
 def layers(
@@ -375,7 +374,7 @@ def layers(
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
     if dispatch in ("mailboxes", "push"):
-        link = open_memory(push if dispatch == "push" else gather, folder)(mesh["ep"].get_group())
+        link = open_memory(folder)(mesh["ep"].get_group())
         link.begin = begun = mock.Mock(wraps=link.begin)
     implementation = {"all_to_all": AllToAll, "push": push.Push, "push alone": push.Push}.get(dispatch, gather.Gather)
     results = []

@@ -38,6 +38,8 @@ def waiting(layer: str, group: dist.ProcessGroup) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RuntimeError(
             f"Rank {dist.get_rank()} waited in vain for the ranks {dist.get_process_group_ranks(group)} at {layer}. "

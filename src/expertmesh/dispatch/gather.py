@@ -2,13 +2,11 @@
 
     all-gather tokens, ids and weights → this rank's experts → reduce-scatter of the partial sums
 
-The tokens are sent before the router has chosen, if the block around the experts calls `experts.send_ahead`.
-
-With 2 ranks this moves as many rows as sending each token once to every rank that needs it, with 4 hardly more; and
-nothing about the routing has to be known on the host: shapes follow from how many tokens each rank has, which the hosts
-tell each other once per forward, so the CPU never waits for a device. The experts skip pairs whose ids are not
-theirs. The backward mirrors the forward: a reduce-scatter where that gathers, and the reverse.
-What the rows travel by is links.py's.
+Tokens are on their way before the router has chosen, if the block around the experts calls `experts.send_ahead`. With 2
+ranks this moves as many rows as sending each token once to every rank that needs it, with 4 hardly more; and nothing
+about the routing has to be known on the host: shapes follow from how many tokens each rank has, which the hosts tell
+each other once per forward, so the CPU never waits for a device. The experts skip pairs whose ids are not theirs. The
+backward mirrors the forward: a reduce-scatter where that gathers, and the reverse. Rows travel by links.py.
 
 Registered in Transformers as the `ep_implementation` "expertmesh-gather".
 """
@@ -40,24 +38,25 @@ class Gather(AllToAll):
 
     def send_ahead(self, x_TH: torch.Tensor) -> None:
         """Let rows travel while the router chooses: `hidden_states` of the next call will be this x [T, H]."""
-        group = self.ep_mesh.get_group()
-        with waiting(self.layer, group):
-            link = link_of(group)
+        link = self._link()
         if self.tp_mesh.size() == 1 and isinstance(link, Mailboxes):
-            rows = kept(lambda: most_tokens(len(x_TH), group, self.layer))
-            link.send_ahead(_padded(x_TH.detach(), rows))
+            link.send_ahead(_padded(x_TH.detach(), self._rows(x_TH)))
 
-    def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+    def _link(self) -> Link:
         group = self.ep_mesh.get_group()
         with waiting(self.layer, group):  # the first time, the ranks meet
-            link = link_of(group)
-        return self._through(link, x_TH, ids_TK, weight_TK)
+            return link_of(group)
+
+    def _rows(self, x_TH: torch.Tensor) -> int:
+        return kept(lambda: most_tokens(len(x_TH), self.ep_mesh.get_group(), self.layer))
+
+    def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        return self._through(self._link(), x_TH, ids_TK, weight_TK)
 
     def _through(self, link: Link, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        group, experts_per_rank = self.ep_mesh.get_group(), self.num_local_experts
-        rows = kept(lambda: most_tokens(len(x_TH), group, self.layer))
+        experts_per_rank = self.num_local_experts
         num_experts, handoff = self.ep_mesh.size() * experts_per_rank, Handoff(link)
-        x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, rows, num_experts, handoff)
+        x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, self._rows(x_TH), num_experts, handoff)
         # this rank's experts become 0, 1, …; all others', and the padding, something else
         ids_MK = ids_MK.sub_(self.ep_mesh.get_local_rank() * experts_per_rank)
         with offered(handoff):

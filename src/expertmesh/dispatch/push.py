@@ -21,9 +21,9 @@ import torch.distributed as dist
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from expertmesh import backends
-from expertmesh.dispatch.all_to_all import AllToAll, waiting
+from expertmesh.dispatch.all_to_all import AllToAll
 from expertmesh.dispatch.gather import Gather
-from expertmesh.dispatch.links import Mailboxes, link_of
+from expertmesh.dispatch.links import Mailboxes
 from expertmesh.kernels.combine import combine
 from expertmesh.kernels.copy_rows import copy_rows
 
@@ -37,11 +37,9 @@ class Push(Gather):
         """Nothing: who needs a row is known only when the router has chosen."""
 
     def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        group = self.ep_mesh.get_group()
-        with waiting(self.layer, group):
-            boxes = link_of(group)
+        boxes = self._link()
         if not isinstance(boxes, Mailboxes):
-            _tell_of_all_to_all(group)
+            _tell_of_all_to_all(self.ep_mesh.get_group())
             return AllToAll._run(self, x_TH, ids_TK, weight_TK)
         return self._through(Pushed(boxes, self.num_local_experts), x_TH, ids_TK, weight_TK)
 
