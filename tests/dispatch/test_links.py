@@ -1,9 +1,13 @@
-"""What is sent ahead is the first part of the next exchange, and is sent once."""
+"""Which link is chosen; and what is sent ahead is the first part of the next exchange, and is sent once."""
+
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from expertmesh.dispatch.links import Mailboxes
+from expertmesh.dispatch import links
+from expertmesh.dispatch.links import Collectives, Mailboxes
 
 
 class Group:
@@ -55,3 +59,34 @@ def test_rows_that_are_not_those_sent_ahead_or_whose_box_is_gone_are_sent(mailbo
     assert mailboxes.turn == 1 - turn and (got[:4] == 3).all()
     mailboxes.reduce_scatter([got])
     assert mailboxes.turn == turn
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    links.link_of.cache_clear()
+    links.hosts.cache_clear()
+    yield dist.group.WORLD
+    links.link_of.cache_clear()
+    links.hosts.cache_clear()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_where_memory_cannot_be_opened_to_others_rows_go_by_collectives_and_the_log_says_why(
+    monkeypatch, group, refuses
+):
+    def open_memory(num_bytes, group):
+        if refuses:
+            raise RuntimeError("pidfd_getfd: Operation not permitted\nand where")
+
+    monkeypatch.setattr(links, "DeviceMemory", open_memory)
+    monkeypatch.setattr(links, "_opened", [])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    told = mock.Mock()
+    monkeypatch.setattr(links.backends, "logger", lambda: told)
+    link = links.link_of(group)
+    assert isinstance(link, Collectives if refuses else Mailboxes)
+    why = "collectives (memory cannot be opened to other processes: pidfd_getfd: Operation not permitted)"
+    assert (why if refuses else "by mailboxes") in told.info.call_args.args[0]

@@ -193,9 +193,6 @@ class DeviceMemory:
         # mailboxes that this one replaces may still be written to or read
         torch.cuda.synchronize()
         dist.barrier(hosts(group))
-        backends.logger().info(
-            f"expertmesh: a mailbox of {num_bytes / 2**20:.1f} MiB for exchanges between {group.size()} GPUs"
-        )
         self._own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
         self._handle: Any = symmetric.rendezvous(self._own, group)
         self._boxes = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(group.size())]
@@ -214,7 +211,7 @@ def link_of(group: dist.ProcessGroup) -> Link:
     how = "mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
     backends.logger().info(f"expertmesh: rows travel between {group.size()} ranks by {how}")
     if reason is None:
-        _opened.append(Mailboxes(group, lambda num_bytes: DeviceMemory(num_bytes, group)))
+        _opened.append(Mailboxes(group, lambda num_bytes: _mailbox(num_bytes, group)))
         return _opened[-1]
     return Collectives(group)
 
@@ -249,7 +246,26 @@ def _why_no_mailboxes(group: dist.ProcessGroup) -> str | None:
     if len(set(devices)) < len(devices):
         return "the ranks do not see each other's GPUs: leave CUDA_VISIBLE_DEVICES the same on all"
     apart = [b for a in devices for b in devices if a != b and not torch.cuda.can_device_access_peer(a, b)]
-    return "GPUs that cannot access each other's memory" if apart else None
+    return "GPUs that cannot access each other's memory" if apart else _why_not_opened(group)
+
+
+def _why_not_opened(group: dist.ProcessGroup) -> str | None:
+    """Why memory cannot be opened to other processes, which containers may forbid though GPUs can; or None."""
+    error = None
+    try:
+        DeviceMemory(ALIGNMENT, group)
+    except RuntimeError as failed:
+        error = str(failed).strip().split("\n")[0]
+    errors: list[Any] = [None] * group.size()
+    dist.all_gather_object(errors, error, hosts(group))
+    return next((f"memory cannot be opened to other processes: {e}" for e in errors if e is not None), None)
+
+
+def _mailbox(num_bytes: int, group: dist.ProcessGroup) -> DeviceMemory:
+    backends.logger().info(
+        f"expertmesh: a mailbox of {num_bytes / 2**20:.1f} MiB for exchanges between {group.size()} GPUs"
+    )
+    return DeviceMemory(num_bytes, group)
 
 
 @cache
