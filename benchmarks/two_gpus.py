@@ -48,6 +48,7 @@ ARMS = {  # name: ep_size
     "expertmesh-gather": 2,
     "expertmesh-gather-graph": 2,
     "expertmesh-gather-recompute": 2,
+    "expertmesh-gather-recompute-graph": 2,
     "expertmesh-push": 2,
 }
 FLOAT32 = "stock-float32"
@@ -69,7 +70,7 @@ def build(arm, config, device, routing="random-init"):
         setup = {
             "ep_size": ep_size,
             "dispatch": next((name for name in ("gather", "push") if name in arm), "all_to_all"),
-            "activation_checkpointing": arm.endswith("recompute"),
+            "activation_checkpointing": "recompute" in arm,
         }
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, distributed_setup=setup)
     fill(model, config, device, routing)
