@@ -16,7 +16,7 @@ from tests.models import saved as saved_without
 CASES = [
     ({"ep_size": 2}, {}),
     ({}, {"activation_checkpointing": True}),
-    ({"ep_size": 2}, {"activation_checkpointing": True}),
+    ({"ep_size": 2, "dispatch": "gather"}, {"activation_checkpointing": True}),
     ({"dp_replicate_size": 2}, {}),
 ]
 
