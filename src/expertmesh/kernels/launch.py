@@ -1,9 +1,9 @@
 """Triton kernels that are launched with less of the CPU's work.
 
 At every launch Triton classifies all arguments, writes their classes and all options out as text, and looks the
-compiled kernel up by that, and a layer's forward and backward are two dozen launches. A `Kernel` finds it by what it can
-see at once, and sees more than Triton asks for: the values of numbers instead of their divisibility, and alignment up to
-64 bytes. So what it finds is what Triton would find.
+compiled kernel up by that, and a layer's forward and backward are two dozen launches. A `Kernel` finds it by what it
+can see at once, and sees more than Triton asks for: the values of numbers instead of their divisibility, and alignment
+up to 64 bytes. So what it finds is what Triton would find.
 """
 
 from collections.abc import Callable
