@@ -60,12 +60,7 @@ def build(arm, config, device, routing="random-init"):
     ep_size = ARMS.get(arm, 1)
     dtype = torch.bfloat16 if device.type == "cuda" and arm != FLOAT32 else torch.float32
     if arm.startswith("stock"):
-        setup = DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=ep_size)
-        setup, _, meshes = PreTrainedModel.prepare_distribute_model(setup)
-        with torch.device("meta"):
-            model = StockAuto.from_config(config, dtype=dtype)
-        model = type(model).maybe_distribute_model(model, setup, meshes)
-        model.to_empty(device=device)
+        model = stock_model(config, dtype, device, ep_size)
     else:
         setup = {
             "ep_size": ep_size,
@@ -75,6 +70,17 @@ def build(arm, config, device, routing="random-init"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, distributed_setup=setup)
     fill(model, config, device, routing)
     return model.train()
+
+
+def stock_model(config, dtype, device, ep_size):
+    """Transformers' model under its own FSDP2 over all ranks and expert parallelism; weights are not set yet."""
+    setup = DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=ep_size)
+    setup, _, meshes = PreTrainedModel.prepare_distribute_model(setup)
+    with torch.device("meta"):
+        model = StockAuto.from_config(config, dtype=dtype)
+    model = type(model).maybe_distribute_model(model, setup, meshes)
+    model.to_empty(device=device)
+    return model
 
 
 @torch.no_grad()
@@ -96,6 +102,8 @@ def fill(model, config, device, routing):
         if "inv_freq" in name:
             steps = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
             buffer.copy_(1.0 / (config.rope_parameters["rope_theta"] ** steps))
+        else:  # routers' corrections
+            buffer.zero_()
 
 
 def free():
