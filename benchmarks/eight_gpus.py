@@ -4,7 +4,7 @@
 
 Every arm has the same weights and tokens: forward, backward, clipping over all meshes and fused AdamW, whose states
 have the weights' dtype and whose learning rate is 0. `-ep`: all ranks share the experts; `-ep-half`: half of the ranks,
-FSDP2 over the rest; `-graph`: forward and backward are one CUDA graph. Without GPUs: few thousand parameters, to try it.
+FSDP2 over the rest; `-graph`: forward and backward are one CUDA graph. Without GPUs it is a tiny model, to try this.
 """
 
 import argparse
