@@ -8,20 +8,18 @@ FSDP2 over the rest; `-graph`: forward and backward are one CUDA graph. Without 
 """
 
 import argparse
-import os
 import statistics
-import sys
 import time
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from two_gpus import fill, free, say, stock_model, tokens
+from two_gpus import begin, fill, free, origin_of_all, say, stock_model, tokens
 
 from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.flops import step_flops
 from expertmesh.bench.gate import set_routing
-from expertmesh.bench.origin import origin, write
+from expertmesh.bench.origin import write
 from expertmesh.bench.works import NEMOTRON_3_NANO, WORKS, config_of, top_k_and_experts
 from expertmesh.parallel import clip_grad_norm
 from expertmesh.train.graphed import WARM_UP, GraphedStep
@@ -148,15 +146,9 @@ def main():
     parser.add_argument("--out")
     parser.add_argument("--commit", default="")
     options = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    ranks = dist.get_world_size()
-    command = ["torchrun", "--nproc-per-node", str(ranks), *sys.argv]
-    result = origin(command, options.commit) | {"gpus": ranks if on_gpu else 0, "rows": []}
-    for arm in options.arms if on_gpu else [arm for arm in options.arms if not arm.endswith("graph")]:
+    device = begin()
+    result = origin_of_all(options.commit) | {"rows": []}
+    for arm in options.arms if device.type == "cuda" else [arm for arm in options.arms if not arm.endswith("graph")]:
         for routing in options.routings:
             for row in rows_of(arm, options.work, routing, options, device):
                 result["rows"].append(row)

@@ -271,9 +271,8 @@ activations are recomputed.
 
 {source(pair)}
 
-With one sequence per GPU the CPU cannot issue a step as fast as the GPU runs it, and how fast it can differs from one
-machine to the next; a recorded step does not depend on it. Milliseconds of one step of rank 0 under the profiler, which
-slows the CPU down, by what the GPU did:
+With one sequence per GPU the CPU cannot issue a step as fast as the GPU runs it; a recorded step is one launch.
+Milliseconds of one step of rank 0 under the profiler, which slows the CPU down, by what the GPU did:
 
 {trace_table(pair)}
 

@@ -10,7 +10,6 @@ the exchanges of gather.py and push.py take alone, of 16,384 tokens with top-8 o
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -18,15 +17,15 @@ import zlib
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM as StockAuto
 from transformers import PreTrainedModel, Qwen3MoeConfig
 from transformers.distributed import DistributedConfig
 
-from expertmesh import AutoModelForCausalLM, backends
+from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.gate import skewed
+from expertmesh.bench.origin import origin, write
 from expertmesh.dispatch.links import Collectives, link_of
 from expertmesh.dispatch.push import Pushed
 from expertmesh.train.graphed import WARM_UP, GraphedStep
@@ -104,6 +103,24 @@ def fill(model, config, device, routing):
             buffer.copy_(1.0 / (config.rope_parameters["rope_theta"] ** steps))
         else:  # routers' corrections
             buffer.zero_()
+
+
+def begin():
+    """This rank's device; the ranks meet."""
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return device
+
+
+def origin_of_all(commit):
+    """Where a result of all these ranks comes from."""
+    ranks = dist.get_world_size()
+    found = origin(["torchrun", "--nproc-per-node", str(ranks), *sys.argv], commit)
+    return found | {"gpus": ranks if torch.cuda.is_available() else 0}
 
 
 def free():
@@ -297,22 +314,13 @@ def main():
     parser.add_argument("--probe", action="store_true")
     parser.add_argument("--trace", action="store_true", help="for expertmesh-gather: what exchanges cost in a step")
     options = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    device = begin()
+    on_gpu = device.type == "cuda"
     widths = WIDTHS if on_gpu else TINY
     arms = {arm.partition(":")[0]: arm.partition(":")[2] for arm in options.arms or ARMS}
     compared = [arm for arm in arms if not arm.endswith("graph")]  # a recorded step computes what its arm does
     small = Qwen3MoeConfig(num_hidden_layers=8 if on_gpu else 2, **widths)
-    result = {
-        "hardware": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "gpus": dist.get_world_size(),
-        **{name: backends.version_of(name) for name in ("torch", "triton")},
-        "transformers": transformers.__version__,
-        "commit": options.commit,
-        "command": " ".join(["torchrun --nproc-per-node 2", *sys.argv]),
+    result = origin_of_all(options.commit) | {
         "agreement": [
             row
             for choice in options.agreement
@@ -338,9 +346,8 @@ def main():
                 row = {"work": "qwen3-30b-a3b", "arm": arm, "layers": options.layers, "batch": batch, "seq": 4096}
                 result["rows"].append(row | {"routing": routing, **measured})
                 say(result["rows"][-1])
-                if options.out and dist.get_rank() == 0:  # a later row may fail
-                    with open(options.out, "w") as file:
-                        json.dump(result, file, indent=1)
+                if dist.get_rank() == 0:  # a later row may fail
+                    write(result, options.out)
                 if step is not None:
                     step.close()
                     model.zero_grad(set_to_none=True)
@@ -348,9 +355,8 @@ def main():
                 free()
             del model
             free()
-    if options.out and dist.get_rank() == 0:
-        with open(options.out, "w") as file:
-            json.dump(result, file, indent=1)
+    if dist.get_rank() == 0:
+        write(result, options.out)
     dist.destroy_process_group()
 
 

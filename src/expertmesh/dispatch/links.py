@@ -1,7 +1,7 @@
 """The wire under gather.py: rows to all ranks of a small group, and sums of what they made of them back.
 
 `Collectives` is torch.distributed's, on any backend. `Mailboxes` are buffers that every GPU of a node maps of every
-other: rows travel by copy engines, at 1.3 times NCCL's speed and without a single SM. A rank writes into the others'
+other: rows travel by copy engines, which take no multiprocessor from what computes. A rank writes into the others'
 mailboxes, all meet at a barrier on the device, and each reads its own. There are two mailboxes, used in turn: who
 passes a barrier knows that all others have read what came before the barrier before it. So one barrier per exchange is
 enough, and the host never waits.

@@ -60,8 +60,8 @@ def packed(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Finite float32 weights [.., 32] as bytes [.., 16] and exponents [..] of MXFP4, which `unpacked` reads.
 
     The scale is 2**(floor(log2(amax)) - 2), with amax first rounded to the two bits that a 4-bit float has. The OCP MX
-    specification does not round it, and makes 6 of 7.9 instead of 8: the error of normal weights is 1.6% larger then,
-    and 5.6% if the scale is so large that nothing exceeds 6. What was MXFP4 before comes out exact.
+    specification does not round it, and makes 6 of 7.9 instead of 8: the error of random weights is larger then. What
+    was MXFP4 before comes out exact.
     """
     amax = groups.abs().amax(-1)
     scales = ((amax.view(torch.int32) + (1 << 21) >> 23) - 2).clamp(0, 252)  # a float's exponent, too, is plus 127
