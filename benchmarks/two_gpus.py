@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import zlib
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from expertmesh.bench.gate import skewed
 from expertmesh.bench.origin import origin, write
 from expertmesh.dispatch.links import Collectives, link_of
 from expertmesh.dispatch.push import Pushed
+from expertmesh.kernels.combine import combine
+from expertmesh.kernels.grouping import group_by_expert
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 
 WIDTHS = dict(
@@ -265,32 +268,47 @@ def covered(spans):
     return total
 
 
-def probe(device, tokens, width):
-    """Microseconds, and GB/s in one direction, of an all-gather and a reduce-scatter of [tokens, width] bfloat16.
+def probe(device, tokens, width, experts=128, top_k=8):
+    """Microseconds of exchanges alone of [tokens, width] bfloat16, routed at random, with their barriers, and GB/s in
+    one direction, which count the rows that some rank needs, each once per rank.
 
-    GB/s count the rows that some rank needs, each once per rank.
+    gather: kept, as in the forward. gather in place: read in the mailbox, as in the backward. scatter: the way back of
+    sums that are there, and the last sum. combine: the same with the experts' rows combined on the way.
     """
-    ranks, mailboxes = dist.get_world_size(), link_of(dist.group.WORLD)
+    ranks, rank, mailboxes = dist.get_world_size(), dist.get_rank(), link_of(dist.group.WORLD)
     x = torch.randn(tokens, width, device=device).bfloat16()
     xs = torch.randn(ranks * tokens, width, device=device).bfloat16()
-    pushed = Pushed(mailboxes, 128 // ranks)
-    pushed.all_gather([x, torch.rand(tokens, 128, device=device).topk(8).indices])
-    needed = pushed.needed_RT.sum() - pushed.needed_RT[dist.get_rank()].sum()
+    ids = torch.rand(tokens, experts, device=device).topk(top_k).indices
+    pushed, collectives = Pushed(mailboxes, experts // ranks), Collectives(dist.group.WORLD)
+    _, ids = pushed.all_gather([x, ids])
+    needed = pushed.needed_RT.sum() - pushed.needed_RT[rank].sum()
     sent = int(needed) * width * x.element_size()
+    position = group_by_expert(ids - rank * experts // ranks, experts // ranks).position_TK
+    y = torch.randn(int(position.max()) + 1, width, device=device).bfloat16()
+    weights = torch.rand(position.shape, device=device)
+    runs = {"c10d": {"all-to-all": lambda: dist.all_to_all_single(torch.empty_like(xs), xs)}}
+    for name, link in (("NCCL", collectives), ("mailboxes", mailboxes), ("push", pushed)):
+        runs[name] = {"gather": partial(link.all_gather, [x])}
+        if link is mailboxes:
+            runs[name]["gather in place"] = partial(link.all_gather, [x], lasting=False)
+        runs[name]["scatter"] = partial(link.reduce_scatter, [xs])
+        runs[name]["combine"] = partial(link.combine_scatter, y, position, weights)
+    runs["this GPU alone"] = {"combine": lambda: combine(y, position, weights)}
     rows = []
-    for name, link in (("NCCL", Collectives(dist.group.WORLD)), ("mailboxes", mailboxes), ("push", pushed)):
-        for what, exchange, part in (("gather", link.all_gather, x), ("scatter", link.reduce_scatter, xs)):
+    for name, exchanges in runs.items():
+        for what, exchange in exchanges.items():
             times = []
             for _ in range(8):
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
                 for _ in range(10):
-                    exchange([part])
+                    exchange()
                 end.record()
                 torch.cuda.synchronize()
                 times.append(start.elapsed_time(end) * 100)
             us = statistics.median(times[2:])
-            rows.append({"link": name, "exchange": what, "us": round(us, 1), "gb_per_second": round(sent / us / 1e3)})
+            rate = {} if "alone" in name else {"gb_per_second": round(sent / us / 1e3)}
+            rows.append({"link": name, "exchange": what, "us": round(us, 1), **rate})
             say(rows[-1])
     return rows
 

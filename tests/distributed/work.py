@@ -382,9 +382,14 @@ def layers(
         module = experts_of(8, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
         x, ids, weights, dout = layer_inputs(tokens[rank], favourite, seed=rank)
         with backends.interpreted() if with_triton else contextlib.nullcontext():
-            layer = implementation(module, mesh["ep"], mesh["tp"])
-            out = checkpoint(layer, x, ids, weights, use_reentrant=False) if recompute else layer(x, ids, weights)
+            module.forward = layer = implementation(module, mesh["ep"], mesh["tp"])
+            residual = (dout * 3 + 1).requires_grad_()
+            run = functools.partial(layer.add_to, residual) if hasattr(layer, "add_to") else layer
+            out = checkpoint(run, x, ids, weights, use_reentrant=False) if recompute else run(x, ids, weights)
             out.backward(dout)
+        if run is not layer:
+            assert torch.equal(residual.grad, dout)
+            out = out - residual
         results.append([out.detach(), x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad])
     if dispatch in ("mailboxes", "push"):
         # what the experts' backward has sent is not sent again; a recompute ends where the experts have saved all
@@ -409,6 +414,10 @@ def mailboxes(rank: int, num_cases: int) -> int:
         parts = [part.repeat(dist.get_world_size(), 1) for part in parts]
         for got, want in zip(link.reduce_scatter(parts), collectives.reduce_scatter(parts), strict=True):
             torch.testing.assert_close(got, want)
+        y, residual = torch.randn(9, width, device="cuda").bfloat16(), parts[0][: shapes.randint(1, rows)]
+        routed = torch.randint(-1, 9, parts[1].shape, device="cuda", dtype=torch.int32), parts[1]
+        want = collectives.combine_scatter(y, *routed, residual)
+        torch.testing.assert_close(link.combine_scatter(y, *routed, residual), want, atol=0.1, rtol=0.02)
     return num_cases
 
 

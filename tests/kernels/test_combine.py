@@ -1,9 +1,11 @@
 """Un-permuting equals its reference: weighted sums of rows, and one number per row."""
 
+import contextlib
+
 import pytest
 import torch
 
-from expertmesh.kernels.combine import combine, combine_reference, unsort, unsort_reference
+from expertmesh.kernels.combine import combine, combine_into, combine_reference, unsort, unsort_reference
 from tests.kernels.compare import assert_same, on_triton
 
 
@@ -24,6 +26,20 @@ def test_combine_kernel_equals_its_reference(tokens, top_k, width, skipped, weig
     expected = combine_reference(y, position, weight, added)
     with on_triton():
         assert_same([combine(y, position, weight, added)], [expected])
+
+
+@pytest.mark.parametrize("num_residual", [0, 2, 4])
+@pytest.mark.parametrize(("outs", "width"), [(1, 40), (2, 40), (3, 1500)])
+def test_pieces_go_where_they_are_wanted_with_a_residual_in_one(outs, width, num_residual):
+    y, position, weight = torch.randn(8 * outs, width), positions(4 * outs, 2, 3), torch.rand(4 * outs, 2)
+    residual = torch.randn(num_residual, width) if num_residual else None
+    expected = combine_reference(y, position, weight).view(outs, 4, width)
+    expected[-1, :num_residual] += 0 if residual is None else residual
+    for context in (on_triton(), contextlib.nullcontext()):
+        pieces = [torch.full((4, width), torch.nan) for _ in range(outs)]
+        with context:
+            combine_into(pieces, outs - 1, y, position, weight, residual)
+        assert_same(pieces, list(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,11 +5,13 @@ import contextlib
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
 from expertmesh import backends
 from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad
+from expertmesh.layers import experts
 from expertmesh.layers.experts import activation_of, experts_forward
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 6, 40, 24, 37, 3
@@ -131,3 +133,34 @@ def test_frozen_experts_cost_no_weight_gradient():
     x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     experts_forward(module, x, ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)).sum().backward()
     assert x.grad is not None and all(p.grad is None for p in module.parameters())
+
+
+def test_a_recompute_ends_before_the_down_projection(monkeypatch):
+    module, ids, weight = _module(), ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)
+    products, gemm = [], grouped_gemm.grouped_gemm
+    monkeypatch.setattr(experts, "grouped_gemm", lambda a, w, *rest: products.append(w.shape[1:]) or gemm(a, w, *rest))
+    want = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    x = want.detach().clone().requires_grad_()
+    experts_forward(module, want, ids, weight).sin().sum().backward()
+    down, up_dgrad = products
+    checkpoint(experts_forward, module, x, ids, weight, use_reentrant=False).sin().sum().backward()
+    assert products[2:] == [down, up_dgrad], "one down-projection, of the forward"
+    assert torch.equal(x.grad, want.grad)
+
+
+@pytest.mark.parametrize("trained", ["nothing", "up", "down", "weights", "residual"])
+def test_whatever_is_trained_gets_its_gradient_alone(trained):
+    module, ids = _module(bias=True), ROUTINGS["random"]()
+    module.requires_grad_(False)
+    x, weight, residual = torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K), torch.randn(TOKENS, HIDDEN)
+    leaf = {"up": module.gate_up_proj_bias, "down": module.down_proj, "weights": weight, "residual": residual}
+    if trained != "nothing":
+        leaf[trained].requires_grad_()
+    want = residual + grouped_mm_experts_forward(module, x, ids, weight)
+    got = experts_forward(module, x, ids, weight, residual)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert got.requires_grad == want.requires_grad == (trained != "nothing")
+    if trained != "nothing":
+        dout = torch.randn_like(got)
+        grads = [torch.autograd.grad(out, leaf[trained], dout)[0] for out in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)

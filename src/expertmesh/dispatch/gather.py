@@ -34,12 +34,23 @@ class Gather(AllToAll):
 
     def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
-        experts.send_ahead = self.send_ahead
+        self._experts = experts
+        self._residual: torch.Tensor | None = None  # of the call under way
+        if tp_mesh.size() == 1:
+            experts.send_ahead, experts.add_to = self.send_ahead, self.add_to
+
+    def add_to(self, residual: torch.Tensor, *routed: torch.Tensor) -> torch.Tensor:
+        """residual [..., H] plus the output of the experts for these (hidden_states, top_k_index, top_k_weights)."""
+        self._residual = residual.reshape(routed[0].shape)
+        try:
+            return self._experts(*routed).view(residual.shape)
+        finally:
+            self._residual = None
 
     def send_ahead(self, x_TH: torch.Tensor) -> None:
         """Let rows travel while the router chooses: `hidden_states` of the next call will be this x [T, H]."""
         link = self._link()
-        if self.tp_mesh.size() == 1 and isinstance(link, Mailboxes):
+        if isinstance(link, Mailboxes):
             link.send_ahead(_padded(x_TH.detach(), self._rows(x_TH)))
 
     def _link(self) -> Link:
@@ -55,13 +66,14 @@ class Gather(AllToAll):
 
     def _through(self, link: Link, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         experts_per_rank = self.num_local_experts
-        num_experts, handoff = self.ep_mesh.size() * experts_per_rank, Handoff(link)
+        num_experts = self.ep_mesh.size() * experts_per_rank
+        residual, handoff = self._residual, Handoff(link, self._residual)
         x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, self._rows(x_TH), num_experts, handoff)
         # this rank's experts become 0, 1, …; all others', and the padding, something else
         ids_MK = ids_MK.sub_(self.ep_mesh.get_local_rank() * experts_per_rank)
         with offered(handoff):
             y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
-        return _Scatter.apply(y_MH, len(x_TH), handoff)
+        return _Scatter.apply(y_MH, residual, len(x_TH), handoff)
 
 
 _agreed: ContextVar[dict[dist.ProcessGroup, tuple[int, int]] | None] = ContextVar("agreed_tokens", default=None)
@@ -138,19 +150,21 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
+    """What the experts returned → this rank's sums over all ranks [T, H], plus a residual if there is one."""
+
     @staticmethod
-    def forward(ctx: Any, y_MH: torch.Tensor, num_tokens: int, handoff: Handoff) -> torch.Tensor:
-        (out,) = handoff.link.reduce_scatter([y_MH])
+    def forward(ctx: Any, y_MH: torch.Tensor, residual: torch.Tensor | None, num_tokens: int, handoff: Handoff):
+        out = handoff.summed(y_MH)
         ctx.rows, ctx.handoff = len(out), handoff
         return _first(out, num_tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, dout: torch.Tensor):
         # experts that send dx themselves have read this by then, and the next exchange may overwrite it
         ctx.handoff.recompute()
         (dy_MH,) = ctx.handoff.link.all_gather([_padded(dout, ctx.rows)], lasting=not ctx.handoff.adopted)
-        return dy_MH, None, None
+        return dy_MH, dout if ctx.needs_input_grad[1] else None, None, None
 
 
 EPImplementationInterface.register(NAME, Gather)

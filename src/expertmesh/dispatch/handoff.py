@@ -1,8 +1,9 @@
-"""The way back of the experts' input gradients, started before the experts' last weight gradient, which hides it.
+"""What a dispatch and the experts that it calls do together: sums leave before all are made, gradients before others.
 
-A dispatch offers a `Handoff` around its call of the experts; experts whose backward makes dx before it is done adopt
-it, and call `start` with what must travel. The dispatch's own backward, which autograd runs next, asks `finish` for
-what came back.
+A dispatch offers a `Handoff` around its call of the experts. Experts that adopt it `send` their rows: the sums for
+other ranks' tokens are written where these read them. In the backward they call `start` with their input gradients,
+before their last weight gradient, which hides the way back; the dispatch's own backward, which autograd runs next, asks
+`finish` for what came back.
 """
 
 import weakref
@@ -13,19 +14,35 @@ from typing import Any
 
 import torch
 
-from expertmesh.dispatch.links import Link, beside, join
+from expertmesh.dispatch.links import Link, beside, join, plus
 
 
 class Handoff:
-    """One call of the experts. adopted: they start the way back themselves, and then read the gradient of their
-    output no more.
+    """One call of the experts. adopted: they send their sums and start the way back themselves, and then read the
+    gradient of their output no more. residual: [T, H], added to this rank's sums.
     """
 
-    def __init__(self, link: Link) -> None:
-        self.link, self.adopted = link, False
+    def __init__(self, link: Link, residual: torch.Tensor | None = None) -> None:
+        self.link, self.residual, self.adopted = link, residual, False
+        self._summed: torch.Tensor | None = None
         self._parts: list[torch.Tensor] = []
         self._sums: list[torch.Tensor] = []
         self._before: Callable[[], Any] = lambda: None
+
+    def send(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: torch.Tensor) -> torch.Tensor:
+        """Combine the experts' rows y [S, H] and add up what all ranks made; `summed` has the result. What it returns
+        has the shape of the experts' output [M, H], for autograd, and no values.
+        """
+        self._summed = self.link.combine_scatter(y_SH, position_MK, weight_MK, self.residual)
+        return y_SH.new_empty_strided((len(position_MK), y_SH.shape[1]), (0, 0))
+
+    def summed(self, y_MH: torch.Tensor) -> torch.Tensor:
+        """This rank's rows [M / R, H] of what the experts returned, summed over all ranks, with the residual."""
+        sums, residual, self._summed, self.residual = self._summed, self.residual, None, None
+        if sums is None:
+            (sums,) = self.link.reduce_scatter([y_MH])
+            sums = plus(sums, residual)
+        return sums
 
     def remember(self, ctx: Any, like: torch.Tensor) -> None:
         """Of the function before the experts, for `recompute`: it saves an empty tensor."""

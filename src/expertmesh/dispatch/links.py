@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from expertmesh import backends
+from expertmesh.kernels.combine import combine, combine_into
 
 ALIGNMENT = 128  # bytes at which each part of an exchange begins
 
@@ -35,6 +36,16 @@ class Link(Protocol):
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """For each part [R·n, …] this rank's n rows of it, summed over all ranks."""
+        ...
+
+    def combine_scatter(
+        self,
+        y_SH: torch.Tensor,
+        position_MK: torch.Tensor,
+        weight_MK: torch.Tensor,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`reduce_scatter` of `combine(y, position, weight)`, plus a residual [T, H] of this rank's first T rows."""
         ...
 
 
@@ -55,6 +66,30 @@ class Collectives:
         for out, part in zip(outs, parts, strict=True):
             dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
         return outs
+
+    def combine_scatter(
+        self,
+        y_SH: torch.Tensor,
+        position_MK: torch.Tensor,
+        weight_MK: torch.Tensor,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return combined(self, y_SH, position_MK, weight_MK, residual)
+
+
+def combined(
+    link: Link, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: torch.Tensor, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """`Link.combine_scatter` in two steps."""
+    (sums_TH,) = link.reduce_scatter([combine(y_SH, position_MK, weight_MK)])
+    return plus(sums_TH, residual)
+
+
+def plus(sums_TH: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """The sums, with the residual added to the first of them in place."""
+    if residual is not None:
+        sums_TH[: len(residual)] += residual
+    return sums_TH
 
 
 class Memory(Protocol):
@@ -78,53 +113,85 @@ class Mailboxes:
         self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
         self.boxes: list[Memory] = []
         self.bytes = self.turn = 0
-        self._ahead: tuple[Memory, torch.Tensor] | None = None
+        self._ahead: tuple[Memory, torch.Tensor, torch.Tensor] | None = None
         self._places: dict[Any, list[list[torch.Tensor]]] = {}
 
     def send_ahead(self, part: torch.Tensor) -> None:
-        """Begin the next exchange, which must be an `all_gather`: this is its first part, and travels beside what is
-        launched until then. All ranks must call it.
+        """Begin the next exchange, which must be an `all_gather` that lasts: this is its first part, and travels beside
+        what is launched until then. All ranks must call it.
         """
         box, (place,) = self.begin([part], 1)
+        out = self._room_for_all(part)
         with beside(part.device):
             self._send(place, part)
-        self._ahead = box, part
+            out.view(self.size, *part.shape)[self.rank].copy_(part)
+        self._ahead = box, part, out
 
     def all_gather(self, parts: list[torch.Tensor], lasting: bool = True) -> list[torch.Tensor]:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             join(parts[0].device)
         box, places = self.begin(parts, 1, another=ahead is None)
+        if not lasting:
+            with beside(parts[0].device):
+                for place, part in zip(places, parts, strict=True):
+                    self._send(place, part)
+            for place, part in zip(places, parts, strict=True):
+                place[self.rank].copy_(part)
+            join(parts[0].device)
+            box.barrier()
+            return [place[-1].flatten(0, 1) for place in places]
+        outs = []
         for place, part in zip(places, parts, strict=True):
-            if ahead is None or ahead[0] is not box or not _same(part, ahead[1]):
-                self._send(place, part)
+            if ahead is not None and ahead[0] is box and _same(part, ahead[1]):
+                outs.append(ahead[2])
+                continue
+            self._send(place, part)
+            outs.append(self._room_for_all(part))
+            outs[-1].view(self.size, *part.shape)[self.rank].copy_(part)
         box.barrier()
-        return [place[-1].clone() if lasting else place[-1] for place in places]
+        for place, out in zip(places, outs, strict=True):
+            for sender in self.others:
+                out.view(place[-1].shape)[sender].copy_(place[-1][sender])
+        return outs
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         box, places = self.begin(parts, self.size)
-        chunks = [part.chunk(self.size) for part in parts]
-        for place, chunk in zip(places, chunks, strict=True):
-            for receiver in self.others:
-                place[receiver].copy_(chunk[receiver])
+        for place, part in zip(places, parts, strict=True):
+            chunks = part.chunk(self.size)
+            for receiver in (*self.others, self.rank):
+                place[receiver].copy_(chunks[receiver])
         box.barrier()
-        if self.size == 2:
-            return [chunk[self.rank] + place[-1][1 - self.rank] for place, chunk in zip(places, chunks, strict=True)]
-        for place, chunk in zip(places, chunks, strict=True):
-            place[self.rank].copy_(chunk[self.rank])
-        return [place[-1].sum(0) for place in places]  # in float32
+        return [_sum(place[-1]) for place in places]
+
+    def combine_scatter(
+        self,
+        y_SH: torch.Tensor,
+        position_MK: torch.Tensor,
+        weight_MK: torch.Tensor,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The kernel that combines writes each rank's rows into that rank's mailbox."""
+        like = y_SH.new_empty_strided((len(position_MK), y_SH.shape[1]), (0, 0))
+        box, (place,) = self.begin([like], self.size)
+        combine_into(place[:-1], self.rank, y_SH, position_MK, weight_MK, residual)
+        box.barrier()
+        return _sum(place[-1])
 
     def _send(self, place: list[torch.Tensor], part: torch.Tensor) -> None:
-        for receiver in (*self.others, self.rank):
+        for receiver in self.others:
             place[receiver].copy_(part)
+
+    def _room_for_all(self, part: torch.Tensor) -> torch.Tensor:
+        return part.new_empty(self.size * len(part), *part.shape[1:])
 
     def begin(
         self, parts: list[torch.Tensor], pieces: int, another: bool = True
     ) -> tuple[Memory, list[list[torch.Tensor]]]:
         """Take the other mailbox, or not `another`, for exchanges of one of the `pieces` of each part.
 
-        Returns it and, for each part, where it goes in every rank's box, and last all that comes into this rank's own:
-        [R · n, …] of whole parts, else [R, n, …]. Larger boxes are made if the parts need them.
+        Returns it and, for each part, where it goes in every rank's box, and last all that comes into this rank's own,
+        [R, n, …]. Larger boxes are made if the parts need them.
         """
         if another:
             self.turn = 1 - self.turn
@@ -140,19 +207,24 @@ class Mailboxes:
                 self.bytes = end
             boxes = [self.boxes[self.turn].of(rank) for rank in range(self.size)]
             self._places[key] = [
-                _places(boxes, begin, (len(part) // pieces, *part.shape[1:]), part.dtype, self.rank, pieces == 1)
+                _places(boxes, begin, (len(part) // pieces, *part.shape[1:]), part.dtype, self.rank)
                 for part, begin in zip(parts, begins, strict=True)
             ]
         return self.boxes[self.turn], self._places[key]
 
 
 def _places(
-    boxes: list[torch.Tensor], begin: int, shape: tuple[int, ...], dtype: torch.dtype, rank: int, joined: bool
+    boxes: list[torch.Tensor], begin: int, shape: tuple[int, ...], dtype: torch.dtype, rank: int
 ) -> list[torch.Tensor]:
     """Where a tensor of this rank lies in every box, behind those of the ranks before it; and all in its own box."""
     num_bytes = math.prod(shape) * dtype.itemsize
     whole = [box[begin : begin + len(boxes) * num_bytes].view(dtype).view(len(boxes), *shape) for box in boxes]
-    return [*(tensors[rank] for tensors in whole), whole[rank].flatten(0, 1) if joined else whole[rank]]
+    return [*(tensors[rank] for tensors in whole), whole[rank]]
+
+
+def _sum(parts_RTH: torch.Tensor) -> torch.Tensor:
+    """The sum of what came from all ranks, made in float32."""
+    return parts_RTH[0] + parts_RTH[1] if len(parts_RTH) == 2 else parts_RTH.sum(0)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

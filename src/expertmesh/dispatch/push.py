@@ -23,7 +23,7 @@ from transformers.distributed.expert_parallel import EPImplementationInterface
 from expertmesh import backends
 from expertmesh.dispatch.all_to_all import AllToAll
 from expertmesh.dispatch.gather import Gather
-from expertmesh.dispatch.links import Mailboxes
+from expertmesh.dispatch.links import Mailboxes, combined
 from expertmesh.kernels.combine import combine
 from expertmesh.kernels.copy_rows import copy_rows
 
@@ -40,7 +40,8 @@ class Push(Gather):
         boxes = self._link()
         if not isinstance(boxes, Mailboxes):
             _tell_of_all_to_all(self.ep_mesh.get_group())
-            return AllToAll._run(self, x_TH, ids_TK, weight_TK)
+            residual, out_TH = self._residual, AllToAll._run(self, x_TH, ids_TK, weight_TK)
+            return out_TH if residual is None else residual + out_TH
         return self._through(Pushed(boxes, self.num_local_experts), x_TH, ids_TK, weight_TK)
 
 
@@ -76,11 +77,11 @@ class Pushed:
                 to_all[receiver].copy_(part)
             copy_rows(rows, self.needed_RT[receiver], place[receiver])
         box.barrier()
-        whole = [to_all[-1].clone() for to_all in places]
+        whole = [to_all[-1].flatten(0, 1).clone() for to_all in places]
         if rest:
             mine_1M = self._holders(whole[0], range(boxes.rank, boxes.rank + 1))
             self.mine_RT = mine_1M.view(boxes.size, -1)
-        return [combine(place[-1], _positions(self.mine_RT.view(1, -1))), *whole]
+        return [combine(place[-1].flatten(0, 1), _positions(self.mine_RT.view(1, -1))), *whole]
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """For each part [R·n, …] this rank's n rows of it, summed over the ranks that needed them."""
@@ -93,6 +94,15 @@ class Pushed:
         box.barrier()
         position_TR = _positions(self.needed_RT)
         return [combine(place[-1].flatten(0, 1), position_TR) for place in places]
+
+    def combine_scatter(
+        self,
+        y_SH: torch.Tensor,
+        position_MK: torch.Tensor,
+        weight_MK: torch.Tensor,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return combined(self, y_SH, position_MK, weight_MK, residual)
 
     def _holders(self, ids_TK: torch.Tensor, ranks: range) -> torch.Tensor:
         """[ranks, T], bool: who of them holds an expert of token t."""

@@ -7,6 +7,8 @@ output element is written by one program in a fixed order, in float32: no atomic
 is the same road for one number per row.
 """
 
+from functools import lru_cache
+
 import torch
 from torch.nn import functional as F
 
@@ -24,25 +26,68 @@ def combine(
     [..., H] is added, and gives out its shape. Sums in float32, rounded once.
     """
     if use_triton(y_SH):
-        num_tokens, top_k = position_TK.shape
-        width = y_SH.shape[1]
-        out = y_SH.new_empty((num_tokens, width) if residual is None else residual.shape)
-        block = min(triton.next_power_of_2(width), 1024)
-        grid = (num_tokens, triton.cdiv(width, block))
-        _combine_kernel[grid](
-            y_SH,
-            position_TK,
-            weight_TK,
-            None if residual is None else residual.contiguous(),
-            out,
-            width,
-            top_k,
-            HAS_WEIGHT=weight_TK is not None,
-            HAS_RESIDUAL=residual is not None,
-            BLOCK=block,
-        )
+        out = y_SH.new_empty((len(position_TK), y_SH.shape[1]) if residual is None else residual.shape)
+        _combine_triton(out, None, 1, 0, y_SH, position_TK, weight_TK, residual)
         return out
     return combine_reference(y_SH, position_TK, weight_TK, residual)
+
+
+def combine_into(
+    outs: list[torch.Tensor],
+    own: int,
+    y_SH: torch.Tensor,
+    position_TK: torch.Tensor,
+    weight_TK: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """`combine` of tokens of which the first T/R go to outs[0] [T/R, H], the next to outs[1], …, contiguous tensors in
+    y's dtype which may lie in other GPUs' memory. A residual of at most T/R rows is added to the first of outs[own].
+    """
+    if use_triton(y_SH):
+        addresses = _addresses(y_SH.device, *(out.data_ptr() for out in outs))
+        _combine_triton(outs[own], addresses, len(outs), own, y_SH, position_TK, weight_TK, residual)
+        return
+    pieces = position_TK.chunk(len(outs)), [None] * len(outs) if weight_TK is None else weight_TK.chunk(len(outs))
+    for number, (out, position, weight) in enumerate(zip(outs, *pieces, strict=True)):
+        out.copy_(combine_reference(y_SH, position, weight))
+        if residual is not None and number == own:
+            out[: len(residual)] += residual
+
+
+@lru_cache(256)
+def _addresses(device: torch.device, *addresses: int) -> torch.Tensor:
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
+
+
+def _combine_triton(
+    out: torch.Tensor,
+    outs: torch.Tensor | None,
+    num_outs: int,
+    own: int,
+    y_SH: torch.Tensor,
+    position_TK: torch.Tensor,
+    weight_TK: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> None:
+    (num_tokens, top_k), width = position_TK.shape, y_SH.shape[1]
+    block = min(triton.next_power_of_2(width), 1024)
+    _combine_kernel[(num_tokens, triton.cdiv(width, block))](
+        y_SH,
+        position_TK,
+        weight_TK,
+        None if residual is None else residual.contiguous(),
+        out,
+        outs,
+        own,
+        0 if residual is None else residual.numel() // width,
+        width,
+        top_k,
+        OUTS=num_outs,
+        ALIGNED=width * y_SH.element_size() % 16 == 0,  # whose addresses are not Triton's to see
+        HAS_WEIGHT=weight_TK is not None,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK=block,
+    )
 
 
 def combine_reference(
@@ -102,23 +147,37 @@ def _combine_kernel(
     weight,
     residual,
     out,
+    outs,
+    own,
+    num_residual,
     width,
     top_k,
+    OUTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
+    # neighbours in time write to different outs, so that wires and memory are busy together
+    row, piece = tl.program_id(0) // OUTS, tl.program_id(0) % OUTS
+    token = (piece * (tl.num_programs(0) // OUTS) + row).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in range(0, top_k):
-        row = tl.load(position + token * top_k + k)
-        if row >= 0:
-            part = tl.load(y + row.to(tl.int64) * width + column, mask=mask, other=0.0).to(tl.float32)
+        source = tl.load(position + token * top_k + k)
+        if source >= 0:
+            part = tl.load(y + source.to(tl.int64) * width + column, mask=mask, other=0.0).to(tl.float32)
             if HAS_WEIGHT:
                 part *= tl.load(weight + token * top_k + k).to(tl.float32)
             acc += part
-    if HAS_RESIDUAL:
-        acc += tl.load(residual + token * width + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + token * width + column, acc.to(out.dtype.element_ty), mask=mask)
+    at = row.to(tl.int64) * width + column
+    if HAS_RESIDUAL:  # noqa: SIM102  (known when it is compiled; the next is not)
+        if (piece == own) & (row < num_residual):
+            acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    to = out + at
+    if OUTS > 1:
+        to = tl.load(outs + piece).to(out.dtype) + at
+        if ALIGNED:
+            to = tl.multiple_of(to, 16)
+    tl.store(to, acc.to(out.dtype.element_ty), mask=mask)

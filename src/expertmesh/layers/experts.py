@@ -3,7 +3,7 @@
     group → up + activation → down → combine             forward
     down-dgrad + activation' → weight gradients → up-dgrad → combine      backward
 
-One autograd function does both. It saves x [T, H], the up-projection's output h [S, J] and the routing, and nothing
+Two autograd functions do both. They save x [T, H], the up-projection's output h [S, J] and the routing, and nothing
 else that grows with S = T·K rows: the activation is recomputed from h, and the routing weights' gradient comes out of
 the down-dgrad, so neither the permuted input nor the experts' outputs are kept.
 
@@ -90,84 +90,87 @@ def experts_forward(
     act = activation_of(experts)
     inside = residual if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype else None
     scale = 1 / getattr(experts, "grad_divisor", 1)
-    sends_back = (
-        x_TH is hidden_states and x_TH.requires_grad and top_k_weights.requires_grad and torch.is_grad_enabled()
+    handoff = adopt() if x_TH is hidden_states else None
+    groups: list[Grouping] = []  # the first makes one, the second takes it
+    h_SJ, a_SI = _Up.apply(
+        x_TH.contiguous(), w_up, b_up, top_k_weights, w_down, b_down, top_k_index, groups, act, scale, handoff
     )
-    handoff = adopt() if sends_back else None
-    out = _Experts.apply(x_TH, top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act, inside, scale, handoff)
+    out = _Down.apply(h_SJ, a_SI, top_k_weights, w_down, b_down, inside, groups, handoff)
     out = out.to(hidden_states.dtype)
     return out if residual is None or residual is inside else residual + out.view(residual.shape)
 
 
-class _Experts(torch.autograd.Function):
-    """Weights are [E, in, out] views here; their gradients come back in the same shape, times `scale`."""
+class _Up(torch.autograd.Function):
+    """(h [S, J], activation(h) [S, I]) of the routed rows; gradients come for h only, made by `_Down`.
+
+    Weights are [E, in, out] views; their gradients come back in the same shape, times `scale`. All that both backwards
+    need is saved here: a checkpointed layer is recomputed no further than its last saved tensor.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_TH,
-        weight_TK,
-        w_up_EHJ,
-        b_up_EJ,
-        w_down_EIH,
-        b_down_EH,
-        ids_TK,
-        act: Activation,
-        residual,
-        scale: float,
-        handoff: Handoff | None,
-    ):
-        group = group_by_expert(ids_TK, w_up_EHJ.shape[0], weight_TK)
-        x_TH = x_TH.contiguous()
-        h_SJ, a_SI = up_act(x_TH, w_up_EHJ, b_up_EJ, group, act)
-        y_SH = grouped_gemm(a_SI, w_down_EIH, group, b_down_EH)
+    def forward(ctx: Any, x_TH, w_up, b_up, weight_TK, w_down, b_down, ids_TK, groups, act, scale, handoff):
+        group = group_by_expert(ids_TK, w_up.shape[0], weight_TK)
+        groups.append(group)
+        h_SJ, a_SI = up_act(x_TH, w_up, b_up, group, act)
         ctx.act, ctx.tiles, ctx.block, ctx.scale, ctx.handoff = act, group.tiles, group.block, scale, handoff
-        ctx.save_for_backward(
-            x_TH,
-            h_SJ,
-            weight_TK,
-            ids_TK,
-            w_up_EHJ,
-            b_up_EJ,
-            w_down_EIH,
-            b_down_EH,
-            group.slot_S,
-            group.token_S,
-            group.position_TK,
-            group.offsets_E,
-            group.weight_S,
-        )
+        rows = group.slot_S, group.token_S, group.position_TK, group.offsets_E, group.weight_S
+        ctx.save_for_backward(x_TH, h_SJ, weight_TK, ids_TK, w_up, w_down, b_down, *rows)
+        ctx.mark_non_differentiable(a_SI)
+        ctx.set_materialize_grads(False)
+        return h_SJ, a_SI
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh_SJ, _):
+        (x_TH, w_up, group, dweight_TK, db_up), ctx.from_down = ctx.from_down, None
+        dx_TH = dw_up = None
+        if ctx.needs_input_grad[0]:
+            dx_TH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group), group.position_TK)
+        if ctx.handoff is not None and dx_TH is not None and dweight_TK is not None:
+            ctx.handoff.start([dx_TH, dweight_TK])  # from here on the gradient of the output may be overwritten
+        if ctx.needs_input_grad[1]:
+            dw_up = _wgrad(x_TH, dh_SJ, group, w_up, ctx.scale)
+        return dx_TH, dw_up, db_up, *[None] * 8
+
+
+class _Down(torch.autograd.Function):
+    """The weighted sums of the down-projected activation, of which `h`, from `_Up`, stands for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, h_SJ, a_SI, weight_TK, w_down, b_down, residual, groups, handoff: Handoff | None):
+        ctx.up, group = h_SJ.grad_fn, groups.pop()
+        y_SH = grouped_gemm(a_SI, w_down, group, b_down)
+        if handoff is not None:
+            return handoff.send(y_SH, group.position_TK, weight_TK)
         return combine(y_SH, group.position_TK, weight_TK, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):
-        x_TH, h_SJ, weight_TK, ids_TK, w_up_EHJ, b_up_EJ, w_down_EIH, b_down_EH, *rows = ctx.saved_tensors
-        group = Grouping(rows[0], rows[1], rows[2], rows[3], ctx.tiles, ctx.block, rows[4])
-        need_x, need_weight, need_w_up, need_b_up, need_w_down, need_b_down = ctx.needs_input_grad[:6]
-        dresidual = dout if ctx.needs_input_grad[8] else None
+        up = ctx.up
+        if up is None:  # nothing but the residual has a gradient
+            return *[None] * 5, dout, None, None
+        x_TH, h_SJ, weight_TK, ids_TK, w_up, w_down, b_down, *rows = up.saved_tensors
+        group = Grouping(rows[0], rows[1], rows[2], rows[3], up.tiles, up.block, rows[4])
+        _, _, need_weight, need_w_down, need_b_down, need_residual = ctx.needs_input_grad[:6]
+        need_b_up = up.needs_input_grad[2]
         dout_TH = dout.reshape(x_TH.shape).contiguous()
         assert group.weight_S is not None
 
         dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
-            dout_TH, w_down_EIH.transpose(1, 2), h_SJ, group.weight_S, group, ctx.act, need_b_up
+            dout_TH, w_down.transpose(1, 2), h_SJ, group.weight_S, group, up.act, need_b_up
         )
-        dweight_TK = dx_TH = dw_up = dw_down = db_down = None
+        dweight_TK = dw_down = db_down = None
         if need_weight:
-            dweight_TK = _per_slot(dweight_PS, group, dout_TH, ids_TK, b_down_EH, weight_TK.dtype)
+            dweight_TK = _per_slot(dweight_PS, group, dout_TH, ids_TK, b_down, weight_TK.dtype)
         if need_w_down:
-            dw_down = _wgrad(dout_TH, wa_SI, group, w_down_EIH.transpose(1, 2), ctx.scale).transpose(1, 2)
+            dw_down = _wgrad(dout_TH, wa_SI, group, w_down.transpose(1, 2), up.scale).transpose(1, 2)
         if need_b_down:
-            db_down = _bias_down_grad(dout_TH, weight_TK, ids_TK, b_down_EH) * ctx.scale
-        if need_x:
-            dx_TH = combine(grouped_gemm(dh_SJ, w_up_EHJ.transpose(1, 2), group), group.position_TK)
-        if ctx.handoff is not None:  # from here on dout may be overwritten
-            ctx.handoff.start([dx_TH, dweight_TK])
-        if need_w_up:
-            dw_up = _wgrad(x_TH, dh_SJ, group, w_up_EHJ, ctx.scale)
+            db_down = _bias_down_grad(dout_TH, weight_TK, ids_TK, b_down) * up.scale
         if db_up is not None:
-            db_up = db_up * ctx.scale
-        return dx_TH, dweight_TK, dw_up, db_up, dw_down, db_down, None, None, dresidual, None, None
+            db_up = db_up * up.scale
+        up.from_down = x_TH, w_up, group, dweight_TK, db_up
+        return dh_SJ, None, dweight_TK, dw_down, db_down, dout if need_residual else None, None, None
 
 
 def _wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor, scale: float) -> torch.Tensor:

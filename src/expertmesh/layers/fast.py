@@ -30,8 +30,13 @@ def untouched(module: nn.Module) -> bool:
 
     Transformers' parallelism replaces the forward of instances; users and frameworks put hooks.
     """
+    return "forward" not in vars(module) and not watched(module)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether somebody put a hook on it."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return "forward" not in vars(module) and not any(hooks)
+    return any(hooks)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from expertmesh.layers import experts as fast_experts
-from expertmesh.layers.fast import Fast, untouched
+from expertmesh.layers.fast import Fast, untouched, watched
 
 
 class FastMoEBlock(Fast):
@@ -24,15 +24,19 @@ class FastMoEBlock(Fast):
         if residual is None:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if "send_ahead" in vars(self.experts):  # experts on other ranks
+        spread = "send_ahead" in vars(self.experts)  # over ranks, by a dispatch that works with this block
+        if spread:
             self.experts.send_ahead(x_TH)
         _, weight_TK, ids_TK = self._router()(x_TH)
         beside = self._beside(hidden_states)
         if beside is not None:
             residual = add_scaled(residual, beside, scale)
-        if not _takes_residual(self.experts):
-            return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK).view_as(residual), scale)
-        return self.experts(x_TH, ids_TK, weight_TK if scale == 1 else weight_TK.float() * scale, residual=residual)
+        scaled_TK = weight_TK if scale == 1 else weight_TK.float() * scale
+        if spread and residual.dtype == x_TH.dtype and not watched(self.experts):
+            return self.experts.add_to(residual, x_TH, ids_TK, scaled_TK)
+        if _takes_residual(self.experts):
+            return self.experts(x_TH, ids_TK, scaled_TK, residual=residual)
+        return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK).view_as(residual), scale)
 
     def _router(self) -> Any:
         return self.gate

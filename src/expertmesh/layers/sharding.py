@@ -56,8 +56,9 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
                 later.append((module, options))
                 return module
         if module is model:  # the last call
-            for first in range(0, len(later), LAYERS_AT_ONCE):
-                some = later[first : first + LAYERS_AT_ONCE]
+            # the first alone: a step begins when it is gathered, and ends when its gradients are reduced
+            for first in (0, *range(1, len(later), LAYERS_AT_ONCE)) if later else ():
+                some = later[first : first + LAYERS_AT_ONCE if first else 1]
                 stock([layer for layer, _ in some], **some[0][1])
         return stock(module, **options)
 
