@@ -129,40 +129,34 @@ class Mailboxes:
 
     def all_gather(self, parts: list[torch.Tensor], lasting: bool = True) -> list[torch.Tensor]:
         ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            join(parts[0].device)
         box, places = self.begin(parts, 1, another=ahead is None)
-        if not lasting:
-            with beside(parts[0].device):
-                for place, part in zip(places, parts, strict=True):
-                    self._send(place, part)
-            for place, part in zip(places, parts, strict=True):
-                place[self.rank].copy_(part)
-            join(parts[0].device)
-            box.barrier()
-            return [place[-1].flatten(0, 1) for place in places]
-        outs = []
-        for place, part in zip(places, parts, strict=True):
-            if ahead is not None and ahead[0] is box and _same(part, ahead[1]):
-                outs.append(ahead[2])
-                continue
-            self._send(place, part)
-            outs.append(self._room_for_all(part))
-            outs[-1].view(self.size, *part.shape)[self.rank].copy_(part)
+        outs = [
+            self._room_for_all(part) if lasting else place[-1].flatten(0, 1)
+            for place, part in zip(places, parts, strict=True)
+        ]
+        first = 0
+        if ahead is not None and ahead[0] is box and _same(parts[0], ahead[1]):
+            outs[0], first = ahead[2], 1
+        with beside(parts[0].device):
+            for place, part in zip(places[first:], parts[first:], strict=True):
+                self._send(place, part)
+        for out, part in zip(outs[first:], parts[first:], strict=True):
+            out.view(self.size, *part.shape)[self.rank].copy_(part)
+        join(parts[0].device)
         box.barrier()
-        for place, out in zip(places, outs, strict=True):
+        for place, out in zip(places, outs, strict=True) if lasting else ():
             for sender in self.others:
                 out.view(place[-1].shape)[sender].copy_(place[-1][sender])
         return outs
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         box, places = self.begin(parts, self.size)
-        for place, part in zip(places, parts, strict=True):
-            chunks = part.chunk(self.size)
-            for receiver in (*self.others, self.rank):
-                place[receiver].copy_(chunks[receiver])
+        chunks = [part.chunk(self.size) for part in parts]
+        for place, chunk in zip(places, chunks, strict=True):
+            for receiver in self.others:
+                place[receiver].copy_(chunk[receiver])
         box.barrier()
-        return [_sum(place[-1]) for place in places]
+        return [self._sum(place[-1], chunk[self.rank]) for place, chunk in zip(places, chunks, strict=True)]
 
     def combine_scatter(
         self,
@@ -176,7 +170,15 @@ class Mailboxes:
         box, (place,) = self.begin([like], self.size)
         combine_into(place[:-1], self.rank, y_SH, position_MK, weight_MK, residual)
         box.barrier()
-        return _sum(place[-1])
+        return self._sum(place[-1], place[self.rank])
+
+    def _sum(self, came_RTH: torch.Tensor, own_TH: torch.Tensor) -> torch.Tensor:
+        """What came from the others and this rank's own; made in float32."""
+        if self.size == 2:
+            return own_TH + came_RTH[1 - self.rank]
+        if own_TH.data_ptr() != came_RTH[self.rank].data_ptr():
+            came_RTH[self.rank].copy_(own_TH)
+        return came_RTH.sum(0)
 
     def _send(self, place: list[torch.Tensor], part: torch.Tensor) -> None:
         for receiver in self.others:
@@ -220,11 +222,6 @@ def _places(
     num_bytes = math.prod(shape) * dtype.itemsize
     whole = [box[begin : begin + len(boxes) * num_bytes].view(dtype).view(len(boxes), *shape) for box in boxes]
     return [*(tensors[rank] for tensors in whole), whole[rank]]
-
-
-def _sum(parts_RTH: torch.Tensor) -> torch.Tensor:
-    """The sum of what came from all ranks, made in float32."""
-    return parts_RTH[0] + parts_RTH[1] if len(parts_RTH) == 2 else parts_RTH.sum(0)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
