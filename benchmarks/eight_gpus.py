@@ -3,8 +3,14 @@
     torchrun --nproc-per-node 8 benchmarks/eight_gpus.py --work qwen3-30b-a3b --out benchmarks/results/NAME.json
 
 Every arm has the same weights and tokens: forward, backward, clipping over all meshes and fused AdamW, whose states
-have the weights' dtype and whose learning rate is 0. `-ep`: all ranks share the experts; `-ep-half`: half of the ranks,
-FSDP2 over the rest; `-graph`: forward and backward are one CUDA graph. Without GPUs it is a tiny model, to try this.
+have the weights' dtype and whose learning rate is 0; `--no-update` leaves clipping and AdamW out. `-ep`: all ranks
+share the experts; `-ep-half`: half of the ranks, FSDP2 over the rest; `-graph`: forward and backward are one CUDA
+graph. Half of Nemotron-3-Nano's layers on two GPUs:
+
+    torchrun --nproc-per-node 2 benchmarks/eight_gpus.py --work nemotron-3-nano --layers 26 --no-update \
+        --arms stock expertmesh expertmesh-graph expertmesh-ep expertmesh-ep-graph --batches 1 2 --routings random-init
+
+Without GPUs it is a tiny model, to try this.
 """
 
 import argparse
@@ -24,7 +30,10 @@ from expertmesh.bench.works import NEMOTRON_3_NANO, WORKS, config_of, top_k_and_
 from expertmesh.parallel import clip_grad_norm
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 
-ARMS = "stock", "stock-compiled", "stock-ep", "expertmesh", "expertmesh-ep-half", "expertmesh-ep", "expertmesh-ep-graph"
+ARMS = (
+    "stock", "stock-compiled", "stock-ep", "expertmesh", "expertmesh-graph", "expertmesh-ep-half", "expertmesh-ep",
+    "expertmesh-ep-graph",
+)  # fmt: skip
 LAYERS = {"qwen3-30b-a3b": 48, "nemotron-3-nano": len(NEMOTRON_3_NANO)}
 PHASES = "forward_ms", "backward_ms", "clip_ms", "optimizer_ms"
 
@@ -69,7 +78,7 @@ def milliseconds(start, end):
 
 
 def step(model, recorded, optimizer, ids, device):
-    """One step; the marks around its phases."""
+    """One step; the marks around its phases. optimizer None: forward and backward alone."""
     marks = [mark(device)]
     model.zero_grad(set_to_none=True)
     if recorded:
@@ -79,15 +88,17 @@ def step(model, recorded, optimizer, ids, device):
         marks.append(mark(device))
         loss.backward()
     marks.append(mark(device))
-    clip_grad_norm(model.parameters(), 1.0)
-    marks.append(mark(device))
-    optimizer.step()
-    return [*marks, mark(device)]
+    if optimizer is not None:
+        clip_grad_norm(model.parameters(), 1.0)
+        marks.append(mark(device))
+        optimizer.step()
+        marks.append(mark(device))
+    return marks
 
 
-def measure(model, recorded, config, batch, seq, device, warmup=2, repeats=5):
+def measure(model, recorded, optimizer, config, batch, seq, device, warmup=2, repeats=5):
     """Medians of steps one behind the other, each up to where the next begins."""
-    ids, optimizer, on_gpu = tokens(config, batch, seq, device), adamw(model), device.type == "cuda"
+    ids, on_gpu = tokens(config, batch, seq, device), device.type == "cuda"
     for number in range(warmup + WARM_UP if recorded else warmup):
         if on_gpu and recorded and number == WARM_UP:  # the recording, whose memory all replays keep
             torch.cuda.reset_peak_memory_stats()
@@ -101,10 +112,10 @@ def measure(model, recorded, config, batch, seq, device, warmup=2, repeats=5):
     names = PHASES if not recorded else ("forward_backward_ms", *PHASES[2:])
     parts = {
         name: statistics.median(milliseconds(marks[at], marks[at + 1]) for marks in steps[:-1])
-        for at, name in enumerate(names)
+        for at, name in enumerate(names[: len(steps[0]) - 1])
     }
     whole = statistics.median(milliseconds(a[0], b[0]) for a, b in zip(steps, steps[1:], strict=False))
-    training = whole - parts["clip_ms"] - parts["optimizer_ms"]
+    training = whole - parts.get("clip_ms", 0) - parts.get("optimizer_ms", 0)
     return {name: round(ms, 1) for name, ms in parts.items()} | {
         "step_ms": round(whole, 1),
         "tokens_per_second_per_gpu": round(batch * seq / whole * 1e3),
@@ -122,7 +133,8 @@ def rows_of(arm, work, routing, options, device):
     for batch in options.batches:
         recorded = GraphedStep(model) if arm.endswith("graph") else None
         try:
-            measured = measure(model, recorded, config, batch, options.seq, device)
+            optimizer = adamw(model) if options.update else None
+            measured = measure(model, recorded, optimizer, config, batch, options.seq, device)
         except torch.OutOfMemoryError:
             say(arm, routing, batch, "out of memory")
             return
@@ -143,6 +155,7 @@ def main():
     parser.add_argument("--routings", nargs="+", default=["random-init", "balanced"])
     parser.add_argument("--layers", type=int, help="default: all")
     parser.add_argument("--seq", type=int, default=4096)
+    parser.add_argument("--no-update", dest="update", action="store_false", help="forward and backward alone")
     parser.add_argument("--out")
     parser.add_argument("--commit", default="")
     options = parser.parse_args()
