@@ -1,0 +1,65 @@
+"""How long the first training step of each family takes: with nothing compiled yet, and again from the disk cache.
+
+    python benchmarks/first_step.py --out benchmarks/results/NAME.json
+
+Each is a process of its own, `expertmesh bench` with two steps of a few layers that have all kinds of the family's; the
+first of two has an empty TRITON_CACHE_DIR. A step's wall time begins when the model stands: forward and backward,
+compilation included. `--at-once` runs families at the same time: a compiler takes one core, all of them one GPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from expertmesh.bench.origin import write
+
+LAYERS = {"qwen3-30b-a3b": 2, "nemotron-3-nano": 6, "gpt-oss-20b": 2, "deepseek-v3": 2}
+
+
+def measured(folder, options, work):
+    """The result of a process with an empty cache, and of the next."""
+    found = []
+    for cache in ("empty", "warm"):
+        out = folder / f"{work}-{cache}.json"
+        command = [sys.executable, "-m", "expertmesh.cli", "bench", "--work", work, "--arms", "expertmesh"]
+        command += ["--layers", str(LAYERS[work]), "--batch", "1", "--warmup", "1", "--repeats", "1", "--out", str(out)]
+        command += ["--no-proof", "--commit", options.commit, *(["--tiny", "--seq", "64"] if options.tiny else [])]
+        caches = {"TRITON_CACHE_DIR": str(folder / work)}
+        done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{work}, {cache} cache: {done.stdout[-600:]}{done.stderr[-600:]}")
+        found.append(json.loads(out.read_text()))
+        print(work, f"{cache} cache:", found[-1]["rows"][0]["first_step_s"], "s", flush=True)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--works", nargs="+", default=list(LAYERS), choices=list(LAYERS))
+    parser.add_argument("--at-once", type=int, default=1, help="families at the same time")
+    parser.add_argument("--tiny", action="store_true", help="models of a few thousand parameters, to try this")
+    parser.add_argument("--caches", help="keep the Triton caches in this new folder")
+    parser.add_argument("--out")
+    parser.add_argument("--commit", default="")
+    options = parser.parse_args()
+    folder = Path(options.caches or tempfile.mkdtemp()).resolve()
+    with ThreadPoolExecutor(options.at_once) as pool:
+        found = list(pool.map(partial(measured, folder, options), options.works))
+    origin = {name: value for name, value in found[0][0].items() if isinstance(value, str | int)}
+    rows = [
+        {key: result["rows"][0][key] for key in ("work", "layers", "batch", "seq")}
+        | {"cache": cache, "at_once": options.at_once, "first_step_s": result["rows"][0]["first_step_s"]}
+        for pair in found
+        for cache, result in zip(("empty", "warm"), pair, strict=True)
+    ]
+    write(origin | {"command": " ".join(["python", *sys.argv]), "rows": rows}, options.out)
+
+
+if __name__ == "__main__":
+    main()
