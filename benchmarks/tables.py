@@ -4,7 +4,10 @@ python benchmarks/tables.py        # needs expertmesh and matplotlib for the pic
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+
+from expertmesh.bench.works import WORKS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -89,13 +92,31 @@ def worth_table(result: dict) -> str:
     return table(["work", "batch", "fusion", "ms without it", "worth"], rows)
 
 
-def parity_text(parity: dict) -> str:
-    found = parity["qwen3-30b-a3b"]
-    ours = found["expertmesh"]
+def parity_text(result: dict, work: str) -> str:
+    """How far the gradients of one work are from float32, where the result has that."""
+    if work not in result["parity"]:
+        return "Gradients were not compared with float32 in this job."
+    found = result["parity"][work]
+    ours, stock, layers = found["expertmesh"], found["stock"], WORKS[work].proof_layers
     where = f" (`{ours['worst_tensor']}`)" if "worst_tensor" in ours else ""
-    return f"""Against a float32 run of stock Transformers (2 layers, 2,048 tokens, same weights), the loss in bfloat16
-is off by {found["stock"]["loss_error"]:.1e} on the stock side and {ours["loss_error"]:.1e} on ours; over all
+    return f"""Against a float32 run of stock Transformers ({layers} layers, 2,048 tokens, same weights), the loss in
+bfloat16 is off by {stock["loss_error"]:.1e} on the stock side and {ours["loss_error"]:.1e} on ours; over all
 parameters, our gradient error is at most {ours["worst_ratio"]:.2f} times stock's{where}."""
+
+
+def section(name: str) -> str:
+    """The section made of one result of `SECTIONS`; nothing where that has not been measured."""
+    if not (RESULTS / f"{name}.json").exists():
+        return ""
+    result, (title, text, show) = load(name), SECTIONS[name]
+    return f"## {title}\n\n{text}\n\n{show(result)}\n\n{source(result)}\n\n"
+
+
+def times_table(result: dict) -> str:
+    """Every row that has times, with all its columns."""
+    rows = [row for row in result["rows"] if any(key.endswith(("ms", "_s")) or key == "failed" for key in row)]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return table([key.replace("_", " ") for key in keys], [[row.get(key, "") for key in keys] for row in rows])
 
 
 def component_table(profile: dict) -> str:
@@ -213,10 +234,42 @@ experts.
 """
 
 
+ALONE = "h200_mamba", "h200_sink_attention", "h200_packed_attention", "h200_attention"
+#: name of a result: title of its section, what it holds, how it is shown
+SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
+    "h200_nemotron_3_nano_mamba_ssm": (
+        "The same, with the Triton kernels of mamba_ssm installed",
+        "Stock then scans with mamba_ssm; its compiled convolution (causal_conv1d) was not there.", step_table),
+    "h200_gpt_oss_20b": (
+        "GPT-OSS-20B widths, 4 of 24 layers, one GPU, forward and backward",
+        "Stock's attention is flex attention, ours our own.",
+        lambda result: step_table(result) + "\n\n" + parity_text(result, "gpt-oss-20b")),
+    "h200_first_step": (
+        "The first training step, one GPU", "Wall time of forward and backward of a few layers in a fresh process, "
+        "with an empty cache\nof Triton's and again with what that left. `at once`: so many families at a time.", times_table),
+    "h200_x2_nemotron_3_nano": (
+        "Nemotron-3-Nano, 26 of 52 layers, two GPUs, forward and backward", "Tokens per second are those of one GPU. "
+        "`stock` and `expertmesh` are FSDP2, `-ep`\nhas `ep_size=2`, `-graph` is a recorded step.", step_table),
+    "h200_mamba": (
+        "Mamba2 alone, one GPU", "4 x 4,096 tokens at Nemotron-3-Nano widths, bfloat16; `mixer` is all between a "
+        "layer's\nprojections. The floor is the bytes of the interface over 4.2 TB/s.", times_table),
+    "h200_sink_attention": (
+        "Attention with sinks, one GPU", "GPT-OSS's: 64 heads of queries, 8 of keys, width 64, bfloat16; `error` is "
+        "that of\nthe output and of dq.", times_table),
+    "h200_packed_attention": (
+        "Attention over packed documents, one GPU", "14 documents in a row of 16,384 tokens, at Qwen3-30B's widths, "
+        "bfloat16;\n`unpacked`: four rows of 4,096.", times_table),
+    "h200_attention": (
+        "Causal attention of three families, one GPU", "`sdpa` is what PyTorch chooses by itself and what our models "
+        "run; bfloat16.", times_table),
+}  # fmt: skip
+
+
 def page() -> str:
     step, experts, small = load("h200_qwen3_8_layers"), load("h200_experts"), load("h200_small_kernels")
     pair, layouts, fusions = load("h200_x2_qwen3_30b"), load("h200_x2_agreement"), load("h200_fusions")
     nemotron, deepseek = load("h200_nemotron_3_nano"), load("h200_deepseek_v3")
+    beside = section("h200_nemotron_3_nano_mamba_ssm") + section("h200_gpt_oss_20b")
     grouped = [[f"`{name}`", kernel["ms"], kernel["tflops"]] for name, kernel in experts["kernels"].items()]
     return f"""# Benchmarks
 
@@ -231,12 +284,11 @@ table holds for the commit that its last line names, not for what was changed si
 
 {source(step)}
 
-{parity_text(step["parity"])} The CPU never waits for the GPU in a step of ours. Each column is explained in
+{parity_text(step, "qwen3-30b-a3b")} The CPU never waits for the GPU in a step of ours. Each column is explained in
 [bench.md](bench.md), and [profile.md](profile.md) tells where the time goes.
 
 What each fusion is worth: the time of a step without it over that of a step with all. Without `rms_norm`,
-`qk_norm_rope` and `add_norm` are off as well. Measured before RoPE had a kernel of its own, which now runs where
-`qk_norm_rope` is off: those two rows would be smaller today.
+`qk_norm_rope` and `add_norm` are off as well.
 
 {worth_table(fusions)}
 
@@ -248,19 +300,20 @@ What each fusion is worth: the time of a step without it over that of a step wit
 
 {source(nemotron)}
 
-Stock runs Mamba2 by PyTorch operations, as it does where mamba_ssm is not installed. Gradients were not compared with
-float32 in this job.
+Stock runs Mamba2 by PyTorch operations, as it does where mamba_ssm is not installed.
+{parity_text(nemotron, "nemotron-3-nano")}
 
-## DeepSeek-V3 widths, a dense and a Mixture-of-Experts layer, one GPU, forward and backward
+{beside}## DeepSeek-V3 widths, a dense and a Mixture-of-Experts layer, one GPU, forward and backward
 
 {step_table(deepseek)}
 
 {source(deepseek)}
 
 256 experts of 4,096 tokens' choosing: 128 rows each on average, so reading and writing their 22.5 GB of weights and
-gradients bounds their time, not arithmetic. Gradients were not compared with float32 in this job.
+gradients bounds their time, not arithmetic.
+{parity_text(deepseek, "deepseek-v3")}
 
-## Qwen3-30B-A3B, all 48 layers, two GPUs, forward and backward
+{section("h200_first_step")}## Qwen3-30B-A3B, all 48 layers, two GPUs, forward and backward
 
 Tokens per second are those of one GPU, of steps one behind the other. `stock` and `expertmesh` are FSDP2; `stock-ep`
 spreads the experts over both GPUs with Transformers' all-to-all, `expertmesh-gather` with `dispatch="gather"`, which is
@@ -292,7 +345,7 @@ rounded once per rank). In float32 all layouts agree with one process within 1e-
 
 {source(layouts)}
 
-## The experts of one layer alone, one GPU
+{section("h200_x2_nemotron_3_nano")}## The experts of one layer alone, one GPU
 
 128 experts, top-8, widths 2,048 and 768, bfloat16; routing at random or skewed by Zipf's law. Stock is Transformers'
 `grouped_mm` backend.
@@ -315,7 +368,7 @@ products at 788 TFLOP/s.
 
 {source(small)}
 
-{cpu_section(load("cpu_qwen3_moe"))}"""
+{"".join(map(section, ALONE))}{cpu_section(load("cpu_qwen3_moe"))}"""
 
 
 def readme() -> str:

@@ -1,6 +1,7 @@
 """The pages with figures are what the committed result files say."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 from expertmesh.bench.run import BenchOptions, run
@@ -41,12 +42,24 @@ def test_results_of_the_bench_make_tables():
     assert "| loss head |" in page and "| **all** |" in page
     # what is measured on a GPU only
     result["parity"]["qwen3-30b-a3b"]["expertmesh"] |= {"worst_ratio": 1.25, "worst_tensor": "lm_head.weight"}
-    assert "at most 1.25 times stock's (`lm_head.weight`)" in tables.parity_text(result["parity"])
+    assert "at most 1.25 times stock's (`lm_head.weight`)" in tables.parity_text(result, "qwen3-30b-a3b")
+    assert "not compared" in tables.parity_text(result, "deepseek-v3")
+
+
+def test_a_section_is_there_if_its_result_is(tmp_path, monkeypatch):
+    tables = _tables()
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setitem(tables.SECTIONS, "some", ("Title", "What it is.", tables.times_table))
+    assert tables.section("some") == ""
+    heading = {"hardware": "H200", "gpus": 1, "torch": "2", "commit": "c" * 40, "command": "python some.py"}
+    rows = [{"arm": "a", "forward_ms": 1.5}, {"arm": "b", "failed": "no"}, {"arm": "a", "errors": [0.1]}]
+    (tmp_path / "some.json").write_text(json.dumps(heading | {"rows": rows}))
+    text = tables.section("some")
+    assert text.startswith("## Title\n\nWhat it is.\n\n| arm | forward ms | failed |") and "python some.py" in text
+    assert "| a | 1.5 |  |" in text and "| b |  | no |" in text and "0.1" not in text
 
 
 def test_every_result_says_where_it_comes_from():
-    import json
-
     for file in (ROOT / "benchmarks" / "results").glob("*.json"):
         result = json.loads(file.read_text())
         assert {"hardware", "gpus", "torch", "triton", "commit", "command", "rows"} <= set(result), file.name

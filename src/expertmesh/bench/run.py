@@ -255,7 +255,7 @@ def _bits(tensor: torch.Tensor) -> int:
 def _heading(options: BenchOptions, device: str) -> dict[str, Any]:
     """What was measured where, by which versions; the rows are still to come."""
     return {
-        **origin(["expertmesh", *sys.argv[1:]], options.commit),
+        **origin(["expertmesh", *sys.argv[1:]], options.commit, ("triton", "transformers", "mamba-ssm")),
         **({"hardware": "CPU", "gpus": 0} if device == "cpu" else {}),
         "ceilings": {
             "gemm_tflops": round(steps.gemm_tflops(device), 3),
