@@ -17,14 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from expertmesh.bench.origin import write
+from expertmesh.bench.origin import origin, write
 
 LAYERS = {"qwen3-30b-a3b": 2, "nemotron-3-nano": 6, "gpt-oss-20b": 2, "deepseek-v3": 2}
 
 
 def measured(folder, options, work):
-    """The result of a process with an empty cache, and of the next."""
-    found = []
+    """The rows of a process with an empty cache, and of the next."""
+    rows = []
     for cache in ("empty", "warm"):
         out = folder / f"{work}-{cache}.json"
         command = [sys.executable, "-m", "expertmesh.cli", "bench", "--work", work, "--arms", "expertmesh"]
@@ -32,11 +32,14 @@ def measured(folder, options, work):
         command += ["--no-proof", "--commit", options.commit, *(["--tiny", "--seq", "64"] if options.tiny else [])]
         caches = {"TRITON_CACHE_DIR": str(folder / work)}
         done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
+        row = {"work": work, "layers": LAYERS[work], "cache": cache, "at_once": options.at_once}
         if done.returncode:
-            raise SystemExit(f"{work}, {cache} cache: {done.stdout[-600:]}{done.stderr[-600:]}")
-        found.append(json.loads(out.read_text()))
-        print(work, f"{cache} cache:", found[-1]["rows"][0]["first_step_s"], "s", flush=True)
-    return found
+            rows.append(row | {"failed": f"{done.stdout}{done.stderr}"[-400:]})
+        else:
+            first = json.loads(out.read_text())["rows"][0]
+            rows.append(row | {key: first[key] for key in ("batch", "seq", "first_step_s")})
+        print(rows[-1], flush=True)
+    return rows
 
 
 def main():
@@ -50,15 +53,9 @@ def main():
     options = parser.parse_args()
     folder = Path(options.caches or tempfile.mkdtemp()).resolve()
     with ThreadPoolExecutor(options.at_once) as pool:
-        found = list(pool.map(partial(measured, folder, options), options.works))
-    origin = {name: value for name, value in found[0][0].items() if isinstance(value, str | int)}
-    rows = [
-        {key: result["rows"][0][key] for key in ("work", "layers", "batch", "seq")}
-        | {"cache": cache, "at_once": options.at_once, "first_step_s": result["rows"][0]["first_step_s"]}
-        for pair in found
-        for cache, result in zip(("empty", "warm"), pair, strict=True)
-    ]
-    write(origin | {"command": " ".join(["python", *sys.argv]), "rows": rows}, options.out)
+        found = pool.map(partial(measured, folder, options), options.works)
+        rows = [row for pair in found for row in pair]
+    write(origin(["python", *sys.argv], options.commit) | {"rows": rows}, options.out)
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def main() -> None:
     for row in swept(sizes) if sizes.sweep else measured(sizes):
         print(json.dumps(row) if sizes.sweep else "  ".join(f"{value!s:<26}" for value in row.values()), flush=True)
         result["rows"].append(row)
-    write(result, sizes.out)
+        write(result, sizes.out)  # a later one may fail
 
 
 if __name__ == "__main__":

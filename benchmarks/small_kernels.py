@@ -386,7 +386,7 @@ def main() -> None:
         for row in work(arguments.tokens, arguments.hidden, arguments.vocab, arguments.repeats):
             print(json.dumps(row), flush=True)
             result["rows"].append(row)
-    write(result, arguments.out)
+            write(result, arguments.out)  # a later one may fail
 
 
 if __name__ == "__main__":

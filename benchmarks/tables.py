@@ -245,8 +245,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "Stock's attention is flex attention, ours our own.",
         lambda result: step_table(result) + "\n\n" + parity_text(result, "gpt-oss-20b")),
     "h200_first_step": (
-        "The first training step, one GPU", "Wall time of forward and backward of a few layers in a fresh process, "
-        "with an empty cache\nof Triton's and again with what that left. `at once`: so many families at a time.", times_table),
+        "The first training step, one GPU", "Wall time of forward and backward of a few layers in a new process,\n"
+        "with an empty cache of Triton's and again with what that left. `at once`: families in parallel.", times_table),
     "h200_x2_nemotron_3_nano": (
         "Nemotron-3-Nano, 26 of 52 layers, two GPUs, forward and backward", "Tokens per second are those of one GPU. "
         "`stock` and `expertmesh` are FSDP2, `-ep`\nhas `ep_size=2`, `-graph` is a recorded step.", step_table),

@@ -21,4 +21,4 @@ def test_first_step_benchmark_writes_a_row_for_each_cache(tmp_path, monkeypatch)
     assert [(row["work"], row["cache"]) for row in result["rows"]] == [
         ("gpt-oss-20b", "empty"), ("gpt-oss-20b", "warm"),
     ]  # fmt: skip
-    assert result["hardware"] == "CPU" and all(row["first_step_s"] >= 0 for row in result["rows"])
+    assert all(row["first_step_s"] >= 0 for row in result["rows"])
