@@ -289,10 +289,9 @@ def probe(device, tokens, width, experts=128, top_k=8):
     runs = {"c10d": {"all-to-all": lambda: dist.all_to_all_single(torch.empty_like(xs), xs)}}
     for name, link in (("NCCL", collectives), ("mailboxes", mailboxes), ("push", pushed)):
         runs[name] = {"gather": partial(link.all_gather, [x])}
-        if link is mailboxes:
-            runs[name]["gather in place"] = partial(link.all_gather, [x], lasting=False)
         runs[name]["scatter"] = partial(link.reduce_scatter, [xs])
-        runs[name]["combine"] = partial(link.combine_scatter, y, position, weights)
+    runs["mailboxes"]["gather in place"] = partial(mailboxes.all_gather, [x], lasting=False)
+    runs["mailboxes"]["combine"] = partial(mailboxes.combine_scatter, y, position, weights)
     runs["this GPU alone"] = {"combine": lambda: combine(y, position, weights)}
     rows = []
     for name, exchanges in runs.items():

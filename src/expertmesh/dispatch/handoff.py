@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from expertmesh.dispatch.links import Link, beside, join, plus
+from expertmesh.dispatch.links import Link, Mailboxes, beside, join
+from expertmesh.kernels.combine import combine
 
 
 class Handoff:
@@ -33,15 +34,22 @@ class Handoff:
         """Combine the experts' rows y [S, H] and add up what all ranks made; `summed` has the result. What it returns
         has the shape of the experts' output [M, H], for autograd, and no values.
         """
-        self._summed = self.link.combine_scatter(y_SH, position_MK, weight_MK, self.residual)
+        if isinstance(self.link, Mailboxes):
+            self._summed = self.link.combine_scatter(y_SH, position_MK, weight_MK, self.residual)
+        else:
+            self._summed = self._sum(combine(y_SH, position_MK, weight_MK))
         return y_SH.new_empty_strided((len(position_MK), y_SH.shape[1]), (0, 0))
 
     def summed(self, y_MH: torch.Tensor) -> torch.Tensor:
         """This rank's rows [M / R, H] of what the experts returned, summed over all ranks, with the residual."""
-        sums, residual, self._summed, self.residual = self._summed, self.residual, None, None
-        if sums is None:
-            (sums,) = self.link.reduce_scatter([y_MH])
-            sums = plus(sums, residual)
+        sums = self._sum(y_MH) if self._summed is None else self._summed
+        self._summed = self.residual = None  # this lives until the backward
+        return sums
+
+    def _sum(self, y_MH: torch.Tensor) -> torch.Tensor:
+        (sums,) = self.link.reduce_scatter([y_MH])
+        if self.residual is not None:
+            sums[: len(self.residual)] += self.residual
         return sums
 
     def remember(self, ctx: Any, like: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from expertmesh import backends
-from expertmesh.kernels.combine import combine, combine_into
+from expertmesh.kernels.combine import combine_into
 
 ALIGNMENT = 128  # bytes at which each part of an exchange begins
 
@@ -36,16 +36,6 @@ class Link(Protocol):
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """For each part [R·n, …] this rank's n rows of it, summed over all ranks."""
-        ...
-
-    def combine_scatter(
-        self,
-        y_SH: torch.Tensor,
-        position_MK: torch.Tensor,
-        weight_MK: torch.Tensor,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`reduce_scatter` of `combine(y, position, weight)`, plus a residual [T, H] of this rank's first T rows."""
         ...
 
 
@@ -66,30 +56,6 @@ class Collectives:
         for out, part in zip(outs, parts, strict=True):
             dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
         return outs
-
-    def combine_scatter(
-        self,
-        y_SH: torch.Tensor,
-        position_MK: torch.Tensor,
-        weight_MK: torch.Tensor,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return combined(self, y_SH, position_MK, weight_MK, residual)
-
-
-def combined(
-    link: Link, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: torch.Tensor, residual: torch.Tensor | None
-) -> torch.Tensor:
-    """`Link.combine_scatter` in two steps."""
-    (sums_TH,) = link.reduce_scatter([combine(y_SH, position_MK, weight_MK)])
-    return plus(sums_TH, residual)
-
-
-def plus(sums_TH: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """The sums, with the residual added to the first of them in place."""
-    if residual is not None:
-        sums_TH[: len(residual)] += residual
-    return sums_TH
 
 
 class Memory(Protocol):
@@ -165,7 +131,9 @@ class Mailboxes:
         weight_MK: torch.Tensor,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The kernel that combines writes each rank's rows into that rank's mailbox."""
+        """`reduce_scatter` of `combine(y, position, weight)`, plus a residual [T, H] of this rank's first T rows: the
+        kernel that combines writes each rank's rows into that rank's mailbox.
+        """
         like = y_SH.new_empty_strided((len(position_MK), y_SH.shape[1]), (0, 0))
         box, (place,) = self.begin([like], self.size)
         combine_into(place[:-1], self.rank, y_SH, position_MK, weight_MK, residual)

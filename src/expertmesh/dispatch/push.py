@@ -23,7 +23,7 @@ from transformers.distributed.expert_parallel import EPImplementationInterface
 from expertmesh import backends
 from expertmesh.dispatch.all_to_all import AllToAll
 from expertmesh.dispatch.gather import Gather
-from expertmesh.dispatch.links import Mailboxes, combined
+from expertmesh.dispatch.links import Mailboxes
 from expertmesh.kernels.combine import combine
 from expertmesh.kernels.copy_rows import copy_rows
 
@@ -94,15 +94,6 @@ class Pushed:
         box.barrier()
         position_TR = _positions(self.needed_RT)
         return [combine(place[-1].flatten(0, 1), position_TR) for place in places]
-
-    def combine_scatter(
-        self,
-        y_SH: torch.Tensor,
-        position_MK: torch.Tensor,
-        weight_MK: torch.Tensor,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return combined(self, y_SH, position_MK, weight_MK, residual)
 
     def _holders(self, ids_TK: torch.Tensor, ranks: range) -> torch.Tensor:
         """[ranks, T], bool: who of them holds an expert of token t."""
