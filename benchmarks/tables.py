@@ -189,7 +189,8 @@ def trace_table(result: dict) -> str:
 
 
 def exchange_table(rows: list[dict]) -> str:
-    return table(["by", "exchange", "µs", "GB/s"], [list(row.values()) for row in rows])
+    keys = "link", "exchange", "us", "gb_per_second"
+    return table(["by", "exchange", "µs", "GB/s"], [[row.get(key, "") for key in keys] for row in rows])
 
 
 def experts_table(result: dict) -> str:
@@ -265,6 +266,19 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
 }  # fmt: skip
 
 
+def elsewhere_table() -> str:
+    """Rows of ours from other jobs than the main one on two GPUs."""
+    rows = []
+    for name in ("h200_x2_qwen3_30b_faster_machine", "h200_x2_qwen3_30b_skewed"):
+        result = load(name)
+        rows += [
+            [f"`{result['commit'][:10]}`", row["arm"], row["routing"], f"{row['batch']} x {row['seq']}"]
+            + [f"{row['tokens_per_second_per_gpu']:,}", row.get("peak_gib", "")]
+            for row in result["rows"]
+        ]
+    return table(["commit", "arm", "routing", "batch", "tokens/s", "peak GiB"], rows)
+
+
 def page() -> str:
     step, experts, small = load("h200_qwen3_8_layers"), load("h200_experts"), load("h200_small_kernels")
     pair, layouts, fusions = load("h200_x2_qwen3_30b"), load("h200_x2_agreement"), load("h200_fusions")
@@ -324,15 +338,21 @@ activations are recomputed.
 
 {source(pair)}
 
+Machines of one kind differ, in clocks by some per cent, in their CPUs by more. The same arms in other jobs:
+
+{elsewhere_table()}
+
 With one sequence per GPU the CPU cannot issue a step as fast as the GPU runs it; a recorded step is one launch.
 Milliseconds of one step of rank 0 under the profiler, which slows the CPU down, by what the GPU did:
 
 {trace_table(pair)}
 
 The exchanges alone, of 16,384 tokens x 2,048 bfloat16 per GPU with top-8 of 128 experts, GB/s in one direction of rows
-that some expert on the other GPU needs, with the barrier:
+that some expert on the other GPU needs, with barriers. `gather` is kept, as the forward does; `gather in place` is read
+where it arrived, as the backward does; `combine` sums the experts' rows, which takes a GPU alone as long as the last line
+says, while the sums travel:
 
-{exchange_table(layouts["exchanges"])}
+{exchange_table(pair["exchanges"])}
 
 An 8-layer model with the same weights, tokens and choices of experts in every arm, relative errors of the gradients in
 bfloat16, against stock in float32 among others:
