@@ -4,24 +4,28 @@
     python benchmarks/experts.py --sweep        # tile configurations of each kernel, to find better ones
 
 Random hidden states, bfloat16, 128 experts, top-8, widths 2048 and 768; routing random or Zipf-skewed. FLOPs: 2·S·H·3I
-forward (up and down products of S = T·K rows), twice that backward. Medians of CUDA events.
+forward (up and down products of S = T·K rows), twice that backward. Medians of CUDA events. Each grouped kernel alone
+stands beside that of quack-kernels where that is installed (`experts_quack`).
 """
 
 import argparse
+import importlib.util
 import itertools
-import json
 import statistics
 import sys
+from dataclasses import dataclass
+from functools import partial
 
+import experts_quack
 import torch
 from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from expertmesh import backends
+from expertmesh.bench.origin import origin, write
 from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad
 from expertmesh.kernels.activation import Activation
-from expertmesh.kernels.grouping import group_by_expert
+from expertmesh.kernels.grouping import Grouping, group_by_expert
 from expertmesh.layers.experts import experts_forward
 
 EXPERTS, HIDDEN, WIDTH, TOP_K = 128, 2048, 768, 8
@@ -59,7 +63,7 @@ def experts():
     return module.bfloat16()
 
 
-def measure(module, forward, tokens, kind):
+def measure(module, forward, tokens, kind, repeats):
     weights, ids = routing(tokens, kind)
     x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weights.requires_grad_()
@@ -70,8 +74,8 @@ def measure(module, forward, tokens, kind):
         torch.autograd.grad(forward(module, x, ids, weights), leaves, dout)
 
     with torch.no_grad():
-        forward_ms = median_ms(lambda: forward(module, x, ids, weights))
-    both_ms = median_ms(both)
+        forward_ms = median_ms(lambda: forward(module, x, ids, weights), repeats)
+    both_ms = median_ms(both, repeats)
     flops = 2 * tokens * TOP_K * HIDDEN * 3 * WIDTH
     return {
         "forward_ms": round(forward_ms, 3),
@@ -81,26 +85,57 @@ def measure(module, forward, tokens, kind):
     }
 
 
-def kernels(module, tokens=16384):
-    """Each grouped kernel at this layer's shapes: name -> (run, FLOPs)."""
-    weights, ids = routing(tokens, "random")
-    group = group_by_expert(ids, EXPERTS)
-    x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    dout = torch.randn_like(x)
+@dataclass(frozen=True)
+class Operands:
+    """What the grouped kernels of one layer read: T tokens, S = T * top-k rows sorted by expert."""
+
+    x_TH: torch.Tensor
+    dout_TH: torch.Tensor
+    w_up_EHJ: torch.Tensor
+    w_down_EIH: torch.Tensor
+    h_SJ: torch.Tensor
+    a_SI: torch.Tensor
+    weight_S: torch.Tensor
+    group: Grouping
+    act: Activation
+
+
+def operands(module, tokens=16384, kind="random"):
+    weights, ids = routing(tokens, kind)
+    group = group_by_expert(ids, len(module.gate_up_proj))
+    x = torch.randn(tokens, module.gate_up_proj.shape[2], device=weights.device, dtype=weights.dtype)
     w_up, w_down = module.gate_up_proj.detach().transpose(1, 2), module.down_proj.detach().transpose(1, 2)
     act = Activation("silu")
     h, a = grouped_up.up_act(x, w_up, None, group, act)
     weight_S = weights.reshape(-1)[group.slot_S.long()].float()
-    rows = tokens * TOP_K
-    small, large = 2 * rows * HIDDEN * WIDTH, 4 * rows * HIDDEN * WIDTH
+    return Operands(x, torch.randn_like(x), w_up, w_down, h, a, weight_S, group, act)
+
+
+def kernels(o):
+    """Each grouped kernel: name -> (run, FLOPs). Where gradients belong stand other tensors of their shapes."""
+    w_up_EJH, w_down_EHI = o.w_up_EHJ.transpose(1, 2), o.w_down_EIH.transpose(1, 2)
+    (rows, width), hidden, group = o.a_SI.shape, o.x_TH.shape[1], o.group
+    small, large = 2 * rows * hidden * width, 4 * rows * hidden * width
     return {
-        "up_act": (lambda: grouped_up.up_act(x, w_up, None, group, act), large),
-        "down": (lambda: grouped_gemm.grouped_gemm(a, w_down, group), small),
-        "down_dact": (lambda: grouped_down.down_dact(dout, w_down.transpose(1, 2), h, weight_S, group, act), small),
-        "up_dgrad": (lambda: grouped_gemm.grouped_gemm(h, w_up.transpose(1, 2), group), large),
-        "up_wgrad": (lambda: grouped_wgrad.grouped_wgrad(x, h, group, gathered_first=False), large),
-        "down_wgrad": (lambda: grouped_wgrad.grouped_wgrad(dout, a, group, gathered_first=True), small),
+        "up_act": (lambda: grouped_up.up_act(o.x_TH, o.w_up_EHJ, None, group, o.act), large),
+        "down": (lambda: grouped_gemm.grouped_gemm(o.a_SI, o.w_down_EIH, group), small),
+        "down_dact": (
+            lambda: grouped_down.down_dact(o.dout_TH, w_down_EHI, o.h_SJ, o.weight_S, group, o.act),
+            small,
+        ),
+        "up_dgrad": (lambda: grouped_gemm.grouped_gemm(o.h_SJ, w_up_EJH, group), large),
+        "up_wgrad": (lambda: grouped_wgrad.grouped_wgrad(o.x_TH, o.h_SJ, group, gathered_first=False), large),
+        "down_wgrad": (lambda: grouped_wgrad.grouped_wgrad(o.dout_TH, o.a_SI, group, gathered_first=True), small),
     }
+
+
+def results_of(name, run):
+    """What a kernel of ours computes, as tuple; the parts of the routing weights' gradient added up."""
+    found = run()
+    if name == "down_dact":
+        dh, wa, dweight_PS, _ = found
+        return dh, wa, dweight_PS.sum(0)
+    return found if isinstance(found, tuple) else (found,)
 
 
 ROW_TILES = [
@@ -114,7 +149,7 @@ WGRAD_TILES = [
 
 def sweep(module):
     """Time every kernel under several tile configurations, the best first."""
-    for name, (run, flops) in kernels(module).items():
+    for name, (run, flops) in kernels(operands(module)).items():
         if "wgrad" in name:
             names, tiles, function = ("BG", "BC", "BK", "num_warps", "num_stages"), WGRAD_TILES, "wgrad_config"
         else:
@@ -142,35 +177,42 @@ def _try(run, flops, name, config):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out")
-    parser.add_argument("--commit", default="")
+    parser.add_argument("--repeats", type=int, default=9, help="timed rows of calls; 1 fills the caches of compilers")
+    parser.add_argument("--out", help="write the JSON here as well")
+    parser.add_argument("--commit", help="default: that of the working tree")
     parser.add_argument("--sweep", action="store_true")
     options = parser.parse_args()
     module = experts()
     if options.sweep:
         sweep(module)
         return
-    result = {
-        "hardware": torch.cuda.get_device_name(),
-        "gpus": 1,
-        **{name: backends.version_of(name) for name in ("torch", "triton", "transformers")},
-        "commit": options.commit,
-        "command": " ".join(["python", *sys.argv]),
-        "rows": [],
-        "kernels": {},
-    }
+    packages = ("triton", "transformers", "quack-kernels")
+    result = origin(["python", *sys.argv], options.commit, packages) | {"rows": [], "kernels": {}}
     arms = {"stock": grouped_mm_experts_forward, "expertmesh": experts_forward}
     for tokens, kind, arm in itertools.product((4096, 16384), ("random", "zipf"), arms):
-        row = {"arm": arm, "tokens": tokens, "routing": kind, **measure(module, arms[arm], tokens, kind)}
+        found = measure(module, arms[arm], tokens, kind, options.repeats)
+        row = {"arm": arm, "tokens": tokens, "routing": kind, **found}
         result["rows"].append(row)
         print(row, flush=True)
-    for name, (run, flops) in kernels(module).items():
-        ms = median_ms(run)
+        write(result, options.out)
+    alone(result, operands(module), options.repeats, lambda: write(result, options.out))
+
+
+def alone(result, o, repeats, save):
+    """Into `result`: every kernel, and right behind it quack's, if that is installed."""
+    time = partial(median_ms, repeats=repeats)
+    if importlib.util.find_spec("quack"):
+        result["libraries"] = {"quack": {}}
+    for name, (run, flops) in kernels(o).items():
+        ms = time(run)
         result["kernels"][name] = {"ms": round(ms, 3), "tflops": round(flops / ms / 1e9, 1)}
         print(name, result["kernels"][name], flush=True)
-    if options.out:
-        with open(options.out, "w") as file:
-            json.dump(result, file, indent=1)
+        save()
+        for library in result.get("libraries", {}).values():
+            library[name] = experts_quack.best(name, o, results_of(name, run), flops, time)
+            for tried in library[name]["tried"]:
+                print(name, "by quack", tried, flush=True)
+            save()
 
 
 if __name__ == "__main__":

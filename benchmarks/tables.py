@@ -167,24 +167,20 @@ module they were launched for.
 
 
 def agreement_table(rows: list[dict]) -> str:
-    return table(
-        ["choice of experts", "arm", "against", "loss differs by", "mean gradient error", "worst", "in"],
-        [
-            [row["routing"], row["arm"], row["against"], f"{row['loss_difference']:.1e}"]
-            + [f"{row[key]:.1e}" for key in ("mean_gradient_error", "worst_gradient_error")]
-            + [f"`{row['worst_tensor']}`"]
-            for row in rows
-            if not row["arm"].endswith("graph")  # nothing is recorded there
-        ],
-    )
+    header = ["choice of experts", "arm", "against", "loss differs by", "mean gradient error", "worst", "in"]
+    cells = [
+        [row["routing"], row["arm"], row["against"], f"{row['loss_difference']:.1e}"]
+        + [f"{row[key]:.1e}" for key in ("mean_gradient_error", "worst_gradient_error")]
+        + [f"`{row['worst_tensor']}`"]
+        for row in rows
+        if not row["arm"].endswith("graph")  # nothing is recorded there
+    ]
+    return table(header, cells)
 
 
 def trace_table(result: dict) -> str:
-    rows = [
-        [row["arm"], row["routing"], f"{row['batch']} x {row['seq']}", *row["trace"].values()]
-        for row in result["rows"]
-        if "trace" in row
-    ]
+    traced = [row for row in result["rows"] if "trace" in row]
+    rows = [[row["arm"], row["routing"], f"{row['batch']} x {row['seq']}", *row["trace"].values()] for row in traced]
     return table(["arm", "routing", "batch", "a kernel computes", "only exchanges", "nothing"], rows)
 
 
@@ -194,13 +190,23 @@ def exchange_table(rows: list[dict]) -> str:
 
 
 def experts_table(result: dict) -> str:
-    return table(
-        ["arm", "tokens", "routing", "forward ms", "TFLOP/s", "forward + backward ms", "TFLOP/s"],
-        [
-            [row[key] for key in ("arm", "tokens", "routing", "forward_ms", "forward_tflops", "both_ms", "both_tflops")]
-            for row in result["rows"]
-        ],
-    )
+    header = ["arm", "tokens", "routing", "forward ms", "TFLOP/s", "forward + backward ms", "TFLOP/s"]
+    keys = ("arm", "tokens", "routing", "forward_ms", "forward_tflops", "both_ms", "both_tflops")
+    return table(header, [[row[key] for key in keys] for row in result["rows"]])
+
+
+def kernels_text(result: dict) -> str:
+    """Each grouped kernel of ours alone, beside quack's where the result has that."""
+    text, header, rows = "", ["kernel", "ms", "TFLOP/s"], []
+    if "libraries" in result:
+        text = f", and quack-kernels {result['quack-kernels']} with the best of a few tiles"
+        header = ["kernel", "ours ms", "TFLOP/s", "quack ms", "TFLOP/s", "ours / quack"]
+    for name, ours in result["kernels"].items():
+        rows.append([f"`{name}`", ours["ms"], ours["tflops"]])
+        for library in result.get("libraries", {}).values():
+            found = {"ms": "failed", "tflops": ""} | library.get(name, {})
+            rows[-1] += [found["ms"], found["tflops"], f"{ours['ms'] / found['ms']:.2f}" if found["tflops"] else ""]
+    return f"Each grouped kernel of ours at 16,384 tokens{text}:\n\n{table(header, rows)}"
 
 
 def small_kernel_table(result: dict) -> str:
@@ -208,9 +214,8 @@ def small_kernel_table(result: dict) -> str:
     cells: dict[tuple[str, str], dict[str, float]] = {}
     for row in result["rows"]:
         if row["pass"] != "both" or row["kernel"].startswith("linear"):
-            cells.setdefault((row["kernel"], row["pass"]), {"floor": row["floor_ms"]})[row["implementation"]] = row[
-                "ms"
-            ]
+            times = cells.setdefault((row["kernel"], row["pass"]), {"floor": row["floor_ms"]})
+            times[row["implementation"]] = row["ms"]
     rows = [[kernel, what, ms["floor"], *(ms.get(arm, "") for arm in arms)] for (kernel, what), ms in cells.items()]
     return table(["kernel", "pass", "floor ms", *arms], rows)
 
@@ -284,7 +289,6 @@ def page() -> str:
     pair, layouts, fusions = load("h200_x2_qwen3_30b"), load("h200_x2_agreement"), load("h200_fusions")
     nemotron, deepseek = load("h200_nemotron_3_nano"), load("h200_deepseek_v3")
     beside = section("h200_nemotron_3_nano_mamba_ssm") + section("h200_gpt_oss_20b")
-    grouped = [[f"`{name}`", kernel["ms"], kernel["tflops"]] for name, kernel in experts["kernels"].items()]
     return f"""# Benchmarks
 
 Made by `python benchmarks/tables.py` from the files in `benchmarks/results`, each of which holds its hardware,
@@ -372,9 +376,7 @@ rounded once per rank). In float32 all layouts agree with one process within 1e-
 
 {experts_table(experts)}
 
-Each grouped kernel of ours at 16,384 tokens:
-
-{table(["kernel", "ms", "TFLOP/s"], grouped)}
+{kernels_text(experts)}
 
 {source(experts)}
 

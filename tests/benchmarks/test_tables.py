@@ -59,6 +59,18 @@ def test_a_section_is_there_if_its_result_is(tmp_path, monkeypatch):
     assert "| a | 1.5 |  |" in text and "| b |  | no |" in text and "0.1" not in text
 
 
+def test_kernels_of_a_library_stand_beside_ours():
+    tables = _tables()
+    result = {"kernels": {"down": {"ms": 0.75, "tflops": 550.0}, "up_act": {"ms": 1.5, "tflops": 540.0}}}
+    assert "| kernel | ms | TFLOP/s |" in tables.kernels_text(result)
+    down = {"ms": 0.6, "tflops": 687.5, "config": "128x192", "tried": []}
+    result |= {"quack-kernels": "0.6.5", "libraries": {"quack": {"down": down, "up_act": {"tried": []}}}}
+    text = tables.kernels_text(result)
+    assert "quack-kernels 0.6.5" in text and "| kernel | ours ms | TFLOP/s | quack ms |" in text
+    assert "| `down` | 0.75 | 550.0 | 0.6 | 687.5 | 1.25 |" in text
+    assert "| `up_act` | 1.5 | 540.0 | failed |  |  |" in text
+
+
 def test_every_result_says_where_it_comes_from():
     for file in (ROOT / "benchmarks" / "results").glob("*.json"):
         result = json.loads(file.read_text())

@@ -1,0 +1,142 @@
+"""The experts' six matrix products by quack-kernels (CuTe-DSL on Hopper and Blackwell), for benchmarks/experts.py.
+
+Each computes what our kernel of that name computes, with the same things fused: rows gathered by index, SwiGLU in the
+epilogue, its gradient and that of the routing weights as well. Two differences: gate and up columns alternate in its h
+and dh (the weights stay in halves, as Transformers has them), and `down_dact` also adds up the parts of the routing
+weights' gradient.
+
+A first call compiles for some seconds; quack keeps that in $QUACK_CACHE_DIR. Its packages must lie in a folder called
+site-packages.
+"""
+
+from functools import cache, partial
+
+import torch
+from torch.nn import functional as F
+
+# tile rows, tile columns, whether two warp groups take turns (pingpong); two blocks share what both read
+TILES = [(128, 192, True), (128, 256, False), (256, 128, False)]
+MORE_TILES = {"down_dact": [(128, 128, True)]}
+
+
+def tiles_of(name):
+    return TILES + MORE_TILES.get(name, [])
+
+
+def label(tile):
+    rows, columns, pingpong = tile
+    return f"{rows}x{columns}{' pingpong' if pingpong else ''}, cluster 2x1"
+
+
+@cache  # quack keeps plans by the identity of a configuration: it must outlive its calls
+def config(tile):
+    from quack.gemm_config import GemmConfig
+
+    rows, columns, pingpong = tile
+    return GemmConfig(
+        tile_m=rows, tile_n=columns, pingpong=pingpong, cluster_m=2, cluster_n=1, is_dynamic_persistent=False
+    )
+
+
+def pairs(h_SJ):
+    """Columns [gate | up] in turns."""
+    return torch.stack(h_SJ.chunk(2, dim=1), dim=2).flatten(1)
+
+
+def halves(h_SJ):
+    """The inverse of `pairs`."""
+    return torch.cat((h_SJ[:, ::2], h_SJ[:, 1::2]), dim=1)
+
+
+def kernels(o):
+    """name -> (function of a tile that computes, function that brings its results into our kernel's order and layout).
+
+    o: `experts.Operands`.
+    """
+    bounds = F.pad(o.group.offsets_E, (1, 0))
+    gathered = {"cu_seqlens_m": bounds, "A_idx": o.group.token_S}
+    h_pairs_SJ = pairs(o.h_SJ)
+
+    def up_act(tile):
+        from quack.gemm_interface import gemm_act
+
+        options = {"activation": "swiglu", "concat_layout": ("B",), "tuned": False, "config": config(tile)}
+        return gemm_act(o.x_TH, o.w_up_EHJ, **options, **gathered)
+
+    def down_dact(tile):
+        from quack.gemm_interface import gemm_dact
+
+        options = {"activation": "swiglu", "dynamic_scheduler": False, "tuned": False, "config": config(tile)}
+        weights = {"colvec_scale": o.weight_S, "colvec_reduce": True}
+        return gemm_dact(o.dout_TH, o.w_down_EIH.transpose(1, 2), h_pairs_SJ, **weights, **options, **gathered)
+
+    def down(tile):
+        y_SH = o.h_SJ.new_empty(len(o.h_SJ), o.x_TH.shape[1])
+        return _gemm(tile, o.a_SI, o.w_down_EIH.transpose(1, 2), y_SH, cu_seqlens_m=bounds)
+
+    def up_dgrad(tile):
+        dx_SH = o.h_SJ.new_empty(len(o.h_SJ), o.x_TH.shape[1])
+        return _gemm(tile, o.h_SJ, o.w_up_EHJ, dx_SH, cu_seqlens_m=bounds)
+
+    def wgrad(tile, g_TG, c_SC, dw_EGC):
+        return _gemm(tile, g_TG.t(), c_SC.t(), dw_EGC, cu_seqlens_k=bounds, A_idx=o.group.token_S)
+
+    def up_wgrad(tile):
+        dw_EJH = torch.empty_like(o.w_up_EHJ.transpose(1, 2))
+        wgrad(tile, o.x_TH, o.h_SJ, dw_EJH.transpose(1, 2))
+        return dw_EJH
+
+    def down_wgrad(tile):
+        return wgrad(tile, o.dout_TH, o.a_SI, torch.empty_like(o.w_down_EIH.transpose(1, 2)))
+
+    return {
+        "up_act": (up_act, lambda found: (halves(found[0]), found[1])),
+        "down": (down, lambda y: (y,)),
+        "down_dact": (down_dact, lambda found: (halves(found[0]), *found[1:])),
+        "up_dgrad": (up_dgrad, lambda dx: (dx,)),
+        "up_wgrad": (up_wgrad, lambda dw: (dw,)),
+        "down_wgrad": (down_wgrad, lambda dw: (dw,)),
+    }
+
+
+def _gemm(tile, a, b, out, **rows):
+    """out = a · bᵀ of each expert; a [M, K], b [(E,) N, K]."""
+    from quack.gemm import gemm
+
+    c = config(tile)
+    shape = (c.tile_m, c.tile_n, c.cluster_m, c.cluster_n)
+    gemm(a, b, out, None, None, *shape, pingpong=c.pingpong, persistent=True, **rows)
+    return out
+
+
+def best(name, o, ours, flops, time):
+    """{"ms", "tflops", "config"} of the fastest tile of one kernel and {"tried": every tile's time or error}.
+
+    ours: what our kernel returns. time: function of a call to its milliseconds.
+    """
+    compute, in_our_layout = kernels(o)[name]
+    tried = [
+        _try(partial(compute, tile), in_our_layout, ours, time) | {"config": label(tile)} for tile in tiles_of(name)
+    ]
+    right = [entry for entry in tried if "ms" in entry]
+    found = {"tried": tried}
+    if right:
+        fastest = min(right, key=lambda entry: entry["ms"])
+        found = {**fastest, "tflops": round(flops / fastest["ms"] / 1e9, 1), **found}
+    return found
+
+
+def _try(run, in_our_layout, ours, time):
+    try:
+        errors = [relative_error(*pair) for pair in zip(in_our_layout(run()), ours, strict=True)]
+        if not all(error < 1e-2 for error in errors):
+            return {"failed": f"differs from ours by {', '.join(f'{error:.1e}' for error in errors)}"}
+        return {"ms": round(time(run), 3)}
+    except Exception as error:  # other people's kernels: what they refuse is part of the result
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:150]}
+
+
+def relative_error(found, expected):
+    assert found.shape == expected.shape, f"{tuple(found.shape)} instead of {tuple(expected.shape)}"
+    expected = expected.float()
+    return ((found.float() - expected).norm() / expected.norm()).item()
