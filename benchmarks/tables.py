@@ -353,8 +353,8 @@ Milliseconds of one step of rank 0 under the profiler, which slows the CPU down,
 
 The exchanges alone, of 16,384 tokens x 2,048 bfloat16 per GPU with top-8 of 128 experts, GB/s in one direction of rows
 that some expert on the other GPU needs, with barriers. `gather` is kept, as the forward does; `gather in place` is read
-where it arrived, as the backward does; `combine` sums the experts' rows, which takes a GPU alone as long as the last line
-says, while the sums travel:
+where it arrived, as the backward does; `combine` sums the experts' rows, for which a GPU alone needs what the last
+line says, while the sums travel:
 
 {exchange_table(pair["exchanges"])}
 
