@@ -15,6 +15,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import experts_quack
 import torch
@@ -23,7 +24,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from expertmesh.bench.origin import origin, write
-from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad
+from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad, quack
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouping import Grouping, group_by_expert
 from expertmesh.layers.experts import experts_forward
@@ -61,6 +62,12 @@ def experts():
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return module.bfloat16()
+
+
+def by_triton(*inputs):
+    """Ours without quack."""
+    with mock.patch.object(quack, "takes", lambda *_: False):
+        return experts_forward(*inputs)
 
 
 def measure(module, forward, tokens, kind, repeats):
@@ -188,7 +195,7 @@ def main():
         return
     packages = ("triton", "transformers", "quack-kernels")
     result = origin(["python", *sys.argv], options.commit, packages) | {"rows": [], "kernels": {}}
-    arms = {"stock": grouped_mm_experts_forward, "expertmesh": experts_forward}
+    arms = {"stock": grouped_mm_experts_forward, "expertmesh": experts_forward, "expertmesh-triton": by_triton}
     for tokens, kind, arm in itertools.product((4096, 16384), ("random", "zipf"), arms):
         found = measure(module, arms[arm], tokens, kind, options.repeats)
         row = {"arm": arm, "tokens": tokens, "routing": kind, **found}

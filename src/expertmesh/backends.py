@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +63,14 @@ def has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
+@cache
+def has_quack(device: torch.device) -> bool:
+    """True when quack-kernels can be imported and this is a Hopper GPU, for which its tiles were chosen here."""
+    if device.type != "cuda" or importlib.util.find_spec("quack") is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def deep_ep() -> Any:
     """The package deep_ep. Raises ImportError, OSError or AssertionError, as its import does, where it cannot run."""
     return importlib.import_module("deep_ep")
@@ -106,6 +115,7 @@ _PACKAGES = (
         "experts, routers, norms, RoPE, Mamba2, attention with sinks and the loss on GPUs",
         "on GPUs the slower F.grouped_mm and PyTorch ops",
     ),
+    Backend("quack-kernels", None, "the experts' matrix products on Hopper GPUs", "Triton's, which take longer"),
     Backend(
         "liger-kernel", None, "fused norms and MLPs of models without experts, on GPUs", "such models run as stock"
     ),

@@ -7,62 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from tests.kernels import fake_quack
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def _segments(bounds):
-    return [slice(a, b) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
-
-
-def _gemm(a, b, out, c, semaphore, *tile, pingpong, persistent, cu_seqlens_m=None, cu_seqlens_k=None, A_idx=None):
-    """quack.gemm.gemm: out = a · bᵀ, row groups of a and out, or column groups of a and b."""
-    assert c is None and semaphore is None and len(tile) == 4
-    if cu_seqlens_k is not None:
-        assert a.stride(0) == b.stride(0) == 1
-        for expert, rows in enumerate(_segments(cu_seqlens_k)):
-            out[expert] = a[:, A_idx[rows].long()] @ b[:, rows].t()
-    else:
-        for expert, rows in enumerate(_segments(cu_seqlens_m)):
-            out[rows] = a[rows] @ b[expert].t()
-
-
-def _gemm_act(a, b, *, activation, concat_layout, tuned, config, cu_seqlens_m, A_idx):
-    """quack.gemm_interface.gemm_act: weights in halves, h with gate and up in turns."""
-    assert activation == "swiglu" and concat_layout == ("B",) and not tuned and b.stride(1) == 1
+def _gemm_act(a, b, *, config, **options):
     if config.tile_m == 256:
         raise ValueError("no such tile\nand more about it")
-    h = torch.cat([a[A_idx[rows].long()] @ b[e] for e, rows in enumerate(_segments(cu_seqlens_m))])
-    gate, up = h.chunk(2, dim=1)
-    postact = F.silu(gate) * up * (1.1 if config.tile_n == 256 else 1)
-    return torch.stack((gate, up), 2).flatten(1), postact
-
-
-def _gemm_dact(
-    a, b, pre, *, activation, colvec_scale, colvec_reduce, dynamic_scheduler, tuned, config, cu_seqlens_m, A_idx
-):
-    """quack.gemm_interface.gemm_dact: (dh in turns, scaled a, its product with the unscaled gradient)."""
-    assert activation == "swiglu" and colvec_reduce and not dynamic_scheduler and not tuned
-    da = torch.cat([a[A_idx[rows].long()] @ b[e] for e, rows in enumerate(_segments(cu_seqlens_m))])
-    pre = pre.clone().requires_grad_()
-    with torch.enable_grad():
-        post = F.silu(pre[:, ::2]) * pre[:, 1::2]
-        (dpre,) = torch.autograd.grad(post, pre, da * colvec_scale[:, None])
-    return dpre, post.detach() * colvec_scale[:, None], (post.detach() * da).sum(1)
+    h, postact = fake_quack.gemm_act(a, b, config=config, **options)
+    return h, postact * (1.1 if config.tile_n == 256 else 1)
 
 
 @pytest.fixture
 def script(monkeypatch):
     """benchmarks/experts.py on the CPU, with a quack that follows quack-kernels 0.6.5's signatures."""
-    modules = {
-        "quack": {},
-        "quack.gemm": {"gemm": _gemm},
-        "quack.gemm_interface": {"gemm_act": _gemm_act, "gemm_dact": _gemm_dact},
-        "quack.gemm_config": {"GemmConfig": types.SimpleNamespace},
-    }
+    modules = fake_quack.MODULES | {"quack.gemm_interface": {"gemm_act": _gemm_act, "gemm_dact": fake_quack.gemm_dact}}
     for name, content in modules.items():
         module = types.ModuleType(name)
         module.__dict__.update(content, __spec__=importlib.machinery.ModuleSpec(name, None))

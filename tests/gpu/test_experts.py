@@ -1,6 +1,7 @@
 """On a GPU, in bf16, at real widths: the Triton experts and routers are no further from float32 than stock's are."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from expertmesh.kernels import quack
 from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
 from expertmesh.kernels.router import Routing, route, route_reference
 from expertmesh.layers.experts import experts_forward
@@ -89,9 +91,13 @@ def test_triton_experts_are_as_close_to_float32_as_stock(name, kind):
         assert _error(ours[key], want[key]) <= 1.5 * _error(stock[key], want[key]) + 1e-6, key
 
 
-def test_experts_backward_leaves_no_unwritten_memory():
-    module, config, top_k = _build("odd", torch.bfloat16)
-    x, ids, weight = _inputs(module, config, top_k, 77, "empty")
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("name", ["odd", "qwen3", "nemotron"])
+def test_experts_backward_leaves_no_unwritten_memory(name, elsewhere):
+    module, config, top_k = _build(name, torch.bfloat16)
+    x, ids, weight = _inputs(module, config, top_k, 777, "empty")
+    if elsewhere:  # as between ranks: half of the pairs are not for these experts
+        ids = torch.where(torch.rand_like(weight) < 0.5, module.num_experts, ids)
     dout = torch.randn_like(x)
     first = _run(experts_forward, module, x, ids, weight, dout)
     for _ in range(3):
@@ -99,7 +105,25 @@ def test_experts_backward_leaves_no_unwritten_memory():
         del poison
         again = _run(experts_forward, module, x, ids, weight, dout)
         for key in first:
-            assert torch.equal(first[key], again[key]), key
+            assert torch.equal(first[key], again[key]) and again[key].isfinite().all(), key
+
+
+@pytest.mark.skipif(importlib.util.find_spec("quack") is None, reason="needs quack-kernels")
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper")
+@pytest.mark.parametrize("tokens", [1, 1000])
+@pytest.mark.parametrize("name", ["qwen3", "nemotron"])
+def test_quack_computes_what_triton_does(name, tokens, monkeypatch):
+    module, config, top_k = _build(name, torch.bfloat16)
+    x, ids, weight = _inputs(module, config, top_k, tokens, "random")
+    ids = torch.where(torch.rand_like(weight) < 0.3, module.num_experts, ids)
+    dout, asked, takes = torch.randn_like(x), [], quack.takes
+    monkeypatch.setattr(quack, "takes", lambda *layer: asked.append(takes(*layer)) or asked[-1])
+    got = _run(experts_forward, module, x, ids, weight, dout)
+    monkeypatch.setattr(quack, "takes", lambda *layer: False)
+    want = _run(experts_forward, module, x, ids, weight, dout)
+    assert asked == [True]
+    for key in want:
+        assert _error(got[key], want[key]) < 1e-2, key
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 1000, 16384])

@@ -10,8 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
 from expertmesh import backends
-from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad
-from expertmesh.layers import experts
+from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad, products
 from expertmesh.layers.experts import activation_of, experts_forward
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 6, 40, 24, 37, 3
@@ -137,14 +136,14 @@ def test_frozen_experts_cost_no_weight_gradient():
 
 def test_a_recompute_ends_before_the_down_projection(monkeypatch):
     module, ids, weight = _module(), ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)
-    products, gemm = [], grouped_gemm.grouped_gemm
-    monkeypatch.setattr(experts, "grouped_gemm", lambda a, w, *rest: products.append(w.shape[1:]) or gemm(a, w, *rest))
+    made, gemm = [], products.grouped_gemm
+    monkeypatch.setattr(products, "grouped_gemm", lambda a, w, *rest: made.append(w.shape[1:]) or gemm(a, w, *rest))
     want = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     x = want.detach().clone().requires_grad_()
     experts_forward(module, want, ids, weight).sin().sum().backward()
-    down, up_dgrad = products
+    down, up_dgrad = made
     checkpoint(experts_forward, module, x, ids, weight, use_reentrant=False).sin().sum().backward()
-    assert products[2:] == [down, up_dgrad], "one down-projection, of the forward"
+    assert made[2:] == [down, up_dgrad], "one down-projection, of the forward"
     assert torch.equal(x.grad, want.grad)
 
 

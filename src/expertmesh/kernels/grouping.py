@@ -8,7 +8,7 @@ An id outside [0, E) means "not mine", among them E, Transformers' expert-parall
 behind every expert's, no kernel computes them, and `position` holds -1 for them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,18 +22,23 @@ class Grouping:
 
     slot_S: which flat (token·K + k) stands in sorted row s. token_S: its token, slot_S // K.
     position_TK: the inverse, in which sorted row (t, k) stands, or -1 if nobody here computes it.
-    offsets_E: where each expert's rows end. tiles: (expert [M], first row [M]) of each row tile of the Triton GEMMs and
-    how many [1] of the M entries are used; None on the PyTorch path. block: rows per tile. weight_S: the routing
-    weights in sorted order, float32, if `group_by_expert` was given them.
+    bounds: where each expert's rows begin, and the last one's end [E + 1]; offsets_E: where they end.
+    tiles: (expert [M], first row [M]) of each row tile of the Triton GEMMs and how many [1] of the M entries are used;
+    None on the PyTorch path. block: rows per tile. weight_S: the routing weights in sorted order, float32, if
+    `group_by_expert` was given them.
     """
 
     slot_S: torch.Tensor
     token_S: torch.Tensor
     position_TK: torch.Tensor
-    offsets_E: torch.Tensor
+    bounds: torch.Tensor
     tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     block: int = 0
     weight_S: torch.Tensor | None = None
+    offsets_E: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets_E", self.bounds[1:])
 
 
 def group_by_expert(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None) -> Grouping:
@@ -53,14 +58,14 @@ def group_by_expert_reference(
     """The specification of `group_by_expert`, in PyTorch: a stable sort."""
     flat = or_none(ids_TK.reshape(-1), num_experts)
     expert_S, slot_S = torch.sort(flat, stable=True)
-    ends = torch.arange(num_experts, device=flat.device)
-    offsets_E = torch.searchsorted(expert_S, ends.to(flat.dtype), right=True).to(torch.int32)
+    ends = torch.arange(-1, num_experts, device=flat.device)
+    bounds = torch.searchsorted(expert_S, ends.to(flat.dtype), right=True).to(torch.int32)
     position = torch.empty_like(slot_S)
     position[slot_S] = torch.arange(flat.numel(), device=flat.device)
     position = torch.where(flat < num_experts, position, -1).to(torch.int32)
     weight_S = None if weight_TK is None else weight_TK.detach().reshape(-1)[slot_S].float()
     slot_S = slot_S.to(torch.int32)
-    return Grouping(slot_S, slot_S // ids_TK.shape[1], position.view(ids_TK.shape), offsets_E, weight_S=weight_S)
+    return Grouping(slot_S, slot_S // ids_TK.shape[1], position.view(ids_TK.shape), bounds, weight_S=weight_S)
 
 
 def or_none(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -95,8 +100,8 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
     num_blocks = max(1, triton.cdiv(num_rows, sort_block))
     block = _block_rows(num_rows // num_experts)
     max_tiles = triton.cdiv(num_rows, block) + num_experts
-    slot_S, token_S, position_S, offsets_E, tile_expert, tile_row, num_tiles, counts = _int32(
-        device, num_rows, num_rows, num_rows, num_experts, max_tiles, max_tiles, 1, num_blocks * bins
+    slot_S, token_S, position_S, bounds, tile_expert, tile_row, num_tiles, counts = _int32(
+        device, num_rows, num_rows, num_rows, 1 + num_experts, max_tiles, max_tiles, 1, num_blocks * bins
     )
     weight_S = None if weight_TK is None else torch.empty(num_rows, dtype=torch.float32, device=device)
     ids_S = ids_TK.reshape(-1)
@@ -109,7 +114,7 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
         token_S,
         position_S,
         weight_S,
-        offsets_E,
+        bounds,
         tile_expert,
         tile_row,
         num_tiles,
@@ -126,7 +131,7 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
         num_warps=8,
     )
     tiles = tile_expert, tile_row, num_tiles
-    return Grouping(slot_S, token_S, position_S.view(ids_TK.shape), offsets_E, tiles, block, weight_S)
+    return Grouping(slot_S, token_S, position_S.view(ids_TK.shape), bounds, tiles, block, weight_S)
 
 
 @triton.jit
@@ -154,7 +159,7 @@ def _place_kernel(
     token,
     position,
     weight_sorted,
-    offsets,
+    bounds,
     tile_expert,
     tile_row,
     num_tiles,
@@ -168,7 +173,7 @@ def _place_kernel(
     TILES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
-    """Places the rows of one block, and writes its share of the list of tiles; block 0 writes the offsets."""
+    """Places the rows of one block, and writes its share of the list of tiles; block 0 writes the bounds."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     bin = tl.arange(0, BINS)
     totals = tl.zeros((BINS,), tl.int32)
@@ -182,7 +187,8 @@ def _place_kernel(
         first += PART
     ends = tl.cumsum(totals, axis=0)
     if block == 0:
-        tl.store(offsets + bin, ends, mask=bin < num_experts)
+        tl.store(bounds, 0)
+        tl.store(bounds + 1 + bin, ends, mask=bin < num_experts)
 
     tiles = (totals + TILE - 1) // TILE
     last_tile = tl.cumsum(tiles, axis=0)

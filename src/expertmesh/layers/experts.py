@@ -20,12 +20,10 @@ from transformers.activations import ACT2CLS
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
 
 from expertmesh.dispatch.handoff import Handoff, adopt
+from expertmesh.kernels import products as own
+from expertmesh.kernels import quack
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
-from expertmesh.kernels.grouped_down import down_dact
-from expertmesh.kernels.grouped_gemm import grouped_gemm
-from expertmesh.kernels.grouped_up import up_act
-from expertmesh.kernels.grouped_wgrad import grouped_wgrad
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
 
 NAME = "expertmesh"
@@ -91,7 +89,7 @@ def experts_forward(
     inside = residual if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype else None
     scale = 1 / getattr(experts, "grad_divisor", 1)
     handoff = adopt() if x_TH is hidden_states else None
-    groups: list[Grouping] = []  # the first makes one, the second takes it
+    groups: list[tuple[Grouping, Any]] = []  # the first makes one, the second takes it
     h_SJ, a_SI = _Up.apply(
         x_TH.contiguous(), w_up, b_up, top_k_weights, w_down, b_down, top_k_index, groups, act, scale, handoff
     )
@@ -110,10 +108,12 @@ class _Up(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH, w_up, b_up, weight_TK, w_down, b_down, ids_TK, groups, act, scale, handoff):
         group = group_by_expert(ids_TK, w_up.shape[0], weight_TK)
-        groups.append(group)
-        h_SJ, a_SI = up_act(x_TH, w_up, b_up, group, act)
-        ctx.act, ctx.tiles, ctx.block, ctx.scale, ctx.handoff = act, group.tiles, group.block, scale, handoff
-        rows = group.slot_S, group.token_S, group.position_TK, group.offsets_E, group.weight_S
+        products = quack if quack.takes(x_TH, w_up, w_down, b_up, act) else own
+        h_SJ, a_SI = products.up_act(x_TH, w_up, b_up, group, act)
+        groups.append((group, products))
+        ctx.products, ctx.act, ctx.scale, ctx.handoff = products, act, scale, handoff
+        ctx.tiles, ctx.block = group.tiles, group.block
+        rows = group.slot_S, group.token_S, group.position_TK, group.bounds, group.weight_S
         ctx.save_for_backward(x_TH, h_SJ, weight_TK, ids_TK, w_up, w_down, b_down, *rows)
         ctx.mark_non_differentiable(a_SI)
         ctx.set_materialize_grads(False)
@@ -125,11 +125,11 @@ class _Up(torch.autograd.Function):
         (x_TH, w_up, group, dweight_TK, db_up), ctx.from_down = ctx.from_down, None
         dx_TH = dw_up = None
         if ctx.needs_input_grad[0]:
-            dx_TH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group), group.position_TK)
+            dx_TH = combine(ctx.products.up_dgrad(dh_SJ, w_up, group, ctx.act), group.position_TK)
         if ctx.handoff is not None and dx_TH is not None and dweight_TK is not None:
             ctx.handoff.start([dx_TH, dweight_TK])  # from here on the gradient of the output may be overwritten
         if ctx.needs_input_grad[1]:
-            dw_up = _wgrad(x_TH, dh_SJ, group, w_up, ctx.scale)
+            dw_up = ctx.products.up_wgrad(x_TH, dh_SJ, group, w_up, ctx.act, ctx.scale)
         return dx_TH, dw_up, db_up, *[None] * 8
 
 
@@ -138,8 +138,8 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h_SJ, a_SI, weight_TK, w_down, b_down, residual, groups, handoff: Handoff | None):
-        ctx.up, group = h_SJ.grad_fn, groups.pop()
-        y_SH = grouped_gemm(a_SI, w_down, group, b_down)
+        ctx.up, (group, products) = h_SJ.grad_fn, groups.pop()
+        y_SH = products.down(a_SI, w_down, b_down, group)
         if handoff is not None:
             return handoff.send(y_SH, group.position_TK, weight_TK)
         return combine(y_SH, group.position_TK, weight_TK, residual)
@@ -155,32 +155,19 @@ class _Down(torch.autograd.Function):
         _, _, need_weight, need_w_down, need_b_down, need_residual = ctx.needs_input_grad[:6]
         need_b_up = up.needs_input_grad[2]
         dout_TH = dout.reshape(x_TH.shape).contiguous()
-        assert group.weight_S is not None
 
-        dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
-            dout_TH, w_down.transpose(1, 2), h_SJ, group.weight_S, group, up.act, need_b_up
-        )
+        dh_SJ, wa_SI, dweight_PS, db_up = up.products.down_dact(dout_TH, w_down, h_SJ, group, up.act, need_b_up)
         dweight_TK = dw_down = db_down = None
         if need_weight:
             dweight_TK = _per_slot(dweight_PS, group, dout_TH, ids_TK, b_down, weight_TK.dtype)
         if need_w_down:
-            dw_down = _wgrad(dout_TH, wa_SI, group, w_down.transpose(1, 2), up.scale).transpose(1, 2)
+            dw_down = up.products.down_wgrad(dout_TH, wa_SI, group, w_down, up.scale)
         if need_b_down:
             db_down = _bias_down_grad(dout_TH, weight_TK, ids_TK, b_down) * up.scale
         if db_up is not None:
             db_up = db_up * up.scale
         up.from_down = x_TH, w_up, group, dweight_TK, db_up
         return dh_SJ, None, dweight_TK, dw_down, db_down, dout if need_residual else None, None, None
-
-
-def _wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor, scale: float) -> torch.Tensor:
-    """The gradient of the weights w [E, G, C] in the memory layout of their parameter, so that autograd need not copy.
-
-    w may be a transposed view of it.
-    """
-    if w_EGC.stride(2) == 1:
-        return grouped_wgrad(g_TG, c_SC, group, gathered_first=True, scale=scale)
-    return grouped_wgrad(g_TG, c_SC, group, gathered_first=False, scale=scale).transpose(1, 2)
 
 
 def _per_slot(

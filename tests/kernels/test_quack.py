@@ -1,0 +1,66 @@
+"""The experts' products by quack: a layer's output and gradients are those by our kernels, and it is asked to do no
+other layers. quack itself runs on GPUs only (tests/gpu); here a stand-in has its interface.
+"""
+
+import importlib
+import sys
+import types
+
+import pytest
+import torch
+
+from expertmesh import backends
+from expertmesh.kernels import quack
+from expertmesh.kernels.activation import Activation
+from expertmesh.layers.experts import experts_forward
+from tests.kernels import fake_quack
+from tests.layers.test_experts import EXPERTS, HIDDEN, LAYOUTS, ROUTINGS, TOKENS, TOP_K, _module, _run
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    for name, content in fake_quack.MODULES.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(content, __spec__=importlib.machinery.ModuleSpec(name, None))
+        monkeypatch.setitem(sys.modules, name, module)
+    quack._config.cache_clear()
+    yield
+    quack._config.cache_clear()
+
+
+@pytest.mark.parametrize("divisor", [None, 4])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("layout", ["qwen", "nemotron"])
+def test_a_layer_is_what_it_is_by_our_kernels(layout, routing, divisor, installed, monkeypatch):
+    torch.manual_seed(0)
+    module = _module(**LAYOUTS[layout])
+    if divisor:
+        module.grad_divisor = divisor
+    ids = ROUTINGS[routing]()
+    x, weight, dout = torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K), torch.randn(TOKENS, HIDDEN)
+    want = _run(experts_forward, module, x, ids, weight, dout)
+    asked = []
+    monkeypatch.setattr(quack, "takes", lambda *layer: asked.append(layer) or True)
+    got = _run(experts_forward, module, x, ids, weight, dout)
+    assert asked
+    for name, value in want.items():
+        assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max().clamp(min=1e-6), name
+
+
+def test_it_takes_what_it_knows_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(backends, "has_quack", lambda device: True)
+    x, bias = torch.empty(8, 64, dtype=torch.bfloat16), torch.empty(EXPERTS, 64)
+    up = torch.empty(EXPERTS, 96, 64, dtype=torch.bfloat16).transpose(1, 2)
+    down = torch.empty(EXPERTS, 64, 48, dtype=torch.bfloat16).transpose(1, 2)
+    silu = Activation("silu")
+    assert quack.takes(x, up, down, None, silu)
+    assert quack.takes(x, up, down, None, Activation("relu2", gated=False))
+    assert not quack.takes(x, up, down, bias, silu)
+    assert not quack.takes(x[:0], up, down, None, silu)
+    assert not quack.takes(x.float(), up.float(), down.float(), None, silu)
+    assert not quack.takes(x, up.contiguous(), down, None, silu), "[E, in, out], as GPT-OSS has it"
+    assert not quack.takes(x, up, down[:, :44].transpose(1, 2).contiguous().transpose(1, 2), None, silu)
+    for act in (Activation("silu", interleaved=True), Activation("clamped"), Activation("custom")):
+        assert not quack.takes(x, up, down, None, act)
+    monkeypatch.undo()
+    assert not quack.takes(x, up, down, None, silu), "there is no Hopper GPU"
