@@ -8,8 +8,9 @@ import types
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from expertmesh import backends
+from expertmesh import backends, keep_routing
 from expertmesh.kernels import quack
 from expertmesh.kernels.activation import Activation
 from expertmesh.layers.experts import experts_forward
@@ -45,6 +46,17 @@ def test_a_layer_is_what_it_is_by_our_kernels(layout, routing, divisor, installe
     assert asked
     for name, value in want.items():
         assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max().clamp(min=1e-6), name
+
+
+def test_a_recompute_stays_with_the_choice_of_the_forward(installed, monkeypatch):
+    module, ids, weight = _module(), ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)
+    x, want = (torch.full((TOKENS, HIDDEN), 0.1, requires_grad=True) for _ in range(2))
+    experts_forward(module, want, ids, weight).sin().sum().backward()
+    answers = iter([True, False])
+    monkeypatch.setattr(quack, "takes", lambda *layer: next(answers))
+    out = checkpoint(experts_forward, module, x, ids, weight, use_reentrant=False, context_fn=keep_routing)
+    out.sin().sum().backward()
+    torch.testing.assert_close(x.grad, want.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_it_takes_what_it_knows_and_nothing_else(monkeypatch):

@@ -25,6 +25,7 @@ from expertmesh.kernels import quack
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
+from expertmesh.memory.recompute import kept
 
 NAME = "expertmesh"
 
@@ -108,7 +109,8 @@ class _Up(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH, w_up, b_up, weight_TK, w_down, b_down, ids_TK, groups, act, scale, handoff):
         group = group_by_expert(ids_TK, w_up.shape[0], weight_TK)
-        products = quack if quack.takes(x_TH, w_up, w_down, b_up, act) else own
+        # a recompute must order h's columns as the forward did, wherever the weights lie by then
+        products = quack if kept(lambda: quack.takes(x_TH, w_up, w_down, b_up, act)) else own
         h_SJ, a_SI = products.up_act(x_TH, w_up, b_up, group, act)
         groups.append((group, products))
         ctx.products, ctx.act, ctx.scale, ctx.handoff = products, act, scale, handoff
