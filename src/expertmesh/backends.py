@@ -115,6 +115,7 @@ _PACKAGES = (
         "experts, routers, norms, RoPE, Mamba2, attention with sinks and the loss on GPUs",
         "on GPUs the slower F.grouped_mm and PyTorch ops",
     ),
+    Backend("flash-attn-4", None, "causal attention in training on Hopper GPUs", "cuDNN's; with sinks Triton's"),
     Backend("quack-kernels", None, "the experts' matrix products on Hopper GPUs", "Triton's, which take longer"),
     Backend(
         "liger-kernel", None, "fused norms and MLPs of models without experts, on GPUs", "such models run as stock"
@@ -134,6 +135,15 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+_FLASH_ATTENTION = version_of("flash-attn-4") is not None  # the module's parent may be another package's: flash-attn
+
+
+@torch.compiler.assume_constant_result
+def has_flash_attention(device: str) -> bool:
+    """True when flash-attn-4 is installed and devices of this type are Hopper GPUs, on which it was measured."""
+    return _FLASH_ATTENTION and device == "cuda" and torch.cuda.get_device_capability()[0] == 9
 
 
 def table() -> list[Backend]:

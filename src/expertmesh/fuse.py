@@ -25,8 +25,8 @@ from expertmesh.families import mtp as mtp_modules
 from expertmesh.families.generic import RULES
 from expertmesh.families.gpt_oss import has_sinks
 from expertmesh.families.rules import Rule
+from expertmesh.layers import attention, sinks
 from expertmesh.layers import experts as fast_experts
-from expertmesh.layers import sinks
 from expertmesh.layers.fast import Fast, twin
 from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
@@ -178,6 +178,7 @@ class FusedModel(ReadsQuantized):
 
     def _fuse_modules(self) -> None:
         self._fusions = [_experts_row(self), *_apply_rules(self), _fuse_head(self)]
+        attention.let_flash(self)
         self._has_mamba2 = any(row.name == "mamba2" and row.on for row in self._fusions)
         if self._mtp is None or _with_mtp.get() != "saved":  # else it turns out in loading whether they stay
             _print_report(self, self._fusions)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from expertmesh.backends import has_flash_attention
+from expertmesh.kernels import flash_attention
 from expertmesh.kernels.varlen import document_mask, varlen_attention
 from expertmesh.layers import attention
 from tests.kernels.compare import outputs_and_grads
@@ -15,6 +17,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def leaf(rows: int, heads: int, length: int, width: int) -> torch.Tensor:
     """[B, N, S, D] over [B, S, N, D] memory, as projections make it."""
     return torch.randn(rows, length, heads, width, device="cuda").bfloat16().transpose(1, 2).requires_grad_()
+
+
+def causal(query, key, value):
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2)
 
 
 def with_mask(query, key, value, cu_seqlens):
@@ -76,3 +83,47 @@ def test_a_step_on_packed_documents_never_waits_when_the_collator_says_where_the
         torch.cuda.set_sync_debug_mode("default")
     assert ran == [100] * (2 * model.config.num_hidden_layers)
     torch.testing.assert_close(told, looked, rtol=1e-3, atol=0)
+
+
+needs_flash_attention_4 = pytest.mark.skipif(
+    not (torch.cuda.is_available() and has_flash_attention("cuda")), reason="needs flash-attn-4 and a Hopper GPU"
+)
+
+
+def flash_leaves(rows: int, heads: int, key_heads: int, width: int, value_width: int, length: int):
+    """Values are views with gaps, as those of latent attention are."""
+    torch.manual_seed(0)
+    wide = torch.randn(rows, length, key_heads, width + value_width, device="cuda").bfloat16()
+    value = wide[..., width:].transpose(1, 2).requires_grad_()
+    return leaf(rows, heads, length, width), leaf(rows, key_heads, length, width), value
+
+
+@needs_flash_attention_4
+@pytest.mark.parametrize("length", [1024, 1091])
+@pytest.mark.parametrize(
+    "sizes", [(1, 32, 4, 128, 128), (2, 32, 2, 128, 128), (2, 8, 8, 64, 64), (1, 16, 16, 192, 128)], ids=str
+)
+def test_flash_attention_4_is_as_exact_as_sdpa(sizes, length):
+    leaves = flash_leaves(*sizes, length)
+    assert flash_attention.takes(*leaves)
+    exact = outputs_and_grads(causal, *(x.detach().float().requires_grad_() for x in leaves))
+    errors = relative_errors(outputs_and_grads(flash_attention.flash_attention, *leaves), exact)
+    allowed = relative_errors(outputs_and_grads(causal, *leaves), exact)
+    assert all(a <= 1.5 * b + 1e-3 for a, b in zip(errors, allowed, strict=True)), (errors, allowed)
+
+
+@needs_flash_attention_4
+def test_flash_attention_4_can_be_recorded():
+    leaves = flash_leaves(1, 32, 4, 128, 128, 1024)
+    dout = torch.randn(1, 1024, 32, 128, device="cuda").bfloat16()
+
+    def step():
+        out = flash_attention.flash_attention(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+    fresh = step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    graph.replay()
+    assert all(error < 2e-3 for error in relative_errors(recorded, fresh))

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from expertmesh.backends import has_flash_attention
+from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import document_bounds, document_of
 from expertmesh.kernels.sink_attention import padding_of, sink_attention, sink_attention_reference
 from tests.kernels.compare import outputs_and_grads
@@ -31,7 +33,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("width", "window", "kind"), CASES)
-def test_the_kernels_are_as_exact_as_the_reference(width, window, kind):
+def test_the_kernels_are_as_exact_as_the_reference(width, window, kind, monkeypatch):
+    monkeypatch.setattr(flash_attention, "WIDTHS", frozenset())
     length, heads, key_heads, rows = SHAPES[width]
     inputs = leaves(length, heads, key_heads, width, rows)
     documents = padding = seen = None
@@ -59,6 +62,42 @@ def test_the_kernels_are_as_exact_as_the_reference(width, window, kind):
     assert all(a <= 1.5 * b + 1e-3 for a, b in zip(errors, allowed, strict=True)), (errors, allowed)
     again = outputs_and_grads(ours, *inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and has_flash_attention("cuda")), reason="needs flash-attn-4 and a Hopper GPU"
+)
+@pytest.mark.parametrize(
+    ("length", "heads", "key_heads", "width"), [(1024, 64, 8, 64), (1091, 16, 2, 64), (1500, 4, 1, 128)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # of the sinks
+def test_flash_attention_4_is_as_exact_as_the_reference_and_never_waits(
+    length, heads, key_heads, width, dtype, monkeypatch
+):
+    *inputs, sinks = leaves(length, heads, key_heads, width, 2)
+    inputs.append(sinks.detach().to(dtype).requires_grad_())
+    ran, kernel = [], flash_attention.flash_attention
+    monkeypatch.setattr(flash_attention, "flash_attention", lambda *x: (ran.append(1), kernel(*x))[1])
+
+    def reference(query, key, value, sinks):
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return sink_attention_reference(query, key, value, sinks, width**-0.5)
+
+    def ours(*x):
+        return sink_attention(*x, width**-0.5)
+
+    exact = outputs_and_grads(reference, *(x.detach().float().requires_grad_() for x in inputs))
+    allowed = relative_errors(outputs_and_grads(reference, *inputs), exact)
+    got = outputs_and_grads(ours, *inputs)  # compiles
+    errors = relative_errors(got, exact)
+    assert ran and [x.dtype for x in got] == [torch.bfloat16] * 4 + [dtype]
+    assert all(a <= 1.5 * b + 2e-3 for a, b in zip(errors, allowed, strict=True)), (errors, allowed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = outputs_and_grads(ours, *inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again[0], got[0])
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -1,7 +1,8 @@
 """Fast twin of attention with per-head q/k-norm (Qwen3): norm and RoPE of queries and keys in one kernel.
 
 The attention itself stays the one that the user chose (`attn_implementation`). Transformers' default, "sdpa", learns
-here to take packed documents (`Documents`, from masks.py) for a mask, in the attention of every family.
+here to take packed documents (`Documents`, from masks.py) for a mask, in the attention of every family. Of models that
+are fused, and not of stock ones in the same process, it also goes to flash-attn-4 where that is installed.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
 
+from expertmesh.kernels import flash_attention
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
 from expertmesh.layers.fast import Fast
@@ -31,11 +33,14 @@ def attend(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' `sdpa_attention_forward`, and what the kernel takes of packed documents by variable length."""
+    """Transformers' `sdpa_attention_forward`, but for packed documents and causal attention that other kernels take."""
     if isinstance(attention_mask, Documents):
         if dropout == 0 and position_bias is None and takes(query, value):
             return varlen_attention(query, key, value, *attention_mask, scaling), None
         attention_mask = document_mask(attention_mask.cu_seqlens, query.shape[0], query.shape[2])
+    plain = attention_mask is None and position_bias is None and dropout == 0 and kwargs.get("softcap") is None
+    if plain and _is_flash_causal(module, kwargs.get("is_causal")) and flash_attention.takes(query, key, value):
+        return flash_attention.flash_attention(query, key, value, scaling), None
     return sdpa_attention_forward(
         module,
         query,
@@ -47,6 +52,19 @@ def attend(
         position_bias=position_bias,
         **kwargs,
     )
+
+
+def _is_flash_causal(module: Any, asked: bool | None) -> bool:
+    """Whether this attention is of a fused model and causal: as the caller asks, or else as the module is."""
+    return getattr(module, "may_flash", False) and (module.is_causal if asked is None else asked)
+
+
+def let_flash(model: nn.Module) -> None:
+    """Let the attention of this model, where it is causal, go to flash-attn-4."""
+    attention: Any
+    for attention in model.modules():
+        if hasattr(attention, "is_causal"):
+            attention.may_flash = True
 
 
 AttentionInterface.register("sdpa", attend)

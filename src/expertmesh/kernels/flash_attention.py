@@ -1,0 +1,62 @@
+"""Training's causal attention on Hopper by flash-attn-4, where it is installed: no other file knows its interface.
+
+flash-attn-4 (BSD-3, CuTe-DSL, compiled at the first call) is faster there than the cuDNN kernel that SDPA picks, and
+with sinks than sink_attention.py. Its backward adds up dq, and dk and dv of heads that share keys, by atomics: equal
+inputs give gradients that are equal but for rounding. Who asks PyTorch for deterministic algorithms therefore stays
+with the other kernels. Nothing in a call waits for the device.
+
+Letters: B batch, S row, N heads (NQ of queries, NK of keys), D width of queries and keys, V of values.
+"""
+
+import torch
+
+from expertmesh.backends import has_flash_attention
+
+#: (D, V) at which it won on an H200; empty, nothing runs here
+WIDTHS = frozenset({(64, 64), (128, 128), (192, 128)})
+DTYPES = (torch.bfloat16, torch.float16)
+#: on shorter rows the host works longer on its call than the GPU saves
+LENGTH = 1024
+
+
+def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether it computes this causal attention: 16-bit floats, also by autocast, on Hopper, widths from `WIDTHS`, as
+    many queries as keys and at least `LENGTH`, gradients wanted, in no particular order of additions.
+
+    query: [B, NQ, S, D], key: [B, NK, S, D], value: [B, NK, S, V].
+    """
+    device, width = query.device.type, query.shape[-1]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    return (
+        has_flash_attention(device)
+        and (width, value.shape[-1]) in WIDTHS
+        and dtype in DTYPES
+        and query.shape[2] == key.shape[2]
+        and query.shape[2] >= LENGTH
+        and (width == value.shape[-1] or query.shape[1] == key.shape[1])  # its backward has not both
+        and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
+@torch.compiler.disable
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[B, S, NQ, V] in the inputs' dtype, or autocast's; scale None is 1 / sqrt(D). Differentiable in all tensors.
+
+    Shapes as in `takes`, no copy if the last dimension is contiguous; sinks: [NQ], one logit more in each softmax.
+    """
+    from flash_attn.cute import flash_attn_func
+
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out, _ = flash_attn_func(query, key, value, softmax_scale=scale, causal=True, learnable_sink=sinks)
+    return out

@@ -1,0 +1,92 @@
+"""What SDPA's attention of fused models sends to flash-attn-4, for which a stand-in computes, and what it does not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from expertmesh.bench.rows import worst_error
+from expertmesh.kernels import flash_attention
+from expertmesh.layers.attention import attend
+from tests.kernels import fake_flash_attn
+from tests.kernels.compare import assert_same, outputs_and_grads
+from tests.kernels.test_flash_attention import SHAPES, leaves
+from tests.models import load_ours, load_stock
+
+
+@pytest.fixture
+def calls(monkeypatch) -> fake_flash_attn.Calls:
+    return fake_flash_attn.install(monkeypatch)
+
+
+def module(group=2, **attributes) -> SimpleNamespace:
+    return SimpleNamespace(**{"num_key_value_groups": group, "is_causal": True, "may_flash": True} | attributes)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_gives_what_transformers_sdpa_gives(shape, calls):
+    inputs, one = leaves(*shape), module(shape[0] // shape[1])
+    got = outputs_and_grads(lambda *x: attend(one, *x, None, scaling=0.2)[0], *inputs)
+    want = outputs_and_grads(
+        lambda *x: sdpa_attention_forward(one, *x, None, scaling=0.2)[0],
+        *(x.detach().float().requires_grad_() for x in inputs),
+    )
+    assert len(calls) == 1
+    assert_same([x.float() for x in got], want, 8e-3)
+
+
+def test_a_mask_dropout_a_bias_and_what_is_not_causal_stay_with_sdpa(calls):
+    inputs = leaves()
+    attend(module(), *inputs, torch.ones(2, 1, 7, 7, dtype=torch.bool))
+    attend(module(), *inputs, None, dropout=0.5)
+    attend(module(), *inputs, None, position_bias=torch.zeros(2, 4, 7, 7, dtype=torch.bfloat16))
+    attend(module(), *inputs, None, is_causal=False)
+    attend(module(is_causal=False), *inputs, None)
+    attend(SimpleNamespace(num_key_value_groups=2, is_causal=True), *inputs, None)  # of a stock model
+    with torch.no_grad():
+        attend(module(), *inputs, None)
+    assert not calls
+    attend(module(is_causal=False), *inputs, None, is_causal=True)
+    assert len(calls) == 1
+
+
+def loss_and_gradients(model, ids):
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+#: how many layers of the tiny models attend without a window
+@pytest.mark.parametrize(
+    ("family", "layers"), [("qwen3_moe", 3), ("deepseek_v3", 3), ("nemotron_h", 1), ("gpt_oss", 1)]
+)
+@pytest.mark.parametrize("way", ["plain", "recomputed", "compiled"])
+def test_a_fused_model_trains_by_it_and_neither_evaluation_nor_stock_models_run_it(
+    family, layers, way, calls, monkeypatch
+):
+    model, stock = load_ours(family).train(), load_stock(family).train()
+    ids = torch.randint(3, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    want = loss_and_gradients(model, ids)
+    assert not calls, "float32"
+    monkeypatch.setattr(flash_attention, "WIDTHS", {(8, 8), (16, 16), (24, 16)})
+    monkeypatch.setattr(flash_attention, "DTYPES", (torch.float32,))
+    if way == "recomputed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if way == "compiled":
+        torch._dynamo.reset()
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager")
+    got = loss_and_gradients(model, ids)
+    assert len(calls) == layers * (2 if way == "recomputed" else 1)
+    assert all(call["sinks"] == (family == "gpt_oss") for call in calls)
+    error, where = worst_error(got, want)
+    assert error < 1e-5, where
+    calls.clear()
+    loss_and_gradients(stock, ids)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids)
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert not calls
