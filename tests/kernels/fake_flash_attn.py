@@ -1,5 +1,6 @@
 """flash-attn-4's function that this project calls: its signature and its layout, computed by PyTorch in float32."""
 
+import importlib.machinery
 import math
 import sys
 import types
@@ -9,13 +10,9 @@ import torch
 from expertmesh.kernels import flash_attention
 
 
-class Calls(list):
-    """What the function was asked for, one dict a call."""
-
-
-def install(monkeypatch) -> Calls:
-    """Let flash-attn-4 seem to be installed on a Hopper GPU, which the CPU plays."""
-    calls = Calls()
+def install(monkeypatch) -> list[dict]:
+    """Let flash-attn-4 seem to be installed on a Hopper GPU, which the CPU plays; a row for each call that follows."""
+    calls: list[dict] = []
 
     def flash_attn_func(
         q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
@@ -37,10 +34,10 @@ def install(monkeypatch) -> Calls:
         out = torch.einsum("bhrn,bnhd->brhd", (scores - lse[..., None]).exp(), value)
         return out.to(q.dtype).contiguous(), lse
 
-    package, module = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.cute")
-    module.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    for name in ("flash_attn", "flash_attn.cute"):
+        module = types.ModuleType(name)
+        module.__dict__.update(flash_attn_func=flash_attn_func, __spec__=importlib.machinery.ModuleSpec(name, None))
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(flash_attention, "has_flash_attention", lambda device: True)
     monkeypatch.setattr(flash_attention, "LENGTH", 2)
     return calls

@@ -16,7 +16,7 @@ from tests.models import load_ours, load_stock
 
 
 @pytest.fixture
-def calls(monkeypatch) -> fake_flash_attn.Calls:
+def calls(monkeypatch) -> list[dict]:
     return fake_flash_attn.install(monkeypatch)
 
 
