@@ -266,15 +266,15 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "Attention over packed documents, one GPU", "14 documents in a row of 16,384 tokens, at Qwen3-30B's widths, "
         "bfloat16;\n`unpacked`: four rows of 4,096.", times_table),
     "h200_attention": (
-        "Causal attention of three families, one GPU", "`sdpa` is what PyTorch chooses by itself and what our models "
-        "run; bfloat16.", times_table),
+        "Causal attention of three families, one GPU", "`sdpa` is what PyTorch chooses by itself; bfloat16. Our models "
+        "train\nby flash-attn-4 where it is installed.", times_table),
 }  # fmt: skip
 
 
 def elsewhere_table() -> str:
     """Rows of ours from other jobs than the main one on two GPUs."""
     rows = []
-    for name in ("h200_x2_qwen3_30b_faster_machine", "h200_x2_qwen3_30b_skewed"):
+    for name in ("h200_x2_qwen3_30b_libraries", "h200_x2_qwen3_30b_faster_machine", "h200_x2_qwen3_30b_skewed"):
         result = load(name)
         rows += [
             [f"`{result['commit'][:10]}`", row["arm"], row["routing"], f"{row['batch']} x {row['seq']}"]
@@ -287,6 +287,7 @@ def elsewhere_table() -> str:
 def page() -> str:
     step, experts, small = load("h200_qwen3_8_layers"), load("h200_experts"), load("h200_small_kernels")
     pair, layouts, fusions = load("h200_x2_qwen3_30b"), load("h200_x2_agreement"), load("h200_fusions")
+    libraries = load("h200_qwen3_8_layers_libraries")
     nemotron, deepseek = load("h200_nemotron_3_nano"), load("h200_deepseek_v3")
     beside = section("h200_nemotron_3_nano_mamba_ssm") + section("h200_gpt_oss_20b")
     return f"""# Benchmarks
@@ -304,6 +305,12 @@ table holds for the commit that its last line names, not for what was changed si
 
 {parity_text(step, "qwen3-30b-a3b")} The CPU never waits for the GPU in a step of ours. Each column is explained in
 [bench.md](bench.md), and [profile.md](profile.md) tells where the time goes.
+
+With quack-kernels and flash-attn-4 (extra `gpu`), in a job of their own:
+
+{step_table(libraries)}
+
+{source(libraries)}
 
 What each fusion is worth: the time of a step without it over that of a step with all. Without `rms_norm`,
 `qk_norm_rope` and `add_norm` are off as well.
@@ -342,7 +349,8 @@ activations are recomputed.
 
 {source(pair)}
 
-Machines of one kind differ, in clocks by some per cent, in their CPUs by more. The same arms in other jobs:
+Machines of one kind differ, in clocks by some per cent, in their CPUs by more. The same arms in other jobs, the first
+of them with quack-kernels and flash-attn-4 installed:
 
 {elsewhere_table()}
 
@@ -396,17 +404,30 @@ products at 788 TFLOP/s.
 def readme() -> str:
     text = (ROOT / "README.md").read_text()
     step, pair = load("h200_qwen3_8_layers"), load("h200_x2_qwen3_30b")
+    libraries, pair_libraries = load("h200_qwen3_8_layers_libraries"), load("h200_x2_qwen3_30b_libraries")
     pair["rows"] = [row for row in pair["rows"] if row["routing"] == "random-init"]
     block = f"""{BEGIN}
 {step_table(step)}
 
 {source(step)}
 
+The same with quack-kernels and flash-attn-4, which the extra `gpu` installs, in another job:
+
+{step_table(libraries)}
+
+{source(libraries)}
+
 All 48 layers on two GPUs, tokens/s of each ([what the arms are](docs/benchmarks.md)):
 
 {step_table(pair)}
 
 {source(pair)}
+
+With quack-kernels and flash-attn-4, in another job:
+
+{step_table(pair_libraries)}
+
+{source(pair_libraries)}
 {END}"""
     return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
 
