@@ -1,6 +1,6 @@
 """DeepSeek V3 (R1, V3.1, Kimi K2; GLM-4.7-Flash runs the same code): which of its modules are fused.
 
-decoder layer   residual add + post-attention norm in one kernel                             qwen3_moe
+decoder layer   residual add + post-attention norm in one kernel                             generic
   block         residual and shared experts are added where the experts' rows are summed     generic
   attention     MLA: RoPE of queries and keys, and keys put together, in one kernel          here
   router        sigmoid, groups, top-k, normalisation and scale in one kernel                generic

@@ -74,11 +74,15 @@ ROUTER_RULES = (
 )
 
 LAYERS = (
+    (FastDecoderLayer, "qwen3_moe.Qwen3MoeDecoderLayer", "fc9069d4bd0e", why_not_add_norm),
     (FastDecoderLayer, "mixtral.MixtralDecoderLayer", "00e30df93b0b", why_not_add_norm),
+    (FastDecoderLayer, "gpt_oss.GptOssDecoderLayer", "5cbe9a43c793", why_not_add_norm),
     (FastGraniteDecoderLayer, "granitemoe.GraniteMoeDecoderLayer", "5f4f76f7d85f", why_not_add_norm),
     (FastHybridDecoderLayer, "qwen3_next.Qwen3NextDecoderLayer", "e0272a479c25", why_not_add_norm),
+    (FastMoEBlock, "qwen3_moe.Qwen3MoeSparseMoeBlock", "70fb069151b5", never),
     (FastMoEBlock, "mixtral.MixtralSparseMoeBlock", "8afc3ebd8fed", why_not_noisy),
     (FastMoEBlock, "olmoe.OlmoeSparseMoeBlock", "caa0c6ea1669", never),
+    (FastRouterMoEBlock, "gpt_oss.GptOssMLP", "3d3d9fe690f5", never),
     (FastRouterMoEBlock, "granitemoe.GraniteMoeMoE", "87b73612cc25", never),
     (FastSharedMoEBlock, "deepseek_v3.DeepseekV3MoE", "16e9c3000cd8", never),
     (FastSharedMoEBlock, "ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock", "8604e692394b", never),

@@ -1,7 +1,7 @@
 """GPT-OSS (20B, 120B).
 
-decoder layer   residual add + post-attention norm in one kernel                      here
-  block         residual add behind the experts in their last kernel                  here
+decoder layer   residual add + post-attention norm in one kernel                      generic
+  block         residual add behind the experts in their last kernel                  generic
 attention       sinks, full and sliding by turns: our kernels, RoPE in one pass       here
 router          top-k, then softmax                                                   generic
 experts         transposed, gate and up interleaved, biases, clamped SwiGLU           generic
@@ -15,8 +15,6 @@ from typing import Any
 from torch import nn
 
 from expertmesh.families.rules import Rule
-from expertmesh.layers.decoder import FastDecoderLayer, why_not_add_norm
-from expertmesh.layers.moe import FastRouterMoEBlock
 from expertmesh.layers.sinks import FastSinkAttention, why_not_sinks
 
 RULES = (
@@ -28,14 +26,6 @@ RULES = (
         also=("apply_rotary_pos_emb", "_apply_rotary_emb", "eager_attention_forward"),
         why_not=why_not_sinks,
     ),
-    Rule(
-        "add_norm",
-        FastDecoderLayer,
-        like=("gpt_oss.GptOssDecoderLayer",),
-        code=("5cbe9a43c793",),
-        why_not=why_not_add_norm,
-    ),
-    Rule("add_norm", FastRouterMoEBlock, like=("gpt_oss.GptOssMLP",), code=("3d3d9fe690f5",)),
 )
 
 
