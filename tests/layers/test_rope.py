@@ -6,18 +6,23 @@ import pytest
 import torch
 from transformers.models.mixtral import modeling_mixtral
 
-from expertmesh.kernels import rope as kernels
+from expertmesh.layers import rope
 from expertmesh.layers.rope import FastRoPE, _turning, why_not_rope
+from tests.kernels.compare import on_triton
 from tests.models import shared_pair
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_next", "ernie4_5_moe"])
 def test_the_kernel_is_called_where_stock_called_its_function(family, monkeypatch):
-    calls, reference = [], kernels.rotary_reference
-    monkeypatch.setattr(kernels, "rotary_reference", lambda *args: calls.append(args) or reference(*args))
+    calls, kernel = [], rope.rotary
+    monkeypatch.setattr(rope, "rotary", lambda *args: calls.append(args) or kernel(*args))
     stock, ours = shared_pair(family)
     ids = torch.arange(9)[None]
-    torch.testing.assert_close(copy.deepcopy(ours)(ids).logits, stock(ids).logits)
+    expected = stock(ids).logits
+    torch.testing.assert_close(ours(ids).logits, expected)
+    assert not calls  # on a CPU it is stock's
+    with on_triton():
+        torch.testing.assert_close(copy.deepcopy(ours)(ids).logits, expected)
     attentions = [module for module in ours.modules() if isinstance(module, FastRoPE)]
     assert len(calls) == len(attentions) > 0
 

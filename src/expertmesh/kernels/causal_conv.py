@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from expertmesh.backends import tl, triton
 from expertmesh.kernels.launch import launched
-from expertmesh.kernels.rms_norm import sum_partials
+from expertmesh.kernels.rms_norm import channels_last, sum_partials
 
 #: tokens and channels per program; with 32 * num_warps threads a channel block of 256 * num_warps is 16 bytes a thread
 TUNING = {
@@ -209,11 +209,6 @@ def _backward(
     tl.store(partial_ptr + 2 * C, sum2, mask)
     tl.store(partial_ptr + 3 * C, sum3, mask)
     tl.store(partial_ptr + 4 * C, sum_bias, mask)
-
-
-def channels_last(x_BSC: torch.Tensor) -> torch.Tensor:
-    """x itself where its channels are contiguous."""
-    return x_BSC if x_BSC.stride(2) == 1 else x_BSC.contiguous()
 
 
 def _launch(kernel: Any, direction: str, x_BSC: torch.Tensor, pointers: tuple, strides: tuple, **flags: bool) -> None:

@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched
+from expertmesh.kernels.rms_norm import channels_last
+from expertmesh.kernels.rope import rotation_strides
 
 
 def mla_rope(
@@ -169,14 +171,6 @@ def _backward(
     _turn_back(dk_rope_ptr + token * (2 * HALF), first, second, cos, sin, every, HALF, BLOCK_HALF)
 
 
-def _dense_last(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _rotation_strides(cos: torch.Tensor) -> tuple[int, int]:
-    return cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
-
-
 class _MLARope(torch.autograd.Function):
     """q, kv, k_rope, cos, sin → query and key in [B, S, N, P+R] memory of their own, value as a view of kv."""
 
@@ -186,7 +180,7 @@ class _MLARope(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         (B, S, N, D), R = q.shape, k_rope.shape[-1]
         P = D - R
-        q, kv, k_rope = _dense_last(q), _dense_last(kv), _dense_last(k_rope)
+        q, kv, k_rope = channels_last(q), channels_last(kv), channels_last(k_rope)
         cos, sin = cos.contiguous(), sin.contiguous()
         q_out = torch.empty(q.shape, dtype=torch.promote_types(q.dtype, cos.dtype), device=q.device)
         k_out = torch.empty(q.shape, dtype=kv.dtype, device=q.device)
@@ -194,7 +188,7 @@ class _MLARope(torch.autograd.Function):
         if B * S:
             _forward[(B * S, triton.cdiv(N, tuning["HEADS"]))](
                 q, kv, k_rope, cos, sin, q_out, k_out, S, *q.stride()[:3], *kv.stride()[:3], *k_rope.stride()[:2],
-                *_rotation_strides(cos), N=N, P=P, HALF=R // 2, BLOCK_P=triton.next_power_of_2(P),
+                *rotation_strides(cos), N=N, P=P, HALF=R // 2, BLOCK_P=triton.next_power_of_2(P),
                 BLOCK_HALF=triton.next_power_of_2(R // 2), **tuning,
             )  # fmt: skip
         ctx.save_for_backward(cos, sin)
@@ -209,7 +203,7 @@ class _MLARope(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         (B, S, N, D), R, V = dq_out.shape, cos.shape[-1], dv.shape[-1]
         P = D - R
-        dq_out, dk_out, dv = _dense_last(dq_out), _dense_last(dk_out), _dense_last(dv)
+        dq_out, dk_out, dv = channels_last(dq_out), channels_last(dk_out), channels_last(dv)
         dq, dkv, dk_rope = (
             torch.empty(shape, dtype=dtype, device=dv.device)
             for shape, dtype in zip(((B, S, N, D), (B, S, N, P + V), (B, S, R)), ctx.dtypes, strict=True)
@@ -217,7 +211,7 @@ class _MLARope(torch.autograd.Function):
         if B * S:
             _backward[(B * S,)](
                 dq_out, dk_out, dv, cos, sin, dq, dkv, dk_rope, S, *dq_out.stride()[:3], *dk_out.stride()[:3],
-                *dv.stride()[:3], *_rotation_strides(cos), N=N, P=P, HALF=R // 2, V=V,
+                *dv.stride()[:3], *rotation_strides(cos), N=N, P=P, HALF=R // 2, V=V,
                 BLOCK_P=triton.next_power_of_2(P), BLOCK_HALF=triton.next_power_of_2(R // 2),
                 BLOCK_V=triton.next_power_of_2(V), **TUNING["backward"],
             )  # fmt: skip

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched
-from expertmesh.kernels.rms_norm import processors, rms_norm_reference, sum_partials
+from expertmesh.kernels.rms_norm import channels_last, processors, rms_norm_reference, sum_partials
+from expertmesh.kernels.rope import rotation_strides
 
 
 def qk_norm_rope(
@@ -69,13 +71,7 @@ def qk_norm_rope_reference(
     """The specification: Qwen3MoeAttention's operations, one by one."""
     q = rms_norm_reference(q, q_weight, eps).transpose(1, 2)
     k = rms_norm_reference(k, k_weight, eps).transpose(1, 2)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
-
-
-def _rotate_half(x: torch.Tensor) -> torch.Tensor:
-    half = x.shape[-1] // 2
-    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return apply_rotary_pos_emb(q, k, cos, sin)
 
 
 #: heads per tile, warps, and persistent programs per multiprocessor
@@ -206,10 +202,6 @@ def _backward(
         )  # fmt: skip
 
 
-def _dense_last(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _QKNormRope(torch.autograd.Function):
     """q, k, both weights, cos, sin → rotated q and k in [B, S, N, D] memory."""
 
@@ -221,7 +213,7 @@ class _QKNormRope(torch.autograd.Function):
         B, S, NQ, D = q.shape
         NK = k.shape[2]
         assert B * S * max(NQ, NK) < 2**31, "heads are counted in 32 bits"
-        q, k = _dense_last(q), _dense_last(k)
+        q, k = channels_last(q), channels_last(k)
         q_weight, k_weight, cos, sin = q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous()
         q_dtype, k_dtype = (
             torch.promote_types(torch.promote_types(x.dtype, w.dtype), cos.dtype)
@@ -234,7 +226,7 @@ class _QKNormRope(torch.autograd.Function):
             programs = sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK))
             _forward[(programs,)](
                 q, k, q_weight, k_weight, cos, sin, q_out, k_out, B * S, S, *q.stride()[:3], *k.stride()[:3],
-                cos.stride(0) if cos.shape[0] == B else 0, cos.stride(1), eps,
+                *rotation_strides(cos), eps,
                 NQ=NQ, NK=NK, HALF=D // 2, BLOCK_HALF=triton.next_power_of_2(D // 2), **tuning,
             )  # fmt: skip
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
@@ -247,7 +239,7 @@ class _QKNormRope(torch.autograd.Function):
         q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
         B, S, NQ, D = q.shape
         NK = k.shape[2]
-        dq_out, dk_out = _dense_last(dq_out), _dense_last(dk_out)
+        dq_out, dk_out = channels_last(dq_out), channels_last(dk_out)
         dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
         dq_weight, dk_weight = torch.empty_like(q_weight), torch.empty_like(k_weight)
         tuning = dict(TUNING["backward"])
@@ -258,7 +250,7 @@ class _QKNormRope(torch.autograd.Function):
         partial = torch.empty(q_programs + k_programs, D, dtype=torch.float32, device=q.device)
         _backward[(q_programs + k_programs,)](
             q, k, q_weight, k_weight, cos, sin, dq_out, dk_out, dq, dk, partial, q_programs, B * S, S,
-            *q.stride()[:3], *k.stride()[:3], cos.stride(0) if cos.shape[0] == B else 0, cos.stride(1),
+            *q.stride()[:3], *k.stride()[:3], *rotation_strides(cos),
             *dq_out.stride()[:3], *dk_out.stride()[:3], ctx.eps,
             NQ=NQ, NK=NK, HALF=D // 2, BLOCK_HALF=triton.next_power_of_2(D // 2), **tuning,
         )  # fmt: skip

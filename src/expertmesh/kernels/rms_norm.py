@@ -130,6 +130,11 @@ def _sum_partials(partial_ptr, first_ptr, second_ptr, P, split, W, BLOCK_P: tl.c
         tl.store(first_ptr + cols, sums, cols < W)
 
 
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     """[..., H] as [T, H] whose last dimension is contiguous; copies only where strides cannot say it."""
     x = x.reshape(-1, x.shape[-1])

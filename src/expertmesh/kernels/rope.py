@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from transformers.models.gpt_oss.modeling_gpt_oss import _apply_rotary_emb
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched
+from expertmesh.kernels.rms_norm import channels_last
 
 #: heads per tile, and warps
 TUNING = {"forward": {"ROWS": 16, "num_warps": 4}, "backward": {"ROWS": 16, "num_warps": 4}}
@@ -32,10 +34,8 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 
 
 def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The specification."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    """The specification: GPT-OSS's."""
+    return _apply_rotary_emb(x, cos[:, :, None], sin[:, :, None]).to(x.dtype)
 
 
 def rotary(
@@ -68,23 +68,15 @@ def rotary(
 def rotary_reference(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The specification, in Transformers' operations."""
+    """The specification: the functions of Transformers' GLM-4 MoE and, interleaved, ERNIE 4.5, on the turned part."""
+    from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe  # which nothing but this needs
+    from transformers.models.glm4_moe import modeling_glm4_moe
+
     R = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    if interleaved:
-        cos, sin = (x[..., : R // 2].repeat_interleave(2, dim=-1) for x in (cos, sin))
-
-    def turned(x: torch.Tensor) -> torch.Tensor:
-        turn, rest = x[..., :R], x[..., R:]
-        if interleaved:
-            half = torch.stack((-turn[..., 1::2], turn[..., ::2]), dim=-1).flatten(-2)
-            turn = (turn.float() * cos + half.float() * sin).to(x.dtype)
-        else:
-            half = torch.cat((-turn[..., R // 2 :], turn[..., : R // 2]), dim=-1)
-            turn = turn * cos + half * sin
-        return torch.cat((turn, rest), dim=-1) if rest.shape[-1] else turn
-
-    return turned(q), turned(k)
+    if not interleaved:
+        return modeling_glm4_moe.apply_rotary_pos_emb(q, k, cos, sin)
+    turned = modeling_ernie4_5_moe.apply_rotary_pos_emb(q[..., :R], k[..., :R], cos, sin)
+    return torch.cat([turned[0], q[..., R:]], dim=-1), torch.cat([turned[1], k[..., R:]], dim=-1)
 
 
 @launched
@@ -126,6 +118,11 @@ def _turn(
         tl.store(y_ptr + at, tl.load(x_ptr + at, rest, other=0.0).to(tl.float32), rest)
 
 
+def rotation_strides(cos: torch.Tensor) -> tuple[int, int]:
+    """Those of batch and position of cos [B or 1, S, R], of which one row may serve all."""
+    return cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
+
+
 class _RoPE(torch.autograd.Function):
     """x [B, S, N, D] → the same, contiguous. cos, sin: [B or 1, S, R], or half as wide for both halves."""
 
@@ -149,12 +146,12 @@ def _turned(
 ) -> torch.Tensor:
     B, S, N, D = x.shape
     assert B * S * N < 2**31, "heads are counted in 32 bits"
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = channels_last(x)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     tuning = TUNING["backward" if back else "forward"]
     if y.numel():
         _turn[(triton.cdiv(B * S * N, tuning["ROWS"]),)](
-            x, cos, sin, y, B * S * N, S, *x.stride()[:3], cos.stride(0) if cos.shape[0] == B else 0, cos.stride(1),
+            x, cos, sin, y, B * S * N, S, *x.stride()[:3], *rotation_strides(cos),
             N=N, D=D, R=R, SECOND=cos.shape[-1] - R // 2, INTERLEAVED=interleaved, BACK=back,
             BLOCK=triton.next_power_of_2(R // 2), BLOCK_REST=triton.next_power_of_2(max(1, D - R)), **tuning,
         )  # fmt: skip

@@ -19,9 +19,8 @@ for which every program leaves a row of its own: all is deterministic.
 import torch
 
 from expertmesh.backends import tl, triton
-from expertmesh.kernels.causal_conv import channels_last
 from expertmesh.kernels.launch import launched
-from expertmesh.kernels.rms_norm import sum_partials
+from expertmesh.kernels.rms_norm import channels_last, sum_partials
 from expertmesh.kernels.ssd_forward import (
     TUNING,
     Sizes,

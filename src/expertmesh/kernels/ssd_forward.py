@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import torch
 
 from expertmesh.backends import tl, triton
-from expertmesh.kernels.causal_conv import channels_last
 from expertmesh.kernels.grouped_gemm import dot_precision
 from expertmesh.kernels.launch import launched
+from expertmesh.kernels.rms_norm import channels_last
 
 #: chunk: tokens between stored states, in every kernel. The others: rows of a program's tile (walk: of the state).
 TUNING: dict[str, Any] = {

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched
+from expertmesh.kernels.rms_norm import channels_last
 
 #: elements per program, and warps: two or one 16-byte loads of bfloat16 per thread and tensor
 TUNING = {"forward": {"elements": 2048, "num_warps": 4}, "backward": {"elements": 1024, "num_warps": 4}}
@@ -32,7 +33,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must have one shape and dtype."
         )
-    return _SwiGLU.apply(gate, up) if use_triton(gate) else swiglu_reference(gate, up)
+    return _Activation.apply(gate, up) if use_triton(gate) else swiglu_reference(gate, up)
 
 
 def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,7 @@ def _launch(
         inputs = tuple(x.view(1, -1) for x in inputs)
     else:
         inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
-        inputs = tuple(x if x.stride(1) == 1 else x.contiguous() for x in inputs)
+        inputs = tuple(map(channels_last, inputs))
     T, W = inputs[0].shape
     block_w = min(elements, triton.next_power_of_2(max(1, W)))
     block_t = elements // block_w
@@ -96,26 +97,9 @@ def _launch(
         )  # fmt: skip
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        _launch(_forward, (gate, up), (y,), **TUNING["forward"])
-        ctx.save_for_backward(gate, up)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-        _launch(_backward, (gate, up, dy), (dgate, dup), **TUNING["backward"])
-        return dgate, dup
-
-
 def relu2(x: torch.Tensor) -> torch.Tensor:
     """relu(x)^2, differentiable; x: [..., W], any strides. Must equal "relu2" of Transformers' ACT2FN."""
-    return _ReLU2.apply(x) if use_triton(x) else F.relu(x).square()
+    return _Activation.apply(x) if use_triton(x) else F.relu(x).square()
 
 
 @launched
@@ -136,18 +120,20 @@ def _relu2_backward(
     tl.store(dx_ptr + rows * W + cols, tl.where(x <= 0, 0.0, 2.0 * x * dy), mask)
 
 
-class _ReLU2(torch.autograd.Function):
+class _Activation(torch.autograd.Function):
+    """y of one input (relu2) or two (SwiGLU), all of one shape and dtype."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _launch(_relu2_forward, (x,), (y,), **TUNING["forward"])
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device)
+        _launch(_forward if len(inputs) == 2 else _relu2_forward, inputs, (y,), **TUNING["forward"])
+        ctx.save_for_backward(*inputs)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _launch(_relu2_backward, (x, dy), (dx,), **TUNING["backward"])
-        return dx
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs = ctx.saved_tensors
+        grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+        _launch(_backward if len(inputs) == 2 else _relu2_backward, (*inputs, dy), grads, **TUNING["backward"])
+        return grads

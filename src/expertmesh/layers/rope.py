@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from expertmesh.backends import use_triton
 from expertmesh.kernels.rope import rotary
 from expertmesh.layers.fast import Fast
 
@@ -49,7 +50,7 @@ def _turning(stock: Callable, interleaved: bool) -> Callable:
     def apply_rotary_pos_emb(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if unsqueeze_dim != 1 or cos.ndim != 3:  # heads elsewhere than in the kernel's layout
+        if unsqueeze_dim != 1 or cos.ndim != 3 or not use_triton(q):  # heads elsewhere than in the kernel's layout
             return stock(q, k, cos, sin, unsqueeze_dim)
         return rotary(q, k, cos, sin, interleaved)
 
