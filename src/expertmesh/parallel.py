@@ -153,7 +153,7 @@ class DistributedSetup:
             if getattr(module, "_is_expert_parallel", False) and isinstance(module, FSDPModule):
                 module.set_reshard_after_forward(self.reshard_experts)
 
-    def picture(self) -> str:
+    def __str__(self) -> str:
         """The mesh as text: a column for each rank, and which batch, copy and part of the model it holds."""
         world = self.world_size
         assert world is not None
@@ -176,9 +176,6 @@ class DistributedSetup:
             for name, values in rows.items():
                 lines.append(f"{name:>13}  " + " ".join(f"{v:>{width}}" for v in values[first : first + 16]))
         return "\n".join(lines)
-
-    def __str__(self) -> str:
-        return self.picture()
 
 
 def current_world_size() -> int:
@@ -229,16 +226,7 @@ _NEMO_MOE_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "wrap_outer_model": ((True, None), "The whole model is always one FSDP unit."),
     "mp_policy": _NEMO_KEYS["mp_policy"],
 }
-_OURS = (
-    "strategy",
-    "dp_size",
-    "dp_replicate_size",
-    "tp_size",
-    "ep_size",
-    "activation_checkpointing",
-    "moe",
-    "dispatch",
-)
+_OURS = tuple("strategy dp_size dp_replicate_size tp_size ep_size activation_checkpointing moe dispatch".split())
 _STRATEGIES = {
     "ddp": "Set dp_replicate_size to the number of ranks: then every rank holds a whole copy.",
     "megatron_fsdp": "Use 'fsdp2'.",

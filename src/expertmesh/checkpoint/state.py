@@ -17,7 +17,6 @@ It can be loaded by any number of ranks in any layout. On as many ranks as saved
 import io
 import logging
 import random
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from transformers import PreTrainedModel
 
@@ -73,7 +71,8 @@ def save_checkpoint(
     model = _plain(model)
     files = _rank_files(step, scheduler, extra)
     with publishing(directory, step) as folder:
-        _write_weights(folder, export := Export(model), export.files())
+        export = Export(model)
+        export.write(folder, export.files())
         optimizer_state.save_optimizer(folder, model, optimizer)
         _write_bytes(folder, files)
     return _published(directory, step, keep)
@@ -150,7 +149,7 @@ class BackgroundSaver:
 
         def write() -> Path:
             with publishing(directory, step, self._group) as folder:
-                _write_weights(folder, export, iter(weights))
+                export.write(folder, weights)
                 optimizer_state.write(folder, tensors, groups, self._group)
                 _write_bytes(folder, files)
             return _published(directory, step, keep, self._group)
@@ -215,12 +214,6 @@ def _dumped(name: str, content: dict[str, Any]) -> bytes:
             f"and dicts, not other objects ({str(error).split('.')[0]})."
         ) from error
     return buffer.getvalue()
-
-
-def _write_weights(folder: Path, export: Export, files: Iterator[tuple[str, dict[str, torch.Tensor]]]) -> None:
-    for name, tensors in files:
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-    export.write_json(folder)
 
 
 def _write_bytes(folder: Path, files: dict[str, bytes]) -> None:

@@ -17,20 +17,20 @@ class CheckpointError(ValueError):
         self.problems = problems
 
 
-def verify(checkpoint: str | Path, group: Any = None) -> None:
-    """Compare every file's size and SHA-256 with the manifest. Every rank of `group` takes a share of the files.
+def verify(checkpoint: str | Path) -> None:
+    """Compare every file's size and SHA-256 with the manifest. Every rank takes a share of the files.
 
     Raises CheckpointError on every rank, naming each file that is missing, truncated, changed or not in the manifest;
     FileNotFoundError if there is no manifest.
     """
     checkpoint = Path(checkpoint)
     entries = _manifest(checkpoint)
-    names = sorted(entries)[ranks.rank(group) :: ranks.world_size(group)]
+    names = sorted(entries)[ranks.rank() :: ranks.world_size()]
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         found = list(pool.map(lambda name: _problem(checkpoint / name, name, entries[name]), names))
     present = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
     extra = [f"{name} is not in the manifest" for name in sorted(present - entries.keys() - {MANIFEST})]
-    shares = ranks.gathered([problem for problem in found if problem], group)
+    shares = ranks.gathered([problem for problem in found if problem])
     problems = sorted(problem for share in shares for problem in share) + extra
     if problems:
         raise CheckpointError(

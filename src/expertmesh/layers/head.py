@@ -44,21 +44,10 @@ class FastHead(Fast):
 
 _METADATA = {
     getattr(torch.Tensor, name).__get__
-    for name in (
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "layout",
-        "is_cuda",
-        "is_cpu",
-        "is_sparse",
-        "is_quantized",
-        "is_meta",
-    )
+    for name in "shape dtype device ndim layout is_cuda is_cpu is_sparse is_quantized is_meta".split()
 } | {
     getattr(torch.Tensor, name)
-    for name in ("size", "dim", "numel", "__len__", "is_floating_point", "is_complex", "element_size", "get_device")
+    for name in "size dim numel __len__ is_floating_point is_complex element_size get_device".split()
 }
 _SCALING = {torch.Tensor.mul, torch.Tensor.div}
 # a deferred tensor is no leaf and has no history of its own: frameworks that look for outputs to hook pass it by

@@ -161,31 +161,24 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
 def demo_config() -> Qwen3MoeConfig:
     """A Qwen3-MoE of about 2 million weights for the built-in tokenizer: small, and every part of the family in it."""
     tokenizer = data.demo_tokenizer()
-    attention: dict[str, Any] = {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 2048,
-    }
-    experts: dict[str, Any] = {
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 128,
-        "norm_topk_prob": True,
-    }
-    tokens: dict[str, Any] = {
-        f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
-    }
     return Qwen3MoeConfig(
         vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,  # type: ignore[call-arg]
+        max_position_embeddings=2048,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        norm_topk_prob=True,
         initializer_range=0.06,  # the usual 0.02 is for widths of thousands: at 128 signals would start too small
         tie_word_embeddings=True,
-        **attention,
-        **experts,
-        **tokens,
     )
 
 

@@ -7,7 +7,7 @@ at a time and written by ranks in turn. In host memory a rank keeps one file of 
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +58,7 @@ def save_sharded(
             old.unlink()
     ranks.barrier()
     export = Export(model, max_shard_size, pack)
-    for name, tensors in export.files():
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-    export.write_json(folder)
+    export.write(folder, export.files())
     ranks.barrier()
 
 
@@ -107,8 +105,10 @@ class Export:
                     number, tensors = next(numbers, None), {}
         assert not tensors and number is None, "the plan and the conversion disagree"
 
-    def write_json(self, folder: Path) -> None:
-        """Rank 0 writes the index, if there are several files, and the configurations; no trace of the layout."""
+    def write(self, folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]]) -> None:
+        """Write these files; rank 0 adds the index, if there are several, and configurations; no trace of the layout."""
+        for name, tensors in files:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
         if ranks.rank() != 0:
             return
         model = self.model
