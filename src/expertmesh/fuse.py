@@ -177,7 +177,8 @@ class FusedModel(ReadsQuantized):
         return list(self._fusions)
 
     def _fuse_modules(self) -> None:
-        self._fusions = [_experts_row(self), *_apply_rules(self), _fuse_head(self)]
+        applied = (_apply_fusion(self, fusion) for fusion in dict.fromkeys(rule.fusion for rule in RULES))
+        self._fusions = [_experts_row(self), *applied, _fuse_head(self)]
         attention.let_flash(self)
         self._has_mamba2 = any(row.name == "mamba2" and row.on for row in self._fusions)
         if self._mtp is None or _with_mtp.get() != "saved":  # else it turns out in loading whether they stay
@@ -323,10 +324,6 @@ def _experts_row(model: Any) -> Fusion:
     if reasons:
         return Fusion("experts", False, "", f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}", 0)
     return Fusion("experts", True, _how(), "", len(modules))
-
-
-def _apply_rules(model: nn.Module) -> list[Fusion]:
-    return [_apply_fusion(model, fusion) for fusion in dict.fromkeys(rule.fusion for rule in RULES)]
 
 
 def _apply_fusion(model: nn.Module, fusion: str) -> Fusion:

@@ -344,7 +344,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: 
     ranks = current_world_size() if dist.is_initialized() else 1
     locals_of: dict[int, list[torch.Tensor]] = {}  # by how many ranks hold the same piece of a gradient
     for grad in grads:
-        locals_of.setdefault(ranks // _num_shards(grad), []).append(_local(grad))
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        locals_of.setdefault(ranks // _num_shards(grad), []).append(local)
     squares = [_norm(tensors).square() / copies for copies, tensors in locals_of.items()]
     total = torch.stack(squares).sum()
     if ranks > 1:
@@ -364,10 +365,6 @@ def _num_shards(grad: torch.Tensor) -> int:
     assert not any(p.is_partial() for p in grad.placements), "a gradient that is not reduced yet has no norm"
     sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
     return math.prod(size for placement, size in sizes if not placement.is_replicate())
-
-
-def _local(grad: torch.Tensor) -> torch.Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:

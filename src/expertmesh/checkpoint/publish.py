@@ -36,7 +36,11 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
     """
     output_dir = Path(output_dir)
     target, staging = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.incomplete"
-    refuse_to_replace(target)
+    if target.exists():
+        raise FileExistsError(
+            f"{target} exists, and a published checkpoint is never replaced. Resume from it, save to another folder, "
+            f"or move it away if it is not needed."
+        )
     ranks.barrier(group)  # nobody may look for the target once somebody has begun
     if ranks.rank(group) == 0:
         remove_leftovers(output_dir)
@@ -44,7 +48,7 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
         _sync(output_dir)
     ranks.barrier(group)
     yield staging
-    for path in [*_files(staging), *_folders(staging)]:  # on every rank: fsync reaches what this machine wrote
+    for path in [*sorted(staging.rglob("*"), reverse=True), staging]:  # on every rank: fsync reaches what it wrote
         _sync(path)
     ranks.barrier(group)
     sums = ranks.gathered(_sums(staging, _files(staging)[ranks.rank(group) :: ranks.world_size(group)]), group)
@@ -53,15 +57,6 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
         os.rename(staging, target)
         _sync(output_dir)
     ranks.barrier(group)
-
-
-def refuse_to_replace(target: Path) -> None:
-    """Raise FileExistsError, saying what to do, if `target` exists."""
-    if target.exists():
-        raise FileExistsError(
-            f"{target} exists, and a published checkpoint is never replaced. Resume from it, save to another folder, "
-            f"or move it away if it is not needed."
-        )
 
 
 def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -135,10 +130,6 @@ def _write_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*"), reverse=True) if path.is_dir()] + [folder]
 
 
 def _sync(path: Path) -> None:

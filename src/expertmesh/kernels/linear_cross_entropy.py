@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from transformers.loss.loss_utils import fixed_cross_entropy
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched
@@ -60,14 +61,10 @@ def linear_cross_entropy_reference(
     labels: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
-    num_items_in_batch: int | torch.Tensor | None = None,
-    ignore_index: int = -100,
+    **options: Any,
 ) -> torch.Tensor:
-    """The specification: transformers' `fixed_cross_entropy` on float32 logits, all of them at once."""
-    logits = F.linear(hidden, weight, bias).float()
-    if num_items_in_batch is None:
-        return F.cross_entropy(logits, labels, ignore_index=ignore_index)
-    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
+    """The specification: Transformers' `fixed_cross_entropy` on float32 logits, all of them at once."""
+    return fixed_cross_entropy(F.linear(hidden, weight, bias).float(), labels, **options)
 
 
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:

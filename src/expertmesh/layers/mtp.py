@@ -195,7 +195,7 @@ def _loss(
         targets = _ahead(labels, 1, -100)
     hidden, total = overheard.hidden, 0.0
     for depth, blocks in enumerate(model._mtp.depths, 1):
-        inputs: tuple[torch.Tensor, ...] = (hidden, _embeds_ahead(overheard.embeds, depth))
+        inputs: tuple[torch.Tensor, ...] = (hidden, F.pad(overheard.embeds, (0, 0, 0, depth))[..., depth:, :])
         for block, like in blocks:
             inputs = (block(*inputs, **overheard.inputs[like]),)
         (hidden,) = inputs
@@ -209,10 +209,6 @@ def _loss(
 def _ahead(x_BS: torch.Tensor, distance: int, fill: int) -> torch.Tensor:
     """What stands `distance` positions later in each row; `fill` where the row has ended."""
     return F.pad(x_BS, (0, distance), value=fill)[..., distance:].contiguous()
-
-
-def _embeds_ahead(x_BSH: torch.Tensor, distance: int) -> torch.Tensor:
-    return F.pad(x_BSH, (0, 0, 0, distance))[..., distance:, :]
 
 
 def _targets(targets: torch.Tensor, position_ids: torch.Tensor | None, depth: int) -> torch.Tensor:

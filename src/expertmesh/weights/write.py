@@ -106,7 +106,7 @@ class Export:
         assert not tensors and number is None, "the plan and the conversion disagree"
 
     def write(self, folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]]) -> None:
-        """Write these files; rank 0 adds the index, if there are several, and configurations; no trace of the layout."""
+        """Write these files; rank 0 adds the index, if there are several, and configurations; no trace of layout."""
         for name, tensors in files:
             save_file(tensors, folder / name, metadata={"format": "pt"})
         if ranks.rank() != 0:
