@@ -68,14 +68,14 @@ def rotary(
 def rotary_reference(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The specification: the functions of Transformers' GLM-4 MoE and, interleaved, ERNIE 4.5, on the turned part."""
+    """The specification: the functions of Transformers' Mixtral and, interleaved, ERNIE 4.5, on the turned part."""
     from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe  # which nothing but this needs
-    from transformers.models.glm4_moe import modeling_glm4_moe
+    from transformers.models.mixtral import modeling_mixtral
 
-    R = cos.shape[-1]
-    if not interleaved:
-        return modeling_glm4_moe.apply_rotary_pos_emb(q, k, cos, sin)
-    turned = modeling_ernie4_5_moe.apply_rotary_pos_emb(q[..., :R], k[..., :R], cos, sin)
+    family, R = modeling_ernie4_5_moe if interleaved else modeling_mixtral, cos.shape[-1]
+    turned = family.apply_rotary_pos_emb(q[..., :R], k[..., :R], cos, sin)
+    if q.shape[-1] == R:
+        return turned
     return torch.cat([turned[0], q[..., R:]], dim=-1), torch.cat([turned[1], k[..., R:]], dim=-1)
 
 
