@@ -65,8 +65,10 @@ def has_liger() -> bool:
 
 @cache
 def has_quack(device: torch.device) -> bool:
-    """True when quack-kernels can be imported and this is a Hopper GPU, for which its tiles were chosen here."""
-    if device.type != "cuda" or importlib.util.find_spec("quack") is None:
+    """True when quack-kernels 0.6 is installed, whose interface kernels/quack.py knows, and this is a Hopper GPU, for
+    which tiles were chosen there.
+    """
+    if device.type != "cuda" or not (version_of("quack-kernels") or "").startswith("0.6."):
         return False
     return torch.cuda.get_device_capability(device)[0] == 9
 

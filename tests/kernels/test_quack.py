@@ -76,3 +76,14 @@ def test_it_takes_what_it_knows_and_nothing_else(monkeypatch):
         assert not quack.takes(x, up, down, None, act)
     monkeypatch.undo()
     assert not quack.takes(x, up, down, None, silu), "there is no Hopper GPU"
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "there"),
+    [("0.6.5", (9, 0), True), ("0.7.0", (9, 0), False), (None, (9, 0), False), ("0.6.5", (8, 0), False)],
+)
+def test_it_is_there_in_a_version_that_is_known_and_on_hopper(version, capability, there, monkeypatch):
+    monkeypatch.setattr(backends, "version_of", lambda package: {"quack-kernels": version}[package])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert backends.has_quack.__wrapped__(torch.device("cuda", 0)) == there
+    assert not backends.has_quack.__wrapped__(torch.device("cpu"))
