@@ -3,7 +3,7 @@
     python benchmarks/attention.py --out benchmarks/results/NAME.json
 
 bfloat16, queries, keys and values as the projections leave them, at 1 and 4 rows of 4,096 tokens. `sdpa` is what
-PyTorch chooses by itself and what our models run; the others are asked for by name, flash-attn-4 where it is installed.
+PyTorch chooses by itself; the others are asked for by name. Our models train by flash-attn-4 where it is installed.
 Times, rates and errors (against `sdpa`) as in sink_attention.py, where GPT-OSS is; all layers of a model call the same
 kernel, so the rule for choosing one is the sum of a row. Without a GPU `--length 64 --share 8` runs it on the CPU.
 """

@@ -199,7 +199,10 @@ def kernels_text(result: dict) -> str:
     """Each grouped kernel of ours alone, beside quack's where the result has that."""
     text, header, rows = "", ["kernel", "ms", "TFLOP/s"], []
     if "libraries" in result:
-        text = f", and quack-kernels {result['quack-kernels']} with the best of a few tiles"
+        text = (
+            f", and quack-kernels {result['quack-kernels']} with the best of a few tiles\n(up_dgrad and up_wgrad on "
+            "gate and up columns one after the other; in a layer they alternate)"
+        )
         header = ["kernel", "ours ms", "TFLOP/s", "quack ms", "TFLOP/s", "ours / quack"]
     for name, ours in result["kernels"].items():
         rows.append([f"`{name}`", ours["ms"], ours["tflops"]])
@@ -261,7 +264,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "layer's\nprojections. The floor is the bytes of the interface over 4.2 TB/s.", times_table),
     "h200_sink_attention": (
         "Attention with sinks, one GPU", "GPT-OSS's: 64 heads of queries, 8 of keys, width 64, bfloat16; `error` is "
-        "that of\nthe output and of dq.", times_table),
+        "that of\nthe output and of dq. `expertmesh` is our Triton kernels; where flash-attn-4 is installed, layers "
+        "without a window\ntrain by it.", times_table),
     "h200_packed_attention": (
         "Attention over packed documents, one GPU", "14 documents in a row of 16,384 tokens, at Qwen3-30B's widths, "
         "bfloat16;\n`unpacked`: four rows of 4,096.", times_table),

@@ -148,6 +148,13 @@ def has_flash_attention(device: str) -> bool:
     return _FLASH_ATTENTION and device == "cuda" and torch.cuda.get_device_capability()[0] == 9
 
 
+def library_of(fusion: str) -> str | None:
+    """The library that computes what it takes of a fusion on this process' GPU, before our own kernels; or None."""
+    if fusion == "experts" and has_quack(torch.device("cuda", torch.cuda.current_device())):
+        return "quack"
+    return "flash-attn-4" if fusion == "sink_attention" and has_flash_attention("cuda") else None
+
+
 def table() -> list[Backend]:
     """What was found on this machine, one row each; the device is the first row."""
     if torch.cuda.is_available():

@@ -309,10 +309,11 @@ def _refuse_missing_experts(model: nn.Module, loading_info: Any, source: Any) ->
         )
 
 
-def _how() -> str:
+def _how(fusion: str) -> str:
     if not torch.cuda.is_available():
         return "PyTorch (no GPU here)"
-    return "Triton" if backends.HAS_TRITON else "PyTorch (no Triton here)"
+    own = "Triton" if backends.HAS_TRITON else "PyTorch (no Triton here)"
+    return ", ".join(filter(None, [backends.library_of(fusion), own]))
 
 
 def _experts_row(model: Any) -> Fusion:
@@ -323,7 +324,7 @@ def _experts_row(model: Any) -> Fusion:
     reasons = {reason for m in modules if (reason := fast_experts.why_not(m)) is not None}
     if reasons:
         return Fusion("experts", False, "", f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}", 0)
-    return Fusion("experts", True, _how(), "", len(modules))
+    return Fusion("experts", True, _how("experts"), "", len(modules))
 
 
 def _apply_fusion(model: nn.Module, fusion: str) -> Fusion:
@@ -340,7 +341,7 @@ def _apply_fusion(model: nn.Module, fusion: str) -> Fusion:
             reasons[reason] = None
     if not count and not reasons:
         reasons["no module of the model needs it"] = None
-    return Fusion(fusion, count > 0, _how() if count else "", "; ".join(reasons), count)
+    return Fusion(fusion, count > 0, _how(fusion) if count else "", "; ".join(reasons), count)
 
 
 def _convert(module: nn.Module, fusion: str, rules: list[Rule]) -> str | None:
@@ -368,7 +369,7 @@ def _fuse_head(model: Any) -> Fusion:
     if reason is not None:
         return Fusion(name, False, "", reason, 0)
     head.__class__ = twin(nn.Linear, FastHead)
-    return Fusion(name, True, _how(), "", 1)
+    return Fusion(name, True, _how(name), "", 1)
 
 
 def _use_liger(model: PreTrainedModel) -> None:

@@ -17,6 +17,8 @@ from expertmesh.layers.experts import experts_forward
 from tests.kernels import fake_quack
 from tests.layers.test_experts import EXPERTS, HIDDEN, LAYOUTS, ROUTINGS, TOKENS, TOP_K, _module, _run
 
+fuse_module = importlib.import_module("expertmesh.fuse")
+
 
 @pytest.fixture
 def installed(monkeypatch):
@@ -87,3 +89,14 @@ def test_it_is_there_in_a_version_that_is_known_and_on_hopper(version, capabilit
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert backends.has_quack.__wrapped__(torch.device("cuda", 0)) == there
     assert not backends.has_quack.__wrapped__(torch.device("cpu"))
+
+
+def test_the_report_names_the_library_before_our_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for found in (True, False):
+        monkeypatch.setattr(backends, "has_quack", lambda device, found=found: found)
+        monkeypatch.setattr(backends, "has_flash_attention", lambda device, found=found: found)
+        assert fuse_module._how("experts") == ("quack, Triton" if found else "Triton")
+        assert fuse_module._how("sink_attention") == ("flash-attn-4, Triton" if found else "Triton")
+        assert fuse_module._how("rms_norm") == "Triton"
