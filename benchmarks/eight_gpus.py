@@ -31,14 +31,15 @@ from expertmesh.parallel import clip_grad_norm
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 
 ARMS = (
-    "stock", "stock-compiled", "stock-ep", "expertmesh", "expertmesh-graph", "expertmesh-ep-half", "expertmesh-ep",
-    "expertmesh-ep-graph",
+    "stock", "expertmesh-ep-graph", "expertmesh-ep", "stock-compiled", "stock-ep", "expertmesh-ep-half", "expertmesh",
+    "expertmesh-graph",
 )  # fmt: skip
 LAYERS = {"qwen3-30b-a3b": 48, "nemotron-3-nano": len(NEMOTRON_3_NANO)}
+ROUTINGS = "random-init", "balanced"  # in this order: the second stays
 PHASES = "forward_ms", "backward_ms", "clip_ms", "optimizer_ms"
 
 
-def build(arm, config, routing, device):
+def build(arm, config, device):
     ranks = dist.get_world_size()
     ep_size = 1 if "-ep" not in arm else ranks // 2 if arm.endswith("half") else ranks
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -46,9 +47,7 @@ def build(arm, config, routing, device):
         model = stock_model(config, dtype, device, ep_size)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, distributed_setup={"ep_size": ep_size})
-    fill(model, config, device, routing)
-    if routing == "balanced":
-        set_routing(model, routing, top_k_and_experts(config)[0])
+    fill(model, config, device, "random-init")
     if arm == "stock-compiled":
         torch._dynamo.reset()
         for layer in model.base_model.layers:
@@ -124,35 +123,38 @@ def measure(model, recorded, optimizer, config, batch, seq, device, warmup=2, re
     }
 
 
-def rows_of(arm, work, routing, options, device):
-    """A row for each batch size that fits."""
+def rows_of(arm, batches, options, device):
+    """A row for each routing and each batch size that fits."""
     on_gpu = device.type == "cuda"
-    layers = options.layers or (LAYERS[work] if on_gpu else None)
-    config = config_of(WORKS[work], layers, tiny=not on_gpu)
-    model = build(arm, config, routing, device)
-    for batch in options.batches:
-        recorded = GraphedStep(model) if arm.endswith("graph") else None
-        try:
-            optimizer = adamw(model) if options.update else None
-            measured = measure(model, recorded, optimizer, config, batch, options.seq, device)
-        except torch.OutOfMemoryError:
-            say(arm, routing, batch, "out of memory")
-            return
-        finally:
-            if recorded:
-                recorded.close()
-            model.zero_grad(set_to_none=True)
-            free()
-        row = {"work": work, "arm": arm, "layers": config.num_hidden_layers, "batch": batch, "seq": options.seq}
-        yield row | {"routing": routing, **measured}
+    layers = options.layers or (LAYERS[options.work] if on_gpu else None)
+    config = config_of(WORKS[options.work], layers, tiny=not on_gpu)
+    model = build(arm, config, device)
+    for routing in options.routings:
+        set_routing(model, routing, top_k_and_experts(config)[0])
+        for batch in batches:
+            recorded = GraphedStep(model) if arm.endswith("graph") else None
+            try:
+                optimizer = adamw(model) if options.update else None
+                measured = measure(model, recorded, optimizer, config, batch, options.seq, device)
+            except torch.OutOfMemoryError:
+                say(arm, routing, batch, "out of memory")
+                break
+            finally:
+                if recorded:
+                    recorded.close()
+                optimizer = recorded = None
+                model.zero_grad(set_to_none=True)
+                free()
+            row = {"work": options.work, "arm": arm, "layers": config.num_hidden_layers, "batch": batch}
+            yield row | {"seq": options.seq, "routing": routing, **measured}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="qwen3-30b-a3b", choices=list(LAYERS))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=ARMS, help="ARM:1,2 has batch sizes of its own")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--routings", nargs="+", default=["random-init", "balanced"])
+    parser.add_argument("--routings", nargs="+", default=ROUTINGS, choices=ROUTINGS)
     parser.add_argument("--layers", type=int, help="default: all")
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--no-update", dest="update", action="store_false", help="forward and backward alone")
@@ -161,14 +163,17 @@ def main():
     options = parser.parse_args()
     device = begin()
     result = origin_of_all(options.commit) | {"rows": []}
-    for arm in options.arms if device.type == "cuda" else [arm for arm in options.arms if not arm.endswith("graph")]:
-        for routing in options.routings:
-            for row in rows_of(arm, options.work, routing, options, device):
-                result["rows"].append(row)
-                say(row)
-                if dist.get_rank() == 0:  # a later row may fail
-                    write(result, options.out)
-            free()
+    for arm, _, own in (arm.partition(":") for arm in options.arms):
+        if arm not in ARMS:
+            parser.error(f"There is no arm {arm!r}: {', '.join(ARMS)}.")
+        if arm.endswith("graph") and device.type == "cpu":
+            continue
+        for row in rows_of(arm, [int(batch) for batch in own.split(",")] if own else options.batches, options, device):
+            result["rows"].append(row)
+            say(row)
+            if dist.get_rank() == 0:  # a later row may fail
+                write(result, options.out)
+        free()
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Qwen3-30B-A3B on two GPUs: stock FSDP2, stock expert parallelism and expertmesh, in turn, in one job.
+"""Qwen3-30B-A3B on two GPUs or more: stock FSDP2, stock expert parallelism and expertmesh, in turn, in one job.
 
     torchrun --nproc-per-node 2 benchmarks/two_gpus.py --out benchmarks/results/NAME.json
 
@@ -42,24 +42,18 @@ TINY = WIDTHS | dict(
     vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, moe_intermediate_size=32,
     num_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
-ARMS = {  # name: ep_size
-    "stock": 1,
-    "stock-ep": 2,
-    "expertmesh": 1,
-    "expertmesh-ep": 2,
-    "expertmesh-gather": 2,
-    "expertmesh-gather-graph": 2,
-    "expertmesh-gather-recompute": 2,
-    "expertmesh-gather-recompute-graph": 2,
-    "expertmesh-push": 2,
-}
 FLOAT32 = "stock-float32"
+FSDP_ONLY = (FLOAT32, "stock", "expertmesh")  # in all other arms all ranks share out the experts
+ARMS = (
+    "stock", "stock-ep", "expertmesh", "expertmesh-ep", "expertmesh-gather", "expertmesh-gather-graph",
+    "expertmesh-gather-recompute", "expertmesh-gather-recompute-graph", "expertmesh-push",
+)  # fmt: skip
 EXCHANGES = "barrier_kernel", "nccl", "PtoP"  # parts of the names of what does not compute in a trace
 
 
 def build(arm, config, device, routing="random-init"):
     """A sharded model of this arm with the same weights in every arm and layout."""
-    ep_size = ARMS.get(arm, 1)
+    ep_size = 1 if arm in FSDP_ONLY else dist.get_world_size()
     dtype = torch.bfloat16 if device.type == "cuda" and arm != FLOAT32 else torch.float32
     if arm.startswith("stock"):
         model = stock_model(config, dtype, device, ep_size)
@@ -196,7 +190,7 @@ def agreement(arms, config, seq, device, pinned):
                 }
             )
             say(rows[-1])
-        if ARMS.get(arm, 1) == 1:
+        if arm in FSDP_ONLY:
             known[arm] = loss, {name: grad.clone() for name, grad in got.items()}
         del model, got
         free()
@@ -324,7 +318,7 @@ def main():
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
-        "--arms", nargs="*", default=list(ARMS), help="none: gradients only; ARM:1,2 has batch sizes of its own"
+        "--arms", nargs="*", default=ARMS, help="none: gradients only; ARM:1,2 has batch sizes of its own"
     )
     parser.add_argument("--routings", nargs="+", default=["random-init", "skewed"])
     parser.add_argument("--agreement", nargs="*", default=["pinned", "own"], help="none: times only")

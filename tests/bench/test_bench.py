@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from expertmesh import backends
 from expertmesh.bench import run as bench
 from expertmesh.bench.arms import ARMS, Arm, model_of, why_not
 from expertmesh.bench.profile import NODE, RANGE, RULES, _traced
@@ -67,6 +68,18 @@ def test_ablation_runs_ours_without_each_fusion_that_is_on():
         ARMS["expertmesh-no-router"], config_of(WORKS["gpt-oss-20b"], tiny=True), torch.float32, "cpu"
     ) as ours:
         assert [row.name for row in ours.fusion_report() if row.reason == "switched off"] == ["router"]
+
+
+def test_ablation_runs_ours_without_each_library_that_is_installed(monkeypatch):
+    monkeypatch.setattr(backends, "version_of", {"quack-kernels": "0.6.5"}.get)
+    result, _ = tiny(works=("qwen3-30b-a3b",), arms=("expertmesh",), ablate=True, proof=False)
+    assert [row["arm"] for row in result["rows"]][-1] == "expertmesh-no-quack-kernels"
+    config = config_of(WORKS["qwen3-30b-a3b"], tiny=True)
+    assert "not installed" in why_not(ARMS["expertmesh-no-flash-attn-4"], config, "cuda")
+    monkeypatch.setattr(backends, "has_quack", lambda device: True)
+    with model_of(ARMS["expertmesh-no-quack-kernels"], config, torch.float32, "cpu"):
+        assert not backends.has_quack(torch.device("cuda"))
+    assert backends.has_quack(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("work", ["qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v3"])

@@ -413,13 +413,15 @@ def mailboxes(rank: int, num_cases: int) -> int:
         for got, want in zip(link.all_gather(parts), collectives.all_gather(parts), strict=True):
             assert torch.equal(got, want)
         parts = [part.repeat(dist.get_world_size(), 1) for part in parts]
-        for got, want in zip(link.reduce_scatter(parts), collectives.reduce_scatter(parts), strict=True):
-            torch.testing.assert_close(got, want)
+        wide = collectives.reduce_scatter([part.float() for part in parts])
+        for got, want in zip(link.reduce_scatter(parts), wide, strict=True):
+            torch.testing.assert_close(got, want.to(got.dtype))
         y, residual = torch.randn(9, width, device="cuda").bfloat16(), parts[0][: shapes.randint(1, rows)]
         routed = torch.randint(-1, 9, parts[1].shape, device="cuda", dtype=torch.int32), parts[1]
-        (want,) = collectives.reduce_scatter([combine(y, *routed)])
+        (want,) = collectives.reduce_scatter([combine(y, *routed).float()])
         want[: len(residual)] += residual
-        torch.testing.assert_close(link.combine_scatter(y, *routed, residual), want, atol=0.1, rtol=0.02)
+        got = link.combine_scatter(y, *routed, residual)
+        torch.testing.assert_close(got.float(), want, atol=0.1, rtol=0.02)
     return num_cases
 
 

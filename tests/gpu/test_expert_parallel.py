@@ -12,19 +12,23 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
+FOUR = pytest.param(4, marks=pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs"))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "mixtral"])
-def test_two_gpus_compute_the_gradients_of_one(tmp_path, family):
-    layout, few = {"ep_size": 2}, (0, 1, 2) if family in ("deepseek_v3", "nemotron_h") else (0, 1)
+@pytest.mark.parametrize("ranks", [2, FOUR])
+def test_gpus_compute_the_gradients_of_one(tmp_path, ranks, family):
+    layout, few = {"ep_size": ranks}, (0, 1, 2) if family in ("deepseek_v3", "nemotron_h") else (0, 1)
     gather = layout | {"dispatch": "gather"}
     cases = [Case(layout), Case(layout, recompute=True), Case(layout, force=few), Case({})]
     push = layout | {"dispatch": "push"}
     for near in (gather, push):
         cases += [Case(near), Case(near, recompute=True), Case(near, force=few)]
+    if ranks == 4:  # two groups of two, each expert sharded over both
+        cases += [Case(near | {"ep_size": 2}) for near in (layout, gather, push)]
     for force in (None, few):
-        torch.save(work.reference(load_stock(family).cuda(), 2, force), tmp_path / f"2-{force}.pt")
-    for rank in on_ranks(2, work.parity, saved(family), cases, tmp_path, gpus=True):
+        torch.save(work.reference(load_stock(family).cuda(), ranks, force), tmp_path / f"{ranks}-{force}.pt")
+    for rank in on_ranks(ranks, work.parity, saved(family), cases, tmp_path, gpus=True):
         for name, loss, grad, parameter in rank:
             assert loss <= 1e-4 and grad <= 1e-3, f"{family} {name}: loss {loss:.1e}, {parameter} {grad:.1e}"
 
@@ -37,10 +41,12 @@ def test_only_the_wait_for_the_counts_stops_the_host(dispatch, waits, recompute)
         assert waited == {"forward": waits, "backward": 0}
 
 
-def test_mailboxes_and_collectives_bring_the_same_rows():
-    assert on_ranks(2, work.mailboxes, 200, gpus=True) == [200, 200]
+@pytest.mark.parametrize("ranks", [2, FOUR])
+def test_mailboxes_and_collectives_bring_the_same_rows(ranks):
+    assert on_ranks(ranks, work.mailboxes, 200, gpus=True) == [200] * ranks
 
 
-def test_rows_are_pushed_only_where_they_are_needed_and_nothing_else_is_read(tmp_path):
-    for sent, unsent in on_ranks(2, work.pushes, 200, False, tmp_path, gpus=True):
+@pytest.mark.parametrize("ranks", [2, FOUR])
+def test_rows_are_pushed_only_where_they_are_needed_and_nothing_else_is_read(tmp_path, ranks):
+    for sent, unsent in on_ranks(ranks, work.pushes, 200, False, tmp_path, gpus=True):
         assert sent and unsent

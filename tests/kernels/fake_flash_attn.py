@@ -7,6 +7,7 @@ import types
 
 import torch
 
+from expertmesh import backends
 from expertmesh.kernels import flash_attention
 
 
@@ -38,6 +39,6 @@ def install(monkeypatch) -> list[dict]:
         module = types.ModuleType(name)
         module.__dict__.update(flash_attn_func=flash_attn_func, __spec__=importlib.machinery.ModuleSpec(name, None))
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(flash_attention, "has_flash_attention", lambda device: True)
+    monkeypatch.setattr(backends, "has_flash_attention", lambda device: True)
     monkeypatch.setattr(flash_attention, "LENGTH", 2)
     return calls

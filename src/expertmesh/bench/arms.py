@@ -1,11 +1,13 @@
-"""The sides of a benchmark, by name: stock Transformers in three forms, and expertmesh, whole or without one fusion."""
+"""The sides of a benchmark, by name: stock Transformers in three forms, and expertmesh, whole or without one fusion or
+one library."""
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -17,11 +19,13 @@ from expertmesh.fuse import FUSIONS
 from expertmesh.train.errors import ConfigError
 
 WITHOUT = "expertmesh-no-"
+#: packages whose kernels come before ours where they are installed -> what `backends` is asked about each
+LIBRARIES = {"quack-kernels": "has_quack", "flash-attn-4": "has_flash_attention"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One side. `compiled`: each decoder layer by torch.compile. `without`: the one fusion that is off."""
+    """One side. `compiled`: each decoder layer by torch.compile. `without`: the one fusion or library that is off."""
 
     name: str
     ours: bool = False
@@ -37,7 +41,10 @@ ARMS = {
         Arm("stock-compiled", compiled=True),
         Arm("stock-liger", liger=True),
         Arm("expertmesh", ours=True),
-        *(Arm(f"{WITHOUT}{fusion}", ours=True, without=fusion) for fusion in FUSIONS if fusion != "liger"),
+        *(
+            Arm(f"{WITHOUT}{name}", ours=True, without=name)
+            for name in (*(fusion for fusion in FUSIONS if fusion != "liger"), *LIBRARIES)
+        ),
     )
 }
 DEFAULT = ("stock", "stock-compiled", "stock-liger", "expertmesh")
@@ -60,6 +67,8 @@ def why_not(arm: Arm, config: PreTrainedConfig, device: str) -> str | None:
             return "Liger's kernels run on GPUs only."
         if config.model_type not in _liger_functions():
             return f"Liger has no kernels for {config.model_type}."
+    if arm.without in LIBRARIES:
+        return None if backends.version_of(arm.without) else f"{arm.without} is not installed."
     if arm.without:
         row = next(row for row in fusions_of(config) if row.name == arm.without)
         return None if row.on else f"that fusion is off for {config.model_type} anyway: {row.reason}."
@@ -84,10 +93,10 @@ def model_of(
     auto: Any = AutoModelForCausalLM if arm.ours else transformers.AutoModelForCausalLM
     own_attention = arm.ours and arm.without != "sink_attention"
     options: dict[str, Any] = {"attn_implementation": attention} if attention and not own_attention else {}
-    if arm.without:
+    if arm.without and arm.without not in LIBRARIES:
         options["fused"] = {arm.without: False}
     torch.manual_seed(0)
-    with _patched_by_liger(config.model_type, arm.liger):
+    with _patched_by_liger(config.model_type, arm.liger), _hidden(arm.without):
         with torch.device(device):
             model = auto.from_config(config, dtype=dtype, **options).train()
         if arm.compiled:
@@ -95,6 +104,11 @@ def model_of(
             for layer in model.base_model.layers:
                 layer.compile()
         yield model
+
+
+def _hidden(without: str | None) -> Any:
+    """Within: the library, if it is one, counts as not installed."""
+    return mock.patch.object(backends, LIBRARIES[without], lambda _: False) if without in LIBRARIES else nullcontext()
 
 
 @contextmanager

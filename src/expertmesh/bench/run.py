@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from expertmesh.bench import profile, steps
-from expertmesh.bench.arms import ARMS, DEFAULT, WITHOUT, Arm, fusions_of, model_of, nearest, why_not
+from expertmesh.bench.arms import ARMS, DEFAULT, LIBRARIES, WITHOUT, Arm, fusions_of, model_of, nearest, why_not
 from expertmesh.bench.flops import forward_flops, step_flops
 from expertmesh.bench.gate import ROUTINGS, busiest, set_routing
 from expertmesh.bench.origin import origin
@@ -106,9 +106,10 @@ def _arms(name: str, options: BenchOptions, device: str, say: Callable[[str], No
         else:
             say(f"{name}: without {asked}: {reason}")
     if options.ablate:
-        for row in fusions_of(config):
-            if row.on and f"{WITHOUT}{row.name}" not in (options.arms or ()):
-                yield ARMS[f"{WITHOUT}{row.name}"]
+        for without in (*(row.name for row in fusions_of(config) if row.on), *LIBRARIES):
+            arm = ARMS[f"{WITHOUT}{without}"]
+            if arm.name not in (options.arms or ()) and why_not(arm, config, device) is None:
+                yield arm
 
 
 class _Bench:

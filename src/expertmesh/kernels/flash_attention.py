@@ -10,7 +10,7 @@ Letters: B batch, S row, N heads (NQ of queries, NK of keys), D width of queries
 
 import torch
 
-from expertmesh.backends import has_flash_attention
+from expertmesh import backends
 
 #: (D, V) at which it won on an H200; empty, nothing runs here
 WIDTHS = frozenset({(64, 64), (128, 128), (192, 128)})
@@ -28,7 +28,7 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     device, width = query.device.type, query.shape[-1]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     return (
-        has_flash_attention(device)
+        backends.has_flash_attention(device)
         and (width, value.shape[-1]) in WIDTHS
         and dtype in DTYPES
         and query.shape[2] == key.shape[2]
