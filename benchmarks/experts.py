@@ -23,8 +23,9 @@ from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from expertmesh import backends
 from expertmesh.bench.origin import origin, write
-from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad, quack
+from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouping import Grouping, group_by_expert
 from expertmesh.layers.experts import experts_forward
@@ -66,7 +67,7 @@ def experts():
 
 def by_triton(*inputs):
     """Ours without quack."""
-    with mock.patch.object(quack, "takes", lambda *_: False):
+    with mock.patch.object(backends, "has_quack", lambda _: False):
         return experts_forward(*inputs)
 
 
@@ -102,32 +103,30 @@ class Operands:
     w_down_EIH: torch.Tensor
     h_SJ: torch.Tensor
     a_SI: torch.Tensor
-    weight_S: torch.Tensor
     group: Grouping
     act: Activation
 
 
 def operands(module, tokens=16384, kind="random"):
     weights, ids = routing(tokens, kind)
-    group = group_by_expert(ids, len(module.gate_up_proj))
+    group = group_by_expert(ids, len(module.gate_up_proj), weights)
     x = torch.randn(tokens, module.gate_up_proj.shape[2], device=weights.device, dtype=weights.dtype)
     w_up, w_down = module.gate_up_proj.detach().transpose(1, 2), module.down_proj.detach().transpose(1, 2)
     act = Activation("silu")
     h, a = grouped_up.up_act(x, w_up, None, group, act)
-    weight_S = weights.reshape(-1)[group.slot_S.long()].float()
-    return Operands(x, torch.randn_like(x), w_up, w_down, h, a, weight_S, group, act)
+    return Operands(x, torch.randn_like(x), w_up, w_down, h, a, group, act)
 
 
 def kernels(o):
     """Each grouped kernel: name -> (run, FLOPs). Where gradients belong stand other tensors of their shapes."""
-    w_up_EJH, w_down_EHI = o.w_up_EHJ.transpose(1, 2), o.w_down_EIH.transpose(1, 2)
+    w_up_EJH = o.w_up_EHJ.transpose(1, 2)
     (rows, width), hidden, group = o.a_SI.shape, o.x_TH.shape[1], o.group
     small, large = 2 * rows * hidden * width, 4 * rows * hidden * width
     return {
         "up_act": (lambda: grouped_up.up_act(o.x_TH, o.w_up_EHJ, None, group, o.act), large),
         "down": (lambda: grouped_gemm.grouped_gemm(o.a_SI, o.w_down_EIH, group), small),
         "down_dact": (
-            lambda: grouped_down.down_dact(o.dout_TH, w_down_EHI, o.h_SJ, o.weight_S, group, o.act),
+            lambda: grouped_down.down_dact(o.dout_TH, o.w_down_EIH, o.h_SJ, group, o.act),
             small,
         ),
         "up_dgrad": (lambda: grouped_gemm.grouped_gemm(o.h_SJ, w_up_EJH, group), large),

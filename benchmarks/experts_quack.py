@@ -67,7 +67,7 @@ def kernels(o):
         from quack.gemm_interface import gemm_dact
 
         options = {"activation": "swiglu", "dynamic_scheduler": False, "tuned": False, "config": config(tile)}
-        weights = {"colvec_scale": o.weight_S, "colvec_reduce": True}
+        weights = {"colvec_scale": o.group.weight_S, "colvec_reduce": True}
         return gemm_dact(o.dout_TH, o.w_down_EIH.transpose(1, 2), h_pairs_SJ, **weights, **options, **gathered)
 
     def down(tile):

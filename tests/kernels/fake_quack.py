@@ -16,21 +16,18 @@ def in_turns(x):
 
 
 def gemm(
-    a, b, out, c, semaphore, *tile, pingpong, persistent, alpha=1.0, cu_seqlens_m=None, cu_seqlens_k=None,
-    A_idx=None, concat_layout=None,
-):  # fmt: skip
+    a, b, out, c, semaphore, *tile, pingpong, persistent, alpha=1.0, cu_seqlens_m=None, cu_seqlens_k=None, A_idx=None
+):
     """out = alpha · a · bᵀ, row groups of a and out, or column groups of a and b."""
     assert c is None and semaphore is None and len(tile) == 4 and persistent
     if cu_seqlens_k is not None:
-        assert a.stride(0) == b.stride(0) == 1 and concat_layout in (None, ("out",))
+        assert a.stride(0) == b.stride(0) == 1
         for expert, rows in enumerate(segments(cu_seqlens_k)):
-            product = alpha * (a[:, A_idx[rows].long()] @ b[:, rows].t())
-            out[expert] = torch.cat((product[:, ::2], product[:, 1::2]), 1) if concat_layout else product
+            out[expert] = alpha * (a[:, A_idx[rows].long()] @ b[:, rows].t())
     else:
-        assert concat_layout in (None, ("B",)) and A_idx is None
+        assert A_idx is None
         for expert, rows in enumerate(segments(cu_seqlens_m)):
-            weights = in_turns(b[expert]) if concat_layout else b[expert]
-            out[rows] = alpha * (a[rows] @ weights.t())
+            out[rows] = alpha * (a[rows] @ b[expert].t())
 
 
 def activated(h, activation):

@@ -67,7 +67,7 @@ class Gather(AllToAll):
     def _through(self, link: Link, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         experts_per_rank = self.num_local_experts
         num_experts = self.ep_mesh.size() * experts_per_rank
-        residual, handoff = self._residual, Handoff(link, self._residual)
+        residual, handoff = self._residual, Handoff(link, self.ep_mesh.size(), self._residual)
         x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, self._rows(x_TH), num_experts, handoff)
         # this rank's experts become 0, 1, …; all others', and the padding, something else
         ids_MK = ids_MK.sub_(self.ep_mesh.get_local_rank() * experts_per_rank)

@@ -20,15 +20,22 @@ from expertmesh.kernels.combine import combine
 
 class Handoff:
     """One call of the experts. adopted: they send their sums and start the way back themselves, and then read the
-    gradient of their output no more. residual: [T, H], added to this rank's sums.
+    gradient of their output no more. ranks: how many share the experts. residual: [T, H], added to this rank's sums.
     """
 
-    def __init__(self, link: Link, residual: torch.Tensor | None = None) -> None:
-        self.link, self.residual, self.adopted = link, residual, False
+    def __init__(self, link: Link, ranks: int, residual: torch.Tensor | None = None) -> None:
+        self.link, self.ranks, self.residual, self.adopted = link, ranks, residual, False
         self._summed: torch.Tensor | None = None
         self._parts: list[torch.Tensor] = []
         self._sums: list[torch.Tensor] = []
         self._before: Callable[[], Any] = lambda: None
+
+    def rows_to_keep(self, num_rows: int, block: int) -> int:
+        """For how many of the rows [S] that its experts might get a rank makes room until the backward: its share and a
+        quarter, in whole blocks. The host cannot know how many they are; what has no room is computed again.
+        """
+        block = max(block, 1)
+        return max(1, -(-num_rows * 5 // (4 * self.ranks * block))) * block
 
     def send(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: torch.Tensor) -> torch.Tensor:
         """Combine the experts' rows y [S, H] and add up what all ranks made; `summed` has the result. What it returns

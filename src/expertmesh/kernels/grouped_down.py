@@ -31,28 +31,30 @@ from expertmesh.kernels.launch import launched
 
 def down_dact(
     dout_TH: torch.Tensor,
-    w_EHI: torch.Tensor,
+    w_down_EIH: torch.Tensor,
     h_SJ: torch.Tensor,
-    weight_S: torch.Tensor,
     group: Grouping,
     act: Activation,
     has_bias: bool = False,
+    more_SJ: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dh [S, J], weight·a [S, I], dweight [P, S] float32, db [E, J] if `has_bias`) from the gradient dout [T, H] of
     the combined output.
 
-    w_EHI: the down-projections [E, I, H] transposed. weight_S: routing weights in sorted order. `dweight` leaves out
-    the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to
-    the end of its last row tile, are zero: `grouped_wgrad` reads them.
+    w_down_EIH: the down-projections. more_SJ: what `up_again` returned, the rows behind those of h. `dweight` leaves
+    out the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up
+    to the end of its last row tile, are zero: `grouped_wgrad` reads them.
     """
+    assert group.weight_S is not None
+    w_EHI = w_down_EIH.transpose(1, 2)
     if not use_triton(dout_TH):
-        return down_dact_reference(dout_TH, w_EHI, h_SJ, weight_S, group, act, has_bias)
+        return down_dact_reference(dout_TH, w_EHI, h_SJ, group.weight_S, group, act, has_bias)
     if act.kind == "custom":
         da_SI = grouped_gemm(dout_TH[group.token_S.long()], w_EHI, group)
         mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
         da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
-        return _dact_rows(da_SI, h_SJ, weight_S, group, act, has_bias)
-    return _down_dact_triton(dout_TH, w_EHI, h_SJ, weight_S, group, act, has_bias)
+        return _dact_rows(da_SI, h_SJ, group.weight_S, group, act, has_bias)
+    return _down_dact_triton(dout_TH, w_EHI, h_SJ, more_SJ, group.weight_S, group, act, has_bias)
 
 
 def down_dact_reference(
@@ -82,6 +84,7 @@ def _down_dact_triton(
     dout_TH: torch.Tensor,
     w_EHI: torch.Tensor,
     h_SJ: torch.Tensor,
+    more_SJ: torch.Tensor | None,
     weight_S: torch.Tensor,
     group: Grouping,
     act: Activation,
@@ -93,7 +96,7 @@ def _down_dact_triton(
     if act.interleaved or has_bias:  # pulling gate and up apart takes registers, and so do sums
         config["BN"] = min(config["BN"], 128)
     w_tiles, transposed = weight_tiles(w_EHI, config["BK"], config["BN"])
-    dh_SJ, wa_SI = torch.empty_like(h_SJ), dout_TH.new_empty(num_rows, width)
+    dh_SJ, wa_SI = h_SJ.new_empty(num_rows, h_SJ.shape[1]), dout_TH.new_empty(num_rows, width)
     # one partial sum per column tile: adding them afterwards keeps the result deterministic
     dweight_PS = torch.empty(triton.cdiv(width, config["BN"]), num_rows, dtype=torch.float32, device=dout_TH.device)
     # and likewise one of dh per row tile
@@ -104,6 +107,7 @@ def _down_dact_triton(
         group.token_S,
         w_tiles,
         h_SJ,
+        more_SJ,
         weight_S,
         dh_SJ,
         wa_SI,
@@ -113,6 +117,7 @@ def _down_dact_triton(
         group.offsets_E,
         w_EHI.shape[0],
         num_rows,
+        len(h_SJ),
         width,
         num_inner,
         dout_TH.stride(0),
@@ -127,6 +132,7 @@ def _down_dact_triton(
         PRECISION=dot_precision(dout_TH.dtype),
         EVEN=num_inner % config["BK"] == 0,
         HAS_BIAS=has_bias,
+        HAS_MORE=more_SJ is not None,
         **config,
     )
     db_EJ = None if db_MJ is None else grouped_sum(db_MJ, group, h_SJ.dtype, tile=group.block)
@@ -139,6 +145,7 @@ def _down_dact_kernel(
     token,
     w,
     h,
+    more,
     weight,
     dh,
     wa,
@@ -150,6 +157,7 @@ def _down_dact_kernel(
     offsets,
     num_experts,
     num_rows,
+    num_kept,
     width,
     num_inner,
     stride_d,
@@ -166,6 +174,7 @@ def _down_dact_kernel(
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_MORE: tl.constexpr,
 ):
     column_tiles = tl.cdiv(width, BN)
     work = tl.load(num_tiles) * column_tiles
@@ -198,11 +207,16 @@ def _down_dact_kernel(
         quarters: tl.constexpr = PIECES == 4
         pieces = _halves(left, BM, BN // 2) + _halves(right, BM, BN // 2) if quarters else (left, right)
         partial = tl.zeros((BM,), tl.float32)
-        gate, up = _load_h(h, row, in_group, first, width, PART, LAYOUT)
+        h_tile, h_row = h, row
+        if HAS_MORE:  # a tile lies in one of the two
+            is_kept = tl.minimum(end, begin + BM) <= num_kept
+            h_tile = tl.multiple_of(tl.where(is_kept, h, more), 16)
+            h_row = row - tl.where(is_kept, 0, num_kept - BM)
+        gate, up = _load_h(h_tile, h_row, in_group, first, width, PART, LAYOUT)
         for number in tl.static_range(PIECES):
             at = first + number * PART
             if number + 1 < PIECES:  # under way while this piece is stored: no load would overtake a store by itself
-                next_gate, next_up = _load_h(h, row, in_group, at + PART, width, PART, LAYOUT)
+                next_gate, next_up = _load_h(h_tile, h_row, in_group, at + PART, width, PART, LAYOUT)
             partial += _finish_dact(
                 pieces[number], gate, up, row, in_group, scale, at, dh, wa, tile_db, width, alpha, limit,
                 LAYOUT, KIND, HAS_BIAS,

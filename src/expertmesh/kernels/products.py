@@ -1,46 +1,35 @@
-"""The six matrix products of a layer of experts, by our Triton kernels, or by PyTorch where there is no Triton.
+"""The six matrix products of a layer of experts: by our Triton kernels or, where they are faster, by quack's; by
+PyTorch where there is no Triton.
 
-quack.py has the same six functions. What one of the two has made, h and dh with their columns in its own order, only
-the same one reads. Weights are [E, in, out] views here, plain or transposed.
+Weights are [E, in, out] views here, plain or transposed.
 """
 
 import torch
 
-from expertmesh.kernels.activation import Activation
-from expertmesh.kernels.grouped_down import down_dact as _down_dact
+from expertmesh.kernels import quack
+from expertmesh.kernels.grouped_down import down_dact
 from expertmesh.kernels.grouped_gemm import grouped_gemm
-from expertmesh.kernels.grouped_up import up_act
+from expertmesh.kernels.grouped_up import up_act, up_again
 from expertmesh.kernels.grouped_wgrad import grouped_wgrad
 from expertmesh.kernels.grouping import Grouping
 
-__all__ = ["down", "down_dact", "down_wgrad", "up_act", "up_dgrad", "up_wgrad"]
+__all__ = ["down", "down_dact", "down_wgrad", "up_act", "up_again", "up_dgrad", "up_wgrad"]
 
 
 def down(a_SI: torch.Tensor, w_down_EIH: torch.Tensor, bias_EH: torch.Tensor | None, group: Grouping) -> torch.Tensor:
     """y [S, H] of activations a [S, I]."""
+    if bias_EH is None and quack.takes(a_SI, w_down_EIH):
+        return quack.down(a_SI, w_down_EIH, group)
     return grouped_gemm(a_SI, w_down_EIH, group, bias_EH)
 
 
-def down_dact(
-    dout_TH: torch.Tensor,
-    w_down_EIH: torch.Tensor,
-    h_SJ: torch.Tensor,
-    group: Grouping,
-    act: Activation,
-    has_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dh [S, J], weight·a [S, I], dweight [P, S], db [E, J] if `has_bias`), as grouped_down.py has them."""
-    assert group.weight_S is not None
-    return _down_dact(dout_TH, w_down_EIH.transpose(1, 2), h_SJ, group.weight_S, group, act, has_bias)
-
-
-def up_dgrad(dh_SJ: torch.Tensor, w_up_EHJ: torch.Tensor, group: Grouping, act: Activation) -> torch.Tensor:
+def up_dgrad(dh_SJ: torch.Tensor, w_up_EHJ: torch.Tensor, group: Grouping) -> torch.Tensor:
     """dx [S, H] in sorted order."""
     return grouped_gemm(dh_SJ, w_up_EHJ.transpose(1, 2), group)
 
 
 def up_wgrad(
-    x_TH: torch.Tensor, dh_SJ: torch.Tensor, group: Grouping, w_up_EHJ: torch.Tensor, act: Activation, scale: float
+    x_TH: torch.Tensor, dh_SJ: torch.Tensor, group: Grouping, w_up_EHJ: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """dW [E, H, J], times `scale`, in the memory layout of the parameter that w_up is a view of."""
     return _wgrad(x_TH, dh_SJ, group, w_up_EHJ, scale)
@@ -55,6 +44,8 @@ def down_wgrad(
 
 def _wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor, scale: float) -> torch.Tensor:
     """The gradient of weights [E, G, C] in the memory layout of their parameter, so that autograd need not copy."""
+    if quack.takes(c_SC, w_EGC):
+        return quack.wgrad(g_TG, c_SC, group, w_EGC, scale)
     if w_EGC.stride(2) == 1:
         return grouped_wgrad(g_TG, c_SC, group, gathered_first=True, scale=scale)
     return grouped_wgrad(g_TG, c_SC, group, gathered_first=False, scale=scale).transpose(1, 2)

@@ -20,12 +20,10 @@ from transformers.activations import ACT2CLS
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
 
 from expertmesh.dispatch.handoff import Handoff, adopt
-from expertmesh.kernels import products as own
-from expertmesh.kernels import quack
+from expertmesh.kernels import products
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
-from expertmesh.memory.recompute import kept
 
 NAME = "expertmesh"
 
@@ -90,7 +88,7 @@ def experts_forward(
     inside = residual if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype else None
     scale = 1 / getattr(experts, "grad_divisor", 1)
     handoff = adopt() if x_TH is hidden_states else None
-    groups: list[tuple[Grouping, Any]] = []  # the first makes one, the second takes it
+    groups: list[Grouping] = []  # the first makes one, the second takes it
     h_SJ, a_SI = _Up.apply(
         x_TH.contiguous(), w_up, b_up, top_k_weights, w_down, b_down, top_k_index, groups, act, scale, handoff
     )
@@ -100,7 +98,8 @@ def experts_forward(
 
 
 class _Up(torch.autograd.Function):
-    """(h [S, J], activation(h) [S, I]) of the routed rows; gradients come for h only, made by `_Down`.
+    """(h [S, J], activation(h) [S, I]) of the routed rows; gradients come for h only, made by `_Down`, which leaves
+    them in `from_down`: h may lack rows.
 
     Weights are [E, in, out] views; their gradients come back in the same shape, times `scale`. All that both backwards
     need is saved here: a checkpointed layer is recomputed no further than its last saved tensor.
@@ -109,29 +108,28 @@ class _Up(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH, w_up, b_up, weight_TK, w_down, b_down, ids_TK, groups, act, scale, handoff):
         group = group_by_expert(ids_TK, w_up.shape[0], weight_TK)
-        # a recompute must order h's columns as the forward did, wherever the weights lie by then
-        products = quack if kept(lambda: quack.takes(x_TH, w_up, w_down, b_up, act)) else own
-        h_SJ, a_SI = products.up_act(x_TH, w_up, b_up, group, act)
-        groups.append((group, products))
-        ctx.products, ctx.act, ctx.scale, ctx.handoff = products, act, scale, handoff
+        keep = None if handoff is None else handoff.rows_to_keep(ids_TK.numel(), group.block)
+        h_SJ, a_SI = products.up_act(x_TH, w_up, b_up, group, act, keep)
+        groups.append(group)
+        ctx.act, ctx.scale, ctx.handoff = act, scale, handoff
         ctx.tiles, ctx.block = group.tiles, group.block
         rows = group.slot_S, group.token_S, group.position_TK, group.bounds, group.weight_S
-        ctx.save_for_backward(x_TH, h_SJ, weight_TK, ids_TK, w_up, w_down, b_down, *rows)
+        ctx.save_for_backward(x_TH, h_SJ, weight_TK, ids_TK, w_up, b_up, w_down, b_down, *rows)
         ctx.mark_non_differentiable(a_SI)
         ctx.set_materialize_grads(False)
         return h_SJ, a_SI
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh_SJ, _):
-        (x_TH, w_up, group, dweight_TK, db_up), ctx.from_down = ctx.from_down, None
+    def backward(ctx: Any, *_):
+        (dh_SJ, x_TH, w_up, group, dweight_TK, db_up), ctx.from_down = ctx.from_down, None
         dx_TH = dw_up = None
         if ctx.needs_input_grad[0]:
-            dx_TH = combine(ctx.products.up_dgrad(dh_SJ, w_up, group, ctx.act), group.position_TK)
+            dx_TH = combine(products.up_dgrad(dh_SJ, w_up, group), group.position_TK)
         if ctx.handoff is not None and dx_TH is not None and dweight_TK is not None:
             ctx.handoff.start([dx_TH, dweight_TK])  # from here on the gradient of the output may be overwritten
         if ctx.needs_input_grad[1]:
-            dw_up = ctx.products.up_wgrad(x_TH, dh_SJ, group, w_up, ctx.act, ctx.scale)
+            dw_up = products.up_wgrad(x_TH, dh_SJ, group, w_up, ctx.scale)
         return dx_TH, dw_up, db_up, *[None] * 8
 
 
@@ -140,7 +138,7 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h_SJ, a_SI, weight_TK, w_down, b_down, residual, groups, handoff: Handoff | None):
-        ctx.up, (group, products) = h_SJ.grad_fn, groups.pop()
+        ctx.up, group = h_SJ.grad_fn, groups.pop()
         y_SH = products.down(a_SI, w_down, b_down, group)
         if handoff is not None:
             return handoff.send(y_SH, group.position_TK, weight_TK)
@@ -152,24 +150,26 @@ class _Down(torch.autograd.Function):
         up = ctx.up
         if up is None:  # nothing but the residual has a gradient
             return *[None] * 5, dout, None, None
-        x_TH, h_SJ, weight_TK, ids_TK, w_up, w_down, b_down, *rows = up.saved_tensors
+        x_TH, h_SJ, weight_TK, ids_TK, w_up, b_up, w_down, b_down, *rows = up.saved_tensors
         group = Grouping(rows[0], rows[1], rows[2], rows[3], up.tiles, up.block, rows[4])
         _, _, need_weight, need_w_down, need_b_down, need_residual = ctx.needs_input_grad[:6]
         need_b_up = up.needs_input_grad[2]
         dout_TH = dout.reshape(x_TH.shape).contiguous()
 
-        dh_SJ, wa_SI, dweight_PS, db_up = up.products.down_dact(dout_TH, w_down, h_SJ, group, up.act, need_b_up)
+        more_SJ = products.up_again(x_TH, w_up, b_up, group, up.act, h_SJ)
+        dh_SJ, wa_SI, dweight_PS, db_up = products.down_dact(dout_TH, w_down, h_SJ, group, up.act, need_b_up, more_SJ)
         dweight_TK = dw_down = db_down = None
         if need_weight:
             dweight_TK = _per_slot(dweight_PS, group, dout_TH, ids_TK, b_down, weight_TK.dtype)
         if need_w_down:
-            dw_down = up.products.down_wgrad(dout_TH, wa_SI, group, w_down, up.scale)
+            dw_down = products.down_wgrad(dout_TH, wa_SI, group, w_down, up.scale)
         if need_b_down:
             db_down = _bias_down_grad(dout_TH, weight_TK, ids_TK, b_down) * up.scale
         if db_up is not None:
             db_up = db_up * up.scale
-        up.from_down = x_TH, w_up, group, dweight_TK, db_up
-        return dh_SJ, None, dweight_TK, dw_down, db_down, dout if need_residual else None, None, None
+        up.from_down = dh_SJ, x_TH, w_up, group, dweight_TK, db_up
+        no_values = h_SJ.new_empty_strided(h_SJ.shape, (0, 0))
+        return no_values, None, dweight_TK, dw_down, db_down, dout if need_residual else None, None, None
 
 
 def _per_slot(
