@@ -1,77 +1,18 @@
 """Write docs/benchmarks.md, docs/profile.md and the README's table from benchmarks/results; nothing is typed by hand.
 
 python benchmarks/tables.py        # needs expertmesh and matplotlib for the pictures
+
+The tables of several GPUs are in tables_gpus.py, what all share in tables_shared.py.
 """
 
-import json
 from collections.abc import Callable
-from pathlib import Path
+
+from tables_gpus import mission_text, qwen_on_two_gpus, readme_of_two_gpus, steps_on_four_gpus
+from tables_shared import ROOT, WITHOUT, load, measured, source, step_table, table, times_table
 
 from expertmesh.bench.works import WORKS
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-WITHOUT = "expertmesh-no-"
 BEGIN, END = "<!-- from benchmarks/results: begin -->", "<!-- from benchmarks/results: end -->"
-
-
-def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(header: list[str], rows: list[list]) -> str:
-    lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(map(str, row)) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def source(result: dict) -> str:
-    note = f" {result['note']}" if "note" in result else ""
-    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "triton", "transformers") if name in result)
-    machine = f"{result['gpus']} x {result['hardware']}" if result["gpus"] else result["hardware"]
-    return f"{machine}; {versions}; commit `{result['commit'][:10]}`; `{result['command']}`.{note}"
-
-
-# what `expertmesh bench` measures besides; results from before it lack these
-MORE = {
-    "clip ms": "clip_ms",
-    "optimizer ms": "optimizer_ms",
-    "TFLOP/s": "tflops_per_gpu",
-    "% of GEMM": "percent_of_gemm",
-    "host syncs": "host_syncs",
-    "launches": "launches",
-}
-
-
-def step_table(result: dict) -> str:
-    """One table per work and routing; arms without one fusion have their own (`worth_table`)."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in result["rows"]:
-        if not row["arm"].startswith(WITHOUT):
-            groups.setdefault((row["work"], row["layers"], row["routing"]), []).append(row)
-    tables = []
-    for (work, layers, routing), rows in groups.items():
-        title = f"{work}, {layers} layers, {routing} routing:\n\n" if len(groups) > 1 else ""
-        tables.append(title + _step_table(rows))
-    return "\n\n".join(tables)
-
-
-def _step_table(rows: list[dict]) -> str:
-    stock = {row["batch"]: row["tokens_per_second_per_gpu"] for row in rows if row["arm"] == "stock"}
-    more = {} if "host_syncs" not in rows[0] else {n: key for n, key in MORE.items() if rows[0][key] is not None}
-    cells = [
-        [
-            row["arm"],
-            f"{row['batch']} x {row['seq']}",
-            row.get("forward_ms", ""),
-            row.get("backward_ms", ""),
-            f"{row['tokens_per_second_per_gpu']:,}",
-            f"{row['tokens_per_second_per_gpu'] / stock[row['batch']]:.2f}x" if row["batch"] in stock else "",
-            row.get("peak_gib", ""),
-            *(row[key] for key in more.values()),
-        ]
-        for row in sorted(rows, key=lambda row: row["batch"])
-    ]
-    return table(["arm", "batch", "forward ms", "backward ms", "tokens/s", "against stock", "peak GiB", *more], cells)
 
 
 def worth_table(result: dict) -> str:
@@ -92,6 +33,21 @@ def worth_table(result: dict) -> str:
     return table(["work", "batch", "fusion", "ms without it", "worth"], rows)
 
 
+def libraries_table(results: list[dict]) -> str:
+    """Milliseconds of a step with both libraries and without one of them."""
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in (row for result in results for row in result["rows"]):
+        times.setdefault((row["work"], f"{row['batch']} x {row['seq']}"), {})[row["arm"]] = row["step_ms"]
+    rows = []
+    for place, ms in times.items():
+        rows.append([*place, ms["expertmesh"]])
+        for library in ("quack-kernels", "flash-attn-4"):
+            without = ms[WITHOUT + library]
+            rows[-1] += [without, f"{without / ms['expertmesh']:.3f}"]
+    header = ["work", "batch", "ms with both", "without quack-kernels", "worth", "without flash-attn-4", "worth"]
+    return table(header, rows)
+
+
 def parity_text(result: dict, work: str) -> str:
     """How far the gradients of one work are from float32, where the result has that."""
     if work not in result["parity"]:
@@ -106,17 +62,10 @@ parameters, our gradient error is at most {ours["worst_ratio"]:.2f} times stock'
 
 def section(name: str) -> str:
     """The section made of one result of `SECTIONS`; nothing where that has not been measured."""
-    if not (RESULTS / f"{name}.json").exists():
+    if not measured(name):
         return ""
     result, (title, text, show) = load(name), SECTIONS[name]
     return f"## {title}\n\n{text}\n\n{show(result)}\n\n{source(result)}\n\n"
-
-
-def times_table(result: dict) -> str:
-    """Every row that has times, with all its columns."""
-    rows = [row for row in result["rows"] if any(key.endswith(("ms", "_s")) or key == "failed" for key in row)]
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    return table([key.replace("_", " ") for key in keys], [[row.get(key, "") for key in keys] for row in rows])
 
 
 def component_table(profile: dict) -> str:
@@ -164,29 +113,6 @@ module they were launched for.
 {chr(10).join(section + chr(10) for section in sections)}
 {source(result)}
 """
-
-
-def agreement_table(rows: list[dict]) -> str:
-    header = ["choice of experts", "arm", "against", "loss differs by", "mean gradient error", "worst", "in"]
-    cells = [
-        [row["routing"], row["arm"], row["against"], f"{row['loss_difference']:.1e}"]
-        + [f"{row[key]:.1e}" for key in ("mean_gradient_error", "worst_gradient_error")]
-        + [f"`{row['worst_tensor']}`"]
-        for row in rows
-        if not row["arm"].endswith("graph")  # nothing is recorded there
-    ]
-    return table(header, cells)
-
-
-def trace_table(result: dict) -> str:
-    traced = [row for row in result["rows"] if "trace" in row]
-    rows = [[row["arm"], row["routing"], f"{row['batch']} x {row['seq']}", *row["trace"].values()] for row in traced]
-    return table(["arm", "routing", "batch", "a kernel computes", "only exchanges", "nothing"], rows)
-
-
-def exchange_table(rows: list[dict]) -> str:
-    keys = "link", "exchange", "us", "gb_per_second"
-    return table(["by", "exchange", "µs", "GB/s"], [[row.get(key, "") for key in keys] for row in rows])
 
 
 def experts_table(result: dict) -> str:
@@ -275,25 +201,13 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
 }  # fmt: skip
 
 
-def elsewhere_table() -> str:
-    """Rows of ours from other jobs than the main one on two GPUs."""
-    rows = []
-    for name in ("h200_x2_qwen3_30b_libraries", "h200_x2_qwen3_30b_faster_machine", "h200_x2_qwen3_30b_skewed"):
-        result = load(name)
-        rows += [
-            [f"`{result['commit'][:10]}`", row["arm"], row["routing"], f"{row['batch']} x {row['seq']}"]
-            + [f"{row['tokens_per_second_per_gpu']:,}", row.get("peak_gib", "")]
-            for row in result["rows"]
-        ]
-    return table(["commit", "arm", "routing", "batch", "tokens/s", "peak GiB"], rows)
-
-
 def page() -> str:
     step, experts, small = load("h200_qwen3_8_layers"), load("h200_experts"), load("h200_small_kernels")
-    pair, layouts, fusions = load("h200_x2_qwen3_30b"), load("h200_x2_agreement"), load("h200_fusions")
-    libraries = load("h200_qwen3_8_layers_libraries")
+    libraries, fusions = load("h200_qwen3_8_layers_libraries"), load("h200_fusions")
     nemotron, deepseek = load("h200_nemotron_3_nano"), load("h200_deepseek_v3")
+    without = [load(f"h200_{name}_without_libraries") for name in ("qwen3_30b", "nemotron_3_nano", "deepseek_v3")]
     beside = section("h200_nemotron_3_nano_mamba_ssm") + section("h200_gpt_oss_20b")
+    several = section("h200_x2_nemotron_3_nano") + steps_on_four_gpus()
     return f"""# Benchmarks
 
 Made by `python benchmarks/tables.py` from the files in `benchmarks/results`, each of which holds its hardware,
@@ -323,6 +237,15 @@ What each fusion is worth: the time of a step without it over that of a step wit
 
 {source(fusions)}
 
+## What the libraries are worth, one GPU, forward and backward
+
+Milliseconds of a step of ours with quack-kernels and flash-attn-4 and without one of them, when our own kernels and
+PyTorch's attention do its work; a job for each family.
+
+{libraries_table(without)}
+
+{(chr(10) * 2).join(map(source, without))}
+
 ## Nemotron-3-Nano widths, 13 layers (`MEMEM*EMEMEM*`), one GPU, forward and backward
 
 {step_table(nemotron)}
@@ -342,46 +265,7 @@ Stock runs Mamba2 by PyTorch operations, as it does where mamba_ssm is not insta
 gradients bounds their time, not arithmetic.
 {parity_text(deepseek, "deepseek-v3")}
 
-{section("h200_first_step")}## Qwen3-30B-A3B, all 48 layers, two GPUs, forward and backward
-
-Tokens per second are those of one GPU, of steps one behind the other. `stock` and `expertmesh` are FSDP2; `stock-ep`
-spreads the experts over both GPUs with Transformers' all-to-all, `expertmesh-gather` with `dispatch="gather"`, which is
-what `ep_size=2` gets by itself. `-graph`: each step is one CUDA graph (`cuda_graph=True`); `-recompute`: every layer's
-activations are recomputed.
-
-{step_table(pair)}
-
-{source(pair)}
-
-Machines of one kind differ, in clocks by some per cent, in their CPUs by more. The same arms in other jobs, the first
-of them with quack-kernels and flash-attn-4 installed:
-
-{elsewhere_table()}
-
-With one sequence per GPU the CPU cannot issue a step as fast as the GPU runs it; a recorded step is one launch.
-Milliseconds of one step of rank 0 under the profiler, which slows the CPU down, by what the GPU did:
-
-{trace_table(pair)}
-
-The exchanges alone, of 16,384 tokens x 2,048 bfloat16 per GPU with top-8 of 128 experts, GB/s in one direction of rows
-that some expert on the other GPU needs, with barriers. `gather` is kept, as the forward does; `gather in place` is read
-where it arrived, as the backward does; `combine` sums the experts' rows, for which a GPU alone needs what the last
-line says, while the sums travel:
-
-{exchange_table(pair["exchanges"])}
-
-An 8-layer model with the same weights, tokens and choices of experts in every arm, relative errors of the gradients in
-bfloat16, against stock in float32 among others:
-
-{agreement_table(layouts["agreement"])}
-
-Against float32 ours are as far off as stock's. Stock's two layouts round alike; ours do not (partial sums are
-rounded once per rank). In float32 all layouts agree with one process within 1e-5 on CPUs, and within 1e-3 on two GPUs
-(tests).
-
-{source(layouts)}
-
-{section("h200_x2_nemotron_3_nano")}## The experts of one layer alone, one GPU
+{section("h200_first_step")}{qwen_on_two_gpus()}{several}## The experts of one layer alone, one GPU
 
 128 experts, top-8, widths 2,048 and 768, bfloat16; routing at random or skewed by Zipf's law. Stock is Transformers'
 `grouped_mm` backend.
@@ -407,9 +291,7 @@ products at 788 TFLOP/s.
 
 def readme() -> str:
     text = (ROOT / "README.md").read_text()
-    step, pair = load("h200_qwen3_8_layers"), load("h200_x2_qwen3_30b")
-    libraries, pair_libraries = load("h200_qwen3_8_layers_libraries"), load("h200_x2_qwen3_30b_libraries")
-    pair["rows"] = [row for row in pair["rows"] if row["routing"] == "random-init"]
+    step, libraries = load("h200_qwen3_8_layers"), load("h200_qwen3_8_layers_libraries")
     block = f"""{BEGIN}
 {step_table(step)}
 
@@ -421,17 +303,9 @@ The same with quack-kernels and flash-attn-4, which the extra `gpu` installs, in
 
 {source(libraries)}
 
-All 48 layers on two GPUs, tokens/s of each ([what the arms are](docs/benchmarks.md)):
+{readme_of_two_gpus()}
 
-{step_table(pair)}
-
-{source(pair)}
-
-With quack-kernels and flash-attn-4, in another job:
-
-{step_table(pair_libraries)}
-
-{source(pair_libraries)}
+{mission_text()}
 {END}"""
     return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
 
