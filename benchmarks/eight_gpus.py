@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 benchmarks/eight_gpus.py --work qwen3-30b-a3b --out benchmarks/results/NAME.json
 
-Every arm has the same weights and tokens: forward, backward, clipping over all meshes and fused AdamW, whose states
+Every arm has the same weights and tokens: forward, backward, clipping (PyTorch's or ours) and fused AdamW, whose states
 have the weights' dtype and whose learning rate is 0; `--no-update` leaves clipping and AdamW out. `-ep`: all ranks
 share the experts; `-ep-half`: half of the ranks, FSDP2 over the rest; `-graph`: forward and backward are one CUDA
 graph. Half of Nemotron-3-Nano's layers on two GPUs:
@@ -76,7 +76,7 @@ def milliseconds(start, end):
     return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
 
 
-def step(model, recorded, optimizer, ids, device):
+def step(model, recorded, optimizer, clip, ids, device):
     """One step; the marks around its phases. optimizer None: forward and backward alone."""
     marks = [mark(device)]
     model.zero_grad(set_to_none=True)
@@ -88,23 +88,23 @@ def step(model, recorded, optimizer, ids, device):
         loss.backward()
     marks.append(mark(device))
     if optimizer is not None:
-        clip_grad_norm(model.parameters(), 1.0)
+        clip(model.parameters(), 1.0)
         marks.append(mark(device))
         optimizer.step()
         marks.append(mark(device))
     return marks
 
 
-def measure(model, recorded, optimizer, config, batch, seq, device, warmup=2, repeats=5):
+def measure(model, recorded, optimizer, clip, config, batch, seq, device, warmup=2, repeats=5):
     """Medians of steps one behind the other, each up to where the next begins."""
     ids, on_gpu = tokens(config, batch, seq, device), device.type == "cuda"
     for number in range(warmup + WARM_UP if recorded else warmup):
         if on_gpu and recorded and number == WARM_UP:  # the recording, whose memory all replays keep
             torch.cuda.reset_peak_memory_stats()
-        step(model, recorded, optimizer, ids, device)
+        step(model, recorded, optimizer, clip, ids, device)
     if on_gpu and not recorded:
         torch.cuda.reset_peak_memory_stats()
-    steps = [step(model, recorded, optimizer, ids, device) for _ in range(repeats)]
+    steps = [step(model, recorded, optimizer, clip, ids, device) for _ in range(repeats)]
     steps.append([mark(device)])
     if on_gpu:
         torch.cuda.synchronize()
@@ -129,13 +129,15 @@ def rows_of(arm, batches, options, device):
     layers = options.layers or (LAYERS[options.work] if on_gpu else None)
     config = config_of(WORKS[options.work], layers, tiny=not on_gpu)
     model = build(arm, config, device)
+    # PyTorch's own cannot clip over the meshes of Transformers' expert parallelism
+    clip = torch.nn.utils.clip_grad_norm_ if arm in ("stock", "stock-compiled") else clip_grad_norm
     for routing in options.routings:
         set_routing(model, routing, top_k_and_experts(config)[0])
         for batch in batches:
             recorded = GraphedStep(model) if arm.endswith("graph") else None
             try:
                 optimizer = adamw(model) if options.update else None
-                measured = measure(model, recorded, optimizer, config, batch, options.seq, device)
+                measured = measure(model, recorded, optimizer, clip, config, batch, options.seq, device)
             except torch.OutOfMemoryError:
                 say(arm, routing, batch, "out of memory")
                 break

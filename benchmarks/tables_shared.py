@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from expertmesh.bench.arms import LIBRARIES
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 WITHOUT = "expertmesh-no-"
@@ -23,7 +25,8 @@ def table(header: list[str], rows: list[list]) -> str:
 
 def source(result: dict) -> str:
     note = f" {result['note']}" if "note" in result else ""
-    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "triton", "transformers") if name in result)
+    packages = "torch", "triton", "transformers", *LIBRARIES
+    versions = ", ".join(f"{name} {result[name]}" for name in packages if name in result)
     machine = f"{result['gpus']} x {result['hardware']}" if result["gpus"] else result["hardware"]
     return f"{machine}; {versions}; commit `{result['commit'][:10]}`; `{result['command']}`.{note}"
 

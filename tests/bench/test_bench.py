@@ -181,6 +181,8 @@ def test_a_profile_finds_every_component_of_the_model(work):
         ("M/L/Block/Qwen3MoeExperts", "backward _UpBackward _grouped_gemm_kernel", "experts dgrads"),
         ("M/L/Block/Qwen3MoeExperts", "backward _DownBackward _down_dact_kernel", "experts dgrads"),
         ("M/L/Block/Qwen3MoeExperts", "backward _UpBackward _grouped_wgrad_kernel", "experts wgrads"),
+        ("M/L/Block/Qwen3MoeExperts", "forward _Down kernel_cutlass_kernel_quackgemm_sm90", "experts down"),
+        ("M/L/Block/Qwen3MoeExperts", "backward _UpBackward kernel_cutlass_kernel_quackgemm_sm90", "experts wgrads"),
         ("M/L/Block/Qwen3MoeExperts", "backward _UpBackward _combine_kernel", "combine"),
         ("M/L/Block/Qwen3MoeExperts", "backward _DownBackward _unsort_kernel", "combine"),
         ("Qwen3MoeForCausalLM", "forward _LinearCrossEntropy _rows_kernel", "loss head"),

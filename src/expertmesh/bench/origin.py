@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from expertmesh import backends
+from expertmesh.bench.arms import LIBRARIES
 
 
 def origin(command: list[str], commit: str | None, packages: tuple[str, ...] = ("triton", "transformers")) -> dict:
-    """{"hardware", "gpus", "torch", a version for each package (None: not installed), "commit", "command"}.
+    """{"hardware", "gpus", "torch", a version for each package (None: not installed), and for each of `LIBRARIES` that
+    is installed, "commit", "command"}.
 
     commit: None or "" asks git for that of the source tree this package runs from.
     """
@@ -22,6 +24,7 @@ def origin(command: list[str], commit: str | None, packages: tuple[str, ...] = (
         "gpus": int(on_gpu),
         "torch": torch.__version__,
         **{name: backends.version_of(name) for name in packages},
+        **{name: version for name in LIBRARIES if (version := backends.version_of(name))},
         "commit": commit or _commit(),
         "command": shlex.join(command),
     }

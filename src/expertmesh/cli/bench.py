@@ -13,7 +13,7 @@ ARMS_HELP = (
     "Sides, with commas: stock, stock-compiled (each layer by torch.compile), stock-liger, expertmesh, and "
     "expertmesh-no-NAME (one fusion off). Default: the first four, as far as they run here."
 )
-ABLATE_HELP = "Also expertmesh without each of its fusions, one by one: what every fusion is worth."
+ABLATE_HELP = "Also expertmesh without each of its fusions and libraries, one by one: what each is worth."
 ROUTING_HELP = "How tokens choose experts, with commas: random-init, skewed (as trained), balanced."
 LAYERS_HELP = "How many of the model's layers; default: as many as stock can train on one 141 GB GPU."
 STEP_HELP = "Whole steps: clipping and fused AdamW after the backward; tokens/s are then those of the step."
