@@ -1,4 +1,4 @@
-"""Norms, RoPE, SwiGLU, routing and the loss: each kernel's time beside its floor, PyTorch, torch.compile and Liger.
+"""Norms, RoPE, SwiGLU, routing, loss, clipping: each kernel's time beside its floor, PyTorch, torch.compile and Liger.
 
     python benchmarks/small_kernels.py --out benchmarks/results/NAME.json
     python benchmarks/small_kernels.py --sweep                 every configuration of every kernel's table, best first
@@ -33,6 +33,7 @@ from expertmesh.kernels import qk_norm_rope as qk_kernels
 from expertmesh.kernels import rms_norm as norm_kernels
 from expertmesh.kernels import rope as rope_kernels
 from expertmesh.kernels import swiglu as swiglu_kernels
+from expertmesh.kernels.clip import scale_, scale_reference_, squared_sum, squared_sum_reference
 from expertmesh.kernels.combine import combine, combine_reference, unsort, unsort_reference
 from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -238,6 +239,9 @@ def routing_cases(tokens: int, hidden: int) -> Iterator[tuple[str, Callable, Cal
         ),
     )
     yield "unsort", *back, (parts, position), rows * (6 * 4 + 4 + 2) / BYTES_PER_MS, 0.0
+    grad, s = leaf(16 * tokens, hidden).detach(), torch.tensor(1.001, device=y.device)
+    yield "squared_sum", lambda g: squared_sum([g]), lambda g: squared_sum_reference([g]), (grad,), 16 * row, 0.0
+    yield "scale_", lambda g: scale_([g], s) or g, lambda g: scale_reference_([g], s) or g, (grad,), 32 * row, 0.0
 
 
 def median_ms(fn: Callable[[], Any], repeats: int) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
 from expertmesh.dispatch import all_to_all, deepep, gather, push
+from expertmesh.kernels.clip import scale_, squared_sum
 
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
@@ -346,7 +347,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: 
     for grad in grads:
         local = grad.to_local() if isinstance(grad, DTensor) else grad
         locals_of.setdefault(ranks // _num_shards(grad), []).append(local)
-    squares = [_norm(tensors).square() / copies for copies, tensors in locals_of.items()]
+    squares = [squared_sum(tensors) / copies for copies, tensors in locals_of.items()]
     total = torch.stack(squares).sum()
     if ranks > 1:
         dist.all_reduce(total)
@@ -355,7 +356,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: 
         return norm
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for tensors in locals_of.values():
-        torch._foreach_mul_(tensors, scale)
+        scale_(tensors, scale)
     return norm
 
 
@@ -365,7 +366,3 @@ def _num_shards(grad: torch.Tensor) -> int:
     assert not any(p.is_partial() for p in grad.placements), "a gradient that is not reduced yet has no norm"
     sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
     return math.prod(size for placement, size in sizes if not placement.is_replicate())
-
-
-def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, torch.float32)))

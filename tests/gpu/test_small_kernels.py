@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from expertmesh.kernels.clip import scale_, squared_sum
 from expertmesh.kernels.combine import unsort, unsort_reference
 from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -181,3 +182,30 @@ def test_the_loss_never_holds_all_logits():
     linear_cross_entropy(hidden, weight, labels).backward()
     kept = 2 * vocab * 512 * 4  # the weight's gradient in float32, twice over
     assert torch.cuda.max_memory_allocated() - before < kept + 1.3 * 2**30 < rows * vocab * 2
+
+
+def test_clipping_takes_one_pass_that_is_exact_and_never_waits():
+    torch.manual_seed(0)
+    shapes = (3_000_017,), (64, 129, 257), (2**20,), (1000, 1000), (7,), (0,)
+    grads = [torch.randn(shape, device="cuda").to(torch.bfloat16) for shape in shapes]
+    grads += [torch.randn(8, 700, 300, device="cuda", dtype=dtype).transpose(1, 2) for dtype in (torch.float16, None)]
+    grads += [torch.randn(2**21, device="cuda")[::2], torch.randn(2**21, device="cuda").bfloat16()[1:]]
+    wide = [grad.double() for grad in grads]
+    scale, one = torch.tensor(0.37, device="cuda"), torch.ones((), device="cuda")
+    squared_sum(grads)  # compiles
+    scale_(grads, one)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        total, again = squared_sum(grads), squared_sum(grads)
+        scale_(grads, one)
+        same = [grad.clone() for grad in grads]
+        scale_(grads, scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(total.double(), sum(x.square().sum() for x in wide), rtol=1e-6, atol=0)
+    assert torch.equal(total, again)
+    for grad, before, exact in zip(grads, same, wide, strict=True):
+        assert torch.equal(before.double(), exact)
+        if grad.numel() >= 2**20 and grad.dtype == torch.bfloat16:  # small ones meet a scale that PyTorch rounds first
+            assert torch.equal(grad, (exact.float() * scale).to(grad.dtype))
+        torch.testing.assert_close(grad.double(), exact * scale.double(), rtol=8e-3, atol=1e-6)

@@ -165,7 +165,7 @@ class _Bench:
 
     def _row(self, arm: Arm, model: Any, routing: str, batch: int) -> None:
         options, config = self.options, model.config
-        step = steps.Step(model, batch, options.seq, options.full)
+        step = steps.Step(model, batch, options.seq, options.full, arm.ours)
         found = steps.measure(step, options.warmup, options.repeats)
         flops = step_flops(config, batch, options.seq)
         waits = steps.host_syncs(step)

@@ -14,19 +14,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from expertmesh.parallel import clip_grad_norm
+
 PHASES = ("forward", "backward", "clip", "optimizer")
 
 
 class Step:
     """A training step of one model on fixed tokens.
 
-    With `full`, gradients are clipped to norm 1 and AdamW follows, fused, with states in the weights' dtype. Its
-    learning rate is 0: the same work, and every step sees the same weights, hence the same routing. Setting gradients
-    to None is not timed.
+    With `full`, gradients are clipped to norm 1, by our function if `ours`, else PyTorch's, and AdamW follows, fused,
+    with states in the weights' dtype. Its learning rate is 0: the same work, and every step sees the same weights,
+    hence the same routing. Setting gradients to None is not timed.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: int, seq: int, full: bool) -> None:
+    def __init__(self, model: PreTrainedModel, batch: int, seq: int, full: bool, ours: bool = False) -> None:
         self.model, self.device = model, model.device
+        self.clip: Callable[..., Any] = clip_grad_norm if ours else torch.nn.utils.clip_grad_norm_
         vocab = model.config.get_text_config().vocab_size
         self.ids = torch.randint(0, vocab, (batch, seq), generator=torch.Generator().manual_seed(1)).to(self.device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if full else None
@@ -40,7 +43,7 @@ class Step:
         loss.backward()
         marks.append(_mark(self.device))
         if self.optimizer is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.clip(self.model.parameters(), 1.0)
             marks.append(_mark(self.device))
             self.optimizer.step()
             marks.append(_mark(self.device))

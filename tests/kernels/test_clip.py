@@ -1,0 +1,105 @@
+"""Norm and scaling of gradients equal PyTorch's, whatever their size and the order of their memory."""
+
+import math
+
+import pytest
+import torch
+
+from expertmesh.kernels import clip
+from expertmesh.kernels.clip import scale_, scale_reference_, squared_sum
+from expertmesh.parallel import clip_grad_norm
+from tests.kernels.compare import assert_same, on_triton
+
+
+@pytest.fixture(autouse=True)
+def large_from_100(monkeypatch):
+    monkeypatch.setattr(clip, "LARGE", 100)
+    for tuning in clip.TUNING.values():
+        monkeypatch.setitem(tuning, "BLOCK", 256)
+        monkeypatch.setitem(tuning, "STEPS", 2)
+
+
+def gradients() -> list[torch.Tensor]:
+    """Large, small and empty ones, of odd sizes; dense in another order of dimensions; with gaps."""
+    memory = torch.randn(2, 7, 300)
+    return [
+        torch.randn(1537),
+        torch.randn(512),
+        torch.randn(3, 5, 7),
+        torch.randn(11),
+        torch.randn(0, 4),
+        torch.randn(()),
+        torch.randn(9, 20, 3).transpose(0, 2),
+        torch.randn(1, 40, 1, 30).permute(2, 3, 0, 1),
+        memory[1, 1:].T,
+        memory[0, :, ::2],
+    ]
+
+
+def test_which_tensors_have_a_launch_of_their_own():
+    found = [*gradients(), torch.randn(300, dtype=torch.float64)]
+    with on_triton():
+        large, small = clip._by_size(found)
+    assert [next(i for i, x in enumerate(found) if x is y) for y in large] == [0, 1, 2, 6, 7, 8]
+    assert len(small) == len(found) - 6
+    assert clip._by_size(found) == ([], found)  # on a CPU
+
+
+def test_the_kernel_sums_the_squares_of_all_elements():
+    found = gradients()
+    exact = torch.stack([x.double().square().sum() for x in found]).sum().float()
+    with on_triton():
+        assert_same([squared_sum(found), squared_sum(found[:1])], [exact, found[0].double().square().sum().float()])
+        assert torch.equal(squared_sum(found), squared_sum(found))
+    assert_same([squared_sum(found)], [exact])
+
+
+def test_the_kernel_scales_every_element_in_place_and_nothing_beside_it():
+    memory = torch.randn(2000)
+    ours = gradients()
+    theirs = [tensor.clone() for tensor in ours]
+    inside, scale = memory[100:1637], torch.tensor(0.37)
+    expected = torch.cat([memory[:100], inside * scale, memory[1637:]])
+    scale_reference_(theirs, scale)
+    with on_triton():
+        scale_([*ours, inside], scale)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(memory, expected)
+
+
+def test_a_scale_of_one_leaves_every_bit():
+    bits = torch.randint(-(2**31), 2**31, (1537,), dtype=torch.int32)  # nan with any payload among them
+    ours = bits.clone().view(torch.float32)
+    with on_triton():
+        scale_([ours], torch.ones(()))
+    assert torch.equal(ours.view(torch.int32), bits)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_shows(bad):
+    x, y = torch.randn(1537), torch.randn(700)
+    x[1500] = bad
+    with on_triton():
+        total = squared_sum([x, y])
+        scale_([y], torch.tensor(math.nan))
+    torch.testing.assert_close(total, torch.tensor(bad), equal_nan=True)
+    assert y.isnan().all()
+
+
+def test_no_tensors_have_norm_zero():
+    assert squared_sum([]) == 0
+    scale_([], torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e9, math.inf], ids=["clips", "leaves", "measures"])
+def test_clipping_by_kernels_equals_torch(max_norm):
+    ours = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((40, 30), (5,), (6, 10, 7))]
+    theirs = [torch.nn.Parameter(torch.zeros_like(p)) for p in ours]
+    for a, b in zip(ours, theirs, strict=True):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    with on_triton():
+        norm = clip_grad_norm(ours, max_norm)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, max_norm))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
