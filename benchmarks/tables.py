@@ -15,49 +15,28 @@ from expertmesh.bench.works import WORKS
 BEGIN, END = "<!-- from benchmarks/results: begin -->", "<!-- from benchmarks/results: end -->"
 
 
-def worth_table(result: dict) -> str:
-    """What each fusion is worth: the time of a step without it over that of expertmesh with all."""
-    place = ("work", "routing", "batch", "seq")
-    whole = {tuple(row[key] for key in place): row["step_ms"] for row in result["rows"] if row["arm"] == "expertmesh"}
-    rows = [
-        [
-            row["work"],
-            f"{row['batch']} x {row['seq']}",
-            f"`{row['arm'].removeprefix(WITHOUT)}`",
-            row["step_ms"],
-            f"{row['step_ms'] / whole[tuple(row[key] for key in place)]:.3f}",
-        ]
-        for row in result["rows"]
-        if row["arm"].startswith(WITHOUT)
-    ]
-    return table(["work", "batch", "fusion", "ms without it", "worth"], rows)
-
-
-def libraries_table(results: list[dict]) -> str:
-    """Milliseconds of a step with both libraries and without one of them."""
-    times: dict[tuple[str, str], dict[str, float]] = {}
-    for row in (row for result in results for row in result["rows"]):
-        times.setdefault((row["work"], f"{row['batch']} x {row['seq']}"), {})[row["arm"]] = row["step_ms"]
-    rows = []
-    for place, ms in times.items():
-        rows.append([*place, ms["expertmesh"]])
-        for library in ("quack-kernels", "flash-attn-4"):
-            without = ms[WITHOUT + library]
-            rows[-1] += [without, f"{without / ms['expertmesh']:.3f}"]
-    header = ["work", "batch", "ms with both", "without quack-kernels", "worth", "without flash-attn-4", "worth"]
-    return table(header, rows)
+def worth_table(rows: list[dict]) -> str:
+    """The time of a step without each fusion over that of expertmesh with all, families and batches side by side."""
+    whole = {(row["work"], row["batch"]): row["step_ms"] for row in rows if row["arm"] == "expertmesh"}
+    worth: dict[str, dict[tuple[str, int], str]] = {}
+    for row in rows:
+        if row["arm"].startswith(WITHOUT):
+            place = row["work"], row["batch"]
+            worth.setdefault(row["arm"].removeprefix(WITHOUT), {})[place] = f"{row['step_ms'] / whole[place]:.3f}"
+    cells = [[f"`{name}`", *(found.get(place, "") for place in whole)] for name, found in worth.items()]
+    return table(["without", *(f"{work}, {batch} x {rows[0]['seq']}" for work, batch in whole)], cells)
 
 
 def parity_text(result: dict, work: str) -> str:
-    """How far the gradients of one work are from float32, where the result has that."""
-    if work not in result["parity"]:
-        return "Gradients were not compared with float32 in this job."
+    """How far the gradients of one work are from float32."""
     found = result["parity"][work]
     ours, stock, layers = found["expertmesh"], found["stock"], WORKS[work].proof_layers
     where = f" (`{ours['worst_tensor']}`)" if "worst_tensor" in ours else ""
     return f"""Against a float32 run of stock Transformers ({layers} layers, 2,048 tokens, same weights), the loss in
 bfloat16 is off by {stock["loss_error"]:.1e} on the stock side and {ours["loss_error"]:.1e} on ours; over all
-parameters, our gradient error is at most {ours["worst_ratio"]:.2f} times stock's{where}."""
+parameters, our gradient error is at most {ours["worst_ratio"]:.2f} times stock's{where}.
+
+{source(result)}"""
 
 
 def section(name: str) -> str:
@@ -177,8 +156,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "Stock then scans with mamba_ssm; its compiled convolution (causal_conv1d) was not there.", step_table),
     "h200_gpt_oss_20b": (
         "GPT-OSS-20B widths, 4 of 24 layers, one GPU, forward and backward",
-        "Stock's attention is flex attention, ours our own.",
-        lambda result: step_table(result) + "\n\n" + parity_text(result, "gpt-oss-20b")),
+        "Stock's attention is flex attention, ours our own.", step_table),
     "h200_first_step": (
         "The first training step, one GPU", "Wall time of forward and backward of a few layers in a new process,\n"
         "with an empty cache of Triton's and again with what that left. `at once`: families in parallel.", times_table),
@@ -203,9 +181,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
 
 def page() -> str:
     step, experts, small = load("h200_qwen3_8_layers"), load("h200_experts"), load("h200_small_kernels")
-    libraries, fusions = load("h200_qwen3_8_layers_libraries"), load("h200_fusions")
+    fusions = [load(f"h200_fusions_{name}") for name in ("qwen3_gpt_oss", "nemotron_deepseek")]
     nemotron, deepseek = load("h200_nemotron_3_nano"), load("h200_deepseek_v3")
-    without = [load(f"h200_{name}_without_libraries") for name in ("qwen3_30b", "nemotron_3_nano", "deepseek_v3")]
     beside = section("h200_nemotron_3_nano_mamba_ssm") + section("h200_gpt_oss_20b")
     several = section("h200_x2_nemotron_3_nano") + steps_on_four_gpus()
     return f"""# Benchmarks
@@ -221,30 +198,10 @@ table holds for the commit that its last line names, not for what was changed si
 
 {source(step)}
 
-{parity_text(step, "qwen3-30b-a3b")} The CPU never waits for the GPU in a step of ours. Each column is explained in
-[bench.md](bench.md), and [profile.md](profile.md) tells where the time goes.
+{parity_text(load("h200_proof_qwen3_30b"), "qwen3-30b-a3b")}
 
-With quack-kernels and flash-attn-4 (extra `gpu`), in a job of their own:
-
-{step_table(libraries)}
-
-{source(libraries)}
-
-What each fusion is worth: the time of a step without it over that of a step with all. Without `rms_norm`,
-`qk_norm_rope` and `add_norm` are off as well.
-
-{worth_table(fusions)}
-
-{source(fusions)}
-
-## What the libraries are worth, one GPU, forward and backward
-
-Milliseconds of a step of ours with quack-kernels and flash-attn-4 and without one of them, when our own kernels and
-PyTorch's attention do its work; a job for each family.
-
-{libraries_table(without)}
-
-{(chr(10) * 2).join(map(source, without))}
+The CPU never waits for the GPU in a step of ours. Each column is explained in [bench.md](bench.md), and
+[profile.md](profile.md) tells where the time goes.
 
 ## Nemotron-3-Nano widths, 13 layers (`MEMEM*EMEMEM*`), one GPU, forward and backward
 
@@ -253,7 +210,6 @@ PyTorch's attention do its work; a job for each family.
 {source(nemotron)}
 
 Stock runs Mamba2 by PyTorch operations, as it does where mamba_ssm is not installed.
-{parity_text(nemotron, "nemotron-3-nano")}
 
 {beside}## DeepSeek-V3 widths, a dense and a Mixture-of-Experts layer, one GPU, forward and backward
 
@@ -263,7 +219,18 @@ Stock runs Mamba2 by PyTorch operations, as it does where mamba_ssm is not insta
 
 256 experts of 4,096 tokens' choosing: 128 rows each on average, so reading and writing their 22.5 GB of weights and
 gradients bounds their time, not arithmetic.
-{parity_text(deepseek, "deepseek-v3")}
+
+{parity_text(load("h200_proof_deepseek_v3"), "deepseek-v3")}
+
+## What each fusion and each library is worth, one GPU, forward and backward
+
+The time of a step without it over that of a step with all; the layers are those of the tables above. Without
+`rms_norm`, `qk_norm_rope` and `add_norm` are off as well; without quack-kernels or flash-attn-4, our own kernels and
+PyTorch's attention do its work.
+
+{worth_table([row for result in fusions for row in result["rows"]])}
+
+{(chr(10) * 2).join(map(source, fusions))}
 
 {section("h200_first_step")}{qwen_on_two_gpus()}{several}## The experts of one layer alone, one GPU
 
@@ -291,17 +258,11 @@ products at 788 TFLOP/s.
 
 def readme() -> str:
     text = (ROOT / "README.md").read_text()
-    step, libraries = load("h200_qwen3_8_layers"), load("h200_qwen3_8_layers_libraries")
+    step = load("h200_qwen3_8_layers")
     block = f"""{BEGIN}
 {step_table(step)}
 
 {source(step)}
-
-The same with quack-kernels and flash-attn-4, which the extra `gpu` installs, in another job:
-
-{step_table(libraries)}
-
-{source(libraries)}
 
 {readme_of_two_gpus()}
 

@@ -38,12 +38,13 @@ def trace_table(result: dict) -> str:
 def elsewhere_table() -> str:
     """Rows of ours from other jobs than the main one on two GPUs."""
     rows = []
-    for name in ("h200_x2_qwen3_30b_libraries", "h200_x2_qwen3_30b_faster_machine", "h200_x2_qwen3_30b_skewed"):
+    for name in ("h200_x2_qwen3_30b_skewed", "h200_x2_qwen3_30b_without_libraries"):
         result = load(name)
         rows += [
             [f"`{result['commit'][:10]}`", row["arm"], row["routing"], f"{row['batch']} x {row['seq']}"]
             + [f"{row['tokens_per_second_per_gpu']:,}", row.get("peak_gib", "")]
             for row in result["rows"]
+            if row["arm"] != "stock"
         ]
     return table(["commit", "arm", "routing", "batch", "tokens/s", "peak GiB"], rows)
 
@@ -202,6 +203,7 @@ Why, where balanced:
 def qwen_on_two_gpus() -> str:
     """The section of docs/benchmarks.md on Qwen3-30B-A3B, forward and backward."""
     pair, layouts, four = load("h200_x2_qwen3_30b"), load("h200_x2_agreement"), load("h200_x4_exchanges")
+    whole = load("h200_x2_qwen3_30b_step")
     return f"""## Qwen3-30B-A3B, all 48 layers, two GPUs, forward and backward
 
 Tokens per second are those of one GPU, of steps one behind the other. `stock` and `expertmesh` are FSDP2; `stock-ep`
@@ -213,10 +215,16 @@ activations are recomputed.
 
 {source(pair)}
 
-Machines of one kind differ, in clocks by some per cent, in their CPUs by more. The same arms in other jobs, the first
-of them with quack-kernels and flash-attn-4 installed:
+Ours in two other jobs, one with routing skewed by Zipf's law, one by an earlier commit without quack-kernels and
+flash-attn-4; machines of one kind differ, in clocks by some per cent, in their CPUs by more:
 
 {elsewhere_table()}
+
+Whole training steps, with clipping over all meshes and fused AdamW, all states in bfloat16 (`-ep` has `ep_size=2`):
+
+{whole_steps_table(whole["rows"])}
+
+{source(whole)}
 
 With one sequence per GPU the CPU cannot issue a step as fast as the GPU runs it; a recorded step is one launch.
 Milliseconds of one step of rank 0 under the profiler, which slows the CPU down, by what the GPU did:
@@ -248,16 +256,9 @@ rounded once per rank). In float32 all layouts agree with one process within 1e-
 
 def readme_of_two_gpus() -> str:
     """The README's tables of two GPUs."""
-    pair, libraries = load("h200_x2_qwen3_30b"), load("h200_x2_qwen3_30b_libraries")
-    pair["rows"] = [row for row in pair["rows"] if row["routing"] == "random-init"]
+    pair = load("h200_x2_qwen3_30b")
     return f"""All 48 layers on two GPUs, tokens/s of each ([what the arms are](docs/benchmarks.md)):
 
 {step_table(pair)}
 
-{source(pair)}
-
-With quack-kernels and flash-attn-4, in another job:
-
-{step_table(libraries)}
-
-{source(libraries)}"""
+{source(pair)}"""
