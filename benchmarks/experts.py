@@ -11,13 +11,13 @@ stands beside that of quack-kernels where that is installed (`experts_quack`).
 import argparse
 import importlib.util
 import itertools
-import statistics
 import sys
 from dataclasses import dataclass
 from functools import partial
 from unittest import mock
 
 import experts_quack
+import timing
 import torch
 from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import grouped_mm_experts_forward
@@ -33,19 +33,9 @@ from expertmesh.layers.experts import experts_forward
 EXPERTS, HIDDEN, WIDTH, TOP_K = 128, 2048, 768, 8
 
 
-def median_ms(run, repeats=9, warmup=3, queued=5):
-    """Milliseconds of a call among calls queued one behind the other, as layers are; median of several rows."""
-    times = []
-    for i in range(warmup + repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(queued):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        if i >= warmup:
-            times.append(start.elapsed_time(end) / queued)
-    return statistics.median(times)
+def median_ms(run, repeats=9):
+    """Milliseconds of a call among calls queued one behind the other, as layers are."""
+    return timing.median_ms(run, repeats, queued=5)
 
 
 def routing(tokens, kind):
@@ -171,7 +161,7 @@ def _try(run, flops, name, config):
     for m in modules:
         setattr(m, name, lambda *_, **__: dict(config))
     try:
-        return flops / median_ms(run, repeats=5, warmup=2) / 1e9, config
+        return flops / median_ms(run, repeats=5) / 1e9, config
     except Exception as error:  # a configuration that does not fit the chip is an answer too
         if "OutOfResources" not in type(error).__name__:
             print(f"   {config}: {type(error).__name__}")

@@ -17,13 +17,13 @@ import importlib
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from timing import median_ms
 
 from expertmesh import backends
 from expertmesh.bench.origin import origin, write
@@ -102,29 +102,6 @@ SWEEPS: list[tuple[str, dict[str, Any], str, list[dict[str, int]]]] = (
 
 def leaf(*shape: int, scale: float = 1.0, dtype: torch.dtype = DTYPE) -> torch.Tensor:
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype).requires_grad_()
-
-
-def median_ms(fn: Callable[[], Any], repeats: int) -> float:
-    """Median time of one call behind writes that empty the L2 cache and hide the launches."""
-    flush = torch.empty(2**28 if DEVICE == "cuda" else 1, dtype=torch.int8, device=DEVICE)
-    times = []
-    for i in range(repeats + 2):
-        for _ in range(8 if DEVICE == "cuda" else 0):
-            flush.zero_()
-        if DEVICE == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            fn()
-            end.record()
-            end.synchronize()
-            elapsed = start.elapsed_time(end)
-        else:
-            begin = time.perf_counter()
-            fn()
-            elapsed = (time.perf_counter() - begin) * 1e3
-        if i >= 2:
-            times.append(elapsed)
-    return round(statistics.median(times), 4)
 
 
 class Autograd(torch.autograd.Function):
@@ -330,7 +307,7 @@ def rows(sizes: Sizes, repeats: int, asked: list[str]) -> Iterator[dict[str, Any
 def timed(name: str, packed: bool, arm: str, case: Case, sizes: Sizes, repeats: int) -> Iterator[dict[str, Any]]:
     """Forward and backward of one implementation of a kernel."""
     for direction, floor in zip(("forward", "backward"), floors(sizes)[name], strict=True):
-        ms = median_ms(getattr(case, direction), repeats if arm != "torch" else 2)
+        ms = round(median_ms(getattr(case, direction), repeats if arm != "torch" else 2), 4)
         yield {"kernel": name, "packed": packed, "implementation": arm, "pass": direction, "ms": ms,
                "floor_ms": round(floor, 4), "share_of_floor": round(floor / ms, 3)}  # fmt: skip
 
@@ -346,7 +323,7 @@ def sweep(sizes: Sizes, repeats: int, asked: list[str]) -> Iterator[dict[str, An
         for candidate in candidates:
             tuning[entry] = candidate
             try:
-                times.append([median_ms(call, repeats), candidate])
+                times.append([round(median_ms(call, repeats), 4), candidate])
             except backends.triton.runtime.errors.OutOfResources as problem:
                 failed.append([str(problem), candidate])
         tuning[entry] = shipped

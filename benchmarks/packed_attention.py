@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from timing import median_ms
 from torch import nn
 from torch.nn.attention import activate_flash_attention_impl
 from transformers import masking_utils
@@ -39,26 +40,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def median_ms(run: Callable[[], Any], repeats: int, wall: bool = False) -> float:
-    """Median time of one call, on the device or on the wall clock; three calls warm up."""
+def wall_ms(run: Callable[[], Any], repeats: int) -> float:
+    """Median time of one call that makes the CPU wait; three calls warm up."""
     times = []
-    for i in range(repeats + 3):
+    for _ in range(repeats + 3):
         synchronize()
         begin = time.perf_counter()
-        if DEVICE == "cuda" and not wall:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            elapsed = start.elapsed_time(end)
-        else:
-            run()
-            synchronize()
-            elapsed = (time.perf_counter() - begin) * 1e3
-        if i >= 3:
-            times.append(elapsed)
-    return statistics.median(times)
+        run()
+        synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times[3:])
 
 
 def transformers_mask(position_ids: torch.Tensor) -> torch.Tensor | None:
@@ -87,7 +78,7 @@ def measure(
         .requires_grad_()
         for n in (heads, key_heads, key_heads)
     )
-    mask_ms = median_ms(make_mask, repeats, wall=True)
+    mask_ms = wall_ms(make_mask, repeats)
     before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
     mask = make_mask()
 

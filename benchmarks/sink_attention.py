@@ -15,13 +15,13 @@ import argparse
 import importlib.util
 import itertools
 import json
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from timing import median_ms
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
@@ -37,7 +37,6 @@ from expertmesh.kernels.sink_attention import sink_attention, visible
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOW, GROUP = 128, 8
 DOCUMENTS = (12, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2, 1, 1, 1)  # shares of the row, in 64ths
-FLUSH_BYTES = 2**28
 
 
 def table(**values: tuple[int, ...]) -> list[dict[str, int]]:
@@ -57,24 +56,6 @@ SWEEPS: dict[str, list[dict[str, int]]] = {
     + table(BM=(32,), BN=(128,), num_warps=(8,), num_stages=(3,))
     + table(BM=(128,), BN=(64,), num_warps=(8,), num_stages=(2,)),
 }
-
-
-def median_ms(run: Callable[[], Any], repeats: int) -> float:
-    """Median time of one call on the device; three calls warm up. Without a GPU the call is made, and takes 1."""
-    if DEVICE == "cpu":
-        run()
-        return 1.0
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
-    times = []
-    for _ in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[3:])
 
 
 class CuDNNWithSinks(torch.autograd.Function):

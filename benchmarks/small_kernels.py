@@ -17,13 +17,12 @@ import importlib.util
 import itertools
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from timing import FLUSH_BYTES, median_ms, medians_ms
 
 from expertmesh import backends
 from expertmesh.bench.origin import origin, write
@@ -47,7 +46,6 @@ from expertmesh.kernels.swiglu import relu2, swiglu, swiglu_reference
 
 BYTES_PER_MS = 4.25e9
 FLOP_PER_MS = 788e9
-FLUSH_BYTES, FLUSHES = 2**28, 8  # about half a millisecond
 EPS = 1e-6
 EXPERTS, TOP_K = 128, 8
 
@@ -244,30 +242,6 @@ def routing_cases(tokens: int, hidden: int) -> Iterator[tuple[str, Callable, Cal
     yield "scale_", lambda g: scale_([g], s) or g, lambda g: scale_reference_([g], s) or g, (grad,), 32 * row, 0.0
 
 
-def median_ms(fn: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median times of one call on the device, and of the CPU until it returns; three calls warm up (and compile)."""
-    cuda = torch.cuda.is_available()
-    flush = torch.empty(FLUSH_BYTES if cuda else 1, dtype=torch.int8, device="cuda" if cuda else "cpu")
-    times, cpu_times = [], []
-    for i in range(repeats + 3):
-        for _ in range(FLUSHES if cuda else 0):
-            flush.zero_()
-        if cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-        begin = time.perf_counter()
-        fn()
-        elapsed = cpu = (time.perf_counter() - begin) * 1e3
-        if cuda:
-            end.record()
-            end.synchronize()
-            elapsed = start.elapsed_time(end)
-        if i >= 3:
-            times.append(elapsed)
-            cpu_times.append(cpu)
-    return statistics.median(times), statistics.median(cpu_times)
-
-
 def measure(fn: Callable, inputs: tuple[torch.Tensor, ...], repeats: int) -> Iterator[dict[str, Any]]:
     """Times of forward (keeping what backward needs), backward, and both, with peak memory in GiB; forward alone where
     no input has a gradient."""
@@ -278,7 +252,7 @@ def measure(fn: Callable, inputs: tuple[torch.Tensor, ...], repeats: int) -> Ite
         return [result] if isinstance(result, torch.Tensor) else list(result)
 
     def timed(name: str, fn: Callable[[], Any]) -> dict[str, Any]:
-        ms, cpu_ms = median_ms(fn, repeats)
+        ms, cpu_ms = medians_ms(fn, repeats)
         return {"pass": name, "ms": round(ms, 4), "cpu_ms": round(cpu_ms, 4)}
 
     yield timed("forward", outputs)
@@ -330,7 +304,7 @@ def sweep(tokens: int, hidden: int, vocab: int, repeats: int) -> Iterator[dict[s
             times = []
             for candidate in candidates:
                 tuning[name].update(candidate)
-                times.append([round(median_ms(call, repeats)[0], 4), candidate])
+                times.append([round(median_ms(call, repeats), 4), candidate])
             tuning[name].update(shipped)
             times.sort(key=lambda entry: entry[0])
             yield {"kernel": kernel, "pass": name, "floor_ms": round(floor, 4), "shipped": shipped, "best_first": times}

@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from timing import median_ms
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM as StockAuto
@@ -290,16 +291,7 @@ def probe(device, tokens, width, experts=128, top_k=8):
     rows = []
     for name, exchanges in runs.items():
         for what, exchange in exchanges.items():
-            times = []
-            for _ in range(8):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                for _ in range(10):
-                    exchange()
-                end.record()
-                torch.cuda.synchronize()
-                times.append(start.elapsed_time(end) * 100)
-            us = statistics.median(times[2:])
+            us = median_ms(exchange, 6, queued=40) * 1e3
             rate = {} if "alone" in name else {"gb_per_second": round(sent / us / 1e3)}
             rows.append({"link": name, "exchange": what, "us": round(us, 1), **rate})
             say(rows[-1])

@@ -1,0 +1,43 @@
+"""How the micro-benchmarks measure a call: behind other work, so that no launch is waited for."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FLUSH_BYTES, FLUSHES = 2**28, 16  # more than an L2 cache holds; together about a millisecond
+
+
+def median_ms(run: Callable[[], Any], repeats: int, warmup: int = 3, queued: int = 1) -> float:
+    """Milliseconds of a call on the device, as `medians_ms`."""
+    return medians_ms(run, repeats, warmup, queued)[0]
+
+
+def medians_ms(run: Callable[[], Any], repeats: int, warmup: int = 3, queued: int = 1) -> tuple[float, float]:
+    """Milliseconds of a call on the device, and of the CPU until it returns: medians of `repeats` rows of
+    `queued` calls one behind the other. Before a row comes what empties the L2 cache and lets the CPU launch ahead.
+
+    Without a GPU both are the time of the call.
+    """
+    on_gpu = torch.cuda.is_available()
+    flush = torch.empty(FLUSH_BYTES if on_gpu else 0, dtype=torch.int8, device="cuda" if on_gpu else "cpu")
+    rows = []
+    for _ in range(warmup + repeats):
+        if on_gpu:
+            for _ in range(FLUSHES):
+                flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+        begin = time.perf_counter()
+        for _ in range(queued):
+            run()
+        elapsed = cpu = (time.perf_counter() - begin) * 1e3
+        if on_gpu:
+            end.record()
+            end.synchronize()
+            elapsed = start.elapsed_time(end)
+        rows.append((elapsed / queued, cpu / queued))
+    device, host = zip(*rows[warmup:], strict=True)
+    return statistics.median(device), statistics.median(host)
