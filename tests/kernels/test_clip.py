@@ -14,9 +14,7 @@ from tests.kernels.compare import assert_same, on_triton
 @pytest.fixture(autouse=True)
 def large_from_100(monkeypatch):
     monkeypatch.setattr(clip, "LARGE", 100)
-    for tuning in clip.TUNING.values():
-        monkeypatch.setitem(tuning, "BLOCK", 256)
-        monkeypatch.setitem(tuning, "STEPS", 2)
+    monkeypatch.setattr(clip, "OPTIONS", clip.OPTIONS | {"BLOCK": 256, "STEPS": 2})
 
 
 def gradients() -> list[torch.Tensor]:

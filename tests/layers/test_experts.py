@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
 from expertmesh import backends
-from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad, products
+from expertmesh.kernels import grouped_gemm, grouped_wgrad, products
 from expertmesh.layers.experts import activation_of, experts_forward
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 6, 40, 24, 37, 3
@@ -86,7 +86,7 @@ def _run(forward, module, x, ids, weight, dout):
 def test_experts_equal_transformers(layout, routing, path, nan_memory, monkeypatch):
     torch.manual_seed(0)
     if path == "triton by pointers":  # as on GPUs without a TMA unit
-        for module in (grouped_gemm, grouped_up, grouped_down, grouped_wgrad):
+        for module in (grouped_gemm, grouped_wgrad):
             monkeypatch.setattr(module, "by_descriptor", lambda device: False)
     if path == "triton with room for few":  # as on a rank that gets more than its share
         up_act = products.up_act

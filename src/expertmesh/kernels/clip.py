@@ -11,11 +11,7 @@ from expertmesh.kernels.launch import launched
 
 LARGE = 2**20  # elements from which a tensor is worth a launch
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: a program takes STEPS blocks in a row
-TUNING = {
-    "squared_sum": {"BLOCK": 4096, "STEPS": 8, "num_warps": 8},
-    "scale": {"BLOCK": 4096, "STEPS": 8, "num_warps": 8},
-}
+OPTIONS = {"BLOCK": 4096, "STEPS": 8, "num_warps": 8}  # a program takes STEPS blocks in a row
 
 
 def squared_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -26,10 +22,10 @@ def squared_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
     large, small = _by_size(tensors)
     if not large:
         return squared_sum_reference(small)
-    programs = [_programs(tensor, "squared_sum") for tensor in large]
+    programs = [_programs(tensor) for tensor in large]
     partials = torch.empty(sum(programs), dtype=torch.float32, device=large[0].device)
     for tensor, partial, count in zip(large, partials.split(programs), programs, strict=True):
-        _squared_sum_kernel[(count,)](tensor, partial, tensor.numel(), **TUNING["squared_sum"])
+        _squared_sum_kernel[(count,)](tensor, partial, tensor.numel(), **OPTIONS)
     total = partials.sum()
     return total + squared_sum_reference(small) if small else total
 
@@ -48,7 +44,7 @@ def scale_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
     """
     large, small = _by_size(tensors)
     for tensor in large:
-        _scale_kernel[(_programs(tensor, "scale"),)](tensor, scale, tensor.numel(), **TUNING["scale"])
+        _scale_kernel[(_programs(tensor),)](tensor, scale, tensor.numel(), **OPTIONS)
     scale_reference_(small, scale)
 
 
@@ -69,18 +65,12 @@ def _by_size(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torc
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """True where the elements fill one piece of memory, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    """True where the elements fill one piece of memory, in whatever order of dimensions: only then are strides kept."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
-def _programs(tensor: torch.Tensor, kernel: str) -> int:
-    return triton.cdiv(tensor.numel(), TUNING[kernel]["BLOCK"] * TUNING[kernel]["STEPS"])
+def _programs(tensor: torch.Tensor) -> int:
+    return triton.cdiv(tensor.numel(), OPTIONS["BLOCK"] * OPTIONS["STEPS"])
 
 
 @launched

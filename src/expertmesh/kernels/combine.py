@@ -142,22 +142,10 @@ def _unsort_kernel(value, position, out, count, rows, PARTS: tl.constexpr, BLOCK
 
 @launched
 def _combine_kernel(
-    y,
-    position,
-    weight,
-    residual,
-    out,
-    outs,
-    own,
-    num_residual,
-    width,
-    top_k,
-    OUTS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    y, position, weight, residual, out, outs, own, num_residual, width, top_k,
+    OUTS: tl.constexpr, ALIGNED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     # neighbours in time write to different outs, so that wires and memory are busy together
     row, piece = tl.program_id(0) // OUTS, tl.program_id(0) % OUTS
     token = (piece * (tl.num_programs(0) // OUTS) + row).to(tl.int64)

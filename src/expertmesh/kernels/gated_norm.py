@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from expertmesh.backends import tl, triton
-from expertmesh.kernels.launch import launched
-from expertmesh.kernels.rms_norm import add_pairs, last_contiguous, processors, row_tile, sum_partials
+from expertmesh.kernels.launch import launched, processors
+from expertmesh.kernels.rms_norm import add_pairs, last_contiguous, row_tile, sum_partials
 
 #: elements per program, elements per thread, and persistent programs per multiprocessor
 TUNING = {

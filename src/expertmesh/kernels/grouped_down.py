@@ -13,12 +13,10 @@ import torch
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.activation import Activation, activate_backward
 from expertmesh.kernels.grouped_gemm import (
-    by_descriptor,
-    dot_precision,
+    constants_of,
     gathered_tile,
     grouped_gemm,
     grouped_gemm_reference,
-    programs,
     tile_config,
     weight_tile,
     weight_tiles,
@@ -101,8 +99,8 @@ def _down_dact_triton(
     dweight_PS = torch.empty(triton.cdiv(width, config["BN"]), num_rows, dtype=torch.float32, device=dout_TH.device)
     # and likewise one of dh per row tile
     db_MJ = dweight_PS.new_empty(group.tiles[0].numel(), h_SJ.shape[1]) if has_bias else None
-    num_programs = programs(dout_TH.device)
-    _down_dact_kernel[(num_programs,)](
+    constants = constants_of(dout_TH, group)
+    _down_dact_kernel[(constants["PROGRAMS"],)](
         dout_TH,
         group.token_S,
         w_tiles,
@@ -126,13 +124,10 @@ def _down_dact_triton(
         LAYOUT=layout(act),
         KIND=act.kind,
         TRANSPOSED=transposed,
-        DESCRIPTOR=by_descriptor(dout_TH.device),
-        PROGRAMS=num_programs,
-        BM=group.block,
-        PRECISION=dot_precision(dout_TH.dtype),
         EVEN=num_inner % config["BK"] == 0,
         HAS_BIAS=has_bias,
         HAS_MORE=more_SJ is not None,
+        **constants,
         **config,
     )
     db_EJ = None if db_MJ is None else grouped_sum(db_MJ, group, h_SJ.dtype, tile=group.block)
@@ -141,41 +136,12 @@ def _down_dact_triton(
 
 @launched
 def _down_dact_kernel(
-    dout,
-    token,
-    w,
-    h,
-    more,
-    weight,
-    dh,
-    wa,
-    dweight,
-    db,
-    tile_expert,
-    tile_row,
-    num_tiles,
-    offsets,
-    num_experts,
-    num_rows,
-    num_kept,
-    width,
-    num_inner,
-    stride_d,
-    alpha,
-    limit,
-    LAYOUT: tl.constexpr,
-    KIND: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MORE: tl.constexpr,
-):
+    dout, token, w, h, more, weight, dh, wa, dweight, db, tile_expert, tile_row, num_tiles, offsets, num_experts,
+    num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
+    LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MORE: tl.constexpr,
+):  # fmt: skip
     column_tiles = tl.cdiv(width, BN)
     work = tl.load(num_tiles) * column_tiles
     for item in range(tl.program_id(0), work, PROGRAMS):
@@ -269,23 +235,9 @@ def _load_h(h, row, in_group, first, width, BN: tl.constexpr, LAYOUT: tl.constex
 
 @triton.jit
 def _finish_dact(
-    da,
-    gate,
-    up,
-    row,
-    in_group,
-    scale,
-    first,
-    dh,
-    wa,
-    db,
-    width,
-    alpha,
-    limit,
-    LAYOUT: tl.constexpr,
-    KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
+    da, gate, up, row, in_group, scale, first, dh, wa, db, width, alpha, limit,
+    LAYOUT: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     """Store dh, its sum and weight·a of the columns from `first` on, whose h `_load_h` has loaded; returns each row's
     ⟨da, a⟩ over them.
     """

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from expertmesh.backends import TensorDescriptor, logger, tl, triton, use_triton
 from expertmesh.kernels.grouping import Grouping
-from expertmesh.kernels.launch import launched
+from expertmesh.kernels.launch import launched, processors
 from expertmesh.kernels.matmul import mm_out
 
 
@@ -82,12 +82,6 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @cache
-def programs(device: torch.device) -> int:
-    """How many programs fill the device: its multiprocessors. Two where Triton is interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-@cache
 def wide(device: torch.device) -> bool:
     """Whether shared memory holds three or four stages of the large tiles: Hopper and datacentre Blackwell."""
     properties: Any = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
@@ -101,6 +95,16 @@ def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3) -> dict[str, 
     if block_rows == 128 and wide(x.device):
         return dict(BN=256, BK=64, num_warps=8, num_stages=stages)
     return dict(BN=128, BK=64, num_warps=8 if block_rows == 128 else 4, num_stages=3)
+
+
+def constants_of(x: torch.Tensor, group: Grouping) -> dict[str, Any]:
+    """What a row-tile kernel is compiled for besides its `tile_config`."""
+    return dict(
+        BM=group.block,
+        PROGRAMS=processors(x.device),
+        DESCRIPTOR=by_descriptor(x.device),
+        PRECISION=dot_precision(x.dtype),
+    )
 
 
 @cache
@@ -154,8 +158,8 @@ def _grouped_gemm_triton(
     y_SN = a_SK.new_empty(a_SK.shape[0], num_columns)
     config = tile_config(a_SK, group.block)
     w_tiles, transposed = weight_tiles(w_EKN, config["BK"], config["BN"])
-    num_programs = programs(a_SK.device)
-    _grouped_gemm_kernel[(num_programs,)](
+    constants = constants_of(a_SK, group)
+    _grouped_gemm_kernel[(constants["PROGRAMS"],)](
         tiles_of(a_SK, group.block, config["BK"]),
         w_tiles,
         bias_EN,
@@ -166,11 +170,8 @@ def _grouped_gemm_triton(
         num_columns,
         num_inner,
         TRANSPOSED=transposed,
-        DESCRIPTOR=by_descriptor(a_SK.device),
-        PROGRAMS=num_programs,
-        BM=group.block,
-        PRECISION=dot_precision(a_SK.dtype),
         HAS_BIAS=bias_EN is not None,
+        **constants,
         **config,
     )
     return y_SN
@@ -192,17 +193,9 @@ def matrix_tile(x, row, column, num_rows, num_columns, BR: tl.constexpr, BC: tl.
 
 @triton.jit
 def weight_tile(
-    w,
-    expert,
-    k,
-    column,
-    num_inner,
-    num_columns,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-):
+    w, expert, k, column, num_inner, num_columns,
+    BK: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
     """Weights [BK, BN] of an expert at inner index k and a column; behind them may lie another expert's."""
     if TRANSPOSED:
         first, behind = expert * num_columns + column, (expert + 1) * num_columns
@@ -230,26 +223,10 @@ def add_bias(acc, bias, expert, column, num_columns):
 
 @launched
 def _grouped_gemm_kernel(
-    a,
-    w,
-    bias,
-    y,
-    tile_expert,
-    tile_row,
-    num_tiles,
-    offsets,
-    num_rows,
-    num_columns,
-    num_inner,
-    TRANSPOSED: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
+    a, w, bias, y, tile_expert, tile_row, num_tiles, offsets, num_rows, num_columns, num_inner,
+    TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     column_tiles = tl.cdiv(num_columns, BN)
     work = tl.load(num_tiles) * column_tiles
     # flattened: the loads of the next tile are under way while this one's result is stored

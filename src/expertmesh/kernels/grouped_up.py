@@ -12,12 +12,10 @@ from expertmesh.backends import tl, use_triton
 from expertmesh.kernels.activation import Activation, activate
 from expertmesh.kernels.grouped_gemm import (
     add_bias,
-    by_descriptor,
-    dot_precision,
+    constants_of,
     gathered_tile,
     grouped_gemm,
     grouped_gemm_reference,
-    programs,
     tile_config,
     weight_tile,
     weight_tiles,
@@ -102,8 +100,8 @@ def _up_act_triton(
         config["BN"] //= 2  # gate and up accumulate side by side
     columns = 2 * config["BN"] if act.gated and act.interleaved else config["BN"]
     w_tiles, transposed = weight_tiles(w_EHJ, config["BK"], columns)
-    num_programs = programs(x_TH.device)
-    _up_act_kernel[(num_programs,)](
+    constants = constants_of(x_TH, group)
+    _up_act_kernel[(constants["PROGRAMS"],)](
         x_TH,
         group.token_S,
         w_tiles,
@@ -123,50 +121,22 @@ def _up_act_triton(
         LAYOUT=layout(act),
         KIND=act.kind,
         TRANSPOSED=transposed,
-        DESCRIPTOR=by_descriptor(x_TH.device),
-        PROGRAMS=num_programs,
-        BM=group.block,
-        PRECISION=dot_precision(x_TH.dtype),
         HAS_BIAS=bias_EJ is not None,
         EVEN=num_inner % config["BK"] == 0,
         AGAIN=a_SI is None,
+        **constants,
         **config,
     )
 
 
 @launched
 def _up_act_kernel(
-    x,
-    token,
-    w,
-    bias,
-    h,
-    a_out,
-    tile_expert,
-    tile_row,
-    num_tiles,
-    offsets,
-    num_experts,
-    first_row,
-    num_rows,
-    width,
-    num_inner,
-    stride_x,
-    alpha,
-    limit,
-    LAYOUT: tl.constexpr,
-    KIND: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr,
-    AGAIN: tl.constexpr,
-):
+    x, token, w, bias, h, a_out, tile_expert, tile_row, num_tiles, offsets, num_experts, first_row, num_rows, width,
+    num_inner, stride_x, alpha, limit,
+    LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
     """h's rows from `first_row` on, as many as it has, and a's; or AGAIN h's alone, of tiles that end behind its first
     BM rows.
     """

@@ -120,23 +120,10 @@ def _grouped_wgrad_triton(
 
 @launched
 def _grouped_wgrad_kernel(
-    g,
-    c,
-    token,
-    dw,
-    offsets,
-    num_g,
-    num_c,
-    stride_g,
-    scale,
-    GATHERED_FIRST: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    BG: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EVEN: tl.constexpr,
-):
+    g, c, token, dw, offsets, num_g, num_c, stride_g, scale,
+    GATHERED_FIRST: tl.constexpr, DESCRIPTOR: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     tiles_g, tiles_c = tl.cdiv(num_g, BG), tl.cdiv(num_c, BC)
     expert, tile = tl.program_id(0) // (tiles_g * tiles_c), tl.program_id(0) % (tiles_g * tiles_c)
     end = tl.load(offsets + expert)
@@ -173,16 +160,9 @@ def _grouped_wgrad_kernel(
 
 @launched
 def _grouped_sum_kernel(
-    a,
-    sums,
-    offsets,
-    num_experts,
-    num_columns,
-    TILE: tl.constexpr,
-    BINS: tl.constexpr,
-    BR: tl.constexpr,
-    BN: tl.constexpr,
-):
+    a, sums, offsets, num_experts, num_columns,
+    TILE: tl.constexpr, BINS: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     expert = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     bin = tl.arange(0, BINS)

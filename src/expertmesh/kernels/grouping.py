@@ -152,27 +152,11 @@ def _count_kernel(ids, counts, num_rows, num_experts, BINS: tl.constexpr, BLOCK:
 
 @launched
 def _place_kernel(
-    ids,
-    counts,
-    weight,
-    slot,
-    token,
-    position,
-    weight_sorted,
-    bounds,
-    tile_expert,
-    tile_row,
-    num_tiles,
-    num_rows,
-    num_experts,
-    top_k,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
+    ids, counts, weight, slot, token, position, weight_sorted, bounds, tile_expert, tile_row, num_tiles, num_rows,
+    num_experts, top_k,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-):
+):  # fmt: skip
     """Places the rows of one block, and writes its share of the list of tiles; block 0 writes the bounds."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     bin = tl.arange(0, BINS)

@@ -7,7 +7,7 @@ up to 64 bytes. So what it finds is what Triton would find.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,12 @@ import torch
 from expertmesh.backends import TensorDescriptor, triton
 
 MOST = 4096  # launches that a kernel remembers; sizes that are never the same again must not fill the memory
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 2 for a CPU, where the interpreter plays both."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def launched(function: Callable[..., Any]) -> Any:

@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.launch import launched
-from expertmesh.kernels.rms_norm import channels_last, processors, rms_norm_reference, sum_partials
+from expertmesh.kernels.launch import launched, processors
+from expertmesh.kernels.rms_norm import channels_last, rms_norm_reference, sum_partials
 from expertmesh.kernels.rope import rotation_strides
 
 

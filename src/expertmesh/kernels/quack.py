@@ -1,9 +1,8 @@
 """Three of the experts' six products by quack-kernels, on Hopper: the only file that knows its interface.
 
 quack (Apache-2.0, CuTe-DSL, compiled at the first call, kept on disk) has grouped products with rows gathered by index.
-Measured on an H200 at the widths of Qwen3-30B-A3B and DeepSeek-V3, its down-projection and weight gradients take 0.65
-to 0.85 of ours' time; where our kernels have an activation in their epilogue, and for the input gradient, there is
-nothing to gain (docs/benchmarks.md).
+Its down-projection and weight gradients are worth 1 to 14 % of a step on an H200 (docs/benchmarks.md). Where an
+activation is in the epilogue, it wants gate and up columns in turns, which ours do not have.
 
 The tiles are those that won there: quack's own search would take a minute at the first step.
 """

@@ -11,14 +11,13 @@ anyway. The weight's gradient is summed by a fixed number of programs into rows 
 Letters: T rows, H width.
 """
 
-import functools
 from typing import Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.launch import launched
+from expertmesh.kernels.launch import launched, processors
 
 Scale = Literal["rounded", "float32", "one_plus"]
 """How the weight is applied; x_hat is always computed in float32.
@@ -93,12 +92,6 @@ def _check(x: torch.Tensor, weight: torch.Tensor, scale: str) -> None:
         raise ValueError(f"The weight's shape {tuple(weight.shape)} must be the width of x, {tuple(x.shape[-1:])}.")
     if scale not in ("rounded", "float32", "one_plus"):
         raise ValueError(f"scale must be 'rounded', 'float32' or 'one_plus', not {scale!r}.")
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 2 for a CPU, where the interpreter plays both."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -> None:

@@ -191,25 +191,10 @@ def _keep_best_groups(choice, ROWS: tl.constexpr, EP: tl.constexpr, GROUPS: tl.c
 
 @launched
 def _route_kernel(
-    logits,
-    bias,
-    weights,
-    ids,
-    num_tokens,
-    num_experts,
-    scale,
-    min_sum,
-    KIND: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    GIVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    EP: tl.constexpr,
-):
+    logits, bias, weights, ids, num_tokens, num_experts, scale, min_sum,
+    KIND: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, NORMALIZE: tl.constexpr, GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EP)
     slot = tl.arange(0, KP)
@@ -247,21 +232,10 @@ def _route_kernel(
 
 @launched
 def _route_backward_kernel(
-    logits,
-    ids,
-    dweights,
-    dlogits,
-    num_tokens,
-    num_experts,
-    scale,
-    min_sum,
-    KIND: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ROWS: tl.constexpr,
+    logits, ids, dweights, dlogits, num_tokens, num_experts, scale, min_sum,
+    KIND: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr,
     EP: tl.constexpr,
-):
+):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EP)
     slot = tl.arange(0, KP)
