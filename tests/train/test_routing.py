@@ -1,5 +1,7 @@
 """Router metrics: what is counted, and what the numbers mean."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,9 @@ def test_metrics_of_a_known_load():
     np.testing.assert_allclose(metrics["max_vio"], [0, 3, 1, 0])
     np.testing.assert_allclose(metrics["dead_frac"], [0, 0.75, 0.5, 0])
     np.testing.assert_allclose(metrics["entropy"], [1, 0, 0.5, 1], atol=1e-12)
+    assert "rank_vio" not in metrics
+    np.testing.assert_allclose(layer_metrics(counts_LE, ranks=2)["rank_vio"], [0, 1, 1, 0])
+    np.testing.assert_allclose(layer_metrics(counts_LE, ranks=4)["rank_vio"], [0, 3, 1, 0])
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -40,6 +45,16 @@ def test_counts_are_the_choices_of_the_routers():
     assert load.last is not None
     for name, counts_E in zip(load.layers, load.last, strict=True):
         np.testing.assert_array_equal(counts_E, np.bincount(chosen[name].flatten(), minlength=len(counts_E)))
+
+
+def test_ranks_that_share_out_the_experts_are_compared():
+    model = tiny_model("qwen3_moe").train()
+    model.config.distributed_config = SimpleNamespace(ep_size=2)
+    load = RouterLoad(model)
+    model(input_ids=torch.randint(3, 128, (2, 9)))
+    found = load.window()["moe/rank_vio"]
+    rows_LR = load.last.reshape(len(load.last), 2, -1).sum(2)
+    np.testing.assert_allclose(found, (2 * rows_LR.max(1) / rows_LR.sum(1) - 1).mean())
 
 
 def test_padding_and_evaluation_are_not_counted():

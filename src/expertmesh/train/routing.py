@@ -10,6 +10,8 @@ Metrics of one layer, from its counts c_E:
     max_vio     the largest c over the mean, minus 1 (MaxVio of "Auxiliary-Loss-Free Load Balancing", arXiv 2408.15664)
     dead_frac   share of experts that received nothing
     entropy     entropy of c / sum(c), over log E: 1 is perfect balance, 0 one expert for all
+    rank_vio    with expert parallelism: the largest sum of c over one rank's experts, over their mean, minus 1; above
+                0.25 that rank computes rows again in the backward (dispatch "gather" and "push")
 """
 
 from collections.abc import Iterator
@@ -64,6 +66,7 @@ class RouterLoad:
     """Counts of a model's routers. `layers` are their names, and every array here is [layers, experts].
 
     `first` and `last` are the counts of the first and the latest logging window, `total` of all of them; None before.
+    `ranks`: how many share out the experts.
     """
 
     def __init__(self, model: nn.Module):
@@ -73,6 +76,8 @@ class RouterLoad:
         self.total: np.ndarray | None = None
         self.mask: torch.Tensor | None = None  # of the microbatch in work, nonzero where a token is no padding
         self._counts: dict[str, torch.Tensor] = {}
+        layout = getattr(getattr(model, "config", None), "distributed_config", None)
+        self.ranks: int = getattr(layout, "ep_size", None) or 1
         for name, router in routers(model):
             self.layers.append(name)
             router.register_forward_hook(lambda module, _, output, name=name: self._count(name, module, output))
@@ -107,18 +112,23 @@ class RouterLoad:
         self.first = counts_LE if self.first is None else self.first
         self.last = counts_LE
         self.total = counts_LE if self.total is None else self.total + counts_LE
-        return {f"moe/{name}": float(values.mean()) for name, values in layer_metrics(counts_LE).items()}
+        return {f"moe/{name}": float(values.mean()) for name, values in self.metrics(counts_LE).items()}
+
+    def metrics(self, counts_LE: np.ndarray) -> dict[str, np.ndarray]:
+        """`layer_metrics` of these counts, spread as this model's experts are."""
+        return layer_metrics(counts_LE, self.ranks)
 
 
-def layer_metrics(counts_LE: np.ndarray) -> dict[str, np.ndarray]:
-    """The four metrics, each [layers], from counts [layers, experts]. A layer without rows counts as balanced."""
+def layer_metrics(counts_LE: np.ndarray, ranks: int = 1) -> dict[str, np.ndarray]:
+    """The metrics, each [layers], from counts [layers, experts]. A layer without rows counts as balanced."""
     counts_LE = np.where(counts_LE.sum(1, keepdims=True) > 0, counts_LE, 1).astype(np.float64)
     mean_L1 = counts_LE.mean(1, keepdims=True)
     share_LE = counts_LE / counts_LE.sum(1, keepdims=True)
     surprise_LE = -np.log(np.where(share_LE > 0, share_LE, 1.0))
+    load_LR = counts_LE.reshape(len(counts_LE), ranks, -1).mean(2)  # ranks hold experts in their order
     return {
         "load_cv": (counts_LE / mean_L1).std(1),
         "max_vio": (counts_LE / mean_L1).max(1) - 1,
         "dead_frac": (counts_LE == 0).mean(1),
         "entropy": (share_LE * surprise_LE).sum(1) / np.log(max(counts_LE.shape[1], 2)),
-    }
+    } | ({"rank_vio": (load_LR / mean_L1).max(1) - 1} if ranks > 1 else {})
