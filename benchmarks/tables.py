@@ -105,8 +105,8 @@ def kernels_text(result: dict) -> str:
     text, header, rows = "", ["kernel", "ms", "TFLOP/s"], []
     if "libraries" in result:
         text = (
-            f", and quack-kernels {result['quack-kernels']} with the best of a few tiles\n(up_dgrad and up_wgrad on "
-            "gate and up columns one after the other; in a layer they alternate)"
+            f", and quack-kernels {result['quack-kernels']} with the best of a few tiles\n(in a layer it makes `down` "
+            "and both weight gradients, with tiles that kernels/quack.py names)"
         )
         header = ["kernel", "ours ms", "TFLOP/s", "quack ms", "TFLOP/s", "ours / quack"]
     for name, ours in result["kernels"].items():

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 WORK_HELP = "Models by name, with commas: qwen3-30b-a3b, nemotron-3-nano, gpt-oss-20b, deepseek-v3."
 ARMS_HELP = (
     "Sides, with commas: stock, stock-compiled (each layer by torch.compile), stock-liger, expertmesh, and "
-    "expertmesh-no-NAME (one fusion off). Default: the first four, as far as they run here."
+    "expertmesh-no-NAME (one fusion or library off). Default: the first four, as far as they run here."
 )
 ABLATE_HELP = "Also expertmesh without each of its fusions and libraries, one by one: what each is worth."
 ROUTING_HELP = "How tokens choose experts, with commas: random-init, skewed (as trained), balanced."

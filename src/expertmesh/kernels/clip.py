@@ -17,7 +17,7 @@ OPTIONS = {"BLOCK": 4096, "STEPS": 8, "num_warps": 8}  # a program takes STEPS b
 def squared_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Sum of the squares of all elements, a float32 scalar on the tensors' device; deterministic, without a sync.
 
-    tensors: any shapes, strides and float dtypes, all on one device. Squared and summed in float32.
+    tensors: any shapes, strides and float dtypes of up to 32 bits, all on one device. Squared and summed in float32.
     """
     large, small = _by_size(tensors)
     if not large:

@@ -1,5 +1,5 @@
-"""The six matrix products of a layer of experts: by our Triton kernels or, where they are faster, by quack's; by
-PyTorch where there is no Triton.
+"""The six matrix products of a layer of experts: by our Triton kernels, three by quack's where it is
+installed, all by PyTorch where there is no Triton.
 
 Weights are [E, in, out] views here, plain or transposed.
 """

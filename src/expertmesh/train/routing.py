@@ -10,8 +10,8 @@ Metrics of one layer, from its counts c_E:
     max_vio     the largest c over the mean, minus 1 (MaxVio of "Auxiliary-Loss-Free Load Balancing", arXiv 2408.15664)
     dead_frac   share of experts that received nothing
     entropy     entropy of c / sum(c), over log E: 1 is perfect balance, 0 one expert for all
-    rank_vio    with expert parallelism: the largest sum of c over one rank's experts, over their mean, minus 1; above
-                0.25 that rank computes rows again in the backward (dispatch "gather" and "push")
+    rank_vio    with expert parallelism: the largest sum of c over one rank's experts, over their mean, minus 1; in
+                steps and layers above 0.25 that rank computes rows again in the backward ("gather" and "push")
 """
 
 from collections.abc import Iterator
