@@ -131,7 +131,7 @@ def rows_of(arm, batches, options, device):
     model = build(arm, config, device)
     # PyTorch's own cannot clip over the meshes of Transformers' expert parallelism
     clip = torch.nn.utils.clip_grad_norm_ if arm in ("stock", "stock-compiled") else clip_grad_norm
-    for routing in options.routings:
+    for routing in sorted(options.routings, key=ROUTINGS.index):
         set_routing(model, routing, top_k_and_experts(config)[0])
         for batch in batches:
             recorded = GraphedStep(model) if arm.endswith("graph") else None

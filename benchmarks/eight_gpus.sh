@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 [ "$gpus" -gt 1 ] || { echo "This needs several GPUs, and there are $gpus." >&2; exit 2; }
-kind=$(python -c "import torch; print(torch.cuda.get_device_name().split()[-1].lower())")_x$gpus
+kind=$(python -c "import torch; print(torch.cuda.get_device_name().split()[1].lower())")_x$gpus
 commit=${COMMIT:-$(git rev-parse HEAD)}
 # no NVLink multicast: a program that uses it can take the links of GPUs down that others share
 export TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NCCL_NVLS_ENABLE=0

@@ -7,7 +7,7 @@ GPT-OSS's attention (64 heads of queries, 8 of keys, width 64) in bfloat16 over 
 and with a window of 128, and over one row as long as all of them in which 14 documents are packed. Times are medians of
 CUDA events behind writes that empty the L2 cache. TFLOP/s count the pairs of queries and keys that see each other:
 4·N·D each forward, 2.5 times that backward. `error` is the distance of the output and of dq from ours, where the arm
-has sinks. Eager keeps N·S² scores several times over: it gets one row. Without a GPU `--rows 1 --length 64 --heads 4`
+has sinks. Eager keeps N·S² scores several times over: it gets one row. Without a GPU `--rows 1 --length 64 --heads 8`
 runs it all on the CPU: figures mean nothing there.
 """
 

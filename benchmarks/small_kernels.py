@@ -7,8 +7,8 @@ One JSON row per kernel, implementation and pass, on stdout and in the file. The
 4.25 TB/s (one H200 copying), for the loss its three GEMMs at 788 TFLOP/s. Forward and backward are timed apart by CUDA
 events, each run behind writes that empty the L2 cache and keep the GPU busy for longer than the CPU needs to launch;
 the median is kept. `cpu_ms` is that CPU time: what one call costs a step whose GPU work is short. Without a GPU
-`--tokens 64 --hidden 64 --vocab 512` runs it all on the CPU (torch.compile and Liger left out): figures mean nothing
-there.
+`--tokens 64 --hidden 64 --vocab 512` (with TRITON_INTERPRET=1 `--tokens 8 --repeats 1`) runs it all on the CPU,
+torch.compile and Liger left out: figures mean nothing there.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""Write docs/benchmarks.md, docs/profile.md and the README's table from benchmarks/results; nothing is typed by hand.
+"""Write docs/benchmarks.md, docs/profile.md and the README's table from benchmarks/results.
+
+No figure in a table is typed by hand; sentences beside the tables are: read them after a new result.
 
 python benchmarks/tables.py        # needs expertmesh and matplotlib for the pictures
 
@@ -168,8 +170,9 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "layer's\nprojections. The floor is the bytes of the interface over 4.2 TB/s.", times_table),
     "h200_sink_attention": (
         "Attention with sinks, one GPU", "GPT-OSS's: 64 heads of queries, 8 of keys, width 64, bfloat16; `error` is "
-        "that of\nthe output and of dq. `expertmesh` is our Triton kernels; where flash-attn-4 is installed, layers "
-        "without a window\ntrain by it.", times_table),
+        "the\ndistance of output and dq from ours, far where there are no sinks. `expertmesh` is our Triton kernels; "
+        "where flash-attn-4\nis installed, layers without a window train by it. `packed` is one row of 16,384 tokens, "
+        "`eager` one of 4,096.", times_table),
     "h200_packed_attention": (
         "Attention over packed documents, one GPU", "14 documents in a row of 16,384 tokens, at Qwen3-30B's widths, "
         "bfloat16;\n`unpacked`: four rows of 4,096.", times_table),
@@ -188,9 +191,10 @@ def page() -> str:
     return f"""# Benchmarks
 
 Made by `python benchmarks/tables.py` from the files in `benchmarks/results`, each of which holds its hardware,
-versions, commit and command. Random weights and tokens, the model's own routing; stock Transformers and expertmesh ran
-in turn in one job. Our loss computes its gradients in the forward, so that part of the backward is counted there. A
-table holds for the commit that its last line names, not for what was changed since.
+versions, commit and command. Random weights and tokens, the model's own routing where nothing else is said; where a
+table has both, stock Transformers and expertmesh ran in turn in one job. Our loss computes its gradients in the
+forward, so that part of the backward is counted there. A table holds for the commit that its last line names, not for
+what was changed since.
 
 ## Qwen3-30B-A3B widths, 8 of 48 layers, one GPU, forward and backward
 
@@ -217,8 +221,8 @@ Stock runs Mamba2 by PyTorch operations, as it does where mamba_ssm is not insta
 
 {source(deepseek)}
 
-256 experts of 4,096 tokens' choosing: 128 rows each on average, so reading and writing their 22.5 GB of weights and
-gradients bounds their time, not arithmetic.
+256 experts of 4,096 tokens' choosing: 128 rows each on average, so reading their 22.5 GB of weights twice and writing
+as many bytes of gradients bounds their time, not arithmetic.
 
 {parity_text(load("h200_proof_deepseek_v3"), "deepseek-v3")}
 
@@ -226,7 +230,7 @@ gradients bounds their time, not arithmetic.
 
 The time of a step without it over that of a step with all; the layers are those of the tables above. Without
 `rms_norm`, `qk_norm_rope` and `add_norm` are off as well; without quack-kernels or flash-attn-4, our own kernels and
-PyTorch's attention do its work.
+PyTorch's attention do its work. Blank: off for that model; of gpt-oss-20b also: not run.
 
 {worth_table([row for result in fusions for row in result["rows"]])}
 
@@ -235,7 +239,7 @@ PyTorch's attention do its work.
 {section("h200_first_step")}{qwen_on_two_gpus()}{several}## The experts of one layer alone, one GPU
 
 128 experts, top-8, widths 2,048 and 768, bfloat16; routing at random or skewed by Zipf's law. Stock is Transformers'
-`grouped_mm` backend.
+`grouped_mm` backend; `expertmesh-triton` is ours without quack-kernels.
 
 {experts_table(experts)}
 

@@ -28,7 +28,7 @@ def source(result: dict) -> str:
     packages = "torch", "triton", "transformers", *LIBRARIES
     versions = ", ".join(f"{name} {result[name]}" for name in packages if name in result)
     machine = f"{result['gpus']} x {result['hardware']}" if result["gpus"] else result["hardware"]
-    return f"{machine}; {versions}; commit `{result['commit'][:10]}`; `{result['command']}`.{note}"
+    return f"{machine}; {versions}; commit `{(result['commit'] or 'unknown')[:10]}`; `{result['command']}`.{note}"
 
 
 # what `expertmesh bench` measures besides; results from before it lack these

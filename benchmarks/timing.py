@@ -1,4 +1,7 @@
-"""How the micro-benchmarks measure a call: behind other work, so that no launch is waited for."""
+"""How the micro-benchmarks measure a call: behind other work, so that the first launches are not waited for.
+
+Later ones are not either, as long as the CPU launches faster than the GPU runs.
+"""
 
 import statistics
 import time

@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 benchmarks/two_gpus.py --out benchmarks/results/NAME.json
 
-First the gradients of an 8-layer model: every arm gets the same weights and tokens, and must agree with stock FSDP2
-within bfloat16 error. Then all 48 layers, forward and backward by CUDA events, median of several, and peak memory.
-`-recompute` checkpoints every layer, `-graph` replays forward and backward as one CUDA graph. `--probe` measures what
-the exchanges of gather.py and push.py take alone, of 16,384 tokens with top-8 of 128 experts at random.
+First the gradients of an 8-layer model, whose every arm gets the same weights and tokens: errors against stock in
+float32 and against each other. Then all 48 layers, forward and backward by CUDA events, median of several, and peak
+memory. `-recompute` checkpoints every layer, `-graph` replays forward and backward as one CUDA graph. `--probe`
+measures what the exchanges of gather.py and push.py take alone, of 16,384 tokens with top-8 of 128 experts at random.
 """
 
 import argparse
@@ -317,6 +317,9 @@ def main():
     parser.add_argument("--probe", action="store_true")
     parser.add_argument("--trace", action="store_true", help="for expertmesh-gather: what exchanges cost in a step")
     options = parser.parse_args()
+    for arm in options.arms:
+        if arm.partition(":")[0] not in ARMS:
+            parser.error(f"There is no arm {arm!r}: {', '.join(ARMS)}.")
     device = begin()
     on_gpu = device.type == "cuda"
     widths = WIDTHS if on_gpu else TINY
@@ -346,16 +349,17 @@ def main():
                 except torch.OutOfMemoryError:
                     say(arm, batch, "out of memory")
                     break
+                finally:
+                    if step is not None:
+                        step.close()
+                    step = None
+                    model.zero_grad(set_to_none=True)
+                    free()
                 row = {"work": "qwen3-30b-a3b", "arm": arm, "layers": options.layers, "batch": batch, "seq": 4096}
                 result["rows"].append(row | {"routing": routing, **measured})
                 say(result["rows"][-1])
                 if dist.get_rank() == 0:  # a later row may fail
                     write(result, options.out)
-                if step is not None:
-                    step.close()
-                    model.zero_grad(set_to_none=True)
-                del step
-                free()
             del model
             free()
     if dist.get_rank() == 0:

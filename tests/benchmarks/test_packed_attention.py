@@ -9,6 +9,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "packed_attention.py"
 
 
 def test_packed_attention_benchmark_writes_a_row_per_arm(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("packed_attention", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

@@ -1,8 +1,9 @@
 """Three of the experts' six products by quack-kernels, on Hopper: the only file that knows its interface.
 
 quack (Apache-2.0, CuTe-DSL, compiled at the first call, kept on disk) has grouped products with rows gathered by index.
-Its down-projection and weight gradients are worth 1 to 5 % of a step on an H200 (docs/benchmarks.md). Where an
-activation is in the epilogue, it wants gate and up columns in turns, which ours do not have.
+Its down-projection and weight gradients are worth 1 to 5 % of a step on an H200, and more in one noisy row
+(docs/benchmarks.md). Where an activation is in the epilogue, it wants gate and up columns in turns, which ours do not
+have.
 
 The tiles are those that won there: quack's own search would take a minute at the first step.
 """
