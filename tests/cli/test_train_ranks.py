@@ -32,6 +32,7 @@ def test_two_ranks_train_what_one_process_trains(tmp_path):
     for alone, together in zip(one, two, strict=True):
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        assert all(0 <= found < 1 for found in together["moe_layers"].pop("rank_vio"))  # two ranks: 1 is all on one
         # counts of all ranks, so the very same numbers
         assert together["moe_layers"] == alone["moe_layers"]
     assert said.count("step 4/4  loss") == said.count("Done: the model is in") == 1
