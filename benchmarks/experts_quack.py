@@ -9,33 +9,26 @@ A first call compiles for some seconds; quack keeps that in $QUACK_CACHE_DIR. It
 site-packages.
 """
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
-# tile rows, tile columns, whether two warp groups take turns (pingpong); two blocks share what both read
-TILES = [(128, 192, True), (128, 256, False), (256, 128, False)]
-MORE_TILES = {"down_dact": [(128, 128, True)]}
+from expertmesh.kernels import quack
 
-
-def tiles_of(name):
-    return TILES + MORE_TILES.get(name, [])
+# those that expertmesh chooses from, and the best for what it does not use
+TILES = {
+    "up_act": (quack.UP, quack.Tile(64, 256, True, 2, 1)),
+    "down": quack.ROWS,
+    "down_dact": (quack.Tile(128, 128, True, 2, 1),),
+    "up_dgrad": quack.ROWS,
+    "up_wgrad": quack.WGRAD,
+    "down_wgrad": quack.WGRAD,
+}
 
 
 def label(tile):
-    rows, columns, pingpong = tile
-    return f"{rows}x{columns}{' pingpong' if pingpong else ''}, cluster 2x1"
-
-
-@cache  # quack keeps plans by the identity of a configuration: it must outlive its calls
-def config(tile):
-    from quack.gemm_config import GemmConfig
-
-    rows, columns, pingpong = tile
-    return GemmConfig(
-        tile_m=rows, tile_n=columns, pingpong=pingpong, cluster_m=2, cluster_n=1, is_dynamic_persistent=False
-    )
+    return f"{tile.rows}x{tile.columns}{' pingpong' if tile.pingpong else ''}, cluster {tile.below}x{tile.beside}"
 
 
 def pairs(h_SJ):
@@ -60,26 +53,26 @@ def kernels(o):
     def up_act(tile):
         from quack.gemm_interface import gemm_act
 
-        options = {"activation": "swiglu", "concat_layout": ("B",), "tuned": False, "config": config(tile)}
+        options = {"activation": "swiglu", "concat_layout": ("B",), "tuned": False, "config": quack.config(tile)}
         return gemm_act(o.x_TH, o.w_up_EHJ, **options, **gathered)
 
     def down_dact(tile):
         from quack.gemm_interface import gemm_dact
 
-        options = {"activation": "swiglu", "dynamic_scheduler": False, "tuned": False, "config": config(tile)}
+        options = {"activation": "swiglu", "dynamic_scheduler": False, "tuned": False, "config": quack.config(tile)}
         weights = {"colvec_scale": o.group.weight_S, "colvec_reduce": True}
         return gemm_dact(o.dout_TH, o.w_down_EIH.transpose(1, 2), h_pairs_SJ, **weights, **options, **gathered)
 
     def down(tile):
         y_SH = o.h_SJ.new_empty(len(o.h_SJ), o.x_TH.shape[1])
-        return _gemm(tile, o.a_SI, o.w_down_EIH.transpose(1, 2), y_SH, cu_seqlens_m=bounds)
+        return quack.gemm(tile, o.a_SI, o.w_down_EIH.transpose(1, 2), y_SH, cu_seqlens_m=bounds)
 
     def up_dgrad(tile):
         dx_SH = o.h_SJ.new_empty(len(o.h_SJ), o.x_TH.shape[1])
-        return _gemm(tile, o.h_SJ, o.w_up_EHJ, dx_SH, cu_seqlens_m=bounds)
+        return quack.gemm(tile, o.h_SJ, o.w_up_EHJ, dx_SH, cu_seqlens_m=bounds)
 
     def wgrad(tile, g_TG, c_SC, dw_EGC):
-        return _gemm(tile, g_TG.t(), c_SC.t(), dw_EGC, cu_seqlens_k=bounds, A_idx=o.group.token_S)
+        return quack.gemm(tile, g_TG.t(), c_SC.t(), dw_EGC, cu_seqlens_k=bounds, A_idx=o.group.token_S)
 
     def up_wgrad(tile):
         dw_EJH = torch.empty_like(o.w_up_EHJ.transpose(1, 2))
@@ -99,25 +92,13 @@ def kernels(o):
     }
 
 
-def _gemm(tile, a, b, out, **rows):
-    """out = a · bᵀ of each expert; a [M, K], b [(E,) N, K]."""
-    from quack.gemm import gemm
-
-    c = config(tile)
-    shape = (c.tile_m, c.tile_n, c.cluster_m, c.cluster_n)
-    gemm(a, b, out, None, None, *shape, pingpong=c.pingpong, persistent=True, **rows)
-    return out
-
-
 def best(name, o, ours, flops, time):
     """{"ms", "tflops", "config"} of the fastest tile of one kernel and {"tried": every tile's time or error}.
 
     ours: what our kernel returns. time: function of a call to its milliseconds.
     """
     compute, in_our_layout = kernels(o)[name]
-    tried = [
-        _try(partial(compute, tile), in_our_layout, ours, time) | {"config": label(tile)} for tile in tiles_of(name)
-    ]
+    tried = [_try(partial(compute, tile), in_our_layout, ours, time) | {"config": label(tile)} for tile in TILES[name]]
     right = [entry for entry in tried if "ms" in entry]
     found = {"tried": tried}
     if right:

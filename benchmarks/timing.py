@@ -10,17 +10,21 @@ from typing import Any
 
 import torch
 
-FLUSH_BYTES, FLUSHES = 2**28, 16  # more than an L2 cache holds; together about a millisecond
+FLUSH_BYTES = 2**28  # more than an L2 cache holds
+FLUSHES_PER_MS = 16  # or fewer, where memory is slower than an H200's
 
 
-def median_ms(run: Callable[[], Any], repeats: int, warmup: int = 3, queued: int = 1) -> float:
+def median_ms(run: Callable[[], Any], repeats: int, warmup: int = 3, queued: int = 1, lead: int = 1) -> float:
     """Milliseconds of a call on the device, as `medians_ms`."""
-    return medians_ms(run, repeats, warmup, queued)[0]
+    return medians_ms(run, repeats, warmup, queued, lead)[0]
 
 
-def medians_ms(run: Callable[[], Any], repeats: int, warmup: int = 3, queued: int = 1) -> tuple[float, float]:
+def medians_ms(
+    run: Callable[[], Any], repeats: int, warmup: int = 3, queued: int = 1, lead: int = 1
+) -> tuple[float, float]:
     """Milliseconds of a call on the device, and of the CPU until it returns: medians of `repeats` rows of
-    `queued` calls one behind the other. Before a row comes what empties the L2 cache and lets the CPU launch ahead.
+    `queued` calls one behind the other. Before a row come about `lead` milliseconds of what empties the L2 cache and
+    lets the CPU launch ahead.
 
     Without a GPU both are the time of the call.
     """
@@ -29,7 +33,7 @@ def medians_ms(run: Callable[[], Any], repeats: int, warmup: int = 3, queued: in
     rows = []
     for _ in range(warmup + repeats):
         if on_gpu:
-            for _ in range(FLUSHES):
+            for _ in range(lead * FLUSHES_PER_MS):
                 flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -118,7 +118,7 @@ _PACKAGES = (
         "on GPUs the slower F.grouped_mm and PyTorch ops",
     ),
     Backend("flash-attn-4", None, "causal attention in training on Hopper GPUs", "cuDNN's; with sinks Triton's"),
-    Backend("quack-kernels", None, "three of the experts' products on Hopper GPUs", "Triton's"),
+    Backend("quack-kernels", None, "five of the experts' products on Hopper GPUs", "Triton's"),
     Backend(
         "liger-kernel", None, "fused norms and MLPs of models without experts, on GPUs", "such models run as stock"
     ),

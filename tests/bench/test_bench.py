@@ -182,7 +182,10 @@ def test_a_profile_finds_every_component_of_the_model(work):
         ("M/L/Block/Qwen3MoeExperts", "backward _DownBackward _down_dact_kernel", "experts dgrads"),
         ("M/L/Block/Qwen3MoeExperts", "backward _UpBackward _grouped_wgrad_kernel", "experts wgrads"),
         ("M/L/Block/Qwen3MoeExperts", "forward _Down kernel_cutlass_kernel_quackgemm_sm90", "experts down"),
+        ("M/L/Block/Qwen3MoeExperts", "forward _Up first kernel_cutlass_kernel_quackepilogue", "experts up"),
+        ("M/L/Block/Qwen3MoeExperts", "backward _UpBackward first kernel_cutlass_kernel_quackgemm", "experts dgrads"),
         ("M/L/Block/Qwen3MoeExperts", "backward _UpBackward kernel_cutlass_kernel_quackgemm_sm90", "experts wgrads"),
+        ("M/L/Block/Qwen3MoeExperts", "backward _DownBackward kernel_cutlass_kernel_quackgemm", "experts wgrads"),
         ("M/L/Block/Qwen3MoeExperts", "backward _UpBackward _combine_kernel", "combine"),
         ("M/L/Block/Qwen3MoeExperts", "backward _DownBackward _unsort_kernel", "combine"),
         ("Qwen3MoeForCausalLM", "forward _LinearCrossEntropy _rows_kernel", "loss head"),
@@ -212,8 +215,8 @@ def test_kernels_are_traced_to_modules_and_none_is_lost_or_counted_twice():
     device.append(event(f"{RANGE}Linear", device=DeviceType.CUDA, shadow=True))
     found = list(_traced([head, linear, forward, node, backward, *device], True, (1, 1)))
     assert found == [
-        ("Head/Linear", "forward aten::mm gemm", 10.0),
-        ("Head/Linear", "backward aten::mm gemm", 10.0),
+        ("Head/Linear", "forward aten::mm first gemm", 10.0),
+        ("Head/Linear", "backward aten::mm first gemm", 10.0),
         ("Head/Linear", "backward aten::mm gemm", 10.0),
         ("", "stray", 10.0),
     ]

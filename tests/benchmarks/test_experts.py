@@ -16,10 +16,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def _gemm_act(a, b, *, config, **options):
-    if config.tile_m == 256:
+    if config.tile_m == 64:
         raise ValueError("no such tile\nand more about it")
     h, postact = fake_quack.gemm_act(a, b, config=config, **options)
-    return h, postact * (1.1 if config.tile_n == 256 else 1)
+    return h, postact * 1.1
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def test_a_library_computes_what_ours_does_and_what_it_refuses_is_an_entry(scrip
     quack = result["libraries"]["quack"]
     assert list(quack) == list(result["kernels"]) == list(script.kernels(script.operands(module, 24)))
     assert saved == [n for n in range(1, 7) for _ in range(2)]
-    for name, entry in quack.items():
-        assert entry["ms"] > 0 and entry["config"] == "128x192 pingpong, cluster 2x1", (name, entry)
-        assert all("ms" in tried for tried in entry["tried"]) or name == "up_act", (name, entry)
-    right, wrong, refused = quack["up_act"]["tried"]
-    assert "ms" in right and wrong["failed"].startswith("differs from ours by 0.0e+00, 1.0e-01")
-    assert refused == {"failed": "ValueError: no such tile", "config": "256x128, cluster 2x1"}
+    for name, entry in [item for item in quack.items() if item[0] != "up_act"]:
+        assert entry["ms"] > 0 and "cluster" in entry["config"], (name, entry)
+        assert all("ms" in tried for tried in entry["tried"]), (name, entry)
+    wrong, refused = quack["up_act"]["tried"]
+    assert "ms" not in quack["up_act"] and wrong["failed"].startswith("differs from ours by 0.0e+00, 1.0e-01")
+    assert refused == {"failed": "ValueError: no such tile", "config": "64x256 pingpong, cluster 2x1"}

@@ -2,6 +2,7 @@
 other products. quack itself runs on GPUs only (tests/gpu); here a stand-in has its interface.
 """
 
+import contextlib
 import importlib
 import sys
 import types
@@ -18,10 +19,11 @@ from tests.layers.test_experts import EXPERTS, HIDDEN, LAYOUTS, ROUTINGS, TOKENS
 fuse_module = importlib.import_module("expertmesh.fuse")
 
 
-@pytest.mark.parametrize("divisor", [None, 4])
+@pytest.mark.parametrize("others", ["by PyTorch", "by Triton"])
+@pytest.mark.parametrize(("divisor", "many"), [(None, 0), (4, 0), (None, 1000)])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("layout", ["qwen", "nemotron", "gpt-oss"])
-def test_a_layer_is_what_it_is_by_our_kernels(layout, routing, divisor, monkeypatch):
+def test_a_layer_is_what_it_is_by_our_kernels(layout, routing, divisor, many, others, monkeypatch):
     for name, content in fake_quack.MODULES.items():
         module = types.ModuleType(name)
         module.__dict__.update(content, __spec__=importlib.machinery.ModuleSpec(name, None))
@@ -35,10 +37,21 @@ def test_a_layer_is_what_it_is_by_our_kernels(layout, routing, divisor, monkeypa
     want = _run(experts_forward, module, x, ids, weight, dout)
     asked = []
     monkeypatch.setattr(quack, "takes", lambda *product: asked.append(product) or True)
-    got = _run(experts_forward, module, x, ids, weight, dout)
-    assert len(asked) == (2 if layout == "gpt-oss" else 3), "a down-projection with biases is not quack's"
+    monkeypatch.setattr(quack, "MANY", many)
+    with backends.interpreted() if others == "by Triton" else contextlib.nullcontext():
+        got = _run(experts_forward, module, x, ids, weight, dout)
+    assert len(asked) == (3 if layout == "gpt-oss" else 4 + (many == 0)), "products with biases are not quack's"
     for name, value in want.items():
         assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max().clamp(min=1e-6), name
+
+
+def test_its_tiles_are_those_that_cover_a_matrix_with_the_least_waste():
+    tiles = {width: quack._least_waste(quack.ROWS, 1, width).columns for width in (2048, 2688, 2880, 7168)}
+    assert tiles == {2048: 256, 2688: 192, 2880: 192, 7168: 256}
+    qwen, nemotron, deepseek = (
+        quack._least_waste(quack.WGRAD, *shape) for shape in ((2048, 1536), (2688, 1856), (7168, 4096))
+    )
+    assert qwen[:2] == (256, 192) and nemotron[:2] == (128, 192) and deepseek[:2] == (128, 256)
 
 
 def test_it_takes_what_it_knows_and_nothing_else(monkeypatch):

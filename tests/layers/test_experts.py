@@ -110,6 +110,19 @@ def test_experts_equal_transformers(layout, routing, path, nan_memory, monkeypat
         assert ((got[name] - value).abs().max() / scale) < 1e-5, name
 
 
+def test_columns_in_turns_are_pulled_apart_in_half_precision_too():
+    torch.manual_seed(0)
+    module = _module(**LAYOUTS["gpt-oss"])
+    module.limit = 1e3  # rounding must not move a value across it
+    ids, weight = ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)
+    x, dout = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, HIDDEN)
+    want = _run(experts_forward, module, x, ids, weight, dout)
+    with backends.interpreted():
+        got = _run(experts_forward, module.half(), x.half(), ids, weight, dout.half())
+    for name, value in want.items():
+        assert (got[name] - value).norm() < 3e-3 * value.norm(), name
+
+
 def test_every_kind_of_activation_is_recognised():
     kinds = {name: activation_of(_module(**flags)).kind for name, flags in LAYOUTS.items()}
     assert kinds["qwen"] == "silu" and kinds["gpt-oss"] == "clamped" and kinds["nemotron"] == "relu2"

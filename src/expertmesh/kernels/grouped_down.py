@@ -35,24 +35,32 @@ def down_dact(
     act: Activation,
     has_bias: bool = False,
     more_SJ: torch.Tensor | None = None,
+    in_turns: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dh [S, J], weight·a [S, I], dweight [P, S] float32, db [E, J] if `has_bias`) from the gradient dout [T, H] of
     the combined output.
 
-    w_down_EIH: the down-projections. more_SJ: what `up_again` returned, the rows behind those of h. `dweight` leaves
-    out the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up
-    to the end of its last row tile, are zero: `grouped_wgrad` reads them.
+    w_down_EIH: the down-projections. more_SJ: what `up_again` returned, the rows behind those of h. in_turns: gate and
+    up columns alternate in h, though not in the weights, nor in dh. `dweight` leaves out the down-projection's bias; it
+    is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to the end of its last row tile, are
+    zero: `grouped_wgrad` reads them.
     """
     assert group.weight_S is not None
     w_EHI = w_down_EIH.transpose(1, 2)
     if not use_triton(dout_TH):
+        h_SJ = halves_of(h_SJ) if in_turns else h_SJ
         return down_dact_reference(dout_TH, w_EHI, h_SJ, group.weight_S, group, act, has_bias)
     if act.kind == "custom":
         da_SI = grouped_gemm(dout_TH[group.token_S.long()], w_EHI, group)
         mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
         da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
         return _dact_rows(da_SI, h_SJ, group.weight_S, group, act, has_bias)
-    return _down_dact_triton(dout_TH, w_EHI, h_SJ, more_SJ, group.weight_S, group, act, has_bias)
+    return _down_dact_triton(dout_TH, w_EHI, h_SJ, more_SJ, group.weight_S, group, act, has_bias, in_turns)
+
+
+def halves_of(h_SJ: torch.Tensor) -> torch.Tensor:
+    """h [S, J] with gate and up columns one after the other, of one in which they alternate."""
+    return torch.cat((h_SJ[:, ::2], h_SJ[:, 1::2]), dim=1)
 
 
 def down_dact_reference(
@@ -87,11 +95,12 @@ def _down_dact_triton(
     group: Grouping,
     act: Activation,
     has_bias: bool,
+    in_turns: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     assert group.tiles is not None and dout_TH.stride(1) == 1
     num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
     config = tile_config(dout_TH, group.block, stages=4)
-    if act.interleaved or has_bias:  # pulling gate and up apart takes registers, and so do sums
+    if has_bias:  # sums take registers
         config["BN"] = min(config["BN"], 128)
     w_tiles, transposed = weight_tiles(w_EHI, config["BK"], config["BN"])
     dh_SJ, wa_SI = h_SJ.new_empty(num_rows, h_SJ.shape[1]), dout_TH.new_empty(num_rows, width)
@@ -99,15 +108,16 @@ def _down_dact_triton(
     dweight_PS = torch.empty(triton.cdiv(width, config["BN"]), num_rows, dtype=torch.float32, device=dout_TH.device)
     # and likewise one of dh per row tile
     db_MJ = dweight_PS.new_empty(group.tiles[0].numel(), h_SJ.shape[1]) if has_bias else None
+    pairs = act.interleaved or in_turns
     constants = constants_of(dout_TH, group)
     _down_dact_kernel[(constants["PROGRAMS"],)](
         dout_TH,
         group.token_S,
         w_tiles,
-        h_SJ,
-        more_SJ,
+        _as_pairs(h_SJ) if pairs else h_SJ,
+        _as_pairs(more_SJ) if pairs and more_SJ is not None else more_SJ,
         weight_S,
-        dh_SJ,
+        _as_pairs(dh_SJ) if act.interleaved else dh_SJ,
         wa_SI,
         dweight_PS,
         db_MJ,
@@ -122,6 +132,7 @@ def _down_dact_triton(
         act.alpha,
         act.limit,
         LAYOUT=layout(act),
+        H_LAYOUT="pairs" if pairs else layout(act),
         KIND=act.kind,
         TRANSPOSED=transposed,
         EVEN=num_inner % config["BK"] == 0,
@@ -134,13 +145,20 @@ def _down_dact_triton(
     return dh_SJ, wa_SI, dweight_PS, db_EJ
 
 
+def _as_pairs(h_SJ: torch.Tensor) -> torch.Tensor:
+    """h [S, I], a gate and an up column in one integer of twice the size: pulling two columns apart in a register costs
+    nothing, in a tile a trip through shared memory.
+    """
+    return h_SJ.view(torch.int64 if h_SJ.element_size() == 4 else torch.int32)
+
+
 @launched
 def _down_dact_kernel(
     dout, token, w, h, more, weight, dh, wa, dweight, db, tile_expert, tile_row, num_tiles, offsets, num_experts,
     num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
-    LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MORE: tl.constexpr,
+    LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MORE: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(width, BN)
     work = tl.load(num_tiles) * column_tiles
@@ -178,14 +196,14 @@ def _down_dact_kernel(
             is_kept = tl.minimum(end, begin + BM) <= num_kept
             h_tile = tl.multiple_of(tl.where(is_kept, h, more), 16)
             h_row = row - tl.where(is_kept, 0, num_kept - BM)
-        gate, up = _load_h(h_tile, h_row, in_group, first, width, PART, LAYOUT)
+        gate, up = _load_h(h_tile, h_row, in_group, first, width, PART, H_LAYOUT)
         for number in tl.static_range(PIECES):
             at = first + number * PART
             if number + 1 < PIECES:  # under way while this piece is stored: no load would overtake a store by itself
-                next_gate, next_up = _load_h(h_tile, h_row, in_group, at + PART, width, PART, LAYOUT)
+                next_gate, next_up = _load_h(h_tile, h_row, in_group, at + PART, width, PART, H_LAYOUT)
             partial += _finish_dact(
                 pieces[number], gate, up, row, in_group, scale, at, dh, wa, tile_db, width, alpha, limit,
-                LAYOUT, KIND, HAS_BIAS,
+                LAYOUT, H_LAYOUT, KIND, HAS_BIAS,
             )  # fmt: skip
             if number + 1 < PIECES:
                 gate, up = next_gate, next_up
@@ -193,7 +211,10 @@ def _down_dact_kernel(
         if end == tl.load(offsets + num_experts - 1):
             behind = (row >= end) & (row < num_rows)
             _store_zeros(wa, row, behind, first, width, BN)
-            _store_zeros(dh, row, behind, WIDE * first, WIDE * width, WIDE * BN)
+            if LAYOUT == "halves":
+                _store_zeros(dh, row, behind, 2 * first, 2 * width, 2 * BN)
+            else:
+                _store_zeros(dh, row, behind, first, width, BN)
 
 
 @triton.jit
@@ -218,63 +239,66 @@ def _load_h(h, row, in_group, first, width, BN: tl.constexpr, LAYOUT: tl.constex
     column = first + tl.arange(0, BN)
     mask = in_group[:, None] & (column < width)[None, :]
     wide_row = row.to(tl.int64)[:, None]
-    if LAYOUT == "pairs":
-        pair = 2 * first + tl.arange(0, 2 * BN)
-        pair_mask = in_group[:, None] & (pair < 2 * width)[None, :]
-        gate = tl.load(h + wide_row * (2 * width) + pair[None, :], mask=pair_mask, other=0.0)
-        up = gate
-    elif LAYOUT == "halves":
+    if LAYOUT == "halves":
         at = h + wide_row * (2 * width) + column[None, :]
         gate = tl.load(at, mask=mask, other=0.0)
         up = tl.load(at + width, mask=mask, other=0.0)
     else:
-        gate = tl.load(h + wide_row * width + column[None, :], mask=mask, other=0.0)
+        gate = tl.load(h + wide_row * width + column[None, :], mask=mask, other=0)
         up = gate
     return gate, up
 
 
 @triton.jit
+def _apart(pairs, kind: tl.constexpr):
+    """(first, second) in float32 of integers that hold two floats of a kind each."""
+    half: tl.constexpr = tl.int16 if kind.primitive_bitwidth == 16 else tl.int32
+    first = pairs.to(half).to(kind, bitcast=True)
+    second = (pairs >> kind.primitive_bitwidth).to(half).to(kind, bitcast=True)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _together(first, second, kind: tl.constexpr):
+    """The inverse of `_apart`, rounded to the kind."""
+    half: tl.constexpr = tl.uint16 if kind.primitive_bitwidth == 16 else tl.uint32
+    whole: tl.constexpr = tl.int32 if kind.primitive_bitwidth == 16 else tl.int64
+    low = first.to(kind).to(half, bitcast=True).to(whole)
+    return low | (second.to(kind).to(half, bitcast=True).to(whole) << kind.primitive_bitwidth)
+
+
+@triton.jit
 def _finish_dact(
     da, gate, up, row, in_group, scale, first, dh, wa, db, width, alpha, limit,
-    LAYOUT: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Store dh, its sum and weight·a of the columns from `first` on, whose h `_load_h` has loaded; returns each row's
     ⟨da, a⟩ over them.
     """
-    BM: tl.constexpr = da.shape[0]
-    BN: tl.constexpr = da.shape[1]
-    column = first + tl.arange(0, BN)
+    column = first + tl.arange(0, da.shape[1])
     mask = in_group[:, None] & (column < width)[None, :]
     wide_row = row.to(tl.int64)[:, None]
-    kind = dh.dtype.element_ty
-    if LAYOUT == "pairs":
-        pair = 2 * first + tl.arange(0, 2 * BN)
-        pair_mask = in_group[:, None] & (pair < 2 * width)[None, :]
-        at = wide_row * (2 * width) + pair[None, :]
-        gate, up = tl.split(tl.reshape(gate.to(tl.float32), (BM, BN, 2)))
-        a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
-        if HAS_BIAS:
+    kind: tl.constexpr = wa.dtype.element_ty
+    if H_LAYOUT == "pairs":
+        gate, up = _apart(gate, kind)
+    else:
+        gate, up = gate.to(tl.float32), up.to(tl.float32)
+    a, dgate, dup = activate_backward(gate, up, da * scale[:, None], KIND, alpha, limit)
+    if LAYOUT == "halves":
+        at = dh + wide_row * (2 * width) + column[None, :]
+        tl.store(at, dgate.to(kind), mask=mask)
+        tl.store(at + width, dup.to(kind), mask=mask)
+    else:
+        dx = _together(dgate, dup, kind) if LAYOUT == "pairs" else dgate.to(kind)
+        tl.store(dh + wide_row * width + column[None, :], dx, mask=mask)
+    if HAS_BIAS:
+        if LAYOUT == "pairs":
             _store_sum(db, dgate, 2 * column, 2 * width)
             _store_sum(db, dup, 2 * column + 1, 2 * width)
-        dpairs = tl.reshape(tl.join(dgate, dup), (BM, 2 * BN))
-        tl.store(dh + at, dpairs.to(kind), mask=pair_mask)
-    elif LAYOUT == "halves":
-        at = wide_row * (2 * width) + column[None, :]
-        a, dgate, dup = activate_backward(
-            gate.to(tl.float32), up.to(tl.float32), da * scale[:, None], KIND, alpha, limit
-        )
-        tl.store(dh + at, dgate.to(kind), mask=mask)
-        tl.store(dh + at + width, dup.to(kind), mask=mask)
-        if HAS_BIAS:
+        else:
             _store_sum(db, dgate, column, width)
-            _store_sum(db + width, dup, column, width)
-    else:
-        at = wide_row * width + column[None, :]
-        x = gate.to(tl.float32)
-        a, dx, _ = activate_backward(x, x, da * scale[:, None], KIND, alpha, limit)
-        tl.store(dh + at, dx.to(kind), mask=mask)
-        if HAS_BIAS:
-            _store_sum(db, dx, column, width)
+            if LAYOUT == "halves":
+                _store_sum(db + width, dup, column, width)
     tl.store(wa + wide_row * width + column[None, :], (a * scale[:, None]).to(kind), mask=mask)
     return tl.sum(tl.where(mask, da * a, 0.0), axis=1)
 

@@ -1,4 +1,4 @@
-"""The six matrix products of a layer of experts: by our Triton kernels, three by quack's where it is
+"""The six matrix products of a layer of experts: by our Triton kernels, five by quack's where it is
 installed, all by PyTorch where there is no Triton.
 
 Weights are [E, in, out] views here, plain or transposed.
@@ -6,26 +6,49 @@ Weights are [E, in, out] views here, plain or transposed.
 
 import torch
 
-from expertmesh.kernels import quack
+from expertmesh.kernels import grouped_up, quack
+from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouped_down import down_dact
 from expertmesh.kernels.grouped_gemm import grouped_gemm
-from expertmesh.kernels.grouped_up import up_act, up_again
+from expertmesh.kernels.grouped_up import up_again
 from expertmesh.kernels.grouped_wgrad import grouped_wgrad
 from expertmesh.kernels.grouping import Grouping
 
 __all__ = ["down", "down_dact", "down_wgrad", "up_act", "up_again", "up_dgrad", "up_wgrad"]
 
 
+def up_act(
+    x_TH: torch.Tensor,
+    w_up_EHJ: torch.Tensor,
+    bias_EJ: torch.Tensor | None,
+    group: Grouping,
+    act: Activation,
+    keep: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """(h [S, J], a [S, I], whether columns of h are in turns though not the weights') of tokens x [T, H]; keep: as
+    grouped_up.py.
+    """
+    if keep is None and quack.takes_up(x_TH, w_up_EHJ, bias_EJ, group, act):
+        return *quack.up_act(x_TH, w_up_EHJ, group, act), act.gated
+    return *grouped_up.up_act(x_TH, w_up_EHJ, bias_EJ, group, act, keep), False
+
+
 def down(a_SI: torch.Tensor, w_down_EIH: torch.Tensor, bias_EH: torch.Tensor | None, group: Grouping) -> torch.Tensor:
     """y [S, H] of activations a [S, I]."""
-    if bias_EH is None and quack.takes(a_SI, w_down_EIH):
-        return quack.down(a_SI, w_down_EIH, group)
-    return grouped_gemm(a_SI, w_down_EIH, group, bias_EH)
+    return _grouped_gemm(a_SI, w_down_EIH, group, bias_EH)
 
 
 def up_dgrad(dh_SJ: torch.Tensor, w_up_EHJ: torch.Tensor, group: Grouping) -> torch.Tensor:
     """dx [S, H] in sorted order."""
-    return grouped_gemm(dh_SJ, w_up_EHJ.transpose(1, 2), group)
+    return _grouped_gemm(dh_SJ, w_up_EHJ.transpose(1, 2), group)
+
+
+def _grouped_gemm(
+    a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None
+) -> torch.Tensor:
+    if bias_EN is None and quack.takes(a_SK, w_EKN):
+        return quack.grouped_gemm(a_SK, w_EKN, group)
+    return grouped_gemm(a_SK, w_EKN, group, bias_EN)
 
 
 def up_wgrad(

@@ -1,24 +1,43 @@
-"""Three of the experts' six products by quack-kernels, on Hopper: the only file that knows its interface.
+"""Five of the experts' six products by quack-kernels, on Hopper: the only file that knows its interface.
 
 quack (Apache-2.0, CuTe-DSL, compiled at the first call, kept on disk) has grouped products with rows gathered by index.
-Its down-projection and weight gradients are worth 1 to 5 % of a step on an H200, and more in one noisy row
-(docs/benchmarks.md). Where an activation is in the epilogue, it wants gate and up columns in turns, which ours do not
-have.
+What it is worth in a step stands in docs/benchmarks.md. Its up-projection leaves gate and up columns of h in turns,
+whatever the layout of the weights; our `down_dact` reads both.
 
-The tiles are those that won there: quack's own search would take a minute at the first step.
+quack's own search would take a minute at the first step. The tiles here won on an H200 at the widths of Qwen3-30B-A3B,
+Nemotron-3-Nano, GPT-OSS-20B and DeepSeek-V3, with rows spread at random and unevenly: of those that win with many rows
+and with few, the one that computes the least beyond a matrix' edges. Tiles below one another that share what they read
+(`below` 2) want experts with many rows.
 """
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
 from expertmesh import backends
+from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouping import Grouping
 
-# rows and columns of a tile, and whether two groups of warps take turns at products and epilogues
-WIDE = 128, 192, True
-WIDEST = 128, 256, False
-CLUSTER = 2  # tiles that share what both read
+ACTIVATIONS = {"silu": "swiglu", "relu2": "relu_sq"}  # quack's names
+
+
+class Tile(NamedTuple):
+    """What a block of threads computes at once; whether two groups of warps take turns at products and epilogues; how
+    many neighbours below and beside one another share what they read.
+    """
+
+    rows: int
+    columns: int
+    pingpong: bool
+    below: int
+    beside: int
+
+
+UP = Tile(128, 256, False, 2, 1)
+MANY = 512  # rows of an expert from which on a whole step is faster by it; with 128 and 256 it was slower
+ROWS = Tile(128, 256, False, 1, 1), Tile(128, 192, True, 1, 2)
+WGRAD = Tile(256, 192, False, 2, 1), Tile(128, 256, False, 2, 1), Tile(128, 192, True, 2, 1)
 
 
 def takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -36,26 +55,75 @@ def takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def down(a_SI: torch.Tensor, w_down_EIH: torch.Tensor, group: Grouping) -> torch.Tensor:
-    """y [S, H] as products.py."""
-    y_SH = a_SI.new_empty(len(a_SI), w_down_EIH.shape[2])
-    return _gemm(WIDE, a_SI, w_down_EIH.transpose(1, 2), y_SH, cu_seqlens_m=group.bounds)
+def takes_up(
+    x_TH: torch.Tensor, w_up_EHJ: torch.Tensor, bias_EJ: torch.Tensor | None, group: Grouping, act: Activation
+) -> bool:
+    """Whether quack computes this up-projection of group's rows: many, an activation that it knows, halves of
+    transposed weights, no bias.
+    """
+    return (
+        group.token_S.numel() >= MANY * len(w_up_EHJ)
+        and bias_EJ is None
+        and act.kind in ACTIVATIONS
+        and not act.interleaved
+        and w_up_EHJ.stride(1) == 1
+        and takes(x_TH, w_up_EHJ)
+    )
+
+
+def up_act(
+    x_TH: torch.Tensor, w_up_EHJ: torch.Tensor, group: Grouping, act: Activation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h [S, J], a [S, I]) as products.py, a gated h with its columns in turns."""
+    from quack.gemm_interface import gemm_act
+
+    return gemm_act(
+        x_TH,
+        w_up_EHJ,
+        activation=ACTIVATIONS[act.kind],
+        cu_seqlens_m=group.bounds,
+        A_idx=group.token_S,
+        concat_layout=("B",) if act.gated else None,
+        tuned=False,
+        config=config(UP),
+    )
+
+
+def grouped_gemm(a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping) -> torch.Tensor:
+    """y [S, N] as grouped_gemm.py."""
+    y_SN = a_SK.new_empty(len(a_SK), w_EKN.shape[2])
+    tile = _least_waste(ROWS, 1, w_EKN.shape[2])
+    return gemm(tile, a_SK, w_EKN.transpose(1, 2), y_SN, cu_seqlens_m=group.bounds)
 
 
 def wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor, scale: float) -> torch.Tensor:
     """dW [E, G, C], times `scale`, as w lies in memory: products of gathered rows of g and rows of c."""
     dw_EGC = torch.empty_like(w_EGC)
-    tile = WIDEST if dw_EGC.stride(2) == 1 else WIDE
-    rows = {"cu_seqlens_k": group.bounds, "A_idx": group.token_S}
-    return _gemm(tile, g_TG.t(), c_SC.t(), dw_EGC, alpha=scale, **rows)
+    tile = _least_waste(WGRAD, *dw_EGC.shape[1:])
+    return gemm(tile, g_TG.t(), c_SC.t(), dw_EGC, alpha=scale, cu_seqlens_k=group.bounds, A_idx=group.token_S)
 
 
-def _gemm(
-    tile: tuple[int, int, bool], a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **options: Any
-) -> torch.Tensor:
+@cache
+def _least_waste(tiles: tuple[Tile, ...], rows: int, columns: int) -> Tile:
+    """The first of the tiles that cover a matrix with the fewest elements outside of it."""
+    return min(tiles, key=lambda tile: -(-rows // tile.rows) * tile.rows * (-(-columns // tile.columns) * tile.columns))
+
+
+def gemm(tile: Tile, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **options: Any) -> torch.Tensor:
     """out = a · bᵀ of each expert; a [M, K], b [(E,) N, K]."""
-    from quack.gemm import gemm
+    from quack.gemm import gemm as by_quack
 
-    rows, columns, pingpong = tile
-    gemm(a, b, out, None, None, rows, columns, CLUSTER, 1, pingpong=pingpong, persistent=True, **options)
+    rows, columns, pingpong, *cluster = tile
+    by_quack(a, b, out, None, None, rows, columns, *cluster, pingpong=pingpong, persistent=True, **options)
     return out
+
+
+@cache
+def config(tile: Tile) -> Any:
+    """quack's configuration of a tile: it keeps plans by its identity, so one must outlive its calls."""
+    from quack.gemm_config import GemmConfig
+
+    rows, columns, pingpong, below, beside = tile
+    return GemmConfig(
+        tile_m=rows, tile_n=columns, pingpong=pingpong, cluster_m=below, cluster_n=beside, is_dynamic_persistent=False
+    )

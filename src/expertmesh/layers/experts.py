@@ -109,7 +109,7 @@ class _Up(torch.autograd.Function):
     def forward(ctx: Any, x_TH, w_up, b_up, weight_TK, w_down, b_down, ids_TK, groups, act, scale, handoff):
         group = group_by_expert(ids_TK, w_up.shape[0], weight_TK)
         keep = None if handoff is None else handoff.rows_to_keep(ids_TK.numel(), group.block)
-        h_SJ, a_SI = products.up_act(x_TH, w_up, b_up, group, act, keep)
+        h_SJ, a_SI, ctx.in_turns = products.up_act(x_TH, w_up, b_up, group, act, keep)
         groups.append(group)
         ctx.act, ctx.scale, ctx.handoff = act, scale, handoff
         ctx.tiles, ctx.block = group.tiles, group.block
@@ -157,7 +157,9 @@ class _Down(torch.autograd.Function):
         dout_TH = dout.reshape(x_TH.shape).contiguous()
 
         more_SJ = products.up_again(x_TH, w_up, b_up, group, up.act, h_SJ)
-        dh_SJ, wa_SI, dweight_PS, db_up = products.down_dact(dout_TH, w_down, h_SJ, group, up.act, need_b_up, more_SJ)
+        dh_SJ, wa_SI, dweight_PS, db_up = products.down_dact(
+            dout_TH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.in_turns
+        )
         dweight_TK = dw_down = db_down = None
         if need_weight:
             dweight_TK = _per_slot(dweight_PS, group, dout_TH, ids_TK, b_down, weight_TK.dtype)
