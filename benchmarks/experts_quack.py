@@ -22,8 +22,8 @@ TILES = {
     "down": quack.ROWS,
     "down_dact": (quack.Tile(128, 128, True, 2, 1),),
     "up_dgrad": quack.ROWS,
-    "up_wgrad": quack.WGRAD,
-    "down_wgrad": quack.WGRAD,
+    "up_wgrad": (*quack.WGRAD, quack.Tile(256, 192, False, 2, 1)),
+    "down_wgrad": (*quack.WGRAD, quack.Tile(256, 192, False, 2, 1)),
 }
 
 

@@ -56,8 +56,10 @@ def main():
     folder = Path(options.caches or tempfile.mkdtemp()).resolve()
     with ThreadPoolExecutor(options.at_once) as pool:
         found = pool.map(partial(measured, folder, options), options.works)
-        rows = [row for pair in found for row in pair]
-    write(origin(["python", *sys.argv], options.commit) | {"rows": rows}, options.out)
+        rows: list[dict] = []
+        for pair in found:
+            rows += pair
+            write(origin(["python", *sys.argv], options.commit) | {"rows": rows}, options.out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ from expertmesh.bench.works import WORKS
 BEGIN, END = "<!-- from benchmarks/results: begin -->", "<!-- from benchmarks/results: end -->"
 
 
+def only_in(later: dict, result: dict, work: str) -> bool:
+    """Whether the rows of a work are shown from this result: those that a later job has too are shown from that."""
+    return result is later or all(row["work"] != work for row in later["rows"])
+
+
 def worth_table(rows: list[dict]) -> str:
     """The time of a step without each fusion over that of expertmesh with all, families and batches side by side."""
     whole = {(row["work"], row["batch"]): row["step_ms"] for row in rows if row["arm"] == "expertmesh"}
@@ -107,8 +112,8 @@ def kernels_text(result: dict) -> str:
     text, header, rows = "", ["kernel", "ms", "TFLOP/s"], []
     if "libraries" in result:
         text = (
-            f", and quack-kernels {result['quack-kernels']} with the best of a few tiles\n(in a layer it makes `down` "
-            "and both weight gradients, with tiles that kernels/quack.py names)"
+            f", and quack-kernels {result['quack-kernels']} with the best of a few tiles\n(in a layer it makes all but "
+            "`down_dact`, and `up_act` where experts have many rows, with tiles that kernels/quack.py names)"
         )
         header = ["kernel", "ours ms", "TFLOP/s", "quack ms", "TFLOP/s", "ours / quack"]
     for name, ours in result["kernels"].items():
@@ -184,8 +189,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
 
 def page() -> str:
     step, experts, small = load("h200_qwen3_8_layers"), load("h200_experts"), load("h200_small_kernels")
-    fusions = [load(f"h200_fusions_{name}") for name in ("qwen3_gpt_oss", "nemotron_deepseek")]
+    fusions = [load(f"h200_fusions_{name}") for name in ("qwen3_gpt_oss", "gpt_oss", "nemotron_deepseek")]
     nemotron, deepseek = load("h200_nemotron_3_nano"), load("h200_deepseek_v3")
+    fewer_tiles = [row for result in fusions for row in result["rows"] if only_in(fusions[1], result, row["work"])]
+    anew = [row for result in (step, load("h200_gpt_oss_20b"), deepseek) for row in result["rows"]]
+    profiled = load("h200_deepseek_profile")
     beside = section("h200_nemotron_3_nano_mamba_ssm") + section("h200_gpt_oss_20b")
     several = section("h200_x2_nemotron_3_nano") + steps_on_four_gpus()
     return f"""# Benchmarks
@@ -222,7 +230,11 @@ Stock runs Mamba2 by PyTorch operations, as it does where mamba_ssm is not insta
 {source(deepseek)}
 
 256 experts of 4,096 tokens' choosing: 128 rows each on average, so reading their 22.5 GB of weights twice and writing
-as many bytes of gradients bounds their time, not arithmetic.
+as many bytes of gradients bounds their time, not arithmetic. Where the time goes, at an earlier commit:
+
+{component_table(profiled["profiles"]["deepseek-v3, random-init"]["expertmesh"])}
+
+{source(profiled)}
 
 {parity_text(load("h200_proof_deepseek_v3"), "deepseek-v3")}
 
@@ -230,16 +242,22 @@ as many bytes of gradients bounds their time, not arithmetic.
 
 The time of a step without it over that of a step with all; the layers are those of the tables above. Without
 `rms_norm`, `qk_norm_rope` and `add_norm` are off as well; without quack-kernels or flash-attn-4, our own kernels and
-PyTorch's attention do its work. Blank: off for that model; of gpt-oss-20b also: not run.
+PyTorch's attention do its work. Blank: off for that model.
 
-{worth_table([row for result in fusions for row in result["rows"]])}
+{worth_table(fewer_tiles)}
 
 {(chr(10) * 2).join(map(source, fusions))}
+
+quack-kernels again, with the tiles that it has now, in the jobs of the first tables of Qwen3, GPT-OSS and DeepSeek:
+
+{worth_table(anew)}
 
 {section("h200_first_step")}{qwen_on_two_gpus()}{several}## The experts of one layer alone, one GPU
 
 128 experts, top-8, widths 2,048 and 768, bfloat16; routing at random or skewed by Zipf's law. Stock is Transformers'
-`grouped_mm` backend; `expertmesh-triton` is ours without quack-kernels.
+`grouped_mm` backend; `expertmesh-triton` is ours without quack-kernels. Rows of five calls, each behind 20 ms of
+clearing memory, so that no launch is waited for. In a model the busiest expert of a random router gets several times
+the average ([profile.md](profile.md)), which costs most in the weight gradients.
 
 {experts_table(experts)}
 

@@ -205,7 +205,8 @@ reports do not say what the published stock had.
 
 def qwen_on_two_gpus() -> str:
     """The section of docs/benchmarks.md on Qwen3-30B-A3B, forward and backward."""
-    pair, layouts, four = load("h200_x2_qwen3_30b"), load("h200_x2_agreement"), load("h200_x4_exchanges")
+    pair, layouts = load("h200_x2_qwen3_30b"), load("h200_x2_agreement")
+    two, four = load("h200_x2_exchanges"), load("h200_x4_exchanges")
     whole = load("h200_x2_qwen3_30b_step")
     return f"""## Qwen3-30B-A3B, all 48 layers, two GPUs, forward and backward
 
@@ -237,9 +238,11 @@ Milliseconds of one step of rank 0 under the profiler, which slows the CPU down,
 The exchanges alone, of 16,384 tokens x 2,048 bfloat16 per GPU with top-8 of 128 experts, GB/s in one direction of rows
 that some expert on another GPU needs, each once per GPU, with barriers. `gather` is kept, as the forward does;
 `gather in place` is read where it arrived, as the backward does; `combine` sums the experts' rows, for which a GPU
-alone needs what the last line says, while the sums travel. Two GPUs are from the job of this section's first table:
+alone needs what the last line says, while the sums travel:
 
-{exchange_table(pair, four)}
+{exchange_table(two, four)}
+
+{source(two)}
 
 {source(four)}
 

@@ -37,7 +37,9 @@ class Tile(NamedTuple):
 UP = Tile(128, 256, False, 2, 1)
 MANY = 512  # rows of an expert from which on a whole step is faster by it; with 128 and 256 it was slower
 ROWS = Tile(128, 256, False, 1, 1), Tile(128, 192, True, 1, 2)
-WGRAD = Tile(256, 192, False, 2, 1), Tile(128, 256, False, 2, 1), Tile(128, 192, True, 2, 1)
+# larger ones (256 x 192) win where experts have equally many rows and lose where they have not: a tile takes as long as
+# its expert has rows, and few tiles of a large expert busy few processors
+WGRAD = Tile(128, 256, False, 2, 1), Tile(128, 192, True, 2, 1)
 
 
 def takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
