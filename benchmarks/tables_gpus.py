@@ -38,8 +38,8 @@ def trace_table(result: dict) -> str:
 def elsewhere_table() -> str:
     """Rows of ours from other jobs than the main one on two GPUs."""
     rows = []
-    for name in ("h200_x2_qwen3_30b_skewed", "h200_x2_qwen3_30b_without_libraries"):
-        result = load(name)
+    for job in ("skewed", "without_libraries", "later"):
+        result = load(f"h200_x2_qwen3_30b_{job}")
         rows += [
             [f"`{result['commit'][:10]}`", row["arm"], row["routing"], f"{row['batch']} x {row['seq']}"]
             + [f"{row['tokens_per_second_per_gpu']:,}", row.get("peak_gib", "")]
@@ -219,8 +219,8 @@ what `ep_size=2` gets by itself, `expertmesh-push` with `dispatch="push"`. `-gra
 
 {source(pair)}
 
-Ours in two other jobs, one with routing skewed by Zipf's law, one by an earlier commit without quack-kernels and
-flash-attn-4; machines of one kind differ, in clocks by some per cent, in their CPUs by more:
+Ours in three other jobs, one with routing skewed by Zipf's law, one by an earlier commit without quack-kernels and
+flash-attn-4, one by a later commit; machines of one kind differ, in clocks by some per cent, in their CPUs by more:
 
 {elsewhere_table()}
 
