@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from expertmesh.kernels import quack
+from expertmesh.kernels.grouped_down import halves_of
 
 # those that expertmesh chooses from, and the best for what it does not use
 TILES = {
@@ -34,11 +35,6 @@ def label(tile):
 def pairs(h_SJ):
     """Columns [gate | up] in turns."""
     return torch.stack(h_SJ.chunk(2, dim=1), dim=2).flatten(1)
-
-
-def halves(h_SJ):
-    """The inverse of `pairs`."""
-    return torch.cat((h_SJ[:, ::2], h_SJ[:, 1::2]), dim=1)
 
 
 def kernels(o):
@@ -83,9 +79,9 @@ def kernels(o):
         return wgrad(tile, o.dout_TH, o.a_SI, torch.empty_like(o.w_down_EIH.transpose(1, 2)))
 
     return {
-        "up_act": (up_act, lambda found: (halves(found[0]), found[1])),
+        "up_act": (up_act, lambda found: (halves_of(found[0]), found[1])),
         "down": (down, lambda y: (y,)),
-        "down_dact": (down_dact, lambda found: (halves(found[0]), *found[1:])),
+        "down_dact": (down_dact, lambda found: (halves_of(found[0]), *found[1:])),
         "up_dgrad": (up_dgrad, lambda dx: (dx,)),
         "up_wgrad": (up_wgrad, lambda dw: (dw,)),
         "down_wgrad": (down_wgrad, lambda dw: (dw,)),

@@ -17,7 +17,7 @@ from expertmesh.bench.works import WORKS
 BEGIN, END = "<!-- from benchmarks/results: begin -->", "<!-- from benchmarks/results: end -->"
 
 
-def only_in(later: dict, result: dict, work: str) -> bool:
+def shown(result: dict, work: str, later: dict) -> bool:
     """Whether the rows of a work are shown from this result: those that a later job has too are shown from that."""
     return result is later or all(row["work"] != work for row in later["rows"])
 
@@ -113,7 +113,8 @@ def kernels_text(result: dict) -> str:
     if "libraries" in result:
         text = (
             f", and quack-kernels {result['quack-kernels']} with the best of a few tiles\n(in a layer it makes all but "
-            "`down_dact`, and `up_act` where experts have many rows, with tiles that kernels/quack.py names)"
+            "`down_dact`, and `up_act` where experts have many rows, with tiles that\nkernels/quack.py names; the best "
+            "of the weight gradients here, 256 x 192, is none of them)"
         )
         header = ["kernel", "ours ms", "TFLOP/s", "quack ms", "TFLOP/s", "ours / quack"]
     for name, ours in result["kernels"].items():
@@ -122,6 +123,20 @@ def kernels_text(result: dict) -> str:
             found = {"ms": "failed", "tflops": ""} | library.get(name, {})
             rows[-1] += [found["ms"], found["tflops"], f"{ours['ms'] / found['ms']:.2f}" if found["tflops"] else ""]
     return f"Each grouped kernel of ours at 16,384 tokens{text}:\n\n{table(header, rows)}"
+
+
+def rest_table(short: dict, long: dict) -> str:
+    """Our own kernels in two jobs, and the layers made of them: after a short and after a long rest."""
+    rows = [
+        [f"`{name}`", kernel["ms"], long["kernels"][name]["ms"], f"{kernel['ms'] / long['kernels'][name]['ms']:.2f}"]
+        for name, kernel in short["kernels"].items()
+    ]
+    for before, after in zip(short["rows"], long["rows"], strict=True):
+        assert all(before[key] == after[key] for key in ("arm", "tokens", "routing"))
+        if before["arm"] != "expertmesh":  # whose products are not the same ones in both
+            name = f"{before['arm']}, {before['tokens']}, {before['routing']}, both"
+            rows.append([name, before["both_ms"], after["both_ms"], f"{before['both_ms'] / after['both_ms']:.2f}"])
+    return table(["", "ms after 1 ms", "ms after 20 ms", "ratio"], rows)
 
 
 def small_kernel_table(result: dict) -> str:
@@ -165,8 +180,9 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "GPT-OSS-20B widths, 4 of 24 layers, one GPU, forward and backward",
         "Stock's attention is flex attention, ours our own.", step_table),
     "h200_first_step": (
-        "The first training step, one GPU", "Wall time of forward and backward of a few layers in a new process,\n"
-        "with an empty cache of Triton's and again with what that left. `at once`: families in parallel.", times_table),
+        "The first training step, one GPU", "Wall time of forward and backward of a few layers in a new process, with\n"
+        "empty caches of Triton, quack-kernels and flash-attn-4, and again with what that left. `at once`: families in "
+        "parallel.", times_table),
     "h200_x2_nemotron_3_nano": (
         "Nemotron-3-Nano, 26 of 52 layers, two GPUs, forward and backward", "Tokens per second are those of one GPU. "
         "`stock` and `expertmesh` are FSDP2, `-ep`\nhas `ep_size=2`, `-graph` is a recorded step.", step_table),
@@ -191,8 +207,8 @@ def page() -> str:
     step, experts, small = load("h200_qwen3_8_layers"), load("h200_experts"), load("h200_small_kernels")
     fusions = [load(f"h200_fusions_{name}") for name in ("qwen3_gpt_oss", "gpt_oss", "nemotron_deepseek")]
     nemotron, deepseek = load("h200_nemotron_3_nano"), load("h200_deepseek_v3")
-    fewer_tiles = [row for result in fusions for row in result["rows"] if only_in(fusions[1], result, row["work"])]
-    anew = [row for result in (step, load("h200_gpt_oss_20b"), deepseek) for row in result["rows"]]
+    ablated = [row for result in fusions for row in result["rows"] if shown(result, row["work"], fusions[1])]
+    new_tiles = [row for result in (step, load("h200_gpt_oss_20b"), deepseek) for row in result["rows"]]
     profiled = load("h200_deepseek_profile")
     beside = section("h200_nemotron_3_nano_mamba_ssm") + section("h200_gpt_oss_20b")
     several = section("h200_x2_nemotron_3_nano") + steps_on_four_gpus()
@@ -244,26 +260,34 @@ The time of a step without it over that of a step with all; the layers are those
 `rms_norm`, `qk_norm_rope` and `add_norm` are off as well; without quack-kernels or flash-attn-4, our own kernels and
 PyTorch's attention do its work. Blank: off for that model.
 
-{worth_table(fewer_tiles)}
+{worth_table(ablated)}
 
 {(chr(10) * 2).join(map(source, fusions))}
 
-quack-kernels again, with the tiles that it has now, in the jobs of the first tables of Qwen3, GPT-OSS and DeepSeek:
+quack-kernels again, with tiles chosen by shape, in the jobs of the first tables of Qwen3, GPT-OSS and DeepSeek:
 
-{worth_table(anew)}
+{worth_table(new_tiles)}
 
 {section("h200_first_step")}{qwen_on_two_gpus()}{several}## The experts of one layer alone, one GPU
 
 128 experts, top-8, widths 2,048 and 768, bfloat16; routing at random or skewed by Zipf's law. Stock is Transformers'
-`grouped_mm` backend; `expertmesh-triton` is ours without quack-kernels. Rows of five calls, each behind 20 ms of
-clearing memory, so that no launch is waited for. In a model the busiest expert of a random router gets several times
-the average ([profile.md](profile.md)), which costs most in the weight gradients.
+`grouped_mm` backend; `expertmesh-triton` is ours without quack-kernels. Rows of five calls, each after 20 ms of
+clearing memory, in which a GPU at its limit of power recovers; a table below has our kernels without that. In a model
+the busiest expert of a random router gets several times the average ([bench.md](bench.md)), which costs most in the
+weight gradients.
 
 {experts_table(experts)}
 
 {kernels_text(experts)}
 
 {source(experts)}
+
+Our Triton kernels and stock again in another job, of an earlier commit with the same kernels for these weights, with
+1 ms of clearing memory before a row instead of 20:
+
+{rest_table(load("h200_experts_without_rest"), experts)}
+
+{source(load("h200_experts_without_rest"))}
 
 ## Small kernels, one GPU
 

@@ -1,6 +1,7 @@
 """How the micro-benchmarks measure a call: behind other work, so that the first launches are not waited for.
 
-Later ones are not either, as long as the CPU launches faster than the GPU runs.
+Later ones are not either, as long as the CPU launches faster than the GPU runs. The other work moves memory: after much
+of it a GPU that was at its limit of power multiplies matrices at higher clocks, as after a rest.
 """
 
 import statistics

@@ -1,5 +1,5 @@
-"""The six matrix products of a layer of experts: by our Triton kernels, five by quack's where it is
-installed, all by PyTorch where there is no Triton.
+"""The six matrix products of a layer of experts: by our Triton kernels, five of them by quack's where it is installed,
+all by PyTorch where there is no Triton.
 
 Weights are [E, in, out] views here, plain or transposed.
 """
