@@ -31,11 +31,12 @@ from expertmesh.kernels.grouping import Grouping, group_by_expert
 from expertmesh.layers.experts import experts_forward
 
 EXPERTS, HIDDEN, WIDTH, TOP_K = 128, 2048, 768, 8
+LEAD = 20  # milliseconds of moving memory before a row: a GPU at its limit of power recovers
 
 
-def median_ms(run, repeats=9):
-    """Milliseconds of a call among five queued one behind the other, as layers are, after 20 ms of moving memory."""
-    return timing.median_ms(run, repeats, queued=5, lead=20)
+def median_ms(run, repeats, lead=LEAD):
+    """Milliseconds of a call among five queued one behind the other, as layers are, after `lead` of moving memory."""
+    return timing.median_ms(run, repeats, queued=5, lead=lead)
 
 
 def routing(tokens, kind):
@@ -61,7 +62,7 @@ def by_triton(*inputs):
         return experts_forward(*inputs)
 
 
-def measure(module, forward, tokens, kind, repeats):
+def measure(module, forward, tokens, kind, time):
     weights, ids = routing(tokens, kind)
     x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weights.requires_grad_()
@@ -72,8 +73,8 @@ def measure(module, forward, tokens, kind, repeats):
         torch.autograd.grad(forward(module, x, ids, weights), leaves, dout)
 
     with torch.no_grad():
-        forward_ms = median_ms(lambda: forward(module, x, ids, weights), repeats)
-    both_ms = median_ms(both, repeats)
+        forward_ms = time(lambda: forward(module, x, ids, weights))
+    both_ms = time(both)
     flops = 2 * tokens * TOP_K * HIDDEN * 3 * WIDTH
     return {
         "forward_ms": round(forward_ms, 3),
@@ -174,6 +175,7 @@ def _try(run, flops, name, config):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9, help="timed rows of calls; 1 fills the caches of compilers")
+    parser.add_argument("--lead", type=int, default=LEAD, help="milliseconds of moving memory before a row")
     parser.add_argument("--out", help="write the JSON here as well")
     parser.add_argument("--commit", help="default: that of the working tree")
     parser.add_argument("--sweep", action="store_true")
@@ -184,19 +186,19 @@ def main():
         return
     packages = ("triton", "transformers", "quack-kernels")
     result = origin(["python", *sys.argv], options.commit, packages) | {"rows": [], "kernels": {}}
+    time = partial(median_ms, repeats=options.repeats, lead=options.lead)
     arms = {"stock": grouped_mm_experts_forward, "expertmesh": experts_forward, "expertmesh-triton": by_triton}
     for tokens, kind, arm in itertools.product((4096, 16384), ("random", "zipf"), arms):
-        found = measure(module, arms[arm], tokens, kind, options.repeats)
+        found = measure(module, arms[arm], tokens, kind, time)
         row = {"arm": arm, "tokens": tokens, "routing": kind, **found}
         result["rows"].append(row)
         print(row, flush=True)
         write(result, options.out)
-    alone(result, operands(module), options.repeats, lambda: write(result, options.out))
+    alone(result, operands(module), time, lambda: write(result, options.out))
 
 
-def alone(result, o, repeats, save):
+def alone(result, o, time, save):
     """Into `result`: every kernel, and right behind it quack's, if that is installed."""
-    time = partial(median_ms, repeats=repeats)
     if importlib.util.find_spec("quack"):
         result["libraries"] = {"quack": {}}
     for name, (run, flops) in kernels(o).items():

@@ -12,24 +12,24 @@ site-packages.
 from functools import partial
 
 import torch
-from torch.nn import functional as F
 
 from expertmesh.kernels import quack
 from expertmesh.kernels.grouped_down import halves_of
 
-# those that expertmesh chooses from, and the best for what it does not use
+# those that expertmesh chooses from, and others that come near, for what it leaves to Triton too
 TILES = {
     "up_act": (quack.UP, quack.Tile(64, 256, True, 2, 1)),
     "down": quack.ROWS,
     "down_dact": (quack.Tile(128, 128, True, 2, 1),),
     "up_dgrad": quack.ROWS,
-    "up_wgrad": (*quack.WGRAD, quack.Tile(256, 192, False, 2, 1)),
-    "down_wgrad": (*quack.WGRAD, quack.Tile(256, 192, False, 2, 1)),
+    "up_wgrad": quack.WGRAD,
+    "down_wgrad": quack.WGRAD,
 }
 
 
 def label(tile):
-    return f"{tile.rows}x{tile.columns}{' pingpong' if tile.pingpong else ''}, cluster {tile.below}x{tile.beside}"
+    kind = " pingpong" if tile.pingpong else " dynamic"
+    return f"{tile.rows}x{tile.columns}{kind}, cluster {tile.below}x{tile.beside}"
 
 
 def pairs(h_SJ):
@@ -42,21 +42,21 @@ def kernels(o):
 
     o: `experts.Operands`.
     """
-    bounds = F.pad(o.group.offsets_E, (1, 0))
+    bounds = o.group.bounds
     gathered = {"cu_seqlens_m": bounds, "A_idx": o.group.token_S}
     h_pairs_SJ = pairs(o.h_SJ)
 
     def up_act(tile):
         from quack.gemm_interface import gemm_act
 
-        options = {"activation": "swiglu", "concat_layout": ("B",), "tuned": False, "config": quack.config(tile)}
-        return gemm_act(o.x_TH, o.w_up_EHJ, **options, **gathered)
+        options = {"dynamic_scheduler": tile.dynamic, "tuned": False, "config": quack.config(tile)}
+        return gemm_act(o.x_TH, o.w_up_EHJ, activation="swiglu", concat_layout=("B",), **options, **gathered)
 
     def down_dact(tile):
         from quack.gemm_interface import gemm_dact
 
-        options = {"activation": "swiglu", "dynamic_scheduler": False, "tuned": False, "config": quack.config(tile)}
-        weights = {"colvec_scale": o.group.weight_S, "colvec_reduce": True}
+        options = {"dynamic_scheduler": tile.dynamic, "tuned": False, "config": quack.config(tile)}
+        weights = {"activation": "swiglu", "colvec_scale": o.group.weight_S, "colvec_reduce": True}
         return gemm_dact(o.dout_TH, o.w_down_EIH.transpose(1, 2), h_pairs_SJ, **weights, **options, **gathered)
 
     def down(tile):

@@ -37,7 +37,6 @@ def script(monkeypatch):
     torch.manual_seed(0)
     weights, ids = torch.randn(24, 4).softmax(-1).topk(2)
     monkeypatch.setattr(experts, "routing", lambda tokens, kind: (weights, ids))
-    monkeypatch.setattr(experts, "median_ms", lambda run, repeats: run() is None or 2.0)
     yield experts
     for name in ("experts", "experts_quack"):
         sys.modules.pop(name, None)
@@ -48,7 +47,8 @@ def test_a_library_computes_what_ours_does_and_what_it_refuses_is_an_entry(scrip
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     result, saved = {"kernels": {}}, []
-    script.alone(result, script.operands(module, tokens=24), 1, lambda: saved.append(len(result["kernels"])))
+    operands = script.operands(module, tokens=24)
+    script.alone(result, operands, lambda run: run() is None or 2.0, lambda: saved.append(len(result["kernels"])))
     quack = result["libraries"]["quack"]
     assert list(quack) == list(result["kernels"]) == list(script.kernels(script.operands(module, 24)))
     assert saved == [n for n in range(1, 7) for _ in range(2)]

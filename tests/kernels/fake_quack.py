@@ -16,10 +16,12 @@ def in_turns(x):
 
 
 def gemm(
-    a, b, out, c, semaphore, *tile, pingpong, persistent, alpha=1.0, cu_seqlens_m=None, cu_seqlens_k=None, A_idx=None
-):
+    a, b, out, c, semaphore, *tile, pingpong, persistent, is_dynamic_persistent, alpha=1.0, cu_seqlens_m=None,
+    cu_seqlens_k=None, A_idx=None,
+):  # fmt: skip
     """out = alpha · a · bᵀ, row groups of a and out, or column groups of a and b."""
-    assert c is None and semaphore is None and len(tile) == 4 and persistent
+    assert c is None and len(tile) == 4 and persistent
+    assert semaphore.dtype == torch.int32 and semaphore.tolist() == [0] if is_dynamic_persistent else semaphore is None
     if cu_seqlens_k is not None:
         assert a.stride(0) == b.stride(0) == 1
         for expert, rows in enumerate(segments(cu_seqlens_k)):
@@ -45,9 +47,10 @@ def rows_of(a, b, cu_seqlens_m, A_idx):
     return out
 
 
-def gemm_act(a, b, *, activation, concat_layout, tuned, config, cu_seqlens_m, A_idx):
+def gemm_act(a, b, *, activation, concat_layout, dynamic_scheduler, tuned, config, cu_seqlens_m, A_idx):
     """Weights in halves, h with gate and up in turns."""
     assert not tuned and b.stride(1) == 1 and concat_layout == (("B",) if activation == "swiglu" else None)
+    assert dynamic_scheduler == config.is_dynamic_persistent
     h = rows_of(a, b, cu_seqlens_m, A_idx)
     h = in_turns(h) if concat_layout else h
     return h, activated(h, activation)
@@ -57,7 +60,7 @@ def gemm_dact(
     a, b, pre, *, activation, colvec_scale, colvec_reduce, dynamic_scheduler, tuned, config, cu_seqlens_m, A_idx
 ):
     """(dh in turns, scaled a, its product with the unscaled gradient)."""
-    assert colvec_reduce and not dynamic_scheduler and not tuned
+    assert colvec_reduce and dynamic_scheduler == config.is_dynamic_persistent and not tuned
     da = rows_of(a, b, cu_seqlens_m, A_idx)
     pre = pre.clone().requires_grad_()
     with torch.enable_grad():

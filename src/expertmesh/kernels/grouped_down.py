@@ -111,6 +111,7 @@ def _down_dact_triton(
     pairs = act.interleaved or in_turns
     constants = constants_of(dout_TH, group)
     _down_dact_kernel[(constants["PROGRAMS"],)](
+        torch.zeros(1, dtype=torch.int32, device=dout_TH.device),
         dout_TH,
         group.token_S,
         w_tiles,
@@ -154,15 +155,18 @@ def _as_pairs(h_SJ: torch.Tensor) -> torch.Tensor:
 
 @launched
 def _down_dact_kernel(
-    dout, token, w, h, more, weight, dh, wa, dweight, db, tile_expert, tile_row, num_tiles, offsets, num_experts,
-    num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
+    taken, dout, token, w, h, more, weight, dh, wa, dweight, db, tile_expert, tile_row, num_tiles, offsets,
+    num_experts, num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
     LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr,
     DESCRIPTOR: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MORE: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(width, BN)
     work = tl.load(num_tiles) * column_tiles
-    for item in range(tl.program_id(0), work, PROGRAMS):
+    item = tl.program_id(0)
+    while item < work:
+        # tiles are taken as programs get done; which of them computes one does not change it
+        next_item = PROGRAMS + tl.atomic_add(taken, 1)
         tile, column_tile = item // column_tiles, item % column_tiles
         first = column_tile * BN
         expert, begin = tl.load(tile_expert + tile), tl.load(tile_row + tile)
@@ -215,6 +219,7 @@ def _down_dact_kernel(
                 _store_zeros(dh, row, behind, 2 * first, 2 * width, 2 * BN)
             else:
                 _store_zeros(dh, row, behind, first, width, BN)
+        item = next_item
 
 
 @triton.jit

@@ -6,8 +6,8 @@ whatever the layout of the weights; our `down_dact` reads both.
 
 quack's own search would take a minute at the first step. The tiles here won on an H200 at the widths of Qwen3-30B-A3B,
 Nemotron-3-Nano, GPT-OSS-20B and DeepSeek-V3, with rows spread at random and unevenly: of those that win with many rows
-and with few, the one that computes the least beyond a matrix' edges. Tiles below one another that share what they read
-(`below` 2) want experts with many rows.
+and with few, the one that computes the least beyond a matrix' edges. Where a tile's rows are an expert's, tiles below
+one another share nothing (`below` 1): whole pairs of them would want experts with many rows.
 """
 
 from functools import cache
@@ -33,13 +33,18 @@ class Tile(NamedTuple):
     below: int
     beside: int
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether a block that is done takes the next tile that nobody has, instead of tiles that were its own from the
+        start: faster, above all where experts are unequal, except where groups of warps take turns.
+        """
+        return not self.pingpong
 
-UP = Tile(128, 256, False, 2, 1)
-MANY = 512  # rows of an expert from which on a whole step is faster by it; with 128 and 256 it was slower
+
+UP = Tile(128, 256, False, 1, 1)
+MANY = 128  # rows of an expert from which on no family's step was slower by more than noise; fewer were not tried
 ROWS = Tile(128, 256, False, 1, 1), Tile(128, 192, True, 1, 2)
-# larger ones (256 x 192) win where experts have equally many rows and lose where they have not: a tile takes as long as
-# its expert has rows, and few tiles of a large expert busy few processors
-WGRAD = Tile(128, 256, False, 2, 1), Tile(128, 192, True, 2, 1)
+WGRAD = Tile(256, 192, False, 2, 1), Tile(128, 256, False, 2, 1), Tile(128, 192, True, 2, 1)
 
 
 def takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -86,6 +91,7 @@ def up_act(
         cu_seqlens_m=group.bounds,
         A_idx=group.token_S,
         concat_layout=("B",) if act.gated else None,
+        dynamic_scheduler=UP.dynamic,
         tuned=False,
         config=config(UP),
     )
@@ -116,7 +122,9 @@ def gemm(tile: Tile, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **opti
     from quack.gemm import gemm as by_quack
 
     rows, columns, pingpong, *cluster = tile
-    by_quack(a, b, out, None, None, rows, columns, *cluster, pingpong=pingpong, persistent=True, **options)
+    taken = torch.zeros(1, dtype=torch.int32, device=out.device) if tile.dynamic else None
+    options |= {"pingpong": pingpong, "persistent": True, "is_dynamic_persistent": tile.dynamic}
+    by_quack(a, b, out, None, taken, rows, columns, *cluster, **options)
     return out
 
 
@@ -126,6 +134,5 @@ def config(tile: Tile) -> Any:
     from quack.gemm_config import GemmConfig
 
     rows, columns, pingpong, below, beside = tile
-    return GemmConfig(
-        tile_m=rows, tile_n=columns, pingpong=pingpong, cluster_m=below, cluster_n=beside, is_dynamic_persistent=False
-    )
+    cluster = {"cluster_m": below, "cluster_n": beside}
+    return GemmConfig(tile_m=rows, tile_n=columns, pingpong=pingpong, is_dynamic_persistent=tile.dynamic, **cluster)
