@@ -62,7 +62,8 @@ def _environment(gpus: bool) -> Iterator[None]:
 
 
 def _rank(rank: int, num_ranks: int, port: int, folder: str, seconds: float, function: Callable, args: tuple) -> None:
-    faulthandler.dump_traceback_later(seconds - 5)  # a deadlock shows where
+    faulthandler.enable()  # a crash shows where, and a deadlock
+    faulthandler.dump_traceback_later(seconds - 5)
     become_rank(rank, num_ranks, port)
     os.environ["HF_HUB_OFFLINE"] = "1"
     # every torch.empty is filled with NaN: an element that nobody writes shows
