@@ -113,8 +113,7 @@ def kernels_text(result: dict) -> str:
     if "libraries" in result:
         text = (
             f", and quack-kernels {result['quack-kernels']} with the best of a few tiles\n(in a layer it makes all but "
-            "`down_dact`, and `up_act` where experts have many rows, with tiles that\nkernels/quack.py names; the best "
-            "of the weight gradients here, 256 x 192, is none of them)"
+            "`down_dact`, with tiles that kernels/quack.py chooses)"
         )
         header = ["kernel", "ours ms", "TFLOP/s", "quack ms", "TFLOP/s", "ours / quack"]
     for name, ours in result["kernels"].items():
@@ -126,16 +125,15 @@ def kernels_text(result: dict) -> str:
 
 
 def rest_table(short: dict, long: dict) -> str:
-    """Our own kernels in two jobs, and the layers made of them: after a short and after a long rest."""
+    """Our own kernels and whole layers of every arm, after a short and after a long rest."""
     rows = [
         [f"`{name}`", kernel["ms"], long["kernels"][name]["ms"], f"{kernel['ms'] / long['kernels'][name]['ms']:.2f}"]
         for name, kernel in short["kernels"].items()
     ]
     for before, after in zip(short["rows"], long["rows"], strict=True):
         assert all(before[key] == after[key] for key in ("arm", "tokens", "routing"))
-        if before["arm"] != "expertmesh":  # whose products are not the same ones in both
-            name = f"{before['arm']}, {before['tokens']}, {before['routing']}, both"
-            rows.append([name, before["both_ms"], after["both_ms"], f"{before['both_ms'] / after['both_ms']:.2f}"])
+        name = f"{before['arm']}, {before['tokens']}, {before['routing']}, both"
+        rows.append([name, before["both_ms"], after["both_ms"], f"{before['both_ms'] / after['both_ms']:.2f}"])
     return table(["", "ms after 1 ms", "ms after 20 ms", "ratio"], rows)
 
 
@@ -178,7 +176,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "Stock then scans with mamba_ssm; its compiled convolution (causal_conv1d) was not there.", step_table),
     "h200_gpt_oss_20b": (
         "GPT-OSS-20B widths, 4 of 24 layers, one GPU, forward and backward",
-        "Stock's attention is flex attention, ours our own.", step_table),
+        "Stock's attention is flex attention, ours flash-attn-4, in layers with a window our own.", step_table),
     "h200_first_step": (
         "The first training step, one GPU", "Wall time of forward and backward of a few layers in a new process, with\n"
         "empty caches of Triton, quack-kernels and flash-attn-4, and again with what that left. `at once`: families in "
@@ -207,8 +205,9 @@ def page() -> str:
     step, experts, small = load("h200_qwen3_8_layers"), load("h200_experts"), load("h200_small_kernels")
     fusions = [load(f"h200_fusions_{name}") for name in ("qwen3_gpt_oss", "gpt_oss", "nemotron_deepseek")]
     nemotron, deepseek = load("h200_nemotron_3_nano"), load("h200_deepseek_v3")
+    liger = next(row for row in step["rows"] if row["arm"] == "stock-liger")
     ablated = [row for result in fusions for row in result["rows"] if shown(result, row["work"], fusions[1])]
-    new_tiles = [row for result in (step, load("h200_gpt_oss_20b"), deepseek) for row in result["rows"]]
+    new_tiles = [row for result in (step, load("h200_gpt_oss_20b"), nemotron, deepseek) for row in result["rows"]]
     profiled = load("h200_deepseek_profile")
     beside = section("h200_nemotron_3_nano_mamba_ssm") + section("h200_gpt_oss_20b")
     several = section("h200_x2_nemotron_3_nano") + steps_on_four_gpus()
@@ -218,7 +217,7 @@ Made by `python benchmarks/tables.py` from the files in `benchmarks/results`, ea
 versions, commit and command. Random weights and tokens, the model's own routing where nothing else is said; where a
 table has both, stock Transformers and expertmesh ran in turn in one job. Our loss computes its gradients in the
 forward, so that part of the backward is counted there. A table holds for the commit that its last line names, not for
-what was changed since.
+what was changed since; if that commit is not in this repository's history, the line names the one with the same code.
 
 ## Qwen3-30B-A3B widths, 8 of 48 layers, one GPU, forward and backward
 
@@ -228,6 +227,7 @@ what was changed since.
 
 {parity_text(load("h200_proof_qwen3_30b"), "qwen3-30b-a3b")}
 
+Liger's kernels for experts tune themselves: stock's first step with them took {liger["first_step_s"]:.0f} s.
 The CPU never waits for the GPU in a step of ours. Each column is explained in [bench.md](bench.md), and
 [profile.md](profile.md) tells where the time goes.
 
@@ -246,7 +246,7 @@ Stock runs Mamba2 by PyTorch operations, as it does where mamba_ssm is not insta
 {source(deepseek)}
 
 256 experts of 4,096 tokens' choosing: 128 rows each on average, so reading their 22.5 GB of weights twice and writing
-as many bytes of gradients bounds their time, not arithmetic. Where the time goes, at an earlier commit:
+as many bytes of gradients bounds their time, not arithmetic. Where the time goes:
 
 {component_table(profiled["profiles"]["deepseek-v3, random-init"]["expertmesh"])}
 
@@ -264,7 +264,7 @@ PyTorch's attention do its work. Blank: off for that model.
 
 {(chr(10) * 2).join(map(source, fusions))}
 
-quack-kernels again, with tiles chosen by shape, in the jobs of the first tables of Qwen3, GPT-OSS and DeepSeek:
+quack-kernels again, with tiles chosen by shape and taken as they are needed, in the jobs of the first tables:
 
 {worth_table(new_tiles)}
 
@@ -272,9 +272,8 @@ quack-kernels again, with tiles chosen by shape, in the jobs of the first tables
 
 128 experts, top-8, widths 2,048 and 768, bfloat16; routing at random or skewed by Zipf's law. Stock is Transformers'
 `grouped_mm` backend; `expertmesh-triton` is ours without quack-kernels. Rows of five calls, each after 20 ms of
-clearing memory, in which a GPU at its limit of power recovers; a table below has our kernels without that. In a model
-the busiest expert of a random router gets several times the average ([bench.md](bench.md)), which costs most in the
-weight gradients.
+clearing memory, in which a GPU at its limit of power recovers; the last table here is without that. In a model the
+busiest expert of a random router gets several times the average ([bench.md](bench.md)).
 
 {experts_table(experts)}
 
@@ -282,8 +281,8 @@ weight gradients.
 
 {source(experts)}
 
-Our Triton kernels and stock again in another job, of an earlier commit with the same kernels for these weights, with
-1 ms of clearing memory before a row instead of 20:
+Right behind it on the same GPU, with 1 ms of clearing memory before a row instead of 20 (`up_act` to `down_wgrad`:
+our Triton kernels):
 
 {rest_table(load("h200_experts_without_rest"), experts)}
 

@@ -28,7 +28,10 @@ def source(result: dict) -> str:
     packages = "torch", "triton", "transformers", *LIBRARIES
     versions = ", ".join(f"{name} {result[name]}" for name in packages if name in result)
     machine = f"{result['gpus']} x {result['hardware']}" if result["gpus"] else result["hardware"]
-    return f"{machine}; {versions}; commit `{(result['commit'] or 'unknown')[:10]}`; `{result['command']}`.{note}"
+    commit = f"commit `{(result['commit'] or 'unknown')[:10]}`"
+    if "landed_as" in result:
+        commit += f", landed as `{result['landed_as'][:10]}`"
+    return f"{machine}; {versions}; {commit}; `{result['command']}`.{note}"
 
 
 # what `expertmesh bench` measures besides; results from before it lack these

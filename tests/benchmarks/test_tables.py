@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,16 @@ def tables(monkeypatch):
 def test_docs_and_readme_show_the_committed_results(tables):
     assert (ROOT / "docs" / "benchmarks.md").read_text() == tables.page(), "run python benchmarks/tables.py"
     assert (ROOT / "README.md").read_text() == tables.readme(), "run python benchmarks/tables.py"
+
+
+def test_every_result_names_a_commit_of_this_history(tables):
+    shallow = subprocess.run(["git", "rev-parse", "--is-shallow-repository"], cwd=ROOT, capture_output=True, text=True)
+    if shallow.stdout.strip() != "false":
+        pytest.skip("needs a git checkout with its whole history")
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        result = json.loads(path.read_text())
+        commit = result.get("landed_as", result["commit"])
+        assert subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT).returncode == 0, path.name
 
 
 def test_the_profile_page_shows_the_committed_profile(tables):
