@@ -79,9 +79,12 @@ def deep_ep() -> Any:
 
 
 def has_onednn() -> bool:
-    """True when this PyTorch has oneDNN's float32 linear operator, and the user has not switched oneDNN off."""
+    """True when this PyTorch has oneDNN's float32 linear operator, the user has not switched oneDNN off, and the
+    processor has AVX-512: without it oneDNN is no faster than MKL.
+    """
     onednn: Any = torch.backends.mkldnn
-    return onednn.is_available() and onednn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    there = onednn.is_available() and onednn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return there and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,7 +1,8 @@
 """Float32 matrix products on a CPU: oneDNN's, which PyTorch carries beside MKL and uses in compiled code.
 
-On an AMD EPYC with AVX-512 it was measured at twice MKL's speed. It compiles a kernel for every shape it meets, in
-0.4 ms, so the number of rows is rounded up: however tokens are routed, shapes stay few.
+On an AMD EPYC with AVX-512 it was measured at twice MKL's speed, on one without at the same: there MKL computes. oneDNN
+compiles a kernel for every shape it meets, in 0.4 ms, so the number of rows is rounded up: however tokens are routed,
+shapes stay few.
 """
 
 import torch
