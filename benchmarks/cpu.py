@@ -86,12 +86,13 @@ def row(arm: str, steps: list[tuple], config: dict[str, Any], batch: int, seq: i
 
 
 def hardware() -> str:
-    """The processor's name; `platform` knows it on other systems than Linux."""
+    """The processor's name, cores and vector instructions; `platform` knows the name on other systems than Linux."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name")] if (
         info.exists()
     ) else []  # fmt: skip
-    return (names[0] if names else platform.processor() or platform.machine()).strip() + f", {os.cpu_count()} cores"
+    name = (names[0] if names else platform.processor() or platform.machine()).strip()
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main() -> None:

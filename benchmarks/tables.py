@@ -148,7 +148,7 @@ def small_kernel_table(result: dict) -> str:
     return table(["kernel", "pass", "floor ms", *arms], rows)
 
 
-def cpu_section(result: dict) -> str:
+def cpu_table(result: dict) -> str:
     stock = next(row for row in result["rows"] if row["arm"] == "stock")
     keys = ("arm", "forward_ms", "backward_ms", "both_ms", "both_shortest_ms")
     rows = [
@@ -156,15 +156,22 @@ def cpu_section(result: dict) -> str:
         for row in result["rows"]
     ]
     header = ["arm", "forward ms", "backward ms", "both, median ms", "shortest ms", "tokens/s", "against stock"]
+    return f"{table(header, rows)}\n\n{source(result)}"
+
+
+def cpu_section(result: dict, without_avx512: dict) -> str:
+    stock = next(row for row in result["rows"] if row["arm"] == "stock")
     return f"""## A small Qwen3-MoE on {result["threads"]} CPU threads, float32, forward and backward
 
 {stock["layers"]} layers, hidden 256, 32 experts, top-4, width 128, vocabulary 4,096; {stock["batch"]} x {stock["seq"]}
 tokens; the arms alternate step by step. Stock is Transformers' `grouped_mm` backend, `stock-eager` its loop over
-experts.
+experts. On a processor with AVX-512, where our products are oneDNN's:
 
-{table(header, rows)}
+{cpu_table(result)}
 
-{source(result)}
+On one without, where all arms multiply by MKL:
+
+{cpu_table(without_avx512)}
 """
 
 
@@ -298,7 +305,7 @@ products at 788 TFLOP/s.
 
 {source(small)}
 
-{"".join(map(section, ALONE))}{cpu_section(load("cpu_qwen3_moe"))}"""
+{"".join(map(section, ALONE))}{cpu_section(load("cpu_qwen3_moe"), load("cpu_qwen3_moe_avx2"))}"""
 
 
 def readme() -> str:
