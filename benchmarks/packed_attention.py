@@ -2,37 +2,50 @@
 
     python benchmarks/packed_attention.py --out benchmarks/results/NAME.json
 
-Qwen3-30B's attention (32 heads of queries, 4 of keys, width 128) in bfloat16 over one row of 16,384 tokens that holds
-14 documents of unequal length; `unpacked` is four rows of 4,096. Times are medians of CUDA events over one layer's
-attention; the mask, or finding the documents, comes once per forward of a model: `mask_ms`, on the wall clock because
-both make the CPU wait. TFLOP/s count what the documents need: 4·N·D·length²/2 each, 2.5 times that backward. Where
-flash-attn-4 is installed, the arm `expertmesh-fa4` runs our path on its kernels. Without a GPU `--tokens 64 --heads 4`
-runs it all on the CPU: figures mean nothing there.
+The attention of Qwen3-30B (32 heads of queries, 4 of keys, width 128) and DeepSeek V3 (128 heads, queries and keys 192
+wide, values 128) in bfloat16 over one row of 16,384 tokens that holds 14 documents of unequal length; `unpacked` is
+four rows of 4,096. Times are medians of CUDA events over one layer's attention; the mask, or finding the documents,
+comes once per forward of a model: `mask_ms`, on the wall clock because both make the CPU wait. TFLOP/s count what the
+documents need: 2·N·(D + V)·length²/2 each, 2.5 times that backward. Where flash-attn-4 is installed ours runs on it,
+and `expertmesh-no-flash-attn-4` on PyTorch's kernel. Without a GPU `--tokens 64 --heads 4` runs it all on the CPU:
+figures mean nothing there.
 """
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from timing import median_ms
 from torch import nn
-from torch.nn.attention import activate_flash_attention_impl
 from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from expertmesh.backends import has_flash_attention
 from expertmesh.bench.origin import origin, write
+from expertmesh.kernels import flash_attention
 from expertmesh.layers.attention import attend
 from expertmesh.layers.masks import find_documents
 
 #: shares of the row, in 64ths
 DOCUMENTS = (12, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2, 1, 1, 1)
-WIDTH = 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Heads(NamedTuple):
+    """Heads of queries and of keys; width of queries and keys, and of values."""
+
+    queries: int
+    keys: int
+    width: int
+    values: int
+
+
+FAMILIES = {"qwen3-30b-a3b": Heads(32, 4, 128, 128), "deepseek-v3": Heads(128, 128, 192, 128)}
 
 
 def synchronize() -> None:
@@ -65,25 +78,23 @@ def transformers_mask(position_ids: torch.Tensor) -> torch.Tensor | None:
 
 
 def measure(
-    attention: Callable, make_mask: Callable[[], Any], lengths: list[int], rows: int, heads: int, repeats: int
+    attention: Callable, make_mask: Callable[[], Any], lengths: list[int], rows: int, heads: Heads, repeats: int
 ) -> dict[str, Any]:
     """One arm on documents of these lengths, laid out in `rows` rows."""
-    tokens, key_heads = sum(lengths), max(1, heads // 8)
+    tokens = sum(lengths)
     module = nn.Module()
-    module.num_key_value_groups, module.is_causal = heads // key_heads, True
+    module.num_key_value_groups, module.is_causal, module.may_flash = heads.queries // heads.keys, True, True
     torch.manual_seed(0)
     query, key, value = (
-        torch.randn(rows, tokens // rows, n, WIDTH, device=DEVICE, dtype=torch.bfloat16)
-        .transpose(1, 2)
-        .requires_grad_()
-        for n in (heads, key_heads, key_heads)
+        torch.randn(rows, tokens // rows, *sizes, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        for sizes in ((heads.queries, heads.width), (heads.keys, heads.width), (heads.keys, heads.values))
     )
     mask_ms = wall_ms(make_mask, repeats)
     before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
     mask = make_mask()
 
     def forward() -> torch.Tensor:
-        return attention(module, query, key, value, mask, scaling=WIDTH**-0.5)[0]
+        return attention(module, query, key, value, mask, scaling=heads.width**-0.5)[0]
 
     forward_ms = median_ms(forward, repeats)
     out = forward()
@@ -96,7 +107,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
         torch.autograd.grad(forward(), (query, key, value), gradient)
         peak["peak_gib"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
-    flop = sum(2 * heads * WIDTH * length**2 for length in lengths)
+    flop = sum(heads.queries * (heads.width + heads.values) * length**2 for length in lengths)
     return {
         "mask_ms": round(mask_ms, 4),
         "forward_ms": round(forward_ms, 4),
@@ -108,38 +119,30 @@ def measure(
     }
 
 
-def has_flash_attn_4() -> bool:
-    return (
-        DEVICE == "cuda"
-        and bool(importlib.util.find_spec("flash_attn"))
-        and bool(importlib.util.find_spec("flash_attn.cute"))
-    )
-
-
-def rows(tokens: int, heads: int, repeats: int) -> Iterator[dict[str, Any]]:
+def rows(tokens: int, family: str, heads: Heads, repeats: int) -> Iterator[dict[str, Any]]:
+    """One per arm."""
     lengths = [share * tokens // 64 for share in DOCUMENTS]
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(DEVICE)
-    unpacked = [tokens // 4] * 4
+    ours = attend, lambda: find_documents(positions), lengths, 1
     arms: dict[str, tuple] = {
         "transformers": (sdpa_attention_forward, lambda: transformers_mask(positions), lengths, 1),
-        "expertmesh": (attend, lambda: find_documents(positions), lengths, 1),
-        "unpacked": (attend, lambda: None, unpacked, 4),
+        "expertmesh": ours,
+        "unpacked": (attend, lambda: None, [tokens // 4] * 4, 4),
     }
     for arm, work in arms.items():
-        yield {"work": "unpacked" if arm == "unpacked" else "packed", "arm": arm} | measure(*work, heads, repeats)
-    if has_flash_attn_4():
-        activate_flash_attention_impl("FA4")  # for the rest of the process, so it is the last
-        try:
-            measured = measure(*arms["expertmesh"], heads, repeats)
-        except ValueError as error:  # PyTorch 2.11 unpacks two results; later versions of the package return more
-            measured = {"failed": str(error)}
-        yield {"work": "packed", "arm": "expertmesh-fa4"} | measured
+        yield {"work": family, "arm": arm} | measure(*work, heads, repeats)
+    if has_flash_attention(DEVICE):
+        with mock.patch.object(flash_attention, "WIDTHS", frozenset()):
+            yield {"work": family, "arm": "expertmesh-no-flash-attn-4"} | measure(*ours, heads, repeats)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384, help="a multiple of 64")
-    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument(
+        "--heads", type=int, help="of queries, instead of the family's; those of keys are as many fewer"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--commit", help="default: that of the working tree")
     parser.add_argument("--out", help="write the JSON here as well")
@@ -148,15 +151,18 @@ def main() -> None:
         parser.error("--tokens must be a multiple of 64")
     result: dict[str, Any] = {
         **origin(["python", *sys.argv], arguments.commit, ("triton", "transformers", "flash-attn-4")),
-        "sizes": {"tokens": arguments.tokens, "documents": len(DOCUMENTS), "heads": arguments.heads, "width": WIDTH},
+        "sizes": {"tokens": arguments.tokens, "documents": len(DOCUMENTS)},
         "rows": [],
     }
-    for row in rows(arguments.tokens, arguments.heads, arguments.repeats):
-        if not result["rows"]:
-            print("".join(f"{name:>18}" for name in row))
-        print("".join(f"{value!s:>18}" for value in row.values()), flush=True)
-        result["rows"].append(row)
-        write(result, arguments.out)
+    for family in arguments.families:
+        heads = FAMILIES[family]
+        if arguments.heads:
+            keys = max(1, arguments.heads * heads.keys // heads.queries)
+            heads = heads._replace(queries=arguments.heads, keys=keys)
+        for row in rows(arguments.tokens, family, heads, arguments.repeats):
+            print(row, flush=True)
+            result["rows"].append(row)
+            write(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from expertmesh.bench.origin import origin, write
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels import sink_attention as kernels
-from expertmesh.kernels.documents import document_bounds, document_of
+from expertmesh.kernels.documents import Documents, document_bounds, document_of
 from expertmesh.kernels.sink_attention import sink_attention, visible
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,11 +89,11 @@ def arms(work: str, rows: int, length: int, scale: float) -> dict[str, Callable]
     """Functions of query, key, value [B, N, S, D] and sinks to out [B, S, N, D]; "(no sinks)" in the names of some."""
     window = WINDOW if work == "window" else None
     module = SimpleNamespace(num_key_value_groups=GROUP, training=True, is_causal=True)
-    documents = start = None
+    documents = start = told = None
     if work == "packed":
         lengths = [share * length // 64 for share in DOCUMENTS]
-        cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-        documents = document_bounds(document_of(cu_seqlens, rows, length))
+        told = Documents(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), max(lengths))
+        documents = document_bounds(document_of(told.cu_seqlens, rows, length))
         start = documents.start
 
     def ours(q, k, v, s):
@@ -113,6 +113,8 @@ def arms(work: str, rows: int, length: int, scale: float) -> dict[str, Callable]
     def flash4(q, k, v, s):
         from flash_attn.cute import flash_attn_func
 
+        if told is not None:
+            return flash_attention.flash_attention(q, k, v, scale, s, told)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         bounds = dict(window_size=(window - 1, 0)) if window else {}
         return flash_attn_func(q, k, v, softmax_scale=scale, causal=True, learnable_sink=s, **bounds)[0]
@@ -137,7 +139,7 @@ def arms(work: str, rows: int, length: int, scale: float) -> dict[str, Callable]
             result["cudnn, the same without repeats"] = lambda q, k, v, s: CuDNNWithSinks.apply(
                 q, k, v, s, scale
             ).transpose(1, 2)
-        if work != "packed" and importlib.util.find_spec("flash_attn"):
+        if importlib.util.find_spec("flash_attn"):
             result["flash-attn-4 (no sinks)"] = lambda q, k, v, s: flash4(q, k, v, None)
             result["flash-attn-4"] = flash4
     return result

@@ -197,11 +197,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "h200_sink_attention": (
         "Attention with sinks, one GPU", "GPT-OSS's: 64 heads of queries, 8 of keys, width 64, bfloat16; `error` is "
         "the\ndistance of output and dq from ours, far where there are no sinks. `expertmesh` is our Triton kernels; "
-        "where flash-attn-4\nis installed, layers without a window train by it. `packed` is one row of 16,384 tokens, "
-        "`eager` one of 4,096.", times_table),
+        "where flash-attn-4\nis installed, layers without a window train by it. `packed` is one row of 16,384 tokens "
+        "with 14 documents,\n`eager` one of 4,096.", times_table),
     "h200_packed_attention": (
-        "Attention over packed documents, one GPU", "14 documents in a row of 16,384 tokens, at Qwen3-30B's widths, "
-        "bfloat16;\n`unpacked`: four rows of 4,096.", times_table),
+        "Attention over packed documents, one GPU", "14 documents in a row of 16,384 tokens, bfloat16; `unpacked`: "
+        "four rows of\n4,096. `expertmesh` is flash-attn-4 with the documents' boundaries, without it PyTorch's "
+        "FlashAttention; `transformers`\nis SDPA with a mask.", times_table),
     "h200_attention": (
         "Causal attention of three families, one GPU", "`sdpa` is what PyTorch chooses by itself; bfloat16. Our models "
         "train\nby flash-attn-4 where it is installed.", times_table),

@@ -18,5 +18,6 @@ def test_packed_attention_benchmark_writes_a_row_per_arm(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks/packed_attention.py", *options])
     script.main()
     rows = json.loads(out.read_text())["rows"]
-    assert [row["arm"] for row in rows][:3] == ["transformers", "expertmesh", "unpacked"]
+    assert [row["arm"] for row in rows] == ["transformers", "expertmesh", "unpacked"] * 2
+    assert {row["work"] for row in rows} == {"qwen3-30b-a3b", "deepseek-v3"}
     assert all(row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in rows)

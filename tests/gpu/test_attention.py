@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from expertmesh.backends import has_flash_attention
 from expertmesh.kernels import flash_attention
+from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask, varlen_attention
 from expertmesh.layers import attention
 from tests.kernels.compare import outputs_and_grads
@@ -109,6 +110,30 @@ def test_flash_attention_4_is_as_exact_as_sdpa(sizes, length):
     exact = outputs_and_grads(causal, *(x.detach().float().requires_grad_() for x in leaves))
     errors = relative_errors(outputs_and_grads(flash_attention.flash_attention, *leaves), exact)
     allowed = relative_errors(outputs_and_grads(causal, *leaves), exact)
+    assert all(a <= 1.5 * b + 1e-3 for a, b in zip(errors, allowed, strict=True)), (errors, allowed)
+
+
+@needs_flash_attention_4
+@pytest.mark.parametrize("sizes", [(1, 32, 4, 128, 128), (2, 8, 8, 64, 64), (1, 16, 16, 192, 128)], ids=str)
+def test_flash_attention_4_keeps_packed_documents_apart_and_never_waits(sizes):
+    lengths = [300, 1, 17, 512, 194, *[1024] * (sizes[0] - 1)]
+    documents = Documents(torch.tensor([0, *lengths], device="cuda").cumsum(0).int(), max(lengths))
+    leaves = flash_leaves(*sizes, 1024)
+    assert flash_attention.takes(*leaves)
+
+    def packed(*x):
+        return flash_attention.flash_attention(*x, documents=documents)
+
+    outputs_and_grads(packed, *leaves)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = outputs_and_grads(packed, *leaves)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = (x.detach().float().requires_grad_() for x in leaves)
+    exact = outputs_and_grads(lambda *x: with_mask(*x, documents.cu_seqlens), *exact)
+    allowed = relative_errors(outputs_and_grads(lambda *x: with_mask(*x, documents.cu_seqlens), *leaves), exact)
+    errors = relative_errors(ours, exact)
     assert all(a <= 1.5 * b + 1e-3 for a, b in zip(errors, allowed, strict=True)), (errors, allowed)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from expertmesh.backends import has_flash_attention
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import document_bounds, document_of
+from expertmesh.kernels.documents import Documents, document_bounds, document_of
 from expertmesh.kernels.sink_attention import padding_of, sink_attention, sink_attention_reference
 from tests.kernels.compare import outputs_and_grads
 from tests.models import load_ours
@@ -71,26 +71,33 @@ def test_the_kernels_are_as_exact_as_the_reference(width, window, kind, monkeypa
     ("length", "heads", "key_heads", "width"), [(1024, 64, 8, 64), (1091, 16, 2, 64), (1500, 4, 1, 128)]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # of the sinks
+@pytest.mark.parametrize("packed", [False, True])
 def test_flash_attention_4_is_as_exact_as_the_reference_and_never_waits(
-    length, heads, key_heads, width, dtype, monkeypatch
+    length, heads, key_heads, width, packed, dtype, monkeypatch
 ):
     *inputs, sinks = leaves(length, heads, key_heads, width, 2)
     inputs.append(sinks.detach().to(dtype).requires_grad_())
     ran, kernel = [], flash_attention.flash_attention
-    monkeypatch.setattr(flash_attention, "flash_attention", lambda *x: (ran.append(1), kernel(*x))[1])
+    monkeypatch.setattr(flash_attention, "flash_attention", lambda *x: (ran.append(x[-1]), kernel(*x))[1])
+
+    documents = None
+    if packed:
+        told = torch.tensor([0, 300, 1, length - 301, length], device="cuda").cumsum(0).int()
+        documents = document_bounds(document_of(told, 2, length))._replace(told=Documents(told, length))
 
     def reference(query, key, value, sinks):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return sink_attention_reference(query, key, value, sinks, width**-0.5)
+        start = documents and documents.start
+        return sink_attention_reference(query, key, value, sinks, width**-0.5, start=start)
 
     def ours(*x):
-        return sink_attention(*x, width**-0.5)
+        return sink_attention(*x, width**-0.5, documents=documents)
 
     exact = outputs_and_grads(reference, *(x.detach().float().requires_grad_() for x in inputs))
     allowed = relative_errors(outputs_and_grads(reference, *inputs), exact)
     got = outputs_and_grads(ours, *inputs)  # compiles
     errors = relative_errors(got, exact)
-    assert ran and [x.dtype for x in got] == [torch.bfloat16] * 4 + [dtype]
+    assert ran == [documents and documents.told] and [x.dtype for x in got] == [torch.bfloat16] * 4 + [dtype]
     assert all(a <= 1.5 * b + 2e-3 for a, b in zip(errors, allowed, strict=True)), (errors, allowed)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-"""flash-attn-4's function that this project calls: its signature and its layout, computed by PyTorch in float32."""
+"""flash-attn-4's functions that this project calls: their signatures and layouts, computed by PyTorch in float32."""
 
 import importlib.machinery
 import math
@@ -9,6 +9,7 @@ import torch
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
+from expertmesh.kernels.varlen import document_mask
 
 
 def install(monkeypatch) -> list[dict]:
@@ -17,7 +18,7 @@ def install(monkeypatch) -> list[dict]:
 
     def flash_attn_func(
         q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
-        learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+        learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, *, seen=None,
     ):  # fmt: skip
         B, S, NQ, D = q.shape
         assert k.shape[:2] == v.shape[:2] == (B, S) and k.shape[2] == v.shape[2] and k.shape[3] == D
@@ -27,7 +28,8 @@ def install(monkeypatch) -> list[dict]:
         scale = D**-0.5 if softmax_scale is None else softmax_scale
         key, value = (x.float().repeat_interleave(NQ // k.shape[2], dim=2) for x in (k, v))
         scores = torch.einsum("brhd,bnhd->bhrn", q.float(), key) * scale
-        scores = scores.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -math.inf)
+        unseen = torch.ones(S, S, dtype=torch.bool).triu(1) if seen is None else ~seen
+        scores = scores.masked_fill(unseen, -math.inf)
         lse = scores.logsumexp(-1)
         if learnable_sink is not None:
             assert learnable_sink.shape == (NQ,)
@@ -35,10 +37,24 @@ def install(monkeypatch) -> list[dict]:
         out = torch.einsum("bhrn,bnhd->brhd", (scores - lse[..., None]).exp(), value)
         return out.to(q.dtype).contiguous(), lse
 
+    def flash_attn_varlen_func(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *,
+        softmax_scale=None, causal=False, learnable_sink=None,
+    ):  # fmt: skip
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and cu_seqlens_q[-1] == len(q)
+        assert cu_seqlens_q.diff().max() == max_seqlen_q and cu_seqlens_k.diff().max() == max_seqlen_k
+        seen = document_mask(cu_seqlens_q, 1, len(q))[0, 0]
+        options = {"softmax_scale": softmax_scale, "causal": causal, "learnable_sink": learnable_sink, "seen": seen}
+        out, lse = flash_attn_func(q[None], k[None], v[None], **options)
+        calls[-1]["documents"] = len(cu_seqlens_q) - 1
+        return out[0], lse[0]
+
+    functions = {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func}
     for name in ("flash_attn", "flash_attn.cute"):
         module = types.ModuleType(name)
-        module.__dict__.update(flash_attn_func=flash_attn_func, __spec__=importlib.machinery.ModuleSpec(name, None))
+        module.__dict__.update(functions, __spec__=importlib.machinery.ModuleSpec(name, None))
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(backends, "has_flash_attention", lambda device: True)
     monkeypatch.setattr(flash_attention, "LENGTH", 2)
+    monkeypatch.setattr(flash_attention, "_keep_compiled", lambda: None)
     return calls

@@ -3,14 +3,17 @@
 The package itself runs on GPUs only (tests/gpu); here a stand-in has its interface.
 """
 
+import os
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import document_bounds, document_of
+from expertmesh.kernels.documents import Documents, document_bounds, document_of
 from expertmesh.kernels.sink_attention import padding_of, sink_attention
+from expertmesh.kernels.varlen import varlen_attention
 from tests.kernels import fake_flash_attn
 from tests.kernels.compare import assert_same, outputs_and_grads
 
@@ -58,13 +61,52 @@ def test_with_sinks_it_is_our_attention_with_sinks(dtype, calls, monkeypatch):
     assert_same([x.float() for x in got], want, 1.5e-2)
 
 
-def test_windows_documents_and_padding_with_sinks_stay_ours(calls):
+@pytest.fixture
+def documents() -> Documents:
+    """Of two rows of 7 tokens."""
+    return Documents(torch.tensor([0, 3, 7, 14], dtype=torch.int32), 7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_documents_do_not_see_each_other(shape, documents, calls):
+    inputs = leaves(*shape)
+    got = outputs_and_grads(lambda *x: flash_attention.flash_attention(*x, 0.3, documents=documents), *inputs)
+    assert [call["documents"] for call in calls] == [3] and got[0].shape == (2, 7, shape[0], shape[3])
+    exact = (x.detach().float().requires_grad_() for x in inputs)
+    want = outputs_and_grads(lambda *x: varlen_attention(*x, *documents, 0.3), *exact)
+    assert_same([x.float() for x in got], want, 8e-3)
+
+
+def test_nor_with_sinks_if_it_was_told_where_they_begin(documents, calls, monkeypatch):
     inputs = [*leaves(), torch.randn(4).bfloat16().requires_grad_()]
-    documents = document_bounds(document_of(torch.tensor([0, 3, 7, 14], dtype=torch.int32), 2, 7))
-    padding = padding_of(torch.ones(2, 7))
-    for options in ({"window": 3}, {"documents": documents}, {"padding": padding}):
+    bounds = document_bounds(document_of(documents.cu_seqlens, 2, 7))
+    got = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, documents=bounds._replace(told=documents)), *inputs)
+    assert [call["documents"] for call in calls] == [3]
+    exact = (x.detach().float().requires_grad_() for x in inputs)
+    want = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, documents=bounds), *exact)
+    assert len(calls) == 1
+    assert_same([x.float() for x in got], want, 1.5e-2)
+
+
+def test_windows_padding_and_documents_of_unknown_length_with_sinks_stay_ours(documents, calls):
+    inputs = [*leaves(), torch.randn(4).bfloat16().requires_grad_()]
+    bounds = document_bounds(document_of(documents.cu_seqlens, 2, 7))
+    told, padding = bounds._replace(told=documents), padding_of(torch.ones(2, 7))
+    for options in ({"window": 3}, {"documents": bounds}, {"window": 3, "documents": told}, {"padding": padding}):
         sink_attention(*inputs, 0.3, **options)
     assert not calls
+
+
+def test_its_compiled_kernels_stay_on_disk_unless_the_user_decides(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "0"
+    flash_attention._keep_compiled.__wrapped__()
+    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "0"
+    del os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"]
+    flash_attention._keep_compiled.__wrapped__()
+    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == str(tmp_path / "flash-attn-4")
 
 
 def test_what_it_must_not_take(calls, monkeypatch):

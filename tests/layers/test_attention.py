@@ -8,6 +8,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from expertmesh.bench.rows import worst_error
 from expertmesh.kernels import flash_attention
+from expertmesh.kernels.documents import Documents
+from expertmesh.kernels.varlen import document_mask
 from expertmesh.layers.attention import attend
 from tests.kernels import fake_flash_attn
 from tests.kernels.compare import assert_same, outputs_and_grads
@@ -49,6 +51,20 @@ def test_a_mask_dropout_a_bias_and_what_is_not_causal_stay_with_sdpa(calls):
     assert not calls
     attend(module(is_causal=False), *inputs, None, is_causal=True)
     assert len(calls) == 1
+
+
+def test_packed_documents_go_there_too_from_fused_models(calls):
+    inputs, documents = leaves(), Documents(torch.tensor([0, 3, 7, 14], dtype=torch.int32), 7)
+    got = outputs_and_grads(lambda *x: attend(module(), *x, documents)[0], *inputs)
+    assert [call["documents"] for call in calls] == [3]
+    stock = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    want = outputs_and_grads(lambda *x: attend(stock, *x, documents)[0], *inputs)
+    mask = document_mask(documents.cu_seqlens, 2, 7)
+    by_mask = outputs_and_grads(lambda *x: sdpa_attention_forward(stock, *x, mask)[0], *inputs)
+    attend(module(), *inputs, documents, dropout=0.5)
+    assert len(calls) == 1
+    assert_same([x.float() for x in got], [x.float() for x in want], 1.5e-2)
+    assert_same([x.float() for x in want], [x.float() for x in by_mask], 1.5e-2)
 
 
 def loss_and_gradients(model, ids):

@@ -28,11 +28,19 @@ def document_starts(number_BS: torch.Tensor) -> torch.Tensor:
     return torch.where(is_start, token_S, 0).cummax(dim=1).values
 
 
+class Documents(NamedTuple):
+    """Where documents begin among the B·S tokens, and B·S: [documents + 1] int32; and the longest one's length."""
+
+    cu_seqlens: torch.Tensor
+    max_length: int
+
+
 class Bounds(NamedTuple):
-    """Where each token's document begins and ends in its row: [B, S] int32 each."""
+    """Where each token's document begins and ends in its row: [B, S] int32 each; and the same as it was told, if so."""
 
     start: torch.Tensor
     end: torch.Tensor
+    told: Documents | None = None
 
 
 def document_bounds(number_BS: torch.Tensor) -> Bounds:

@@ -1,16 +1,21 @@
 """Training's causal attention on Hopper by flash-attn-4, where it is installed: no other file knows its interface.
 
-flash-attn-4 (BSD-3, CuTe-DSL, compiled at the first call) is faster there than the cuDNN kernel that SDPA picks, and
-with sinks than sink_attention.py. Its backward adds up dq, and dk and dv of heads that share keys, by atomics: equal
-inputs give gradients that are equal but for rounding. Who asks PyTorch for deterministic algorithms therefore stays
-with the other kernels. Nothing in a call waits for the device.
+flash-attn-4 (BSD-3, CuTe-DSL, compiled at the first call) is faster there than the cuDNN kernel that SDPA picks, on
+packed documents than varlen.py, and with sinks than sink_attention.py. Its backward adds up dq, and dk and dv of heads
+that share keys, by atomics: equal inputs give gradients that are equal but for rounding. Who asks PyTorch for
+deterministic algorithms therefore stays with the other kernels. Nothing in a call waits for the device.
 
 Letters: B batch, S row, N heads (NQ of queries, NK of keys), D width of queries and keys, V of values.
 """
 
+import os
+from functools import cache
+from pathlib import Path
+
 import torch
 
 from expertmesh import backends
+from expertmesh.kernels.documents import Documents
 
 #: (D, V) at which it won on an H200; empty, nothing runs here
 WIDTHS = frozenset({(64, 64), (128, 128), (192, 128)})
@@ -47,16 +52,34 @@ def flash_attention(
     value: torch.Tensor,
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
+    documents: Documents | None = None,
 ) -> torch.Tensor:
     """[B, S, NQ, V] in the inputs' dtype, or autocast's; scale None is 1 / sqrt(D). Differentiable in all tensors.
 
     Shapes as in `takes`, no copy if the last dimension is contiguous; sinks: [NQ], one logit more in each softmax.
+    documents: none sees another.
     """
-    from flash_attn.cute import flash_attn_func
+    _keep_compiled()
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    out, _ = flash_attn_func(query, key, value, softmax_scale=scale, causal=True, learnable_sink=sinks)
-    return out
+    options = {"softmax_scale": scale, "causal": True, "learnable_sink": sinks}
+    if documents is None:
+        return flash_attn_func(query, key, value, **options)[0]
+    rows = query.shape[:2]
+    options |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), documents.cu_seqlens)
+    options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), documents.max_length)
+    out, _ = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (query, key, value)), **options)
+    return out.unflatten(0, rows)
+
+
+@cache
+def _keep_compiled() -> None:
+    """Unless the user decides otherwise, compiled kernels stay on disk, beside Triton's, for the next process."""
+    if backends.HAS_TRITON:
+        folder = str(Path(backends.triton.knobs.cache.dir, "flash-attn-4"))
+        for name, value in {"ENABLED": "1", "DIR": folder}.items():
+            os.environ.setdefault(f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}", value)

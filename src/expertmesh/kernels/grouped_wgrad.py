@@ -11,15 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.grouped_gemm import (
-    by_descriptor,
-    dot_precision,
-    matrix_tile,
-    rows_of,
-    segments,
-    tiles_of,
-    wide,
-)
+from expertmesh.kernels.grouped_gemm import by_descriptor, dot_precision, matrix_tile, rows_of, segments, tiles_of, wide
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched
 

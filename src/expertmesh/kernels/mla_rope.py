@@ -69,10 +69,7 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 #: heads of a token per tile, and warps; a program of the forward has one tile, of the backward all tiles of a token
-TUNING = {
-    "forward": {"HEADS": 16, "num_warps": 4},
-    "backward": {"HEADS": 16, "num_warps": 4},
-}
+TUNING = {"forward": {"HEADS": 16, "num_warps": 4}, "backward": {"HEADS": 16, "num_warps": 4}}
 
 
 @triton.jit

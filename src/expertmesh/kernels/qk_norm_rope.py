@@ -75,10 +75,7 @@ def qk_norm_rope_reference(
 
 
 #: heads per tile, warps, and persistent programs per multiprocessor
-TUNING = {
-    "forward": {"ROWS": 8, "num_warps": 4},
-    "backward": {"ROWS": 16, "num_warps": 4, "programs": 5},
-}
+TUNING = {"forward": {"ROWS": 8, "num_warps": 4}, "backward": {"ROWS": 16, "num_warps": 4, "programs": 5}}
 
 
 @triton.jit

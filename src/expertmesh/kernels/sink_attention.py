@@ -9,7 +9,7 @@ the last by r, and those between need no mask: blocks outside are never touched,
 FlashAttention-2's scheme: an online softmax that begins with the sink (so no row is ever empty), the base-2 logarithm
 of its sum is kept; backward one kernel over query blocks (dq, the sinks' gradient, and δ = Σ dout·out) and one over
 key blocks (dk, dv, summed over the query heads of a key head). No atomics: equal inputs give equal bits.
-Without window, documents and padding flash-attn-4 is faster, where it takes them (flash_attention.py).
+Without window and padding flash-attn-4 is faster, where it takes them (flash_attention.py).
 
 Letters: B batch, S row, N heads (NQ of queries, NK of keys), D head width, M and N blocks of queries and keys.
 """
@@ -68,10 +68,11 @@ def sink_attention(
     window: a query sees itself and the window - 1 tokens before it. documents: and none before its own document.
     padding: nobody sees those keys; a query that sees none gives 0.
     """
-    if window is None and documents is None and padding is None and flash_attention.takes(query, key, value):
-        return flash_attention.flash_attention(query, key, value, scale, sinks)
+    start, end, told = documents or (None, None, None)
+    plain = window is None and padding is None and (start is None or told is not None)
+    if plain and flash_attention.takes(query, key, value):
+        return flash_attention.flash_attention(query, key, value, scale, sinks, told)
     query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-    start, end = documents or (None, None)
     if use_triton(query):
         return _apply(query, key, value, sinks, start, end, *(padding or (None, None)), scale, window)
     seen = padding.seen if padding is not None else None

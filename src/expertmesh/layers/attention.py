@@ -2,7 +2,7 @@
 
 The attention itself stays the one that the user chose (`attn_implementation`). Transformers' default, "sdpa", learns
 here to take packed documents (`Documents`, from masks.py) for a mask, in the attention of every family. Of models that
-are fused, and not of stock ones in the same process, it also goes to flash-attn-4 where that is installed.
+are fused, and not of stock ones in the same process, both go to flash-attn-4 where that is installed.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
 
 from expertmesh.kernels import flash_attention
+from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
 from expertmesh.layers.fast import Fast
-from expertmesh.layers.masks import Documents
 from expertmesh.layers.norm import can_merge
 
 
@@ -34,23 +34,16 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' `sdpa_attention_forward`, but for packed documents and causal attention that other kernels take."""
-    if isinstance(attention_mask, Documents):
-        if dropout == 0 and position_bias is None and takes(query, value):
-            return varlen_attention(query, key, value, *attention_mask, scaling), None
-        attention_mask = document_mask(attention_mask.cu_seqlens, query.shape[0], query.shape[2])
-    plain = attention_mask is None and position_bias is None and dropout == 0 and kwargs.get("softcap") is None
-    if plain and _is_flash_causal(module, kwargs.get("is_causal")) and flash_attention.takes(query, key, value):
-        return flash_attention.flash_attention(query, key, value, scaling), None
+    documents, mask = (attention_mask, None) if isinstance(attention_mask, Documents) else (None, attention_mask)
+    if mask is None and position_bias is None and dropout == 0 and kwargs.get("softcap") is None:
+        if _is_flash_causal(module, kwargs.get("is_causal")) and flash_attention.takes(query, key, value):
+            return flash_attention.flash_attention(query, key, value, scaling, documents=documents), None
+        if documents is not None and takes(query, value):
+            return varlen_attention(query, key, value, *documents, scaling), None
+    if documents is not None:
+        mask = document_mask(documents.cu_seqlens, query.shape[0], query.shape[2])
     return sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        position_bias=position_bias,
-        **kwargs,
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs
     )
 
 

@@ -12,25 +12,18 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import masking_utils
 from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh import backends
-from expertmesh.kernels.documents import Bounds, document_bounds, document_of, document_of_positions
+from expertmesh.kernels.documents import Bounds, Documents, document_bounds, document_of, document_of_positions
 from expertmesh.kernels.sink_attention import Padding, padding_of
 
 #: our implementation of attention with sinks, as an `attn_implementation` (sinks.py)
 SINKS = "expertmesh-sinks"
-
-
-class Documents(NamedTuple):
-    """In place of an attention mask: causal within each document, none between them. See kernels/varlen.py."""
-
-    cu_seqlens: torch.Tensor
-    max_length: int
 
 
 @dataclass
@@ -139,7 +132,7 @@ def _sinks_mask(
     if rows.bounds is None:
         given, positions = rows.given, rows.positions.expand(batch_size, -1)
         number = document_of(given.cu_seqlens, *positions.shape) if given else document_of_positions(positions)
-        rows.bounds = document_bounds(number)
+        rows.bounds = document_bounds(number)._replace(told=given)
     return rows.bounds
 
 
