@@ -10,14 +10,16 @@ from torch.autograd import DeviceType
 
 from expertmesh import backends
 from expertmesh.bench import run as bench
+from expertmesh.bench import steps
 from expertmesh.bench.arms import ARMS, Arm, model_of, why_not
+from expertmesh.bench.flops import step_flops
 from expertmesh.bench.profile import NODE, RANGE, RULES, _traced
 from expertmesh.bench.run import BenchOptions, run
 from expertmesh.bench.works import WORKS, config_of
 
 KEYS = """
-work arm layers batch seq routing forward_ms backward_ms clip_ms optimizer_ms step_ms tokens_per_second_per_gpu
-tflops_per_gpu percent_of_gemm peak_gib host_syncs launches
+work arm layers batch seq documents routing forward_ms backward_ms clip_ms optimizer_ms step_ms
+tokens_per_second_per_gpu tflops_per_gpu percent_of_gemm peak_gib host_syncs launches
 """.split()
 
 
@@ -45,6 +47,20 @@ def test_both_sides_of_every_work_compute_the_same(work):
         assert ours == pytest.approx(stock, rel=1e-5)
     proof = result["parity"][work]["expertmesh"]
     assert proof["loss_error"] < 1e-5 and max(proof["gradient_errors"].values()) < 1e-5
+
+
+@pytest.mark.parametrize("work", ["qwen3-30b-a3b", "deepseek-v3"])
+def test_packed_documents_are_the_same_to_both_sides_and_need_fewer_operations(work):
+    packed, _ = tiny(works=(work,), seq=128, batches=(1, 2), packed=True, proof=False)
+    whole, _ = tiny(works=(work,), seq=128, batches=(1, 2), proof=False)
+    assert not packed["failed"] and [row["documents"] for row in packed["rows"]] == [14] * 4
+    losses = [[row["loss"] for row in result["rows"]] for result in (packed, whole)]
+    assert losses[0][2:] == pytest.approx(losses[0][:2], rel=1e-5)
+    assert all(abs(a - b) > 1e-4 for a, b in zip(*losses, strict=True)), "documents see each other"
+    documents = steps.documents(128, True)
+    assert sum(documents) == 128 and len(documents) == 14
+    config = config_of(WORKS[work], None, True)
+    assert sum(step_flops(config, 1, n) for n in documents) < step_flops(config, 1, 128)
 
 
 def test_compiled_stock_is_compiled_for_every_batch(monkeypatch):

@@ -25,12 +25,15 @@ LIBRARIES = {"quack-kernels": "has_quack", "flash-attn-4": "has_flash_attention"
 
 @dataclass(frozen=True)
 class Arm:
-    """One side. `compiled`: each decoder layer by torch.compile. `without`: the one fusion or library that is off."""
+    """One side. `compiled`: each decoder layer by torch.compile. `flash`: attention by Transformers' own way to
+    flash-attn-4. `without`: the one fusion or library that is off.
+    """
 
     name: str
     ours: bool = False
     compiled: bool = False
     liger: bool = False
+    flash: bool = False
     without: str | None = None
 
 
@@ -40,6 +43,7 @@ ARMS = {
         Arm("stock"),
         Arm("stock-compiled", compiled=True),
         Arm("stock-liger", liger=True),
+        Arm("stock-flash-attn-4", flash=True),
         Arm("expertmesh", ours=True),
         *(
             Arm(f"{WITHOUT}{name}", ours=True, without=name)
@@ -67,6 +71,8 @@ def why_not(arm: Arm, config: PreTrainedConfig, device: str) -> str | None:
             return "Liger's kernels run on GPUs only."
         if config.model_type not in _liger_functions():
             return f"Liger has no kernels for {config.model_type}."
+    if arm.flash and not backends.has_flash_attention(device):
+        return "flash-attn-4 is not installed, or this is no Hopper GPU."
     if arm.without in LIBRARIES:
         return None if backends.version_of(arm.without) else f"{arm.without} is not installed."
     if arm.without:
@@ -92,6 +98,7 @@ def model_of(
     """
     auto: Any = AutoModelForCausalLM if arm.ours else transformers.AutoModelForCausalLM
     own_attention = arm.ours and arm.without != "sink_attention"
+    attention = "flash_attention_4" if arm.flash else attention
     options: dict[str, Any] = {"attn_implementation": attention} if attention and not own_attention else {}
     if arm.without and arm.without not in LIBRARIES:
         options["fused"] = {arm.without: False}

@@ -50,8 +50,8 @@ def zipf_shares(experts: int, top_k: int) -> list[float]:
 
 
 @torch.no_grad()
-def busiest(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """Rows of a layer's largest expert over the mean of its experts, on these tokens; the mean over layers."""
+def busiest(model: PreTrainedModel, inputs: dict[str, Any]) -> float:
+    """Rows of a layer's largest expert over the mean of its experts, on these inputs; the mean over layers."""
     loads = []
 
     def look(router: nn.Module, args: Any, output: tuple) -> None:
@@ -60,7 +60,7 @@ def busiest(model: PreTrainedModel, ids: torch.Tensor) -> float:
         loads.append(counts.max() / counts.mean())
 
     hooks = [router.register_forward_hook(look) for router in routers(model).values()]
-    model.base_model(input_ids=ids)
+    model.base_model(**inputs)
     for hook in hooks:
         hook.remove()
     return float(torch.stack(loads).mean())

@@ -8,6 +8,7 @@ cut short leaves what it measured; an arm that fails, by want of memory for inst
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from expertmesh.train.errors import ConfigError
 @dataclass(frozen=True)
 class BenchOptions:
     """What to measure. `arms` None: all that run here. `layers` None: the work's own. `ablate` adds expertmesh without
-    each fusion that is on. `full`: with clipping and AdamW. `device` None: the GPU if there is one.
+    each fusion that is on. `full`: with clipping and AdamW. `packed`: 14 documents in each sequence. `device` None: the
+    GPU if there is one.
     """
 
     works: tuple[str, ...] = ("qwen3-30b-a3b",)
@@ -41,6 +43,7 @@ class BenchOptions:
     tiny: bool = False
     device: str | None = None
     full: bool = False
+    packed: bool = False
     ablate: bool = False
     proof: bool = True
     profile: bool = False
@@ -86,6 +89,10 @@ def refuse(options: BenchOptions, device: str) -> None:
                     f"A balanced gate gives each of the {experts} experts of {work} the same number of rows, but "
                     f"{batch} x {options.seq} tokens x {top_k} cannot be divided so: change --batch or --seq."
                 )
+    if options.packed and options.seq % 64:
+        raise ConfigError(
+            f"Lengths of packed documents are in 64ths of a sequence: --seq {options.seq} is not divisible."
+        )
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device is cpu or cuda, not {device!r}.")
     if device == "cuda" and not torch.cuda.is_available():
@@ -165,9 +172,10 @@ class _Bench:
 
     def _row(self, arm: Arm, model: Any, routing: str, batch: int) -> None:
         options, config = self.options, model.config
-        step = steps.Step(model, batch, options.seq, options.full, arm.ours)
+        step = steps.Step(model, batch, options.seq, options.full, arm.ours, options.packed)
         found = steps.measure(step, options.warmup, options.repeats)
-        flops = step_flops(config, batch, options.seq)
+        lengths = steps.documents(options.seq, options.packed)
+        flops = sum(step_flops(config, batch, length) for length in lengths)
         waits = steps.host_syncs(step)
         both_ms = found["forward_ms"] + found["backward_ms"]
         tflops = flops / both_ms / 1e9
@@ -177,6 +185,7 @@ class _Bench:
             "layers": config.num_hidden_layers,
             "batch": batch,
             "seq": options.seq,
+            "documents": len(lengths),
             "routing": routing,
             **found,
             "tokens_per_second_per_gpu": round(batch * options.seq / found["step_ms"] * 1e3),
@@ -195,12 +204,16 @@ class _Bench:
         if arm.ours and waits:
             self.say(f"  the CPU waited for the GPU at {', '.join(dict.fromkeys(waits))}")
         if options.profile and batch == options.batches[-1] and not arm.compiled:
-            self._profile(arm, step, routing, both_ms)
+            self._profile(arm, step, routing, both_ms, lengths)
 
-    def _profile(self, arm: Arm, step: steps.Step, routing: str, both_ms: float) -> None:
-        batch, seq = step.ids.shape
+    def _profile(self, arm: Arm, step: steps.Step, routing: str, both_ms: float, lengths: list[int]) -> None:
+        batch, seq = step.inputs["input_ids"].shape
         rates = self.result["ceilings"]
-        limits = profile.floors(step.model, forward_flops(step.model.config, batch, seq), batch * seq)
+        flops: dict[str, float] = defaultdict(float)
+        for length in lengths:
+            for component, needed in forward_flops(step.model.config, batch, length).items():
+                flops[component] += needed
+        limits = profile.floors(step.model, flops, batch * seq)
         rows = []
         for component, (ms, launches) in profile.by_component(step).items():
             floor = limits.get(component, profile.Floor("0: could be fused into its neighbours"))
@@ -235,9 +248,9 @@ class _Bench:
 
     def _busiest(self, arm: Arm, step: steps.Step, routing: str) -> float | None:
         """Measured on the first arm that is not compiled (a hook would compile it anew) and the same on all."""
-        key = (routing, len(step.ids))
+        key = (routing, len(step.inputs["input_ids"]))
         if key not in self.loads and not arm.compiled:
-            self.loads[key] = round(busiest(step.model, step.ids), 2)
+            self.loads[key] = round(busiest(step.model, step.inputs), 2)
         return self.loads.get(key)
 
     def _write(self) -> None:

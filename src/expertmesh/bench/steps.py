@@ -17,28 +17,44 @@ from transformers import PreTrainedModel
 from expertmesh.parallel import clip_grad_norm
 
 PHASES = ("forward", "backward", "clip", "optimizer")
+PACKED = (12, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2, 1, 1, 1)  # documents of a packed row, in 64ths of it
+
+
+def documents(seq: int, packed: bool) -> list[int]:
+    """Lengths of the documents in a row of seq tokens."""
+    return [share * seq // 64 for share in PACKED] if packed else [seq]
 
 
 class Step:
-    """A training step of one model on fixed tokens.
+    """A training step of one model on fixed tokens. With `packed` each row holds 14 documents of unequal length, and
+    the model is told where they begin as by a collator that packs: by positions and by cumulative lengths.
 
     With `full`, gradients are clipped to norm 1, by our function if `ours`, else PyTorch's, and AdamW follows, fused,
     with states in the weights' dtype. Its learning rate is 0: the same work, and every step sees the same weights,
     hence the same routing. Setting gradients to None is not timed.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: int, seq: int, full: bool, ours: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batch: int, seq: int, full: bool, ours: bool = False, packed: bool = False
+    ) -> None:
         self.model, self.device = model, model.device
         self.clip: Callable[..., Any] = clip_grad_norm if ours else torch.nn.utils.clip_grad_norm_
         vocab = model.config.get_text_config().vocab_size
-        self.ids = torch.randint(0, vocab, (batch, seq), generator=torch.Generator().manual_seed(1)).to(self.device)
+        ids = torch.randint(0, vocab, (batch, seq), generator=torch.Generator().manual_seed(1)).to(self.device)
+        self.inputs: dict[str, Any] = {"input_ids": ids}
+        if packed:
+            lengths = documents(seq, packed) * batch
+            bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(self.device)
+            self.inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            self.inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "use_cache": False}
+            self.inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths]).view(batch, seq).to(self.device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if full else None
 
     def run(self) -> tuple[list[Any], torch.Tensor]:
         """Queues one step; returns the marks around its phases, and the loss."""
         self.model.zero_grad(set_to_none=True)
         marks = [_mark(self.device)]
-        loss = self.model(input_ids=self.ids, labels=self.ids).loss
+        loss = self.model(**self.inputs, labels=self.inputs["input_ids"]).loss
         marks.append(_mark(self.device))
         loss.backward()
         marks.append(_mark(self.device))

@@ -10,12 +10,13 @@ if TYPE_CHECKING:
 
 WORK_HELP = "Models by name, with commas: qwen3-30b-a3b, nemotron-3-nano, gpt-oss-20b, deepseek-v3."
 ARMS_HELP = (
-    "Sides, with commas: stock, stock-compiled (each layer by torch.compile), stock-liger, expertmesh, and "
-    "expertmesh-no-NAME (one fusion or library off). Default: the first four, as far as they run here."
+    "Sides, with commas: stock, stock-compiled (each layer by torch.compile), stock-liger, expertmesh, "
+    "stock-flash-attn-4, and expertmesh-no-NAME (one fusion or library off). Default: the first four that run here."
 )
 ABLATE_HELP = "Also expertmesh without each of its fusions and libraries, one by one: what each is worth."
 ROUTING_HELP = "How tokens choose experts, with commas: random-init, skewed (as trained), balanced."
 LAYERS_HELP = "How many of the model's layers; default: as many as stock can train on one 141 GB GPU."
+PACKED_HELP = "14 documents of unequal length in each sequence; models are told where they begin."
 STEP_HELP = "Whole steps: clipping and fused AdamW after the backward; tokens/s are then those of the step."
 PROFILE_HELP = "Device time by component of the layer beside its floor, at the last batch size."
 OUT_HELP = "Write the result here as JSON, and pictures beside it (with matplotlib)."
@@ -30,6 +31,7 @@ def bench(
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 4096,
     layers: Annotated[int | None, typer.Option(min=1, help=LAYERS_HELP)] = None,
     routing: Annotated[str, typer.Option(help=ROUTING_HELP)] = "random-init",
+    packed: Annotated[bool, typer.Option("--packed", help=PACKED_HELP)] = False,
     step: Annotated[bool, typer.Option("--step", help=STEP_HELP)] = False,
     proof: Annotated[bool, typer.Option(help="Compare every arm's gradients with float32 before timing.")] = True,
     profile: Annotated[bool, typer.Option("--profile", help=PROFILE_HELP)] = False,
@@ -65,6 +67,7 @@ def bench(
             tiny=tiny,
             device=device,
             full=step,
+            packed=packed,
             ablate=ablate,
             proof=proof,
             profile=profile,
@@ -112,7 +115,8 @@ def _tables(rows: list[dict[str, Any]]) -> "list[Table]":
         groups.setdefault((row["work"], row["layers"], row["routing"], row["batch"], row["seq"]), []).append(row)
     tables = []
     for (work, layers, routing, batch, seq), group in groups.items():
-        title = f"{work}, {layers} layers, {batch} x {seq} tokens, {routing} routing"
+        packed = f" in {batch * group[0]['documents']} documents" if group[0]["documents"] > 1 else ""
+        title = f"{work}, {layers} layers, {batch} x {seq} tokens{packed}, {routing} routing"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
         columns = {
             "forward": "forward_ms",

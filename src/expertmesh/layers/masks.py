@@ -132,7 +132,7 @@ def _sinks_mask(
     if rows.bounds is None:
         given, positions = rows.given, rows.positions.expand(batch_size, -1)
         number = document_of(given.cu_seqlens, *positions.shape) if given else document_of_positions(positions)
-        rows.bounds = document_bounds(number)._replace(told=given)
+        rows.bounds = document_bounds(number)._replace(told=given if batch_size == 1 else None)
     return rows.bounds
 
 
