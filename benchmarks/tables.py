@@ -148,6 +148,32 @@ def small_kernel_table(result: dict) -> str:
     return table(["kernel", "pass", "floor ms", *arms], rows)
 
 
+def packed_section() -> str:
+    qwen, deepseek = load("h200_packed_qwen3_30b"), load("h200_packed_deepseek_v3")
+    return f"""## Packed documents: Qwen3-30B-A3B and DeepSeek-V3 widths, one GPU, forward and backward
+
+The models of the first tables; a row holds {qwen["rows"][0]["documents"]} documents of unequal length, and every arm is
+told where they begin, by positions and by cumulative lengths. `stock` attends by SDPA, for which Transformers makes a
+mask, `stock-flash-attn-4` by Transformers' own way to flash-attn-4, to which ours sends packed rows too where it is
+installed.
+
+{step_table(qwen)}
+
+{source(qwen)}
+
+{step_table(deepseek)}
+
+{source(deepseek)}
+
+The time of a step without flash-attn-4, by PyTorch's FlashAttention, over that with it, Qwen3 and DeepSeek:
+
+{worth_table(qwen["rows"])}
+
+{worth_table(deepseek["rows"])}
+
+"""
+
+
 def cpu_table(result: dict) -> str:
     stock = next(row for row in result["rows"] if row["arm"] == "stock")
     keys = ("arm", "forward_ms", "backward_ms", "both_ms", "both_shortest_ms")
@@ -186,8 +212,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "Stock's attention is flex attention, ours flash-attn-4, in layers with a window our own.", step_table),
     "h200_first_step": (
         "The first training step, one GPU", "Wall time of forward and backward of a few layers in a new process, with\n"
-        "empty caches of Triton, quack-kernels and flash-attn-4, and again with what that left. `at once`: families in "
-        "parallel.", times_table),
+        "empty caches of Triton, quack-kernels and flash-attn-4, and again with what that left: the difference is "
+        "compiling.\nNothing tunes itself. `at once`: families in parallel.", times_table),
     "h200_x2_nemotron_3_nano": (
         "Nemotron-3-Nano, 26 of 52 layers, two GPUs, forward and backward", "Tokens per second are those of one GPU. "
         "`stock` and `expertmesh` are FSDP2, `-ep`\nhas `ep_size=2`, `-graph` is a recorded step.", step_table),
@@ -276,7 +302,7 @@ quack-kernels again, with tiles chosen by shape and taken as they are needed, in
 
 {worth_table(new_tiles)}
 
-{section("h200_first_step")}{qwen_on_two_gpus()}{several}## The experts of one layer alone, one GPU
+{packed_section()}{section("h200_first_step")}{qwen_on_two_gpus()}{several}## The experts of one layer alone, one GPU
 
 128 experts, top-8, widths 2,048 and 768, bfloat16; routing at random or skewed by Zipf's law. Stock is Transformers'
 `grouped_mm` backend; `expertmesh-triton` is ours without quack-kernels. Rows of five calls, each after 20 ms of
@@ -311,11 +337,17 @@ products at 788 TFLOP/s.
 
 def readme() -> str:
     text = (ROOT / "README.md").read_text()
-    step = load("h200_qwen3_8_layers")
+    step, packed = load("h200_qwen3_8_layers"), load("h200_packed_qwen3_30b")
     block = f"""{BEGIN}
 {step_table(step)}
 
 {source(step)}
+
+The same model on a row with {packed["rows"][0]["documents"]} packed documents ([more](docs/benchmarks.md)):
+
+{step_table(packed)}
+
+{source(packed)}
 
 {readme_of_two_gpus()}
 
