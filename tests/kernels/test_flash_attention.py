@@ -4,6 +4,7 @@ The package itself runs on GPUs only (tests/gpu); here a stand-in has its interf
 """
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ def sdpa(query, key, value, scale=None):
     )
 
 
+CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE"
 SHAPES = [(4, 2, 64, 64), (4, 1, 128, 128), (2, 2, 192, 128)]
 
 
@@ -98,15 +100,17 @@ def test_windows_padding_and_documents_of_unknown_length_with_sinks_stay_ours(do
 
 
 def test_its_compiled_kernels_stay_on_disk_unless_the_user_decides(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "0"
-    flash_attention._keep_compiled.__wrapped__()
-    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "0"
-    del os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"]
-    flash_attention._keep_compiled.__wrapped__()
-    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
-    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == str(tmp_path / "flash-attn-4")
+    def chosen(**environment):
+        monkeypatch.setattr(os, "environ", {f"{CACHE}_{name}": value for name, value in environment.items()})
+        flash_attention._keep_compiled.__wrapped__()
+        return os.environ[f"{CACHE}_ENABLED"], os.environ[f"{CACHE}_DIR"]
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"flash-attn-4-{os.getuid()}"
+    assert chosen() == ("1", str(folder)) and folder.stat().st_mode & 0o777 == 0o700
+    assert chosen(ENABLED="0", DIR="mine") == ("0", "mine")
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    assert chosen()[0] == "0", "another user's folder"
 
 
 def test_what_it_must_not_take(calls, monkeypatch):

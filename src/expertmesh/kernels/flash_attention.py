@@ -9,8 +9,8 @@ Letters: B batch, S row, N heads (NQ of queries, NK of keys), D width of queries
 """
 
 import os
+import tempfile
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -78,8 +78,9 @@ def flash_attention(
 
 @cache
 def _keep_compiled() -> None:
-    """Unless the user decides otherwise, compiled kernels stay on disk, beside Triton's, for the next process."""
-    if backends.HAS_TRITON:
-        folder = str(Path(backends.triton.knobs.cache.dir, "flash-attn-4"))
-        for name, value in {"ENABLED": "1", "DIR": folder}.items():
-            os.environ.setdefault(f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}", value)
+    """Unless the user decides otherwise, compiled kernels stay in a folder of this machine for the next process."""
+    folder = os.path.join(tempfile.gettempdir(), f"flash-attn-4-{os.getuid()}")
+    os.makedirs(folder, 0o700, exist_ok=True)
+    mine = os.stat(folder).st_uid == os.getuid()  # what others put there must not be loaded
+    for name, value in {"ENABLED": str(int(mine)), "DIR": folder}.items():
+        os.environ.setdefault(f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}", value)
