@@ -27,12 +27,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from expertmesh.backends import has_flash_attention
 from expertmesh.bench.origin import origin, write
+from expertmesh.bench.steps import documents
 from expertmesh.kernels import flash_attention
 from expertmesh.layers.attention import attend
 from expertmesh.layers.masks import find_documents
 
-#: shares of the row, in 64ths
-DOCUMENTS = (12, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2, 1, 1, 1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -121,7 +120,7 @@ def measure(
 
 def rows(tokens: int, family: str, heads: Heads, repeats: int) -> Iterator[dict[str, Any]]:
     """One per arm."""
-    lengths = [share * tokens // 64 for share in DOCUMENTS]
+    lengths = documents(tokens, packed=True)
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(DEVICE)
     ours = attend, lambda: find_documents(positions), lengths, 1
     arms: dict[str, tuple] = {
@@ -151,7 +150,7 @@ def main() -> None:
         parser.error("--tokens must be a multiple of 64")
     result: dict[str, Any] = {
         **origin(["python", *sys.argv], arguments.commit, ("triton", "transformers", "flash-attn-4")),
-        "sizes": {"tokens": arguments.tokens, "documents": len(DOCUMENTS)},
+        "sizes": {"tokens": arguments.tokens, "documents": len(documents(arguments.tokens, packed=True))},
         "rows": [],
     }
     for family in arguments.families:

@@ -29,6 +29,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from expertmesh.bench.origin import origin, write
+from expertmesh.bench.steps import documents as documents_of
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels import sink_attention as kernels
 from expertmesh.kernels.documents import Documents, document_bounds, document_of
@@ -36,7 +37,6 @@ from expertmesh.kernels.sink_attention import sink_attention, visible
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOW, GROUP = 128, 8
-DOCUMENTS = (12, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2, 1, 1, 1)  # shares of the row, in 64ths
 
 
 def table(**values: tuple[int, ...]) -> list[dict[str, int]]:
@@ -91,7 +91,7 @@ def arms(work: str, rows: int, length: int, scale: float) -> dict[str, Callable]
     module = SimpleNamespace(num_key_value_groups=GROUP, training=True, is_causal=True)
     documents = start = told = None
     if work == "packed":
-        lengths = [share * length // 64 for share in DOCUMENTS]
+        lengths = documents_of(length, packed=True)
         told = Documents(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), max(lengths))
         documents = document_bounds(document_of(told.cu_seqlens, rows, length))
         start = documents.start
@@ -149,7 +149,7 @@ def pairs(work: str, length: int) -> float:
     """How many pairs of a query and a key see each other in one row and head."""
     if work == "window":
         return length * WINDOW - WINDOW**2 / 2
-    return sum((share * length // 64) ** 2 / 2 for share in DOCUMENTS) if work == "packed" else length**2 / 2
+    return sum(n**2 / 2 for n in documents_of(length, work == "packed"))
 
 
 def inputs(rows: int, length: int, heads: int, width: int) -> tuple[torch.Tensor, ...]:

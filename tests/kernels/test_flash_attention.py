@@ -79,7 +79,7 @@ def test_packed_documents_do_not_see_each_other(shape, documents, calls):
     assert_same([x.float() for x in got], want, 8e-3)
 
 
-def test_nor_with_sinks_if_it_was_told_where_they_begin(documents, calls, monkeypatch):
+def test_nor_with_sinks_if_it_was_told_where_they_begin(documents, calls):
     inputs = [*leaves(), torch.randn(4).bfloat16().requires_grad_()]
     bounds = document_bounds(document_of(documents.cu_seqlens, 2, 7))
     got = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, documents=bounds._replace(told=documents)), *inputs)
@@ -99,18 +99,18 @@ def test_windows_padding_and_documents_of_unknown_length_with_sinks_stay_ours(do
     assert not calls
 
 
-def test_its_compiled_kernels_stay_on_disk_unless_the_user_decides(tmp_path, monkeypatch):
+def test_its_compiled_kernels_stay_on_disk_unless_the_user_decides(tmp_path, monkeypatch, caplog):
     def chosen(**environment):
         monkeypatch.setattr(os, "environ", {f"{CACHE}_{name}": value for name, value in environment.items()})
         flash_attention._keep_compiled.__wrapped__()
-        return os.environ[f"{CACHE}_ENABLED"], os.environ[f"{CACHE}_DIR"]
+        return os.environ.get(f"{CACHE}_ENABLED"), os.environ.get(f"{CACHE}_DIR")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = tmp_path / f"flash-attn-4-{os.getuid()}"
     assert chosen() == ("1", str(folder)) and folder.stat().st_mode & 0o777 == 0o700
-    assert chosen(ENABLED="0", DIR="mine") == ("0", "mine")
+    assert chosen(DIR="mine") == ("1", "mine") and chosen(ENABLED="0") == ("0", str(folder)) and not caplog.messages
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
-    assert chosen()[0] == "0", "another user's folder"
+    assert chosen() == (None, None) and "is not yours" in caplog.text, "another user's folder"
 
 
 def test_what_it_must_not_take(calls, monkeypatch):

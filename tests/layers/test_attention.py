@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from expertmesh import backends
 from expertmesh.bench.rows import worst_error
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
@@ -67,9 +68,9 @@ def test_packed_documents_go_there_too_from_fused_models(calls):
     assert_same([x.float() for x in want], [x.float() for x in by_mask], 1.5e-2)
 
 
-def loss_and_gradients(model, ids):
+def loss_and_gradients(model, ids, **inputs):
     model.zero_grad()
-    loss = model(input_ids=ids, labels=ids).loss
+    loss = model(input_ids=ids, labels=ids, **inputs).loss
     loss.backward()
     return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -106,3 +107,26 @@ def test_a_fused_model_trains_by_it_and_neither_evaluation_nor_stock_models_run_
         model(input_ids=ids)
     model.generate(ids, max_new_tokens=2, do_sample=False)
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"), [("qwen3_moe", 3), ("deepseek_v3", 3), ("nemotron_h", 1), ("gpt_oss", 1)]
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_fused_model_sends_packed_rows_there_as_its_collator_tells(family, layers, rows, calls, monkeypatch):
+    model, lengths = load_ours(family).train(), [5, 1, 6] * rows
+    ids = torch.randint(3, model.config.vocab_size, (rows, 12), generator=torch.Generator().manual_seed(0))
+    inputs = {"position_ids": torch.cat([torch.arange(n) for n in lengths]).view(rows, 12), "use_cache": False}
+    want = loss_and_gradients(model, ids, **inputs)
+    monkeypatch.setattr(flash_attention, "WIDTHS", {(8, 8), (16, 16), (24, 16)})
+    monkeypatch.setattr(flash_attention, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(backends, "has_varlen", lambda device, dtype: True)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    told = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 6, "max_length_k": 6}
+    for more in (told, {}):
+        got = loss_and_gradients(model, ids, **inputs, **more)
+        there = family != "gpt_oss" or (rows == 1 and more is told)  # its bounds are found without their lengths
+        assert [call["documents"] for call in calls] == [3 * rows] * (layers if there else 0)
+        error, where = worst_error(got, want)
+        assert error < 1e-5, where
+        calls.clear()

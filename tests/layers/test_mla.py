@@ -12,9 +12,9 @@ from transformers import AutoConfig
 from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import COMMON, FAMILIES, YARN, randomise
+from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask
 from expertmesh.layers import mla
-from expertmesh.layers.masks import Documents
 
 # other factors for the two kinds of scaling than those of the tiny model, where one of them is neutral
 SCALED = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}

@@ -8,6 +8,7 @@ deterministic algorithms therefore stays with the other kernels. Nothing in a ca
 Letters: B batch, S row, N heads (NQ of queries, NK of keys), D width of queries and keys, V of values.
 """
 
+import logging
 import os
 import tempfile
 from functools import cache
@@ -17,6 +18,8 @@ import torch
 from expertmesh import backends
 from expertmesh.kernels.documents import Documents
 
+log = logging.getLogger(__name__)
+_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE"
 #: (D, V) at which it won on an H200; empty, nothing runs here
 WIDTHS = frozenset({(64, 64), (128, 128), (192, 128)})
 DTYPES = (torch.bfloat16, torch.float16)
@@ -79,8 +82,11 @@ def flash_attention(
 @cache
 def _keep_compiled() -> None:
     """Unless the user decides otherwise, compiled kernels stay in a folder of this machine for the next process."""
-    folder = os.path.join(tempfile.gettempdir(), f"flash-attn-4-{os.getuid()}")
-    os.makedirs(folder, 0o700, exist_ok=True)
-    mine = os.stat(folder).st_uid == os.getuid()  # what others put there must not be loaded
-    for name, value in {"ENABLED": str(int(mine)), "DIR": folder}.items():
-        os.environ.setdefault(f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}", value)
+    if f"{_CACHE}_DIR" not in os.environ:
+        folder = os.path.join(tempfile.gettempdir(), f"flash-attn-4-{os.getuid()}")
+        os.makedirs(folder, 0o700, exist_ok=True)
+        if os.lstat(folder).st_uid != os.getuid():  # what others put there must not be loaded
+            log.warning("%s is not yours: flash-attn-4 compiles anew at every start. Set %s_DIR.", folder, _CACHE)
+            return
+        os.environ[f"{_CACHE}_DIR"] = folder
+    os.environ.setdefault(f"{_CACHE}_ENABLED", "1")

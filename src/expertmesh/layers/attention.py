@@ -1,8 +1,8 @@
 """Fast twin of attention with per-head q/k-norm (Qwen3): norm and RoPE of queries and keys in one kernel.
 
 The attention itself stays the one that the user chose (`attn_implementation`). Transformers' default, "sdpa", learns
-here to take packed documents (`Documents`, from masks.py) for a mask, in the attention of every family. Of models that
-are fused, and not of stock ones in the same process, both go to flash-attn-4 where that is installed.
+here to take packed documents (`Documents`, made by masks.py) for a mask, in the attention of every family. Of models
+that are fused, and not of stock ones in the same process, both go to flash-attn-4 where that is installed.
 """
 
 from collections.abc import Callable

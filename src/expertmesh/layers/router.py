@@ -22,11 +22,7 @@ class _FastRouter(Fast):
     """Common part: subclasses say how logits are made, the `Routing`, and the weights' dtype."""
 
     def _route(
-        self,
-        logits_TE: torch.Tensor,
-        routing: Routing,
-        weight_dtype: torch.dtype,
-        bias_E: torch.Tensor | None = None,
+        self, logits_TE: torch.Tensor, routing: Routing, weight_dtype: torch.dtype, bias_E: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weights, ids = routed(lambda ids: route(logits_TE, routing, bias_E, ids, weight_dtype))
         return logits_TE, weights, ids
