@@ -18,7 +18,7 @@ RULES = (
         "mla_rope",
         FastLatentAttention,
         like=("deepseek_v3.DeepseekV3Attention", "glm4_moe_lite.Glm4MoeLiteAttention"),
-        code=("f6d9c3f44254",),
+        code=("58dcfce7b057",),
         also=("expand_kv", "apply_rotary_pos_emb_interleave"),
         why_not=why_not_mla,
     ),

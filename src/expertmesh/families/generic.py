@@ -74,11 +74,11 @@ ROUTER_RULES = (
 )
 
 LAYERS = (
-    (FastDecoderLayer, "qwen3_moe.Qwen3MoeDecoderLayer", "fc9069d4bd0e", why_not_add_norm),
-    (FastDecoderLayer, "mixtral.MixtralDecoderLayer", "00e30df93b0b", why_not_add_norm),
-    (FastDecoderLayer, "gpt_oss.GptOssDecoderLayer", "5cbe9a43c793", why_not_add_norm),
-    (FastGraniteDecoderLayer, "granitemoe.GraniteMoeDecoderLayer", "5f4f76f7d85f", why_not_add_norm),
-    (FastHybridDecoderLayer, "qwen3_next.Qwen3NextDecoderLayer", "e0272a479c25", why_not_add_norm),
+    (FastDecoderLayer, "qwen3_moe.Qwen3MoeDecoderLayer", "332212b51843", why_not_add_norm),
+    (FastDecoderLayer, "mixtral.MixtralDecoderLayer", "1ecb9b7e2686", why_not_add_norm),
+    (FastDecoderLayer, "gpt_oss.GptOssDecoderLayer", "f8a0d99a6bba", why_not_add_norm),
+    (FastGraniteDecoderLayer, "granitemoe.GraniteMoeDecoderLayer", "635a517dc9e8", why_not_add_norm),
+    (FastHybridDecoderLayer, "qwen3_next.Qwen3NextDecoderLayer", "538d4692e6cd", why_not_add_norm),
     (FastMoEBlock, "qwen3_moe.Qwen3MoeSparseMoeBlock", "70fb069151b5", never),
     (FastMoEBlock, "mixtral.MixtralSparseMoeBlock", "8afc3ebd8fed", why_not_noisy),
     (FastMoEBlock, "olmoe.OlmoeSparseMoeBlock", "caa0c6ea1669", never),

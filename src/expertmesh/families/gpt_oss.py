@@ -22,7 +22,7 @@ RULES = (
         "sink_attention",
         FastSinkAttention,
         like=("gpt_oss.GptOssAttention",),
-        code=("a952c04be7c0",),
+        code=("fd662928bacc",),
         also=("apply_rotary_pos_emb", "_apply_rotary_emb", "eager_attention_forward"),
         why_not=why_not_sinks,
     ),

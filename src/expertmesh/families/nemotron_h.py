@@ -37,11 +37,11 @@ RULES = (
         "mamba2",
         FastMamba2Mixer,
         like=("nemotron_h.NemotronHMamba2Mixer", "granitemoehybrid.GraniteMoeHybridMambaLayer"),
-        code=("1fdfa7148489",),
+        code=("9a702f2272e8",),
         also=("apply_mask_to_padding_states", "causal_conv1d_fn", "mamba2_chunk_scan"),
         why_not=_why_not,
     ),
-    Rule("add_norm", FastNemotronHBlock, like=("nemotron_h.NemotronHBlock",), code=("6901db2d3275",)),
+    Rule("add_norm", FastNemotronHBlock, like=("nemotron_h.NemotronHBlock",), code=("38a8c88270bc",)),
     Rule("add_norm", FastNemotronHMoEBlock, like=("nemotron_h.NemotronHMoE",), code=("583798ea34f9",)),
     Rule("swiglu", FastReLU2MLP, like=("nemotron_h.NemotronHMLP",), code=("d4bf579a3de9",), why_not=why_not_relu2),
 )

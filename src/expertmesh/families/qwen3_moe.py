@@ -17,7 +17,7 @@ RULES = (
         "qk_norm_rope",
         FastQKNormAttention,
         like=("qwen3_moe.Qwen3MoeAttention",),
-        code=("65d48b79fb0e",),
+        code=("ab01336ffc67",),
         also=("apply_rotary_pos_emb", "rotate_half"),
         why_not=why_not_qk_norm,
     ),

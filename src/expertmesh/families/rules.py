@@ -1,8 +1,8 @@
 """How a family says which of its classes have fast twins.
 
 A rule names the HF code it replaces by a fingerprint of that code. Families share code: one fingerprint covers the
-RMSNorm of fifty families. And if a later Transformers changes a forward, the fingerprint no longer matches: the class
-stays stock and the printed table says so, instead of a twin that computes something else.
+RMSNorm of fifty families. A fingerprint does not see what cannot change a result: comments, annotations, decorators,
+and arguments that Transformers renamed (`RENAMED`). Code that no fingerprint knows is probed (probe.py).
 """
 
 import ast
@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+#: names that Transformers changed between the versions we support, and what they became
+RENAMED = {"past_key_values": "cache", "cache_params": "cache"}
 
 
 def never(module: nn.Module) -> None:
@@ -52,7 +55,7 @@ def fingerprint(cls: type, also: tuple[str, ...] = (), calls: str | None = None)
 
     With `calls` it is the hash of what else is named; None if `forward` does not call this.
     """
-    forward = getattr(cls, "forward", None)
+    forward = inspect.unwrap(getattr(cls, "forward", None))
     if calls is not None and calls not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return None
     functions: list[Any] = [forward] if calls is None else []
@@ -61,7 +64,7 @@ def fingerprint(cls: type, also: tuple[str, ...] = (), calls: str | None = None)
     if any(function is None for function in functions):
         return None
     try:
-        sources = [textwrap.dedent(inspect.getsource(function)) for function in functions]
+        sources = [textwrap.dedent(inspect.getsource(inspect.unwrap(function))) for function in functions]
     except (OSError, TypeError):  # no source file, as in a frozen application: nothing can be recognised
         return None
     code = "\n".join(_normalized(ast.parse(source).body[0]) for source in sources)
@@ -76,10 +79,16 @@ def _normalized(node: ast.AST) -> str:
             del node.body[0]
     if isinstance(node, ast.arg):
         node.annotation = None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update":
+        node.keywords = [keyword for keyword in node.keywords if keyword.arg != "kwargs"]  # a cache's, from 5.24 on
     fields = []
     for name, value in ast.iter_fields(node):
         values = value if isinstance(value, list) else [value]
-        parts = [_normalized(v) if isinstance(v, ast.AST) else repr(v) for v in values if v is not None]
+        parts = [_normalized(v) if isinstance(v, ast.AST) else repr(_today(v)) for v in values if v is not None]
         if parts and name not in ("ctx", "type_comment", "type_params", "kind", "lineno"):
             fields.append(f"{name}={','.join(parts)}")
     return f"{type(node).__name__}({';'.join(fields)})"
+
+
+def _today(value: Any) -> Any:
+    return RENAMED.get(value, value) if isinstance(value, str) else value

@@ -18,7 +18,7 @@ from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
-from expertmesh.layers.fast import Fast
+from expertmesh.layers.fast import Fast, cache_of
 from expertmesh.layers.norm import can_merge
 
 
@@ -92,11 +92,12 @@ class FastQKNormAttention(Fast):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Any = None,
+        *cache: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        past = cache[0] if cache else cache_of(kwargs)
         if why_not_qk_norm(self) is not None:  # norms replaced or hooked after fusing: call them
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            return super().forward(hidden_states, position_embeddings, attention_mask, past, **kwargs)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = qk_norm_rope(
             self.q_proj(hidden_states).view(heads),
@@ -107,8 +108,8 @@ class FastQKNormAttention(Fast):
             self.q_norm.variance_epsilon,
         )
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if past is not None:
+            key, value = past.update(key, value, self.layer_idx, kwargs=kwargs)
         kwargs["sliding_window"] = self.sliding_window
         return attended(self, eager_attention_forward, query, key, value, attention_mask, **kwargs)
 

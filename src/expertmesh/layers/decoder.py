@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from expertmesh.kernels.rms_norm import add_rms_norm, keep_rms_norm
-from expertmesh.layers.fast import Fast, untouched
+from expertmesh.layers.fast import Fast, cache_of, untouched
 from expertmesh.layers.moe import FastMoEBlock, add_scaled
 from expertmesh.layers.norm import can_merge
 
@@ -48,7 +48,7 @@ class FastHybridDecoderLayer(FastDecoderLayer):
             return super()._mix(normed, **kwargs)
         for name in ("position_embeddings", "position_ids"):
             kwargs.pop(name, None)
-        return self.linear_attn(hidden_states=normed, cache_params=kwargs.pop("past_key_values", None), **kwargs)
+        return self.linear_attn(normed, cache_of(kwargs), **kwargs)
 
 
 class FastGraniteDecoderLayer(FastDecoderLayer):

@@ -25,6 +25,12 @@ class Fast(_Stock):
         return (_rebuild, (type(self).__stock__, type(self).__fast__), *state)
 
 
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """Take the cache out of a forward's keywords, under today's name or those of Transformers before 5.24."""
+    found = [kwargs.pop(name, None) for name in ("cache", "past_key_values", "cache_params")]
+    return next((cache for cache in found if cache is not None), None)
+
+
 def untouched(module: nn.Module) -> bool:
     """Whether a call of this module runs its class' forward and nobody watches it, so that a kernel may stand for it.
 

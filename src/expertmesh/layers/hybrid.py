@@ -11,7 +11,7 @@ from torch import nn
 
 from expertmesh.kernels.rms_norm import keep_rms_norm
 from expertmesh.layers.decoder import add_block
-from expertmesh.layers.fast import Fast, untouched
+from expertmesh.layers.fast import Fast, cache_of, untouched
 from expertmesh.layers.moe import FastSharedMoEBlock, add_scaled
 from expertmesh.layers.norm import can_merge
 
@@ -27,7 +27,7 @@ class FastNemotronHBlock(Fast):
         if self.block_type == "linear_attention":
             for name in ("position_ids", "use_cache"):
                 kwargs.pop(name, None)
-            return residual + self.mixer(normed, cache_params=kwargs.pop("past_key_values", None), **kwargs)
+            return residual + self.mixer(normed, cache_of(kwargs), **kwargs)
         if self.block_type == "full_attention":
             return residual + self.mixer(hidden_states=normed, **kwargs)[0]
         return add_block(self.mixer, normed, residual)

@@ -14,7 +14,7 @@ from torch import nn
 
 from expertmesh.kernels.documents import document_of, document_of_positions, document_starts
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2
-from expertmesh.layers.fast import Fast, untouched
+from expertmesh.layers.fast import Fast, cache_of, untouched
 
 
 class FastMamba2Mixer(Fast):
@@ -23,17 +23,18 @@ class FastMamba2Mixer(Fast):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        cache = cache if cache is not None else cache_of(kwargs)
         start_BS = kwargs.pop("document_starts", None)
         if start_BS is None and kwargs.get("seq_idx") is not None:
             start_BS = document_starts(kwargs["seq_idx"])
-        if cache_params is not None or not (_plain(self.conv1d) and _plain(self.norm)):
-            if cache_params is None and start_BS is not None and start_BS.any():
+        if cache is not None or not (_plain(self.conv1d) and _plain(self.norm)):
+            if cache is None and start_BS is not None and start_BS.any():
                 kwargs["seq_idx"] = start_BS  # Transformers needs mamba-ssm for these rows, or raises
-            return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
+            return super().forward(hidden_states, cache, attention_mask, **kwargs)
         dtype = hidden_states.dtype
         if attention_mask is not None:
             hidden_states = (hidden_states * attention_mask.unsqueeze(-1)).to(dtype)

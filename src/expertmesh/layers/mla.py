@@ -12,7 +12,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import eager_attention
 
 from expertmesh.kernels.mla_rope import mla_rope, rotated
 from expertmesh.layers.attention import attended
-from expertmesh.layers.fast import Fast
+from expertmesh.layers.fast import Fast, cache_of
 
 
 class FastLatentAttention(Fast):
@@ -23,9 +23,10 @@ class FastLatentAttention(Fast):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Any = None,
+        *cache: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        past = cache[0] if cache else cache_of(kwargs)
         batch, seq = hidden_states.shape[:-1]
         if self.q_lora_rank is None:
             q = self.q_proj(hidden_states)
@@ -37,10 +38,9 @@ class FastLatentAttention(Fast):
         latent = self.kv_a_layernorm(latent)
 
         cached = None
-        if past_key_values is not None:  # it keeps latents and rotated positions, as stock does
-            cached = past_key_values.update(
-                latent[:, None], rotated(k_rope[:, None], *position_embeddings), self.layer_idx
-            )
+        if past is not None:  # it keeps latents and rotated positions, as stock does
+            turned = rotated(k_rope[:, None], *position_embeddings)
+            cached = past.update(latent[:, None], turned, self.layer_idx, kwargs=kwargs)
         if cached is None or cached[0].shape[2] == seq:  # all keys are of these tokens
             kv = self.kv_b_proj(latent).view(batch, seq, -1, self.qk_nope_head_dim + self.v_head_dim)
             query, key, value = mla_rope(q, kv, k_rope, *position_embeddings)

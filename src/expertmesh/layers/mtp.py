@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from expertmesh import backends
-from expertmesh.layers.fast import Fast, twin
+from expertmesh.layers.fast import Fast, cache_of, twin
 from expertmesh.layers.head import DeferredLogits, causal_lm_loss
 
 
@@ -157,7 +157,8 @@ class _Overheard:
         self.hidden = output[0]
 
     def _layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.inputs[module] = kwargs | {"past_key_values": None, "use_cache": False}
+        cache_of(kwargs := dict(kwargs))
+        self.inputs[module] = kwargs | {"use_cache": False}
 
 
 _overheard: ContextVar[_Overheard | None] = ContextVar("overheard", default=None)

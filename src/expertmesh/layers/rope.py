@@ -5,6 +5,7 @@ rule serves the attention of all families with the same RoPE, whatever else they
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -24,12 +25,13 @@ class FastRoPE(Fast):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__stock__" in vars(cls):  # a twin is made
-            stock = cls.__stock__.forward  # type: ignore[attr-defined]
+            stock = inspect.unwrap(cls.__stock__.forward)  # type: ignore[attr-defined]
             scope = stock.__globals__ | {
                 "apply_rotary_pos_emb": _turning(stock.__globals__["apply_rotary_pos_emb"], cls._interleaved)
             }
             del scope["__name__"]  # by which torch.compile would look the names up in the HF module
             forward = types.FunctionType(stock.__code__, scope, None, stock.__defaults__, stock.__closure__)
+            forward.__kwdefaults__ = stock.__kwdefaults__
             cls.forward = functools.wraps(stock)(forward)
 
 
@@ -41,7 +43,7 @@ class FastInterleavedRoPE(FastRoPE):
 
 def why_not_rope(attention: Any) -> str | None:
     """Why this attention must stay stock, or None."""
-    names = type(attention).forward.__code__.co_names
+    names = inspect.unwrap(type(attention).forward).__code__.co_names
     others = [name for name in names if "rotary_pos_emb" in name and name != "apply_rotary_pos_emb"]
     return f"its forward also calls {others[0]}" if others else None
 

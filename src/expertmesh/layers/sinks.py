@@ -16,7 +16,7 @@ from expertmesh.kernels.documents import Bounds
 from expertmesh.kernels.rope import rope
 from expertmesh.kernels.sink_attention import Padding, sink_attention, takes, visible
 from expertmesh.layers.attention import attended
-from expertmesh.layers.fast import Fast
+from expertmesh.layers.fast import Fast, cache_of
 from expertmesh.layers.masks import SINKS as NAME
 
 
@@ -59,15 +59,16 @@ class FastSinkAttention(Fast):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | Bounds | Padding | None,
-        past_key_values: Any = None,
+        *cache: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        past = cache[0] if cache else cache_of(kwargs)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = rope(self.q_proj(hidden_states).view(heads), *position_embeddings).transpose(1, 2)
         key = rope(self.k_proj(hidden_states).view(heads), *position_embeddings).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if past is not None:
+            key, value = past.update(key, value, self.layer_idx, kwargs=kwargs)
         kwargs |= {"sliding_window": self.sliding_window, "s_aux": self.sinks}
         return attended(self, eager_attention_forward, query, key, value, attention_mask, **kwargs)
 
