@@ -27,14 +27,13 @@ from expertmesh.families.gpt_oss import has_sinks
 from expertmesh.families.rules import Rule
 from expertmesh.layers import attention, sinks
 from expertmesh.layers import experts as fast_experts
-from expertmesh.layers.fast import Fast, twin
-from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, why_not_head
+from expertmesh.layers.base_model import Call, FastBaseModel, calling, fuse_base
+from expertmesh.layers.fast import Fast, has_cache, twin
+from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, next_tokens, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
-from expertmesh.layers.mamba2 import mixer_inputs
-from expertmesh.layers.masks import known_rows
 from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
 from expertmesh.layers.router import aux_loss_share
-from expertmesh.layers.sharding import lean_layout, refuse_undivided
+from expertmesh.layers.sharding import lean_layout
 from expertmesh.memory.recompute import keep_routing
 from expertmesh.parallel import refuse_unfit_shards
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
@@ -93,10 +92,14 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
         if has_fast_experts(stock):
             if "experts" in _requested.get():
                 instance.set_experts_implementation(fast_experts.NAME)
-            if model.config._attn_implementation == "eager" and _wants_sinks(model):  # Transformers' default there
+            chosen = model.config._attn_implementation
+            if chosen == "eager" and _wants_sinks(model):  # Transformers' default there
                 instance.set_attn_implementation(sinks.NAME)
+            elif chosen == "sdpa" and _is_causal_text(model):
+                instance.set_attn_implementation(attention.NAME)
             forget_packed_names(model)
-            instance.__class__ = fused_class(stock)
+            has_head = model.base_model is not model
+            instance.__class__ = fused_class(stock) if has_head else twin(stock, FusedBaseModel)
             instance._fuse_modules()
         else:
             _use_liger(model)
@@ -127,6 +130,12 @@ def _wants_sinks(model: PreTrainedModel) -> bool:
     return "sink_attention" in _requested.get() and has_sinks(type(model))
 
 
+def _is_causal_text(model: PreTrainedModel) -> bool:
+    """Whether all attention of this model is causal and over text, and leaves its masks to Transformers."""
+    config = model.config
+    return getattr(config, "is_causal", True) and config.get_text_config() is config and model._supports_flash_attn
+
+
 def has_fast_experts(cls: Any) -> bool:
     """Whether this model class keeps its experts behind Transformers' `use_experts_implementation`."""
     return issubclass(cls, PreTrainedModel) and bool(cls._can_set_experts_implementation())
@@ -142,15 +151,19 @@ def fused_class(stock: Any) -> Any:
 
     @functools.wraps(stock.forward)  # Trainer and generate read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        refuse_undivided(self)
-        defer = self.training and kwargs.get("labels") is not None
-        positions = args[2] if len(args) > 2 else kwargs.get("position_ids")  # the third of every causal model
-        if defer and len(args) < 4 and kwargs.get("past_key_values") is None and kwargs.get("use_cache") is None:
+        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+        defer = self.training and labels is not None
+        if labels is not None and kwargs.get("use_cache") is None and not has_cache(kwargs):
             kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
-        known = known_rows(self, positions, kwargs)
-        if self._has_mamba2:
-            kwargs |= mixer_inputs(self, args, kwargs)
-        with one_forward(), deferring(defer), known, aux_loss_share(self, kwargs), predicting(self, defer):
+        targets = shifted if shifted is not None or labels is None else next_tokens(labels)
+        call = Call(targets)
+        with (
+            one_forward(),
+            deferring(defer),
+            aux_loss_share(self, kwargs),
+            calling(self.base_model, call),
+            predicting(self, defer) as call.whole,
+        ):
             return stock.forward(self, *args, **kwargs)
 
     cls.forward = forward
@@ -179,8 +192,7 @@ class FusedModel(ReadsQuantized):
     def _fuse_modules(self) -> None:
         applied = (_apply_fusion(self, fusion) for fusion in dict.fromkeys(rule.fusion for rule in RULES))
         self._fusions = [_experts_row(self), *applied, _fuse_head(self)]
-        attention.let_flash(self)
-        self._has_mamba2 = any(row.name == "mamba2" and row.on for row in self._fusions)
+        fuse_base(self)
         if self._mtp is None or _with_mtp.get() != "saved":  # else it turns out in loading whether they stay
             _print_report(self, self._fusions)
 
@@ -191,16 +203,20 @@ class FusedModel(ReadsQuantized):
         return super().get_correct_experts_implementation(requested_experts)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Transformers' choice, except that attention with sinks, eager by default, runs ours."""
+        """Transformers' choice, but ours for "sdpa", and for attention with sinks, which is eager by default."""
         if requested_attention is None and _wants_sinks(self):
             requested_attention = sinks.NAME
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+        chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        return attention.NAME if chosen == "sdpa" and _is_causal_text(self) else chosen
 
     @property
     def loss_function(self) -> Any:
         """Transformers' loss; the causal one knows deferred logits."""
         loss = super().loss_function
-        return with_predictions(self, causal_lm_loss if loss is ForCausalLMLoss else loss)
+        if loss is ForCausalLMLoss:
+            call = getattr(self.base_model, "_call", None)
+            loss = functools.partial(causal_lm_loss, labelled=None if call is None else call.labelled)
+        return with_predictions(self, loss)
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
@@ -262,6 +278,10 @@ class FusedModel(ReadsQuantized):
         if options.get("use_reentrant") is False and "context_fn" not in options:
             gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, context_fn=keep_routing)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+class FusedBaseModel(FastBaseModel, FusedModel):
+    """A base model that was fused by itself, without a head."""
 
 
 def _settle_mtp(model: Any, loading_info: Any, load_config: Any) -> None:

@@ -81,7 +81,13 @@ _agreed: ContextVar[dict[dist.ProcessGroup, tuple[int, int]] | None] = ContextVa
 
 @contextmanager
 def one_forward() -> Iterator[None]:
-    """Within: one forward of a model, whose layers all get as many tokens on this rank, so that hosts ask once."""
+    """Within: one forward of a model, whose layers all get as many tokens on this rank, so that hosts ask once.
+
+    One within another is the same forward.
+    """
+    if _agreed.get() is not None:
+        yield
+        return
     token = _agreed.set({})
     try:
         yield

@@ -2,7 +2,7 @@
 
 A rule names the HF code it replaces by a fingerprint of that code. Families share code: one fingerprint covers the
 RMSNorm of fifty families. A fingerprint does not see what cannot change a result: comments, annotations, decorators,
-and arguments that Transformers renamed (`RENAMED`). Code that no fingerprint knows is probed (probe.py).
+and the cache's name, which Transformers changed in 5.24. Code that no fingerprint knows is probed (probe.py).
 """
 
 import ast
@@ -17,8 +17,7 @@ from typing import Any
 
 from torch import nn
 
-#: names that Transformers changed between the versions we support, and what they became
-RENAMED = {"past_key_values": "cache", "cache_params": "cache"}
+from expertmesh.layers.fast import CACHES
 
 
 def never(module: nn.Module) -> None:
@@ -91,4 +90,4 @@ def _normalized(node: ast.AST) -> str:
 
 
 def _today(value: Any) -> Any:
-    return RENAMED.get(value, value) if isinstance(value, str) else value
+    return CACHES[0] if isinstance(value, str) and value in CACHES else value

@@ -1,44 +1,55 @@
-"""Fast twin of attention with per-head q/k-norm (Qwen3): norm and RoPE of queries and keys in one kernel.
+"""Causal attention of fused models, and the fast twin of attention with per-head q/k-norm (Qwen3).
 
-The attention itself stays the one that the user chose (`attn_implementation`). Transformers' default, "sdpa", learns
-here to take packed documents (`Documents`, made by masks.py) for a mask, in the attention of every family. Of models
-that are fused, and not of stock ones in the same process, both go to flash-attn-4 where that is installed.
+`NAME` is registered as an attention implementation and stands for "sdpa", Transformers' default, in fused models: the
+same numbers, but it takes packed documents beside the mask (rows.py), and goes to flash-attn-4 where that is installed.
+The twin computes norm and RoPE of queries and keys in one kernel.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
 
+from expertmesh import backends
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
 from expertmesh.layers.fast import Fast, cache_of
 from expertmesh.layers.norm import can_merge
+from expertmesh.layers.rows import is_placeholder, unlost
+
+NAME = "expertmesh"
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | Documents | None,
+    attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    documents: Documents | None = None,
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' `sdpa_attention_forward`, but for packed documents and causal attention that other kernels take."""
-    documents, mask = (attention_mask, None) if isinstance(attention_mask, Documents) else (None, attention_mask)
+    """Transformers' `sdpa_attention_forward`, within `documents` where the mask is a `placeholder`."""
+    mask = attention_mask
+    if is_placeholder(mask):
+        documents, mask = unlost(mask, documents, module), None
+    else:
+        documents = None
     if mask is None and position_bias is None and dropout == 0 and kwargs.get("softcap") is None:
-        if _is_flash_causal(module, kwargs.get("is_causal")) and flash_attention.takes(query, key, value):
+        is_causal = kwargs.get("is_causal")
+        causal = module.is_causal if is_causal is None else is_causal
+        if causal and flash_attention.takes(query, key, value):
             return flash_attention.flash_attention(query, key, value, scaling, documents=documents), None
-        if documents is not None and takes(query, value):
+        if documents is not None and _has_varlen(query) and takes(query, value):
             return varlen_attention(query, key, value, *documents, scaling), None
     if documents is not None:
         mask = document_mask(documents.cu_seqlens, query.shape[0], query.shape[2])
@@ -47,20 +58,14 @@ def attend(
     )
 
 
-def _is_flash_causal(module: Any, asked: bool | None) -> bool:
-    """Whether this attention is of a fused model and causal: as the caller asks, or else as the module is."""
-    return getattr(module, "may_flash", False) and (module.is_causal if asked is None else asked)
+def _has_varlen(query: torch.Tensor) -> bool:
+    device = query.device
+    autocast = torch.is_autocast_enabled(device.type)
+    return backends.has_varlen(device, torch.get_autocast_dtype(device.type) if autocast else query.dtype)
 
 
-def let_flash(model: nn.Module) -> None:
-    """Let the attention of this model, where it is causal, go to flash-attn-4."""
-    attention: Any
-    for attention in model.modules():
-        if hasattr(attention, "is_causal"):
-            attention.may_flash = True
-
-
-AttentionInterface.register("sdpa", attend)
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # for what is no placeholder
 
 
 def attended(

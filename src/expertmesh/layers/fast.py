@@ -25,10 +25,19 @@ class Fast(_Stock):
         return (_rebuild, (type(self).__stock__, type(self).__fast__), *state)
 
 
+#: a cache's name as a keyword of forwards, and its names before Transformers 5.24
+CACHES = ("cache", "past_key_values", "cache_params")
+
+
 def cache_of(kwargs: dict[str, Any]) -> Any:
-    """Take the cache out of a forward's keywords, under today's name or those of Transformers before 5.24."""
-    found = [kwargs.pop(name, None) for name in ("cache", "past_key_values", "cache_params")]
+    """Take the cache out of a forward's keywords, whatever its name."""
+    found = [kwargs.pop(name, None) for name in CACHES]
     return next((cache for cache in found if cache is not None), None)
+
+
+def has_cache(kwargs: dict[str, Any]) -> bool:
+    """Whether a forward's keywords hold a cache."""
+    return any(kwargs.get(name) is not None for name in CACHES)
 
 
 def untouched(module: nn.Module) -> bool:

@@ -20,6 +20,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy
 from expertmesh.layers.fast import Fast
 
+MOST_LABELLED = 0.9  # of all tokens: from there on it is not worth while to leave the others out
+
 _deferring: ContextVar[bool] = ContextVar("deferring_logits", default=False)
 
 
@@ -126,6 +128,11 @@ def _wider_dtype(func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.dtype 
     return dtype if torch.promote_types(args[0].dtype, dtype) == dtype else None
 
 
+def next_tokens(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """What each position [B, S] is to predict: the label behind it."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
 def causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -133,25 +140,31 @@ def causal_lm_loss(
     num_items_in_batch: Any = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
+    labelled: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Transformers' `ForCausalLMLoss`, and its equal that goes past the logits if they are deferred.
 
     logits [B, S, V], labels [B, S] (shifted here) or shift_labels [B, S]. Sum over labelled tokens divided by
-    num_items_in_batch, or their mean if that is None. Returns a float32 scalar.
+    num_items_in_batch, or their mean if that is None. labelled: how many tokens have a label, if that is known: then
+    others do not pass through the head. Returns a float32 scalar.
     """
     targets = labels if shift_labels is None else shift_labels
     if not (isinstance(logits, DeferredLogits) and logits.shape == (*targets.shape, vocab_size)):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
-        targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = next_tokens(labels, ignore_index)
     hidden = logits.hidden.flatten(0, -2)
+    targets = targets.reshape(-1).to(hidden.device)
+    if labelled and ignore_index == -100 and labelled < MOST_LABELLED * len(targets):
+        index = torch.nonzero_static(targets != ignore_index, size=labelled).flatten()
+        hidden, targets = hidden.index_select(0, index), targets[index]
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(hidden.device)
     return linear_cross_entropy(
         hidden,
         logits.weight,
-        targets.reshape(-1).to(hidden.device),
+        targets,
         bias=logits.bias,
         num_items_in_batch=num_items_in_batch,
         ignore_index=ignore_index,

@@ -1,18 +1,16 @@
 """Fast twin of the Mamba2 mixer: what stands between its two projections is one function (kernels/mamba2.py).
 
-In packed rows neither the convolution nor the state may reach into the next document. The model's forward finds out
-once where documents begin (`mixer_inputs`) and hands it to the mixers as a keyword that Transformers' layers pass on,
-so that recomputed layers know it too; Transformers' own mixer refuses such rows or, told by position_ids only, mixes
-them up. With a cache, that is in generation, Transformers' code runs.
+In packed rows neither the convolution nor the state may reach into the next document. The base model finds out once
+where documents begin (base_model.py) and hands it to the mixers as a keyword that Transformers' layers pass on, so that
+recomputed layers know it too; Transformers' own mixer refuses such rows or, told by position_ids only, mixes them up.
+With a cache, that is in generation, Transformers' code runs.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
-from expertmesh.kernels.documents import document_of, document_of_positions, document_starts
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2
 from expertmesh.layers.fast import Fast, cache_of, untouched
 
@@ -28,11 +26,10 @@ class FastMamba2Mixer(Fast):
         **kwargs: Any,
     ) -> torch.Tensor:
         cache = cache if cache is not None else cache_of(kwargs)
-        start_BS = kwargs.pop("document_starts", None)
-        if start_BS is None and kwargs.get("seq_idx") is not None:
-            start_BS = document_starts(kwargs["seq_idx"])
+        bounds = kwargs.pop("document_bounds", None)
+        start_BS = None if bounds is None else bounds.start
         if cache is not None or not (_plain(self.conv1d) and _plain(self.norm)):
-            if cache is None and start_BS is not None and start_BS.any():
+            if start_BS is not None:
                 kwargs["seq_idx"] = start_BS  # Transformers needs mamba-ssm for these rows, or raises
             return super().forward(hidden_states, cache, attention_mask, **kwargs)
         dtype = hidden_states.dtype
@@ -68,31 +65,3 @@ def why_not_mamba2(mixer: Any) -> str | None:
     if mixer.norm.group_size * mixer.n_groups != mixer.intermediate_size:
         return "its norm has other groups than its scan"
     return None
-
-
-def mixer_inputs(model: Any, args: tuple, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a forward with these arguments must be told besides: where documents begin, and that a loss needs no cache.
-
-    {"document_starts": [B, S] int32} if several may lie in a row. Documents are told by seq_idx, by cu_seq_lens_q or,
-    as in Transformers only where there is neither mask nor cache, by position_ids: one begins wherever they do not
-    count on. Nothing waits for the device. In training and for a loss a cache is filled only if the caller, not just
-    the configuration, asks for it.
-    """
-    if args:
-        names = list(inspect.signature(model.forward).parameters)
-        inputs = dict(zip(names, args, strict=False)) | inputs
-    told: dict[str, Any] = {}
-    no_cache = inputs.get("past_key_values") is None
-    if inputs.get("labels") is not None or (model.training and torch.is_grad_enabled()):
-        told = {"use_cache": False} if no_cache and inputs.get("use_cache") is None else {}
-    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    seq_idx, cu_seqlens, position_ids = (inputs.get(key) for key in ("seq_idx", "cu_seq_lens_q", "position_ids"))
-    if tokens is not None:
-        B, S = tokens.shape[:2]
-        if seq_idx is None and cu_seqlens is not None:
-            seq_idx = document_of(cu_seqlens.to(tokens.device), B, S)
-        if seq_idx is None and position_ids is not None and no_cache and inputs.get("attention_mask") is None:
-            seq_idx = document_of_positions(position_ids)
-        if seq_idx is not None:
-            told["document_starts"] = document_starts(seq_idx.expand(B, S))
-    return told

@@ -165,10 +165,10 @@ _overheard: ContextVar[_Overheard | None] = ContextVar("overheard", default=None
 
 
 @contextlib.contextmanager
-def predicting(model: Any, on: bool) -> Iterator[None]:
-    """While `on`, and if the model trains MTP modules, their losses are part of its loss."""
+def predicting(model: Any, on: bool) -> Iterator[bool]:
+    """While `on`, and if the model trains MTP modules, their losses are part of its loss. Yields whether they are."""
     if not on or model._mtp is None or model.mtp_loss_weight is None:
-        yield
+        yield False
         return
     overheard = _Overheard(model)
     token = _overheard.set(overheard)
@@ -176,7 +176,7 @@ def predicting(model: Any, on: bool) -> Iterator[None]:
         for handle in overheard.hooks():
             hooks.callback(handle.remove)
         try:
-            yield
+            yield True
         finally:
             _overheard.reset(token)
 

@@ -62,7 +62,7 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
                 stock([layer for layer, _ in some], **some[0][1])
         return stock(module, **options)
 
-    model._divides_gradients = whole
+    model.base_model._divides_gradients = whole
     stock = stock_fsdp.fully_shard
     stock_fsdp.fully_shard = fully_shard
     try:

@@ -1,23 +1,26 @@
 """Attention with sinks (GPT-OSS) on our kernels: what Transformers has no SDPA for, and runs eagerly by default.
 
 `NAME` is registered as an attention implementation. It stands in for a model's default, never for one that the user
-asked for. Its masks (masks.py) are lists of documents or of padding; where the kernels do not apply, as with a cache
-that already holds tokens, Transformers' own mask is made and its eager attention runs.
+asked for. What it must know beside causality and windows are documents (rows.py) or padding; where the kernels do not
+apply, as with a cache that already holds tokens, Transformers' own mask is made and its eager attention runs.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import masking_utils
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from expertmesh.kernels.documents import Bounds
 from expertmesh.kernels.rope import rope
-from expertmesh.kernels.sink_attention import Padding, sink_attention, takes, visible
+from expertmesh.kernels.sink_attention import Padding, padding_of, sink_attention, takes, visible
 from expertmesh.layers.attention import attended
 from expertmesh.layers.fast import Fast, cache_of
-from expertmesh.layers.masks import SINKS as NAME
+from expertmesh.layers.rows import is_placeholder, unlost
+
+NAME = "expertmesh-sinks"
 
 
 def attend_with_sinks(
@@ -25,30 +28,54 @@ def attend_with_sinks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | Bounds | Padding | None,
+    attention_mask: torch.Tensor | Padding | None,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
+    documents: Any = None,
+    document_bounds: Bounds | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As the `eager_attention_forward` of Transformers' GPT-OSS; no weights are returned where the kernels ran."""
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if isinstance(attention_mask, torch.Tensor):
+    bounds = None
+    if is_placeholder(attention_mask):
+        unlost(attention_mask, documents, module)
+        bounds = document_bounds
+    elif isinstance(attention_mask, torch.Tensor):
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    documents = attention_mask if isinstance(attention_mask, Bounds) else None
     padding = attention_mask if isinstance(attention_mask, Padding) else None
     if dropout == 0 and takes(query) and s_aux is not None:
-        return sink_attention(query, key, value, s_aux, scaling, sliding_window, documents, padding), None
-    start, seen = documents and documents.start, padding and padding.seen
+        return sink_attention(query, key, value, s_aux, scaling, sliding_window, bounds, padding), None
+    start, seen = bounds and bounds.start, padding and padding.seen
     mask = visible(query.shape[2], query.device, sliding_window, start, seen)[:, None]
     mask = query.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(dtype).min)
     return eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)
 
 
+def padding_or_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    **asked: Any,
+) -> torch.Tensor | Padding | None:
+    """What our kernels need to know of rows that were not taken apart, or Transformers' eager mask."""
+    whole = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
+    if not whole or asked["use_vmap"] or not asked["allow_is_causal_skip"]:
+        return masking_utils.eager_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **asked
+        )
+    return None if attention_mask is None else padding_of(attention_mask[:, :kv_length])
+
+
 AttentionInterface.register(NAME, attend_with_sinks)
+masking_utils.AttentionMaskInterface.register(NAME, padding_or_mask)
 
 
 class FastSinkAttention(Fast):

@@ -1,0 +1,228 @@
+"""The decoder's entry: the twin of a family's base model (`model.model`), which every way to call a model comes by.
+
+The causal-LM class is only one of its callers: TRL's trainers, PEFT's wrappers, reward models and hand-written heads
+call the base model itself. So what a forward needs is set up here: documents and padding (rows.py), and what a
+dispatch has to know about one forward.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.generic import is_flash_attention_requested
+
+from expertmesh.dispatch.gather import one_forward
+from expertmesh.kernels.documents import Documents, document_bounds, document_of
+from expertmesh.layers.attention import NAME
+from expertmesh.layers.fast import Fast, has_cache, twin
+from expertmesh.layers.mamba2 import FastMamba2Mixer
+from expertmesh.layers.rows import Apart, Found, look, placeholder
+from expertmesh.layers.sharding import refuse_undivided
+from expertmesh.layers.sinks import NAME as SINKS
+
+_LEAK = (
+    "Several documents lie in a row, and {who} of {model} would let one see another: {why}. Give each document a row "
+    "of its own (packing=False, padding_free=False), or {instead}."
+)
+
+
+@dataclass
+class Call:
+    """What one call of a causal language model will ask of its base model's hidden states.
+
+    targets: [B, S], what each position is to predict, -100 for nothing; None if nobody asks. whole: rows must not be
+    taken apart. labelled: how many positions have something to predict, once the device was asked.
+    """
+
+    targets: torch.Tensor | None = None
+    whole: bool = False
+    labelled: int | None = None
+
+
+class FastBaseModel(Fast):
+    """Must equal the forward of its HF class for each document by itself. Hidden states of padding are zero.
+
+    In training a cache is filled only if the caller asks for it.
+    """
+
+    _call: Call | None = None
+    _mamba2 = False  # whether there are mixers of ours with a state from token to token
+    _stateful: type | None = None  # the class of such mixers that are not ours
+    _sinks = False  # whether attention has sinks
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return super().forward(*args, **kwargs)
+        refuse_undivided(self)
+        inputs = dict(zip(_names(type(self)), args, strict=False)) | kwargs
+        with one_forward():
+            apart = self._prepare(inputs, self._call or Call())
+            outputs = super().forward(**inputs)
+        return outputs if apart is None else apart.together(outputs)
+
+    def _prepare(self, inputs: dict[str, Any], call: Call) -> Apart | None:
+        """Put into `inputs` what the layers must know of the rows; returns how rows were taken apart, if they were."""
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None or has_cache(inputs):
+            return None
+        if inputs.get("use_cache") is None and self.training and torch.is_grad_enabled():
+            inputs["use_cache"] = False
+        shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
+        mask, *told = (inputs.get(name) for name in ("attention_mask", "position_ids", "seq_idx"))
+        if not all(x is None or _is_of_rows(x, shape) for x in (mask, *told)):
+            return None  # a mask of the user's own, or positions on several axes
+        documents, apart = _given(inputs) if mask is None else None, None
+        if documents is None and (mask is not None or any(x is not None for x in told)):
+            found = look(shape, mask, *told, call.targets)
+            call.labelled = found.labelled
+            if found.padded:
+                if not self._takes_apart(inputs, found, call):
+                    return None
+                apart = Apart.of(found.keep, device)
+                positions = inputs.get("position_ids")
+                positions = found.positions(device) if positions is None else positions.expand(shape)
+                inputs["position_ids"] = positions
+                inputs.update({name: apart.take(x) for name, x in inputs.items()})
+                shape = (1, len(apart.index))
+            inputs["attention_mask"] = None
+            if apart is not None or found.count > shape[0]:
+                documents = found.documents(device)
+        inputs.pop("seq_idx", None)
+        if documents is not None and len(documents.cu_seqlens) - 1 > shape[0]:
+            self._refuse_leaks(inputs)
+        self._say(inputs, documents, shape, device)
+        return apart
+
+    def _attends_by(self, length: int) -> str:
+        """How attention learns of documents: by the keyword "documents", by those of "flash" attention, by "masks"."""
+        if is_flash_attention_requested(self.config):
+            return "flash"
+        chosen = self.config._attn_implementation
+        own = chosen == SINKS or (chosen == NAME and not _has_windows(self.config, length))
+        return "documents" if own and _makes_masks(type(self)) else "masks"
+
+    def _takes_apart(self, inputs: dict[str, Any], found: Found, call: Call) -> bool:
+        """Whether padding can be left out. Where it cannot, rows stay as Transformers has them."""
+        length, caching = found.keep.shape[1], inputs.get("use_cache")
+        caching = getattr(self.config, "use_cache", False) if caching is None else caching
+        whole = call.whole or caching or inputs.get("output_attentions") or found.labelled_padding or not found.count
+        windows_shift = _has_windows(self.config, length) and found.has_holes
+        if not whole and not windows_shift and self._stateful is None and self._attends_by(length) != "masks":
+            return True
+        if found.count > int(found.keep.any(1).sum()):
+            raise ValueError(
+                f"Rows hold several documents (position_ids begin anew) and padding as well, which "
+                f"{type(self).__name__} cannot keep apart here. Leave attention_mask out: padding at the end of a row "
+                f"may be a document of its own."
+            )
+        return False
+
+    def _refuse_leaks(self, inputs: dict[str, Any]) -> None:
+        """Raise ValueError if documents in a row would see each other."""
+        who: str | None = None
+        if self._mamba2 and inputs.get("use_cache"):
+            who, why, instead = "Mamba2", "a cache keeps one state for a row", "set use_cache=False"
+        elif self._stateful is not None and not _knows_documents(self._stateful):
+            who, why = self._stateful.__name__, "its state passes from one token to the next"
+            instead = "train a model whose mixers can be told"
+        elif self._sinks and self.config._attn_implementation == "eager":
+            who, why = "attention", "the masks of attn_implementation='eager' do not know documents"
+            instead = "leave attn_implementation and the fusion sink_attention as they are by default"
+        if who is not None:
+            raise ValueError(_LEAK.format(who=who, model=type(self).__name__, why=why, instead=instead))
+        if inputs.get("use_cache") is None:
+            inputs["use_cache"] = False  # nobody goes on from a cache of several documents
+
+    def _say(
+        self, inputs: dict[str, Any], documents: Documents | None, shape: tuple[int, int], device: torch.device
+    ) -> None:
+        """Tell the layers of the documents, each in the way it understands."""
+        way = self._attends_by(shape[1])
+        if way == "documents":
+            inputs["attention_mask"] = placeholder(documents, device)
+        if documents is None:
+            return
+        number_BS = document_of(documents.cu_seqlens, *shape)
+        if way == "documents":
+            inputs["documents"] = documents
+        if way == "flash" or self._stateful is not None:
+            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), documents.cu_seqlens)
+            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), documents.max_length)
+        if self._stateful is not None:
+            inputs["seq_idx"] = number_BS.int()
+        if self._mamba2 or self._sinks:
+            bounds = document_bounds(number_BS)
+            inputs["document_bounds"] = bounds._replace(told=documents if shape[0] == 1 else None)
+            if way == "masks" and inputs.get("position_ids") is None:
+                inputs["position_ids"] = torch.arange(shape[1], device=device) - bounds.start
+
+
+@contextmanager
+def calling(base: Any, call: Call) -> Iterator[None]:
+    """Within: a causal language model's call of its base model."""
+    base._call = call
+    try:
+        yield
+    finally:
+        base._call = None
+
+
+def fuse_base(model: Any) -> None:
+    """Make the base model of a fused model its twin, once all modules in it are what they will be."""
+    base = model.base_model
+    if base is not model:
+        base.__class__ = twin(type(base), FastBaseModel)
+    mixers = {type(module) for module in base.modules() if _keeps_state(module)}
+    base._mamba2 = any(issubclass(mixer, FastMamba2Mixer) for mixer in mixers)
+    base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
+    base._sinks = any(hasattr(module, "sinks") for module in base.modules())
+
+
+def _keeps_state(module: nn.Module) -> bool:
+    """Whether it is a mixer with a state: Mamba, a gated delta net, a short convolution, linear attention."""
+    name = type(module).__name__
+    has_conv = any(isinstance(child, nn.Conv1d) for child in module.children())
+    return has_conv or re.search(r"(Lightning|Linear)Attention|DeltaNet|DeltaAttention|Mamba\w*Mixer", name) is not None
+
+
+@functools.cache
+def _knows_documents(mixer: type) -> bool:
+    """Whether the code of Transformers' mixer passes documents on to its kernels, which refuse what they cannot do."""
+    return "cu_seq_lens_q" in inspect.getsource(mixer)
+
+
+@functools.cache
+def _makes_masks(base: type) -> bool:
+    """Whether the HF class leaves its masks to the functions that pass on what has four dimensions."""
+    return "create_causal_mask" in inspect.getsource(base.__stock__)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _names(cls: type) -> list[str]:
+    return list(inspect.signature(cls.__stock__.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def _is_of_rows(x: Any, shape: tuple[int, int]) -> bool:
+    return isinstance(x, torch.Tensor) and x.ndim == 2 and x.shape[1] == shape[1] and x.shape[0] in (1, shape[0])
+
+
+def _has_windows(config: Any, length: int) -> bool:
+    """Whether some layer sees less than a row of this length."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds and not any(kind.startswith(("sliding", "chunked", "compressed", "heavily", "indexed")) for kind in kinds):
+        return False
+    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return any(size is not None and size < length for size in sizes)
+
+
+def _given(inputs: dict[str, Any]) -> Documents | None:
+    """The documents that a collator tells of, as for FlashAttention."""
+    cu_seqlens, max_length = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
+    return None if cu_seqlens is None or max_length is None else Documents(cu_seqlens.int(), int(max_length))

@@ -1,0 +1,157 @@
+"""What the rows of a forward hold: documents that lie one behind the other, and padding. Found out once, where the
+decoder begins (base_model.py), with one wait for the device at most.
+
+    told                             what happens                                                            wait
+    neither positions nor a mask     each row is one document                                                no
+    cu_seq_lens_q, max_length_q      documents are where the collator says                                   no
+    position_ids, seq_idx            a document begins wherever positions do not count on                    one
+    attention_mask [B, S]            rows are taken apart: tokens that are no padding become one row of      one
+                                     documents, and hidden states are put together behind the last layer
+
+Transformers makes a mask [B, 1, S, S] of this, for which SDPA has no fast kernel. Here an empty tensor stands in its
+place (`placeholder`), which Transformers passes on because it has four dimensions, and `documents` travel beside it as
+a keyword. What is none of these (a cache, masks of the user's own, compilation) goes Transformers' way.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from expertmesh.kernels.documents import Documents
+
+
+def placeholder(documents: Documents | None, device: torch.device) -> torch.Tensor:
+    """The mask that says: causal, within `documents` if there are any. Its last size tells which, so that a layer that
+    lost them on the way is found out."""
+    return torch.empty(1, 1, 0, int(documents is not None), dtype=torch.bool, device=device)
+
+
+def is_placeholder(mask: Any) -> bool:
+    """Whether this mask is a `placeholder`."""
+    return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[2] == 0
+
+
+def unlost(mask: torch.Tensor, documents: Documents | None, layer: Any) -> Documents | None:
+    """`documents`; RuntimeError if the placeholder speaks of some and they did not reach this layer."""
+    if documents is None and mask.shape[3]:
+        raise RuntimeError(
+            f"{type(layer).__name__} was not told of the documents in its rows, because Transformers did not pass them "
+            f"on: give each document a row of its own (packing=False), and please report this model."
+        )
+    return documents
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answer of one look at the device, on the CPU.
+
+    keep: [B, S], True where a token is no padding. cu_seqlens: where documents begin among the kept tokens, and their
+    number. labelled: how many positions have something to predict, None if nobody asked; labelled_padding: whether
+    padding is among them.
+    """
+
+    keep: torch.Tensor
+    cu_seqlens: torch.Tensor
+    labelled: int | None
+    labelled_padding: bool
+
+    @property
+    def padded(self) -> bool:
+        """Whether there is any padding."""
+        return not bool(self.keep.all())
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether padding lies between the tokens of some row."""
+        begins = torch.diff(self.keep.int(), prepend=torch.zeros(len(self.keep), 1, dtype=torch.int)) == 1
+        return bool((begins.sum(1) > 1).any())
+
+    @property
+    def count(self) -> int:
+        """How many documents there are."""
+        return len(self.cu_seqlens) - 1
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """[B, S], counted from the first token of each row that is no padding."""
+        first_B1 = self.keep.int().argmax(1, keepdim=True)
+        return (torch.arange(self.keep.shape[1]) - first_B1).to(device, non_blocking=True)
+
+    def documents(self, device: torch.device) -> Documents:
+        """The same for the layers."""
+        return Documents(self.cu_seqlens.to(device, non_blocking=True), int(self.cu_seqlens.diff().max()))
+
+
+def look(
+    shape: tuple[int, int],
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    numbers: torch.Tensor | None,
+    targets: torch.Tensor | None = None,
+) -> Found:
+    """Ask the device, once, what rows of this shape [B, S] hold.
+
+    mask: 0 where a token is padding. positions: [B or 1, S]. numbers: of documents, as `seq_idx`, [B or 1, S]. Without
+    a mask a document begins wherever positions do not count on; with one, wherever they do not grow, as they may jump
+    over padding. targets: [B, S], -100 where there is nothing to predict.
+    """
+    wanted = None if targets is None else targets != -100
+    asked = {"mask": mask, "positions": positions, "numbers": numbers, "wanted": wanted}
+    asked = {name: x for name, x in asked.items() if x is not None}
+    device = next(iter(asked.values())).device
+    stacked = torch.stack([x.expand(shape).to(device, torch.int32) for x in asked.values()]).cpu()
+    answers = dict(zip(asked, stacked, strict=True))
+    keep = answers["mask"] != 0 if mask is not None else torch.ones(shape, dtype=torch.bool)
+    begins = keep & (keep.int().cumsum(1) == 1)
+    if numbers is not None:
+        begins |= keep & (answers["numbers"] != _before(answers["numbers"], keep))
+    elif positions is not None and mask is None:
+        begins[:, 1:] |= answers["positions"].diff() != 1
+    elif positions is not None:
+        begins |= keep & (answers["positions"] <= _before(answers["positions"], keep))
+    cu_seqlens = torch.cat([begins[keep].nonzero().flatten(), keep.sum()[None]]).int()
+    if wanted is None:
+        return Found(keep, cu_seqlens, None, False)
+    wanted_BS = answers["wanted"] != 0
+    return Found(keep, cu_seqlens, int(wanted_BS.sum()), bool((wanted_BS & ~keep).any()))
+
+
+def _before(x_BS: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The value at the kept token before each one in its row; -1 where there is none."""
+    index = torch.where(keep, torch.arange(keep.shape[1]), -1).cummax(1).values
+    index = torch.cat([torch.full((len(index), 1), -1), index[:, :-1]], dim=1)
+    return torch.where(index < 0, -1, x_BS.gather(1, index.clamp(min=0)))
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Rows of shape [B, S] taken apart: `index` [T] are their tokens that are no padding."""
+
+    shape: tuple[int, int]
+    index: torch.Tensor
+
+    @classmethod
+    def of(cls, keep: torch.Tensor, device: torch.device) -> "Apart":
+        """From `Found.keep`."""
+        index = keep.flatten().nonzero().flatten()
+        return cls((keep.shape[0], keep.shape[1]), index.to(device, non_blocking=True))
+
+    def take(self, x: Any) -> Any:
+        """[1, T, …] of a tensor [B, S, …]; anything else as it is."""
+        if not isinstance(x, torch.Tensor) or x.shape[:2] != self.shape:
+            return x
+        return x.flatten(0, 1).index_select(0, self.index)[None]
+
+    def together(self, outputs: Any) -> Any:
+        """Outputs of a decoder with [1, T, …] made [B, S, …] again, and router logits [T, E] made [B·S, E]: zero where
+        padding is."""
+        return tree_map_only(torch.Tensor, self._put, outputs)
+
+    def _put(self, x: torch.Tensor) -> torch.Tensor:
+        T, (B, S) = len(self.index), self.shape
+        if x.ndim > 2 and x.shape[:2] == (1, T):
+            return x.new_zeros(B * S, *x.shape[2:]).index_copy(0, self.index, x[0]).unflatten(0, (B, S))
+        if x.ndim == 2 and x.shape[0] == T:
+            return x.new_zeros(B * S, x.shape[1]).index_copy(0, self.index, x)
+        return x
