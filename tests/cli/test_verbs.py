@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def process(*arguments, **options):
-    command = [sys.executable, "-c", "from expertmesh.cli import main; main()", *arguments]
+    command = [sys.executable, "-m", "expertmesh", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
@@ -37,6 +37,12 @@ def test_help_lists_every_verb_and_imports_nothing_heavy():
     assert done.stderr.strip() == "0 set()"
     for verb, sentence in cli.VERBS.items():
         assert verb in done.stdout and sentence.split()[0] in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), [(["--help"], 0, "doctor"), (["frobnicate"], 2, "frobnicate")])
+def test_the_package_runs_as_the_command(arguments, code, said):
+    run = process(*arguments)
+    assert said in "".join(run.communicate(timeout=60)) and run.returncode == code
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
