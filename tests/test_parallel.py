@@ -43,7 +43,7 @@ def test_sizes_that_fit_become_the_meshes_of_transformers(sizes, world, monkeypa
         "zero": ({"ep_size": 0}, "ep_size must be a whole number of at least 1, not 0."),
         "text": ({"tp_size": "2"}, "tp_size must be a whole number of at least 1, not '2'."),
         "strategy": ({"strategy": "fsdp3"}, "the strategy is 'fsdp2'"),
-        "dispatch": ({"dispatch": "scatter"}, "Set it to auto, all_to_all, gather, push, deepep."),
+        "dispatch": ({"dispatch": "deepep"}, "dispatch='deepep' is unknown. Set it to auto, all_to_all, gather, push."),
     }.values(),
 )
 def test_sizes_that_do_not_fit_are_errors_that_name_what_fits(sizes, says):

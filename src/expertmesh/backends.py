@@ -73,11 +73,6 @@ def has_quack(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def deep_ep() -> Any:
-    """The package deep_ep. Raises ImportError, OSError or AssertionError, as its import does, where it cannot run."""
-    return importlib.import_module("deep_ep")
-
-
 def has_onednn() -> bool:
     """True when this PyTorch has oneDNN's float32 linear operator, the user has not switched oneDNN off, and the
     processor has AVX-512: without it oneDNN is no faster than MKL.
@@ -125,7 +120,6 @@ _PACKAGES = (
     Backend(
         "liger-kernel", None, "fused norms and MLPs of models without experts, on GPUs", "such models run as stock"
     ),
-    Backend("deep_ep", None, "`dispatch='deepep'`", "the other ways between GPUs, which need no package"),
     Backend("accelerate", None, "transformers' Trainer", "no `expertmesh train`"),
     Backend("trl", None, "`expertmesh train` (SFTTrainer)", "no `expertmesh train`"),
     Backend("peft", None, "LoRA", "full fine-tuning only"),
