@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -326,6 +326,19 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
                 f"ep_size={layout.ep_size}: they do not divide evenly, or some rank would get none. "
                 + (f"Set ep_size to {_or(sizes)}." if sizes else "Raise dp_replicate_size: replicas get smaller.")
             )
+
+
+def refuse_replicas(model: nn.Module) -> NoReturn:
+    """A fused model's `_replicate_for_data_parallel`, by which nn.DataParallel copies it before its first forward.
+
+    transformers.Trainer wraps a model so when one process sees several GPUs. Raises ValueError.
+    """
+    gpus = max(2, torch.cuda.device_count())
+    raise ValueError(
+        f"{type(model).__name__} would be copied to {gpus} GPUs in every forward, as one process sees them all and "
+        f"Trainer then wraps models in nn.DataParallel. expertmesh runs one process per GPU. Start them with torchrun "
+        f"--nproc-per-node {gpus} script.py, or let one process see one GPU: CUDA_VISIBLE_DEVICES=0 python script.py."
+    )
 
 
 @torch.no_grad()
