@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.nn.attention import varlen
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -93,6 +94,29 @@ def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 VARLEN_GQA: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
 )
+
+
+# Transformers: the oldest release and the newest minor release that the whole suite has passed on
+OLDEST = "5.23.0"
+NEWEST_MINOR = (5, 24)
+TESTED = f"{OLDEST} to {'.'.join(map(str, NEWEST_MINOR))}"
+
+
+def is_tested(version: str) -> bool:
+    """True when this version of Transformers is one the suite has passed on, or a patch of such a minor release."""
+    found = Version(version)
+    return found >= Version(OLDEST) and found.release[:2] <= NEWEST_MINOR
+
+
+@cache
+def warn_if_untested() -> None:
+    """Say, once in a process, if the Transformers in use is a version that nothing here was tested on."""
+    version = importlib.import_module("transformers").__version__
+    if not is_tested(version):
+        logger().warning(
+            f"expertmesh was not tested on Transformers {version}, only on {TESTED}: run `expertmesh check` on your "
+            f"model, or install one of these."
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import platform
 
 import typer
 
-REQUIRED = {"python": ">=3.11", "torch": ">=2.11", "transformers": ">=5.23,<6"}
+REQUIRED = {"python": ">=3.11", "torch": ">=2.11", "transformers": ">=5.23,<5.25"}
 
 
 def doctor() -> None:
