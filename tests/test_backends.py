@@ -25,14 +25,14 @@ def said(monkeypatch):
 
 @pytest.mark.parametrize("version", ["5.23.0", "5.23.4", "5.24.0", "5.24.1.dev0"])
 def test_a_tested_version_needs_no_words(monkeypatch, said, version):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr("transformers.__version__", version)
     backends.warn_if_untested()
     assert said == []
 
 
 @pytest.mark.parametrize("version", ["5.22.9", "5.25.0.dev0", "5.25.0", "6.0.0"])
 def test_an_untested_version_is_named_once_with_the_tested_ones(monkeypatch, said, version):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr("transformers.__version__", version)
     for _ in range(2):
         backends.warn_if_untested()
     (line,) = said
