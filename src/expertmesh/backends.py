@@ -99,7 +99,8 @@ VARLEN_GQA: dict[str, Any] = (
 # Transformers: the oldest release and the newest minor release that the whole suite has passed on
 OLDEST = "5.23.0"
 NEWEST_MINOR = (5, 24)
-TESTED = f"{OLDEST} to {'.'.join(map(str, NEWEST_MINOR))}"
+NEWEST = ".".join(map(str, NEWEST_MINOR))
+TESTED = f"{OLDEST} to {NEWEST}"
 
 
 def is_tested(version: str) -> bool:
