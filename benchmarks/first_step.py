@@ -29,7 +29,7 @@ def measured(folder, options, work):
     rows = []
     for cache in ("empty", "warm"):
         out = folder / f"{work}-{cache}.json"
-        command = [sys.executable, "-m", "expertmesh.cli", "bench", "--work", work, "--arms", "expertmesh"]
+        command = [sys.executable, "-m", "expertmesh", "bench", "--work", work, "--arms", "expertmesh"]
         command += ["--layers", str(LAYERS[work]), "--batch", "1", "--warmup", "1", "--repeats", "1", "--out", str(out)]
         command += ["--no-proof", "--commit", options.commit, *(["--tiny", "--seq", "64"] if options.tiny else [])]
         caches = {name: str(folder / work / name.lower()) for name in CACHES}

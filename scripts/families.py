@@ -1,6 +1,9 @@
 """Write docs/families.md from the fusion reports of real, tiny models; nothing in its tables is typed by hand.
 
 PYTHONPATH=src python scripts/families.py
+
+The page claims the same tables for the oldest and the newest Transformers: tests/scripts/test_families.py compares it
+with what each of them gives, under `make test` and `make test-oldest`.
 """
 
 from pathlib import Path
@@ -8,8 +11,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from expertmesh import AutoModelForCausalLM
+from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.tiny import COMMON, FAMILIES, tiny_config
+from expertmesh.cli.doctor import NOT_NEEDED
 from expertmesh.fuse import FUSIONS
 from expertmesh.layers.liger import why_not_liger
 
@@ -52,12 +56,13 @@ WHAT = {
     "mamba2": "Mamba2's convolution, scan and gated norm in Triton, packed documents kept apart",
     "linear_cross_entropy": "the loss from hidden states; logits are never held in training",
 }
-NOT_NEEDED = "no module of the model needs it"
-HEAD = """# Model families
+HEAD = f"""# Model families
 
 Written by `python scripts/families.py`, which builds a tiny model of each family and asks it for its `fusion_report()`.
 A class gets a fast twin only if its code is, by fingerprint, the code that the twin equals; all else runs
 Transformers' own. How a family gets more of them: [Add a family](add-a-family.md).
+
+The same on Transformers {backends.OLDEST} and {backends.NEWEST}: a test compares these tables with the models of both.
 
 For every family with experts in these tables tests hold that loss, logits and all gradients equal stock Transformers'
 to 1e-5 in float32, that stock Transformers reads what was saved bit for bit, and that two ranks with expert parallelism

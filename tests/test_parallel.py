@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.parallel import replicate
 
 from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.tiny import tiny_config
@@ -43,7 +44,7 @@ def test_sizes_that_fit_become_the_meshes_of_transformers(sizes, world, monkeypa
         "zero": ({"ep_size": 0}, "ep_size must be a whole number of at least 1, not 0."),
         "text": ({"tp_size": "2"}, "tp_size must be a whole number of at least 1, not '2'."),
         "strategy": ({"strategy": "fsdp3"}, "the strategy is 'fsdp2'"),
-        "dispatch": ({"dispatch": "scatter"}, "Set it to auto, all_to_all, gather, push, deepep."),
+        "dispatch": ({"dispatch": "deepep"}, "dispatch='deepep' is unknown. Set it to auto, all_to_all, gather, push."),
     }.values(),
 )
 def test_sizes_that_do_not_fit_are_errors_that_name_what_fits(sizes, says):
@@ -181,3 +182,23 @@ def test_clipping_without_ranks_equals_torch(max_norm):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     assert clip_grad_norm([torch.nn.Parameter(torch.ones(1))], 1.0) == 0
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "inside another module"])
+def test_several_gpus_in_one_process_are_an_error_that_says_how_to_start_ranks(monkeypatch, wrapped):
+    """By nn.DataParallel's own way to its copies, whose weights alone are faked: they need GPUs."""
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
+    module = torch.nn.Sequential(torch.nn.Linear(1, 1), model) if wrapped else model
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    for name, fake in {
+        "_get_device_index": lambda device, optional: device,
+        "_broadcast_coalesced_reshape": lambda tensors, devices, detach=False: [tensors for _ in devices],
+    }.items():
+        monkeypatch.setitem(replicate.__globals__, name, fake)
+    with pytest.raises(ValueError, match=r"torchrun --nproc-per-node 4 script\.py.*CUDA_VISIBLE_DEVICES=0"):
+        replicate(module, range(4))
+
+
+def test_stock_models_are_copied_to_several_gpus_as_ever():
+    stock = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"), fused=False)
+    assert type(stock._replicate_for_data_parallel()) is type(stock)

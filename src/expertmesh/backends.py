@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.nn.attention import varlen
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -73,11 +74,6 @@ def has_quack(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def deep_ep() -> Any:
-    """The package deep_ep. Raises ImportError, OSError or AssertionError, as its import does, where it cannot run."""
-    return importlib.import_module("deep_ep")
-
-
 def has_onednn() -> bool:
     """True when this PyTorch has oneDNN's float32 linear operator, the user has not switched oneDNN off, and the
     processor has AVX-512: without it oneDNN is no faster than MKL.
@@ -98,6 +94,30 @@ def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 VARLEN_GQA: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
 )
+
+
+# Transformers: the oldest release and the newest minor release that the whole suite has passed on
+OLDEST = "5.23.0"
+NEWEST_MINOR = (5, 24)
+NEWEST = ".".join(map(str, NEWEST_MINOR))
+TESTED = f"{OLDEST} to {NEWEST}"
+
+
+def is_tested(version: str) -> bool:
+    """True when this version of Transformers is one the suite has passed on, or a patch of such a minor release."""
+    found = Version(version)
+    return found >= Version(OLDEST) and found.release[:2] <= NEWEST_MINOR
+
+
+@cache
+def warn_if_untested() -> None:
+    """Say, once in a process, if the Transformers in use is a version that nothing here was tested on."""
+    version = importlib.import_module("transformers").__version__
+    if not is_tested(version):
+        logger().warning(
+            f"expertmesh was not tested on Transformers {version}, only on {TESTED}: run `expertmesh check` on your "
+            f"model, or install one of these."
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +145,6 @@ _PACKAGES = (
     Backend(
         "liger-kernel", None, "fused norms and MLPs of models without experts, on GPUs", "such models run as stock"
     ),
-    Backend("deep_ep", None, "`dispatch='deepep'`", "the other ways between GPUs, which need no package"),
     Backend("accelerate", None, "transformers' Trainer", "no `expertmesh train`"),
     Backend("trl", None, "`expertmesh train` (SFTTrainer)", "no `expertmesh train`"),
     Backend("peft", None, "LoRA", "full fine-tuning only"),

@@ -35,7 +35,7 @@ from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
 from expertmesh.layers.router import aux_loss_share
 from expertmesh.layers.sharding import lean_layout
 from expertmesh.memory.recompute import keep_routing
-from expertmesh.parallel import refuse_unfit_shards
+from expertmesh.parallel import refuse_replicas, refuse_unfit_shards
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
 from expertmesh.weights.read import to_model_names
 from expertmesh.weights.write import is_sharded, save_sharded, with_copies
@@ -178,6 +178,7 @@ class FusedModel(ReadsQuantized):
 
     _mtp: MTP | None = None
     mtp_loss_weight: float | None = None
+    _replicate_for_data_parallel = refuse_replicas
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)

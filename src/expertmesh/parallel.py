@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,12 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
-from expertmesh.dispatch import all_to_all, deepep, gather, push
+from expertmesh.dispatch import all_to_all, gather, push
 from expertmesh.kernels.clip import scale_, squared_sum
 
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
-DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME, "push": push.NAME, "deepep": deepep.NAME}
+DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME, "push": push.NAME}
 AUTO = "auto"
 # ranks of one node up to which a dispatch is chosen: with more than 4, sending all tokens to all sends too many rows
 NEAR = {"gather": 4, "push": 8}
@@ -49,11 +49,11 @@ class DistributedSetup:
         ep_size of 4 and "push" up to 8, else "all_to_all". "all_to_all": once to each rank that needs them, any number
         of ranks; the host waits once per layer for the counts. "gather": to all ranks of the expert-parallel group;
         the host never waits for the device. "push": as "gather", but only to the ranks that need them, by stores into
-        each other's memory; without such memory as "all_to_all". "deepep": by the package deep_ep, in bfloat16.
+        each other's memory; without such memory as "all_to_all".
     strategy: "fsdp2"; there is no other.
     world_size: ranks; by default those of torch.distributed, else WORLD_SIZE, else 1.
 
-    Raises ValueError if the sizes do not fit each other or the number of ranks, or deep_ep is asked for and missing.
+    Raises ValueError if the sizes do not fit each other or the number of ranks.
     """
 
     ep_size: int = 1
@@ -79,8 +79,6 @@ class DistributedSetup:
             raise ValueError(f"dispatch={self.dispatch!r} is unknown. Set it to {', '.join((AUTO, *DISPATCH))}.")
         self._check_dense()
         self._check_experts()
-        if self.dispatch == "deepep":
-            deepep.refuse_unfit(self.ep_size)
 
     def _check_dense(self) -> None:
         world, tp, replicas = self.world_size, self.tp_size, self.dp_replicate_size
@@ -328,6 +326,19 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
                 f"ep_size={layout.ep_size}: they do not divide evenly, or some rank would get none. "
                 + (f"Set ep_size to {_or(sizes)}." if sizes else "Raise dp_replicate_size: replicas get smaller.")
             )
+
+
+def refuse_replicas(model: nn.Module) -> NoReturn:
+    """A fused model's `_replicate_for_data_parallel`, by which nn.DataParallel copies it before its first forward.
+
+    transformers.Trainer wraps a model so when one process sees several GPUs. Raises ValueError.
+    """
+    gpus = max(2, torch.cuda.device_count())
+    raise ValueError(
+        f"{type(model).__name__} would be copied to {gpus} GPUs in every forward, as one process sees them all and "
+        f"Trainer then wraps models in nn.DataParallel. expertmesh runs one process per GPU. Start them with torchrun "
+        f"--nproc-per-node {gpus} script.py, or let one process see one GPU: CUDA_VISIBLE_DEVICES=0 python script.py."
+    )
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def test_the_skypilot_task_is_yaml_and_its_command_is_shell(config, capsys):
     said = subprocess.run(["bash", "-euc", probe], env=environment, capture_output=True, text=True, check=True).stdout
     assert said.splitlines() == [
         *("--nnodes=2", "--nproc-per-node=4", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=29500"),
-        *("-m", "expertmesh.cli", "train", str(config), "save.resume_from_checkpoint=auto"),
+        *("-m", "expertmesh", "train", str(config), "save.resume_from_checkpoint=auto"),
     ]
 
 

@@ -45,7 +45,7 @@ def hosts():
 
 
 def torchrun(arguments: list[str], training: list[str], host: str | None = None, **variables: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments, "-m", "expertmesh.cli", "train", *training]
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments, "-m", "expertmesh", "train", *training]
     within = ["ip", "netns", "exec", host] if host else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)} | variables
     return subprocess.Popen(

@@ -1,9 +1,12 @@
-"""The page of families is what its generator writes."""
+"""The page of families is what its generator writes, on the oldest Transformers as on the newest."""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
+import transformers
+
+from expertmesh import backends
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +21,10 @@ def _families():
 def test_the_page_shows_what_the_models_report():
     pytest.importorskip("liger_kernel")
     families = _families()
-    assert families.PAGE.read_text() == families.page(), "run PYTHONPATH=src python scripts/families.py"
+    assert families.PAGE.read_text() == families.page(), (
+        f"these are not the tables of Transformers {transformers.__version__}: run PYTHONPATH=src python "
+        f"scripts/families.py; it must write the same page on {backends.OLDEST} and {backends.NEWEST}"
+    )
 
 
 def test_every_fusion_is_explained():

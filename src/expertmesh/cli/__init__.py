@@ -18,7 +18,7 @@ VERBS = {
     "check": "Prove that a model computes and saves what it does under stock Transformers.",
     "bench": "Time stock Transformers and expertmesh on the same work, in one job.",
     "demo": "Train, export and verify a small model on this machine.",
-    "doctor": "Show what is installed, what is on or off, and what is lost without it.",
+    "doctor": "Show what is installed, what is lost without the rest, and the fusions of each family.",
     "schema": "Print the JSON Schema of the configuration.",
 }
 

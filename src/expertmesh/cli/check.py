@@ -39,7 +39,7 @@ def check(
     failed = 0
     for name in FAMILIES if model == "all" else [model]:
         try:
-            with console.status(f"{name}: comparing with stock Transformers"), _quiet(), checkpoint_of(name) as path:
+            with console.status(f"{name}: comparing with stock Transformers"), quiet(), checkpoint_of(name) as path:
                 rows = check_layouts(path, ranks) if ranks > 1 else list(check_checkpoint(path, device))
         except OSError as error:
             raise ConfigError(f"{name!r} cannot be loaded by Transformers: {' '.join(str(error).split())}") from error
@@ -75,7 +75,7 @@ def _refuse_nonsense(model: str, device: str, ranks: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Transformers' warnings and progress bars: both sides of each comparison would print them."""
     from transformers.utils import logging
 

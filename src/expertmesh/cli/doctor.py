@@ -1,14 +1,19 @@
-"""`expertmesh doctor`: what this machine has, and what is lost without the rest."""
+"""`expertmesh doctor`: what this machine has, what is lost without the rest, and the fusions of each family."""
 
 import platform
+from typing import TYPE_CHECKING
 
 import typer
 
-REQUIRED = {"python": ">=3.11", "torch": ">=2.11", "transformers": ">=5.23,<6"}
+if TYPE_CHECKING:
+    from rich.table import Table
+
+REQUIRED = {"python": ">=3.11", "torch": ">=2.11", "transformers": ">=5.23"}
+NOT_NEEDED = "no module of the model needs it"  # how a report says that a fusion is off, and nothing is lost by it
 
 
 def doctor() -> None:
-    """Show what is installed, what is on or off, and what is lost without it.
+    """Show what is installed, what is lost without the rest, and the fusions of each family on this Transformers.
 
     Exit code 1 if Python, PyTorch or Transformers is missing or has a version that expertmesh does not support.
     """
@@ -30,7 +35,14 @@ def doctor() -> None:
     console.print(table)
     for sentence in wrong.values():
         console.print(sentence)
-    raise typer.Exit(1 if wrong else 0)
+    if wrong:
+        raise typer.Exit(1)
+    version = found["transformers"]
+    assert version is not None
+    console.print(f"\n{whether_tested(version)}", soft_wrap=True)
+    with console.status("building a tiny model of each family"):
+        fusions = _fusions()
+    console.print(fusions)
 
 
 def wrong_versions(found: dict[str, str | None]) -> dict[str, str]:
@@ -45,6 +57,57 @@ def wrong_versions(found: dict[str, str | None]) -> dict[str, str]:
         elif not SpecifierSet(supported).contains(version, prereleases=True):
             wrong[name] = f"{name} {version} is not supported: install {name}{supported}."
     return wrong
+
+
+def whether_tested(version: str) -> str:
+    """A sentence on whether this version of Transformers is one that expertmesh was tested on."""
+    from expertmesh import backends
+
+    if backends.is_tested(version):
+        return f"Transformers {version} is tested, as are all from {backends.TESTED}."
+    return f"[yellow]Transformers {version} is not tested[/], {backends.TESTED} are: prove models by expertmesh check."
+
+
+def fusions_of(family: str) -> dict[str, list[str]]:
+    """The fusions of a tiny model of the family: on by "table" (its code is known), on by "probe" (its results were
+    compared), or "off" though the model has modules for it.
+    """
+    from expertmesh.auto import AutoModelForCausalLM
+    from expertmesh.bench.tiny import tiny_config
+
+    found: dict[str, list[str]] = {"table": [], "probe": [], "off": []}
+    for row in AutoModelForCausalLM.from_config(tiny_config(family)).fusion_report():
+        if row.on or row.reason != NOT_NEEDED:
+            by = (getattr(row, "verified", "") or "table") if row.on else "off"
+            found[by].append(row.name)
+    return found
+
+
+def _fusions() -> "Table":
+    """One line for each family: how many fusions are on by table and by probe, and off; the last two by name, too."""
+    import logging
+
+    from rich.table import Table
+
+    from expertmesh.bench.tiny import FAMILIES
+    from expertmesh.cli.check import quiet
+
+    table = Table(title="fusions of each family", title_justify="left")
+    for column in ("family", "on by table", "on by probe", "off"):
+        table.add_column(column, overflow="fold")
+    logging.disable(logging.INFO)  # each model's own report
+    try:
+        with quiet():
+            for family in FAMILIES:
+                by = fusions_of(family)
+                table.add_row(family, str(len(by["table"])), _listed(by["probe"]), _listed(by["off"]))
+    finally:
+        logging.disable(logging.NOTSET)
+    return table
+
+
+def _listed(names: list[str]) -> str:
+    return f"{len(names)}: {', '.join(names)}" if names else "0"
 
 
 def _state(name: str, found: dict[str, str | None], wrong: dict[str, str]) -> str:

@@ -64,14 +64,14 @@ def launch(
     if slurm == skypilot:
         raise ConfigError("Say for which scheduler: --slurm or --skypilot.")
     layout(load_config(config), nodes * gpus_per_node)
-    arguments = f"train {shlex.quote(str(config))} save.resume_from_checkpoint=auto"
+    command = f"expertmesh train {shlex.quote(str(config))} save.resume_from_checkpoint=auto"
     name = "".join(letter if letter.isalnum() else "-" for letter in config.stem).strip("-") or "expertmesh"
     text = (SBATCH if slurm else SKYPILOT).format(
         name=name,
         nodes=nodes,
         gpus=gpus_per_node,
         accelerator=gpu,
-        command=f"expertmesh {arguments}" if slurm else f"expertmesh.cli {arguments}",
+        command=command,
     )
     if out is None:
         typer.echo(text, nl=False)

@@ -37,7 +37,7 @@ def train(
     from expertmesh.train.launch import default_nproc, is_rank, launch, leave
 
     if not is_rank() and (nproc := config.parallel.nproc or default_nproc()) > 1:
-        command = [sys.executable, "-m", "expertmesh.cli", "train", *(arguments or [])]
+        command = [sys.executable, "-m", "expertmesh", "train", *(arguments or [])]
         raise typer.Exit(launch(command, nproc, Path(config.save.output_dir) / "logs"))
 
     from expertmesh.train.run import run

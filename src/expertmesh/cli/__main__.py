@@ -1,5 +1,0 @@
-"""`python -m expertmesh.cli`, which is how a launcher starts its ranks."""
-
-from expertmesh.cli import main
-
-main()

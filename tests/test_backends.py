@@ -1,0 +1,50 @@
+"""What is said about the Transformers in use: tested versions in silence, any other in one line."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import transformers
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from expertmesh import backends
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the log says."""
+    lines = []
+    monkeypatch.setattr(backends.logger(), "warning", lines.append)
+    backends.warn_if_untested.cache_clear()
+    yield lines
+    backends.warn_if_untested.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["5.23.0", "5.23.4", "5.24.0", "5.24.1.dev0"])
+def test_a_tested_version_needs_no_words(monkeypatch, said, version):
+    monkeypatch.setattr("transformers.__version__", version)
+    backends.warn_if_untested()
+    assert said == []
+
+
+@pytest.mark.parametrize("version", ["5.22.9", "5.25.0.dev0", "5.25.0", "6.0.0"])
+def test_an_untested_version_is_named_once_with_the_tested_ones(monkeypatch, said, version):
+    monkeypatch.setattr("transformers.__version__", version)
+    for _ in range(2):
+        backends.warn_if_untested()
+    (line,) = said
+    assert f"Transformers {version}, only on 5.23.0 to 5.24:" in line and "\n" not in line
+
+
+def test_the_suite_runs_on_a_version_that_counts_as_tested():
+    assert backends.is_tested(transformers.__version__)
+
+
+def test_the_package_requires_what_is_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (required,) = [r for r in map(Requirement, project["dependencies"]) if r.name == "transformers"]
+    major, minor = backends.NEWEST_MINOR
+    assert required.specifier == SpecifierSet(f">={backends.OLDEST.removesuffix('.0')},<{major}.{minor + 1}")
