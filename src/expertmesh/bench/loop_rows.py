@@ -44,7 +44,8 @@ def documents(count: int, seq: int, vocab: int) -> Any:
 def pairs(count: int, seq: int, vocab: int) -> Any:
     """Preference pairs in text: a prompt of seq / 4 tokens, and two answers of seq / 4 to 3/4 seq each, in the words of
     the built-in tokenizer, whose vocabulary is smaller than any model's here."""
-    tokenizer, generator = demo_tokenizer(), torch.Generator().manual_seed(1)
+    tokenizer: Any = demo_tokenizer()
+    generator = torch.Generator().manual_seed(1)
 
     def text(length: int) -> str:
         return tokenizer.decode(_tokens(length, len(tokenizer), generator))

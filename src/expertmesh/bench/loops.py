@@ -8,15 +8,14 @@ device waited for at each end. Whatever the trainer does between two steps, load
 """
 
 import dataclasses
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
-from unittest import mock
 
 import torch
 import transformers
@@ -47,10 +46,9 @@ SETTINGS: dict[str, Any] = dict(
     save_strategy="no",
     report_to="none",
     disable_tqdm=True,
-    # TRL's default is autocast and recomputing every layer; here weights are bfloat16 already, and activations fit
-    bf16=False,
-    gradient_checkpointing=False,
 )
+#: TRL's default is autocast and recomputing every layer; here weights are bfloat16 already, and activations fit
+TRL_SETTINGS: dict[str, Any] = dict(bf16=False, gradient_checkpointing=False)
 #: projections of an attention that get adapters, by the names of all families
 ATTENTION = "q_proj k_proj v_proj o_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
 
@@ -157,8 +155,7 @@ def measure(
     """
     ranks, steps = current_world_size(), warmup + repeats
     rows = loop.rows((steps + 1) * batch * ranks, seq, model.config.get_text_config().vocab_size)
-    # a compiler that one arm asks for is noted in the environment, and the next arm would get it as well
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
+    with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(loop, arm, model, rows, batch, seq, steps, folder)
         watch = _Watch(trainer, warmup)
         trainer.train()
@@ -167,6 +164,7 @@ def measure(
     tokens, losses = [int(count) for count in watch.tokens], [float(loss) for loss in watch.losses]
     rate = sum(tokens[warmup:]) / sum(times[warmup:]) * 1e3
     return {
+        "ranks": ranks,
         "transformers": transformers.__version__,
         "trl": backends.version_of("trl") if "trl" in loop.needs else None,
         "step_ms": round(statistics.median(times[warmup:]), 2),
@@ -184,14 +182,18 @@ def _trainer(
     loop: Loop, arm: Arm, model: PreTrainedModel, rows: Any, batch: int, seq: int, steps: int, folder: str
 ) -> Any:
     """The trainer of this loop, stock's or ours, as its users make it."""
+    source = "transformers" if loop.trainer == "Trainer" else "trl"
     settings = SETTINGS | loop.settings | {"output_dir": folder, "max_steps": steps}
     settings |= {"per_device_train_batch_size": batch, "use_cpu": model.device.type == "cpu"}
+    options: dict[str, Any] = {"train_dataset": rows}
     if arm.trainer:
         del settings["optim"]  # ours takes what it thinks best
     if arm.compiled:
         torch._dynamo.reset()
         settings["torch_compile"] = True
-    options: dict[str, Any] = {"train_dataset": rows}
+    if source == "trl":
+        settings |= TRL_SETTINGS | {"max_length": seq}
+        options["processing_class"] = demo_tokenizer()
     if loop.padded:
         options["data_collator"] = transformers.DataCollatorForLanguageModeling(demo_tokenizer(), mlm=False)
     made_of: Any = model
@@ -200,21 +202,13 @@ def _trainer(
 
         adapters = LoraConfig(r=16, lora_alpha=32, target_modules=ATTENTION, task_type="CAUSAL_LM")
         torch.manual_seed(0)  # they start at random
-        if loop.trainer == "Trainer":
-            made_of = get_peft_model(model, adapters)
-        else:
+        if source == "trl":
             options["peft_config"] = adapters
-    if loop.trainer == "Trainer":
-        home, config = transformers, transformers.TrainingArguments
-    else:
-        import trl
-
-        home, config = trl, getattr(trl, loop.trainer.replace("Trainer", "Config"))
-        settings["max_length"] = seq
-        options["processing_class"] = demo_tokenizer()
-    if arm.trainer:
-        import expertmesh as home
-    return getattr(home, loop.trainer)(made_of, config(**settings), **options)
+        else:
+            made_of = get_peft_model(model, adapters)
+    config = "TrainingArguments" if source == "transformers" else loop.trainer.replace("Trainer", "Config")
+    options["args"] = getattr(import_module(source), config)(**settings)
+    return getattr(import_module("expertmesh" if arm.trainer else source), loop.trainer)(made_of, **options)
 
 
 class _Watch(TrainerCallback):

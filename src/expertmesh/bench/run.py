@@ -8,6 +8,7 @@ memory for instance, is noted and the others go on.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -35,10 +36,9 @@ from expertmesh.train.errors import ConfigError
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure. `arms` None: all that run here. `layers` None: the work's own. `loops`: by people's trainers, whole
-    steps. `ablate` adds expertmesh without each fusion that is on. `full`: with clipping and AdamW. `packed`: 14
-    documents in each sequence. `device` None: the GPU if there is one. `warmup` and `repeats` None: 3 and 7, in loops 6
-    and 24.
+    """What to measure. `arms` None: all that run here. `loops`: people's trainers, whole steps. `layers` None: the work's
+    own. `ablate` adds expertmesh without each fusion that is on. `full`: with clipping and AdamW. `packed`: 14 documents
+    in each sequence. `device` None: the GPU if there is one. `warmup` and `repeats` None: 3 and 7, in loops 6 and 24.
     """
 
     works: tuple[str, ...] = ("qwen3-30b-a3b",)
@@ -78,10 +78,8 @@ def run(options: BenchOptions, say: Callable[[str], None] = print) -> dict[str, 
     result = _heading(options, device)
     for name, arms in plan.items():
         bench = _Bench(options, device, name, result, say)
-        for loop in options.loops:
-            for batch in options.batches:
-                for arm in arms:
-                    bench.train(arm, loop, batch)
+        for loop, batch, arm in itertools.product(options.loops, options.batches, arms):
+            bench.train(arm, loop, batch)
         if options.loops:
             continue
         if options.proof:

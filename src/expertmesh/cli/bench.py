@@ -46,7 +46,9 @@ def bench(
     ] = False,
     device: Annotated[str | None, typer.Option(help="`cuda` or `cpu`; default: the GPU if there is one.")] = None,
     warmup: Annotated[int | None, typer.Option(min=1, help="Steps before the timed ones: 3, with --loop 6.")] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Timed steps; their median counts: 7, with --loop 24.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Timed steps; their median counts: 7, with --loop 24.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help=OUT_HELP)] = None,
     commit: Annotated[str | None, typer.Option(help=COMMIT_HELP)] = None,
 ) -> None:
@@ -90,11 +92,9 @@ def bench(
         raise typer.Exit(1 if result["failed"] else 0)
     for table in (_loop_tables if loop else _tables)(result["rows"]):
         console.print(table)
-    if loop:
-        pass
-    elif out and version_of("matplotlib") is None:
+    if out and not loop and version_of("matplotlib") is None:
         console.print("no pictures: `pip install 'expertmesh[plots]'` adds matplotlib", markup=False)
-    elif out:
+    elif out and not loop:
         from expertmesh.bench.pictures import draw
 
         for path in draw(result, out):
