@@ -76,12 +76,11 @@ def readme_of_loops() -> str:
     parts = [f"{what(result)}\n\n{loops_table(result)}\n\n{source(result)}" for result in results_with("loop")]
     if not parts:
         return ""
-    head = """Whole training steps of people's own loops, by wall clock, median of all measured: transformers' `Trainer`,
-TRL's `SFTTrainer` and `DPOTrainer`, PEFT's LoRA. `stock` is stock Transformers, beside its best arm in the same job;
+    head = """Whole training steps of people's own loops, by wall clock, medians: transformers' `Trainer`, TRL's
+`SFTTrainer` and `DPOTrainer`, PEFT's LoRA. `stock` is stock Transformers, beside its best arm in the same job;
 `ours` changes the import line and nothing else, `our trainer` takes `expertmesh.Trainer` or `SFTTrainer` as well. The
-ratios are those of `ours` ([the loops](docs/bench.md#peoples-loops), [all arms](docs/benchmarks.md)).
-"""
-    return "\n\n".join([head.strip(), *parts]) + "\n\n"
+ratios are those of `ours` ([the loops](docs/bench.md#peoples-loops), [all arms](docs/benchmarks.md))."""
+    return "\n\n".join([head, *parts]) + "\n\n"
 
 
 def loops_section() -> str:

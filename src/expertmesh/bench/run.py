@@ -36,9 +36,9 @@ from expertmesh.train.errors import ConfigError
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure. `arms` None: all that run here. `loops`: people's trainers, whole steps. `layers` None: the work's
-    own. `ablate` adds expertmesh without each fusion that is on. `full`: with clipping and AdamW. `packed`: 14 documents
-    in each sequence. `device` None: the GPU if there is one. `warmup` and `repeats` None: 3 and 7, in loops 6 and 24.
+    """What to measure. `arms` None: all that run here. `loops`: people's trainers, whole steps. `layers` None: the
+    work's own. `ablate` adds expertmesh without each fusion that is on. `full`: with clipping and AdamW. `packed`: 14
+    documents in each sequence. `device` None: the GPU if there is one. `warmup`, `repeats` None: 3, 7, in loops 6, 24.
     """
 
     works: tuple[str, ...] = ("qwen3-30b-a3b",)
