@@ -1,4 +1,4 @@
-"""People's loops at tiny size: each runs on the CPU, the arms train the same, and tokens and times are counted right."""
+"""People's loops at tiny size: each runs on the CPU, arms train the same, and tokens and times are counted right."""
 
 import statistics
 
@@ -10,6 +10,7 @@ from expertmesh.bench import run as bench
 from expertmesh.bench.loops import LOOPS
 from expertmesh.bench.run import BenchOptions, run
 from expertmesh.bench.works import WORKS
+from expertmesh.train.errors import ConfigError
 from tests.distributed.ranks import on_ranks
 
 KEYS = """
@@ -106,6 +107,13 @@ def test_an_arm_that_fails_is_noted_and_the_others_run(monkeypatch):
     assert [row["arm"] for row in result["rows"]] == ["expertmesh"]
     assert [(failure["arm"], failure["what"]) for failure in result["failed"]] == [("stock", "trainer, 2 x 32")]
     assert any("FAILED: OutOfMemoryError" in line for line in said)
+
+
+def test_one_process_with_several_gpus_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=0"):
+        loops.refuse(("trainer",), (), 32, "cuda")
+    loops.refuse(("trainer",), (), 32, "cpu")
 
 
 def test_rows_have_the_lengths_they_should():

@@ -80,6 +80,7 @@ def test_several_ranks_run_some_loops_only(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for arguments, named in (
         ([], "add --loop trainer"),
+        (["--loop", "trainer", "--ablate"], "Leave --ablate out"),
         (["--loop", "sft"], "On 2 ranks take --loop trainer"),
         (["--loop", "trainer", "--arms", "stock-compiled"], "there are stock, expertmesh, expertmesh-trainer"),
     ):

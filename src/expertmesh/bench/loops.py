@@ -87,7 +87,7 @@ LOOPS = {
 }
 
 
-def refuse(names: tuple[str, ...], arms: tuple[str, ...], seq: int) -> None:
+def refuse(names: tuple[str, ...], arms: tuple[str, ...], seq: int, device: str) -> None:
     """Raises ConfigError for loops and arms that cannot run here, with what to do."""
     ranks = current_world_size()
     for name in names:
@@ -102,6 +102,11 @@ def refuse(names: tuple[str, ...], arms: tuple[str, ...], seq: int) -> None:
     for arm in arms:
         if ranks > 1 and arm not in ON_RANKS:
             raise ConfigError(f"{arm} runs in one process. On {ranks} ranks there are {', '.join(ON_RANKS)}.")
+    if device == "cuda" and ranks == 1 and torch.cuda.device_count() > 1:
+        raise ConfigError(
+            "One process that sees several GPUs trains by nn.DataParallel: show it one (CUDA_VISIBLE_DEVICES=0), or "
+            "start a rank for each by torchrun."
+        )
     if seq < SHORTEST_SEQ:
         raise ConfigError(f"Rows of a loop are divided into parts: --seq {SHORTEST_SEQ} at least, not {seq}.")
 

@@ -106,7 +106,7 @@ def refuse(options: BenchOptions, device: str) -> None:
         nearest(routing, ROUTINGS, "routing")
     for loop in options.loops:
         nearest(loop, LOOPS, "loop")
-    _refuse_loops(options)
+    _refuse_loops(options, device)
     for work in options.works if "balanced" in options.routings else ():
         top_k, experts = top_k_and_experts(config_of(WORKS[work], options.layers, options.tiny))
         for batch in options.batches:
@@ -127,7 +127,7 @@ def refuse(options: BenchOptions, device: str) -> None:
         raise ConfigError("On the CPU the bench runs tiny models only: add --tiny.")
 
 
-def _refuse_loops(options: BenchOptions) -> None:
+def _refuse_loops(options: BenchOptions, device: str) -> None:
     """Raises ConfigError for what --loop does not go with, or what does not go without it."""
     if not options.loops:
         if OWN_TRAINER in (options.arms or ()):
@@ -139,11 +139,12 @@ def _refuse_loops(options: BenchOptions) -> None:
         (options.packed, "--packed", "--loop sft-packed has packed rows"),
         (options.full, "--step", "a loop runs whole steps anyway"),
         (options.profile, "--profile", "it looks into forward and backward, which no loop calls apart"),
+        (options.ablate and current_world_size() > 1, "--ablate", "several ranks have the whole of ours only"),
         (options.routings != BenchOptions.routings, "--routing", "routers learn in a loop"),
     ):
         if asked:
             raise ConfigError(f"Leave {option} out with --loop: {instead}.")
-    loops.refuse(options.loops, options.arms or (), options.seq)
+    loops.refuse(options.loops, options.arms or (), options.seq, device)
 
 
 def _arms(name: str, options: BenchOptions, device: str, say: Callable[[str], None]) -> Iterable[Arm]:
