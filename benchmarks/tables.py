@@ -4,12 +4,14 @@ No figure in a table is typed by hand; sentences beside the tables are: read the
 
 python benchmarks/tables.py        # needs expertmesh and matplotlib for the pictures
 
-The tables of several GPUs are in tables_gpus.py, what all share in tables_shared.py.
+The tables of people's loops are in tables_loops.py, those of several GPUs in tables_gpus.py, what all share in
+tables_shared.py.
 """
 
 from collections.abc import Callable
 
 from tables_gpus import mission_text, qwen_on_two_gpus, readme_of_two_gpus, steps_on_four_gpus
+from tables_loops import loops_section, readme_of_loops
 from tables_shared import ROOT, WITHOUT, load, measured, source, step_table, table, times_table
 
 from expertmesh.bench.works import WORKS
@@ -253,7 +255,7 @@ table has both, stock Transformers and expertmesh ran in turn in one job. Our lo
 forward, so that part of the backward is counted there. A table holds for the commit that its last line names, not for
 what was changed since; if that commit is not in this repository's history, the line names the one with the same code.
 
-## Qwen3-30B-A3B widths, 8 of 48 layers, one GPU, forward and backward
+{loops_section()}## Qwen3-30B-A3B widths, 8 of 48 layers, one GPU, forward and backward
 
 {step_table(step)}
 
@@ -337,13 +339,10 @@ products at 788 TFLOP/s.
 
 def readme() -> str:
     text = (ROOT / "README.md").read_text()
-    step, packed = load("h200_qwen3_8_layers"), load("h200_packed_qwen3_30b")
+    packed = load("h200_packed_qwen3_30b")
     block = f"""{BEGIN}
-{step_table(step)}
-
-{source(step)}
-
-The same model on a row with {packed["rows"][0]["documents"]} packed documents ([more](docs/benchmarks.md)):
+{readme_of_loops()}Forward and backward alone, Qwen3-30B-A3B widths, 8 of 48 layers, one GPU, a row with
+{packed["rows"][0]["documents"]} packed documents ([without packing, and other families](docs/benchmarks.md)):
 
 {step_table(packed)}
 

@@ -18,6 +18,12 @@ def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def results_with(key: str) -> list[dict]:
+    """The results whose rows have this key, by name of file."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return [result for result in found if any(key in row for row in result["rows"])]
+
+
 def table(header: list[str], rows: list[list]) -> str:
     lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(map(str, row)) for row in rows)]
     return "\n".join(f"| {line} |" for line in lines)
@@ -25,8 +31,8 @@ def table(header: list[str], rows: list[list]) -> str:
 
 def source(result: dict) -> str:
     note = f" {result['note']}" if "note" in result else ""
-    packages = "torch", "triton", "transformers", *LIBRARIES
-    versions = ", ".join(f"{name} {result[name]}" for name in packages if name in result)
+    packages = "torch", "triton", "transformers", "trl", "peft", *LIBRARIES
+    versions = ", ".join(f"{name} {result[name]}" for name in packages if result.get(name))
     machine = f"{result['gpus']} x {result['hardware']}" if result["gpus"] else result["hardware"]
     commit = f"commit `{(result['commit'] or 'unknown')[:10]}`"
     if "landed_as" in result:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def tables(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    for name in ("tables", "tables_gpus", "tables_shared"):
+    for name in ("tables", "tables_gpus", "tables_loops", "tables_shared"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("tables")
 
@@ -68,6 +68,29 @@ def test_a_section_is_there_if_its_result_is(tables, tmp_path, monkeypatch):
     text = tables.section("some")
     assert text.startswith("## Title\n\nWhat it is.\n\n| arm | forward ms | failed |") and "python some.py" in text
     assert "| a | 1.5 |  |" in text and "| b |  | no |" in text and "0.1" not in text
+
+
+def test_loops_come_first_where_they_are_measured(tables, tmp_path, monkeypatch):
+    loops = sys.modules["tables_loops"]
+    monkeypatch.setattr(sys.modules["tables_shared"], "RESULTS", tmp_path)
+    assert loops.readme_of_loops() == loops.loops_section() == ""
+    options = BenchOptions(
+        tiny=True, arms=("stock", "expertmesh"), loops=("trainer",), batches=(1, 2), seq=32, warmup=1, repeats=2,
+        device="cpu", commit="c" * 40, out=str(tmp_path / "some.json"),
+    )  # fmt: skip
+    result = run(options, say=lambda line: None)
+    for row, ms, gib in zip(result["rows"], (40.0, 10.0, 80.0, 16.0), (4.5, 1.5, 8.5, 2.5), strict=True):
+        row |= {"step_ms": ms, "peak_gib": gib}
+    compiled = result["rows"][0] | {"arm": "stock-compiled", "step_ms": 25.0, "peak_gib": 3.5}
+    result["rows"].append(compiled)
+    failure = {"work": "qwen3-30b-a3b", "arm": "expertmesh-trainer", "error": "OutOfMemoryError: CUDA"}
+    result["failed"] = [failure | {"what": "trainer, 2 x 32"}, failure | {"what": "trainer, 1 x 32", "error": "Bug: 1"}]
+    (tmp_path / "some.json").write_text(json.dumps(result))
+    text = loops.readme_of_loops()
+    assert "| trainer | 1 x 32 | 40.0 | 25.0 (compiled) | 10.0 | failed | 4.00x | 2.50x | 4.5 | 3.5 | 1.5 |" in text
+    assert "| trainer | 2 x 32 | 80.0 | 80.0 (stock) | 16.0 | out of memory | 5.00x | 5.00x | 8.5 | 8.5 | 2.5 |" in text
+    assert "qwen3-30b-a3b widths, 3 layers" in text and "commit `cccccccccc`" in text
+    assert loops.loops_section().count("| trainer |") == 5
 
 
 def test_kernels_of_a_library_stand_beside_ours(tables):

@@ -26,7 +26,7 @@ LIBRARIES = {"quack-kernels": "has_quack", "flash-attn-4": "has_flash_attention"
 @dataclass(frozen=True)
 class Arm:
     """One side. `compiled`: each decoder layer by torch.compile. `flash`: attention by Transformers' own way to
-    flash-attn-4. `without`: the one fusion or library that is off.
+    flash-attn-4. `without`: the one fusion or library that is off. `trainer`: trained by our trainer (`--loop`).
     """
 
     name: str
@@ -35,6 +35,7 @@ class Arm:
     liger: bool = False
     flash: bool = False
     without: str | None = None
+    trainer: bool = False
 
 
 ARMS = {
@@ -45,6 +46,7 @@ ARMS = {
         Arm("stock-liger", liger=True),
         Arm("stock-flash-attn-4", flash=True),
         Arm("expertmesh", ours=True),
+        Arm("expertmesh-trainer", ours=True, trainer=True),
         *(
             Arm(f"{WITHOUT}{name}", ours=True, without=name)
             for name in (*(fusion for fusion in FUSIONS if fusion != "liger"), *LIBRARIES)

@@ -2,11 +2,15 @@
 
     run(BenchOptions(works=("qwen3-30b-a3b",), arms=("stock", "expertmesh"), batches=(1, 4), out="NAME.json"))
 
-First the proof (`parity`), then per arm and batch the times. The file is written after every row, so that a job that is
-cut short leaves what it measured; an arm that fails, by want of memory for instance, is noted and the others go on.
+First the proof (`parity`), then per arm and batch the times, or with `loops` those of people's trainers (loops.py). The
+file is written after every row, so that a job that is cut short leaves what it measured; an arm that fails, by want of
+memory for instance, is noted and the others go on.
 """
 
+import dataclasses
+import itertools
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -16,26 +20,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from expertmesh.bench import profile, steps
+from expertmesh.bench import loops, profile, steps
 from expertmesh.bench.arms import ARMS, DEFAULT, LIBRARIES, WITHOUT, Arm, fusions_of, model_of, nearest, why_not
 from expertmesh.bench.flops import forward_flops, step_flops
 from expertmesh.bench.gate import ROUTINGS, busiest, set_routing
+from expertmesh.bench.loops import LOOPS, OWN_TRAINER
 from expertmesh.bench.origin import origin
 from expertmesh.bench.proof import Proof
 from expertmesh.bench.works import WORKS, config_of, top_k_and_experts
+from expertmesh.parallel import current_world_size
 from expertmesh.train.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure. `arms` None: all that run here. `layers` None: the work's own. `ablate` adds expertmesh without
-    each fusion that is on. `full`: with clipping and AdamW. `packed`: 14 documents in each sequence. `device` None: the
-    GPU if there is one.
+    """What to measure. `arms` None: all that run here. `loops`: people's trainers, whole steps. `layers` None: the
+    work's own. `ablate` adds expertmesh without each fusion that is on. `full`: with clipping and AdamW. `packed`: 14
+    documents in each sequence. `device` None: the GPU if there is one. `warmup`, `repeats` None: 3, 7, in loops 6, 24.
     """
 
     works: tuple[str, ...] = ("qwen3-30b-a3b",)
     arms: tuple[str, ...] | None = None
+    loops: tuple[str, ...] = ()
     batches: tuple[int, ...] = (1, 4)
     seq: int = 4096
     layers: int | None = None
@@ -47,8 +55,8 @@ class BenchOptions:
     ablate: bool = False
     proof: bool = True
     profile: bool = False
-    warmup: int = 3
-    repeats: int = 7
+    warmup: int | None = None
+    repeats: int | None = None
     out: str | None = None
     commit: str | None = None
 
@@ -57,20 +65,35 @@ def run(options: BenchOptions, say: Callable[[str], None] = print) -> dict[str, 
     """Measures and returns what `out` then holds; `say` gets a line per finding. Raises ConfigError for nonsense.
 
     Rows have one shape: "work", "arm", "layers", "batch", "seq", "routing" and what was measured; None where that takes
-    a GPU. "failed" lists what did not run, with its error.
+    a GPU; rows of loops have "loop" and what `loops.measure` says. "failed" lists what did not run, with its error.
+    On several ranks all return the same but for their own times; rank 0 speaks and writes.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     refuse(options, device)
+    if current_world_size() > 1 and int(os.environ["RANK"]):
+        options, say = dataclasses.replace(options, out=None), _silence
+    if current_world_size() > 1 and device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     plan = {name: list(_arms(name, options, device, say)) for name in options.works}
     result = _heading(options, device)
     for name, arms in plan.items():
         bench = _Bench(options, device, name, result, say)
+        for loop, batch, arm in itertools.product(options.loops, options.batches, arms):
+            bench.train(arm, loop, batch)
+        if options.loops:
+            continue
         if options.proof:
             bench.prove(arms)
         for routing in options.routings:
             for arm in arms:
                 bench.time(arm, routing)
+    if current_world_size() > 1 and dist.is_initialized():
+        dist.destroy_process_group()
     return result
+
+
+def _silence(line: str) -> None:
+    """What ranks other than the first say."""
 
 
 def refuse(options: BenchOptions, device: str) -> None:
@@ -81,6 +104,9 @@ def refuse(options: BenchOptions, device: str) -> None:
         nearest(arm, ARMS, "arm")
     for routing in options.routings:
         nearest(routing, ROUTINGS, "routing")
+    for loop in options.loops:
+        nearest(loop, LOOPS, "loop")
+    _refuse_loops(options, device)
     for work in options.works if "balanced" in options.routings else ():
         top_k, experts = top_k_and_experts(config_of(WORKS[work], options.layers, options.tiny))
         for batch in options.batches:
@@ -101,10 +127,30 @@ def refuse(options: BenchOptions, device: str) -> None:
         raise ConfigError("On the CPU the bench runs tiny models only: add --tiny.")
 
 
+def _refuse_loops(options: BenchOptions, device: str) -> None:
+    """Raises ConfigError for what --loop does not go with, or what does not go without it."""
+    if not options.loops:
+        if OWN_TRAINER in (options.arms or ()):
+            raise ConfigError(f"{OWN_TRAINER} is an arm of people's loops: add --loop {', '.join(LOOPS)}.")
+        if current_world_size() > 1:
+            raise ConfigError("On several ranks the bench runs people's loops only: add --loop trainer.")
+        return
+    for asked, option, instead in (
+        (options.packed, "--packed", "--loop sft-packed has packed rows"),
+        (options.full, "--step", "a loop runs whole steps anyway"),
+        (options.profile, "--profile", "it looks into forward and backward, which no loop calls apart"),
+        (options.ablate and current_world_size() > 1, "--ablate", "several ranks have the whole of ours only"),
+        (options.routings != BenchOptions.routings, "--routing", "routers learn in a loop"),
+    ):
+        if asked:
+            raise ConfigError(f"Leave {option} out with --loop: {instead}.")
+    loops.refuse(options.loops, options.arms or (), options.seq, device)
+
+
 def _arms(name: str, options: BenchOptions, device: str, say: Callable[[str], None]) -> Iterable[Arm]:
     """The arms of one work, in order. One asked for by name that cannot run is an error, another is left out, aloud."""
     config = config_of(WORKS[name], options.layers, options.tiny)
-    for asked in options.arms or DEFAULT:
+    for asked in options.arms or (loops.default_arms() if options.loops else DEFAULT):
         reason = why_not(ARMS[asked], config, device)
         if reason is None:
             yield ARMS[asked]
@@ -129,6 +175,8 @@ class _Bench:
         self.work = WORKS[name]
         self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.attention = None if device == "cpu" else self.work.attention
+        self.warmup = options.warmup or (loops if options.loops else steps).WARMUP
+        self.repeats = options.repeats or (loops if options.loops else steps).REPEATS
         self.weights: dict[str, dict[str, int]] = {}  # by routing
         self.loads: dict[tuple[str, int], float] = {}  # by routing and batch
 
@@ -141,6 +189,28 @@ class _Bench:
                 self.result["parity"].setdefault(self.name, {})[arm.name] = found
                 worst = f", worst gradient {found['worst_ratio']:.2f}x stock's" if "worst_ratio" in found else ""
                 self.say(f"{self.name}: {arm.name}: loss off by {found['loss_error']:.1e} from float32{worst}")
+
+    def train(self, arm: Arm, name: str, batch: int) -> None:
+        """One row of one loop."""
+        options, loop = self.options, LOOPS[name]
+        what = f"{name}, {batch} x {options.seq}"
+        reason = loops.why_not(loop, arm)
+        if reason is not None:
+            return self.say(f"{self.name}: {name} without {arm.name}: {reason}")
+        with self._noting_failure(arm, what):
+            config = loops.loop_config(self.work, options.layers, options.tiny)
+            with loops.loop_model(arm, config, self.dtype, self.device, self.attention) as model:
+                if current_world_size() == 1:
+                    self._same_weights(arm, model, "random-init")
+                found = loops.measure(loop, arm, model, batch, options.seq, self.warmup, self.repeats)
+            row = {"work": self.name, "loop": name, "arm": arm.name, "layers": config.num_hidden_layers}
+            row |= {"batch": batch, "seq": options.seq, "routing": "random-init", **found}
+            self.result["rows"].append(row)
+            losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
+            self.say(
+                f"{self.name}: {arm.name}, {what}: step {row['step_ms']} ms, {row['tokens_per_second']:,} tokens/s, "
+                f"{row['peak_gib']} GiB, losses {losses}"
+            )
 
     def time(self, arm: Arm, routing: str) -> None:
         """One row per batch of one arm."""
@@ -173,7 +243,7 @@ class _Bench:
     def _row(self, arm: Arm, model: Any, routing: str, batch: int) -> None:
         options, config = self.options, model.config
         step = steps.Step(model, batch, options.seq, options.full, arm.ours, options.packed)
-        found = steps.measure(step, options.warmup, options.repeats)
+        found = steps.measure(step, self.warmup, self.repeats)
         lengths = steps.documents(options.seq, options.packed)
         flops = sum(step_flops(config, batch, length) for length in lengths)
         waits = steps.host_syncs(step)
@@ -268,9 +338,12 @@ def _bits(tensor: torch.Tensor) -> int:
 
 def _heading(options: BenchOptions, device: str) -> dict[str, Any]:
     """What was measured where, by which versions; the rows are still to come."""
+    ranks = current_world_size()
+    start = ["expertmesh"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks), "-m", "expertmesh.cli"]
+    packages = ("triton", "transformers", "mamba-ssm", *(("trl", "peft") if options.loops else ()))
     return {
-        **origin(["expertmesh", *sys.argv[1:]], options.commit, ("triton", "transformers", "mamba-ssm")),
-        **({"hardware": "CPU", "gpus": 0} if device == "cpu" else {}),
+        **origin([*start, *sys.argv[1:]], options.commit, packages),
+        **({"hardware": "CPU", "gpus": 0} if device == "cpu" else {"gpus": ranks}),
         "ceilings": {
             "gemm_tflops": round(steps.gemm_tflops(device), 3),
             "copy_tb_per_s": round(steps.copy_tb_per_second(device), 3),

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from expertmesh.parallel import clip_grad_norm
 
 PHASES = ("forward", "backward", "clip", "optimizer")
+WARMUP, REPEATS = 3, 7
 PACKED = (12, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2, 1, 1, 1)  # documents of a packed row, in 64ths of it
 
 

@@ -1,4 +1,4 @@
-"""`expertmesh bench`: stock Transformers and expertmesh on the same work, timed in one job."""
+"""`expertmesh bench`: stock Transformers and expertmesh on the same work or in people's loops, timed in one job."""
 
 import os
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 WORK_HELP = "Models by name, with commas: qwen3-30b-a3b, nemotron-3-nano, gpt-oss-20b, deepseek-v3."
 ARMS_HELP = (
     "Sides, with commas: stock, stock-compiled (each layer by torch.compile), stock-liger, expertmesh, "
-    "stock-flash-attn-4, and expertmesh-no-NAME (one fusion or library off). Default: the first four that run here."
+    "stock-flash-attn-4, expertmesh-no-NAME (one fusion or library off), and with --loop expertmesh-trainer (by our "
+    "trainer). Default: the first four that run here, with --loop all that train as people would."
+)
+LOOP_HELP = (
+    "Whole steps of people's own trainers, with commas: trainer, trainer-padded, lora (transformers.Trainer), sft, "
+    "sft-packed, dpo (TRL's). Under torchrun: trainer."
 )
 ABLATE_HELP = "Also expertmesh without each of its fusions and libraries, one by one: what each is worth."
 ROUTING_HELP = "How tokens choose experts, with commas: random-init, skewed (as trained), balanced."
@@ -26,6 +31,7 @@ COMMIT_HELP = "The commit to note in the result, where the source is no git chec
 def bench(
     work: Annotated[str, typer.Option(help=WORK_HELP)] = "qwen3-30b-a3b",
     arms: Annotated[str | None, typer.Option(help=ARMS_HELP)] = None,
+    loop: Annotated[str | None, typer.Option(help=LOOP_HELP)] = None,
     ablate: Annotated[bool, typer.Option("--ablate", help=ABLATE_HELP)] = False,
     batch: Annotated[str, typer.Option(help="Sequences per step, with commas.")] = "1,4",
     seq: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 4096,
@@ -39,14 +45,17 @@ def bench(
         bool, typer.Option("--tiny", help="Models of a few thousand parameters: to try the bench.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="`cuda` or `cpu`; default: the GPU if there is one.")] = None,
-    warmup: Annotated[int, typer.Option(min=1, help="Steps before the timed ones.")] = 3,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed steps, of which the median counts.")] = 7,
+    warmup: Annotated[int | None, typer.Option(min=1, help="Steps before the timed ones: 3, with --loop 6.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Timed steps; their median counts: 7, with --loop 24.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help=OUT_HELP)] = None,
     commit: Annotated[str | None, typer.Option(help=COMMIT_HELP)] = None,
 ) -> None:
     """Train the same model, weights, tokens and routing under stock Transformers and under expertmesh, in turn.
 
-    Every arm's loss and gradients are first compared with stock in float32. Exit code 1 if an arm failed.
+    Every arm's loss and gradients are first compared with stock in float32; in people's loops (--loop) the losses of
+    the steps are shown instead. Exit code 1 if an arm failed.
     """
     from rich.console import Console
 
@@ -60,6 +69,7 @@ def bench(
         BenchOptions(
             works=_names(work),
             arms=None if arms is None else _names(arms),
+            loops=() if loop is None else _names(loop),
             batches=_sizes(batch),
             seq=seq,
             layers=layers,
@@ -78,11 +88,13 @@ def bench(
         ),
         say=lambda line: console.print(line, markup=False, soft_wrap=True),
     )
-    for table in _tables(result["rows"]):
+    if int(os.environ.get("RANK", 0)):  # the first rank prints
+        raise typer.Exit(1 if result["failed"] else 0)
+    for table in (_loop_tables if loop else _tables)(result["rows"]):
         console.print(table)
-    if out and version_of("matplotlib") is None:
+    if out and not loop and version_of("matplotlib") is None:
         console.print("no pictures: `pip install 'expertmesh[plots]'` adds matplotlib", markup=False)
-    elif out:
+    elif out and not loop:
         from expertmesh.bench.pictures import draw
 
         for path in draw(result, out):
@@ -101,6 +113,31 @@ def _sizes(text: str) -> tuple[int, ...]:
     if not all(name.isdigit() and int(name) > 0 for name in names):
         raise ConfigError(f"--batch takes numbers of sequences with commas, as 1,4, not {text!r}.")
     return tuple(map(int, names))
+
+
+def _loop_tables(rows: list[dict[str, Any]]) -> "list[Table]":
+    """One table per work, loop and batch; the last column is the first arm's time over this one's."""
+    from rich import box
+    from rich.table import Table
+
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["work"], row["layers"], row["loop"], row["batch"], row["seq"]), []).append(row)
+    tables = []
+    for (work, layers, loop, batch, seq), group in groups.items():
+        title = f"{loop}: {work}, {layers} layers, {batch} x {seq} tokens"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        table.add_column("arm", no_wrap=True)
+        for name in ("step ms", "shortest", "longest", "tokens/s", "GiB", "losses", f"x {group[0]['arm']}"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in group:
+            times = row["step_ms"], min(row["steps_ms"]), max(row["steps_ms"])
+            cells = [*(f"{ms:,}" for ms in times), f"{row['tokens_per_second']:,}"]
+            cells.append("" if row["peak_gib"] is None else f"{row['peak_gib']:,}")
+            cells.append(" ".join(f"{loss:.3f}" for loss in row["losses"]))
+            table.add_row(row["arm"], *cells, f"{group[0]['step_ms'] / row['step_ms']:.2f}")
+        tables.append(table)
+    return tables
 
 
 def _tables(rows: list[dict[str, Any]]) -> "list[Table]":

@@ -1,0 +1,69 @@
+"""What the loops of `loops.py` train on: random tokens and pairs of texts, the same in every arm, with shapes as people
+have them. Every function takes how many rows, tokens of a whole row, and the size of the vocabulary."""
+
+from typing import Any
+
+import torch
+
+from expertmesh.data import demo_tokenizer
+
+SPECIAL = 8  # tokens below this may mean something to a tokenizer, padding for instance
+#: documents of a packed row are SHORTEST tokens long at least, and have LONGEST * seq * u**3, u even in 0..1
+SHORTEST, LONGEST = 8, 0.9
+
+
+def whole(count: int, seq: int, vocab: int) -> list[dict[str, torch.Tensor]]:
+    """Rows of seq tokens, all of them labels."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [_tokens(seq, vocab, generator) for _ in range(count)]
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
+
+
+def ragged(count: int, seq: int, vocab: int) -> list[dict[str, torch.Tensor]]:
+    """Rows of seq / 4 to seq tokens, for a collator that pads."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(seq // 4, seq + 1, (count,), generator=generator).tolist()
+    return [{"input_ids": _tokens(length, vocab, generator)} for length in lengths]
+
+
+def whole_dataset(count: int, seq: int, vocab: int) -> Any:
+    """The rows of `whole` as TRL takes them, tokenized already."""
+    return _dataset({"input_ids": [row["input_ids"].tolist() for row in whole(count, seq, vocab)]})
+
+
+def documents(count: int, seq: int, vocab: int) -> Any:
+    """Documents that fill `count` packed rows: many short ones, a few nearly as long as a row."""
+    generator, found, filled = torch.Generator().manual_seed(1), [], 0
+    while filled < count * seq:
+        share = torch.rand((), generator=generator).item() ** 3
+        found.append(_tokens(max(SHORTEST, int(LONGEST * seq * share)), vocab, generator).tolist())
+        filled += len(found[-1])
+    return _dataset({"input_ids": found})
+
+
+def pairs(count: int, seq: int, vocab: int) -> Any:
+    """Preference pairs in text: a prompt of seq / 4 tokens, and two answers of seq / 4 to 3/4 seq each, in the words of
+    the built-in tokenizer, whose vocabulary is smaller than any model's here."""
+    tokenizer: Any = demo_tokenizer()
+    generator = torch.Generator().manual_seed(1)
+
+    def text(length: int) -> str:
+        return tokenizer.decode(_tokens(length, len(tokenizer), generator))
+
+    found: dict[str, list[str]] = {"prompt": [], "chosen": [], "rejected": []}
+    for _ in range(count):
+        found["prompt"].append(text(seq // 4))
+        for side in ("chosen", "rejected"):
+            length = torch.randint(seq // 4, seq * 3 // 4 + 1, (), generator=generator)
+            found[side].append(text(int(length)))
+    return _dataset(found)
+
+
+def _tokens(length: int, vocab: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(SPECIAL, vocab, (length,), generator=generator)
+
+
+def _dataset(columns: dict[str, list]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict(columns)

@@ -1,0 +1,253 @@
+"""People's own training loops, timed: transformers' Trainer, TRL's SFTTrainer and DPOTrainer, with and without PEFT.
+
+`expertmesh bench --loop sft-packed` trains the same model on the same rows in every arm, by the trainer that people
+use, with AdamW and clipping, and takes whole steps by wall clock: from the end of one to the end of the next, the
+device waited for at each end. Whatever the trainer does between two steps, loading and logging among it, counts.
+
+    row = measure(LOOPS["sft"], ARMS["expertmesh"], model, batch=4, seq=4096, warmup=6, repeats=24)
+"""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
+
+from expertmesh import backends
+from expertmesh.auto import AutoModelForCausalLM
+from expertmesh.bench import loop_rows
+from expertmesh.bench.arms import Arm, model_of
+from expertmesh.bench.works import Work, config_of
+from expertmesh.data import demo_tokenizer
+from expertmesh.data.tokenizer import VOCABULARY
+from expertmesh.parallel import current_world_size
+from expertmesh.train.errors import ConfigError
+
+WARMUP, REPEATS = 6, 24
+SHORTEST_SEQ = 16  # below, a quarter of a row is hardly a document
+OWN_TRAINER = "expertmesh-trainer"
+DEFAULT = ("stock", "stock-flash-attn-4", "stock-compiled", "expertmesh", OWN_TRAINER)
+ON_RANKS = ("stock", "expertmesh", OWN_TRAINER)
+#: what all trainers are told; everything else is their default
+SETTINGS: dict[str, Any] = dict(
+    optim="adamw_torch_fused",
+    max_grad_norm=1.0,
+    learning_rate=1e-5,
+    lr_scheduler_type="constant",
+    logging_steps=10,
+    save_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+)
+#: TRL's default is autocast and recomputing every layer; here weights are bfloat16 already, and activations fit
+TRL_SETTINGS: dict[str, Any] = dict(bf16=False, gradient_checkpointing=False)
+#: projections of an attention that get adapters, by the names of all families
+ATTENTION = "q_proj k_proj v_proj o_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One way to train. `trainer`: Trainer, SFTTrainer or DPOTrainer. `rows`: a function of `loop_rows`. `padded`: a
+    collator pads to the longest row of a batch. `lora`: adapters of rank 16 on the attention, all else frozen.
+    `settings`: of the trainer's configuration. `ranks`: runs on several GPUs, too.
+    """
+
+    trainer: str
+    rows: Callable[[int, int, int], Any]
+    padded: bool = False
+    lora: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    ranks: bool = False
+
+    @property
+    def needs(self) -> list[str]:
+        """Packages of the `train` extra that it takes."""
+        return ["trl", "datasets"] * (self.trainer != "Trainer") + ["peft"] * self.lora
+
+
+LOOPS = {
+    "trainer": Loop("Trainer", loop_rows.whole, ranks=True),
+    "trainer-padded": Loop("Trainer", loop_rows.ragged, padded=True),
+    "lora": Loop("Trainer", loop_rows.whole, lora=True),
+    "sft": Loop("SFTTrainer", loop_rows.whole_dataset),
+    "sft-packed": Loop(
+        "SFTTrainer",
+        loop_rows.documents,
+        settings={"packing": True, "packing_strategy": "bfd", "padding_free": True},
+    ),
+    "dpo": Loop("DPOTrainer", loop_rows.pairs, lora=True),
+}
+
+
+def refuse(names: tuple[str, ...], arms: tuple[str, ...], seq: int, device: str) -> None:
+    """Raises ConfigError for loops and arms that cannot run here, with what to do."""
+    ranks = current_world_size()
+    for name in names:
+        missing = [package for package in LOOPS[name].needs if backends.version_of(package) is None]
+        if missing:
+            raise ConfigError(
+                f"--loop {name} needs {' and '.join(missing)}: `pip install 'expertmesh[train]'` adds what is missing."
+            )
+        if ranks > 1 and not LOOPS[name].ranks:
+            able = ", ".join(known for known, loop in LOOPS.items() if loop.ranks)
+            raise ConfigError(f"--loop {name} runs in one process. On {ranks} ranks take --loop {able}.")
+    for arm in arms:
+        if ranks > 1 and arm not in ON_RANKS:
+            raise ConfigError(f"{arm} runs in one process. On {ranks} ranks there are {', '.join(ON_RANKS)}.")
+    if device == "cuda" and ranks == 1 and torch.cuda.device_count() > 1:
+        raise ConfigError(
+            "One process that sees several GPUs trains by nn.DataParallel: show it one (CUDA_VISIBLE_DEVICES=0), or "
+            "start a rank for each by torchrun."
+        )
+    if seq < SHORTEST_SEQ:
+        raise ConfigError(f"Rows of a loop are divided into parts: --seq {SHORTEST_SEQ} at least, not {seq}.")
+
+
+def default_arms() -> tuple[str, ...]:
+    """The arms of a loop where none are named, as far as they can run here."""
+    return DEFAULT if current_world_size() == 1 else ON_RANKS
+
+
+def why_not(loop: Loop, arm: Arm) -> str | None:
+    """Why this loop has no such arm; None if it has."""
+    if arm.trainer and loop.trainer == "DPOTrainer":
+        return "expertmesh has no DPOTrainer of its own; TRL's runs in the arm expertmesh."
+    return None
+
+
+def loop_config(work: Work, layers: int | None, tiny: bool) -> PreTrainedConfig:
+    """The work's configuration as people have it: the cache is on until a trainer says otherwise. Tiny models know
+    every word of the built-in tokenizer.
+    """
+    return config_of(work, layers, tiny, use_cache=True, **({"vocab_size": VOCABULARY} if tiny else {}))
+
+
+@contextmanager
+def loop_model(
+    arm: Arm, config: PreTrainedConfig, dtype: torch.dtype, device: str, attention: str | None
+) -> Iterator[PreTrainedModel]:
+    """A model of this arm, the same weights in every arm. On several ranks it is laid out over them: stock by
+    Transformers' FSDP2, ours with all ranks sharing out the experts.
+    """
+    if current_world_size() == 1:
+        # layers are compiled by the trainer, as people ask for it
+        with model_of(dataclasses.replace(arm, compiled=False), config, dtype, device, attention) as model:
+            yield model
+        return
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"attn_implementation": attention} if attention and not arm.ours else {}
+    setup = {"ep_size": current_world_size() if arm.ours else 1}
+    yield AutoModelForCausalLM.from_config(
+        config, dtype=dtype, fused=arm.ours, distributed_setup=setup, **options
+    ).train()
+
+
+def measure(
+    loop: Loop, arm: Arm, model: PreTrainedModel, batch: int, seq: int, warmup: int, repeats: int
+) -> dict[str, Any]:
+    """Trains `warmup` and then `repeats` steps of batch rows per rank; what the measured ones took, by this rank.
+
+    "tokens_per_second": tokens of the measured steps, padding not counted, over the sum of their times, all ranks
+    together. "losses": of the first three steps and of the last, warm-up included.
+    """
+    ranks, steps = current_world_size(), warmup + repeats
+    rows = loop.rows((steps + 1) * batch * ranks, seq, model.config.get_text_config().vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(loop, arm, model, rows, batch, seq, steps, folder)
+        watch = _Watch(trainer, warmup)
+        trainer.train()
+    assert len(watch.ends) == steps + 1, f"{len(watch.ends) - 1} steps ran, not {steps}"
+    times = [(end - start) * 1e3 for start, end in zip(watch.ends, watch.ends[1:], strict=False)]
+    tokens, losses = [int(count) for count in watch.tokens], [float(loss) for loss in watch.losses]
+    rate = sum(tokens[warmup:]) / sum(times[warmup:]) * 1e3
+    return {
+        "ranks": ranks,
+        "transformers": transformers.__version__,
+        "trl": backends.version_of("trl") if "trl" in loop.needs else None,
+        "step_ms": round(statistics.median(times[warmup:]), 2),
+        "steps_ms": [round(ms, 2) for ms in times[warmup:]],
+        "tokens": tokens[warmup:],
+        "tokens_per_second": round(rate * ranks),
+        "tokens_per_second_per_gpu": round(rate),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if model.device.type == "cuda" else None,
+        "first_step_s": round(times[0] / 1e3, 1),
+        "losses": [round(loss, 6) for loss in (*losses[:3], losses[-1])],
+    }
+
+
+def _trainer(
+    loop: Loop, arm: Arm, model: PreTrainedModel, rows: Any, batch: int, seq: int, steps: int, folder: str
+) -> Any:
+    """The trainer of this loop, stock's or ours, as its users make it."""
+    source = "transformers" if loop.trainer == "Trainer" else "trl"
+    settings = SETTINGS | loop.settings | {"output_dir": folder, "max_steps": steps}
+    settings |= {"per_device_train_batch_size": batch, "use_cpu": model.device.type == "cpu"}
+    options: dict[str, Any] = {"train_dataset": rows}
+    if arm.trainer:
+        del settings["optim"]  # ours takes what it thinks best
+    if arm.compiled:
+        torch._dynamo.reset()
+        settings["torch_compile"] = True
+    if source == "trl":
+        settings |= TRL_SETTINGS | {"max_length": seq}
+        options["processing_class"] = demo_tokenizer()
+    if loop.padded:
+        options["data_collator"] = transformers.DataCollatorForLanguageModeling(demo_tokenizer(), mlm=False)
+    made_of: Any = model
+    if loop.lora:
+        from peft import LoraConfig, get_peft_model
+
+        adapters = LoraConfig(r=16, lora_alpha=32, target_modules=ATTENTION, task_type="CAUSAL_LM")
+        torch.manual_seed(0)  # they start at random
+        if source == "trl":
+            options["peft_config"] = adapters
+        else:
+            made_of = get_peft_model(model, adapters)
+    config = "TrainingArguments" if source == "transformers" else loop.trainer.replace("Trainer", "Config")
+    options["args"] = getattr(import_module(source), config)(**settings)
+    return getattr(import_module("expertmesh" if arm.trainer else source), loop.trainer)(made_of, **options)
+
+
+class _Watch(TrainerCallback):
+    """Notes of every step when it ended, how many tokens it saw and what it lost; sets the peak of memory back after
+    the warm-up.
+    """
+
+    def __init__(self, trainer: Any, warmup: int) -> None:
+        self.on_gpu, self.warmup = trainer.args.device.type == "cuda", warmup
+        self.ends: list[float] = []  # the first is the beginning
+        self.tokens: list[Any] = []
+        self.losses: list[torch.Tensor] = []
+        run = trainer.training_step
+
+        def training_step(model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> torch.Tensor:
+            mask = inputs.get("attention_mask")
+            # both stay on the device: nobody waits here
+            self.tokens.append(inputs["input_ids"].numel() if mask is None else mask.sum())
+            self.losses.append(run(model, inputs, *rest, **more).detach().clone())
+            return self.losses[-1]
+
+        trainer.training_step = training_step
+        trainer.add_callback(self)
+        trainer.remove_callback(transformers.PrinterCallback)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end()
+        if self.on_gpu and len(self.ends) == self.warmup + 1:
+            torch.cuda.reset_peak_memory_stats()
+
+    def _end(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
