@@ -27,7 +27,8 @@ from expertmesh.dispatch.all_to_all import AllToAll
 from expertmesh.dispatch.links import Mailboxes
 from expertmesh.kernels.combine import combine
 from expertmesh.layers import experts
-from expertmesh.parallel import DistributedSetup, clip_grad_norm
+from expertmesh.memory.clip import clip_grad_norm
+from expertmesh.parallel import DistributedSetup
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 
 LENGTHS = (11, 7, 13, 5)  # tokens per data-parallel rank: uneven, and no multiple of anything

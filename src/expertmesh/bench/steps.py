@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from expertmesh.parallel import clip_grad_norm
+from expertmesh.memory.clip import clip_grad_norm
 
 PHASES = ("forward", "backward", "clip", "optimizer")
 PACKED = (12, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2, 1, 1, 1)  # documents of a packed row, in 64ths of it
