@@ -15,7 +15,6 @@ from expertmesh.backends import tl, triton, use_triton
 
 CHUNK = 2**15  # elements of a program
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-COLUMNS = 3  # of a table before the kernel's own: elements, first chunk, number of chunks
 
 
 def launches(lists: Iterable[Sequence[torch.Tensor]]) -> tuple[dict[tuple, list[int]], list[int]]:
@@ -49,7 +48,7 @@ def on_device(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(tensor of each chunk [chunks], table [tensors, 3 + columns], numbers in float64), by one copy without a wait.
 
-    counts: elements of each tensor. rows: for each what stands in its row behind the first COLUMNS.
+    A row begins with elements, first chunk and number of chunks; counts: the elements. rows: what follows.
     """
     chunks = [-(-count // CHUNK) for count in counts]
     table, first = [], 0
