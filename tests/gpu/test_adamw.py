@@ -41,7 +41,7 @@ def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor], steps: in
             torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
         elif a.numel():  # a tie that is rounded the other way in one step stays through the next ones
             assert (a != b).float().mean() < 1e-3 * steps or (a != b).sum() <= 2
-            torch.testing.assert_close(a, b, rtol=2**-7 * steps, atol=1e-6)
+            torch.testing.assert_close(a, b, rtol=2**-7 * steps, atol=2e-4)
 
 
 @contextlib.contextmanager
@@ -149,4 +149,6 @@ def test_more_than_two_billion_elements_are_all_reached():
     optimizer = expertmesh.AdamW([weight], lr=1.0, weight_decay=0.0, max_grad_norm=1e9)
     optimizer.step()
     assert weight.max() == weight.min() == -1.0
-    torch.testing.assert_close(optimizer.grad_norm.double().cpu(), torch.tensor(2.0**31 + 40_000).double().sqrt())
+    torch.testing.assert_close(
+        optimizer.grad_norm.double().cpu(), torch.tensor(2.0**31 + 40_000).double().sqrt(), rtol=1e-5, atol=0
+    )
