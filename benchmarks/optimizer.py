@@ -4,10 +4,11 @@
     python benchmarks/optimizer.py --sweep       every size of tile and chunk of our kernels, best first; prints only
 
 Parameters have the shapes of Qwen3-30B-A3B: 8 layers (5.6e9 parameters, bfloat16), and 24, half of the model, where
-weights, gradients and states fit. One JSON row per size, arm and part ("clip": norm and scaling or norm alone; "step"; "both"),
-on stdout and in the file. `share` is that of the copy rate measured here, at the bytes that must move: weight, gradient
-and two states read, three written, and the gradient read once more for the norm, 16 a parameter. Times are medians of
-CUDA events, `cpu_ms` what the CPU needs to launch. `--tiny` runs it all on the CPU; figures mean nothing there.
+weights, gradients and states fit. One JSON row per size, arm and part ("clip": norm and scaling, or ours: norm alone;
+"step"; "both"), on stdout and in the file. `share` is that of the copy rate measured here, at the bytes that must move:
+weight, gradient and two states read, three written, and the gradient read once more for the norm, 16 a parameter. Times
+are medians of CUDA events, `cpu_ms` what the CPU needs to launch. `--tiny` is for a CPU; figures
+mean nothing there.
 """
 
 import argparse
