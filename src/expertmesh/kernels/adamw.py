@@ -55,11 +55,13 @@ def adamw_reference_(
     """The specification of `adamw_`: PyTorch's fused AdamW, on float32 copies where it has no kernel."""
     for *tensors, step, options in updates:
         weight, lr = tensors[0], options["lr"]
-        plain = scale is None and all(x.is_contiguous() and x.dtype == weight.dtype for x in tensors)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        used = tensors if plain else [x.to(wide, memory_format=torch.contiguous_format, copy=True) for x in tensors]
+        plain = all(x.is_contiguous() and x.dtype == weight.dtype for x in tensors) and (
+            scale is None or weight.dtype == wide
+        )
+        used = [*tensors] if plain else [x.to(wide, memory_format=torch.contiguous_format, copy=True) for x in tensors]
         if scale is not None:
-            used[1].mul_(scale.to(weight.device, non_blocking=True))
+            used[1] = used[1] * scale.to(weight.device, non_blocking=True)
         if isinstance(lr, torch.Tensor) and not lr.is_cpu:
             lr = lr.to(weight.device, torch.float32)
         found = None if found_inf is None else (found_inf != 0).to(weight.device, torch.float32)

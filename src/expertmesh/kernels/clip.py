@@ -32,7 +32,8 @@ def squared_sum_reference(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The specification of `squared_sum`."""
     if not tensors:
         return torch.zeros(())
-    return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).square().sum()
+    # its root is PyTorch's norm to the last bit
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, torch.float32))).square()
 
 
 def scale_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
