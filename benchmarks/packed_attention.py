@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from expertmesh.layers.masks import find_documents
 from timing import median_ms
 from torch import nn
 from transformers import masking_utils
@@ -30,7 +31,6 @@ from expertmesh.bench.origin import origin, write
 from expertmesh.bench.steps import documents
 from expertmesh.kernels import flash_attention
 from expertmesh.layers.attention import attend
-from expertmesh.layers.masks import find_documents
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

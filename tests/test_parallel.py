@@ -6,8 +6,9 @@ from torch.nn.parallel import replicate
 
 from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.tiny import tiny_config
+from expertmesh.memory.clip import clip_grad_norm
 from expertmesh.nemo import NeMoAutoModelForCausalLM
-from expertmesh.parallel import DistributedSetup, clip_grad_norm, create_distributed_setup_from_config
+from expertmesh.parallel import DistributedSetup, create_distributed_setup_from_config
 
 LAYOUTS = [
     (sizes, world)

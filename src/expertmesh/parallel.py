@@ -14,9 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
@@ -24,7 +22,6 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
 from expertmesh.dispatch import all_to_all, gather, push
-from expertmesh.kernels.clip import scale_, squared_sum
 
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
@@ -339,41 +336,3 @@ def refuse_replicas(model: nn.Module) -> NoReturn:
         f"Trainer then wraps models in nn.DataParallel. expertmesh runs one process per GPU. Start them with torchrun "
         f"--nproc-per-node {gpus} script.py, or let one process see one GPU: CUDA_VISIBLE_DEVICES=0 python script.py."
     )
-
-
-@torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: float) -> torch.Tensor:
-    """Scale all gradients, in place, so that their norm is at most `max_norm`; returns the norm before, float32 scalar.
-
-    Equals `torch.nn.utils.clip_grad_norm_` of the whole model in one process, for parameters on any mix of meshes and
-    plain ones that are the same on every rank. All ranks must call it. One all-reduce of one number; the host does not
-    wait. math.inf only measures.
-    """
-    parameters = [parameters] if isinstance(parameters, nn.Parameter) else parameters
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    ranks = current_world_size() if dist.is_initialized() else 1
-    locals_of: dict[int, list[torch.Tensor]] = {}  # by how many ranks hold the same piece of a gradient
-    for grad in grads:
-        local = grad.to_local() if isinstance(grad, DTensor) else grad
-        locals_of.setdefault(ranks // _num_shards(grad), []).append(local)
-    squares = [squared_sum(tensors) / copies for copies, tensors in locals_of.items()]
-    total = torch.stack(squares).sum()
-    if ranks > 1:
-        dist.all_reduce(total)
-    norm = total.sqrt()
-    if math.isinf(max_norm):  # to measure only
-        return norm
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for tensors in locals_of.values():
-        scale_(tensors, scale)
-    return norm
-
-
-def _num_shards(grad: torch.Tensor) -> int:
-    if not isinstance(grad, DTensor):
-        return 1
-    assert not any(p.is_partial() for p in grad.placements), "a gradient that is not reduced yet has no norm"
-    sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
-    return math.prod(size for placement, size in sizes if not placement.is_replicate())

@@ -62,7 +62,8 @@ def loop(
     torch.manual_seed(int(os.environ.get("RANK", 0)))
     options = {"distributed_config": DistributedConfig(**layout)} if layout else {}
     model = expertmesh.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).train()
-    optim = getattr(torch.optim, optimizer)(groups(model), lr=1e-2)
+    optim = {"ours": expertmesh.AdamW}.get(optimizer) or getattr(torch.optim, optimizer)
+    optim = optim(groups(model), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optim, 0.9)
     step, losses = 0, []
     last = newest_complete(output) if resume == "newest" else resume

@@ -30,7 +30,7 @@ def test_one_process_goes_on_bit_for_bit(family, background, tmp_path):
     assert same(whole, resumed)
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "Adamax", "NAdam", "RMSprop"])
+@pytest.mark.parametrize("optimizer", ["ours", "SGD", "Adagrad", "Adamax", "NAdam", "RMSprop"])
 def test_other_optimizers(optimizer, tmp_path):
     options = {"source": str(source(tmp_path, "mixtral")), "steps": 2, "save_every": 1, "optimizer": optimizer}
     loop(**options, output=str(tmp_path / "whole"), dump=tmp_path / "whole.pt")

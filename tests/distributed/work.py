@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import random
 import threading
 import time
@@ -27,7 +28,8 @@ from expertmesh.dispatch.all_to_all import AllToAll
 from expertmesh.dispatch.links import Mailboxes
 from expertmesh.kernels.combine import combine
 from expertmesh.layers import experts
-from expertmesh.parallel import DistributedSetup, clip_grad_norm
+from expertmesh.memory.clip import clip_grad_norm
+from expertmesh.parallel import DistributedSetup
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 
 LENGTHS = (11, 7, 13, 5)  # tokens per data-parallel rank: uneven, and no multiple of anything
@@ -148,14 +150,19 @@ def parity_of_several(rank: int, folders: list[Path], cases: list[Case]) -> list
 
 
 def train(model: Any, steps: int, loss_and_backward: Any, clip: Any) -> list[float]:
-    """`steps` of AdamW with clipping at a norm that every step exceeds; returns the norms."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
+    """`steps` of AdamW with clipping at a norm that every step exceeds (by ours if clip is None); returns the norms."""
+    options: dict[str, Any] = {"lr": 1e-3, "eps": 1e-3}
+    if clip is None:
+        optimizer: Any = expertmesh.AdamW(model.parameters(), **options, max_grad_norm=0.5)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **options)
     norms = []
     for _ in range(steps):
         optimizer.zero_grad()
         loss_and_backward()
-        norms.append(float(clip(model.parameters(), 0.5)))
+        norm = None if clip is None else clip(model.parameters(), 0.5)
         optimizer.step()
+        norms.append(float(optimizer.grad_norm if norm is None else norm))
     return norms
 
 
@@ -168,13 +175,13 @@ def trained_reference(model: Any, dp_size: int, steps: int) -> dict[str, Any]:
 def steps(rank: int, folder: Path, cases: list[Case], references: Path, num_steps: int) -> list[tuple]:
     """For every case: (name, worst error of a norm, worst error of a weight, its parameter)."""
     results = []
-    for case in cases:
+    for case, clip in itertools.product(cases, (clip_grad_norm, None)):
         model, setup = load(folder, case)
         want = torch.load(references / f"steps-{setup.dp_size}.pt")
-        norms = train(model, num_steps, lambda m=model, s=setup: loss_of(m, s, rank).backward(), clip_grad_norm)
+        norms = train(model, num_steps, lambda m=model, s=setup: loss_of(m, s, rank).backward(), clip)
         norm_error = max(abs(a - b) / b for a, b in zip(norms, want["norms"], strict=True))
         weights = {n: full(p.detach()) for n, p in model.named_parameters()}
-        results.append((str(case), norm_error, *worst(weights, want["weights"])))
+        results.append((f"{case} {clip}", norm_error, *worst(weights, want["weights"])))
     return results
 
 

@@ -206,6 +206,6 @@ def test_clipping_takes_one_pass_that_is_exact_and_never_waits():
     assert torch.equal(total, again)
     for grad, before, exact in zip(grads, same, wide, strict=True):
         assert torch.equal(before.double(), exact)
-        if grad.numel() >= 2**20 and grad.dtype == torch.bfloat16:  # small ones meet a scale that PyTorch rounds first
+        if grad.dtype == torch.bfloat16:  # others lie with gaps, or are compared with what is not exact
             assert torch.equal(grad, (exact.float() * scale).to(grad.dtype))
         torch.testing.assert_close(grad.double(), exact * scale.double(), rtol=8e-3, atol=1e-6)

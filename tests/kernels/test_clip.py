@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from expertmesh.kernels import clip
+from expertmesh.kernels import clip, tensor_lists
 from expertmesh.kernels.clip import scale_, scale_reference_, squared_sum
-from expertmesh.parallel import clip_grad_norm
+from expertmesh.memory.clip import clip_grad_norm
 from tests.kernels.compare import assert_same, on_triton
 
 
 @pytest.fixture(autouse=True)
-def large_from_100(monkeypatch):
-    monkeypatch.setattr(clip, "LARGE", 100)
-    monkeypatch.setattr(clip, "OPTIONS", clip.OPTIONS | {"BLOCK": 256, "STEPS": 2})
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(tensor_lists, "CHUNK", 512)
+    monkeypatch.setattr(clip, "OPTIONS", clip.OPTIONS | {"BLOCK": 256})
 
 
 def gradients() -> list[torch.Tensor]:
@@ -34,13 +34,23 @@ def gradients() -> list[torch.Tensor]:
     ]
 
 
-def test_which_tensors_have_a_launch_of_their_own():
-    found = [*gradients(), torch.randn(300, dtype=torch.float64)]
+def test_which_tensors_share_a_launch():
+    found = [*gradients(), torch.randn(300, dtype=torch.float64), torch.randn(30).bfloat16(), torch.randn(31)[1:]]
+    alone = [[tensor] for tensor in found]
     with on_triton():
-        large, small = clip._by_size(found)
-    assert [next(i for i, x in enumerate(found) if x is y) for y in large] == [0, 1, 2, 6, 7, 8]
-    assert len(small) == len(found) - 6
-    assert clip._by_size(found) == ([], found)  # on a CPU
+        together, others = tensor_lists.launches(alone)
+        pairs, apart = tensor_lists.launches([(found[6], found[6].clone()), (found[6], found[6].contiguous())])
+    float32, bfloat16 = (torch.device("cpu"), torch.float32), (torch.device("cpu"), torch.bfloat16)
+    inside = found[8].data_ptr() % 16 == 0
+    aligned = [0, 1, 2, 3, 4, 5, 6, 7, *([8] if inside else [])]
+    assert together == {
+        (*float32, True): aligned,
+        (*bfloat16, True): [11],
+        (*float32, False): [*([] if inside else [8]), 12],
+    }
+    assert others == [9, 10], "with gaps; of more bits"
+    assert list(pairs.values()) == [[0]] and apart == [1], "a tensor and its copy in another order of dimensions"
+    assert tensor_lists.launches(alone) == ({}, list(range(len(found))))  # on a CPU
 
 
 def test_the_kernel_sums_the_squares_of_all_elements():

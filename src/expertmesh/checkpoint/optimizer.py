@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
+from expertmesh.memory.adamw import IMPLEMENTATION
 from expertmesh.weights import ranks
 
 FOLDER = "optimizer"  # in a checkpoint
@@ -104,7 +105,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
                 f"group them as in the run that saved it."
             )
         if options:
-            group.update(options[0])
+            group.update({key: value for key, value in options[0].items() if key not in IMPLEMENTATION})
         order.append(numbers[0] if numbers else 0)
     return order
 

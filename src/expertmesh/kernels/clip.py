@@ -1,17 +1,13 @@
-"""Norm and scaling of all gradients, each in one pass over memory: what clipping to a norm is made of.
-
-PyTorch's foreach functions walk lists of tensors in launches of a few hundred blocks, too few to keep the memory of a
-large GPU busy. Here a tensor of many elements has a launch of its own; small ones stay with PyTorch, in one call.
-"""
+"""Norm and scaling of all gradients, each in one pass over memory and one launch: what clipping is made of."""
 
 import torch
 
-from expertmesh.backends import tl, triton, use_triton
+from expertmesh.backends import tl
+from expertmesh.kernels import tensor_lists
 from expertmesh.kernels.launch import launched
+from expertmesh.kernels.tensor_lists import base, chunk_of, elements, store
 
-LARGE = 2**20  # elements from which a tensor is worth a launch
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-OPTIONS = {"BLOCK": 4096, "STEPS": 8, "num_warps": 8}  # a program takes STEPS blocks in a row
+OPTIONS = {"BLOCK": 4096, "num_warps": 8}
 
 
 def squared_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -19,33 +15,40 @@ def squared_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
 
     tensors: any shapes, strides and float dtypes of up to 32 bits, all on one device. Squared and summed in float32.
     """
-    large, small = _by_size(tensors)
-    if not large:
-        return squared_sum_reference(small)
-    programs = [_programs(tensor) for tensor in large]
-    partials = torch.empty(sum(programs), dtype=torch.float32, device=large[0].device)
-    for tensor, partial, count in zip(large, partials.split(programs), programs, strict=True):
-        _squared_sum_kernel[(count,)](tensor, partial, tensor.numel(), **OPTIONS)
-    total = partials.sum()
-    return total + squared_sum_reference(small) if small else total
+    together, others = tensor_lists.launches([tensor] for tensor in tensors)
+    sums = [squared_sum_reference([tensors[i] for i in others])] if others or not together else []
+    for (device, _, aligned), members in together.items():
+        of_chunk, table, like = _walk([tensors[i] for i in members], device)
+        partial = torch.empty(len(of_chunk), dtype=torch.float32, device=device)
+        if len(of_chunk):
+            constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, **OPTIONS}
+            with torch.cuda.device_of(partial):
+                _squared_sum_kernel[(len(of_chunk),)](of_chunk, table, partial, like, **constants)
+        sums.append(partial.sum())
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
 
 
 def squared_sum_reference(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The specification of `squared_sum`."""
     if not tensors:
         return torch.zeros(())
-    return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).square().sum()
+    # its root is PyTorch's norm to the last bit
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, torch.float32))).square()
 
 
 def scale_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
     """Multiplies each tensor in place by `scale`, a float32 scalar on their device, which the host does not wait for.
 
-    Large tensors: the product is rounded once, and a scale of 1 reads and writes none of them.
+    The product is rounded once, and a scale of 1 reads and writes nothing.
     """
-    large, small = _by_size(tensors)
-    for tensor in large:
-        _scale_kernel[(_programs(tensor),)](tensor, scale, tensor.numel(), **OPTIONS)
-    scale_reference_(small, scale)
+    together, others = tensor_lists.launches([tensor] for tensor in tensors)
+    for (device, _, aligned), members in together.items():
+        of_chunk, table, like = _walk([tensors[i] for i in members], device)
+        if len(of_chunk):
+            constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, **OPTIONS}
+            with torch.cuda.device_of(like):
+                _scale_kernel[(len(of_chunk),)](of_chunk, table, scale, like, **constants)
+    scale_reference_([tensors[i] for i in others], scale)
 
 
 def scale_reference_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
@@ -54,41 +57,39 @@ def scale_reference_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
         torch._foreach_mul_(tensors, scale)
 
 
-def _by_size(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Those that have a launch of their own, and all others."""
-    large: list[torch.Tensor] = []
-    small: list[torch.Tensor] = []
-    for tensor in tensors:
-        alone = tensor.numel() >= LARGE and tensor.dtype in DTYPES and use_triton(tensor) and _is_dense(tensor)
-        (large if alone else small).append(tensor)
-    return large, small
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """True where the elements fill one piece of memory, in whatever order of dimensions: only then are strides kept."""
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
-
-
-def _programs(tensor: torch.Tensor) -> int:
-    return triton.cdiv(tensor.numel(), OPTIONS["BLOCK"] * OPTIONS["STEPS"])
+def _walk(tensors: list[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    counts, rows = [x.numel() for x in tensors], [[x.data_ptr()] for x in tensors]
+    of_chunk, table, _ = tensor_lists.on_device(counts, rows, device)
+    return of_chunk, table, tensors[0]
 
 
 @launched
-def _squared_sum_kernel(x, partial, count, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS) + tl.arange(0, BLOCK)
+def _squared_sum_kernel(
+    of_chunk, table, partial, like, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    tensor, row, start, count = chunk_of(of_chunk, table, 4, CHUNK)
+    x, lane = base(tl.load(row + 3), start, like), tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for step in range(STEPS):
-        value = tl.load(x + at + step * BLOCK, mask=at + step * BLOCK < count, other=0.0).to(tl.float32)
+    whole = count // BLOCK * BLOCK  # without a mask loads are wide
+    for begin in range(0, whole, BLOCK):
+        value = tl.load(elements(x, begin + lane, ALIGNED)).to(tl.float32)
+        total += value * value
+    if whole < count:
+        value = tl.load(elements(x, whole + lane, ALIGNED), mask=whole + lane < count, other=0.0).to(tl.float32)
         total += value * value
     tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
 
 
 @launched
-def _scale_kernel(x, scale, count, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def _scale_kernel(of_chunk, table, scale, like, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(scale)
     if factor != 1.0:  # also where it is nan
-        at = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS) + tl.arange(0, BLOCK)
-        for step in range(STEPS):
-            mask = at + step * BLOCK < count
-            value = tl.load(x + at + step * BLOCK, mask=mask, other=0.0).to(tl.float32) * factor
-            tl.store(x + at + step * BLOCK, value.to(x.dtype.element_ty), mask=mask)
+        tensor, row, start, count = chunk_of(of_chunk, table, 4, CHUNK)
+        x, lane = base(tl.load(row + 3), start, like), tl.arange(0, BLOCK)
+        whole = count // BLOCK * BLOCK
+        for begin in range(0, whole, BLOCK):
+            at = elements(x, begin + lane, ALIGNED)
+            store(at, tl.load(at).to(tl.float32) * factor, None)
+        if whole < count:
+            rest, mask = elements(x, whole + lane, ALIGNED), whole + lane < count
+            store(rest, tl.load(rest, mask=mask).to(tl.float32) * factor, mask)

@@ -14,9 +14,12 @@ import time
 from typing import Any
 
 import torch
+import transformers
 from transformers.utils import is_datasets_available
 
-from expertmesh.parallel import clip_grad_norm
+from expertmesh import backends
+from expertmesh.memory.adamw import AdamW
+from expertmesh.memory.clip import clip_grad_norm, grad_norm
 from expertmesh.train.graphed import GraphedStep, refuse
 from expertmesh.train.guard import ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
@@ -115,10 +118,34 @@ class Trainer(ResumableTrainer):
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device)
         return self._graphed(n=num_items_in_batch, **self._prepare_inputs(inputs))
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        """As in transformers, with expertmesh's AdamW for PyTorch's, which DeepSpeed knows by its class."""
+        cls, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if cls is not torch.optim.AdamW or args.deepspeed_plugin or args.device.type not in ("cuda", "cpu"):
+            return cls, options
+        backends.logger().info("optim=%s: expertmesh's AdamW, which clips as it steps.", args.optim.value)
+        return AdamW, options
+
     def _clip_grad_norm(self, model):
-        if not self.is_sharded:
-            return super()._clip_grad_norm(model)
-        return clip_grad_norm(model.parameters(), self.args.max_grad_norm)
+        return self._clip_to(self.args.max_grad_norm, model)
+
+    def _clip_to(self, max_norm: float, model) -> Any:
+        """The gradients' norm before they are clipped, here or in our optimizer's step; None: transformers' to do."""
+        optimizer = self._torch_optimizer
+        if isinstance(optimizer, AdamW) and not (self._has_other_format or self._scales_loss):
+            norm = grad_norm(model.parameters())
+            optimizer.clip_next(norm, max_norm)
+            return norm
+        if self.is_sharded:
+            return clip_grad_norm(model.parameters(), max_norm)
+        return super()._clip_grad_norm(model) if math.isfinite(max_norm) else None
+
+    @property
+    def _scales_loss(self) -> bool:
+        """Whether float16's loss scaler is on, to which transformers' clipping belongs."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scaler is not None and scaler.is_enabled()
 
     @property
     def is_sharded(self) -> bool:
@@ -127,12 +154,11 @@ class Trainer(ResumableTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The last thing that transformers calls before the optimizer, at every step, clipped or not."""
-        if grad_norm is None and self.is_sharded:
-            grad_norm = clip_grad_norm(model.parameters(), math.inf)
+        if grad_norm is None:
+            grad_norm = self._clip_to(math.inf, model)
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaler = getattr(self.accelerator, "scaler", None)
         # with float16 an infinite gradient is how the loss scaler finds its scale: it skips the step by itself
-        watched = 0.0 if scaler is not None and scaler.is_enabled() else grad_norm
+        watched = 0.0 if self._scales_loss else grad_norm
         decode = getattr(self.processing_class, "decode", None)
         self._record.check(watched, self.state.global_step + 1, self.args.output_dir, model, decode)
         return grad_norm

@@ -1,0 +1,128 @@
+"""Lists of tensors that one launch walks: the kernel finds their addresses in a table on the device.
+
+PyTorch's foreach functions pass addresses as arguments, which fit a few dozen tensors, in launches of a few hundred
+blocks: too few to keep the memory of a large GPU busy. Here every `CHUNK` elements of every tensor are a program.
+
+The table is made anew at each step, as gradients move, and copied without a wait. In kernels `like` is any pointer of
+the type that an address stands for.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from expertmesh.backends import tl, triton, use_triton
+
+CHUNK = 2**15  # elements of a program
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def launches(lists: Iterable[Sequence[torch.Tensor]]) -> tuple[dict[tuple, list[int]], list[int]]:
+    """Which members of `lists` share a launch, by what they have in common, and which no kernel can walk.
+
+    A member is one tensor or several of the same elements (weight, gradient, ...). It is walked as one piece of memory,
+    so its tensors must lie densely, in the same order of dimensions. In common: device, dtypes, and whether all begin
+    at a multiple of 16 bytes.
+    """
+    together: dict[tuple, list[int]] = {}
+    others: list[int] = []
+    for number, tensors in enumerate(lists):
+        if use_triton(tensors[0]) and _same_order(tensors) and all(x.dtype in DTYPES for x in tensors):
+            aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
+            together.setdefault((tensors[0].device, *(x.dtype for x in tensors), aligned), []).append(number)
+        else:
+            others.append(number)
+    return together, others
+
+
+def _same_order(tensors: Sequence[torch.Tensor]) -> bool:
+    if all(x.is_contiguous() for x in tensors):
+        return True
+    strides = tensors[0].stride()
+    dense = torch.empty_like(tensors[0], device="meta").stride() == strides  # kept only where there are no gaps
+    return dense and all(x.stride() == strides for x in tensors)
+
+
+def on_device(
+    counts: Sequence[int], rows: Sequence[Sequence[int]], device: torch.device, numbers: Sequence[Sequence[float]] = ()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tensor of each chunk [chunks], table [tensors, 3 + columns], numbers in float64), by one copy without a wait.
+
+    A row begins with elements, first chunk and number of chunks; counts: the elements. rows: what follows.
+    """
+    chunks = [-(-count // CHUNK) for count in counts]
+    table, first = [], 0
+    for count, of_tensor, row in zip(counts, chunks, rows, strict=True):
+        table.append([count, first, of_tensor, *row])
+        first += of_tensor
+    ints, floats = torch.tensor(table), torch.tensor(numbers, dtype=torch.float64)
+    sent = _sent(torch.cat([floats.flatten().view(torch.int64), ints.flatten()]), device)
+    floats, ints = (
+        sent[: floats.numel()].view(torch.float64).view(floats.shape),
+        sent[floats.numel() :].view(ints.shape),
+    )
+    return torch.repeat_interleave(ints[:, 2].contiguous(), output_size=first), ints, floats
+
+
+def _sent(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return table
+    if torch.cuda.is_current_stream_capturing():
+        pinned = _GRAPHS.take(table)
+    else:
+        _GRAPHS.reserve(table.numel())
+        pinned = table.pin_memory()  # PyTorch gives this memory out again only when the copy has been made
+    return pinned.to(device, non_blocking=True)
+
+
+class _Pinned:
+    """Memory for the tables of CUDA graphs, pinned before one is captured and used once: every replay reads it."""
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.int64)
+        self._taken: list[torch.Tensor] = []
+
+    def reserve(self, size: int) -> None:
+        if self._free.numel() < 8 * size:
+            self._free = torch.empty(max(2**17, 16 * size), dtype=torch.int64, pin_memory=True)
+
+    def take(self, table: torch.Tensor) -> torch.Tensor:
+        size = table.numel()
+        if size > self._free.numel():
+            raise RuntimeError("Take a step before you capture one in a CUDA graph, as PyTorch's optimizers ask too.")
+        taken, self._free = self._free[:size], self._free[size:]
+        self._taken.append(taken)
+        return taken.copy_(table)
+
+
+_GRAPHS = _Pinned()
+
+
+@triton.jit
+def chunk_of(of_chunk, table, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """This program's tensor, its row of the table, where in the tensor the chunk begins and how long it is."""
+    tensor = tl.load(of_chunk + tl.program_id(0))
+    row = table + tensor * COLUMNS
+    start = (tl.program_id(0) - tl.load(row + 1)) * CHUNK  # int64: a stack of experts may have more than 2**31 elements
+    return tensor, row, start, tl.minimum(tl.load(row) - start, CHUNK).to(tl.int32)
+
+
+@triton.jit
+def base(address, start, like):
+    """Where in memory a chunk begins, as a pointer like `like`."""
+    return address.to(like.dtype) + start
+
+
+@triton.jit
+def elements(base, at, ALIGNED: tl.constexpr):
+    """Pointers to the elements `at` [BLOCK] of a chunk; ALIGNED: they can be moved 16 bytes at a time."""
+    if ALIGNED:
+        return tl.multiple_of(base + at, 16)
+    else:
+        return base + at
+
+
+@triton.jit
+def store(pointers, values, mask):
+    """Rounds float32 values once, and needs no room in the caches."""
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask, eviction_policy="evict_first")

@@ -1,0 +1,67 @@
+"""The norm of all gradients of a model, on however many meshes they lie, and clipping to it."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from expertmesh.kernels.clip import scale_, squared_sum
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: float) -> torch.Tensor:
+    """Scale all gradients, in place, so that their norm is at most `max_norm`; returns the norm before, float32 scalar.
+
+    Equals `torch.nn.utils.clip_grad_norm_` of the whole model in one process, for parameters on any mix of meshes and
+    plain ones that are the same on every rank. All ranks must call it. One all-reduce of one number; the host does not
+    wait. math.inf only measures.
+    """
+    parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+    norm = grad_norm(parameters)
+    if math.isinf(max_norm):  # to measure only
+        return norm
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_device.setdefault(parameter.grad.device, []).append(local(parameter.grad))
+    for device, tensors in by_device.items():
+        scale_(tensors, clip_factor(norm, max_norm).to(device, non_blocking=True))
+    return norm
+
+
+@torch.no_grad()
+def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """As `clip_grad_norm`, which measures by it: the norm of all gradients, which stay as they are."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    pieces: dict[tuple[int, torch.device], list[torch.Tensor]] = {}  # by how many ranks hold the same piece
+    for grad in grads:
+        pieces.setdefault((ranks // _num_shards(grad), grad.device), []).append(local(grad))
+    squares = [squared_sum(tensors) / copies for (copies, _), tensors in pieces.items()]
+    total = torch.stack([square.to(grads[0].device, non_blocking=True) for square in squares]).sum()
+    if ranks > 1:
+        dist.all_reduce(total)
+    return total.sqrt()
+
+
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """What gradients of this norm are multiplied by, as `torch.nn.utils.clip_grad_norm_` does."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """This rank's piece of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _num_shards(grad: torch.Tensor) -> int:
+    if not isinstance(grad, DTensor):
+        return 1
+    assert not any(p.is_partial() for p in grad.placements), "a gradient that is not reduced yet has no norm"
+    sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if not placement.is_replicate())
