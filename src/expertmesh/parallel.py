@@ -325,7 +325,7 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
             )
 
 
-def refuse_replicas(model: nn.Module) -> NoReturn:
+def refuse_replicas(model: torch.nn.Module) -> NoReturn:
     """A fused model's `_replicate_for_data_parallel`, by which nn.DataParallel copies it before its first forward.
 
     transformers.Trainer wraps a model so when one process sees several GPUs. Raises ValueError.
