@@ -52,7 +52,7 @@ class GraphedStep:
     `close()` drops what is recorded. Call it before `destroy_process_group`, which waits for graphs that hold NCCL's
     exchanges: `with contextlib.closing(GraphedStep(model)) as step`. Raises RuntimeError for a step that cannot be
     recorded, and has closed itself then. If not `strict`, such a step is told of in the log and runs as always, and so
-    do all after it; shapes for which there is not the memory twice, once for others than the recorded steps, do as well.
+    do all after it; and so does a shape if memory would be left for no other step beside it.
     """
 
     def __init__(self, model: Any, run: Callable[..., torch.Tensor] | None = None, strict: bool = True) -> None:
@@ -70,7 +70,8 @@ class GraphedStep:
         for module in self._sharded:  # an evaluation leaves weights gathered: a replay would neither see nor renew them
             module.reshard()
         fresh = all(parameter.grad is None for parameter in self.model.parameters())
-        shapes = _on_all_ranks(_shape_of(self.model.training, batch) if fresh else ACCUMULATING)
+        modes = self.model.training, *(parameter.requires_grad for parameter in self.model.parameters())
+        shapes = _on_all_ranks(_shape_of(modes, batch) if fresh else ACCUMULATING)
         if ACCUMULATING in shapes or self.gave_up or not self._comes_again(shapes):
             return self.always(**batch)
         if shapes not in self._recorded and self._seen[shapes] <= WARM_UP:
@@ -181,6 +182,26 @@ class _Recorded:
         return self.loss.clone()
 
 
+KNOWN = {"expertmesh", "torch", "transformers", "accelerate", "trl", "peft", "bitsandbytes", "liger_kernel"}
+
+
+def why_not_unasked(trainer: Any) -> str | None:
+    """Why steps should not be recorded though they may be: code of the user's that may want to run at every step."""
+    code = {name: getattr(type(trainer), name) for name in ("compute_loss", "training_step")}
+    if trainer.compute_loss_func is not None:
+        code["compute_loss_func"] = trainer.compute_loss_func
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for name, module in trainer.model.named_modules():
+        code |= {f"a hook on {name}": hook for kind in kinds for hook in getattr(module, kind).values()}
+    for name, function in code.items():
+        function = getattr(function, "func", function)  # of a functools.partial
+        if (getattr(function, "__module__", None) or "").partition(".")[0] not in KNOWN:
+            return (
+                f"{name} is your code, and its Python would run while recording only. If that does, set cuda_graph=True"
+            )
+    return None
+
+
 @contextmanager
 def _watching() -> Iterator[list[str]]:
     """Yields a list that holds, behind it, where the CPU waited for the GPU. Code that asks whether it is recorded, as
@@ -233,12 +254,10 @@ def _has_room() -> bool:
     return spare >= 2 * (torch.cuda.max_memory_allocated() - allocated)
 
 
-def _shape_of(training: bool, batch: dict[str, Any]) -> int:
+def _shape_of(modes: tuple[bool, ...], batch: dict[str, Any]) -> int:
     """The same number for batches that differ in the values of tensors only."""
     leaves, tree = tree_flatten(dict(sorted(batch.items())))
-    return hash(
-        (training, str(tree), *((x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves))
-    )
+    return hash((modes, str(tree), *((x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)))
 
 
 def on_all_ranks(*numbers: int) -> list[tuple[int, ...]]:

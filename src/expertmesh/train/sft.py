@@ -11,9 +11,9 @@ from expertmesh.train.trainer import Trainer
 class SFTTrainer(Trainer, trl.SFTTrainer):
     """TRL's SFTTrainer that stops at a loss or gradient that is not finite and logs the load of the experts.
 
-    All arguments, methods and files are TRL's; what is added is described at `Trainer`. Where steps are recorded the loss
-    in training is the model's own, which is the same number: TRL's looks for the labelled tokens on the CPU. Then TRL's
-    `entropy`, `mean_token_accuracy` and `aux_loss` are in the records of evaluation only, `num_tokens` in none.
+    All arguments, methods and files are TRL's; what is added is described at `Trainer`. Where steps are recorded the
+    loss in training is the model's own, which is the same number: TRL's looks for the labelled tokens on the CPU. Then
+    TRL's `entropy`, `mean_token_accuracy` and `aux_loss` are in the records of evaluation only, `num_tokens` in none.
     """
 
     _reads_masks = True  # TRL counts tokens by them

@@ -4,8 +4,8 @@
 - how evenly the tokens are spread over the experts, in the logs (routing.py)
 - every record in output_dir/metrics.jsonl (metrics.py)
 
-Where that pays, steps are recorded as CUDA graphs (graphed.py). And checkpoints appear whole, are checked before they are
-loaded, and fit another layout (resume.py).
+Where that pays, steps are recorded as CUDA graphs (graphed.py). And checkpoints appear whole, are checked before they
+are loaded, and fit another layout (resume.py).
 """
 
 import logging
@@ -22,7 +22,7 @@ from expertmesh import backends
 from expertmesh.memory.adamw import AdamW
 from expertmesh.memory.clip import clip_grad_norm, grad_norm
 from expertmesh.train.buckets import Buckets, Row, fused_base, one_row
-from expertmesh.train.graphed import GraphedStep, on_all_ranks, why_not
+from expertmesh.train.graphed import GraphedStep, on_all_ranks, why_not, why_not_unasked
 from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.resume import ResumableTrainer
@@ -30,7 +30,9 @@ from expertmesh.train.routing import RouterLoad
 
 log = logging.getLogger(__name__)
 
-MOST_TOKENS = 8192  # of a GPU in a step: with more the GPU, not the CPU, is the limit, and a recording only takes memory
+MOST_TOKENS = (
+    8192  # of a GPU in a step: with more the GPU, not the CPU, is the limit, and a recording only takes memory
+)
 CANNOT, EITHER, BUCKET = 2, 1, 0  # whether rows are to be brought to a bucket
 
 
@@ -86,7 +88,8 @@ class Trainer(ResumableTrainer):
         collator, columns = self.data_collator, self._signature_columns
         streamed = isinstance(self.train_dataset, torch.utils.data.IterableDataset)  # batches are shared out later
         found = not streamed and fused_base(self.model) is not None
-        records = found and not self.args.torch_compile and self._records()
+        fixed = self.args.torch_compile or self.args.neftune_noise_alpha is not None  # noise depends on a row's length
+        records = found and not fixed and self._records()
         self.data_collator = KeepRows(collator, found and not self._reads_masks, one_row if records else None)
         self._signature_columns = [*columns, ROW]
         try:
@@ -107,6 +110,7 @@ class Trainer(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any):
         self._plan = None  # arguments may have changed
+        self._tokens, self._seconds = 0, 0.0
         try:
             done = super().train(*args, **kwargs)
             if self.cuda_graph is True and self._graphed is not None and not self._graphed.replayed:
@@ -149,7 +153,16 @@ class Trainer(ResumableTrainer):
 
     def _graphed_step(self, model, inputs, num_items_in_batch):
         if self._graphed is None:
-            run = lambda n, **batch: self._plain_step(model, batch, n)  # noqa: E731
+            if self.cuda_graph == "auto":
+                why = why_not_unasked(self)
+                if any(found for (found,) in on_all_ranks(int(why is not None))):
+                    self._say(why or "another rank does not")
+                    self._plan = False
+                    return self._plain_step(model, inputs, num_items_in_batch)
+
+            def run(n: Any, weight: Any, **batch: Any) -> torch.Tensor:
+                return self._plain_step(model, batch, n)
+
             self._graphed = GraphedStep(model, run, strict=self.cuda_graph is True)
         for module in (model, self.optimizer):  # a replay does not
             if callable(getattr(module, "train", None)):
@@ -159,12 +172,13 @@ class Trainer(ResumableTrainer):
         brought, few = self._brought(inputs)
         batch = self._prepare_inputs(inputs if brought is None else brought)
         base = fused_base(self.model)
+        weight = getattr(self.accelerator.unwrap_model(model), "mtp_loss_weight", None)  # Python, which may change
         self._graphing = few
         if base is not None:
             base.told = brought is not None
         try:
             step = self._graphed if few else self._graphed.always
-            return step(n=num_items_in_batch, **batch)
+            return step(n=num_items_in_batch, weight=weight, **batch)
         finally:
             self._graphing = False
             if base is not None:
