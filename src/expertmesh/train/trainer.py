@@ -197,7 +197,7 @@ class Trainer(ResumableTrainer):
         answers = on_all_ranks(stays, *need)
         tokens, documents, longest = (max(answer[i] for answer in answers) for i in (1, 2, 3))
         if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
-            self._say(f"a batch has {tokens:,} tokens per GPU; with more than {MOST_TOKENS:,} the CPU is no limit")
+            self._say(f"a batch has more than {MOST_TOKENS:,} tokens per GPU, with which the CPU is no limit")
             return None, False
         ways = {way for way, *_ in answers}
         if row is None or CANNOT in ways or ways == {EITHER}:
