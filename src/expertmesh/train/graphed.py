@@ -193,6 +193,10 @@ def why_not_unasked(trainer: Any) -> str | None:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for name, module in trainer.model.named_modules():
         code |= {f"a hook on {name}": hook for kind in kinds for hook in getattr(module, kind).values()}
+    for name, parameter in trainer.model.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return f"the gradient of {name} is used within the backward. Set cuda_graph=True if that can be recorded"
+        code |= {f"a hook on {name}": hook for hook in (parameter._backward_hooks or {}).values()}
     for name, function in code.items():
         function = getattr(function, "func", function)  # of a functools.partial
         if (getattr(function, "__module__", None) or "").partition(".")[0] not in KNOWN:

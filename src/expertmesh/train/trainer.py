@@ -187,25 +187,23 @@ class Trainer(ResumableTrainer):
     def _brought(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any] | None, bool]:
         """This batch in a bucket, the same on all ranks, or None if it is to stay as it is; and whether the tokens are
         few enough to record the step."""
-        row, ids = self._row, inputs.get("input_ids")
-        self._row = None
-        need = (0 if ids is None else ids.numel(), 0, 0)
-        if row is not None:
+        row, self._row = self._row, None
+        base, ids = fused_base(self.model), inputs.get("input_ids")
+        stays, need = CANNOT, (0 if ids is None else ids.numel(), 0, 0)
+        if row is not None and ids is not None:
             need = (row.input_ids.numel(), len(row.cu_seqlens) - 1, row.longest)
             self._usual = ids.shape if self._usual is None and row.full else self._usual
-        stays = CANNOT if row is None else EITHER if row.full and ids.shape == self._usual else BUCKET
+            stays = EITHER if row.full and ids.shape == self._usual else BUCKET
         answers = on_all_ranks(stays, *need)
         tokens, documents, longest = (max(answer[i] for answer in answers) for i in (1, 2, 3))
         if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
             self._say(f"a batch has more than {MOST_TOKENS:,} tokens per GPU, with which the CPU is no limit")
             return None, False
         ways = {way for way, *_ in answers}
-        if row is None or CANNOT in ways or ways == {EITHER}:
+        if row is None or base is None or CANNOT in ways or ways == {EITHER}:
             return None, True
         bucket = self._buckets.of(tokens, documents, longest)
-        if not fused_base(self.model).takes_documents(bucket.tokens):
-            return None, True
-        return bucket.fill(row), True
+        return bucket.fill(row) if base.takes_documents(bucket.tokens) else None, True
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
