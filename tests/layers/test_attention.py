@@ -12,6 +12,7 @@ from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask
 from expertmesh.layers.attention import attend
+from expertmesh.layers.rows import placeholder
 from tests.kernels import fake_flash_attn
 from tests.kernels.compare import assert_same, outputs_and_grads
 from tests.kernels.test_flash_attention import SHAPES, leaves
@@ -24,7 +25,7 @@ def calls(monkeypatch) -> list[dict]:
 
 
 def module(group=2, **attributes) -> SimpleNamespace:
-    return SimpleNamespace(**{"num_key_value_groups": group, "is_causal": True, "may_flash": True} | attributes)
+    return SimpleNamespace(**{"num_key_value_groups": group, "is_causal": True} | attributes)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -46,7 +47,6 @@ def test_a_mask_dropout_a_bias_and_what_is_not_causal_stay_with_sdpa(calls):
     attend(module(), *inputs, None, position_bias=torch.zeros(2, 4, 7, 7, dtype=torch.bfloat16))
     attend(module(), *inputs, None, is_causal=False)
     attend(module(is_causal=False), *inputs, None)
-    attend(SimpleNamespace(num_key_value_groups=2, is_causal=True), *inputs, None)  # of a stock model
     with torch.no_grad():
         attend(module(), *inputs, None)
     assert not calls
@@ -56,16 +56,20 @@ def test_a_mask_dropout_a_bias_and_what_is_not_causal_stay_with_sdpa(calls):
 
 def test_packed_documents_go_there_too_from_fused_models(calls):
     inputs, documents = leaves(), Documents(torch.tensor([0, 3, 7, 14], dtype=torch.int32), 7)
-    got = outputs_and_grads(lambda *x: attend(module(), *x, documents)[0], *inputs)
+    mask = placeholder(documents, inputs[0].device)
+    got = outputs_and_grads(lambda *x: attend(module(), *x, mask, documents=documents)[0], *inputs)
     assert [call["documents"] for call in calls] == [3]
-    stock = SimpleNamespace(num_key_value_groups=2, is_causal=True)
-    want = outputs_and_grads(lambda *x: attend(stock, *x, documents)[0], *inputs)
-    mask = document_mask(documents.cu_seqlens, 2, 7)
-    by_mask = outputs_and_grads(lambda *x: sdpa_attention_forward(stock, *x, mask)[0], *inputs)
-    attend(module(), *inputs, documents, dropout=0.5)
+    whole = document_mask(documents.cu_seqlens, 2, 7)
+    want = outputs_and_grads(lambda *x: sdpa_attention_forward(module(), *x, whole)[0], *inputs)
+    attend(module(), *inputs, mask, dropout=0.5, documents=documents)
     assert len(calls) == 1
     assert_same([x.float() for x in got], [x.float() for x in want], 1.5e-2)
-    assert_same([x.float() for x in want], [x.float() for x in by_mask], 1.5e-2)
+
+
+def test_a_layer_that_was_not_told_of_its_documents_is_an_error():
+    documents = Documents(torch.tensor([0, 3, 14], dtype=torch.int32), 11)
+    with pytest.raises(RuntimeError, match="was not told of the documents"):
+        attend(module(), *leaves(), placeholder(documents, torch.device("cpu")))
 
 
 def loss_and_gradients(model, ids, **inputs):
@@ -125,7 +129,7 @@ def test_a_fused_model_sends_packed_rows_there_as_its_collator_tells(family, lay
     told = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 6, "max_length_k": 6}
     for more in (told, {}):
         got = loss_and_gradients(model, ids, **inputs, **more)
-        there = family != "gpt_oss" or (rows == 1 and more is told)  # its bounds are found without their lengths
+        there = family != "gpt_oss" or rows == 1
         assert [call["documents"] for call in calls] == [3 * rows] * (layers if there else 0)
         error, where = worst_error(got, want)
         assert error < 1e-5, where

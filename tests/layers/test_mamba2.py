@@ -12,7 +12,8 @@ from expertmesh.bench.parity import CPU_TOLERANCE, Case, compare_case
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import tiny_config, tiny_model
 from expertmesh.fuse import fuse
-from expertmesh.layers import mamba2
+from expertmesh.layers import base_model, mamba2
+from expertmesh.layers.rows import look
 from tests.models import load_ours, load_stock, shared_pair
 
 LENGTHS = [5, 1, 18]
@@ -79,18 +80,20 @@ def test_recomputed_layers_know_the_documents(reentrant, ran):
 
 def test_where_documents_begin_is_found_once_per_forward(monkeypatch):
     found = []
-    monkeypatch.setattr(mamba2, "document_starts", lambda x: found.append(x))
+    monkeypatch.setattr(base_model, "look", lambda *args: found.append(args) or look(*args))
     model = tiny_model("nemotron_h", layers_block_type=["linear_attention", "moe", "linear_attention"])
     fuse(model)(input_ids=tokens(), position_ids=POSITIONS, use_cache=False)
     assert len(found) == 1
 
 
-def test_rows_are_not_cut_where_transformers_does_not_cut_them(ran):
+def test_rows_are_cut_where_positions_begin_anew_whatever_mask_stands_beside_them(ran):
     model = load_ours("nemotron_h")
     mask = torch.ones_like(tokens())
-    for inputs in ({}, {"position_ids": POSITIONS, "attention_mask": mask}):
+    for inputs in ({}, {"attention_mask": mask}, {"position_ids": POSITIONS, "attention_mask": mask}):
         model(input_ids=tokens(), use_cache=False, **inputs)
-    assert ran == [None, None]
+    assert ran[:2] == [None, None] and ran[2] is not None
+    with pytest.raises(ValueError, match="Several documents lie in a row"):
+        model(input_ids=tokens(), use_cache=True, position_ids=POSITIONS)
 
 
 def test_a_loss_needs_no_cache_though_the_configuration_asks_for_one(ran):

@@ -15,6 +15,7 @@ from expertmesh.bench.tiny import COMMON, FAMILIES, YARN, randomise
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask
 from expertmesh.layers import mla
+from expertmesh.layers.rows import placeholder
 
 # other factors for the two kinds of scaling than those of the tiny model, where one of them is neutral
 SCALED = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}
@@ -142,7 +143,7 @@ def test_recomputed_layers_give_the_same_gradients():
 
 @torch.no_grad()
 def test_packed_documents_are_as_separate_ones_on_both_paths():
-    """The way of a GPU (`Documents` for a mask) by its reference, and that of the CPU (a mask)."""
+    """Told beside a placeholder, and by a mask of Transformers."""
     _, ours = models(**SCALED)
     layer = ours.model.layers[0].self_attn
     x = torch.randn(1, 12, ours.config.hidden_size)
@@ -150,11 +151,13 @@ def test_packed_documents_are_as_separate_ones_on_both_paths():
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     turn = ours.model.rotary_emb(x, positions)
-    masks = Documents(cu_seqlens, 6), document_mask(cu_seqlens, 1, 12)
+    documents = Documents(cu_seqlens, 6)
+    told = {"attention_mask": placeholder(documents, x.device), "documents": documents}
+    masked = {"attention_mask": document_mask(cu_seqlens, 1, 12)}
     borders = list(itertools.pairwise(cu_seqlens.tolist()))
     separate = [layer(x[:, a:b], tuple(part[:, a:b] for part in turn), None)[0] for a, b in borders]
-    for mask in masks:
-        assert relative_error(layer(x, turn, mask)[0], torch.cat(separate, 1)) < 1e-5
+    for inputs in (told, masked):
+        assert relative_error(layer(x, turn, **inputs)[0], torch.cat(separate, 1)) < 1e-5
 
 
 def test_compiled_attention_is_one_graph_with_the_same_numbers():

@@ -1,23 +1,28 @@
-"""Packed documents stay apart, with and without a mask; nobody looks for them where it is known; nothing else changes.
+"""Documents stay apart and padding costs nothing, in every family and by every way to call a model; nobody looks at the
+device for what is known; stock models in the same process see nothing of it.
 
-GPUs attend to packed documents by variable length. Here the reference stands in for that kernel (`varlen`), so that
-these tests run all around it.
+GPUs attend to documents by variable length. Here the reference stands in for that kernel (`varlen`), so that these
+tests run all around it.
 """
 
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening, masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.parity import CPU_TOLERANCE, Case, compare_case
 from expertmesh.bench.rows import relative_error, worst_error
-from expertmesh.bench.tiny import FAMILIES, tiny_config
-from expertmesh.layers import attention, masks
+from expertmesh.bench.tiny import FAMILIES, tiny_config, tiny_model
+from expertmesh.layers import attention, base_model, rows
 from tests.models import load_ours, load_stock, shared_pair
 
 PACKED = Case("packed", batch="packed")
 LENGTHS = [3, 1, 8]
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+#: their mixers carry a state from token to token and have no kernels of ours
+STATEFUL = {"qwen3_next", "qwen3_5_moe_text", "jamba"}
 
 
 @pytest.fixture
@@ -37,50 +42,192 @@ def varlen(monkeypatch) -> list[tuple]:
 
 
 @pytest.fixture
-def looks(monkeypatch) -> list[torch.Tensor]:
-    """Every look at positions on the device, Transformers' and ours."""
-    seen: list[torch.Tensor] = []
-    for name in ("_look", "find_documents"):
-        function = getattr(masks, name)
-        monkeypatch.setattr(masks, name, lambda ids, function=function: (seen.append(ids), function(ids))[1])
+def looks(monkeypatch) -> list:
+    """Every look at the device, Transformers' and ours."""
+    seen: list = []
+    look, theirs = rows.look, masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(base_model, "look", lambda *args: (seen.append("ours"), look(*args))[1])
+    monkeypatch.setattr(
+        masking_utils, "find_packed_sequence_indices", lambda ids: (seen.append("theirs"), theirs(ids))[1]
+    )
     return seen
 
 
-def tokens(model) -> torch.Tensor:
-    return torch.randint(3, model.config.vocab_size, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+def trained(family: str):
+    """Our model of the family in training mode, without the noise that Phi-3.5-MoE's routers then get."""
+    quiet = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0} if family == "phimoe" else {}
+    return load_ours(family, **quiet).train()
 
 
-def run(model, ids: torch.Tensor, **inputs) -> tuple[torch.Tensor, dict]:
-    """Logits and, for fixed random gradients of them, the gradients of all parameters."""
+def tokens(model, rows: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, model.config.vocab_size, (rows, sum(LENGTHS)), generator=generator)
+
+
+def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mask, position of each document's tokens in it), [3, 9] each: documents of `LENGTHS`, at one side of their rows
+    or around a hole."""
+    mask = torch.zeros(len(LENGTHS), 9, dtype=torch.long)
+    for row, length in enumerate(LENGTHS):
+        mask[row, slice(0, length) if side == "right" else slice(9 - length, 9)] = 1
+    if side == "hole":
+        mask[2, :9], mask[2, 4] = 1, 0
+    return mask
+
+
+def gradients(model, *losses) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    first = inputs.pop("first", 0)
-    logits = model(input_ids=ids, use_cache=False, **inputs).logits
-    weight = torch.randn(sum(LENGTHS), logits.shape[-1], generator=torch.Generator().manual_seed(1))
-    (logits[0] * weight[first : first + ids.shape[1]]).sum().backward()
-    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for loss in losses:
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def documents(model) -> list[torch.Tensor]:
+    return list(tokens(model)[0].split(LENGTHS))
+
+
+def without_first(ids: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.tensor([-100]), ids[1:]])
+
+
+def alone(model) -> dict[str, torch.Tensor]:
+    """The gradients of the mean loss over all documents, from one call a document."""
+    count = sum(LENGTHS) - len(LENGTHS)
+    return gradients(
+        model, *(model(input_ids=d[None], labels=d[None], num_items_in_batch=count).loss for d in documents(model))
+    )
+
+
+def batch(model, kind: str) -> dict[str, torch.Tensor]:
+    """All documents in one batch, packed or padded."""
+    parts = documents(model)
+    if kind == "packed":
+        labels = torch.cat([without_first(part) for part in parts])[None]
+        return {"input_ids": torch.cat(parts)[None], "labels": labels, "position_ids": POSITIONS}
+    mask = padded(kind)
+    ids, labels = torch.zeros_like(mask), torch.full_like(mask, -100)
+    ids[mask == 1] = torch.cat(parts)
+    labels[mask == 1] = torch.cat([without_first(part) for part in parts])
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def through_model(model, inputs):
+    return model(**inputs).loss
+
+
+def through_base_model(model, inputs):
+    """As TRL's trainers and hand-written heads do."""
+    labels = inputs.pop("labels")
+    hidden = model.model(**inputs).last_hidden_state
+    logits = model.lm_head(hidden)[:, :-1] / getattr(model.config, "logits_scaling", 1)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("call", [through_model, through_base_model])
+@pytest.mark.parametrize("kind", ["packed", "right", "left"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_gradients_of_a_batch_are_the_documents_own(family, kind, call):
+    model = trained(family)
+    inputs = batch(model, kind)
+    if family in STATEFUL and kind == "packed":
+        with pytest.raises(ValueError, match="packed sequences apart|would let one see another"):
+            call(model, inputs)
+        return
+    error, where = worst_error(gradients(model, call(model, inputs)), alone(model))
+    assert error <= CPU_TOLERANCE, where
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - STATEFUL))
+def test_a_mask_that_hides_nothing_changes_nothing(family):
+    model = trained(family)
+    inputs = batch(model, "packed")
+    want = through_model(model, inputs)
+    assert torch.equal(through_model(model, inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}), want)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3"])
+def test_padding_is_not_routed(family):
+    model, routed = load_ours(family).train(), []
+    routers = [m for m in model.modules() if hasattr(m, "top_k") and hasattr(m, "weight")]
+    for router in routers:
+        router.register_forward_hook(lambda _, args, out: routed.append(out[2].shape[0]))
+    model(**batch(model, "right"))
+    assert routed and set(routed) == {sum(LENGTHS)}
+
+
+def test_what_is_read_at_padding_is_zero_and_elsewhere_stocks():
+    stock, ours = shared_pair("qwen3_moe")
+    inputs = batch(ours, "right")
+    inputs.pop("labels")
+    options = {"output_hidden_states": True, "output_router_logits": True, "use_cache": False}
+    theirs, found = (m.eval()(**inputs, **options) for m in (stock, ours))
+    seen = inputs["attention_mask"].bool()
+    assert found.logits[~seen].abs().max() == 0
+    assert relative_error(found.logits[seen].detach(), theirs.logits[seen].detach()) <= CPU_TOLERANCE
+    for mine, his in zip(found.hidden_states, theirs.hidden_states, strict=True):
+        assert mine.shape == his.shape and relative_error(mine[seen].detach(), his[seen].detach()) <= CPU_TOLERANCE
+    assert relative_error(found.aux_loss.detach(), theirs.aux_loss.detach()) <= CPU_TOLERANCE
+    for mine, his in zip(found.router_logits, theirs.router_logits, strict=True):
+        mine, his = (x.detach()[seen.flatten()] for x in (mine, his))
+        assert relative_error(mine, his) <= CPU_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "hole"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_labels_on_padding_cost_the_padding_and_give_stocks_loss(family, kind):
+    stock, ours = shared_pair(family)
+    mask = padded(kind)
+    ids = torch.randint(3, 128, mask.shape, generator=torch.Generator().manual_seed(3))
+    theirs, found = (m.train()(input_ids=ids, attention_mask=mask, labels=ids).loss for m in (stock, ours))
+    if kind == "left":  # what a query sees that may see nothing differs between kernels
+        return
+    assert relative_error(found.detach(), theirs.detach()) <= CPU_TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_hole_in_a_row_is_left_out(family):
+    stock, ours = shared_pair(family)
+    mask = padded("hole")
+    ids = torch.randint(3, 128, mask.shape, generator=torch.Generator().manual_seed(3))
+    theirs, found = (m.eval()(input_ids=ids, attention_mask=mask, use_cache=False).logits for m in (stock, ours))
+    seen = mask.bool()
+    assert relative_error(found[seen].detach(), theirs[seen].detach()) <= CPU_TOLERANCE
+
+
+def test_rows_of_nothing_but_padding_are_as_in_stock():
+    model = load_ours("qwen3_moe").train()
+    ids = tokens(model, 2)
+    mask = torch.zeros_like(ids)
+    assert model.model(input_ids=ids, attention_mask=mask).last_hidden_state.shape[:2] == ids.shape
+    mask[1] = 1
+    assert model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.isfinite()
+
+
+def test_documents_and_padding_in_one_row_are_kept_apart_or_refused():
+    inputs = batch(load_ours("qwen3_moe"), "packed")
+    ids, labels, positions = (torch.nn.functional.pad(x, (0, 4), value=v) for x, v in
+                              zip(inputs.values(), (0, -100, 0), strict=True))  # fmt: skip
+    mask = torch.nn.functional.pad(torch.ones(1, sum(LENGTHS)), (0, 4))
+    more = {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask}
+    model = load_ours("qwen3_moe").train()
+    assert relative_error(model(**more).loss.detach(), model(**inputs).loss.detach()) <= CPU_TOLERANCE
+    with pytest.raises(ValueError, match="several documents .* and padding"):
+        load_ours("qwen3_moe", attn_implementation="eager")(**more)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
-def test_packed_documents_give_what_each_gives_alone(family, varlen):
+def test_packed_documents_go_to_the_kernel(family, varlen):
     model = load_ours(family).train()
-    ids = tokens(model)
-    logits, gradients = run(model, ids, position_ids=POSITIONS)
+    through_model(model, batch(model, "packed"))
     assert varlen == [([0, 3, 4, 12], 8)] * model.config.num_hidden_layers
-    begin, expected, summed = 0, [], dict.fromkeys(gradients, torch.tensor(0.0))
-    for length in LENGTHS:
-        alone, parts = run(model, ids[:, begin : begin + length], first=begin)
-        expected.append(alone)
-        summed = {name: summed[name] + parts.get(name, 0) for name in gradients}
-        begin += length
-    assert relative_error(logits, torch.cat(expected, dim=1)) <= CPU_TOLERANCE
-    assert worst_error(gradients, summed)[0] <= CPU_TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_stocks_numbers_by_variable_length(family, varlen):
     stock, ours = shared_pair(family)
-    assert not [row for row in compare_case(stock, ours, PACKED) if not row.ok]
-    assert bool(varlen) == (ours.config._attn_implementation == "sdpa")
+    if family not in STATEFUL:
+        assert not [row for row in compare_case(stock, ours, PACKED) if not row.ok]
+        assert bool(varlen) == (ours.config._attn_implementation == attention.NAME)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
@@ -91,56 +238,57 @@ def test_recomputed_layers_know_the_documents(family, varlen):
     assert len(varlen) == 3 * ours.config.num_hidden_layers  # forward, recompute, evaluation
 
 
-def test_nobody_looks_at_positions_when_the_collator_says_where_documents_begin(varlen, looks):
+def test_nobody_looks_when_the_collator_says_where_documents_begin(varlen, looks):
     model = load_ours("qwen3_moe")
-    ids = tokens(model)
-    documents = [{"input_ids": part.tolist()} for part in ids[0].split(LENGTHS)]
-    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")(documents)
-    said = model(**batch, use_cache=False)
+    parts = [{"input_ids": part.tolist()} for part in documents(model)]
+    told = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")(parts)
+    said = model(**told, use_cache=False)
     assert varlen and not looks
-    seen = model(input_ids=ids, position_ids=POSITIONS, labels=batch["labels"], use_cache=False)
-    assert len(looks) == 1
+    seen = model(input_ids=tokens(model), position_ids=POSITIONS, labels=told["labels"], use_cache=False)
+    assert looks == ["ours"]
     assert torch.equal(said.loss, seen.loss) and torch.equal(said.logits, seen.logits)
 
 
-def test_nobody_looks_where_no_positions_are_given(looks):
-    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
+def test_one_look_at_most(looks):
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe")).train()
     ids = tokens(model)
-    model(input_ids=ids, labels=ids, use_cache=False)
+    model(input_ids=ids, labels=ids)
     assert not looks
-    model(input_ids=ids, use_cache=False, position_ids=POSITIONS)
-    model(ids, None, POSITIONS, use_cache=False)
-    assert len(looks) == 2
+    for inputs in ({"position_ids": POSITIONS}, {"attention_mask": torch.ones_like(ids)}, batch(model, "left")):
+        model(**{"input_ids": ids} | inputs)
+        assert looks == ["ours"]
+        looks.clear()
+    model(ids, None, POSITIONS)
+    assert looks == ["ours"]
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_rows_of_one_document_need_no_mask(rows, varlen, monkeypatch):
-    made = []
-    mask = masks._sdpa_mask
-    monkeypatch.setitem(
-        masking_utils.AttentionMaskInterface._global_mapping, "sdpa", lambda **asked: made.append(mask(**asked))
+def test_only_labelled_tokens_pass_the_head(monkeypatch):
+    from expertmesh.layers import head
+
+    seen = []
+    kernel = head.linear_cross_entropy
+    monkeypatch.setattr(
+        head, "linear_cross_entropy", lambda hidden, *a, **k: (seen.append(len(hidden)), kernel(hidden, *a, **k))[1]
     )
-    model = load_ours("mixtral")
-    ids = tokens(model).expand(rows, -1)
-    model(input_ids=ids, position_ids=torch.arange(5, 5 + ids.shape[1])[None], use_cache=False)
-    assert made == [None] and not varlen
+    model = load_ours("qwen3_moe").train()
+    inputs = batch(model, "right")
+    loss = through_model(model, inputs)
+    assert seen == [sum(LENGTHS) - len(LENGTHS)]
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    assert through_model(model, inputs).isnan() and through_model(model, inputs | {"num_items_in_batch": 4}) == 0
+    assert loss.isfinite()
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_windows_stay_with_transformers_masks(fast, varlen, monkeypatch):
     monkeypatch.setattr(backends, "has_varlen", lambda device, dtype: fast)
     stock, ours = load_stock("mixtral", sliding_window=4), load_ours("mixtral", sliding_window=4)
-    assert not [row for row in compare_case(stock, ours, PACKED) if not row.ok]
+    for case in (PACKED, Case("left", "left"), Case("right", "right")):
+        assert not [row for row in compare_case(stock, ours, case) if not row.ok]
     assert not varlen
-
-
-def test_who_asks_for_a_mask_in_any_case_gets_transformers_own(varlen):
-    model = load_ours("mixtral")
-    asked = (model.config, torch.zeros(1, sum(LENGTHS), model.config.hidden_size), None, None, POSITIONS)
-    expected = masking_utils.create_causal_mask(*asked)
-    with masks.known_rows(model, POSITIONS, {}):
-        assert isinstance(masking_utils.create_causal_mask(*asked), masks.Documents)
-        assert torch.equal(masking_utils.create_causal_mask(*asked, allow_is_causal_skip=False), expected)
+    wide = load_ours("mixtral", sliding_window=64)  # which cuts nothing from rows of 12
+    through_model(wide, batch(wide, "packed"))
+    assert bool(varlen) == fast
 
 
 def test_what_the_kernel_does_not_take_gets_a_mask(varlen, monkeypatch):
@@ -171,18 +319,30 @@ def test_attention_weights_are_those_of_stock(varlen):
         assert relative_error(found.detach(), theirs.detach()) <= CPU_TOLERANCE
 
 
-def test_with_a_cache_or_a_mask_nothing_is_packed_as_in_stock(varlen):
-    stock, ours = shared_pair("mixtral")
-    ids = tokens(ours)
-    for inputs in ({"use_cache": True}, {"attention_mask": torch.ones_like(ids), "use_cache": False}):
-        theirs, found = (m.eval()(input_ids=ids, position_ids=POSITIONS, **inputs).logits for m in (stock, ours))
-        assert relative_error(found.detach(), theirs.detach()) <= CPU_TOLERANCE
-    assert not varlen
+def test_a_lost_fusion_that_keeps_documents_apart_is_an_error_not_a_leak():
+    sinks = load_ours("gpt_oss", fused={"sink_attention": False})
+    with pytest.raises(ValueError, match="attn_implementation='eager' do not know documents"):
+        through_model(sinks, batch(sinks, "packed"))
+    mamba = load_ours("nemotron_h", fused={"mamba2": False})
+    with pytest.raises(ValueError, match="packed sequences apart|would let one see another"):
+        through_model(mamba, batch(mamba, "packed"))
 
 
-def test_outside_a_fused_model_transformers_answers(varlen):
-    packed = masking_utils.find_packed_sequence_indices(torch.tensor([[0, 1, 0, 1, 2]]))
-    assert packed.tolist() == [[0, 0, 1, 1, 1]]
+def test_stock_models_in_the_same_process_see_nothing_of_it(varlen):
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    assert masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is masking_utils.sdpa_mask
+    assert masking_utils.find_packed_sequence_indices.__module__ == "transformers.masking_utils"
     stock = load_stock("mixtral")
     stock(input_ids=tokens(stock), position_ids=POSITIONS, use_cache=False)
     assert not varlen
+
+
+def test_a_stock_model_compiles_to_one_graph_beside_a_fused_one():
+    torch._dynamo.reset()
+    stock = tiny_model("qwen3_moe", experts_implementation="grouped_mm").eval()
+    ids = tokens(stock)
+    with torch.no_grad():
+        expected = stock(input_ids=ids, use_cache=False).logits
+        compiled = torch.compile(stock, backend="eager", fullgraph=True)
+        found = compiled(input_ids=ids, use_cache=False).logits
+    assert relative_error(found, expected) <= CPU_TOLERANCE

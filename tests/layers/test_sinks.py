@@ -9,7 +9,8 @@ from expertmesh import AutoModelForCausalLM, fuse
 from expertmesh.bench.parity import CPU_TOLERANCE, Case, compare_case
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.layers import masks, sinks
+from expertmesh.layers import base_model, sinks
+from expertmesh.layers.rows import look
 from tests.kernels.compare import on_triton
 from tests.models import load_ours, load_stock, saved, shared_pair
 
@@ -69,7 +70,7 @@ def test_who_asks_for_another_implementation_gets_it(asked, ran):
 
 def test_a_model_without_sinks_keeps_its_default():
     model = load_ours("qwen3_moe")
-    assert model.config._attn_implementation == "sdpa" and row(model).reason == "no module of the model needs it"
+    assert model.config._attn_implementation == "expertmesh" and row(model).reason == "no module of the model needs it"
 
 
 def test_a_saved_configuration_does_not_carry_our_name(tmp_path):
@@ -107,17 +108,14 @@ def test_recomputed_layers_know_the_documents(ran):
     assert len(ran) == 3 * ours.config.num_hidden_layers  # forward, recompute, evaluation
 
 
-def test_nobody_waits_to_find_documents(monkeypatch):
-    def waits(*_):
-        raise AssertionError("a look at the positions from the CPU")
-
-    monkeypatch.setattr(masks, "find_documents", waits)
-    monkeypatch.setattr(masks, "_look", waits)
+def test_nobody_waits_to_find_documents_that_were_told(monkeypatch):
+    looks = []
+    monkeypatch.setattr(base_model, "look", lambda *args: looks.append(args) or look(*args))
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     said = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": 12, "max_length_k": 12}
     model = load_ours("gpt_oss")
     told, found = (model(input_ids=tokens(), position_ids=POSITIONS, **more).logits for more in (said, {}))
-    assert torch.equal(told, found)
+    assert torch.equal(told, found) and len(looks) == 1
 
 
 def test_dropout_and_unknown_widths_take_the_eager_attention(ran, monkeypatch):

@@ -1,8 +1,9 @@
-"""Stock Transformers on packed rows, one document after the other: what a model that mixes them up should compute.
+"""Stock Transformers on rows of several documents, or of padding, one document after the other: what a model that mixes
+them up should compute.
 
 Transformers' Mamba2 layers carry their state from one packed document into the next if only position_ids tell them
-apart, and GPT-OSS's attention looks across, unless it is FlashAttention. Ours do not, so stock's numbers for such rows
-are made from calls on the documents alone.
+apart, and from padding into what follows it; GPT-OSS's attention looks across documents, unless it is FlashAttention.
+Ours do not, so stock's numbers for such rows are made from calls on the documents alone.
 """
 
 from types import SimpleNamespace
@@ -11,23 +12,33 @@ from typing import Any
 import torch
 
 
-def keeps_apart(model: Any) -> bool:
-    """Whether this model keeps packed documents apart where stock Transformers does not."""
-    return any(row.name in ("mamba2", "sink_attention") and row.on for row in getattr(model, "fusion_report", list)())
+def keeps_apart(model: Any, batch: str) -> bool:
+    """Whether this model keeps the documents of a `batch` apart ("packed", "left" padding), and stock does not."""
+    on = {row.name for row in getattr(model, "fusion_report", list)() if row.on}
+    return bool(on & {"packed": {"mamba2", "sink_attention"}, "left": {"mamba2"}}.get(batch, set()))
 
 
 def documents_apart(
-    model: Any, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor, use_cache: bool = False
+    model: Any,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    use_cache: bool = False,
 ) -> Any:
-    """(loss, logits) of packed rows [B, S]: `loss` the mean over all labelled tokens, `logits` [B, S, V]."""
+    """(loss, logits) of rows [B, S]: `loss` the mean over all labelled tokens, `logits` [B, S, V], zero at padding."""
     num_items = (labels[:, 1:] != -100).sum()
+    begins = torch.zeros_like(input_ids, dtype=torch.bool) if position_ids is None else position_ids == 0
+    keep = torch.ones_like(begins) if attention_mask is None else attention_mask != 0
     loss, rows = torch.zeros((), device=input_ids.device), []
-    for ids, wanted, positions in zip(input_ids, labels, position_ids, strict=True):
-        starts = (positions == 0).nonzero().flatten().tolist()[1:]
+    for ids, wanted, begin, kept in zip(input_ids, labels, begins, keep, strict=True):
+        token = kept.nonzero().flatten()
+        starts = begin[token].nonzero().flatten().tolist()
         logits = []
-        for part, its_labels in zip(ids.tensor_split(starts), wanted.tensor_split(starts), strict=True):
-            out = model(part[None], labels=its_labels[None], num_items_in_batch=num_items, use_cache=use_cache)
+        for part in token.tensor_split([start for start in starts if start]):
+            out = model(ids[part][None], labels=wanted[part][None], num_items_in_batch=num_items, use_cache=use_cache)
             loss = loss + out.loss
-            logits.append(out.logits)
-        rows.append(torch.cat(logits, dim=1))
-    return SimpleNamespace(loss=loss, logits=torch.cat(rows))
+            logits.append(out.logits[0])
+        row = torch.cat(logits)
+        rows.append(row.new_zeros(len(ids), row.shape[1]).index_copy(0, token, row))
+    return SimpleNamespace(loss=loss, logits=torch.stack(rows))

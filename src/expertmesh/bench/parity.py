@@ -199,7 +199,7 @@ def run_case(
     `share_of_aux` is given for the stock side: it says which part of the router aux loss expertmesh adds, because stock
     adds the whole of it to every microbatch, however many there are. `apart`: packed documents one by one.
     """
-    call = functools.partial(documents_apart, model) if apart and case.batch == "packed" else model
+    call = functools.partial(documents_apart, model) if apart else model
     batch = make_batch(case.batch, model.config.get_text_config().vocab_size, model.device)
     extra: dict = {"output_router_logits": True} if case.aux else {}
     if case.accumulated:
@@ -207,11 +207,12 @@ def run_case(
     outcome = Outcome({})
 
     def record(prefix: str, out) -> None:
-        outcome.values[f"{prefix} logits"] = out.logits.detach().float().cpu()
+        seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).cpu()  # padding's are of no use
+        outcome.values[f"{prefix} logits"] = out.logits.detach().float().cpu() * seen[..., None]
         if case.aux:
             outcome.values[f"{prefix} aux loss"] = out.aux_loss.detach().float().cpu()
             outcome.values[f"{prefix} router logits"] = torch.cat(
-                [logits.detach().float().cpu().flatten(0, -2) for logits in out.router_logits]
+                [logits.detach().float().cpu().flatten(0, -2) * seen.view(-1, 1) for logits in out.router_logits]
             )
 
     model.train()
@@ -233,8 +234,9 @@ def run_case(
         model.zero_grad(set_to_none=True)
         model.eval()
         with torch.no_grad():
-            # with a cache Transformers does not look for packed documents
-            out = call(**batch, **extra, use_cache=case.batch != "packed")
+            # with a cache Transformers does not look for packed documents, and padding stays where it is
+            packed = case.batch == "packed"
+            out = (call if packed else model)(**batch, **extra, use_cache=not packed)
         record("eval", out)
     return outcome
 
@@ -293,7 +295,7 @@ def compare_case(
         for model in others:
             model.load_state_dict(stock.state_dict())
     try:
-        apart = keeps_apart(ours)
+        apart = keeps_apart(ours, case.batch)
         theirs = run_case(stock, case, aux_share, apart)
         found = run_case(ours, case)
         if reference is None:
