@@ -4,6 +4,7 @@ as with the real ones.
 """
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 class Recorder(TorchDispatchMode):
     """In the place of `torch.cuda.graph`."""
 
-    def __init__(self, tape: Tape, **_: Any) -> None:
+    def __init__(self, tape: Tape, *_: Any, **__: Any) -> None:
         super().__init__()
         self.tape = tape
         self.before: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -69,8 +70,33 @@ class Recorder(TorchDispatchMode):
             x.copy_(value)
 
 
+class Watcher(TorchDispatchMode):
+    """In the place of PyTorch's debug mode for synchronization: warns of what asks for a value."""
+
+    on: "Watcher | None" = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=3)
+        return func(*args, **(kwargs or {}))
+
+
+def set_sync_debug_mode(mode: str) -> None:
+    if mode == "warn":
+        Watcher.on = Watcher()
+        Watcher.on.__enter__()
+    elif Watcher.on is not None:
+        Watcher.on.__exit__(None, None, None)
+        Watcher.on = None
+
+
 def instead_of_cuda(monkeypatch: Any) -> None:
     """From now on a recording is a tape."""
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_sync_debug_mode)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: "default")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 1))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,18 +11,20 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-from expertmesh import Trainer
-from expertmesh.bench.tiny import tiny_model
+from expertmesh import AutoModelForCausalLM, Trainer
+from expertmesh.bench.tiny import tiny_config, tiny_model
 from expertmesh.data import demo_tokenizer
 from expertmesh.dispatch import links
 from expertmesh.train import graphed
 from expertmesh.train.balance import BIAS, BalanceRouters
+from expertmesh.train.buckets import Bucket, Buckets, one_row
 from expertmesh.train.config import ConfigError, load_config
 from expertmesh.train.graphed import MOST, WARM_UP, GraphedStep
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.routing import routers
 from expertmesh.train.run import run as run_recipe
 from tests.distributed.ranks import on_ranks
+from tests.models import load_ours
 from tests.train import tape
 from tests.train.runs import tiny_run
 from tests.train.tape import Tape
@@ -132,10 +135,10 @@ def test_what_cannot_be_recorded_is_told_and_leaves_nothing_behind():
         return run(module, x, float(x.max()))
 
     step = GraphedStep(module, waits)
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP - 1):
         step(x=torch.ones(1, 3))
         module.zero_grad()
-    with pytest.raises(RuntimeError, match="cannot be recorded .* not permitted .*cuda_graph=False"):
+    with pytest.raises(RuntimeError, match=r"cannot be recorded .* waits for the GPU in .*, line .*cuda_graph=False"):
         step(x=torch.ones(1, 3))
     assert not step._recorded
 
@@ -174,6 +177,71 @@ def test_larger_mailboxes_are_recorded_anew_and_each_replay_is_between_two_barri
     link.boxes = [Box(), Box()]
     again()
     assert replays() == [1, 2] and link.boxes[0].met == 2
+
+
+def lenient(module, run):
+    return GraphedStep(module, lambda x: run(module, x), strict=False)
+
+
+def steps_of(step, module, count=WARM_UP + 3):
+    """Gradients of steps with 1, 2, … as input."""
+    found = []
+    for value in range(1, count + 1):
+        module.zero_grad()
+        step(x=torch.full((1, 3), float(value)))
+        found.append(module.weight.grad.clone())
+    return found
+
+
+def test_a_rehearsal_finds_what_waits_and_steps_go_on_as_always(caplog):
+    module = nn.Linear(3, 1)
+    step = lenient(module, lambda module, x: run(module, x, float(x.max())))
+    want = [torch.full((1, 3), float(value * value)) for value in range(1, WARM_UP + 4)]
+    close(steps_of(step, module), want)
+    assert step.gave_up and not Tape.made and not step.replayed
+    assert caplog.text.count("Steps are no more recorded") == 1 and "waits for the GPU" in caplog.text
+
+
+def test_a_recording_that_fails_all_the_same_loses_nothing(caplog):
+    module = nn.Linear(3, 1)
+
+    def fails(module, x):
+        loss = run(module, x)
+        if Tape.made:  # that is, while recording: its gradients are there by now, and nothing will ever fill them
+            Tape.made.clear()
+            raise torch.OutOfMemoryError("out of memory")
+        return loss
+
+    step = lenient(module, fails)
+    want = [torch.full((1, 3), float(value)) for value in range(1, WARM_UP + 4)]
+    close(steps_of(step, module), want)
+    assert step.gave_up and not step.replayed and "out of memory" in caplog.text
+
+
+def test_shapes_without_end_and_no_memory_to_spare_end_the_recording(caplog, monkeypatch):
+    module = nn.Linear(3, 1)
+    step = lenient(module, run)
+    for rows in range(1, graphed.MANY + 3):
+        module.zero_grad()
+        step(x=torch.ones(rows, 3))
+    assert step.gave_up and "too many shapes" in caplog.text
+    monkeypatch.setattr(graphed, "_has_room", lambda: False)
+    step = lenient(module, run)
+    steps_of(step, module)
+    assert step.gave_up and "memory" in caplog.text and not Tape.made
+    step = GraphedStep(module, lambda x: run(module, x))  # who asks for it gets it
+    steps_of(step, module)
+    assert step.replayed == 3
+
+
+def test_weights_frozen_later_are_another_step():
+    module = nn.Linear(3, 1)
+    step = lenient(module, run)
+    steps_of(step, module)
+    module.zero_grad()
+    module.bias.requires_grad_(False)
+    step(x=torch.ones(1, 3))
+    assert module.bias.grad is None and step.replayed == 3
 
 
 def shapes_of_ranks(rank):
@@ -262,7 +330,7 @@ def rows():
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Let the Trainer record without a GPU."""
-    monkeypatch.setattr("expertmesh.train.trainer.refuse", lambda trainer: None)
+    monkeypatch.setattr("expertmesh.train.trainer.why_not", lambda trainer: None)
 
 
 def trained(folder, cuda_graph, family="qwen3_moe", balance=None, **changes):
@@ -337,8 +405,10 @@ def test_what_is_known_not_to_work_is_refused_with_what_to_change(tmp_path, chan
     trainer = Trainer(model(), arguments(tmp_path, **changes), train_dataset=rows())
     if changes:
         monkeypatch.setattr(transformers.TrainingArguments, "device", torch.device("cuda"))
+    assert text in graphed.why_not(trainer)
+    trainer.cuda_graph = True
     with pytest.raises(ValueError, match=f"{text}.*set cuda_graph=False"):
-        graphed.refuse(trainer)
+        trainer._records()
 
 
 def test_without_a_gpu_the_trainer_refuses_at_once(tmp_path):
@@ -353,8 +423,137 @@ def test_a_dispatch_that_waits_is_refused(tmp_path, name, refused, monkeypatch):
     trainer = Trainer(model(), arguments(tmp_path), train_dataset=rows())
     monkeypatch.setattr(transformers.TrainingArguments, "device", torch.device("cuda"))
     trainer.model.config.distributed_config = type("Layout", (), {"ep_size": 2, "ep_implementation": name})()
-    with pytest.raises(ValueError, match="dispatch='gather'") if refused else contextlib.nullcontext():
-        graphed.refuse(trainer)
+    assert ("dispatch='gather'" in (graphed.why_not(trainer) or "")) == refused
+
+
+# --- by default, where it works and pays
+
+
+def fused_model(family="qwen3_moe", **options):
+    """Ours, as far as it waits for nothing on a CPU."""
+    plain = {"experts": False, "linear_cross_entropy": False}
+    made = load_ours(family, fused=plain, **options).train()
+    made.set_experts_implementation("batched_mm")
+    return made
+
+
+def of_changing_lengths(count=64):
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(5, 15, (count,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(3, 128, (n,), generator=generator).tolist()} for n in lengths]
+
+
+def in_rows(examples):
+    """Padded behind; every third batch needs no padding."""
+    longest = max(len(example["input_ids"]) for example in examples)
+    ids = [example["input_ids"] for example in examples]
+    return {
+        "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in ids]),
+        "labels": torch.tensor([row + [-100] * (longest - len(row)) for row in ids]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
+    }
+
+
+packed = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
+
+
+def by_default(folder, collator=in_rows, module=None, cls=Trainer, cuda_graph="auto", **changes):
+    trainer = cls(fused_model() if module is None else module, arguments(folder, logging_steps=1, **changes),
+                  data_collator=collator, train_dataset=of_changing_lengths(), cuda_graph=cuda_graph)  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def same_logs(one, other):
+    for mine, theirs in zip(one.state.log_history, other.state.log_history, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in mine.keys() & {"loss", "grad_norm", "moe/load_cv", "moe/max_vio"}:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
+    assert (one.load.total == other.load.total).all()
+
+
+@pytest.mark.parametrize("collator", [in_rows, packed])
+@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
+def test_rows_of_changing_lengths_are_replayed_by_default(tmp_path, on_cpu, family, collator):
+    mine = by_default(tmp_path / "a", collator, fused_model(family))
+    assert sum(replays()) >= 8 - 2 * WARM_UP > 0
+    same_logs(mine, by_default(tmp_path / "b", collator, fused_model(family), cuda_graph=False))
+
+
+def test_rows_of_one_length_stay_rows(tmp_path, on_cpu, monkeypatch):
+    monkeypatch.setattr(Bucket, "fill", None)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(3, 67).view(16, 4).repeat(4, 1).tolist()]
+    trainer = Trainer(fused_model(), arguments(tmp_path), train_dataset=rows)
+    trainer.train()
+    assert replays() == [8 - WARM_UP]
+
+
+def test_without_a_gpu_nothing_is_recorded_and_that_is_said_once(tmp_path, caplog):
+    by_default(tmp_path)
+    assert not Tape.made and caplog.text.count("Steps are not recorded as CUDA graphs: it needs an NVIDIA GPU") == 1
+
+
+def test_many_tokens_are_not_recorded(tmp_path, on_cpu, caplog, monkeypatch):
+    monkeypatch.setattr("expertmesh.train.trainer.MOST_TOKENS", 10)
+    mine = by_default(tmp_path / "a")
+    assert not Tape.made and caplog.text.count("a batch has more than 10 tokens per GPU") == 1
+    same_logs(mine, by_default(tmp_path / "b", cuda_graph=False))
+
+
+class OwnLoss(Trainer):
+    seen = 0
+
+    def compute_loss(self, *args, **kwargs):
+        self.seen += 1
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_code_of_the_user_s_runs_at_every_step_unless_he_asks_for_recording(tmp_path, on_cpu, caplog):
+    assert by_default(tmp_path / "a", cls=OwnLoss).seen == 8
+    assert "compute_loss is your code" in caplog.text and not Tape.made
+    module, seen = fused_model(), []
+    module.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    by_default(tmp_path / "b", module=module)
+    assert len(seen) == 8 and "a hook on lm_head is your code" in caplog.text
+    assert by_default(tmp_path / "c", cls=OwnLoss, cuda_graph=True).seen < 8
+
+
+def test_a_step_that_waits_goes_on_as_always(tmp_path, on_cpu, caplog):
+    waiting = {"fused": {"experts": False, "linear_cross_entropy": True}}  # whose CPU path counts labels
+    mine = by_default(tmp_path / "a", module=load_ours("qwen3_moe", **waiting))
+    assert caplog.text.count("Steps are no more recorded") == 1 and not Tape.made
+    same_logs(mine, by_default(tmp_path / "b", module=load_ours("qwen3_moe", **waiting), cuda_graph=False))
+
+
+def test_a_weight_of_the_loss_that_changes_is_seen(tmp_path, on_cpu):
+    class Raise(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            model.mtp_loss_weight = 0.1 * (state.global_step // 6)
+
+    trainer = Trainer(fused_model("deepseek_v3"), arguments(tmp_path, max_steps=12), data_collator=packed,
+                      train_dataset=of_changing_lengths())  # fmt: skip
+    trainer.add_callback(Raise())
+    trainer.train()
+    assert replays() == [5 - WARM_UP, 6 - WARM_UP]  # in the first step it was None
+
+
+def buckets_of_ranks(rank):
+    """What each rank's batch is brought to: full rows on both, then longer ones on one, then one that cannot be."""
+    dist.init_process_group("gloo")
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
+    trainer = SimpleNamespace(cuda_graph=True, model=model, _buckets=Buckets(), _usual=None, _row=None)
+    found = []
+    for length, hole in [((12, 12), False), ((12, 70), False), ((12, 12), True)]:
+        ids = torch.arange(3, 3 + length[rank])[None]
+        batch = {"input_ids": ids, "labels": ids}
+        trainer._row = None if hole and rank else one_row(batch)
+        brought, few = Trainer._brought(trainer, batch)
+        found.append((None if brought is None else tuple(brought["input_ids"].shape), few))
+    return found
+
+
+def test_ranks_bring_their_batches_to_the_same_bucket():
+    assert on_ranks(2, buckets_of_ranks) == [[(None, True), ((1, 128), True), (None, True)]] * 2
 
 
 # --- in TRL's and in recipes
@@ -387,6 +586,38 @@ def test_a_recorded_sft_run_learns_the_same_without_trl_s_waits(tmp_path, on_cpu
             assert mine[key] == pytest.approx(other[key], rel=1e-4), key
 
 
+def fine_tuned_by_default(folder, **changes):
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from expertmesh.train.sft import SFTTrainer
+
+    options = arguments(folder, logging_steps=1).to_dict() | {"output_dir": str(folder), "bf16": False} | changes
+    args = SFTConfig(**{key: value for key, value in options.items() if key in SFTConfig.__dataclass_fields__})
+    data = Dataset.from_list(of_changing_lengths(200))
+    trainer = SFTTrainer(fused_model(), args, train_dataset=data, processing_class=demo_tokenizer(),
+                         cuda_graph=changes.pop("cuda_graph", "auto"))  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_fine_tuning_records_padded_and_packed_rows_by_default(tmp_path, on_cpu, packing):
+    changes = {"packing": packing, "max_length": 60, "router_aux_loss_coef": 0.3, "per_device_train_batch_size": 2}
+    mine = fine_tuned_by_default(tmp_path / "a", **changes)
+    assert sum(replays()) >= 8 - 2 * WARM_UP
+    other = fine_tuned_by_default(tmp_path / "b", **changes, cuda_graph=False)
+    for one, two in zip(mine.state.log_history[:-1], other.state.log_history[:-1], strict=True):
+        for key in ("loss", "grad_norm", "moe/load_cv", "moe/max_vio"):
+            assert one[key] == pytest.approx(two[key], rel=1e-4), key
+    assert (mine.load.total == other.load.total).all()
+
+
+def test_another_loss_is_not_recorded_by_default(tmp_path, on_cpu, caplog):
+    assert "entropy" in fine_tuned_by_default(tmp_path, loss_type="dft").state.log_history[0]
+    assert not Tape.made and "the model's own loss" in caplog.text
+
+
 def test_a_loss_that_is_not_the_model_s_is_refused(tmp_path, on_cpu):
     from datasets import Dataset
     from trl import SFTConfig
@@ -395,7 +626,7 @@ def test_a_loss_that_is_not_the_model_s_is_refused(tmp_path, on_cpu):
 
     data = Dataset.from_list([{"input_ids": [3, 4]}])
     args = SFTConfig(str(tmp_path), loss_type="dft", bf16=False, use_cpu=True)
-    with pytest.raises(ValueError, match="leave out loss_type"):
+    with pytest.raises(ValueError, match="Leave out loss_type"):
         SFTTrainer(model(), args, train_dataset=data, processing_class=demo_tokenizer(), cuda_graph=True)
 
 
@@ -414,7 +645,6 @@ def test_a_recipe_s_batches_have_one_shape(tmp_path, on_cpu):
             assert mine[key] == pytest.approx(other[key], rel=1e-3), key
 
 
-@pytest.mark.parametrize("other", ["data.packing=true", "train.gradient_accumulation_steps=2"])
-def test_a_recipe_whose_batches_cannot_be_recorded_is_refused(other):
-    with pytest.raises(ConfigError, match="always of the same shape: remove it, or `data.packing`"):
-        load_config(None, ["train.cuda_graph=true", other])
+def test_a_recipe_whose_batches_cannot_be_recorded_is_refused():
+    with pytest.raises(ConfigError, match="leave it at `auto`, or remove `train.gradient_accumulation_steps`"):
+        load_config(None, ["train.cuda_graph=true", "train.gradient_accumulation_steps=2"])

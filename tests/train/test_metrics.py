@@ -3,8 +3,12 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
+import transformers
 
+from expertmesh import Trainer
+from expertmesh.bench.tiny import tiny_model
 from expertmesh.train.metrics import MetricsFile, read_metrics
 from expertmesh.train.routing import RouterLoad
 
@@ -62,3 +66,37 @@ def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
     assert steps(tmp_path) == [1]
     assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_tokens_per_second_are_what_a_stopwatch_says(tmp_path, monkeypatch):
+    """Loading, steps and logging count; padding, evaluation and checkpoints do not."""
+    clock = [100.0]
+    monkeypatch.setattr("expertmesh.train.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def collate(rows):
+        clock[0] += 50 if "held out" in rows[0] else 1
+        ids = torch.tensor([row["ids"] for row in rows])
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.tensor([[1] * 6 + [0] * 2] * len(rows))}
+
+    class Takes(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            clock[0] += 2
+
+        def on_log(self, *_, **__):
+            clock[0] += 4
+
+        def on_save(self, *_, **__):
+            clock[0] += 1000
+
+    rows = [{"ids": list(range(3, 11))} for _ in range(24)]
+    held_out = [row | {"held out": True} for row in rows[:4]]
+    steps = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1}
+    often = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 5}
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "remove_unused_columns": False}
+    args = transformers.TrainingArguments(str(tmp_path), **steps, **often, **quiet)
+    trainer = Trainer(tiny_model("qwen3_moe"), args, collate, rows, held_out, callbacks=[Takes()])
+    trainer.train()
+    rates = [record["tokens_per_second"] for record in trainer.state.log_history if "tokens_per_second" in record]
+    # two batches are loaded before the first step, none before the last; logging is in the window behind it
+    seconds = [2 + 2, 1 + 2 + 4, 1 + 2 + 4, 1 + 2, 1 + 2 + 4, 2]
+    assert rates == [pytest.approx(4 * 6 / each, abs=0.06) for each in seconds]

@@ -51,6 +51,8 @@ class FastBaseModel(Fast):
     In training a cache is filled only if the caller asks for it.
     """
 
+    #: whether documents are where `cu_seq_lens_q` says and an attention_mask beside it is the auxiliary loss's alone
+    told = False
     _call: Call | None = None
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
     _stateful: type | None = None  # the class of such mixers that are not ours
@@ -78,8 +80,10 @@ class FastBaseModel(Fast):
         mask, *told = (inputs.get(name) for name in ("attention_mask", "position_ids", "seq_idx"))
         if not all(x is None or _is_of_rows(x, shape) for x in (mask, *told)):
             return None  # a mask of the user's own, or positions on several axes
-        documents, apart = _given(inputs) if mask is None else None, None
-        if documents is None and (mask is not None or any(x is not None for x in told)):
+        documents, apart = _given(inputs) if mask is None or self.told else None, None
+        if documents is not None:
+            inputs["attention_mask"] = None
+        elif mask is not None or any(x is not None for x in told):
             found = look(shape, mask, *told, call.targets)
             call.labelled = found.labelled
             if found.padded:
@@ -99,6 +103,10 @@ class FastBaseModel(Fast):
             self._refuse_leaks(inputs)
         self._say(inputs, documents, shape, device)
         return apart
+
+    def takes_documents(self, length: int) -> bool:
+        """Whether documents in rows of this length are kept apart without a mask and without a look at them."""
+        return self._stateful is None and self._attends_by(length) != "masks"
 
     def _attends_by(self, length: int) -> str:
         """How attention learns of documents: by the keyword "documents", by those of "flash" attention, by "masks"."""

@@ -88,8 +88,8 @@ class TrainSection(Section):
     """Mixed precision: float32 weights, bfloat16 matrix products (autocast)."""
     activation_checkpointing: bool = False
     """Whether to recompute activations in the backward pass: less memory, about a quarter slower."""
-    cuda_graph: bool = False
-    """Whether to record steps once and replay them: faster where the CPU is the limit; pads to `data.max_length`."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Whether to record steps once and replay them, faster where the CPU is the limit; `auto`: where that pays."""
     seed: int = 42
     """Seed of weights, data order and dropout; the same seed on the same machine gives the same run."""
 
@@ -179,10 +179,10 @@ class Config(Section):
             raise ValueError("`train.max_steps` and `train.num_train_epochs` are both set: remove one.")
         if self.data.eval_split is not None and "eval_fraction" in self.data.model_fields_set:
             raise ValueError("`data.eval_split` and `data.eval_fraction` are both set: remove one.")
-        if self.train.cuda_graph and (self.data.packing or self.train.gradient_accumulation_steps > 1):
+        if self.train.cuda_graph is True and self.train.gradient_accumulation_steps > 1:
             raise ValueError(
-                "`train.cuda_graph` records steps of one batch, always of the same shape: remove it, or `data.packing` "
-                "(documents begin elsewhere in every batch) and `train.gradient_accumulation_steps` above 1."
+                "`train.cuda_graph` records steps of one batch: leave it at `auto`, or remove "
+                "`train.gradient_accumulation_steps`."
             )
         return self
 

@@ -6,12 +6,15 @@ A training step is thousands of launches, most of them of the same kernels on th
 
 What is recorded are launches, not Python. Hooks, printing and lists that grow happen while recording only; a number
 that Python passes (`mtp_loss_weight`, say) stays what it was; sums kept in place on the device go on. `Trainer` records
-its step with `cuda_graph=True`.
+its steps where that pays. A step that waits for the GPU would leave CUDA in disorder if it were recorded, so the last
+step before is a rehearsal, in which PyTorch tells of every wait.
 """
 
 import gc
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,17 +22,21 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from expertmesh import backends
 from expertmesh.dispatch import gather, links, push
 
-WARM_UP = 3  # calls that run as always: kernels are compiled, buffers and streams made
-MOST = 4  # shapes that are recorded: each keeps its memory
+WARM_UP = 3  # calls that run as always: kernels are compiled, buffers and streams made; the last is the rehearsal
+MOST = 4  # shapes that are recorded: each keeps its gradients, and all together the memory of the largest
+MANY = 16  # shapes after which, if most steps were no replays, no more will come
 ACCUMULATING = -1  # in place of a shape; no hash is -1
 
 CANNOT = (
     "This training step cannot be recorded as a CUDA graph: {why}. Something in it waits for the GPU, or depends on "
-    "what a batch holds: documents packed into a row (`position_ids`), dispatch='push' without memory open to all "
-    "GPUs, or a model or loss that looks at values. Leave that out, or switch recording off (cuda_graph=False)."
+    "what a batch holds: padding or documents that only position_ids tell of, dispatch='push' without memory open to "
+    "all GPUs, or a model or loss that looks at values. Leave that out, or switch recording off (cuda_graph=False)."
 )
+_WAITS = "called a synchronizing CUDA operation"  # PyTorch's words
+_broken: list[Any] = []  # graphs whose recording failed: the allocator may still ask them
 
 
 class GraphedStep:
@@ -40,17 +47,21 @@ class GraphedStep:
     those after it are replayed, for `MOST` shapes. All ranks must call it at the same time, and shapes are those of all
     ranks' batches together; if on any rank gradients are there already, to be accumulated into, all run it as always.
     Gradients lie at the same addresses in every replay: a copy of one must be made before the next step if it is to be
-    kept. The memory of a recorded step stays reserved for it.
+    kept. The memory of recorded steps stays reserved for them.
 
     `close()` drops what is recorded. Call it before `destroy_process_group`, which waits for graphs that hold NCCL's
     exchanges: `with contextlib.closing(GraphedStep(model)) as step`. Raises RuntimeError for a step that cannot be
-    recorded, and has closed itself then.
+    recorded, and has closed itself then. If not `strict`, such a step is told of in the log and runs as always, and so
+    do all after it; and so does a shape if memory would be left for no other step beside it.
     """
 
-    def __init__(self, model: Any, run: Callable[..., torch.Tensor] | None = None) -> None:
-        self.model, self.run = model, run or self._forward_backward
+    def __init__(self, model: Any, run: Callable[..., torch.Tensor] | None = None, strict: bool = True) -> None:
+        self.model, self.run, self.strict = model, run or self._forward_backward, strict
         self.replayed = 0  # steps
+        self.gave_up = False
+        self._most = MOST
         self._stream = torch.cuda.Stream()
+        self._pool: Any = None
         self._seen: Counter[tuple[int, ...]] = Counter()
         self._recorded: dict[tuple[int, ...], _Recorded] = {}
         self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -59,15 +70,19 @@ class GraphedStep:
         for module in self._sharded:  # an evaluation leaves weights gathered: a replay would neither see nor renew them
             module.reshard()
         fresh = all(parameter.grad is None for parameter in self.model.parameters())
-        shapes = _on_all_ranks(_shape_of(self.model.training, batch) if fresh else ACCUMULATING)
-        known = shapes in self._recorded or (self._seen[shapes] >= WARM_UP and len(self._recorded) < MOST)
-        if not known or ACCUMULATING in shapes:
-            self._seen[shapes] += 1
-            return self._as_always(batch)
+        modes = self.model.training, *(parameter.requires_grad for parameter in self.model.parameters())
+        shapes = _on_all_ranks(_shape_of(modes, batch) if fresh else ACCUMULATING)
+        if ACCUMULATING in shapes or self.gave_up or not self._comes_again(shapes):
+            return self.always(**batch)
+        if shapes not in self._recorded and self._seen[shapes] <= WARM_UP:
+            return self.always(**batch) if self._seen[shapes] < WARM_UP else self._rehearse(batch)
         if shapes in self._recorded and self._recorded[shapes].mailboxes != links.mailboxes():
             self.close()  # larger ones were made, at another place
         if shapes not in self._recorded:
-            self._recorded[shapes] = self._record(batch)
+            recorded = self._record(batch)
+            if recorded is None:
+                return self.always(**batch)
+            self._recorded[shapes] = recorded
         self.replayed += 1
         return self._recorded[shapes].replay(batch)
 
@@ -82,23 +97,64 @@ class GraphedStep:
         loss.backward()
         return loss
 
-    def _as_always(self, batch: dict[str, Any]) -> torch.Tensor:
-        """On the stream of the recording, as what autograd remembers of parameters belongs to a stream."""
+    def always(self, **batch: Any) -> torch.Tensor:
+        """The step, not recorded; on the stream of the recording, as what autograd remembers of parameters belongs to a
+        stream."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             loss = self.run(**batch)
         torch.cuda.current_stream().wait_stream(self._stream)
         return loss.detach()
 
-    def _record(self, batch: dict[str, Any]) -> "_Recorded":
+    def _comes_again(self, shapes: tuple[int, ...]) -> bool:
+        """Count this batch; whether its shape is or may come to be recorded."""
+        self._seen[shapes] += 1
+        if not self.strict and len(self._seen) > MANY and 2 * self.replayed < self._seen.total():
+            self._give_up(f"batches come in too many shapes, {len(self._seen)} so far")
+            return False
+        return shapes in self._recorded or len(self._recorded) < self._most
+
+    def _rehearse(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The step, not recorded, with an eye on what would go wrong if it were."""
+        with _watching() as waits:
+            loss = self.always(**batch)
+        where = f"it waits for the GPU in {waits[0]}" if waits else "another rank waits for its GPU"
+        if any(_on_all_ranks(len(waits))):
+            self._fail(where, self.strict)
+        elif not self.strict and any(_on_all_ranks(int(not _has_room()))):
+            self._most = len(self._recorded)
+            if not self._most:
+                self._give_up("there is not the memory of a step to spare")
+        return loss
+
+    def _record(self, batch: dict[str, Any]) -> "_Recorded | None":
+        if not self._recorded:
+            self._pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.current_stream()
         try:
             return _Recorded(self, batch)
         except RuntimeError as error:
-            self.close()
+            torch.cuda.set_stream(stream)  # which ending a recording that failed does not
             first = _first(error)
-            if isinstance(first, torch.OutOfMemoryError):
+            self.model.zero_grad()  # what was to be filled by replays
+            if self.strict and isinstance(first, torch.OutOfMemoryError):
+                self.close()
                 raise first from None
-            raise RuntimeError(CANNOT.format(why=str(first).strip().split("\n")[0].rstrip("."))) from error
+            # other ranks may have gone on, and what FSDP gathered while recording was never filled
+            alone = not self._sharded and not (dist.is_initialized() and dist.get_world_size() > 1)
+            self._fail(str(first).strip().split("\n")[0].rstrip("."), self.strict or not alone, error)
+            return None
+
+    def _fail(self, why: str, strict: bool, error: RuntimeError | None = None) -> None:
+        if strict:
+            self.close()
+            raise RuntimeError(CANNOT.format(why=why)) from error
+        self._give_up(why)
+
+    def _give_up(self, why: str) -> None:
+        self.close()
+        self.gave_up = True
+        backends.logger().warning(f"Steps are no more recorded as CUDA graphs, and run as always: {why}.")
 
 
 class _Recorded:
@@ -107,11 +163,13 @@ class _Recorded:
         self.mailboxes = links.mailboxes()
         self.graph = torch.cuda.CUDAGraph()
         gc.collect()
+        _broken.append(self.graph)
         # other threads look after collectives meanwhile
-        with torch.cuda.graph(self.graph, stream=step._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, step._pool, step._stream, capture_error_mode="thread_local"):
             links.settle()  # a replay always begins with the same mailbox, whichever was the last
             self.loss = step.run(**self.batch).detach()
             links.settle()
+        _broken.remove(self.graph)
         self.gradients = [(p, p.grad) for p in step.model.parameters() if p.grad is not None]
 
     def replay(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -124,8 +182,53 @@ class _Recorded:
         return self.loss.clone()
 
 
-def refuse(trainer: Any) -> None:
-    """Raise ValueError if a transformers.Trainer is set up so that its steps cannot be recorded."""
+KNOWN = {"expertmesh", "torch", "transformers", "accelerate", "trl", "peft", "bitsandbytes", "liger_kernel"}
+
+
+def why_not_unasked(trainer: Any) -> str | None:
+    """Why steps should not be recorded though they may be: code of the user's that may want to run at every step."""
+    code = {name: getattr(type(trainer), name) for name in ("compute_loss", "training_step")}
+    if trainer.compute_loss_func is not None:
+        code["compute_loss_func"] = trainer.compute_loss_func
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for name, module in trainer.model.named_modules():
+        code |= {f"a hook on {name}": hook for kind in kinds for hook in getattr(module, kind).values()}
+    for name, parameter in trainer.model.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return f"the gradient of {name} is used within the backward. Set cuda_graph=True if that can be recorded"
+        code |= {f"a hook on {name}": hook for hook in (parameter._backward_hooks or {}).values()}
+    for name, function in code.items():
+        function = getattr(function, "func", function)  # of a functools.partial
+        if (getattr(function, "__module__", None) or "").partition(".")[0] not in KNOWN:
+            return (
+                f"{name} is your code, and its Python would run while recording only. If that does, set cuda_graph=True"
+            )
+    return None
+
+
+@contextmanager
+def _watching() -> Iterator[list[str]]:
+    """Yields a list that holds, behind it, where the CPU waited for the GPU. Code that asks whether it is recorded, as
+    Transformers' masks do, hears that it is."""
+    before, asked, waits = torch.cuda.get_sync_debug_mode(), torch.cuda.is_current_stream_capturing, list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.is_current_stream_capturing = lambda: True
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            torch.cuda.is_current_stream_capturing = asked
+    for warning in caught:
+        if _WAITS in str(warning.message):
+            waits.append(f"{warning.filename}, line {warning.lineno}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def why_not(trainer: Any) -> str | None:
+    """Why steps of a transformers.Trainer cannot be recorded, as it is set up, and what to change; or None."""
     args, model = trainer.args, trainer.model
     layout = getattr(getattr(model, "config", None), "distributed_config", None)
     dispatch = layout.ep_implementation if layout is not None and (layout.ep_size or 1) > 1 else gather.NAME
@@ -144,27 +247,35 @@ def refuse(trainer: Any) -> None:
         "the CPU waits to hear how many rows this dispatch sends. Load the model with dispatch='gather' (2 to 4 GPUs "
         "of a node) or dispatch='push' (5 to 8)": dispatch not in (gather.NAME, push.NAME),
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"Steps cannot be recorded with cuda_graph=True: {reason}, or set cuda_graph=False.")
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _shape_of(training: bool, batch: dict[str, Any]) -> int:
+def _has_room() -> bool:
+    """Whether there is memory for a step beside those recorded: for other shapes, and evaluation."""
+    free, _ = torch.cuda.mem_get_info()
+    allocated = torch.cuda.memory_allocated()
+    spare = free + torch.cuda.memory_reserved() - allocated
+    return spare >= 2 * (torch.cuda.max_memory_allocated() - allocated)
+
+
+def _shape_of(modes: tuple[bool, ...], batch: dict[str, Any]) -> int:
     """The same number for batches that differ in the values of tensors only."""
     leaves, tree = tree_flatten(dict(sorted(batch.items())))
-    return hash(
-        (training, str(tree), *((x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves))
-    )
+    return hash((modes, str(tree), *((x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)))
+
+
+def on_all_ranks(*numbers: int) -> list[tuple[int, ...]]:
+    """The numbers of all ranks. All must ask at the same time."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [numbers]
+    world: Any = dist.group.WORLD
+    answers = [torch.zeros(len(numbers), dtype=torch.long) for _ in range(world.size())]
+    dist.all_gather(answers, torch.tensor(numbers), group=links.hosts(world))
+    return [tuple(answer.tolist()) for answer in answers]
 
 
 def _on_all_ranks(number: int) -> tuple[int, ...]:
-    """The numbers of all ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return (number,)
-    world: Any = dist.group.WORLD
-    answers = [torch.tensor(0) for _ in range(world.size())]
-    dist.all_gather(answers, torch.tensor(number), group=links.hosts(world))
-    return tuple(map(int, answers))
+    return tuple(answer for (answer,) in on_all_ranks(number))
 
 
 def _first(error: RuntimeError) -> RuntimeError:

@@ -19,6 +19,7 @@ from expertmesh.data import check_supervised
 from expertmesh.weights import ranks
 
 ROW = "__row__"  # column of an example's position in the training data; it never reaches the model
+ONE_ROW = "__one_row__"  # nor does the batch as a row of documents
 SHOWN = 24  # tokens of an example that the error text decodes
 
 TRY_WEIGHTS = (
@@ -50,14 +51,29 @@ class NonFiniteError(FloatingPointError):
 
 
 class KeepRows:
-    """A collator around a collator: takes the row numbers out of the examples and puts them beside the batch."""
+    """A collator around a collator: takes the row numbers out of the examples and puts them beside the batch.
 
-    def __init__(self, collate: Callable[[list[dict]], Any]):
-        self.collate = collate
+    What is on the CPU here can be looked at for nothing. drop_masks: leave out masks without any padding. one_row: lays
+    the batch out as one row, which is put beside it.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[dict]], Any],
+        drop_masks: bool = False,
+        one_row: Callable[[Any], tuple | None] | None = None,
+    ):
+        self.collate, self.drop_masks, self.one_row = collate, drop_masks, one_row
 
     def __call__(self, examples: list[dict]) -> Any:
         rows = [example.pop(ROW, None) for example in examples]
         batch = self.collate(examples)
+        one = None if self.one_row is None else self.one_row(batch)
+        mask = batch.get("attention_mask") if self.drop_masks else None
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.all():
+            del batch["attention_mask"]
+        if one is not None:
+            batch[ONE_ROW] = one
         if None not in rows:
             batch[ROW] = torch.tensor(rows)
         return batch

@@ -205,7 +205,6 @@ def training_arguments(config: Config):
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
         **settings.model_dump(exclude={"max_steps", "num_train_epochs", "cuda_graph"}),
-        pad_to_multiple_of=config.data.max_length if settings.cuda_graph else None,  # batches of one shape
         gradient_checkpointing=settings.activation_checkpointing,  # the old name, by which TRL switches it on
         use_cpu=current_world_size() > 1
         and not torch.cuda.is_available(),  # else it takes ranks on CPUs for one process

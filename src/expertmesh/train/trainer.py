@@ -4,14 +4,15 @@
 - how evenly the tokens are spread over the experts, in the logs (routing.py)
 - every record in output_dir/metrics.jsonl (metrics.py)
 
-On request steps are recorded as CUDA graphs (graphed.py). And checkpoints appear whole, are checked before they are
-loaded, and fit another layout (resume.py).
+Where that pays, steps are recorded as CUDA graphs (graphed.py). And checkpoints appear whole, are checked before they
+are loaded, and fit another layout (resume.py).
 """
 
 import logging
 import math
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -20,13 +21,19 @@ from transformers.utils import is_datasets_available
 from expertmesh import backends
 from expertmesh.memory.adamw import AdamW
 from expertmesh.memory.clip import clip_grad_norm, grad_norm
-from expertmesh.train.graphed import GraphedStep, refuse
-from expertmesh.train.guard import ROW, KeepRows, StepRecord
+from expertmesh.train.buckets import Buckets, Row, fused_base, one_row
+from expertmesh.train.graphed import GraphedStep, on_all_ranks, why_not, why_not_unasked
+from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.resume import ResumableTrainer
 from expertmesh.train.routing import RouterLoad
 
 log = logging.getLogger(__name__)
+
+MOST_TOKENS = (
+    8192  # of a GPU in a step: with more the GPU, not the CPU, is the limit, and a recording only takes memory
+)
+CANNOT, EITHER, BUCKET = 2, 1, 0  # whether rows are to be brought to a bucket
 
 
 class Trainer(ResumableTrainer):
@@ -36,9 +43,12 @@ class Trainer(ResumableTrainer):
     expert. `train` raises `NonFiniteError` before the optimizer step, and ValueError for a step without a single
     supervised label.
 
-    cuda_graph: whether forward and backward are recorded and replayed, for batches of one shape (see `GraphedStep`);
-    only while `train` runs. Raises ValueError where that is known not to work, with what to change.
+    cuda_graph: whether forward and backward are recorded and replayed (see `GraphedStep`), packed and padded batches
+    brought to few shapes before (buckets.py); only while `train` runs. "auto": where it works and pays; where not, the
+    log says why. True: ValueError where that is known not to work, with what to change.
     """
+
+    _reads_masks = False  # whether somebody wants the attention_mask of rows without padding
 
     model: Any  # never None once built; a PreTrainedModel, or PEFT's wrapper around one
     processing_class: Any
@@ -50,55 +60,69 @@ class Trainer(ResumableTrainer):
         data_collator=None,
         train_dataset=None,
         *rest: Any,
-        cuda_graph: bool = False,
+        cuda_graph: bool | Literal["auto"] = "auto",
         **kwargs: Any,
     ):
         super().__init__(model, args, data_collator, _numbered(train_dataset), *rest, **kwargs)
         self.cuda_graph = cuda_graph
         self._graphed: GraphedStep | None = None
-        if cuda_graph:
-            refuse(self)
+        self._graphing = False  # whether the step under way may be recorded
+        self._plan: bool | None = None  # whether steps of this run are recorded, once that was asked
+        self._said: set[str] = set()
+        self._usual: torch.Size | None = None  # of the first batch without padding
+        self._buckets = Buckets()
+        self._row: Row | None = None
+        if cuda_graph is True:
+            self._records()
         self.args.logging_nan_inf_filter = False  # it hides a nan, and waits for every microbatch
         self.load = RouterLoad(self.model)
         self.add_callback(MetricsFile(self.args.output_dir or ".", self.load))
         self._record = StepRecord()
         self._tokens: torch.Tensor | int = 0
         self._seconds = 0.0
-        self._step_began: float | None = None
+        self._since: float | None = None  # when the stopwatch was looked at; None: it stands
 
     def get_train_dataloader(self):
         """As in transformers, and the batches say which rows of the data they hold."""
         self._set_signature_columns_if_needed()
         collator, columns = self.data_collator, self._signature_columns
-        self.data_collator, self._signature_columns = KeepRows(collator), [*columns, ROW]
+        streamed = isinstance(self.train_dataset, torch.utils.data.IterableDataset)  # batches are shared out later
+        found = not streamed and fused_base(self.model) is not None
+        fixed = self.args.torch_compile or self.args.neftune_noise_alpha is not None  # noise depends on a row's length
+        records = found and not fixed and self._records()
+        self.data_collator = KeepRows(collator, found and not self._reads_masks, one_row if records else None)
+        self._signature_columns = [*columns, ROW]
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator, self._signature_columns = collator, columns
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self._step_began = time.perf_counter()
+        self._since = time.perf_counter() if self._since is None else self._since
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._record = StepRecord(batches, [batch.pop(ROW, None) for batch in batches], num_items)
         for batch in batches:
+            self._row = batch.pop(ONE_ROW, None)  # steps of several microbatches are not recorded
             mask, ids = batch.get("attention_mask"), batch.get("input_ids")
             # no .item() here: the sum stays on the device until the next record is logged
             self._tokens = self._tokens + (mask.sum() if mask is not None else 0 if ids is None else ids.numel())
         return batches, num_items
 
     def train(self, *args: Any, **kwargs: Any):
+        self._plan = None  # arguments may have changed
+        self._tokens, self._seconds = 0, 0.0
         try:
             done = super().train(*args, **kwargs)
-            if self._graphed is not None and not self._graphed.replayed:
+            if self.cuda_graph is True and self._graphed is not None and not self._graphed.replayed:
                 log.warning("cuda_graph=True replayed no step: too few batches had the same shape.")
             return done
         finally:
             if self._graphed is not None:
                 self._graphed.close()
-            self._graphed = None
+            self._graphed = self._since = None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        step = self._graphed_step if self.cuda_graph else self._plain_step
+        step = self._graphed_step if self._records() else self._plain_step
         loss = step(model, inputs, num_items_in_batch)
         self._record.losses.append(loss)
         return loss
@@ -107,16 +131,79 @@ class Trainer(ResumableTrainer):
         self.load.mask = inputs.get("attention_mask")
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def why_not_recorded(self) -> str | None:
+        """Why steps cannot be recorded as CUDA graphs, as this trainer is set up, and what to change; or None."""
+        return why_not(self)
+
+    def _records(self) -> bool:
+        """Whether steps are to be recorded."""
+        if self._plan is None:
+            why = self.why_not_recorded() if self.cuda_graph else None
+            if why and self.cuda_graph is True:
+                raise ValueError(f"Steps cannot be recorded with cuda_graph=True: {why}, or set cuda_graph=False.")
+            if why:
+                self._say(why)
+            self._plan = bool(self.cuda_graph) and why is None
+        return self._plan and not (self._graphed is not None and self._graphed.gave_up)
+
+    def _say(self, why: str) -> None:
+        if why not in self._said:
+            self._said.add(why)
+            backends.logger().info(f"Steps are not recorded as CUDA graphs: {why}.")
+
     def _graphed_step(self, model, inputs, num_items_in_batch):
         if self._graphed is None:
-            refuse(self)  # arguments may have changed
-            self._graphed = GraphedStep(model, lambda n, **batch: self._plain_step(model, batch, n))
+            if self.cuda_graph == "auto":
+                why = why_not_unasked(self)
+                if any(found for (found,) in on_all_ranks(int(why is not None))):
+                    self._say(why or "another rank does not")
+                    self._plan = False
+                    return self._plain_step(model, inputs, num_items_in_batch)
+
+            def run(n: Any, weight: Any, **batch: Any) -> torch.Tensor:
+                return self._plain_step(model, batch, n)
+
+            self._graphed = GraphedStep(model, run, strict=self.cuda_graph is True)
         for module in (model, self.optimizer):  # a replay does not
             if callable(getattr(module, "train", None)):
                 module.train()
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        return self._graphed(n=num_items_in_batch, **self._prepare_inputs(inputs))
+        brought, few = self._brought(inputs)
+        batch = self._prepare_inputs(inputs if brought is None else brought)
+        base = fused_base(self.model)
+        weight = getattr(self.accelerator.unwrap_model(model), "mtp_loss_weight", None)  # Python, which may change
+        self._graphing = few
+        if base is not None:
+            base.told = brought is not None
+        try:
+            step = self._graphed if few else self._graphed.always
+            return step(n=num_items_in_batch, weight=weight, **batch)
+        finally:
+            self._graphing = False
+            if base is not None:
+                base.told = False
+
+    def _brought(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any] | None, bool]:
+        """This batch in a bucket, the same on all ranks, or None if it is to stay as it is; and whether the tokens are
+        few enough to record the step."""
+        row, self._row = self._row, None
+        base, ids = fused_base(self.model), inputs.get("input_ids")
+        stays, need = CANNOT, (0 if ids is None else ids.numel(), 0, 0)
+        if row is not None and ids is not None:
+            need = (row.input_ids.numel(), len(row.cu_seqlens) - 1, row.longest)
+            self._usual = ids.shape if self._usual is None and row.full else self._usual
+            stays = EITHER if row.full and ids.shape == self._usual else BUCKET
+        answers = on_all_ranks(stays, *need)
+        tokens, documents, longest = (max(answer[i] for answer in answers) for i in (1, 2, 3))
+        if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
+            self._say(f"a batch has more than {MOST_TOKENS:,} tokens per GPU, with which the CPU is no limit")
+            return None, False
+        ways = {way for way, *_ in answers}
+        if row is None or base is None or CANNOT in ways or ways == {EITHER}:
+            return None, True
+        bucket = self._buckets.of(tokens, documents, longest)
+        return bucket.fill(row) if base.takes_documents(bucket.tokens) else None, True
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
@@ -164,15 +251,23 @@ class Trainer(ResumableTrainer):
         return grad_norm
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        if self._step_began is not None:
-            self._seconds += time.perf_counter() - self._step_began
-            self._step_began = None
-        return super()._maybe_log_save_evaluate(*args, **kwargs)
+        pause = self.control.should_evaluate or self.control.should_save
+        self._look_at_the_clock()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if pause:
+            self._since = time.perf_counter()  # neither is training
+
+    def _look_at_the_clock(self) -> None:
+        now = time.perf_counter()
+        self._seconds += now - (now if self._since is None else self._since)
+        self._since = now
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a record of training, not of evaluation
             logs |= self.load.window()
-            logs["tokens_per_second"] = round(float(self._tokens) / max(self._seconds, 1e-9), 1)
+            tokens = float(self._tokens)  # the device has been waited for: so the time is that of the work
+            self._look_at_the_clock()
+            logs["tokens_per_second"] = round(tokens / max(self._seconds, 1e-9), 1)
             self._tokens, self._seconds = 0, 0.0
         super().log(logs, start_time)
 

@@ -1,0 +1,163 @@
+"""Batches in buckets: the same loss and gradients, few shapes, and nothing that asks for a value once rows are made."""
+
+import functools
+
+import pytest
+import torch
+from transformers import DataCollatorWithFlattening
+
+from expertmesh.bench.rows import worst_error
+from expertmesh.train.buckets import Bucket, Buckets, fused_base, one_row
+from expertmesh.train.graphed import WARM_UP, GraphedStep
+from tests.models import load_ours, load_stock
+from tests.train import tape
+from tests.train.tape import Tape
+
+FAMILIES = ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3"]
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def padded(seed=0, side="right", rows=3, longest=17):
+    """Rows of changing lengths, the first tokens of each without a label."""
+    lengths = torch.randint(4, longest, (rows,), generator=generator(seed)).tolist()
+    ids = torch.randint(3, 128, (rows, longest), generator=generator(seed + 1))
+    place = torch.arange(longest).expand(rows, -1)
+    keep = torch.stack([p < n if side == "right" else p >= longest - n for p, n in zip(place, lengths, strict=True)])
+    first = keep.int().argmax(1, keepdim=True)
+    labels = ids.masked_fill(~keep | (place < first + (2 if side == "left" else 1)), -100)
+    return {"input_ids": ids.masked_fill(~keep, 0), "attention_mask": keep.long(), "labels": labels}
+
+
+def packed(seed=0, told=True, documents=5):
+    lengths = torch.randint(1, 15, (documents,), generator=generator(seed)).tolist()
+    rows = [{"input_ids": torch.randint(3, 128, (n,), generator=generator(seed + i)).tolist()}
+            for i, n in enumerate(lengths)]  # fmt: skip
+    return DataCollatorWithFlattening(return_flash_attn_kwargs=told, return_tensors="pt")(rows)
+
+
+BATCHES = {
+    "padded": padded(),
+    "padded on the left": padded(side="left"),
+    "packed": packed(),
+    "packed, told by positions": packed(told=False),
+    "labels across documents": packed(told=False) | {"labels": packed()["input_ids"]},
+    "rows without padding": {"input_ids": padded()["input_ids"], "labels": padded()["input_ids"]},
+}
+
+
+def loss_and_gradients(model, base=None, **batch):
+    model.zero_grad()
+    if base is not None:
+        base.told = True
+    loss = model(**batch, num_items_in_batch=torch.tensor(29)).loss
+    loss.backward()
+    if base is not None:
+        base.told = False
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@functools.cache
+def ours(family):
+    return load_ours(family).train()
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bucket_gives_the_loss_and_gradients_of_the_batch_as_it_came(family, kind):
+    model, batch = ours(family), BATCHES[kind]
+    base = fused_base(model)
+    model.config.output_router_logits = hasattr(model, "router_aux_loss_coef")
+    row = one_row(batch)
+    bucket = Buckets().of(row.input_ids.numel(), len(row.cu_seqlens) - 1, row.longest)
+    filled = bucket.fill(row)
+    assert filled["input_ids"].shape == (1, bucket.tokens) and len(filled["cu_seq_lens_q"]) == bucket.documents + 1
+    assert filled["cu_seq_lens_q"].diff().max() <= bucket.longest and filled["cu_seq_lens_q"][-1] == bucket.tokens
+    assert filled["attention_mask"].sum() == row.input_ids.numel() < bucket.tokens
+    want, wanted = loss_and_gradients(model, **batch)
+    loss, gradients = loss_and_gradients(model, base, **filled)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    assert gradients.keys() == wanted.keys() and worst_error(gradients, wanted)[0] <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_of_changing_lengths_are_replayed_from_one_bucket(family, monkeypatch):
+    tape.instead_of_cuda(monkeypatch)
+    Tape.made.clear()
+    plain = {"experts": False, "linear_cross_entropy": False}  # on a CPU these want to know their rows
+    model, other = (load_ours(family, fused=plain).train() for _ in range(2))
+    model.set_experts_implementation("batched_mm")
+    base, buckets = fused_base(model), Buckets()
+    base.told = True
+    step = GraphedStep(model)
+    for seed in range(WARM_UP + 4):
+        batch = padded(seed) if seed % 2 else packed(seed)
+        row = one_row(batch)
+        bucket = buckets.of(row.input_ids.numel(), len(row.cu_seqlens) - 1, row.longest)
+        model.zero_grad()
+        count = torch.tensor(20 + seed)
+        loss = step(**bucket.fill(row), num_items_in_batch=count)
+        other.zero_grad()
+        want = other(**batch, num_items_in_batch=count).loss
+        want.backward()
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=0)
+        grads = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, other)]
+        assert worst_error(*grads)[0] <= 1e-5
+    assert len(buckets.made) == 1 and step.replayed == 4
+
+
+def test_buckets_are_few():
+    buckets = Buckets()
+    for seed in range(300):
+        tokens, documents, longest = (
+            int(torch.randint(low, high, (), generator=generator(3 * seed + i)))
+            for i, (low, high) in enumerate([(4097, 8193), (1, 60), (500, 4096)])
+        )
+        bucket = buckets.of(tokens, documents, longest)
+        assert bucket.holds(tokens, documents, longest) and bucket.tokens <= 1.25 * tokens
+    used = {buckets.of(tokens, 20, 1000) for tokens in range(4097, 8193)}
+    assert len(used) == 4 and len(buckets.made) <= 8
+
+
+def test_a_larger_bucket_than_the_row_s_own_holds_its_documents_of_padding():
+    row = one_row(packed())  # another rank's row is longer
+    filled = Bucket(512, 32, 64).fill(row)
+    assert filled["cu_seq_lens_q"].diff().max() <= 64 and filled["cu_seq_lens_q"][-1] == 512
+    assert (filled["position_ids"] < 64).all()
+    assert not Bucket(512, 8, 64).holds(row.input_ids.numel(), 5, 15)
+
+
+def left_padded_and_labelled():
+    batch = padded(side="left")
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def with_a_hole():
+    batch = padded()
+    batch["attention_mask"][0, 1] = 0
+    return batch
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        left_padded_and_labelled(),  # padding predicts the first token
+        with_a_hole(),
+        padded() | {"token_type_ids": padded()["input_ids"]},
+        {"input_ids": padded()["input_ids"]},
+        padded() | {"attention_mask": torch.zeros_like(padded()["input_ids"])},
+        padded() | {"attention_mask": torch.ones(3, 1, 17, 17)},
+    ],
+)
+def test_what_would_not_be_the_same_stays_as_it_is(batch):
+    assert one_row(batch) is None
+
+
+def test_models_that_cannot_be_told_are_known():
+    assert fused_base(load_stock("qwen3_moe")) is None
+    assert fused_base(ours("qwen3_moe")).takes_documents(8192)
+    assert not fused_base(load_ours("qwen3_next")).takes_documents(64)
+    mixtral = fused_base(load_ours("mixtral", sliding_window=32))
+    assert mixtral.takes_documents(32) and not mixtral.takes_documents(64)
