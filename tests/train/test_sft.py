@@ -17,12 +17,12 @@ ACCUMULATING = {"per_device_train_batch_size": 2, "gradient_accumulation_steps":
 PACKED = {"packing": True, "packing_strategy": "bfd", "padding_free": True}
 
 
-def trained(cls, folder, model, data, run=True, **options):
+def trained(cls, folder, model, data, **options):
+    evaluation = options.pop("eval_dataset", None)
     args = arguments(SFTConfig, folder, max_length=16, dataset_num_proc=None, **options)
-    trainer = cls(model=model, args=args, train_dataset=data, processing_class=tokenizer())
+    trainer = cls(model=model, args=args, train_dataset=data, eval_dataset=evaluation, processing_class=tokenizer())
     remember(trainer.model)
-    if run:
-        trainer.train()
+    trainer.train()
     return trainer
 
 
@@ -81,23 +81,20 @@ def test_so_is_the_auxiliary_loss_and_the_model_keeps_its_coefficient(coefficien
     assert trainers[1].model.router_aux_loss_coef == 0.2
 
 
-def test_evaluation_between_and_records_of_one_s_own_change_nothing(tmp_path, own_head):
+def test_a_record_of_one_s_own_takes_no_metrics_away(tmp_path, own_head):
     class Notes(expertmesh.SFTTrainer):
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)
             self.log({"note": 1.0})
             return loss
 
-    trainers = []
-    for cls in (trl.SFTTrainer, Notes):
-        args = arguments(
-            SFTConfig, tmp_path / cls.__name__, eval_strategy="steps", eval_steps=1, logging_steps=2, max_steps=4
-        )
-        trainer = cls(load_ours("qwen3_moe"), args, train_dataset=texts(), eval_dataset=texts().select(range(6)),
-                      processing_class=tokenizer())  # fmt: skip
-        remember(trainer.model)
-        trainer.train()
-        trainers.append(trainer)
+    theirs = trained(trl.SFTTrainer, tmp_path / "theirs", load_ours("qwen3_moe"), texts(), logging_steps=2)
+    assert_same_run([theirs, trained(Notes, tmp_path / "ours", load_ours("qwen3_moe"), texts(), logging_steps=2)])
+
+
+def test_evaluation_knows_the_tokens_of_training(tmp_path, own_head):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2}
+    trainers = both(tmp_path, texts(), eval_dataset=texts().select(range(6)), **options)
     assert_same_run(trainers, "eval_loss", "eval_entropy", "eval_num_tokens")
 
 
@@ -129,13 +126,13 @@ def virtual_tokens():
     [
         (lambda: load_ours("qwen3_moe"), {"loss_type": "dft"}, "loss_type='dft'"),
         (lambda: load_ours("qwen3_moe"), {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        (lambda: load_ours("qwen3_moe", fused={"linear_cross_entropy": False}), {}, "whose head makes logits"),
-        (virtual_tokens, {}, "whose head makes logits"),
+        (lambda: load_ours("qwen3_moe", fused={"linear_cross_entropy": False}), {}, "a head that makes logits"),
+        (virtual_tokens, {}, "virtual tokens"),
     ],
 )
 def test_other_losses_and_heads_go_trl_s_way_and_say_so(make, options, reason, tmp_path, caplog):
     theirs, ours = both(tmp_path, texts(), make, **options)
-    assert ours.why_not_own_loss().endswith(reason) and reason in caplog.text
+    assert ours.why_not_own_loss() == reason and f"because of {reason}" in caplog.text
     assert torch.equal(history(ours), history(theirs))
     for key in METRICS:
         assert torch.equal(history(ours, key), history(theirs, key))
@@ -144,11 +141,11 @@ def test_other_losses_and_heads_go_trl_s_way_and_say_so(make, options, reason, t
 def test_a_model_that_turns_out_to_make_its_logits_goes_on_with_trl_s_head(tmp_path, caplog):
     def make():
         model = load_ours("qwen3_moe")
-        model.loss_function = lambda **inputs: ForCausalLMLoss(**inputs)
+        model.loss_function = lambda *args, **options: ForCausalLMLoss(*args, **options)
         return model
 
     theirs, ours = both(tmp_path, texts(), make)
-    assert "made its logits" in caplog.text
-    assert ours.why_not_own_loss().endswith("whose head makes logits")
+    assert "a head that made logits" in caplog.text
+    assert ours.why_not_own_loss() == "a head that makes logits"
     for key in ("loss", *METRICS):
         torch.testing.assert_close(history(ours, key), history(theirs, key), rtol=1e-4, atol=1e-4)

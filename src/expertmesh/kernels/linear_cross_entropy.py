@@ -88,9 +88,10 @@ def linear_cross_entropy_reference(
 def statistics_reference(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> Statistics:
     """The specification of `Statistics`, from logits [N, V]."""
     labelled = labels != ignore_index
-    log_probs = torch.log_softmax(logits[labelled], dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    correct = logits[labelled].argmax(dim=-1) == labels[labelled]
-    return Statistics(labelled.sum(), -(log_probs.exp() * log_probs).sum(), correct.sum())
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    correct = labelled & (logits.argmax(dim=-1) == labels)
+    return Statistics(labelled.sum(), entropy.masked_fill(~labelled, 0.0).sum(), correct.sum())
 
 
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -28,16 +28,16 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
 
     def __init__(self, *args: Any, cuda_graph: bool = False, **kwargs: Any):
         super().__init__(*args, cuda_graph=cuda_graph, **kwargs)
-        # of one microbatch: labelled tokens, sums of entropies and hits, tokens, auxiliary loss, and 1 once that is filled
-        # in; always at the same place, as a recorded step writes there
+        # of one microbatch: labelled tokens, sums of entropies and hits, tokens, auxiliary loss, and 1 once they are there;
+        # always at the same place, as a recorded step writes to it
         self._sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
         self._unread: list[torch.Tensor] = []
         self._makes_logits = False
         reason = self.why_not_own_loss()
-        if reason is not None and self.cuda_graph:
+        if reason is not None and self.cuda_graph is True:
             raise ValueError(
-                f"cuda_graph=True records the model's own loss, which does not do with {reason}: leave that out, or "
-                "set cuda_graph=False."
+                f"cuda_graph=True records the model's own loss, which cannot take the place of TRL's because of "
+                f"{reason}. Leave that out, or set cuda_graph=False."
             )
         if reason is not None:
             log.info("SFTTrainer: the loss comes from TRL's head, because of %s.", reason)
@@ -45,30 +45,27 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
     def why_not_own_loss(self) -> str | None:
         """What in the settings or the model asks for TRL's head in training, or None."""
         settings: Any = self.args
-        parallelism = self.accelerator.parallelism_config
+        layout, model, peft = self.accelerator.parallelism_config, self._causal_lm, is_peft_model(self.model)
+        defers = isinstance(model, FusedModel) and isinstance(model.get_output_embeddings(), FastHead)
         reasons = {
             f"loss_type={settings.loss_type!r}": settings.loss_type != "nll",
             "label_smoothing_factor": self.label_smoother is not None,
             "compute_loss_func": self.compute_loss_func is not None,
             "torch_compile": settings.torch_compile,
             "tensor parallelism": self.get_tp_size() > 1,
-            "sequence or context parallelism": parallelism is not None
-            and (getattr(parallelism, "sp_enabled", False) or parallelism.cp_enabled),
-            f"{type(self._causal_lm).__name__}, whose head makes logits": not self._defers_logits,
+            "sequence or context parallelism": layout is not None
+            and (getattr(layout, "sp_enabled", False) or layout.cp_enabled),
+            "virtual tokens": peft and self.model.active_peft_config.is_prompt_learning,
+            "an auxiliary loss that the model adds by its configuration": self.aux_loss_enabled
+            and not hasattr(model, "router_aux_loss_coef"),
+            # a recorded step must not wait, at the price of the logits' memory
+            "a head that makes logits": self.cuda_graph is not True and (self._makes_logits or not defers),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
     @property
     def _causal_lm(self) -> Any:
         return self.model.get_base_model() if is_peft_model(self.model) else self.model
-
-    @property
-    def _defers_logits(self) -> bool:
-        model = self._causal_lm
-        adds_tokens = is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning
-        own_aux = not self.aux_loss_enabled or hasattr(model, "router_aux_loss_coef")  # some add it by the config
-        defers = isinstance(model, FusedModel) and isinstance(model.get_output_embeddings(), FastHead)
-        return defers and own_aux and not adds_tokens and not self._makes_logits
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs or not model.training or self.why_not_own_loss() is not None:
@@ -103,11 +100,12 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
     def _count(self, inputs: dict[str, Any], logits: torch.Tensor, aux_loss: torch.Tensor | float) -> None:
         found = getattr(logits, "statistics", None)
         if found is None:
-            log.warning(
-                "%s made its logits: from now on the loss comes from TRL's head.", type(self._causal_lm).__name__
-            )
-            self._makes_logits = True
             found = statistics_reference(logits.flatten(0, -2), next_tokens(inputs["labels"]).flatten())
+            if self.cuda_graph is not True:
+                log.warning(
+                    "SFTTrainer: from now on the loss comes from TRL's head, because of a head that made logits."
+                )
+                self._makes_logits = True
         tokens = inputs["input_ids"].numel()
         if "attention_mask" in inputs:
             tokens = inputs["attention_mask"].sum()
