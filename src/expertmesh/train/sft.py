@@ -28,7 +28,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
 
     def __init__(self, *args: Any, cuda_graph: bool = False, **kwargs: Any):
         super().__init__(*args, cuda_graph=cuda_graph, **kwargs)
-        # of one microbatch: labelled tokens, sums of entropies and hits, tokens, auxiliary loss, and 1 once they are there;
+        # of one microbatch: labelled tokens, sums of entropies and hits, tokens, auxiliary loss, 1 once they are there;
         # always at the same place, as a recorded step writes to it
         self._sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
         self._unread: list[torch.Tensor] = []
