@@ -21,14 +21,13 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
-from expertmesh.dispatch import all_to_all, gather, push
+from expertmesh.dispatch import all_to_all, gather
 
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
-DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME, "push": push.NAME}
+DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME}
 AUTO = "auto"
-# ranks of one node up to which a dispatch is chosen: with more than 4, sending all tokens to all sends too many rows
-NEAR = {"gather": 4, "push": 8}
+NEAR = 8  # ranks up to which "auto" gathers
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,9 @@ class DistributedSetup:
     reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
         has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
     dispatch: how tokens reach experts on other ranks. "auto": where groups lie on GPUs of one node, "gather" up to an
-        ep_size of 4 and "push" up to 8, else "all_to_all". "all_to_all": once to each rank that needs them, any number
-        of ranks; the host waits once per layer for the counts. "gather": to all ranks of the expert-parallel group;
-        the host never waits for the device. "push": as "gather", but only to the ranks that need them, by stores into
-        each other's memory; without such memory as "all_to_all".
+        ep_size of 8, else "all_to_all". "all_to_all": once to each rank that needs them, any number of ranks; the host
+        waits once per layer for the counts. "gather": to all ranks of the expert-parallel group; the host never waits
+        for the device.
     strategy: "fsdp2"; there is no other.
     world_size: ranks; by default those of torch.distributed, else WORLD_SIZE, else 1.
 
@@ -138,8 +136,8 @@ class DistributedSetup:
         if self.dispatch != AUTO:
             return self.dispatch
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", current_world_size()))
-        near = torch.cuda.is_available() and per_node % self.ep_size == 0
-        return next((name for name, most in NEAR.items() if near and self.ep_size <= most), "all_to_all")
+        near = torch.cuda.is_available() and per_node % self.ep_size == 0 and self.ep_size <= NEAR
+        return "gather" if near else "all_to_all"
 
     def apply_to(self, model: Any) -> None:
         """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
