@@ -193,13 +193,13 @@ def cpu_section(result: dict, without_avx512: dict) -> str:
 
 {stock["layers"]} layers, hidden 256, 32 experts, top-4, width 128, vocabulary 4,096; {stock["batch"]} x {stock["seq"]}
 tokens; the arms alternate step by step. Stock is Transformers' `grouped_mm` backend, `stock-eager` its loop over
-experts. With our products made by oneDNN, as on processors with AVX-512:
-
-{cpu_table(result)}
-
-On a processor without, where all arms multiply by MKL:
+experts. All arms multiply by MKL:
 
 {cpu_table(without_avx512)}
+
+With our products made by oneDNN, on a processor with AVX-512, as they were before that was removed:
+
+{cpu_table(result)}
 """
 
 

@@ -212,8 +212,8 @@ def qwen_on_two_gpus() -> str:
 
 Tokens per second are those of one GPU, of steps one behind the other. `stock` and `expertmesh` are FSDP2; `stock-ep`
 spreads the experts over both GPUs with Transformers' all-to-all, `expertmesh-gather` with `dispatch="gather"`, which is
-what `ep_size=2` gets by itself, `expertmesh-push` with `dispatch="push"`. `-graph`: each step is one CUDA graph
-(`cuda_graph=True`); `-recompute`: every layer's activations are recomputed.
+what `ep_size=2` gets by itself. `-graph`: each step is one CUDA graph (`cuda_graph=True`); `-recompute`: every layer's
+activations are recomputed. `push`, removed since, stored rows by a kernel, only where needed: it did not help.
 
 {step_table(pair)}
 

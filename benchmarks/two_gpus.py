@@ -5,7 +5,7 @@
 First the gradients of an 8-layer model, whose every arm gets the same weights and tokens: errors against stock in
 float32 and against each other. Then all 48 layers, forward and backward by CUDA events, median of several, and peak
 memory. `-recompute` checkpoints every layer, `-graph` replays forward and backward as one CUDA graph. `--probe`
-measures what the exchanges of gather.py and push.py take alone, of 16,384 tokens with top-8 of 128 experts at random.
+measures what the exchanges of gather.py take alone, of 16,384 tokens with top-8 of 128 experts at random.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.gate import skewed
 from expertmesh.bench.origin import origin, write
 from expertmesh.dispatch.links import Collectives, link_of
-from expertmesh.dispatch.push import Pushed
 from expertmesh.kernels.combine import combine
 from expertmesh.kernels.grouping import group_by_expert
 from expertmesh.train.graphed import WARM_UP, GraphedStep
@@ -47,7 +46,7 @@ FLOAT32 = "stock-float32"
 FSDP_ONLY = (FLOAT32, "stock", "expertmesh")  # in all other arms all ranks share out the experts
 ARMS = (
     "stock", "stock-ep", "expertmesh", "expertmesh-ep", "expertmesh-gather", "expertmesh-gather-graph",
-    "expertmesh-gather-recompute", "expertmesh-gather-recompute-graph", "expertmesh-push",
+    "expertmesh-gather-recompute", "expertmesh-gather-recompute-graph",
 )  # fmt: skip
 EXCHANGES = "barrier_kernel", "nccl", "PtoP"  # parts of the names of what does not compute in a trace
 
@@ -61,7 +60,7 @@ def build(arm, config, device, routing="random-init"):
     else:
         setup = {
             "ep_size": ep_size,
-            "dispatch": next((name for name in ("gather", "push") if name in arm), "all_to_all"),
+            "dispatch": "gather" if "gather" in arm else "all_to_all",
             "activation_checkpointing": "recompute" in arm,
         }
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, distributed_setup=setup)
@@ -274,15 +273,15 @@ def probe(device, tokens, width, experts=128, top_k=8):
     x = torch.randn(tokens, width, device=device).bfloat16()
     xs = torch.randn(ranks * tokens, width, device=device).bfloat16()
     ids = torch.rand(tokens, experts, device=device).topk(top_k).indices
-    pushed, collectives = Pushed(mailboxes, experts // ranks), Collectives(dist.group.WORLD)
-    _, ids = pushed.all_gather([x, ids])
-    needed = pushed.needed_RT.sum() - pushed.needed_RT[rank].sum()
+    collectives = Collectives(dist.group.WORLD)
+    needed = sum((ids // (experts // ranks) == other).any(-1).sum() for other in range(ranks) if other != rank)
     sent = int(needed) * width * x.element_size()
+    (ids,) = collectives.all_gather([ids])
     position = group_by_expert(ids - rank * experts // ranks, experts // ranks).position_TK
     y = torch.randn(int(position.max()) + 1, width, device=device).bfloat16()
     weights = torch.rand(position.shape, device=device)
     runs = {"c10d": {"all-to-all": lambda: dist.all_to_all_single(torch.empty_like(xs), xs)}}
-    for name, link in (("NCCL", collectives), ("mailboxes", mailboxes), ("push", pushed)):
+    for name, link in (("NCCL", collectives), ("mailboxes", mailboxes)):
         runs[name] = {"gather": partial(link.all_gather, [x])}
         runs[name]["scatter"] = partial(link.reduce_scatter, [xs])
     runs["mailboxes"]["gather in place"] = partial(mailboxes.all_gather, [x], lasting=False)

@@ -45,7 +45,7 @@ def test_sizes_that_fit_become_the_meshes_of_transformers(sizes, world, monkeypa
         "zero": ({"ep_size": 0}, "ep_size must be a whole number of at least 1, not 0."),
         "text": ({"tp_size": "2"}, "tp_size must be a whole number of at least 1, not '2'."),
         "strategy": ({"strategy": "fsdp3"}, "the strategy is 'fsdp2'"),
-        "dispatch": ({"dispatch": "deepep"}, "dispatch='deepep' is unknown. Set it to auto, all_to_all, gather, push."),
+        "dispatch": ({"dispatch": "push"}, "dispatch='push' is unknown. Set it to auto, all_to_all, gather."),
     }.values(),
 )
 def test_sizes_that_do_not_fit_are_errors_that_name_what_fits(sizes, says):
@@ -61,15 +61,15 @@ def test_the_dispatch_is_named_to_transformers():
 
 @pytest.mark.parametrize(
     ("gpus", "per_node", "ep_size", "dispatch"),
-    [(True, 8, 2, "gather"), (True, 8, 4, "gather"), (True, 6, 6, "push"), (True, 8, 8, "push"),
+    [(True, 8, 2, "gather"), (True, 8, 4, "gather"), (True, 6, 6, "gather"), (True, 8, 8, "gather"),
      (True, 24, 12, "all_to_all"), (True, 4, 8, "all_to_all"), (True, 1, 2, "all_to_all"), (True, 6, 4, "all_to_all"),
      (False, 8, 2, "all_to_all")],
 )  # fmt: skip
-def test_gather_or_push_is_chosen_for_few_gpus_of_one_node(monkeypatch, gpus, per_node, ep_size, dispatch):
+def test_gather_is_chosen_for_few_gpus_of_one_node(monkeypatch, gpus, per_node, ep_size, dispatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus)
     monkeypatch.setenv("WORLD_SIZE", "24")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(per_node))
-    names = {"gather": "expertmesh-gather", "push": "expertmesh-push", "all_to_all": "expertmesh"}
+    names = {"gather": "expertmesh-gather", "all_to_all": "expertmesh"}
     for asked, chosen in (("auto", dispatch), *zip(names, names, strict=True)):
         made = DistributedSetup(ep_size=ep_size, dispatch=asked).to_transformers()
         assert made.ep_implementation == names[chosen]
@@ -127,14 +127,14 @@ def test_the_section_of_a_nemo_script():
     [
         ({"ep_sise": 2}, "did you mean 'ep_size'"),
         ({"moe": {"reshard_after_foward": True}}, "did you mean 'moe.reshard_after_forward'"),
-        ({"pp_size": 2}, "no pipeline parallelism"),
-        ({"cp_size": 2}, "no context parallelism"),
-        ({"pipeline": {"pp_schedule": "1f1b"}}, "no pipeline parallelism"),
+        ({"pp_size": 2}, "pp_size=2 is NeMo AutoModel's and not supported here: leave it out, or set it to 1 or None."),
+        ({"cp_size": 2}, "cp_size=2"),
+        ({"pipeline": {"pp_schedule": "1f1b"}}, "pipeline={'pp_schedule': '1f1b'}"),
         ({"strategy": "ddp"}, "dp_replicate_size"),
-        ({"strategy": "megatron_fsdp"}, "Use 'fsdp2'"),
+        ({"strategy": "megatron_fsdp"}, "the strategy is 'fsdp2'"),
         ({"sequence_parallel": True}, "sequence_parallel=True"),
         ({"activation_checkpointing": "selective"}, "'full'"),
-        ({"timeout_minutes": 5}, "init_process_group"),
+        ({"timeout_minutes": 5}, "timeout_minutes=5"),
         ({"moe": {"lm_head_precision": "float32"}}, "moe.lm_head_precision='float32'"),
     ],
     ids=str,

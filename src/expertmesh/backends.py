@@ -74,15 +74,6 @@ def has_quack(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def has_onednn() -> bool:
-    """True when this PyTorch has oneDNN's float32 linear operator, the user has not switched oneDNN off, and the
-    processor has AVX-512: without it oneDNN is no faster than MKL.
-    """
-    onednn: Any = torch.backends.mkldnn
-    there = onednn.is_available() and onednn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return there and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """True when PyTorch's `varlen_attn` runs on this device in this dtype: FlashAttention, so Ampere or newer."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):

@@ -21,14 +21,13 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
-from expertmesh.dispatch import all_to_all, gather, push
+from expertmesh.dispatch import all_to_all, gather
 
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
-DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME, "push": push.NAME}
+DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME}
 AUTO = "auto"
-# ranks of one node up to which a dispatch is chosen: with more than 4, sending all tokens to all sends too many rows
-NEAR = {"gather": 4, "push": 8}
+NEAR = 8  # ranks up to which "auto" gathers
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,9 @@ class DistributedSetup:
     reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
         has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
     dispatch: how tokens reach experts on other ranks. "auto": where groups lie on GPUs of one node, "gather" up to an
-        ep_size of 4 and "push" up to 8, else "all_to_all". "all_to_all": once to each rank that needs them, any number
-        of ranks; the host waits once per layer for the counts. "gather": to all ranks of the expert-parallel group;
-        the host never waits for the device. "push": as "gather", but only to the ranks that need them, by stores into
-        each other's memory; without such memory as "all_to_all".
+        ep_size of 8, else "all_to_all". "all_to_all": once to each rank that needs them, any number of ranks; the host
+        waits once per layer for the counts. "gather": to all ranks of the expert-parallel group; the host never waits
+        for the device.
     strategy: "fsdp2"; there is no other.
     world_size: ranks; by default those of torch.distributed, else WORLD_SIZE, else 1.
 
@@ -65,7 +63,10 @@ class DistributedSetup:
 
     def __post_init__(self) -> None:
         if self.strategy != STRATEGY:
-            raise ValueError(f"There is no strategy {self.strategy!r}; the strategy is {STRATEGY!r}.")
+            raise ValueError(
+                f"There is no strategy {self.strategy!r}; the strategy is {STRATEGY!r}. For a whole copy on each rank, "
+                f"as in DDP, set dp_replicate_size to the number of ranks."
+            )
         if self.world_size is None:
             object.__setattr__(self, "world_size", current_world_size())
         for name in ("world_size", "ep_size", "tp_size", "dp_size", "dp_replicate_size"):
@@ -138,8 +139,8 @@ class DistributedSetup:
         if self.dispatch != AUTO:
             return self.dispatch
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", current_world_size()))
-        near = torch.cuda.is_available() and per_node % self.ep_size == 0
-        return next((name for name, most in NEAR.items() if near and self.ep_size <= most), "all_to_all")
+        near = torch.cuda.is_available() and per_node % self.ep_size == 0 and self.ep_size <= NEAR
+        return "gather" if near else "all_to_all"
 
     def apply_to(self, model: Any) -> None:
         """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
@@ -190,43 +191,23 @@ def _or(numbers: Iterable[int]) -> str:
     return f"{', '.join(map(str, first))} or {last}" if first else str(last)
 
 
-# What NeMo AutoModel's `distributed` section knows and this project does not: values that ask for nothing or for what
-# happens anyway are accepted, and for any other the error says what to do.
-_ONE_STAGE = "There is no pipeline parallelism: shard with dp_size, ep_size and tp_size instead."
-_NO_GROUP = "Call torch.distributed.init_process_group yourself before this, with the timeout and ranks you want."
-_NEMO_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "pp_size": ((1, None), _ONE_STAGE),
-    "pipeline": ((None,), _ONE_STAGE),
-    "cp_size": ((1, None), "There is no context parallelism: split the batch over more ranks (dp_size) instead."),
-    "sequence_parallel": ((False, None), "Tensor-parallel ranks hold whole sequences."),
-    "tp_plan": ((None,), "The model's own plan in Transformers is used."),
-    "patch_is_packed_sequence": ((False, True, None), ""),
-    "mp_policy": ((None,), "Parameters compute in the dtype they are loaded in: from_pretrained(dtype=...)."),
-    "offload_policy": ((None,), "Parameters stay on the device."),
-    "autocast_dtype": ((None,), "Wrap the forward in torch.autocast yourself."),
-    "activation_checkpointing_scope": (("all", None), "All decoder layers are checkpointed or none."),
-    "defer_fsdp_grad_sync": ((True, None), "Call model.set_requires_gradient_sync yourself; Trainer does."),
-    "reshard_after_forward": ((None, True), "Layers free their gathered weights after the forward."),
-    "enable_async_tensor_parallel": ((False, None), "Compile the model yourself."),
-    "enable_compile": ((False, None), "Compile the model yourself."),
-    "enable_fsdp2_prefetch": ((False, None), "PyTorch's own prefetching of the next layer is used."),
-    "fsdp2_backward_prefetch_depth": ((2, None), "PyTorch's own prefetching of the next layer is used."),
-    "fsdp2_forward_prefetch_depth": ((1, None), "PyTorch's own prefetching of the next layer is used."),
-    "multimodal": ((None,), "Language models only."),
-    "timeout_minutes": ((None,), _NO_GROUP),
-    "ranks": ((None,), _NO_GROUP),
-}
-_NEMO_MOE_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "ignore_router_for_ac": ((True, None), "The choice of experts is always kept for the recompute."),
-    "lm_head_precision": ((None,), "The head computes in the model's dtype."),
-    "wrap_outer_model": ((True, None), "The whole model is always one FSDP unit."),
-    "mp_policy": _NEMO_KEYS["mp_policy"],
-}
 _OURS = tuple("strategy dp_size dp_replicate_size tp_size ep_size activation_checkpointing moe dispatch".split())
-_STRATEGIES = {
-    "ddp": "Set dp_replicate_size to the number of ranks: then every rank holds a whole copy.",
-    "megatron_fsdp": "Use 'fsdp2'.",
-    "mfsdp": "Use 'fsdp2'.",
+# NeMo AutoModel's other keys, with the values that ask for nothing or for what happens anyway
+_NEMO_KEYS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys("pp_size cp_size fsdp2_forward_prefetch_depth".split(), (1, None)),
+    **dict.fromkeys(
+        "sequence_parallel enable_async_tensor_parallel enable_compile enable_fsdp2_prefetch".split(), (False, None)
+    ),
+    **dict.fromkeys("defer_fsdp_grad_sync reshard_after_forward".split(), (True, None)),
+    **dict.fromkeys("pipeline tp_plan mp_policy offload_policy autocast_dtype multimodal".split(), (None,)),
+    **dict.fromkeys("timeout_minutes ranks".split(), (None,)),
+    "fsdp2_backward_prefetch_depth": (2, None),
+    "activation_checkpointing_scope": ("all", None),
+    "patch_is_packed_sequence": (False, True, None),
+}
+_NEMO_MOE_KEYS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys("ignore_router_for_ac wrap_outer_model".split(), (True, None)),
+    **dict.fromkeys("lm_head_precision mp_policy".split(), (None,)),
 }
 
 
@@ -244,9 +225,6 @@ def create_distributed_setup_from_config(
     moe = section.get("moe") or {}
     _refuse_keys(section, "", _OURS, _NEMO_KEYS)
     _refuse_keys(moe, "moe.", ("reshard_after_forward",), _NEMO_MOE_KEYS)
-    strategy = section.get("strategy") or STRATEGY
-    if strategy in _STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} is NeMo AutoModel's and not supported here. {_STRATEGIES[strategy]}")
     recompute = section.get("activation_checkpointing") or False
     if recompute not in (True, False, "full"):
         raise ValueError(f"activation_checkpointing={recompute!r} is not supported; it is false, true or 'full'.")
@@ -257,12 +235,12 @@ def create_distributed_setup_from_config(
         activation_checkpointing=bool(recompute),
         reshard_experts=True if reshard is None else reshard,
         dispatch=section.get("dispatch") or AUTO,
-        strategy=strategy,
+        strategy=section.get("strategy") or STRATEGY,
         world_size=world_size,
     )
 
 
-def _refuse_keys(section: dict[str, Any], path: str, ours: tuple[str, ...], theirs: dict[str, Any]) -> None:
+def _refuse_keys(section: dict[str, Any], path: str, ours: tuple[str, ...], theirs: dict[str, tuple]) -> None:
     for key, value in section.items():
         if key in ours:
             continue
@@ -273,9 +251,11 @@ def _refuse_keys(section: dict[str, Any], path: str, ours: tuple[str, ...], thei
                 f"There is no distributed setting {path + key!r}; did you mean {path + near!r}? "
                 f"Settings: {', '.join(path + name for name in ours)}."
             )
-        accepted, instead = theirs[key]
-        if value not in accepted:
-            raise ValueError(f"{path}{key}={value!r} is NeMo AutoModel's and not supported here. {instead}")
+        if value not in theirs[key]:
+            raise ValueError(
+                f"{path}{key}={value!r} is NeMo AutoModel's and not supported here: leave it out, or set it to "
+                f"{' or '.join(map(repr, theirs[key]))}."
+            )
 
 
 def as_setup(setup: DistributedSetup | dict[str, Any]) -> DistributedSetup:

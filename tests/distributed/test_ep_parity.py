@@ -29,7 +29,6 @@ LAYOUTS = {
         {"tp_size": 2, "ep_size": 2},
         {"dp_replicate_size": 2},
         {"ep_size": 2, "dispatch": "gather"},
-        {"ep_size": 2, "dispatch": "push"},
     ],
     4: [
         {},
@@ -44,9 +43,6 @@ LAYOUTS = {
         {"ep_size": 4, "dispatch": "gather"},
         {"ep_size": 2, "dispatch": "gather"},
         {"tp_size": 2, "ep_size": 4, "dispatch": "gather"},
-        {"ep_size": 4, "dispatch": "push"},
-        {"ep_size": 2, "dispatch": "push"},
-        {"tp_size": 2, "ep_size": 4, "dispatch": "push"},
     ],
 }
 
@@ -78,9 +74,7 @@ def test_gradients_on_two_ranks(tmp_path, family):
     layout = {"ep_size": 2}
     gather = layout | {"dispatch": "gather"}
     cases = [Case(layout), Case(layout, recompute=True), Case({}), Case(layout, force=few(family))]
-    push = layout | {"dispatch": "push"}
     cases += [Case(gather), Case(gather, recompute=True, force=few(family))]
-    cases += [Case(push), Case(push, recompute=True, force=few(family))]
     check(tmp_path, family, 2, [*cases, Case(layout, force=one(family), recompute=True)])
 
 
@@ -92,7 +86,7 @@ def test_gradients_on_four_ranks(tmp_path, family):
         "nemotron_h": [Case({"ep_size": 4}, force=few(family)), Case({"tp_size": 2, "ep_size": 2})],
         "deepseek_v3": [Case({"dp_replicate_size": 2, "ep_size": 2}, recompute=True)],
     }
-    several += [Case({"ep_size": 4, "dispatch": "push"}, recompute=True)]
+    several += [Case({"ep_size": 4, "dispatch": "gather"}, recompute=True)]
     check(tmp_path, family, 4, several + more.get(family, [Case({"ep_size": 4})]))
 
 
@@ -226,7 +220,7 @@ def test_a_recompute_sends_rows_but_does_not_ask_for_counts_again():
             assert count["rows"] >= (8 if recompute else 6) * num_moe_layers
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "push"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "gather"])
 def test_rows_of_experts_in_a_latent_width_travel_in_it(dispatch, tmp_path):
     config = tiny.tiny_config("nemotron_h")
     latent, top_k = config.moe_latent_size, config.num_experts_per_tok
@@ -264,7 +258,7 @@ def test_experts_laid_out_for_our_backend_are_not_trained_by_another():
     assert on_ranks(2, work.other_backend, saved("qwen3_moe"), {"ep_size": 1}) == ["no error"] * 2
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes", "push", "push alone"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes"])
 @pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, dispatch, tmp_path):
@@ -274,7 +268,7 @@ def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, disp
     check_layers(on_ranks(num_ranks, work.layers, cases, with_triton, dispatch, tmp_path), cases)
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes", "push"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes"])
 @pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
 def test_a_layer_that_is_recomputed_repeats_exchanges_between_none_and_its_reader(with_triton, dispatch, tmp_path):
     if with_triton and os.environ["TRITON_INTERPRET"] != "1":
@@ -297,15 +291,6 @@ def check_layers(made, cases):
         for at, grad in ((3, experts.gate_up_proj.grad), (4, experts.down_proj.grad)):
             got = torch.cat([made[rank][number][at] for rank in range(num_ranks)])
             torch.testing.assert_close(got, torch.zeros_like(got) if grad is None else grad, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_rows_are_pushed_only_where_they_are_needed_and_nothing_else_is_read(num_ranks, with_triton, tmp_path):
-    if with_triton and os.environ["TRITON_INTERPRET"] != "1":
-        pytest.skip("the GPU tests cover Triton here")
-    for sent, unsent in on_ranks(num_ranks, work.pushes, 4 if with_triton else 100, with_triton, tmp_path):
-        assert sent and unsent
 
 
 def test_a_rank_that_never_arrives_is_an_error_that_names_who_waited(tmp_path):

@@ -23,7 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import expertmesh
 from expertmesh import backends
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.dispatch import gather, links, push
+from expertmesh.dispatch import gather, links
 from expertmesh.dispatch.all_to_all import AllToAll
 from expertmesh.dispatch.links import Mailboxes
 from expertmesh.kernels.combine import combine
@@ -364,7 +364,7 @@ class HostMemory:
 
 
 def open_memory(folder: Path) -> Callable[[dist.ProcessGroup], Mailboxes]:
-    """Let gather and push find mailboxes between CPUs of this machine; returns what now makes them."""
+    """Let gather find mailboxes between CPUs of this machine; returns what now makes them."""
     gather.link_of = functools.cache(lambda group: Mailboxes(group, functools.partial(HostMemory, folder, group)))
     return gather.link_of
 
@@ -381,10 +381,10 @@ def layers(
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
-    if dispatch in ("mailboxes", "push"):
+    if dispatch == "mailboxes":
         link = open_memory(folder)(mesh["ep"].get_group())
         link.begin = begun = mock.Mock(wraps=link.begin)
-    implementation = {"all_to_all": AllToAll, "push": push.Push, "push alone": push.Push}.get(dispatch, gather.Gather)
+    implementation = AllToAll if dispatch == "all_to_all" else gather.Gather
     results = []
     for tokens, favourite in cases:
         module = experts_of(8, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
@@ -399,7 +399,7 @@ def layers(
             assert torch.equal(residual.grad, dout)
             out = out - residual
         results.append([out.detach(), x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad])
-    if dispatch in ("mailboxes", "push"):
+    if dispatch == "mailboxes":
         # what the experts' backward has sent is not sent again; a recompute ends where the experts have saved all
         assert begun.call_count == (5 if recompute else 4) * len(cases)
     return results
@@ -430,59 +430,6 @@ def mailboxes(rank: int, num_cases: int) -> int:
         got = link.combine_scatter(y, *routed, residual)
         torch.testing.assert_close(got.float(), want, atol=0.1, rtol=0.02)
     return num_cases
-
-
-def pushes(rank: int, num_cases: int, with_triton: bool, folder: Path) -> tuple[int, int]:
-    """Random exchanges by `Pushed`, each checked; how many rows were sent between ranks, and how many were not.
-
-    Values are small whole numbers, so that sums are exact in any order.
-    """
-    gpus = torch.cuda.is_available()
-    device = torch.device("cuda", rank) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
-    group, ranks = dist.group.WORLD, dist.get_world_size()
-    boxes = links.link_of(group) if gpus else Mailboxes(group, functools.partial(HostMemory, folder, group))
-    assert isinstance(boxes, Mailboxes)
-    shapes, values = random.Random(0), torch.Generator(device).manual_seed(rank)
-    collectives, sent, unsent = links.Collectives(group), 0, 0
-
-    def draw(most: int, *shape: int) -> torch.Tensor:
-        return torch.randint(0, most, shape, generator=values, device=device)
-
-    for _ in range(num_cases):
-        rows, width, top_k, experts = (shapes.randint(1, most) for most in (3000 if gpus else 20, 100, 5, 3))
-        ids = draw(experts * shapes.randint(1, ranks) + 1, rows, top_k)  # often nobody chooses the last ranks
-        ids = torch.where(ids == 0, experts * ranks, ids - 1)  # some pairs are padding
-        kind = shapes.choice([torch.float32, torch.bfloat16])
-        x, weights, dout = draw(9, rows, width).to(kind), draw(9, rows, top_k).float(), draw(9, rows, width).to(kind)
-        link = push.Pushed(boxes, experts)
-        all_x, all_ids, all_weights, all_dout = collectives.all_gather([x, ids, weights, dout])
-        mine = (all_ids // experts == rank).any(-1, keepdim=True)
-        partial = torch.where(mine, draw(9, *all_x.shape), torch.nan).to(kind)
-        dweight = torch.where(mine, draw(9, *all_weights.shape), torch.nan)
-        with backends.interpreted() if with_triton else contextlib.nullcontext():
-            there = link.all_gather([x, ids, weights])
-            back = link.reduce_scatter([partial])
-            dist.barrier()
-            for box in boxes.boxes:
-                box.of(rank).fill_(255)  # NaN
-            dist.barrier()
-            (backward,) = link.all_gather([dout])
-            came = boxes.boxes[boxes.turn].of(rank)[: all_dout.nbytes].view(kind).view(all_dout.shape)
-            assert torch.equal(came.isnan(), (~mine).expand_as(came)), "only rows that are needed are stored"
-            gradients = link.reduce_scatter([partial, dweight])
-        for got, want in zip(there, (torch.where(mine, all_x, 0), all_ids, all_weights), strict=True):
-            assert torch.equal(got, want)
-        assert torch.equal(backward, torch.where(mine, all_dout, 0))
-        (want,) = collectives.reduce_scatter([partial.nan_to_num().float()])
-        assert torch.equal(back[0], want.to(kind)) and torch.equal(gradients[0], back[0])
-        assert torch.equal(gradients[1], collectives.reduce_scatter([dweight.nan_to_num()])[0])
-        others = [r for r in range(ranks) if r != rank]
-        sent += int(link.needed_RT[others].sum())
-        unsent += int((~link.needed_RT[others]).sum())
-    return sent, unsent
 
 
 def never_arrives(rank: int, seconds: float, folder: Path) -> str:

@@ -38,10 +38,10 @@ def set_grads(ours: list[torch.nn.Parameter], theirs: list[torch.nn.Parameter]) 
 def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor], steps: int) -> None:
     for a, b in zip(ours, theirs, strict=True):
         if a.dtype == torch.float32:
-            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
         elif a.numel():  # a tie that is rounded the other way in one step stays through the next ones
             assert (a != b).float().mean() < 1e-3 * steps or (a != b).sum() <= 2
-            torch.testing.assert_close(a, b, rtol=2**-7 * steps, atol=2e-4)
+            torch.testing.assert_close(a, b, rtol=2**-7 * steps, atol=2e-3)  # a fifth of the learning rate
 
 
 @contextlib.contextmanager

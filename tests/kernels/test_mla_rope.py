@@ -83,7 +83,7 @@ def test_shapes_that_do_not_belong_together_are_refused():
         (q, kv, k_rope[..., :7]),
         (q, kv[..., :16], k_rope),
     ):
-        with pytest.raises(ValueError, match=r"must be \[B, S, N, P\+R\]"):
+        with pytest.raises(AssertionError):
             mla_rope(*wrong, cos, sin)
-    with pytest.raises(ValueError, match=r"must both be \[1 or 2, 5, 8\]"):
+    with pytest.raises(AssertionError):
         mla_rope(q, kv, k_rope, cos[..., :4], sin[..., :4])

@@ -158,9 +158,9 @@ def test_no_rows_give_an_empty_output_and_a_zero_weight_gradient():
 
 
 def test_wrong_shapes_and_scales_are_refused():
-    with pytest.raises(ValueError, match="must be the width of x"):
+    with pytest.raises(AssertionError, match="the width of x"):
         rms_norm(torch.randn(2, 8), torch.randn(1), 1e-6)
-    with pytest.raises(ValueError, match="scale must be"):
+    with pytest.raises(AssertionError):
         rms_norm(torch.randn(2, 8), torch.randn(8), 1e-6, scale="bf16")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="same shape"):
+    with pytest.raises(AssertionError):
         add_rms_norm(torch.randn(2, 8), torch.randn(1, 8), torch.randn(8), 1e-6)

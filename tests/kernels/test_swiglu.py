@@ -52,9 +52,9 @@ def test_large_gates_saturate_without_nan():
 
 
 def test_different_shapes_or_dtypes_are_refused():
-    with pytest.raises(ValueError, match="one shape and dtype"):
+    with pytest.raises(AssertionError):
         swiglu(torch.randn(2, 8), torch.randn(1, 8))
-    with pytest.raises(ValueError, match="one shape and dtype"):
+    with pytest.raises(AssertionError):
         swiglu(torch.randn(2, 8), torch.randn(2, 8).bfloat16())
 
 

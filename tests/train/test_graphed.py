@@ -416,9 +416,7 @@ def test_without_a_gpu_the_trainer_refuses_at_once(tmp_path):
         Trainer(model(), arguments(tmp_path), train_dataset=rows(), cuda_graph=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "refused"), [("expertmesh", True), ("expertmesh-gather", False), ("expertmesh-push", False)]
-)
+@pytest.mark.parametrize(("name", "refused"), [("expertmesh", True), ("expertmesh-gather", False)])
 def test_a_dispatch_that_waits_is_refused(tmp_path, name, refused, monkeypatch):
     trainer = Trainer(model(), arguments(tmp_path), train_dataset=rows())
     monkeypatch.setattr(transformers.TrainingArguments, "device", torch.device("cuda"))

@@ -62,12 +62,9 @@ class Gather(AllToAll):
         return kept(lambda: most_tokens(len(x_TH), self.ep_mesh.get_group(), self.layer))
 
     def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        return self._through(self._link(), x_TH, ids_TK, weight_TK)
-
-    def _through(self, link: Link, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         experts_per_rank = self.num_local_experts
         num_experts = self.ep_mesh.size() * experts_per_rank
-        residual, handoff = self._residual, Handoff(link, self.ep_mesh.size(), self._residual)
+        residual, handoff = self._residual, Handoff(self._link(), self.ep_mesh.size(), self._residual)
         x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, self._rows(x_TH), num_experts, handoff)
         # this rank's experts become 0, 1, …; all others', and the padding, something else
         ids_MK = ids_MK.sub_(self.ep_mesh.get_local_rank() * experts_per_rank)
@@ -106,8 +103,8 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
         before, most = agreed[group]
         if before != num_tokens:
             raise RuntimeError(
-                f"dispatch='gather' and 'push' need as many tokens in every layer of a forward, but here {before} "
-                f"became {num_tokens}. Use dispatch='all_to_all' with this model."
+                f"dispatch='gather' needs as many tokens in every layer of a forward, but here {before} became "
+                f"{num_tokens}. Use dispatch='all_to_all' with this model."
             )
         return most
     answer = torch.tensor([max(num_tokens, 1)])

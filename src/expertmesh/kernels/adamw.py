@@ -19,7 +19,7 @@ from expertmesh.kernels import tensor_lists
 from expertmesh.kernels.launch import launched
 from expertmesh.kernels.tensor_lists import base, chunk_of, elements, store
 
-OPTIONS = {"BLOCK": 2048, "num_warps": 8}
+OPTIONS = {"BLOCK": 1024, "num_warps": 4}
 SHARED = 10  # float32 numbers that the elements of a tensor share
 
 

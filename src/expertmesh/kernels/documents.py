@@ -16,11 +16,6 @@ def document_of(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tenso
     return torch.bucketize(token, cu_seqlens, right=True).view(rows, length)
 
 
-def document_of_positions(position_ids: torch.Tensor) -> torch.Tensor:
-    """Numbers [B, S] from positions [B, S]: a document begins wherever they do not count on."""
-    return torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids
-
-
 def document_starts(number_BS: torch.Tensor) -> torch.Tensor:
     """[B, S] int32: the index in its row of the token at which each token's document starts."""
     token_S = torch.arange(number_BS.shape[1], device=number_BS.device, dtype=torch.int32)

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from expertmesh.backends import TensorDescriptor, logger, tl, triton, use_triton
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched, processors
-from expertmesh.kernels.matmul import mm_out
 
 
 def grouped_gemm(
@@ -49,7 +48,7 @@ def grouped_gemm_reference(
         return y_SN if bias_EN is None else y_SN + rows_of_experts(bias_EN, group)
     y_SN = a_SK.new_empty(group.token_S.numel(), w_EKN.shape[2])
     for expert, rows in segments(group):
-        mm_out(rows_of(a_SK, group, rows, gather=gather), w_EKN[expert], y_SN[rows])
+        torch.mm(rows_of(a_SK, group, rows, gather=gather), w_EKN[expert], out=y_SN[rows])
         if bias_EN is not None:
             y_SN[rows] += bias_EN[expert]
     return y_SN

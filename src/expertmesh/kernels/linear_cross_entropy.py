@@ -22,7 +22,6 @@ from transformers.loss.loss_utils import fixed_cross_entropy
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched
-from expertmesh.kernels.matmul import mm_out
 
 
 class Statistics(NamedTuple):
@@ -293,13 +292,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_CH = hidden[start : start + rows]
             logits_CV = buffer[: hidden_CH.shape[0]]
             if bias is None:
-                mm_out(hidden_CH, weight.t(), logits_CV)
+                torch.mm(hidden_CH, weight.t(), out=logits_CV)
             else:
                 torch.addmm(bias, hidden_CH, weight.t(), out=logits_CV)
             _rows(logits_CV, labels[start : start + rows], out[start : start + rows], ignore_index, any(wanted))
             dlogits_CV = logits_CV  # overwritten in place
             if dhidden is not None:
-                mm_out(dlogits_CV, weight, dhidden[start : start + rows])
+                torch.mm(dlogits_CV, weight, out=dhidden[start : start + rows])
             if dweight is not None:
                 _accumulate(dweight, dlogits_CV, hidden_CH, first=start == 0)
             if dbias is not None:

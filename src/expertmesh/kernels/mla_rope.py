@@ -35,13 +35,8 @@ def mla_rope(
     """
     B, S, N, D = q.shape
     R = k_rope.shape[-1]
-    if kv.shape[:3] != (B, S, N) or k_rope.shape != (B, S, R) or R % 2 or kv.shape[-1] <= D - R:
-        raise ValueError(
-            f"q {tuple(q.shape)}, kv {tuple(kv.shape)} and k_rope {tuple(k_rope.shape)} must be [B, S, N, P+R], "
-            f"[B, S, N, P+V] and [B, S, R] with an even R."
-        )
-    if cos.shape != sin.shape or cos.shape not in ((B, S, R), (1, S, R)):
-        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [1 or {B}, {S}, {R}].")
+    assert kv.shape[:3] == (B, S, N) and kv.shape[-1] > D - R and k_rope.shape == (B, S, R) and R % 2 == 0
+    assert cos.shape == sin.shape and cos.shape in ((B, S, R), (1, S, R))
     if use_triton(q):
         query, key, value = _MLARope.apply(q, kv, k_rope, cos, sin)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

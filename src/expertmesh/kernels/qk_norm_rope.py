@@ -38,19 +38,12 @@ def qk_norm_rope(
     cos, sin: [B or 1, S, D], as the model's rotary embedding gives them (no gradient).
     Returns [B, Nq, S, D] and [B, Nk, S, D] as transposed views of [B, S, N, D] memory: the layout that stock
     Transformers hands to attention as well, flash kernels read it without a copy and SDPA takes it through strides.
-    Must equal `q_norm`, `k_norm` and `apply_rotary_pos_emb` of transformers' Qwen3MoeAttention. Rotary embeddings that
-    turn only a part of D are not supported: ValueError.
+    Must equal `q_norm`, `k_norm` and `apply_rotary_pos_emb` of transformers' Qwen3MoeAttention. Rotary embeddings must
+    turn all of D. Raises ValueError if cos or sin want gradients.
     """
     B, S, _, D = q.shape
-    if D % 2 or cos.shape[-1] != D:
-        raise ValueError(f"cos is {cos.shape[-1]} wide but heads are {D}: qk_norm_rope turns whole, even-width heads.")
-    if k.shape[:2] != q.shape[:2] or k.shape[-1] != D or q_weight.shape != (D,) or k_weight.shape != (D,):
-        raise ValueError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [B, S, heads, D] with equal B, S and D, and their "
-            f"weights [D]; got weights {tuple(q_weight.shape)} and {tuple(k_weight.shape)}."
-        )
-    if cos.shape != sin.shape or cos.ndim != 3 or cos.shape[0] not in (1, B) or cos.shape[1] != S:
-        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [1 or {B}, {S}, {D}].")
+    assert k.shape[:2] == (B, S) and k.shape[3] == D and q_weight.shape == k_weight.shape == (D,)
+    assert D % 2 == 0 and cos.shape == sin.shape and cos.shape in ((1, S, D), (B, S, D)), "whole, even-width heads turn"
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ValueError("qk_norm_rope gives cos and sin no gradient: detach them.")
     if use_triton(q):

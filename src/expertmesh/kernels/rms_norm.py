@@ -1,4 +1,4 @@
-"""RMSNorm, alone and with the residual add in front of it: one forward and one backward kernel for both.
+"""RMSNorm, alone, with the residual add in front of it, and gated (gated_norm.py): one forward and one backward kernel.
 
     s = x + residual                        (add_rms_norm only; rounded to the tensors' dtype, as stock does)
     x_hat = s / sqrt(mean(s^2) + eps)       y = x_hat * weight
@@ -61,8 +61,7 @@ def add_rms_norm(
     then normed.
     """
     _check(x, weight, scale)
-    if x.shape != residual.shape:
-        raise ValueError(f"x {tuple(x.shape)} and residual {tuple(residual.shape)} must have the same shape.")
+    assert x.shape == residual.shape
     if use_triton(x):
         return _RMSNorm.apply(x, residual, weight, eps, scale, False)
     return add_rms_norm_reference(x, residual, weight, eps, scale=scale)
@@ -88,10 +87,8 @@ def add_rms_norm_reference(
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, scale: str) -> None:
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"The weight's shape {tuple(weight.shape)} must be the width of x, {tuple(x.shape[-1:])}.")
-    if scale not in ("rounded", "float32", "one_plus"):
-        raise ValueError(f"scale must be 'rounded', 'float32' or 'one_plus', not {scale!r}.")
+    assert weight.shape == x.shape[-1:], "the width of x"
+    assert scale in ("rounded", "float32", "one_plus")
 
 
 def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -> None:
@@ -150,81 +147,106 @@ def row_tile(H: int, tuning: dict[str, int]) -> dict[str, int]:
 
 
 @launched
-def _norm_forward(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, T, H, stride_x, stride_residual, eps,
-    HAS_RESIDUAL: tl.constexpr, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+def norm_forward(
+    x_ptr, other_ptr, weight_ptr, y_ptr, sum_ptr, T, H, stride_x, stride_other, eps,
+    HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GROUPS: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    """y of rows of GROUPS times H columns, each normed alone; other: the residual or the gate, if there is one."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     cols = tl.arange(0, BLOCK_H)[None, :]
-    mask = (rows < T) & (cols < H)
+    in_group = cols < H
+    if GROUPS > 1:
+        cols += tl.program_id(1) * H
+    mask = (rows < T) & in_group
     s = tl.load(x_ptr + rows * stride_x + cols, mask, other=0.0)
     if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + rows * stride_residual + cols, mask, other=0.0)
+        residual = tl.load(other_ptr + rows * stride_other + cols, mask, other=0.0)
         s = (s.to(tl.float32) + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + rows * H + cols, s, mask)
-    weight = tl.load(weight_ptr + cols, cols < H, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, in_group, other=0.0).to(tl.float32)
     in_dtype = s.dtype
     s = s.to(tl.float32)
+    if HAS_GATE:
+        gate = tl.load(other_ptr + rows * stride_other + cols, mask, other=0.0).to(tl.float32)
+        s *= gate * tl.sigmoid(gate)
     x_hat = s * tl.rsqrt(tl.sum(s * s, axis=1, keep_dims=True) / H + eps)
     if SCALE == "rounded":
         x_hat = x_hat.to(in_dtype).to(tl.float32)
     if SCALE == "one_plus":
         weight += 1.0
-    tl.store(y_ptr + rows * H + cols, x_hat * weight, mask)
+    tl.store(y_ptr + rows * (H * GROUPS) + cols, x_hat * weight, mask)
 
 
 @triton.jit
-def add_pairs(a1, b1, a2, b2):
+def _add_pairs(a1, b1, a2, b2):
     """Reduces two sums at once."""
     return a1 + a2, b1 + b2
 
 
 @launched
-def _norm_backward(
-    s_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_ptr, T, H, stride_s, stride_dy, stride_dsum, eps,
-    HAS_DSUM: tl.constexpr, WEIGHT_GRAD: tl.constexpr, SCALE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+def norm_backward(
+    s_ptr, other_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, T, H,
+    stride_s, stride_other, stride_dy, stride_dgate, eps,
+    HAS_DSUM: tl.constexpr, HAS_GATE: tl.constexpr, GROUPS: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
+    SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: program p takes row blocks p, p + P, ...; it sums weight gradients into row p of dweight [P, H].
+    """Persistent: program p of each group takes row blocks p, p + P, ...; it sums weight gradients into row p of
+    dweight [P, GROUPS * H]. other: the sum's gradient or the gate, if there is one.
 
     The next rows are on their way while these are worked on: between two reductions a program would wait for memory.
     """
     cols = tl.arange(0, BLOCK_H)[None, :]
-    weight = tl.load(weight_ptr + cols, cols < H, other=0.0).to(tl.float32)
+    in_group = cols < H
+    if GROUPS > 1:
+        cols += tl.program_id(1) * H
+    weight = tl.load(weight_ptr + cols, in_group, other=0.0).to(tl.float32)
     if SCALE == "one_plus":
         weight += 1.0
     dweight = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     step = tl.num_programs(0) * BLOCK_T
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    next_s = tl.load(s_ptr + rows * stride_s + cols, (rows < T) & (cols < H), other=0.0)
-    next_dy = tl.load(dy_ptr + rows * stride_dy + cols, (rows < T) & (cols < H), other=0.0)
+    next_s = tl.load(s_ptr + rows * stride_s + cols, (rows < T) & in_group, other=0.0)
+    if HAS_GATE:
+        next_gate = tl.load(other_ptr + rows * stride_other + cols, (rows < T) & in_group, other=0.0)
+    next_dy = tl.load(dy_ptr + rows * stride_dy + cols, (rows < T) & in_group, other=0.0)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_T
     while first_row < T:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
         rows = first_row + tl.arange(0, BLOCK_T)[:, None]
-        mask = (rows < T) & (cols < H)
+        mask = (rows < T) & in_group
         in_dtype = next_s.dtype
         s = next_s.to(tl.float32)
         dy = next_dy.to(tl.float32)
-        later = (rows + step < T) & (cols < H)
+        later = (rows + step < T) & in_group
         next_s = tl.load(s_ptr + (rows + step) * stride_s + cols, later, other=0.0)
+        if HAS_GATE:
+            x, gate = s, next_gate.to(tl.float32)
+            next_gate = tl.load(other_ptr + (rows + step) * stride_other + cols, later, other=0.0)
+            sigmoid = tl.sigmoid(gate)
+            silu = gate * sigmoid
+            s = x * silu
         next_dy = tl.load(dy_ptr + (rows + step) * stride_dy + cols, later, other=0.0)
         if HAS_DSUM:
-            dsum = tl.load(dsum_ptr + rows * stride_dsum + cols, mask, other=0.0)
+            dsum = tl.load(other_ptr + rows * stride_other + cols, mask, other=0.0)
         dx_hat = dy * weight
-        square, product = tl.reduce((s * s, dx_hat * s), 1, add_pairs, keep_dims=True)
+        square, product = tl.reduce((s * s, dx_hat * s), 1, _add_pairs, keep_dims=True)
         rstd = tl.rsqrt(square / H + eps)
         x_hat = s * rstd
         dx = rstd * (dx_hat - x_hat * (product * rstd / H))
         if HAS_DSUM:
             dx += dsum.to(tl.float32)
-        tl.store(dx_ptr + rows * H + cols, dx, mask)
+        if HAS_GATE:
+            tl.store(dgate_ptr + rows * stride_dgate + cols, dx * x * (sigmoid + silu * (1.0 - sigmoid)), mask)
+            dx *= silu
+        tl.store(dx_ptr + rows * (H * GROUPS) + cols, dx, mask)
         if WEIGHT_GRAD:
             if SCALE == "rounded":
                 x_hat = x_hat.to(in_dtype).to(tl.float32)
             dweight += dy * x_hat
         first_row += step
     if WEIGHT_GRAD:
-        tl.store(dweight_ptr + tl.program_id(0) * H + cols, tl.sum(dweight, axis=0, keep_dims=True), cols < H)
+        row = dweight_ptr + tl.program_id(0) * (H * GROUPS)
+        tl.store(row + cols, tl.sum(dweight, axis=0, keep_dims=True), in_group)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -250,9 +272,10 @@ class _RMSNorm(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
         blocks = row_tile(H, TUNING["forward"])
         if y.numel():
-            _norm_forward[(triton.cdiv(T, blocks["BLOCK_T"]),)](
+            norm_forward[(triton.cdiv(T, blocks["BLOCK_T"]),)](
                 x_TH, residual_TH, weight, y, total if total is not None else y, T, H,
-                x_TH.stride(0), residual_TH.stride(0), eps, HAS_RESIDUAL=total is not None, SCALE=scale, **blocks,
+                x_TH.stride(0), residual_TH.stride(0), eps,
+                HAS_RESIDUAL=total is not None, HAS_GATE=False, GROUPS=1, SCALE=scale, **blocks,
             )  # fmt: skip
         ctx.save_for_backward(x if total is None else total, weight)
         ctx.eps, ctx.scale, ctx.dtypes = eps, scale, (x.dtype, residual.dtype if residual is not None else None)
@@ -288,9 +311,9 @@ def _launch_backward(
     programs = processors(s.device) * TUNING["backward"]["programs"]
     programs = max(1, min(programs, triton.cdiv(T, blocks["BLOCK_T"])))
     partial = torch.empty(programs if weight_grad else 0, H, dtype=torch.float32, device=s.device)
-    _norm_backward[(programs,)](
-        s_TH, weight, dy_TH, dsum_TH, dx, partial, T, H, s_TH.stride(0), dy_TH.stride(0), dsum_TH.stride(0), eps,
-        HAS_DSUM=dsum is not None, WEIGHT_GRAD=weight_grad, SCALE=scale, **blocks,
+    norm_backward[(programs,)](
+        s_TH, dsum_TH, weight, dy_TH, dx, dx, partial, T, H, s_TH.stride(0), dsum_TH.stride(0), dy_TH.stride(0), H, eps,
+        HAS_DSUM=dsum is not None, HAS_GATE=False, GROUPS=1, WEIGHT_GRAD=weight_grad, SCALE=scale, **blocks,
     )  # fmt: skip
     if not weight_grad:
         return dx, None

@@ -29,10 +29,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
     Must equal `act_fn(gate) * up` of a Transformers MLP with hidden_act "silu".
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(
-            f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must have one shape and dtype."
-        )
+    assert gate.shape == up.shape and gate.dtype == up.dtype
     return _Activation.apply(gate, up) if use_triton(gate) else swiglu_reference(gate, up)
 
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from expertmesh import backends
-from expertmesh.dispatch import gather, links, push
+from expertmesh.dispatch import gather, links
 
 WARM_UP = 3  # calls that run as always: kernels are compiled, buffers and streams made; the last is the rehearsal
 MOST = 4  # shapes that are recorded: each keeps its gradients, and all together the memory of the largest
@@ -32,8 +32,8 @@ ACCUMULATING = -1  # in place of a shape; no hash is -1
 
 CANNOT = (
     "This training step cannot be recorded as a CUDA graph: {why}. Something in it waits for the GPU, or depends on "
-    "what a batch holds: padding or documents that only position_ids tell of, dispatch='push' without memory open to "
-    "all GPUs, or a model or loss that looks at values. Leave that out, or switch recording off (cuda_graph=False)."
+    "what a batch holds: padding or documents that only position_ids tell of, or a model or loss that looks at "
+    "values. Leave that out, or switch recording off (cuda_graph=False)."
 )
 _WAITS = "called a synchronizing CUDA operation"  # PyTorch's words
 _broken: list[Any] = []  # graphs whose recording failed: the allocator may still ask them
@@ -244,8 +244,8 @@ def why_not(trainer: Any) -> str | None:
         "torch_empty_cache_steps frees memory. Leave it unset": args.torch_empty_cache_steps is not None,
         "on several GPUs it needs a model that is laid out as it is loaded. Pass distributed_setup= to "
         "from_pretrained": args.n_gpu > 1 or (args.world_size > 1 and not trainer.is_sharded),
-        "the CPU waits to hear how many rows this dispatch sends. Load the model with dispatch='gather' (2 to 4 GPUs "
-        "of a node) or dispatch='push' (5 to 8)": dispatch not in (gather.NAME, push.NAME),
+        "the CPU waits to hear how many rows this dispatch sends. Load the model with dispatch='gather' (GPUs of a "
+        "node)": dispatch != gather.NAME,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -11,7 +11,7 @@ Metrics of one layer, from its counts c_E:
     dead_frac   share of experts that received nothing
     entropy     entropy of c / sum(c), over log E: 1 is perfect balance, 0 one expert for all
     rank_vio    with expert parallelism: the largest sum of c over one rank's experts, over their mean, minus 1; in
-                steps and layers above 0.25 that rank computes rows again in the backward ("gather" and "push")
+                steps and layers above 0.25 that rank computes rows again in the backward ("gather")
 """
 
 from collections.abc import Iterator
