@@ -169,13 +169,13 @@ class Trainer(ResumableTrainer):
                 module.train()
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        brought, few = self._brought(inputs)
-        batch = self._prepare_inputs(inputs if brought is None else brought)
+        batch, bucketed, few = self._brought(inputs)
+        batch = self._prepare_inputs(batch)
         base = fused_base(self.model)
         weight = getattr(self.accelerator.unwrap_model(model), "mtp_loss_weight", None)  # Python, which may change
         self._graphing = few
         if base is not None:
-            base.told = brought is not None
+            base.told = bucketed
         try:
             step = self._graphed if few else self._graphed.always
             return step(n=num_items_in_batch, weight=weight, **batch)
@@ -184,9 +184,9 @@ class Trainer(ResumableTrainer):
             if base is not None:
                 base.told = False
 
-    def _brought(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any] | None, bool]:
-        """This batch in a bucket, the same on all ranks, or None if it is to stay as it is; and whether the tokens are
-        few enough to record the step."""
+    def _brought(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool, bool]:
+        """What to step with; whether that is this batch in a bucket, the same on all ranks, or as it came; and whether
+        the tokens are few enough to record the step."""
         row, self._row = self._row, None
         base, ids = fused_base(self.model), inputs.get("input_ids")
         stays, need = CANNOT, (0 if ids is None else ids.numel(), 0, 0)
@@ -198,12 +198,15 @@ class Trainer(ResumableTrainer):
         tokens, documents, longest = (max(answer[i] for answer in answers) for i in (1, 2, 3))
         if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
             self._say(f"a batch has more than {MOST_TOKENS:,} tokens per GPU, with which the CPU is no limit")
-            return None, False
+            return inputs, False, False
         ways = {way for way, *_ in answers}
-        if row is None or base is None or CANNOT in ways or ways == {EITHER}:
-            return None, True
-        bucket = self._buckets.of(tokens, documents, longest)
-        return bucket.fill(row) if base.takes_documents(bucket.tokens) else None, True
+        if row is not None and base is not None and BUCKET in ways and CANNOT not in ways:
+            bucket = self._buckets.of(tokens, documents, longest)
+            if base.takes_documents(bucket.tokens):
+                return bucket.fill(row), True, True
+        if row is not None and row.full:  # of ones, which somebody would have to look at
+            inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}
+        return inputs, False, True
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
