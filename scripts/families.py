@@ -13,8 +13,7 @@ from transformers import AutoConfig
 
 from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.tiny import COMMON, FAMILIES, tiny_config
-from expertmesh.cli.doctor import NOT_NEEDED
-from expertmesh.fuse import FUSIONS
+from expertmesh.families.report import FUSIONS, NOT_NEEDED
 from expertmesh.layers.liger import why_not_liger
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"

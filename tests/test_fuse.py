@@ -128,7 +128,7 @@ def test_one_configuration_object_serves_stock_and_ours_in_any_order(tmp_path):
 
 
 def test_the_report_is_printed_once_per_kind_of_model(monkeypatch, capsys):
-    monkeypatch.setattr(sys.modules["expertmesh.fuse"], "_printed", set())
+    monkeypatch.setattr(sys.modules["expertmesh.families.report"], "_printed", set())
     for _ in range(2):
         AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
     printed = capsys.readouterr().err

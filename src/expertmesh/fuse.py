@@ -10,11 +10,10 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -22,13 +21,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from expertmesh import backends
 from expertmesh.dispatch.gather import one_forward
 from expertmesh.families import mtp as mtp_modules
-from expertmesh.families.generic import RULES
 from expertmesh.families.gpt_oss import has_sinks
-from expertmesh.families.rules import Rule
+from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report
 from expertmesh.layers import attention, sinks
 from expertmesh.layers import experts as fast_experts
 from expertmesh.layers.base_model import Call, FastBaseModel, calling, fuse_base
-from expertmesh.layers.fast import Fast, has_cache, twin
+from expertmesh.layers.fast import has_cache, twin
 from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, next_tokens, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
 from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
@@ -40,36 +38,9 @@ from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, te
 from expertmesh.weights.read import to_model_names
 from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
-#: Every fusion by its switch, and how Transformers names the classes it is meant for.
-FUSIONS = {
-    "experts": "Experts",
-    "router": "Router",
-    "rms_norm": "RMSNorm",
-    "swiglu": "MLP",
-    "mla_rope": "latent attention",
-    "qk_norm_rope": "Attention",
-    "rope": "Attention",
-    "sink_attention": "attention with sinks",
-    "add_norm": "DecoderLayer",
-    "mamba2": "Mamba2Mixer",
-    "linear_cross_entropy": "lm_head",
-    "liger": "models without experts",
-}
-
 _refusing: ContextVar[bool] = ContextVar("refusing_missing_experts", default=False)
 _requested: ContextVar[frozenset[str]] = ContextVar("requested_fusions", default=frozenset(FUSIONS))
 _with_mtp: ContextVar[str] = ContextVar("with_mtp_modules", default="no")  # or "new", or "saved" in a checkpoint
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """One row of a model's report: a fusion is on for `count` modules by `by`, or off because of `reason`."""
-
-    name: str
-    on: bool
-    by: str
-    reason: str
-    count: int
 
 
 def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
@@ -191,11 +162,11 @@ class FusedModel(ReadsQuantized):
         return list(self._fusions)
 
     def _fuse_modules(self) -> None:
-        applied = (_apply_fusion(self, fusion) for fusion in dict.fromkeys(rule.fusion for rule in RULES))
-        self._fusions = [_experts_row(self), *applied, _fuse_head(self)]
+        backends.warn_if_untested()
+        self._fusions = apply_fusions(self, _requested.get())
         fuse_base(self)
         if self._mtp is None or _with_mtp.get() != "saved":  # else it turns out in loading whether they stay
-            _print_report(self, self._fusions)
+            print_report(self, self._fusions)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Transformers' choice, except that ours is the default."""
@@ -293,15 +264,8 @@ def _settle_mtp(model: Any, loading_info: Any, load_config: Any) -> None:
         loading_info.missing_keys = {key for key in loading_info.missing_keys if not model._mtp.owns(key)}
         removed = model._mtp.remove_from(model)
         model._mtp = None
-        model._fusions = [replace(row, count=row.count - _count(row.name, removed)) for row in model._fusions]
-    _print_report(model, model._fusions)
-
-
-def _count(fusion: str, modules: list[nn.Module]) -> int:
-    """How many of the modules this fusion is on for."""
-    if fusion == "experts":
-        return sum(hasattr(module, "is_concatenated") for module in modules)
-    return sum(isinstance(m, tuple(rule.fast for rule in RULES if rule.fusion == fusion)) for m in modules)
+        model._fusions = [replace(row, count=row.count - count_of(row.name, removed)) for row in model._fusions]
+    print_report(model, model._fusions)
 
 
 @contextmanager
@@ -330,89 +294,10 @@ def _refuse_missing_experts(model: nn.Module, loading_info: Any, source: Any) ->
         )
 
 
-def _how(fusion: str) -> str:
-    if not torch.cuda.is_available():
-        return "PyTorch (no GPU here)"
-    own = "Triton" if backends.HAS_TRITON else "PyTorch (no Triton here)"
-    return ", ".join(filter(None, [backends.library_of(fusion), own]))
-
-
-def _experts_row(model: Any) -> Fusion:
-    modules = [m for m in model.modules() if hasattr(m, "is_concatenated") and hasattr(m, "has_gate")]
-    chosen = model.config.get_text_config()._experts_implementation
-    if chosen != fast_experts.NAME:
-        return Fusion("experts", False, "", f"experts_implementation={chosen!r} was asked for", 0)
-    reasons = {reason for m in modules if (reason := fast_experts.why_not(m)) is not None}
-    if reasons:
-        return Fusion("experts", False, "", f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}", 0)
-    return Fusion("experts", True, _how("experts"), "", len(modules))
-
-
-def _apply_fusion(model: nn.Module, fusion: str) -> Fusion:
-    if fusion not in _requested.get():
-        return Fusion(fusion, False, "", "switched off", 0)
-    rules = [rule for rule in RULES if rule.fusion == fusion]
-    reasons: dict[str, None] = {}
-    count = 0
-    for module in model.modules():
-        reason = _convert(module, fusion, rules)
-        if reason == "":
-            count += 1
-        elif reason is not None:
-            reasons[reason] = None
-    if not count and not reasons:
-        reasons["no module of the model needs it"] = None
-    return Fusion(fusion, count > 0, _how(fusion) if count else "", "; ".join(reasons), count)
-
-
-def _convert(module: nn.Module, fusion: str, rules: list[Rule]) -> str | None:
-    """Make the module fast: "" when done, the reason why it must stay stock, None when the fusion is not for it."""
-    cls: Any = type(module)
-    if issubclass(cls, Fast) or not cls.__module__.startswith("transformers.models."):
-        return None
-    for rule in rules:
-        if rule.matches(cls):
-            reason = rule.why_not(module)
-            if reason is None:
-                module.__class__ = twin(cls, rule.fast)
-                return ""
-            return f"{cls.__name__}: {reason}"
-    meant = cls.__name__.endswith(FUSIONS[fusion]) and not hasattr(module, "experts")  # a GptOssMLP is a block of them
-    return f"{cls.__name__} runs code of its own" if meant else None
-
-
-def _fuse_head(model: Any) -> Fusion:
-    name = "linear_cross_entropy"
-    if name not in _requested.get():
-        return Fusion(name, False, "", "switched off", 0)
-    head = model.get_output_embeddings()
-    reason = why_not_head(head)
-    if reason is not None:
-        return Fusion(name, False, "", reason, 0)
-    head.__class__ = twin(nn.Linear, FastHead)
-    return Fusion(name, True, _how(name), "", 1)
-
-
 def _use_liger(model: PreTrainedModel) -> None:
     """A model without experts: stock, plus Liger's kernels at its first forward on a GPU."""
     reason = "switched off" if "liger" not in _requested.get() else why_not_liger(model)
     if reason is None:
         model.register_forward_pre_hook(ApplyLigerOnGPU())
     by = "liger-kernel, from the first forward on a GPU" if reason is None else ""
-    _print_report(model, [Fusion("liger", reason is None, by, reason or "", 1 if reason is None else 0)])
-
-
-_printed: set[tuple] = set()
-
-
-def _print_report(model: nn.Module, rows: list[Fusion]) -> None:
-    """Print what is on and what is off, once for each kind of model in a process."""
-    key = (type(model).__name__, *rows)
-    if key in _printed:
-        return
-    _printed.add(key)
-    lines = [f"expertmesh: {type(model).__name__}"]
-    for row in rows:
-        state = f"on   {row.by} x{row.count}" if row.on else "off"
-        lines.append(f"  {row.name:<21}{state}" + (f"  ({row.reason})" if row.reason else ""))
-    backends.logger().info("\n".join(lines))
+    print_report(model, [Fusion("liger", reason is None, by, reason or "", 1 if reason is None else 0)])

@@ -11,6 +11,7 @@ from expertmesh.parallel import DistributedSetup
 
 STEPS = 4
 # bfloat16 is its default; and every rank balances its own tokens, so the router's loss is another one on two ranks
+SFT = {"trl", "our trl"}
 TRL = {"max_length": None, "router_aux_loss_coef": 0.0, "bf16": False}
 
 
@@ -46,11 +47,11 @@ def arguments(kind: str, folder: Path, batch_size: int) -> dict[str, Any]:
         use_cpu=True,
         disable_tqdm=True,
         seed=3,
-    ) | (TRL if kind == "trl" else {})
+    ) | (TRL if kind in SFT else {})
 
 
-def losses(rank: int, kind: str, folder: Path, setup: dict[str, Any] | None, out: Path) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step. setup None: one process, stock model, all rows of a step on it."""
+def records(rank: int, kind: str, folder: Path, setup: dict[str, Any] | None, out: Path) -> list[dict[str, float]]:
+    """What is logged at every step. setup None: one process, stock model, all rows of a step on it."""
     batch_size = 2
     if setup is None:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -58,14 +59,15 @@ def losses(rank: int, kind: str, folder: Path, setup: dict[str, Any] | None, out
         chosen = DistributedSetup(**setup)
         batch_size //= chosen.dp_size
         model = expertmesh.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_setup=chosen)
-    if kind == "trl":
+    if kind in SFT:
+        import trl
         from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
 
+        cls = {"trl": trl.SFTTrainer, "our trl": expertmesh.SFTTrainer}[kind]
         data = Dataset.from_list(rows())
-        trainer = SFTTrainer(
+        trainer = cls(
             model,
-            SFTConfig(**arguments(kind, out, batch_size)),
+            trl.SFTConfig(**arguments(kind, out, batch_size)),
             train_dataset=data,
             data_collator=collate,
             processing_class=expertmesh_tokenizer(),
@@ -75,7 +77,7 @@ def losses(rank: int, kind: str, folder: Path, setup: dict[str, Any] | None, out
         args = transformers.TrainingArguments(**arguments(kind, out, batch_size))
         trainer = cls(model, args, train_dataset=rows(), data_collator=collate)
     trainer.train()
-    return [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
+    return [log for log in trainer.state.log_history if "grad_norm" in log]
 
 
 def expertmesh_tokenizer() -> Any:

@@ -8,7 +8,11 @@ import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import expertmesh.kernels.linear_cross_entropy as module
-from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from expertmesh.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    statistics_reference,
+)
 from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads, poisoned
 
 PATHS = pytest.mark.parametrize("path", [poisoned, on_triton])
@@ -48,6 +52,49 @@ def test_loss_and_gradients_equal_the_reference(rows, width, vocab, chunk, count
     with path():
         got = outputs_and_grads(run(linear_cross_entropy), *leaves)
     assert_same(got, expected, tolerance=1e-5)  # float32 sums over 20,000 tokens are no better, here and in PyTorch
+
+
+@PATHS
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize(("rows", "vocab", "chunk"), [(1, 17, 64), (33, 37, 16), (6, 20000, 4), (5, 70000, 5)])
+def test_statistics_come_with_the_same_loss_and_gradients(rows, vocab, chunk, scale, path, monkeypatch):
+    monkeypatch.setattr(module, "chunk_rows", lambda *_: chunk)
+    hidden, weight, bias = leaf(rows, 8, scale=scale), leaf(vocab, 8), torch.randn(vocab)
+    logits, labels = F.linear(hidden, weight, bias).detach(), labels_with_ignored(rows, vocab)
+    right = torch.arange(rows) % 4 == 1  # some are to be the most likely
+    labels[right] = logits.argmax(1)[right]
+    expected, found = statistics_reference(logits.double(), labels), []
+    with path():
+        alone = outputs_and_grads(lambda h, w: linear_cross_entropy(h, w, labels, bias=bias), hidden, weight)
+        got = outputs_and_grads(
+            lambda h, w: linear_cross_entropy(h, w, labels, bias=bias, statistics=found), hidden, weight
+        )
+    assert_same(got, alone, tolerance=1e-6)
+    (statistics,) = found
+    assert not any(x.requires_grad for x in statistics)
+    assert (int(statistics.labelled), int(statistics.correct)) == (int(expected.labelled), int(expected.correct))
+    assert statistics.entropy.dtype == torch.float32
+    torch.testing.assert_close(statistics.entropy.double(), expected.entropy.double(), rtol=1e-5, atol=1e-5)
+
+
+@PATHS
+def test_of_equally_likely_tokens_the_first_is_the_prediction_as_in_trl(path):
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    hidden, weight = torch.ones(6, 4), torch.zeros(40, 4)
+    weight[[7, 9, 30]] = 1.0
+    labels = torch.tensor([7, 9, 30, 0, -100, 7])
+    found = []
+    with path():
+        linear_cross_entropy(hidden, weight, labels, statistics=found)
+    outputs = ("entropy", "is_top1")
+    kept = labels != -100
+    _, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
+        hidden[kept], weight, None, labels[kept], 1.0, 16, None, 1.0, outputs
+    )
+    assert is_top1.tolist() == [True, False, False, False, True]
+    assert int(found[0].correct) == int(is_top1.sum()) == int(statistics_reference(hidden @ weight.t(), labels).correct)
+    torch.testing.assert_close(found[0].entropy, entropy.sum())
 
 
 @PATHS

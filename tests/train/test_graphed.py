@@ -580,11 +580,10 @@ def test_a_recorded_sft_run_learns_the_same_without_trl_s_waits(tmp_path, on_cpu
     recorded, always = (fine_tuned(tmp_path / str(on), on) for on in (True, False))
     assert replays() == [8 - WARM_UP]
     for mine, other in zip(recorded, always, strict=True):
-        waited = {"entropy", "mean_token_accuracy", "num_tokens", "aux_loss"} if "loss" in other else set()
-        waited |= {"eval_num_tokens"} & other.keys()
-        assert other.keys() - mine.keys() == waited and mine.keys() <= other.keys()
-        for key in mine.keys() & {"loss", "grad_norm", "eval_loss", "eval_entropy", "moe/load_cv", "moe/max_vio"}:
-            assert mine[key] == pytest.approx(other[key], rel=1e-4), key
+        assert other.keys() == mine.keys()
+        for key in mine.keys() - {"time", "step"}:
+            if isinstance(mine[key], float) and "second" not in key and "runtime" not in key:
+                assert mine[key] == pytest.approx(other[key], rel=1e-4), key
 
 
 def fine_tuned_by_default(folder, **changes):
@@ -633,7 +632,7 @@ def test_a_loss_that_is_not_the_model_s_is_refused(tmp_path, on_cpu):
 
     data = Dataset.from_list([{"input_ids": [3, 4]}])
     args = SFTConfig(str(tmp_path), loss_type="dft", bf16=False, use_cpu=True)
-    with pytest.raises(ValueError, match="Leave out loss_type"):
+    with pytest.raises(ValueError, match="because of loss_type='dft'. Leave that out"):
         SFTTrainer(model(), args, train_dataset=data, processing_class=demo_tokenizer(), cuda_graph=True)
 
 

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 REQUIRED = {"python": ">=3.11", "torch": ">=2.11", "transformers": ">=5.23"}
-NOT_NEEDED = "no module of the model needs it"  # how a report says that a fusion is off, and nothing is lost by it
 
 
 def doctor() -> None:
@@ -74,11 +73,12 @@ def fusions_of(family: str) -> dict[str, list[str]]:
     """
     from expertmesh.auto import AutoModelForCausalLM
     from expertmesh.bench.tiny import tiny_config
+    from expertmesh.families.report import NOT_NEEDED
 
     found: dict[str, list[str]] = {"table": [], "probe": [], "off": []}
     for row in AutoModelForCausalLM.from_config(tiny_config(family)).fusion_report():
         if row.on or row.reason != NOT_NEEDED:
-            by = (getattr(row, "verified", "") or "table") if row.on else "off"
+            by = row.verified if row.on else "off"
             found[by].append(row.name)
     return found
 

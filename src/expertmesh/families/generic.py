@@ -89,7 +89,10 @@ LAYERS = (
     (FastSharedMLPMoEBlock, "hunyuan_v1_moe.HunYuanMoEV1Moe", "b732303f7ebf", never),
     (FastGatedSharedMoEBlock, "qwen2_moe.Qwen2MoeSparseMoeBlock", "72d5edaac713", never),
 )
-LAYER_RULES = tuple(Rule("add_norm", fast, (like,), (code,), why_not=why_not) for fast, like, code, why_not in LAYERS)
+LAYER_RULES = tuple(
+    Rule("add_norm", fast, (like,), (code,), why_not=why_not, probed=not issubclass(fast, FastMoEBlock))
+    for fast, like, code, why_not in LAYERS
+)
 
 ROPES = (
     (FastRoPE, "mixtral.MixtralAttention", "799063ae4b15"),
@@ -105,6 +108,7 @@ ROPE_RULES = tuple(
         also=("apply_rotary_pos_emb", "rotate_half"),
         calls="apply_rotary_pos_emb",
         why_not=why_not_rope,
+        probed=False,
     )
     for fast, like, code in ROPES
 )

@@ -42,6 +42,6 @@ RULES = (
         why_not=_why_not,
     ),
     Rule("add_norm", FastNemotronHBlock, like=("nemotron_h.NemotronHBlock",), code=("38a8c88270bc",)),
-    Rule("add_norm", FastNemotronHMoEBlock, like=("nemotron_h.NemotronHMoE",), code=("583798ea34f9",)),
+    Rule("add_norm", FastNemotronHMoEBlock, like=("nemotron_h.NemotronHMoE",), code=("583798ea34f9",), probed=False),
     Rule("swiglu", FastReLU2MLP, like=("nemotron_h.NemotronHMLP",), code=("d4bf579a3de9",), why_not=why_not_relu2),
 )

@@ -32,7 +32,8 @@ class Rule:
     whose code the twin equals (for readers and for the test that keeps the fingerprints honest). code: the
     fingerprints of that code. also: methods, or functions of the class' module, that belong to the code. calls: the
     twin replaces this function alone, in a forward that calls it and is HF's own; then the code is that of `also`.
-    why_not: the reason why one instance must stay stock, or None.
+    why_not: the reason why one instance must stay stock, or None. probed: whether code of no known fingerprint may be
+    proven equal by a probe; not where a twin runs HF's code on CPUs, or when called as HF calls it.
     """
 
     fusion: str
@@ -42,6 +43,7 @@ class Rule:
     also: tuple[str, ...] = ()
     calls: str | None = None
     why_not: Callable[[nn.Module], str | None] = never
+    probed: bool = True
 
     def matches(self, cls: type) -> bool:
         """Whether the class runs exactly the code this rule replaces."""
@@ -55,7 +57,8 @@ def fingerprint(cls: type, also: tuple[str, ...] = (), calls: str | None = None)
     With `calls` it is the hash of what else is named; None if `forward` does not call this.
     """
     forward = inspect.unwrap(getattr(cls, "forward", None))
-    if calls is not None and calls not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+    code, scope = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+    if calls is not None and not (code is not None and calls in code.co_names and calls in scope):
         return None
     functions: list[Any] = [forward] if calls is None else []
     for name in also:
@@ -66,8 +69,8 @@ def fingerprint(cls: type, also: tuple[str, ...] = (), calls: str | None = None)
         sources = [textwrap.dedent(inspect.getsource(inspect.unwrap(function))) for function in functions]
     except (OSError, TypeError):  # no source file, as in a frozen application: nothing can be recognised
         return None
-    code = "\n".join(_normalized(ast.parse(source).body[0]) for source in sources)
-    return hashlib.sha1(code.encode()).hexdigest()[:12]
+    text = "\n".join(_normalized(ast.parse(source).body[0]) for source in sources)
+    return hashlib.sha1(text.encode()).hexdigest()[:12]
 
 
 def _normalized(node: ast.AST) -> str:

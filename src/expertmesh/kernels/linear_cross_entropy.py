@@ -7,12 +7,13 @@ Stock Transformers keeps the logits twice (in the model's dtype and in float32):
 rows go through in chunks. Because the loss is the last operation of a step, forward already computes the gradients: a
 chunk's logits are made once (6 N H V operations in all, nothing is recomputed), a row kernel turns them in place into
 their gradients, and two GEMMs use these up. The gradients are kept unscaled (so float16 does not underflow); the
-weight's is summed in float32 over the chunks. Backward only multiplies by `grad_output / count`.
+weight's is summed in float32 over the chunks. Backward only multiplies by `grad_output / count`. The pass over a row
+that finds its logsumexp also finds, on request, what training logs of the predictions (`Statistics`).
 
 Letters: N rows (tokens), H hidden, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,17 @@ from expertmesh.kernels.launch import launched
 from expertmesh.kernels.matmul import mm_out
 
 
+class Statistics(NamedTuple):
+    """Of all rows with a label, scalars on the device without gradient: how many there are; the sum of the entropies of
+    their distributions, softmax(logits), in nats; and how many labels are the most likely token. Of equally likely ones
+    that is the first, as for argmax.
+    """
+
+    labelled: torch.Tensor
+    entropy: torch.Tensor
+    correct: torch.Tensor
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -32,13 +44,14 @@ def linear_cross_entropy(
     bias: torch.Tensor | None = None,
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
+    statistics: list[Statistics] | None = None,
 ) -> torch.Tensor:
     """Cross entropy of `hidden @ weight.T + bias` against labels, as a float32 scalar.
 
     hidden: [N, H]; weight: [V, H]; bias: [V]; labels: [N], integers, already shifted. Mean over the rows whose label is
     not `ignore_index` (nan if there are none), or their sum divided by `num_items_in_batch` (a number, or a tensor,
     read without waiting for the device). Differentiable once in hidden, weight and bias; only what needs a gradient is
-    computed. Under autocast hidden and weight are cast as `F.linear` would.
+    computed. Under autocast hidden and weight are cast as `F.linear` would. Those of this call join `statistics`.
     Must equal transformers' `ForCausalLMLoss` on those logits. A label outside [0, V) that is not `ignore_index` is a
     ValueError on the CPU; on a GPU, where raising would mean waiting, it makes the loss nan.
     """
@@ -52,7 +65,12 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, num_items_in_batch, ignore_index, wanted)
+    loss, *sums = _LinearCrossEntropy.apply(
+        hidden, weight, bias, labels, num_items_in_batch, ignore_index, wanted, statistics is not None
+    )
+    if statistics is not None:
+        statistics.append(Statistics((labels != ignore_index).sum(), *sums))
+    return loss
 
 
 def linear_cross_entropy_reference(
@@ -65,6 +83,15 @@ def linear_cross_entropy_reference(
 ) -> torch.Tensor:
     """The specification: Transformers' `fixed_cross_entropy` on float32 logits, all of them at once."""
     return fixed_cross_entropy(F.linear(hidden, weight, bias).float(), labels, **options)
+
+
+def statistics_reference(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> Statistics:
+    """The specification of `Statistics`, from logits [N, V]."""
+    labelled = labels != ignore_index
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    correct = labelled & (logits.argmax(dim=-1) == labels)
+    return Statistics(labelled.sum(), entropy.masked_fill(~labelled, 0.0).sum(), correct.sum())
 
 
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -89,22 +116,31 @@ def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch
 
 #: elements of a row, or of a gradient, at a time, and warps
 TUNING = {"rows": {"BLOCK": 32768, "num_warps": 32}, "scale": {"BLOCK": 4096, "num_warps": 8}}
+_LOWEST = tl.constexpr(-1e37)  # less than any logit, and finite: a lane may see nothing but padding
 
 
 @triton.jit
-def _merge(x, largest, total):
-    """Per lane: maximum, and sum of exponentials relative to it, of what was seen before and of x [:, lane]."""
+def _merge(x, cols, label, largest, total, weighted, before, STATISTICS: tl.constexpr):
+    """Per lane, of what was seen before and of x [:, lane]: the maximum m, and sum of exp(x - m); with STATISTICS also
+    the sum of (x - m) exp(x - m), and the maximum among columns before the label's.
+    """
     new_largest = tl.maximum(largest, tl.max(x, axis=0))
-    sums = tl.sum(tl.exp(x - new_largest[None, :]), axis=0)
-    return new_largest, total * tl.exp(largest - new_largest) + sums
+    shifted = x - new_largest[None, :]
+    exps = tl.exp(shifted)
+    scale = tl.exp(largest - new_largest)
+    if STATISTICS:
+        weighted = (weighted + total * (largest - new_largest)) * scale + tl.sum(exps * shifted, axis=0)
+        before = tl.maximum(before, tl.max(tl.where(cols < label, x, _LOWEST), axis=0))
+    return new_largest, total * scale + tl.sum(exps, axis=0), weighted, before
 
 
 @launched
 def _rows_kernel(
-    logits_ptr, labels_ptr, loss_ptr, V, stride, ignore_index,
-    GRAD: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    logits_ptr, labels_ptr, out_ptr, V, stride, ignore_index,
+    GRAD: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: loss[row], and with GRAD softmax(logits) - onehot(label) in place of the logits.
+    """One program per row: its loss to out [C, 1], and with GRAD softmax(logits) - onehot(label) in place of the
+    logits. With STATISTICS out is [C, 3] and gets the entropy, and whether the label is the most likely token, too.
 
     Two passes: maximum and sum of exponentials together, then the gradient. A row is only ever touched by its program.
     A row may be read and written up to its stride, which is a multiple of 16: so accesses stay wide for any V. What
@@ -114,10 +150,14 @@ def _rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     label = tl.load(labels_ptr + row)
+    out_ptr += row * (3 if STATISTICS else 1)
     cols = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     start = 0
     if label == ignore_index:
-        tl.store(loss_ptr + row, 0.0)
+        tl.store(out_ptr, 0.0)
+        if STATISTICS:
+            tl.store(out_ptr + 1, 0.0)
+            tl.store(out_ptr + 2, 0.0)
         if GRAD:
             while start < V:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
                 tl.store(logits_ptr + start + cols, tl.zeros_like(cols).to(tl.float32), start + cols < stride)
@@ -125,19 +165,32 @@ def _rows_kernel(
     else:
         valid = (label >= 0) & (label < V)
         target = tl.load(logits_ptr + label, valid, other=float("nan")).to(tl.float32)
-        lane_largest = tl.full((LANES,), -3.4e38, tl.float32)  # finite: a lane may see nothing but padding
+        lane_largest = tl.full((LANES,), _LOWEST, tl.float32)
+        lane_before = lane_largest
         lane_total = tl.zeros((LANES,), tl.float32)
+        lane_weighted = lane_total
         while start + BLOCK <= V:
             x = tl.load(logits_ptr + start + cols, eviction_policy="evict_last").to(tl.float32)
-            lane_largest, lane_total = _merge(x, lane_largest, lane_total)
+            lane_largest, lane_total, lane_weighted, lane_before = _merge(
+                x, start + cols, label, lane_largest, lane_total, lane_weighted, lane_before, STATISTICS
+            )
             start += BLOCK
         if start < V:
             x = tl.load(logits_ptr + start + cols, start + cols < stride, other=0.0).to(tl.float32)
-            lane_largest, lane_total = _merge(tl.where(start + cols < V, x, float("-inf")), lane_largest, lane_total)
+            x = tl.where(start + cols < V, x, _LOWEST)
+            lane_largest, lane_total, lane_weighted, lane_before = _merge(
+                x, start + cols, label, lane_largest, lane_total, lane_weighted, lane_before, STATISTICS
+            )
         largest = tl.max(lane_largest, axis=0)
-        total = tl.sum(lane_total * tl.exp(lane_largest - largest), axis=0)
+        lane_scale = tl.exp(lane_largest - largest)
+        total = tl.sum(lane_total * lane_scale, axis=0)
         logsumexp = tl.where(valid, largest + tl.log(total), float("nan"))  # a bad label must show, not read elsewhere
-        tl.store(loss_ptr + row, logsumexp - target)
+        tl.store(out_ptr, logsumexp - target)
+        if STATISTICS:
+            weighted = tl.sum((lane_weighted + lane_total * (lane_largest - largest)) * lane_scale, axis=0)
+            tl.store(out_ptr + 1, tl.log(total) - weighted / total)
+            first = (target >= largest) & (target > tl.max(lane_before, axis=0))
+            tl.store(out_ptr + 2, first.to(tl.float32))
         if GRAD:
             start = 0
             while start + BLOCK <= V:
@@ -159,8 +212,8 @@ def _scale_kernel(x_ptr, scale_ptr, out_ptr, N, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, x * tl.load(scale_ptr).to(tl.float32), at < N)
 
 
-def _rows_torch(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, grad: bool) -> torch.Tensor:
-    """What `_rows_kernel` does, in PyTorch: returns the rows' losses and overwrites logits with their gradient."""
+def _rows_torch(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_index: int, grad: bool) -> None:
+    """What `_rows_kernel` does, in PyTorch: writes to out [C, 1 or 3] and overwrites logits with their gradient."""
     ignored = labels == ignore_index
     if labels.device.type == "cpu" and bool((~ignored & ((labels < 0) | (labels >= logits.shape[1]))).any()):
         raise ValueError(
@@ -169,25 +222,26 @@ def _rows_torch(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, g
         )
     target = labels.masked_fill(ignored, 0)[:, None]
     log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    losses = -log_probs.gather(1, target)[:, 0].masked_fill(ignored, 0.0)
+    out[:, 0] = -log_probs.gather(1, target)[:, 0].masked_fill(ignored, 0.0)
+    if out.shape[1] > 1:
+        out[:, 1] = -(log_probs.exp() * log_probs).sum(1).masked_fill(ignored, 0.0)
+        out[:, 2] = (logits.argmax(1) == target[:, 0]).masked_fill(ignored, False)
     if grad:
         grad_rows = log_probs.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
         torch.mul(grad_rows, ~ignored[:, None], out=logits)
-    return losses
 
 
-def _rows(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, grad: bool) -> torch.Tensor:
+def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_index: int, grad: bool) -> None:
     if not use_triton(logits):
-        return _rows_torch(logits, labels, ignore_index, grad)
-    losses = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
+        _rows_torch(logits, labels, out, ignore_index, grad)
+        return
     tuning = TUNING["rows"]
     block = min(tuning["BLOCK"], triton.next_power_of_2(logits.shape[1]))
     warps = max(1, tuning["num_warps"] * block // tuning["BLOCK"])
     _rows_kernel[(logits.shape[0],)](
-        logits, labels, losses, logits.shape[1], logits.stride(0), ignore_index,
-        GRAD=grad, BLOCK=block, LANES=min(block, warps * 256), num_warps=warps,
+        logits, labels, out, logits.shape[1], logits.stride(0), ignore_index,
+        GRAD=grad, STATISTICS=out.shape[1] > 1, BLOCK=block, LANES=min(block, warps * 256), num_warps=warps,
     )  # fmt: skip
-    return losses
 
 
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
@@ -222,8 +276,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
-        num_items_in_batch: int | torch.Tensor | None, ignore_index: int, wanted: list[bool],
-    ) -> torch.Tensor:  # fmt: skip
+        num_items_in_batch: int | torch.Tensor | None, ignore_index: int, wanted: list[bool], statistics: bool,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         (N, H), V = hidden.shape, weight.shape[0]
         labels = labels.contiguous()
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -234,7 +288,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(N, V, hidden.dtype, hidden.device)
         width = -(-V // 16) * 16  # rows start aligned for GEMMs and wide loads, whatever V is
         buffer = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device)[:, :V]
-        losses = []
+        out = torch.empty(N, 3 if statistics else 1, dtype=torch.float32, device=hidden.device)
         for start in range(0, N, rows):
             hidden_CH = hidden[start : start + rows]
             logits_CV = buffer[: hidden_CH.shape[0]]
@@ -242,7 +296,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 mm_out(hidden_CH, weight.t(), logits_CV)
             else:
                 torch.addmm(bias, hidden_CH, weight.t(), out=logits_CV)
-            losses.append(_rows(logits_CV, labels[start : start + rows], ignore_index, any(wanted)))
+            _rows(logits_CV, labels[start : start + rows], out[start : start + rows], ignore_index, any(wanted))
             dlogits_CV = logits_CV  # overwritten in place
             if dhidden is not None:
                 mm_out(dlogits_CV, weight, dhidden[start : start + rows])
@@ -250,7 +304,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _accumulate(dweight, dlogits_CV, hidden_CH, first=start == 0)
             if dbias is not None:
                 dbias += dlogits_CV.sum(0, dtype=sum_dtype)
-        total = torch.cat(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
+        total, *others = out.sum(0).unbind()
         if num_items_in_batch is None:
             count = (labels != ignore_index).sum()
             grad_count = count.clamp(min=1)  # nothing to learn from: the loss is nan, gradients are zero, as in PyTorch
@@ -259,12 +313,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             count = grad_count = count.to(total.device) if count.device.type != "cpu" else count
         ctx.save_for_backward(dhidden, dweight, dbias, grad_count)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else weight.dtype
-        return total / count
+        ctx.mark_non_differentiable(*others)
+        return total / count, *others
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         *grads, count = ctx.saved_tensors
         scale = (grad_output / count).reshape(1)
         grads = [_scaled(grad, scale, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None

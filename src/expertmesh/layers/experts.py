@@ -11,28 +11,43 @@ All layouts of Transformers' experts modules work: gated (concatenated or interl
 weights [E, out, in] or transposed.
 """
 
+import functools
+import inspect
+import math
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers.activations import ACT2CLS
-from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation
 
 from expertmesh.dispatch.handoff import Handoff, adopt
 from expertmesh.kernels import products
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
+from expertmesh.layers.fast import watched
 
 NAME = "expertmesh"
+
+
+#: what `use_experts_implementation` says of a class, as far as this backend knows
+_FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
 
 
 def why_not(experts: Any) -> str | None:
     """Why this experts module cannot run on the "expertmesh" backend, or None if it can."""
     if getattr(experts, "has_post_expert_norm", False):
         return "each expert's output is normalised before it is weighted"
-    return None
+    unknown = sorted(name for name in _new_flags() if getattr(experts, name, False))
+    return f"this Transformers says {unknown[0]} of them, which is not known here" if unknown else None
+
+
+@functools.cache
+def _new_flags() -> frozenset[str]:
+    """Flags that a later Transformers has for experts."""
+    known = _FLAGS | {"experts_class", "experts_interface"}
+    return frozenset(inspect.signature(use_experts_implementation).parameters) - known
 
 
 def divides_gradients(experts: Any) -> bool:
@@ -41,22 +56,38 @@ def divides_gradients(experts: Any) -> bool:
 
 
 def activation_of(experts: Any) -> Activation:
-    """The `Activation` of a Transformers experts module, read from the flags and functions it carries."""
-    gated, interleaved = experts.has_gate, not experts.is_concatenated
-    if not gated:
-        kind = "relu2" if isinstance(experts.act_fn, _class_of("relu2")) else "custom"
-        return Activation(kind, gated=False, fn=experts.act_fn)
-    own_gate = type(experts)._apply_gate
-    if own_gate is _default_apply_gate and isinstance(experts.act_fn, (nn.SiLU, _class_of("silu"))):
-        return Activation("silu", interleaved=interleaved)
-    if own_gate.__qualname__ == "GptOssExperts._apply_gate":
-        return Activation("clamped", interleaved=interleaved, alpha=experts.alpha, limit=experts.limit)
-    return Activation("custom", interleaved=interleaved, fn=experts._apply_gate)
+    """The `Activation` of an experts module: the known one that computes what its own functions do, or those."""
+    own_gate, act_fn = type(experts)._apply_gate, experts.act_fn
+    constants = float(getattr(experts, "alpha", 1.0)), float(getattr(experts, "limit", math.inf))
+    asked = own_gate, act_fn, constants
+    known = vars(experts).get("_known_activation")  # the answer, and the question it belongs to
+    if known is None or any(a is not b and a != b for a, b in zip(known[0], asked, strict=True)):
+        known = asked, _kind(experts, constants)
+        experts.__dict__["_known_activation"] = known
+    layout = {"gated": experts.has_gate, "interleaved": not experts.is_concatenated and experts.has_gate}
+    if known[1] == "custom":
+        return Activation("custom", **layout, fn=experts._apply_gate if experts.has_gate else act_fn)
+    if known[1] == "clamped":
+        return Activation("clamped", **layout, alpha=constants[0], limit=constants[1])
+    return Activation(known[1], **layout)
 
 
-def _class_of(name: str) -> Any:
-    entry: Any = ACT2CLS[name]
-    return entry[0] if isinstance(entry, tuple) else entry
+@torch.no_grad()
+def _kind(experts: Any, constants: tuple[float, float]) -> str:
+    """Which known activation gives what the module's own functions give for numbers of all sizes, or "custom"."""
+    act_fn = experts.act_fn
+    if isinstance(act_fn, nn.Module) and (watched(act_fn) or any(True for _ in act_fn.parameters())):
+        return "custom"  # somebody looks at it, or it learns
+    h_SJ = torch.linspace(-30, 30, 512)[torch.randperm(512, generator=torch.Generator().manual_seed(0))].view(16, 32)
+    theirs = experts._apply_gate(h_SJ) if experts.has_gate else act_fn(h_SJ)
+    interleaved = not experts.is_concatenated
+    candidates = (
+        [Activation("silu", interleaved=interleaved), Activation("clamped", True, interleaved, *constants)]
+        if experts.has_gate
+        else [Activation("relu2", gated=False)]
+    )
+    same = (a.kind for a in candidates if torch.allclose(a.forward(h_SJ), theirs, rtol=1e-5, atol=1e-6))
+    return next(same, "custom")
 
 
 @torch.compiler.disable

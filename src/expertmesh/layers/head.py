@@ -3,7 +3,8 @@
 Within `deferring()` the head returns `DeferredLogits` instead of logits: a tensor that knows its shape, dtype and
 device and computes its values only if somebody touches them. `causal_lm_loss`, in the place of Transformers'
 `ForCausalLMLoss`, recognises it and goes from hidden states to loss directly. So `model(..., labels=...)` needs no
-logits, while `outputs.logits` still works, with gradients, for whoever asks.
+logits, while `outputs.logits` still works, with gradients, for whoever asks. Within `counting()` it also brings the
+`statistics` of the predictions, which the loss makes on its way.
 """
 
 import contextlib
@@ -17,12 +18,13 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy
+from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy
 from expertmesh.layers.fast import Fast
 
 MOST_LABELLED = 0.9  # of all tokens: from there on it is not worth while to leave the others out
 
 _deferring: ContextVar[bool] = ContextVar("deferring_logits", default=False)
+_counting: ContextVar[bool] = ContextVar("counting_predictions", default=False)
 
 
 @contextlib.contextmanager
@@ -33,6 +35,16 @@ def deferring(on: bool) -> Iterator[None]:
         yield
     finally:
         _deferring.reset(token)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[None]:
+    """Within: a loss that goes past deferred logits leaves its `Statistics` in their `statistics`."""
+    token = _counting.set(True)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
 
 
 class FastHead(Fast):
@@ -60,12 +72,13 @@ class DeferredLogits(torch.Tensor):
     """Logits [..., V] = hidden [..., H] @ weightᵀ + bias that are computed when first used.
 
     Metadata and conversions to a wider dtype cost nothing, and a product with a number (Granite, Cohere) is one with
-    the hidden states; any other operation computes the values, once, with autograd.
+    the hidden states; any other operation computes the values, once, with autograd. statistics: see `counting`.
     """
 
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
+    statistics: Statistics | None = None
     _computed: torch.Tensor | None
 
     @staticmethod
@@ -98,7 +111,11 @@ class DeferredLogits(torch.Tensor):
         dtype = _wider_dtype(func, args, kwargs)
         if dtype is not None:
             self = args[0]
-            return self if dtype == self.dtype else DeferredLogits(self.hidden, self.weight, self.bias, dtype)
+            if dtype == self.dtype:
+                return self
+            wider = DeferredLogits(self.hidden, self.weight, self.bias, dtype)
+            wider.statistics = self.statistics  # Accelerate makes all outputs float32
+            return wider
         if func in _SCALING and len(args) == 2 and isinstance(args[0], DeferredLogits):
             self, number = args
             if isinstance(number, int | float) and not kwargs:
@@ -161,14 +178,18 @@ def causal_lm_loss(
         hidden, targets = hidden.index_select(0, index), targets[index]
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(hidden.device)
-    return linear_cross_entropy(
+    found: list[Statistics] = []
+    loss = linear_cross_entropy(
         hidden,
         logits.weight,
         targets,
         bias=logits.bias,
         num_items_in_batch=num_items_in_batch,
         ignore_index=ignore_index,
+        statistics=found if _counting.get() else None,
     )
+    logits.statistics = found[0] if found else None
+    return loss
 
 
 def why_not_head(head: nn.Module | None) -> str | None:

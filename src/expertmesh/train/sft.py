@@ -1,51 +1,148 @@
 """SFTTrainer: TRL's, with what trainer.py adds. A file of its own, because TRL is an extra and Trainer does without."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 import transformers
 import trl
+from accelerate.utils import is_peft_model
 
+from expertmesh.fuse import FusedModel
+from expertmesh.kernels.linear_cross_entropy import statistics_reference
+from expertmesh.layers.head import FastHead, counting, next_tokens
 from expertmesh.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 class SFTTrainer(Trainer, trl.SFTTrainer):
     """TRL's SFTTrainer that stops at a loss or gradient that is not finite and logs the load of the experts.
 
-    All arguments, methods and files are TRL's; what is added is described at `Trainer`. Where steps are recorded the
-    loss in training is the model's own, which is the same number: TRL's looks for the labelled tokens on the CPU. Then
-    TRL's `entropy`, `mean_token_accuracy` and `aux_loss` are in the records of evaluation only, `num_tokens` in none.
+    All arguments, methods and files are TRL's; what is added is described at `Trainer`. In training the loss comes from
+    the model's own head where that is the same number (`why_not_own_loss`): TRL's makes the logits twice, and waits for
+    the device at every step to read its metrics. These are made with the loss, and read when they are logged.
     """
 
     _reads_masks = True  # TRL counts tokens by them
-    _uncounted = False  # whether there were steps whose tokens it did not count
+    _makes_logits = False  # whether the head was seen to
 
     def __init__(self, *args: Any, cuda_graph: bool | Literal["auto"] = "auto", **kwargs: Any):
         super().__init__(*args, cuda_graph=cuda_graph, **kwargs)
-        if self.why_not_recorded() or not cuda_graph:
-            return
-        for module in self.model.modules():
-            if hasattr(module, "router_aux_loss_coef"):
-                module.router_aux_loss_coef = self.router_aux_loss_coef
+        # of one microbatch: labelled tokens, sums of entropies and hits, tokens, auxiliary loss, 1 once they are there;
+        # always at the same place, as a recorded step writes to it
+        self._sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
+        self._unread: list[torch.Tensor] = []
+        reason = self.why_not_own_loss()
+        if reason is not None:
+            log.info("SFTTrainer: the loss comes from TRL's head, because of %s.", reason)
+
+    def why_not_own_loss(self) -> str | None:
+        """What in the settings or the model asks for TRL's head in training, or None."""
+        settings: Any = self.args
+        layout, model, peft = self.accelerator.parallelism_config, self._causal_lm, is_peft_model(self.model)
+        defers = isinstance(model, FusedModel) and isinstance(model.get_output_embeddings(), FastHead)
+        reasons = {
+            f"loss_type={settings.loss_type!r}": settings.loss_type != "nll",
+            "label_smoothing_factor": self.label_smoother is not None,
+            "compute_loss_func": self.compute_loss_func is not None,
+            "torch_compile": settings.torch_compile,
+            "tensor parallelism": self.get_tp_size() > 1,
+            "sequence or context parallelism": layout is not None
+            and (getattr(layout, "sp_enabled", False) or layout.cp_enabled),
+            "virtual tokens": peft and self.model.active_peft_config.is_prompt_learning,
+            "an auxiliary loss that the model adds by its configuration": self.aux_loss_enabled
+            and not hasattr(model, "router_aux_loss_coef"),
+            # a recorded step must not wait, at the price of the logits' memory
+            "a head that makes logits": self.cuda_graph is not True and (self._makes_logits or not defers),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    @property
+    def _causal_lm(self) -> Any:
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     def why_not_recorded(self) -> str | None:
-        """As in `Trainer`, and other losses than the model's own."""
-        settings: Any = self.args
-        if settings.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None:
-            return (
-                "what is recorded is the model's own loss. Leave out loss_type, label_smoothing_factor and "
-                "compute_loss_func"
-            )
-        return super().why_not_recorded()
+        """As in `Trainer`, and what asks for another loss than the model's own."""
+        reason = self.why_not_own_loss()
+        if reason is None:
+            return super().why_not_recorded()
+        return f"the model's own loss cannot take the place of TRL's because of {reason}. Leave that out"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not (self._graphing and model.training):
+        if return_outputs or not model.training or self.why_not_own_loss() is not None:
+            self._read_metrics()
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs["use_cache"], self._uncounted = False, True
+        inputs["use_cache"] = False
+        with counting(), self._without_aux_loss(inputs):
+            loss, outputs = transformers.Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        aux_loss: Any = 0.0
         if self.aux_loss_enabled:
-            inputs["output_router_logits"] = True
-        return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            aux_loss = outputs.aux_loss
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * aux_loss / steps
+        self._count(inputs, outputs.logits, aux_loss)
+        return loss
+
+    @contextmanager
+    def _without_aux_loss(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """While on, the model makes the auxiliary loss, but leaves it to TRL's formula to add it."""
+        if not self.aux_loss_enabled:
+            yield
+            return
+        inputs["output_router_logits"] = True
+        model = self._causal_lm
+        coef, model.router_aux_loss_coef = model.router_aux_loss_coef, 0.0
+        try:
+            yield
+        finally:
+            model.router_aux_loss_coef = coef
+
+    @torch.no_grad()
+    def _count(self, inputs: dict[str, Any], logits: torch.Tensor, aux_loss: torch.Tensor | float) -> None:
+        found = getattr(logits, "statistics", None)
+        if found is None:
+            found = statistics_reference(logits.flatten(0, -2), next_tokens(inputs["labels"]).flatten())
+            if self.cuda_graph is not True:
+                log.warning(
+                    "SFTTrainer: from now on the loss comes from TRL's head, because of a head that made logits."
+                )
+                self._makes_logits = True
+        tokens = inputs["input_ids"].numel()
+        if "attention_mask" in inputs:
+            tokens = inputs["attention_mask"].sum()
+        elif "position_ids" in inputs:
+            tokens = inputs["position_ids"].size(1)
+        for place, value in zip(self._sums, (*found, tokens, aux_loss, 1.0), strict=True):
+            place.fill_(value)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._sums.zero_()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        data = self.accelerator.gradient_state
+        if data.end_of_dataloader and 0 < data.remainder <= self.accelerator.process_index:
+            self._sums.zero_()  # rows that were there already, to fill the last batch: TRL counts those of no such rank
+        self._unread.append(self._sums.clone())
+        return loss
+
+    def _read_metrics(self) -> None:
+        """Hand TRL the metrics of all microbatches since the last call, which is the same on all ranks."""
+        rows = self.accelerator.reduce(torch.stack(self._unread), "sum").tolist() if self._unread else []
+        self._unread.clear()
+        metrics = self._metrics["train"]
+        for labelled, entropy, correct, tokens, aux_loss, ranks in rows:
+            if not ranks:  # another way to the loss, which counted itself
+                continue
+            metrics["entropy"].append(entropy / labelled if labelled else 0.0)
+            metrics["mean_token_accuracy"].append(correct / labelled if labelled else 0.0)
+            self._total_train_tokens += int(tokens) // self._tp_size
+            metrics["num_tokens"] = [self._total_train_tokens]
+            if self.aux_loss_enabled:
+                metrics["aux_loss"].append(aux_loss / ranks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._uncounted:
-            self._metrics["eval"].pop("num_tokens", None)  # those of training
+        if logs.keys() & {"loss", "train_loss"}:  # not a record of one rank's own
+            self._read_metrics()
         super().log(logs, start_time)

@@ -1,0 +1,224 @@
+"""Whether a twin computes what code does that no fingerprint knows: found out by running both.
+
+A later Transformers rewrites forwards without changing what they compute; a new family has its own. So a tiny stock
+model is made of the family's classes and the user's own flags (few layers, few experts, narrow, float32, on the CPU),
+and beside it one whose modules of the class in question are the twin's. The twin holds if both give the same logits
+and the same gradient of every parameter, for whole rows, padding, packed documents, and a cache. Among several that do,
+the one nearest in bfloat16 is taken: norms differ only in where they round. It takes a fraction of a second a class.
+"""
+
+import copy
+import functools
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertmesh.families.rules import Rule
+from expertmesh.layers.fast import twin
+
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-4  # of the largest value, in float32
+CASES = ("rows", "padded", "packed", "cached")
+#: classes and the mixins of their twins
+Done = tuple[tuple[type, Any], ...]
+
+_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types")  # one entry a layer
+#: the most that a key of a tiny configuration says; keys that a family lacks are passed by
+_MOST = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "shared_intermediate_size": 16,
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "max_position_embeddings": 128,
+    "sliding_window": 5,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "moe_latent_size": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+
+def probe(stock: Any, config: Any, cls: type, rules: list[Rule], done: Done) -> Rule | None:
+    """The rule whose twin computes what modules of `cls` do in models of the class `stock`; None if none does.
+
+    done: what else is fast already, so that the twin finds its surroundings as in the user's model.
+    """
+    said = json.dumps(tiny(config).to_dict(), sort_keys=True, default=str)
+    return _probe(stock, _Config(said, config), cls, tuple(rules), done)
+
+
+class _Config:
+    """A configuration, known by what its tiny form says."""
+
+    def __init__(self, said: str, config: Any) -> None:
+        self.said, self.config = (said, config._attn_implementation), config
+
+    def __hash__(self) -> int:
+        return hash(self.said)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Config) and self.said == other.said
+
+
+@functools.lru_cache(maxsize=256)
+def _probe(stock: Any, config: _Config, cls: type, rules: tuple[Rule, ...], done: Done) -> Rule | None:
+    with _undisturbed():
+        theirs = _stock_model(stock, config)
+        if theirs is None:
+            return None
+        model, expected = theirs
+        errors = {rule: _error(model, expected, cls, rule, done, config) for rule in rules}
+    right = {rule: error for rule, error in errors.items() if error is not None}
+    return min(right, key=lambda rule: right[rule]) if right else None
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Whatever is going on around, such as loading onto the meta device: float32 on the CPU, and no number drawn."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _stock_model(stock: Any, config: _Config) -> tuple[Any, dict[str, Any]] | None:
+    """A tiny stock model and what it gives; None if this family cannot be made tiny so, and nothing can be proven."""
+    small = tiny(config.config)
+    small._attn_implementation = small._experts_implementation = None
+    try:
+        model = stock(small)
+        _draw(model)
+        expected = {name: _run(model, name) for name in CASES}
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError) as error:
+        log.debug("no tiny %s: %s", stock.__name__, error)
+        return None
+    return model, {name: values for name, values in expected.items() if values is not None}
+
+
+def _error(model: Any, expected: dict[str, Any], cls: type, rule: Rule, done: Done, config: _Config) -> float | None:
+    """How far the rule's twin is off in bfloat16; None if it is wrong, or does not fit the class."""
+    ours = copy.deepcopy(model)
+    ours.config._attn_implementation = config.config._attn_implementation or model.config._attn_implementation
+    for module in ours.modules():
+        for known, fast in done:
+            if type(module) is known:
+                module.__class__ = twin(known, fast)
+    modules = [module for module in ours.modules() if type(module) is cls]
+    try:
+        if not modules or any(rule.why_not(module) for module in modules):
+            return None
+        for module in modules:
+            module.__class__ = twin(cls, rule.fast)
+        if not all(_same(_run(ours, name), values) for name, values in expected.items()):
+            return None
+        want, found = (_run(copy.deepcopy(x).bfloat16(), "rows") for x in (model, ours))
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        log.debug("%s is no twin of %s: %s", rule.fast.__name__, cls.__name__, error)  # it looks for other attributes
+        return None
+    assert want is not None and found is not None
+    return float((want[0].float() - found[0].float()).abs().max())
+
+
+def tiny(config: Any) -> Any:
+    """A configuration with the same flags, small in every size: a layer of each kind, at least two."""
+    config = copy.deepcopy(config.get_text_config())
+    heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    lists = {name: list(getattr(config, name)) for name in _LISTS if getattr(config, name, None)}
+    kinds = list(zip(*lists.values(), strict=False)) if lists else []
+    chosen = list(dict.fromkeys(kinds.index(kind) for kind in kinds)) or [0]
+    chosen = chosen if len(chosen) > 1 else [chosen[0]] * 2
+    values = {name: [whole[i] for i in chosen] for name, whole in lists.items()}
+    values |= {"num_hidden_layers": len(chosen), "num_nextn_predict_layers": 0, "pad_token_id": 0}
+    values |= {
+        name: min(most, value) for name, most in _MOST.items() if isinstance(value := getattr(config, name, None), int)
+    }
+    if heads and kv_heads:
+        values |= {"num_attention_heads": min(heads, 4)}
+        values |= {"num_key_value_heads": min(heads, 4) if kv_heads == heads else min(kv_heads, 2)}
+    for name, value in values.items():
+        derived = isinstance(getattr(type(config), name, None), property)  # from other keys
+        if hasattr(config, name) and not derived:
+            setattr(config, name, value)
+    return config
+
+
+@torch.no_grad()
+def _draw(model: nn.Module) -> None:
+    """Weights that make routing far from uniform, and no bias or norm neutral."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.copy_(noise * 0.2 if weight.ndim > 1 else weight + noise * 0.1)
+    for name, buffer in model.named_buffers():
+        if "bias" in name:
+            buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
+
+
+def _inputs(name: str) -> dict[str, Any]:
+    ids = torch.randint(1, 32, (2, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    positions = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
+    return {"input_ids": ids} | {
+        "rows": {"use_cache": False},
+        "padded": {"use_cache": False, "attention_mask": mask},
+        "packed": {"use_cache": False, "position_ids": positions},
+        "cached": {"use_cache": True},
+    }[name]
+
+
+def _run(model: Any, name: str) -> tuple[torch.Tensor, ...] | None:
+    """Logits and all gradients; None if this model refuses the case, as some do packed rows."""
+    inputs = _inputs(name)
+    model.train(name != "cached").zero_grad()
+    try:
+        out = model(**inputs)
+    except ValueError:
+        return None
+    if name == "cached":
+        again = model(input_ids=inputs["input_ids"][:, :1], past_key_values=out.past_key_values, use_cache=True)
+        return out.logits.detach(), again.logits.detach()
+    out.logits.float().square().mean().backward()
+    grads = (torch.zeros(()) if p.grad is None else p.grad for p in model.parameters())
+    seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[..., None]
+    return out.logits.detach() * seen, *grads
+
+
+def _same(found: tuple[torch.Tensor, ...] | None, wanted: tuple[torch.Tensor, ...]) -> bool:
+    return found is not None and all(map(_close, found, wanted))
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    scale = float(b.abs().max())
+    return a.shape == b.shape and float((a - b).abs().max()) <= TOLERANCE * max(scale, 1e-6)
