@@ -30,9 +30,7 @@ from expertmesh.train.routing import RouterLoad
 
 log = logging.getLogger(__name__)
 
-MOST_TOKENS = (
-    8192  # of a GPU in a step: with more the GPU, not the CPU, is the limit, and a recording only takes memory
-)
+MOST_TOKENS = 8192  # of a GPU in a step: with more the GPU is the limit, and a recording only takes memory
 CANNOT, EITHER, BUCKET = 2, 1, 0  # whether rows are to be brought to a bucket
 
 
@@ -66,7 +64,6 @@ class Trainer(ResumableTrainer):
         super().__init__(model, args, data_collator, _numbered(train_dataset), *rest, **kwargs)
         self.cuda_graph = cuda_graph
         self._graphed: GraphedStep | None = None
-        self._graphing = False  # whether the step under way may be recorded
         self._plan: bool | None = None  # whether steps of this run are recorded, once that was asked
         self._said: set[str] = set()
         self._usual: torch.Size | None = None  # of the first batch without padding
@@ -173,14 +170,12 @@ class Trainer(ResumableTrainer):
         batch = self._prepare_inputs(batch)
         base = fused_base(self.model)
         weight = getattr(self.accelerator.unwrap_model(model), "mtp_loss_weight", None)  # Python, which may change
-        self._graphing = few
         if base is not None:
             base.told = bucketed
         try:
             step = self._graphed if few else self._graphed.always
             return step(n=num_items_in_batch, weight=weight, **batch)
         finally:
-            self._graphing = False
             if base is not None:
                 base.told = False
 
