@@ -545,13 +545,14 @@ def buckets_of_ranks(rank):
         ids = torch.arange(3, 3 + length[rank])[None]
         batch = {"input_ids": ids, "labels": ids}
         trainer._row = None if hole and rank else one_row(batch)
-        brought, few = Trainer._brought(trainer, batch)
-        found.append((None if brought is None else tuple(brought["input_ids"].shape), few))
+        brought, bucketed, few = Trainer._brought(trainer, batch)
+        found.append((tuple(brought["input_ids"].shape), bucketed, few))
     return found
 
 
 def test_ranks_bring_their_batches_to_the_same_bucket():
-    assert on_ranks(2, buckets_of_ranks) == [[(None, True), ((1, 128), True), (None, True)]] * 2
+    same = [((1, 12), False, True), ((1, 128), True, True), ((1, 12), False, True)]
+    assert on_ranks(2, buckets_of_ranks) == [same, same]
 
 
 # --- in TRL's and in recipes
@@ -583,6 +584,12 @@ def test_a_recorded_sft_run_learns_the_same_without_trl_s_waits(tmp_path, on_cpu
                 assert mine[key] == pytest.approx(other[key], rel=1e-4), key
 
 
+@pytest.fixture
+def own_loss(monkeypatch):
+    """Let SFTTrainer take the loss of a head that makes logits: the one that does not asks for values on a CPU."""
+    monkeypatch.setattr("expertmesh.train.sft.SFTTrainer.why_not_own_loss", lambda self: None)
+
+
 def fine_tuned_by_default(folder, **changes):
     from datasets import Dataset
     from trl import SFTConfig
@@ -591,7 +598,7 @@ def fine_tuned_by_default(folder, **changes):
 
     options = arguments(folder, logging_steps=1).to_dict() | {"output_dir": str(folder), "bf16": False} | changes
     args = SFTConfig(**{key: value for key, value in options.items() if key in SFTConfig.__dataclass_fields__})
-    data = Dataset.from_list(of_changing_lengths(200))
+    data = Dataset.from_list(changes.pop("rows", None) or of_changing_lengths(200))
     trainer = SFTTrainer(fused_model(), args, train_dataset=data, processing_class=demo_tokenizer(),
                          cuda_graph=changes.pop("cuda_graph", "auto"))  # fmt: skip
     trainer.train()
@@ -599,15 +606,21 @@ def fine_tuned_by_default(folder, **changes):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_fine_tuning_records_padded_and_packed_rows_by_default(tmp_path, on_cpu, packing):
+def test_fine_tuning_records_padded_and_packed_rows_by_default(tmp_path, on_cpu, own_loss, packing):
     changes = {"packing": packing, "max_length": 60, "router_aux_loss_coef": 0.3, "per_device_train_batch_size": 2}
     mine = fine_tuned_by_default(tmp_path / "a", **changes)
     assert sum(replays()) >= 8 - 2 * WARM_UP
     other = fine_tuned_by_default(tmp_path / "b", **changes, cuda_graph=False)
     for one, two in zip(mine.state.log_history[:-1], other.state.log_history[:-1], strict=True):
-        for key in ("loss", "grad_norm", "moe/load_cv", "moe/max_vio"):
+        for key in ("loss", "grad_norm", "moe/load_cv", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss"):
             assert one[key] == pytest.approx(two[key], rel=1e-4), key
     assert (mine.load.total == other.load.total).all()
+
+
+def test_fine_tuning_on_rows_of_one_length_does_not_look_at_masks_of_ones(tmp_path, on_cpu, own_loss):
+    rows = [{"input_ids": list(range(i, i + 9))} for i in range(3, 67)]
+    fine_tuned_by_default(tmp_path, rows=rows)
+    assert replays() == [8 - WARM_UP]
 
 
 def test_another_loss_is_not_recorded_by_default(tmp_path, on_cpu, caplog):

@@ -57,7 +57,7 @@ def divides_gradients(experts: Any) -> bool:
 
 def activation_of(experts: Any) -> Activation:
     """The `Activation` of an experts module: the known one that computes what its own functions do, or those."""
-    own_gate, act_fn = type(experts)._apply_gate, experts.act_fn
+    own_gate, act_fn = type(experts)._apply_gate, getattr(experts, "act_fn", None)  # GPT-OSS has the gate alone
     constants = float(getattr(experts, "alpha", 1.0)), float(getattr(experts, "limit", math.inf))
     asked = own_gate, act_fn, constants
     known = vars(experts).get("_known_activation")  # the answer, and the question it belongs to
@@ -75,7 +75,7 @@ def activation_of(experts: Any) -> Activation:
 @torch.no_grad()
 def _kind(experts: Any, constants: tuple[float, float]) -> str:
     """Which known activation gives what the module's own functions give for numbers of all sizes, or "custom"."""
-    act_fn = experts.act_fn
+    act_fn = getattr(experts, "act_fn", None)
     if isinstance(act_fn, nn.Module) and (watched(act_fn) or any(True for _ in act_fn.parameters())):
         return "custom"  # somebody looks at it, or it learns
     h_SJ = torch.linspace(-30, 30, 512)[torch.randperm(512, generator=torch.Generator().manual_seed(0))].view(16, 32)

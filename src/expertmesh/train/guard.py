@@ -1,8 +1,9 @@
 """Nothing that is not a number reaches a weight.
 
 transformers' Trainer hides a NaN loss by default (`logging_nan_inf_filter`) and steps the optimizer with whatever
-gradient there is. Here the losses of an optimizer step and its gradient norm are looked at together, once, before the
-optimizer runs: the device is asked a single time per step, not per microbatch. What went wrong is written down with the
+gradient there is. Here the losses of an optimizer step and its gradient norm are looked at together, once: the device
+is asked a single time per step, not per microbatch. Our AdamW is told on the device to leave all weights as they are,
+and the host asks while it runs; other optimizers run once the host knows. What went wrong is written down with the
 examples it came from.
 """
 
@@ -87,22 +88,30 @@ class StepRecord:
     rows: list[torch.Tensor | None] = field(default_factory=list)
     num_items: torch.Tensor | int | None = None
     losses: list[torch.Tensor] = field(default_factory=list)
+    signs: torch.Tensor | None = None  # what `look` found
+
+    def look(self, grad_norm: torch.Tensor | float) -> torch.Tensor:
+        """Look at losses and gradient norm on the device, without waiting for it. Returns a float32 scalar: 1 if the
+        step must not be taken, else 0, as optimizers know it by the name of `found_inf`.
+        """
+        device = self.losses[0].device if self.losses else None
+        grad_norm = torch.as_tensor(grad_norm, device=device)
+        supervised = torch.as_tensor(1 if self.num_items is None else self.num_items, device=device) > 0
+        finite = [torch.isfinite(value).all() for value in (grad_norm, *self.losses)]
+        self.signs = torch.stack([supervised, *finite])
+        return 1.0 - self.signs.all().float()
 
     def check(
         self, grad_norm: torch.Tensor | float, step: int, folder: str, model: nn.Module, decode: Callable | None
     ) -> None:
         """Raises NonFiniteError for a loss or gradient norm that is not finite, ValueError without a supervised label.
 
-        `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token ids into text. This
-        is the one place where a training step waits for the device.
+        `look` comes first. `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token
+        ids into text. This is the one place where a training step waits for the device.
         """
-        device = self.losses[0].device if self.losses else None
-        grad_norm = torch.as_tensor(grad_norm, device=device)
-        supervised = torch.as_tensor(1 if self.num_items is None else self.num_items, device=device) > 0
-        losses_finite = [torch.isfinite(loss).all() for loss in self.losses]
-        has_labels, grad_finite, *loss_finite = torch.stack(
-            [supervised, torch.isfinite(grad_norm), *losses_finite]
-        ).tolist()
+        assert self.signs is not None
+        grad_norm = torch.as_tensor(grad_norm)
+        has_labels, grad_finite, *loss_finite = self.signs.tolist()
         if not has_labels:
             check_supervised(torch.cat([batch["labels"][..., 1:].flatten() for batch in self.batches]), f"step {step}")
         if all(loss_finite) and grad_finite:

@@ -8,6 +8,7 @@ Where that pays, steps are recorded as CUDA graphs (graphed.py). And checkpoints
 are loaded, and fit another layout (resume.py).
 """
 
+import functools
 import logging
 import math
 import time
@@ -30,9 +31,7 @@ from expertmesh.train.routing import RouterLoad
 
 log = logging.getLogger(__name__)
 
-MOST_TOKENS = (
-    8192  # of a GPU in a step: with more the GPU, not the CPU, is the limit, and a recording only takes memory
-)
+MOST_TOKENS = 8192  # of a GPU in a step: with more the GPU is the limit, and a recording only takes memory
 CANNOT, EITHER, BUCKET = 2, 1, 0  # whether rows are to be brought to a bucket
 
 
@@ -66,7 +65,6 @@ class Trainer(ResumableTrainer):
         super().__init__(model, args, data_collator, _numbered(train_dataset), *rest, **kwargs)
         self.cuda_graph = cuda_graph
         self._graphed: GraphedStep | None = None
-        self._graphing = False  # whether the step under way may be recorded
         self._plan: bool | None = None  # whether steps of this run are recorded, once that was asked
         self._said: set[str] = set()
         self._usual: torch.Size | None = None  # of the first batch without padding
@@ -169,24 +167,22 @@ class Trainer(ResumableTrainer):
                 module.train()
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        brought, few = self._brought(inputs)
-        batch = self._prepare_inputs(inputs if brought is None else brought)
+        batch, bucketed, few = self._brought(inputs)
+        batch = self._prepare_inputs(batch)
         base = fused_base(self.model)
         weight = getattr(self.accelerator.unwrap_model(model), "mtp_loss_weight", None)  # Python, which may change
-        self._graphing = few
         if base is not None:
-            base.told = brought is not None
+            base.told = bucketed
         try:
             step = self._graphed if few else self._graphed.always
             return step(n=num_items_in_batch, weight=weight, **batch)
         finally:
-            self._graphing = False
             if base is not None:
                 base.told = False
 
-    def _brought(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any] | None, bool]:
-        """This batch in a bucket, the same on all ranks, or None if it is to stay as it is; and whether the tokens are
-        few enough to record the step."""
+    def _brought(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool, bool]:
+        """What to step with; whether that is this batch in a bucket, the same on all ranks, or as it came; and whether
+        the tokens are few enough to record the step."""
         row, self._row = self._row, None
         base, ids = fused_base(self.model), inputs.get("input_ids")
         stays, need = CANNOT, (0 if ids is None else ids.numel(), 0, 0)
@@ -198,12 +194,15 @@ class Trainer(ResumableTrainer):
         tokens, documents, longest = (max(answer[i] for answer in answers) for i in (1, 2, 3))
         if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
             self._say(f"a batch has more than {MOST_TOKENS:,} tokens per GPU, with which the CPU is no limit")
-            return None, False
+            return inputs, False, False
         ways = {way for way, *_ in answers}
-        if row is None or base is None or CANNOT in ways or ways == {EITHER}:
-            return None, True
-        bucket = self._buckets.of(tokens, documents, longest)
-        return bucket.fill(row) if base.takes_documents(bucket.tokens) else None, True
+        if row is not None and base is not None and BUCKET in ways and CANNOT not in ways:
+            bucket = self._buckets.of(tokens, documents, longest)
+            if base.takes_documents(bucket.tokens):
+                return bucket.fill(row), True, True
+        if row is not None and row.full:  # of ones, which somebody would have to look at
+            inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}
+        return inputs, False, True
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
@@ -246,9 +245,20 @@ class Trainer(ResumableTrainer):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # with float16 an infinite gradient is how the loss scaler finds its scale: it skips the step by itself
         watched = 0.0 if self._scales_loss else grad_norm
-        decode = getattr(self.processing_class, "decode", None)
-        self._record.check(watched, self.state.global_step + 1, self.args.output_dir, model, decode)
+        refused = self._record.look(watched)
+        optimizer, check = self._torch_optimizer, functools.partial(self._check, watched, model)
+        if isinstance(optimizer, AdamW) and not (self._has_other_format or self._scales_loss):
+            optimizer.found_inf = refused  # it changes no weight then; the host asks while it runs
+            asking = optimizer.register_step_post_hook(lambda *_: (asking.remove(), check()))
+        else:
+            check()
         return grad_norm
+
+    def _check(self, grad_norm, model) -> None:
+        """Raise if the step that is under way had to be refused."""
+        vars(self._torch_optimizer).pop("found_inf", None)
+        decode = getattr(self.processing_class, "decode", None)
+        self._record.check(grad_norm, self.state.global_step + 1, self.args.output_dir, model, decode)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         pause = self.control.should_evaluate or self.control.should_save
