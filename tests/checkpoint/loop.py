@@ -55,13 +55,14 @@ def loop(
     dump: str | None = None,
     dump_loaded: str | None = None,
     optimizer: str = "AdamW",
+    dtype: str = "float32",
 ) -> None:
     """Trains for `steps` optimizer steps. resume: a checkpoint, or "newest". dump, dump_loaded: files for all
     that must agree, after the last step and before the first.
     """
     torch.manual_seed(int(os.environ.get("RANK", 0)))
     options = {"distributed_config": DistributedConfig(**layout)} if layout else {}
-    model = expertmesh.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).train()
+    model = expertmesh.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).train()
     optim = {"ours": expertmesh.AdamW}.get(optimizer) or getattr(torch.optim, optimizer)
     optim = optim(groups(model), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optim, 0.9)

@@ -61,6 +61,21 @@ def test_layouts(tmp_path):
         assert same(torch.load(dump(one)), torch.load(dump(other))), (one, other)
 
 
+@pytest.mark.parametrize("layout", [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}], ids=str)
+def test_a_bfloat16_model_whose_routers_are_float32(layout, tmp_path):
+    """So Transformers 5.24 keeps them: resumed on the same ranks bit for bit, and the same state in one process."""
+    options = {"source": str(source(tmp_path, "deepseek_v3")), "dtype": "bfloat16", "optimizer": "ours"}
+    checkpoint, names = str(tmp_path / "run" / "checkpoint-1"), ("whole", "resumed", "loaded", "alone")
+    dumps = {name: str(tmp_path / f"{name}.pt") for name in names}
+    output = {"save_every": 1, "output": str(tmp_path / "run")}
+    on_ranks(2, on, options | output | {"layout": layout, "steps": 2, "dump": dumps["whole"]})
+    resumed = {"layout": layout, "steps": 2, "dump": dumps["resumed"], "dump_loaded": dumps["loaded"]}
+    on_ranks(2, on, options | resumed | {"resume": checkpoint})
+    loop(**options, steps=1, resume=checkpoint, dump=dumps["alone"])
+    whole, resumed, loaded, alone = (torch.load(dumps[name]) for name in names)
+    assert same(whole, resumed) and same(loaded, alone) and not same(whole, loaded)
+
+
 def pair(frozen: bool = False):
     model = tiny_model("qwen3_moe")
     model.lm_head.weight.requires_grad_(not frozen)

@@ -113,8 +113,12 @@ def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch
     return max(1, min(num_rows, -(-num_rows // (chunks * 64)) * 64))  # whole GEMM tiles
 
 
-#: elements of a row, or of a gradient, at a time, and warps
-TUNING = {"rows": {"BLOCK": 32768, "num_warps": 32}, "scale": {"BLOCK": 4096, "num_warps": 8}}
+#: elements of a row, or of a gradient, at a time, and warps; statistics take more registers
+TUNING = {
+    "rows": {"BLOCK": 32768, "num_warps": 32},
+    "statistics": {"BLOCK": 16384, "num_warps": 32},
+    "scale": {"BLOCK": 4096, "num_warps": 8},
+}
 _LOWEST = tl.constexpr(-1e37)  # less than any logit, and finite: a lane may see nothing but padding
 
 
@@ -171,14 +175,14 @@ def _rows_kernel(
         while start + BLOCK <= V:
             x = tl.load(logits_ptr + start + cols, eviction_policy="evict_last").to(tl.float32)
             lane_largest, lane_total, lane_weighted, lane_before = _merge(
-                x, start + cols, label, lane_largest, lane_total, lane_weighted, lane_before, STATISTICS
+                x, cols, (label - start).to(tl.int32), lane_largest, lane_total, lane_weighted, lane_before, STATISTICS
             )
             start += BLOCK
         if start < V:
             x = tl.load(logits_ptr + start + cols, start + cols < stride, other=0.0).to(tl.float32)
             x = tl.where(start + cols < V, x, _LOWEST)
             lane_largest, lane_total, lane_weighted, lane_before = _merge(
-                x, start + cols, label, lane_largest, lane_total, lane_weighted, lane_before, STATISTICS
+                x, cols, (label - start).to(tl.int32), lane_largest, lane_total, lane_weighted, lane_before, STATISTICS
             )
         largest = tl.max(lane_largest, axis=0)
         lane_scale = tl.exp(lane_largest - largest)
@@ -234,7 +238,7 @@ def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_
     if not use_triton(logits):
         _rows_torch(logits, labels, out, ignore_index, grad)
         return
-    tuning = TUNING["rows"]
+    tuning = TUNING["statistics" if out.shape[1] > 1 else "rows"]
     block = min(tuning["BLOCK"], triton.next_power_of_2(logits.shape[1]))
     warps = max(1, tuning["num_warps"] * block // tuning["BLOCK"])
     _rows_kernel[(logits.shape[0],)](

@@ -28,7 +28,8 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
     and other experts backends stay FSDP's.
 
     And if all dense weights together take little memory, they are gathered once per step, not again in the backward,
-    and several layers at once: otherwise small layers wait for the CPU.
+    and several layers at once: otherwise small layers wait for the CPU. The same goes for routers in float32, which
+    Transformers 5.24 makes units of their own in a bfloat16 model, as FSDP wants one dtype in each.
     """
     if (layout.ep_size or 1) == 1:
         yield
@@ -42,7 +43,7 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
     ours = {id(module) for module in experts} if whole else set()
     layers = _layers_to_stay(model)
     small = _dense_is_small(model, experts)
-    later: list[tuple[Any, dict[str, Any]]] = []
+    later: dict[str, list[tuple[Any, dict[str, Any]]]] = {"parts": [], "layers": []}  # parts first: they are in layers
 
     def fully_shard(module: Any, **options: Any) -> Any:
         if id(module) in ours:
@@ -53,13 +54,14 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
         if small and not hasattr(module, "is_concatenated"):
             options["reshard_after_forward"] = False
             if id(module) in layers:
-                later.append((module, options))
+                later[layers[id(module)]].append((module, options))
                 return module
         if module is model:  # the last call
-            # the first alone: a step begins when it is gathered, and ends when its gradients are reduced
-            for first in (0, *range(1, len(later), LAYERS_AT_ONCE)) if later else ():
-                some = later[first : first + LAYERS_AT_ONCE if first else 1]
-                stock([layer for layer, _ in some], **some[0][1])
+            for units in filter(None, later.values()):
+                # the first alone: a step begins when it is gathered, and ends when its gradients are reduced
+                for first in (0, *range(1, len(units), LAYERS_AT_ONCE)):
+                    some = units[first : first + LAYERS_AT_ONCE if first else 1]
+                    stock([unit for unit, _ in some], **some[0][1])
         return stock(module, **options)
 
     model.base_model._divides_gradients = whole
@@ -117,12 +119,16 @@ def refuse_undivided(model: Any) -> None:
         )
 
 
-def _layers_to_stay(model: Any) -> set[int]:
-    """The ids of all layers but those for multi-token prediction, which a checkpoint without them takes out again."""
+def _layers_to_stay(model: Any) -> dict[int, str]:
+    """By their ids "layers" and the "parts" in them, but for those for multi-token prediction, which a checkpoint
+    without them takes out again.
+    """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     mtp = getattr(model, "_mtp", None)
     children = [(f"{name}.{number}.", layer) for name, module in lists for number, layer in enumerate(module)]
-    return {id(layer) for name, layer in children if mtp is None or not mtp.owns(name)}
+    stay = [layer for name, layer in children if mtp is None or not mtp.owns(name)]
+    parts = {id(part): "parts" for layer in stay for part in layer.modules()}
+    return parts | {id(layer): "layers" for layer in stay}
 
 
 def _dense_is_small(model: nn.Module, experts: list[Any]) -> bool:

@@ -116,6 +116,8 @@ class AdamW(torch.optim.AdamW):
         elif state["step"].device != parameter.device or state["step"].dtype != torch.float32:
             # a checkpoint of PyTorch's foreach AdamW counts on the CPU
             state["step"] = state["step"].to(parameter.device, torch.float32, non_blocking=True)
+        if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+            grad = grad.redistribute(placements=parameter.placements)  # of a split embedding it is whole on every rank
         weight, grad, exp_avg, exp_avg_sq = map(local, (parameter, grad, state["exp_avg"], state["exp_avg_sq"]))
         if grad.shape != weight.shape or exp_avg.shape != weight.shape:
             raise ValueError(
