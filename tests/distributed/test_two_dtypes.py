@@ -40,7 +40,10 @@ def test_it_trains_and_is_saved_in_the_dtypes_of_stock(family, layout, tmp_path)
         assert {n: g.dtype for n, g in result["gradients"].items()} == {n: g.dtype for n, g in alone.items()}
         got, want = ({n: g.float() for n, g in grads.items()} for grads in (result["gradients"], alone))
         assert work.worst(got, want)[0] < 0.1, work.worst(got, want)  # tensor parallelism rounds partial sums
-        assert result["ours"] == pytest.approx(result["torch"], rel=2e-2)
+        assert result["ours"][0] == pytest.approx(result["torch"][0], rel=1e-4)
+        assert result["ours"][1] == pytest.approx(
+            result["torch"][1], rel=0.1
+        )  # weights round, and tokens change experts
         assert result["torch"][0] == pytest.approx(
             float(torch.stack([g.norm() for g in want.values()]).norm()), rel=1e-2
         )
