@@ -17,7 +17,7 @@ ROOMS = """
 __main__ cli bench train plan data checkpoint nemo auto fuse parallel weights families layers dispatch memory kernels
 backends
 """.split()
-OUTSIDE_CORE = {"__main__", "cli", "bench", "data"}
+OUTSIDE_CORE = {"__main__", "cli", "train", "bench", "data"}
 
 
 def room(path: Path) -> str | None:

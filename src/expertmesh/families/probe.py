@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # of the largest value, in float32
 CASES = ("rows", "padded", "packed", "cached")
 #: classes and the mixins of their twins
-Done = tuple[tuple[type, Any], ...]
+Done = tuple[tuple[Any, Any], ...]
 
 _LISTS = ("layer_types", "layers_block_type", "mlp_layer_types")  # one entry a layer
 #: the most that a key of a tiny configuration says; keys that a family lacks are passed by
@@ -89,7 +89,7 @@ class _Config:
 
 
 @functools.lru_cache(maxsize=256)
-def _probe(stock: Any, config: _Config, cls: type, rules: tuple[Rule, ...], done: Done) -> Rule | None:
+def _probe(stock: Any, config: _Config, cls: Any, rules: tuple[Rule, ...], done: Done) -> Rule | None:
     with _undisturbed():
         theirs = _stock_model(stock, config)
         if theirs is None:
@@ -126,7 +126,7 @@ def _stock_model(stock: Any, config: _Config) -> tuple[Any, dict[str, Any]] | No
     return model, {name: values for name, values in expected.items() if values is not None}
 
 
-def _error(model: Any, expected: dict[str, Any], cls: type, rule: Rule, done: Done, config: _Config) -> float | None:
+def _error(model: Any, expected: dict[str, Any], cls: Any, rule: Rule, done: Done, config: _Config) -> float | None:
     """How far the rule's twin is off in bfloat16; None if it is wrong, or does not fit the class."""
     ours = copy.deepcopy(model)
     ours.config._attn_implementation = config.config._attn_implementation or model.config._attn_implementation
@@ -134,7 +134,7 @@ def _error(model: Any, expected: dict[str, Any], cls: type, rule: Rule, done: Do
         for known, fast in done:
             if type(module) is known:
                 module.__class__ = twin(known, fast)
-    modules = [module for module in ours.modules() if type(module) is cls]
+    modules: list[nn.Module] = [module for module in ours.modules() if type(module) is cls]
     try:
         if not modules or any(rule.why_not(module) for module in modules):
             return None
@@ -158,7 +158,7 @@ def tiny(config: Any) -> Any:
     kinds = list(zip(*lists.values(), strict=False)) if lists else []
     chosen = list(dict.fromkeys(kinds.index(kind) for kind in kinds)) or [0]
     chosen = chosen if len(chosen) > 1 else [chosen[0]] * 2
-    values = {name: [whole[i] for i in chosen] for name, whole in lists.items()}
+    values: dict[str, Any] = {name: [whole[i] for i in chosen] for name, whole in lists.items()}
     values |= {"num_hidden_layers": len(chosen), "num_nextn_predict_layers": 0, "pad_token_id": 0}
     values |= {
         name: min(most, value) for name, most in _MOST.items() if isinstance(value := getattr(config, name, None), int)
@@ -190,12 +190,13 @@ def _inputs(name: str) -> dict[str, Any]:
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     positions = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
-    return {"input_ids": ids} | {
+    cases: dict[str, dict[str, Any]] = {
         "rows": {"use_cache": False},
         "padded": {"use_cache": False, "attention_mask": mask},
         "packed": {"use_cache": False, "position_ids": positions},
         "cached": {"use_cache": True},
-    }[name]
+    }
+    return {"input_ids": ids} | cases[name]
 
 
 def _run(model: Any, name: str) -> tuple[torch.Tensor, ...] | None:

@@ -56,7 +56,8 @@ def fingerprint(cls: type, also: tuple[str, ...] = (), calls: str | None = None)
 
     With `calls` it is the hash of what else is named; None if `forward` does not call this.
     """
-    forward = inspect.unwrap(getattr(cls, "forward", None))
+    forward: Any = getattr(cls, "forward", None)
+    forward = forward and inspect.unwrap(forward)
     code, scope = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
     if calls is not None and not (code is not None and calls in code.co_names and calls in scope):
         return None

@@ -55,14 +55,15 @@ class FastBaseModel(Fast):
     told = False
     _call: Call | None = None
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
-    _stateful: type | None = None  # the class of such mixers that are not ours
+    _stateful: Any = None  # the class of such mixers that are not ours
     _sinks = False  # whether attention has sinks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().forward(*args, **kwargs)
         refuse_undivided(self)
-        inputs = dict(zip(_names(type(self)), args, strict=False)) | kwargs
+        cls: Any = type(self)
+        inputs = dict(zip(_names(cls), args, strict=False)) | kwargs
         with one_forward():
             apart = self._prepare(inputs, self._call or Call())
             outputs = super().forward(**inputs)
@@ -77,14 +78,14 @@ class FastBaseModel(Fast):
         if inputs.get("use_cache") is None and self.training and torch.is_grad_enabled():
             inputs["use_cache"] = False
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
-        mask, *told = (inputs.get(name) for name in ("attention_mask", "position_ids", "seq_idx"))
-        if not all(x is None or _is_of_rows(x, shape) for x in (mask, *told)):
+        mask, *told = asked = [inputs.get(name) for name in ("attention_mask", "position_ids", "seq_idx")]
+        if not all(x is None or _is_of_rows(x, shape) for x in asked):
             return None  # a mask of the user's own, or positions on several axes
         documents, apart = _given(inputs) if mask is None or self.told else None, None
         if documents is not None:
             inputs["attention_mask"] = None
         elif mask is not None or any(x is not None for x in told):
-            found = look(shape, mask, *told, call.targets)
+            found = look(shape, mask, told[0], told[1], call.targets)
             call.labelled = found.labelled
             if found.padded:
                 if not self._takes_apart(inputs, found, call):
@@ -114,7 +115,8 @@ class FastBaseModel(Fast):
             return "flash"
         chosen = self.config._attn_implementation
         own = chosen == SINKS or (chosen == NAME and not _has_windows(self.config, length))
-        return "documents" if own and _makes_masks(type(self)) else "masks"
+        cls: Any = type(self)
+        return "documents" if own and _makes_masks(cls) else "masks"
 
     def _takes_apart(self, inputs: dict[str, Any], found: Found, call: Call) -> bool:
         """Whether padding can be left out. Where it cannot, rows stay as Transformers has them."""
@@ -187,7 +189,7 @@ def fuse_base(model: Any) -> None:
     base = model.base_model
     if base is not model:
         base.__class__ = twin(type(base), FastBaseModel)
-    mixers = {type(module) for module in base.modules() if _keeps_state(module)}
+    mixers: set[Any] = {type(module) for module in base.modules() if _keeps_state(module)}
     base._mamba2 = any(issubclass(mixer, FastMamba2Mixer) for mixer in mixers)
     base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
     base._sinks = any(hasattr(module, "sinks") for module in base.modules())
@@ -201,20 +203,20 @@ def _keeps_state(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _knows_documents(mixer: type) -> bool:
+def _knows_documents(mixer: Any) -> bool:
     """Whether the code of Transformers' mixer passes documents on to its kernels, which refuse what they cannot do."""
     return "cu_seq_lens_q" in inspect.getsource(mixer)
 
 
 @functools.cache
-def _makes_masks(base: type) -> bool:
+def _makes_masks(base: Any) -> bool:
     """Whether the HF class leaves its masks to the functions that pass on what has four dimensions."""
-    return "create_causal_mask" in inspect.getsource(base.__stock__)  # type: ignore[attr-defined]
+    return "create_causal_mask" in inspect.getsource(base.__stock__)
 
 
 @functools.cache
-def _names(cls: type) -> list[str]:
-    return list(inspect.signature(cls.__stock__.forward).parameters)[1:]  # type: ignore[attr-defined]
+def _names(cls: Any) -> list[str]:
+    return list(inspect.signature(cls.__stock__.forward).parameters)[1:]
 
 
 def _is_of_rows(x: Any, shape: tuple[int, int]) -> bool:

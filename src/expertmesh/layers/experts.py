@@ -75,7 +75,7 @@ def activation_of(experts: Any) -> Activation:
 @torch.no_grad()
 def _kind(experts: Any, constants: tuple[float, float]) -> str:
     """Which known activation gives what the module's own functions give for numbers of all sizes, or "custom"."""
-    act_fn = getattr(experts, "act_fn", None)
+    act_fn: Any = getattr(experts, "act_fn", None)
     if isinstance(act_fn, nn.Module) and (watched(act_fn) or any(True for _ in act_fn.parameters())):
         return "custom"  # somebody looks at it, or it learns
     h_SJ = torch.linspace(-30, 30, 512)[torch.randperm(512, generator=torch.Generator().manual_seed(0))].view(16, 32)

@@ -33,7 +33,7 @@ def is_placeholder(mask: Any) -> bool:
     return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[2] == 0
 
 
-def unlost(mask: torch.Tensor, documents: Documents | None, layer: Any) -> Documents | None:
+def unlost(mask: Any, documents: Documents | None, layer: Any) -> Documents | None:
     """`documents`; RuntimeError if the placeholder speaks of some and they did not reach this layer."""
     if documents is None and mask.shape[3]:
         raise RuntimeError(
@@ -97,8 +97,8 @@ def look(
     over padding. targets: [B, S], -100 where there is nothing to predict.
     """
     wanted = None if targets is None else targets != -100
-    asked = {"mask": mask, "positions": positions, "numbers": numbers, "wanted": wanted}
-    asked = {name: x for name, x in asked.items() if x is not None}
+    all_four = {"mask": mask, "positions": positions, "numbers": numbers, "wanted": wanted}
+    asked = {name: x for name, x in all_four.items() if x is not None}
     device = next(iter(asked.values())).device
     stacked = torch.stack([x.expand(shape).to(device, torch.int32) for x in asked.values()]).cpu()
     answers = dict(zip(asked, stacked, strict=True))

@@ -258,7 +258,8 @@ class Trainer(ResumableTrainer):
         """Raise if the step that is under way had to be refused."""
         vars(self._torch_optimizer).pop("found_inf", None)
         decode = getattr(self.processing_class, "decode", None)
-        self._record.check(grad_norm, self.state.global_step + 1, self.args.output_dir, model, decode)
+        folder = self.args.output_dir or "."
+        self._record.check(grad_norm, self.state.global_step + 1, folder, model, decode)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         pause = self.control.should_evaluate or self.control.should_save
