@@ -243,11 +243,12 @@ class _Watch(TrainerCallback):
         self._end()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._end()
-        if self.on_gpu and len(self.ends) == self.warmup + 1:
+        first = len(self.ends) == self.warmup  # measured are the steps behind this one
+        if self.on_gpu and (first or state.global_step >= state.max_steps):
+            torch.cuda.synchronize()  # nowhere between: a trainer may load data while the GPU works
+        if self.on_gpu and first:
             torch.cuda.reset_peak_memory_stats()
+        self._end()
 
     def _end(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
