@@ -1,8 +1,9 @@
 """People's own training loops, timed: transformers' Trainer, TRL's SFTTrainer and DPOTrainer, with and without PEFT.
 
 `expertmesh bench --loop sft-packed` trains the same model on the same rows in every arm, by the trainer that people
-use, with AdamW and clipping, and takes whole steps by wall clock: from the end of one to the end of the next, the
-device waited for at each end. Whatever the trainer does between two steps, loading and logging among it, counts.
+use, with AdamW and clipping, and takes whole steps by wall clock: from the end of one to the end of the next. Whatever
+the trainer does between two steps, loading and logging among it, counts. The device is waited for before the first
+measured step and behind the last, so that all work is in the sum, and nowhere between.
 
     row = measure(LOOPS["sft"], ARMS["expertmesh"], model, batch=4, seq=4096, warmup=6, repeats=24)
 """

@@ -188,7 +188,8 @@ def fuse_base(model: Any) -> None:
     """Make the base model of a fused model its twin, once all modules in it are what they will be."""
     base = model.base_model
     if base is not model:
-        base.__class__ = twin(type(base), FastBaseModel)
+        stock: Any = type(base)
+        base.__class__ = twin(stock, FastBaseModel)
     mixers: set[Any] = {type(module) for module in base.modules() if _keeps_state(module)}
     base._mamba2 = any(issubclass(mixer, FastMamba2Mixer) for mixer in mixers)
     base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
