@@ -124,7 +124,7 @@ def fused_class(stock: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         defer = self.training and labels is not None
-        if labels is not None and kwargs.get("use_cache") is None and not has_cache(kwargs):
+        if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
             kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
         call = Call(targets)

@@ -25,7 +25,7 @@ SHARED = 10  # float32 numbers that the elements of a tensor share
 
 class Update(NamedTuple):
     """What one parameter's step takes: dense tensors of one shape, the count of steps (float32 scalar) beside them, and
-    its group's settings under PyTorch's names: lr (a float or scalar), betas, eps, weight_decay, maximize.
+    its group's options under PyTorch's names: lr (a float or scalar), betas, eps, weight_decay, maximize.
     """
 
     weight: torch.Tensor
@@ -33,7 +33,7 @@ class Update(NamedTuple):
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     step: torch.Tensor
-    settings: Mapping[str, Any]
+    options: Mapping[str, Any]
 
 
 def adamw_(updates: Sequence[Update], scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None) -> None:
@@ -53,8 +53,8 @@ def adamw_reference_(
     updates: Sequence[Update], scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
 ) -> None:
     """The specification of `adamw_`: PyTorch's fused AdamW, on float32 copies where it has no kernel."""
-    for *tensors, step, settings in updates:
-        weight, lr = tensors[0], settings["lr"]
+    for *tensors, step, options in updates:
+        weight, lr = tensors[0], options["lr"]
         wide = torch.promote_types(weight.dtype, torch.float32)
         plain = all(x.is_contiguous() and x.dtype == weight.dtype for x in tensors) and (
             scale is None or weight.dtype == wide
@@ -74,12 +74,12 @@ def adamw_reference_(
             [],
             [step],
             lr=lr,
-            beta1=settings["betas"][0],
-            beta2=settings["betas"][1],
-            weight_decay=settings["weight_decay"],
-            eps=settings["eps"],
+            beta1=options["betas"][0],
+            beta2=options["betas"][1],
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
             amsgrad=False,
-            maximize=settings["maximize"],
+            maximize=options["maximize"],
             found_inf=found,
         )
         if found is not None:
@@ -96,16 +96,16 @@ def _launch(
     scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
 ) -> None:
-    groups = {id(update.settings): update.settings for update in updates}
+    groups = {id(update.options): update.options for update in updates}
     number = {key: i for i, key in enumerate(groups)}
     counts = [update.weight.numel() for update in updates]
-    rows = [[*(x.data_ptr() for x in update[:5]), number[id(update.settings)]] for update in updates]
-    of_chunk, table, settings = tensor_lists.on_device(counts, rows, device, [_numbers(g) for g in groups.values()])
-    for row, group in zip(settings, groups.values(), strict=True):
+    rows = [[*(x.data_ptr() for x in update[:5]), number[id(update.options)]] for update in updates]
+    of_chunk, table, options = tensor_lists.on_device(counts, rows, device, [_numbers(g) for g in groups.values()])
+    for row, group in zip(options, groups.values(), strict=True):
         if isinstance(group["lr"], torch.Tensor) and not group["lr"].is_cpu:
             row[0].copy_(group["lr"], non_blocking=True)
     shared = torch.empty(len(updates), SHARED, dtype=torch.float32, device=device)
-    _prepare_kernel[(len(updates),)](table, settings, updates[0].step, scale, found_inf, shared, num_warps=1)
+    _prepare_kernel[(len(updates),)](table, options, updates[0].step, scale, found_inf, shared, num_warps=1)
     if len(of_chunk):
         constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, **OPTIONS}
         _adamw_kernel[(len(of_chunk),)](of_chunk, table, shared, *updates[0][:4], **constants)
@@ -119,10 +119,10 @@ def _numbers(group: Mapping[str, Any]) -> list[float]:
 
 
 @launched
-def _prepare_kernel(table, settings, like, scale, found_inf, shared):
+def _prepare_kernel(table, numbers, like, scale, found_inf, shared):
     """Counts the step of one tensor and writes what its elements share, computed in float64."""
     row = table + tl.program_id(0) * 9
-    of_group = settings + tl.load(row + 8) * 8
+    of_group = numbers + tl.load(row + 8) * 8
     to = shared + tl.program_id(0) * 10
     lr, beta1, beta2 = tl.load(of_group), tl.load(of_group + 1), tl.load(of_group + 2)
     counter = tl.load(row + 7).to(like.dtype)

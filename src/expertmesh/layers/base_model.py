@@ -48,7 +48,7 @@ class Call:
 class FastBaseModel(Fast):
     """Must equal the forward of its HF class for each document by itself. Hidden states of padding are zero.
 
-    In training a cache is filled only if the caller asks for it.
+    In training a cache of padded rows, and of several documents, is filled only if the caller asks for it.
     """
 
     #: whether documents are where `cu_seq_lens_q` says and an attention_mask beside it is the auxiliary loss's alone
@@ -75,8 +75,9 @@ class FastBaseModel(Fast):
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None or has_cache(inputs):
             return None
-        if inputs.get("use_cache") is None and self.training and torch.is_grad_enabled():
-            inputs["use_cache"] = False
+        training = self.training and torch.is_grad_enabled()
+        if self._mamba2 and inputs.get("use_cache") is None and (training or call.targets is not None):
+            inputs["use_cache"] = False  # with one our kernels do not run
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
         mask, *told = asked = [inputs.get(name) for name in ("attention_mask", "position_ids", "seq_idx")]
         if not all(x is None or _is_of_rows(x, shape) for x in asked):
@@ -90,6 +91,7 @@ class FastBaseModel(Fast):
             if found.padded:
                 if not self._takes_apart(inputs, found, call):
                     return None
+                inputs["use_cache"] = False
                 apart = Apart.of(found.keep, device)
                 positions = inputs.get("position_ids")
                 positions = found.positions(device) if positions is None else positions.expand(shape)
@@ -121,7 +123,8 @@ class FastBaseModel(Fast):
     def _takes_apart(self, inputs: dict[str, Any], found: Found, call: Call) -> bool:
         """Whether padding can be left out. Where it cannot, rows stay as Transformers has them."""
         length, caching = found.keep.shape[1], inputs.get("use_cache")
-        caching = getattr(self.config, "use_cache", False) if caching is None else caching
+        if caching is None:
+            caching = getattr(self.config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
         whole = call.whole or caching or inputs.get("output_attentions") or found.labelled_padding or not found.count
         windows_shift = _has_windows(self.config, length) and found.has_holes
         if not whole and not windows_shift and self._stateful is None and self._attends_by(length) != "masks":
