@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from expertmesh.layers.masks import find_documents
 from timing import median_ms
 from torch import nn
 from transformers import masking_utils
@@ -31,6 +30,7 @@ from expertmesh.bench.origin import origin, write
 from expertmesh.bench.steps import documents
 from expertmesh.kernels import flash_attention
 from expertmesh.layers.attention import attend
+from expertmesh.layers.rows import look, placeholder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -82,7 +82,7 @@ def measure(
     """One arm on documents of these lengths, laid out in `rows` rows."""
     tokens = sum(lengths)
     module = nn.Module()
-    module.num_key_value_groups, module.is_causal, module.may_flash = heads.queries // heads.keys, True, True
+    module.num_key_value_groups, module.is_causal = heads.queries // heads.keys, True
     torch.manual_seed(0)
     query, key, value = (
         torch.randn(rows, tokens // rows, *sizes, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
@@ -118,11 +118,18 @@ def measure(
     }
 
 
+def attend_packed(module: nn.Module, *tensors: Any, **options: Any) -> Any:
+    """`attend` of query, key and value within the documents behind them."""
+    *tensors, documents = tensors
+    mask = placeholder(documents, tensors[0].device)
+    return attend(module, *tensors, mask, documents=documents, **options)
+
+
 def rows(tokens: int, family: str, heads: Heads, repeats: int) -> Iterator[dict[str, Any]]:
     """One per arm."""
     lengths = documents(tokens, packed=True)
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(DEVICE)
-    ours = attend, lambda: find_documents(positions), lengths, 1
+    ours = attend_packed, lambda: look(positions.shape, None, positions, None).documents(positions.device), lengths, 1
     arms: dict[str, tuple] = {
         "transformers": (sdpa_attention_forward, lambda: transformers_mask(positions), lengths, 1),
         "expertmesh": ours,

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.quantizers.auto import (
@@ -148,6 +150,9 @@ def test_lora_trained_on_ours_works_on_stock(family, tmp_path):
 
 
 def test_add_adapter_and_load_adapter(tmp_path):
+    least = transformers.integrations.peft.MIN_PEFT_VERSION
+    if Version(version("peft")) < Version(least):
+        pytest.skip(f"this Transformers takes adapters of PEFT {least} only")
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     torch.manual_seed(1)
     ours = load_ours("qwen3_moe")
@@ -299,7 +304,7 @@ def test_device_map():
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention"])
 def test_attention_implementation(name):
     ours = _load(AutoModelForCausalLM, attn_implementation=name)
-    assert ours.config._attn_implementation == name
+    assert ours.config._attn_implementation == ("expertmesh" if name == "sdpa" else name)
     if name != "flex_attention":
         stock = _load(StockAutoModelForCausalLM, attn_implementation=name)
         assert not [row for row in compare_case(stock, ours, CASES[1]) if not row.ok]

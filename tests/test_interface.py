@@ -74,7 +74,7 @@ def train_both(family: str, loss_of, **changes):
 )
 @pytest.mark.parametrize("family", ALL_KINDS)
 def test_forward_returns_what_stock_returns(family, options, training):
-    inputs = batch("right")
+    inputs = batch()
     if not options.get("labels"):
         del inputs["labels"]
     outputs = []

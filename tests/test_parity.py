@@ -46,7 +46,8 @@ WORK = [
     pytest.param(family, case, id=f"{family}-{case.name}")
     for family, keys in FAMILIES.items()
     for case in CASES
-    if "router_aux_loss_coef" in keys or not case.aux
+    if ("router_aux_loss_coef" in keys or not case.aux)
+    and not (case.batch == "packed" and family in ("qwen3_next", "qwen3_5_moe_text", "jamba"))  # which refuse such rows
 ]
 
 

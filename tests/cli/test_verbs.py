@@ -92,7 +92,7 @@ def test_doctor_lists_every_backend(capsys, monkeypatch):
 
 def test_doctor_counts_fusions_by_what_verified_them(monkeypatch):
     rows = [
-        SimpleNamespace(name="experts", on=True, reason="", verified=""),
+        SimpleNamespace(name="experts", on=True, reason="", verified="table"),
         SimpleNamespace(name="router", on=True, reason="", verified="table"),
         SimpleNamespace(name="rope", on=True, reason="one class stays stock", verified="probe"),
         SimpleNamespace(name="add_norm", on=False, reason="runs code of its own", verified=""),

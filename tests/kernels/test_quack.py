@@ -16,7 +16,7 @@ from expertmesh.layers.experts import experts_forward
 from tests.kernels import fake_quack
 from tests.layers.test_experts import EXPERTS, HIDDEN, LAYOUTS, ROUTINGS, TOKENS, TOP_K, _module, _run
 
-fuse_module = importlib.import_module("expertmesh.fuse")
+fuse_module = importlib.import_module("expertmesh.families.report")
 
 
 @pytest.mark.parametrize("others", ["by PyTorch", "by Triton"])

@@ -13,9 +13,11 @@ import torch
 
 
 def keeps_apart(model: Any, batch: str) -> bool:
-    """Whether this model keeps the documents of a `batch` apart ("packed", "left" padding), and stock does not."""
+    """Whether this model keeps the documents of a "packed" batch apart, and stock does not; or a "left"-padded batch,
+    where stock counts positions from the padding on and lets Mamba2 states begin with it.
+    """
     on = {row.name for row in getattr(model, "fusion_report", list)() if row.on}
-    return bool(on & {"packed": {"mamba2", "sink_attention"}, "left": {"mamba2"}}.get(batch, set()))
+    return bool(on) if batch == "left" else batch == "packed" and bool(on & {"mamba2", "sink_attention"})
 
 
 def documents_apart(

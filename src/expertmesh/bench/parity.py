@@ -26,6 +26,7 @@ from expertmesh.bench.apart import documents_apart, keeps_apart
 from expertmesh.bench.export import differing_tensors, export_rows
 from expertmesh.bench.rows import Row, relative_error, rms_errors, worst_error
 from expertmesh.bench.tiny import FAMILIES, tiny_model
+from expertmesh.families.report import can_be_told
 
 CPU_TOLERANCE = 1e-5
 CUDA_RATIO = 1.5
@@ -271,7 +272,9 @@ def noise(outcome: Outcome, exact: Outcome) -> dict[str, tuple[float, str]]:
 
 
 def applicable(case: Case, model: PreTrainedModel) -> bool:
-    """Whether the model has what the case is about."""
+    """Whether the model has what the case is about, and its mixers can be told of documents."""
+    if case.batch == "packed" and not all(map(can_be_told, model.modules())):
+        return False
     if case.routing and not router_weights(model):
         return False
     has_aux_loss = "output_router_logits" in inspect.signature(type(model).forward).parameters

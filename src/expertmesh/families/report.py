@@ -11,6 +11,7 @@ from expertmesh.families.generic import RULES
 from expertmesh.families.probe import probe
 from expertmesh.families.rules import Rule
 from expertmesh.layers import experts as fast_experts
+from expertmesh.layers.base_model import keeps_state
 from expertmesh.layers.fast import Fast, twin
 from expertmesh.layers.head import FastHead, why_not_head
 
@@ -59,6 +60,12 @@ def apply_fusions(model: Any, requested: frozenset[str]) -> list[Fusion]:
         rows.append(_apply(model, fusion, done) if fusion in requested else _switched_off(fusion))
     rows.append(_fuse_head(model) if _HEAD in requested else _switched_off(_HEAD))
     return rows
+
+
+def can_be_told(module: nn.Module) -> bool:
+    """Whether a module can keep packed documents apart: not if it is a mixer with a state and has no twin."""
+    known = isinstance(module, Fast) or any(rule.matches(type(module)) for rule in RULES if rule.fusion == "mamba2")
+    return known or not keeps_state(module)
 
 
 def _switched_off(fusion: str) -> Fusion:

@@ -126,8 +126,9 @@ class FastBaseModel(Fast):
         if caching is None:
             caching = getattr(self.config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
         whole = call.whole or caching or inputs.get("output_attentions") or found.labelled_padding or not found.count
+        noisy = self.training and getattr(self.config, "router_jitter_noise", 0)  # drawn for each token, padding or not
         windows_shift = _has_windows(self.config, length) and found.has_holes
-        if not whole and not windows_shift and self._stateful is None and self._attends_by(length) != "masks":
+        if not (whole or noisy or windows_shift) and self._stateful is None and self._attends_by(length) != "masks":
             return True
         if found.count > int(found.keep.any(1).sum()):
             raise ValueError(
@@ -193,13 +194,13 @@ def fuse_base(model: Any) -> None:
     if base is not model:
         stock: Any = type(base)
         base.__class__ = twin(stock, FastBaseModel)
-    mixers: set[Any] = {type(module) for module in base.modules() if _keeps_state(module)}
+    mixers: set[Any] = {type(module) for module in base.modules() if keeps_state(module)}
     base._mamba2 = any(issubclass(mixer, FastMamba2Mixer) for mixer in mixers)
     base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
     base._sinks = any(hasattr(module, "sinks") for module in base.modules())
 
 
-def _keeps_state(module: nn.Module) -> bool:
+def keeps_state(module: nn.Module) -> bool:
     """Whether it is a mixer with a state: Mamba, a gated delta net, a short convolution, linear attention."""
     name = type(module).__name__
     has_conv = any(isinstance(child, nn.Conv1d) for child in module.children())

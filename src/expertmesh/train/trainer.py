@@ -256,7 +256,8 @@ class Trainer(ResumableTrainer):
 
     def _check(self, grad_norm, model) -> None:
         """Raise if the step that is under way had to be refused."""
-        vars(self._torch_optimizer).pop("found_inf", None)
+        if isinstance(self._torch_optimizer, AdamW):
+            vars(self._torch_optimizer).pop("found_inf", None)
         decode = getattr(self.processing_class, "decode", None)
         folder = self.args.output_dir or "."
         self._record.check(grad_norm, self.state.global_step + 1, folder, model, decode)
