@@ -66,11 +66,11 @@ def wall_ms(run: Callable[[], Any], repeats: int) -> float:
 
 def transformers_mask(position_ids: torch.Tensor) -> torch.Tensor | None:
     """What `create_causal_mask` does for packed rows."""
-    document = masking_utils.find_packed_sequence_indices(position_ids)
-    function = masking_utils.packed_sequence_compatibility_function(
-        masking_utils.causal_mask_function, position_ids, document
-    )
     rows, length = position_ids.shape
+    document = masking_utils.find_packed_sequence_indices(position_ids)
+    function = masking_utils.and_masks(
+        masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(document)
+    )
     return masking_utils.sdpa_mask(
         rows, length, length, mask_function=function, allow_is_causal_skip=False, device=position_ids.device
     )
