@@ -236,8 +236,7 @@ def run_case(
         model.eval()
         with torch.no_grad():
             # with a cache Transformers does not look for packed documents, and padding stays where it is
-            packed = case.batch == "packed"
-            out = (call if packed else model)(**batch, **extra, use_cache=not packed)
+            out = (call if case.batch == "packed" else model)(**batch, **extra, use_cache=case.batch != "packed")
         record("eval", out)
     return outcome
 
