@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md, docs/profile.md and the README's table from benchmarks/results.
+"""Write docs/benchmarks.md, docs/profile.md and the README's tables from benchmarks/results.
 
 No figure in a table is typed by hand; sentences beside the tables are: read them after a new result.
 
@@ -10,7 +10,7 @@ tables_shared.py.
 
 from collections.abc import Callable
 
-from tables_gpus import mission_text, qwen_on_two_gpus, readme_of_two_gpus, steps_on_four_gpus
+from tables_gpus import qwen_on_two_gpus, steps_on_four_gpus
 from tables_loops import loops_section, readme_of_loops
 from tables_shared import ROOT, WITHOUT, load, measured, source, step_table, table, times_table
 
@@ -339,19 +339,7 @@ products at 788 TFLOP/s.
 
 def readme() -> str:
     text = (ROOT / "README.md").read_text()
-    packed = load("h200_packed_qwen3_30b")
-    block = f"""{BEGIN}
-{readme_of_loops()}Forward and backward alone, Qwen3-30B-A3B widths, 8 of 48 layers, one GPU, a row with
-{packed["rows"][0]["documents"]} packed documents ([without packing, and other families](docs/benchmarks.md)):
-
-{step_table(packed)}
-
-{source(packed)}
-
-{readme_of_two_gpus()}
-
-{mission_text()}
-{END}"""
+    block = f"{BEGIN}\n{readme_of_loops()}{END}"
     return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
 
 

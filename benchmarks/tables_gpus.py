@@ -82,7 +82,7 @@ def whole_steps_table(rows: list[dict]) -> str:
 
 
 def steps_on_four_gpus() -> str:
-    """The section of docs/benchmarks.md on whole training steps."""
+    """The section of docs/benchmarks.md on whole training steps, and those beside what NVIDIA published."""
     parts = []
     for work, name in STEPS.items():
         result = load(name)
@@ -96,9 +96,10 @@ Forward, backward, clipping over all meshes and fused AdamW with bfloat16 states
 and of the whole step, TFLOP/s those of forward and backward. `stock` and `expertmesh` are FSDP2, `stock-compiled`
 compiles each layer besides, `stock-ep` and `expertmesh-ep` spread the experts over all four GPUs, `expertmesh-ep-half`
 over two, with FSDP2 over the rest; `-graph`: forward and backward are one CUDA graph, timed as one.
-The README has them beside published figures.
 
 {(chr(10) * 2).join(parts)}
+
+{mission_text()}
 
 """
 
@@ -157,7 +158,7 @@ def verdict(found: float, target: float) -> str:
 
 
 def mission_text() -> str:
-    """The README's section on four GPUs."""
+    """Four GPUs beside what NVIDIA published for eight."""
     (stock, ours), (nemotron_stock, nemotron) = (pair_of(work, "balanced") for work in STEPS)
     update, nemotron_update = (row["clip_ms"] + row["optimizer_ms"] for row in (ours, nemotron))
     training = [forward_and_backward(row) for row in (stock, ours, nemotron_stock, nemotron)]
@@ -181,7 +182,7 @@ Our tokens/s are those of whole steps: forward, backward, clipping and AdamW, al
 ones are, within 3 %, 4,096 tokens over the published times of forward and backward, so clipping and the optimizer seem
 not to be in them. Stock ran Nemotron's Mamba2 by PyTorch operations, as it does without mamba_ssm, and part of both of
 Nemotron's gains is our Mamba2: without it our own step takes twice as long, and more memory
-([13 layers, one GPU](docs/benchmarks.md#what-each-fusion-and-each-library-is-worth-one-gpu-forward-and-backward)). The
+([13 layers, one GPU](#what-each-fusion-and-each-library-is-worth-one-gpu-forward-and-backward)). The
 reports do not say what the published stock had.
 
 {targets_table()}
@@ -196,11 +197,7 @@ reports do not say what the published stock had.
   {held:.0f}, stock needs {stock["peak_gib"] - held:.0f} GiB, ours {ours["peak_gib"] - held:.0f}; ours without expert
   parallelism {plain["peak_gib"] - held:.0f}, at {stock["step_ms"] / plain["step_ms"]:.2f}x stock's speed.
 - Nemotron, speed: of our {nemotron["step_ms"]} ms, {nemotron_update:.0f} are clipping and AdamW. Forward and backward
-  alone take {training[2]:.0f} → {training[3]:.0f} ms, {training[2] / training[3]:.2f}x.
-
-[All arms and batch sizes](docs/benchmarks.md#whole-training-steps-on-four-gpus).
-
-{(chr(10) * 2).join(source(load(name)) for name in STEPS.values())}"""
+  alone take {training[2]:.0f} → {training[3]:.0f} ms, {training[2] / training[3]:.2f}x."""
 
 
 def qwen_on_two_gpus() -> str:
@@ -258,13 +255,3 @@ once per rank). In float32 all layouts agree with one process within 1e-5 on CPU
 {source(layouts)}
 
 """
-
-
-def readme_of_two_gpus() -> str:
-    """The README's tables of two GPUs."""
-    pair = load("h200_x2_qwen3_30b")
-    return f"""All 48 layers on two GPUs, tokens/s of each ([what the arms are](docs/benchmarks.md)):
-
-{step_table(pair)}
-
-{source(pair)}"""

@@ -36,7 +36,8 @@ def _cells(result: dict, place: Place, arms: dict[str, dict]) -> list:
         return str(arms[name]["step_ms"]) if name in arms else why(result, place, name)
 
     def times(row: dict | None) -> str:
-        return f"{row['step_ms'] / ours['step_ms']:.2f}x" if row and ours else ""
+        ratios = [f"{row['step_ms'] / mine['step_ms']:.2f}x" for mine in (ours, trained) if row and mine]
+        return " / ".join(ratios)
 
     named = "" if best is None else f"{best['step_ms']} ({best['arm'].removeprefix('stock-')})"
     memory = ["" if row is None else row["peak_gib"] for row in (stock, best, ours or trained)]
@@ -72,14 +73,15 @@ def what(result: dict) -> str:
 
 
 def readme_of_loops() -> str:
-    """The README's first tables; nothing before the first result."""
+    """The README's tables; nothing before the first result."""
     parts = [f"{what(result)}\n\n{loops_table(result)}\n\n{source(result)}" for result in results_with("loop")]
     if not parts:
         return ""
     head = """Whole training steps of people's own loops, by wall clock, medians: transformers' `Trainer`, TRL's
 `SFTTrainer` and `DPOTrainer`, PEFT's LoRA. `stock` is stock Transformers, beside its best arm in the same job;
-`ours` changes the import line and nothing else, `our trainer` takes `expertmesh.Trainer` or `SFTTrainer` as well. The
-ratios are those of `ours` ([the loops](docs/bench.md#peoples-loops), [all arms](docs/benchmarks.md))."""
+`ours` changes the import line and nothing else, `our trainer` takes `expertmesh.Trainer` or `SFTTrainer` as well.
+Ratios are those of both ([the loops](docs/bench.md#peoples-loops), [all arms, forward and
+backward alone, other families, two and four GPUs](docs/benchmarks.md))."""
     return "\n\n".join([head, *parts]) + "\n\n"
 
 

@@ -75,9 +75,10 @@ def has_quack(device: torch.device) -> bool:
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """True when PyTorch's `varlen_attn` runs on this device in this dtype: FlashAttention, so Ampere or newer."""
+    """True when attention over documents runs without a mask on this device in this dtype: on a CPU, and where
+    PyTorch's `varlen_attn` does, which is FlashAttention, so Ampere or newer."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
+        return device.type == "cpu"
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -54,11 +54,11 @@ def varlen_attention(
 def varlen_attention_reference(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None = None
 ) -> torch.Tensor:
-    """The specification, for [T, N, D] tensors: SDPA with a mask of blocks, one per document."""
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    mask = document_mask(cu_seqlens, 1, query.shape[2])
-    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1).contiguous()
+    """The specification, for [T, N, D] tensors, and what a CPU runs: SDPA within one document after the other."""
+    lengths = cu_seqlens.diff().tolist()
+    parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outs = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True) for part in parts]
+    return torch.cat(outs, dim=2)[0].transpose(0, 1).contiguous()
 
 
 def document_mask(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
