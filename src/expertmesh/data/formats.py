@@ -5,7 +5,8 @@ Three are TRL's own and stay: `text`, `messages` and `prompt` with `completion`.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,12 +44,15 @@ def detect_format(columns: Iterable[str]) -> str | None:
     return next((kind for kind in COLUMNS if NEEDED.get(kind, {kind}) <= names), None)
 
 
-def to_standard(dataset: "Dataset", source: str) -> "Dataset":
+def to_standard(dataset: "Dataset", source: str, plain: Path | None = None) -> "Dataset":
     """The dataset with the columns `text`, or `messages` (and `tools`), or `prompt` and `completion`, and no others.
 
     `source` names the dataset in errors. Every row is looked at: parts of a content become one text, and a turn of the
     assistant that calls tools may do without. Raises ValueError if the dataset is empty or has no usable column, or a
     row (counted from 0) holds something else than its column's name promises.
+
+    plain: a file of JSON with the same rows, to be read here. Where a column holds texts and lists, `datasets` takes a
+    text for the JSON that it may be: "0" becomes a number.
     """
     columns = dataset.column_names
     kind = detect_format(columns)
@@ -63,20 +67,36 @@ def to_standard(dataset: "Dataset", source: str) -> "Dataset":
     if not len(dataset):
         raise ValueError(f"{source} has no rows. Give a file or split that has some.")
     dataset = dataset.select_columns([name for name in COLUMNS[kind] if name in columns])
-    changes = False
-    for number, row in enumerate(dataset):
+    options = {"dataset": dataset} if plain is None else {"path": plain, "names": dataset.column_names}
+    changes = plain is not None
+    for number, row in enumerate(_rows(**options)):
         try:
             changes |= _standard(row) != row
         except ValueError as error:
             raise ValueError(f"{source}: row {number} {error} Accepted are {ACCEPTED}.") from None
     if not changes:
         return dataset
-    return type(dataset).from_generator(_standard_rows, gen_kwargs={"dataset": dataset})
+    if plain is not None:
+        options["changed"] = plain.stat().st_mtime_ns  # `datasets` keeps what it made of the same options
+    # not `map`, which would press what comes out into the columns' old types
+    return type(dataset).from_generator(_standard_rows, gen_kwargs=options)
 
 
-def _standard_rows(dataset: "Dataset") -> Iterator[Row]:
-    """A generator, not `map`, which would press what comes out into the columns' old types."""
-    for row in dataset:
+def _rows(
+    dataset: "Dataset | None" = None, path: Path | None = None, names: Sequence[str] = (), changed: int = 0
+) -> Iterator[Row]:
+    if path is None:
+        yield from dataset or ()
+        return
+    with path.open(encoding="utf-8") as lines:
+        listed = lines.read(1) == "["
+        lines.seek(0)
+        for row in json.load(lines) if listed else (json.loads(line) for line in lines if line.strip()):
+            yield {name: row.get(name) for name in names}
+
+
+def _standard_rows(**options: Any) -> Iterator[Row]:
+    for row in _rows(**options):
         yield _standard(row)
 
 

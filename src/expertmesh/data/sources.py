@@ -45,7 +45,9 @@ def load_dataset(
     """
     if not isinstance(source, str):
         return _concatenate([(one, load_dataset(one, split, seed, name=name)) for one in source])
-    return to_standard(_read(source, split, seed, name), f"The dataset {source!r}")
+    dataset, path = _read(source, split, seed, name), Path(source).expanduser()
+    mixed = path.suffix in (".json", ".jsonl") and path.is_file() and "Json(" in str(dataset.features)
+    return to_standard(dataset, f"The dataset {source!r}", path if mixed else None)
 
 
 def hold_out(dataset: "Dataset", fraction: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:

@@ -39,7 +39,7 @@ _HEAD = "linear_cross_entropy"
 
 @dataclass(frozen=True)
 class Fusion:
-    """One row of a model's report: a fusion is on for `count` modules by `by`, or off because of `reason`.
+    """One row of a model's report: a fusion is on for `count` modules by `by`; where it is off, because of `reason`.
 
     verified: how it is known that modules compute the same: "table", of code known to be right, or "probe"; "" if off.
     """
@@ -78,9 +78,11 @@ def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
     chosen: dict[type, tuple[Rule | None, str]] = {}
     reasons: dict[str, None] = {}
     verified: dict[str, int] = {}
+    others: dict[str, None] = {}
     for module in list(model.modules()):
         cls: Any = type(module)
-        if issubclass(cls, Fast) or not cls.__module__.startswith("transformers.models."):
+        if issubclass(cls, Fast):
+            others |= {r.fusion: None for r in RULES if isinstance(module, r.fast) and _is_meant(module, fusion)}
             continue
         if cls not in chosen:
             chosen[cls] = _rule_for(model, module, fusion, rules, tuple(done.items()))
@@ -93,7 +95,7 @@ def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
             done[cls] = rule.fast
             verified[how] = verified.get(how, 0) + 1
     if not verified and not reasons:
-        reasons[NOT_NEEDED] = None
+        reasons[" beside ".join([NOT_NEEDED, *others])] = None
     by = _how(fusion) if verified else ""
     how = "probe" if "probe" in verified else "table" if verified else ""
     return Fusion(fusion, bool(verified), by, "; ".join(reasons), sum(verified.values()), how)
@@ -102,16 +104,23 @@ def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
 def _rule_for(model: Any, module: nn.Module, fusion: str, rules: list[Rule], done: Any) -> tuple[Rule | None, str]:
     """The rule for modules of this class and how it is known to hold; else None and the reason, "" if it needs none."""
     cls = type(module)
+    if not cls.__module__.startswith("transformers.models."):
+        return None, f"{cls.__name__} is no class of Transformers" if _is_meant(module, fusion) else ""
     known = next((rule for rule in rules if rule.matches(cls)), None)
     if known is not None:
         return known, "table"
-    part = _PARTS.get(fusion)
-    meant = cls.__name__.endswith(FUSIONS[fusion]) if part is None else hasattr(module, part)
-    if not meant or hasattr(module, "experts"):  # a GptOssMLP is a block of them
+    if not _is_meant(module, fusion):
         return None, ""
     asked = [rule for rule in rules if rule.probed and _may_fit(rule, module)]
     proven = probe(type(model).__stock__, model.config, cls, asked, done) if asked else None
     return (proven, "probe") if proven is not None else (None, f"{cls.__name__} runs code of its own")
+
+
+def _is_meant(module: nn.Module, fusion: str) -> bool:
+    """Whether a fusion is for such modules, by their class's name or a part they have."""
+    part = _PARTS.get(fusion)
+    meant = type(module).__name__.endswith(FUSIONS[fusion]) if part is None else hasattr(module, part)
+    return meant and not hasattr(module, "experts")  # a GptOssMLP is a block of them
 
 
 def _may_fit(rule: Rule, module: nn.Module) -> bool:
@@ -170,5 +179,6 @@ def print_report(model: nn.Module, rows: list[Fusion]) -> None:
     for row in rows:
         proven = ", verified by probe" if row.verified == "probe" else ""
         state = f"on   {row.by} x{row.count}{proven}" if row.on else "off"
-        lines.append(f"  {row.name:<21}{state}" + (f"  ({row.reason})" if row.reason else ""))
+        why = f"not everywhere: {row.reason}" if row.on else row.reason
+        lines.append(f"  {row.name:<21}{state}" + (f"  ({why})" if row.reason else ""))
     backends.logger().info("\n".join(lines))

@@ -121,7 +121,7 @@ def _is_learned(config: Config, tokenizer: PreTrainedTokenizerBase, row: dict[st
     if "prompt" in row:
         if not is_talk(row):
             return len(tokenizer(row["prompt"])["input_ids"]) < length
-        said = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
+        said: Any = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
         return len(said["input_ids"]) < length
     if not config.data.assistant_only_loss:
         return True
