@@ -55,11 +55,10 @@ class Fusion:
 def apply_fusions(model: Any, requested: frozenset[str]) -> list[Fusion]:
     """Make the modules of a model fast, as far as it is `requested`, and report on it."""
     done: dict[type, Any] = {}
-    rows = [experts_row(model)]
+    rows, off = [experts_row(model)], {name: Fusion(name, False, "", "switched off", 0) for name in FUSIONS}
     for fusion in dict.fromkeys(rule.fusion for rule in RULES):
-        rows.append(_apply(model, fusion, done) if fusion in requested else _switched_off(fusion))
-    rows.append(_fuse_head(model) if _HEAD in requested else _switched_off(_HEAD))
-    return rows
+        rows.append(_apply(model, fusion, done) if fusion in requested else off[fusion])
+    return [*rows, _fuse_head(model) if _HEAD in requested else off[_HEAD]]
 
 
 def can_be_told(module: nn.Module) -> bool:
@@ -68,21 +67,15 @@ def can_be_told(module: nn.Module) -> bool:
     return known or not keeps_state(module)
 
 
-def _switched_off(fusion: str) -> Fusion:
-    return Fusion(fusion, False, "", "switched off", 0)
-
-
 def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
     """Make modules fast that this fusion is for. done: classes that are fast already, and by which mixin."""
     rules = [rule for rule in RULES if rule.fusion == fusion]
     chosen: dict[type, tuple[Rule | None, str]] = {}
     reasons: dict[str, None] = {}
     verified: dict[str, int] = {}
-    others: dict[str, None] = {}
     for module in list(model.modules()):
         cls: Any = type(module)
         if issubclass(cls, Fast):
-            others |= {r.fusion: None for r in RULES if isinstance(module, r.fast) and _is_meant(module, fusion)}
             continue
         if cls not in chosen:
             chosen[cls] = _rule_for(model, module, fusion, rules, tuple(done.items()))
@@ -95,9 +88,10 @@ def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
             done[cls] = rule.fast
             verified[how] = verified.get(how, 0) + 1
     if not verified and not reasons:
+        meant = [module for module in model.modules() if _is_meant(module, fusion)]
+        others = [name for name in dict.fromkeys(rule.fusion for rule in RULES) if count_of(name, meant)]
         reasons[" beside ".join([NOT_NEEDED, *others])] = None
-    by = _how(fusion) if verified else ""
-    how = "probe" if "probe" in verified else "table" if verified else ""
+    by, how = (_how(fusion), "probe" if "probe" in verified else "table") if verified else ("", "")
     return Fusion(fusion, bool(verified), by, "; ".join(reasons), sum(verified.values()), how)
 
 
@@ -117,14 +111,12 @@ def _rule_for(model: Any, module: nn.Module, fusion: str, rules: list[Rule], don
 
 
 def _is_meant(module: nn.Module, fusion: str) -> bool:
-    """Whether a fusion is for such modules, by their class's name or a part they have."""
     part = _PARTS.get(fusion)
     meant = type(module).__name__.endswith(FUSIONS[fusion]) if part is None else hasattr(module, part)
     return meant and not hasattr(module, "experts")  # a GptOssMLP is a block of them
 
 
 def _may_fit(rule: Rule, module: nn.Module) -> bool:
-    """Whether the module has what the rule's twin looks for."""
     try:
         return rule.why_not(module) is None
     except AttributeError:
@@ -133,8 +125,7 @@ def _may_fit(rule: Rule, module: nn.Module) -> bool:
 
 def _fuse_head(model: Any) -> Fusion:
     head = model.get_output_embeddings()
-    reason = why_not_head(head)
-    if reason is not None:
+    if (reason := why_not_head(head)) is not None:
         return Fusion(_HEAD, False, "", reason, 0)
     head.__class__ = twin(nn.Linear, FastHead)
     return Fusion(_HEAD, True, _how(_HEAD), "", 1, "table")
@@ -178,7 +169,6 @@ def print_report(model: nn.Module, rows: list[Fusion]) -> None:
     lines = [f"expertmesh: {type(model).__name__}"]
     for row in rows:
         proven = ", verified by probe" if row.verified == "probe" else ""
-        state = f"on   {row.by} x{row.count}{proven}" if row.on else "off"
-        why = f"not everywhere: {row.reason}" if row.on else row.reason
-        lines.append(f"  {row.name:<21}{state}" + (f"  ({why})" if row.reason else ""))
+        state, but = (f"on   {row.by} x{row.count}{proven}", "not everywhere: ") if row.on else ("off", "")
+        lines.append(f"  {row.name:<21}{state}" + (f"  ({but}{row.reason})" if row.reason else ""))
     backends.logger().info("\n".join(lines))
