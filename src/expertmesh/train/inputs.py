@@ -195,12 +195,12 @@ def check_model(config: Config, model_config: PreTrainedConfig) -> None:
             f"data.max_length: {config.data.max_length} tokens are more than the {limit} positions {name} was made "
             "for. Lower it, or set max_position_embeddings in its config.json if it is to learn longer rows."
         )
+    if not hasattr(model_config, "auto_map"):  # code that comes with a checkpoint may not know the meta device
+        _check_skeleton(config, model_config)
     if config.moe.router_aux_loss_coef and not hasattr(text, "output_router_logits"):
         raise ConfigError(
             f"moe.router_aux_loss_coef: {name} is no Mixture-of-Experts model with router logits to weigh. Remove it."
         )
-    if not hasattr(model_config, "auto_map"):  # code that comes with a checkpoint may not know the meta device
-        _check_skeleton(config, model_config)
     if Path(name).is_dir():
         _check_files(Path(name))
 
