@@ -110,7 +110,7 @@ def cell(row: Any) -> str:
     """`on`, `off`, `part` (some modules stay stock), or a dash where there is nothing to do."""
     if row.on:
         return "part" if row.reason else "on"
-    return "–" if row.reason == NOT_NEEDED else "off"
+    return "–" if row.reason.startswith(NOT_NEEDED) else "off"
 
 
 def overview(families: dict[str, str], found: dict[str, dict[str, Any]]) -> str:
@@ -125,7 +125,7 @@ def why_not(found: dict[str, dict[str, Any]]) -> str:
         for fusion in fusions():
             for reason in filter(None, report[fusion].reason.split("; ")):
                 cls, _, text = reason.replace(": ", " ", 1).partition(" ")
-                if reason != NOT_NEEDED:
+                if not reason.startswith(NOT_NEEDED):
                     classes.setdefault((fusion, text), {})[f"`{cls}`"] = None
     rows = [[f"`{fusion}`", text, ", ".join(names)] for (fusion, text), names in classes.items()]
     return table(["fusion", "why a class stays stock", "classes"], sorted(rows, key=lambda row: row[0]))

@@ -18,7 +18,7 @@ from expertmesh.auto import AutoModelForCausalLM
 from expertmesh.bench.tiny import FAMILIES
 from expertmesh.cli.doctor import REQUIRED, fusions_of, whether_tested, wrong_versions
 from expertmesh.train.config import Config, load_config
-from tests.train.runs import tiny_run
+from tests.train.runs import data_file, tiny_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +61,7 @@ def test_wrong_usage_exits_with_2(arguments):
 
 
 def test_dry_run_prints_the_resolved_configuration(tmp_path, capsys):
-    (tmp_path / "run.yaml").write_text("model: {name: a/b}\ndata: {name: c.jsonl}\n")
+    (tmp_path / "run.yaml").write_text(f"model: {{name: a/b}}\ndata: {{name: {data_file()}}}\n")
     assert cli.run(["train", str(tmp_path / "run.yaml"), "train.learning_rate=1e-3", "--dry-run"]) == 0
     (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
     resolved = load_config(tmp_path / "resolved.yaml")
@@ -107,6 +107,24 @@ def test_doctor_counts_the_fusions_of_a_real_model():
     found = fusions_of("nemotron_h")
     assert "mamba2" in found["table"] + found["probe"] and found["off"] == ["qk_norm_rope", "rope"]
     assert "mla_rope" not in sum(found.values(), []), "Nemotron has no latent attention"
+
+
+def test_a_family_that_cannot_be_built_or_compared_is_a_verdict(monkeypatch, capsys):
+    def breaks(*_, **__):
+        raise AttributeError("'MixtralConfig' object has no attribute 'new_in_this_release'")
+
+    monkeypatch.delenv("EXPERTMESH_DEBUG", raising=False)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", breaks)
+    assert cli.run(["doctor"]) == 1
+    assert "cannot be built" in capsys.readouterr().out
+    monkeypatch.setattr("expertmesh.bench.parity.check_checkpoint", breaks)
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    assert cli.run(["check", "mixtral"]) == 1
+    said = capsys.readouterr()
+    assert "new_in_this_release" in said.out and "5.99.0 is not tested" in said.out and "Traceback" not in said.err
+    monkeypatch.setenv("EXPERTMESH_DEBUG", "1")
+    assert cli.run(["check", "mixtral"]) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_doctor_says_whether_this_transformers_is_tested():

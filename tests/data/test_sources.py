@@ -63,11 +63,38 @@ def test_sources_of_different_shapes_do_not_mix(tmp_path):
             {"messages": MESSAGES},
         ),
         ({"conversations": MESSAGES}, {"messages": MESSAGES}),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]},
+            {"messages": MESSAGES[:1]},
+        ),
     ],
 )
 def test_each_shape_is_recognised_and_made_standard(tmp_path, row, expected):
     dataset = load_dataset(write(tmp_path / "data.jsonl", [row, row]))
     assert len(dataset) == 2 and dataset[0] == expected
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_texts_that_look_like_json_stay_texts_beside_other_shapes(tmp_path, ending):
+    answers = ["0", "[1]", "true", '{"a": 1}', [{"type": "text", "text": "1e5"}]]
+    rows = [{"messages": [MESSAGES[0], {"role": "assistant", "content": answer}]} for answer in answers]
+    path = write(tmp_path / f"a.{ending}", rows)
+    if ending == "json":
+        (tmp_path / "a.json").write_text(json.dumps(rows))
+    said = [row["messages"][1]["content"] for row in load_dataset(path)]
+    assert said == [*answers[:4], "1e5"]
+
+
+def test_a_call_of_a_tool_keeps_its_arguments(tmp_path):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
+    rows = [{"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": calls}]}, {"messages": MESSAGES}]
+    turn = load_dataset(write(tmp_path / "a.jsonl", rows))[0]["messages"][1]
+    assert turn["content"] == "" and turn["tool_calls"] == calls
+
+
+def test_a_split_that_a_file_does_not_have_is_an_error(tmp_path):
+    assert "a file is all `train`" in error_of(write(tmp_path / "a.jsonl", [{"text": "x"}]), split="test")
+    assert "a file is all `train`" in error_of("demo:chat", name="de")
 
 
 def test_the_richest_shape_wins():
@@ -119,7 +146,9 @@ def test_preference_data_is_told_where_it_belongs(tmp_path):
 
 
 def test_a_column_that_holds_something_else_is_an_error(tmp_path):
-    assert "its first row is 'hi'" in error_of(write(tmp_path / "a.jsonl", [{"messages": "hi"}]))
+    assert "row 0 has a column `messages` that is no list of turns, but 'hi'" in error_of(
+        write(tmp_path / "a.jsonl", [{"messages": "hi"}])
+    )
 
 
 def test_an_unknown_speaker_is_an_error_that_lists_the_known_ones(tmp_path):

@@ -38,6 +38,21 @@ def test_no_file_is_the_demo():
         ("data.max_seq_length", "data.max_length"),
         ("lora.lora_alpha", "lora.alpha"),
         ("modle.name", "model.name"),
+        ("train.lr", "train.learning_rate"),
+        ("train.wd", "train.weight_decay"),
+        ("train.batch_size", "train.per_device_train_batch_size"),
+        ("train.eval_batch_size", "train.per_device_eval_batch_size"),
+        ("train.epochs", "train.num_train_epochs"),
+        ("train.grad_accum", "train.gradient_accumulation_steps"),
+        ("train.gradient_checkpointing", "train.activation_checkpointing"),
+        ("train.warmup_ratio", "train.warmup_steps"),
+        ("train.optimizer", "train.optim"),
+        ("train.resume", "save.resume_from_checkpoint"),
+        ("lora.rank", "lora.r"),
+        ("parallel.ep", "parallel.ep_size"),
+        ("data.max_seq_len", "data.max_length"),
+        ("dat.name", "data.name"),
+        ("model.torch_dtype", "model.dtype"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_one(key, nearest):
@@ -92,6 +107,39 @@ def test_a_missing_model_is_named_with_its_sentence(tmp_path, text):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match="`model.name` is missing. Model to fine-tune: a Hugging Face id"):
         load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", "`seed` stands in line 4 and again in line 6"),
+        ("model: {name: demo}\n", "`model` stands in line 1 and again in line 3"),
+        ("1: x\n", "holds no sections"),
+        ("2024-01-01: x\n", "There is no key `2024-01-01`"),
+        ("train: {1: x}\n", "`train.1` cannot be 1"),
+        ("train: {? [a] : x}\n", "is not valid YAML"),
+        ("train: [seed]\n", "`train` cannot be ['seed']"),
+        ("train: !!python/object:os.system {}\n", "is not valid YAML"),
+        ("train: " + "[" * 5000, "is not valid YAML"),
+    ],
+)
+def test_yaml_that_says_something_twice_or_something_else(tmp_path, text, said):
+    (tmp_path / "run.yaml").write_text(f"model: {{name: demo}}\ndata: {{name: 'demo:all'}}\n{text}")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "run.yaml")
+    assert said in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_dates_are_text_and_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load_config(None, ["model.name=2024-01-01", "data.name=2024-01-01 10:00:00", "save.output_dir=~/run"])
+    assert config.model.name == "2024-01-01" and config.data.name == "2024-01-01 10:00:00"
+    assert config.save.output_dir == "/home/somebody/run"
+
+
+def test_python_s_word_for_the_newest_checkpoint_is_taken():
+    newest = [load_config(None, [f"save.resume_from_checkpoint={word}"]).save for word in ("auto", "true", "false")]
+    assert [save.resume_from_checkpoint for save in newest] == ["auto", "auto", None]
 
 
 @pytest.mark.parametrize("text", ["model: [", "just words", ""])

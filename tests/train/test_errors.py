@@ -1,8 +1,13 @@
 """How errors are told: a paragraph where a user can do something, nothing where the traceback is what helps."""
 
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
 import torch
 
-from expertmesh.train.errors import ConfigError, explain
+from expertmesh.train.errors import OPTIONAL, ConfigError, explain, install
 from expertmesh.train.guard import NonFiniteError
 
 
@@ -17,8 +22,18 @@ def test_errors_of_libraries_point_to_the_traceback():
 
 def test_a_missing_extra_is_named():
     assert explain(ModuleNotFoundError("No module named 'trl'", name="trl")) == (
-        "trl is not installed: `pip install 'expertmesh[train]'` adds it."
+        "trl is not installed: `pip install 'trl>=1.16'` adds it."
     )
+
+
+def test_what_is_told_to_be_installed_is_on_an_index():
+    """Which expertmesh is not yet, nor with extras."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    wanted = [line.split(";")[0].strip() for lines in project["optional-dependencies"].values() for line in lines]
+    for name in OPTIONAL:
+        (command,) = re.fullmatch(r"`(.*)`", install(name)).groups()
+        assert shlex.split(command)[:2] == ["pip", "install"] and shlex.split(command)[2] in wanted
+    assert install("wandb", "matplotlib") == "`pip install wandb 'matplotlib>=3.9'`"
 
 
 def test_out_of_memory_names_the_settings_to_change():

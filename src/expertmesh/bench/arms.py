@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from expertmesh import backends
 from expertmesh.auto import AutoModelForCausalLM
 from expertmesh.fuse import FUSIONS
-from expertmesh.train.errors import ConfigError
+from expertmesh.train.errors import ConfigError, install
 
 WITHOUT = "expertmesh-no-"
 #: packages whose kernels come before ours where they are installed -> what `backends` is asked about each
@@ -68,7 +68,7 @@ def why_not(arm: Arm, config: PreTrainedConfig, device: str) -> str | None:
     """Why this arm cannot run this model here, and what to do; None if it can."""
     if arm.liger:
         if not backends.has_liger():
-            return "liger-kernel is not installed: `pip install 'expertmesh[gpu]'` adds it."
+            return f"liger-kernel is not installed: {install('liger-kernel')} adds it."
         if device == "cpu":
             return "Liger's kernels run on GPUs only."
         if config.model_type not in _liger_functions():

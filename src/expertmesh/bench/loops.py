@@ -30,7 +30,7 @@ from expertmesh.bench.works import Work, config_of
 from expertmesh.data import demo_tokenizer
 from expertmesh.data.tokenizer import VOCABULARY
 from expertmesh.parallel import current_world_size
-from expertmesh.train.errors import ConfigError
+from expertmesh.train.errors import ConfigError, install
 
 WARMUP, REPEATS = 6, 24
 SHORTEST_SEQ = 16  # below, a quarter of a row is hardly a document
@@ -94,9 +94,7 @@ def refuse(names: tuple[str, ...], arms: tuple[str, ...], seq: int, device: str)
     for name in names:
         missing = [package for package in LOOPS[name].needs if backends.version_of(package) is None]
         if missing:
-            raise ConfigError(
-                f"--loop {name} needs {' and '.join(missing)}: `pip install 'expertmesh[train]'` adds what is missing."
-            )
+            raise ConfigError(f"--loop {name} needs {' and '.join(missing)}: {install(*missing)} adds what is missing.")
         if ranks > 1 and not LOOPS[name].ranks:
             able = ", ".join(known for known, loop in LOOPS.items() if loop.ranks)
             raise ConfigError(f"--loop {name} runs in one process. On {ranks} ranks take --loop {able}.")

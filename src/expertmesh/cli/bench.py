@@ -61,6 +61,7 @@ def bench(
 
     from expertmesh.backends import version_of
     from expertmesh.bench.run import BenchOptions, run
+    from expertmesh.train.errors import install
 
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -93,7 +94,7 @@ def bench(
     for table in (_loop_tables if loop else _tables)(result["rows"]):
         console.print(table)
     if out and not loop and version_of("matplotlib") is None:
-        console.print("no pictures: `pip install 'expertmesh[plots]'` adds matplotlib", markup=False)
+        console.print(f"no pictures: {install('matplotlib')} adds matplotlib", markup=False)
     elif out and not loop:
         from expertmesh.bench.pictures import draw
 

@@ -26,13 +26,15 @@ def check(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every comparison, not one line per case.")] = False,
 ) -> None:
     """Compare loss, logits, gradients, generation and export with stock Transformers. Exit code 1 if any differs."""
+    import transformers
     from rich.console import Console
     from rich.markup import escape
 
+    from expertmesh import backends
     from expertmesh.bench.layouts import check_layouts
     from expertmesh.bench.parity import check_checkpoint, checkpoint_of
     from expertmesh.bench.tiny import FAMILIES
-    from expertmesh.train.errors import ConfigError
+    from expertmesh.train.errors import ConfigError, in_short
 
     _refuse_nonsense(model, device, ranks)
     console = Console()
@@ -43,6 +45,15 @@ def check(
                 rows = check_layouts(path, ranks) if ranks > 1 else list(check_checkpoint(path, device))
         except OSError as error:
             raise ConfigError(f"{name!r} cannot be loaded by Transformers: {' '.join(str(error).split())}") from error
+        except Exception as error:  # a verdict, too; `all` goes on with the next family
+            if os.environ.get("EXPERTMESH_DEBUG") or type(error).__module__.startswith("expertmesh."):
+                raise
+            console.print(f"{name}: DIFFERS, or cannot be compared: {escape(in_short(error))}.", soft_wrap=True)
+            if not backends.is_tested(transformers.__version__):
+                console.print(f"Transformers {transformers.__version__} is not tested: install {backends.TESTED}.")
+            console.print("EXPERTMESH_DEBUG=1 shows where this comes from.\n")
+            failed += 1
+            continue
         console.print(_table(name, rows, verbose))
         differing = [row for row in rows if not row.ok]
         for row in differing:

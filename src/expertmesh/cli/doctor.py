@@ -14,7 +14,8 @@ REQUIRED = {"python": ">=3.11", "torch": ">=2.11", "transformers": ">=5.23"}
 def doctor() -> None:
     """Show what is installed, what is lost without the rest, and the fusions of each family on this Transformers.
 
-    Exit code 1 if Python, PyTorch or Transformers is missing or has a version that expertmesh does not support.
+    Exit code 1 if Python, PyTorch or Transformers is missing or has a version that expertmesh does not support, or if a
+    family cannot be built.
     """
     from rich.console import Console
     from rich.table import Table
@@ -39,9 +40,13 @@ def doctor() -> None:
     version = found["transformers"]
     assert version is not None
     console.print(f"\n{whether_tested(version)}", soft_wrap=True)
+    broken: list[str] = []
     with console.status("building a tiny model of each family"):
-        fusions = _fusions()
+        fusions = _fusions(broken)
     console.print(fusions)
+    if broken:
+        console.print(f"{', '.join(broken)} cannot be built: install Transformers {backends.TESTED}.", soft_wrap=True)
+        raise typer.Exit(1)
 
 
 def wrong_versions(found: dict[str, str | None]) -> dict[str, str]:
@@ -77,20 +82,25 @@ def fusions_of(family: str) -> dict[str, list[str]]:
 
     found: dict[str, list[str]] = {"table": [], "probe": [], "off": []}
     for row in AutoModelForCausalLM.from_config(tiny_config(family)).fusion_report():
-        if row.on or row.reason != NOT_NEEDED:
+        if row.on or not row.reason.startswith(NOT_NEEDED):
             by = row.verified if row.on else "off"
             found[by].append(row.name)
     return found
 
 
-def _fusions() -> "Table":
-    """One line for each family: how many fusions are on by table and by probe, and off; the last two by name, too."""
+def _fusions(broken: list[str]) -> "Table":
+    """One line for each family: how many fusions are on by table and by probe, and off; the last two by name, too.
+
+    A family that cannot be built joins `broken`.
+    """
     import logging
 
+    from rich.markup import escape
     from rich.table import Table
 
     from expertmesh.bench.tiny import FAMILIES
     from expertmesh.cli.check import quiet
+    from expertmesh.train.errors import in_short
 
     table = Table(title="fusions of each family", title_justify="left")
     for column in ("family", "on by table", "on by probe", "off"):
@@ -99,7 +109,12 @@ def _fusions() -> "Table":
     try:
         with quiet():
             for family in FAMILIES:
-                by = fusions_of(family)
+                try:
+                    by = fusions_of(family)
+                except Exception as error:  # what doctor is for
+                    table.add_row(f"[red]{family}", "cannot be built", "", escape(in_short(error)))
+                    broken.append(family)
+                    continue
                 table.add_row(family, str(len(by["table"])), _listed(by["probe"]), _listed(by["off"]))
     finally:
         logging.disable(logging.NOTSET)

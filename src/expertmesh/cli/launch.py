@@ -29,14 +29,15 @@ exit "$code"
 
 SKYPILOT = """\
 # sky launch, or for machines that may be taken away `sky jobs launch`: it starts again, and the run goes on from its
-# newest checkpoint, if save.output_dir is on storage that all machines and the next ones see.
+# newest checkpoint, if save.output_dir is on storage that all machines and the next ones see. The workdir is copied to
+# the machines: put a clone of expertmesh into it.
 name: {name}
 num_nodes: {nodes}
 workdir: .
 resources:
   accelerators: {accelerator}:{gpus}
 setup: |
-  pip install 'expertmesh[train,plots,gpu]'
+  pip install './expertmesh[train,plots,gpu]'
 run: |
   torchrun --nnodes="$SKYPILOT_NUM_NODES" --nproc-per-node="$SKYPILOT_NUM_GPUS_PER_NODE" \\
     --node-rank="$SKYPILOT_NODE_RANK" --master-addr="$(head -n1 <<< "$SKYPILOT_NODE_IPS")" --master-port=29500 \\

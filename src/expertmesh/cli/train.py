@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+DRY_RUN = "Look at everything that a run needs but the weights, print the resolved configuration, and stop."
+
 
 def train(
     arguments: Annotated[
@@ -17,26 +19,35 @@ def train(
             show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
 ) -> None:
     """Fine-tune a model as a YAML file says; `expertmesh schema` lists the keys.
 
     Exit codes: 0 done, 1 failed, 2 wrong configuration, 75 (SIGTERM) and 130 (Ctrl-C) stopped with a checkpoint saved.
     """
-    from expertmesh.train.config import ConfigError, load_config
+    from expertmesh.train.config import ConfigError, is_override, load_config
 
-    files = [argument for argument in arguments or [] if "=" not in argument]
-    overrides = [argument for argument in arguments or [] if "=" in argument]
+    files = [argument for argument in arguments or [] if not is_override(argument)]
+    overrides = [argument for argument in arguments or [] if is_override(argument)]
     if len(files) > 1:
         raise ConfigError(f"One configuration file is expected, and here are {len(files)}: {', '.join(files)}.")
     config = load_config(files[0] if files else None, overrides)
     if dry_run:
+        from expertmesh.train.inputs import gather
+
+        not_here: list[str] = []
+        gather(config, not_here)
+        for sentence in not_here:
+            typer.echo(f"Not looked at: {sentence}", err=True)
         typer.echo(config.to_yaml(), nl=False)
         return
 
     from expertmesh.train.launch import default_nproc, is_rank, launch, leave
 
     if not is_rank() and (nproc := config.parallel.nproc or default_nproc()) > 1:
+        from expertmesh.train.inputs import check_settings
+
+        check_settings(config)
         command = [sys.executable, "-m", "expertmesh", "train", *(arguments or [])]
         raise typer.Exit(launch(command, nproc, Path(config.save.output_dir) / "logs"))
 

@@ -1,7 +1,16 @@
 """Training text: where it comes from, which shapes it may have, how it is split, and what is supervised in it."""
 
-from expertmesh.data.labels import check_supervised, check_template
-from expertmesh.data.sources import hold_out, load_dataset
+from expertmesh.data.labels import IGNORED, REMEDY, check_supervised, check_template
+from expertmesh.data.sources import Unreachable, hold_out, load_dataset
 from expertmesh.data.tokenizer import demo_tokenizer
 
-__all__ = ["check_supervised", "check_template", "demo_tokenizer", "hold_out", "load_dataset"]
+__all__ = [
+    "IGNORED",
+    "REMEDY",
+    "Unreachable",
+    "check_supervised",
+    "check_template",
+    "demo_tokenizer",
+    "hold_out",
+    "load_dataset",
+]

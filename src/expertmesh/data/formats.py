@@ -4,12 +4,15 @@ Three are TRL's own and stay: `text`, `messages` and `prompt` with `completion`.
 (`instruction`, optional `input` and `system`, `output`) and sharegpt (`conversations` of `from` and `value`).
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Row = dict[str, Any]
 Turn = dict[str, Any]
 
 ACCEPTED = (
@@ -41,11 +44,15 @@ def detect_format(columns: Iterable[str]) -> str | None:
     return next((kind for kind in COLUMNS if NEEDED.get(kind, {kind}) <= names), None)
 
 
-def to_standard(dataset: "Dataset", source: str) -> "Dataset":
+def to_standard(dataset: "Dataset", source: str, plain: Path | None = None) -> "Dataset":
     """The dataset with the columns `text`, or `messages` (and `tools`), or `prompt` and `completion`, and no others.
 
-    `source` names the dataset in errors. Raises ValueError if it is empty, has no usable column, or has a turn of an
-    unknown role.
+    `source` names the dataset in errors. Every row is looked at: parts of a content become one text, and a turn of the
+    assistant that calls tools may do without. Raises ValueError if the dataset is empty or has no usable column, or a
+    row (counted from 0) holds something else than its column's name promises.
+
+    plain: a file of JSON with the same rows, to be read here. Where a column holds texts and lists, `datasets` takes a
+    text for the JSON that it may be: "0" becomes a number.
     """
     columns = dataset.column_names
     kind = detect_format(columns)
@@ -60,38 +67,111 @@ def to_standard(dataset: "Dataset", source: str) -> "Dataset":
     if not len(dataset):
         raise ValueError(f"{source} has no rows. Give a file or split that has some.")
     dataset = dataset.select_columns([name for name in COLUMNS[kind] if name in columns])
-    if kind == "conversations":
-        return dataset.map(_from_sharegpt, fn_kwargs={"source": source}, remove_columns=["conversations"])
-    if kind == "instruction":
-        return dataset.map(_from_alpaca, remove_columns=dataset.column_names)
-    _check_first_row(dataset[0], kind, source)
-    return dataset
+    options = {"dataset": dataset} if plain is None else {"path": plain, "names": dataset.column_names}
+    changes = plain is not None
+    for number, row in enumerate(_rows(**options)):
+        try:
+            changes |= _standard(row) != row
+        except ValueError as error:
+            raise ValueError(f"{source}: row {number} {error} Accepted are {ACCEPTED}.") from None
+    if not changes:
+        return dataset
+    if plain is not None:
+        options["changed"] = plain.stat().st_mtime_ns  # `datasets` keeps what it made of the same options
+    # not `map`, which would press what comes out into the columns' old types
+    return type(dataset).from_generator(_standard_rows, gen_kwargs=options)
 
 
-def _from_alpaca(row: dict[str, str | None]) -> dict[str, list[Turn]]:
-    question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    answer = {"role": "assistant", "content": row["output"]}
-    return {"messages": [*system, {"role": "user", "content": question}, answer]}
+def _rows(
+    dataset: "Dataset | None" = None, path: Path | None = None, names: Sequence[str] = (), changed: int = 0
+) -> Iterator[Row]:
+    if path is None:
+        yield from dataset or ()
+        return
+    with path.open(encoding="utf-8") as lines:
+        listed = lines.read(1) == "["
+        lines.seek(0)
+        for row in json.load(lines) if listed else (json.loads(line) for line in lines if line.strip()):
+            yield {name: row.get(name) for name in names}
 
 
-def _from_sharegpt(row: dict[str, list[Turn]], source: str) -> dict[str, list[Turn]]:
-    turns = []
-    for turn in row["conversations"]:
-        name, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+def _standard_rows(**options: Any) -> Iterator[Row]:
+    for row in _rows(**options):
+        yield _standard(row)
+
+
+def _standard(row: Row) -> Row:
+    """The row in TRL's form. Raises ValueError with the end of a sentence that begins with the row."""
+    if "conversations" in row:
+        kept = {name: value for name, value in row.items() if name != "conversations"}
+        return _standard({"messages": _speakers(row["conversations"]), **kept})
+    if "instruction" in row:
+        question = "\n\n".join(_text(row, name) for name in ("instruction", "input") if row.get(name))
+        system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+        answer = {"role": "assistant", "content": _text(row, "output")}
+        return {"messages": [*system, {"role": "user", "content": question}, answer]}
+    if "text" in row:
+        return {"text": _text(row, "text")}
+    if "prompt" in row:
+        talks = [isinstance(row[name], list) for name in COLUMNS["prompt"]]
+        if any(talks) and not all(talks):
+            raise ValueError("has turns in one of `prompt` and `completion`, and something else in the other.")
+        return {name: _turns(row, name) if all(talks) else _text(row, name) for name in COLUMNS["prompt"]}
+    done = {**row, "messages": _turns(row, "messages")}
+    if isinstance(tools := row.get("tools"), str):
+        try:
+            json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"has `tools` that are not JSON ({error}).") from None
+    if row.get("chat_template_kwargs", {}) is None:
+        done["chat_template_kwargs"] = {}
+    return done
+
+
+def _text(row: Row, name: str) -> str:
+    if not isinstance(row[name], str):
+        raise ValueError(f"has a column `{name}` that is no text, but {_shown(row[name])}.")
+    return row[name]
+
+
+def _turns(row: Row, name: str) -> list[Turn]:
+    turns = row[name]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"has a column `{name}` that is no list of turns, but {_shown(turns)}.")
+    return [_turn(turn, f"`{name}`, turn {number}") for number, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, where: str) -> Turn:
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        raise ValueError(f"has a turn without a role ({where}): {_shown(turn)}.")
+    content = turn.get("content")
+    if isinstance(content, str):
+        return turn
+    if isinstance(content, list) and content:
+        return {**turn, "content": "".join(_part(part, where) for part in content)}
+    if content is None and turn.get("tool_calls"):
+        return {**turn, "content": ""}
+    raise ValueError(f"has a turn without text ({where}): {_shown(turn)}.")
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise ValueError(f"has a part of a content that is no text ({where}): {_shown(part)}.")
+
+
+def _speakers(turns: Any) -> Any:
+    """sharegpt's turns as {role, content}; what is no list of such turns is left to be refused."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return turns
+    spoken = []
+    for turn in turns:
+        name, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if name not in ROLES:
-            raise ValueError(f"{source} has a turn from {name!r}. Rename it to one of {', '.join(ROLES)}.")
-        turns.append({"role": ROLES[name], "content": content})
-    return {"messages": turns}
+            raise ValueError(f"has a turn from {name!r}. Rename it to one of {', '.join(ROLES)}.")
+        spoken.append({"role": ROLES[name], "content": value})
+    return spoken
 
 
-def _check_first_row(row: dict[str, Any], kind: str, source: str) -> None:
-    """A column of the right name may hold anything: look once, where the error can still say what was expected."""
-    value = row[kind]
-    turns = isinstance(value, list) and all(
-        isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in value
-    )
-    if not (turns and value if kind == "messages" else turns or isinstance(value, str)):
-        raise ValueError(
-            f"{source} has a column `{kind}`, but its first row is {str(value)[:80]!r}. Accepted are {ACCEPTED}."
-        )
+def _shown(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}..."

@@ -25,6 +25,10 @@ BUILDERS = {
 }
 
 
+class Unreachable(ValueError):
+    """A dataset on the Hub that cannot be asked for from here: there is no network, or it is forbidden."""
+
+
 def load_dataset(
     source: str | Sequence[str], split: str = "train", seed: int = 0, *, name: str | None = None
 ) -> "Dataset":
@@ -36,11 +40,14 @@ def load_dataset(
     seed    orders the built-in sources
     name    the configuration of a Hub dataset that has several
 
-    Raises ValueError, saying what to do, if the source does not exist or cannot be read, or has no usable column.
+    Raises ValueError, saying what to do, if the source does not exist or cannot be read, or has no usable column or a
+    row of another shape; Unreachable if it is on the Hub and the Hub is not there.
     """
     if not isinstance(source, str):
         return _concatenate([(one, load_dataset(one, split, seed, name=name)) for one in source])
-    return to_standard(_read(source, split, seed, name), f"The dataset {source!r}")
+    dataset, path = _read(source, split, seed, name), Path(source).expanduser()
+    mixed = path.suffix in (".json", ".jsonl") and path.is_file() and "Json(" in str(dataset.features)
+    return to_standard(dataset, f"The dataset {source!r}", path if mixed else None)
 
 
 def hold_out(dataset: "Dataset", fraction: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
@@ -91,15 +98,31 @@ def _read(source: str, split: str, seed: int, name: str | None) -> "Dataset":
     if source.startswith("demo:"):
         if source not in BUILT_IN:
             raise ValueError(f"There is no built-in dataset {source!r}. There are {', '.join(BUILT_IN)}.")
+        _only_train(source, split, name)
         return datasets.Dataset.from_list(BUILT_IN[source](seed))
     path = Path(source).expanduser()
     if path.is_file():
+        _only_train(source, split, name)
         return _read_file(path)
     if path.is_dir():
         return _read_folder(path, split)
+    if path.exists():
+        raise ValueError(
+            f"{source!r} is neither a file nor a folder, but a device or a pipe. Write the rows to a file."
+        )
     if path.suffix in BUILDERS or source.startswith((".", "/", "~")):
         raise ValueError(f"The data file {source!r} does not exist.{_nearest(path)}")
     return _read_hub(source, split, name)
+
+
+def _only_train(source: str, split: str, name: str | None) -> None:
+    """Evaluating on the rows that are trained on, because a file has no other, would look like success."""
+    if split != "train" or name is not None:
+        asked = f"split {split!r}" if split != "train" else f"configuration {name!r}"
+        raise ValueError(
+            f"{source!r} has no {asked}: a file is all `train`. Leave it out, hold rows out by a fraction, or name a "
+            "folder in which every split has a file."
+        )
 
 
 def _read_file(path: Path) -> "Dataset":
@@ -113,7 +136,7 @@ def _read_file(path: Path) -> "Dataset":
         return datasets.Dataset.from_dict({"text": _paragraphs(path)})
     try:
         return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
-    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+    except Exception as error:  # readers of six formats have their own ways to say what is wrong with a file
         raise ValueError(
             f"The data file {path} cannot be read as {path.suffix[1:]}: {_cause(error)} "
             f"Mend the file, or give it the ending of what it is ({', '.join(BUILDERS)})."
@@ -137,7 +160,7 @@ def _read_folder(path: Path, split: str) -> "Dataset":
         return datasets.load_from_disk(path)
     try:
         return datasets.load_dataset(str(path), split=split)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:
         raise ValueError(
             f"The folder {path} cannot be read as a dataset with the split {split!r}: {_cause(error)} It should "
             f"hold files of one kind ({', '.join(BUILDERS)}), their names telling the split, or be what "
@@ -150,8 +173,9 @@ def _read_hub(source: str, split: str, name: str | None) -> "Dataset":
 
     try:
         return datasets.load_dataset(source, name, split=split)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
+    except Exception as error:
+        offline = datasets.config.HF_HUB_OFFLINE or isinstance(error, ConnectionError)
+        raise (Unreachable if offline else ValueError)(
             f"{source!r} is no file or folder here, and reading it from the Hugging Face Hub (split {split!r}) failed: "
             f"{_cause(error)} Check the spelling and the split; for a private dataset log in with `hf auth login`; "
             f"without a network give a local file, or one of {', '.join(BUILT_IN)}."

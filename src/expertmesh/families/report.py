@@ -39,7 +39,7 @@ _HEAD = "linear_cross_entropy"
 
 @dataclass(frozen=True)
 class Fusion:
-    """One row of a model's report: a fusion is on for `count` modules by `by`, or off because of `reason`.
+    """One row of a model's report: a fusion is on for `count` modules by `by`; where it is off, because of `reason`.
 
     verified: how it is known that modules compute the same: "table", of code known to be right, or "probe"; "" if off.
     """
@@ -55,21 +55,16 @@ class Fusion:
 def apply_fusions(model: Any, requested: frozenset[str]) -> list[Fusion]:
     """Make the modules of a model fast, as far as it is `requested`, and report on it."""
     done: dict[type, Any] = {}
-    rows = [experts_row(model)]
+    rows, off = [experts_row(model)], {name: Fusion(name, False, "", "switched off", 0) for name in FUSIONS}
     for fusion in dict.fromkeys(rule.fusion for rule in RULES):
-        rows.append(_apply(model, fusion, done) if fusion in requested else _switched_off(fusion))
-    rows.append(_fuse_head(model) if _HEAD in requested else _switched_off(_HEAD))
-    return rows
+        rows.append(_apply(model, fusion, done) if fusion in requested else off[fusion])
+    return [*rows, _fuse_head(model) if _HEAD in requested else off[_HEAD]]
 
 
 def can_be_told(module: nn.Module) -> bool:
     """Whether a module can keep packed documents apart: not if it is a mixer with a state and has no twin."""
     known = isinstance(module, Fast) or any(rule.matches(type(module)) for rule in RULES if rule.fusion == "mamba2")
     return known or not keeps_state(module)
-
-
-def _switched_off(fusion: str) -> Fusion:
-    return Fusion(fusion, False, "", "switched off", 0)
 
 
 def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
@@ -80,7 +75,7 @@ def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
     verified: dict[str, int] = {}
     for module in list(model.modules()):
         cls: Any = type(module)
-        if issubclass(cls, Fast) or not cls.__module__.startswith("transformers.models."):
+        if issubclass(cls, Fast):
             continue
         if cls not in chosen:
             chosen[cls] = _rule_for(model, module, fusion, rules, tuple(done.items()))
@@ -93,29 +88,35 @@ def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
             done[cls] = rule.fast
             verified[how] = verified.get(how, 0) + 1
     if not verified and not reasons:
-        reasons[NOT_NEEDED] = None
-    by = _how(fusion) if verified else ""
-    how = "probe" if "probe" in verified else "table" if verified else ""
+        meant = [module for module in model.modules() if _is_meant(module, fusion)]
+        others = [name for name in dict.fromkeys(rule.fusion for rule in RULES) if count_of(name, meant)]
+        reasons[" beside ".join([NOT_NEEDED, *others])] = None
+    by, how = (_how(fusion), "probe" if "probe" in verified else "table") if verified else ("", "")
     return Fusion(fusion, bool(verified), by, "; ".join(reasons), sum(verified.values()), how)
 
 
 def _rule_for(model: Any, module: nn.Module, fusion: str, rules: list[Rule], done: Any) -> tuple[Rule | None, str]:
     """The rule for modules of this class and how it is known to hold; else None and the reason, "" if it needs none."""
     cls = type(module)
+    if not cls.__module__.startswith("transformers.models."):
+        return None, f"{cls.__name__} is no class of Transformers" if _is_meant(module, fusion) else ""
     known = next((rule for rule in rules if rule.matches(cls)), None)
     if known is not None:
         return known, "table"
-    part = _PARTS.get(fusion)
-    meant = cls.__name__.endswith(FUSIONS[fusion]) if part is None else hasattr(module, part)
-    if not meant or hasattr(module, "experts"):  # a GptOssMLP is a block of them
+    if not _is_meant(module, fusion):
         return None, ""
     asked = [rule for rule in rules if rule.probed and _may_fit(rule, module)]
     proven = probe(type(model).__stock__, model.config, cls, asked, done) if asked else None
     return (proven, "probe") if proven is not None else (None, f"{cls.__name__} runs code of its own")
 
 
+def _is_meant(module: nn.Module, fusion: str) -> bool:
+    part = _PARTS.get(fusion)
+    meant = type(module).__name__.endswith(FUSIONS[fusion]) if part is None else hasattr(module, part)
+    return meant and not hasattr(module, "experts")  # a GptOssMLP is a block of them
+
+
 def _may_fit(rule: Rule, module: nn.Module) -> bool:
-    """Whether the module has what the rule's twin looks for."""
     try:
         return rule.why_not(module) is None
     except AttributeError:
@@ -124,8 +125,7 @@ def _may_fit(rule: Rule, module: nn.Module) -> bool:
 
 def _fuse_head(model: Any) -> Fusion:
     head = model.get_output_embeddings()
-    reason = why_not_head(head)
-    if reason is not None:
+    if (reason := why_not_head(head)) is not None:
         return Fusion(_HEAD, False, "", reason, 0)
     head.__class__ = twin(nn.Linear, FastHead)
     return Fusion(_HEAD, True, _how(_HEAD), "", 1, "table")
@@ -169,6 +169,6 @@ def print_report(model: nn.Module, rows: list[Fusion]) -> None:
     lines = [f"expertmesh: {type(model).__name__}"]
     for row in rows:
         proven = ", verified by probe" if row.verified == "probe" else ""
-        state = f"on   {row.by} x{row.count}{proven}" if row.on else "off"
-        lines.append(f"  {row.name:<21}{state}" + (f"  ({row.reason})" if row.reason else ""))
+        state, but = (f"on   {row.by} x{row.count}{proven}", "not everywhere: ") if row.on else ("off", "")
+        lines.append(f"  {row.name:<21}{state}" + (f"  ({but}{row.reason})" if row.reason else ""))
     backends.logger().info("\n".join(lines))

@@ -4,33 +4,54 @@ The sentences are the only documentation of a key: the CLI help, the JSON Schema
 made from them. A key that does not exist is an error that names the nearest one; nothing given is ever ignored.
 """
 
-import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from expertmesh.train.errors import ConfigError
+from expertmesh.train.suggest import nearest
+
+
+def _name(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError("it is empty, or has characters that cannot be printed")
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not yes or no")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+"""A word or a path; `~` is the home folder."""
+Count = Annotated[int, BeforeValidator(_number), Field(gt=0)]
+Size = Annotated[float, BeforeValidator(_number), Field(ge=0)]
 
 
 class Section(BaseModel):
     """Keys of one part of a configuration; a key that is not among them is an error."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelSection(Section):
     """What is trained."""
 
-    name: str
+    name: Name
     """Model to fine-tune: a Hugging Face id, a local directory, or `demo` for a tiny Qwen3-MoE with new weights."""
-    revision: str = "main"
+    revision: Name = "main"
     """Branch, tag or commit of the model on the Hugging Face Hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the weights; `auto` is the checkpoint's own on a GPU and float32 on a CPU."""
-    attn_implementation: str | None = None
+    attn_implementation: Name | None = None
     """Attention backend, by transformers' name (`sdpa`, `flash_attention_2`, `eager`, ...); unset is its choice."""
     trust_remote_code: bool = False
     """Whether to run Python code that comes with the checkpoint."""
@@ -41,17 +62,17 @@ class ModelSection(Section):
 class DataSection(Section):
     """What it is trained on."""
 
-    name: str | list[str]
+    name: Name | Annotated[list[Name], Field(min_length=1)]
     """Training data: a json, jsonl, csv, parquet or txt file, folder, Hugging Face id, or `demo:all`."""
-    config: str | None = None
+    config: Name | None = None
     """Configuration of a Hugging Face dataset that has several."""
-    split: str = "train"
+    split: Name = "train"
     """Split to train on, where the source has splits."""
-    eval_split: str | None = None
+    eval_split: Name | None = None
     """Split to evaluate on; unset holds back a share of the training split."""
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    eval_fraction: Annotated[Size, Field(lt=1)] = 0.05
     """Share of the training split held back for evaluation where no `eval_split` is given; 0 evaluates nothing."""
-    max_length: Annotated[int, Field(gt=1)] = 1024
+    max_length: Annotated[Count, Field(gt=1)] = 1024
     """Longest sequence in tokens; longer examples are cut, and packed sequences have about this length."""
     packing: bool = False
     """Whether to fill sequences with several examples instead of padding; they do not see each other."""
@@ -62,27 +83,27 @@ class DataSection(Section):
 class TrainSection(Section):
     """How it is trained."""
 
-    max_steps: Annotated[int, Field(gt=0)] | None = None
+    max_steps: Count | None = None
     """Optimizer steps of the whole run; give this or `num_train_epochs`."""
-    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    num_train_epochs: Annotated[Size, Field(gt=0, le=1e6)] | None = None
     """Passes over the training data; 1 where neither this nor `max_steps` is given."""
-    per_device_train_batch_size: Annotated[int, Field(gt=0)] = 8
+    per_device_train_batch_size: Count = 8
     """Sequences per microbatch in training, on each rank that has a batch of its own."""
-    per_device_eval_batch_size: Annotated[int, Field(gt=0)] = 8
+    per_device_eval_batch_size: Count = 8
     """Sequences per microbatch in evaluation, on each such rank."""
-    gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
+    gradient_accumulation_steps: Count = 1
     """Microbatches per optimizer step."""
-    learning_rate: Annotated[float, Field(ge=0)] = 2e-5
+    learning_rate: Size = 2e-5
     """Peak learning rate."""
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: Name = "cosine"
     """Course of the learning rate, by transformers' name (`cosine`, `linear`, `constant_with_warmup`, ...)."""
-    warmup_steps: Annotated[float, Field(ge=0)] = 0.03
+    warmup_steps: Size = 0.03
     """Steps of linear warm-up; a number below 1 is a share of all steps."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Size = 0.0
     """Decoupled weight decay of matrices (not of norms and biases)."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_grad_norm: Size = 1.0
     """Largest norm of the whole gradient, larger ones are scaled down; 0 never clips."""
-    optim: str = "adamw_torch_fused"
+    optim: Name = "adamw_torch_fused"
     """Optimizer, by transformers' name."""
     bf16: bool = False
     """Mixed precision: float32 weights, bfloat16 matrix products (autocast)."""
@@ -90,40 +111,40 @@ class TrainSection(Section):
     """Whether to recompute activations in the backward pass: less memory, about a quarter slower."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Whether to record steps once and replay them, faster where the CPU is the limit; `auto`: where that pays."""
-    seed: int = 42
+    seed: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**32)] = 42
     """Seed of weights, data order and dropout; the same seed on the same machine gives the same run."""
 
 
 class ParallelSection(Section):
     """How it is spread over GPUs."""
 
-    nproc: Annotated[int, Field(gt=0)] | None = None
+    nproc: Annotated[Count, Field(le=1024)] | None = None
     """Ranks that `expertmesh train` starts on this machine; unset is one for each GPU, or one without a GPU."""
-    ep_size: Annotated[int, Field(gt=0)] = 1
+    ep_size: Count = 1
     """Ranks that share out the experts of every layer; costs no data parallelism."""
-    tp_size: Annotated[int, Field(gt=0)] = 1
+    tp_size: Count = 1
     """Ranks that share one batch and split attention and dense layers."""
-    dp_replicate_size: Annotated[int, Field(gt=0)] = 1
+    dp_replicate_size: Count = 1
     """Copies of the model, each sharded over its part of the ranks; 1 shards one copy over all of them."""
 
 
 class LoraSection(Section):
     """Low-rank adapters."""
 
-    r: Annotated[int, Field(gt=0)] = 16
+    r: Count = 16
     """Rank of the update."""
-    alpha: Annotated[int, Field(gt=0)] = 32
+    alpha: Count = 32
     """Scale of the update: it is multiplied by alpha / r."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[Size, Field(lt=1)] = 0.0
     """Dropout on the adapter's input."""
-    target_modules: list[str] | str = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    target_modules: Annotated[list[Name], Field(min_length=1)] | Name = ["q_proj", "k_proj", "v_proj", "o_proj"]
     """Linear modules that get an adapter, by the end of their name, or `all-linear`; the default is attention."""
 
 
 class MoeSection(Section):
     """Routers and experts."""
 
-    router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
+    router_aux_loss_coef: Size | None = None
     """Weight of the load-balancing loss; unset is the model's own, 0 switches it off."""
     freeze_router: bool = False
     """Whether to keep the routers as they are and train everything else."""
@@ -132,25 +153,27 @@ class MoeSection(Section):
 class LogSection(Section):
     """What is measured, and when."""
 
-    logging_steps: Annotated[int, Field(gt=0)] = 10
+    logging_steps: Count = 10
     """Optimizer steps between two records in metrics.jsonl and on the screen."""
-    eval_steps: Annotated[int, Field(gt=0)] | None = None
+    eval_steps: Count | None = None
     """Optimizer steps between two evaluations; unset evaluates at the end only."""
-    report_to: Annotated[list[str], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)] = []
+    report_to: Annotated[list[Name], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)] = []
     """Trackers that also get the metrics (`tensorboard`, `wandb`, `trackio`, `mlflow`)."""
 
 
 class SaveSection(Section):
     """Where the run is kept."""
 
-    output_dir: str = "runs/expertmesh"
+    output_dir: Name = "runs/expertmesh"
     """Folder of the run: its configuration, metrics, plots, checkpoint-<step>/ and the finished model in final/."""
-    save_steps: Annotated[int, Field(gt=0)] | None = None
+    save_steps: Count | None = None
     """Optimizer steps between two checkpoints; unset saves when the run is interrupted, and the finished model."""
-    save_total_limit: Annotated[int, Field(gt=0)] | None = 2
+    save_total_limit: Count | None = 2
     """Checkpoints that are kept, the newest ones."""
-    resume_from_checkpoint: str | None = None
-    """Checkpoint to go on from: a folder, or `auto` for the newest one in output_dir where there is one."""
+    resume_from_checkpoint: Annotated[
+        Name | None, BeforeValidator(lambda value: ("auto" if value else None) if isinstance(value, bool) else value)
+    ] = None
+    """Checkpoint to go on from: a folder, or `auto` (or true) for the newest one in output_dir where there is one."""
 
 
 class Config(Section):
@@ -221,6 +244,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError(f"{source}: " + " ".join(_sentences(error))) from None
 
 
+def is_override(word: str) -> bool:
+    """Whether a word of the command line sets a key; else it is a path, which may hold a `=`, too."""
+    key, equals, _ = word.partition("=")
+    if key.strip().partition(".")[0] in Config.model_fields:
+        return bool(equals)
+    return bool(equals) and re.fullmatch(r"[\w. -]+", key) is not None and not Path(word).is_file()
+
+
 def known_keys() -> Iterator[tuple[str, str]]:
     """Every key as (dotted path, its sentence), in order."""
     for name, field in Config.model_fields.items():
@@ -233,15 +264,40 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, and what looks like a date is text: no key is a date."""
+
+    yaml_implicit_resolvers = {
+        first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(f"`{name}` stands in line {lines[name]} and again in line {line}")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def _load(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, RecursionError) as error:  # such as an integer of 5,000 digits, or 5,000 brackets
+        raise yaml.YAMLError(str(error)) from None
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        tree = _load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"Cannot read the configuration {path}: {why}. Give the path of a YAML file.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Correct that line.") from None
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
         raise ConfigError(
             f"{path} holds no sections. A configuration begins like `model:` with `  name: ...` on the next line."
         )
@@ -256,9 +312,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
         )
     *parents, leaf = dotted.strip().split(".")
     try:
-        value = yaml.safe_load(text)
+        value = _load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"The value in {override!r} is not valid YAML. Quote it, as in '{dotted}=\"...\"'.") from None
+        raise ConfigError(
+            f"The value in {_short(override)} is not valid YAML. Quote it, as in '{dotted}=\"...\"'."
+        ) from None
     for parent in parents:
         if tree.get(parent) is None:
             tree[parent] = {}
@@ -278,23 +336,21 @@ def _sentences(error: ValidationError) -> Iterator[str]:
             continue
         seen.add(key)
         if problem["type"] == "extra_forbidden":
-            yield f"There is no key `{key}`; {_nearest(key)}"
+            close = nearest(key, list(known))
+            yield f"There is no key `{key}`; " + (
+                f"did you mean `{close}`?" if close else "`expertmesh schema` lists all keys."
+            )
         elif problem["type"] == "missing":
             key = key if "." in key else f"{key}.name"  # a missing section is missing for its name
             yield f"`{key}` is missing. {known[key]}"
-        elif problem["type"] == "value_error":
+        elif problem["type"] == "value_error" and not key:
             yield problem["msg"].removeprefix("Value error, ")
         else:
-            yield f"`{key}` cannot be {problem['input']!r}: {problem['msg']}."
+            value, why = problem["input"], problem["msg"].removeprefix("Value error, ")
+            scalar = problem["type"] == "string_type" and not isinstance(value, list | dict)
+            yield f"`{key}` cannot be {_short(value)}: {why}.{' Quote it if it is meant as text.' if scalar else ''}"
 
 
-def _nearest(key: str) -> str:
-    keys = [known for known, _ in known_keys()]
-    same_leaf = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    close = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.5) or _close_leaf(key, keys)
-    return f"did you mean `{close[0]}`?" if close else "`expertmesh schema` lists all keys."
-
-
-def _close_leaf(key: str, keys: list[str]) -> list[str]:
-    leaves = {known.rpartition(".")[2]: known for known in reversed(keys)}
-    return [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.5)]
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

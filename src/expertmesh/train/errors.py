@@ -1,9 +1,15 @@
 """What can go wrong in a run, and how it is told: one paragraph that names the fix. Imports nothing heavy."""
 
+import difflib
+import importlib.metadata
+import re
+import shlex
 import signal
+import textwrap
+from collections.abc import Sequence
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75: EX_TEMPFAIL, "put me in the queue again"
-EXTRAS = {"trl": "train", "peft": "train", "datasets": "train", "matplotlib": "plots", "tensorboard": "track"}
+OPTIONAL = ("trl", "peft", "datasets", "matplotlib", "tensorboard")
 
 
 class ConfigError(ValueError):
@@ -13,8 +19,8 @@ class ConfigError(ValueError):
 def explain(error: Exception) -> str | None:
     """One paragraph for an error that a user can mend, None for what looks like a defect of ours."""
     text = " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        return f"{error.name} is not installed: `pip install 'expertmesh[{EXTRAS[error.name]}]'` adds it."
+    if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
+        return f"{error.name} is not installed: {install(error.name)} adds it."
     if type(error).__name__ == "OutOfMemoryError":
         return (
             f"The GPU ran out of memory ({text.split('.')[0]}). In this order: halve train.per_device_train_batch_size "
@@ -23,6 +29,31 @@ def explain(error: Exception) -> str | None:
         )
     if type(error).__module__.startswith("expertmesh."):
         return text
-    if isinstance(error, ValueError | OSError):
+    named = isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError)
+    if named or isinstance(error, ValueError | OSError):
         return f"{text} (EXPERTMESH_DEBUG=1 shows where this comes from.)"
     return None
+
+
+def install(*names: str) -> str:
+    """The command that installs packages, in the versions that expertmesh asks for."""
+    try:
+        wanted = importlib.metadata.requires("expertmesh") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its folder
+        wanted = []
+    versions = {re.split(r"[^\w.-]", line)[0]: line.split(";")[0].strip() for line in reversed(wanted)}
+    return f"`{shlex.join(['pip', 'install', *(versions.get(name, name) for name in names)])}`"
+
+
+def in_short(error: BaseException) -> str:
+    """What an error of somebody else says, on one line, not too long, and without a full stop."""
+    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...").rstrip(".: ")
+
+
+def known(key: str, value: str, names: Sequence[str]) -> None:
+    """Raises ConfigError if the value of a key is none of `names`."""
+    if value not in names:
+        near = difflib.get_close_matches(value, names, n=1)
+        raise ConfigError(
+            f"{key}: there is no {value!r}{f'; did you mean {near[0]!r}?' if near else '.'} Known: {', '.join(names)}."
+        )

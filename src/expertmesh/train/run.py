@@ -16,27 +16,26 @@ import platform
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig
 
 import expertmesh
 from expertmesh import backends, data
-from expertmesh.checkpoint.publish import newest_complete
 from expertmesh.parallel import current_world_size
 from expertmesh.train.config import Config, ConfigError
+from expertmesh.train.errors import install
+from expertmesh.train.folder import starting_point
+from expertmesh.train.inputs import Inputs, demo_config, gather, lora, unreachable
 from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.launch import layout
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.progress import ProgressLine
 from expertmesh.train.routing import routers
 from expertmesh.train.sft import SFTTrainer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from expertmesh.train.talks import count_unlearned
 
 log = logging.getLogger(__name__)
 
@@ -61,23 +60,18 @@ def build(config: Config) -> SFTTrainer:
     if not _is_first():
         _hush()
     transformers.set_seed(config.train.seed)
-    tokenizer, model = load_tokenizer(config), load_model(config)
+    inputs, model = gather(config), load_model(config)
     if config.moe.freeze_router:
-        _freeze_routers(model)
-    train_rows, eval_rows = load_data(config)
-    if "messages" in train_rows.column_names and not tokenizer.chat_template:
-        raise ConfigError(
-            f"The tokenizer of {config.model.name} has no chat template, so the conversations of {config.data.name} "
-            "cannot become tokens. Take the instruction-tuned model, or data with `text`, or `prompt` and `completion`."
-        )
+        for _, router in routers(model):
+            router.requires_grad_(False)
     try:
         trainer = SFTTrainer(
             model=model,
             args=training_arguments(config),
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            peft_config=_lora(config),
+            train_dataset=inputs.train_rows,
+            eval_dataset=inputs.eval_rows,
+            processing_class=inputs.tokenizer,
+            peft_config=lora(config),
             cuda_graph=config.train.cuda_graph,
         )
     except RuntimeError as error:
@@ -85,18 +79,18 @@ def build(config: Config) -> SFTTrainer:
             raise
         raise ConfigError(
             f"data.assistant_only_loss: a conversation of {config.data.name} has no assistant token, so all its labels "
-            f"are masked. Remove conversations without an answer; if all have one: {data.labels.REMEDY}"
+            f"are masked. Remove conversations without an answer; if all have one: {data.REMEDY}"
         ) from error
     for quiet in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(quiet)
-    _check_prepared(trainer, config)
+    _check_prepared(trainer, inputs, config)
     return trainer
 
 
 def train(config: Config, trainer: SFTTrainer) -> Result:
     """Trains what `build` made, evaluates, and writes the folder of the run."""
     output_dir = Path(config.save.output_dir)
-    checkpoint = _checkpoint(config)
+    checkpoint = starting_point(config)
     progress, interrupt = ProgressLine(), Interrupt()
     trainer.add_callback(interrupt)
     if first := _is_first():
@@ -119,17 +113,6 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
     if first:
         plot(trainer, output_dir)
     return Result(output_dir, 0, final, metrics)
-
-
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.name`."""
-    if config.model.name == "demo":
-        return data.demo_tokenizer()
-    options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    try:
-        return AutoTokenizer.from_pretrained(config.model.name, **options)
-    except (OSError, ValueError) as error:
-        raise _unreachable(config.model.name, "tokenizer", error) from error
 
 
 def load_model(config: Config) -> transformers.PreTrainedModel:
@@ -155,44 +138,14 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
     try:
         return expertmesh.AutoModelForCausalLM.from_pretrained(config.model.name, **options)
     except (OSError, SafetensorError) as error:
-        raise _unreachable(config.model.name, "model", error) from error
-
-
-def demo_config() -> Qwen3MoeConfig:
-    """A Qwen3-MoE of about 2 million weights for the built-in tokenizer: small, and every part of the family in it."""
-    tokenizer = data.demo_tokenizer()
-    return Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,  # type: ignore[call-arg]
-        max_position_embeddings=2048,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        norm_topk_prob=True,
-        initializer_range=0.06,  # the usual 0.02 is for widths of thousands: at 128 signals would start too small
-        tie_word_embeddings=True,
-    )
-
-
-def load_data(config: Config) -> tuple["Dataset", "Dataset | None"]:
-    """(rows to train on, rows to evaluate on or None), in one of TRL's formats."""
-    section, seed = config.data, config.train.seed
-    try:
-        rows = data.load_dataset(section.name, section.split, seed, name=section.config)
-        if section.eval_split is not None:
-            return rows, data.load_dataset(section.name, section.eval_split, seed, name=section.config)
-        return data.hold_out(rows, section.eval_fraction, seed) if section.eval_fraction else (rows, None)
-    except ValueError as error:
-        source = "" if str(section.name) in str(error) else f"{section.name} cannot be read: "
-        raise ConfigError(f"data.name: {source}{error}") from error
+        raise unreachable(config.model.name, "model", error) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ConfigError(
+            f"model.name: weights of {config.model.name} have other shapes than its config.json says (the report above "
+            "names them). Take the config.json that belongs to them."
+        ) from error
 
 
 def training_arguments(config: Config):
@@ -206,8 +159,8 @@ def training_arguments(config: Config):
         num_train_epochs=settings.num_train_epochs or 1.0,
         **settings.model_dump(exclude={"max_steps", "num_train_epochs", "cuda_graph"}),
         gradient_checkpointing=settings.activation_checkpointing,  # the old name, by which TRL switches it on
-        use_cpu=current_world_size() > 1
-        and not torch.cuda.is_available(),  # else it takes ranks on CPUs for one process
+        use_cpu=not torch.cuda.is_available()  # else it takes ranks on CPUs for one process, and refuses bf16
+        and (current_world_size() > 1 or not torch.accelerator.is_available()),
         dataloader_pin_memory=torch.cuda.is_available(),
         max_length=config.data.max_length,
         packing=config.data.packing,
@@ -241,7 +194,7 @@ def environment(model: torch.nn.Module) -> dict[str, Any]:
 def plot(trainer: SFTTrainer, output_dir: Path) -> None:
     """Writes plots/loss.png and, for a model with routers, plots/router.png. Without matplotlib it says so."""
     if backends.version_of("matplotlib") is None:
-        log.warning("No plots were drawn: matplotlib is not installed. `pip install expertmesh[plots]` adds it.")
+        log.warning("No plots were drawn: matplotlib is not installed. %s adds it.", install("matplotlib"))
         return
     from expertmesh.train import plots
 
@@ -276,59 +229,24 @@ def _evaluate(trainer: SFTTrainer) -> dict[str, float]:
     return done if done and done.pop("step") == trainer.state.global_step else trainer.evaluate()
 
 
-def _freeze_routers(model: torch.nn.Module) -> None:
-    frozen = [weight.requires_grad_(False) for _, router in routers(model) for weight in router.parameters()]
-    if not frozen:
-        raise ConfigError(f"moe.freeze_router is set, and {type(model).__name__} has no routers. Remove the key.")
-
-
-def _lora(config: Config):
-    if config.lora is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _checkpoint(config: Config) -> str | None:
-    wanted, output_dir = config.save.resume_from_checkpoint, config.save.output_dir
-    if wanted == "auto":
-        newest = newest_complete(output_dir)
-        return str(newest) if newest else None
-    if wanted is not None and not Path(wanted, "trainer_state.json").is_file():
-        raise ConfigError(
-            f"save.resume_from_checkpoint: {wanted} is no checkpoint (it has no trainer_state.json). Name a folder "
-            f"checkpoint-<step>, or `auto` for the newest one in {output_dir}."
-        )
-    return wanted
-
-
-def _check_prepared(trainer: SFTTrainer, config: Config) -> None:
-    """Raises ConfigError where no token of the prepared data would be learned."""
-    rows: Any = trainer.train_dataset
-    if not len(rows):
-        raise ConfigError(
-            f"Nothing of {config.data.name} is left to train on: all labels are masked, because no example has a token "
-            f"to learn within data.max_length={config.data.max_length}. Raise it, or look at the answers in the data."
-        )
-
-
-def _unreachable(name: str, what: str, error: Exception) -> ConfigError:
-    if Path(name).is_dir():
-        return ConfigError(f"model.name: the {what} in the folder {name} cannot be read: {_first_sentence(error)}")
-    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
-    why = "it is not in the cache, and HF_HUB_OFFLINE forbids fetching it" if offline else _first_sentence(error)
-    return ConfigError(
-        f"model.name: there is no folder {name!r} here, and as a Hugging Face id its {what} cannot be had: {why}. "
-        f"Check the spelling, name a local folder, run `hf download {name}` where there is a network, or use `demo`."
-    )
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+def _check_prepared(trainer: SFTTrainer, inputs: Inputs, config: Config) -> None:
+    """Says how many rows lost all their labels when they were cut. Raises ConfigError where none is left."""
+    prepared: list[tuple[str, Any, Any]] = [
+        ("training", inputs.train_rows, trainer.train_dataset),
+        ("evaluation", inputs.eval_rows, trainer.eval_dataset),
+    ]
+    for which, given, rows in prepared:
+        if given is None:
+            continue
+        lost = count_unlearned(rows) if config.data.packing else len(given) - len(rows)
+        if lost == len(given):
+            raise ConfigError(
+                f"Nothing of the {which} rows of {config.data.name} is left: all labels are masked, because no example "
+                f"has a token to learn within data.max_length={config.data.max_length}. Raise it, or look at the "
+                "answers in the data."
+            )
+        if lost:
+            log.warning(
+                "%d of %d %s rows have no token to learn within data.max_length=%d, and teach nothing.",
+                *(lost, len(given), which, config.data.max_length),
+            )
