@@ -18,7 +18,7 @@ from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh.dispatch.gather import one_forward
-from expertmesh.kernels.documents import Documents, document_bounds, document_of
+from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
 from expertmesh.layers.attention import NAME
 from expertmesh.layers.fast import Fast, has_cache, twin
 from expertmesh.layers.mamba2 import FastMamba2Mixer
@@ -79,10 +79,17 @@ class FastBaseModel(Fast):
         if self._mamba2 and inputs.get("use_cache") is None and (training or call.targets is not None):
             inputs["use_cache"] = False  # with one our kernels do not run
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
-        mask, *told = asked = [inputs.get(name) for name in ("attention_mask", "position_ids", "seq_idx")]
-        if not all(x is None or _is_of_rows(x, shape) for x in asked):
-            return None  # a mask of the user's own, or positions on several axes
+        mask, *told = (inputs.get(name) for name in ("attention_mask", "position_ids", "seq_idx"))
+        if not all(x is None or _is_of_rows(x, shape) for x in told):
+            return None  # positions on several axes
         documents, apart = _given(inputs) if mask is None or self.told else None, None
+        if documents is None and told[1] is None and inputs.get("cu_seq_lens_q") is not None:
+            told[1] = document_of(inputs["cu_seq_lens_q"], *shape)  # beside a mask, or without a greatest length
+        if mask is not None and not _is_of_rows(mask, shape):  # of the user's own, which only attention goes by
+            stateful = self._mamba2 or self._stateful is not None
+            if stateful and any(x is not None for x in told) and look(shape, None, *told).count > shape[0]:
+                self._refuse_leaks(inputs)
+            return None
         if documents is not None:
             inputs["attention_mask"] = None
         elif mask is not None or any(x is not None for x in told):
@@ -141,7 +148,10 @@ class FastBaseModel(Fast):
     def _refuse_leaks(self, inputs: dict[str, Any]) -> None:
         """Raise ValueError if documents in a row would see each other."""
         who: str | None = None
-        if self._mamba2 and inputs.get("use_cache"):
+        if inputs.get("attention_mask") is not None:
+            who = "Mamba2" if self._stateful is None else self._stateful.__name__
+            why, instead = "a mask of your own speaks to attention alone", "leave attention_mask out"
+        elif self._mamba2 and inputs.get("use_cache"):
             who, why, instead = "Mamba2", "a cache keeps one state for a row", "set use_cache=False"
         elif self._stateful is not None and not _knows_documents(self._stateful):
             who, why = self._stateful.__name__, "its state passes from one token to the next"
@@ -164,6 +174,8 @@ class FastBaseModel(Fast):
         if documents is None:
             return
         number_BS = document_of(documents.cu_seqlens, *shape)
+        if inputs.get("position_ids") is None:
+            inputs["position_ids"] = torch.arange(shape[1], device=device) - document_starts(number_BS)
         if way == "documents":
             inputs["documents"] = documents
         if way == "flash" or self._stateful is not None:
@@ -174,8 +186,6 @@ class FastBaseModel(Fast):
         if self._mamba2 or self._sinks:
             bounds = document_bounds(number_BS)
             inputs["document_bounds"] = bounds._replace(told=documents if shape[0] == 1 else None)
-            if way == "masks" and inputs.get("position_ids") is None:
-                inputs["position_ids"] = torch.arange(shape[1], device=device) - bounds.start
 
 
 @contextmanager

@@ -93,8 +93,8 @@ def look(
     """Ask the device, once, what rows of this shape [B, S] hold.
 
     mask: 0 where a token is padding. positions: [B or 1, S]. numbers: of documents, as `seq_idx`, [B or 1, S]. Without
-    a mask a document begins wherever positions do not count on; with one, wherever they do not grow, as they may jump
-    over padding. targets: [B, S], -100 where there is nothing to predict.
+    padding a document begins wherever positions do not count on; with some, wherever they do not grow, as they may jump
+    over it. targets: [B, S], -100 where there is nothing to predict.
     """
     wanted = None if targets is None else targets != -100
     all_four = {"mask": mask, "positions": positions, "numbers": numbers, "wanted": wanted}
@@ -106,7 +106,7 @@ def look(
     begins = keep & (keep.int().cumsum(1) == 1)
     if numbers is not None:
         begins |= keep & (answers["numbers"] != _before(answers["numbers"], keep))
-    elif positions is not None and mask is None:
+    elif positions is not None and keep.all():
         begins[:, 1:] |= answers["positions"].diff() != 1
     elif positions is not None:
         begins |= keep & (answers["positions"] <= _before(answers["positions"], keep))
