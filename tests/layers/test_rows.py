@@ -137,12 +137,60 @@ def test_gradients_of_a_batch_are_the_documents_own(family, kind, call):
     assert error <= CPU_TOLERANCE, where
 
 
+CU_SEQLENS = torch.tensor([0, 3, 4, 12], dtype=torch.int32)
+CU = {"cu_seq_lens_q": CU_SEQLENS, "cu_seq_lens_k": CU_SEQLENS}
+TOLD = CU | {"max_length_q": 8, "max_length_k": 8}
+POSITION = {"position_ids": POSITIONS}
+SEQ_IDX = {"seq_idx": torch.tensor([[0] * 3 + [1] + [2] * 8])}
+ONES = {"attention_mask": torch.ones_like(POSITIONS)}
+CAUSAL = {"attention_mask": torch.full((12, 12), -1e9).triu(1)[None, None]}
+#: ways to tell of documents that collators go; the first is the one that others must equal
+WAYS = {
+    "positions": POSITION,
+    "positions and a mask of ones": POSITION | ONES,
+    "positions and a float mask": POSITION | {"attention_mask": torch.ones(1, sum(LENGTHS))},
+    "all": POSITION | TOLD,
+    "all and a mask of ones": POSITION | TOLD | ONES,
+    "lengths": TOLD,
+    "lengths and a mask of ones": TOLD | ONES,
+    "lengths, not the greatest": CU,
+    "numbers": SEQ_IDX,
+    "numbers and a mask of ones": SEQ_IDX | ONES,
+}
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - STATEFUL))
-def test_a_mask_that_hides_nothing_changes_nothing(family):
+def test_documents_stay_apart_however_they_are_told(family):
+    """A mask that hides nothing changes nothing."""
     model = trained(family)
     inputs = batch(model, "packed")
-    want = through_model(model, inputs)
-    assert torch.equal(through_model(model, inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}), want)
+    del inputs["position_ids"]
+    losses = {way: through_model(model, inputs | told).detach() for way, told in WAYS.items()}
+    for way, loss in losses.items():
+        assert relative_error(loss, losses["positions"]) <= CPU_TOLERANCE, way
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("family", sorted(STATEFUL))
+def test_documents_are_refused_where_a_state_would_pass_on(family, training):
+    model = trained(family).train(training)
+    inputs = batch(model, "packed")
+    del inputs["position_ids"]
+    of_ones_own = {f"{name} and a mask of one's own": told | CAUSAL for name, told in
+                   (("positions", POSITION), ("lengths", TOLD), ("numbers", SEQ_IDX))}  # fmt: skip
+    for way, told in (WAYS | of_ones_own).items():
+        for call in (through_model, through_base_model):
+            with pytest.raises(ValueError, match="packed sequences apart|would let one see another"):
+                pytest.fail(f"{way}: {call(model, inputs | told)}")
+
+
+def test_a_mask_of_ones_own_does_not_hide_documents_from_mamba():
+    model = trained("nemotron_h")
+    inputs = batch(model, "packed") | CAUSAL
+    with pytest.raises(ValueError, match="a mask of your own speaks to attention alone"):
+        through_model(model, inputs)
+    inputs["position_ids"] = torch.arange(sum(LENGTHS))[None]
+    assert through_model(model, inputs).isfinite()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3"])
