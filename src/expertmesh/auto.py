@@ -47,7 +47,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     All arguments are Transformers'. Three are added. `fused=True`; False returns the stock model, and a dict switches
     single fusions, as {"router": False} (`expertmesh.fuse.FUSIONS` names them). `distributed_setup=None`: a
     `DistributedSetup`, or its section as a dict, lays the model out over the ranks; each holds and loads only its part.
-    `mtp_loss_weight=None`: a positive number trains the modules for multi-token prediction of DeepSeek V3 and
+    `mtp_loss_weight=None`: a positive number trains the modules for multi-token prediction of DeepSeek V3, GLM-4.5 and
     Nemotron 3, with this weight of their loss; None keeps those that a checkpoint has as they are. Either way they are
     saved again. `num_nextn_predict_layers=0` leaves them out.
     """
@@ -171,8 +171,8 @@ def _use_mtp(model: Any, weight: float | None) -> None:
     if mtp is None and weight is not None:
         raise ValueError(
             f"mtp_loss_weight was given, but there are no modules for multi-token prediction: "
-            f"{type(model).__name__} has none (DeepSeek V3 and Nemotron 3 have), num_nextn_predict_layers is 0, or the "
-            f"checkpoint was saved without them. Leave mtp_loss_weight out, or take a checkpoint that has them."
+            f"{type(model).__name__} has none (DeepSeek V3, GLM-4.5 and Nemotron 3 have), num_nextn_predict_layers is "
+            f"0, or the checkpoint was saved without them. Leave mtp_loss_weight out, or take a checkpoint that has them."
         )
     if mtp is not None:
         model.mtp_loss_weight = weight

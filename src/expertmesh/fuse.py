@@ -29,7 +29,7 @@ from expertmesh.layers.base_model import Call, FastBaseModel, calling, fuse_base
 from expertmesh.layers.fast import has_cache, twin
 from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, next_tokens, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
-from expertmesh.layers.mtp import MTP, predicting, were_saved, with_predictions
+from expertmesh.layers.mtp import MTP, predicting, promise_what_is_kept, were_saved, with_predictions
 from expertmesh.layers.router import aux_loss_share
 from expertmesh.layers.sharding import lean_layout
 from expertmesh.memory.recompute import keep_routing
@@ -142,13 +142,9 @@ def fused_class(stock: Any) -> Any:
 
 
 class FusedModel(ReadsQuantized):
-    """What a fused model adds to its HF class.
-
-    mtp_loss_weight: the weight of the loss of multi-token prediction in training; None where that is not trained.
-    """
+    """What a fused model adds to its HF class."""
 
     _mtp: MTP | None = None
-    mtp_loss_weight: float | None = None
     _replicate_for_data_parallel = refuse_replicas
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -156,6 +152,15 @@ class FusedModel(ReadsQuantized):
         if _with_mtp.get() != "no":
             self._mtp = mtp_modules.add_modules(self)
         self._fuse_modules()
+
+    @property
+    def mtp_loss_weight(self) -> float | None:
+        """The weight of the loss of multi-token prediction in training; None where that is not trained."""
+        return self.base_model._mtp_loss_weight
+
+    @mtp_loss_weight.setter
+    def mtp_loss_weight(self, value: float | None) -> None:
+        self.base_model._mtp_loss_weight = value  # which everybody calls
 
     def fusion_report(self) -> list[Fusion]:
         """For each fusion: on, and by what; or off, and why."""
@@ -215,6 +220,7 @@ class FusedModel(ReadsQuantized):
         if special or getattr(self, "_hf_peft_config_loaded", False) or not is_sharded(self):
             if len(args) < 2 and not getattr(self, "_hf_peft_config_loaded", False):
                 kwargs["state_dict"] = with_copies(self, kwargs.get("state_dict"))
+            promise_what_is_kept(self)
             super().save_pretrained(save_directory, *args, **kwargs)
         else:
             save_sharded(self, save_directory, kwargs.get("max_shard_size", "5GB"))

@@ -29,7 +29,7 @@ from expertmesh.layers.mtp import were_saved
 from expertmesh.weights.read import load_weights
 from tests.models import saved as saved_without
 
-FAMILIES = ("deepseek_v3", "nemotron_h")
+FAMILIES = ("deepseek_v3", "glm4_moe", "nemotron_h")
 DEPTHS, WEIGHT, TOLERANCE = 2, 0.3, 1e-5
 _FOLDERS = tempfile.TemporaryDirectory(prefix="tiny-mtp-")
 
@@ -75,7 +75,7 @@ class Written(nn.Module):
     def __init__(self, family: str, main):
         super().__init__()
         self.family, config = family, main.config
-        if family == "deepseek_v3":
+        if family != "nemotron_h":
             norm = functools.partial(type(main.model.norm), config.hidden_size, eps=config.rms_norm_eps)
             self.layers = nn.ModuleList([type(main.model.layers[-1])(config, 3)])
             self.layers[-1].shared_head = nn.Module()
@@ -91,7 +91,7 @@ class Written(nn.Module):
     def forward(self, main, hidden: torch.Tensor, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         first = self.layers[0]
         x = first.eh_proj(torch.cat([first.enorm(embeds), first.hnorm(hidden)], -1))
-        rope = {"position_embeddings": main.model.rotary_emb(x, positions)} if self.family == "deepseek_v3" else {}
+        rope = {"position_embeddings": main.model.rotary_emb(x, positions)} if self.family != "nemotron_h" else {}
         for layer in self.layers:
             x = layer(x, attention_mask=None, position_ids=positions, **rope)
         return self.last(x)
@@ -102,7 +102,7 @@ def straightforward(family: str, ids, labels, weight: float, num_items=None):
     main = stock(family).train()
     modules = [Written(family, main) for _ in range(DEPTHS)]
     for number, module in enumerate(modules):
-        name = f"model.layers.{3 + number}" if family == "deepseek_v3" else None
+        name = f"model.layers.{3 + number}" if family != "nemotron_h" else None
         for index, layer in enumerate(module.layers):
             prefix = name or f"mtp.layers.{2 * number + index}"
             ours = {k.removeprefix(f"{prefix}."): v for k, v in load(family).state_dict().items() if f"{prefix}." in k}
@@ -123,7 +123,7 @@ def straightforward(family: str, ids, labels, weight: float, num_items=None):
     grads = {name: p.grad for name, p in main.named_parameters()}
     for number, module in enumerate(modules):
         for index, layer in enumerate(module.layers):
-            prefix = f"model.layers.{3 + number}" if family == "deepseek_v3" else f"mtp.layers.{2 * number + index}"
+            prefix = f"model.layers.{3 + number}" if family != "nemotron_h" else f"mtp.layers.{2 * number + index}"
             grads |= {f"{prefix}.{name}": p.grad for name, p in layer.named_parameters()}
     return loss.detach(), grads
 
@@ -327,7 +327,7 @@ def test_a_checkpoint_without_them_has_none(family):
     assert all(p.requires_grad for p in ours.parameters())
     rows = {row.name: row for row in ours.fusion_report()}
     assert rows["experts"].count == sum(hasattr(m, "is_concatenated") for m in main.modules())
-    assert rows["rms_norm"].count == len([m for m in main.modules() if re.search(r"(V3|H)RMSNorm$", type(m).__name__)])
+    assert rows["rms_norm"].count == len([m for m in main.modules() if re.search(r"(V3|Moe|H)RMSNorm$", type(m).__name__)])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -427,3 +427,33 @@ def test_wrong_use_says_what_to_do(tmp_path):
         AutoModelForCausalLM.from_config(
             tiny_config("nemotron_h", layers_block_type=["moe", "mlp"], num_nextn_predict_layers=1), mtp_loss_weight=1.0
         )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loss_made_elsewhere_is_refused_where_it_would_leave_them_untrained(family):
+    ours, inputs = load(family).train(), batch()
+    labels = inputs.pop("labels")
+    for call in (ours, ours.model, get_peft_model(load(family), LoraConfig(target_modules=["o_proj"])).train()):
+        with pytest.raises(ValueError, match="mtp_loss_weight is set, but the model was called without labels"):
+            call(**inputs)
+    with torch.no_grad():
+        ours(**inputs)
+    ours.mtp_loss_weight = None
+    ours(**inputs).logits.sum().backward()
+    ours.mtp_loss_weight = WEIGHT
+    ours.eval()(**inputs)
+    assert ours.train()(**inputs, labels=labels).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("family", "promise"),
+    [("deepseek_v3", "num_nextn_predict_layers"), ("glm4_moe", "num_nextn_predict_layers"),
+     ("nemotron_h", "num_nextn_predict_layers"), ("qwen3_5_moe_text", "mtp_num_hidden_layers"),
+     ("qwen3_next", "num_nextn_predict_layers")],
+)  # fmt: skip
+def test_the_configuration_promises_no_modules_that_are_not_there(family, promise, tmp_path):
+    """Inference engines build as many as it says, and look for their weights."""
+    model = AutoModelForCausalLM.from_pretrained(saved_without(family), dtype=torch.float32)
+    setattr(model.config, promise, 1)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())[promise] == 0

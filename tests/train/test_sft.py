@@ -8,7 +8,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from trl import SFTConfig
 
 import expertmesh
+from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.rows import relative_error
+from tests.layers.test_mtp import saved
 from tests.models import load_ours
 from tests.test_ecosystem import BOTH, arguments, assert_same_updates, history, prompts, remember, texts, tokenizer
 
@@ -115,6 +117,18 @@ def test_metrics_wait_on_the_device_until_a_record(tmp_path, own_head, monkeypat
     )
     trained(expertmesh.SFTTrainer, tmp_path, load_ours("qwen3_moe"), texts(), logging_steps=2, max_steps=5)
     assert read == [2, 2, 1]
+
+
+def test_modules_for_multi_token_prediction_train_here_and_are_refused_by_trl(tmp_path, own_head):
+    def make():
+        return AutoModelForCausalLM.from_pretrained(saved("deepseek_v3"), dtype=torch.float32, mtp_loss_weight=0.3)
+
+    ours = trained(expertmesh.SFTTrainer, tmp_path, make(), texts(), **PACKED).model
+    parameters = ours._mtp.parameters_of(ours)
+    before = [ours.weights_before[name] for name, _ in ours.named_parameters() if ours._mtp.owns(name)]
+    assert all(not torch.equal(now, then) for now, then in zip(parameters, before, strict=True))
+    with pytest.raises(ValueError, match="take expertmesh.SFTTrainer"):
+        trained(trl.SFTTrainer, tmp_path, make(), texts(), **PACKED)
 
 
 def virtual_tokens():

@@ -1,7 +1,7 @@
 """Where the families keep their multi-token prediction modules, and what those are made of.
 
-DeepSeek-V3   `model.layers.N` behind the N layers of the main model: one decoder layer for each depth, with enorm,
-              hnorm, eh_proj, shared_head.norm, and copies of the embedding and the head
+DeepSeek-V3,  `model.layers.N` behind the N layers of the main model: one decoder layer for each depth, with enorm,
+GLM-4.5       hnorm, eh_proj, shared_head.norm, and copies of the embedding and the head
 Nemotron 3    `mtp.layers`: for each depth a layer for each of `mtp_layers_block_type`; enorm, hnorm and eh_proj in the
               first of them, final_layernorm in the last
 """
@@ -75,4 +75,8 @@ def _nemotron_h(model: Any) -> MTP:
     return mtp
 
 
-MAKERS: dict[str, Callable[[Any], MTP]] = {"deepseek_v3": _deepseek_v3, "nemotron_h": _nemotron_h}
+MAKERS: dict[str, Callable[[Any], MTP]] = {
+    "deepseek_v3": _deepseek_v3,
+    "glm4_moe": _deepseek_v3,
+    "nemotron_h": _nemotron_h,
+}

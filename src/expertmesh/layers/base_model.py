@@ -30,14 +30,20 @@ _LEAK = (
     "Several documents lie in a row, and {who} of {model} would let one see another: {why}. Give each document a row "
     "of its own (packing=False, padding_free=False), or {instead}."
 )
+_NO_MTP = (
+    "mtp_loss_weight is set, but the model was called without labels: a loss made elsewhere (by TRL's trainers, label "
+    "smoothing, a head of your own) leaves multi-token prediction untrained. Call the model with labels, take "
+    "expertmesh.SFTTrainer, or leave mtp_loss_weight out."
+)
 
 
 @dataclass
 class Call:
     """What one call of a causal language model will ask of its base model's hidden states.
 
-    targets: [B, S], what each position is to predict, -100 for nothing; None if nobody asks. whole: rows must not be
-    taken apart. labelled: how many positions have something to predict, once the device was asked.
+    targets: [B, S], what each position is to predict, -100 for nothing; None if nobody asks. whole: MTP modules learn
+    from them, and rows must not be taken apart. labelled: how many positions have something to predict, once the
+    device was asked.
     """
 
     targets: torch.Tensor | None = None
@@ -54,6 +60,7 @@ class FastBaseModel(Fast):
     #: whether documents are where `cu_seq_lens_q` says and an attention_mask beside it is the auxiliary loss's alone
     told = False
     _call: Call | None = None
+    _mtp_loss_weight: float | None = None
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
     _stateful: Any = None  # the class of such mixers that are not ours
     _sinks = False  # whether attention has sinks
@@ -63,9 +70,11 @@ class FastBaseModel(Fast):
             return super().forward(*args, **kwargs)
         refuse_undivided(self)
         cls: Any = type(self)
-        inputs = dict(zip(_names(cls), args, strict=False)) | kwargs
+        inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, self._call or Call()
+        if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.whole:
+            raise ValueError(_NO_MTP)
         with one_forward():
-            apart = self._prepare(inputs, self._call or Call())
+            apart = self._prepare(inputs, call)
             outputs = super().forward(**inputs)
         return outputs if apart is None else apart.together(outputs)
 

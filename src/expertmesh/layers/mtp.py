@@ -129,6 +129,15 @@ def were_saved(model: Any, missing: set[str], unexpected: set[str], source: Any,
     return not lost
 
 
+def promise_what_is_kept(model: Any) -> None:
+    """Let the configuration of a model without MTP modules say so, before it is saved: else servers look for them."""
+    config = model.config.get_text_config()
+    if getattr(model, "_mtp", None) is None:
+        for name in ("num_nextn_predict_layers", "mtp_num_hidden_layers"):
+            if getattr(config, name, None):
+                setattr(config, name, 0)
+
+
 class _Overheard:
     """What the main model computes in one forward, by forward hooks."""
 

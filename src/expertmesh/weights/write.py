@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from expertmesh.layers.mtp import promise_what_is_kept
 from expertmesh.weights import ranks
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -121,6 +122,7 @@ class Export:
             }
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         model.config.dtype = str(model.dtype).removeprefix("torch.")
+        promise_what_is_kept(model)
         model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
         model.config.save_pretrained(folder)
         if model.can_generate():
