@@ -176,6 +176,41 @@ def test_all_labels_masked_gives_what_stock_gives():
     train_both("qwen3_moe", lambda model: model(**inputs, num_items_in_batch=torch.tensor(9)).loss)
 
 
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+@pytest.mark.parametrize("aux", [False, True])
+def test_none_of_none_labelled_has_stock_s_gradients(count, aux):
+    inputs = batch() | {"num_items_in_batch": count, "output_router_logits": aux}
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    found = []
+    for model in shared_pair("qwen3_moe"):
+        model.train().zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        assert loss.isnan()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    error, where = worst_error(found[1], found[0])
+    assert error <= CPU_TOLERANCE, where
+    assert any(grad.abs().max() > 0 for grad in found[1].values()) == aux
+
+
+@pytest.mark.parametrize("label", [-1, -200, 128, 4000])
+def test_labels_outside_the_vocabulary_are_refused_as_in_stock(label):
+    inputs = batch()
+    inputs["labels"][0, 0] = label  # which nothing predicts
+    train_both("qwen3_moe", lambda model: model(**inputs).loss)
+    inputs["labels"][0, 5] = label
+    for model in shared_pair("qwen3_moe"):
+        with pytest.raises((IndexError, ValueError), match="out of bounds|Labels must lie in"):
+            model.train()(**inputs)
+
+
+def test_labels_of_32_bits_are_those_of_64():
+    model, inputs = shared_pair("qwen3_moe")[1].train(), batch()
+    want = model(**inputs).loss
+    inputs["labels"] = inputs["labels"].int()
+    assert torch.equal(model(**inputs).loss, want)
+
+
 @pytest.mark.parametrize("count", [31, torch.tensor(31), torch.tensor(31.0)])
 def test_num_items_in_batch_of_any_kind(count):
     train_both("qwen3_moe", lambda model: model(**batch(), num_items_in_batch=count).loss)

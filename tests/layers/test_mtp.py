@@ -327,7 +327,9 @@ def test_a_checkpoint_without_them_has_none(family):
     assert all(p.requires_grad for p in ours.parameters())
     rows = {row.name: row for row in ours.fusion_report()}
     assert rows["experts"].count == sum(hasattr(m, "is_concatenated") for m in main.modules())
-    assert rows["rms_norm"].count == len([m for m in main.modules() if re.search(r"(V3|Moe|H)RMSNorm$", type(m).__name__)])
+    assert rows["rms_norm"].count == len(
+        [m for m in main.modules() if re.search(r"(V3|Moe|H)RMSNorm$", type(m).__name__)]
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -313,7 +313,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_count = count.clamp(min=1)  # nothing to learn from: the loss is nan, gradients are zero, as in PyTorch
         else:
             count = torch.as_tensor(num_items_in_batch)  # a number stays on the CPU: dividing by it needs no copy
-            count = grad_count = count.to(total.device) if count.device.type != "cpu" else count
+            count = count.to(total.device) if count.device.type != "cpu" else count
+            grad_count = torch.where(count == 0, 1, count)
         ctx.save_for_backward(dhidden, dweight, dbias, grad_count)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else weight.dtype
         ctx.mark_non_differentiable(*others)

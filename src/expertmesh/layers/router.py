@@ -131,7 +131,8 @@ def aux_loss_share(model: Any, inputs: dict[str, Any]) -> Iterator[None]:
     counted = labels[..., 1:] if shifted is None else shifted
     if torch.is_tensor(num_items):
         num_items = num_items.to(counted.device)
-    model.router_aux_loss_coef = coef * ((counted != -100).sum() / num_items)
+    share = ((counted != -100).sum() / num_items).nan_to_num(nan=1.0, posinf=torch.inf)  # 0 of 0: stock's
+    model.router_aux_loss_coef = coef * share
     try:
         yield
     finally:

@@ -59,7 +59,10 @@ def one_row(batch: Mapping[str, Any]) -> Row | None:
         return None
     shape, positions = (ids.shape[0], ids.shape[1]), batch.get("position_ids")
     others = [x for x in (labels, mask, positions, batch.get("seq_idx")) if x is not None]
-    if any(x.ndim != 2 or x.shape[1] != shape[1] or x.shape[0] not in (1, shape[0]) for x in others):
+    if any(
+        not torch.is_tensor(x) or x.ndim != 2 or x.shape[1] != shape[1] or x.shape[0] not in (1, shape[0])
+        for x in others
+    ):
         return None
     targets = next_tokens(labels)
     found = look(shape, mask, positions, batch.get("seq_idx"), targets)

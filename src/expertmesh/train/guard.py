@@ -8,7 +8,7 @@ examples it came from.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,20 +55,22 @@ class KeepRows:
     """A collator around a collator: takes the row numbers out of the examples and puts them beside the batch.
 
     What is on the CPU here can be looked at for nothing. drop_masks: leave out masks without any padding. one_row: lays
-    the batch out as one row, which is put beside it.
+    the batch out as one row, which is put beside it. Examples, or a batch, that are no mappings go by as they are.
     """
 
     def __init__(
         self,
-        collate: Callable[[list[dict]], Any],
+        collate: Callable[[list[Any]], Any],
         drop_masks: bool = False,
         one_row: Callable[[Any], tuple | None] | None = None,
     ):
         self.collate, self.drop_masks, self.one_row = collate, drop_masks, one_row
 
-    def __call__(self, examples: list[dict]) -> Any:
-        rows = [example.pop(ROW, None) for example in examples]
+    def __call__(self, examples: list[Any]) -> Any:
+        rows = [example.pop(ROW, None) if isinstance(example, MutableMapping) else None for example in examples]
         batch = self.collate(examples)
+        if not isinstance(batch, MutableMapping):
+            return batch
         one = None if self.one_row is None else self.one_row(batch)
         mask = batch.get("attention_mask") if self.drop_masks else None
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.all():
@@ -84,7 +86,7 @@ class KeepRows:
 class StepRecord:
     """The microbatches of one optimizer step: what went in, and the losses that came out (device scalars)."""
 
-    batches: list[dict] = field(default_factory=list)
+    batches: list[Mapping[str, Any]] = field(default_factory=list)
     rows: list[torch.Tensor | None] = field(default_factory=list)
     num_items: torch.Tensor | int | None = None
     losses: list[torch.Tensor] = field(default_factory=list)

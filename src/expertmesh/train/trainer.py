@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal
 
 import torch
@@ -98,10 +98,11 @@ class Trainer(ResumableTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._since = time.perf_counter() if self._since is None else self._since
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._record = StepRecord(batches, [batch.pop(ROW, None) for batch in batches], num_items)
-        for batch in batches:
+        named = [batch if isinstance(batch, MutableMapping) else {} for batch in batches]
+        self._record = StepRecord(named, [batch.pop(ROW, None) for batch in named], num_items)
+        for batch in named:
             self._row = batch.pop(ONE_ROW, None)  # steps of several microbatches are not recorded
-            mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+            mask, ids = _padding_mask(batch), batch.get("input_ids")
             # no .item() here: the sum stays on the device until the next record is logged
             self._tokens = self._tokens + (mask.sum() if mask is not None else 0 if ids is None else ids.numel())
         return batches, num_items
@@ -120,13 +121,13 @@ class Trainer(ResumableTrainer):
             self._graphed = self._since = None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        step = self._graphed_step if self._records() else self._plain_step
+        step = self._graphed_step if isinstance(inputs, Mapping) and self._records() else self._plain_step
         loss = step(model, inputs, num_items_in_batch)
         self._record.losses.append(loss)
         return loss
 
     def _plain_step(self, model, inputs, num_items_in_batch):
-        self.load.mask = inputs.get("attention_mask")
+        self.load.mask = _padding_mask(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def why_not_recorded(self) -> str | None:
@@ -282,6 +283,12 @@ class Trainer(ResumableTrainer):
             logs["tokens_per_second"] = round(tokens / max(self._seconds, 1e-9), 1)
             self._tokens, self._seconds = 0, 0.0
         super().log(logs, start_time)
+
+
+def _padding_mask(batch: Any) -> torch.Tensor | None:
+    """[B, S], nonzero where a token is no padding, if the batch says so: masks of other shapes are attention's alone."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
 def _numbered(dataset: Any) -> Any:

@@ -5,6 +5,7 @@ A trainer makes its own batch and takes one step on it, without an optimizer.
 """
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from expertmesh.bench.tiny import FAMILIES
 from tests.layers.test_rows import LENGTHS, STATEFUL, alone, documents, gradients, trained
 from tests.models import load_ours, load_stock, saved
 from tests.test_ecosystem import arguments, tokenizer
+from tests.test_ecosystem import rows as token_rows
 
 SIX = ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "mixtral", "qwen3_next"]
 BETA = 0.5
@@ -184,3 +186,64 @@ def test_losses_and_gradients_are_the_stock_model_s(family, make, tmp_path):
     assert relative_error(loss, theirs) <= CPU_TOLERANCE
     error, where = worst_error(found, want)
     assert error <= CPU_TOLERANCE, where
+
+
+# --- expertmesh.Trainer takes what transformers' takes
+
+
+def of_tuples(examples):
+    return {"input_ids": torch.stack([ids for ids, _ in examples]), "labels": torch.stack([y for _, y in examples])}
+
+
+def of_objects(examples):
+    return of_tuples([(example.input_ids, example.labels) for example in examples])
+
+
+def of_tensors(examples):
+    return of_tuples([(torch.as_tensor(ids), torch.as_tensor(ids)) for ids in examples])
+
+
+def with_masks(examples, lowest: float, kinds: bool = False):
+    """Batches of one's own masks, [B, 1, S, S]: causal, and two documents in each row."""
+    batch = of_tuples([(example["input_ids"], example["labels"]) for example in examples])
+    mask = torch.full((12, 12), lowest).triu(1)
+    mask[6:, :6] = lowest
+    mask = mask.expand(len(examples), 1, 12, 12)
+    return batch | {"attention_mask": {"full_attention": mask, "sliding_attention": mask} if kinds else mask}
+
+
+AS_IT_IS = {
+    "tuples": (lambda row: (row["input_ids"], row["labels"]), of_tuples),
+    "objects": (lambda row: SimpleNamespace(**row), of_objects),
+    "tensors": (lambda row: row["input_ids"], of_tensors),
+    "lists": (lambda row: row["input_ids"].tolist(), of_tensors),
+    "encodings": (transformers.BatchEncoding, transformers.default_data_collator),
+    "masks of one's own": (lambda row: row, functools.partial(with_masks, lowest=float("-inf"))),
+    "masks, finite": (lambda row: row, functools.partial(with_masks, lowest=torch.finfo(torch.float32).min)),
+    "masks for each kind": (lambda row: row, functools.partial(with_masks, lowest=float("-inf"), kinds=True)),
+}
+
+
+@pytest.mark.parametrize("kind", AS_IT_IS)
+def test_examples_and_masks_of_any_kind(kind, tmp_path):
+    example, collate = AS_IT_IS[kind]
+    made = []
+    for cls, load in ((transformers.Trainer, load_stock), (expertmesh.Trainer, load_ours)):
+        args = arguments(TrainingArguments, tmp_path, remove_unused_columns=False, label_names=["labels"])
+        made.append(cls(load("gpt_oss"), args, collate, [example(row) for row in token_rows()]))
+    (theirs, want), (loss, found) = (step(trainer) for trainer in made)
+    assert relative_error(loss, theirs) <= CPU_TOLERANCE
+    error, where = worst_error(found, want)
+    assert error <= CPU_TOLERANCE, where
+    assert made[1]._tokens == 48
+
+
+def test_a_batch_that_is_no_mapping_reaches_one_s_own_loss(tmp_path):
+    class Own(expertmesh.Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return model(input_ids=inputs[0], labels=inputs[1]).loss
+
+    args = arguments(TrainingArguments, tmp_path, remove_unused_columns=False, max_steps=1)
+    data = [(row["input_ids"], row["labels"]) for row in token_rows()]
+    trainer = Own(load_ours("qwen3_moe"), args, torch.utils.data.default_collate, data)
+    assert trainer.train().training_loss > 0
