@@ -170,9 +170,9 @@ def _use_mtp(model: Any, weight: float | None) -> None:
     mtp = getattr(model, "_mtp", None)
     if mtp is None and weight is not None:
         raise ValueError(
-            f"mtp_loss_weight was given, but there are no modules for multi-token prediction: "
-            f"{type(model).__name__} has none (DeepSeek V3, GLM-4.5 and Nemotron 3 have), num_nextn_predict_layers is "
-            f"0, or the checkpoint was saved without them. Leave mtp_loss_weight out, or take a checkpoint that has them."
+            f"mtp_loss_weight was given, but there are no modules for multi-token prediction: {type(model).__name__} "
+            f"has none (DeepSeek V3, GLM-4.5 and Nemotron 3 have), num_nextn_predict_layers is 0, or the checkpoint "
+            f"was saved without them. Leave mtp_loss_weight out, or take a checkpoint that has them."
         )
     if mtp is not None:
         model.mtp_loss_weight = weight

@@ -7,7 +7,6 @@ Nemotron 3    `mtp.layers`: for each depth a layer for each of `mtp_layers_block
 """
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -75,8 +74,4 @@ def _nemotron_h(model: Any) -> MTP:
     return mtp
 
 
-MAKERS: dict[str, Callable[[Any], MTP]] = {
-    "deepseek_v3": _deepseek_v3,
-    "glm4_moe": _deepseek_v3,
-    "nemotron_h": _nemotron_h,
-}
+MAKERS = {"deepseek_v3": _deepseek_v3, "glm4_moe": _deepseek_v3, "nemotron_h": _nemotron_h}

@@ -60,7 +60,7 @@ class FastBaseModel(Fast):
     #: whether documents are where `cu_seq_lens_q` says and an attention_mask beside it is the auxiliary loss's alone
     told = False
     _call: Call | None = None
-    _mtp_loss_weight: float | None = None
+    _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
     _stateful: Any = None  # the class of such mixers that are not ours
     _sinks = False  # whether attention has sinks

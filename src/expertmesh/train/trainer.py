@@ -286,7 +286,7 @@ class Trainer(ResumableTrainer):
 
 
 def _padding_mask(batch: Any) -> torch.Tensor | None:
-    """[B, S], nonzero where a token is no padding, if the batch says so: masks of other shapes are attention's alone."""
+    """[B, S], nonzero where a token is no padding, if the batch says so; masks of other shapes are for attention."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
