@@ -5,6 +5,7 @@ decoder begins (base_model.py), with one wait for the device at most.
     neither positions nor a mask     each row is one document                                                no
     cu_seq_lens_q, max_length_q      documents are where the collator says                                   no
     position_ids, seq_idx            a document begins wherever positions do not count on                    one
+    cu_seq_lens_q and a mask         the same; and where the greatest length is missing                      one
     attention_mask [B, S]            rows are taken apart: tokens that are no padding become one row of      one
                                      documents, and hidden states are put together behind the last layer
 
