@@ -57,7 +57,7 @@ def varlen_attention_reference(
     """The specification, for [T, N, D] tensors, and what a CPU runs: SDPA within one document after the other."""
     lengths = cu_seqlens.diff().tolist()
     parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    outs = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True) for part in parts]
+    outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True) for q, k, v in parts]
     return torch.cat(outs, dim=2)[0].transpose(0, 1).contiguous()
 
 
