@@ -298,11 +298,25 @@ def test_a_rank_that_never_arrives_is_an_error_that_names_who_waited(tmp_path):
     assert said.startswith("Rank 0 waited in vain for the ranks [0, 1] at layer 1.")
 
 
-@pytest.mark.parametrize(("dispatch", "layer"), [("all_to_all", 2), ("gather", 0)])
-def test_the_layer_where_a_rank_never_arrives_is_named(tmp_path, dispatch, layer):
-    case, name = Case({"ep_size": 2, "dispatch": dispatch}), f"model.layers.{layer}.mlp.experts"
-    said, _ = on_ranks(2, work.never_arrives_at_a_layer, saved("qwen3_moe"), case, name, 3.0, tmp_path)
-    assert said.startswith(f"Rank 0 waited in vain for the ranks [0, 1] at {name}. One of them failed")
+@pytest.mark.parametrize(
+    ("setup", "layer", "said", "backward"),
+    [
+        ({"ep_size": 2, "dispatch": "all_to_all"}, "model.layers.2.mlp.experts", "model.layers.2.mlp.experts", False),
+        ({"ep_size": 2, "dispatch": "gather"}, "model.layers.2.mlp.experts", "model.layers.2.mlp.experts", False),
+        ({"ep_size": 2}, "model", "the beginning of a forward", False),
+        ({}, "model.layers.1", "the weights of model.layers.1", False),
+        ({}, "model.layers.1", "the weights of model.layers.0", True),
+        ({"dp_replicate_size": 2}, "model.layers.1", "the weights of model.layers.1", True),
+    ],
+    ids=str,
+)
+def test_the_place_where_a_rank_never_arrives_is_named(tmp_path, setup, layer, said, backward):
+    """By the patience of the setup; the groups have that of `init_process_group`, of hours."""
+    case = Case(setup | {"timeout_minutes": 0.05})
+    stops = work.never_arrives_at_a_layer
+    heard, _ = on_ranks(2, stops, saved("qwen3_moe"), case, layer, tmp_path, backward, seconds=60)
+    assert heard.startswith(f"Rank 0 waited in vain for the ranks [0, 1] at {said}. One of them failed")
+    assert "gloo" not in heard and "raise timeout_minutes, now 0.05" in heard
 
 
 @pytest.mark.slow

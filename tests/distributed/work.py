@@ -453,9 +453,10 @@ def never_arrives(rank: int, seconds: float, folder: Path) -> str:
     return "no error"
 
 
-def never_arrives_at_a_layer(rank: int, model: Path, case: Case, layer: str, seconds: float, folder: Path) -> str:
-    """What rank 0 says in a forward when rank 1 comes as far as the experts `layer`, but not into them."""
-    dist.init_process_group("gloo")
+def never_arrives_at_a_layer(
+    rank: int, model: Path, case: Case, layer: str, folder: Path, backward: bool = False
+) -> str:
+    """What rank 0 says in a step when rank 1 comes as far as the module `layer`, but not into it."""
     laid_out, setup = load(model, case)
     told = folder / "told"
 
@@ -464,12 +465,14 @@ def never_arrives_at_a_layer(rank: int, model: Path, case: Case, layer: str, sec
             time.sleep(0.05)
         raise InterruptedError
 
-    if rank == 1:
-        laid_out.get_submodule(layer).register_forward_pre_hook(stay_away)
+    if rank == 1 and backward:
+        laid_out.get_submodule(layer).register_full_backward_pre_hook(stay_away)
+    elif rank == 1:
+        laid_out.get_submodule(layer).register_forward_pre_hook(stay_away, prepend=True)
     dist.barrier()
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
     try:
-        loss_of(laid_out, setup, rank)
+        loss_of(laid_out, setup, rank).backward()
+        clip_grad_norm(laid_out.parameters(), 1.0)
     except InterruptedError:
         return ""
     except RuntimeError as error:
