@@ -297,8 +297,10 @@ def create_distributed_setup_from_config(
     moe = _keys(section.pop("moe", {}), "moe.", ("reshard_after_forward",), _NEMO_MOE_KEYS)
     if section.get(_RECOMPUTE) == "full":
         section[_RECOMPUTE] = True
-    section |= {"reshard_experts": value for value in moe.values()}  # noqa: B035
-    return DistributedSetup(**section, world_size=world_size)
+    reshard = moe.get("reshard_after_forward", True)
+    if type(reshard) is not bool:
+        raise ValueError(f"moe.reshard_after_forward must be true or false, not {reshard!r}.")
+    return DistributedSetup(**section, reshard_experts=reshard, world_size=world_size)
 
 
 def _keys(section: Any, path: str, ours: tuple[str, ...], theirs: dict[str, tuple]) -> dict[str, Any]:

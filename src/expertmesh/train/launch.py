@@ -68,7 +68,6 @@ def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
 def join(minutes: float) -> None:
     """Wait until all ranks of the run have come. Raises RanksError, which says what is wrong or who has not."""
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     from expertmesh.waiting import RanksError
 
@@ -78,7 +77,13 @@ def join(minutes: float) -> None:
     done: Future[str] = Future()
 
     def meet() -> str:
-        store, *_ = next(rendezvous("env://", timeout=limit))
+        is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        options: dict[str, Any] = {
+            "timeout": limit,
+            "wait_for_workers": False,
+            "multi_tenant": True,
+        }  # PyTorch makes its own from it
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_server, **options)
         _stores.append(store)
         book = dist.PrefixStore(f"expertmesh/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         if book.add(str(rank), 1) > 1:
@@ -86,9 +91,8 @@ def join(minutes: float) -> None:
         try:
             book.wait([str(number) for number in range(size)], limit * 0.8)
         except dist.DistStoreError:
-            times = [book.add(str(number), 0) for number in range(size)]
-            twice = [number for number in range(size) if times[number] > 1]
-            absent = [number for number in range(size) if times[number] == 0]
+            absent = [number for number in range(size) if not book.check([str(number)])]
+            twice = [number for number in range(size) if number not in absent and book.add(str(number), 0) > 1]
             return f"of {size} ranks {_few(absent)} did not come" + (f", RANK={_few(twice)} came twice" * bool(twice))
         return ""
 
@@ -109,7 +113,7 @@ def join(minutes: float) -> None:
         raise RanksError(
             f"Rank {rank} found no others by MASTER_ADDR={os.environ.get('MASTER_ADDR')} and "
             f"MASTER_PORT={os.environ.get('MASTER_PORT')}: {why}. These must name the machine of rank 0 and a free "
-            f"port of it, and one process must be started for each RANK from 0 to {size - 1}. If ranks only need longer "
+            f"port of it, and there must be one process for each RANK from 0 to {size - 1}. If ranks only need longer "
             f"than {minutes:g} minutes to start, raise parallel.start_timeout_minutes."
         )
 
