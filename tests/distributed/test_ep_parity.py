@@ -265,6 +265,11 @@ def test_ranks_that_do_not_do_the_same_are_told_so_before_the_first_step(tmp_pat
             assert f": {name} is " in text and " on 0; " in text and " on 1. " in text
 
 
+def test_a_rank_that_stands_still_in_its_data_is_told_by_the_trainer(tmp_path):
+    said, _ = on_ranks(2, work.stops_in_its_data, saved("qwen3_moe"), tmp_path, seconds=60)
+    assert said.startswith("Rank 0 waited in vain for the ranks [0, 1] at the count of labels of step")
+
+
 def test_routers_move_alike_by_the_rows_of_all_ranks():
     ranks = on_ranks(2, work.balanced, saved("deepseek_v3"), Case({"ep_size": 2}))
     for (moved, count), (other, more) in zip(*ranks, strict=True):

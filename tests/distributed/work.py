@@ -295,6 +295,29 @@ def differences(rank: int, folders: list[Path], out: Path) -> dict[str, str]:
     return said
 
 
+def stops_in_its_data(rank: int, folder: Path, out: Path) -> str:
+    """What rank 0 says when rank 1 stands still while it reads the batch of the second step."""
+    told, seen = out / "told", []
+    model = load(folder, Case({"timeout_minutes": 0.05}))[0]
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        seen.append(rows)
+        while rank == 1 and len(seen) > 2 and not told.exists():  # Accelerate reads one ahead
+            time.sleep(0.05)
+        return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+    data = [{"input_ids": list(range(3, 12)), "labels": list(range(3, 12))}] * 64
+    given = {"max_steps": 6, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    arguments = TrainingArguments(str(out), per_device_train_batch_size=1, **given)
+    try:
+        expertmesh.Trainer(model, arguments, data_collator=collate, train_dataset=data).train()
+    except RuntimeError as error:  # of rank 1 whatever comes once rank 0 has gone
+        return str(error)
+    finally:
+        told.touch()
+    return "no error"
+
+
 def balanced(rank: int, folder: Path, case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each router: how its bias moved, and the rows that its experts got on this rank."""
     model, setup = load(folder, case)

@@ -179,6 +179,7 @@ def test_ranks_that_do_not_find_each_other_say_why_in_time(monkeypatch):
             ("0", None, "another run has that port"),
             ("0", launching._free_port(), "of 3 ranks 1, 2 did not come"),
             ("0", "", "another process has RANK=0, too"),
+            ("3", "", "RANK=3 is none of WORLD_SIZE=3"),
         ):
             monkeypatch.setenv("RANK", rank)
             if port:

@@ -77,12 +77,11 @@ def join(minutes: float) -> None:
     done: Future[str] = Future()
 
     def meet() -> str:
+        if not 0 <= rank < size:
+            return f"RANK={rank} is none of WORLD_SIZE={size}"
         is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        options: dict[str, Any] = {
-            "timeout": limit,
-            "wait_for_workers": False,
-            "multi_tenant": True,
-        }  # PyTorch makes its own from it
+        # PyTorch's own comes later, on the same server
+        options: dict[str, Any] = {"timeout": limit, "wait_for_workers": False, "multi_tenant": True}
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_server, **options)
         _stores.append(store)
         book = dist.PrefixStore(f"expertmesh/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -106,7 +105,7 @@ def join(minutes: float) -> None:
     threading.Thread(target=work, daemon=True).start()
     try:
         why = done.result(limit.total_seconds())
-    except (RuntimeError, ValueError, TimeoutError) as error:
+    except (RuntimeError, ValueError, KeyError, TimeoutError) as error:
         taken = "EADDRINUSE" in str(error)
         why = "another run has that port, or another process RANK=0" if taken else "PyTorch's rank 0 does not answer"
     if why:
