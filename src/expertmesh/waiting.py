@@ -28,10 +28,9 @@ def waiting(place: str, *groups: dist.ProcessGroup) -> Iterator[None]:
     So do the backends that raise, as gloo does. NCCL's exchanges only start here: if a rank does not come, its watchdog
     ends the process, and tells the rank and the exchange, but not the place.
     """
-    backends: list[Any] = [group._get_backend(device) for group in groups for device in group._device_types]
-    before = [backend.options._timeout for backend in backends]
-    for backend, timeout in zip(backends, before, strict=True):
-        backend._set_default_timeout(min(timeout, patience + _FIRST * (backend.name() == "nccl")))
+    backends = [one for group in groups for one in _backends(group)]
+    for backend, usual, more in backends:
+        backend._set_default_timeout(min(usual, patience + more))
     try:
         yield
     except RuntimeError as error:
@@ -44,8 +43,15 @@ def waiting(place: str, *groups: dist.ProcessGroup) -> Iterator[None]:
             f"--pid). If it only needs longer, raise timeout_minutes, now {patience.total_seconds() / 60:g}."
         ) from None
     finally:
-        for backend, timeout in zip(backends, before, strict=True):
-            backend._set_default_timeout(timeout)
+        for backend, usual, _ in backends:
+            backend._set_default_timeout(usual)
+
+
+@cache
+def _backends(group: Any) -> list[tuple[Any, timedelta, timedelta]]:
+    """Each with its usual timeout, and what it is given beyond our patience; asked once, as a step exchanges often."""
+    found = {id(backend): backend for backend in map(group._get_backend, group._device_types)}.values()
+    return [(one, one.options._timeout, _FIRST if one.name() == "nccl" else timedelta()) for one in found]
 
 
 def meet(place: str) -> None:
