@@ -1,10 +1,12 @@
 """A `DistributedSetup` fits the ranks or says what to change; NeMo's keys are mapped or refused, none is dropped."""
 
+import random
+
 import pytest
 import torch
 from torch.nn.parallel import replicate
 
-from expertmesh import AutoModelForCausalLM
+from expertmesh import AutoModelForCausalLM, parallel
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.memory.clip import clip_grad_norm
 from expertmesh.nemo import NeMoAutoModelForCausalLM
@@ -42,10 +44,10 @@ def test_sizes_that_fit_become_the_meshes_of_transformers(sizes, world, monkeypa
         "ep": ({"ep_size": 3}, "Set ep_size to 1, 2, 4 or 8."),
         "ep over replicas": ({"ep_size": 8, "dp_replicate_size": 2}, "Set ep_size to 1, 2 or 4."),
         "ep below tp": ({"ep_size": 2, "tp_size": 4}, "Set ep_size to 1, 4 or 8."),
-        "zero": ({"ep_size": 0}, "ep_size must be a whole number of at least 1, not 0."),
-        "text": ({"tp_size": "2"}, "tp_size must be a whole number of at least 1, not '2'."),
-        "strategy": ({"strategy": "fsdp3"}, "the strategy is 'fsdp2'"),
-        "dispatch": ({"dispatch": "push"}, "dispatch='push' is unknown. Set it to auto, all_to_all, gather."),
+        "zero": ({"ep_size": 0}, "ep_size must be a whole number from 1 to 1,000,000, not 0."),
+        "text": ({"tp_size": "2"}, "tp_size must be a whole number from 1 to 1,000,000, not '2'."),
+        "strategy": ({"strategy": "fsdp3"}, "strategy must be 'fsdp2'"),
+        "dispatch": ({"dispatch": "push"}, "dispatch must be one of auto, all_to_all, gather, not 'push'."),
     }.values(),
 )
 def test_sizes_that_do_not_fit_are_errors_that_name_what_fits(sizes, says):
@@ -131,10 +133,10 @@ def test_the_section_of_a_nemo_script():
         ({"cp_size": 2}, "cp_size=2"),
         ({"pipeline": {"pp_schedule": "1f1b"}}, "pipeline={'pp_schedule': '1f1b'}"),
         ({"strategy": "ddp"}, "dp_replicate_size"),
-        ({"strategy": "megatron_fsdp"}, "the strategy is 'fsdp2'"),
+        ({"strategy": "megatron_fsdp"}, "strategy must be 'fsdp2'"),
         ({"sequence_parallel": True}, "sequence_parallel=True"),
-        ({"activation_checkpointing": "selective"}, "'full'"),
-        ({"timeout_minutes": 5}, "timeout_minutes=5"),
+        ({"activation_checkpointing": "selective"}, "activation_checkpointing must be true or false"),
+        ({"timeout_minutes": 0}, "timeout_minutes must be a number of minutes above 0, not 0"),
         ({"moe": {"lm_head_precision": "float32"}}, "moe.lm_head_precision='float32'"),
     ],
     ids=str,
@@ -143,6 +145,32 @@ def test_no_setting_is_dropped_in_silence(section, says):
     with pytest.raises(ValueError) as error:
         create_distributed_setup_from_config(section, world_size=8)
     assert says in str(error.value)
+
+
+STRANGE = [
+    None, True, False, 0, 1, 2, 3, -1, 8, 10**12, 1.0, float("nan"), float("inf"), "2", "false", "full", "gather", "",
+    [], [2], {}, {"reshard_after_forward": "false"}, {2: 3}, (1,), b"2", object(), torch.ones(2), "fsdp2",
+]  # fmt: skip
+
+
+def test_any_section_is_a_setup_of_proper_values_or_a_value_error_that_names_a_key():
+    draw, made = random.Random(0), 0
+    known = [*parallel._OURS, *parallel._NEMO_KEYS]
+    for _ in range(1000):
+        keys = draw.choices([*known, *parallel._OURS * 4, "ep_sise", 3, None, ("a",)], k=draw.randint(1, 3))
+        section = {key: draw.choice(STRANGE) for key in keys}
+        try:
+            setup = create_distributed_setup_from_config(section, world_size=draw.choice((8, 8, 8, 2, 10**12, "8")))
+        except ValueError as error:
+            assert any(str(key) in str(error) for key in (*section, "world_size")), (section, error)
+            continue
+        made += 1
+        assert {type(getattr(setup, name)) for name in ("activation_checkpointing", "reshard_experts")} == {bool}
+        assert all(type(getattr(setup, name)) is int for name in ("ep_size", "tp_size", "dp_size", "world_size"))
+    assert made > 10
+    for section in ([], 3, "fsdp2", {1}):
+        with pytest.raises(ValueError, match="must be a dict of settings"):
+            create_distributed_setup_from_config(section)
 
 
 def test_one_process_takes_a_setup_too_and_initialises_by_the_seed():
@@ -185,11 +213,15 @@ def test_clipping_without_ranks_equals_torch(max_norm):
     assert clip_grad_norm([torch.nn.Parameter(torch.ones(1))], 1.0) == 0
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "inside another module"])
-def test_several_gpus_in_one_process_are_an_error_that_says_how_to_start_ranks(monkeypatch, wrapped):
+@pytest.mark.parametrize(
+    "part",
+    [lambda m: m, lambda m: torch.nn.Sequential(torch.nn.Linear(1, 1), m), lambda m: m.model],
+    ids=["model", "inside another module", "base model"],
+)
+def test_several_gpus_in_one_process_are_an_error_that_says_how_to_start_ranks(monkeypatch, part):
     """By nn.DataParallel's own way to its copies, whose weights alone are faked: they need GPUs."""
     model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
-    module = torch.nn.Sequential(torch.nn.Linear(1, 1), model) if wrapped else model
+    module = part(model)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     for name, fake in {
         "_get_device_index": lambda device, optional: device,

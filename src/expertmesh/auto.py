@@ -66,6 +66,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         mtp_weight = _mtp_weight_of(kwargs, fused, setup)
         if setup is not None:
             kwargs["distributed_config"] = setup.to_transformers(**_stock_dispatch(fused, setup))
+            setup.join()
         loader: Any = super() if fused is not False else transformers.AutoModelForCausalLM
         if fused is not False and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = _own_copy(kwargs["config"], kwargs)
@@ -98,9 +99,9 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
                 model = fuse(maker.from_config(config, **kwargs), fused)
                 _use_mtp(model, mtp_weight)
                 return model
-            chosen, device, meshes = PreTrainedModel.prepare_distribute_model(
-                setup.to_transformers(**_stock_dispatch(fused, setup))
-            )
+            layout = setup.to_transformers(**_stock_dispatch(fused, setup))
+            setup.join()
+            chosen, device, meshes = PreTrainedModel.prepare_distribute_model(layout)
             with initialization.no_init_weights(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
                 model = maker.from_config(config, **kwargs)
             model = model.maybe_distribute_model(model, chosen, meshes)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -26,16 +27,17 @@ from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of,
 from expertmesh.layers import attention, sinks
 from expertmesh.layers import experts as fast_experts
 from expertmesh.layers.base_model import Call, FastBaseModel, calling, fuse_base
-from expertmesh.layers.fast import has_cache, twin
+from expertmesh.layers.fast import has_cache, refuse_replicas, twin
 from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, next_tokens, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
 from expertmesh.layers.mtp import MTP, predicting, promise_what_is_kept, were_saved, with_predictions
 from expertmesh.layers.router import aux_loss_share
 from expertmesh.layers.sharding import lean_layout
 from expertmesh.memory.recompute import keep_routing
-from expertmesh.parallel import refuse_replicas, refuse_unfit_shards
+from expertmesh.parallel import refuse_unfit_shards
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
-from expertmesh.weights.read import to_model_names
+from expertmesh.weights.ranks import refuse_differences
+from expertmesh.weights.read import glance, to_model_names
 from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
 _refusing: ContextVar[bool] = ContextVar("refusing_missing_experts", default=False)
@@ -237,9 +239,18 @@ class FusedModel(ReadsQuantized):
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
         """As in Transformers, which crashes on some ranks and leaves others waiting if a shard would be empty."""
         if mesh_manager is not None:
+            told = model.config.to_dict()
+            refuse_differences("the model's configuration", {key: told[key] for key in told if key[0] != "_"})
             refuse_unfit_shards(model, distributed_config)
         with lean_layout(model, distributed_config):
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; ranks must not read different weights, each its part."""
+        if model.is_distributed_loading_by_transformers:
+            refuse_differences("the checkpoint", {Path(file).name: glance(file) for file in checkpoint_files or ()})
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:

@@ -7,26 +7,35 @@ the ranks that already share the data: 8 GPUs are dp_size=8 and ep_size=8 at onc
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
+from transformers.distributed.utils import _ensure_torch_distributed
 
+from expertmesh import waiting as limits
 from expertmesh.dispatch import all_to_all, gather
+from expertmesh.waiting import meet, waiting
+from expertmesh.weights.ranks import refuse_differences
 
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
 DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME}
 AUTO = "auto"
+_RECOMPUTE = "activation_checkpointing"
+_AVERAGED = "_replicated_grad_hook_registered"  # Transformers' name for it
 NEAR = 8  # ranks up to which "auto" gathers
 
 
@@ -45,6 +54,8 @@ class DistributedSetup:
         ep_size of 8, else "all_to_all". "all_to_all": once to each rank that needs them, any number of ranks; the host
         waits once per layer for the counts. "gather": to all ranks of the expert-parallel group; the host never waits
         for the device.
+    timeout_minutes: how long a rank waits for another in a step; then it ends with an error that names the layer.
+        Loading, saving and what else ranks do together may take hours.
     strategy: "fsdp2"; there is no other.
     world_size: ranks; by default those of torch.distributed, else WORLD_SIZE, else 1.
 
@@ -58,53 +69,41 @@ class DistributedSetup:
     activation_checkpointing: bool = False
     reshard_experts: bool = True
     dispatch: str = AUTO
+    timeout_minutes: float = 5.0
     strategy: str = STRATEGY
     world_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.strategy != STRATEGY:
-            raise ValueError(
-                f"There is no strategy {self.strategy!r}; the strategy is {STRATEGY!r}. For a whole copy on each rank, "
-                f"as in DDP, set dp_replicate_size to the number of ranks."
-            )
         if self.world_size is None:
             object.__setattr__(self, "world_size", current_world_size())
-        for name in ("world_size", "ep_size", "tp_size", "dp_size", "dp_replicate_size"):
-            size = getattr(self, name)
-            if size is not None and (type(size) is not int or size < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {size!r}.")
-        if self.dispatch not in (AUTO, *DISPATCH):
-            raise ValueError(f"dispatch={self.dispatch!r} is unknown. Set it to {', '.join((AUTO, *DISPATCH))}.")
-        self._check_dense()
-        self._check_experts()
-
-    def _check_dense(self) -> None:
+        for name, (fits, allowed) in _VALUES.items():
+            value = getattr(self, name)
+            if not fits(value) and not (name == "dp_size" and value is None):
+                raise ValueError(f"{name} must be {allowed}, not {value!r}.")
         world, tp, replicas = self.world_size, self.tp_size, self.dp_replicate_size
         assert world is not None
         if world % tp:
             raise ValueError(f"tp_size={tp} does not divide the {world} ranks. Set tp_size to {_divisors(world)}.")
         if self.dp_size is None:
             object.__setattr__(self, "dp_size", world // tp)
-        elif self.dp_size * tp != world:
+        assert self.dp_size is not None
+        if self.dp_size * tp != world:
             raise ValueError(
                 f"dp_size={self.dp_size} x tp_size={tp} is {self.dp_size * tp}, but there are {world} ranks. "
                 f"Leave dp_size out (it then is {world // tp}), or start {self.dp_size * tp} ranks."
             )
-        assert self.dp_size is not None
         if self.dp_size % replicas:
             raise ValueError(
                 f"dp_replicate_size={replicas} does not divide dp_size={self.dp_size} (world_size={world} / "
                 f"tp_size={tp}). Set dp_replicate_size to {_divisors(self.dp_size)}."
             )
-
-    def _check_experts(self) -> None:
-        ranks = self.fsdp_size * self.tp_size
-        fitting = [n for n in range(1, ranks + 1) if ranks % n == 0 and n % self.tp_size == 0]
-        if self.ep_size > 1 and self.ep_size not in fitting:
+        ranks = self.fsdp_size * tp
+        if self.ep_size > 1 and (ranks % self.ep_size or self.ep_size % tp):
+            fitting = [n for n in range(tp, ranks + 1, tp) if ranks % n == 0]
             raise ValueError(
                 f"ep_size={self.ep_size} does not fit: experts are spread over the {ranks} ranks of a replica "
-                f"(world_size={self.world_size} / dp_replicate_size={self.dp_replicate_size}), so ep_size must divide "
-                f"{ranks} and be a multiple of tp_size={self.tp_size}. Set ep_size to {_or([1, *fitting])}."
+                f"(world_size={world} / dp_replicate_size={replicas}), so ep_size must divide "
+                f"{ranks} and be a multiple of tp_size={tp}. Set ep_size to {_or([1, *fitting])}."
             )
 
     @property
@@ -134,6 +133,12 @@ class DistributedSetup:
             ep_implementation=ep_implementation or DISPATCH[self._dispatch()],
         )
 
+    def join(self) -> None:
+        """Start torch.distributed, if nobody has, among as many ranks. Raises RanksError if their setups differ."""
+        if current_world_size() > 1:
+            _ensure_torch_distributed()
+            refuse_differences("distributed_setup", asdict(self))
+
     def _dispatch(self) -> str:
         """The dispatch that is asked for, or the one that fits: groups are ranks one behind the other."""
         if self.dispatch != AUTO:
@@ -146,9 +151,18 @@ class DistributedSetup:
         """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
         if self.activation_checkpointing:
             model.activation_checkpointing_enable()
-        for module in model.modules():
-            if getattr(module, "_is_expert_parallel", False) and isinstance(module, FSDPModule):
+        if current_world_size() == 1:
+            return
+        limits.patience = timedelta(minutes=self.timeout_minutes)
+        for name, module in model.named_modules():
+            if not isinstance(module, FSDPModule):
+                continue
+            if getattr(module, "_is_expert_parallel", False):
                 module.set_reshard_after_forward(self.reshard_experts)
+            state = vars(module._get_fsdp_state())  # torch 2.11 has one unit there, or None
+            for unit in filter(None, state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")])):
+                _let_wait(unit, f"the weights of {name or type(model).__name__}")
+        model.base_model.register_forward_pre_hook(partial(_before_training, model, set(model.modules())))
 
     def __str__(self) -> str:
         """The mesh as text: a column for each rank, and which batch, copy and part of the model it holds."""
@@ -175,6 +189,51 @@ class DistributedSetup:
         return "\n".join(lines)
 
 
+def _let_wait(unit: Any, place: str) -> None:
+    """Make the exchanges of one of FSDP's units `waiting`; one of several modules comes by several times."""
+    groups = [getattr(unit.mesh_info, f"{kind}_process_group", None) for kind in ("shard", "replicate")]
+    for name in ("unshard", "wait_for_unshard", "post_backward"):
+        if name not in vars(unit):
+            setattr(unit, name, waiting(place, *filter(None, groups))(getattr(unit, name)))
+
+
+@torch.compiler.disable
+def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.Module, _: Any) -> None:
+    """Before each training forward of a model that is laid out: the ranks meet, and adapters become alike on all.
+
+    PEFT adds these after the layout. FSDP knows nothing of them, so each rank would draw and train its own. They become
+    rank 0's, and their gradients are averaged, as by Transformers' Trainer, with whom a mark tells who came first.
+    """
+    if not (base.training and torch.is_grad_enabled()):
+        return
+    meet("the beginning of a forward")
+    world: Any = dist.group.WORLD
+    for place, module in model.named_modules():
+        if module in laid_out:
+            continue
+        if getattr(getattr(module, "base_layer", None), "_is_expert_parallel", False):
+            raise ValueError(
+                f"{place}: adapters on experts do not work with ep_size > 1, which spreads experts over ranks. Set "
+                f"ep_size to 1, or leave target_parameters out and adapt attention by target_modules."
+            )
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad or hasattr(parameter, _AVERAGED):
+                continue
+            if not isinstance(parameter, DTensor):
+                with waiting(place, world):
+                    dist.broadcast(parameter.data, 0)
+                parameter.register_post_accumulate_grad_hook(waiting(place, world)(_average))
+            elif parameter.device_mesh.size() < world.size():
+                raise ValueError(
+                    f"{place}: nobody averages adapters that tp_size splits over dp_size. Set tp_size to 1."
+                )
+            setattr(parameter, _AVERAGED, True)
+
+
+def _average(parameter: torch.Tensor) -> None:
+    dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
+
+
 def current_world_size() -> int:
     """How many ranks this run has."""
     if dist.is_available() and dist.is_initialized():
@@ -191,7 +250,21 @@ def _or(numbers: Iterable[int]) -> str:
     return f"{', '.join(map(str, first))} or {last}" if first else str(last)
 
 
-_OURS = tuple("strategy dp_size dp_replicate_size tp_size ep_size activation_checkpointing moe dispatch".split())
+def _is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
+    """By type and value: True is not 1, and nothing is asked of tensors."""
+    return any(value is one or (type(value) is type(one) and value == one) for one in allowed)
+
+
+_COUNT = (lambda x: type(x) is int and 1 <= x <= 10**6, "a whole number from 1 to 1,000,000")
+# field of a `DistributedSetup` -> (whether a value fits, what fits in words)
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys("world_size ep_size tp_size dp_size dp_replicate_size".split(), _COUNT),
+    **dict.fromkeys((_RECOMPUTE, "reshard_experts"), (lambda x: type(x) is bool, "true or false")),
+    "timeout_minutes": (lambda x: type(x) in (int, float) and 0 < x <= 10**6, "a number of minutes above 0"),
+    "dispatch": (lambda x: _is_one_of(x, (AUTO, *DISPATCH)), f"one of {', '.join((AUTO, *DISPATCH))}"),
+    "strategy": (lambda x: x == STRATEGY, f"{STRATEGY!r} (with dp_replicate_size each rank has a copy, as in DDP)"),
+}
+_OURS = (*"strategy dp_size dp_replicate_size tp_size ep_size timeout_minutes dispatch".split(), _RECOMPUTE, "moe")
 # NeMo AutoModel's other keys, with the values that ask for nothing or for what happens anyway
 _NEMO_KEYS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys("pp_size cp_size fsdp2_forward_prefetch_depth".split(), (1, None)),
@@ -199,8 +272,7 @@ _NEMO_KEYS: dict[str, tuple[Any, ...]] = {
         "sequence_parallel enable_async_tensor_parallel enable_compile enable_fsdp2_prefetch".split(), (False, None)
     ),
     **dict.fromkeys("defer_fsdp_grad_sync reshard_after_forward".split(), (True, None)),
-    **dict.fromkeys("pipeline tp_plan mp_policy offload_policy autocast_dtype multimodal".split(), (None,)),
-    **dict.fromkeys("timeout_minutes ranks".split(), (None,)),
+    **dict.fromkeys("pipeline tp_plan mp_policy offload_policy autocast_dtype multimodal ranks".split(), (None,)),
     "fsdp2_backward_prefetch_depth": (2, None),
     "activation_checkpointing_scope": ("all", None),
     "patch_is_packed_sequence": (False, True, None),
@@ -216,46 +288,40 @@ def create_distributed_setup_from_config(
 ) -> DistributedSetup:
     """The `DistributedSetup` of a `distributed` section with NeMo AutoModel's keys, as a dict or keywords.
 
-    Keys: strategy, dp_size, dp_replicate_size, tp_size, ep_size, activation_checkpointing (bool or "full"),
-    moe: {reshard_after_forward: bool}, and dispatch, which NeMo has not. A size of None follows from the others. NeMo's
-    other keys are accepted at values that ask for what happens anyway. Raises ValueError for any other value of them,
-    and for a key that nobody knows.
+    Keys: strategy, dp_size, dp_replicate_size, tp_size, ep_size, timeout_minutes, activation_checkpointing (bool or
+    "full"), moe: {reshard_after_forward: bool}, and dispatch, which NeMo has not. None leaves a key out. NeMo's other
+    keys are accepted at values that ask for what happens anyway. Raises ValueError for any other value of them, and for
+    a key that nobody knows.
     """
-    section = {**(config or {}), **keys}
-    moe = section.get("moe") or {}
-    _refuse_keys(section, "", _OURS, _NEMO_KEYS)
-    _refuse_keys(moe, "moe.", ("reshard_after_forward",), _NEMO_MOE_KEYS)
-    recompute = section.get("activation_checkpointing") or False
-    if recompute not in (True, False, "full"):
-        raise ValueError(f"activation_checkpointing={recompute!r} is not supported; it is false, true or 'full'.")
-    sizes = {name: section[name] for name in _OURS if name.endswith("_size") and section.get(name) is not None}
-    reshard = moe.get("reshard_after_forward")
-    return DistributedSetup(
-        **sizes,
-        activation_checkpointing=bool(recompute),
-        reshard_experts=True if reshard is None else reshard,
-        dispatch=section.get("dispatch") or AUTO,
-        strategy=section.get("strategy") or STRATEGY,
-        world_size=world_size,
-    )
+    section = _keys({} if config is None else config, "", _OURS, _NEMO_KEYS) | _keys(keys, "", _OURS, _NEMO_KEYS)
+    moe = _keys(section.pop("moe", {}), "moe.", ("reshard_after_forward",), _NEMO_MOE_KEYS)
+    if section.get(_RECOMPUTE) == "full":
+        section[_RECOMPUTE] = True
+    reshard = moe.get("reshard_after_forward", True)
+    if type(reshard) is not bool:
+        raise ValueError(f"moe.reshard_after_forward must be true or false, not {reshard!r}.")
+    return DistributedSetup(**section, reshard_experts=reshard, world_size=world_size)
 
 
-def _refuse_keys(section: dict[str, Any], path: str, ours: tuple[str, ...], theirs: dict[str, tuple]) -> None:
+def _keys(section: Any, path: str, ours: tuple[str, ...], theirs: dict[str, tuple]) -> dict[str, Any]:
+    """Of a section what is ours and not None."""
+    if not isinstance(section, dict):
+        raise ValueError(f"{path.rstrip('.') or 'The section'} must be a dict of settings, not {section!r}.")
     for key, value in section.items():
         if key in ours:
             continue
         if key not in theirs:
-            known = [*ours, *theirs]
-            near = get_close_matches(key, known, 1, 0)[0]
+            near = get_close_matches(str(key), [*ours, *theirs], 1, 0)[0]
             raise ValueError(
-                f"There is no distributed setting {path + key!r}; did you mean {path + near!r}? "
+                f"There is no distributed setting {f'{path}{key}'!r}; did you mean {path + near!r}? "
                 f"Settings: {', '.join(path + name for name in ours)}."
             )
-        if value not in theirs[key]:
+        if not _is_one_of(value, theirs[key]):
             raise ValueError(
                 f"{path}{key}={value!r} is NeMo AutoModel's and not supported here: leave it out, or set it to "
                 f"{' or '.join(map(repr, theirs[key]))}."
             )
+    return {key: value for key, value in section.items() if key in ours and value is not None}
 
 
 def as_setup(setup: DistributedSetup | dict[str, Any]) -> DistributedSetup:
@@ -303,16 +369,3 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
                 f"ep_size={layout.ep_size}: they do not divide evenly, or some rank would get none. "
                 + (f"Set ep_size to {_or(sizes)}." if sizes else "Raise dp_replicate_size: replicas get smaller.")
             )
-
-
-def refuse_replicas(model: torch.nn.Module) -> NoReturn:
-    """A fused model's `_replicate_for_data_parallel`, by which nn.DataParallel copies it before its first forward.
-
-    transformers.Trainer wraps a model so when one process sees several GPUs. Raises ValueError.
-    """
-    gpus = max(2, torch.cuda.device_count())
-    raise ValueError(
-        f"{type(model).__name__} would be copied to {gpus} GPUs in every forward, as one process sees them all and "
-        f"Trainer then wraps models in nn.DataParallel. expertmesh runs one process per GPU. Start them with torchrun "
-        f"--nproc-per-node {gpus} script.py, or let one process see one GPU: CUDA_VISIBLE_DEVICES=0 python script.py."
-    )

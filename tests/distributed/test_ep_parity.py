@@ -229,10 +229,57 @@ def test_rows_of_experts_in_a_latent_width_travel_in_it(dispatch, tmp_path):
 
 
 def test_adapters_around_experts_in_a_latent_width_get_the_gradients_of_one_process():
-    want = work.reference(work.adapt(load_stock("nemotron_h")), 2, None)["grads"]
-    want = {name: grad for name, grad in want.items() if "lora" in name}
-    for grads in on_ranks(2, work.adapters, saved("nemotron_h"), Case({"ep_size": 2}, recompute=True)):
-        assert len(grads) == 8 and work.worst(grads, want)[0] <= TOLERANCE
+    targets = {"target_modules": ["fc1_latent_proj", "fc2_latent_proj"]}
+    cases = [(Case({"ep_size": 2}, recompute=True), targets)]
+    for (grads,) in on_ranks(2, work.adapters, saved("nemotron_h"), cases):
+        assert len(grads) == 8 and work.worst(grads, adapted("nemotron_h", targets))[0] <= TOLERANCE
+
+
+def adapted(family: str, targets: dict[str, list[str]]) -> dict[str, torch.Tensor]:
+    """The gradients of rank 0's adapters on one process."""
+    grads = work.reference(work.adapt(load_stock(family), **targets), 2, None)["grads"]
+    return {name: grad for name, grad in grads.items() if "lora" in name}
+
+
+def test_adapters_are_rank_0s_and_get_the_gradients_of_one_process_in_a_loop_by_hand_or_are_refused():
+    """Each rank drew its own, after the model was laid out."""
+    attention = {"target_modules": ["q_proj", "v_proj"]}
+    experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    fine = [(Case({}), attention), (Case({"ep_size": 2}, fused=False), attention), (Case({}), experts)]
+    for *grads, refused in on_ranks(2, work.adapters, saved("qwen3_moe"), [*fine, (Case({"ep_size": 2}), experts)]):
+        for got, (_, targets) in zip(grads, fine, strict=True):
+            assert work.worst(got, adapted("qwen3_moe", targets))[0] <= TOLERANCE
+        assert refused.startswith("model.layers.0.mlp.experts") and "Set ep_size to 1, or" in refused
+
+
+def test_ranks_that_do_not_do_the_same_are_told_so_before_the_first_step(tmp_path):
+    folders = [saved("qwen3_moe"), tmp_path / "configured", tmp_path / "tuned"]
+    tiny.tiny_model("qwen3_moe", rms_norm_eps=1e-5).save_pretrained(folders[1])
+    tuned = load_stock("qwen3_moe")
+    with torch.no_grad():
+        tuned.model.layers[0].self_attn.q_proj.weight += 1e-3
+    tuned.save_pretrained(folders[2])
+    for said in on_ranks(2, work.differences, folders, tmp_path):
+        assert "nothing" not in said and len(said) == 7, said
+        for name, text in said.items():
+            assert f": {name} is " in text and " on 0; " in text and " on 1. " in text
+
+
+def test_a_rank_that_stands_still_in_its_data_is_told_by_the_trainer(tmp_path):
+    said, _ = on_ranks(2, work.stops_in_its_data, saved("qwen3_moe"), tmp_path, seconds=60)
+    assert said.startswith("Rank 0 waited in vain for the ranks [0, 1] at the count of labels of step")
+
+
+def test_routers_move_alike_by_the_rows_of_all_ranks():
+    ranks = on_ranks(2, work.balanced, saved("deepseek_v3"), Case({"ep_size": 2}))
+    for (moved, count), (other, more) in zip(*ranks, strict=True):
+        assert torch.equal(moved, other) and not torch.equal(count, more)
+        total = (count + more).float()
+        torch.testing.assert_close(moved, 0.01 * (total.mean() - total).sign(), rtol=0, atol=1e-6)
+
+
+def test_a_rank_without_any_gradient_clips_with_the_others(tmp_path):
+    assert on_ranks(2, work.clipped_alone, tmp_path, seconds=60) == pytest.approx([13 / 2**0.5] * 2)
 
 
 def test_from_config_draws_the_same_weights_under_every_layout():
@@ -298,11 +345,25 @@ def test_a_rank_that_never_arrives_is_an_error_that_names_who_waited(tmp_path):
     assert said.startswith("Rank 0 waited in vain for the ranks [0, 1] at layer 1.")
 
 
-@pytest.mark.parametrize(("dispatch", "layer"), [("all_to_all", 2), ("gather", 0)])
-def test_the_layer_where_a_rank_never_arrives_is_named(tmp_path, dispatch, layer):
-    case, name = Case({"ep_size": 2, "dispatch": dispatch}), f"model.layers.{layer}.mlp.experts"
-    said, _ = on_ranks(2, work.never_arrives_at_a_layer, saved("qwen3_moe"), case, name, 3.0, tmp_path)
-    assert said.startswith(f"Rank 0 waited in vain for the ranks [0, 1] at {name}. One of them failed")
+@pytest.mark.parametrize(
+    ("setup", "layer", "said", "backward"),
+    [
+        ({"ep_size": 2, "dispatch": "all_to_all"}, "model.layers.2.mlp.experts", "model.layers.2.mlp.experts", False),
+        ({"ep_size": 2, "dispatch": "gather"}, "model.layers.2.mlp.experts", "model.layers.2.mlp.experts", False),
+        ({"ep_size": 2}, "model", "the beginning of a forward", False),
+        ({}, "model.layers.1", "the weights of model.layers.1", False),
+        ({}, "model.layers.1", "the weights of model.layers.0", True),
+        ({"dp_replicate_size": 2}, "model.layers.1", "the weights of model.layers.1", True),
+    ],
+    ids=str,
+)
+def test_the_place_where_a_rank_never_arrives_is_named(tmp_path, setup, layer, said, backward):
+    """By the patience of the setup; the groups have that of `init_process_group`, of hours."""
+    case = Case(setup | {"timeout_minutes": 0.05})
+    stops = work.never_arrives_at_a_layer
+    heard, _ = on_ranks(2, stops, saved("qwen3_moe"), case, layer, tmp_path, backward, seconds=60)
+    assert heard.startswith(f"Rank 0 waited in vain for the ranks [0, 1] at {said}. One of them failed")
+    assert "gloo" not in heard and "raise timeout_minutes, now 0.05" in heard
 
 
 @pytest.mark.slow

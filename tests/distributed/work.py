@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from transformers import TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import expertmesh
@@ -30,7 +31,10 @@ from expertmesh.kernels.combine import combine
 from expertmesh.layers import experts
 from expertmesh.memory.clip import clip_grad_norm
 from expertmesh.parallel import DistributedSetup
+from expertmesh.train.balance import BalanceRouters
 from expertmesh.train.graphed import WARM_UP, GraphedStep
+from expertmesh.train.routing import RouterLoad
+from expertmesh.waiting import RanksError
 
 LENGTHS = (11, 7, 13, 5)  # tokens per data-parallel rank: uneven, and no multiple of anything
 
@@ -229,23 +233,111 @@ def interleaved(rank: int, folders: list[Path], case: Case, references: list[Pat
     return errors
 
 
-def adapt(model: Any) -> Any:
-    """The same adapters on every rank, on the projections around experts in a latent width."""
+def adapt(model: Any, rank: int = 0, **targets: list[str]) -> Any:
+    """Adapters, drawn anew on every rank."""
     from peft import LoraConfig, inject_adapter_in_model  # other ranks need not load it
 
-    targets = ["fc1_latent_proj", "fc2_latent_proj"]
-    torch.manual_seed(1)
-    return inject_adapter_in_model(LoraConfig(target_modules=targets, init_lora_weights=False), model)
+    torch.manual_seed(1 + rank)
+    return inject_adapter_in_model(LoraConfig(**targets, init_lora_weights=False), model)
 
 
-def adapters(rank: int, folder: Path, case: Case) -> dict[str, torch.Tensor]:
-    """The adapters' gradients, averaged over the ranks."""
+def adapters(rank: int, folder: Path, cases: list[tuple[Case, dict[str, list[str]]]]) -> list[Any]:
+    """For every case and what is adapted: the adapters' gradients after two microbatches, or what refuses them."""
+    results: list[Any] = []
+    for case, targets in cases:
+        model, setup = load(folder, case)
+        adapt(model, rank, **targets)
+        try:
+            for _ in range(2):
+                loss_of(model, setup, rank).backward()
+        except ValueError as error:
+            results.append(str(error))
+        else:
+            results.append({n: p.grad / 2 for n, p in model.named_parameters() if "lora" in n})
+    return results
+
+
+def differences(rank: int, folders: list[Path], out: Path) -> dict[str, str]:
+    """What a rank says, in each case, where rank 1 does something else than rank 0."""
+
+    def loading(folder: Path, **setup: Any) -> Any:
+        return load(folder, Case(setup))[0]
+
+    def training(model: Any, rows: int = 8, **arguments: Any) -> None:
+        data = [{"input_ids": list(range(3, 12)), "labels": list(range(3, 12))}] * rows
+        given = {
+            "output_dir": str(out),
+            "max_steps": 1,
+            "report_to": [],
+            "use_cpu": True,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+        expertmesh.Trainer(model, TrainingArguments(**(given | arguments)), train_dataset=data).train()
+
+    model = loading(folders[0])
+    cases: dict[str, Callable[[], Any]] = {
+        "dispatch": lambda: loading(folders[0], dispatch=("all_to_all", "gather")[rank]),
+        "rms_norm_eps": lambda: loading(folders[rank]),
+        "model.safetensors": lambda: loading(folders[2 * rank]),
+        "learning_rate": lambda: training(model, learning_rate=(1e-3, 1e-4)[rank]),
+        "max_steps": lambda: training(model, max_steps=1 + rank),
+        "seed": lambda: training(model, seed=1 + rank),
+        "rows of training data": lambda: training(model, rows=8 + 4 * rank),
+        "nothing": lambda: training(model, output_dir=str(out / str(rank)), run_name=str(rank)),
+    }
+    said = {}
+    for name, case in cases.items():
+        try:
+            case()
+        except RanksError as error:
+            said[name] = str(error)
+    return said
+
+
+def stops_in_its_data(rank: int, folder: Path, out: Path) -> str:
+    """What rank 0 says when rank 1 stands still while it reads the batch of the second step."""
+    told, seen = out / "told", []
+    model = load(folder, Case({"timeout_minutes": 0.05}))[0]
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        seen.append(rows)
+        while rank == 1 and len(seen) > 2 and not told.exists():  # Accelerate reads one ahead
+            time.sleep(0.05)
+        return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+    data = [{"input_ids": list(range(3, 12)), "labels": list(range(3, 12))}] * 64
+    given = {"max_steps": 6, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    arguments = TrainingArguments(str(out), per_device_train_batch_size=1, **given)
+    try:
+        expertmesh.Trainer(model, arguments, data_collator=collate, train_dataset=data).train()
+    except RuntimeError as error:  # of rank 1 whatever comes once rank 0 has gone
+        return str(error)
+    finally:
+        told.touch()
+    return "no error"
+
+
+def balanced(rank: int, folder: Path, case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each router: how its bias moved, and the rows that its experts got on this rank."""
     model, setup = load(folder, case)
-    loss_of(adapt(model), setup, rank).backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if "lora" in n}
-    for grad in grads.values():
-        dist.all_reduce(grad)
-    return {n: grad / dist.get_world_size() for n, grad in grads.items()}
+    load_of_experts = RouterLoad(model)
+    balance = BalanceRouters(model, load_of_experts, 0.01)
+    before = [router.e_score_correction_bias.clone() for router in balance.routers]
+    loss_of(model, setup, rank)
+    counts = [count.clone() for count in balance.counts]
+    balance.on_step_end()
+    biases = [router.e_score_correction_bias for router in balance.routers]
+    return [(full(a - b), count) for a, b, count in zip(biases, before, counts, strict=True)]
+
+
+def clipped_alone(rank: int, folder: Path) -> float:
+    """The norm that both ranks clip by, though rank 1 has no gradient at all."""
+    dist.init_process_group("gloo")
+    weight = torch.nn.Parameter(torch.zeros(3))
+    if rank == 0:
+        weight.grad = torch.tensor([3.0, 4.0, 12.0])
+    return float(clip_grad_norm([weight], 1.0))
 
 
 def exchanges(rank: int, folder: Path, case: Case) -> dict[str, int]:
@@ -453,9 +545,10 @@ def never_arrives(rank: int, seconds: float, folder: Path) -> str:
     return "no error"
 
 
-def never_arrives_at_a_layer(rank: int, model: Path, case: Case, layer: str, seconds: float, folder: Path) -> str:
-    """What rank 0 says in a forward when rank 1 comes as far as the experts `layer`, but not into them."""
-    dist.init_process_group("gloo")
+def never_arrives_at_a_layer(
+    rank: int, model: Path, case: Case, layer: str, folder: Path, backward: bool = False
+) -> str:
+    """What rank 0 says in a step when rank 1 comes as far as the module `layer`, but not into it."""
     laid_out, setup = load(model, case)
     told = folder / "told"
 
@@ -464,12 +557,14 @@ def never_arrives_at_a_layer(rank: int, model: Path, case: Case, layer: str, sec
             time.sleep(0.05)
         raise InterruptedError
 
-    if rank == 1:
-        laid_out.get_submodule(layer).register_forward_pre_hook(stay_away)
+    if rank == 1 and backward:
+        laid_out.get_submodule(layer).register_full_backward_pre_hook(stay_away)
+    elif rank == 1:
+        laid_out.get_submodule(layer).register_forward_pre_hook(stay_away, prepend=True)
     dist.barrier()
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
     try:
-        loss_of(laid_out, setup, rank)
+        loss_of(laid_out, setup, rank).backward()
+        clip_grad_norm(laid_out.parameters(), 1.0)
     except InterruptedError:
         return ""
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ import pytest
 
 from expertmesh.train import launch as launching
 from expertmesh.train.config import load_config
-from expertmesh.train.errors import ConfigError
+from expertmesh.train.errors import ConfigError, handling
+from expertmesh.waiting import RanksError
 
 LAUNCH = """
 import sys
@@ -117,7 +119,7 @@ def test_ranks_that_agree_to_stop_are_no_failure(tmp_path):
     assert ranks.communicate(timeout=20) == ("", "") and ranks.returncode == 75
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)])
 def test_a_signal_reaches_all_ranks_and_their_answer_is_the_exit_code(tmp_path, number, code):
     answer = f"""
 def stop(*_):
@@ -162,6 +164,32 @@ def test_an_error_is_left_in_the_form_that_torchrun_reads(tmp_path, monkeypatch)
     assert "it broke" in json.dumps(failure.message) and abs(failure.timestamp - time.time()) < 60
 
 
+def test_ranks_that_do_not_find_each_other_say_why_in_time(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        wrong = {
+            "RANK": "1",
+            "WORLD_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(silent.getsockname()[1]),
+        }
+        for name, value in (wrong | {"TORCHELASTIC_USE_AGENT_STORE": "False"}).items():
+            monkeypatch.setenv(name, value)
+        for rank, port, why in (
+            ("1", None, "PyTorch's rank 0 does not answer"),
+            ("0", None, "another run has that port"),
+            ("0", launching._free_port(), "of 3 ranks 1, 2 did not come"),
+            ("0", "", "another process has RANK=0, too"),
+            ("3", "", "RANK=3 is none of WORLD_SIZE=3"),
+        ):
+            monkeypatch.setenv("RANK", rank)
+            if port:
+                monkeypatch.setenv("MASTER_PORT", str(port))
+            begin = time.monotonic()
+            with pytest.raises(RanksError, match=f"{why}.*raise parallel.start_timeout_minutes"):
+                launching.join(0.02)
+            assert time.monotonic() - begin < 10
+
+
 def test_a_slurm_task_is_a_rank(monkeypatch):
     for name in "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split():
         monkeypatch.setenv(name, "")  # so that what is set here is taken back at the end
@@ -173,9 +201,22 @@ def test_a_slurm_task_is_a_rank(monkeypatch):
     assert launching.is_rank() and os.environ["RANK"] == "3" and os.environ["WORLD_SIZE"] == "4"
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    replaced = handling(lambda *_: None)
+    try:
+        assert signal.SIGHUP not in replaced and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert {signal.SIGTERM, signal.SIGINT} <= set(replaced)
+    finally:
+        for number, handler in {**replaced, signal.SIGHUP: before}.items():
+            signal.signal(number, handler)
+
+
 def test_sizes_that_do_not_fit_the_ranks_are_an_error_of_the_configuration():
     config = load_config(None, ["parallel.ep_size=3"])
     with pytest.raises(ConfigError, match="parallel: ep_size=3 does not fit"):
         launching.layout(config, 4)
     assert launching.layout(config, 6).ep_size == 3
+    assert launching.layout(load_config(None, ["parallel.timeout_minutes=7"]), 2).timeout_minutes == 7
     assert launching.layout(load_config(None), 1) is None

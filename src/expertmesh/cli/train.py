@@ -23,7 +23,7 @@ def train(
 ) -> None:
     """Fine-tune a model as a YAML file says; `expertmesh schema` lists the keys.
 
-    Exit codes: 0 done, 1 failed, 2 wrong configuration, 75 (SIGTERM) and 130 (Ctrl-C) stopped with a checkpoint saved.
+    Exit codes: 0 done, 1 failed, 2 wrong configuration, 75 (SIGTERM, SIGHUP) and 130 (Ctrl-C) stopped and saved.
     """
     from expertmesh.train.config import ConfigError, is_override, load_config
 

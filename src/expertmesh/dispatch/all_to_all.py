@@ -10,8 +10,7 @@ forward, so the host waits exactly once per layer, for the counts, and not at al
 Registered in Transformers as the `ep_implementation` "expertmesh".
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,27 +23,10 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 from expertmesh.dispatch.routes import Routes, owners_rows, routes_of
 from expertmesh.kernels.combine import combine
 from expertmesh.memory.recompute import kept
+from expertmesh.waiting import waiting
 
 NAME = "expertmesh"
 Splits = list[int] | None
-
-
-@contextmanager
-def waiting(layer: str, group: dist.ProcessGroup) -> Iterator[None]:
-    """Within: these ranks exchange something for the experts `layer`; a RuntimeError then says who waited, and there.
-
-    So do the backends that raise, as gloo does after the group's timeout. NCCL's exchanges only start here: if a rank
-    does not come, its watchdog ends the process, and tells the rank and the exchange, but not the layer.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"Rank {dist.get_rank()} waited in vain for the ranks {dist.get_process_group_ranks(group)} at {layer}. "
-            f"One of them failed or got fewer batches: look at the first error of all."
-        ) from error
 
 
 @dataclass(frozen=True)

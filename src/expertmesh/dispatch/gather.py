@@ -21,10 +21,11 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
-from expertmesh.dispatch.all_to_all import AllToAll, waiting
+from expertmesh.dispatch.all_to_all import AllToAll
 from expertmesh.dispatch.handoff import Handoff, offered
-from expertmesh.dispatch.links import Link, Mailboxes, hosts, link_of
+from expertmesh.dispatch.links import Collectives, Link, Mailboxes, link_of
 from expertmesh.memory.recompute import kept
+from expertmesh.waiting import hosts, waiting
 
 NAME = "expertmesh-gather"
 
@@ -55,8 +56,9 @@ class Gather(AllToAll):
 
     def _link(self) -> Link:
         group = self.ep_mesh.get_group()
-        with waiting(self.layer, group):  # the first time, the ranks meet
-            return link_of(group)
+        with waiting(self.layer, hosts(group), group):  # the first time, the ranks meet
+            link = link_of(group)
+        return Collectives(group, self.layer) if isinstance(link, Collectives) else link
 
     def _rows(self, x_TH: torch.Tensor) -> int:
         return kept(lambda: most_tokens(len(x_TH), self.ep_mesh.get_group(), self.layer))
@@ -95,8 +97,7 @@ def one_forward() -> Iterator[None]:
 def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
     """The largest number of tokens that any rank of the group has, at least 1; the hosts ask each other.
 
-    Raises RuntimeError, with this rank and the layer, if a rank does not answer within the group's timeout. In one
-    forward that is the first layer that asks.
+    In one forward the first layer asks.
     """
     agreed = _agreed.get()
     if agreed is not None and group in agreed:
@@ -108,7 +109,7 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
             )
         return most
     answer = torch.tensor([max(num_tokens, 1)])
-    with waiting(layer, group):
+    with waiting(layer, hosts(group)):
         dist.all_reduce(answer, dist.ReduceOp.MAX, group=hosts(group))
     most = int(answer)
     if agreed is not None:

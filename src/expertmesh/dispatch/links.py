@@ -9,6 +9,7 @@ enough, and the host never waits.
 `link_of` makes the choice, once for each group, and prints it.
 """
 
+import functools
 import math
 import socket
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import torch.distributed as dist
 
 from expertmesh import backends
 from expertmesh.kernels.combine import combine_into
+from expertmesh.waiting import hosts, waiting
 
 ALIGNMENT = 128  # bytes at which each part of an exchange begins
 
@@ -40,21 +42,23 @@ class Link(Protocol):
 
 
 class Collectives:
-    """By torch.distributed."""
+    """By torch.distributed, for the experts `layer`."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, layer: str = "some experts") -> None:
+        self.group, self.waiting = group, functools.partial(waiting, layer, group)
 
     def all_gather(self, parts: list[torch.Tensor], lasting: bool = True) -> list[torch.Tensor]:
         outs = [part.new_empty(self.group.size() * len(part), *part.shape[1:]) for part in parts]
-        for out, part in zip(outs, parts, strict=True):
-            dist.all_gather_into_tensor(out, part.contiguous(), self.group)
+        with self.waiting():
+            for out, part in zip(outs, parts, strict=True):
+                dist.all_gather_into_tensor(out, part.contiguous(), self.group)
         return outs
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         outs = [part.new_empty(len(part) // self.group.size(), *part.shape[1:]) for part in parts]
-        for out, part in zip(outs, parts, strict=True):
-            dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
+        with self.waiting():
+            for out, part in zip(outs, parts, strict=True):
+                dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
         return outs
 
 
@@ -303,12 +307,3 @@ def _mailbox(num_bytes: int, group: dist.ProcessGroup) -> DeviceMemory:
         f"expertmesh: a mailbox of {num_bytes / 2**20:.1f} MiB for exchanges between {group.size()} GPUs"
     )
     return DeviceMemory(num_bytes, group)
-
-
-@cache
-def hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks whose messages travel between their CPUs, with the timeout of `init_process_group`."""
-    world: Any = dist.group.WORLD
-    timeout = world._get_backend(world._device_types[0]).options._timeout
-    ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, timeout, backend="gloo", use_local_synchronization=True)

@@ -20,7 +20,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from expertmesh.dispatch.gather import one_forward
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
 from expertmesh.layers.attention import NAME
-from expertmesh.layers.fast import Fast, has_cache, twin
+from expertmesh.layers.fast import Fast, has_cache, refuse_replicas, twin
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
 from expertmesh.layers.sharding import refuse_undivided
@@ -61,6 +61,7 @@ class FastBaseModel(Fast):
     told = False
     _call: Call | None = None
     _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
+    _replicate_for_data_parallel = refuse_replicas
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
     _stateful: Any = None  # the class of such mixers that are not ours
     _sinks = False  # whether attention has sinks

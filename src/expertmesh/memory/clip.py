@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from expertmesh.kernels.clip import scale_, squared_sum
+from expertmesh.waiting import waiting
 
 
 @torch.no_grad()
@@ -35,17 +37,19 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: 
 @torch.no_grad()
 def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """As `clip_grad_norm`, which measures by it: the norm of all gradients, which stay as they are."""
+    parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     pieces: dict[tuple[int, torch.device], list[torch.Tensor]] = {}  # by how many ranks hold the same piece
     for grad in grads:
         pieces.setdefault((ranks // _num_shards(grad), grad.device), []).append(local(grad))
-    squares = [squared_sum(tensors) / copies for (copies, _), tensors in pieces.items()]
-    total = torch.stack([square.to(grads[0].device, non_blocking=True) for square in squares]).sum()
-    if ranks > 1:
-        dist.all_reduce(total)
+    total = torch.zeros((), device=grads[0].device if grads else parameters[0].device if parameters else None)
+    for (copies, _), tensors in pieces.items():
+        total += (squared_sum(tensors) / copies).to(total.device, non_blocking=True)
+    if ranks > 1:  # a rank without any gradient comes, too
+        world: Any = dist.group.WORLD
+        with waiting("the norm of the gradients", world):
+            dist.all_reduce(total)
     return total.sqrt()
 
 

@@ -126,6 +126,10 @@ class ParallelSection(Section):
     """Ranks that share one batch and split attention and dense layers."""
     dp_replicate_size: Count = 1
     """Copies of the model, each sharded over its part of the ranks; 1 shards one copy over all of them."""
+    timeout_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 5
+    """Minutes that a rank waits for another in a step before it ends the run; loading and saving may take longer."""
+    start_timeout_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 1
+    """Minutes in which all ranks must have started and found each other."""
 
 
 class LoraSection(Section):

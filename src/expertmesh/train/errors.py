@@ -6,9 +6,12 @@ import re
 import shlex
 import signal
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75: EX_TEMPFAIL, "put me in the queue again"
+if hasattr(signal, "SIGHUP"):  # the terminal was closed; Windows has none
+    EXIT_CODES[signal.SIGHUP] = 75
 OPTIONAL = ("trl", "peft", "datasets", "matplotlib", "tensorboard")
 
 
@@ -57,3 +60,9 @@ def known(key: str, value: str, names: Sequence[str]) -> None:
         raise ConfigError(
             f"{key}: there is no {value!r}{f'; did you mean {near[0]!r}?' if near else '.'} Known: {', '.join(names)}."
         )
+
+
+def handling(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Let `handler` answer the signals that end a run, and return what answered before; who ignored one still does."""
+    numbers = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}

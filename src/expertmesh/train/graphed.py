@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from expertmesh import backends
 from expertmesh.dispatch import gather, links
+from expertmesh.waiting import waiting
 
 WARM_UP = 3  # calls that run as always: kernels are compiled, buffers and streams made; the last is the rehearsal
 MOST = 4  # shapes that are recorded: each keeps its gradients, and all together the memory of the largest
@@ -270,7 +271,8 @@ def on_all_ranks(*numbers: int) -> list[tuple[int, ...]]:
         return [numbers]
     world: Any = dist.group.WORLD
     answers = [torch.zeros(len(numbers), dtype=torch.long) for _ in range(world.size())]
-    dist.all_gather(answers, torch.tensor(numbers), group=links.hosts(world))
+    with waiting("the beginning of a step", links.hosts(world)):
+        dist.all_gather(answers, torch.tensor(numbers), group=links.hosts(world))
     return [tuple(answer.tolist()) for answer in answers]
 
 

@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM end a run after the step that is running, with a checkpoint and an exit code that says why."""
+"""Ctrl-C, SIGTERM and a closed terminal end a run after its step, with a checkpoint and an exit code that says why."""
 
+import os
 import signal
 from types import FrameType
 
@@ -7,24 +8,27 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from expertmesh.train.errors import EXIT_CODES
+from expertmesh.train.errors import EXIT_CODES, handling
+from expertmesh.waiting import hosts, waiting
 
 
 class Interrupt(TrainerCallback):
     """A callback, and a context manager around `trainer.train()`: within it the signals ask for checkpoint and stop.
 
-    `exit_code` is 75 after SIGTERM, 130 after SIGINT, None if the run was not stopped. A second signal acts at once.
-    Ranks need not get the signal at the same time, nor all of them: after every step they agree whether to stop.
+    `exit_code` is 75 after SIGTERM or SIGHUP, 130 after SIGINT, None if the run was not stopped. A second signal acts
+    at once; one that is ignored, as SIGHUP under nohup, stays so. Ranks need not get the signal at the same time, nor
+    all of them: after every step they agree whether to stop.
     """
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self._received: int | None = None
         self._before: dict[int, object] = {}
-        self._group: dist.ProcessGroup | None = None
+        self._terminals: list[int] = []
 
     def __enter__(self) -> "Interrupt":
-        self._before = {number: signal.signal(number, self._on_signal) for number in EXIT_CODES}
+        self._before = handling(self._on_signal)
+        self._terminals = [output for output in (1, 2) if os.isatty(output)]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -33,21 +37,21 @@ class Interrupt(TrainerCallback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         self._restore()
+        for output in self._terminals if number == signal.SIGHUP else ():  # nobody reads there, and writing is an error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")  # the GPU's queue need not drain for the question
-
     def _agreed(self) -> int:
         """The signal that any rank received, 0 if none did."""
         received = torch.tensor(self._received or 0)
-        if self._group is not None:
-            dist.all_reduce(received, dist.ReduceOp.MAX, self._group)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            group = hosts(dist.group.WORLD)  # type: ignore[arg-type]  # the GPU's queue need not drain for the question
+            with waiting("the end of a step", group):
+                dist.all_reduce(received, dist.ReduceOp.MAX, group)
         return int(received)
 
     def on_step_end(self, args, state, control, **kwargs):

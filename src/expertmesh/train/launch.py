@@ -16,12 +16,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expertmesh.train.config import Config
-from expertmesh.train.errors import EXIT_CODES, ConfigError
+from expertmesh.train.errors import EXIT_CODES, ConfigError, handling
 from expertmesh.train.slurm import is_slurm_rank, slurm_variables
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _WATCH = "EXPERTMESH_LAUNCHER"  # set in ranks whose standard input says whether the launcher lives
 _POLL = 0.1  # seconds between two looks at the ranks
+_stores: list[Any] = []  # rank 0's is the server of all: it lives as long as the process
 _SHOWN = 20  # last lines of a rank that ended without an error of its own
 
 
@@ -54,10 +57,68 @@ def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
     from expertmesh.parallel import DistributedSetup
 
     try:
-        setup = DistributedSetup(**config.parallel.model_dump(exclude={"nproc"}), world_size=num_ranks)
+        setup = DistributedSetup(
+            **config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"}), world_size=num_ranks
+        )
     except ValueError as error:
         raise ConfigError(f"parallel: {error}") from None
     return setup if num_ranks > 1 else None
+
+
+def join(minutes: float) -> None:
+    """Wait until all ranks of the run have come. Raises RanksError, which says what is wrong or who has not."""
+    import torch.distributed as dist
+
+    from expertmesh.waiting import RanksError
+
+    if dist.is_initialized():
+        return
+    rank, size, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(minutes=minutes)
+    done: Future[str] = Future()
+
+    def meet() -> str:
+        if not 0 <= rank < size:
+            return f"RANK={rank} is none of WORLD_SIZE={size}"
+        is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        # PyTorch's own comes later, on the same server
+        options: dict[str, Any] = {"timeout": limit, "wait_for_workers": False, "multi_tenant": True}
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_server, **options)
+        _stores.append(store)
+        book = dist.PrefixStore(f"expertmesh/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if book.add(str(rank), 1) > 1:
+            return f"another process has RANK={rank}, too"
+        try:
+            book.wait([str(number) for number in range(size)], limit * 0.8)
+        except dist.DistStoreError:
+            absent = [number for number in range(size) if not book.check([str(number)])]
+            twice = [number for number in range(size) if number not in absent and book.add(str(number), 0) > 1]
+            return f"of {size} ranks {_few(absent)} did not come" + (f", RANK={_few(twice)} came twice" * bool(twice))
+        return ""
+
+    def work() -> None:
+        try:
+            done.set_result(meet())
+        except Exception as error:
+            done.set_exception(error)
+
+    # in a thread: a port that is held by somebody who never answers would keep PyTorch waiting without end
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        why = done.result(limit.total_seconds())
+    except (RuntimeError, ValueError, KeyError, TimeoutError) as error:
+        taken = "EADDRINUSE" in str(error)
+        why = "another run has that port, or another process RANK=0" if taken else "PyTorch's rank 0 does not answer"
+    if why:
+        raise RanksError(
+            f"Rank {rank} found no others by MASTER_ADDR={os.environ.get('MASTER_ADDR')} and "
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')}: {why}. These must name the machine of rank 0 and a free "
+            f"port of it, and there must be one process for each RANK from 0 to {size - 1}. If ranks only need longer "
+            f"than {minutes:g} minutes to start, raise parallel.start_timeout_minutes."
+        )
+
+
+def _few(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + ("" if len(numbers) <= 8 else f" and {len(numbers) - 8} more")
 
 
 def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
@@ -79,7 +140,7 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
                 if rank.poll() is None:
                     rank.send_signal(number)
 
-        before = {number: signal.signal(number, forward) for number in EXIT_CODES}
+        before = handling(forward)
         stack.callback(lambda: [signal.signal(number, handler) for number, handler in before.items()])
         stack.callback(lambda: _kill(ranks))
         for number in range(nproc):
@@ -135,6 +196,8 @@ def _report(ranks: list[subprocess.Popen], failed: list[int], errors: Path, logs
         print(json.loads(file.read_text())["message"]["message"], file=sys.stderr)
     else:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        if code == -signal.SIGABRT:
+            how += f" (NCCL ends so a rank that waited for another: look at its last lines, and at those in {logs})"
         log = logs / f"rank-{first}.txt"
         said = log.read_text().splitlines()[-_SHOWN:] if first else []
         print("\n".join(said), file=sys.stderr)

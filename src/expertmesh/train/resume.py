@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerState
 from expertmesh.checkpoint import optimizer as optimizer_state
 from expertmesh.checkpoint.publish import checkpoints, is_complete, newest_complete, prune, publishing
 from expertmesh.checkpoint.verify import verify
+from expertmesh.train.alike import refuse_different_ranks
 from expertmesh.weights import ranks
 from expertmesh.weights.read import load_weights
 
@@ -56,6 +57,7 @@ class ResumableTrainer(transformers.Trainer):
             if trial is None:
                 self._refuse_to_replace(checkpoint)
         self._published_step = None
+        refuse_different_ranks(self, checkpoint)
         return super().train(checkpoint, trial, *args, **kwargs)
 
     @property

@@ -30,12 +30,13 @@ from expertmesh.train.errors import install
 from expertmesh.train.folder import starting_point
 from expertmesh.train.inputs import Inputs, demo_config, gather, lora, unreachable
 from expertmesh.train.interrupt import Interrupt
-from expertmesh.train.launch import layout
+from expertmesh.train.launch import join, layout
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.progress import ProgressLine
 from expertmesh.train.routing import routers
 from expertmesh.train.sft import SFTTrainer
 from expertmesh.train.talks import count_unlearned
+from expertmesh.weights.ranks import refuse_differences
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,12 @@ def build(config: Config) -> SFTTrainer:
     if not _is_first():
         _hush()
     transformers.set_seed(config.train.seed)
+    if (setup := layout(config, current_world_size())) is not None:
+        join(config.parallel.start_timeout_minutes)
+        setup.join()
+        sections = config.model_dump().items()
+        told = {f"{name}.{key}": value for name, keys in sections for key, value in (keys or {}).items()}
+        refuse_differences("the configuration", {key: told[key] for key in told if key != "save.output_dir"})
     inputs, model = gather(config), load_model(config)
     if config.moe.freeze_router:
         for _, router in routers(model):

@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,8 @@ from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.resume import ResumableTrainer
 from expertmesh.train.routing import RouterLoad
+from expertmesh.waiting import hosts, meet, waiting
+from expertmesh.weights import ranks
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +123,21 @@ class Trainer(ResumableTrainer):
                 self._graphed.close()
             self._graphed = self._since = None
 
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any):
+        with self._waiting("the count of labels"):
+            return super()._get_num_items_in_batch(*args, **kwargs)
+
+    def _waiting(self, place: str) -> AbstractContextManager[None]:
+        """Within: ranks of a model that is laid out wait for each other as in a step, not as long as for loading."""
+        if not self.is_sharded or ranks.world_size() == 1:
+            return nullcontext()
+        world: Any = torch.distributed.group.WORLD
+        return waiting(f"{place} of step {self.state.global_step + 1}", world, hosts(world))
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self._graphed_step if isinstance(inputs, Mapping) and self._records() else self._plain_step
-        loss = step(model, inputs, num_items_in_batch)
+        with self._waiting("forward and backward"):
+            loss = step(model, inputs, num_items_in_batch)
         self._record.losses.append(loss)
         return loss
 
@@ -265,6 +280,8 @@ class Trainer(ResumableTrainer):
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         pause = self.control.should_evaluate or self.control.should_save
+        if (pause or self.control.should_log) and self.is_sharded and ranks.world_size() > 1:
+            meet(f"the end of step {self.state.global_step}")  # what follows may take long
         self._look_at_the_clock()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if pause:

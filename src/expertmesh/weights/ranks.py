@@ -1,8 +1,11 @@
 """The ranks that work on one thing together; a process of its own is rank 0 of 1."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
+
+from expertmesh.waiting import RanksError, hosts
 
 
 def rank(group: Any = None) -> int:
@@ -27,3 +30,17 @@ def gathered(value: Any, group: Any = None) -> list[Any]:
     if dist.is_initialized():
         dist.all_gather_object(values, value, group)
     return values
+
+
+def refuse_differences(of_what: str, values: Mapping[str, Any]) -> None:
+    """Raise RanksError, on every rank alike, if ranks have other `values` under a key; all must ask."""
+    if world_size() == 1:
+        return
+    everyone = gathered({key: str(value) for key, value in values.items()}, hosts(dist.group.WORLD))  # type: ignore
+    for key in sorted({key for one in everyone for key in one}):
+        ranks_with: dict[str, list[int]] = {}
+        for number, one in enumerate(everyone):
+            ranks_with.setdefault(one.get(key, "nothing"), []).append(number)
+        if len(ranks_with) > 1:
+            told = "; ".join(f"{value} on {', '.join(map(str, numbers))}" for value, numbers in ranks_with.items())
+            raise RanksError(f"The ranks differ in {of_what}: {key} is {told}. Start all ranks with the same.")

@@ -5,6 +5,8 @@ checkpoint by the model's names, as torch's `load_state_dict` does, leaves such 
 go through Transformers' own conversion rules, one group of tensors at a time.
 """
 
+import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -150,3 +152,14 @@ def opened(files: Iterable[str | Path]) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         yield {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118 (not a dict)
+
+
+def glance(file: str | Path) -> str:
+    """A digest of a file's size and of 128 places in it, for telling two fine-tunings apart without reading them."""
+    size = os.path.getsize(file)
+    digest = hashlib.sha256(str(size).encode())
+    with open(file, "rb", buffering=0) as opened:
+        for place in range(0, size, max(1, size // 128)):
+            opened.seek(place)
+            digest.update(opened.read(64))
+    return digest.hexdigest()[:12]

@@ -1,0 +1,70 @@
+"""How long a rank waits for others in a step, and what it says when they do not come.
+
+Groups of ranks have the timeout that they were made with, of hours where Transformers made them: loading and saving
+take long, and so may preparing data. The exchanges of a step are made `waiting`, with a patience of minutes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+patience = timedelta(minutes=5)  # in steps; a `DistributedSetup` sets it
+_FIRST = timedelta(seconds=30)  # that an error of ours is to come before NCCL's watchdog ends the process
+
+
+class RanksError(RuntimeError):
+    """Ranks that should do the same at the same time do not; on every rank that notices."""
+
+
+@contextmanager
+def waiting(place: str, *groups: dist.ProcessGroup) -> Iterator[None]:
+    """Within: ranks of these groups exchange something at `place`; a RanksError then says who waited, and there.
+
+    So do the backends that raise, as gloo does. NCCL's exchanges only start here: if a rank does not come, its watchdog
+    ends the process, and tells the rank and the exchange, but not the place.
+    """
+    backends = [one for group in groups for one in _backends(group)]
+    for backend, usual, more in backends:
+        backend._set_default_timeout(min(usual, patience + more))
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        ranks = sorted({rank for group in groups for rank in dist.get_process_group_ranks(group)})
+        raise RanksError(
+            f"Rank {dist.get_rank()} waited in vain for the ranks {ranks} at {place}. One of them failed, stands still "
+            f"or got fewer batches: look at the first error of all, and where a rank without one stands (py-spy dump "
+            f"--pid). If it only needs longer, raise timeout_minutes, now {patience.total_seconds() / 60:g}."
+        ) from None
+    finally:
+        for backend, usual, _ in backends:
+            backend._set_default_timeout(usual)
+
+
+@cache
+def _backends(group: Any) -> list[tuple[Any, timedelta, timedelta]]:
+    """Each with its usual timeout, and what it is given beyond our patience; asked once, as a step exchanges often."""
+    found = {id(backend): backend for backend in map(group._get_backend, group._device_types)}.values()
+    return [(one, one.options._timeout, _FIRST if one.name() == "nccl" else timedelta()) for one in found]
+
+
+def meet(place: str) -> None:
+    """Wait until every rank is here; the hosts ask each other, and no device is waited for."""
+    group = hosts(dist.group.WORLD)  # type: ignore[arg-type]
+    with waiting(place, group):
+        dist.all_reduce(torch.zeros(1), group=group)
+
+
+@cache
+def hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks whose messages travel between their CPUs, with the timeout of `init_process_group`."""
+    world: Any = dist.group.WORLD
+    timeout = world._get_backend(world._device_types[0]).options._timeout
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, timeout, backend="gloo", use_local_synchronization=True)
