@@ -163,3 +163,15 @@ def test_windows_are_those_of_stock_whoever_attends(family, changes):
         model.set_attn_implementation("noting")
         model(input_ids=ids)
     assert told[: len(told) // 2] == told[len(told) // 2 :] and 4 in dict(told).values()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral"])
+def test_attention_drops_out_as_in_stock(family):
+    losses = []
+    ids = torch.arange(3, 27).view(2, 12)
+    for load in (load_stock, load_ours):
+        model = load(family, attention_dropout=0.4).train()
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-5) and abs(losses[0] - losses[1]) > 1e-4

@@ -17,6 +17,8 @@ CASES = [
     ("qwen3_moe", {"norm_topk_prob": False}),
     ("deepseek_v3", {"norm_topk_prob": False, "routed_scaling_factor": 3.0}),
     ("nemotron_h", {"routed_scaling_factor": 0.5, "n_group": 1, "topk_group": 1}),
+    ("mixtral", {"num_experts_per_tok": 1}),
+    ("hunyuan_v1_moe", {"moe_topk": 3}),
     ("granitemoe", {"num_experts_per_tok": 1}),
     ("gpt_oss", {"num_experts_per_tok": 3}),
 ]

@@ -172,6 +172,14 @@ def test_the_configuration_reaches_the_trainer(tmp_path):
     assert trainer.model.is_activation_checkpointing
 
 
+@pytest.mark.parametrize(("every", "evaluated"), [(3, [3, 4]), (2, [2, 4])])
+def test_the_finished_model_is_evaluated_and_not_twice(tmp_path, every, evaluated):
+    result = run(configured(tmp_path, log__eval_steps=every))
+    records = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in record]
+    assert [record["step"] for record in records] == evaluated
+    assert result.metrics["eval_loss"] == records[-1]["eval_loss"] != records[0]["eval_loss"]
+
+
 def test_assistant_only_loss_masks_the_question(tmp_path):
     masked = build(configured(tmp_path, data__assistant_only_loss="true")).train_dataset[0]["labels"]
     whole = build(configured(tmp_path, data__assistant_only_loss="false")).train_dataset[0]["labels"]
