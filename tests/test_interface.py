@@ -115,6 +115,17 @@ def test_training_logits_carry_gradients_when_somebody_uses_them():
     train_both("qwen3_moe", loss_of)
 
 
+def test_a_bias_of_the_head_is_scaled_with_the_logits():
+    losses = []
+    for load in (load_stock, load_ours):
+        model = load("granitemoe").train()
+        assert model.config.logits_scaling != 1
+        torch.manual_seed(5)
+        model.set_output_embeddings(torch.nn.Linear(model.config.hidden_size, model.config.vocab_size))
+        losses.append(model(**batch()).loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_a_loss_of_the_callers_own_on_logits_without_labels():
     inputs = batch()
     labels = inputs.pop("labels")
