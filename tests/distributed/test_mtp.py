@@ -89,6 +89,7 @@ def made(rank: int, family: str) -> dict[str, torch.Tensor]:
 def test_losses_and_gradients_are_those_of_one_process(family, tmp_path):
     torch.save(work.reference(load(family), 2, None), tmp_path / "want.pt")
     for rank in on_ranks(2, train_and_save, saved(family), tmp_path / "want.pt", tmp_path):
+        assert len(rank) == len(CASES)
         for loss, grad, name in rank:
             assert loss <= 1e-5 and grad <= 1e-5, (loss, grad, name)
     same_weights(tmp_path / "trained", saved(family))
