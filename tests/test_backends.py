@@ -13,6 +13,14 @@ from expertmesh import backends
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.parametrize("package", ["triton", "liger-kernel", "matplotlib"])
+def test_nothing_is_missing_without_which_tests_are_skipped(package):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (wanted,) = (one for one in map(Requirement, extras["dev"] + extras["plots"]) if one.name == package)
+    here = wanted.marker is None or wanted.marker.evaluate()
+    assert not here or backends.version_of(package), "pip install --editable '.[dev]'"
+
+
 @pytest.fixture
 def said(monkeypatch):
     """What the log says."""

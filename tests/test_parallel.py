@@ -235,3 +235,18 @@ def test_several_gpus_in_one_process_are_an_error_that_says_how_to_start_ranks(m
 def test_stock_models_are_copied_to_several_gpus_as_ever():
     stock = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"), fused=False)
     assert type(stock._replicate_for_data_parallel()) is type(stock)
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_experts_are_freed_behind_the_forward_as_asked_and_dense_layers_are_left_alone(monkeypatch, reshard):
+    class Sharded(torch.nn.Module):
+        asked: bool | None = None
+
+        def set_reshard_after_forward(self, on):
+            self.asked = on
+
+    monkeypatch.setattr("expertmesh.parallel.FSDPModule", Sharded)
+    dense, experts = Sharded(), Sharded()
+    experts._is_expert_parallel = True
+    DistributedSetup(reshard_experts=reshard, world_size=1).apply_to(torch.nn.ModuleList([dense, experts]))
+    assert experts.asked is reshard and dense.asked is None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.suite import ROOT, Unavailable, compared, fetch, results, start
+from tests.acceptance.suite import CACHE, ROOT, Unavailable, compared, fetch, results, start
 
 CASES = Path(__file__).with_name("cases.py")
 #: they ask for the name "sdpa" in the configuration, where ours says "expertmesh" (layers/attention.py)
@@ -19,7 +19,7 @@ def test_transformers_suite_fails_nowhere_that_stock_passes(tmp_path):
     try:
         package = fetch()
     except Unavailable as reason:
-        pytest.skip(str(reason))
+        pytest.fail(f"{reason} Put that archive into {CACHE}, or leave `make acceptance` out.")
     path = [package, ROOT / "src", ROOT]
 
     def run(name: str, *arguments: str) -> dict[str, str]:

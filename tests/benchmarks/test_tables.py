@@ -43,15 +43,15 @@ def test_the_profile_page_shows_the_committed_profile(tables):
 
 def test_results_of_the_bench_make_tables(tables):
     options = BenchOptions(
-        tiny=True, arms=("stock", "expertmesh"), batches=(2,), seq=32, full=True, ablate=True, profile=True,
-        warmup=1, repeats=1, device="cpu",
+        tiny=True, arms=("stock", "expertmesh"), batches=(2,), seq=32, layers=1, full=True, ablate=True,
+        profile=True, warmup=1, repeats=1, device="cpu",
     )  # fmt: skip
     result = run(options, say=lambda line: None)
     steps = tables.step_table(result)
     assert "| expertmesh | 2 x 32 |" in steps and "| clip ms | optimizer ms |" in steps and "-no-" not in steps
     assert "| `router` |" in tables.worth_table(result["rows"])
     page = tables.profile_page(result)
-    assert "qwen3-30b-a3b, random-init routing, 3 layers, 2 x 32 tokens: expertmesh" in page
+    assert "qwen3-30b-a3b, random-init routing, 1 layers, 2 x 32 tokens: expertmesh" in page
     assert "| loss head |" in page and "| **all** |" in page
     # what is measured on a GPU only
     result["parity"]["qwen3-30b-a3b"]["expertmesh"] |= {"worst_ratio": 1.25, "worst_tensor": "lm_head.weight"}

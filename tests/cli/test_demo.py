@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from expertmesh.cli import demo as demo_module
 from expertmesh.cli import run
-from expertmesh.cli.demo import compare_with_stock
+from expertmesh.cli.demo import compare_with_stock, settings
 from expertmesh.data import demo_tokenizer
 from expertmesh.train.run import demo_config
 
@@ -31,7 +31,8 @@ def test_the_demo_trains_saves_draws_and_proves_the_export(tmp_path, capsys):
 
 
 def test_a_loss_that_does_not_fall_is_a_failure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo_module, "LOSS_MUST_FALL_TO", 0.01)
+    changes = {"train": {"max_steps": 1}, "data": {"name": "demo:chat", "max_length": 64}, "log": {}}
+    monkeypatch.setattr(demo_module, "settings", lambda *asked: settings(*asked) | changes)
     assert run(["demo", "--steps", "20", "--output-dir", str(tmp_path)]) == 1
     assert re.search(r"held-out loss.* no", capsys.readouterr().out)
 

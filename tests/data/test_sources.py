@@ -97,6 +97,36 @@ def test_a_split_that_a_file_does_not_have_is_an_error(tmp_path):
     assert "a file is all `train`" in error_of("demo:chat", name="de")
 
 
+@pytest.mark.parametrize(
+    ("says", "role"),
+    [("human", "user"), ("gpt", "assistant"), ("observation", "tool"), ("function_call", "assistant")]
+    + [(role, role) for role in ("system", "developer", "user", "assistant", "tool")],
+)
+def test_every_speaker_of_sharegpt_has_its_role(tmp_path, says, role):
+    rows = [{"conversations": [{"from": says, "value": "hi"}]}]
+    assert load_dataset(write(tmp_path / "data.jsonl", rows))[0] == {"messages": [{"role": role, "content": "hi"}]}
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_what_a_chat_template_is_told_is_kept(tmp_path, column):
+    told = {"tools": [{"name": "add"}], "chat_template_kwargs": {"enable_thinking": True}}
+    dataset = load_dataset(write(tmp_path / "data.jsonl", [{column: MESSAGES, "id": 1} | told]))
+    assert dataset[0] == {"messages": MESSAGES} | told
+
+
+def test_a_hub_dataset_is_asked_for_by_configuration_and_split(monkeypatch):
+    asked = []
+
+    def read(*names, split):
+        asked.append((*names, split))
+        return Dataset.from_dict({"text": ["x"]})
+
+    monkeypatch.setattr("datasets.load_dataset", read)
+    load_dataset("org/rows", "test", name="main")
+    load_dataset(["org/a", "org/b"], "test", name="main")
+    assert asked == [("org/rows", "main", "test"), ("org/a", "main", "test"), ("org/b", "main", "test")]
+
+
 def test_the_richest_shape_wins():
     assert detect_format(["text", "messages"]) == "messages"
     assert detect_format(["prompt", "text"]) == "text"

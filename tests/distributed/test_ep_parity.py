@@ -55,6 +55,7 @@ def references(folder, family: str, num_ranks: int, cases: list[Case]) -> None:
 def check(folder, family: str, num_ranks: int, cases: list[Case], seconds: float = 240) -> None:
     references(folder, family, num_ranks, cases)
     for rank in on_ranks(num_ranks, work.parity, saved(family), cases, folder, seconds=seconds):
+        assert len(rank) == len(cases)
         for name, loss, grad, parameter in rank:
             assert loss <= TOLERANCE and grad <= TOLERANCE, f"{family} {name}: loss {loss:.1e}, {parameter} {grad:.1e}"
 
@@ -111,6 +112,7 @@ def test_gradients_of_the_generic_families_on_two_ranks(tmp_path):
         folders.append(tmp_path / family)
     for rank in on_ranks(2, work.parity_of_several, folders, cases):
         for family, results in zip(GENERIC, rank, strict=True):
+            assert len(results) == len(cases)
             for name, loss, grad, parameter in results:
                 assert loss <= TOLERANCE and grad <= TOLERANCE, (
                     f"{family} {name}: loss {loss:.1e}, {parameter} {grad:.1e}"

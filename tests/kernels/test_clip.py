@@ -111,3 +111,12 @@ def test_clipping_by_kernels_equals_torch(max_norm):
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, max_norm))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("max_norm", [1e-6, 1.0])
+def test_tiny_gradients_are_scaled_as_by_pytorch(max_norm):
+    ours, theirs = (torch.nn.Parameter(torch.zeros(8)) for _ in range(2))
+    ours.grad, theirs.grad = torch.full((8,), 1e-6), torch.full((8,), 1e-6)
+    clip_grad_norm([ours], max_norm)
+    torch.nn.utils.clip_grad_norm_([theirs], max_norm)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=0)

@@ -1,13 +1,16 @@
 """What SDPA's attention of fused models sends to flash-attn-4, for which a stand-in computes, and what it does not."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
 
-from expertmesh import backends
-from expertmesh.bench.rows import worst_error
+from expertmesh import backends, fuse
+from expertmesh.bench.rows import relative_error, worst_error
+from expertmesh.bench.tiny import tiny_model
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask
@@ -134,3 +137,41 @@ def test_a_fused_model_sends_packed_rows_there_as_its_collator_tells(family, lay
         error, where = worst_error(got, want)
         assert error < 1e-5, where
         calls.clear()
+
+
+WINDOWS = [("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}), ("mixtral", {"sliding_window": 4}),
+           ("gpt_oss", {"sliding_window": 4})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes"), WINDOWS)
+def test_windows_are_those_of_stock_whoever_attends(family, changes):
+    """By the default, and by an implementation of the user's own, which is told of them as flash attention is."""
+    told = []
+
+    def noting(module, query, key, value, attention_mask, sliding_window=None, **kwargs):
+        told.append((module.layer_idx, sliding_window))
+        return query.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("noting", noting)
+    stock = tiny_model(family, **changes)
+    ours, wide = fuse(copy.deepcopy(stock)), fuse(tiny_model(family, **changes | {"sliding_window": 64}))
+    ids = torch.randint(3, stock.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, got, all_seen = (model(input_ids=ids).logits for model in (stock, ours, wide))
+    assert relative_error(got, want) < 1e-5 and relative_error(all_seen, want) > 1e-2
+    for model in (stock, ours):
+        model.set_attn_implementation("noting")
+        model(input_ids=ids)
+    assert told[: len(told) // 2] == told[len(told) // 2 :] and 4 in dict(told).values()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral"])
+def test_attention_drops_out_as_in_stock(family):
+    losses = []
+    ids = torch.arange(3, 27).view(2, 12)
+    for load in (load_stock, load_ours):
+        model = load(family, attention_dropout=0.4).train()
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-5) and abs(losses[0] - losses[1]) > 1e-4

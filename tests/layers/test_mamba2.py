@@ -195,3 +195,20 @@ def test_other_families_with_this_mixer_have_the_fast_one(ran):
 def test_the_scan_of_stock_is_the_one_that_is_replaced():
     names = ("apply_mask_to_padding_states", "causal_conv1d_fn", "mamba2_chunk_scan")
     assert all(hasattr(modeling_nemotron_h, name) for name in names)
+
+
+def test_decays_are_taken_in_float32_from_a_model_in_bfloat16(monkeypatch):
+    seen = []
+
+    def noting(projected, weights, options, start, mask):
+        seen.append(weights.A_H)
+        return function(projected, weights, options, start, mask)
+
+    function = mamba2.mamba2
+    monkeypatch.setattr(mamba2, "mamba2", noting)
+    model = load_ours("nemotron_h", dtype=torch.bfloat16).train()
+    model(input_ids=tokens(), labels=tokens())
+    mixers = [module for module in model.modules() if hasattr(module, "A_log")]
+    assert len(seen) == len(mixers) and mixers[0].A_log.dtype == torch.bfloat16
+    for decay, mixer in zip(seen, mixers, strict=True):
+        assert torch.equal(decay, -mixer.A_log.float().exp())

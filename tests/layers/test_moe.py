@@ -10,7 +10,7 @@ from expertmesh import backends, fuse
 from expertmesh.layers import experts
 from expertmesh.layers.decoder import add_block
 from expertmesh.layers.moe import FastMoEBlock, FastSharedMoEBlock
-from tests.models import load_ours
+from tests.models import load_ours, load_stock
 
 
 def layer_of(fused: bool, implementation: str = "expertmesh"):
@@ -102,6 +102,21 @@ def test_shared_experts_are_added_in_the_same_sum(monkeypatch):
     x, residual = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
     torch.testing.assert_close(layer.mlp(x, residual), residual + layer.mlp(x))
     assert found == [True, False]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_noise_on_the_inputs_of_a_block_is_drawn_as_in_stock(padded):
+    losses = []
+    for load in (load_stock, load_ours):
+        model = load("mixtral", router_jitter_noise=0.4).train()
+        ids = torch.arange(3, 19).view(2, 8)
+        mask = torch.ones_like(ids)
+        mask[1, 5:] = 1 - padded
+        labels = torch.where(mask == 1, ids, -100)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            losses.append(model(input_ids=ids, attention_mask=mask, labels=labels).loss.item())
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-5) and abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_a_block_that_returns_its_routing_weights_too_adds_a_residual_all_the_same(monkeypatch):

@@ -5,6 +5,8 @@ GPUs attend to documents by variable length. Here the reference stands in for th
 tests run all around it.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening, masking_utils
@@ -341,6 +343,21 @@ def test_windows_stay_with_transformers_masks(fast, varlen, monkeypatch):
     wide = load_ours("mixtral", sliding_window=64)  # which cuts nothing from rows of 12
     through_model(wide, batch(wide, "packed"))
     assert bool(varlen) == fast
+
+
+@pytest.mark.parametrize(
+    ("config", "has"),
+    [
+        ({}, False),
+        ({"sliding_window": 11}, True),
+        ({"sliding_window": 12}, False),
+        ({"attention_chunk_size": 11, "layer_types": ["chunked_attention", "full_attention"]}, True),
+        ({"sliding_window": 4, "layer_types": ["full_attention", "linear_attention"]}, False),
+        ({"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}, True),
+    ],
+)
+def test_what_sees_less_than_a_row(config, has):
+    assert base_model._has_windows(SimpleNamespace(**config), 12) == has
 
 
 def test_what_the_kernel_does_not_take_gets_a_mask(varlen, monkeypatch):

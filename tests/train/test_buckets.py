@@ -127,6 +127,8 @@ def test_a_larger_bucket_than_the_row_s_own_holds_its_documents_of_padding():
     assert filled["cu_seq_lens_q"].diff().max() <= 64 and filled["cu_seq_lens_q"][-1] == 512
     assert (filled["position_ids"] < 64).all()
     assert not Bucket(512, 8, 64).holds(row.input_ids.numel(), 5, 15)
+    assert Bucket(128, 3, 64).holds(100, 2, 60) and not Bucket(128, 2, 64).holds(100, 2, 60), "28 tokens are one more"
+    assert Bucket(128, 2, 64).holds(128, 2, 64)
 
 
 def left_padded_and_labelled():
@@ -145,6 +147,11 @@ def with_a_hole():
     [
         left_padded_and_labelled(),  # padding predicts the first token
         with_a_hole(),
+        {
+            "input_ids": torch.tensor([[3, 4, 5, 0]]),
+            "labels": torch.tensor([[3, 4, 5, 7]]),
+            "attention_mask": torch.tensor([[1, 1, 1, 0]]),
+        },  # the last token is to predict one that is padding
         padded() | {"token_type_ids": padded()["input_ids"]},
         {"input_ids": padded()["input_ids"]},
         padded() | {"attention_mask": torch.zeros_like(padded()["input_ids"])},

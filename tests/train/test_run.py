@@ -33,7 +33,8 @@ def assert_equal(ours, theirs):
 
 
 def test_a_run_leaves_everything_behind(tmp_path):
-    result = run(configured(tmp_path))
+    trainer = build(configured(tmp_path))
+    result = train(configured(tmp_path), trainer)
     assert result.exit_code == 0 and result.metrics["eval_loss"] > 0
     assert load_config(tmp_path / "config.yaml") == configured(tmp_path)
     environment = json.loads((tmp_path / "env.json").read_text())
@@ -53,7 +54,7 @@ def test_a_run_leaves_everything_behind(tmp_path):
     for picture in ("loss.png", "router.png"):
         assert (tmp_path / "plots" / picture).read_bytes().startswith(b"\x89PNG")
     stock = transformers.AutoModelForCausalLM.from_pretrained(result.final)
-    assert_equal(final_weights(result), load_file(result.final / "model.safetensors"))
+    assert_equal(stock.state_dict(), trainer.model.state_dict())
     assert stock.generation_config.eos_token_id is not None
     tokenizer = transformers.AutoTokenizer.from_pretrained(result.final)
     assert tokenizer.chat_template and "{%- generation %}" in tokenizer.chat_template
@@ -169,6 +170,14 @@ def test_the_configuration_reaches_the_trainer(tmp_path):
     assert trainer.model.config.router_aux_loss_coef == 0.125
     trainer.train()
     assert trainer.model.is_activation_checkpointing
+
+
+@pytest.mark.parametrize(("every", "evaluated"), [(3, [3, 4]), (2, [2, 4])])
+def test_the_finished_model_is_evaluated_and_not_twice(tmp_path, every, evaluated):
+    result = run(configured(tmp_path, log__eval_steps=every, log__logging_steps=10))  # no record lies between
+    records = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in record]
+    assert [record["step"] for record in records] == evaluated
+    assert result.metrics["eval_loss"] == records[-1]["eval_loss"] != records[0]["eval_loss"]
 
 
 def test_assistant_only_loss_masks_the_question(tmp_path):
