@@ -35,6 +35,8 @@ from expertmesh.layers.router import aux_loss_share
 from expertmesh.layers.sharding import lean_layout
 from expertmesh.memory.recompute import keep_routing
 from expertmesh.parallel import refuse_unfit_shards
+from expertmesh.weights import ranks
+from expertmesh.weights.files import replacing
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
 from expertmesh.weights.ranks import refuse_differences
 from expertmesh.weights.read import glance, to_model_names
@@ -147,10 +149,12 @@ class FusedModel(ReadsQuantized):
     """What a fused model adds to its HF class."""
 
     _mtp: MTP | None = None
+    _waiting: dict[str, Any] | None = None  # read from a file; the rest of its parameter lies in another
     _replicate_for_data_parallel = refuse_replicas
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        self._frozen = [name for name, weight in self.named_parameters() if not weight.requires_grad]
         if _with_mtp.get() != "no":
             self._mtp = mtp_modules.add_modules(self)
         self._fuse_modules()
@@ -205,16 +209,22 @@ class FusedModel(ReadsQuantized):
         """As in PyTorch, and weights under the names they have on disk are converted as `from_pretrained` does.
 
         Transformers' Trainer resumes through here: without it experts, which most families save one by one, would
-        keep their old weights. Raises ValueError if some weights of an expert are missing.
+        keep their old weights. Raises ValueError if some weights of an expert are missing; with strict=False they may
+        come with the next call, before the next forward.
         """
         copies = self._mtp.copies if self._mtp is not None else {}
         own = {key: value for key, value in state_dict.items() if key not in copies} if copies else state_dict
-        return super().load_state_dict(to_model_names(self, own), strict, assign)
+        state, self._waiting = to_model_names(self, {**self._waiting, **own} if self._waiting else own, strict)
+        if self._waiting:
+            hook: Any = self.register_forward_pre_hook(lambda *_: _refuse_part(self, hook))
+        return super().load_state_dict(state, strict, assign)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; call it on every rank. Of a sharded model each rank writes its part, and none gathers it.
 
-        For a model with adapters, a `state_dict` or an upload to the Hub it is Transformers' own, which gathers.
+        The files appear in the folder when all are written, with SHA256SUMS of the weights, in the place of an older
+        export's. For a model with adapters, a `state_dict` or an upload to the Hub it is Transformers' own, which
+        gathers.
         """
         defaults = {"push_to_hub": False, "save_original_format": True, "distributed_checkpoint": False}
         asked = {key for key, value in kwargs.items() if value is not defaults.get(key)}
@@ -223,7 +233,13 @@ class FusedModel(ReadsQuantized):
             if len(args) < 2 and not getattr(self, "_hf_peft_config_loaded", False):
                 kwargs["state_dict"] = with_copies(self, kwargs.get("state_dict"))
             promise_what_is_kept(self)
-            super().save_pretrained(save_directory, *args, **kwargs)
+            writes = ranks.rank() == 0 and (args[0] if args else kwargs.get("is_main_process", True))
+            if not writes or kwargs.get("distributed_checkpoint"):
+                super().save_pretrained(save_directory, *args, **kwargs)
+            else:
+                kwargs |= {"repo_id": Path(save_directory).name} | kwargs if kwargs.get("push_to_hub") else {}
+                with replacing(save_directory, ranks.ALONE) as staging:
+                    super().save_pretrained(staging, *args, **kwargs)
         else:
             save_sharded(self, save_directory, kwargs.get("max_shard_size", "5GB"))
         tell_saved(self, save_directory)
@@ -259,6 +275,8 @@ class FusedModel(ReadsQuantized):
             _settle_mtp(model, loading_info, load_config)
         if _refusing.get():
             _refuse_missing_experts(model, loading_info, load_config.pretrained_model_name_or_path)
+        for name in model._frozen:  # Transformers forgets it in loading, but not on ranks
+            model.get_parameter(name).requires_grad_(False)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
@@ -309,6 +327,15 @@ def _refuse_missing_experts(model: nn.Module, loading_info: Any, source: Any) ->
             f"{', '.join(lost[:3])}{more}. Training would start them at random. Download or convert the checkpoint "
             f"again; its index (model.safetensors.index.json) must list every expert of every layer."
         )
+
+
+def _refuse_part(model: Any, hook: Any) -> None:
+    if model._waiting:
+        raise ValueError(
+            f"Only some experts of a layer were loaded: {min(model._waiting)} has come, others of its layer have not. "
+            f"Take a complete checkpoint of this model."
+        )
+    hook.remove()
 
 
 def _use_liger(model: PreTrainedModel) -> None:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
@@ -60,7 +63,7 @@ def loop(
     """Trains for `steps` optimizer steps. resume: a checkpoint, or "newest". dump, dump_loaded: files for all
     that must agree, after the last step and before the first.
     """
-    torch.manual_seed(int(os.environ.get("RANK", 0)))
+    transformers.set_seed(int(os.environ.get("RANK", 0)))
     options = {"distributed_config": DistributedConfig(**layout)} if layout else {}
     model = expertmesh.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).train()
     optim = {"ours": expertmesh.AdamW}.get(optimizer) or getattr(torch.optim, optimizer)
@@ -77,7 +80,8 @@ def loop(
     if os.environ.get("RANK", "0") == "0":
         print("ready", flush=True)
     while step < steps:
-        ids = torch.randint(0, 128, (2, 16))  # the next data: from the generator that is saved
+        ids = torch.randint(0, 128, (2, 16))  # the next data: from the generators that are saved
+        ids[0, 0], ids[0, 1] = random.randrange(128), np.random.randint(128)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optim.step()

@@ -1,5 +1,6 @@
 """A checkpoint appears whole or not at all, and every byte of it is checked."""
 
+import hashlib
 import json
 import logging
 import os
@@ -72,11 +73,78 @@ def test_old_checkpoints_go_and_the_only_complete_one_never_does(tmp_path):
         prune(tmp_path, 0)
 
 
+def test_a_linked_checkpoint_is_one_and_its_deletion_deletes_the_link(tmp_path):
+    away = publish(tmp_path / "away", 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-1").symlink_to(away)
+    (tmp_path / "run" / ".checkpoint-7.deleted").symlink_to(away)
+    (tmp_path / "run" / "checkpoint-8").symlink_to(tmp_path / "nowhere")
+    verify(tmp_path / "run" / "checkpoint-1")
+    assert newest_complete(tmp_path / "run") == tmp_path / "run" / "checkpoint-1"
+    publish(tmp_path / "run", 2)
+    prune(tmp_path / "run", 1)
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-2", "checkpoint-8"]
+    verify(away)
+    with pytest.raises(FileExistsError, match="checkpoint-8 exists"):
+        publish(tmp_path / "run", 8)
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    done, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(os, "rename", lambda a, b: done.append("rename") or rename(a, b))
+    publish(tmp_path.resolve(), 3)
+    before, after = done[: done.index("rename")], done[done.index("rename") :]
+    staging = str(tmp_path.resolve() / ".checkpoint-3.incomplete")
+    for name in ("weights", "inner/state", "inner", MANIFEST):
+        assert f"{staging}/{name}" in before
+    assert before.index(f"{staging}/weights") < before.index(f"{staging}/{MANIFEST}")
+    assert before[-1] == staging, "the list of files comes after the last of them"
+    assert str(tmp_path.resolve()) in after
+    done.clear()
+    publish(tmp_path.resolve(), 4)
+    done.clear()
+    prune(tmp_path.resolve(), 1)
+    assert done == ["rename", str(tmp_path.resolve())]
+
+
+def test_two_processes_do_not_save_into_one_folder_at_a_time(tmp_path):
+    with publishing(tmp_path, 1):
+        command = [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        other = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "Another run writes into" in other.stderr.splitlines()[-1]
+    assert [step for step, _ in checkpoints(tmp_path)] == [1]
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with publishing("~/run", 1) as folder:
+        (folder / "weights").touch()
+    assert newest_complete("~/run") == tmp_path / "run" / "checkpoint-1"
+
+
 def test_a_half_deleted_checkpoint_is_no_checkpoint(tmp_path):
     publish(tmp_path, 1).rename(tmp_path / ".checkpoint-1.deleted")
     assert newest_complete(tmp_path) is None
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+OUTSIDE = hashlib.sha256(b"outside").hexdigest()
+
+
+def change(folder, name, **entry):
+    """Another entry of the manifest."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest[name] = manifest.get(name, {"sha256": OUTSIDE}) | entry
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def swap(path):
+    """Move a part of a checkpoint out, and link to it."""
+    path.rename(path.parent.parent / "moved")
+    path.symlink_to(path.parent.parent / "moved")
 
 
 @pytest.mark.parametrize(
@@ -86,14 +154,29 @@ def test_a_half_deleted_checkpoint_is_no_checkpoint(tmp_path):
         (lambda folder: os.remove(folder / "inner/state"), "inner/state is missing"),
         (lambda folder: (folder / "inner/more").touch(), "inner/more is not in the manifest"),
         (lambda folder: os.truncate(folder / MANIFEST, 20), "sha256.json cannot be read"),
+        (lambda folder: change(folder, "weights", size=float("inf")), "sha256.json cannot be read"),
+        (lambda folder: change(folder, "weights", size=1000.0), "sha256.json cannot be read"),
+        (lambda folder: change(folder, "weights", size=True), "sha256.json cannot be read"),
+        (lambda folder: change(folder, "weights", size=-1), "weights has 1000 bytes instead of -1"),
+        (lambda folder: change(folder, "weights", sha256=None), "sha256.json cannot be read"),
+        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "sha256.json cannot be read"),
+        (lambda folder: change(folder, "../../outside", size=7, sha256=OUTSIDE), "../../outside is missing"),
+        (lambda folder: change(folder, str(folder.parent.parent / "outside"), size=7, sha256=OUTSIDE), "missing"),
+        (lambda folder: change(folder, "inner/../weights", size=1000), "inner/../weights is missing"),
+        (lambda folder: (folder / "more").symlink_to(folder / "weights"), "more is a link, a pipe or a device"),
+        (lambda folder: (folder / "more").symlink_to(folder / "inner"), "more is a link, a pipe or a device"),
+        (lambda folder: os.mkfifo(folder / "more"), "more is a link, a pipe or a device"),
+        (lambda folder: swap(folder / "weights"), "weights is a link, a pipe or a device"),
+        (lambda folder: swap(folder / "inner"), "inner is a link, a pipe or a device"),
     ],
 )
 def test_damage_is_named(damage, expected, tmp_path):
-    checkpoint = publish(tmp_path, 3)
+    checkpoint = publish(tmp_path / "run", 3)
+    (tmp_path / "outside").write_bytes(b"outside")
     damage(checkpoint)
     with pytest.raises(CheckpointError) as raised:
         verify(checkpoint)
-    assert raised.value.problems == [expected]
+    assert raised.value.problems[-1].endswith(expected)
 
 
 def test_any_flipped_byte_is_named(tmp_path):

@@ -1,12 +1,24 @@
 """Interrupted and resumed equals uninterrupted: from a plain loop, in any layout, saved now or in the background."""
 
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import random
+
+import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from expertmesh.bench.tiny import tiny_model
+from expertmesh.checkpoint.publish import MANIFEST
 from expertmesh.checkpoint.state import BackgroundSaver, load_checkpoint, save_checkpoint
 from expertmesh.checkpoint.verify import CheckpointError
+from expertmesh.weights.files import sha256
 from tests.checkpoint.loop import loop, on, source
 from tests.distributed.ranks import on_ranks
 
@@ -123,6 +135,114 @@ def test_a_damaged_checkpoint_changes_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="model.safetensors has changed"):
         load_checkpoint(path, model=model, optimizer=optimizer)
     assert same(before, dict(model.state_dict()))
+
+
+class Payload:
+    """What runs when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def signed_again(checkpoint):
+    """The manifest that its forger would write."""
+    os.remove(checkpoint / MANIFEST)
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    entries = {str(p.relative_to(checkpoint)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    (checkpoint / MANIFEST).write_text(json.dumps(entries))
+
+
+def forge_metadata(checkpoint, ran):
+    metadata = pickle.loads((checkpoint / "optimizer" / ".metadata").read_bytes())
+    metadata.planner_data = Payload(ran)
+    (checkpoint / "optimizer" / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def forge_entry(checkpoint, ran, path=None, changed=None):
+    """A state that is no tensor, or lies elsewhere."""
+    metadata = pickle.loads((checkpoint / "optimizer" / ".metadata").read_bytes())
+    name = "lm_head.weight/exp_avg"
+    index = next(index for index in metadata.storage_data if index.fqn == name)
+    place = metadata.storage_data.pop(index)
+    torch.save(Payload(ran), checkpoint / "optimizer" / "payload")
+    if path is None:
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+        index = MetadataIndex(name)
+    size = (checkpoint / "optimizer" / "payload").stat().st_size
+    metadata.storage_data[index] = dataclasses.replace(place, relative_path=path or "payload", offset=0, length=size)
+    (checkpoint / "optimizer" / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def forge_file(name):
+    return lambda checkpoint, ran: torch.save({"world_size": 1, "x": Payload(ran)}, checkpoint / name)
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (forge_metadata, r"\.metadata is refused: it names pathlib.*Path.touch"),
+        (forge_entry, "lm_head.weight/exp_avg is no tensor in this folder"),
+        (
+            lambda *where: forge_entry(*where, path="../../outside"),
+            "lm_head.weight/exp_avg is no tensor in this folder",
+        ),
+        (lambda *where: forge_entry(*where, path="/tmp/outside"), "lm_head.weight/exp_avg is no tensor in this folder"),
+        (forge_file("run.pt"), "Weights only load failed"),
+        (forge_file("rank-0.pt"), "Weights only load failed"),
+        (forge_file("optimizer/groups.pt"), "Weights only load failed"),
+    ],
+)
+def test_nothing_in_a_checkpoint_can_run(forge, message, tmp_path):
+    model, optimizer = pair()
+    for parameter in optimizer.param_groups[0]["params"]:
+        optimizer.state[parameter] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(parameter)}
+    path = save_checkpoint(tmp_path / "run", model=model, optimizer=optimizer, step=1)
+    load_checkpoint(path, model=model, optimizer=optimizer)
+    forge(path, tmp_path / "ran")
+    with pytest.raises(CheckpointError, match="is not what was saved"):
+        load_checkpoint(path, model=model, optimizer=optimizer)
+    signed_again(path)
+    before = optimizer.state[model.lm_head.weight]
+    with pytest.raises((CheckpointError, pickle.UnpicklingError), match=message):
+        load_checkpoint(path, model=model, optimizer=optimizer)
+    assert not (tmp_path / "ran").exists()
+    assert optimizer.state[model.lm_head.weight] is before
+
+
+def test_state_that_is_a_number_comes_back_as_one(tmp_path):
+    model, _ = pair()
+    optimizer = transformers.Adafactor(model.parameters())
+    ids = torch.ones(1, 8, dtype=torch.long)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert optimizer.state[model.lm_head.weight]["step"] == 1
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    other = transformers.Adafactor(model.parameters())
+    load_checkpoint(path, model=model, optimizer=other)
+    assert all(same(optimizer.state[weight], other.state[weight]) for weight in optimizer.state)
+    assert type(other.state[model.lm_head.weight]["step"]) is int
+
+
+def test_state_that_cannot_be_saved_is_refused(tmp_path):
+    model, optimizer = pair()
+    optimizer.state[model.lm_head.weight] = {"step": torch.tensor(1.0), "history": [torch.zeros(1)]}
+    with pytest.raises(ValueError, match="keeps a list as 'history'.*tensors and numbers"):
+        save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+
+
+def test_the_step_and_all_random_numbers_come_back(tmp_path):
+    model, optimizer = pair()
+    transformers.set_seed(3)
+    random.random(), np.random.rand(), torch.rand(1)
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=7)
+    coming = random.random(), np.random.rand(), torch.rand(1)
+    transformers.set_seed(4)
+    assert path == tmp_path / "checkpoint-7"
+    assert load_checkpoint(path, model=model, optimizer=optimizer).step == 7
+    assert coming == (random.random(), np.random.rand(), torch.rand(1))
 
 
 def test_other_parameters_are_refused_by_name(tmp_path):

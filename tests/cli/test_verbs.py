@@ -11,11 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 
+import expertmesh
 from expertmesh import backends, cli
 from expertmesh.auto import AutoModelForCausalLM
-from expertmesh.bench.tiny import FAMILIES
+from expertmesh.bench.tiny import FAMILIES, tiny_model
+from expertmesh.checkpoint.state import save_checkpoint
 from expertmesh.cli.doctor import REQUIRED, fusions_of, whether_tested, wrong_versions
 from expertmesh.train.config import Config, load_config
 from tests.train.runs import data_file, tiny_run
@@ -53,6 +56,20 @@ def test_the_package_runs_as_the_command(arguments, code, said):
 def test_every_verb_has_help(verb, capsys):
     assert cli.run([verb, "--help"]) == 0
     assert verb in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["export", "checkpoint"])
+def test_check_names_a_changed_byte(how, tmp_path, capsys):
+    model = expertmesh.fuse(tiny_model("qwen3_moe"))
+    path = tmp_path / "export"
+    if how == "export":
+        model.save_pretrained(path)
+    else:
+        path = save_checkpoint(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters()), step=1)
+    content = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert cli.run(["check", str(path)]) in (1, 2)
+    assert "model.safetensors" in (said := capsys.readouterr().err) and "is not what was saved" in said
 
 
 @pytest.mark.parametrize("arguments", [["frobnicate"], ["train", "--frobnicate"], ["doctor", "extra"], []])

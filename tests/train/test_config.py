@@ -157,6 +157,14 @@ def test_an_unreadable_file_is_an_error(tmp_path):
         load_config(tmp_path / "binary.yaml")
 
 
+@pytest.mark.parametrize("key", ["save.output_dir", "save.resume_from_checkpoint", "model.name", "data.name"])
+def test_the_home_folder_may_be_written_as_a_tilde(key, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    section, _, name = key.partition(".")
+    assert getattr(getattr(load_config(None, [f"{key}=~/run"]), section), name) == "/home/somebody/run"
+    assert load_config(None, ["data.name=[~/a, b]"]).data.name == ["/home/somebody/a", "b"]
+
+
 def test_the_resolved_configuration_loads_as_itself(tmp_path):
     for overrides in ([], ["lora={}"], ["data.eval_split=test"], ["model.fused={router: false}"]):
         config = load_config(None, overrides)

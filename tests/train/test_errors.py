@@ -5,10 +5,13 @@ import shlex
 import tomllib
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors import SafetensorError
 
-from expertmesh.train.errors import OPTIONAL, ConfigError, explain, install
+from expertmesh.train.errors import OPTIONAL, ConfigError, explain, install, is_disk_full
 from expertmesh.train.guard import NonFiniteError
+from expertmesh.waiting import RanksError
 
 
 def test_our_own_errors_are_told_as_they_are(tmp_path):
@@ -18,6 +21,29 @@ def test_our_own_errors_are_told_as_they_are(tmp_path):
 
 def test_errors_of_libraries_point_to_the_traceback():
     assert explain(OSError("disk full")) == "disk full (EXPERTMESH_DEBUG=1 shows where this comes from.)"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(122, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 987904 vs 987824"),
+        RanksError("rank 1: OSError: [Errno 28] No space left on device"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_disk_is_one_paragraph(error):
+    for shown in (error, caused_by(error)):
+        assert explain(shown).startswith("The disk is full. Free room on it")
+    assert not is_disk_full(OSError(2, "No such file or directory"))
+
+
+def caused_by(error):
+    other = RuntimeError("something failed")
+    other.__cause__ = error
+    return other
 
 
 def test_a_missing_extra_is_named():

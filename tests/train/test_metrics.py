@@ -68,6 +68,16 @@ def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
     assert read_metrics(tmp_path / "absent.jsonl") == []
 
 
+def test_damaged_lines_are_named_and_left_out_and_a_run_goes_on(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st\xff\x00ep\n[1]\n{"loss": 2}\n\n{"step": 2}\n{"step": 3}\n')
+    assert steps(tmp_path) == [1, 2, 3]
+    assert f"{path} is damaged: it is read without line 2, 3, 4, 5." in caplog.text
+    file = metrics_file(tmp_path)
+    file.on_train_begin(None, at(2), None)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_tokens_per_second_are_what_a_stopwatch_says(tmp_path, monkeypatch):
     """Loading, steps and logging count; padding, evaluation and checkpoints do not."""
     clock = [100.0]

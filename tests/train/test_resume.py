@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from typing import ClassVar
 
 import pytest
 import torch
@@ -103,6 +104,26 @@ def test_a_run_that_would_replace_checkpoints_does_not_start(tmp_path):
     for resume in (None, str(tmp_path / "checkpoint-2")):
         with pytest.raises(FileExistsError, match=r"checkpoint-4 exists.*resume_from_checkpoint=True"):
             trainer(tmp_path).train(resume_from_checkpoint=resume)
+
+
+def test_a_truncated_state_is_named(tmp_path):
+    trainer(tmp_path, max_steps=2).train()
+    os.truncate(tmp_path / "checkpoint-2" / "trainer_state.json", 100)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2/trainer_state.json cannot be read.*the one before"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_the_folder_is_the_runs_own_while_it_trains(tmp_path):
+    class Look(transformers.TrainerCallback):
+        seen: ClassVar[list] = []
+
+        def on_step_end(self, *_, **__):
+            self.seen.append(os.listdir(tmp_path))
+
+    run = trainer(tmp_path, max_steps=1)
+    run.add_callback(Look())
+    run.train()
+    assert ".lock" in Look.seen[0] and ".lock" not in os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "scheduler.pt", "rng_state.pth"])

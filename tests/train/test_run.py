@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +117,48 @@ def test_an_interrupt_in_the_last_step_finishes_the_run(tmp_path):
 
 def test_auto_resume_starts_where_there_is_nothing_to_resume(tmp_path):
     assert run(configured(tmp_path, save__resume_from_checkpoint="auto")).exit_code == 0
+
+
+def test_auto_resume_goes_past_a_newer_folder_that_is_no_checkpoint(tmp_path, caplog):
+    run(configured(tmp_path, save__save_steps=2))
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5.incomplete" / "of an earlier time").mkdir(parents=True)
+    result = run(configured(tmp_path, train__max_steps=6, save__resume_from_checkpoint="auto"))
+    assert result.exit_code == 0 and "checkpoint-5 is incomplete: it is moved aside" in caplog.text
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 6
+
+
+def test_a_run_starts_only_where_its_model_has_room(tmp_path, monkeypatch):
+    config = configured(tmp_path)
+    trainer = build(config)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"save.output_dir: the trained model takes .* GB"):
+        train(config, trainer)
+
+
+def test_a_full_disk_does_not_cost_the_trained_model(tmp_path, monkeypatch, caplog):
+    config, waited = configured(tmp_path, train__max_steps=1), []
+    trainer, save = build(config), expertmesh.weights.files.sync
+
+    def full(path):
+        if not waited and "final" in str(path):
+            raise OSError(28, "No space left on device")
+        save(path)
+
+    monkeypatch.setattr("expertmesh.weights.files.sync", full)
+    monkeypatch.setattr("time.sleep", waited.append)
+    result = train(config, trainer)
+    assert waited == [30] and "The disk is full. Free room" in caplog.text
+    transformers.AutoModelForCausalLM.from_pretrained(result.final)
+
+
+def test_a_changed_byte_of_the_model_is_named_before_it_is_trained(tmp_path):
+    result = run(configured(tmp_path / "first", train__max_steps=1))
+    weights = result.final / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=r"model.safetensors in .*final is not what was saved"):
+        run(configured(tmp_path / "second", model__name=result.final))
 
 
 def test_resuming_from_what_is_no_checkpoint_is_an_error(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import load_sharded_checkpoint
 
 import expertmesh
 from expertmesh.bench.tiny import FAMILIES, tiny_config, tiny_model
@@ -88,6 +89,44 @@ def test_a_checkpoint_of_something_else_is_refused(change, message, tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         load_weights(ours("qwen3_moe"), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_files_come_one_by_one_and_experts_of_a_layer_lie_in_two(family, tmp_path):
+    """So transformers' own Trainer resumes."""
+    transformers.AutoModelForCausalLM.from_pretrained(saved(family)).save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    model = ours(family)
+    load_sharded_checkpoint(model, tmp_path, strict=False)
+    model.tie_weights()
+    assert_holds_the_saved_weights(model, family)
+    model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert not model._forward_pre_hooks
+
+
+def test_a_model_with_some_experts_of_a_layer_does_not_run(tmp_path):
+    state = load_file(saved("qwen3_moe") / "model.safetensors")
+    gone = {key: state.pop(key) for key in list(state) if "layers.2.mlp.experts.5" in key}
+    model, ids = ours("qwen3_moe"), torch.ones(1, 4, dtype=torch.long)
+    norm = {"model.norm.weight": state.pop("model.norm.weight")}
+    model.load_state_dict(state, strict=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"some experts.*model.layers.2.mlp.experts.*complete checkpoint"):
+            model(input_ids=ids)
+    model.load_state_dict(norm, strict=False)
+    with pytest.raises(ValueError, match=r"some experts"):
+        model(input_ids=ids)
+    model.load_state_dict(gone, strict=False)
+    model(input_ids=ids)
+    assert_holds_the_saved_weights(model, "qwen3_moe")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_family_does_not_train_is_not_trained_after_loading(family):
+    """Else a checkpoint of one process has parameters in its optimizer that one of two ranks has not."""
+    loaded = expertmesh.AutoModelForCausalLM.from_pretrained(saved(family), dtype=torch.float32)
+    made = {name: weight.requires_grad for name, weight in ours(family).named_parameters()}
+    assert {name: weight.requires_grad for name, weight in loaded.named_parameters() if name in made} == made
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

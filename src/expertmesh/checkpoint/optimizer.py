@@ -6,6 +6,8 @@ says about it, so nothing is stepped, and it stays exactly what was saved.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
+from expertmesh.checkpoint.tensors import TensorReader
 from expertmesh.memory.adamw import IMPLEMENTATION
 from expertmesh.weights import ranks
 
@@ -25,6 +27,7 @@ GROUPS = "groups.pt"  # in FOLDER
 
 PER_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"}
 
+NUMBER = int | float | None
 Named = dict[str, nn.Parameter]
 
 # one process without a process group is a case like others here, and no reason to warn at every save
@@ -47,28 +50,35 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     tensors = {}
     for name, parameter in _named(model, optimizer).items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, dict):
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name}/{key}"] = _contiguous(value)
+            elif not isinstance(value, NUMBER):
                 raise ValueError(
-                    f"{type(optimizer).__name__} keeps a dict as {key!r} of every parameter, which cannot be sharded: "
-                    f"save without the optimizer, or take one whose state is tensors."
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key!r} of every parameter, which "
+                    f"cannot be saved: save without the optimizer, or take one whose state is tensors and numbers."
                 )
-            tensors[f"{name}/{key}"] = _contiguous(value)
     return tensors
 
 
 def groups_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The options of every parameter group, and each parameter's group by name: groups are cut by layout."""
+    """The options of every parameter group, each parameter's group by name (groups are cut by layout), and state that
+    is numbers.
+    """
     names = {parameter: name for name, parameter in _named(model, optimizer).items()}
     groups = optimizer.param_groups
     options = [{key: value for key, value in g.items() if key not in ("params", "param_names")} for g in groups]
-    return {"options": options, "of": {names[p]: number for number, g in enumerate(groups) for p in g["params"]}}
+    of = {names[p]: number for number, g in enumerate(groups) for p in g["params"]}
+    states = [(name, optimizer.state.get(parameter, {})) for parameter, name in names.items()]
+    numbers = {name: {key: x for key, x in state.items() if isinstance(x, NUMBER)} for name, state in states}
+    return {"options": options, "of": of, "numbers": numbers}
 
 
 def write(folder: Path, tensors: dict[str, Any], groups: dict[str, Any], group: Any = None) -> None:
     """Write what `tensors_of` and `groups_of` gave, from all ranks of `group`."""
     folder = folder / FOLDER
     folder.mkdir(exist_ok=True)
-    dcp.save(tensors, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
+    with _told_plainly():
+        dcp.save(tensors, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
     if ranks.rank(group) == 0:
         torch.save(groups, folder / GROUPS)
 
@@ -88,9 +98,13 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
             f"The optimizer in {checkpoint} is of other parameters: only the "
             f"{'optimizer' if odd in named else 'checkpoint'} has {odd}. Freeze parameters as in the run that saved it."
         )
-    tensors = _to_load(dcp.FileSystemReader(folder), named, optimizer)
-    dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    reader = TensorReader(folder)
+    tensors = _to_load(reader, named, optimizer)
+    with _told_plainly():
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     optimizer.state.clear()
+    for name, numbers in groups.get("numbers", {}).items():
+        optimizer.state[named[name]] |= numbers
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
         optimizer.state[named[name]][key] = _like_parameter(value, named[name])
@@ -123,6 +137,15 @@ def regrouped(state: dict[str, Any], order: list[int]) -> dict[str, Any]:
     return {key: change(key, value) for key, value in state.items()}
 
 
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """PyTorch raises what went wrong on any rank on all, as a BaseException of its own, which no handler expects."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
 def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> Named:
     names = {parameter: name for name, parameter in model.named_parameters()}
     try:
@@ -142,9 +165,6 @@ def _to_load(reader: Any, named: Named, optimizer: torch.optim.Optimizer) -> dic
     for path, saved in reader.read_metadata().state_dict_metadata.items():
         name, _, key = path.rpartition("/")
         parameter = named[name]
-        if not isinstance(saved, TensorStorageMetadata):
-            tensors[path] = None
-            continue
         shape, dtype = saved.size, saved.properties.dtype
         if not shape:  # the step count: PyTorch keeps it beside the parameter if its kernel reads it there
             tensors[path] = torch.empty((), dtype=dtype, device=parameter.device if on_device[parameter] else "cpu")

@@ -6,19 +6,16 @@ killed before the rename leaves a hidden directory that the next save removes; o
 All ranks must see the same file system.
 """
 
-import hashlib
 import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from expertmesh.weights import ranks
+from expertmesh.weights.files import Digests, remove, staged, sync
 
 MANIFEST = "sha256.json"
 log = logging.getLogger(__name__)
@@ -34,34 +31,32 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
     Every rank of `group` (None: all) enters and writes its own files. After an error nothing is published. Raises
     FileExistsError if there is such a checkpoint already: a published one is never replaced.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).expanduser()
     target, staging = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.incomplete"
-    if target.exists():
-        raise FileExistsError(
-            f"{target} exists, and a published checkpoint is never replaced. Resume from it, save to another folder, "
-            f"or move it away if it is not needed."
-        )
-    ranks.barrier(group)  # nobody may look for the target once somebody has begun
-    if ranks.rank(group) == 0:
+
+    def begin() -> None:
+        if os.path.lexists(target):
+            raise FileExistsError(
+                f"{target} exists, and a published checkpoint is never replaced. Resume from it, save to another "
+                f"folder, or move it away if it is not needed."
+            )
         remove_leftovers(output_dir)
-        staging.mkdir(parents=True)
-        _sync(output_dir)
-    ranks.barrier(group)
-    yield staging
-    for path in [*sorted(staging.rglob("*"), reverse=True), staging]:  # on every rank: fsync reaches what it wrote
-        _sync(path)
-    ranks.barrier(group)
-    sums = ranks.gathered(_sums(staging, _files(staging)[ranks.rank(group) :: ranks.world_size(group)]), group)
-    if ranks.rank(group) == 0:
-        _write_manifest(staging, {name: entry for part in sums for name, entry in part.items()})
+
+    def publish(sums: Digests) -> None:
+        (staging / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
+        sync(staging / MANIFEST)
+        sync(staging)
         os.rename(staging, target)
-        _sync(output_dir)
-    ranks.barrier(group)
+        sync(output_dir)
+
+    with staged(output_dir, staging, begin, publish, group):
+        yield staging
 
 
 def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     """Every published (step, directory), oldest first, complete or not."""
-    paths = Path(output_dir).iterdir() if Path(output_dir).is_dir() else ()
+    folder = Path(output_dir).expanduser()
+    paths = folder.iterdir() if folder.is_dir() else ()
     return sorted((int(name[1]), path) for path in paths if (name := _CHECKPOINT.fullmatch(path.name)))
 
 
@@ -94,8 +89,8 @@ def prune(output_dir: str | Path, keep: int, protect: Sequence[str | Path] = ())
         if path not in kept:
             doomed = path.with_name(f".checkpoint-{step}.deleted")  # half deleted it must not look like a checkpoint
             os.rename(path, doomed)
-            _sync(path.parent)
-            shutil.rmtree(doomed)
+            sync(path.parent)
+            remove(doomed)
 
 
 def remove_leftovers(output_dir: str | Path) -> None:
@@ -103,38 +98,4 @@ def remove_leftovers(output_dir: str | Path) -> None:
     for path in Path(output_dir).iterdir() if Path(output_dir).is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
             log.warning("%s is removed: a save or a deletion did not finish.", path)
-            shutil.rmtree(path)
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sums(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        sums = list(pool.map(sha256, files))
-    return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, sums, strict=True)
-    }
-
-
-def _write_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    path = folder / MANIFEST
-    path.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
-    _sync(path)
-    _sync(folder)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            remove(path)

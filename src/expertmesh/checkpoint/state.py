@@ -84,7 +84,7 @@ def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None
     Raises CheckpointError naming every damaged file, FileNotFoundError if the directory is no complete checkpoint, and
     ValueError if it is another model's or optimizer's. Nothing is changed before everything is verified.
     """
-    checkpoint, model = Path(checkpoint), _plain(model)
+    checkpoint, model = Path(checkpoint).expanduser(), _plain(model)
     verify(checkpoint)
     run = torch.load(checkpoint / "run.pt", weights_only=True)
     saved = [torch.load(checkpoint / f"rank-{rank}.pt", weights_only=True) for rank in range(run["world_size"])]
@@ -149,7 +149,7 @@ class BackgroundSaver:
 
         def write() -> Path:
             with publishing(directory, step, self._group) as folder:
-                export.write(folder, weights)
+                export.write(folder, weights, self._group)
                 optimizer_state.write(folder, tensors, groups, self._group)
                 _write_bytes(folder, files)
             return _published(directory, step, keep, self._group)
@@ -224,4 +224,4 @@ def _write_bytes(folder: Path, files: dict[str, bytes]) -> None:
 def _published(directory: str | Path, step: int, keep: int | None, group: Any = None) -> Path:
     if keep is not None and ranks.rank(group) == 0:
         prune(directory, keep)
-    return Path(directory) / f"checkpoint-{step}"
+    return Path(directory).expanduser() / f"checkpoint-{step}"

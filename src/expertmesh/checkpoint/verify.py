@@ -1,12 +1,14 @@
 """Is every byte of a checkpoint the one that was saved? Asked before anything is loaded from it."""
 
 import json
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from expertmesh.checkpoint.publish import MANIFEST, sha256
+from expertmesh.checkpoint.publish import MANIFEST
 from expertmesh.weights import ranks
+from expertmesh.weights.files import sha256
 
 
 class CheckpointError(ValueError):
@@ -20,16 +22,19 @@ class CheckpointError(ValueError):
 def verify(checkpoint: str | Path) -> None:
     """Compare every file's size and SHA-256 with the manifest. Every rank takes a share of the files.
 
-    Raises CheckpointError on every rank, naming each file that is missing, truncated, changed or not in the manifest;
-    FileNotFoundError if there is no manifest.
+    Raises CheckpointError on every rank, naming each file that is missing, truncated, changed or not in the manifest,
+    and what is no file: nothing outside the folder is looked at. FileNotFoundError if there is no manifest.
     """
     checkpoint = Path(checkpoint)
     entries = _manifest(checkpoint)
-    names = sorted(entries)[ranks.rank() :: ranks.world_size()]
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        found = list(pool.map(lambda name: _problem(checkpoint / name, name, entries[name]), names))
-    present = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
-    extra = [f"{name} is not in the manifest" for name in sorted(present - entries.keys() - {MANIFEST})]
+    modes = {path.relative_to(checkpoint).as_posix(): path.lstat().st_mode for path in checkpoint.rglob("*")}
+    files = {name for name, mode in modes.items() if stat.S_ISREG(mode)}
+    others = {name for name, mode in modes.items() if not stat.S_ISDIR(mode)} - files
+    names = sorted(entries.keys() - others)[ranks.rank() :: ranks.world_size()]
+    with ranks.together(), ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        found = list(pool.map(lambda name: _problem(checkpoint / name, name, entries[name], name in files), names))
+    extra = [f"{name} is not in the manifest" for name in sorted(files - entries.keys() - {MANIFEST})]
+    extra += [f"{name} is a link, a pipe or a device" for name in sorted(others)]
     shares = ranks.gathered([problem for problem in found if problem])
     problems = sorted(problem for share in shares for problem in share) + extra
     if problems:
@@ -48,8 +53,11 @@ def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
         )
     try:
         entries = json.loads(path.read_bytes())
-        return {name: {"size": int(entry["size"]), "sha256": str(entry["sha256"])} for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, entry in entries.items():
+            if type(entry["size"]) is not int or not isinstance(entry["sha256"], str):
+                raise ValueError(f"{name} has no size in bytes, or no SHA-256")
+        return entries
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"The manifest of {checkpoint} cannot be read ({error}). Restore {MANIFEST} from a copy, or move the "
             f"checkpoint away and resume from the one before.",
@@ -57,8 +65,8 @@ def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
         ) from None
 
 
-def _problem(path: Path, name: str, entry: dict[str, Any]) -> str | None:
-    if not path.is_file():
+def _problem(path: Path, name: str, entry: dict[str, Any], is_there: bool) -> str | None:
+    if not is_there:
         return f"{name} is missing"
     size = path.stat().st_size
     if size != entry["size"]:

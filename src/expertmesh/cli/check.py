@@ -5,6 +5,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,7 +26,10 @@ def check(
     ranks: Annotated[int, typer.Option(min=1, help=RANKS_HELP)] = 1,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every comparison, not one line per case.")] = False,
 ) -> None:
-    """Compare loss, logits, gradients, generation and export with stock Transformers. Exit code 1 if any differs."""
+    """Compare loss, logits, gradients, generation and export with stock Transformers. Exit code 1 if any differs.
+
+    First the bytes of a local checkpoint are compared with the checksums beside it, where there are some.
+    """
     import transformers
     from rich.console import Console
     from rich.markup import escape
@@ -41,6 +45,7 @@ def check(
     failed = 0
     for name in FAMILIES if model == "all" else [model]:
         try:
+            _verify(name)
             with console.status(f"{name}: comparing with stock Transformers"), quiet(), checkpoint_of(name) as path:
                 rows = check_layouts(path, ranks) if ranks > 1 else list(check_checkpoint(path, device))
         except OSError as error:
@@ -83,6 +88,17 @@ def _refuse_nonsense(model: str, device: str, ranks: int) -> None:
             f"{model!r} is neither a folder, nor a Hub id (owner/name), nor a family.{hint} "
             f"Families: {', '.join(FAMILIES)}."
         )
+
+
+def _verify(name: str) -> None:
+    """Raises CheckpointError or ConfigError if bytes of a checkpoint or an export are not those that were saved."""
+    from expertmesh.checkpoint.publish import is_complete
+    from expertmesh.checkpoint.verify import verify
+    from expertmesh.train.final import verify_sums
+
+    if is_complete(Path(name)):
+        verify(name)
+    verify_sums(name)
 
 
 @contextlib.contextmanager

@@ -46,8 +46,12 @@ def train(
 
     if not is_rank() and (nproc := config.parallel.nproc or default_nproc()) > 1:
         from expertmesh.train.inputs import check_settings
+        from expertmesh.weights.files import alone
+        from expertmesh.weights.ranks import ALONE
 
         check_settings(config)
+        with alone(config.save.output_dir, ALONE):  # now: `launch` begins to write there
+            pass
         command = [sys.executable, "-m", "expertmesh", "train", *(arguments or [])]
         raise typer.Exit(launch(command, nproc, Path(config.save.output_dir) / "logs"))
 

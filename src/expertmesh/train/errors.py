@@ -1,6 +1,7 @@
 """What can go wrong in a run, and how it is told: one paragraph that names the fix. Imports nothing heavy."""
 
 import difflib
+import errno
 import importlib.metadata
 import re
 import shlex
@@ -29,6 +30,11 @@ def explain(error: Exception) -> str | None:
             f"The GPU ran out of memory ({text.split('.')[0]}). In this order: halve train.per_device_train_batch_size "
             "and double train.gradient_accumulation_steps, set train.activation_checkpointing=true, lower "
             "data.max_length, or train adapters only with lora={}."
+        )
+    if is_disk_full(error):
+        return (
+            "The disk is full. Free room on it, or set save.output_dir to another one; a run that has saved a "
+            f"checkpoint goes on from there with save.resume_from_checkpoint=auto. ({text[:200]})"
         )
     if type(error).__module__.startswith("expertmesh."):
         return text
@@ -66,3 +72,13 @@ def handling(handler: Callable[[int, Any], None]) -> dict[int, Any]:
     """Let `handler` answer the signals that end a run, and return what answered before; who ignored one still does."""
     numbers = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether the disk, or the user's share of it, is full: told by Python, PyTorch, safetensors or another rank."""
+    if error is None:
+        return False
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    words = ("No space left on device", "Disk quota exceeded", "unexpected pos")  # the last is PyTorch's
+    said = any(word in str(error) for word in words)
+    return full or said or is_disk_full(error.__cause__ or error.__context__)

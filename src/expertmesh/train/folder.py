@@ -37,12 +37,11 @@ def check_folder(config: Config) -> None:
         )
 
 
-def starting_point(config: Config) -> str | None:
-    """The checkpoint that `save.resume_from_checkpoint` names, None for a new run."""
+def starting_point(config: Config) -> str | bool | None:
+    """The checkpoint that `save.resume_from_checkpoint` names, True for the newest, None for a new run."""
     wanted, output_dir = config.save.resume_from_checkpoint, config.save.output_dir
     if wanted == "auto":
-        newest = newest_complete(output_dir)
-        return str(newest) if newest else None
+        return newest_complete(output_dir) is not None or None  # the trainer takes it, and moves newer ones aside
     if wanted is not None and not Path(wanted, "trainer_state.json").is_file():
         raise ConfigError(
             f"save.resume_from_checkpoint: {wanted} is no checkpoint (it has no trainer_state.json). Name a folder "

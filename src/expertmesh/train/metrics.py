@@ -5,6 +5,7 @@ learning_rate, tokens_per_second, moe/...). Records of training carry the router
 """
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from expertmesh.train.routing import RouterLoad
+
+log = logging.getLogger(__name__)
 
 
 class MetricsFile(TrainerCallback):
@@ -28,7 +31,9 @@ class MetricsFile(TrainerCallback):
             return
         kept = [record for record in self.old if record["step"] <= state.global_step] if state.global_step else []
         records = kept + read_metrics(self.path)[len(self.old) :]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        new = self.path.with_name(f".{self.path.name}")
+        new.write_text("".join(json.dumps(record) + "\n" for record in records))
+        new.replace(self.path)  # a kill while it is written costs nothing
         self.old = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -45,11 +50,26 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, [] where there is none. A last line that a crash cut short is left out."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    """The records of a metrics.jsonl, [] where there is none.
+
+    A last line that a crash cut short is left out; other lines that are no record too, and a warning names them.
+    """
+    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
     if lines and not lines[-1].endswith("}"):
         lines.pop()
-    return [json.loads(line) for line in lines]
+    found = [_record(line) for line in lines]
+    damaged = [str(number) for number, record in enumerate(found, 1) if record is None]
+    if damaged:
+        log.warning("%s is damaged: it is read without line %s.", path, ", ".join(damaged))
+    return [record for record in found if record is not None]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _plain(value: Any) -> Any:

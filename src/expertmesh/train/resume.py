@@ -7,6 +7,7 @@ is loaded from it, and holds the optimizer by parameter name, so that another la
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from transformers.trainer_callback import TrainerState
 
 from expertmesh.checkpoint import optimizer as optimizer_state
 from expertmesh.checkpoint.publish import checkpoints, is_complete, newest_complete, prune, publishing
-from expertmesh.checkpoint.verify import verify
+from expertmesh.checkpoint.verify import CheckpointError, verify
 from expertmesh.train.alike import refuse_different_ranks
 from expertmesh.weights import ranks
-from expertmesh.weights.read import load_weights
+from expertmesh.weights.files import alone
+from expertmesh.weights.read import load_weights, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +30,9 @@ class ResumableTrainer(transformers.Trainer):
     """transformers.Trainer whose checkpoints are whole, checked, and loadable under another layout.
 
     The files are transformers', but the optimizer is a folder, sharded, and sha256.json stands beside them. `train`
-    raises CheckpointError for a damaged checkpoint, and FileExistsError before the first step if output_dir holds
-    checkpoints that the run would come to replace. DeepSpeed and Accelerate's FSDP keep their own checkpoints.
+    raises CheckpointError for a damaged checkpoint, FileExistsError before the first step if output_dir holds
+    checkpoints that the run would come to replace, and FolderInUseError if another run trains there. DeepSpeed and
+    Accelerate's FSDP keep their own checkpoints.
     """
 
     model: Any
@@ -51,14 +54,17 @@ class ResumableTrainer(transformers.Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any):
         """As in transformers. `resume_from_checkpoint=True` takes the newest complete checkpoint in output_dir."""
         checkpoint = resume_from_checkpoint or None
-        if not self._has_other_format:
-            if checkpoint is True:
-                checkpoint = self._newest()
-            if trial is None:
-                self._refuse_to_replace(checkpoint)
-        self._published_step = None
-        refuse_different_ranks(self, checkpoint)
-        return super().train(checkpoint, trial, *args, **kwargs)
+        if isinstance(checkpoint, str):
+            checkpoint = os.path.expanduser(checkpoint)
+        with alone(self.args.output_dir or "."):
+            if not self._has_other_format:
+                if checkpoint is True:
+                    checkpoint = self._newest()
+                if trial is None:
+                    self._refuse_to_replace(checkpoint)
+            self._published_step = None
+            refuse_different_ranks(self, checkpoint)
+            return super().train(checkpoint, trial, *args, **kwargs)
 
     @property
     def _has_other_format(self) -> bool:
@@ -70,12 +76,14 @@ class ResumableTrainer(transformers.Trainer):
         if newest is None:
             raise ValueError(f"There is no complete checkpoint in {output_dir}: start without resume_from_checkpoint.")
         ranks.barrier()  # everybody has looked before anything moves
-        if ranks.rank() == 0:
-            for step, path in checkpoints(output_dir):
+        with ranks.together():
+            for step, path in checkpoints(output_dir) if ranks.rank() == 0 else ():
                 if step > _step_of(newest) and not is_complete(path):
                     log.warning("%s is incomplete: it is moved aside.", path)
-                    path.rename(path.with_name(f"{path.name}.incomplete"))
-        ranks.barrier()
+                    aside = path.with_name(f"{path.name}.incomplete")
+                    while os.path.lexists(aside):  # from the time before
+                        aside = aside.with_name(f"{aside.name}-")
+                    path.rename(aside)
         return str(newest)
 
     def _refuse_to_replace(self, checkpoint: str | None) -> None:
@@ -85,7 +93,8 @@ class ResumableTrainer(transformers.Trainer):
         if later:
             raise FileExistsError(
                 f"{later[-1]} exists, and this run would come to replace it. Continue it with "
-                f"resume_from_checkpoint=True, choose another output_dir, or move it away if it is not needed."
+                f"resume_from_checkpoint=True (in a configuration: auto), choose another output_dir, or move it away "
+                f"if it is not needed."
             )
 
     # --- saving
@@ -99,23 +108,29 @@ class ResumableTrainer(transformers.Trainer):
         with publishing(run_dir, step) as folder:
             self._staging = folder
             try:
-                super()._save_checkpoint(model, trial)  # into folder/checkpoint-<step>
+                with ranks.together():
+                    super()._save_checkpoint(model, trial)  # into folder/checkpoint-<step>
             finally:
                 self._staging = None
-            ranks.barrier()
-            if ranks.rank() == 0:
-                inner = folder / run_dir.joinpath(f"checkpoint-{step}").name
-                self._correct_best(inner, run_dir)
-                for path in inner.iterdir():
-                    path.rename(folder / path.name)
-                inner.rmdir()
-            ranks.barrier()
+            inner = folder / f"checkpoint-{step}"
+            with ranks.together():
+                if ranks.rank() == 0:
+                    self._correct_best(inner, run_dir)
+                    for path in inner.iterdir():
+                        path.rename(folder / path.name)
+                    inner.rmdir()
         self._correct_best(None, run_dir)
         self._published_step = step
         if self.args.save_total_limit and ranks.rank() == 0:
             prune(run_dir, self.args.save_total_limit, [self.state.best_model_checkpoint or ""])
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(run_dir / f"checkpoint-{step}"))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        if self._staging is None:
+            return super().save_model(output_dir, _internal_call)
+        with ranks.together():  # the optimizer comes next, which all ranks save together
+            super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -158,7 +173,7 @@ class ResumableTrainer(transformers.Trainer):
             log.warning("%s has no sha256.json, so its files cannot be checked.", folder)
         target = self.model if model is None else model
         plain = isinstance(target, transformers.PreTrainedModel) and not self._has_other_format
-        if not plain or not any(folder.glob("*.safetensors")):
+        if not plain or not weight_files(folder):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_weights(target, folder)
 
@@ -179,4 +194,11 @@ def _step_of(checkpoint: Path) -> int:
     state = checkpoint / "trainer_state.json"
     if not state.is_file():
         raise ValueError(f"{checkpoint} is no checkpoint of a Trainer: it has no trainer_state.json.")
-    return TrainerState.load_from_json(str(state)).global_step
+    try:
+        return TrainerState.load_from_json(str(state)).global_step
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{state} cannot be read ({error}). Restore it from a copy, or move {checkpoint} away and resume from the "
+            f"one before.",
+            [f"{state.name} cannot be read"],
+        ) from None

@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from expertmesh import backends, data
 from expertmesh.parallel import current_world_size
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
-from expertmesh.train.folder import starting_point
+from expertmesh.train.final import check_room, save_final, verify_sums
+from expertmesh.train.folder import check_folder, starting_point
 from expertmesh.train.inputs import Inputs, demo_config, gather, lora, unreachable
 from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.launch import join, layout
@@ -36,6 +38,8 @@ from expertmesh.train.progress import ProgressLine
 from expertmesh.train.routing import routers
 from expertmesh.train.sft import SFTTrainer
 from expertmesh.train.talks import count_unlearned
+from expertmesh.weights import ranks
+from expertmesh.weights.files import alone
 from expertmesh.weights.ranks import refuse_differences
 
 log = logging.getLogger(__name__)
@@ -53,7 +57,9 @@ class Result:
 
 def run(config: Config) -> Result:
     """Trains as the configuration says. Raises ConfigError for what cannot be run, NonFiniteError for a bad step."""
-    return train(config, build(config))
+    check_folder(config)
+    with alone(config.save.output_dir, ranks.ALONE) if _is_first() else nullcontext():  # before a model is loaded
+        return train(config, build(config))
 
 
 def build(config: Config) -> SFTTrainer:
@@ -97,29 +103,28 @@ def build(config: Config) -> SFTTrainer:
 def train(config: Config, trainer: SFTTrainer) -> Result:
     """Trains what `build` made, evaluates, and writes the folder of the run."""
     output_dir = Path(config.save.output_dir)
-    checkpoint = starting_point(config)
-    progress, interrupt = ProgressLine(), Interrupt()
-    trainer.add_callback(interrupt)
-    if first := _is_first():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(config.to_yaml())
-        (output_dir / "env.json").write_text(json.dumps(environment(trainer.model), indent=2) + "\n")
-        trainer.add_callback(progress)
-    try:
-        with interrupt:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        if interrupt.exit_code is not None:
-            return Result(output_dir, interrupt.exit_code)
-        final = output_dir / "final"  # first of all: nothing that comes later may cost the trained model
-        trainer.model.save_pretrained(final)
+    with alone(output_dir):
+        check_room(trainer.model, output_dir)
+        checkpoint = starting_point(config)
+        progress, interrupt = ProgressLine(), Interrupt()
+        trainer.add_callback(interrupt)
+        if first := _is_first():
+            (output_dir / "config.yaml").write_text(config.to_yaml())
+            (output_dir / "env.json").write_text(json.dumps(environment(trainer.model), indent=2) + "\n")
+            trainer.add_callback(progress)
+        try:
+            with interrupt:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            if interrupt.exit_code is not None:
+                return Result(output_dir, interrupt.exit_code)
+            final = output_dir / "final"  # first of all: nothing that comes later may cost the trained model
+            save_final(trainer.model, trainer.processing_class, final)
+            metrics = _evaluate(trainer)
+        finally:
+            progress.stop()
         if first:
-            trainer.processing_class.save_pretrained(final)
-        metrics = _evaluate(trainer)
-    finally:
-        progress.stop()
-    if first:
-        plot(trainer, output_dir)
-    return Result(output_dir, 0, final, metrics)
+            plot(trainer, output_dir)
+        return Result(output_dir, 0, final, metrics)
 
 
 def load_model(config: Config) -> transformers.PreTrainedModel:
@@ -142,6 +147,8 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
     if torch.cuda.is_available() and setup is None:
         options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, not through the CPU's memory
     options |= {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        verify_sums(config.model.name)
     try:
         return expertmesh.AutoModelForCausalLM.from_pretrained(config.model.name, **options)
     except (OSError, SafetensorError) as error:

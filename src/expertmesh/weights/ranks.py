@@ -1,33 +1,36 @@
 """The ranks that work on one thing together; a process of its own is rank 0 of 1."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
 from expertmesh.waiting import RanksError, hosts
 
+ALONE = object()  # a group: this process by itself, whatever ranks there are
+
 
 def rank(group: Any = None) -> int:
     """This process among the group's (None: all)."""
-    return dist.get_rank(group) if dist.is_initialized() else 0
+    return dist.get_rank(group) if _are_several(group) else 0
 
 
 def world_size(group: Any = None) -> int:
     """How many processes there are."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+    return dist.get_world_size(group) if _are_several(group) else 1
 
 
 def barrier(group: Any = None) -> None:
     """Wait until every rank is here."""
-    if dist.is_initialized():
+    if _are_several(group):
         dist.barrier(group)
 
 
 def gathered(value: Any, group: Any = None) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank."""
     values = [value] * world_size(group)
-    if dist.is_initialized():
+    if _are_several(group):
         dist.all_gather_object(values, value, group)
     return values
 
@@ -44,3 +47,22 @@ def refuse_differences(of_what: str, values: Mapping[str, Any]) -> None:
         if len(ranks_with) > 1:
             told = "; ".join(f"{value} on {', '.join(map(str, numbers))}" for value, numbers in ranks_with.items())
             raise RanksError(f"The ranks differ in {of_what}: {key} is {told}. Start all ranks with the same.")
+
+
+@contextmanager
+def together(group: Any = None) -> Iterator[None]:
+    """A block that all ranks leave at the same time, or with an error each: RanksError for what another rank raised."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    told = gathered(None if error is None else f"{type(error).__name__}: {error}", group)
+    if error is not None:
+        raise error
+    if failed := [f"rank {number}: {what}" for number, what in enumerate(told) if what is not None]:
+        raise RanksError("; ".join(failed))
+
+
+def _are_several(group: Any) -> bool:
+    return group is not ALONE and dist.is_initialized()

@@ -6,6 +6,7 @@ go through Transformers' own conversion rules, one group of tensors at a time.
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,27 +23,43 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.distributed.sharding_utils import DtensorShardOperation
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 Read = Callable[[Any, Any, int | None], torch.Tensor | None]
 
 
-def to_model_names(model: PreTrainedModel, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`state` with every tensor under the name it has in the model; what is there already, or unknown, stays.
+def to_model_names(
+    model: PreTrainedModel, state: Mapping[str, Any], strict: bool = True
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """(`state` with every tensor under the name it has in the model, and what is there already, or unknown, as it is;
+    what waits for the next part of the checkpoint: experts of a layer whose others lie in another file)
 
-    Raises ValueError if the tensors of one parameter do not fit together, as when one expert's are missing.
+    Raises ValueError if the tensors of one parameter do not fit together, as when one expert's are missing. Nothing
+    waits if `strict`, or if the model has no parameter that is not in `state`.
     """
     targets = model.state_dict()
     foreign = {key: value for key, value in state.items() if key not in targets}
     if not foreign:
-        return state
+        return state, {}
     groups, unknown = _groups(model, foreign, targets, lambda source, target, index: source)
     converted = {key: value for key, value in state.items() if key in targets or key in unknown}
+    tied = _aliases(model)
+    waiting: dict[str, Any] = {}
+    found = set().union(*(tied.get(name, {name}) for name in (*converted, *groups)))
+    is_part = not strict and not found.issuperset(set(targets) - set(model._keys_to_ignore_on_save or ()))
     for name, group in groups.items():
-        for target, value in _converted(model, name, group):
-            if target in targets and value.shape != targets[target].shape:
-                raise ValueError(_misfit(target, value.shape, targets[target].shape))
-            converted[target] = value
-    return converted
+        keys = set().union(*group.layer_targets.values())
+        try:
+            values = dict(_converted(model, name, group))
+            for target, value in values.items():
+                if target in targets and value.shape != targets[target].shape:
+                    raise ValueError(_misfit(target, value.shape, targets[target].shape))
+            converted |= values
+        except ValueError:
+            if not is_part or len(keys) == 1:
+                raise
+            waiting |= {key: state[key] for key in keys}
+    return converted, waiting
 
 
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
@@ -51,7 +68,10 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     Of a sharded model every rank reads its own slices only. Raises FileNotFoundError if the folder has no weights,
     ValueError if a weight is missing, does not fit, or is not the model's.
     """
-    with opened(_files(Path(folder))) as sources, torch.no_grad():
+    files = weight_files(Path(folder))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights (*.safetensors). Name a folder that save_pretrained wrote.")
+    with opened(files) as sources, torch.no_grad():
         targets = model.state_dict()
         groups, unknown = _groups(model, sources, targets, _read_slice)
         tied = _aliases(model)
@@ -139,11 +159,13 @@ def _aliases(model: PreTrainedModel) -> dict[str, set[str]]:
     return {name: group for group in names.values() for name in group}
 
 
-def _files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} has no weights (*.safetensors). Name a folder that save_pretrained wrote.")
-    return files
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint's weights: those that Transformers reads, whatever else lies there. [] without any."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else ()
+    return sorted(folder / Path(name).name for name in names)
 
 
 @contextmanager

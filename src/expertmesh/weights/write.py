@@ -7,6 +7,7 @@ at a time and written by ranks in turn. In host memory a rank keeps one file of 
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from expertmesh.layers.mtp import promise_what_is_kept
 from expertmesh.weights import ranks
+from expertmesh.weights.files import replacing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: (name in the model, name on disk, weight) in, the tensors that are written for it out, by their names on disk
@@ -52,15 +54,9 @@ def save_sharded(
     max_shard_size: the largest weights file, as "5GB" or in bytes, and about the host memory that a rank needs.
     pack: what the tensors on disk are made of, if not the weights; it is also asked with meta tensors, for the plan.
     """
-    folder = Path(folder)
-    if ranks.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in (*folder.glob("model*.safetensors"), *folder.glob(INDEX)):
-            old.unlink()
-    ranks.barrier()
     export = Export(model, max_shard_size, pack)
-    export.write(folder, export.files())
-    ranks.barrier()
+    with replacing(folder) as staging:
+        export.write(staging, export.files())
 
 
 @dataclass
@@ -106,12 +102,22 @@ class Export:
                     number, tensors = next(numbers, None), {}
         assert not tensors and number is None, "the plan and the conversion disagree"
 
-    def write(self, folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]]) -> None:
-        """Write these files; rank 0 adds the index, if there are several, and configurations; no trace of layout."""
-        for name, tensors in files:
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-        if ranks.rank() != 0:
-            return
+    def write(self, folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]], group: Any = None) -> None:
+        """Write these files; rank 0 adds the index, if there are several, and configurations; no trace of layout.
+
+        An error on one rank of `group` is one on all: they go on gathering with a rank that cannot write.
+        """
+        files = iter(files)
+        with ranks.together(group):
+            try:
+                for name, tensors in files:
+                    save_file(tensors, folder / name, metadata={"format": "pt"})
+            finally:
+                deque(files, maxlen=0)
+            if ranks.rank(group) == 0:
+                self._write_configurations(folder)
+
+    def _write_configurations(self, folder: Path) -> None:
         model = self.model
         if len(self._names) > 1:
             named = list(zip(self._names, self._contents, strict=True))

@@ -1,0 +1,63 @@
+"""The trained model on the disk: is there room for it, is it all written, and is what was written still there?"""
+
+import logging
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertmesh.train.config import ConfigError
+from expertmesh.train.errors import explain, is_disk_full
+from expertmesh.weights import ranks
+from expertmesh.weights.files import SUMS, sha256
+
+log = logging.getLogger(__name__)
+
+WAIT_FOR_ROOM = 3600  # seconds, on a full disk
+
+
+def check_room(model: torch.nn.Module, output_dir: Path) -> None:
+    """Raises ConfigError, before the first step, if the trained model would not fit on the disk."""
+    adapters = hasattr(model, "peft_config")
+    need = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad or not adapters)
+    free = shutil.disk_usage(output_dir).free
+    if need > free:
+        raise ConfigError(
+            f"save.output_dir: the trained model takes {need / 1e9:.1f} GB, and {output_dir} has {free / 1e9:.1f} GB "
+            f"left. Free the rest, or set save.output_dir to another disk."
+        )
+
+
+def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer, from all ranks. Where the disk is full it waits for room: the model is only here."""
+    deadline = time.monotonic() + WAIT_FOR_ROOM
+    while True:
+        try:
+            model.save_pretrained(folder)
+            with ranks.together():
+                if ranks.rank() == 0:
+                    tokenizer.save_pretrained(folder)
+            return
+        except Exception as error:
+            if not is_disk_full(error) or time.monotonic() > deadline:
+                raise
+            log.warning("%s The trained model is kept in memory, and written when there is room.", explain(error))
+        time.sleep(30)
+
+
+def verify_sums(folder: str | Path) -> None:
+    """Compare an export's weights with its SHA256SUMS, where it has one. Raises ConfigError naming what differs."""
+    path = Path(folder, SUMS)
+    sums = [line.partition("  ") for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
+    files = [Path(folder, Path(name).name) for _, _, name in sums]
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        found = list(pool.map(lambda file: sha256(file) if file.is_file() else None, files))
+    changed = [file.name for file, (wanted, *_), digest in zip(files, sums, found, strict=True) if digest != wanted]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)} in {folder} is not what was saved: it differs from {SUMS}. Restore it from a copy; "
+            f"if it was changed on purpose, delete {SUMS}."
+        )

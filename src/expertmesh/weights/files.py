@@ -1,0 +1,153 @@
+"""Files that appear whole or not at all, written by one run at a time.
+
+They are written into a hidden folder and moved when every byte is on the disk. A checkpoint appears with one rename
+(checkpoint/publish.py). An export goes where another may be: what a reader looks for first, the index or the only
+weights file, goes before the rest is touched and comes last. So a kill leaves the old export, the new one, or a folder
+without weights, which nothing loads.
+"""
+
+import errno
+import fcntl
+import filecmp
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from expertmesh.weights import ranks
+
+SUMS = "SHA256SUMS"  # of an export's weights, as `sha256sum -c` reads it
+Digests = dict[str, dict[str, Any]]  # size and SHA-256 of every file, by its path in the folder
+
+# model.safetensors, its index, and both with a variant
+_FIRST = re.compile(r"(\w+)(?:(\.[^.]+)?\.safetensors|\.safetensors\.index(\.[^.]+)?\.json)")
+_held: set[Path] = set()
+log = logging.getLogger(__name__)
+
+
+class FolderInUseError(OSError):
+    """Another run writes into the folder."""
+
+
+@contextmanager
+def alone(folder: str | Path, group: Any = None) -> Iterator[None]:
+    """Keep other processes from writing into `folder` (made if need be) while the block runs.
+
+    Rank 0 of `group` has the lock for all, until it leaves or dies, and may have it again in an inner block. Raises
+    FolderInUseError if another process has it.
+    """
+    lock = Path(folder).resolve() / ".lock"
+    with ExitStack() as stack:
+        with ranks.together(group):
+            if ranks.rank(group) == 0 and lock not in _held:
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(lock.open("a"))
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a fork that outlives us does not keep this one
+                except OSError as error:
+                    if error.errno in (errno.EACCES, errno.EAGAIN):
+                        raise FolderInUseError(
+                            f"Another run writes into {folder}, and two would mix their files. Write into another "
+                            f"folder, or end that run."
+                        ) from None
+                    log.warning("%s cannot be locked (%s): let no other run write there.", folder, error)
+                _held.add(lock)
+                stack.callback(_held.discard, lock)
+                stack.callback(lock.unlink, missing_ok=True)
+        yield
+
+
+@contextmanager
+def staged(folder: Path, staging: Path, begin: Callable, move: Callable[[Digests], None], group: Any) -> Iterator[None]:
+    """A block in which every rank of `group` writes its own files into `staging`, empty and inside `folder`.
+
+    Rank 0 calls `begin` before, and `move` when all files are on the disk.
+    """
+    with alone(folder, group):
+        with ranks.together(group):
+            if ranks.rank(group) == 0:
+                begin()
+                staging.mkdir()
+                sync(folder)
+        with ranks.together(group):
+            yield
+        with ranks.together(group):
+            for path in [*sorted(staging.rglob("*"), reverse=True), staging]:  # on every rank: fsync reaches its own
+                sync(path)
+        mine: Digests = {}
+        with ranks.together(group), ThreadPoolExecutor() as pool:  # hashing releases the GIL
+            files = sorted(path for path in staging.rglob("*") if path.is_file())
+            files = files[ranks.rank(group) :: ranks.world_size(group)]
+            for path, digest in zip(files, pool.map(sha256, files), strict=True):
+                mine[path.relative_to(staging).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
+        everything = sorted(entry for part in ranks.gathered(mine, group) for entry in part.items())
+        with ranks.together(group):
+            if ranks.rank(group) == 0:
+                move(dict(everything))
+
+
+@contextmanager
+def replacing(folder: str | Path, group: Any = None) -> Iterator[Path]:
+    """Yield an empty folder; when the block ends, what is in it takes the place of the export in `folder`.
+
+    Every rank of `group` enters. Of the old export weights and index go, all else stays.
+    """
+    folder = Path(folder)
+    staging = folder / ".export.incomplete"
+    try:
+        with staged(folder, staging, lambda: remove(staging), lambda sums: _replace(folder, staging, sums), group):
+            yield staging
+    finally:
+        if ranks.rank(group) == 0:
+            remove(staging)
+
+
+def _replace(folder: Path, staging: Path, sums: Digests) -> None:
+    kinds = {(match[1], match[2] or match[3] or "") for name in sums if (match := _FIRST.fullmatch(name))}
+    first = {f"{stem}{end}" for stem, v in kinds for end in (f"{v}.safetensors", f".safetensors.index{v}.json")}
+    shard = re.compile("|".join(re.escape(stem + v) + r"-\d{5}-of-\d{5}\.safetensors" for stem, v in kinds))
+    rest = sums.keys() - first
+    remove(folder / SUMS)
+    same = [name for name in rest if (folder / name).is_file() and filecmp.cmp(staging / name, folder / name, False)]
+    for name in first if len(same) < len(rest) else ():  # else the one weights file takes the other's place at once
+        remove(folder / name)
+    for names in (rest, first & sums.keys()):
+        sync(folder)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / name, folder / name)
+    sync(folder)
+    for path in folder.iterdir():
+        if path.name not in sums and (path.name in first or shard.fullmatch(path.name)):
+            remove(path)
+    weights = [name for name in sums if name in first or shard.fullmatch(name)]
+    (folder / SUMS).write_text("".join(f"{sums[name]['sha256']}  {name}\n" for name in weights))
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of files, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with all in it, or a file; of a link the link alone. Nothing there is fine, too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
