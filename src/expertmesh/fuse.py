@@ -130,7 +130,7 @@ def fused_class(stock: Any) -> Any:
         call = Call(targets)
         with (
             one_forward(),
-            deferring(defer),
+            deferring(self if defer else None),
             aux_loss_share(self, kwargs),
             calling(self.base_model, call),
             predicting(self, defer) as call.whole,

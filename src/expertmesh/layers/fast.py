@@ -8,6 +8,7 @@ stay.
 import functools
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 # to the type checker a mixin's attributes and super() are those of whatever HF class it is mixed into
@@ -52,6 +53,12 @@ def watched(module: nn.Module) -> bool:
     """Whether somebody put a hook on it."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks)
+
+
+def traced() -> bool:
+    """Whether PyTorch is writing down what runs, or transforms it (torch.func): nothing may depend on values."""
+    functorch: bool = torch._C._are_functorch_transforms_active()
+    return functorch or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 @functools.cache
