@@ -213,8 +213,6 @@ class DeferredLogits(_Deferred):
         return self._like(self, self.shape, dtype, **self.__dict__ | {"recipe": recipe, "_computed": []})
 
     def _later(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> "DeferredLogits | None":
-        if func is aten.clone.default:
-            return self._then(torch.clone, 1.0, self.dtype)
         factor, dtype = _factor(func, args, kwargs), _new_dtype(func, kwargs)
         if factor is not None:
             return self._then(lambda logits: func(logits, *args), factor, self.dtype)
