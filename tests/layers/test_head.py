@@ -1,17 +1,23 @@
-"""Whatever is done with the logits of a training forward, before the loss, beside it or after it, has stock's result."""
+"""Whatever is done with the logits of a training forward, before the loss or after it, has stock's result."""
 
+import contextlib
 import copy
+import functools
 import io
 import pickle
 
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
+from expertmesh.backends import interpreted
 from expertmesh.bench.rows import relative_error
-from expertmesh.layers.head import DeferredGradient, DeferredLogits
+from expertmesh.layers.head import DeferredGradient, DeferredLogits, _tell_of_hooks
+from expertmesh.memory.adamw import AdamW
 from tests.models import load_ours, load_stock
 
 IDS = torch.arange(2 * 12).view(2, 12) * 7 % 128
@@ -51,7 +57,9 @@ def custom_function(model):
 
 def reentrant_around_the_logits(model):
     outputs = run(model)
-    (outputs.loss + checkpoint(lambda x: x.log_softmax(-1)[..., 0].mean(), outputs.logits, use_reentrant=True)).backward()
+    (
+        outputs.loss + checkpoint(lambda x: x.log_softmax(-1)[..., 0].mean(), outputs.logits, use_reentrant=True)
+    ).backward()
 
 
 def reentrant_around_the_model(model):
@@ -216,7 +224,12 @@ def test_it_is_as_in_stock(look, family, request):
     for model in request.getfixturevalue(family):
         model.zero_grad()
         result = look(model)
-        found.append(([] if result is None else result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        found.append(
+            (
+                [] if result is None else result,
+                {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+            )
+        )
     (stock, shape), (ours, same_shape) = (tree_flatten(tree) for tree in found)
     assert shape == same_shape
     for a, b in zip(ours, stock, strict=True):
@@ -237,13 +250,98 @@ def test_the_loss_alone_looks_at_nothing(pair, monkeypatch):
     outputs.loss.backward()
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
-def test_logits_first_looked_at_after_a_step_are_refused_and_those_kept_are_right(make):
+STEPS = {
+    "SGD": (torch.optim.SGD, contextlib.nullcontext),
+    "fused": (functools.partial(torch.optim.AdamW, fused=True), contextlib.nullcontext),
+    "ours": (AdamW, interpreted),
+}
+
+
+@pytest.mark.parametrize("optimizer", STEPS)
+def test_logits_first_looked_at_after_a_step_are_refused_and_those_kept_are_right(optimizer):
+    make, path = STEPS[optimizer]
     model = load_ours("qwen3_moe").train()
     kept, late = run(model), run(model)
     before = kept.logits.detach().clone()
     (kept.loss + late.loss).backward()
-    make(model.parameters(), lr=0.1).step()
+    with path():
+        make([model.lm_head.weight], lr=0.1).step()
     assert torch.equal(kept.logits, before)
     with pytest.raises(RuntimeError, match=r"Look at outputs.logits before that"):
         late.logits.sum()
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+LAYOUTS = {
+    "the head by itself": lambda model, shard: (shard(model.lm_head), shard(model)),
+    "as Accelerate does": lambda model, shard: shard(model, reshard_after_forward=True),
+    "as Transformers does": lambda model, shard: (
+        shard([model.model.norm, model.lm_head], reshard_after_forward=False),
+        shard(model),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded_by_fsdp_the_logits_are_as_in_stock(layout, mesh):
+    found = []
+    for model in (load_stock("qwen3_moe").train(), load_ours("qwen3_moe").train()):
+        LAYOUTS[layout](model, functools.partial(fully_shard, mesh=mesh))
+        outputs = run(model)
+        (outputs.loss + outputs.logits.log_softmax(-1)[..., 3].mean()).backward()
+        late = run(model)
+        late.loss.backward()
+        grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+        found.append({"logits": outputs.logits, "loss": outputs.loss, **grads})
+        if layout == "as Transformers does" and len(found) == 2:
+            with pytest.raises(RuntimeError, match="FSDP has taken the head's weight away"):
+                late.logits.sum()
+        else:
+            found[-1]["late"] = late.logits
+    assert isinstance(outputs.logits, DeferredLogits)
+    for name, value in found[1].items():
+        assert relative_error(value.detach(), found[0][name].detach()) < 2e-5, name
+
+
+def test_a_head_whose_weight_comes_and_goes_makes_whole_logits_and_says_so(pair, caplog):
+    """As under DeepSpeed's ZeRO-3."""
+    stock, ours = pair
+    expected = run(stock)
+    head = ours.lm_head
+    whole, nothing = head.weight.data, torch.empty(0)
+    hooks = [
+        head.register_forward_pre_hook(lambda module, args: setattr(module.weight, "data", whole)),
+        head.register_forward_hook(lambda module, args, output: setattr(module.weight, "data", nothing)),
+    ]
+    head.weight.data = nothing
+    _tell_of_hooks.cache_clear()
+    with caplog.at_level("WARNING", "expertmesh"):
+        outputs = [run(ours), run(ours)][0]
+    for hook in hooks:
+        hook.remove()
+    head.weight.data = whole
+    assert type(outputs.logits) is torch.Tensor and relative_error(outputs.loss.detach(), expected.loss.detach()) < 1e-5
+    assert [record.message.count("makes whole logits") for record in caplog.records] == [1]
+
+
+@pytest.mark.parametrize("labels", ["int32", "none", "none, divided by 0", "outside"])
+def test_odd_labels_are_as_in_stock(pair, labels):
+    found = []
+    for model in pair:
+        model.zero_grad()
+        target = IDS.int() if labels == "int32" and model is pair[1] else IDS if labels == "int32" else IDS * 0 - 100
+        if labels == "outside":
+            with pytest.raises((IndexError, ValueError), match=r"out of bounds|must lie in \[0, 128\)"):
+                model(input_ids=IDS, labels=IDS + 1000)
+            return
+        loss = model(input_ids=IDS, labels=target, num_items_in_batch=0 if "divided" in labels else None).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for theirs, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6, equal_nan=True)

@@ -42,11 +42,13 @@ def has_cache(kwargs: dict[str, Any]) -> bool:
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether a call of this module runs its class' forward and nobody watches it, so that a kernel may stand for it.
+    """Whether a call of this module runs the forward of PyTorch, Transformers or a twin, and nobody watches it, so that
+    a kernel may stand for it.
 
-    Transformers' parallelism replaces the forward of instances; users and frameworks put hooks.
+    Transformers' parallelism replaces the forward of instances; users and frameworks put hooks and other classes.
     """
-    return "forward" not in vars(module) and not watched(module)
+    known = type(module).__module__.startswith(("torch.", "transformers."))
+    return known and "forward" not in vars(module) and not watched(module)
 
 
 def watched(module: nn.Module) -> bool:

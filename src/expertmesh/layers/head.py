@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -67,6 +69,7 @@ class FastHead(Fast):
             # DeepSpeed's ZeRO-3 is one: it takes the weight away when the head has run
             _tell_of_hooks(type(model).__name__)
             return super().forward(input)
+        _heads().add(self)
         sharded = isinstance(unit, FSDPModule)
         return deferred_logits(input, self.weight, self.bias, sharded, sharded and _reshards(unit))
 
@@ -76,6 +79,22 @@ def _tell_of_hooks(name: str) -> None:
     backends.logger().warning(
         "expertmesh: somebody put hooks on the head of this %s, or replaced its forward: it makes whole logits.", name
     )
+
+
+@functools.cache
+def _heads() -> weakref.WeakSet[nn.Module]:
+    """Heads that deferred logits. Optimizers change weights in place, but many, PyTorch's fused ones among them, past
+    autograd's count of such changes; so changes of heads are counted here.
+    """
+    heads = weakref.WeakSet[nn.Module]()
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        weights = {id(parameter): parameter for head in heads for parameter in head.parameters()}
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        torch.autograd.graph.increment_version([weights[key] for key in weights.keys() & stepped])
+
+    register_optimizer_step_post_hook(count)
+    return heads
 
 
 def _reshards(unit: Any) -> bool:
