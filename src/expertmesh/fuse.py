@@ -14,6 +14,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -40,6 +41,10 @@ from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
 _refusing: ContextVar[bool] = ContextVar("refusing_missing_experts", default=False)
 _requested: ContextVar[frozenset[str]] = ContextVar("requested_fusions", default=frozenset(FUSIONS))
+_NO_GRAPH = (
+    "The forward of a fused model is more than one graph. Leave fullgraph=True (strict=True of torch.export) out, compile "
+    "its layers (for layer in model.model.layers: layer.compile()), or load the model with fused=False."
+)
 _with_mtp: ContextVar[str] = ContextVar("with_mtp_modules", default="no")  # or "new", or "saved" in a checkpoint
 
 
@@ -122,6 +127,8 @@ def fused_class(stock: Any) -> Any:
 
     @functools.wraps(stock.forward)  # Trainer and generate read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg=_NO_GRAPH)
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         defer = self.training and labels is not None
         if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):

@@ -58,9 +58,9 @@ def watched(module: nn.Module) -> bool:
 
 
 def traced() -> bool:
-    """Whether PyTorch is writing down what runs, or transforms it (torch.func): nothing may depend on values."""
-    functorch: bool = torch._C._are_functorch_transforms_active()
-    return functorch or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether PyTorch writes down what runs (compiles, exports, traces it) or transforms it (torch.func)."""
+    writes = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return writes or torch._C._are_functorch_transforms_active()
 
 
 @functools.cache
