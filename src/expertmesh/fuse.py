@@ -117,35 +117,12 @@ def has_fast_experts(cls: Any) -> bool:
     return issubclass(cls, PreTrainedModel) and bool(cls._can_set_experts_implementation())
 
 
-@functools.cache
 def fused_class(stock: Any) -> Any:
     """The subclass of a Transformers model class whose instances are fused when they are made.
 
     Name and module stay the HF class': weight conversion, `architectures` in config.json and the loss go by them.
     """
-    cls = twin(stock, FusedModel)
-
-    @functools.wraps(stock.forward)  # Trainer and generate read the signature
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            torch._dynamo.graph_break(msg=_NO_GRAPH)
-        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
-        defer = self.training and labels is not None
-        if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
-            kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
-        targets = shifted if shifted is not None or labels is None else next_tokens(labels)
-        call = Call(targets)
-        with (
-            one_forward(),
-            deferring(self if defer else None),
-            aux_loss_share(self, kwargs),
-            calling(self.base_model, call),
-            predicting(self, defer) as call.whole,
-        ):
-            return stock.forward(self, *args, **kwargs)
-
-    cls.forward = forward
-    return cls
+    return twin(stock, FusedModel)
 
 
 class FusedModel(ReadsQuantized):
@@ -153,6 +130,11 @@ class FusedModel(ReadsQuantized):
 
     _mtp: MTP | None = None
     _replicate_for_data_parallel = refuse_replicas
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if vars(cls).get("__fast__") is FusedModel:  # a twin is made, here or where a pickled model is read
+            cls.forward = _forward_of(cls.__stock__)  # type: ignore[method-assign]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -263,6 +245,29 @@ class FusedModel(ReadsQuantized):
         if options.get("use_reentrant") is False and "context_fn" not in options:
             gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, context_fn=keep_routing)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+def _forward_of(stock: Any) -> Any:
+    @functools.wraps(stock.forward)  # Trainer and generate read the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg=_NO_GRAPH)
+        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+        defer = self.training and labels is not None
+        if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
+            kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
+        targets = shifted if shifted is not None or labels is None else next_tokens(labels)
+        call = Call(targets)
+        with (
+            one_forward(),
+            deferring(self if defer else None),
+            aux_loss_share(self, kwargs),
+            calling(self.base_model, call),
+            predicting(self, defer) as call.whole,
+        ):
+            return stock.forward(self, *args, **kwargs)
+
+    return forward
 
 
 class FusedBaseModel(FastBaseModel, FusedModel):

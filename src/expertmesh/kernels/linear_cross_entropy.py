@@ -36,17 +36,6 @@ class Statistics(NamedTuple):
     correct: torch.Tensor
 
 
-class Through(NamedTuple):
-    """A tensor that stands for the logits in autograd's graph: the gradient goes there, as `gradient(parts, scale,
-    *saved)`. parts: the gradients of hidden, weight and bias as far as `wanted`, but for scale [1].
-    """
-
-    logits: torch.Tensor
-    wanted: list[bool]
-    gradient: Callable[..., torch.Tensor]
-    saved: tuple[torch.Tensor | None, ...]
-
-
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -56,7 +45,7 @@ def linear_cross_entropy(
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
     statistics: list[Statistics] | None = None,
-    through: Through | None = None,
+    through: tuple[torch.Tensor, list[bool], Callable[..., torch.Tensor], tuple] | None = None,
 ) -> torch.Tensor:
     """Cross entropy of `hidden @ weight.T + bias` against labels, as a float32 scalar.
 
@@ -65,6 +54,9 @@ def linear_cross_entropy(
     read without waiting for the device). Differentiable once, in hidden, weight and bias or `through` the logits; only
     what needs a gradient is computed; without a label it is zero, whatever the sum is divided by. Under autocast hidden
     and weight are cast as `F.linear` would. Those of this call join `statistics`.
+
+    through: (logits, wanted, gradient, saved): a tensor that stands for the logits in autograd's graph gets the gradient
+    `gradient(parts, scale, *saved)`, where parts are those of hidden, weight and bias, if `wanted`, but for scale [1].
     Must equal transformers' `ForCausalLMLoss` on those logits. A label outside [0, V) that is not `ignore_index` is a
     ValueError on the CPU; on a GPU, where raising would mean waiting, it makes the loss nan.
     """

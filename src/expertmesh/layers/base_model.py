@@ -204,7 +204,10 @@ def as_stock(base: Any) -> Iterator[None]:
     """Within: the base model and all that is in it run Transformers' code, which PyTorch can export and transform."""
     twins = {module: type(module) for module in base.modules() if isinstance(module, Fast)}
     config = base.config
-    chosen = {"_experts_implementation": config._experts_implementation, "_attn_implementation": config._attn_implementation}
+    chosen = {
+        "_experts_implementation": config._experts_implementation,
+        "_attn_implementation": config._attn_implementation,
+    }
     try:
         for module, cls in twins.items():
             module.__class__ = cls.__stock__

@@ -15,7 +15,6 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
-from expertmesh.kernels.linear_cross_entropy import Statistics, Through, linear_cross_entropy, scaled
+from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy, scaled
 from expertmesh.layers.fast import Fast, traced, untouched
 
 MOST_LABELLED = 0.9  # of all tokens: from there on it is not worth while to leave the others out
@@ -104,62 +103,53 @@ def _reshards(unit: Any) -> bool:
     return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
 
 
-@dataclass
-class _Recipe:
-    """How logits [..., V] are made: hidden [..., H] @ weightᵀ + bias, and then `steps`, which multiply by `scale` in
-    all. versions: autograd's counts of changes in place when the head was called.
-    """
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    versions: list[int]
-    head: dict[str, bool]  # the call of the head; "gone": FSDP has taken the weight away, or will bring another
-    steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
-    scale: float = 1.0
-
-    @torch.no_grad()
-    def make(self) -> torch.Tensor:
-        """The logits. Raises RuntimeError where the head's weight is no longer what it was."""
-        if self.head["gone"]:
-            raise RuntimeError(_LATE.format(what="FSDP has taken the head's weight away"))
-        if _versions(self.hidden, self.weight, self.bias) != self.versions:
-            raise RuntimeError(_LATE.format(what="the head's weight has changed (optimizer.step()?)"))
-        logits = F.linear(self.hidden, self.weight, self.bias)
-        for step in self.steps:
-            logits = step(logits)
-        return logits
-
-
 _LATE = (
-    "These logits were not computed in the forward, and now they cannot be: {what}. Look at outputs.logits before that "
+    "These logits were not computed in the forward, and now they cannot be: {}. Look at outputs.logits before that "
     "(outputs.logits.detach().clone() keeps them), or load the model with fused={{'linear_cross_entropy': False}}."
 )
 
 
 def _versions(*tensors: torch.Tensor | None) -> list[int]:
+    """Autograd's counts of changes in place."""
     return [0 if x is None or x.is_inference() else x._version for x in tensors]
 
 
 class _Deferred(torch.Tensor):
-    """A tensor that is computed when first used, once. Subclasses say how, and what waits on (`_later`)."""
+    """Logits [..., V] = hidden [..., H] @ weightᵀ + bias, and then some `steps`, which multiply by `scale` in all; or
+    what follows from them (`_make`). Computed when first used, once.
+    """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    made_of: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # hidden, weight, bias, without history
+    versions: list[int]  # of these when the head was called
+    call: dict[str, bool]  # this call of the head; "gone": FSDP has taken the weight away, or will bring another
+    steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
+    scale: float
     _computed: list[torch.Tensor]  # empty or one; aliases share it
+    _make: Callable[[], torch.Tensor]
+    _later: Callable[..., "_Deferred | None"]  # the result of an operation that need not be computed either
 
     @classmethod
-    def _like(cls, like: torch.Tensor, shape: Any, dtype: torch.dtype, **attributes: Any) -> Any:
-        self = cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=like.device)
+    def _of(cls, shape: Any, dtype: torch.dtype, **attributes: Any) -> Any:
+        self = cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=attributes["made_of"][0].device)
         self.__dict__.update({"_computed": []} | attributes)
         return self
 
-    def _make(self) -> torch.Tensor:
-        raise AssertionError
+    def refuse_late(self) -> None:
+        """Raise RuntimeError where the head's weight is no longer what it was."""
+        if self.call["gone"]:
+            raise RuntimeError(_LATE.format("FSDP has taken the head's weight away"))
+        if _versions(*self.made_of) != self.versions:
+            raise RuntimeError(_LATE.format("the head's weight has changed (optimizer.step()?)"))
 
-    def _later(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> "_Deferred | None":
-        """The result of this operation on self, if it need not be computed either."""
-        raise AssertionError
+    def _logits(self) -> torch.Tensor:
+        self.refuse_late()
+        logits = F.linear(*self.made_of)
+        for step in self.steps:
+            logits = step(logits)
+        return logits
 
+    @torch.no_grad()
     def values(self) -> torch.Tensor:
         """As an ordinary tensor, without autograd's history."""
         if not self._computed:
@@ -170,18 +160,18 @@ class _Deferred(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(args[0], _Deferred) and not args[0]._computed:
-            later = args[0]._later(func, args[1:], kwargs)
+        kwargs, first = kwargs or {}, args[0]
+        if isinstance(first, _Deferred):
+            if func in (aten.detach.default, aten.alias.default):
+                return first._of(first.shape, first.dtype, **first.__dict__)
+            later = None if first._computed else first._later(_factor(func, args, kwargs), _new_dtype(func, kwargs))
             if later is not None:
                 return later
-        if func in _ALIASING and isinstance(args[0], DeferredLogits):
-            return args[0]._alias()
         plain_args, plain_kwargs = tree_map_only(_Deferred, _Deferred.values, (args, kwargs))
         out = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
             return out
-        deferred = {id(x.values()): x for x in tree_flatten((args, kwargs))[0] if isinstance(x, _Deferred)}
+        deferred = {id(x.values()): x for x in tree_leaves((args, kwargs)) if isinstance(x, _Deferred)}
         return tree_map(lambda x: deferred.get(id(x), x), out)
 
     def _plain(self) -> torch.Tensor:
@@ -196,116 +186,76 @@ def _of_plain(name: str) -> Callable[..., Any]:
 
 
 for _name in "numpy tolist data_ptr untyped_storage storage __dlpack__ __reduce_ex__ __repr__".split():
-    setattr(_Deferred, _name, _of_plain(_name))  # what is no operation of PyTorch's dispatcher
+    setattr(_Deferred, _name, _of_plain(_name))  # what does not go through PyTorch's dispatcher
 
 
 class DeferredLogits(_Deferred):
-    """The head's output [..., V], computed when first looked at.
+    """The head's output. A conversion to a wider dtype and a product with a number (Granite, Cohere) are deferred too.
 
-    A conversion to a wider dtype and a product with a number (Granite, Cohere) are deferred too. weight, bias: the
-    head's, for more logits by it. statistics: see `counting`.
+    weight, bias: the head's, for more logits by it. statistics: see `counting`.
     """
 
-    recipe: _Recipe
     weight: torch.Tensor
     bias: torch.Tensor | None
     wanted: list[bool]  # which of hidden states, weight and bias learn
-    _found: list[Statistics]
+    statistics: Statistics | None = None
 
-    @property
-    def statistics(self) -> Statistics | None:
-        return self._found[0] if self._found else None
+    _make = _Deferred._logits
 
-    @property
-    def edited(self) -> bool:
-        """Whether somebody changed the logits in place."""
-        return _versions(self) != [0]
-
-    def _make(self) -> torch.Tensor:
-        return self.recipe.make()
-
-    def _alias(self) -> "DeferredLogits":
-        return self._like(self, self.shape, self.dtype, **self.__dict__)
-
-    def _then(self, step: Callable[[torch.Tensor], torch.Tensor], scale: float, dtype: torch.dtype) -> "DeferredLogits":
-        recipe = replace(self.recipe, steps=(*self.recipe.steps, step), scale=self.recipe.scale * scale)
-        return self._like(self, self.shape, dtype, **self.__dict__ | {"recipe": recipe, "_computed": []})
-
-    def _later(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> "DeferredLogits | None":
-        factor, dtype = _factor(func, args, kwargs), _new_dtype(func, kwargs)
-        if factor is not None:
-            return self._then(lambda logits: func(logits, *args), factor, self.dtype)
-        if dtype is not None and torch.promote_types(self.dtype, dtype) == dtype:
-            return self._then(lambda logits: logits.to(dtype), 1.0, dtype)
-        return None
+    def _later(self, factor: float | None, dtype: torch.dtype | None) -> "DeferredLogits | None":
+        if factor is None and (dtype is None or torch.promote_types(self.dtype, dtype) != dtype):
+            return None
+        step = (lambda logits: logits.to(dtype)) if factor is None else (lambda logits: logits * factor)
+        changed = {"steps": (*self.steps, step), "scale": self.scale * (factor or 1.0), "_computed": []}
+        return self._of(self.shape, dtype or self.dtype, **self.__dict__ | changed)
 
 
 class DeferredGradient(_Deferred):
-    """The loss' gradient of deferred logits: scale · (softmax(logits) - onehot(targets)), 0 where there is no target.
+    """The loss' gradient of deferred logits: factor · (softmax(logits) - onehot(targets)), 0 where there is no target.
 
-    parts: the gradients of the head's hidden states (of those rows that `index` names, or all), weight and bias that
-    follow from it, but for `scale`; None for what does not learn.
+    parts: the gradients of the head's hidden states (of those rows that `rows` names, or all), weight and bias that
+    follow from it, but for `factor`; None for what does not learn.
     """
 
-    recipe: _Recipe
     parts: tuple[torch.Tensor | None, ...]
-    scale: torch.Tensor  # [1], float32
+    factor: torch.Tensor  # [1], float32
     targets: torch.Tensor
-    index: torch.Tensor | None
+    rows: torch.Tensor | None
     ignore_index: int
 
     def _make(self) -> torch.Tensor:
-        ignored = (self.targets == self.ignore_index)[:, None]
-        logits = self.recipe.make().flatten(0, -2)
+        logits, ignored = self._logits().flatten(0, -2), (self.targets == self.ignore_index)[:, None]
         grad = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         targets = self.targets[:, None].masked_fill(ignored, 0)
         grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
-        return grad.mul_(self.scale).masked_fill_(ignored, 0.0).to(self.dtype).view(self.shape)
+        return grad.mul_(self.factor).masked_fill_(ignored, 0.0).to(self.dtype).view(self.shape)
 
-    def _later(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> "DeferredGradient | None":
-        factor, dtype = _factor(func, args, kwargs), _new_dtype(func, kwargs)
-        if factor is None and dtype is None and func not in _ALIASING:
+    def _later(self, factor: float | None, dtype: torch.dtype | None) -> "DeferredGradient | None":
+        if factor is None and dtype is None:
             return None
-        scale = self.scale if factor is None else self.scale * factor
-        return self._like(self, self.shape, dtype or self.dtype, **self.__dict__ | {"scale": scale, "_computed": []})
+        changed = {"factor": self.factor * (factor or 1.0), "_computed": []}
+        return self._of(self.shape, dtype or self.dtype, **self.__dict__ | changed)
 
-    def of_inputs(self, head: dict[str, bool], needed: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...] | None:
+    def of_inputs(self, call: dict[str, bool], needed: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...] | None:
         """The gradients of the inputs of this call of a head, if they are what it needs."""
-        known = not self._computed and self.recipe.head is head  # else somebody may have changed it in place
+        known = not self._computed and self.call is call  # else somebody may have changed it in place
         if not known or any(need and part is None for need, part in zip(needed, self.parts, strict=True)):
             return None
-        hidden, weight, bias = self.recipe.hidden, self.recipe.weight, self.recipe.bias
-        dhidden = scaled(self.parts[0], self.scale, hidden.dtype)
-        if dhidden is not None and self.index is not None:
-            dhidden = dhidden.new_zeros(hidden.flatten(0, -2).shape).index_copy_(0, self.index, dhidden)
+        hidden, weight, _ = self.made_of
+        dhidden = scaled(self.parts[0], self.factor, hidden.dtype)
+        if dhidden is not None and self.rows is not None:
+            dhidden = dhidden.new_zeros(hidden.flatten(0, -2).shape).index_copy_(0, self.rows, dhidden)
+        dweight = scaled(self.parts[1], self.factor / self.scale, weight.dtype)
         return (
-            None if dhidden is None else dhidden.view(hidden.shape),
-            scaled(self.parts[1], self.scale / self.recipe.scale, weight.dtype),
-            None if bias is None else scaled(self.parts[2], self.scale, bias.dtype),
+            dhidden if dhidden is None else dhidden.view(hidden.shape),
+            dweight,
+            scaled(self.parts[2], self.factor, weight.dtype),
         )
-
-
-def _gradient(
-    shape: Any, dtype: torch.dtype, recipe: _Recipe, ignore_index: int, parts: tuple, scale: torch.Tensor, *saved: Any
-) -> DeferredGradient:
-    hidden, weight, bias, targets, index = saved
-    recipe = replace(recipe, hidden=hidden, weight=weight, bias=bias)
-    of_loss = {"parts": parts, "scale": scale, "targets": targets, "index": index, "ignore_index": ignore_index}
-    return DeferredGradient._like(hidden, shape, dtype, recipe=recipe, **of_loss)
-
-
-_ALIASING = {aten.detach.default, aten.alias.default}
 
 
 def _factor(func: Any, args: tuple, kwargs: dict[str, Any]) -> float | None:
     """What this operation multiplies by, if it does nothing else and that is a number."""
-    if func not in (aten.mul.Tensor, aten.div.Tensor) or len(args) != 1 or kwargs:
-        return None
-    number = args[0]
-    if isinstance(number, torch.Tensor):
-        if number.ndim or number.device.type != "cpu" or isinstance(number, _Deferred):
-            return None
-        number = number.item()
+    number = args[1] if len(args) == 2 and not kwargs and func in (aten.mul.Tensor, aten.div.Tensor) else None
     if not isinstance(number, int | float) or not math.isfinite(number) or number == 0:
         return None
     return number if func is aten.mul.Tensor else 1 / number
@@ -321,20 +271,22 @@ class _Head(torch.autograd.Function):
     """`F.linear`, whose output is deferred."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Any, recipe: _Recipe, leaves: bool) -> Any:
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, kept: tuple | None, leaves: bool) -> DeferredLogits:
         ctx.save_for_backward(hidden, weight)
-        ctx.head, ctx.leaves = recipe.head, leaves
-        wanted = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
-        of_head = {"recipe": recipe, "weight": weight, "bias": bias, "wanted": wanted, "_found": []}
-        return DeferredLogits._like(hidden, (*hidden.shape[:-1], weight.shape[0]), hidden.dtype, **of_head)
+        made_of = tuple(None if x is None else x.detach() for x in kept or (hidden, weight, bias))
+        ctx.call, ctx.leaves = {"gone": False}, leaves
+        return DeferredLogits._of(
+            (*hidden.shape[:-1], weight.shape[0]), hidden.dtype, made_of=made_of, versions=_versions(*made_of),
+            call=ctx.call, steps=(), scale=1.0, weight=weight, bias=bias,
+            wanted=[x is not None and x.requires_grad for x in (hidden, weight, bias)],
+        )  # fmt: skip
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         hidden, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        grads = None
+        needed, grads = ctx.needs_input_grad[:3], None
         if isinstance(grad, DeferredGradient) and not torch.is_grad_enabled():
-            grads = grad.of_inputs(ctx.head, needed)
+            grads = grad.of_inputs(ctx.call, needed)
         if grads is None:
             rows = grad.flatten(0, -2)
             grads = (
@@ -342,33 +294,25 @@ class _Head(torch.autograd.Function):
                 rows.t() @ hidden.flatten(0, -2) if needed[1] else None,
                 rows.sum(0) if needed[2] else None,
             )
-        ctx.head["gone"] |= ctx.leaves
+        ctx.call["gone"] |= ctx.leaves
         return *grads, None, None
 
 
-def deferred_logits(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    sharded: bool = False,
-    keep: bool = False,
-) -> DeferredLogits:
+def deferred_logits(hidden: Any, weight: Any, bias: Any, sharded: bool = False, keep: bool = False) -> DeferredLogits:
     """`F.linear(hidden, weight, bias)`, computed when first looked at.
 
     sharded: FSDP gathers the weight, and takes it away after the backward; or, with `keep`, after the forward. Then a
     copy is kept for as long as the logits are.
     """
-    device = hidden.device.type
-    kept = weight
+    device, given = hidden.device.type, weight
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    sharded &= kept is weight  # else it is a copy already
-    inputs = [None if x is None else x.detach() for x in (hidden, weight, bias)]
-    if sharded and keep:
-        inputs[1:] = [None if x is None else x.clone() for x in inputs[1:]]
-    recipe = _Recipe(*inputs, versions=_versions(*inputs), head={"gone": False})  # type: ignore[arg-type]
-    return _Head.apply(hidden, weight, bias, recipe, sharded and not keep)
+    sharded &= given is weight  # else it is a copy already
+    kept = (
+        (hidden, weight.detach().clone(), None if bias is None else bias.detach().clone()) if sharded and keep else None
+    )
+    return _Head.apply(hidden, weight, bias, kept, sharded and not keep)
 
 
 def next_tokens(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
@@ -393,37 +337,50 @@ def causal_lm_loss(
     others do not pass through the head. Returns a float32 scalar.
     """
     targets = labels if shift_labels is None else shift_labels
-    deferred = isinstance(logits, DeferredLogits) and not logits.edited
-    if not (deferred and logits.shape == (*targets.shape, vocab_size)):
+    known: Any = logits if isinstance(logits, DeferredLogits) and _versions(logits) == [0] else None  # nobody edited it
+    if known is None or logits.shape != (*targets.shape, vocab_size):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+    known.refuse_late()
     if shift_labels is None:
         targets = next_tokens(labels, ignore_index)
-    recipe, index = logits.recipe, None
-    hidden, bias = recipe.hidden.flatten(0, -2), recipe.bias
-    targets = targets.reshape(-1).to(hidden.device)
+    (hidden, weight, bias), scale, rows = known.made_of, known.scale, None
+    targets = all_targets = targets.reshape(-1).to(hidden.device)
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(hidden.device)
-    all_targets = targets
+    hidden = hidden.flatten(0, -2)
     if labelled and ignore_index == -100 and labelled < MOST_LABELLED * len(targets):
-        index = torch.nonzero_static(targets != ignore_index, size=labelled).flatten()
-        hidden, targets = hidden.index_select(0, index), targets[index]
-    if recipe.scale != 1:
-        hidden, bias = hidden * recipe.scale, None if bias is None else bias * recipe.scale
-    # autograd keeps tensors for as long as they are needed, and sees to it that nobody changes them
-    saved = recipe.hidden, recipe.weight, recipe.bias, all_targets, index
-    without: Any = replace(recipe, hidden=None, weight=None, bias=None)  # type: ignore[arg-type]
-    wanted = [want and logits.requires_grad for want in logits.wanted]
-    gradient = functools.partial(_gradient, logits.shape, logits.dtype, without, ignore_index)
-    return linear_cross_entropy(
+        rows = torch.nonzero_static(targets != ignore_index, size=labelled).flatten()
+        hidden, targets = hidden.index_select(0, rows), targets[rows]
+    if scale != 1:
+        hidden, bias = hidden * scale, None if bias is None else bias * scale
+
+    names = "versions", "call", "steps", "scale"
+    attributes = {name: getattr(known, name) for name in names} | {"ignore_index": ignore_index}
+    shape, dtype = logits.shape, logits.dtype
+
+    def gradient(parts: tuple, factor: torch.Tensor, *saved: Any) -> torch.Tensor:
+        of_loss = {"parts": parts, "factor": factor, "targets": saved[3], "rows": saved[4]}
+        return DeferredGradient._of(shape, dtype, made_of=saved[:3], **attributes, **of_loss)
+
+    found: list[Statistics] = []
+    loss = linear_cross_entropy(
         hidden,
-        recipe.weight,
+        weight,
         targets,
         bias=bias,
         num_items_in_batch=num_items_in_batch,
         ignore_index=ignore_index,
-        statistics=logits._found if _counting.get() else None,
-        through=Through(logits, wanted, gradient, saved),
+        statistics=found if _counting.get() else None,
+        # what is saved autograd drops after the backward, and sees to it that nobody changes it before
+        through=(
+            logits,
+            [want and logits.requires_grad for want in known.wanted],
+            gradient,
+            (*known.made_of, all_targets, rows),
+        ),
     )
+    known.statistics = found[0] if found else None
+    return loss
 
 
 def why_not_head(head: nn.Module | None) -> str | None:
