@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_flatten
@@ -217,8 +218,16 @@ LOOKS = [look for name, look in list(globals().items()) if callable(look) and ge
 LOOKS = LOOKS[LOOKS.index(custom_function) :]
 
 
-@pytest.mark.parametrize("look", LOOKS, ids=lambda look: look.__name__)
-@pytest.mark.parametrize("family", ["pair", "granite"])
+@pytest.mark.parametrize(
+    ("look", "family"),
+    [
+        *(pytest.param(look, "pair", id=look.__name__) for look in LOOKS),
+        *(
+            pytest.param(look, "granite", id=f"scaled, {look.__name__}")
+            for look in (gradient_kept, hook_that_scales, edit)
+        ),
+    ],
+)
 def test_it_is_as_in_stock(look, family, request):
     found = []
     for model in request.getfixturevalue(family):
@@ -238,14 +247,14 @@ def test_it_is_as_in_stock(look, family, request):
         assert relative_error(a, b) <= (3e-2 if look is as_accelerate_returns_it else 2e-5)
 
 
-def test_the_loss_alone_looks_at_nothing(pair, monkeypatch):
+@pytest.mark.parametrize("family", ["pair", "granite"])
+def test_the_loss_alone_looks_at_nothing(family, monkeypatch, request):
     def look(self):
         raise AssertionError("somebody looks")
 
     monkeypatch.setattr(DeferredLogits, "_make", look)
     monkeypatch.setattr(DeferredGradient, "_make", look)
-    _, ours = pair
-    outputs = run(ours)
+    outputs = run(request.getfixturevalue(family)[1])
     outputs.logits.register_hook(lambda grad: None)
     outputs.loss.backward()
 
@@ -267,8 +276,9 @@ def test_logits_first_looked_at_after_a_step_are_refused_and_those_kept_are_righ
     with path():
         make([model.lm_head.weight], lr=0.1).step()
     assert torch.equal(kept.logits, before)
-    with pytest.raises(RuntimeError, match=r"Look at outputs.logits before that"):
-        late.logits.sum()
+    for look in (torch.sum, lambda logits: model.loss_function(logits, IDS, model.config.vocab_size)):
+        with pytest.raises(RuntimeError, match=r"Look at outputs.logits before that"):
+            look(late.logits)
 
 
 @pytest.fixture(scope="module")
@@ -345,3 +355,17 @@ def test_odd_labels_are_as_in_stock(pair, labels):
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for theirs, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def test_lora_on_the_head_learns_as_in_stock():
+    found = []
+    for model in (load_stock("qwen3_moe"), load_ours("qwen3_moe")):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+        adapted = get_peft_model(model, config).train()
+        loss = run(adapted).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in adapted.parameters() if p.grad is not None)])
+    assert len(found[1]) == 3
+    for theirs, mine in zip(*found, strict=True):
+        assert relative_error(mine, theirs) < 2e-5

@@ -1,5 +1,6 @@
 """A twin does by itself what its submodules do, but not where somebody hooked them, or put others in their place."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -29,6 +30,18 @@ def assert_same(ours: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -
         assert relative_error(value, stock[name], floor=1e-3) < 2e-5, name
 
 
+def watched_step(model: PreTrainedModel, kind: str) -> tuple[set[str], dict[str, torch.Tensor]]:
+    """Which hooks on modules of this kind fired in a step, and what it gave."""
+    fired: set[str] = set()
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if type(module).__name__ == kind:
+                for when in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+                    register = getattr(module, f"register_{when}_hook")
+                    hooks.enter_context(register(lambda *_, fires=f"{when} {name}": fired.add(fires)))
+        return fired, step(model)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request):
     return load_stock(request.param).train(), load_ours(request.param).train()
@@ -37,22 +50,9 @@ def pair(request):
 def test_hooks_fire_wherever_they_fire_in_stock(pair):
     """On one kind of module after the other, as hooks on a block also change the way around what is in it."""
     for kind in {type(module).__name__ for module in pair[0].modules()} - {"ModuleList"}:
-        found: list[tuple[set[str], dict[str, torch.Tensor]]] = []
-        for model in pair:
-            fired, hooks = set(), []
-            for name, module in model.named_modules():
-                if type(module).__name__ == kind:
-                    hooks += [
-                        module.register_forward_pre_hook(lambda *_, name=name: fired.add(f"before {name}")),
-                        module.register_forward_hook(lambda *_, name=name: fired.add(f"after {name}")),
-                        module.register_full_backward_pre_hook(lambda *_, name=name: fired.add(f"backward {name}")),
-                        module.register_full_backward_hook(lambda *_, name=name: fired.add(f"end of backward {name}")),
-                    ]
-            found.append((fired, step(model)))
-            for hook in hooks:
-                hook.remove()
-        assert found[0][0] == found[1][0], kind
-        assert_same(found[1][1], found[0][1])
+        (stock_fired, stock), (fired, ours) = (watched_step(model, kind) for model in pair)
+        assert fired == stock_fired, kind
+        assert_same(ours, stock)
 
 
 class Own(nn.Module):

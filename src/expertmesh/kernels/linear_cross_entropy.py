@@ -55,8 +55,8 @@ def linear_cross_entropy(
     what needs a gradient is computed; without a label it is zero, whatever the sum is divided by. Under autocast hidden
     and weight are cast as `F.linear` would. Those of this call join `statistics`.
 
-    through: (logits, wanted, gradient, saved): a tensor that stands for the logits in autograd's graph gets the gradient
-    `gradient(parts, scale, *saved)`, where parts are those of hidden, weight and bias, if `wanted`, but for scale [1].
+    through: (logits, wanted, gradient, saved): a tensor that stands for the logits in autograd's graph gets the
+    gradient `gradient(parts, scale, *saved)`; parts are those of hidden, weight and bias, if `wanted`, but for scale.
     Must equal transformers' `ForCausalLMLoss` on those logits. A label outside [0, V) that is not `ignore_index` is a
     ValueError on the CPU; on a GPU, where raising would mean waiting, it makes the loss nan.
     """
