@@ -320,10 +320,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if num_items_in_batch is not None:
             count = torch.as_tensor(num_items_in_batch)  # a number stays on the CPU: dividing by it needs no copy
             count = count.to(total.device) if count.device.type != "cpu" else count
-        # nothing to learn from: the loss is nan where it is divided by 0, but gradients are zero, as in PyTorch
-        grad_count = torch.where(labelled == 0, 1, count)
         ctx.gradient = gradient
-        ctx.save_for_backward(dhidden, dweight, dbias, grad_count, *saved)
+        ctx.save_for_backward(dhidden, dweight, dbias, count, labelled, *saved)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else weight.dtype
         ctx.mark_non_differentiable(*others)
         return total / count, *others
@@ -331,9 +329,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        *grads, count = ctx.saved_tensors[:4]
-        saved = ctx.saved_tensors[4:]
-        scale = (grad_output / count).reshape(1)
+        (*grads, count, labelled), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        # nothing to learn from: the loss is nan where it is divided by 0, but gradients are zero, as in PyTorch
+        scale = (grad_output / count).masked_fill(labelled == 0, 0.0).reshape(1)
         if ctx.gradient is not None:
             return None, None, None, ctx.gradient(tuple(grads), scale, *saved), *[None] * (3 + len(saved))
         grads = [scaled(grad, scale, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
