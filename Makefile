@@ -29,7 +29,7 @@ OLDEST := $(shell sed -n 's/^OLDEST = "\(.*\)"/\1/p' src/expertmesh/backends.py)
 OLDEST_VENV = $(VENV)-oldest
 OLDEST_READY = $(OLDEST_VENV)/.ready
 OLDEST_TESTS = tests/test_{backends,fuse,parity,interface,ecosystem,export,trainers}.py tests/{families,memory,scripts,weights} \
-	tests/layers/test_{attention,compile,hybrid,liger,mamba2,mla,moe,mtp,rope,router,rows,sinks}.py \
+	tests/layers/test_{attention,compile,head,hybrid,liger,mamba2,mla,moe,mtp,rope,router,rows,sinks,twins}.py \
 	tests/train/test_{balance,graphed,routing,run}.py tests/distributed/test_ep_parity.py::test_gradients_on_two_ranks
 
 help:

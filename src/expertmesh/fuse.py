@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -44,6 +45,10 @@ from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
 _refusing: ContextVar[bool] = ContextVar("refusing_missing_experts", default=False)
 _requested: ContextVar[frozenset[str]] = ContextVar("requested_fusions", default=frozenset(FUSIONS))
+_NO_GRAPH = (
+    "The forward of a fused model is more than one graph. Leave fullgraph=True (strict=True of torch.export) out, "
+    "compile its layers (for layer in model.model.layers: layer.compile()), or load the model with fused=False."
+)
 _with_mtp: ContextVar[str] = ContextVar("with_mtp_modules", default="no")  # or "new", or "saved" in a checkpoint
 
 
@@ -116,33 +121,12 @@ def has_fast_experts(cls: Any) -> bool:
     return issubclass(cls, PreTrainedModel) and bool(cls._can_set_experts_implementation())
 
 
-@functools.cache
 def fused_class(stock: Any) -> Any:
     """The subclass of a Transformers model class whose instances are fused when they are made.
 
     Name and module stay the HF class': weight conversion, `architectures` in config.json and the loss go by them.
     """
-    cls = twin(stock, FusedModel)
-
-    @functools.wraps(stock.forward)  # Trainer and generate read the signature
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
-        defer = self.training and labels is not None
-        if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
-            kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
-        targets = shifted if shifted is not None or labels is None else next_tokens(labels)
-        call = Call(targets)
-        with (
-            one_forward(),
-            deferring(defer),
-            aux_loss_share(self, kwargs),
-            calling(self.base_model, call),
-            predicting(self, defer) as call.whole,
-        ):
-            return stock.forward(self, *args, **kwargs)
-
-    cls.forward = forward
-    return cls
+    return twin(stock, FusedModel)
 
 
 class FusedModel(ReadsQuantized):
@@ -151,6 +135,11 @@ class FusedModel(ReadsQuantized):
     _mtp: MTP | None = None
     _waiting: dict[str, Any] | None = None  # read from a file; the rest of its parameter lies in another
     _replicate_for_data_parallel = refuse_replicas
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if vars(cls).get("__fast__") is FusedModel:  # a twin is made, here or where a pickled model is read
+            cls.forward = _forward_of(cls.__stock__)  # type: ignore[method-assign]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -285,6 +274,29 @@ class FusedModel(ReadsQuantized):
         if options.get("use_reentrant") is False and "context_fn" not in options:
             gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, context_fn=keep_routing)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+def _forward_of(stock: Any) -> Any:
+    @functools.wraps(stock.forward)  # Trainer and generate read the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg=_NO_GRAPH)
+        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+        defer = self.training and labels is not None
+        if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
+            kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
+        targets = shifted if shifted is not None or labels is None else next_tokens(labels)
+        call = Call(targets)
+        with (
+            one_forward(),
+            deferring(self if defer else None),
+            aux_loss_share(self, kwargs),
+            calling(self.base_model, call),
+            predicting(self, defer) as call.whole,
+        ):
+            return stock.forward(self, *args, **kwargs)
+
+    return forward
 
 
 class FusedBaseModel(FastBaseModel, FusedModel):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expertmesh.bench.rows import worst_error
-from tests.models import load_ours
+from tests.models import load_ours, load_stock
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +50,34 @@ def test_compiled_layer_is_one_graph_and_the_moe_block_behind_it(family):
     explained = torch._dynamo.explain(layer)(*args, **kwargs)
     reasons = [str(reason.reason) for reason in explained.break_reasons]
     assert explained.graph_count == 1 and len(reasons) == 1 and "FastMoEBlock.forward" in reasons[0], reasons
+
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def gradients_by_torch_func(model):
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, kwargs={"input_ids": IDS, "labels": IDS}).loss
+
+    return torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+
+
+def exported(model):
+    inputs = {"input_ids": IDS, "labels": IDS, "use_cache": False}
+    return {"logits": torch.export.export(model, (), inputs).module()(**inputs).logits}
+
+
+@pytest.mark.parametrize("way", [gradients_by_torch_func, exported])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_what_transforms_or_exports_a_model_gets_transformers_code(family, way):
+    stock, ours = load_stock(family).train(), load_ours(family).train()
+    before = loss_and_gradients(ours, IDS)
+    error, where = worst_error(way(ours), way(stock))
+    assert error < 1e-5, where
+    error, where = worst_error(loss_and_gradients(ours, IDS), before)
+    assert error == 0 and type(ours.model.layers[0]).__fast__, where
+
+
+def test_one_graph_of_the_whole_model_is_refused_by_name():
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="load the model with fused=False"):
+        torch.compile(load_ours("qwen3_moe").train(), fullgraph=True, backend="eager")(input_ids=IDS, labels=IDS)

@@ -13,6 +13,7 @@ that finds its logsumexp also finds, on request, what training logs of the predi
 Letters: N rows (tokens), H hidden, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,13 +45,18 @@ def linear_cross_entropy(
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
     statistics: list[Statistics] | None = None,
+    through: tuple[torch.Tensor, list[bool], Callable[..., torch.Tensor], tuple] | None = None,
 ) -> torch.Tensor:
     """Cross entropy of `hidden @ weight.T + bias` against labels, as a float32 scalar.
 
     hidden: [N, H]; weight: [V, H]; bias: [V]; labels: [N], integers, already shifted. Mean over the rows whose label is
     not `ignore_index` (nan if there are none), or their sum divided by `num_items_in_batch` (a number, or a tensor,
-    read without waiting for the device). Differentiable once in hidden, weight and bias; only what needs a gradient is
-    computed. Under autocast hidden and weight are cast as `F.linear` would. Those of this call join `statistics`.
+    read without waiting for the device). Differentiable once, in hidden, weight and bias or `through` the logits; only
+    what needs a gradient is computed; without a label it is zero, whatever the sum is divided by. Under autocast hidden
+    and weight are cast as `F.linear` would. Those of this call join `statistics`.
+
+    through: (logits, wanted, gradient, saved): a tensor that stands for the logits in autograd's graph gets the
+    gradient `gradient(parts, scale, *saved)`; parts are those of hidden, weight and bias, if `wanted`, but for scale.
     Must equal transformers' `ForCausalLMLoss` on those logits. A label outside [0, V) that is not `ignore_index` is a
     ValueError on the CPU; on a GPU, where raising would mean waiting, it makes the loss nan.
     """
@@ -63,10 +69,11 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    loss, *sums = _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels, num_items_in_batch, ignore_index, wanted, statistics is not None
-    )
+    learn = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    logits, wanted, gradient, saved = through or (None, learn, None, ())
+    wanted = [torch.is_grad_enabled() and want for want in wanted]
+    options = num_items_in_batch, ignore_index, wanted, statistics is not None
+    loss, *sums = _LinearCrossEntropy.apply(hidden, weight, bias, logits, labels.long(), options, gradient, *saved)
     if statistics is not None:
         statistics.append(Statistics((labels != ignore_index).sum(), *sums))
     return loss
@@ -260,7 +267,7 @@ def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bo
         total += a.t() @ b
 
 
-def _scaled(x: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+def scaled(x: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """x * scale, multiplied in float32 (scale is [1]: a 0-dim tensor would first be rounded to x's dtype)."""
     if x is None:
         return None
@@ -278,9 +285,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
-        num_items_in_batch: int | torch.Tensor | None, ignore_index: int, wanted: list[bool], statistics: bool,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, logits: torch.Tensor | None,
+        labels: torch.Tensor, options: tuple, gradient: Callable[..., torch.Tensor] | None, *saved: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        num_items_in_batch, ignore_index, wanted, statistics = options
         (N, H), V = hidden.shape, weight.shape[0]
         labels = labels.contiguous()
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -308,14 +316,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dbias is not None:
                 dbias += dlogits_CV.sum(0, dtype=sum_dtype)
         total, *others = out.sum(0).unbind()
-        if num_items_in_batch is None:
-            count = (labels != ignore_index).sum()
-            grad_count = count.clamp(min=1)  # nothing to learn from: the loss is nan, gradients are zero, as in PyTorch
-        else:
+        labelled = count = (labels != ignore_index).sum()
+        if num_items_in_batch is not None:
             count = torch.as_tensor(num_items_in_batch)  # a number stays on the CPU: dividing by it needs no copy
             count = count.to(total.device) if count.device.type != "cpu" else count
-            grad_count = torch.where(count == 0, 1, count)
-        ctx.save_for_backward(dhidden, dweight, dbias, grad_count)
+        ctx.gradient = gradient
+        ctx.save_for_backward(dhidden, dweight, dbias, count, labelled, *saved)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else weight.dtype
         ctx.mark_non_differentiable(*others)
         return total / count, *others
@@ -323,7 +329,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        *grads, count = ctx.saved_tensors
-        scale = (grad_output / count).reshape(1)
-        grads = [_scaled(grad, scale, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return *grads, None, None, None, None, None
+        (*grads, count, labelled), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        # nothing to learn from: the loss is nan where it is divided by 0, but gradients are zero, as in PyTorch
+        scale = (grad_output / count).masked_fill(labelled == 0, 0.0).reshape(1)
+        if ctx.gradient is not None:
+            return None, None, None, ctx.gradient(tuple(grads), scale, *saved), *[None] * (3 + len(saved))
+        grads = [scaled(grad, scale, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return *grads, *[None] * 4

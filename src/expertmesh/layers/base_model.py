@@ -5,6 +5,7 @@ call the base model itself. So what a forward needs is set up here: documents an
 dispatch has to know about one forward.
 """
 
+import contextlib
 import functools
 import inspect
 import re
@@ -20,7 +21,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from expertmesh.dispatch.gather import one_forward
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
 from expertmesh.layers.attention import NAME
-from expertmesh.layers.fast import Fast, has_cache, refuse_replicas, twin
+from expertmesh.layers.fast import Fast, has_cache, refuse_replicas, traced, twin
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
 from expertmesh.layers.sharding import refuse_undivided
@@ -67,10 +68,11 @@ class FastBaseModel(Fast):
     _sinks = False  # whether attention has sinks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return super().forward(*args, **kwargs)
-        refuse_undivided(self)
         cls: Any = type(self)
+        if traced():
+            with contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else as_stock(self):
+                return cls.__stock__.forward(self, *args, **kwargs)
+        refuse_undivided(self)
         inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, self._call or Call()
         if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.whole:
             raise ValueError(_NO_MTP)
@@ -196,6 +198,28 @@ class FastBaseModel(Fast):
         if self._mamba2 or self._sinks:
             bounds = document_bounds(number_BS)
             inputs["document_bounds"] = bounds._replace(told=documents if shape[0] == 1 else None)
+
+
+@contextmanager
+def as_stock(base: Any) -> Iterator[None]:
+    """Within: the base model and all that is in it run Transformers' code, which PyTorch can export and transform."""
+    twins = {module: type(module) for module in base.modules() if isinstance(module, Fast)}
+    config = base.config
+    chosen = {
+        "_experts_implementation": config._experts_implementation,
+        "_attn_implementation": config._attn_implementation,
+    }
+    try:
+        for module, cls in twins.items():
+            module.__class__ = cls.__stock__
+        for name, value in chosen.items():
+            setattr(config, name, {NAME: "sdpa", SINKS: "eager"}.get(value, value) if "attn" in name else "grouped_mm")
+        yield
+    finally:
+        for module, cls in twins.items():
+            module.__class__ = cls
+        for name, value in chosen.items():
+            setattr(config, name, value)
 
 
 @contextmanager

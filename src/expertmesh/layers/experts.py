@@ -26,7 +26,7 @@ from expertmesh.kernels import products
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
-from expertmesh.layers.fast import watched
+from expertmesh.layers.fast import untouched
 
 NAME = "expertmesh"
 
@@ -39,6 +39,9 @@ def why_not(experts: Any) -> str | None:
     """Why this experts module cannot run on the "expertmesh" backend, or None if it can."""
     if getattr(experts, "has_post_expert_norm", False):
         return "each expert's output is normalised before it is weighted"
+    act_fn = getattr(experts, "act_fn", None)
+    if isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters()):
+        return f"their activation, {type(act_fn).__name__}, learns"
     unknown = sorted(name for name in _new_flags() if getattr(experts, name, False))
     return f"this Transformers says {unknown[0]} of them, which is not known here" if unknown else None
 
@@ -57,12 +60,13 @@ def divides_gradients(experts: Any) -> bool:
 
 def activation_of(experts: Any) -> Activation:
     """The `Activation` of an experts module: the known one that computes what its own functions do, or those."""
-    own_gate, act_fn = type(experts)._apply_gate, getattr(experts, "act_fn", None)  # GPT-OSS has the gate alone
+    act_fn: Any = getattr(experts, "act_fn", None)  # GPT-OSS has the gate alone
     constants = float(getattr(experts, "alpha", 1.0)), float(getattr(experts, "limit", math.inf))
-    asked = own_gate, act_fn, constants
+    own_gate = getattr(experts._apply_gate, "__func__", experts._apply_gate)
+    asked = own_gate, act_fn, isinstance(act_fn, nn.Module) and not untouched(act_fn), constants
     known = vars(experts).get("_known_activation")  # the answer, and the question it belongs to
     if known is None or any(a is not b and a != b for a, b in zip(known[0], asked, strict=True)):
-        known = asked, _kind(experts, constants)
+        known = asked, "custom" if asked[2] else _kind(experts, constants)
         experts.__dict__["_known_activation"] = known
     layout = {"gated": experts.has_gate, "interleaved": not experts.is_concatenated and experts.has_gate}
     if known[1] == "custom":
@@ -76,8 +80,6 @@ def activation_of(experts: Any) -> Activation:
 def _kind(experts: Any, constants: tuple[float, float]) -> str:
     """Which known activation gives what the module's own functions give for numbers of all sizes, or "custom"."""
     act_fn: Any = getattr(experts, "act_fn", None)
-    if isinstance(act_fn, nn.Module) and (watched(act_fn) or any(True for _ in act_fn.parameters())):
-        return "custom"  # somebody looks at it, or it learns
     h_SJ = torch.linspace(-30, 30, 512)[torch.randperm(512, generator=torch.Generator().manual_seed(0))].view(16, 32)
     theirs = experts._apply_gate(h_SJ) if experts.has_gate else act_fn(h_SJ)
     interleaved = not experts.is_concatenated

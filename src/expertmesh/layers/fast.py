@@ -55,17 +55,25 @@ def has_cache(kwargs: dict[str, Any]) -> bool:
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether a call of this module runs its class' forward and nobody watches it, so that a kernel may stand for it.
+    """Whether a call of this module runs the forward of PyTorch, Transformers or a twin, and nobody watches it, so that
+    a kernel may stand for it.
 
-    Transformers' parallelism replaces the forward of instances; users and frameworks put hooks.
+    Transformers' parallelism replaces the forward of instances; users and frameworks put hooks and other classes.
     """
-    return "forward" not in vars(module) and not watched(module)
+    known = type(module).__module__.startswith(("torch.", "transformers."))
+    return known and "forward" not in vars(module) and not watched(module)
 
 
 def watched(module: nn.Module) -> bool:
     """Whether somebody put a hook on it."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks)
+
+
+def traced() -> bool:
+    """Whether PyTorch writes down what runs (compiles, exports, traces it) or transforms it (torch.func)."""
+    writes = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return writes or torch._C._are_functorch_transforms_active()
 
 
 @functools.cache

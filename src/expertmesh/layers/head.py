@@ -1,36 +1,45 @@
 """The language-model head that never holds [tokens, vocabulary] logits in training.
 
-Within `deferring()` the head returns `DeferredLogits` instead of logits: a tensor that knows its shape, dtype and
-device and computes its values only if somebody touches them. `causal_lm_loss`, in the place of Transformers'
-`ForCausalLMLoss`, recognises it and goes from hidden states to loss directly. So `model(..., labels=...)` needs no
-logits, while `outputs.logits` still works, with gradients, for whoever asks. Within `counting()` it also brings the
+Within `deferring()` the head returns `DeferredLogits`: to autograd the head's output like any other, but its values are
+computed only if somebody looks at them. `causal_lm_loss`, in the place of Transformers' `ForCausalLMLoss`, does not: it
+goes from hidden states to the loss directly, and the gradient that it sends back to the logits is deferred as well
+(`DeferredGradient`): it brings the gradients of the head's inputs along. So autograd's graph is stock's, and whoever
+hooks, differentiates by, edits or copies the logits finds what stock has. Within `counting()` the logits also bring the
 `statistics` of the predictions, which the loss makes on its way.
 """
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy
-from expertmesh.layers.fast import Fast
+from expertmesh import backends
+from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy, scaled
+from expertmesh.layers.fast import Fast, traced, untouched
 
 MOST_LABELLED = 0.9  # of all tokens: from there on it is not worth while to leave the others out
+aten = torch.ops.aten
 
-_deferring: ContextVar[bool] = ContextVar("deferring_logits", default=False)
+_deferring: ContextVar[Any] = ContextVar("deferring_logits", default=None)
 _counting: ContextVar[bool] = ContextVar("counting_predictions", default=False)
 
 
 @contextlib.contextmanager
-def deferring(on: bool) -> Iterator[None]:
-    """While `on`, fast heads return `DeferredLogits`."""
-    token = _deferring.set(on)
+def deferring(model: nn.Module | None) -> Iterator[None]:
+    """Within: the fast head of `model` returns `DeferredLogits`."""
+    token = _deferring.set(model)
     try:
         yield
     finally:
@@ -51,98 +60,259 @@ class FastHead(Fast):
     """Twin of the `nn.Linear` that makes the logits."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not _deferring.get() or torch.compiler.is_compiling() or type(self.weight.data) is not torch.Tensor:
+        model = _deferring.get()
+        if model is None or traced() or not type(self.weight.data) is type(input.data) is torch.Tensor:
             return super().forward(input)
-        return DeferredLogits(input, self.weight, self.bias)
+        unit = self if isinstance(self, FSDPModule) else model
+        if unit is model and not untouched(self):
+            # DeepSpeed's ZeRO-3 is one: it takes the weight away when the head has run
+            _tell_of_hooks(type(model).__name__)
+            return super().forward(input)
+        _heads().add(self)
+        sharded = isinstance(unit, FSDPModule)
+        return deferred_logits(input, self.weight, self.bias, sharded, sharded and _reshards(unit))
 
 
-_METADATA = {
-    getattr(torch.Tensor, name).__get__
-    for name in "shape dtype device ndim layout is_cuda is_cpu is_sparse is_quantized is_meta".split()
-} | {
-    getattr(torch.Tensor, name)
-    for name in "size dim numel __len__ is_floating_point is_complex element_size get_device".split()
-}
-_SCALING = {torch.Tensor.mul, torch.Tensor.div}
-# a deferred tensor is no leaf and has no history of its own: frameworks that look for outputs to hook pass it by
-_HISTORY = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "grad", "is_leaf")}
+@functools.cache
+def _tell_of_hooks(name: str) -> None:
+    backends.logger().warning(
+        "expertmesh: somebody put hooks on the head of this %s, or replaced its forward: it makes whole logits.", name
+    )
 
 
-class DeferredLogits(torch.Tensor):
-    """Logits [..., V] = hidden [..., H] @ weightᵀ + bias that are computed when first used.
+@functools.cache
+def _heads() -> weakref.WeakSet[nn.Module]:
+    """Heads that deferred logits. Optimizers change weights in place, but many, PyTorch's fused ones among them, past
+    autograd's count of such changes; so changes of heads are counted here.
+    """
+    heads = weakref.WeakSet[nn.Module]()
 
-    Metadata and conversions to a wider dtype cost nothing, and a product with a number (Granite, Cohere) is one with
-    the hidden states; any other operation computes the values, once, with autograd. statistics: see `counting`.
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        weights = {id(parameter): parameter for head in heads for parameter in head.parameters()}
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        torch.autograd.graph.increment_version([weights[key] for key in weights.keys() & stepped])
+
+    register_optimizer_step_post_hook(count)
+    return heads
+
+
+def _reshards(unit: Any) -> bool:
+    """Whether FSDP takes the unit's weights away after its forward."""
+    state = unit._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # one only, before PyTorch 2.13
+    return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
+
+
+_LATE = (
+    "These logits were not computed in the forward, and now they cannot be: {}. Look at outputs.logits before that "
+    "(outputs.logits.detach().clone() keeps them), or load the model with fused={{'linear_cross_entropy': False}}."
+)
+
+
+def _versions(*tensors: torch.Tensor | None) -> list[int]:
+    """Autograd's counts of changes in place."""
+    return [0 if x is None or x.is_inference() else x._version for x in tensors]
+
+
+class _Deferred(torch.Tensor):
+    """Logits [..., V] = hidden [..., H] @ weightᵀ + bias, and then some `steps`, which multiply by `scale` in all; or
+    what follows from them (`_make`). Computed when first used, once.
     """
 
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    statistics: Statistics | None = None
-    _computed: torch.Tensor | None
-
-    @staticmethod
-    def __new__(
-        cls, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None = None
-    ) -> "DeferredLogits":
-        kind = hidden.device.type
-        if torch.is_autocast_enabled(kind):
-            cast = torch.get_autocast_dtype(kind)
-            hidden, weight, bias = hidden.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, (*hidden.shape[:-1], weight.shape[0]), dtype=dtype or hidden.dtype, device=hidden.device
-        )
-        self.hidden, self.weight, self.bias, self._computed = hidden, weight, bias, None
-        return self
-
-    def materialize(self) -> torch.Tensor:
-        """The logits as an ordinary tensor with its autograd history."""
-        if self._computed is None:
-            with torch._C.DisableTorchFunctionSubclass():
-                self._computed = F.linear(self.hidden, self.weight, self.bias).to(self.dtype)
-        return self._computed
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    made_of: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # hidden, weight, bias, without history
+    versions: list[int]  # of these when the head was called
+    call: dict[str, bool]  # this call of the head; "gone": FSDP has taken the weight away, or will bring another
+    steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
+    scale: float
+    _computed: list[torch.Tensor]  # empty or one; aliases share it
+    _make: Callable[[], torch.Tensor]
+    _later: Callable[..., "_Deferred | None"]  # the result of an operation that need not be computed either
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA or func in _HISTORY:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        dtype = _wider_dtype(func, args, kwargs)
-        if dtype is not None:
-            self = args[0]
-            if dtype == self.dtype:
-                return self
-            wider = DeferredLogits(self.hidden, self.weight, self.bias, dtype)
-            wider.statistics = self.statistics  # Accelerate makes all outputs float32
-            return wider
-        if func in _SCALING and len(args) == 2 and isinstance(args[0], DeferredLogits):
-            self, number = args
-            if isinstance(number, int | float) and not kwargs:
-                bias = None if self.bias is None else func(self.bias, number)
-                return DeferredLogits(func(self.hidden, number), self.weight, bias, self.dtype)
-        args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.materialize, (args, kwargs))
-        return func(*args, **kwargs)
+    def _of(cls, shape: Any, dtype: torch.dtype, **attributes: Any) -> Any:
+        self = cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=attributes["made_of"][0].device)
+        self.__dict__.update({"_computed": []} | attributes)
+        return self
+
+    def refuse_late(self) -> None:
+        """Raise RuntimeError where the head's weight is no longer what it was."""
+        if self.call["gone"]:
+            raise RuntimeError(_LATE.format("FSDP has taken the head's weight away"))
+        if _versions(*self.made_of) != self.versions:
+            raise RuntimeError(_LATE.format("the head's weight has changed (optimizer.step()?)"))
+
+    def _logits(self) -> torch.Tensor:
+        self.refuse_late()
+        logits = F.linear(*self.made_of)
+        for step in self.steps:
+            logits = step(logits)
+        return logits
+
+    @torch.no_grad()
+    def values(self) -> torch.Tensor:
+        """As an ordinary tensor, without autograd's history."""
+        if not self._computed:
+            self._computed.append(self._make())
+        return self._computed[0]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.materialize, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        kwargs, first = kwargs or {}, args[0]
+        if isinstance(first, _Deferred):
+            if func in (aten.detach.default, aten.alias.default):
+                return first._of(first.shape, first.dtype, **first.__dict__)
+            later = None if first._computed else first._later(_factor(func, args, kwargs), _new_dtype(func, kwargs))
+            if later is not None:
+                return later
+        plain_args, plain_kwargs = tree_map_only(_Deferred, _Deferred.values, (args, kwargs))
+        out = func(*plain_args, **plain_kwargs)
+        if not func._schema.is_mutable:
+            return out
+        deferred = {id(x.values()): x for x in tree_leaves((args, kwargs)) if isinstance(x, _Deferred)}
+        return tree_map(lambda x: deferred.get(id(x), x), out)
+
+    def _plain(self) -> torch.Tensor:
+        return self.values().detach().requires_grad_(self.requires_grad)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return copy.deepcopy(self._plain(), memo) if self.is_leaf else super().__deepcopy__(memo)  # which refuses
 
 
-def _wider_dtype(func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The dtype asked for if this call does nothing but convert a deferred tensor to one that loses nothing."""
-    if not (args and isinstance(args[0], DeferredLogits)) or kwargs:
+def _of_plain(name: str) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: getattr(self._plain(), name)(*args, **kwargs)
+
+
+for _name in "numpy tolist data_ptr untyped_storage storage __dlpack__ __reduce_ex__ __repr__".split():
+    setattr(_Deferred, _name, _of_plain(_name))  # what does not go through PyTorch's dispatcher
+
+
+class DeferredLogits(_Deferred):
+    """The head's output. A conversion to a wider dtype and a product with a number (Granite, Cohere) are deferred too.
+
+    weight, bias: the head's, for more logits by it. statistics: see `counting`.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    wanted: list[bool]  # which of hidden states, weight and bias learn
+    statistics: Statistics | None = None
+
+    _make = _Deferred._logits
+
+    def _later(self, factor: float | None, dtype: torch.dtype | None) -> "DeferredLogits | None":
+        if factor is None and (dtype is None or torch.promote_types(self.dtype, dtype) != dtype):
+            return None
+        step = (lambda logits: logits.to(dtype)) if factor is None else (lambda logits: logits * factor)
+        changed = {"steps": (*self.steps, step), "scale": self.scale * (factor or 1.0), "_computed": []}
+        return self._of(self.shape, dtype or self.dtype, **self.__dict__ | changed)
+
+
+class DeferredGradient(_Deferred):
+    """The loss' gradient of deferred logits: factor · (softmax(logits) - onehot(targets)), 0 where there is no target.
+
+    parts: the gradients of the head's hidden states (of those rows that `rows` names, or all), weight and bias that
+    follow from it, but for `factor`; None for what does not learn.
+    """
+
+    parts: tuple[torch.Tensor | None, ...]
+    factor: torch.Tensor  # [1], float32
+    targets: torch.Tensor
+    rows: torch.Tensor | None
+    ignore_index: int
+
+    def _make(self) -> torch.Tensor:
+        logits, ignored = self._logits().flatten(0, -2), (self.targets == self.ignore_index)[:, None]
+        grad = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        targets = self.targets[:, None].masked_fill(ignored, 0)
+        grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
+        return grad.mul_(self.factor).masked_fill_(ignored, 0.0).to(self.dtype).view(self.shape)
+
+    def _later(self, factor: float | None, dtype: torch.dtype | None) -> "DeferredGradient | None":
+        if factor is None and dtype is None:
+            return None
+        changed = {"factor": self.factor * (factor or 1.0), "_computed": []}
+        return self._of(self.shape, dtype or self.dtype, **self.__dict__ | changed)
+
+    def of_inputs(self, call: dict[str, bool], needed: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...] | None:
+        """The gradients of the inputs of this call of a head, if they are what it needs."""
+        known = not self._computed and self.call is call  # else somebody may have changed it in place
+        if not known or any(need and part is None for need, part in zip(needed, self.parts, strict=True)):
+            return None
+        hidden, weight, _ = self.made_of
+        dhidden = scaled(self.parts[0], self.factor, hidden.dtype)
+        if dhidden is not None and self.rows is not None:
+            dhidden = dhidden.new_zeros(hidden.flatten(0, -2).shape).index_copy_(0, self.rows, dhidden)
+        dweight = scaled(self.parts[1], self.factor / self.scale, weight.dtype)
+        return (
+            dhidden if dhidden is None else dhidden.view(hidden.shape),
+            dweight,
+            scaled(self.parts[2], self.factor, weight.dtype),
+        )
+
+
+def _factor(func: Any, args: tuple, kwargs: dict[str, Any]) -> float | None:
+    """What this operation multiplies by, if it does nothing else and that is a number."""
+    number = args[1] if len(args) == 2 and not kwargs and func in (aten.mul.Tensor, aten.div.Tensor) else None
+    if not isinstance(number, int | float) or not math.isfinite(number) or number == 0:
         return None
-    if func is torch.Tensor.float and len(args) == 1:
-        dtype = torch.float32
-    elif func is torch.Tensor.to and len(args) == 2 and isinstance(args[1], torch.dtype):
-        dtype = args[1]
-    else:
-        return None
-    return dtype if torch.promote_types(args[0].dtype, dtype) == dtype else None
+    return number if func is aten.mul.Tensor else 1 / number
+
+
+def _new_dtype(func: Any, kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that this operation converts to, if it does nothing else."""
+    others = any(value for name, value in kwargs.items() if name != "dtype")
+    return None if func is not aten._to_copy.default or others else kwargs.get("dtype")
+
+
+class _Head(torch.autograd.Function):
+    """`F.linear`, whose output is deferred."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, kept: tuple | None, leaves: bool) -> DeferredLogits:
+        ctx.save_for_backward(hidden, weight)
+        made_of = tuple(None if x is None else x.detach() for x in kept or (hidden, weight, bias))
+        ctx.call, ctx.leaves = {"gone": False}, leaves
+        return DeferredLogits._of(
+            (*hidden.shape[:-1], weight.shape[0]), hidden.dtype, made_of=made_of, versions=_versions(*made_of),
+            call=ctx.call, steps=(), scale=1.0, weight=weight, bias=bias,
+            wanted=[x is not None and x.requires_grad for x in (hidden, weight, bias)],
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        hidden, weight = ctx.saved_tensors
+        needed, grads = ctx.needs_input_grad[:3], None
+        if isinstance(grad, DeferredGradient) and not torch.is_grad_enabled():
+            grads = grad.of_inputs(ctx.call, needed)
+        if grads is None:
+            rows = grad.flatten(0, -2)
+            grads = (
+                grad @ weight if needed[0] else None,
+                rows.t() @ hidden.flatten(0, -2) if needed[1] else None,
+                rows.sum(0) if needed[2] else None,
+            )
+        ctx.call["gone"] |= ctx.leaves
+        return *grads, None, None
+
+
+def deferred_logits(hidden: Any, weight: Any, bias: Any, sharded: bool = False, keep: bool = False) -> DeferredLogits:
+    """`F.linear(hidden, weight, bias)`, computed when first looked at.
+
+    sharded: FSDP gathers the weight, and takes it away after the backward; or, with `keep`, after the forward. Then a
+    copy is kept for as long as the logits are.
+    """
+    device, given = hidden.device.type, weight
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    sharded &= given is weight  # else it is a copy already
+    kept = (
+        (hidden, weight.detach().clone(), None if bias is None else bias.detach().clone()) if sharded and keep else None
+    )
+    return _Head.apply(hidden, weight, bias, kept, sharded and not keep)
 
 
 def next_tokens(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
@@ -167,28 +337,49 @@ def causal_lm_loss(
     others do not pass through the head. Returns a float32 scalar.
     """
     targets = labels if shift_labels is None else shift_labels
-    if not (isinstance(logits, DeferredLogits) and logits.shape == (*targets.shape, vocab_size)):
+    known: Any = logits if isinstance(logits, DeferredLogits) and _versions(logits) == [0] else None  # nobody edited it
+    if known is None or logits.shape != (*targets.shape, vocab_size):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+    known.refuse_late()
     if shift_labels is None:
         targets = next_tokens(labels, ignore_index)
-    hidden = logits.hidden.flatten(0, -2)
-    targets = targets.reshape(-1).to(hidden.device)
-    if labelled and ignore_index == -100 and labelled < MOST_LABELLED * len(targets):
-        index = torch.nonzero_static(targets != ignore_index, size=labelled).flatten()
-        hidden, targets = hidden.index_select(0, index), targets[index]
+    (hidden, weight, bias), scale, rows = known.made_of, known.scale, None
+    targets = all_targets = targets.reshape(-1).to(hidden.device)
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(hidden.device)
+    hidden = hidden.flatten(0, -2)
+    if labelled and ignore_index == -100 and labelled < MOST_LABELLED * len(targets):
+        rows = torch.nonzero_static(targets != ignore_index, size=labelled).flatten()
+        hidden, targets = hidden.index_select(0, rows), targets[rows]
+    if scale != 1:
+        hidden, bias = hidden * scale, None if bias is None else bias * scale
+
+    names = "versions", "call", "steps", "scale"
+    attributes = {name: getattr(known, name) for name in names} | {"ignore_index": ignore_index}
+    shape, dtype = logits.shape, logits.dtype
+
+    def gradient(parts: tuple, factor: torch.Tensor, *saved: Any) -> torch.Tensor:
+        of_loss = {"parts": parts, "factor": factor, "targets": saved[3], "rows": saved[4]}
+        return DeferredGradient._of(shape, dtype, made_of=saved[:3], **attributes, **of_loss)
+
     found: list[Statistics] = []
     loss = linear_cross_entropy(
         hidden,
-        logits.weight,
+        weight,
         targets,
-        bias=logits.bias,
+        bias=bias,
         num_items_in_batch=num_items_in_batch,
         ignore_index=ignore_index,
         statistics=found if _counting.get() else None,
+        # what is saved autograd drops after the backward, and sees to it that nobody changes it before
+        through=(
+            logits,
+            [want and logits.requires_grad for want in known.wanted],
+            gradient,
+            (*known.made_of, all_targets, rows),
+        ),
     )
-    logits.statistics = found[0] if found else None
+    known.statistics = found[0] if found else None
     return loss
 
 

@@ -9,7 +9,6 @@ With a cache, that is in generation, Transformers' code runs.
 from typing import Any
 
 import torch
-from torch import nn
 
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2
 from expertmesh.layers.fast import Fast, cache_of, untouched
@@ -28,7 +27,7 @@ class FastMamba2Mixer(Fast):
         cache = cache if cache is not None else cache_of(kwargs)
         bounds = kwargs.pop("document_bounds", None)
         start_BS = None if bounds is None else bounds.start
-        if cache is not None or not (_plain(self.conv1d) and _plain(self.norm)):
+        if cache is not None or not all(map(untouched, (self.conv1d, self.norm, self.act))):
             if start_BS is not None:
                 kwargs["seq_idx"] = start_BS  # Transformers needs mamba-ssm for these rows, or raises
             return super().forward(hidden_states, cache, attention_mask, **kwargs)
@@ -46,11 +45,6 @@ class FastMamba2Mixer(Fast):
         options = Mamba2Options(self.head_dim, self.n_groups, self.time_step_limit, self.norm.variance_epsilon)
         y = mamba2(self.in_proj(hidden_states), weights, options, start_BS, attention_mask)
         return self.out_proj(y.to(dtype))
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether this still is what the model was made with: nobody replaced, wrapped or hooked it."""
-    return untouched(module) and type(module).__module__.startswith(("torch.nn.", "transformers.models."))
 
 
 def why_not_mamba2(mixer: Any) -> str | None:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from expertmesh import backends
 from expertmesh.layers.fast import Fast, cache_of, twin
-from expertmesh.layers.head import DeferredLogits, causal_lm_loss
+from expertmesh.layers.head import DeferredLogits, causal_lm_loss, deferred_logits
 
 
 class MTPBlock(Fast):
@@ -233,7 +233,7 @@ def _targets(targets: torch.Tensor, position_ids: torch.Tensor | None, depth: in
 def _logits(model: Any, main: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """The head's logits of `hidden`; deferred, by the same weights, where the main model's are."""
     if isinstance(main, DeferredLogits):
-        return DeferredLogits(hidden, main.weight, main.bias, main.dtype)
+        return deferred_logits(hidden, main.weight, main.bias)
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         # FSDP gathers the head together with the last norm, and counts one call of both
         raise ValueError(
