@@ -108,3 +108,10 @@ def test_every_make_target_that_is_named_exists():
 def test_nothing_is_to_be_installed_from_where_it_is_not():
     """expertmesh is on no package index yet: it is installed from a clone, and its extras with it."""
     assert not [where for where, text in texts() if re.search(r"pip install ['\"]?expertmesh", text)]
+
+
+def test_every_test_that_a_promise_names_exists():
+    named = re.findall(r"`(tests/[^`:]+)(?:::(\w+))?`", (DOCS / "promises.md").read_text())
+    assert len(named) > 20
+    for path, test in named:
+        assert (ROOT / path).exists() and (not test or f"def {test}(" in (ROOT / path).read_text()), (path, test)
