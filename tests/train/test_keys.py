@@ -19,17 +19,21 @@ from expertmesh import data
 from expertmesh.bench.tiny import tiny_model
 from expertmesh.cli.train import train as command
 from expertmesh.data import demo_tokenizer
-from expertmesh.train import launch, run
+from expertmesh.data.tokenizer import VOCABULARY
+from expertmesh.train import inputs, launch, run
 from expertmesh.train.config import known_keys
 from expertmesh.train.routing import routers
 
 #: key: (its value, what is seen then and not without it, what else is set in both runs)
 ROWS: dict[str, tuple[Any, dict[str, Any], str] | tuple[Any, dict[str, Any]]] = {
-    "model.name": ("org/other", {"model.name": "org/other", "tokenizer.name": "org/other"}),
-    "model.revision": ("v2", {"model.revision": "v2", "tokenizer.revision": "v2"}),
+    "model.name": ("org/other", dict.fromkeys(["model.name", "config.name", "tokenizer.name"], "org/other")),
+    "model.revision": ("v2", dict.fromkeys(["model.revision", "config.revision", "tokenizer.revision"], "v2")),
     "model.dtype": ("bfloat16", {"model.dtype": "bfloat16"}),
     "model.attn_implementation": ("eager", {"model.attn_implementation": "eager"}),
-    "model.trust_remote_code": (True, {"model.trust_remote_code": True, "tokenizer.trust_remote_code": True}),
+    "model.trust_remote_code": (
+        True,
+        dict.fromkeys([f"{part}.trust_remote_code" for part in ("model", "config", "tokenizer")], True),
+    ),
     "model.fused": ("{experts: false}", {"model.fused": {"experts": False}}),
     "data.name": ("[org/a, org/b]", {"data": [("org/a", None, "train"), ("org/b", None, "train")]}),
     "data.config": (
@@ -85,7 +89,7 @@ class Begun(Exception):
 @functools.cache
 def parts():
     """(tokenizer, model), of which no run trains a step."""
-    return demo_tokenizer(), tiny_model("qwen3_moe")
+    return demo_tokenizer(), tiny_model("qwen3_moe", vocab_size=VOCABULARY, max_position_embeddings=2048)
 
 
 def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:
@@ -133,7 +137,9 @@ def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(expertmesh.AutoModelForCausalLM, "from_pretrained", asked("model", model))
         patched.setattr(expertmesh.AutoModelForCausalLM, "from_config", asked("model", model))
-        patched.setattr(run.AutoTokenizer, "from_pretrained", asked("tokenizer", tokenizer))
+        patched.setattr(inputs.AutoConfig, "from_pretrained", asked("config", model.config))
+        patched.setattr(inputs.AutoTokenizer, "from_pretrained", asked("tokenizer", tokenizer))
+        patched.setitem(inputs.INTEGRATION_TO_CALLBACK, "tensorboard", lambda: None)  # as if it were installed
         patched.setattr(datasets, "load_dataset", read)
         patched.setattr(data, "load_dataset", noting_seed(data.load_dataset))
         patched.setattr(data, "hold_out", noting_seed(data.hold_out))
@@ -145,7 +151,7 @@ def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:
             patched.setattr(run, "current_world_size", lambda: num_ranks)
             patched.setattr(run, "load_model", load_on_gpus)
         patched.setattr(run, "environment", lambda _: {})
-        patched.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)
+        patched.setattr(run, "_check_prepared", lambda *_: None)  # nothing was
         (folder / "run.yaml").write_text("model: {name: org/model}\ndata: {name: org/rows}\n")
         with pytest.raises(Begun):
             command([str(folder / "run.yaml"), f"save.output_dir={folder}/run", *overrides])
