@@ -1,6 +1,7 @@
 """A `DistributedSetup` fits the ranks or says what to change; NeMo's keys are mapped or refused, none is dropped."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,8 +246,16 @@ def test_experts_are_freed_behind_the_forward_as_asked_and_dense_layers_are_left
         def set_reshard_after_forward(self, on):
             self.asked = on
 
+        def _get_fsdp_state(self):
+            return SimpleNamespace()
+
+    class Model(torch.nn.ModuleList):
+        base_model = property(lambda self: self)
+
     monkeypatch.setattr("expertmesh.parallel.FSDPModule", Sharded)
+    monkeypatch.setattr("expertmesh.parallel.current_world_size", lambda: 2)
+    monkeypatch.setattr("expertmesh.parallel.limits", SimpleNamespace())
     dense, experts = Sharded(), Sharded()
     experts._is_expert_parallel = True
-    DistributedSetup(reshard_experts=reshard, world_size=1).apply_to(torch.nn.ModuleList([dense, experts]))
+    DistributedSetup(reshard_experts=reshard, world_size=2).apply_to(Model([dense, experts]))
     assert experts.asked is reshard and dense.asked is None

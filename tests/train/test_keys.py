@@ -12,7 +12,6 @@ from unittest import mock
 import datasets
 import pytest
 import torch
-import transformers
 
 import expertmesh
 from expertmesh import data
@@ -20,6 +19,7 @@ from expertmesh.bench.tiny import tiny_model
 from expertmesh.cli.train import train as command
 from expertmesh.data import demo_tokenizer
 from expertmesh.data.tokenizer import VOCABULARY
+from expertmesh.parallel import DistributedSetup
 from expertmesh.train import inputs, launch, run
 from expertmesh.train.config import known_keys
 from expertmesh.train.routing import routers
@@ -66,6 +66,8 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str] | tuple[Any, dict[str, Any]]] = 
     "parallel.ep_size": (2, {"layout.ep_size": 2}),
     "parallel.tp_size": (2, {"layout.tp_size": 2}),
     "parallel.dp_replicate_size": (2, {"layout.dp_replicate_size": 2}),
+    "parallel.timeout_minutes": (3, {"layout.timeout_minutes": 3}),
+    "parallel.start_timeout_minutes": (2, {"minutes to start": 2}),
     "lora.r": (3, {"lora.r": 3}, "lora={}"),
     "lora.alpha": (5, {"lora.lora_alpha": 5}, "lora={}"),
     "lora.dropout": (0.25, {"lora.lora_dropout": 0.25}, "lora={}"),
@@ -80,6 +82,9 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str] | tuple[Any, dict[str, Any]]] = 
     "save.save_total_limit": (4, {"args.save_total_limit": 4}),
     "save.resume_from_checkpoint": ("{tmp}/checkpoint-3", {"resumed": "{tmp}/checkpoint-3"}),
 }
+
+
+LAYOUT = "ep_size", "tp_size", "dp_replicate_size", "timeout_minutes"
 
 
 class Begun(Exception):
@@ -143,20 +148,23 @@ def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:
         patched.setattr(datasets, "load_dataset", read)
         patched.setattr(data, "load_dataset", noting_seed(data.load_dataset))
         patched.setattr(data, "hold_out", noting_seed(data.hold_out))
-        patched.setattr(transformers, "set_seed", lambda seed: found.update({"seed of weights": seed}))
+        patched.setattr(run.transformers, "set_seed", lambda seed: found.update({"seed of weights": seed}))
         patched.setattr(run, "SFTTrainer", trainer)
         patched.setattr(launch, "launch", lambda _, nproc, __: begin(launched=nproc))
         if num_ranks > 1:
             patched.setattr(launch, "is_rank", lambda: True)
             patched.setattr(run, "current_world_size", lambda: num_ranks)
             patched.setattr(run, "load_model", load_on_gpus)
+            patched.setattr(run, "join", lambda minutes: found.update({"minutes to start": minutes}))
+            patched.setattr(DistributedSetup, "join", lambda _: None)
+            patched.setattr(run, "refuse_differences", lambda *_: None)
         patched.setattr(run, "environment", lambda _: {})
         patched.setattr(run, "_check_prepared", lambda *_: None)  # nothing was
         (folder / "run.yaml").write_text("model: {name: org/model}\ndata: {name: org/rows}\n")
         with pytest.raises(Begun):
             command([str(folder / "run.yaml"), f"save.output_dir={folder}/run", *overrides])
     layout = found.get("model.distributed_setup")
-    found |= {f"layout.{key}": getattr(layout, key, None) for key in ("ep_size", "tp_size", "dp_replicate_size")}
+    found |= {f"layout.{key}": getattr(layout, key, None) for key in LAYOUT}
     found["routers learn"] = any(p.requires_grad for _, router in routers(model) for p in router.parameters())
     found["written to"] = [path.parent.name for path in folder.glob("*/config.yaml")]
     return found
@@ -181,7 +189,7 @@ def test_a_key_acts(tmp_path, without, key):
     def placed(this):
         return this.format(tmp=tmp_path) if isinstance(this, str) and "{tmp}" in this else this
 
-    num_ranks = 8 if key in ("parallel.ep_size", "parallel.tp_size", "parallel.dp_replicate_size") else 1
+    num_ranks = 8 if key.startswith("parallel.") and key != "parallel.nproc" else 1
     found = seen(tmp_path, [*beside, f"{key}={placed(value)}"], num_ranks)
     for what, want in expected.items():
         assert found[what] == placed(want), what
