@@ -35,9 +35,7 @@ def test_a_row_for_each_arm_with_all_phases_of_a_step(tmp_path):
 
 def test_forward_and_backward_alone_of_some_layers_of_nemotron(tmp_path):
     options = ["--work", "nemotron-3-nano", "--layers", "7", "--no-update", "--routings", "random-init"]
-    rows = rows_of(tmp_path / "result.json", *options, "--arms", "stock", "expertmesh", "expertmesh-ep")
-    assert [(row["arm"], row["layers"]) for row in rows] == [
-        ("stock", 7), ("expertmesh", 7), ("expertmesh-ep", 7),
-    ]  # fmt: skip
+    rows = rows_of(tmp_path / "result.json", *options, "--arms", "stock", "expertmesh-ep")
+    assert [(row["arm"], row["layers"]) for row in rows] == [("stock", 7), ("expertmesh-ep", 7)]
     for row in rows:
         assert "clip_ms" not in row and 0 < row["forward_ms"] + row["backward_ms"] <= 1.5 * row["step_ms"]

@@ -58,7 +58,7 @@ def survive(tmp_path, ranks: int, background: bool, kills: int, steps: int) -> N
 
 
 def test_three_kills(tmp_path):
-    survive(tmp_path, ranks=1, background=False, kills=3, steps=60)
+    survive(tmp_path, ranks=1, background=False, kills=3, steps=40)
 
 
 @pytest.mark.slow
