@@ -155,6 +155,8 @@ class FusedModel(ReadsQuantized):
 
     @mtp_loss_weight.setter
     def mtp_loss_weight(self, value: float | None) -> None:
+        if value is not None and self._mtp is None:
+            raise ValueError(f"{type(self).__name__} has no modules for multi-token prediction to be weighted.")
         self.base_model._mtp_loss_weight = value  # which everybody calls
 
     def fusion_report(self) -> list[Fusion]:
@@ -255,7 +257,7 @@ class FusedModel(ReadsQuantized):
         """As in Transformers; ranks must not read different weights, each its part."""
         if model.is_distributed_loading_by_transformers:
             refuse_differences("the checkpoint", {Path(file).name: glance(file) for file in checkpoint_files or ()})
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        return ReadsQuantized._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:

@@ -73,7 +73,7 @@ def test_a_loop_says_which_package_it_lacks(monkeypatch):
     monkeypatch.setattr(backends, "version_of", {"trl": "1.16.0", "datasets": "5.2.0"}.get)
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert cli.run([*TINY, "--loop", "dpo"]) == 2
-    assert "--loop dpo needs peft: `pip install 'expertmesh[train]'`" in said.getvalue()
+    assert "--loop dpo needs peft: `pip install 'peft>=0.19'`" in said.getvalue()
 
 
 def test_several_ranks_run_some_loops_only(monkeypatch):

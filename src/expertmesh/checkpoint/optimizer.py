@@ -104,7 +104,8 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     optimizer.state.clear()
     for name, numbers in groups.get("numbers", {}).items():
-        optimizer.state[named[name]] |= numbers
+        if numbers:
+            optimizer.state[named[name]] |= numbers
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
         optimizer.state[named[name]][key] = _like_parameter(value, named[name])
