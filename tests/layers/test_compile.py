@@ -26,7 +26,7 @@ def loss_and_gradients(model, ids):
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe"])
 def test_compiled_layers_equal_eager_and_compile_once_for_all_lengths(family):
     eager, compiled = load_ours(family).train(), load_ours(family).train()
-    for layer in compiled.model.layers[-2:]:  # each kind once
+    for layer in compiled.model.layers[-1:]:
         layer.compile(backend="aot_eager")
     for length, recompiles in ((24, True), (40, True), (56, False)):  # the second length makes the length a variable
         ids = torch.randint(0, eager.config.vocab_size, (2, length))

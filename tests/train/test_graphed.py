@@ -528,7 +528,9 @@ def test_a_weight_of_the_loss_that_changes_is_seen(tmp_path, on_cpu):
         def on_step_end(self, args, state, control, model, **_):
             model.mtp_loss_weight = 0.1 * (state.global_step // 6)
 
-    module = AutoModelForCausalLM.from_config(tiny_config("deepseek_v3"), mtp_loss_weight=1.0)
+    plain = {"experts": False, "linear_cross_entropy": False}
+    module = AutoModelForCausalLM.from_config(tiny_config("deepseek_v3"), mtp_loss_weight=1.0, fused=plain)
+    module.set_experts_implementation("batched_mm")
     module.mtp_loss_weight = None
     trainer = Trainer(module, arguments(tmp_path, max_steps=12), data_collator=packed,
                       train_dataset=of_changing_lengths())  # fmt: skip
