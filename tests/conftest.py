@@ -11,7 +11,6 @@ import signal  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-
 for _signal in (signal.SIGINT, signal.SIGHUP):  # a background job ignores them, and so would all that tests start
     if signal.getsignal(_signal) is signal.SIG_IGN:
         signal.signal(_signal, signal.default_int_handler if _signal == signal.SIGINT else signal.SIG_DFL)
