@@ -45,11 +45,11 @@ from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
 _refusing: ContextVar[bool] = ContextVar("refusing_missing_experts", default=False)
 _requested: ContextVar[frozenset[str]] = ContextVar("requested_fusions", default=frozenset(FUSIONS))
+_with_mtp: ContextVar[str] = ContextVar("with_mtp_modules", default="no")  # or "new", or "saved" in a checkpoint
 _NO_GRAPH = (
     "The forward of a fused model is more than one graph. Leave fullgraph=True (strict=True of torch.export) out, "
     "compile its layers (for layer in model.model.layers: layer.compile()), or load the model with fused=False."
 )
-_with_mtp: ContextVar[str] = ContextVar("with_mtp_modules", default="no")  # or "new", or "saved" in a checkpoint
 
 
 def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:

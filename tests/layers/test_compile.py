@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from expertmesh.bench.rows import worst_error
+from expertmesh.layers.base_model import as_stock
 from tests.models import load_ours, load_stock
 
 
@@ -81,3 +82,12 @@ def test_what_transforms_or_exports_a_model_gets_transformers_code(family, way):
 def test_one_graph_of_the_whole_model_is_refused_by_name():
     with pytest.raises(torch._dynamo.exc.Unsupported, match="load the model with fused=False"):
         torch.compile(load_ours("qwen3_moe").train(), fullgraph=True, backend="eager")(input_ids=IDS, labels=IDS)
+
+
+@pytest.mark.parametrize(("asked", "within"), [("expertmesh", "grouped_mm"), ("batched_mm", "batched_mm")])
+def test_experts_that_were_asked_for_run_there_as_well(asked, within):
+    model = load_ours("qwen3_moe")
+    model.set_experts_implementation(asked)
+    with as_stock(model.model):
+        assert model.config._experts_implementation == within and model.config._attn_implementation == "sdpa"
+    assert model.config._experts_implementation == asked and model.config._attn_implementation == "expertmesh"

@@ -40,7 +40,8 @@ class TensorReader(dcp.FileSystemReader):
         """As in PyTorch."""
         path = Path(self._get_metadata_path(kwargs.get("rank")))
         try:
-            found = _Unpickler(path.open("rb")).load()
+            with path.open("rb") as file:
+                found = _Unpickler(file).load()
             entries, places = found.state_dict_metadata.items(), found.storage_data.items()
             odd = [name for name, entry in entries if not isinstance(entry, metadata.TensorStorageMetadata)]
             odd += [

@@ -5,12 +5,11 @@ call the base model itself. So what a forward needs is set up here: documents an
 dispatch has to know about one forward.
 """
 
-import contextlib
 import functools
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from expertmesh.dispatch.gather import one_forward
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
 from expertmesh.layers.attention import NAME
+from expertmesh.layers.experts import NAME as EXPERTS
 from expertmesh.layers.fast import Fast, has_cache, refuse_replicas, traced, twin
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
@@ -70,7 +70,7 @@ class FastBaseModel(Fast):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cls: Any = type(self)
         if traced():
-            with contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else as_stock(self):
+            with nullcontext() if torch.compiler.is_dynamo_compiling() else as_stock(self):
                 return cls.__stock__.forward(self, *args, **kwargs)
         refuse_undivided(self)
         inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, self._call or Call()
@@ -204,22 +204,22 @@ class FastBaseModel(Fast):
 def as_stock(base: Any) -> Iterator[None]:
     """Within: the base model and all that is in it run Transformers' code, which PyTorch can export and transform."""
     twins = {module: type(module) for module in base.modules() if isinstance(module, Fast)}
-    config = base.config
-    chosen = {
-        "_experts_implementation": config._experts_implementation,
-        "_attn_implementation": config._attn_implementation,
+    theirs = {
+        "_experts_implementation": {EXPERTS: "grouped_mm"},
+        "_attn_implementation": {NAME: "sdpa", SINKS: "eager"},
     }
+    chosen = {name: getattr(base.config, name) for name in theirs}
     try:
         for module, cls in twins.items():
             module.__class__ = cls.__stock__
         for name, value in chosen.items():
-            setattr(config, name, {NAME: "sdpa", SINKS: "eager"}.get(value, value) if "attn" in name else "grouped_mm")
+            setattr(base.config, name, theirs[name].get(value, value))
         yield
     finally:
         for module, cls in twins.items():
             module.__class__ = cls
         for name, value in chosen.items():
-            setattr(config, name, value)
+            setattr(base.config, name, value)
 
 
 @contextmanager
