@@ -27,7 +27,7 @@ from expertmesh.bench.flops import step_flops
 from expertmesh.bench.gate import set_routing
 from expertmesh.bench.origin import write
 from expertmesh.bench.works import NEMOTRON_3_NANO, WORKS, config_of, top_k_and_experts
-from expertmesh.memory.clip import clip_grad_norm
+from expertmesh.parallel.clip import clip_grad_norm
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 
 ARMS = (

@@ -28,7 +28,7 @@ from expertmesh.bench.origin import origin, write
 from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouping import Grouping, group_by_expert
-from expertmesh.layers.experts import experts_forward
+from expertmesh.moe.experts import experts_forward
 
 EXPERTS, HIDDEN, WIDTH, TOP_K = 128, 2048, 768, 8
 LEAD = 20  # milliseconds of moving memory before a row: a GPU at its limit of power recovers

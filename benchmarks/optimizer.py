@@ -26,7 +26,7 @@ from expertmesh.bench.origin import origin, write
 from expertmesh.kernels import adamw, clip, tensor_lists
 from expertmesh.kernels.clip import squared_sum
 from expertmesh.memory.adamw import AdamW
-from expertmesh.memory.clip import grad_norm
+from expertmesh.parallel.clip import grad_norm
 
 PARTS = {"clip": 2, "step": 14, "both": 16}  # bytes that must move for a parameter in bfloat16
 CLIP = 1.0

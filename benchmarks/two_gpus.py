@@ -28,9 +28,9 @@ from transformers.distributed import DistributedConfig
 from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.gate import skewed
 from expertmesh.bench.origin import origin, write
-from expertmesh.dispatch.links import Collectives, link_of
 from expertmesh.kernels.combine import combine
 from expertmesh.kernels.grouping import group_by_expert
+from expertmesh.moe.links import Collectives, link_of
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 
 WIDTHS = dict(

@@ -16,7 +16,7 @@ from expertmesh.bench.tiny import tiny_config
 from expertmesh.families.generic import RULES
 from expertmesh.families.rules import Rule, fingerprint
 from expertmesh.fuse import FUSIONS
-from expertmesh.layers.fast import Fast
+from expertmesh.twins import Fast
 
 
 def _report(model):

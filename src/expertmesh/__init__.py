@@ -9,11 +9,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "AutoModelForCausalLM": "expertmesh.auto",
     "fuse": "expertmesh.fuse",
-    "DistributedSetup": "expertmesh.parallel",
-    "create_distributed_setup_from_config": "expertmesh.parallel",
+    "DistributedSetup": "expertmesh.parallel.setup",
+    "create_distributed_setup_from_config": "expertmesh.parallel.setup",
     "AdamW": "expertmesh.memory.adamw",
-    "clip_grad_norm": "expertmesh.memory.clip",
-    "keep_routing": "expertmesh.memory.recompute",
+    "clip_grad_norm": "expertmesh.parallel.clip",
+    "keep_routing": "expertmesh.moe.replay",
     "Trainer": "expertmesh.train.trainer",
     "SFTTrainer": "expertmesh.train.sft",
 }

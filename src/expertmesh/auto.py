@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from expertmesh.fuse import fuse, fused_class, has_fast_experts, refusing_missing_experts, requesting
-from expertmesh.parallel import AUTO, DistributedSetup, as_setup
+from expertmesh.parallel.setup import AUTO, DistributedSetup, as_setup
 from expertmesh.weights.init import initialise_shards
 
 _stock_mapping: Any = transformers.AutoModelForCausalLM._model_mapping

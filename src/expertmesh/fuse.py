@@ -21,25 +21,25 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
-from expertmesh.dispatch.gather import one_forward
 from expertmesh.families import mtp as mtp_modules
 from expertmesh.families.gpt_oss import has_sinks
 from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report
 from expertmesh.layers import attention, sinks
-from expertmesh.layers import experts as fast_experts
 from expertmesh.layers.base_model import Call, FastBaseModel, calling, fuse_base
-from expertmesh.layers.fast import has_cache, refuse_replicas, twin
 from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, next_tokens, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
 from expertmesh.layers.mtp import MTP, predicting, promise_what_is_kept, were_saved, with_predictions
-from expertmesh.layers.router import aux_loss_share
-from expertmesh.layers.sharding import lean_layout
-from expertmesh.memory.recompute import keep_routing
-from expertmesh.parallel import refuse_unfit_shards
-from expertmesh.weights import ranks
+from expertmesh.moe import experts as fast_experts
+from expertmesh.moe.gather import one_forward
+from expertmesh.moe.replay import keep_routing
+from expertmesh.moe.router import aux_loss_share
+from expertmesh.parallel import ranks
+from expertmesh.parallel.layout import lean_layout
+from expertmesh.parallel.ranks import refuse_differences
+from expertmesh.parallel.setup import refuse_unfit_shards
+from expertmesh.twins import has_cache, refuse_replicas, twin
 from expertmesh.weights.files import replacing
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
-from expertmesh.weights.ranks import refuse_differences
 from expertmesh.weights.read import glance, to_model_names
 from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 

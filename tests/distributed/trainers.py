@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import expertmesh
-from expertmesh.parallel import DistributedSetup
+from expertmesh.parallel.setup import DistributedSetup
 
 STEPS = 4
 # bfloat16 is its default; and every rank balances its own tokens, so the router's loss is another one on two ranks

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import expertmesh
-from expertmesh.memory.clip import clip_grad_norm
+from expertmesh.parallel.clip import clip_grad_norm
 from tests.distributed.work import Case, full, load, loss_of, train
 from tests.models import saved
 

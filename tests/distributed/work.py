@@ -24,13 +24,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import expertmesh
 from expertmesh import backends
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.dispatch import gather, links
-from expertmesh.dispatch.all_to_all import AllToAll
-from expertmesh.dispatch.links import Mailboxes
 from expertmesh.kernels.combine import combine
-from expertmesh.layers import experts
-from expertmesh.memory.clip import clip_grad_norm
-from expertmesh.parallel import DistributedSetup
+from expertmesh.moe import experts, gather, links
+from expertmesh.moe.all_to_all import AllToAll
+from expertmesh.moe.links import Mailboxes
+from expertmesh.parallel.clip import clip_grad_norm
+from expertmesh.parallel.setup import DistributedSetup
 from expertmesh.train.balance import BalanceRouters
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 from expertmesh.train.routing import RouterLoad

@@ -7,7 +7,7 @@ import torch
 
 from expertmesh.kernels import clip, tensor_lists
 from expertmesh.kernels.clip import scale_, scale_reference_, squared_sum
-from expertmesh.memory.clip import clip_grad_norm
+from expertmesh.parallel.clip import clip_grad_norm
 from tests.kernels.compare import assert_same, on_triton
 
 

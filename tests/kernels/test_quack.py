@@ -12,7 +12,7 @@ import torch
 
 from expertmesh import backends
 from expertmesh.kernels import quack
-from expertmesh.layers.experts import experts_forward
+from expertmesh.moe.experts import experts_forward
 from tests.kernels import fake_quack
 from tests.layers.test_experts import EXPERTS, HIDDEN, LAYOUTS, ROUTINGS, TOKENS, TOP_K, _module, _run
 

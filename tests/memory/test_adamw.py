@@ -14,7 +14,7 @@ import expertmesh
 from expertmesh.bench.tiny import tiny_model
 from expertmesh.checkpoint.optimizer import load_optimizer, save_optimizer
 from expertmesh.memory import adamw
-from expertmesh.memory.clip import grad_norm
+from expertmesh.parallel.clip import grad_norm
 from tests.kernels.compare import on_triton
 
 STOCK = {"fused": {"fused": True}, "foreach": {"foreach": True}, "plain": {"foreach": False}}

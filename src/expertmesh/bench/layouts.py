@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
 
 from expertmesh.bench.parity import CPU_TOLERANCE, without_mtp
 from expertmesh.bench.rows import Row, relative_error, worst_error
-from expertmesh.parallel import DistributedSetup
+from expertmesh.parallel.setup import DistributedSetup
 
 _LENGTHS = (11, 7, 13, 5)  # uneven on purpose
 

@@ -29,7 +29,7 @@ from expertmesh.bench.arms import Arm, model_of
 from expertmesh.bench.works import Work, config_of
 from expertmesh.data import demo_tokenizer
 from expertmesh.data.tokenizer import VOCABULARY
-from expertmesh.parallel import current_world_size
+from expertmesh.parallel.setup import current_world_size
 from expertmesh.train.errors import ConfigError, install
 
 WARMUP, REPEATS = 6, 24

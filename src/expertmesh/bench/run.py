@@ -30,7 +30,7 @@ from expertmesh.bench.loops import LOOPS, OWN_TRAINER
 from expertmesh.bench.origin import origin
 from expertmesh.bench.proof import Proof
 from expertmesh.bench.works import WORKS, config_of, top_k_and_experts
-from expertmesh.parallel import current_world_size
+from expertmesh.parallel.setup import current_world_size
 from expertmesh.train.errors import ConfigError
 
 

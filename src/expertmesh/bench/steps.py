@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from expertmesh.memory.clip import clip_grad_norm
+from expertmesh.parallel.clip import clip_grad_norm
 
 PHASES = ("forward", "backward", "clip", "optimizer")
 WARMUP, REPEATS = 3, 7

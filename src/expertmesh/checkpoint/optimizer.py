@@ -20,7 +20,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from expertmesh.checkpoint.tensors import TensorReader
 from expertmesh.memory.adamw import IMPLEMENTATION
-from expertmesh.weights import ranks
+from expertmesh.parallel import ranks
 
 FOLDER = "optimizer"  # in a checkpoint
 GROUPS = "groups.pt"  # in FOLDER

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from expertmesh.checkpoint import optimizer as optimizer_state
 from expertmesh.checkpoint.publish import prune, publishing
 from expertmesh.checkpoint.verify import verify
-from expertmesh.weights import ranks
+from expertmesh.parallel import ranks
 from expertmesh.weights.read import load_weights
 from expertmesh.weights.write import Export
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertmesh.checkpoint.publish import MANIFEST
-from expertmesh.weights import ranks
+from expertmesh.parallel import ranks
 from expertmesh.weights.files import sha256
 
 

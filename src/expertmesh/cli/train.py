@@ -45,9 +45,9 @@ def train(
     from expertmesh.train.launch import default_nproc, is_rank, launch, leave
 
     if not is_rank() and (nproc := config.parallel.nproc or default_nproc()) > 1:
+        from expertmesh.parallel.ranks import ALONE
         from expertmesh.train.inputs import check_settings
         from expertmesh.weights.files import alone
-        from expertmesh.weights.ranks import ALONE
 
         check_settings(config)
         with alone(config.save.output_dir, ALONE):  # now: `launch` begins to write there

@@ -13,7 +13,9 @@ from expertmesh.layers.decoder import (
     why_not_add_norm,
 )
 from expertmesh.layers.mlp import FastSwiGLU, why_not_swiglu
-from expertmesh.layers.moe import (
+from expertmesh.layers.norm import FastFloat32RMSNorm, FastOnePlusRMSNorm, FastRMSNorm
+from expertmesh.layers.rope import FastInterleavedRoPE, FastRoPE, why_not_rope
+from expertmesh.moe.block import (
     FastGatedSharedMoEBlock,
     FastMoEBlock,
     FastRouterMoEBlock,
@@ -21,9 +23,7 @@ from expertmesh.layers.moe import (
     FastSharedMoEBlock,
     why_not_noisy,
 )
-from expertmesh.layers.norm import FastFloat32RMSNorm, FastOnePlusRMSNorm, FastRMSNorm
-from expertmesh.layers.rope import FastInterleavedRoPE, FastRoPE, why_not_rope
-from expertmesh.layers.router import (
+from expertmesh.moe.router import (
     FastErnieRouter,
     FastGraniteRouter,
     FastHunYuanRouter,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from expertmesh.families.rules import Rule
-from expertmesh.layers.fast import twin
+from expertmesh.twins import twin
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # of the largest value, in float32

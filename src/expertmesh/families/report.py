@@ -10,10 +10,10 @@ from expertmesh import backends
 from expertmesh.families.generic import RULES
 from expertmesh.families.probe import probe
 from expertmesh.families.rules import Rule
-from expertmesh.layers import experts as fast_experts
 from expertmesh.layers.base_model import keeps_state
-from expertmesh.layers.fast import Fast, twin
 from expertmesh.layers.head import FastHead, why_not_head
+from expertmesh.moe import experts as fast_experts
+from expertmesh.twins import Fast, twin
 
 #: Every fusion by its switch, and how Transformers names the classes it is meant for.
 FUSIONS = {

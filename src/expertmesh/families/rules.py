@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from expertmesh.layers.fast import CACHES
+from expertmesh.twins import CACHES
 
 
 def never(module: nn.Module) -> None:

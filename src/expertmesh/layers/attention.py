@@ -19,9 +19,9 @@ from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
-from expertmesh.layers.fast import Fast, cache_of
 from expertmesh.layers.norm import can_merge
 from expertmesh.layers.rows import is_placeholder, unlost
+from expertmesh.twins import Fast, cache_of
 
 NAME = "expertmesh"
 

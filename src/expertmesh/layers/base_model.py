@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
-from expertmesh.dispatch.gather import one_forward
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
 from expertmesh.layers.attention import NAME
-from expertmesh.layers.experts import NAME as EXPERTS
-from expertmesh.layers.fast import Fast, has_cache, refuse_replicas, traced, twin
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
-from expertmesh.layers.sharding import refuse_undivided
 from expertmesh.layers.sinks import NAME as SINKS
+from expertmesh.moe.experts import NAME as EXPERTS
+from expertmesh.moe.gather import one_forward
+from expertmesh.parallel.layout import refuse_undivided
+from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
 
 _LEAK = (
     "Several documents lie in a row, and {who} of {model} would let one see another: {why}. Give each document a row "

@@ -1,7 +1,7 @@
 """Fast twins of pre-norm decoder layers: the residual add after attention and the norm behind it are one kernel.
 
-The second residual add happens in the experts' last kernel, where the block allows it (moe.py). In backward each norm
-adds the gradient of the residual connection around it while it writes its own.
+The second residual add happens in the experts' last kernel, where the block allows it (moe/block.py). In backward each
+norm adds the gradient of the residual connection around it while it writes its own.
 """
 
 from typing import Any
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from expertmesh.kernels.rms_norm import add_rms_norm, keep_rms_norm
-from expertmesh.layers.fast import Fast, cache_of, untouched
-from expertmesh.layers.moe import FastMoEBlock, add_scaled
 from expertmesh.layers.norm import can_merge
+from expertmesh.moe.block import FastMoEBlock, add_scaled
+from expertmesh.twins import Fast, cache_of, untouched
 
 
 class FastDecoderLayer(Fast):

@@ -27,7 +27,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy, scaled
-from expertmesh.layers.fast import Fast, traced, untouched
+from expertmesh.twins import Fast, traced, untouched
 
 MOST_LABELLED = 0.9  # of all tokens: from there on it is not worth while to leave the others out
 aten = torch.ops.aten

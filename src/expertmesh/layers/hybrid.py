@@ -11,9 +11,9 @@ from torch import nn
 
 from expertmesh.kernels.rms_norm import keep_rms_norm
 from expertmesh.layers.decoder import add_block
-from expertmesh.layers.fast import Fast, cache_of, untouched
-from expertmesh.layers.moe import FastSharedMoEBlock, add_scaled
 from expertmesh.layers.norm import can_merge
+from expertmesh.moe.block import FastSharedMoEBlock, add_scaled
+from expertmesh.twins import Fast, cache_of, untouched
 
 
 class FastNemotronHBlock(Fast):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2
-from expertmesh.layers.fast import Fast, cache_of, untouched
+from expertmesh.twins import Fast, cache_of, untouched
 
 
 class FastMamba2Mixer(Fast):

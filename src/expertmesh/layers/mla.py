@@ -12,7 +12,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import eager_attention
 
 from expertmesh.kernels.mla_rope import mla_rope, rotated
 from expertmesh.layers.attention import attended
-from expertmesh.layers.fast import Fast, cache_of
+from expertmesh.twins import Fast, cache_of
 
 
 class FastLatentAttention(Fast):

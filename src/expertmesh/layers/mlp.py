@@ -5,7 +5,7 @@ from torch import nn
 from transformers.activations import ReLUSquaredActivation, SiLUActivation
 
 from expertmesh.kernels.swiglu import relu2, swiglu
-from expertmesh.layers.fast import Fast, untouched
+from expertmesh.twins import Fast, untouched
 
 
 class FastSwiGLU(Fast):

@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from expertmesh import backends
-from expertmesh.layers.fast import Fast, cache_of, twin
 from expertmesh.layers.head import DeferredLogits, causal_lm_loss, deferred_logits
+from expertmesh.twins import Fast, cache_of, twin
 
 
 class MTPBlock(Fast):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from expertmesh.kernels.rms_norm import Scale, rms_norm
-from expertmesh.layers.fast import Fast, untouched
+from expertmesh.twins import Fast, untouched
 
 
 class FastRMSNorm(Fast):

@@ -14,7 +14,7 @@ import torch
 
 from expertmesh.backends import use_triton
 from expertmesh.kernels.rope import rotary
-from expertmesh.layers.fast import Fast
+from expertmesh.twins import Fast
 
 
 class FastRoPE(Fast):

@@ -17,8 +17,8 @@ from expertmesh.kernels.documents import Bounds
 from expertmesh.kernels.rope import rope
 from expertmesh.kernels.sink_attention import Padding, padding_of, sink_attention, takes, visible
 from expertmesh.layers.attention import attended
-from expertmesh.layers.fast import Fast, cache_of
 from expertmesh.layers.rows import is_placeholder, unlost
+from expertmesh.twins import Fast, cache_of
 
 NAME = "expertmesh-sinks"
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from expertmesh.kernels.adamw import Update, adamw_
-from expertmesh.memory.clip import clip_factor, grad_norm, local
+from expertmesh.parallel.clip import clip_factor, grad_norm, local
 
 #: options by which PyTorch's optimizers choose among their implementations: an optimizer's own, not a checkpoint's
 IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")

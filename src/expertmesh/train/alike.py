@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from expertmesh.weights.ranks import refuse_differences
+from expertmesh.parallel.ranks import refuse_differences
 
 # arguments that may differ: where files are, and what is told about the run
 _OWN = re.compile("dir$|rank|hub|report_to|run_name|project|trackio|tqdm|log_level|log_on|workers|pin_memory|prefetch")

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from expertmesh.parallel import ranks
 from expertmesh.train.config import ConfigError
 from expertmesh.train.errors import explain, is_disk_full
-from expertmesh.weights import ranks
 from expertmesh.weights.files import SUMS, sha256
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from expertmesh import backends
-from expertmesh.dispatch import gather, links
+from expertmesh.moe import gather, links
 from expertmesh.waiting import waiting
 
 WARM_UP = 3  # calls that run as always: kernels are compiled, buffers and streams made; the last is the rehearsal

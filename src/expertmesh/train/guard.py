@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from expertmesh.data import check_supervised
-from expertmesh.weights import ranks
+from expertmesh.parallel import ranks
 
 ROW = "__row__"  # column of an example's position in the training data; it never reaches the model
 ONE_ROW = "__one_row__"  # nor does the batch as a row of documents

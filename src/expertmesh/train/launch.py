@@ -27,7 +27,7 @@ from expertmesh.train.errors import EXIT_CODES, ConfigError, handling
 from expertmesh.train.slurm import is_slurm_rank, slurm_variables
 
 if TYPE_CHECKING:
-    from expertmesh.parallel import DistributedSetup
+    from expertmesh.parallel.setup import DistributedSetup
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _WATCH = "EXPERTMESH_LAUNCHER"  # set in ranks whose standard input says whether the launcher lives
@@ -54,7 +54,7 @@ def default_nproc() -> int:
 
 def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
     """How `config` lays the model out over `num_ranks`, None for one. Raises ConfigError if its sizes do not fit."""
-    from expertmesh.parallel import DistributedSetup
+    from expertmesh.parallel.setup import DistributedSetup
 
     try:
         setup = DistributedSetup(

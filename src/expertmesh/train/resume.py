@@ -18,8 +18,8 @@ from transformers.trainer_callback import TrainerState
 from expertmesh.checkpoint import optimizer as optimizer_state
 from expertmesh.checkpoint.publish import checkpoints, is_complete, newest_complete, prune, publishing
 from expertmesh.checkpoint.verify import CheckpointError, verify
+from expertmesh.parallel import ranks
 from expertmesh.train.alike import refuse_different_ranks
-from expertmesh.weights import ranks
 from expertmesh.weights.files import alone
 from expertmesh.weights.read import load_weights, weight_files
 

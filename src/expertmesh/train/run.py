@@ -25,7 +25,9 @@ from safetensors import SafetensorError
 
 import expertmesh
 from expertmesh import backends, data
-from expertmesh.parallel import current_world_size
+from expertmesh.parallel import ranks
+from expertmesh.parallel.ranks import refuse_differences
+from expertmesh.parallel.setup import current_world_size
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
 from expertmesh.train.final import check_room, save_final, verify_sums
@@ -38,9 +40,7 @@ from expertmesh.train.progress import ProgressLine
 from expertmesh.train.routing import routers
 from expertmesh.train.sft import SFTTrainer
 from expertmesh.train.talks import count_unlearned
-from expertmesh.weights import ranks
 from expertmesh.weights.files import alone
-from expertmesh.weights.ranks import refuse_differences
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from transformers.utils import is_datasets_available
 
 from expertmesh import backends
 from expertmesh.memory.adamw import AdamW
-from expertmesh.memory.clip import clip_grad_norm, grad_norm
+from expertmesh.parallel import ranks
+from expertmesh.parallel.clip import clip_grad_norm, grad_norm
 from expertmesh.train.buckets import Buckets, Row, fused_base, one_row
 from expertmesh.train.graphed import GraphedStep, on_all_ranks, why_not, why_not_unasked
 from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord
@@ -30,7 +31,6 @@ from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.resume import ResumableTrainer
 from expertmesh.train.routing import RouterLoad
 from expertmesh.waiting import hosts, meet, waiting
-from expertmesh.weights import ranks
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from expertmesh.weights import ranks
+from expertmesh.parallel import ranks
 
 SUMS = "SHA256SUMS"  # of an export's weights, as `sha256sum -c` reads it
 Digests = dict[str, dict[str, Any]]  # size and SHA-256 of every file, by its path in the folder

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from expertmesh import backends
-from expertmesh.weights import ranks
+from expertmesh.parallel import ranks
 from expertmesh.weights.quantized import forget_packed_names, unpacked
 from expertmesh.weights.write import save_sharded
 

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from expertmesh import backends
-from expertmesh.layers.fast import Fast
+from expertmesh.twins import Fast
 from expertmesh.weights.read import opened
 
 Tensors = dict[str, Any]  # by name: slices of safetensors, or what can be indexed like them

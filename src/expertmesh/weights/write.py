@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from expertmesh.layers.mtp import promise_what_is_kept
-from expertmesh.weights import ranks
+from expertmesh.parallel import ranks
 from expertmesh.weights.files import replacing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn.parallel import replicate
 
-from expertmesh import AutoModelForCausalLM, parallel
+from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.memory.clip import clip_grad_norm
 from expertmesh.nemo import NeMoAutoModelForCausalLM
-from expertmesh.parallel import DistributedSetup, create_distributed_setup_from_config
+from expertmesh.parallel import setup as parallel
+from expertmesh.parallel.clip import clip_grad_norm
+from expertmesh.parallel.setup import DistributedSetup, create_distributed_setup_from_config
 
 LAYOUTS = [
     (sizes, world)
@@ -252,9 +253,9 @@ def test_experts_are_freed_behind_the_forward_as_asked_and_dense_layers_are_left
     class Model(torch.nn.ModuleList):
         base_model = property(lambda self: self)
 
-    monkeypatch.setattr("expertmesh.parallel.FSDPModule", Sharded)
-    monkeypatch.setattr("expertmesh.parallel.current_world_size", lambda: 2)
-    monkeypatch.setattr("expertmesh.parallel.limits", SimpleNamespace())
+    monkeypatch.setattr("expertmesh.parallel.setup.FSDPModule", Sharded)
+    monkeypatch.setattr("expertmesh.parallel.setup.current_world_size", lambda: 2)
+    monkeypatch.setattr("expertmesh.parallel.setup.limits", SimpleNamespace())
     dense, experts = Sharded(), Sharded()
     experts._is_expert_parallel = True
     DistributedSetup(reshard_experts=reshard, world_size=2).apply_to(Model([dense, experts]))

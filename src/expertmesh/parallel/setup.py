@@ -26,9 +26,9 @@ from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 from transformers.distributed.utils import _ensure_torch_distributed
 
 from expertmesh import waiting as limits
-from expertmesh.dispatch import all_to_all, gather
+from expertmesh.moe import all_to_all, gather
+from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.waiting import meet, waiting
-from expertmesh.weights.ranks import refuse_differences
 
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`

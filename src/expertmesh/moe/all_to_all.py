@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
-from expertmesh.dispatch.routes import Routes, owners_rows, routes_of
 from expertmesh.kernels.combine import combine
-from expertmesh.memory.recompute import kept
+from expertmesh.moe.replay import kept
+from expertmesh.moe.routes import Routes, owners_rows, routes_of
 from expertmesh.waiting import waiting
 
 NAME = "expertmesh"

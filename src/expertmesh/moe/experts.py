@@ -21,12 +21,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation
 
-from expertmesh.dispatch.handoff import Handoff, adopt
 from expertmesh.kernels import products
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
-from expertmesh.layers.fast import untouched
+from expertmesh.moe.handoff import Handoff, adopt
+from expertmesh.twins import untouched
 
 NAME = "expertmesh"
 

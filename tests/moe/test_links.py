@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from expertmesh.dispatch import links
-from expertmesh.dispatch.links import Collectives, Mailboxes
+from expertmesh.moe import links
+from expertmesh.moe.links import Collectives, Mailboxes
 
 
 class Group:

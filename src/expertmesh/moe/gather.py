@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
-from expertmesh.dispatch.all_to_all import AllToAll
-from expertmesh.dispatch.handoff import Handoff, offered
-from expertmesh.dispatch.links import Collectives, Link, Mailboxes, link_of
-from expertmesh.memory.recompute import kept
+from expertmesh.moe.all_to_all import AllToAll
+from expertmesh.moe.handoff import Handoff, offered
+from expertmesh.moe.links import Collectives, Link, Mailboxes, link_of
+from expertmesh.moe.replay import kept
 from expertmesh.waiting import hosts, waiting
 
 NAME = "expertmesh-gather"

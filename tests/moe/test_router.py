@@ -8,8 +8,8 @@ import torch
 from expertmesh import fuse
 from expertmesh.bench.rows import relative_error
 from expertmesh.bench.tiny import tiny_model
-from expertmesh.layers.fast import Fast
 from expertmesh.train.routing import routers
+from expertmesh.twins import Fast
 
 CASES = [
     ("ernie4_5_moe", {"moe_norm_min": 0.7}),  # some sums are below, some above

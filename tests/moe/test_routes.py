@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from expertmesh.dispatch.routes import owners_rows, routes_of, routes_of_reference
 from expertmesh.kernels.combine import combine
+from expertmesh.moe.routes import owners_rows, routes_of, routes_of_reference
 
 CASES = {
     "ordinary": (7, 3, 4, 2),

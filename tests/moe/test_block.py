@@ -7,9 +7,9 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from expertmesh import backends, fuse
-from expertmesh.layers import experts
 from expertmesh.layers.decoder import add_block
-from expertmesh.layers.moe import FastMoEBlock, FastSharedMoEBlock
+from expertmesh.moe import experts
+from expertmesh.moe.block import FastMoEBlock, FastSharedMoEBlock
 from tests.models import load_ours, load_stock
 
 

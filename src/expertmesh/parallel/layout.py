@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 from transformers.distributed import fsdp as stock_fsdp
 
-from expertmesh.layers.experts import NAME, divides_gradients
+from expertmesh.moe.experts import NAME, divides_gradients
 
 SMALL = 1 / 30  # of a device's memory
 LAYERS_AT_ONCE = 8

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from expertmesh.dispatch.links import Link, Mailboxes, beside, join
 from expertmesh.kernels.combine import combine
+from expertmesh.moe.links import Link, Mailboxes, beside, join
 
 
 class Handoff:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from expertmesh.layers import experts as fast_experts
-from expertmesh.layers.fast import Fast, untouched, watched
+from expertmesh.moe import experts as fast_experts
+from expertmesh.twins import Fast, untouched, watched
 
 
 class FastMoEBlock(Fast):

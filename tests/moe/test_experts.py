@@ -11,7 +11,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward, use_expert
 
 from expertmesh import backends
 from expertmesh.kernels import grouped_gemm, grouped_wgrad, products
-from expertmesh.layers.experts import activation_of, experts_forward
+from expertmesh.moe.experts import activation_of, experts_forward
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 6, 40, 24, 37, 3
 

@@ -2,7 +2,7 @@
 
 Each returns what the HF router returns, (router_logits [T, E], weights [T, K], ids [T, K]), in the same dtypes. On
 the CPU the kernel's place is taken by its PyTorch reference. Inside a checkpointed layer the choice is recorded, and
-replayed when the layer is recomputed (memory/recompute.py).
+replayed when the layer is recomputed (moe/replay.py).
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from expertmesh.kernels.router import Routing, kernel_supports, route
 from expertmesh.kernels.router_logits import router_logits
-from expertmesh.layers.fast import Fast
-from expertmesh.memory.recompute import routed
+from expertmesh.moe.replay import routed
+from expertmesh.twins import Fast
 
 
 class _FastRouter(Fast):

@@ -1,1 +1,0 @@
-"""How tokens reach their experts, one file per transport; each is an `EPImplementation` of Transformers."""
