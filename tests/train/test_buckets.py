@@ -4,11 +4,14 @@ import functools
 
 import pytest
 import torch
+import transformers
 from transformers import DataCollatorWithFlattening
 
 from expertmesh.bench.rows import worst_error
+from expertmesh.layers.rows import look
 from expertmesh.train.buckets import Bucket, Buckets, fused_base, one_row
 from expertmesh.train.graphed import WARM_UP, GraphedStep
+from expertmesh.train.trainer import Trainer
 from tests.models import load_ours, load_stock
 from tests.train import tape
 from tests.train.tape import Tape
@@ -168,3 +171,26 @@ def test_models_that_cannot_be_told_are_known():
     assert not fused_base(load_ours("qwen3_next")).takes_documents(64)
     mixtral = fused_base(load_ours("mixtral", sliding_window=32))
     assert mixtral.takes_documents(32) and not mixtral.takes_documents(64)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("batches", [padded, functools.partial(packed, told=False)], ids=["padded", "packed"])
+def test_steps_that_are_not_recorded_do_not_ask_the_device_either(tmp_path, monkeypatch, batches, accumulate):
+    """The collator's batch goes on as one row that is told: the base model, which would wait, does not look at it."""
+    looks: list = []
+    monkeypatch.setattr("expertmesh.layers.base_model.look", lambda *args: looks.append(args) or look(*args))
+
+    def losses(cls):
+        args = transformers.TrainingArguments(
+            str(tmp_path), max_steps=3, gradient_accumulation_steps=accumulate, per_device_train_batch_size=1,
+            use_cpu=True, report_to="none", logging_steps=1, save_strategy="no", remove_unused_columns=False,
+        )  # fmt: skip
+        rows = [{"seed": seed} for seed in range(6)]
+        trainer = cls(load_ours("qwen3_moe"), args, lambda rows: dict(batches(rows[0]["seed"])), rows)
+        trainer.train()
+        return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+    want = losses(transformers.Trainer)
+    assert len(looks) == 3 * accumulate
+    assert losses(Trainer) == pytest.approx(want, rel=1e-5)
+    assert len(looks) == 3 * accumulate

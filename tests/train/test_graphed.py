@@ -543,13 +543,12 @@ def buckets_of_ranks(rank):
     """What each rank's batch is brought to: full rows on both, then longer ones on one, then one that cannot be."""
     dist.init_process_group("gloo")
     model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
-    trainer = SimpleNamespace(cuda_graph=True, model=model, _buckets=Buckets(), _usual=None, _row=None)
+    trainer = SimpleNamespace(cuda_graph=True, model=model, _buckets=Buckets(), _usual=None)
     found = []
     for length, hole in [((12, 12), False), ((12, 70), False), ((12, 12), True)]:
         ids = torch.arange(3, 3 + length[rank])[None]
         batch = {"input_ids": ids, "labels": ids}
-        trainer._row = None if hole and rank else one_row(batch)
-        brought, bucketed, few = Trainer._brought(trainer, batch)
+        brought, bucketed, few = Trainer._brought(trainer, batch, None if hole and rank else one_row(batch))
         found.append((tuple(brought["input_ids"].shape), bucketed, few))
     return found
 

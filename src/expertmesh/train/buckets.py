@@ -47,6 +47,13 @@ class Row(NamedTuple):
     longest: int
     full: bool
 
+    def inputs(self) -> dict[str, Any]:
+        """As inputs of a model."""
+        names = ("input_ids", "labels", "position_ids")
+        inputs: dict[str, Any] = {name: getattr(self, name) for name in names}
+        inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), self.cu_seqlens)
+        return inputs | dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
+
 
 def one_row(batch: Mapping[str, Any]) -> Row | None:
     """A collator's batch, still on the CPU, as a `Row`; None where that would not be the same.
@@ -98,14 +105,14 @@ class Bucket(NamedTuple):
         added, empty = self.tokens - tokens, self.documents + 1 - len(row.cu_seqlens)
         place = torch.arange(added, device=device)[None] % self.longest
         ends = (tokens + self.longest * torch.arange(1, empty + 1, device=device)).clamp(max=self.tokens)
-        inputs: dict[str, Any] = {
-            "input_ids": F.pad(row.input_ids, (0, added)),
-            "labels": F.pad(row.labels, (0, added), value=-100),
-            "position_ids": torch.cat([row.position_ids, place.to(row.position_ids.dtype)], dim=1),
-            "attention_mask": F.pad(torch.ones_like(row.input_ids), (0, added)),
-        }
-        inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.cat([row.cu_seqlens, ends.int()]))
-        return inputs | dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
+        filled = row._replace(
+            input_ids=F.pad(row.input_ids, (0, added)),
+            labels=F.pad(row.labels, (0, added), value=-100),
+            position_ids=torch.cat([row.position_ids, place.to(row.position_ids.dtype)], dim=1),
+            cu_seqlens=torch.cat([row.cu_seqlens, ends.int()]),
+            longest=self.longest,
+        )
+        return filled.inputs() | {"attention_mask": F.pad(torch.ones_like(row.input_ids), (0, added))}
 
 
 class Buckets:

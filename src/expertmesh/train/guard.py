@@ -90,7 +90,8 @@ class StepRecord:
     rows: list[torch.Tensor | None] = field(default_factory=list)
     num_items: torch.Tensor | int | None = None
     losses: list[torch.Tensor] = field(default_factory=list)
-    signs: torch.Tensor | None = None  # what `look` found
+    signs: torch.Tensor | None = None  # what `look` found, on the CPU once `told`
+    told: torch.cuda.Event | None = None
 
     def look(self, grad_norm: torch.Tensor | float) -> torch.Tensor:
         """Look at losses and gradient norm on the device, without waiting for it. Returns a float32 scalar: 1 if the
@@ -100,8 +101,10 @@ class StepRecord:
         grad_norm = torch.as_tensor(grad_norm, device=device)
         supervised = torch.as_tensor(1 if self.num_items is None else self.num_items, device=device) > 0
         finite = [torch.isfinite(value).all() for value in (grad_norm, *self.losses)]
-        self.signs = torch.stack([supervised, *finite])
-        return 1.0 - self.signs.all().float()
+        signs = torch.stack([supervised, *finite])
+        self.signs = signs.to("cpu", non_blocking=True)
+        self.told = torch.cuda.current_stream(signs.device).record_event() if signs.is_cuda else None
+        return 1.0 - signs.all().float()
 
     def check(
         self, grad_norm: torch.Tensor | float, step: int, folder: str, model: nn.Module, decode: Callable | None
@@ -109,9 +112,12 @@ class StepRecord:
         """Raises NonFiniteError for a loss or gradient norm that is not finite, ValueError without a supervised label.
 
         `look` comes first. `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token
-        ids into text. This is the one place where a training step waits for the device.
+        ids into text. This is the one place where a training step waits for the device: until `look` is done there, not
+        for what was asked of it since, so that the next step is prepared while the optimizer runs.
         """
         assert self.signs is not None
+        if self.told is not None:
+            self.told.synchronize()
         grad_norm = torch.as_tensor(grad_norm)
         has_labels, grad_finite, *loss_finite = self.signs.tolist()
         if not has_labels:

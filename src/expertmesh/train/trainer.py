@@ -72,7 +72,7 @@ class Trainer(ResumableTrainer):
         self._said: set[str] = set()
         self._usual: torch.Size | None = None  # of the first batch without padding
         self._buckets = Buckets()
-        self._row: Row | None = None
+        self._tells = False  # whether steps that are not recorded may take batches as one row, too
         if cuda_graph is True:
             self._records()
         self.args.logging_nan_inf_filter = False  # it hides a nan, and waits for every microbatch
@@ -90,8 +90,9 @@ class Trainer(ResumableTrainer):
         streamed = isinstance(self.train_dataset, torch.utils.data.IterableDataset)  # batches are shared out later
         found = not streamed and fused_base(self.model) is not None
         fixed = self.args.torch_compile or self.args.neftune_noise_alpha is not None  # noise depends on a row's length
-        records = found and not fixed and self._records()
-        self.data_collator = KeepRows(collator, found and not self._reads_masks, one_row if records else None)
+        self._tells = found and not fixed and why_not_unasked(self) is None
+        rows = one_row if self._tells or (found and not fixed and self._records()) else None
+        self.data_collator = KeepRows(collator, found and not self._reads_masks, rows)
         self._signature_columns = [*columns, ROW]
         try:
             return super().get_train_dataloader()
@@ -104,7 +105,6 @@ class Trainer(ResumableTrainer):
         named = [batch if isinstance(batch, MutableMapping) else {} for batch in batches]
         self._record = StepRecord(named, [batch.pop(ROW, None) for batch in named], num_items)
         for batch in named:
-            self._row = batch.pop(ONE_ROW, None)  # steps of several microbatches are not recorded
             mask, ids = _padding_mask(batch), batch.get("input_ids")
             # no .item() here: the sum stays on the device until the next record is logged
             self._tokens = self._tokens + (mask.sum() if mask is not None else 0 if ids is None else ids.numel())
@@ -135,15 +135,25 @@ class Trainer(ResumableTrainer):
         return waiting(f"{place} of step {self.state.global_step + 1}", world, hosts(world))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        step = self._graphed_step if isinstance(inputs, Mapping) and self._records() else self._plain_step
+        row = inputs.pop(ONE_ROW, None) if isinstance(inputs, MutableMapping) else None
         with self._waiting("forward and backward"):
-            loss = step(model, inputs, num_items_in_batch)
+            if isinstance(inputs, Mapping) and self._records():
+                loss = self._graphed_step(model, inputs, row, num_items_in_batch)
+            else:
+                loss = self._plain_step(model, self._told(inputs, row), num_items_in_batch)
         self._record.losses.append(loss)
         return loss
 
     def _plain_step(self, model, inputs, num_items_in_batch):
         self.load.mask = _padding_mask(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _told(self, inputs: Any, row: Row | None) -> Any:
+        """The batch as one row of documents, where that saves the base model a look at the device; or as it came."""
+        base = fused_base(self.model)
+        if row is None or row.full or base is None or not self._tells:
+            return inputs
+        return row.inputs() if base.takes_documents(row.input_ids.shape[1]) else inputs
 
     def why_not_recorded(self) -> str | None:
         """Why steps cannot be recorded as CUDA graphs, as this trainer is set up, and what to change; or None."""
@@ -165,14 +175,14 @@ class Trainer(ResumableTrainer):
             self._said.add(why)
             backends.logger().info(f"Steps are not recorded as CUDA graphs: {why}.")
 
-    def _graphed_step(self, model, inputs, num_items_in_batch):
+    def _graphed_step(self, model, inputs, row, num_items_in_batch):
         if self._graphed is None:
             if self.cuda_graph == "auto":
                 why = why_not_unasked(self)
                 if any(found for (found,) in on_all_ranks(int(why is not None))):
                     self._say(why or "another rank does not")
                     self._plan = False
-                    return self._plain_step(model, inputs, num_items_in_batch)
+                    return self._plain_step(model, self._told(inputs, row), num_items_in_batch)
 
             def run(n: Any, weight: Any, **batch: Any) -> torch.Tensor:
                 return self._plain_step(model, batch, n)
@@ -183,7 +193,7 @@ class Trainer(ResumableTrainer):
                 module.train()
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        batch, bucketed, few = self._brought(inputs)
+        batch, bucketed, few = self._brought(inputs, row)
         batch = self._prepare_inputs(batch)
         base = fused_base(self.model)
         weight = getattr(self.accelerator.unwrap_model(model), "mtp_loss_weight", None)  # Python, which may change
@@ -196,10 +206,9 @@ class Trainer(ResumableTrainer):
             if base is not None:
                 base.told = False
 
-    def _brought(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool, bool]:
+    def _brought(self, inputs: Mapping[str, Any], row: Row | None) -> tuple[Mapping[str, Any], bool, bool]:
         """What to step with; whether that is this batch in a bucket, the same on all ranks, or as it came; and whether
         the tokens are few enough to record the step."""
-        row, self._row = self._row, None
         base, ids = fused_base(self.model), inputs.get("input_ids")
         stays, need = CANNOT, (0 if ids is None else ids.numel(), 0, 0)
         if row is not None and ids is not None:
@@ -210,7 +219,7 @@ class Trainer(ResumableTrainer):
         tokens, documents, longest = (max(answer[i] for answer in answers) for i in (1, 2, 3))
         if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
             self._say(f"a batch has more than {MOST_TOKENS:,} tokens per GPU, with which the CPU is no limit")
-            return inputs, False, False
+            return self._told(inputs, row), False, False
         ways = {way for way, *_ in answers}
         if row is not None and base is not None and BUCKET in ways and CANNOT not in ways:
             bucket = self._buckets.of(tokens, documents, longest)
