@@ -1,6 +1,7 @@
 """Tiny models that the tests share: made and saved once per process, loaded by stock Transformers and by expertmesh."""
 
 import functools
+import os
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 import expertmesh
 from expertmesh.bench.tiny import tiny_model
 
+#: what the storms of kills, damages and starts draw from (the slow tests)
+SEED = int(os.environ.get("STORM_SEED", "0"))
 _FOLDERS = tempfile.TemporaryDirectory(prefix="tiny-models-")
 
 

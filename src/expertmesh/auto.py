@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from expertmesh.fuse import fuse, fused_class, has_fast_experts, refusing_missing_experts, requesting
 from expertmesh.parallel.setup import AUTO, DistributedSetup, as_setup
+from expertmesh.weights.files import verify_sums
 from expertmesh.weights.init import initialise_shards
 
 _stock_mapping: Any = transformers.AutoModelForCausalLM._model_mapping
@@ -58,7 +59,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As Transformers', plus `fused`, `distributed_setup` and `mtp_loss_weight`.
 
-        Raises ValueError if weights of experts or routers are missing on disk, unless the caller asks for
+        Raises ValueError if an export's weights differ from its SHA256SUMS (every file is read once for that), or if
+        weights of experts or routers are missing on disk, unless the caller asks for
         `output_loading_info`: Transformers would start them at random. Raises ValueError if the setup does not fit the
         model or the number of ranks, or if there is nothing that `mtp_loss_weight` could weigh.
         """
@@ -67,6 +69,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         if setup is not None:
             kwargs["distributed_config"] = setup.to_transformers(**_stock_dispatch(fused, setup))
             setup.join()
+        verify_sums(pretrained_model_name_or_path, together=setup is not None)
         loader: Any = super() if fused is not False else transformers.AutoModelForCausalLM
         if fused is not False and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = _own_copy(kwargs["config"], kwargs)

@@ -13,6 +13,7 @@ from expertmesh.checkpoint.publish import checkpoints, newest_complete
 from expertmesh.checkpoint.verify import verify
 from tests.checkpoint.loop import finish, loop, source, start
 from tests.checkpoint.test_state import same
+from tests.models import SEED
 
 LAYOUTS = {1: None, 2: {"fsdp_size": 2, "ep_size": 2}}
 
@@ -42,7 +43,7 @@ def kill(process, output, during_save: bool, draw: random.Random) -> None:
 
 
 def survive(tmp_path, ranks: int, background: bool, kills: int, steps: int) -> None:
-    draw, output = random.Random(0), tmp_path / "run"
+    draw, output = random.Random(SEED), tmp_path / "run"
     options = {"source": str(source(tmp_path, "qwen3_moe")), "layout": LAYOUTS[ranks], "steps": steps}
     whole, last = str(tmp_path / "whole.pt"), str(tmp_path / "last.pt")
     finish(start(ranks, **options, dump=whole)) if ranks > 1 else loop(**options, dump=whole)

@@ -17,6 +17,7 @@ from expertmesh.train.config import ConfigError, load_config
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.routing import routers
 from expertmesh.train.run import build, run, train
+from expertmesh.weights.files import DamagedError
 from tests.train.runs import checkpoint, data_file, tiny_run
 
 
@@ -157,7 +158,7 @@ def test_a_changed_byte_of_the_model_is_named_before_it_is_trained(tmp_path):
     weights = result.final / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(ConfigError, match=r"model.safetensors in .*final is not what was saved"):
+    with pytest.raises(DamagedError, match=r"model.safetensors in .*final is not what was saved"):
         run(configured(tmp_path / "second", model__name=result.final))
 
 

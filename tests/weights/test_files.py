@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from expertmesh.train.config import ConfigError
-from expertmesh.train.final import verify_sums
+import expertmesh
 from expertmesh.weights import files
-from expertmesh.weights.files import SUMS, FolderInUseError, alone, replacing
+from expertmesh.weights.files import SUMS, DamagedError, FolderInUseError, alone, replacing, verify_sums
 from expertmesh.weights.read import load_weights
 from expertmesh.weights.write import save_sharded
 from tests.distributed.ranks import on_ranks
-from tests.models import load_ours
+from tests.models import SEED, load_ours
 
 INDEX = "model.safetensors.index.json"
 
@@ -142,18 +141,19 @@ def test_after_an_error_the_old_export_is_there_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "40KB"}, {"variant": "fp16"}])
-def test_a_flipped_byte_is_named(options, tmp_path):
+def test_a_flipped_byte_is_named(options, tmp_path, caplog):
     load_ours("qwen3_moe").save_pretrained(tmp_path, **options)
     assert subprocess.run(["sha256sum", "--strict", "--quiet", "-c", SUMS], cwd=tmp_path).returncode == 0
     verify_sums(tmp_path)
     for file in sorted(tmp_path.glob("*.safetensors"))[:2]:
         good = file.read_bytes()
         file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        with pytest.raises(ConfigError, match=f"{file.name} in .* is not what was saved"):
-            verify_sums(tmp_path)
+        with pytest.raises(DamagedError, match=f"{file.name} in .* is not what was saved"):
+            expertmesh.AutoModelForCausalLM.from_pretrained(tmp_path)
         file.write_bytes(good)
-    (tmp_path / "config.json").write_text("{}")  # people edit it: only weights are told
+    (tmp_path / "config.json").write_text("{}")  # people edit it
     verify_sums(tmp_path)
+    assert "config.json in" in caplog.text
 
 
 def test_stock_reads_what_replaced_an_older_export(tmp_path):
@@ -248,7 +248,7 @@ for number in range(10**6):
 def test_twenty_kills_of_exports_over_older_ones(ranks, tmp_path):
     """Each leaves one export, all of one moment, or none; and the next export is whole."""
     load_ours("qwen3_moe").save_pretrained(tmp_path / "source")
-    script, draw, loaded = tmp_path / "export.py", random.Random(0), 0
+    script, draw, loaded = tmp_path / "export.py", random.Random(SEED), 0
     script.write_text(EXPORT_FOREVER)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if ranks == 2 else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

@@ -1,9 +1,8 @@
-"""The trained model on the disk: is there room for it, is it all written, and is what was written still there?"""
+"""The trained model on the disk: is there room for it, and is it all written?"""
 
 import logging
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from expertmesh.parallel import ranks
 from expertmesh.train.config import ConfigError
 from expertmesh.train.errors import explain, is_disk_full
-from expertmesh.weights.files import SUMS, sha256
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +44,3 @@ def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
                 raise
             log.warning("%s The trained model is kept in memory, and written when there is room.", explain(error))
         time.sleep(30)
-
-
-def verify_sums(folder: str | Path) -> None:
-    """Compare an export's weights with its SHA256SUMS, where it has one. Raises ConfigError naming what differs."""
-    path = Path(folder, SUMS)
-    sums = [line.partition("  ") for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
-    files = [Path(folder, Path(name).name) for _, _, name in sums]
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        found = list(pool.map(lambda file: sha256(file) if file.is_file() else None, files))
-    changed = [file.name for file, (wanted, *_), digest in zip(files, sums, found, strict=True) if digest != wanted]
-    if changed:
-        raise ConfigError(
-            f"{', '.join(changed)} in {folder} is not what was saved: it differs from {SUMS}. Restore it from a copy; "
-            f"if it was changed on purpose, delete {SUMS}."
-        )

@@ -30,7 +30,7 @@ from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import current_world_size
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
-from expertmesh.train.final import check_room, save_final, verify_sums
+from expertmesh.train.final import check_room, save_final
 from expertmesh.train.folder import check_folder, starting_point
 from expertmesh.train.inputs import Inputs, demo_config, gather, lora, unreachable
 from expertmesh.train.interrupt import Interrupt
@@ -147,8 +147,6 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
     if torch.cuda.is_available() and setup is None:
         options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, not through the CPU's memory
     options |= {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        verify_sums(config.model.name)
     try:
         return expertmesh.AutoModelForCausalLM.from_pretrained(config.model.name, **options)
     except (OSError, SafetensorError) as error:

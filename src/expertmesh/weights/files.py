@@ -22,7 +22,7 @@ from typing import Any
 
 from expertmesh.parallel import ranks
 
-SUMS = "SHA256SUMS"  # of an export's weights, as `sha256sum -c` reads it
+SUMS = "SHA256SUMS"  # of an export's files, as `sha256sum -c` reads it
 Digests = dict[str, dict[str, Any]]  # size and SHA-256 of every file, by its path in the folder
 
 # model.safetensors, its index, and both with a variant
@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 
 class FolderInUseError(OSError):
     """Another run writes into the folder."""
+
+
+class DamagedError(ValueError):
+    """Weights on the disk are not those that were saved."""
 
 
 @contextmanager
@@ -126,8 +130,30 @@ def _replace(folder: Path, staging: Path, sums: Digests) -> None:
     for path in folder.iterdir():
         if path.name not in sums and (path.name in first or shard.fullmatch(path.name)):
             remove(path)
-    weights = [name for name in sums if name in first or shard.fullmatch(name)]
-    (folder / SUMS).write_text("".join(f"{sums[name]['sha256']}  {name}\n" for name in weights))
+    (folder / SUMS).write_text("".join(f"{found['sha256']}  {name}\n" for name, found in sums.items()))
+
+
+def verify_sums(folder: str | Path, together: bool = False) -> None:
+    """Compare an export with its SHA256SUMS, where it has one. `together`: all ranks call it, and share the work.
+
+    Raises DamagedError naming the weights that differ. Configurations are files that people edit: a warning names them.
+    """
+    path = Path(folder, SUMS)
+    sums = [line.partition("  ") for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
+    mine = sums[ranks.rank() :: ranks.world_size()] if together else sums
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        files = [Path(folder, name) for _, _, name in mine]
+        found = list(pool.map(lambda file: sha256(file) if file.is_file() else None, files))
+    differ = [name for (wanted, _, name), digest in zip(mine, found, strict=True) if digest != wanted]
+    changed = sorted(name for part in (ranks.gathered(differ) if together else [differ]) for name in part)
+    weights = [name for name in changed if ".safetensors" in name]
+    if weights:
+        raise DamagedError(
+            f"{', '.join(weights)} in {folder} is not what was saved: it differs from {SUMS}. Restore it from a copy; "
+            f"if it was changed on purpose, delete {SUMS}."
+        )
+    if changed and ranks.rank() == 0:
+        log.warning("%s in %s is not what was saved: it differs from %s.", ", ".join(changed), folder, SUMS)
 
 
 def sha256(path: Path) -> str:
