@@ -297,7 +297,7 @@ def rotation_strides(cos: torch.Tensor) -> tuple[int, int]:
 
 
 class _RoPE(torch.autograd.Function):
-    """Heads [B, S, N, D] → the same turned, contiguous, in `dtypes`: x alone, or q, k and the weights of their norms."""
+    """Heads [B, S, N, D] → the same turned, contiguous, in `dtypes`: x alone, or q and k, given their norms' weights."""
 
     @staticmethod
     def forward(
