@@ -297,7 +297,7 @@ def rotation_strides(cos: torch.Tensor) -> tuple[int, int]:
 
 
 class _RoPE(torch.autograd.Function):
-    """Heads [B, S, N, D] → the same turned, contiguous, in `dtypes`: x alone, or q and k, given their norms' weights."""
+    """Heads [B, S, N, D] → the same turned, contiguous, in `dtypes`: x alone, or q and k, given weights of norms."""
 
     @staticmethod
     def forward(
@@ -309,7 +309,7 @@ class _RoPE(torch.autograd.Function):
         ctx.options = R, interleaved, eps
         ctx.dtypes = [x.dtype for x in heads]
         ctx.save_for_backward(cos, sin, *(heads + weights if weights else []))
-        return _launch(heads, weights, cos, sin, dtypes, *ctx.options, back=False)
+        return _launch(heads, weights, cos, sin, dtypes, False, *ctx.options)
 
     @staticmethod
     @once_differentiable
@@ -319,13 +319,13 @@ class _RoPE(torch.autograd.Function):
         if normed:
             grads = _launch_norm_backward(normed[:2], normed[2:], cos, sin, outs, ctx.options[-1])
         else:
-            grads = _launch(outs, [], cos, sin, ctx.dtypes, *ctx.options, back=True)
+            grads = _launch(outs, [], cos, sin, ctx.dtypes, True, *ctx.options)
         return None, None, None, None, None, None, *grads
 
 
 def _launch(
     heads: list[torch.Tensor], weights: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor,
-    dtypes: list[torch.dtype], R: int, interleaved: bool, eps: float, back: bool,
+    dtypes: list[torch.dtype], back: bool, R: int, interleaved: bool, eps: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     (B, S, NQ, D), NK = heads[0].shape, heads[1].shape[2] if weights else 0
     assert B * S * max(NQ, NK) < 2**31, "heads are counted in 32 bits"
