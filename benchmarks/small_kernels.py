@@ -26,23 +26,21 @@ from timing import FLUSH_BYTES, median_ms, medians_ms
 
 from expertmesh import backends
 from expertmesh.bench.origin import origin, write
+from expertmesh.kernels import activation as swiglu_kernels
 from expertmesh.kernels import linear_cross_entropy as loss_kernels
 from expertmesh.kernels import mla_rope as mla_kernels
-from expertmesh.kernels import qk_norm_rope as qk_kernels
 from expertmesh.kernels import rms_norm as norm_kernels
 from expertmesh.kernels import rope as rope_kernels
-from expertmesh.kernels import swiglu as swiglu_kernels
+from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
 from expertmesh.kernels.clip import scale_, scale_reference_, squared_sum, squared_sum_reference
 from expertmesh.kernels.combine import combine, combine_reference, unsort, unsort_reference
 from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.mla_rope import mla_rope, mla_rope_reference
-from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from expertmesh.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from expertmesh.kernels.rope import rotary, rotary_reference
+from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference, rotary, rotary_reference
 from expertmesh.kernels.router import Routing, route, route_reference
 from expertmesh.kernels.router_logits import router_logits
-from expertmesh.kernels.swiglu import relu2, swiglu, swiglu_reference
 
 BYTES_PER_MS = 4.25e9
 FLOP_PER_MS = 788e9
@@ -66,7 +64,7 @@ SWEEPS: dict[str, tuple[dict[str, dict[str, int]], dict[str, list[dict[str, int]
         },
     ),
     "qk_norm_rope": (
-        qk_kernels.TUNING,
+        rope_kernels.NORM_TUNING,
         {
             "forward": table(ROWS=(8, 16, 32), num_warps=(2, 4)),
             "backward": table(ROWS=(8,), num_warps=(2,), programs=(8, 10, 16))

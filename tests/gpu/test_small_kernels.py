@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
 from expertmesh.kernels.clip import scale_, squared_sum
 from expertmesh.kernels.combine import unsort, unsort_reference
 from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from expertmesh.kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -21,8 +21,8 @@ from expertmesh.kernels.rms_norm import (
     rms_norm,
     rms_norm_reference,
 )
+from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference
 from expertmesh.kernels.router_logits import router_logits
-from expertmesh.kernels.swiglu import relu2, swiglu, swiglu_reference
 from tests.kernels.compare import outputs_and_grads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

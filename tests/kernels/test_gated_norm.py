@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
 
-from expertmesh.kernels import gated_norm
-from expertmesh.kernels.gated_norm import gated_norm_backward, gated_norm_forward, gated_norm_reference
+from expertmesh.kernels import rms_norm
+from expertmesh.kernels.rms_norm import gated_norm_backward, gated_norm_forward, gated_norm_reference
 from tests.kernels.compare import assert_same, differentiable, leaf, on_triton, outputs_and_grads
 
 
@@ -34,7 +34,7 @@ def kernels(groups):
 
 @pytest.mark.parametrize(("shape", "groups"), [((2, 37, 96), 4), ((2, 3, 40), 1), ((1, 70, 60), 5)])
 def test_the_kernels_equal_the_reference(shape, groups, monkeypatch):
-    monkeypatch.setitem(gated_norm.TUNING, "backward", {"elements": 64, "per_thread": 16, "programs": 2})
+    monkeypatch.setitem(rms_norm.GATED_TUNING, "backward", {"elements": 64, "per_thread": 16, "programs": 2})
     wide, gates, weight = leaf(*shape[:-1], shape[-1] + 3), leaf(*shape[:-1], shape[-1] + 5), leaf(shape[-1])
 
     def run(norm):

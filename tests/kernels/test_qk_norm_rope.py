@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, apply_rotary_pos_emb
 
-from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference
 from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from expertmesh.kernels.swiglu import relu2, swiglu, swiglu_reference
+from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
 from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads
 
 

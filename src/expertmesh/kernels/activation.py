@@ -1,4 +1,4 @@
-"""What stands between an expert's up- and down-projection, forward and backward.
+"""What stands between an MLP's up- and down-projection, forward and backward: formulas, and kernels for dense MLPs.
 
 `h_SJ` is the up-projection's output of S rows: J = 2I columns for gated experts (gate and up, one after the other or
 interleaved), J = I otherwise. The activation makes `a_SI`. Three kinds are known to the Triton kernels:
@@ -8,15 +8,29 @@ interleaved), J = I otherwise. The activation makes `a_SI`. Three kinds are know
     relu2     a = relu(h)²                                             Nemotron
 
 Any other is `custom`: the HF module's own function is called, and differentiated by autograd on a recomputation.
+
+Routed experts have this inside their GEMMs. Dense MLPs and shared experts have `swiglu` and `relu2`: one pass forward
+and one backward over memory, and only the inputs are kept. They compute in float32 and round once, where stock rounds
+silu(gate) to the input's dtype before it multiplies, so in bfloat16 `swiglu` is closer to the exact value and not
+bit-equal to stock; `relu2` is.
+
+Letters: T rows, W width.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from expertmesh.backends import tl, triton
+from expertmesh.backends import tl, triton, use_triton
+from expertmesh.kernels.launch import launched
+from expertmesh.kernels.rms_norm import channels_last
+
+#: elements per program, and warps: two or one 16-byte loads of bfloat16 per thread and tensor
+TUNING = {"forward": {"elements": 2048, "num_warps": 4}, "backward": {"elements": 1024, "num_warps": 4}}
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ def activate(gate, up, KIND: tl.constexpr, alpha, limit):
         u = tl.minimum(tl.maximum(up, -limit), limit)
         return (u + 1.0) * (g * tl.sigmoid(g * alpha))
     else:
-        r = tl.maximum(gate, 0.0)
+        r = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return r * r
 
 
@@ -95,5 +109,95 @@ def activate_backward(gate, up, da, KIND: tl.constexpr, alpha, limit):
         dup = tl.where((up >= -limit) & (up <= limit), da * glu, 0.0)
         return (u + 1.0) * glu, dgate, dup
     else:
-        r = tl.maximum(gate, 0.0)
-        return r * r, da * 2.0 * r, da
+        r = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return r * r, tl.where(gate <= 0.0, 0.0, da * 2.0 * r), da
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, differentiable in both. gate, up: [..., W], same shape and dtype, any strides. Returns [..., W].
+
+    Must equal `act_fn(gate) * up` of a Transformers MLP with hidden_act "silu".
+    """
+    assert gate.shape == up.shape and gate.dtype == up.dtype
+    return _Dense.apply("silu", gate, up) if use_triton(gate) else swiglu_reference(gate, up)
+
+
+def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The specification: Transformers' two operations."""
+    return F.silu(gate) * up
+
+
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    """relu(x)^2, differentiable; x: [..., W], any strides. Must equal "relu2" of Transformers' ACT2FN."""
+    return _Dense.apply("relu2", x) if use_triton(x) else F.relu(x).square()
+
+
+@triton.jit
+def _load(ptr, rows, cols, stride, mask):
+    return tl.load(ptr + rows * stride + cols, mask, other=0.0).to(tl.float32)
+
+
+@launched
+def _dense(
+    gate_ptr, up_ptr, dy_ptr, first_ptr, second_ptr, T, W, COL_BLOCKS, stride_gate, stride_up, stride_dy,
+    KIND: tl.constexpr, BACK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Writes y to `first` or, backward, dgate to `first` and dup, if there is one, to `second`; all [T, W]."""
+    pid = tl.program_id(0)
+    row_block = pid // COL_BLOCKS  # divided in 32 bits: in 64 it takes longer than all the rest
+    rows = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    cols = (pid - row_block * COL_BLOCKS).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    mask = (rows < T) & (cols < W)
+    gate = _load(gate_ptr, rows, cols, stride_gate, mask)
+    up = gate
+    if KIND == "silu":
+        up = _load(up_ptr, rows, cols, stride_up, mask)
+    if BACK:
+        dy = _load(dy_ptr, rows, cols, stride_dy, mask)
+        _, dgate, dup = activate_backward(gate, up, dy, KIND, 1.0, 0.0)
+        if KIND == "silu":
+            tl.store(second_ptr + rows * W + cols, dup, mask)
+        tl.store(first_ptr + rows * W + cols, dgate, mask)
+    else:
+        tl.store(first_ptr + rows * W + cols, activate(gate, up, KIND, 1.0, 0.0), mask)
+
+
+class _Dense(torch.autograd.Function):
+    """The activation of a kind with two inputs, gate and up, or one, all of one shape and dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, kind: str, *inputs: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device)
+        _launch_dense(kind, inputs, (y,), back=False)
+        ctx.kind = kind
+        ctx.save_for_backward(*inputs)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+        _launch_dense(ctx.kind, (*inputs, dy), grads, back=True)
+        return None, *grads
+
+
+def _launch_dense(
+    kind: str, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], back: bool
+) -> None:  # fmt: skip
+    """Over [..., W] inputs and contiguous outputs; all contiguous means one long row."""
+    if all(x.is_contiguous() for x in inputs):
+        inputs = tuple(x.view(1, -1) for x in inputs)
+    else:
+        inputs = tuple(channels_last(x.reshape(-1, x.shape[-1])) for x in inputs)
+    gate, up, dy = inputs[0], inputs[1 if kind == "silu" else 0], inputs[-1]
+    T, W = gate.shape
+    tuning = TUNING["backward" if back else "forward"]
+    block_w = min(tuning["elements"], triton.next_power_of_2(max(1, W)))
+    block_t = tuning["elements"] // block_w
+    col_blocks = triton.cdiv(W, block_w)
+    if T * W:
+        _dense[(triton.cdiv(T, block_t) * col_blocks,)](
+            gate, up, dy, outputs[0], outputs[-1], T, W, col_blocks, gate.stride(0), up.stride(0), dy.stride(0),
+            KIND=kind, BACK=back, BLOCK_T=block_t, BLOCK_W=block_w, num_warps=tuning["num_warps"],
+        )  # fmt: skip

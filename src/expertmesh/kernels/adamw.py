@@ -66,21 +66,11 @@ def adamw_reference_(
             lr = lr.to(weight.device, torch.float32)
         found = None if found_inf is None else (found_inf != 0).to(weight.device, torch.float32)
         step += 1
+        beta1, beta2 = options["betas"]
+        rest = {name: options[name] for name in ("weight_decay", "eps", "maximize")}
+        p, g, m, v = ([x] for x in used)
         torch._fused_adamw_(
-            [used[0]],
-            [used[1]],
-            [used[2]],
-            [used[3]],
-            [],
-            [step],
-            lr=lr,
-            beta1=options["betas"][0],
-            beta2=options["betas"][1],
-            weight_decay=options["weight_decay"],
-            eps=options["eps"],
-            amsgrad=False,
-            maximize=options["maximize"],
-            found_inf=found,
+            p, g, m, v, [], [step], lr=lr, beta1=beta1, beta2=beta2, amsgrad=False, found_inf=found, **rest
         )
         if found is not None:
             step -= found
@@ -90,12 +80,9 @@ def adamw_reference_(
 
 
 def _launch(
-    updates: list[Update],
-    device: torch.device,
-    aligned: bool,
-    scale: torch.Tensor | None,
+    updates: list[Update], device: torch.device, aligned: bool, scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     groups = {id(update.options): update.options for update in updates}
     number = {key: i for i, key in enumerate(groups)}
     counts = [update.weight.numel() for update in updates]
@@ -154,12 +141,9 @@ def _adamw_kernel(
     tensor, row, start, count = chunk_of(of_chunk, table, 9, CHUNK)
     shared += tensor * 10
     if tl.load(shared + 9) == 0.0:
-        bases = (
-            base(tl.load(row + 3), start, weight_like),
-            base(tl.load(row + 4), start, grad_like),
-            base(tl.load(row + 5), start, avg_like),
-            base(tl.load(row + 6), start, square_like),
-        )
+        weight, grad = base(tl.load(row + 3), start, weight_like), base(tl.load(row + 4), start, grad_like)
+        avg, square = base(tl.load(row + 5), start, avg_like), base(tl.load(row + 6), start, square_like)
+        bases = weight, grad, avg, square
         step_size, correction, decay = tl.load(shared), tl.load(shared + 1), tl.load(shared + 2)
         betas = tl.load(shared + 3), tl.load(shared + 4), tl.load(shared + 5), tl.load(shared + 6)
         numbers = step_size, correction, decay, betas, tl.load(shared + 7), tl.load(shared + 8)

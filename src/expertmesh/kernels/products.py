@@ -1,4 +1,4 @@
-"""The six matrix products of a layer of experts: by our Triton kernels, five of them by quack's where it is installed,
+"""The matrix products of a layer of experts: by our Triton kernels, all but two by quack's where it is installed, and
 all by PyTorch where there is no Triton.
 
 Weights are [E, in, out] views here, plain or transposed.
@@ -6,15 +6,15 @@ Weights are [E, in, out] views here, plain or transposed.
 
 import torch
 
+from expertmesh.kernels import grouped_gemm as gemms
 from expertmesh.kernels import grouped_up, quack
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouped_down import down_dact
-from expertmesh.kernels.grouped_gemm import grouped_gemm
 from expertmesh.kernels.grouped_up import up_again
 from expertmesh.kernels.grouped_wgrad import grouped_wgrad
 from expertmesh.kernels.grouping import Grouping
 
-__all__ = ["down", "down_dact", "down_wgrad", "up_act", "up_again", "up_dgrad", "up_wgrad"]
+__all__ = ["down_dact", "grouped_gemm", "up_act", "up_again", "wgrad"]
 
 
 def up_act(
@@ -33,40 +33,20 @@ def up_act(
     return *grouped_up.up_act(x_TH, w_up_EHJ, bias_EJ, group, act, keep), False
 
 
-def down(a_SI: torch.Tensor, w_down_EIH: torch.Tensor, bias_EH: torch.Tensor | None, group: Grouping) -> torch.Tensor:
-    """y [S, H] of activations a [S, I]."""
-    return _grouped_gemm(a_SI, w_down_EIH, group, bias_EH)
-
-
-def up_dgrad(dh_SJ: torch.Tensor, w_up_EHJ: torch.Tensor, group: Grouping) -> torch.Tensor:
-    """dx [S, H] in sorted order."""
-    return _grouped_gemm(dh_SJ, w_up_EHJ.transpose(1, 2), group)
-
-
-def _grouped_gemm(
+def grouped_gemm(
     a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """[S, N] of rows a [S, K] in sorted order: the down-projection, and the up-projection's input gradient."""
     if bias_EN is None and quack.takes(a_SK, w_EKN):
         return quack.grouped_gemm(a_SK, w_EKN, group)
-    return grouped_gemm(a_SK, w_EKN, group, bias_EN)
+    return gemms.grouped_gemm(a_SK, w_EKN, group, bias_EN)
 
 
-def up_wgrad(
-    x_TH: torch.Tensor, dh_SJ: torch.Tensor, group: Grouping, w_up_EHJ: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """dW [E, H, J], times `scale`, in the memory layout of the parameter that w_up is a view of."""
-    return _wgrad(x_TH, dh_SJ, group, w_up_EHJ, scale)
+def wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor, scale: float) -> torch.Tensor:
+    """The gradient of weights [E, G, C], times `scale`, from tokens' g, by index, and rows' c in sorted order.
 
-
-def down_wgrad(
-    dout_TH: torch.Tensor, wa_SI: torch.Tensor, group: Grouping, w_down_EIH: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """dW [E, I, H], times `scale`, in the memory layout of the parameter that w_down is a view of."""
-    return _wgrad(dout_TH, wa_SI, group, w_down_EIH.transpose(1, 2), scale).transpose(1, 2)
-
-
-def _wgrad(g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor, scale: float) -> torch.Tensor:
-    """The gradient of weights [E, G, C] in the memory layout of their parameter, so that autograd need not copy."""
+    It has the memory layout of the parameter that w is a view of, so that autograd need not copy.
+    """
     if quack.takes(c_SC, w_EGC):
         return quack.wgrad(g_TG, c_SC, group, w_EGC, scale)
     if w_EGC.stride(2) == 1:

@@ -1,19 +1,22 @@
-"""RMSNorm, alone, with the residual add in front of it, and gated (gated_norm.py): one forward and one backward kernel.
+"""RMSNorm, alone, behind a residual add, or behind a gate and by groups (Mamba2): one forward and one backward kernel.
 
-    s = x + residual                        (add_rms_norm only; rounded to the tensors' dtype, as stock does)
+    s = x                                   or x + residual, rounded to the tensors' dtype, as stock does
+                                            or x * silu(gate), in float32
     x_hat = s / sqrt(mean(s^2) + eps)       y = x_hat * weight
 
 Stock Transformers runs five to seven elementwise passes for this and keeps float32 intermediates for backward. Here
 forward reads each input once and writes each output once, backward reads the normed tensor and the incoming gradients
-once, and only the tensor that is normed is saved: 1/rms is recomputed, which is free in a kernel that waits for memory
-anyway. The weight's gradient is summed by a fixed number of programs into rows of their own, so it is deterministic.
+once, and only the tensor that is normed is saved (with a gate: x and the gate). 1/rms is recomputed, which is free in a
+kernel that waits for memory anyway. The weight's gradient is summed by a fixed number of programs into rows of their
+own, so it is deterministic.
 
-Letters: T rows, H width.
+Letters: T rows, H width of what is normed, W = G·H width of rows of G groups.
 """
 
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
@@ -86,6 +89,36 @@ def add_rms_norm_reference(
     return rms_norm_reference(total, weight, eps, scale=scale), total
 
 
+def gated_norm_reference(
+    x: torch.Tensor, gate: torch.Tensor, weight_W: torch.Tensor, eps: float, groups: int
+) -> torch.Tensor:
+    """The specification of the gated norm: `NemotronHRMSNormGated.forward`; x and gate [..., W] → [..., W] like x."""
+    v = (x.float() * F.silu(gate.float())).unflatten(-1, (groups, -1))
+    v = v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight_W.float() * v.flatten(-2)).to(x.dtype)
+
+
+def gated_norm_forward(
+    x: torch.Tensor, gate: torch.Tensor, weight_W: torch.Tensor, eps: float, groups: int
+) -> torch.Tensor:
+    """y as in the reference, contiguous. x, gate: [..., W], slices of something wider or not."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_forward(x, gate, weight_W.contiguous(), y, None, eps, "float32", groups)
+    return y
+
+
+def gated_norm_backward(
+    x: torch.Tensor, gate: torch.Tensor, weight_W: torch.Tensor, eps: float, groups: int, dy: torch.Tensor,
+    dgate: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Writes dgate (which may be a slice of a wider gradient) and returns (dx, dweight)."""
+    dgate_TW = last_contiguous(dgate)
+    assert dgate_TW.data_ptr() == dgate.data_ptr(), "a copy would be written"
+    dx, dweight = _launch_backward(x, gate, weight_W.contiguous(), dy, dgate_TW, eps, "float32", groups)
+    assert dweight is not None
+    return dx, dweight
+
+
 def _check(x: torch.Tensor, weight: torch.Tensor, scale: str) -> None:
     assert weight.shape == x.shape[-1:], "the width of x"
     assert scale in ("rounded", "float32", "one_plus")
@@ -136,6 +169,7 @@ TUNING = {
     "forward": {"elements": 2048, "per_thread": 16},
     "backward": {"elements": 2048, "per_thread": 16, "programs": 4},
 }
+GATED_TUNING = TUNING | {"backward": {"elements": 1024, "per_thread": 8, "programs": 4}}
 
 
 def row_tile(H: int, tuning: dict[str, int]) -> dict[str, int]:
@@ -259,24 +293,15 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: str,
         keep: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        x_TH = last_contiguous(x)
-        T, H = x_TH.shape
-        total = None
-        sum_dtype = x.dtype
-        if residual is not None:
-            sum_dtype = torch.promote_types(x.dtype, residual.dtype)
-            total = torch.empty(x.shape, dtype=sum_dtype, device=x.device)
-        residual_TH = last_contiguous(residual) if residual is not None else x_TH
         weight = weight.contiguous()
-        y_dtype = torch.promote_types(sum_dtype, weight.dtype) if scale == "rounded" else sum_dtype
-        y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
-        blocks = row_tile(H, TUNING["forward"])
-        if y.numel():
-            norm_forward[(triton.cdiv(T, blocks["BLOCK_T"]),)](
-                x_TH, residual_TH, weight, y, total if total is not None else y, T, H,
-                x_TH.stride(0), residual_TH.stride(0), eps,
-                HAS_RESIDUAL=total is not None, HAS_GATE=False, GROUPS=1, SCALE=scale, **blocks,
-            )  # fmt: skip
+        dtype, total = x.dtype, None
+        if residual is not None:
+            dtype = torch.promote_types(dtype, residual.dtype)
+            total = torch.empty(x.shape, dtype=dtype, device=x.device)
+        if scale == "rounded":
+            dtype = torch.promote_types(dtype, weight.dtype)
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        _launch_forward(x, residual, weight, y, total, eps, scale)
         ctx.save_for_backward(x if total is None else total, weight)
         ctx.eps, ctx.scale, ctx.dtypes = eps, scale, (x.dtype, residual.dtype if residual is not None else None)
         ctx.set_materialize_grads(False)
@@ -292,28 +317,52 @@ class _RMSNorm(torch.autograd.Function):
         x_dtype, residual_dtype = ctx.dtypes
         dx, dweight = dsum, None
         if dy is not None:
-            dx, dweight = _launch_backward(s, weight, dy, dsum, ctx.eps, ctx.scale, ctx.needs_input_grad[2])
+            dx, dweight = _launch_backward(
+                s, dsum, weight, dy, None, ctx.eps, ctx.scale, weight_grad=ctx.needs_input_grad[2]
+            )
         if dx is None:
             return None, None, None, None, None, None
         dresidual = dx.to(residual_dtype) if residual_dtype is not None else None
         return dx.to(x_dtype), dresidual, dweight, None, None, None
 
 
+def _launch_forward(
+    x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, y: torch.Tensor, total: torch.Tensor | None,
+    eps: float, scale: str, groups: int = 0,
+) -> None:  # fmt: skip
+    """Writes y and, if there is one, total. other: the residual or, with groups, the gate."""
+    x_TW = last_contiguous(x)
+    other_TW = x_TW if other is None else last_contiguous(other)
+    gated, groups = groups > 0, max(1, groups)
+    T, H = len(x_TW), x.shape[-1] // groups
+    tile = row_tile(H, (GATED_TUNING if gated else TUNING)["forward"])
+    if y.numel():
+        norm_forward[(triton.cdiv(T, tile["BLOCK_T"]), groups)](
+            x_TW, other_TW, weight, y, y if total is None else total, T, H, x_TW.stride(0), other_TW.stride(0), eps,
+            HAS_RESIDUAL=total is not None, HAS_GATE=gated, GROUPS=groups, SCALE=scale, **tile,
+        )  # fmt: skip
+
+
 def _launch_backward(
-    s: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, dsum: torch.Tensor | None, eps: float, scale: str,
-    weight_grad: bool,
+    s: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, dy: torch.Tensor, dgate_TW: torch.Tensor | None,
+    eps: float, scale: str, groups: int = 1, weight_grad: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    s_TH, dy_TH = last_contiguous(s), last_contiguous(dy)
-    dsum_TH = last_contiguous(dsum) if dsum is not None else dy_TH
-    T, H = s_TH.shape
+    """(dx, dweight), and writes dgate, if there is one. other: the gradient of the sum or the gate."""
+    s_TW, dy_TW = last_contiguous(s), last_contiguous(dy)
+    other_TW = dy_TW if other is None else last_contiguous(other)
+    gated = dgate_TW is not None
+    (T, W), H = s_TW.shape, s.shape[-1] // groups
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    blocks = row_tile(H, TUNING["backward"])
-    programs = processors(s.device) * TUNING["backward"]["programs"]
-    programs = max(1, min(programs, triton.cdiv(T, blocks["BLOCK_T"])))
-    partial = torch.empty(programs if weight_grad else 0, H, dtype=torch.float32, device=s.device)
-    norm_backward[(programs,)](
-        s_TH, dsum_TH, weight, dy_TH, dx, dx, partial, T, H, s_TH.stride(0), dsum_TH.stride(0), dy_TH.stride(0), H, eps,
-        HAS_DSUM=dsum is not None, HAS_GATE=False, GROUPS=1, WEIGHT_GRAD=weight_grad, SCALE=scale, **blocks,
+    tuning = (GATED_TUNING if gated else TUNING)["backward"]
+    tile = row_tile(H, tuning)
+    programs = max(1, processors(s.device) * tuning["programs"] // groups)
+    programs = max(1, min(programs, triton.cdiv(T, tile["BLOCK_T"])))
+    partial = torch.empty(programs if weight_grad else 0, W, dtype=torch.float32, device=s.device)
+    norm_backward[(programs, groups)](
+        s_TW, other_TW, weight, dy_TW, dx, dx if dgate_TW is None else dgate_TW, partial, T, H,
+        s_TW.stride(0), other_TW.stride(0), dy_TW.stride(0), W if dgate_TW is None else dgate_TW.stride(0), eps,
+        HAS_DSUM=other is not None and not gated, HAS_GATE=gated, GROUPS=groups, WEIGHT_GRAD=weight_grad, SCALE=scale,
+        **tile,
     )  # fmt: skip
     if not weight_grad:
         return dx, None

@@ -1,51 +1,71 @@
-"""Rotary position embedding without a norm before it: one pass over queries and one over keys, forward and backward.
+"""Rotary position embedding of query and key heads, alone or with RMSNorm of every head before it, in one pass.
 
+    n = x / sqrt(mean(x^2 over D) + eps) * weight            where heads have a norm (Qwen3), else n = x
     [a', b'] = [a cos_a - b sin_a, b cos_b + a sin_b]
 
-a and b are the halves of the turned width R or, interleaved, its even and odd elements; the rest of a head passes
-unturned. All is computed in float32 and rounded once. Only cos and sin are kept: backward turns the gradients back.
-Heads with a norm of their own and a whole turn (Qwen3) have `qk_norm_rope`.
+a and b are the halves of the turned width R of n or, interleaved, its even and odd elements; the rest of a head passes
+unturned. Stock Transformers needs up to fifteen passes over q and k, and rounds to the input's dtype after each; here
+forward reads and writes each once, backward reads the gradients (and q and k, if normed) once, and all is computed in
+float32 and rounded once. Kept for backward: cos, sin and, if normed, what the projections made anyway.
 
-Letters: B batch, S sequence, N heads, D head width, R turned width.
+Letters: B batch, S sequence, T = B·S tokens, N heads (of q or of k), D head width, R turned width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers.models.gpt_oss.modeling_gpt_oss import _apply_rotary_emb
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.launch import launched
-from expertmesh.kernels.rms_norm import channels_last
+from expertmesh.kernels.launch import launched, processors
+from expertmesh.kernels.rms_norm import channels_last, rms_norm_reference, sum_partials
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 #: heads per tile, and warps
 TUNING = {"forward": {"ROWS": 16, "num_warps": 4}, "backward": {"ROWS": 16, "num_warps": 4}}
+#: with norms; and persistent programs per multiprocessor
+NORM_TUNING = {"forward": {"ROWS": 8, "num_warps": 4}, "backward": {"ROWS": 16, "num_warps": 4, "programs": 5}}
 
 
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[B, S, N, D] in x's dtype, contiguous, turned by cos and sin (no gradient).
+def rope(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int | None = None, interleaved: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """[B, S, N, D] in `dtype`, or x's, contiguous, turned by cos and sin (no gradient) as far as `width`, or wholly.
 
-    x: [B, S, N, D], any strides; cos, sin: [B or 1, S, D / 2]. Must equal `apply_rotary_pos_emb` of Transformers'
-    GPT-OSS.
+    x: [B, S, N, D], any strides; cos, sin: [B or 1, S, width], or half as wide for both halves. By default it must
+    equal `apply_rotary_pos_emb` of Transformers' GPT-OSS.
     """
-    assert cos.shape == sin.shape and cos.shape[0] in (1, x.shape[0]) and 2 * cos.shape[2] == x.shape[3]
-    return _RoPE.apply(x, cos, sin, x.shape[3], False, x.dtype) if use_triton(x) else rope_reference(x, cos, sin)
+    assert cos.shape == sin.shape and cos.shape[0] in (1, x.shape[0])
+    R = width or x.shape[3]
+    assert cos.shape[2] in (R, R // 2)
+    if use_triton(x):
+        return _RoPE.apply([dtype or x.dtype], cos, sin, R, interleaved, 0.0, x)[0]
+    return rope_reference(x, cos, sin, width, interleaved, dtype)
 
 
-def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The specification: GPT-OSS's."""
-    return _apply_rotary_emb(x, cos[:, :, None], sin[:, :, None]).to(x.dtype)
+def rope_reference(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int | None = None, interleaved: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The specification: what GPT-OSS, Mixtral, GLM-4 and ERNIE 4.5 compute, operation by operation."""
+    R = width or x.shape[3]
+    turn, rest = x.split([R, x.shape[3] - R], dim=-1)
+    a, b = (turn[..., ::2].float(), turn[..., 1::2].float()) if interleaved else turn.chunk(2, dim=-1)
+    (cos_a, cos_b), (sin_a, sin_b) = ((t[:, :, None, : R // 2], t[:, :, None, -R // 2 :]) for t in (cos, sin))
+    turned = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+    whole = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat([whole, rest], dim=-1).to(dtype or x.dtype)
 
 
-def rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> Pair:
     """Turned queries [B, Nq, S, D] and keys [B, Nk, S, D], differentiable in both; q and k may have any strides.
 
     cos, sin: [B or 1, S, R], R even and at most D; no gradient. Must equal `apply_rotary_pos_emb` of Transformers'
     Mixtral and GLM-4 (results in the dtype that x and cos promote to) and, interleaved, of ERNIE 4.5 (in x's dtype; of
-    cos and sin the first half counts). The kernel's results are transposed views of [B, S, N, D] memory.
+    cos and sin the first half counts). The results are transposed views of [B, S, N, D] memory.
     """
     R = cos.shape[-1]
     if cos.shape != sin.shape or cos.ndim != 3 or R % 2 or q.shape[-1] < R:
@@ -53,46 +73,99 @@ def rotary(
             f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [1 or {q.shape[0]}, {q.shape[2]}, R], "
             f"R even and at most the heads' width, {q.shape[-1]}."
         )
-    if not use_triton(q):
-        return rotary_reference(q, k, cos, sin, interleaved)
-    if interleaved:
-        cos, sin = cos[..., : R // 2], sin[..., : R // 2]
-
-    def turned(x: torch.Tensor) -> torch.Tensor:
-        dtype = x.dtype if interleaved else torch.promote_types(x.dtype, cos.dtype)
-        return _RoPE.apply(x.transpose(1, 2), cos, sin, R, interleaved, dtype).transpose(1, 2)
-
-    return turned(q), turned(k)
+    return _rotary(rope, q, k, cos, sin, interleaved)
 
 
 def rotary_reference(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The specification: the functions of Transformers' Mixtral and, interleaved, ERNIE 4.5, on the turned part."""
-    from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe  # which nothing but this needs
-    from transformers.models.mixtral import modeling_mixtral
-
-    family, R = modeling_ernie4_5_moe if interleaved else modeling_mixtral, cos.shape[-1]
-    turned = family.apply_rotary_pos_emb(q[..., :R], k[..., :R], cos, sin)
-    if q.shape[-1] == R:
-        return turned
-    return torch.cat([turned[0], q[..., R:]], dim=-1), torch.cat([turned[1], k[..., R:]], dim=-1)
+) -> Pair:
+    """The specification of `rotary`."""
+    return _rotary(rope_reference, q, k, cos, sin, interleaved)
 
 
-@launched
-def _turn(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, num_heads, S, stride_b, stride_s, stride_n, rot_stride_b, rot_stride_s,
-    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SECOND: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
-):  # fmt: skip
-    """One program per tile of heads, counted through all tokens; cos and sin of b begin at SECOND."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+def _rotary(
+    rope: Callable, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: bool
+) -> Pair:
+    R = cos.shape[-1]
+    if pairs:
+        cos, sin = cos[..., : R // 2], sin[..., : R // 2]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        dtype = x.dtype if pairs else torch.promote_types(x.dtype, cos.dtype)
+        return rope(x.transpose(1, 2), cos, sin, R, pairs, dtype).transpose(1, 2)
+
+    return turned(q), turned(k)
+
+
+def qk_norm_rope(
+    q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
+    sin: torch.Tensor, eps: float,
+) -> Pair:  # fmt: skip
+    """Normed and rotated queries and keys, ready for attention; differentiable in q, k and both weights.
+
+    q: [B, S, Nq, D] and k: [B, S, Nk, D], the projections' outputs seen by head, any strides; q_weight, k_weight: [D];
+    cos, sin: [B or 1, S, D], as the model's rotary embedding gives them (no gradient).
+    Returns [B, Nq, S, D] and [B, Nk, S, D] as transposed views of [B, S, N, D] memory: the layout that stock
+    Transformers hands to attention as well, flash kernels read it without a copy and SDPA takes it through strides.
+    Must equal `q_norm`, `k_norm` and `apply_rotary_pos_emb` of transformers' Qwen3MoeAttention. Rotary embeddings must
+    turn all of D. Raises ValueError if cos or sin want gradients.
+    """
+    B, S, _, D = q.shape
+    assert k.shape[:2] == (B, S) and k.shape[3] == D and q_weight.shape == k_weight.shape == (D,)
+    assert D % 2 == 0 and cos.shape == sin.shape and cos.shape in ((1, S, D), (B, S, D)), "whole, even-width heads turn"
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        raise ValueError("qk_norm_rope gives cos and sin no gradient: detach them.")
+    if not use_triton(q):
+        return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps)
+    q_dtype, k_dtype = (torch.promote_types(x.dtype, w.dtype) for x, w in ((q, q_weight), (k, k_weight)))
+    dtypes = [torch.promote_types(q_dtype, cos.dtype), torch.promote_types(k_dtype, cos.dtype)]
+    q_out, k_out = _RoPE.apply(dtypes, cos, sin, D, False, eps, q, k, q_weight, k_weight)
+    return q_out.transpose(1, 2), k_out.transpose(1, 2)
+
+
+def qk_norm_rope_reference(
+    q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
+    sin: torch.Tensor, eps: float,
+) -> Pair:  # fmt: skip
+    """The specification: Qwen3MoeAttention's operations, one by one."""
+    q = rms_norm_reference(q, q_weight, eps).transpose(1, 2)
+    k = rms_norm_reference(k, k_weight, eps).transpose(1, 2)
+    return rotary_reference(q, k, cos, sin)
+
+
+@triton.jit
+def _places(tile, num_heads, S, N: tl.constexpr, ROWS: tl.constexpr):
+    """Of a tile's heads, counted through all tokens: batch, position, head, flat number and whether there is one."""
+    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     token = row // N
-    batch = (token // S).to(tl.int64)
-    position = (token % S).to(tl.int64)
-    inside = row < num_heads
-    x_ptr += batch * stride_b + position * stride_s + (row % N).to(tl.int64) * stride_n
-    y_ptr += row.to(tl.int64) * D
+    b = token // S
+    return (
+        b.to(tl.int64),
+        (token - b * S).to(tl.int64),
+        (row - token * N).to(tl.int64),
+        row.to(tl.int64),
+        row < num_heads,
+    )
+
+
+@triton.jit
+def _load_two(ptr, at_a, at_b, mask):
+    return tl.load(ptr + at_a, mask, other=0.0).to(tl.float32), tl.load(ptr + at_b, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _turn_tile(
+    tile, heads, strides, rotation, T, S, eps, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SECOND: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_NORM: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """Norms and turns one tile of heads; cos and sin of b begin at SECOND."""
+    x_ptr, weight_ptr, y_ptr = heads
+    stride_b, stride_s, stride_n = strides
+    cos_ptr, sin_ptr, rot_stride_b, rot_stride_s = rotation
+    batch, position, head, row, inside = _places(tile, T * N, S, N, ROWS)
+    x_ptr += batch * stride_b + position * stride_s + head * stride_n
+    y_ptr += row * D
     pair = tl.arange(0, BLOCK)[None, :]
     turn = batch * rot_stride_b + position * rot_stride_s + pair
     mask = inside & (pair < R // 2)
@@ -100,14 +173,19 @@ def _turn(
         at_a, at_b = 2 * pair, 2 * pair + 1
     else:
         at_a, at_b = pair, pair + R // 2
-    a = tl.load(x_ptr + at_a, mask, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + at_b, mask, other=0.0).to(tl.float32)
-    cos_a = tl.load(cos_ptr + turn, mask, other=0.0).to(tl.float32)
-    sin_a = tl.load(sin_ptr + turn, mask, other=0.0).to(tl.float32)
-    cos_b, sin_b = cos_a, sin_a
+    a, b = _load_two(x_ptr, at_a, at_b, mask)
     if SECOND > 0:
-        cos_b = tl.load(cos_ptr + turn + SECOND, mask, other=0.0).to(tl.float32)
-        sin_b = tl.load(sin_ptr + turn + SECOND, mask, other=0.0).to(tl.float32)
+        cos_a, cos_b = _load_two(cos_ptr, turn, turn + SECOND, mask)
+        sin_a, sin_b = _load_two(sin_ptr, turn, turn + SECOND, mask)
+    else:
+        cos_a = tl.load(cos_ptr + turn, mask, other=0.0).to(tl.float32)
+        sin_a = tl.load(sin_ptr + turn, mask, other=0.0).to(tl.float32)
+        cos_b, sin_b = cos_a, sin_a
+    if HAS_NORM:
+        weight_a, weight_b = _load_two(weight_ptr, at_a, at_b, pair < R // 2)
+        rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / D + eps)
+        a = a * rstd * weight_a
+        b = b * rstd * weight_b
     if BACK:
         sin_a, sin_b = -sin_b, -sin_a
     tl.store(y_ptr + at_a, a * cos_a - b * sin_a, mask)
@@ -118,41 +196,169 @@ def _turn(
         tl.store(y_ptr + at, tl.load(x_ptr + at, rest, other=0.0).to(tl.float32), rest)
 
 
+@launched
+def _turn(
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, S,
+    q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n, rot_stride_b, rot_stride_s, eps,
+    NQ: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SECOND: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_NORM: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of heads: those of q, then those of k, if there are any."""
+    tile = tl.program_id(0)
+    q_tiles = tl.cdiv(T * NQ, ROWS)
+    rotation = cos_ptr, sin_ptr, rot_stride_b, rot_stride_s
+    if NK == 0 or tile < q_tiles:
+        _turn_tile(
+            tile, (q_ptr, q_weight_ptr, q_out_ptr), (q_stride_b, q_stride_s, q_stride_n), rotation, T, S,
+            eps, NQ, D, R, SECOND, INTERLEAVED, HAS_NORM, BACK, ROWS, BLOCK, BLOCK_REST,
+        )  # fmt: skip
+    else:
+        _turn_tile(
+            tile - q_tiles, (k_ptr, k_weight_ptr, k_out_ptr), (k_stride_b, k_stride_s, k_stride_n), rotation, T, S,
+            eps, NK, D, R, SECOND, INTERLEAVED, HAS_NORM, BACK, ROWS, BLOCK, BLOCK_REST,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_tiles(
+    first, step, heads, strides, rotation, T, S, eps,
+    N: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx of tiles first, first + step, …; their weight gradient [D] goes to dweight.
+
+    The weight gradient is summed per thread and reduced over heads once, at the end: nothing in the loop crosses warps.
+    """
+    x_ptr, weight_ptr, dy_ptr, dx_ptr, dweight_ptr = heads
+    stride_b, stride_s, stride_n, dy_stride_b, dy_stride_s, dy_stride_n = strides
+    cos_ptr, sin_ptr, rot_stride_b, rot_stride_s = rotation
+    at_a = tl.arange(0, BLOCK)[None, :]
+    at_b = at_a + HALF
+    weight_a, weight_b = _load_two(weight_ptr, at_a, at_b, at_a < HALF)
+    sum_a = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_b = tl.zeros((ROWS, BLOCK), tl.float32)
+    tile = first
+    while tile * ROWS < T * N:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
+        batch, position, head, row, inside = _places(tile, T * N, S, N, ROWS)
+        mask = inside & (at_a < HALF)
+        a, b = _load_two(x_ptr + batch * stride_b + position * stride_s + head * stride_n, at_a, at_b, mask)
+        dy_at = batch * dy_stride_b + position * dy_stride_s + head * dy_stride_n
+        dy_a, dy_b = _load_two(dy_ptr + dy_at, at_a, at_b, mask)
+        turn = batch * rot_stride_b + position * rot_stride_s
+        cos_a, cos_b = _load_two(cos_ptr + turn, at_a, at_b, mask)
+        sin_a, sin_b = _load_two(sin_ptr + turn, at_a, at_b, mask)
+        dn_a = dy_a * cos_a + dy_b * sin_b
+        dn_b = dy_b * cos_b - dy_a * sin_a
+        rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / (2 * HALF) + eps)
+        a *= rstd
+        b *= rstd
+        sum_a += dn_a * a
+        sum_b += dn_b * b
+        dn_a *= weight_a
+        dn_b *= weight_b
+        mean = tl.sum(dn_a * a + dn_b * b, axis=1, keep_dims=True) / (2 * HALF)
+        dx = dx_ptr + row * (2 * HALF)
+        tl.store(dx + at_a, rstd * (dn_a - a * mean), mask)
+        tl.store(dx + at_b, rstd * (dn_b - b * mean), mask)
+        tile += step
+    tl.store(dweight_ptr + at_a, tl.sum(sum_a, axis=0, keep_dims=True), at_a < HALF)
+    tl.store(dweight_ptr + at_b, tl.sum(sum_b, axis=0, keep_dims=True), at_a < HALF)
+
+
+@launched
+def _norm_backward(
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_out_ptr, dk_out_ptr, dq_ptr, dk_ptr, dweight_ptr,
+    q_programs, T, S, q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n, rot_stride_b,
+    rot_stride_s, dq_stride_b, dq_stride_s, dq_stride_n, dk_stride_b, dk_stride_s, dk_stride_n, eps,
+    NQ: tl.constexpr, NK: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Persistent: the first programs share the tiles of q, the others those of k; program p writes row p of dweight."""
+    program = tl.program_id(0)
+    dweight_ptr += program * (HALF * 2)
+    rotation = cos_ptr, sin_ptr, rot_stride_b, rot_stride_s
+    if program < q_programs:
+        _backward_tiles(
+            program, q_programs, (q_ptr, q_weight_ptr, dq_out_ptr, dq_ptr, dweight_ptr),
+            (q_stride_b, q_stride_s, q_stride_n, dq_stride_b, dq_stride_s, dq_stride_n), rotation, T, S, eps,
+            NQ, HALF, ROWS, BLOCK,
+        )  # fmt: skip
+    else:
+        _backward_tiles(
+            program - q_programs, tl.num_programs(0) - q_programs,
+            (k_ptr, k_weight_ptr, dk_out_ptr, dk_ptr, dweight_ptr),
+            (k_stride_b, k_stride_s, k_stride_n, dk_stride_b, dk_stride_s, dk_stride_n), rotation, T, S, eps,
+            NK, HALF, ROWS, BLOCK,
+        )  # fmt: skip
+
+
 def rotation_strides(cos: torch.Tensor) -> tuple[int, int]:
     """Those of batch and position of cos [B or 1, S, R], of which one row may serve all."""
     return cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
 
 
 class _RoPE(torch.autograd.Function):
-    """x [B, S, N, D] → the same, contiguous. cos, sin: [B or 1, S, R], or half as wide for both halves."""
+    """Heads [B, S, N, D] → the same turned, contiguous, in `dtypes`: x alone, or q and k, given weights of norms."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, R: int, interleaved: bool, dtype: Any):
+    def forward(
+        ctx: Any, dtypes: list[torch.dtype], cos: torch.Tensor, sin: torch.Tensor, R: int, interleaved: bool,
+        eps: float, *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         cos, sin = cos.contiguous(), sin.contiguous()
-        ctx.save_for_backward(cos, sin)
-        ctx.R, ctx.interleaved, ctx.dtype = R, interleaved, x.dtype
-        return _turned(x, cos, sin, R, interleaved, dtype, back=False)
+        heads, weights = [channels_last(x) for x in tensors[:2]], [weight.contiguous() for weight in tensors[2:]]
+        ctx.options = R, interleaved, eps
+        ctx.dtypes = [x.dtype for x in heads]
+        ctx.save_for_backward(cos, sin, *(heads + weights if weights else []))
+        return _launch(heads, weights, cos, sin, dtypes, False, *ctx.options)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        dx = _turned(dy, cos, sin, ctx.R, ctx.interleaved, ctx.dtype, back=True)
-        return dx, None, None, None, None, None
+    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin, *normed = ctx.saved_tensors
+        outs = [channels_last(dy) for dy in dys]
+        if normed:
+            grads = _launch_norm_backward(normed[:2], normed[2:], cos, sin, outs, ctx.options[-1])
+        else:
+            grads = _launch(outs, [], cos, sin, ctx.dtypes, True, *ctx.options)
+        return None, None, None, None, None, None, *grads
 
 
-def _turned(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, R: int, interleaved: bool, dtype: torch.dtype, back: bool
-) -> torch.Tensor:
-    B, S, N, D = x.shape
-    assert B * S * N < 2**31, "heads are counted in 32 bits"
-    x = channels_last(x)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    tuning = TUNING["backward" if back else "forward"]
-    if y.numel():
-        _turn[(triton.cdiv(B * S * N, tuning["ROWS"]),)](
-            x, cos, sin, y, B * S * N, S, *x.stride()[:3], *rotation_strides(cos),
-            N=N, D=D, R=R, SECOND=cos.shape[-1] - R // 2, INTERLEAVED=interleaved, BACK=back,
-            BLOCK=triton.next_power_of_2(R // 2), BLOCK_REST=triton.next_power_of_2(max(1, D - R)), **tuning,
+def _launch(
+    heads: list[torch.Tensor], weights: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor,
+    dtypes: list[torch.dtype], back: bool, R: int, interleaved: bool, eps: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    (B, S, NQ, D), NK = heads[0].shape, heads[1].shape[2] if weights else 0
+    assert B * S * max(NQ, NK) < 2**31, "heads are counted in 32 bits"
+    outs = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in zip(heads, dtypes, strict=True))
+    tuning = (NORM_TUNING if weights else TUNING)["backward" if back else "forward"]
+    if outs[0].numel():
+        _turn[(sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK)),)](
+            heads[0], heads[-1], *(weights or (None, None)), cos, sin, outs[0], outs[-1], B * S, S,
+            *heads[0].stride()[:3], *heads[-1].stride()[:3], *rotation_strides(cos), eps,
+            NQ=NQ, NK=NK, D=D, R=R, SECOND=cos.shape[-1] - R // 2, INTERLEAVED=interleaved, HAS_NORM=bool(weights),
+            BACK=back, BLOCK=triton.next_power_of_2(R // 2), BLOCK_REST=triton.next_power_of_2(max(1, D - R)), **tuning,
         )  # fmt: skip
-    return y
+    return outs
+
+
+def _launch_norm_backward(
+    heads: list[torch.Tensor], weights: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor,
+    outs: list[torch.Tensor], eps: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Gradients of q, k and both weights from `outs`, those of the turned q and k."""
+    (B, S, NQ, D), NK = heads[0].shape, heads[1].shape[2]
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (*heads, *weights))
+    tuning = dict(NORM_TUNING["backward"])
+    programs = processors(cos.device) * tuning.pop("programs")
+    q_programs, k_programs = (
+        max(1, min(programs * N // (NQ + NK), triton.cdiv(B * S * N, tuning["ROWS"]))) for N in (NQ, NK)
+    )
+    partial = torch.empty(q_programs + k_programs, D, dtype=torch.float32, device=cos.device)
+    _norm_backward[(q_programs + k_programs,)](
+        *heads, *weights, cos, sin, *outs, *grads[:2], partial, q_programs, B * S, S,
+        *heads[0].stride()[:3], *heads[1].stride()[:3], *rotation_strides(cos),
+        *outs[0].stride()[:3], *outs[1].stride()[:3], eps,
+        NQ=NQ, NK=NK, HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), **tuning,
+    )  # fmt: skip
+    sum_partials(partial, q_programs, *grads[2:])
+    return grads

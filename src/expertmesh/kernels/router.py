@@ -95,38 +95,14 @@ def kernel_supports(routing: Routing, num_experts: int) -> bool:
     return routing.num_groups == 1 or power_of_two
 
 
-_ROWS = 4
-
-
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TE, bias_E, ids_TK, routing: Routing, weight_dtype: torch.dtype):
-        num_tokens, num_experts = logits_TE.shape
-        logits_TE = logits_TE.contiguous()
-        given = ids_TK is not None
-        weights = logits_TE.new_empty(num_tokens, routing.top_k, dtype=weight_dtype)
+        logits_TE, given = logits_TE.contiguous(), ids_TK is not None
+        weights = logits_TE.new_empty(len(logits_TE), routing.top_k, dtype=weight_dtype)
         if not given:
-            ids_TK = torch.empty(num_tokens, routing.top_k, dtype=torch.int64, device=logits_TE.device)
-        _route_kernel[(triton.cdiv(num_tokens, _ROWS),)](
-            logits_TE,
-            bias_E,
-            weights,
-            ids_TK,
-            num_tokens,
-            num_experts,
-            routing.scale,
-            routing.min_sum,
-            KIND=routing.kind,
-            K=routing.top_k,
-            KP=triton.next_power_of_2(routing.top_k),
-            NORMALIZE=routing.normalize,
-            GROUPS=routing.num_groups,
-            TOP_GROUPS=routing.top_groups,
-            HAS_BIAS=bias_E is not None,
-            GIVEN=given,
-            ROWS=_ROWS,
-            EP=triton.next_power_of_2(num_experts),
-        )
+            ids_TK = torch.empty_like(weights, dtype=torch.int64)
+        _launch(routing, logits_TE, bias_E, ids_TK, weights, None, given)
         ctx.routing = routing
         ctx.save_for_backward(logits_TE, ids_TK)
         ctx.mark_non_differentiable(ids_TK)
@@ -136,38 +112,22 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dweights, _):
         logits_TE, ids_TK = ctx.saved_tensors
-        routing = ctx.routing
-        num_tokens, num_experts = logits_TE.shape
         dlogits = torch.empty_like(logits_TE)
-        _route_backward_kernel[(triton.cdiv(num_tokens, _ROWS),)](
-            logits_TE,
-            ids_TK,
-            dweights.contiguous(),
-            dlogits,
-            num_tokens,
-            num_experts,
-            routing.scale,
-            routing.min_sum,
-            KIND=routing.kind,
-            K=routing.top_k,
-            KP=triton.next_power_of_2(routing.top_k),
-            NORMALIZE=routing.normalize,
-            ROWS=_ROWS,
-            EP=triton.next_power_of_2(num_experts),
-        )
+        _launch(ctx.routing, logits_TE, None, ids_TK, dweights.contiguous(), dlogits, True)
         return dlogits, None, None, None, None
 
 
-@triton.jit
-def _scores(logits, KIND: tl.constexpr):
-    """Scores [ROWS, EP] in float32; padding columns hold -inf logits."""
-    if KIND == "softmax":
-        e = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-        return e / tl.sum(e, axis=1)[:, None]
-    elif KIND == "sigmoid":
-        return tl.sigmoid(logits)
-    else:
-        return logits
+def _launch(
+    routing: Routing, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor, dlogits_TE: torch.Tensor | None, given: bool, rows: int = 4,
+) -> None:  # fmt: skip
+    num_tokens, num_experts = logits_TE.shape
+    _route_kernel[(triton.cdiv(num_tokens, rows),)](
+        logits_TE, bias_E, ids_TK, weights_TK, dlogits_TE, num_tokens, num_experts, routing.scale, routing.min_sum,
+        KIND=routing.kind, K=routing.top_k, KP=triton.next_power_of_2(routing.top_k), NORMALIZE=routing.normalize,
+        GROUPS=routing.num_groups, TOP_GROUPS=routing.top_groups, GIVEN=given, ROWS=rows,
+        EP=triton.next_power_of_2(num_experts),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -191,26 +151,34 @@ def _keep_best_groups(choice, ROWS: tl.constexpr, EP: tl.constexpr, GROUPS: tl.c
 
 @launched
 def _route_kernel(
-    logits, bias, weights, ids, num_tokens, num_experts, scale, min_sum,
+    logits, bias, ids, weights, dlogits, num_tokens, num_experts, scale, min_sum,
     KIND: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, NORMALIZE: tl.constexpr, GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, EP: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
+    """Writes weights and, unless they are given, ids; with dlogits it is the backward, and `weights` their gradient."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EP)
     slot = tl.arange(0, KP)
     row = token.to(tl.int64)[:, None]
     in_row = (token < num_tokens)[:, None]
     real = (expert < num_experts)[None, :]
-    logit = tl.load(logits + row * num_experts + expert[None, :], mask=in_row & real, other=0.0).to(tl.float32)
-    score = _scores(tl.where(real, logit, float("-inf")), KIND)
+    used = (slot < K)[None, :]
+    at_weights = weights + row * K + slot[None, :]
+    score = tl.load(logits + row * num_experts + expert[None, :], mask=in_row & real, other=0.0).to(tl.float32)
+    score = tl.where(real, score, float("-inf"))
+    if KIND == "softmax":
+        score = tl.exp(score - tl.max(score, axis=1)[:, None])
+        score /= tl.sum(score, axis=1)[:, None]
+    elif KIND == "sigmoid":
+        score = tl.sigmoid(score)
     choice = score
-    if HAS_BIAS:
+    if bias is not None:
         choice += tl.load(bias + expert, mask=expert < num_experts, other=0.0).to(tl.float32)[None, :]
     choice = tl.where(real, choice, float("-inf"))
     if GROUPS > 1:
         choice = _keep_best_groups(choice, ROWS, EP, GROUPS, TOP_GROUPS)
 
-    weight = tl.zeros((ROWS, KP), tl.float32)
+    picked = tl.zeros((ROWS, KP), tl.float32)
     for k in tl.static_range(K):
         if GIVEN:
             pick = tl.load(ids + token.to(tl.int64) * K + k, mask=token < num_tokens, other=0).to(tl.int32)
@@ -219,61 +187,34 @@ def _route_kernel(
             choice = tl.where(expert[None, :] == pick[:, None], float("-inf"), choice)
             tl.store(ids + token.to(tl.int64) * K + k, pick.to(tl.int64), mask=token < num_tokens)
         value = tl.sum(tl.where(expert[None, :] == pick[:, None], score, 0.0), axis=1)
-        weight = tl.where(slot[None, :] == k, value[:, None], weight)
-    used = (slot < K)[None, :]
-    if KIND == "topk_softmax":
-        top = tl.max(tl.where(used, weight, float("-inf")), axis=1)[:, None]
-        weight = tl.where(used, tl.exp(weight - top), 0.0)
-        weight /= tl.sum(weight, axis=1)[:, None]
-    elif NORMALIZE:
-        weight /= tl.maximum(tl.sum(weight, axis=1)[:, None], min_sum) + 1e-20
-    tl.store(weights + row * K + slot[None, :], (weight * scale).to(weights.dtype.element_ty), mask=in_row & used)
-
-
-@launched
-def _route_backward_kernel(
-    logits, ids, dweights, dlogits, num_tokens, num_experts, scale, min_sum,
-    KIND: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr,
-    EP: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    expert = tl.arange(0, EP)
-    slot = tl.arange(0, KP)
-    row = token.to(tl.int64)[:, None]
-    in_row = (token < num_tokens)[:, None]
-    real = (expert < num_experts)[None, :]
-    logit = tl.load(logits + row * num_experts + expert[None, :], mask=in_row & real, other=0.0).to(tl.float32)
-    score = _scores(tl.where(real, logit, float("-inf")), KIND)
-    used = (slot < K)[None, :]
-    dw = tl.load(dweights + row * K + slot[None, :], mask=in_row & used, other=0.0).to(tl.float32) * scale
-
-    picked = tl.zeros((ROWS, KP), tl.float32)
-    for k in tl.static_range(K):
-        pick = tl.load(ids + token.to(tl.int64) * K + k, mask=token < num_tokens, other=0).to(tl.int32)
-        value = tl.sum(tl.where(expert[None, :] == pick[:, None], score, 0.0), axis=1)
         picked = tl.where(slot[None, :] == k, value[:, None], picked)
+    picked_sum = tl.sum(picked, axis=1)[:, None]
+    total = tl.maximum(picked_sum, min_sum) + 1e-20
+    weight = picked
     if KIND == "topk_softmax":
         top = tl.max(tl.where(used, picked, float("-inf")), axis=1)[:, None]
         weight = tl.where(used, tl.exp(picked - top), 0.0)
         weight /= tl.sum(weight, axis=1)[:, None]
-        dvalue = weight * (dw - tl.sum(dw * weight, axis=1)[:, None])
     elif NORMALIZE:
-        picked_sum = tl.sum(picked, axis=1)[:, None]
-        total = tl.maximum(picked_sum, min_sum) + 1e-20
-        dtotal = tl.where(picked_sum >= min_sum, tl.sum(dw * picked, axis=1)[:, None] / total, 0.0)
-        dvalue = (dw - dtotal) / total
-    else:
-        dvalue = dw
+        weight /= total
 
-    dscore = tl.zeros((ROWS, EP), tl.float32)
-    for k in tl.static_range(K):
-        pick = tl.load(ids + token.to(tl.int64) * K + k, mask=token < num_tokens, other=0).to(tl.int32)
-        mine = tl.sum(tl.where(slot[None, :] == k, dvalue, 0.0), axis=1)
-        dscore += tl.where(expert[None, :] == pick[:, None], mine[:, None], 0.0)
-    if KIND == "softmax":
-        dl = score * (dscore - tl.sum(dscore * score, axis=1)[:, None])
-    elif KIND == "sigmoid":
-        dl = dscore * score * (1.0 - score)
+    if dlogits is None:
+        tl.store(at_weights, (weight * scale).to(weights.dtype.element_ty), mask=in_row & used)
     else:
-        dl = dscore
-    tl.store(dlogits + row * num_experts + expert[None, :], dl.to(dlogits.dtype.element_ty), mask=in_row & real)
+        dvalue = tl.load(at_weights, mask=in_row & used, other=0.0).to(tl.float32) * scale
+        if KIND == "topk_softmax":
+            dvalue = weight * (dvalue - tl.sum(dvalue * weight, axis=1)[:, None])
+        elif NORMALIZE:
+            dtotal = tl.sum(dvalue * picked, axis=1)[:, None] / total
+            dvalue = (dvalue - tl.where(picked_sum >= min_sum, dtotal, 0.0)) / total
+        dscore = tl.zeros((ROWS, EP), tl.float32)
+        for k in tl.static_range(K):
+            pick = tl.load(ids + token.to(tl.int64) * K + k, mask=token < num_tokens, other=0).to(tl.int32)
+            mine = tl.sum(tl.where(slot[None, :] == k, dvalue, 0.0), axis=1)
+            dscore += tl.where(expert[None, :] == pick[:, None], mine[:, None], 0.0)
+        if KIND == "softmax":
+            dscore = score * (dscore - tl.sum(dscore * score, axis=1)[:, None])
+        elif KIND == "sigmoid":
+            dscore *= score * (1.0 - score)
+        at = dlogits + row * num_experts + expert[None, :]
+        tl.store(at, dscore.to(dlogits.dtype.element_ty), mask=in_row & real)

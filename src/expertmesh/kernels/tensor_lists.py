@@ -57,10 +57,8 @@ def on_device(
         first += of_tensor
     ints, floats = torch.tensor(table), torch.tensor(numbers, dtype=torch.float64)
     sent = _sent(torch.cat([floats.flatten().view(torch.int64), ints.flatten()]), device)
-    floats, ints = (
-        sent[: floats.numel()].view(torch.float64).view(floats.shape),
-        sent[floats.numel() :].view(ints.shape),
-    )
+    size = floats.numel()
+    floats, ints = sent[:size].view(torch.float64).view(floats.shape), sent[size:].view(ints.shape)
     return torch.repeat_interleave(ints[:, 2].contiguous(), output_size=first), ints, floats
 
 

@@ -17,7 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_for
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
-from expertmesh.kernels.qk_norm_rope import qk_norm_rope
+from expertmesh.kernels.rope import qk_norm_rope
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
 from expertmesh.layers.norm import can_merge
 from expertmesh.layers.rows import is_placeholder, unlost

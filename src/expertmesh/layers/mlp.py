@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.activations import ReLUSquaredActivation, SiLUActivation
 
-from expertmesh.kernels.swiglu import relu2, swiglu
+from expertmesh.kernels.activation import relu2, swiglu
 from expertmesh.twins import Fast, untouched
 
 

@@ -158,11 +158,11 @@ class _Up(torch.autograd.Function):
         (dh_SJ, x_TH, w_up, group, dweight_TK, db_up), ctx.from_down = ctx.from_down, None
         dx_TH = dw_up = None
         if ctx.needs_input_grad[0]:
-            dx_TH = combine(products.up_dgrad(dh_SJ, w_up, group), group.position_TK)
+            dx_TH = combine(products.grouped_gemm(dh_SJ, w_up.transpose(1, 2), group), group.position_TK)
         if ctx.handoff is not None and dx_TH is not None and dweight_TK is not None:
             ctx.handoff.start([dx_TH, dweight_TK])  # from here on the gradient of the output may be overwritten
         if ctx.needs_input_grad[1]:
-            dw_up = products.up_wgrad(x_TH, dh_SJ, group, w_up, ctx.scale)
+            dw_up = products.wgrad(x_TH, dh_SJ, group, w_up, ctx.scale)
         return dx_TH, dw_up, db_up, *[None] * 8
 
 
@@ -172,7 +172,7 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_SJ, a_SI, weight_TK, w_down, b_down, residual, groups, handoff: Handoff | None):
         ctx.up, group = h_SJ.grad_fn, groups.pop()
-        y_SH = products.down(a_SI, w_down, b_down, group)
+        y_SH = products.grouped_gemm(a_SI, w_down, group, b_down)
         if handoff is not None:
             return handoff.send(y_SH, group.position_TK, weight_TK)
         return combine(y_SH, group.position_TK, weight_TK, residual)
@@ -197,7 +197,7 @@ class _Down(torch.autograd.Function):
         if need_weight:
             dweight_TK = _per_slot(dweight_PS, group, dout_TH, ids_TK, b_down, weight_TK.dtype)
         if need_w_down:
-            dw_down = products.down_wgrad(dout_TH, wa_SI, group, w_down, up.scale)
+            dw_down = products.wgrad(dout_TH, wa_SI, group, w_down.transpose(1, 2), up.scale).transpose(1, 2)
         if need_b_down:
             db_down = _bias_down_grad(dout_TH, weight_TK, ids_TK, b_down) * up.scale
         if db_up is not None:
