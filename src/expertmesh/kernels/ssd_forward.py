@@ -1,4 +1,9 @@
-"""The forward kernels of Mamba2's scan and their launches; `ssd` has the formulas and the letters."""
+"""Mamba2's scan: dt and decays, states, and the kernel for y that is also the backward's for dx; `ssd` has the
+formulas and the letters.
+
+What one token hands to later ones is mirrored in the backward. So kernels look from their `own` tokens at others: from
+targets at the sources before them, or, with SOURCES, from sources at the targets behind them.
+"""
 
 from typing import Any, NamedTuple
 
@@ -85,7 +90,6 @@ def _walk_chunks(
     for i in range(0, chunks):
         chunk = chunks - 1 - i if REVERSE else i
         first = chunk * Q
-        token = first + lane
         at = states_ptr + tl.cast(chunk, tl.int64) * stride_chunk + p[:, None] * N + n[None, :]
         tl.store(at, state.to(states_ptr.dtype.element_ty))
         c = tl.load(c_ptr + first + lane)
@@ -93,13 +97,8 @@ def _walk_chunks(
         carried = tl.exp2(last)
         weight = tl.exp2(c) if REVERSE else tl.load(dt_ptr + first + lane) * tl.exp2(last - c)
         if PACKED:
-            last_start = tl.load(start_ptr + tl.minimum(first + Q, S) - 1)
-            carried = tl.where(last_start < first, carried, 0.0)
-            if REVERSE:
-                start = tl.load(start_ptr + token, token < S, other=0)
-                weight = tl.where(start < first, weight, 0.0)
-            else:
-                weight = tl.where(token >= last_start, weight, 0.0)
+            carried = tl.where(tl.load(start_ptr + tl.minimum(first + Q, S) - 1) < first, carried, 0.0)
+            weight = tl.where(reaches(first + lane, first, start_ptr, S, not REVERSE, Q), weight, 0.0)
         v = tokens(v_ptr, first, S, stride_vs, Q, BLOCK)
         m = tokens(m_ptr, first, S, stride_ms, Q, N)
         v = (v.to(tl.float32) * weight[:, None]).to(v.dtype)
@@ -159,42 +158,83 @@ def row_at(ptr, first, stride, NUM: tl.constexpr):
     return ptr + first.to(tl.int64) * stride + tl.arange(0, NUM)[:, None] * stride
 
 
+@triton.jit
+def pairs(own, other, start_ptr, S, SOURCES: tl.constexpr, PACKED: tl.constexpr):
+    """[own, other]: whether the source comes before the target or is it, in the same document."""
+    if SOURCES:
+        legal = own[:, None] <= other[None, :]
+        if PACKED:
+            legal &= own[:, None] >= tl.load(start_ptr + other, other < S, other=0)[None, :]
+    else:
+        legal = own[:, None] >= other[None, :]
+        if PACKED:
+            legal &= other[None, :] >= tl.load(start_ptr + own, own < S, other=0)[:, None]
+    return legal
+
+
+@triton.jit
+def reaches(own, first, start_ptr, S, SOURCES: tl.constexpr, Q: tl.constexpr):
+    """Whether sources of the chunk at `first` are of the document that goes on behind it, or targets of the one that
+    came into it.
+    """
+    if SOURCES:
+        return own >= tl.load(start_ptr + tl.minimum(first + Q, S) - 1)
+    else:
+        return tl.load(start_ptr + own, own < S, other=0) < first
+
+
+@triton.jit
+def difference(c_own, c_other, SOURCES: tl.constexpr):
+    """c[t] - c[s] of all pairs [own, other]."""
+    return c_other[None, :] - c_own[:, None] if SOURCES else c_own[:, None] - c_other[None, :]
+
+
 @launched
-def _outputs(
-    x_ptr, B_ptr, C_ptr, D_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, y_ptr, S, H, groups, chunks, stride_b, stride_s,
+def mix(
+    v_ptr, own_m_ptr, other_m_ptr, D_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, out_ptr, S, H, groups, chunks,
+    stride_vb, stride_vs, stride_b, stride_s, stride_ob, stride_os, SOURCES: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """y of BLOCK targets from x, C, B and the states; with SOURCES dx of BLOCK sources from dy, B, C and the states'
+    gradients.
+    """
     batch, chunk, group, row = place(chunks, groups, Q, BLOCK)
     first = chunk * Q
     lane, lanes = tl.arange(0, BLOCK), tl.arange(0, Q)
-    target, source = first + row + lane, first + lanes
-    at = batch * stride_b
-    C = tokens(C_ptr + at + group * N, first + row, S, stride_s, BLOCK, N)
-    B = tokens(B_ptr + at + group * N, first, S, stride_s, Q, N)
-    scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
-    legal = target[:, None] >= source[None, :]
+    own, other = first + row + lane, first + lanes
+    p, n = tl.arange(0, P), tl.arange(0, N)
+    at = batch * stride_b + group * N
+    start_ptr += batch * S
+    own_m = tokens(own_m_ptr + at, first + row, S, stride_s, BLOCK, N)
+    other_m = tokens(other_m_ptr + at, first, S, stride_s, Q, N)
+    scores = tl.dot(own_m, tl.trans(other_m), input_precision=PRECISION)
+    scores = tl.where(pairs(own, other, start_ptr, S, SOURCES, PACKED), scores, 0.0)
     if PACKED:
-        start = tl.load(start_ptr + batch * S + target, target < S, other=0)
-        legal &= source[None, :] >= start[:, None]
-    scores = tl.where(legal, scores, 0.0)
+        reached = reaches(own, first, start_ptr, S, SOURCES, Q)
     for head in range(group * HEADS, group * HEADS + HEADS):
         line = (batch * H + head) * chunks * Q + first
-        c_t, c_s = tl.load(c_ptr + line + row + lane), tl.load(c_ptr + line + lanes)
-        weights = scores * tl.exp2(tl.minimum(c_t[:, None] - c_s[None, :], 0.0))
-        weights = (weights * tl.load(dt_ptr + line + lanes)[None, :]).to(C.dtype)
-        entering = tl.exp2(c_t)
+        c_own, c_other = tl.load(c_ptr + line + row + lane), tl.load(c_ptr + line + lanes)
+        weights = scores * tl.exp2(tl.minimum(difference(c_own, c_other, SOURCES), 0.0))
+        if SOURCES:
+            weight = tl.exp2(tl.load(c_ptr + line + Q - 1) - c_own)
+        else:
+            weights *= tl.load(dt_ptr + line + lanes)[None, :]
+            weight = tl.exp2(c_own)
         if PACKED:
-            entering = tl.where(start < first, entering, 0.0)
-        p, n = tl.arange(0, P), tl.arange(0, N)
+            weight = tl.where(reached, weight, 0.0)
         state = states_ptr + ((batch * chunks + chunk) * H + head) * P * N + p[:, None] * N + n[None, :]
-        y = tl.dot(C, tl.trans(tl.load(state)), input_precision=PRECISION) * entering[:, None]
-        x = tokens(x_ptr + at + head * P, first, S, stride_s, Q, P)
-        y = tl.dot(weights, x, y, input_precision=PRECISION)
-        own = tokens(x_ptr + at + head * P, first + row, S, stride_s, BLOCK, P)
-        y += own.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
-        to = row_at(y_ptr + batch * S * H * P + head * P, first + row, H * P, BLOCK) + p[None, :]
-        tl.store(to, y.to(y_ptr.dtype.element_ty), (target < S)[:, None])
+        sums = tl.dot(own_m, tl.trans(tl.load(state)), input_precision=PRECISION) * weight[:, None]
+        v = v_ptr + batch * stride_vb + head * P
+        sums = tl.dot(
+            weights.to(own_m.dtype), tokens(v, first, S, stride_vs, Q, P), sums, input_precision=PRECISION
+        )
+        own_v = tokens(v, first + row, S, stride_vs, BLOCK, P).to(tl.float32)
+        if SOURCES:
+            sums *= tl.load(dt_ptr + line + row + lane)[:, None]
+        sums += own_v * tl.load(D_ptr + head).to(tl.float32)
+        to = row_at(out_ptr + batch * stride_ob + head * P, first + row, stride_os, BLOCK) + p[None, :]
+        tl.store(to, sums.to(out_ptr.dtype.element_ty), (own < S)[:, None])
 
 
 def fitting(kernel: str, rows: int) -> dict[str, int]:
@@ -251,14 +291,22 @@ def ssd_forward(
     """y [B, S, H * P]."""
     xbc_BSK, dt_BSH = channels_last(xbc_BSK), channels_last(dt_BSH)
     y = torch.empty(sizes.B, sizes.S, sizes.H * sizes.P, dtype=xbc_BSK.dtype, device=xbc_BSK.device)
-    if not y.numel():
-        return y
     dt, c = prepare(dt_BSH, dt_bias_H, A_H, dt_limit)
-    states = walk(xbc_BSK, None, dt, c, start, sizes)
-    chunks = states.shape[2]
-    tuning = fitting("outputs", TUNING["chunk"])
-    _outputs[(sizes.B * chunks * sizes.G * (TUNING["chunk"] // tuning["BLOCK"]),)](
-        *split(xbc_BSK, sizes), D_H, dt, c, start if start is not None else c, states, y, sizes.S, sizes.H, sizes.G,
-        chunks, *xbc_BSK.stride()[:2], **constants(sizes, xbc_BSK.dtype, start), **tuning,
-    )  # fmt: skip
+    (states,) = walk(xbc_BSK, None, dt, c, start, sizes)
+    x, B, C = split(xbc_BSK, sizes)
+    launch_mix("outputs", x, xbc_BSK, C, B, D_H, dt, c, start, states, y, sizes)
     return y
+
+
+def launch_mix(
+    name: str, v: torch.Tensor, xbc_BSK: torch.Tensor, own_m: torch.Tensor, other_m: torch.Tensor, D_H: torch.Tensor,
+    dt: torch.Tensor, c: torch.Tensor, start: torch.Tensor | None, states: torch.Tensor, out: torch.Tensor,
+    sizes: Sizes,
+) -> None:  # fmt: skip
+    """Writes y ("outputs") or dx ("inputs")."""
+    tuning, Q, chunks = fitting(name, TUNING["chunk"]), TUNING["chunk"], states.shape[1]
+    mix[(sizes.B * chunks * sizes.G * (Q // tuning["BLOCK"]),)](
+        v, own_m, other_m, D_H, dt, c, start if start is not None else c, states, out, sizes.S, sizes.H, sizes.G,
+        chunks, *v.stride()[:2], *xbc_BSK.stride()[:2], *out.stride()[:2], SOURCES=name == "inputs",
+        **constants(sizes, xbc_BSK.dtype, start), **tuning,
+    )  # fmt: skip
