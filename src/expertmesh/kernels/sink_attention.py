@@ -153,8 +153,10 @@ def _tiles(x_BSND: torch.Tensor, rows: int) -> Any:
     return tiles_of(x_BSND.view(B * S, N * D), rows, D)
 
 
-def _launch_over_keys(name: str, inputs: tuple, gradients: tuple, scale: float, window: int | None, flags: dict) -> None:
-    """inputs: what both directions read, and the forward's out and lse; gradients: dout, and what the backward makes."""
+def _launch_over_keys(
+    name: str, inputs: tuple, gradients: tuple, scale: float, window: int | None, flags: dict
+) -> None:
+    """inputs: what both directions read, and out and lse; gradients: dout, and what the backward makes."""
     q, k, v, *others = inputs
     B, S, NQ, _ = q.shape
     config = _config(name, q, window)

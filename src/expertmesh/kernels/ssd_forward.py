@@ -226,9 +226,7 @@ def mix(
         state = states_ptr + ((batch * chunks + chunk) * H + head) * P * N + p[:, None] * N + n[None, :]
         sums = tl.dot(own_m, tl.trans(tl.load(state)), input_precision=PRECISION) * weight[:, None]
         v = v_ptr + batch * stride_vb + head * P
-        sums = tl.dot(
-            weights.to(own_m.dtype), tokens(v, first, S, stride_vs, Q, P), sums, input_precision=PRECISION
-        )
+        sums = tl.dot(weights.to(own_m.dtype), tokens(v, first, S, stride_vs, Q, P), sums, input_precision=PRECISION)
         own_v = tokens(v, first + row, S, stride_vs, BLOCK, P).to(tl.float32)
         if SOURCES:
             sums *= tl.load(dt_ptr + line + row + lane)[:, None]
