@@ -1,9 +1,13 @@
-"""Grouped GEMM over rows sorted by expert: y_s = a_s · W_e(s) (+ bias), and the pieces its relatives share.
+"""Grouped GEMM over rows sorted by expert, and the pieces its relatives share.
 
-Four files hold the experts' matrix products. This one multiplies rows that already stand in sorted order (the
-down-projection, and the gradient of the up-projection's input); its kernel also gathers rows by index and computes the
-activation, for `grouped_up`. `grouped_down` gathers, too, and has the activation's gradient in its epilogue.
-`grouped_wgrad` makes the weights' gradients.
+    grouped_gemm:  y_s = a_s · W_e(s) (+ b)           the down-projection, and the gradient of the up-projection's input
+    up_act:        h_s = x_t(s) · W_e(s) (+ b), a_s = activation(h_s)
+
+Rows of x are read by index in the prologue of `up_act`, so no permuted copy of x is ever stored; h (kept for the
+backward) and a leave in the epilogue. How many rows there are is known on the device alone. So that the host need not
+allocate for all that there might be, only the first `keep` rows of h are stored, and the backward computes `up_again`
+what is missing, which is nothing unless this rank got more than its share. `grouped_down` gathers, too, and has the
+activation's gradient in its epilogue; `grouped_wgrad` makes the weights' gradients.
 
 One Triton program per multiprocessor walks over row tiles (`Grouping.tiles`; a tile never spans two experts) times
 column tiles; how many there are is read on the device. What lies contiguous is read by the TMA unit, through tensor
@@ -38,6 +42,49 @@ def grouped_gemm(
     return y_SN
 
 
+def up_act(
+    x_TH: torch.Tensor,
+    w_EHJ: torch.Tensor,
+    bias_EJ: torch.Tensor | None,
+    group: Grouping,
+    act: Activation,
+    keep: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h [S, J], a [S, I]) of tokens x [T, H], up-projections [E, H, J] (plain or transposed) and biases [E, J].
+
+    keep: by the fused kernel, h has only this many rows, a multiple of `group.block`.
+    """
+    if not use_triton(x_TH):
+        return up_act_reference(x_TH, w_EHJ, bias_EJ, group, act)
+    if act.kind == "custom":
+        h_SJ = grouped_gemm(x_TH[group.token_S.long()], w_EHJ, group, bias_EJ)
+        return h_SJ, act.forward(h_SJ)
+    num_rows = group.slot_S.numel()
+    h_SJ = x_TH.new_empty(min(num_rows, keep or num_rows), w_EHJ.shape[2])
+    a_SI = x_TH.new_empty(num_rows, w_EHJ.shape[2] // (2 if act.gated else 1))
+    launch_rows(x_TH, w_EHJ, bias_EJ, group, h_SJ, a_SI, act)
+    return h_SJ, a_SI
+
+
+def up_again(
+    x_TH: torch.Tensor,
+    w_EHJ: torch.Tensor,
+    bias_EJ: torch.Tensor | None,
+    group: Grouping,
+    act: Activation,
+    h_SJ: torch.Tensor,
+) -> torch.Tensor | None:
+    """The rows of h that an `up_act` with `keep` did not store, and the `group.block` rows before them, in as far as
+    tiles that end behind h have them; None if h has them all.
+    """
+    missing = group.slot_S.numel() - len(h_SJ)
+    if not missing:
+        return None
+    more_SJ = h_SJ.new_empty(group.block + missing, h_SJ.shape[1])
+    launch_rows(x_TH, w_EHJ, bias_EJ, group, more_SJ, None, act)
+    return more_SJ
+
+
 def grouped_gemm_reference(
     a_SK: torch.Tensor,
     w_EKN: torch.Tensor,
@@ -56,6 +103,14 @@ def grouped_gemm_reference(
         if bias_EN is not None:
             y_SN[rows] += bias_EN[expert]
     return y_SN
+
+
+def up_act_reference(
+    x_TH: torch.Tensor, w_EHJ: torch.Tensor, bias_EJ: torch.Tensor | None, group: Grouping, act: Activation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The specification of `up_act`."""
+    h_SJ = grouped_gemm_reference(x_TH, w_EHJ, group, bias_EJ, gather=True)
+    return h_SJ, act.forward(h_SJ)
 
 
 def segments(group: Grouping) -> Iterator[tuple[int, slice]]:

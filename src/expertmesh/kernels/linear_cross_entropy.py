@@ -164,10 +164,8 @@ def _rows_kernel(
     cols = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     start = 0
     if label == ignore_index:
-        tl.store(out_ptr, 0.0)
-        if STATISTICS:
-            tl.store(out_ptr + 1, 0.0)
-            tl.store(out_ptr + 2, 0.0)
+        for i in tl.static_range(3 if STATISTICS else 1):
+            tl.store(out_ptr + i, 0.0)
         if GRAD:
             while start < V:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
                 tl.store(logits_ptr + start + cols, tl.zeros_like(cols).to(tl.float32), start + cols < stride)
@@ -257,14 +255,10 @@ def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     """total = a.T @ b (first) or total += a.T @ b, with total in float32 whatever the dtype of a and b."""
     beta = 0 if first else 1
-    if a.dtype == total.dtype:
-        total.addmm_(a.t(), b, beta=beta)
-    elif a.is_cuda:
+    if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=beta, out=total)
-    elif first:  # CPUs have no GEMM from bfloat16 to float32: each chunk's product is rounded
-        total.copy_(a.t() @ b)
-    else:
-        total += a.t() @ b
+    else:  # CPUs have no GEMM from bfloat16 to float32
+        total.addmm_(a.t().to(total.dtype), b.to(total.dtype), beta=beta)
 
 
 def scaled(x: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

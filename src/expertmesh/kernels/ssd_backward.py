@@ -21,7 +21,7 @@ import torch
 from expertmesh.backends import tl, triton
 from expertmesh.kernels.launch import launched
 from expertmesh.kernels.rms_norm import channels_last, sum_partials
-from expertmesh.kernels.ssd_forward import (
+from expertmesh.kernels.ssd import (
     TUNING,
     Sizes,
     constants,
