@@ -220,8 +220,17 @@ def _scale_kernel(x_ptr, scale_ptr, out_ptr, N, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, x * tl.load(scale_ptr).to(tl.float32), at < N)
 
 
-def _rows_torch(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_index: int, grad: bool) -> None:
-    """What `_rows_kernel` does, in PyTorch: writes to out [C, 1 or 3] and overwrites logits with their gradient."""
+def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_index: int, grad: bool) -> None:
+    """What `_rows_kernel` says, by it where it runs: writes out [C, 1 or 3], and with `grad` over the logits."""
+    if use_triton(logits):
+        tuning = TUNING["statistics" if out.shape[1] > 1 else "rows"]
+        block = min(tuning["BLOCK"], triton.next_power_of_2(logits.shape[1]))
+        warps = max(1, tuning["num_warps"] * block // tuning["BLOCK"])
+        _rows_kernel[(logits.shape[0],)](
+            logits, labels, out, logits.shape[1], logits.stride(0), ignore_index,
+            GRAD=grad, STATISTICS=out.shape[1] > 1, BLOCK=block, LANES=min(block, warps * 256), num_warps=warps,
+        )  # fmt: skip
+        return
     ignored = labels == ignore_index
     if labels.device.type == "cpu" and bool((~ignored & ((labels < 0) | (labels >= logits.shape[1]))).any()):
         raise ValueError(
@@ -237,19 +246,6 @@ def _rows_torch(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, i
     if grad:
         grad_rows = log_probs.exp_().scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32))
         torch.mul(grad_rows, ~ignored[:, None], out=logits)
-
-
-def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_index: int, grad: bool) -> None:
-    if not use_triton(logits):
-        _rows_torch(logits, labels, out, ignore_index, grad)
-        return
-    tuning = TUNING["statistics" if out.shape[1] > 1 else "rows"]
-    block = min(tuning["BLOCK"], triton.next_power_of_2(logits.shape[1]))
-    warps = max(1, tuning["num_warps"] * block // tuning["BLOCK"])
-    _rows_kernel[(logits.shape[0],)](
-        logits, labels, out, logits.shape[1], logits.stride(0), ignore_index,
-        GRAD=grad, STATISTICS=out.shape[1] > 1, BLOCK=block, LANES=min(block, warps * 256), num_warps=warps,
-    )  # fmt: skip
 
 
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
