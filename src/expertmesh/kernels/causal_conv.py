@@ -54,7 +54,7 @@ def _rows(ptr, row, S, stride, cols, C, NUM: tl.constexpr):
     rows = ()
     for i in tl.static_range(NUM):
         inside = cols < tl.where((row + i >= 0) & (row + i < S), C, 0)
-        rows = rows + (tl.load(ptr + (row + i) * stride + cols, inside, other=0.0),)
+        rows = rows + (tl.load(ptr + (row + i) * stride + cols, inside, other=0.0),)  # type: ignore[assignment]
     return rows
 
 
@@ -86,8 +86,9 @@ def _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS: tl.constexpr):
     """w[0] to w[3] and the bias of some channels."""
     weights = ()
     for i in tl.static_range(4):
-        weights = weights + (tl.load(weight_ptr + cols * 4 + i, mask, other=0.0).to(tl.float32),)
-    bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros_like(weights[0])
+        weight = tl.load(weight_ptr + cols * 4 + i, mask, other=0.0).to(tl.float32)
+        weights = weights + (weight,)  # type: ignore[assignment]
+    bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros_like(weight)
     return weights + (bias,)
 
 

@@ -289,18 +289,13 @@ def _mix(
         tl.store(to, sums.to(out_ptr.dtype.element_ty), (own < S)[:, None])
 
 
-def fitting(kernel: str, rows: int) -> dict[str, int]:
-    """The kernel's configuration, with a block that no chunk or head is too small for."""
-    tuning = dict(TUNING[kernel])
-    return tuning | {"BLOCK": min(tuning["BLOCK"], rows)}
-
-
-def constants(sizes: Sizes, dtype: torch.dtype, start_BS: torch.Tensor | None) -> dict[str, Any]:
-    """The compile-time arguments that all the tensor-core kernels share."""
-    return dict(
-        PACKED=start_BS is not None, PRECISION=dot_precision(dtype), HEADS=sizes.H // sizes.G, P=sizes.P, N=sizes.N,
-        Q=TUNING["chunk"],
-    )  # fmt: skip
+def constants(
+    kernel: str, rows: int, sizes: Sizes, dtype: torch.dtype, start_BS: torch.Tensor | None
+) -> dict[str, Any]:
+    """What a tensor-core kernel is compiled for, with a BLOCK that no chunk or head is too small for."""
+    tuning = TUNING[kernel] | {"BLOCK": min(TUNING[kernel]["BLOCK"], rows)}
+    shape = dict(HEADS=sizes.H // sizes.G, P=sizes.P, N=sizes.N, Q=TUNING["chunk"])
+    return dict(PACKED=start_BS is not None, PRECISION=dot_precision(dtype), **shape, **tuning)
 
 
 def prepare(
@@ -327,11 +322,11 @@ def walk(
     directions = 1 if dy is None else 2
     shape = directions, sizes.B, chunks, sizes.H, sizes.P, sizes.N
     states = torch.empty(shape, dtype=x.dtype, device=x.device)
-    tuning = fitting("walk", sizes.P)
+    known = constants("walk", sizes.P, sizes, x.dtype, start)
     dy_BSI = dy if dy is not None else xbc_BSK
-    _walk[(sizes.B * sizes.H * sizes.P // tuning["BLOCK"], directions)](
+    _walk[(sizes.B * sizes.H * sizes.P // known["BLOCK"], directions)](
         x, B, dy_BSI, C, dt, c, start if start is not None else c, states[0], states[-1], sizes.S, sizes.H, chunks,
-        *xbc_BSK.stride()[:2], *dy_BSI.stride()[:2], **constants(sizes, x.dtype, start), **tuning,
+        *xbc_BSK.stride()[:2], *dy_BSI.stride()[:2], **known,
     )  # fmt: skip
     return states
 
@@ -356,9 +351,10 @@ def launch_mix(
     sizes: Sizes,
 ) -> None:  # fmt: skip
     """Writes y ("outputs") or dx ("inputs")."""
-    tuning, Q, chunks = fitting(name, TUNING["chunk"]), TUNING["chunk"], states.shape[1]
-    _mix[(sizes.B * chunks * sizes.G * (Q // tuning["BLOCK"]),)](
+    Q, chunks = TUNING["chunk"], states.shape[1]
+    known = constants(name, Q, sizes, xbc_BSK.dtype, start)
+    _mix[(sizes.B * chunks * sizes.G * (Q // known["BLOCK"]),)](
         v, own_m, other_m, D_H, dt, c, start if start is not None else c, states, out, sizes.S, sizes.H, sizes.G,
         chunks, *v.stride()[:2], *xbc_BSK.stride()[:2], *out.stride()[:2], SOURCES=name == "inputs",
-        **constants(sizes, xbc_BSK.dtype, start), **tuning,
+        **known,
     )  # fmt: skip

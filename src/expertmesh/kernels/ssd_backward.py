@@ -26,7 +26,6 @@ from expertmesh.kernels.ssd import (
     Sizes,
     constants,
     difference,
-    fitting,
     launch_mix,
     pairs,
     place,
@@ -194,20 +193,16 @@ def ssd_backward(
     chunks, Q = states.shape[1], TUNING["chunk"]
     x, B, C = split(xbc_BSK, sizes)
     dx, dB, dC = split(dxbc_BSK, sizes)
-    side = fitting("gradients", Q)
+    known = constants("gradients", Q, sizes, x.dtype, start)
     sums = torch.empty(4, *c.shape, dtype=torch.float32, device=x.device)
-    blocks = Q // side["BLOCK"]
+    blocks = Q // known["BLOCK"]
     through, dD = torch.empty(2, sizes.B * chunks, blocks, sizes.H, dtype=torch.float32, device=x.device)
-    grid = sizes.B * chunks * sizes.G
-    numbers = sizes.S, sizes.H, sizes.G, chunks
     strides = *xbc_BSK.stride()[:2], *dy_BSI.stride()[:2], *dxbc_BSK.stride()[:2]
-    where = start if start is not None else c
-    known = constants(sizes, x.dtype, start)
     launch_mix("inputs", dy_BSI, xbc_BSK, B, C, D_H, dt, c, start, dstates, dx, sizes)
     for sources, dm, (intra, inter) in ((True, dB, sums[:2]), (False, dC, sums[2:])):
-        _side[(grid * blocks,)](
-            x, B, C, dy_BSI, dt, c, where, states, dstates, dm, intra, inter, through, dD, *numbers, *strides,
-            SOURCES=sources, **known, **side,
+        _side[(sizes.B * chunks * sizes.G * blocks,)](
+            x, B, C, dy_BSI, dt, c, start if start is not None else c, states, dstates, dm, intra, inter, through, dD,
+            sizes.S, sizes.H, sizes.G, chunks, *strides, SOURCES=sources, **known,
         )  # fmt: skip
     partial = torch.empty(sizes.B * chunks, 3 * sizes.H, dtype=torch.float32, device=x.device)
     finish = TUNING["finish"]
