@@ -25,7 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from expertmesh import backends
 from expertmesh.bench.origin import origin, write
-from expertmesh.kernels import grouped_down, grouped_gemm, grouped_up, grouped_wgrad
+from expertmesh.kernels import grouped_down, grouped_gemm, grouped_wgrad
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouping import Grouping, group_by_expert
 from expertmesh.moe.experts import experts_forward
@@ -104,7 +104,7 @@ def operands(module, tokens=16384, kind="random"):
     x = torch.randn(tokens, module.gate_up_proj.shape[2], device=weights.device, dtype=weights.dtype)
     w_up, w_down = module.gate_up_proj.detach().transpose(1, 2), module.down_proj.detach().transpose(1, 2)
     act = Activation("silu")
-    h, a = grouped_up.up_act(x, w_up, None, group, act)
+    h, a = grouped_gemm.up_act(x, w_up, None, group, act)
     return Operands(x, torch.randn_like(x), w_up, w_down, h, a, group, act)
 
 
@@ -114,7 +114,7 @@ def kernels(o):
     (rows, width), hidden, group = o.a_SI.shape, o.x_TH.shape[1], o.group
     small, large = 2 * rows * hidden * width, 4 * rows * hidden * width
     return {
-        "up_act": (lambda: grouped_up.up_act(o.x_TH, o.w_up_EHJ, None, group, o.act), large),
+        "up_act": (lambda: grouped_gemm.up_act(o.x_TH, o.w_up_EHJ, None, group, o.act), large),
         "down": (lambda: grouped_gemm.grouped_gemm(o.a_SI, o.w_down_EIH, group), small),
         "down_dact": (
             lambda: grouped_down.down_dact(o.dout_TH, o.w_down_EIH, o.h_SJ, group, o.act),
@@ -157,7 +157,7 @@ def sweep(module):
 
 
 def _try(run, flops, name, config):
-    modules = [m for m in (grouped_gemm, grouped_up, grouped_down, grouped_wgrad) if hasattr(m, name)]
+    modules = [m for m in (grouped_gemm, grouped_down, grouped_wgrad) if hasattr(m, name)]
     before = [getattr(m, name) for m in modules]
     for m in modules:
         setattr(m, name, lambda *_, **__: dict(config))

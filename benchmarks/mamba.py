@@ -29,14 +29,13 @@ from expertmesh import backends
 from expertmesh.bench.origin import origin, write
 from expertmesh.kernels import causal_conv as conv_kernels
 from expertmesh.kernels import rms_norm as norm_kernels
-from expertmesh.kernels import ssd_forward as scan_kernels
+from expertmesh.kernels import ssd as scan_kernels
 from expertmesh.kernels.causal_conv import causal_conv_reference, conv_backward, conv_forward
 from expertmesh.kernels.documents import document_starts
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
 from expertmesh.kernels.rms_norm import gated_norm_backward, gated_norm_forward, gated_norm_reference
-from expertmesh.kernels.ssd import ssd_reference
+from expertmesh.kernels.ssd import Sizes, split, ssd_forward, ssd_reference
 from expertmesh.kernels.ssd_backward import ssd_backward
-from expertmesh.kernels.ssd_forward import Sizes, split, ssd_forward
 
 BYTES_PER_MS = 4.2e9
 EPS = 1e-5

@@ -5,7 +5,7 @@ import torch
 
 from expertmesh.kernels.documents import document_starts
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
-from expertmesh.kernels.ssd_forward import TUNING
+from expertmesh.kernels.ssd import TUNING
 from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads
 
 HEADS, WIDTH, GROUPS, STATE = 4, 16, 2, 16

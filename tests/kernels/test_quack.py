@@ -14,7 +14,7 @@ from expertmesh import backends
 from expertmesh.kernels import quack
 from expertmesh.moe.experts import experts_forward
 from tests.kernels import fake_quack
-from tests.layers.test_experts import EXPERTS, HIDDEN, LAYOUTS, ROUTINGS, TOKENS, TOP_K, _module, _run
+from tests.moe.test_experts import EXPERTS, HIDDEN, LAYOUTS, ROUTINGS, TOKENS, TOP_K, _module, _run
 
 fuse_module = importlib.import_module("expertmesh.families.report")
 

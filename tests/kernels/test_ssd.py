@@ -10,9 +10,8 @@ import torch
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
 from expertmesh.kernels.documents import document_starts
-from expertmesh.kernels.ssd import ssd_reference
+from expertmesh.kernels.ssd import TUNING, Sizes, split, ssd_forward, ssd_reference
 from expertmesh.kernels.ssd_backward import ssd_backward
-from expertmesh.kernels.ssd_forward import TUNING, Sizes, split, ssd_forward
 from tests.kernels.compare import assert_same, differentiable, error, leaf, on_triton, outputs_and_grads
 
 LIMIT = 0.05, 1.5

@@ -49,9 +49,13 @@ def causal_conv_reference(
 
 
 @triton.jit
-def _row(ptr, row, S, stride, cols, C):
-    """Token `row` of one sequence; zeros where it does not exist."""
-    return tl.load(ptr + row * stride + cols, cols < tl.where((row >= 0) & (row < S), C, 0), other=0.0)
+def _rows(ptr, row, S, stride, cols, C, NUM: tl.constexpr):
+    """NUM tokens of one sequence from `row` on; zeros where one does not exist."""
+    rows = ()
+    for i in tl.static_range(NUM):
+        inside = cols < tl.where((row + i >= 0) & (row + i < S), C, 0)
+        rows = rows + (tl.load(ptr + (row + i) * stride + cols, inside, other=0.0),)  # type: ignore[assignment]
+    return rows
 
 
 @triton.jit
@@ -71,24 +75,21 @@ def _tap(value, position, lag: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _z(x3, x2, x1, x0, w0, w1, w2, w3, bias, position, PACKED: tl.constexpr):
+def _z(x3, x2, x1, x0, weights, position, PACKED: tl.constexpr):
+    w0, w1, w2, w3, bias = weights
     z = bias + w3 * x0.to(tl.float32) + w2 * _tap(x1, position, 1, PACKED)
     return z + w1 * _tap(x2, position, 2, PACKED) + w0 * _tap(x3, position, 3, PACKED)
 
 
 @triton.jit
-def _store_silu(ptr, row, end, stride, cols, C, z):
-    tl.store(ptr + row * stride + cols, z * tl.sigmoid(z), cols < tl.where(row < end, C, 0))
-
-
-@triton.jit
 def _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS: tl.constexpr):
-    w0 = tl.load(weight_ptr + cols * 4, mask, other=0.0).to(tl.float32)
-    w1 = tl.load(weight_ptr + cols * 4 + 1, mask, other=0.0).to(tl.float32)
-    w2 = tl.load(weight_ptr + cols * 4 + 2, mask, other=0.0).to(tl.float32)
-    w3 = tl.load(weight_ptr + cols * 4 + 3, mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros_like(w0)
-    return w0, w1, w2, w3, bias
+    """w[0] to w[3] and the bias of some channels."""
+    weights = ()
+    for i in tl.static_range(4):
+        weight = tl.load(weight_ptr + cols * 4 + i, mask, other=0.0).to(tl.float32)
+        weights = weights + (weight,)  # type: ignore[assignment]
+    bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros_like(weight)
+    return weights + (bias,)
 
 
 @launched
@@ -101,53 +102,36 @@ def _forward(
     row = (tl.program_id(1) % blocks).to(tl.int64) * ROWS
     end = tl.minimum(row + ROWS, S)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = cols < C
     x_ptr += batch * stride_xb
     y_ptr += batch * stride_yb
     start_ptr += batch * S
-    w0, w1, w2, w3, bias = _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS)
-    a = _row(x_ptr, row - 3, S, stride_xs, cols, C)
-    b = _row(x_ptr, row - 2, S, stride_xs, cols, C)
-    c = _row(x_ptr, row - 1, S, stride_xs, cols, C)
-    x0 = _row(x_ptr, row, S, stride_xs, cols, C)
-    x1 = _row(x_ptr, row + 1, S, stride_xs, cols, C)
-    x2 = _row(x_ptr, row + 2, S, stride_xs, cols, C)
-    x3 = _row(x_ptr, row + 3, S, stride_xs, cols, C)
+    weights = _weights(weight_ptr, bias_ptr, cols, cols < C, HAS_BIAS)
+    a, b, c, x0, x1, x2, x3 = _rows(x_ptr, row - 3, S, stride_xs, cols, C, 7)
     while row < end:
-        next0 = _row(x_ptr, row + 4, end, stride_xs, cols, C)
-        next1 = _row(x_ptr, row + 5, end, stride_xs, cols, C)
-        next2 = _row(x_ptr, row + 6, end, stride_xs, cols, C)
-        next3 = _row(x_ptr, row + 7, end, stride_xs, cols, C)
-        z = _z(a, b, c, x0, w0, w1, w2, w3, bias, _position(start_ptr, row, S, PACKED), PACKED)
-        _store_silu(y_ptr, row, end, stride_ys, cols, C, z)
-        z = _z(b, c, x0, x1, w0, w1, w2, w3, bias, _position(start_ptr, row + 1, S, PACKED), PACKED)
-        _store_silu(y_ptr, row + 1, end, stride_ys, cols, C, z)
-        z = _z(c, x0, x1, x2, w0, w1, w2, w3, bias, _position(start_ptr, row + 2, S, PACKED), PACKED)
-        _store_silu(y_ptr, row + 2, end, stride_ys, cols, C, z)
-        z = _z(x0, x1, x2, x3, w0, w1, w2, w3, bias, _position(start_ptr, row + 3, S, PACKED), PACKED)
-        _store_silu(y_ptr, row + 3, end, stride_ys, cols, C, z)
+        next0, next1, next2, next3 = _rows(x_ptr, row + 4, end, stride_xs, cols, C, 4)
+        x = (a, b, c, x0, x1, x2, x3)
+        for i in tl.static_range(4):
+            z = _z(x[i], x[i + 1], x[i + 2], x[i + 3], weights, _position(start_ptr, row + i, S, PACKED), PACKED)
+            tl.store(y_ptr + (row + i) * stride_ys + cols, z * tl.sigmoid(z), cols < tl.where(row + i < end, C, 0))
         a, b, c, x0, x1, x2, x3 = x1, x2, x3, next0, next1, next2, next3
         row += 4
 
 
 @triton.jit
-def _dz(z, dy):
-    sigmoid = tl.sigmoid(z)
-    return dy.to(tl.float32) * (sigmoid + z * sigmoid * (1.0 - sigmoid))
-
-
-@triton.jit
 def _backward_token(
-    x3, x2, x1, x0, dy, dx3, dx2, dx1, row, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3, sum_bias,
-    start_ptr, dx_ptr, first, stride_dxs, cols, C, PACKED: tl.constexpr,
+    x3, x2, x1, x0, dy, dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias, weights, row, first, end, S,
+    start_ptr, dx_ptr, stride_dxs, cols, C, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Token `row`: its dz, its part of the weights' gradients and of dx of itself and the three tokens before it.
 
     dx1..dx3: what is there of dx of the tokens 1..3 before; that of the third is complete now. Tokens from `end` on are
     the next program's.
     """
+    w0, w1, w2, w3, _ = weights
     position = _position(start_ptr, row, S, PACKED)
-    dz = _dz(_z(x3, x2, x1, x0, w0, w1, w2, w3, bias, position, PACKED), dy)
+    z = _z(x3, x2, x1, x0, weights, position, PACKED)
+    sigmoid = tl.sigmoid(z)
+    dz = dy.to(tl.float32) * (sigmoid + z * sigmoid * (1.0 - sigmoid))
     dx3 += w0 * _tap(dz, position, 3, PACKED)
     width = tl.where((row - 3 >= first) & (row - 3 < end), C, 0)
     tl.store(dx_ptr + (row - 3) * stride_dxs + cols, dx3, cols < width)
@@ -173,52 +157,45 @@ def _backward(
     end = tl.minimum(first + ROWS, S)
     later = tl.minimum(S, end + 3)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = cols < C
     x_ptr += batch * stride_xb
     dy_ptr += batch * stride_dyb
     dx_ptr += batch * stride_dxb
     start_ptr += batch * S
-    w0, w1, w2, w3, bias = _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS)
+    weights = _weights(weight_ptr, bias_ptr, cols, cols < C, HAS_BIAS)
     sum0 = tl.zeros((BLOCK_C,), tl.float32)
     sum1, sum2, sum3, sum_bias, dx1, dx2, dx3 = sum0, sum0, sum0, sum0, sum0, sum0, sum0
-    a = _row(x_ptr, first - 3, S, stride_xs, cols, C)
-    b = _row(x_ptr, first - 2, S, stride_xs, cols, C)
-    c = _row(x_ptr, first - 1, S, stride_xs, cols, C)
-    x0 = _row(x_ptr, first, S, stride_xs, cols, C)
-    x1 = _row(x_ptr, first + 1, S, stride_xs, cols, C)
-    dy0 = _row(dy_ptr, first, S, stride_dys, cols, C)
-    dy1 = _row(dy_ptr, first + 1, S, stride_dys, cols, C)
+    a, b, c, x0, x1 = _rows(x_ptr, first - 3, S, stride_xs, cols, C, 5)
+    dy0, dy1 = _rows(dy_ptr, first, S, stride_dys, cols, C, 2)
     for step in range(0, ROWS + 3, 2):
         row = first + step
-        next_x0 = _row(x_ptr, row + 2, later, stride_xs, cols, C)
-        next_x1 = _row(x_ptr, row + 3, later, stride_xs, cols, C)
-        next_dy0 = _row(dy_ptr, row + 2, later, stride_dys, cols, C)
-        next_dy1 = _row(dy_ptr, row + 3, later, stride_dys, cols, C)
-        dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
-            a, b, c, x0, dy0, dx3, dx2, dx1, row, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3, sum_bias,
-            start_ptr, dx_ptr, first, stride_dxs, cols, C, PACKED,
-        )  # fmt: skip
-        dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
-            b, c, x0, x1, dy1, dx3, dx2, dx1, row + 1, end, S, w0, w1, w2, w3, bias, sum0, sum1, sum2, sum3, sum_bias,
-            start_ptr, dx_ptr, first, stride_dxs, cols, C, PACKED,
-        )  # fmt: skip
+        next_x0, next_x1 = _rows(x_ptr, row + 2, later, stride_xs, cols, C, 2)
+        next_dy0, next_dy1 = _rows(dy_ptr, row + 2, later, stride_dys, cols, C, 2)
+        x, dy = (a, b, c, x0, x1), (dy0, dy1)
+        for i in tl.static_range(2):
+            dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
+                x[i], x[i + 1], x[i + 2], x[i + 3], dy[i], dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias, weights,
+                row + i, first, end, S, start_ptr, dx_ptr, stride_dxs, cols, C, PACKED,
+            )  # fmt: skip
         a, b, c, x0, x1, dy0, dy1 = c, x0, x1, next_x0, next_x1, next_dy0, next_dy1
     partial_ptr += tl.program_id(1) * 5 * C + cols
-    tl.store(partial_ptr, sum0, mask)
-    tl.store(partial_ptr + C, sum1, mask)
-    tl.store(partial_ptr + 2 * C, sum2, mask)
-    tl.store(partial_ptr + 3 * C, sum3, mask)
-    tl.store(partial_ptr + 4 * C, sum_bias, mask)
+    sums = (sum0, sum1, sum2, sum3, sum_bias)
+    for i in tl.static_range(5):
+        tl.store(partial_ptr + i * C, sums[i], cols < C)
 
 
-def _launch(kernel: Any, direction: str, x_BSC: torch.Tensor, pointers: tuple, strides: tuple, **flags: bool) -> None:
-    B, S, C = x_BSC.shape
-    tuning = TUNING[direction]
-    blocks = triton.cdiv(S, tuning["rows"])
-    channels = min(tuning["channels"], triton.next_power_of_2(C))
+def _launch(
+    kernel: Any, tuning: dict[str, int], x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None,
+    start_BS: torch.Tensor | None, *others: torch.Tensor,
+) -> None:  # fmt: skip
+    """others: tensors as x, and sums. Something stands for what is not there."""
+    (B, S, C), weight = x_BSC.shape, weight_C4.contiguous()
+    blocks, channels = triton.cdiv(S, tuning["rows"]), min(tuning["channels"], triton.next_power_of_2(C))
     kernel[(triton.cdiv(C, channels), B * blocks)](
-        *pointers, S, C, blocks, *strides, ROWS=tuning["rows"], BLOCK_C=channels, num_warps=tuning["num_warps"], **flags
-    )
+        x_BSC, weight, weight if bias_C is None else bias_C, x_BSC if start_BS is None else start_BS, *others,
+        S, C, blocks, *(n for x in (x_BSC, *others) if x.dim() == 3 for n in x.stride()[:2]),
+        PACKED=start_BS is not None, HAS_BIAS=bias_C is not None, ROWS=tuning["rows"], BLOCK_C=channels,
+        num_warps=tuning["num_warps"],
+    )  # fmt: skip
 
 
 def conv_forward(
@@ -228,18 +205,8 @@ def conv_forward(
     `documents.document_starts`.
     """
     y = torch.empty(x_BSC.shape, dtype=x_BSC.dtype, device=x_BSC.device)
-    if y.numel():
-        pointers = *_pointers(x_BSC, weight_C4, bias_C, start_BS), y
-        strides = *x_BSC.stride()[:2], *y.stride()[:2]
-        flags = dict(PACKED=start_BS is not None, HAS_BIAS=bias_C is not None)
-        _launch(_forward, "forward", x_BSC, pointers, strides, **flags)
+    _launch(_forward, TUNING["forward"], x_BSC, weight_C4, bias_C, start_BS, y)
     return y
-
-
-def _pointers(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, start: torch.Tensor | None) -> tuple:
-    """What both kernels read; something stands for what is not there."""
-    weight = weight.contiguous()
-    return x, weight, bias if bias is not None else weight, start if start is not None else x
 
 
 def conv_backward(
@@ -247,16 +214,10 @@ def conv_backward(
     dy_BSC: torch.Tensor, dx_BSC: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Writes dx (which may be a slice of a wider gradient) and returns (dweight, dbias). Inputs as in forward."""
-    B, S, C = x_BSC.shape
-    if not x_BSC.numel():
-        return torch.zeros_like(weight_C4), torch.zeros_like(bias_C) if bias_C is not None else None
-    dy_BSC = channels_last(dy_BSC)
-    programs = B * triton.cdiv(S, TUNING["backward"]["rows"])
+    (B, S, C), tuning = x_BSC.shape, TUNING["backward"]
+    programs = B * triton.cdiv(S, tuning["rows"])
     partial = torch.empty(programs, 5 * C, dtype=torch.float32, device=x_BSC.device)
-    pointers = *_pointers(x_BSC, weight_C4, bias_C, start_BS), dy_BSC, dx_BSC, partial
-    strides = *x_BSC.stride()[:2], *dy_BSC.stride()[:2], *dx_BSC.stride()[:2]
-    flags = dict(PACKED=start_BS is not None, HAS_BIAS=bias_C is not None)
-    _launch(_backward, "backward", x_BSC, pointers, strides, **flags)
+    _launch(_backward, tuning, x_BSC, weight_C4, bias_C, start_BS, channels_last(dy_BSC), dx_BSC, partial)
     sums = torch.empty(5, C, dtype=torch.float32, device=x_BSC.device)
     sum_partials(partial, programs, sums)
     return sums[:4].t().to(weight_C4.dtype), sums[4].to(bias_C.dtype) if bias_C is not None else None

@@ -13,15 +13,17 @@ import torch
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.activation import Activation, activate_backward
 from expertmesh.kernels.grouped_gemm import (
-    constants_of,
     gathered_tile,
     grouped_gemm,
     grouped_gemm_reference,
+    layout,
+    over_tiles,
+    row_pointers,
+    tile_at,
     tile_config,
     weight_tile,
     weight_tiles,
 )
-from expertmesh.kernels.grouped_up import layout
 from expertmesh.kernels.grouped_wgrad import grouped_sum
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched
@@ -49,54 +51,12 @@ def down_dact(
     w_EHI = w_down_EIH.transpose(1, 2)
     if not use_triton(dout_TH):
         h_SJ = halves_of(h_SJ) if in_turns else h_SJ
-        return down_dact_reference(dout_TH, w_EHI, h_SJ, group.weight_S, group, act, has_bias)
+        return down_dact_reference(dout_TH, w_EHI, h_SJ, group, act, has_bias)
     if act.kind == "custom":
         da_SI = grouped_gemm(dout_TH[group.token_S.long()], w_EHI, group)
         mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
         da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
-        return _dact_rows(da_SI, h_SJ, group.weight_S, group, act, has_bias)
-    return _down_dact_triton(dout_TH, w_EHI, h_SJ, more_SJ, group.weight_S, group, act, has_bias, in_turns)
-
-
-def halves_of(h_SJ: torch.Tensor) -> torch.Tensor:
-    """h [S, J] with gate and up columns one after the other, of one in which they alternate."""
-    return torch.cat((h_SJ[:, ::2], h_SJ[:, 1::2]), dim=1)
-
-
-def down_dact_reference(
-    dout_TH: torch.Tensor,
-    w_EHI: torch.Tensor,
-    h_SJ: torch.Tensor,
-    weight_S: torch.Tensor,
-    group: Grouping,
-    act: Activation,
-    has_bias: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The specification of `down_dact`."""
-    da_SI = grouped_gemm_reference(dout_TH, w_EHI, group, gather=True)
-    return _dact_rows(da_SI, h_SJ, weight_S, group, act, has_bias)
-
-
-def _dact_rows(
-    da_SI: torch.Tensor, h_SJ: torch.Tensor, weight_S: torch.Tensor, group: Grouping, act: Activation, has_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    weight_S1 = weight_S[:, None].to(da_SI.dtype)
-    a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
-    db_EJ = grouped_sum(dh_SJ, group) if has_bias else None
-    return dh_SJ, weight_S1 * a_SI, da_SI.float().mul_(a_SI).sum(-1)[None], db_EJ
-
-
-def _down_dact_triton(
-    dout_TH: torch.Tensor,
-    w_EHI: torch.Tensor,
-    h_SJ: torch.Tensor,
-    more_SJ: torch.Tensor | None,
-    weight_S: torch.Tensor,
-    group: Grouping,
-    act: Activation,
-    has_bias: bool,
-    in_turns: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return _dact_rows(da_SI, h_SJ, group, act, has_bias)
     assert group.tiles is not None and dout_TH.stride(1) == 1
     num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
     config = tile_config(dout_TH, group.block, stages=4)
@@ -109,21 +69,22 @@ def _down_dact_triton(
     # and likewise one of dh per row tile
     db_MJ = dweight_PS.new_empty(group.tiles[0].numel(), h_SJ.shape[1]) if has_bias else None
     pairs = act.interleaved or in_turns
-    constants = constants_of(dout_TH, group)
-    _down_dact_kernel[(constants["PROGRAMS"],)](
+    over_tiles(
+        _down_dact_kernel,
+        config,
+        dout_TH,
+        group,
         torch.zeros(1, dtype=torch.int32, device=dout_TH.device),
         dout_TH,
         group.token_S,
         w_tiles,
         _as_pairs(h_SJ) if pairs else h_SJ,
         _as_pairs(more_SJ) if pairs and more_SJ is not None else more_SJ,
-        weight_S,
+        group.weight_S,
         _as_pairs(dh_SJ) if act.interleaved else dh_SJ,
         wa_SI,
         dweight_PS,
         db_MJ,
-        *group.tiles,
-        group.offsets_E,
         w_EHI.shape[0],
         num_rows,
         len(h_SJ),
@@ -139,11 +100,37 @@ def _down_dact_triton(
         EVEN=num_inner % config["BK"] == 0,
         HAS_BIAS=has_bias,
         HAS_MORE=more_SJ is not None,
-        **constants,
-        **config,
     )
     db_EJ = None if db_MJ is None else grouped_sum(db_MJ, group, h_SJ.dtype, tile=group.block)
     return dh_SJ, wa_SI, dweight_PS, db_EJ
+
+
+def halves_of(h_SJ: torch.Tensor) -> torch.Tensor:
+    """h [S, J] with gate and up columns one after the other, of one in which they alternate."""
+    return torch.cat((h_SJ[:, ::2], h_SJ[:, 1::2]), dim=1)
+
+
+def down_dact_reference(
+    dout_TH: torch.Tensor,
+    w_EHI: torch.Tensor,
+    h_SJ: torch.Tensor,
+    group: Grouping,
+    act: Activation,
+    has_bias: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The specification of `down_dact`."""
+    da_SI = grouped_gemm_reference(dout_TH, w_EHI, group, gather=True)
+    return _dact_rows(da_SI, h_SJ, group, act, has_bias)
+
+
+def _dact_rows(
+    da_SI: torch.Tensor, h_SJ: torch.Tensor, group: Grouping, act: Activation, has_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    assert group.weight_S is not None
+    weight_S1 = group.weight_S[:, None].to(da_SI.dtype)
+    a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
+    db_EJ = grouped_sum(dh_SJ, group) if has_bias else None
+    return dh_SJ, weight_S1 * a_SI, da_SI.float().mul_(a_SI).sum(-1)[None], db_EJ
 
 
 def _as_pairs(h_SJ: torch.Tensor) -> torch.Tensor:
@@ -155,25 +142,20 @@ def _as_pairs(h_SJ: torch.Tensor) -> torch.Tensor:
 
 @launched
 def _down_dact_kernel(
-    taken, dout, token, w, h, more, weight, dh, wa, dweight, db, tile_expert, tile_row, num_tiles, offsets,
-    num_experts, num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
+    tile_expert, tile_row, num_tiles, offsets, taken, dout, token, w, h, more, weight, dh, wa, dweight, db, num_experts,
+    num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
     LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr,
     DESCRIPTOR: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MORE: tl.constexpr,
 ):  # fmt: skip
-    column_tiles = tl.cdiv(width, BN)
-    work = tl.load(num_tiles) * column_tiles
+    work = tl.load(num_tiles) * tl.cdiv(width, BN)
     item = tl.program_id(0)
     while item < work:
         # tiles are taken as programs get done; which of them computes one does not change it
         next_item = PROGRAMS + tl.atomic_add(taken, 1)
-        tile, column_tile = item // column_tiles, item % column_tiles
-        first = column_tile * BN
-        expert, begin = tl.load(tile_expert + tile), tl.load(tile_row + tile)
-        row = begin + tl.arange(0, BM)
+        tile, expert, begin, first = tile_at(item, tile_expert, tile_row, width, BN)
         end = tl.load(offsets + expert)
-        source = tl.load(token + row, mask=row < end, other=0)
-        dout_rows = dout + source.to(tl.int64)[:, None] * stride_d
+        dout_rows = row_pointers(dout, token, begin + tl.arange(0, BM), end, stride_d)
         inner = tl.arange(0, BK)
         da = tl.zeros((BM, BN), tl.float32)
         for k in range(0, num_inner, BK):
@@ -211,7 +193,7 @@ def _down_dact_kernel(
             )  # fmt: skip
             if number + 1 < PIECES:
                 gate, up = next_gate, next_up
-        tl.store(dweight + column_tile.to(tl.int64) * num_rows + row, partial, mask=in_group)
+        tl.store(dweight + (first // BN).to(tl.int64) * num_rows + row, partial, mask=in_group)
         if end == tl.load(offsets + num_experts - 1):
             behind = (row >= end) & (row < num_rows)
             _store_zeros(wa, row, behind, first, width, BN)

@@ -1,8 +1,13 @@
-"""Grouped GEMM over rows sorted by expert: y_s = a_s · W_e(s) (+ bias), and the pieces its relatives share.
+"""Grouped GEMM over rows sorted by expert, and the pieces its relatives share.
 
-Four files hold the experts' matrix products. This one multiplies rows that already stand in sorted order (the
-down-projection, and the gradient of the up-projection's input). `grouped_up` and `grouped_down` gather their rows by
-index and carry the activation, or its gradient, in the epilogue. `grouped_wgrad` makes the weights' gradients.
+    grouped_gemm:  y_s = a_s · W_e(s) (+ b)           the down-projection, and the gradient of the up-projection's input
+    up_act:        h_s = x_t(s) · W_e(s) (+ b), a_s = activation(h_s)
+
+Rows of x are read by index in the prologue of `up_act`, so no permuted copy of x is ever stored; h (kept for the
+backward) and a leave in the epilogue. How many rows there are is known on the device alone. So that the host need not
+allocate for all that there might be, only the first `keep` rows of h are stored, and the backward computes `up_again`
+what is missing, which is nothing unless this rank got more than its share. `grouped_down` gathers, too, and has the
+activation's gradient in its epilogue; `grouped_wgrad` makes the weights' gradients.
 
 One Triton program per multiprocessor walks over row tiles (`Grouping.tiles`; a tile never spans two experts) times
 column tiles; how many there are is read on the device. What lies contiguous is read by the TMA unit, through tensor
@@ -18,6 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from expertmesh.backends import TensorDescriptor, logger, tl, triton, use_triton
+from expertmesh.kernels.activation import Activation, activate
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched, processors
 
@@ -29,9 +35,54 @@ def grouped_gemm(
 
     Rows behind the last expert's are not written: no reader of a `Grouping` looks at them.
     """
-    if use_triton(a_SK):
-        return _grouped_gemm_triton(a_SK, w_EKN, group, bias_EN)
-    return grouped_gemm_reference(a_SK, w_EKN, group, bias_EN)
+    if not use_triton(a_SK):
+        return grouped_gemm_reference(a_SK, w_EKN, group, bias_EN)
+    y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
+    launch_rows(a_SK, w_EKN, bias_EN, group, y_SN)
+    return y_SN
+
+
+def up_act(
+    x_TH: torch.Tensor,
+    w_EHJ: torch.Tensor,
+    bias_EJ: torch.Tensor | None,
+    group: Grouping,
+    act: Activation,
+    keep: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h [S, J], a [S, I]) of tokens x [T, H], up-projections [E, H, J] (plain or transposed) and biases [E, J].
+
+    keep: by the fused kernel, h has only this many rows, a multiple of `group.block`.
+    """
+    if not use_triton(x_TH):
+        return up_act_reference(x_TH, w_EHJ, bias_EJ, group, act)
+    if act.kind == "custom":
+        h_SJ = grouped_gemm(x_TH[group.token_S.long()], w_EHJ, group, bias_EJ)
+        return h_SJ, act.forward(h_SJ)
+    num_rows = group.slot_S.numel()
+    h_SJ = x_TH.new_empty(min(num_rows, keep or num_rows), w_EHJ.shape[2])
+    a_SI = x_TH.new_empty(num_rows, w_EHJ.shape[2] // (2 if act.gated else 1))
+    launch_rows(x_TH, w_EHJ, bias_EJ, group, h_SJ, a_SI, act)
+    return h_SJ, a_SI
+
+
+def up_again(
+    x_TH: torch.Tensor,
+    w_EHJ: torch.Tensor,
+    bias_EJ: torch.Tensor | None,
+    group: Grouping,
+    act: Activation,
+    h_SJ: torch.Tensor,
+) -> torch.Tensor | None:
+    """The rows of h that an `up_act` with `keep` did not store, and the `group.block` rows before them, in as far as
+    tiles that end behind h have them; None if h has them all.
+    """
+    missing = group.slot_S.numel() - len(h_SJ)
+    if not missing:
+        return None
+    more_SJ = h_SJ.new_empty(group.block + missing, h_SJ.shape[1])
+    launch_rows(x_TH, w_EHJ, bias_EJ, group, more_SJ, None, act)
+    return more_SJ
 
 
 def grouped_gemm_reference(
@@ -52,6 +103,14 @@ def grouped_gemm_reference(
         if bias_EN is not None:
             y_SN[rows] += bias_EN[expert]
     return y_SN
+
+
+def up_act_reference(
+    x_TH: torch.Tensor, w_EHJ: torch.Tensor, bias_EJ: torch.Tensor | None, group: Grouping, act: Activation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The specification of `up_act`."""
+    h_SJ = grouped_gemm_reference(x_TH, w_EHJ, group, bias_EJ, gather=True)
+    return h_SJ, act.forward(h_SJ)
 
 
 def segments(group: Grouping) -> Iterator[tuple[int, slice]]:
@@ -96,14 +155,14 @@ def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3) -> dict[str, 
     return dict(BN=128, BK=64, num_warps=8 if block_rows == 128 else 4, num_stages=3)
 
 
-def constants_of(x: torch.Tensor, group: Grouping) -> dict[str, Any]:
-    """What a row-tile kernel is compiled for besides its `tile_config`."""
-    return dict(
-        BM=group.block,
-        PROGRAMS=processors(x.device),
-        DESCRIPTOR=by_descriptor(x.device),
-        PRECISION=dot_precision(x.dtype),
-    )
+def over_tiles(
+    kernel: Any, config: dict[str, int], x: torch.Tensor, group: Grouping, *inputs: Any, **flags: Any
+) -> None:
+    """Launch a kernel whose programs walk over row tiles times column tiles."""
+    assert group.tiles is not None
+    programs = processors(x.device)
+    constants = dict(BM=group.block, DESCRIPTOR=by_descriptor(x.device), PRECISION=dot_precision(x.dtype))
+    kernel[(programs,)](*group.tiles, group.offsets_E, *inputs, PROGRAMS=programs, **constants, **flags, **config)
 
 
 @cache
@@ -149,31 +208,60 @@ def weight_tiles(w_EKN: torch.Tensor, inner: int, columns: int) -> tuple[Any, bo
     return tiles_of(w_EKN.transpose(1, 2).contiguous().flatten(0, 1), columns, inner), True
 
 
-def _grouped_gemm_triton(
-    a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None
-) -> torch.Tensor:
-    assert group.tiles is not None
-    num_columns, num_inner = w_EKN.shape[2], w_EKN.shape[1]
-    y_SN = a_SK.new_empty(a_SK.shape[0], num_columns)
-    config = tile_config(a_SK, group.block)
-    w_tiles, transposed = weight_tiles(w_EKN, config["BK"], config["BN"])
-    constants = constants_of(a_SK, group)
-    _grouped_gemm_kernel[(constants["PROGRAMS"],)](
-        tiles_of(a_SK, group.block, config["BK"]),
+def launch_rows(
+    x: torch.Tensor,
+    w_EKN: torch.Tensor,
+    bias_EN: torch.Tensor | None,
+    group: Grouping,
+    y_SN: torch.Tensor,
+    a_SI: torch.Tensor | None = None,
+    act: Activation | None = None,
+) -> None:
+    """Writes y: rows of x [S, K]; or with an activation those of x [T, K] by index, and its values to a. Into y go the
+    first rows, or, with an activation but no a, the last.
+    """
+    num_inner, num_columns = w_EKN.shape[1:]
+    act, gathered = act or Activation("none", gated=False), act is not None
+    config = tile_config(x, group.block, stages=4 if gathered else 3)
+    if act.gated:
+        config["BN"] //= 2  # gate and up accumulate side by side
+    assert not gathered or x.stride(1) == 1
+    again = gathered and a_SI is None
+    w_tiles, transposed = weight_tiles(w_EKN, config["BK"], config["BN"] * (2 if layout(act) == "pairs" else 1))
+    over_tiles(
+        _rows_kernel,
+        config,
+        x,
+        group,
+        x if gathered else tiles_of(x, group.block, config["BK"]),
+        group.token_S if gathered else None,
         w_tiles,
         bias_EN,
         y_SN,
-        *group.tiles,
-        group.offsets_E,
-        a_SK.shape[0],
-        num_columns,
+        a_SI,
+        w_EKN.shape[0],
+        group.slot_S.numel() - len(y_SN) if again else 0,
+        len(y_SN),
+        num_columns // 2 if act.gated else num_columns,
         num_inner,
+        x.stride(0),
+        act.alpha,
+        act.limit,
+        GATHER=gathered,
+        LAYOUT=layout(act),
+        KIND=act.kind,
         TRANSPOSED=transposed,
         HAS_BIAS=bias_EN is not None,
-        **constants,
-        **config,
+        EVEN=num_inner % config["BK"] == 0,
+        AGAIN=again,
     )
-    return y_SN
+
+
+def layout(act: Activation) -> str:
+    """How the kernels find gate and up columns in h: in halves, in pairs, or a single kind of column."""
+    if not act.gated:
+        return "single"
+    return "pairs" if act.interleaved else "halves"
 
 
 @triton.jit
@@ -205,6 +293,20 @@ def weight_tile(
 
 
 @triton.jit
+def tile_at(item, tile_expert, tile_row, num_columns, BN: tl.constexpr):
+    """(row tile, its expert, its first row, first column) of an item of work: row tiles times column tiles."""
+    column_tiles = tl.cdiv(num_columns, BN)
+    tile, column = item // column_tiles, (item % column_tiles) * BN
+    return tile, tl.load(tile_expert + tile), tl.load(tile_row + tile), column
+
+
+@triton.jit
+def row_pointers(x, token, row, end, stride):
+    """[BM, 1]: where the tokens' rows of x begin that stand in sorted rows; behind the expert's end some row."""
+    return x + tl.load(token + row, mask=row < end, other=0).to(tl.int64)[:, None] * stride
+
+
+@triton.jit
 def gathered_tile(rows, k, num_inner, EVEN: tl.constexpr):
     """[BM, BK] from row pointers [BM, 1] at inner indices k [BK]; EVEN: there are as many, so no load needs a mask."""
     if EVEN:
@@ -221,26 +323,67 @@ def add_bias(acc, bias, expert, column, num_columns):
 
 
 @launched
-def _grouped_gemm_kernel(
-    a, w, bias, y, tile_expert, tile_row, num_tiles, offsets, num_rows, num_columns, num_inner,
-    TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr,
+def _rows_kernel(
+    tile_expert, tile_row, num_tiles, offsets, x, token, w, bias, y, a_out, num_experts, first_row, num_rows, width,
+    num_inner, stride_x, alpha, limit,
+    GATHER: tl.constexpr, LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    column_tiles = tl.cdiv(num_columns, BN)
-    work = tl.load(num_tiles) * column_tiles
+    """y's rows from `first_row` on, as many as it has, and of an activation all of a's; or AGAIN y's alone, of tiles
+    that end behind its first BM rows.
+    """
+    WIDE: tl.constexpr = 2 if LAYOUT == "pairs" else 1
+    SIDES: tl.constexpr = 2 if LAYOUT == "halves" else 1  # gate and up at once: x is read once
+    num_columns = SIDES * WIDE * width
+    work = tl.load(num_tiles) * tl.cdiv(width, BN)
+    if AGAIN:  # as a rule there are no such rows
+        work = tl.where(tl.load(offsets + num_experts - 1) > first_row + BM, work, 0)
     # flattened: the loads of the next tile are under way while this one's result is stored
-    for item in tl.range(tl.program_id(0), work, PROGRAMS, flatten=True):
-        tile, first = item // column_tiles, (item % column_tiles) * BN
-        expert, begin = tl.load(tile_expert + tile), tl.load(tile_row + tile)
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, num_inner, BK):
-            # rows past the expert's end belong to the next one, or to nobody; they are not stored
-            rows = matrix_tile(a, begin, k, num_rows, num_inner, BM, BK, DESCRIPTOR)
-            columns = weight_tile(w, expert, k, first, num_inner, num_columns, BK, BN, TRANSPOSED, DESCRIPTOR)
-            acc = tl.dot(rows, columns, acc, input_precision=PRECISION)
-        column = first + tl.arange(0, BN)
-        if HAS_BIAS:
-            acc = add_bias(acc, bias, expert, column, num_columns)
+    for item in tl.range(tl.program_id(0), work, PROGRAMS, flatten=not GATHER):
+        tile, expert, begin, first = tile_at(item, tile_expert, tile_row, width, BN)
+        end_inner, end_row = num_inner, first_row + num_rows
+        if AGAIN:
+            missing = tl.minimum(tl.load(offsets + expert), begin + BM) > first_row + BM
+            end_inner, end_row = tl.where(missing, num_inner, 0), tl.where(missing, end_row, 0)
         row = begin + tl.arange(0, BM)
-        mask = (row < tl.load(offsets + expert))[:, None] & (column < num_columns)[None, :]
-        tl.store(y + row.to(tl.int64)[:, None] * num_columns + column[None, :], acc.to(y.dtype.element_ty), mask=mask)
+        if GATHER:
+            x_rows = row_pointers(x, token, row, tl.load(offsets + expert), stride_x)
+        acc = tl.zeros((BM, WIDE * BN), tl.float32)
+        up = acc
+        for k in range(0, end_inner, BK):
+            # rows past the expert's end belong to the next one, or to nobody; they are not stored
+            if GATHER:
+                rows = gathered_tile(x_rows, k + tl.arange(0, BK), num_inner, EVEN)
+            else:
+                rows = matrix_tile(x, begin, k, num_rows, num_inner, BM, BK, DESCRIPTOR)
+            columns = weight_tile(
+                w, expert, k, WIDE * first, num_inner, num_columns, BK, WIDE * BN, TRANSPOSED, DESCRIPTOR
+            )
+            if SIDES == 2:  # up's weights lie `width` behind gate's
+                w_up = weight_tile(w, expert, k, width + first, num_inner, num_columns, BK, BN, TRANSPOSED, DESCRIPTOR)
+            acc = tl.dot(rows, columns, acc, input_precision=PRECISION)
+            if SIDES == 2:
+                up = tl.dot(rows, w_up, up, input_precision=PRECISION)
+        column = WIDE * first + tl.arange(0, WIDE * BN)
+        if HAS_BIAS:
+            acc = add_bias(acc, bias, SIDES * expert, column, WIDE * width)
+            if SIDES == 2:
+                up = add_bias(up, bias, 2 * expert + 1, column, width)
+        row = row.to(tl.int64)[:, None]
+        inside = row < tl.load(offsets + expert)
+        kind = y.dtype.element_ty
+        kept = (inside & (row < end_row) if GATHER else inside) & (column < WIDE * width)[None, :]
+        at = y + (row - first_row if AGAIN else row) * num_columns + column[None, :]
+        tl.store(at, acc.to(kind), mask=kept)
+        if SIDES == 2:
+            tl.store(at + width, up.to(kind), mask=kept)
+        if KIND != "none" and not AGAIN:  # from the rounded h, as the backward sees it
+            gate = acc
+            if LAYOUT == "pairs":
+                gate, up = tl.split(tl.reshape(acc, (BM, BN, 2)))
+            elif LAYOUT == "single":
+                up = acc
+            a = activate(gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32), KIND, alpha, limit)
+            column = first + tl.arange(0, BN)
+            tl.store(a_out + row * width + column[None, :], a.to(kind), mask=inside & (column < width)[None, :])

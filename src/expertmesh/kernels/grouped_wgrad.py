@@ -24,9 +24,30 @@ def grouped_wgrad(
     g: [T, G], one row per token; c: [S, C] in sorted order, finite up to the end of the last expert's last row tile.
     Sums in float32, result in g's dtype.
     """
-    if use_triton(g_TG):
-        return _grouped_wgrad_triton(g_TG, c_SC, group, gathered_first, scale)
-    return grouped_wgrad_reference(g_TG, c_SC, group, gathered_first=gathered_first, scale=scale)
+    if not use_triton(g_TG):
+        return grouped_wgrad_reference(g_TG, c_SC, group, gathered_first=gathered_first, scale=scale)
+    assert g_TG.stride(1) == 1
+    num_experts, num_g, num_c = group.offsets_E.numel(), g_TG.shape[1], c_SC.shape[1]
+    dw = g_TG.new_empty(num_experts, *((num_g, num_c) if gathered_first else (num_c, num_g)))
+    config = wgrad_config(g_TG, group.block)
+    grid = (num_experts * triton.cdiv(num_g, config["BG"]) * triton.cdiv(num_c, config["BC"]),)
+    _grouped_wgrad_kernel[grid](
+        g_TG,
+        tiles_of(c_SC, config["BK"], config["BC"]),
+        group.token_S,
+        dw,
+        group.offsets_E,
+        num_g,
+        num_c,
+        g_TG.stride(0),
+        scale,
+        GATHERED_FIRST=gathered_first,
+        DESCRIPTOR=by_descriptor(g_TG.device),
+        PRECISION=dot_precision(g_TG.dtype),
+        EVEN=num_g % config["BG"] == 0,
+        **config,
+    )
+    return dw
 
 
 def grouped_wgrad_reference(
@@ -81,33 +102,6 @@ def wgrad_config(x: torch.Tensor, block_rows: int) -> dict[str, int]:
     if wide(x.device):
         return dict(BG=128, BC=256, BK=min(64, block_rows), num_warps=8, num_stages=3)
     return dict(BG=128, BC=128, BK=min(64, block_rows), num_warps=4, num_stages=3)
-
-
-def _grouped_wgrad_triton(
-    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, gathered_first: bool, scale: float
-) -> torch.Tensor:
-    assert g_TG.stride(1) == 1
-    num_experts, num_g, num_c = group.offsets_E.numel(), g_TG.shape[1], c_SC.shape[1]
-    dw = g_TG.new_empty(num_experts, *((num_g, num_c) if gathered_first else (num_c, num_g)))
-    config = wgrad_config(g_TG, group.block)
-    grid = (num_experts * triton.cdiv(num_g, config["BG"]) * triton.cdiv(num_c, config["BC"]),)
-    _grouped_wgrad_kernel[grid](
-        g_TG,
-        tiles_of(c_SC, config["BK"], config["BC"]),
-        group.token_S,
-        dw,
-        group.offsets_E,
-        num_g,
-        num_c,
-        g_TG.stride(0),
-        scale,
-        GATHERED_FIRST=gathered_first,
-        DESCRIPTOR=by_descriptor(g_TG.device),
-        PRECISION=dot_precision(g_TG.dtype),
-        EVEN=num_g % config["BG"] == 0,
-        **config,
-    )
-    return dw
 
 
 @launched

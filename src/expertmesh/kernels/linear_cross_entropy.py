@@ -164,10 +164,8 @@ def _rows_kernel(
     cols = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     start = 0
     if label == ignore_index:
-        tl.store(out_ptr, 0.0)
-        if STATISTICS:
-            tl.store(out_ptr + 1, 0.0)
-            tl.store(out_ptr + 2, 0.0)
+        for i in tl.static_range(3 if STATISTICS else 1):
+            tl.store(out_ptr + i, 0.0)
         if GRAD:
             while start < V:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
                 tl.store(logits_ptr + start + cols, tl.zeros_like(cols).to(tl.float32), start + cols < stride)
@@ -222,8 +220,17 @@ def _scale_kernel(x_ptr, scale_ptr, out_ptr, N, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, x * tl.load(scale_ptr).to(tl.float32), at < N)
 
 
-def _rows_torch(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_index: int, grad: bool) -> None:
-    """What `_rows_kernel` does, in PyTorch: writes to out [C, 1 or 3] and overwrites logits with their gradient."""
+def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_index: int, grad: bool) -> None:
+    """What `_rows_kernel` says, by it where it runs: writes out [C, 1 or 3], and with `grad` over the logits."""
+    if use_triton(logits):
+        tuning = TUNING["statistics" if out.shape[1] > 1 else "rows"]
+        block = min(tuning["BLOCK"], triton.next_power_of_2(logits.shape[1]))
+        warps = max(1, tuning["num_warps"] * block // tuning["BLOCK"])
+        _rows_kernel[(logits.shape[0],)](
+            logits, labels, out, logits.shape[1], logits.stride(0), ignore_index,
+            GRAD=grad, STATISTICS=out.shape[1] > 1, BLOCK=block, LANES=min(block, warps * 256), num_warps=warps,
+        )  # fmt: skip
+        return
     ignored = labels == ignore_index
     if labels.device.type == "cpu" and bool((~ignored & ((labels < 0) | (labels >= logits.shape[1]))).any()):
         raise ValueError(
@@ -241,30 +248,13 @@ def _rows_torch(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, i
         torch.mul(grad_rows, ~ignored[:, None], out=logits)
 
 
-def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_index: int, grad: bool) -> None:
-    if not use_triton(logits):
-        _rows_torch(logits, labels, out, ignore_index, grad)
-        return
-    tuning = TUNING["statistics" if out.shape[1] > 1 else "rows"]
-    block = min(tuning["BLOCK"], triton.next_power_of_2(logits.shape[1]))
-    warps = max(1, tuning["num_warps"] * block // tuning["BLOCK"])
-    _rows_kernel[(logits.shape[0],)](
-        logits, labels, out, logits.shape[1], logits.stride(0), ignore_index,
-        GRAD=grad, STATISTICS=out.shape[1] > 1, BLOCK=block, LANES=min(block, warps * 256), num_warps=warps,
-    )  # fmt: skip
-
-
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     """total = a.T @ b (first) or total += a.T @ b, with total in float32 whatever the dtype of a and b."""
     beta = 0 if first else 1
-    if a.dtype == total.dtype:
-        total.addmm_(a.t(), b, beta=beta)
-    elif a.is_cuda:
+    if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=beta, out=total)
-    elif first:  # CPUs have no GEMM from bfloat16 to float32: each chunk's product is rounded
-        total.copy_(a.t() @ b)
-    else:
-        total += a.t() @ b
+    else:  # CPUs have no GEMM from bfloat16 to float32
+        total.addmm_(a.t().to(total.dtype), b.to(total.dtype), beta=beta)
 
 
 def scaled(x: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

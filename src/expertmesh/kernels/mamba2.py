@@ -14,9 +14,8 @@ from torch.autograd.function import once_differentiable
 from expertmesh.backends import use_triton
 from expertmesh.kernels.causal_conv import causal_conv_reference, conv_backward, conv_forward
 from expertmesh.kernels.rms_norm import channels_last, gated_norm_backward, gated_norm_forward, gated_norm_reference
-from expertmesh.kernels.ssd import ssd_reference
+from expertmesh.kernels.ssd import Sizes, split, ssd_forward, ssd_reference
 from expertmesh.kernels.ssd_backward import ssd_backward
-from expertmesh.kernels.ssd_forward import Sizes, split, ssd_forward
 
 
 class Mamba2Weights(NamedTuple):

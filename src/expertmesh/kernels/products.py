@@ -7,10 +7,10 @@ Weights are [E, in, out] views here, plain or transposed.
 import torch
 
 from expertmesh.kernels import grouped_gemm as gemms
-from expertmesh.kernels import grouped_up, quack
+from expertmesh.kernels import quack
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouped_down import down_dact
-from expertmesh.kernels.grouped_up import up_again
+from expertmesh.kernels.grouped_gemm import up_again
 from expertmesh.kernels.grouped_wgrad import grouped_wgrad
 from expertmesh.kernels.grouping import Grouping
 
@@ -26,11 +26,11 @@ def up_act(
     keep: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """(h [S, J], a [S, I], whether columns of h are in turns though not the weights') of tokens x [T, H]; keep: as
-    grouped_up.py.
+    grouped_gemm.py.
     """
     if keep is None and quack.takes_up(x_TH, w_up_EHJ, bias_EJ, group, act):
         return *quack.up_act(x_TH, w_up_EHJ, group, act), act.gated
-    return *grouped_up.up_act(x_TH, w_up_EHJ, bias_EJ, group, act, keep), False
+    return *gemms.up_act(x_TH, w_up_EHJ, bias_EJ, group, act, keep), False
 
 
 def grouped_gemm(

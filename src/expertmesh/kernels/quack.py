@@ -37,6 +37,10 @@ class Tile(NamedTuple):
     def dynamic(self) -> bool:
         """Whether a block that is done takes the next tile that nobody has, instead of tiles that were its own from the
         start: faster, above all where experts are unequal, except where groups of warps take turns.
+
+        quack's own `config_supports` refuses this with rows gathered by index on Hopper. It is right all the same: the
+        barrier behind which a block takes its next tile counts the four warps that gather (`make_sched_pipeline` and
+        `num_ab_load_warps` in quack's gemm_sm90.py), so none of them misses a tile.
         """
         return not self.pingpong
 

@@ -24,7 +24,7 @@ from expertmesh.backends import triton, use_triton
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Bounds
 from expertmesh.kernels.grouped_gemm import by_descriptor, dot_precision, tiles_of
-from expertmesh.kernels.sink_kernels import sink_dkdv, sink_dq, sink_forward
+from expertmesh.kernels.sink_kernels import sink_over_keys, sink_over_queries
 
 
 class Padding(NamedTuple):
@@ -153,6 +153,19 @@ def _tiles(x_BSND: torch.Tensor, rows: int) -> Any:
     return tiles_of(x_BSND.view(B * S, N * D), rows, D)
 
 
+def _launch_over_keys(
+    name: str, inputs: tuple, gradients: tuple, scale: float, window: int | None, flags: dict
+) -> None:
+    """inputs: what both directions read, and out and lse; gradients: dout, and what the backward makes."""
+    q, k, v, *others = inputs
+    B, S, NQ, _ = q.shape
+    config = _config(name, q, window)
+    sink_over_keys[B * NQ, triton.cdiv(S, config["BM"])](
+        q, _tiles(k, config["BN"]), _tiles(v, config["BN"]), *others, *gradients, B * S, S, scale,
+        BACKWARD=name == "dq", **flags, **config,
+    )  # fmt: skip
+
+
 @torch.compiler.disable  # which cannot trace tensor descriptors
 def _apply(*args: Any) -> torch.Tensor:
     return _SinkAttention.apply(*args)
@@ -173,33 +186,25 @@ class _SinkAttention(torch.autograd.Function):
         start, end, seen, whole = (
             q if x is None else x for x in (start, end, seen, whole)
         )  # some pointer, which nothing reads
-        config = _config("forward", q, window)
-        sink_forward[B * NQ, triton.cdiv(S, config["BM"])](
-            q, _tiles(k, config["BN"]), _tiles(v, config["BN"]), sinks, start, seen, whole, out, lse, B * S, S, scale,
-            **flags, **config,
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, v, sinks, start, end, seen, whole, out, lse)
+        inputs = q, k, v, sinks, start, seen, whole, out, lse
+        _launch_over_keys("forward", inputs, (None, None, None, None), scale, window, flags)
+        ctx.save_for_backward(*inputs, end)
         ctx.flags, ctx.scale, ctx.window = flags, scale, window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, sinks, start, end, seen, whole, out, lse = ctx.saved_tensors
+        *inputs, end = ctx.saved_tensors
+        q, k, v, sinks, _, seen, _, _, lse = inputs
         B, S, NQ, _ = q.shape
-        dout = dout.contiguous()
-        flags, window = ctx.flags, ctx.window
+        dout, flags = dout.contiguous(), ctx.flags
         dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-
-        config = _config("dq", q, window)
-        blocks = triton.cdiv(S, config["BM"])
-        dsinks = lse.new_empty(blocks * B, NQ)
-        sink_dq[B * NQ, blocks](
-            q, _tiles(k, config["BN"]), _tiles(v, config["BN"]), sinks, start, seen, whole, out, dout, lse, delta, dq,
-            dsinks, B * S, S, ctx.scale, **flags, **config,
-        )  # fmt: skip
-        config = _config("dkdv", q, window)
-        sink_dkdv[B * flags["NK"], triton.cdiv(S, config["BN"])](
+        config = _config("dq", q, ctx.window)
+        dsinks = lse.new_empty(triton.cdiv(S, config["BM"]) * B, NQ)
+        _launch_over_keys("dq", inputs, (dout, delta, dq, dsinks), ctx.scale, ctx.window, flags)
+        config = _config("dkdv", q, ctx.window)
+        sink_over_queries[B * flags["NK"], triton.cdiv(S, config["BN"])](
             _tiles(q, config["BM"]), _tiles(dout, config["BM"]), k, v, end, seen, lse, delta, dk, dv, B * S, S,
             ctx.scale, **flags, **config,
         )  # fmt: skip

@@ -1,8 +1,9 @@
-"""The Triton kernels of sink_attention.py: forward, dq, dk + dv. Formulas, letters and the reference stand there.
+"""The Triton kernels of sink_attention.py, one per direction: over queries (forward, and dq), over keys (dk and dv).
+Formulas, letters and the reference stand there.
 
-Each kernel walks over the blocks that its block of queries (or of keys) meets, in three loops: those that the lower
+Each kernel walks over the blocks that its block of queries (or of keys) meets, in three parts: those that the lower
 bound cuts (by a window, or where a document begins), those that need no mask, and those on the diagonal or behind
-padding. Without SPLIT, for small windows, one masked loop does it all.
+padding. Without SPLIT, for small windows, one masked part does it all.
 """
 
 import math
@@ -38,20 +39,40 @@ def _behind_last_query(end, key, S, WINDOW: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _key_ranges(
+def _key_parts(
     start, whole, begin, S, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Of a query block: its first key block, the first that the bound cuts for no query, the next that needs a mask (on
-    the diagonal, or with padding: `whole` keys come before the first), and the end. All but that are multiples of BN.
+    """Where the three parts of a query block's keys begin, and the end: its first key block; the first that the bound
+    cuts for no query; the next that needs a mask (on the diagonal, or with padding: `whole` keys come before the
+    first). All but the end are multiples of BN. Without SPLIT the third part is all there is.
     """
     end = tl.minimum(begin + BM, S)
     first = _first_key(start, begin, S, WINDOW, PACKED) // BN * BN
+    if not SPLIT:
+        return first, first, first, end
     uncut = tl.cdiv(_first_key(start, end - 1, S, WINDOW, PACKED), BN) * BN
     masked = begin // BN * BN
     if PADDED:
         masked = tl.maximum(tl.minimum(masked, tl.load(whole) // BN * BN), first)
     return first, tl.minimum(uncut, masked), masked, end
+
+
+@triton.jit
+def _query_parts(
+    end, first_key, S, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Where the three parts of the queries that see a key block begin, and the end: the queries of the second see all
+    its keys. Without SPLIT the third part is all there is.
+    """
+    first = first_key // BM * BM
+    stop = _behind_last_query(end, tl.minimum(first_key + BN, S) - 1, S, WINDOW, PACKED)
+    if not SPLIT:
+        return first, first, first, stop
+    below = tl.minimum(tl.cdiv(first_key + BN, BM) * BM, stop)
+    uncut = tl.maximum(_behind_last_query(end, first_key, S, WINDOW, PACKED) // BM * BM, below)
+    return first, below, uncut, stop
 
 
 @triton.jit
@@ -72,130 +93,86 @@ def _row_tile(x, row, head, base, S, N: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    acc, total, peak, q, k, v, seen, row, low, begin, end, base, column, num_rows, S, scale, MASKED: tl.constexpr,
-    NK: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr,
+def _over_keys(
+    acc, total, peak, q, dout, k, v, seen, row, low, begin, end, base, column, num_rows, S, scale, MASKED: tl.constexpr,
+    BACKWARD: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the keys from begin to end; scale is for base 2."""
+    """The online softmax over the keys from begin to end; BACKWARD, where peak is lse and total is δ, acc plus Σ ds·k.
+    Scale is for base 2.
+    """
     for n in range(begin, end, BN):
         keys = matrix_tile(k, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
-        scores = tl.dot(q, keys.T, input_precision=PRECISION)
-        if MASKED:
-            scores = tl.where(_sees(row, low, n + tl.arange(0, BN), seen, S, PADDED), scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-        p = tl.exp2(scores * scale - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        values = matrix_tile(v, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-        peak = new_peak
+        if BACKWARD:
+            values = matrix_tile(v, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
+            p = tl.exp2(tl.dot(q, keys.T, input_precision=PRECISION) * scale - peak[:, None])
+            if MASKED:
+                p = tl.where(_sees(row, low, n + tl.arange(0, BN), seen, S, PADDED), p, 0.0)
+            ds = p * (tl.dot(dout, values.T, input_precision=PRECISION) - total[:, None])
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+        else:
+            scores = tl.dot(q, keys.T, input_precision=PRECISION)
+            if MASKED:
+                scores = tl.where(_sees(row, low, n + tl.arange(0, BN), seen, S, PADDED), scores, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+            p = tl.exp2(scores * scale - new_peak[:, None])
+            shrink = tl.exp2(peak - new_peak)
+            total = total * shrink + tl.sum(p, 1)
+            acc = acc * shrink[:, None]
+            values = matrix_tile(v, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
+            acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+            peak = new_peak
     return acc, total, peak
 
 
 @launched
-def sink_forward(
-    q, k, v, sinks, start, seen, whole, out, lse, num_rows, S, scale,
-    NQ: tl.constexpr, NK: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
-    WINDOW: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
+def sink_over_keys(
+    q, k, v, sinks, start, seen, whole, out, lse, dout, delta, dq, dsinks, num_rows, S, scale,
+    BACKWARD: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr,
+    D: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program per head and query block; the last blocks, which have most keys, come first."""
+    """out and lse; BACKWARD dq, δ for `sink_over_queries`, and this block's part of the sinks' gradient.
+
+    One program per head and query block; the last blocks, which have most keys, come first.
+    """
     batch, head = tl.program_id(0) // NQ, tl.program_id(0) % NQ
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     base, column = batch * S, head // (NQ // NK) * D
     row = block * BM + tl.arange(0, BM)
-    low = _first_key(start + base, row, S, WINDOW, PACKED)
-    first, uncut, masked, end = _key_ranges(start + base, whole + batch, block * BM, S, BM, BN, WINDOW, PACKED, PADDED)
-    queries, at, inside = _row_tile(q, row, head, base, S, NQ, D)
-    peak = tl.zeros((BM,), tl.float32) + tl.load(sinks + head).to(tl.float32) * _LOG2E
-    total = tl.zeros((BM,), tl.float32) + 1.0  # the sink itself
-    acc = tl.zeros((BM, D), tl.float32)
-    scale *= _LOG2E
-    if SPLIT:
-        if WINDOW > 0 or PACKED:
-            acc, total, peak = _attend(
-                acc, total, peak, queries, k, v, seen + base, row, low, first, uncut, base, column, num_rows, S, scale,
-                True, NK, D, PADDED, DESCRIPTOR, PRECISION, BN,
-            )  # fmt: skip
-        acc, total, peak = _attend(
-            acc, total, peak, queries, k, v, seen + base, row, low, uncut, masked, base, column, num_rows, S, scale,
-            False, NK, D, PADDED, DESCRIPTOR, PRECISION, BN,
-        )  # fmt: skip
-        first = masked
-    acc, total, peak = _attend(
-        acc, total, peak, queries, k, v, seen + base, row, low, first, end, base, column, num_rows, S, scale,
-        True, NK, D, PADDED, DESCRIPTOR, PRECISION, BN,
-    )  # fmt: skip
-    tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + (batch * NQ + head) * S + row, peak + tl.log2(total), mask=row < S)
-
-
-@triton.jit
-def _sum_dq(
-    acc, q, dout, lse, delta, k, v, seen, row, low, begin, end, base, column, num_rows, S, scale, MASKED: tl.constexpr,
-    NK: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """acc plus Σ ds·k over the keys from begin to end."""
-    for n in range(begin, end, BN):
-        keys = matrix_tile(k, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
-        values = matrix_tile(v, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
-        p = tl.exp2(tl.dot(q, keys.T, input_precision=PRECISION) * scale - lse[:, None])
-        if MASKED:
-            p = tl.where(_sees(row, low, n + tl.arange(0, BN), seen, S, PADDED), p, 0.0)
-        dp = tl.dot(dout, values.T, input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
-    return acc
-
-
-@launched
-def sink_dq(
-    q, k, v, sinks, start, seen, whole, out, dout, lse, delta, dq, dsinks, num_rows, S, scale,
-    NQ: tl.constexpr, NK: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
-    WINDOW: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """As the forward; also writes δ for `sink_dkdv`, and this block's part of the sinks' gradient."""
-    batch, head = tl.program_id(0) // NQ, tl.program_id(0) % NQ
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
-    base, column = batch * S, head // (NQ // NK) * D
-    row = block * BM + tl.arange(0, BM)
-    low = _first_key(start + base, row, S, WINDOW, PACKED)
-    first, uncut, masked, end = _key_ranges(start + base, whole + batch, block * BM, S, BM, BN, WINDOW, PACKED, PADDED)
-    queries, at, inside = _row_tile(q, row, head, base, S, NQ, D)
-    douts = tl.load(dout + at, mask=inside, other=0.0)
-    outs = tl.load(out + at, mask=inside, other=0.0)
-    sums = tl.sum(outs.to(tl.float32) * douts.to(tl.float32), 1)
     flat = (batch * NQ + head) * S + row
-    lses = tl.load(lse + flat, mask=row < S, other=0.0)
-    tl.store(delta + flat, sums, mask=row < S)
-    sunk = tl.exp2(tl.load(sinks + head).to(tl.float32) * _LOG2E - lses) * sums  # 0 behind the row's end, as dout is
-    tl.store(dsinks + (block * (num_rows // S) + batch) * NQ + head, -tl.sum(sunk, 0))
-
+    low = _first_key(start + base, row, S, WINDOW, PACKED)
+    parts = _key_parts(start + base, whole + batch, block * BM, S, BM, BN, WINDOW, PACKED, PADDED, SPLIT)
+    queries, at, inside = _row_tile(q, row, head, base, S, NQ, D)
+    douts = queries
+    if BACKWARD:
+        douts = tl.load(dout + at, mask=inside, other=0.0)
+        outs = tl.load(out + at, mask=inside, other=0.0)
+        total = tl.sum(outs.to(tl.float32) * douts.to(tl.float32), 1)
+        peak = tl.load(lse + flat, mask=row < S, other=0.0)
+        tl.store(delta + flat, total, mask=row < S)
+        # 0 behind the row's end, as dout is
+        sunk = tl.exp2(tl.load(sinks + head).to(tl.float32) * _LOG2E - peak) * total
+        tl.store(dsinks + (block * (num_rows // S) + batch) * NQ + head, -tl.sum(sunk, 0))
+    else:
+        peak = tl.zeros((BM,), tl.float32) + tl.load(sinks + head).to(tl.float32) * _LOG2E
+        total = tl.zeros((BM,), tl.float32) + 1.0  # the sink itself
     acc = tl.zeros((BM, D), tl.float32)
-    if SPLIT:
-        if WINDOW > 0 or PACKED:
-            acc = _sum_dq(
-                acc, queries, douts, lses, sums, k, v, seen + base, row, low, first, uncut, base, column, num_rows, S,
-                scale * _LOG2E, True, NK, D, PADDED, DESCRIPTOR, PRECISION, BN,
-            )  # fmt: skip
-        acc = _sum_dq(
-            acc, queries, douts, lses, sums, k, v, seen + base, row, low, uncut, masked, base, column, num_rows, S,
-            scale * _LOG2E, False, NK, D, PADDED, DESCRIPTOR, PRECISION, BN,
+    BEGIN: tl.constexpr = 2 if not SPLIT else 0 if WINDOW > 0 or PACKED else 1
+    for part in tl.static_range(BEGIN, 3):
+        acc, total, peak = _over_keys(
+            acc, total, peak, queries, douts, k, v, seen + base, row, low, parts[part], parts[part + 1], base, column,
+            num_rows, S, scale * _LOG2E, part != 1, BACKWARD, NK, D, PADDED, DESCRIPTOR, PRECISION, BN,
         )  # fmt: skip
-        first = masked
-    acc = _sum_dq(
-        acc, queries, douts, lses, sums, k, v, seen + base, row, low, first, end, base, column, num_rows, S,
-        scale * _LOG2E, True, NK, D, PADDED, DESCRIPTOR, PRECISION, BN,
-    )  # fmt: skip
-    tl.store(dq + at, (acc * scale).to(dq.dtype.element_ty), mask=inside)
+    if BACKWARD:
+        tl.store(dq + at, (acc * scale).to(dq.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+        tl.store(lse + flat, peak + tl.log2(total), mask=row < S)
 
 
 @triton.jit
-def _sum_dkdv(
+def _over_queries(
     dk, dv, k, v, q, dout, lse, delta, key, behind, begin, end, batch, kv_head, num_rows, S, scale,
     MASKED: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr,
@@ -222,7 +199,7 @@ def _sum_dkdv(
 
 
 @launched
-def sink_dkdv(
+def sink_over_queries(
     q, dout, k, v, end, seen, lse, delta, dk_out, dv_out, num_rows, S, scale,
     NQ: tl.constexpr, NK: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
     WINDOW: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
@@ -232,31 +209,17 @@ def sink_dkdv(
     batch, head, first_key = tl.program_id(0) // NK, tl.program_id(0) % NK, tl.program_id(1) * BN
     base = batch * S
     key = first_key + tl.arange(0, BN)
-    last_key = tl.minimum(first_key + BN, S) - 1
     behind = tl.minimum(_behind_last_query(end + base, key, S, WINDOW, PACKED), S)
-    stop = _behind_last_query(end + base, last_key, S, WINDOW, PACKED)
     keys, at, inside = _row_tile(k, key, head, base, S, NK, D)
     values = tl.load(v + at, mask=inside, other=0.0)
     dk = tl.zeros((BN, D), tl.float32)
     dv = tl.zeros((BN, D), tl.float32)
-    first = first_key // BM * BM
-    if SPLIT:
-        # all keys of the block are seen by the queries from `below` to `uncut`
-        below = tl.minimum(tl.cdiv(first_key + BN, BM) * BM, stop)
-        uncut = tl.maximum(_behind_last_query(end + base, first_key, S, WINDOW, PACKED) // BM * BM, below)
-        dk, dv = _sum_dkdv(
-            dk, dv, keys, values, q, dout, lse, delta, key, behind, first, below, batch, head, num_rows, S,
-            scale * _LOG2E, True, NQ, NK, D, DESCRIPTOR, PRECISION, BM,
+    parts = _query_parts(end + base, first_key, S, BM, BN, WINDOW, PACKED, SPLIT)
+    for part in tl.static_range(0 if SPLIT else 2, 3):
+        dk, dv = _over_queries(
+            dk, dv, keys, values, q, dout, lse, delta, key, behind, parts[part], parts[part + 1], batch, head, num_rows,
+            S, scale * _LOG2E, part != 1, NQ, NK, D, DESCRIPTOR, PRECISION, BM,
         )  # fmt: skip
-        dk, dv = _sum_dkdv(
-            dk, dv, keys, values, q, dout, lse, delta, key, behind, below, uncut, batch, head, num_rows, S,
-            scale * _LOG2E, False, NQ, NK, D, DESCRIPTOR, PRECISION, BM,
-        )  # fmt: skip
-        first = uncut
-    dk, dv = _sum_dkdv(
-        dk, dv, keys, values, q, dout, lse, delta, key, behind, first, stop, batch, head, num_rows, S,
-        scale * _LOG2E, True, NQ, NK, D, DESCRIPTOR, PRECISION, BM,
-    )  # fmt: skip
     if PADDED:
         shown = (tl.load(seen + base + key, mask=key < S, other=0) != 0)[:, None]
         dk = tl.where(shown, dk, 0.0)

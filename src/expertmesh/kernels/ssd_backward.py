@@ -21,143 +21,22 @@ import torch
 from expertmesh.backends import tl, triton
 from expertmesh.kernels.launch import launched
 from expertmesh.kernels.rms_norm import channels_last, sum_partials
-from expertmesh.kernels.ssd_forward import (
+from expertmesh.kernels.ssd import (
     TUNING,
     Sizes,
     constants,
-    fitting,
+    difference,
+    launch_mix,
+    pairs,
     place,
     prepare,
+    reaches,
     row_at,
     softplus,
     split,
     tokens,
     walk,
 )
-
-
-@launched
-def _inputs(
-    B_ptr, C_ptr, D_ptr, dy_ptr, dt_ptr, c_ptr, start_ptr, dstates_ptr, dx_ptr,
-    S, H, groups, chunks, stride_b, stride_s, stride_dyb, stride_dys, stride_dxb, stride_dxs,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dx of BLOCK sources: the mirror of `_outputs`."""
-    batch, chunk, group, row = place(chunks, groups, Q, BLOCK)
-    first = chunk * Q
-    lane, lanes = tl.arange(0, BLOCK), tl.arange(0, Q)
-    source, target = first + row + lane, first + lanes
-    p, n = tl.arange(0, P), tl.arange(0, N)
-    at = batch * stride_b
-    B = tokens(B_ptr + at + group * N, first + row, S, stride_s, BLOCK, N)
-    C = tokens(C_ptr + at + group * N, first, S, stride_s, Q, N)
-    scores = tl.dot(B, tl.trans(C), input_precision=PRECISION)
-    legal = source[:, None] <= target[None, :]
-    if PACKED:
-        start = tl.load(start_ptr + batch * S + target, target < S, other=0)
-        legal &= source[:, None] >= start[None, :]
-        last_start = tl.load(start_ptr + batch * S + tl.minimum(first + Q, S) - 1)
-    scores = tl.where(legal, scores, 0.0)
-    for head in range(group * HEADS, group * HEADS + HEADS):
-        line = (batch * H + head) * chunks * Q + first
-        c_s, c_t = tl.load(c_ptr + line + row + lane), tl.load(c_ptr + line + lanes)
-        leaving = tl.exp2(tl.load(c_ptr + line + Q - 1) - c_s)
-        if PACKED:
-            leaving = tl.where(source >= last_start, leaving, 0.0)
-        state = dstates_ptr + ((batch * chunks + chunk) * H + head) * P * N + p[:, None] * N + n[None, :]
-        u = tl.dot(B, tl.trans(tl.load(state)), input_precision=PRECISION) * leaving[:, None]
-        dy = tokens(dy_ptr + batch * stride_dyb + head * P, first, S, stride_dys, Q, P)
-        weights = (scores * tl.exp2(tl.minimum(c_t[None, :] - c_s[:, None], 0.0))).to(B.dtype)
-        u = tl.dot(weights, dy, u, input_precision=PRECISION)
-        own = tokens(dy_ptr + batch * stride_dyb + head * P, first + row, S, stride_dys, BLOCK, P).to(tl.float32)
-        dx = u * tl.load(dt_ptr + line + row + lane)[:, None] + own * tl.load(D_ptr + head).to(tl.float32)
-        to = row_at(dx_ptr + batch * stride_dxb + head * P, first + row, stride_dxs, BLOCK) + p[None, :]
-        tl.store(to, dx.to(dx_ptr.dtype.element_ty), (source < S)[:, None])
-
-
-@triton.jit
-def _within(
-    dm, v_ptr, w_ptr, other_m_ptr, dt_ptr, c_ptr, start_ptr, intra_ptr,
-    own_m, first, row, S, stride_v, stride_w, stride_m, stride_line,
-    SOURCES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dB or dC plus what the chunk's tokens give each other, one tile of the other side after the other.
-
-    v: own rows of x or dy; w: the other side's. Pointers stand at the group's first head.
-    """
-    lane = tl.arange(0, BLOCK)
-    own = first + row + lane
-    for i in range(0, Q // BLOCK - row // BLOCK if SOURCES else row // BLOCK + 1):
-        begin = first + row + i * BLOCK if SOURCES else first + row - i * BLOCK
-        other = begin + lane
-        legal = own[:, None] <= other[None, :] if SOURCES else own[:, None] >= other[None, :]
-        if PACKED:
-            if SOURCES:
-                legal &= own[:, None] >= tl.load(start_ptr + other, other < S, other=0)[None, :]
-            else:
-                legal &= other[None, :] >= tl.load(start_ptr + own, own < S, other=0)[:, None]
-        other_m = tokens(other_m_ptr, begin, S, stride_m, BLOCK, N)
-        # illegal pairs: no scores; in `pairs` they hold finite numbers until the heads have passed
-        scores = tl.where(legal, tl.dot(own_m, tl.trans(other_m), input_precision=PRECISION), 0.0)
-        pairs = tl.zeros((BLOCK, BLOCK), tl.float32)
-        tl.debug_barrier()  # the sums of the tile before are read by other threads than wrote them
-        for head in range(0, HEADS):
-            own_line, other_line = head * stride_line + first + row, head * stride_line + begin
-            c_own, c_other = tl.load(c_ptr + own_line + lane), tl.load(c_ptr + other_line + lane)
-            v = tokens(v_ptr + head * P, first + row, S, stride_v, BLOCK, P)
-            w = tokens(w_ptr + head * P, begin, S, stride_w, BLOCK, P)
-            difference = c_other[None, :] - c_own[:, None] if SOURCES else c_own[:, None] - c_other[None, :]
-            product = tl.dot(v, tl.trans(w), input_precision=PRECISION) * tl.exp2(tl.minimum(difference, 0.0))
-            if not SOURCES:
-                product *= tl.load(dt_ptr + other_line + lane)[None, :]
-            before = tl.load(intra_ptr + own_line + lane, lane < i * BLOCK, other=0.0)
-            tl.store(intra_ptr + own_line + lane, tl.sum(product * scores, axis=1) + before)
-            if SOURCES:
-                product *= tl.load(dt_ptr + own_line + lane)[:, None]
-            pairs += product
-        pairs = tl.where(legal, pairs, 0.0).to(own_m.dtype)
-        dm = tl.dot(pairs, tokens(other_m_ptr, begin, S, stride_m, BLOCK, N), dm, input_precision=PRECISION)
-    return dm
-
-
-@triton.jit
-def _across(
-    v_ptr, w_ptr, dt_ptr, c_ptr, states_ptr, dstates_ptr, inter_ptr, through_ptr, dD_ptr,
-    own_m, reached, carried, first, row, S, stride_v, stride_w, stride_line,
-    SOURCES: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dB or dC: what passes through the states, head by head."""
-    lane = tl.arange(0, BLOCK)
-    p, n = tl.arange(0, P), tl.arange(0, N)
-    dm = tl.zeros((BLOCK, N), tl.float32)
-    for head in range(0, HEADS):
-        line = head * stride_line + first
-        v = tokens(v_ptr + head * P, first + row, S, stride_v, BLOCK, P)
-        if SOURCES:
-            passing = tl.load(dstates_ptr + head * P * N + p[:, None] * N + n[None, :])
-            last = tl.load(c_ptr + line + Q - 1)
-            weight = tl.exp2(last - tl.load(c_ptr + line + row + lane))
-            flat = head * P * N + row * (P * N // Q) + tl.arange(0, BLOCK * P * N // Q)
-            before = tl.load(states_ptr + flat).to(tl.float32)
-            through = tl.sum(before * tl.load(dstates_ptr + flat).to(tl.float32)) * tl.exp2(last)
-            tl.store(through_ptr + head, tl.where(carried, through, 0.0))
-            dy = tokens(w_ptr + head * P, first + row, S, stride_w, BLOCK, P).to(tl.float32)
-            tl.store(dD_ptr + head, tl.sum(tl.sum(dy * v.to(tl.float32), axis=1)))
-        else:
-            passing = tl.load(states_ptr + head * P * N + p[:, None] * N + n[None, :])
-            weight = tl.exp2(tl.load(c_ptr + line + row + lane))
-        if PACKED:
-            weight = tl.where(reached, weight, 0.0)
-        entered = tl.sum(tl.dot(own_m, tl.trans(passing), input_precision=PRECISION) * v.to(tl.float32), axis=1)
-        tl.store(inter_ptr + line + row + lane, entered * weight)
-        if SOURCES:
-            weight *= tl.load(dt_ptr + line + row + lane)
-        weighted = v.to(tl.float32) * weight[:, None]
-        dm = tl.dot(weighted.to(v.dtype), passing, dm, input_precision=PRECISION)
-    return dm
 
 
 @launched
@@ -175,36 +54,87 @@ def _side(
     """
     batch, chunk, group, row = place(chunks, groups, Q, BLOCK)
     first = chunk * Q
-    own, head = first + row + tl.arange(0, BLOCK), group * HEADS
+    lane, p, n = tl.arange(0, BLOCK), tl.arange(0, P), tl.arange(0, N)
+    own, head = first + row + lane, group * HEADS
+    # to the group's first head: what follows counts in 32 bits
     x_ptr += batch * stride_b + head * P
     dy_ptr += batch * stride_dyb + head * P
     B_ptr += batch * stride_b + group * N
     C_ptr += batch * stride_b + group * N
     start_ptr += batch * S
+    line = (batch * H + head) * chunks * Q + first
+    dt_ptr += line
+    c_ptr += line
+    intra_ptr += line
+    inter_ptr += line
     state = ((batch * chunks + chunk) * H + head) * P * N
-    line = (batch * H + head) * chunks * Q
+    states_ptr += state
+    dstates_ptr += state
     part = ((batch * chunks + chunk) * (Q // BLOCK) + row // BLOCK) * H + head
     if SOURCES:
         own_m_ptr, other_m_ptr, v_ptr, stride_v, w_ptr, stride_w = B_ptr, C_ptr, x_ptr, stride_s, dy_ptr, stride_dys
     else:
         own_m_ptr, other_m_ptr, v_ptr, stride_v, w_ptr, stride_w = C_ptr, B_ptr, dy_ptr, stride_dys, x_ptr, stride_s
-    reached, carried = own >= 0, True
+    carried = True
     if PACKED:
-        last_start = tl.load(start_ptr + tl.minimum(first + Q, S) - 1)
-        carried = last_start < first
-        reached = own >= last_start if SOURCES else tl.load(start_ptr + own, own < S, other=0) < first
+        carried = tl.load(start_ptr + tl.minimum(first + Q, S) - 1) < first
+        reached = reaches(own, first, start_ptr, S, SOURCES, Q)
     own_m = tokens(own_m_ptr, first + row, S, stride_s, BLOCK, N)
-    dm = _across(
-        v_ptr, w_ptr, dt_ptr + line, c_ptr + line, states_ptr + state, dstates_ptr + state, inter_ptr + line,
-        through_ptr + part, dD_ptr + part, own_m, reached, carried, first, row, S, stride_v, stride_w, chunks * Q,
-        SOURCES, PACKED, PRECISION, HEADS, P, N, Q, BLOCK,
-    )  # fmt: skip
-    dm = _within(
-        dm, v_ptr, w_ptr, other_m_ptr, dt_ptr + line, c_ptr + line, start_ptr, intra_ptr + line,
-        own_m, first, row, S, stride_v, stride_w, stride_s, chunks * Q,
-        SOURCES, PACKED, PRECISION, HEADS, P, N, Q, BLOCK,
-    )  # fmt: skip
-    to = row_at(dm_ptr + batch * stride_dxb + group * N, first + row, stride_dxs, BLOCK) + tl.arange(0, N)[None, :]
+    dm = tl.zeros((BLOCK, N), tl.float32)
+
+    # what passes through the states, head by head
+    for i in range(0, HEADS):
+        own_at = i * chunks * Q + row + lane
+        v = tokens(v_ptr + i * P, first + row, S, stride_v, BLOCK, P)
+        passing_ptr = dstates_ptr if SOURCES else states_ptr
+        passing = tl.load(passing_ptr + i * P * N + p[:, None] * N + n[None, :])
+        if SOURCES:
+            last = tl.load(c_ptr + i * chunks * Q + Q - 1)
+            weight = tl.exp2(last - tl.load(c_ptr + own_at))
+            flat = i * P * N + row * (P * N // Q) + tl.arange(0, BLOCK * P * N // Q)
+            before = tl.load(states_ptr + flat).to(tl.float32)
+            through = tl.sum(before * tl.load(dstates_ptr + flat).to(tl.float32)) * tl.exp2(last)
+            tl.store(through_ptr + part + i, tl.where(carried, through, 0.0))
+            dy = tokens(w_ptr + i * P, first + row, S, stride_w, BLOCK, P).to(tl.float32)
+            tl.store(dD_ptr + part + i, tl.sum(tl.sum(dy * v.to(tl.float32), axis=1)))
+        else:
+            weight = tl.exp2(tl.load(c_ptr + own_at))
+        if PACKED:
+            weight = tl.where(reached, weight, 0.0)
+        entered = tl.sum(tl.dot(own_m, tl.trans(passing), input_precision=PRECISION) * v.to(tl.float32), axis=1)
+        tl.store(inter_ptr + own_at, entered * weight)
+        if SOURCES:
+            weight *= tl.load(dt_ptr + own_at)
+        weighted = v.to(tl.float32) * weight[:, None]
+        dm = tl.dot(weighted.to(v.dtype), passing, dm, input_precision=PRECISION)
+
+    # what the chunk's tokens give each other, one tile of the others after the other
+    for i in range(0, Q // BLOCK - row // BLOCK if SOURCES else row // BLOCK + 1):
+        begin = first + row + i * BLOCK if SOURCES else first + row - i * BLOCK
+        other_m = tokens(other_m_ptr, begin, S, stride_s, BLOCK, N)
+        legal = pairs(own, begin + lane, start_ptr, S, SOURCES, PACKED)
+        # illegal pairs: no scores; in `products` they hold finite numbers until the heads have passed
+        scores = tl.where(legal, tl.dot(own_m, tl.trans(other_m), input_precision=PRECISION), 0.0)
+        products = tl.zeros((BLOCK, BLOCK), tl.float32)
+        tl.debug_barrier()  # the sums of the tile before are read by other threads than wrote them
+        for j in range(0, HEADS):
+            own_at, other_at = j * chunks * Q + row + lane, j * chunks * Q + begin - first + lane
+            c_own, c_other = tl.load(c_ptr + own_at), tl.load(c_ptr + other_at)
+            v = tokens(v_ptr + j * P, first + row, S, stride_v, BLOCK, P)
+            w = tokens(w_ptr + j * P, begin, S, stride_w, BLOCK, P)
+            decay = tl.exp2(tl.minimum(difference(c_own, c_other, SOURCES), 0.0))
+            product = tl.dot(v, tl.trans(w), input_precision=PRECISION) * decay
+            if not SOURCES:
+                product *= tl.load(dt_ptr + other_at)[None, :]
+            before = tl.load(intra_ptr + own_at, lane < i * BLOCK, other=0.0)
+            tl.store(intra_ptr + own_at, tl.sum(product * scores, axis=1) + before)
+            if SOURCES:
+                product *= tl.load(dt_ptr + own_at)[:, None]
+            products += product
+        products = tl.where(legal, products, 0.0).to(own_m.dtype)
+        dm = tl.dot(products, tokens(other_m_ptr, begin, S, stride_s, BLOCK, N), dm, input_precision=PRECISION)
+
+    to = row_at(dm_ptr + batch * stride_dxb + group * N, first + row, stride_dxs, BLOCK) + n[None, :]
     tl.store(to, dm.to(dm_ptr.dtype.element_ty), (own < S)[:, None])
 
 
@@ -263,22 +193,16 @@ def ssd_backward(
     chunks, Q = states.shape[1], TUNING["chunk"]
     x, B, C = split(xbc_BSK, sizes)
     dx, dB, dC = split(dxbc_BSK, sizes)
-    inputs, side = fitting("inputs", Q), fitting("gradients", Q)
+    known = constants("gradients", Q, sizes, x.dtype, start)
     sums = torch.empty(4, *c.shape, dtype=torch.float32, device=x.device)
-    blocks = Q // side["BLOCK"]
+    blocks = Q // known["BLOCK"]
     through, dD = torch.empty(2, sizes.B * chunks, blocks, sizes.H, dtype=torch.float32, device=x.device)
-    grid = sizes.B * chunks * sizes.G
-    numbers = sizes.S, sizes.H, sizes.G, chunks
     strides = *xbc_BSK.stride()[:2], *dy_BSI.stride()[:2], *dxbc_BSK.stride()[:2]
-    where = start if start is not None else c
-    known = constants(sizes, x.dtype, start)
-    _inputs[(grid * (Q // inputs["BLOCK"]),)](
-        B, C, D_H, dy_BSI, dt, c, where, dstates, dx, *numbers, *strides, **known, **inputs
-    )
+    launch_mix("inputs", dy_BSI, xbc_BSK, B, C, D_H, dt, c, start, dstates, dx, sizes)
     for sources, dm, (intra, inter) in ((True, dB, sums[:2]), (False, dC, sums[2:])):
-        _side[(grid * blocks,)](
-            x, B, C, dy_BSI, dt, c, where, states, dstates, dm, intra, inter, through, dD, *numbers, *strides,
-            SOURCES=sources, **known, **side,
+        _side[(sizes.B * chunks * sizes.G * blocks,)](
+            x, B, C, dy_BSI, dt, c, start if start is not None else c, states, dstates, dm, intra, inter, through, dD,
+            sizes.S, sizes.H, sizes.G, chunks, *strides, SOURCES=sources, **known,
         )  # fmt: skip
     partial = torch.empty(sizes.B * chunks, 3 * sizes.H, dtype=torch.float32, device=x.device)
     finish = TUNING["finish"]
