@@ -26,20 +26,20 @@ def never(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """Modules whose code has one of these fingerprints become twins of `fast`.
+    """Modules whose code has this fingerprint become twins of `fast`.
 
-    fusion: the switch it belongs to. fast: a mixin, subclass of `Fast`. like: HF classes, as "model_type.Class",
-    whose code the twin equals (for readers and for the test that keeps the fingerprints honest). code: the
-    fingerprints of that code. also: methods, or functions of the class' module, that belong to the code. calls: the
-    twin replaces this function alone, in a forward that calls it and is HF's own; then the code is that of `also`.
-    why_not: the reason why one instance must stay stock, or None. probed: whether code of no known fingerprint may be
-    proven equal by a probe; not where a twin runs HF's code on CPUs, or when called as HF calls it.
+    fusion: the switch it belongs to. fast: a mixin, subclass of `Fast`. like: an HF class, as "model_type.Class", whose
+    code the twin equals (for readers, and for the test that keeps fingerprints honest). code: the fingerprint of that
+    code. also: methods, or functions of the class' module, that belong to the code. calls: the twin replaces this
+    function alone, in a forward that calls it and is HF's own; then the code is that of `also`. why_not: the reason why
+    one instance must stay stock, or None. probed: whether code of no known fingerprint may be proven equal by a probe;
+    not where a twin runs HF's code on CPUs, or when called as HF calls it.
     """
 
     fusion: str
     fast: Any
-    like: tuple[str, ...]
-    code: tuple[str, ...]
+    like: str
+    code: str
     also: tuple[str, ...] = ()
     calls: str | None = None
     why_not: Callable[[nn.Module], str | None] = never
@@ -47,7 +47,7 @@ class Rule:
 
     def matches(self, cls: type) -> bool:
         """Whether the class runs exactly the code this rule replaces."""
-        return fingerprint(cls, self.also, self.calls) in self.code
+        return fingerprint(cls, self.also, self.calls) == self.code
 
 
 @functools.cache
