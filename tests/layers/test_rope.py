@@ -8,7 +8,7 @@ import torch
 from transformers.models.mixtral import modeling_mixtral
 
 from expertmesh.layers import rope
-from expertmesh.layers.rope import FastRoPE, why_not_rope
+from expertmesh.layers.rope import FastRoPE
 from tests.kernels.compare import on_triton
 from tests.models import shared_pair
 
@@ -37,4 +37,4 @@ def test_heads_in_another_place_get_the_stock_function():
 
 def test_attention_that_may_turn_otherwise_stays_stock():
     stock, _ = shared_pair("deepseek_v3")
-    assert "apply_rotary_pos_emb_interleave" in why_not_rope(stock.model.layers[0].self_attn)
+    assert "apply_rotary_pos_emb_interleave" in FastRoPE.why_not(stock.model.layers[0].self_attn)

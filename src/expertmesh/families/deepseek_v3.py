@@ -19,22 +19,16 @@ import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import eager_attention_forward
 
 from expertmesh.kernels.mla_rope import mla_rope, rotated
-from expertmesh.layers.attention import attended
-from expertmesh.twins import Fast, cache_of
+from expertmesh.layers.attention import FastAttention
 
 
-class FastLatentAttention(Fast):
+class FastLatentAttention(FastAttention):
     """Must equal `DeepseekV3Attention.forward` of Transformers."""
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        *cache: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        past = cache[0] if cache else cache_of(kwargs)
+    stands_for = ("forward", "expand_kv", "apply_rotary_pos_emb_interleave")
+    eager = staticmethod(eager_attention_forward)
+
+    def heads(self, hidden_states: torch.Tensor, turn: tuple, past: Any, kwargs: dict[str, Any]) -> tuple:
         batch, seq = hidden_states.shape[:-1]
         if self.q_lora_rank is None:
             q = self.q_proj(hidden_states)
@@ -47,17 +41,16 @@ class FastLatentAttention(Fast):
 
         cached = None
         if past is not None:  # it keeps latents and rotated positions, as stock does
-            turned = rotated(k_rope[:, None], *position_embeddings)
+            turned = rotated(k_rope[:, None], *turn)
             cached = past.update(latent[:, None], turned, self.layer_idx, kwargs=kwargs)
         if cached is None or cached[0].shape[2] == seq:  # all keys are of these tokens
             kv = self.kv_b_proj(latent).view(batch, seq, -1, self.qk_nope_head_dim + self.v_head_dim)
-            query, key, value = mla_rope(q, kv, k_rope, *position_embeddings)
+            query, key, value = mla_rope(q, kv, k_rope, *turn)
         else:
-            query = rotated(q.transpose(1, 2), *position_embeddings)
+            query = rotated(q.transpose(1, 2), *turn)
             key, value = self.expand_kv(*cached)
-        return attended(self, eager_attention_forward, query, key, value, attention_mask, **kwargs)
+        return query, key, value
 
-
-def why_not_mla(attention: Any) -> str | None:
-    """Why this attention must stay stock, or None."""
-    return None if attention.config.rope_interleave else "its RoPE turns halves, not pairs (rope_interleave=False)"
+    @staticmethod
+    def why_not(attention: Any) -> str | None:
+        return None if attention.config.rope_interleave else "its RoPE turns halves, not pairs (rope_interleave=False)"

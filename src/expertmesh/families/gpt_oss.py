@@ -22,6 +22,9 @@ from expertmesh.layers.rope import FastRoPE
 class FastSinkAttention(FastRoPE):
     """`GptOssAttention` with its own RoPE in one kernel; its attention is `attend_with_sinks`."""
 
+    probed = True
+    stands_for = ("forward", "apply_rotary_pos_emb", "_apply_rotary_emb", "eager_attention_forward")
+
     @classmethod
     def turn(
         cls, stock: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
@@ -29,8 +32,7 @@ class FastSinkAttention(FastRoPE):
         assert unsqueeze_dim == 1, "heads before positions"
         return rope(q.transpose(1, 2), cos, sin).transpose(1, 2), rope(k.transpose(1, 2), cos, sin).transpose(1, 2)
 
-
-def why_not_sinks(attention: Any) -> str | None:
-    """Why this attention must stay stock, or None."""
-    chosen = attention.config._attn_implementation
-    return None if chosen == sinks.NAME else f"attn_implementation={chosen!r} was asked for"
+    @staticmethod
+    def why_not(attention: Any) -> str | None:
+        chosen = attention.config._attn_implementation
+        return None if chosen == sinks.NAME else f"attn_implementation={chosen!r} was asked for"

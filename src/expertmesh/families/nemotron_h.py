@@ -17,15 +17,15 @@ mtp             loaded, trained, saved                                          
 from typing import Any
 
 from expertmesh.families.rules import fingerprint
-from expertmesh.layers.mamba2 import why_not_mamba2
-
-#: `NemotronHRMSNormGated` of Transformers, and all its namesakes
-GATED_NORM = "64ad4957826b"
+from expertmesh.layers.mamba2 import FastMamba2Mixer
 
 
-def why_not_mixer(mixer: Any) -> str | None:
-    """Why this Mamba2 mixer must stay stock, or None: its twin also stands for the norm inside."""
-    norm: Any = type(mixer.norm)
-    return (
-        why_not_mamba2(mixer) if fingerprint(norm) == GATED_NORM else f"its norm {norm.__name__} runs code of its own"
-    )
+class FastGatedMamba2Mixer(FastMamba2Mixer):
+    """The twin also stands for the norm inside: `NemotronHRMSNormGated` of Transformers, and all its namesakes."""
+
+    @staticmethod
+    def why_not(mixer: Any) -> str | None:
+        norm: Any = type(mixer.norm)
+        if fingerprint(norm) != "64ad4957826b":
+            return f"its norm {norm.__name__} runs code of its own"
+        return FastMamba2Mixer.why_not(mixer)

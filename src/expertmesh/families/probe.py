@@ -55,7 +55,7 @@ def probe(stock: Any, config: Any, cls: type, rules: list[Rule], done: dict[Any,
     if key not in _found:
         errors: dict[Rule, float] = {}
         with _undisturbed():
-            theirs = _stock_model(stock, small)
+            theirs: Any = _stock_model(stock, small)
             for rule in rules if theirs is not None else ():
                 if (error := _error(*theirs, attention, cls, rule, done)) is not None:
                     errors[rule] = error
@@ -97,7 +97,7 @@ def _error(
     _make_fast(ours, done)
     modules = [module for module in ours.modules() if type(module) is cls]
     try:
-        if not modules or any(rule.why_not(module) for module in modules):
+        if not modules or any(rule.fast.why_not(module) for module in modules):
             return None
         _make_fast(ours, {cls: rule.fast})
         if not all(_same(_run(ours, name), values) for name, values in expected.items()):

@@ -15,44 +15,34 @@ import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
 
 from expertmesh.kernels.rope import qk_norm_rope
-from expertmesh.layers.attention import attended
+from expertmesh.layers.attention import FastAttention
 from expertmesh.layers.norm import can_merge
-from expertmesh.twins import Fast, cache_of
 
 
-class FastQKNormAttention(Fast):
+class FastQKNormAttention(FastAttention):
     """Must equal `Qwen3MoeAttention.forward` of Transformers."""
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        *cache: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        past = cache[0] if cache else cache_of(kwargs)
-        if why_not_qk_norm(self) is not None:  # norms replaced or hooked after fusing: call them
-            return super().forward(hidden_states, position_embeddings, attention_mask, past, **kwargs)
+    stands_for = ("forward", "apply_rotary_pos_emb", "rotate_half")
+    eager = staticmethod(eager_attention_forward)
+
+    def heads(self, hidden_states: torch.Tensor, turn: tuple, past: Any, kwargs: dict[str, Any]) -> tuple:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = qk_norm_rope(
             self.q_proj(hidden_states).view(heads),
             self.k_proj(hidden_states).view(heads),
             self.q_norm.weight,
             self.k_norm.weight,
-            *position_embeddings,
+            *turn,
             self.q_norm.variance_epsilon,
         )
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past is not None:
             key, value = past.update(key, value, self.layer_idx, kwargs=kwargs)
         kwargs["sliding_window"] = self.sliding_window
-        return attended(self, eager_attention_forward, query, key, value, attention_mask, **kwargs)
+        return query, key, value
 
-
-def why_not_qk_norm(attention: Any) -> str | None:
-    """Why this attention must stay stock, or None."""
-    norms = (attention.q_norm, attention.k_norm)
-    if all(can_merge(norm) and norm.scale == "rounded" for norm in norms):
-        return None
-    return "its q/k-norms are not fused RMSNorms of Llama's kind"
+    @staticmethod
+    def why_not(attention: Any) -> str | None:
+        if all(can_merge(norm) and norm.scale == "rounded" for norm in (attention.q_norm, attention.k_norm)):
+            return None
+        return "its q/k-norms are not fused RMSNorms of Llama's kind"

@@ -104,7 +104,7 @@ def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
             reasons |= {how: None} if how else {}
             continue
         for module in modules:
-            if (reason := rule.why_not(module)) is not None:
+            if (reason := rule.fast.why_not(module)) is not None:
                 reasons[f"{cls.__name__}: {reason}"] = None
             else:
                 module.__class__ = twin(cls, rule.fast)
@@ -130,7 +130,7 @@ def _rule_for(model: Any, module: nn.Module, fusion: str, done: dict[type, Any])
         return known, "table"
     if not meant:
         return None, ""
-    asked = {rule.fast: rule for rule in rules if rule.probed and _may_fit(rule, module)}
+    asked = {rule.fast: rule for rule in rules if rule.fast.probed and _may_fit(rule, module)}
     proven = asked and probe(type(model).__stock__, model.config, cls, list(asked.values()), done)
     return (proven, "probe") if proven else (None, f"{cls.__name__} runs code of its own")
 
@@ -143,7 +143,7 @@ def _is_meant(module: nn.Module, fusion: str) -> bool:
 
 def _may_fit(rule: Rule, module: nn.Module) -> bool:
     try:
-        return rule.why_not(module) is None
+        return rule.fast.why_not(module) is None
     except AttributeError:
         return False
 

@@ -1,10 +1,9 @@
-"""Causal attention of fused models.
+"""Causal attention of fused models, and what the twins of attention modules share.
 
 `NAME` is registered as an attention implementation and stands for "sdpa", Transformers' default, in fused models: the
 same numbers, but it takes packed documents beside the mask (rows.py), and goes to flash-attn-4 where that is installed.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
 from expertmesh.layers.rows import is_placeholder, unlost
+from expertmesh.twins import Fast, cache_of
 
 NAME = "expertmesh"
 
@@ -63,22 +63,26 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)  # for what is no placeholder
 
 
-def attended(
-    attention: Any,
-    eager: Callable[..., Any],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What an attention module returns: its chosen implementation's output, projected, and the weights or None.
+class FastAttention(Fast):
+    """Causal attention whose queries, keys and values a subclass makes, by the implementation that the user chose.
 
-    query, key, value: [B, N, S, D]. eager: its family's own implementation. kwargs go to the implementation.
+    eager: its family's own implementation. heads: (hidden states, position embeddings, cache or None, the forward's
+    keywords, which go on to the implementation) → queries, keys and values [B, N, S, D], those of the cache included.
     """
-    chosen = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
-    dropout = attention.attention_dropout if attention.training else 0.0
-    out, weights = chosen(
-        attention, query, key, value, attention_mask, dropout=dropout, scaling=attention.scaling, **kwargs
-    )
-    return attention.o_proj(out.reshape(*out.shape[:2], -1).contiguous()), weights
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        *cache: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        past = cache[0] if cache else cache_of(kwargs)
+        if self.why_not(self) is not None:  # what its kernel stands for was replaced or hooked after fusing: call it
+            return super().forward(hidden_states, position_embeddings, attention_mask, past, **kwargs)
+        query, key, value = self.heads(hidden_states, position_embeddings, past, kwargs)
+        chosen = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = chosen(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*out.shape[:2], -1).contiguous()), weights

@@ -21,6 +21,8 @@ _NAME = "apply_rotary_pos_emb"
 class FastRoPE(Fast):
     """HF's forward with a kernel for RoPE of halves, of the whole width of a head (Mixtral) or a part (GLM)."""
 
+    stands_for: tuple[str, ...] = (_NAME, "rotate_half")
+    probed = False
     _interleaved = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -42,15 +44,14 @@ class FastRoPE(Fast):
             return stock(q, k, cos, sin, unsqueeze_dim)
         return rotary(q, k, cos, sin, cls._interleaved)
 
+    @staticmethod
+    def why_not(attention: Any) -> str | None:
+        names = inspect.unwrap(type(attention).forward).__code__.co_names
+        others = [name for name in names if "rotary_pos_emb" in name and name != _NAME]
+        return f"its forward also calls {others[0]}" if others else None
+
 
 class FastInterleavedRoPE(FastRoPE):
     """The same for RoPE of even and odd elements (ERNIE 4.5)."""
 
     _interleaved = True
-
-
-def why_not_rope(attention: Any) -> str | None:
-    """Why this attention must stay stock, or None."""
-    names = inspect.unwrap(type(attention).forward).__code__.co_names
-    others = [name for name in names if "rotary_pos_emb" in name and name != _NAME]
-    return f"its forward also calls {others[0]}" if others else None
