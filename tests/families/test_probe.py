@@ -154,4 +154,4 @@ def test_every_family_can_be_made_tiny(family):
     with probe._undisturbed():
         stock = type(Stock.from_config(tiny_config(family)))
         made = probe._stock_model(stock, probe.tiny(tiny_config(family)))
-    assert made is not None and {"rows", "padded", "cached"} <= made[1].keys()
+    assert made[0] is not None and {"rows", "padded", "cached"} <= made[1].keys()

@@ -28,7 +28,9 @@ class FastLatentAttention(FastAttention):
     stands_for = ("forward", "expand_kv", "apply_rotary_pos_emb_interleave")
     eager = staticmethod(eager_attention_forward)
 
-    def heads(self, hidden_states: torch.Tensor, turn: tuple, past: Any, kwargs: dict[str, Any]) -> tuple:
+    def heads(
+        self, hidden_states: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], past: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, seq = hidden_states.shape[:-1]
         if self.q_lora_rank is None:
             q = self.q_proj(hidden_states)

@@ -55,9 +55,9 @@ def probe(stock: Any, config: Any, cls: type, rules: list[Rule], done: dict[Any,
     if key not in _found:
         errors: dict[Rule, float] = {}
         with _undisturbed():
-            theirs: Any = _stock_model(stock, small)
-            for rule in rules if theirs is not None else ():
-                if (error := _error(*theirs, attention, cls, rule, done)) is not None:
+            model, expected = _stock_model(stock, small)
+            for rule in rules if model is not None else ():
+                if (error := _error(model, expected, attention, cls, rule, done)) is not None:
                     errors[rule] = error
         _found[key] = min(errors, key=errors.__getitem__, default=None)
     return _found[key]
@@ -75,7 +75,7 @@ def _undisturbed() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _stock_model(stock: Any, small: Any) -> tuple[Any, dict[str, Any]] | None:
+def _stock_model(stock: Any, small: Any) -> tuple[Any, dict[str, Any]]:
     """A tiny stock model and what it gives; None if this family cannot be made tiny so, and nothing can be proven."""
     small._attn_implementation = small._experts_implementation = None
     try:
@@ -84,7 +84,7 @@ def _stock_model(stock: Any, small: Any) -> tuple[Any, dict[str, Any]] | None:
         expected = {name: _run(model, name) for name in CASES}
     except _MISFITS as error:
         log.debug("no tiny %s: %s", stock.__name__, error)
-        return None
+        return None, {}
     return model, {name: values for name, values in expected.items() if values is not None}
 
 

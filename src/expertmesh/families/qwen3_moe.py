@@ -25,7 +25,9 @@ class FastQKNormAttention(FastAttention):
     stands_for = ("forward", "apply_rotary_pos_emb", "rotate_half")
     eager = staticmethod(eager_attention_forward)
 
-    def heads(self, hidden_states: torch.Tensor, turn: tuple, past: Any, kwargs: dict[str, Any]) -> tuple:
+    def heads(
+        self, hidden_states: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], past: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = qk_norm_rope(
             self.q_proj(hidden_states).view(heads),
