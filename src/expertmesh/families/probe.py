@@ -153,33 +153,25 @@ def _draw(model: nn.Module) -> None:
             buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
 
 
-def _inputs(name: str) -> dict[str, Any]:
-    ids = torch.randint(1, 32, (2, 12), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    positions = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
-    cases: dict[str, dict[str, Any]] = {
-        "rows": {"use_cache": False},
-        "padded": {"use_cache": False, "attention_mask": mask},
-        "packed": {"use_cache": False, "position_ids": positions},
-        "cached": {"use_cache": True},
-    }
-    return {"input_ids": ids} | cases[name]
-
-
 def _run(model: Any, name: str) -> tuple[torch.Tensor, ...] | None:
     """Logits and all gradients; None if this model refuses the case, as some do packed rows."""
-    inputs = _inputs(name)
+    ids = torch.randint(1, 32, (2, 12), generator=torch.Generator().manual_seed(1))
+    seen = torch.ones_like(ids)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": name == "cached"}
+    if name == "padded":
+        seen[0, :4] = 0
+        inputs["attention_mask"] = seen
+    if name == "packed":
+        inputs["position_ids"] = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
     model.train(name != "cached").zero_grad()
     try:
         out = model(**inputs)
     except ValueError:
         return None
     if name == "cached":
-        again = model(input_ids=inputs["input_ids"][:, :1], past_key_values=out.past_key_values, use_cache=True)
+        again = model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
         return out.logits.detach(), again.logits.detach()
-    seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[..., None]
-    logits = out.logits * seen  # what is computed at padding is nobody's business
+    logits = out.logits * seen[..., None]  # what is computed at padding is nobody's business
     logits.float().square().mean().backward()
     grads = (torch.zeros(()) if p.grad is None else p.grad for p in model.parameters())
     return logits.detach(), *grads
