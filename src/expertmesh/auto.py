@@ -46,7 +46,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     """Transformers' `AutoModelForCausalLM`, whose Mixture-of-Experts models train several times faster.
 
     All arguments are Transformers'. Three are added. `fused=True`; False returns the stock model, and a dict switches
-    single fusions, as {"router": False} (`expertmesh.fuse.FUSIONS` names them). `distributed_setup=None`: a
+    single fusions, as {"router": False} (`expertmesh.families.report.FUSIONS` names them). `distributed_setup=None`: a
     `DistributedSetup`, or its section as a dict, lays the model out over the ranks; each holds and loads only its part.
     `mtp_loss_weight=None`: a positive number trains the modules for multi-token prediction of DeepSeek V3, GLM-4.5 and
     Nemotron 3, with this weight of their loss; None keeps those that a checkpoint has as they are. Either way they are

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.families import mtp as mtp_modules
-from expertmesh.families.gpt_oss import has_sinks
-from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report
+from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, liger_row, print_report, switched_on
+from expertmesh.families.table import has_sinks
 from expertmesh.layers import attention, sinks
 from expertmesh.layers.base_model import Call, FastBaseModel, calling, fuse_base
 from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, next_tokens, why_not_head
-from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
+from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
 from expertmesh.layers.mtp import MTP, predicting, promise_what_is_kept, were_saved, with_predictions
 from expertmesh.moe import experts as fast_experts
 from expertmesh.moe.gather import one_forward
@@ -92,12 +91,7 @@ def requesting(fused: bool | dict[str, bool], mtp: str = "no") -> Iterator[None]
 
     mtp: "no"; "new", where the configuration has such modules; or "saved", where the checkpoint has their weights, too.
     """
-    switches = fused if isinstance(fused, dict) else {}
-    for name in switches:
-        if name not in FUSIONS:
-            nearest = get_close_matches(name, FUSIONS, 1, 0)[0]
-            raise ValueError(f"There is no fusion {name!r}; did you mean {nearest!r}? Known: {', '.join(FUSIONS)}.")
-    token = _requested.set(frozenset(name for name in FUSIONS if switches.get(name, True)))
+    token = _requested.set(switched_on(fused))
     mtp_token = _with_mtp.set(mtp)
     try:
         yield
@@ -356,6 +350,5 @@ def _use_liger(model: PreTrainedModel) -> None:
     """A model without experts: stock, plus Liger's kernels at its first forward on a GPU."""
     reason = "switched off" if "liger" not in _requested.get() else why_not_liger(model)
     if reason is None:
-        model.register_forward_pre_hook(ApplyLigerOnGPU())
-    by = "liger-kernel, from the first forward on a GPU" if reason is None else ""
-    print_report(model, [Fusion("liger", reason is None, by, reason or "", 1 if reason is None else 0)])
+        model.register_forward_pre_hook(apply_liger_on_gpu)
+    print_report(model, [liger_row(reason)])

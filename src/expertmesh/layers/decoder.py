@@ -39,6 +39,11 @@ class FastDecoderLayer(Fast):
     def _feed_forward(self, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return add_block(self.mlp, normed, residual)
 
+    @staticmethod
+    def why_not(layer: Any) -> str | None:
+        fits = can_merge(layer.post_attention_layernorm)
+        return None if fits else "the norm behind its attention is not a fused RMSNorm"
+
 
 class FastHybridDecoderLayer(FastDecoderLayer):
     """Must equal `Qwen3NextDecoderLayer.forward`: linear attention or full attention."""
@@ -66,8 +71,3 @@ def add_block(block: nn.Module, normed: torch.Tensor, residual: torch.Tensor, sc
     if isinstance(block, FastMoEBlock) and untouched(block):
         return block(normed, residual, scale)
     return add_scaled(residual, block(normed), scale)
-
-
-def why_not_add_norm(layer: Any) -> str | None:
-    """Why this decoder layer must stay stock, or None."""
-    return None if can_merge(layer.post_attention_layernorm) else "the norm behind its attention is not a fused RMSNorm"
