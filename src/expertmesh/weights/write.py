@@ -8,9 +8,10 @@ at a time and written by ranks in turn. In host memory a rank keeps one file of 
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,6 @@ from expertmesh.parallel import ranks
 from expertmesh.weights.files import replacing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-#: (name in the model, name on disk, weight) in, the tensors that are written for it out, by their names on disk
-Pack = Callable[[str, str, torch.Tensor], dict[str, torch.Tensor]]
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -46,15 +45,12 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def save_sharded(
-    model: PreTrainedModel, folder: str | Path, max_shard_size: int | str = "5GB", pack: Pack | None = None
-) -> None:
+def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
     """Write weights, index and configurations as `save_pretrained` does. Every rank must call it, on one file system.
 
     max_shard_size: the largest weights file, as "5GB" or in bytes, and about the host memory that a rank needs.
-    pack: what the tensors on disk are made of, if not the weights; it is also asked with meta tensors, for the plan.
     """
-    export = Export(model, max_shard_size, pack)
+    export = Export(model, max_shard_size)
     with replacing(folder) as staging:
         export.write(staging, export.files())
 
@@ -66,41 +62,44 @@ class _Group:
     target: str
     transform: Any  # Transformers' conversion, reversed
     sources: list[tuple[str, str]]  # (name in the model, pattern it matches)
-    by_expert: bool = False  # every rank converts and writes its own rows
-    writer: int = 0  # else: the rank that gets the gathered tensors
+    by_expert: bool = False  # every rank converts and writes its own rows; else one rank gets the gathered tensors
+    mine: bool = False  # whether this rank writes it, or some rows of it
+    first: int = 0  # the first of these rows
 
 
 class Export:
     """Who writes which tensor of a model into which file. Made on every rank at the same time."""
 
-    def __init__(self, model: PreTrainedModel, max_shard_size: int | str = "5GB", pack: Pack | None = None):
-        self.model, self.pack = model, pack
+    def __init__(self, model: PreTrainedModel, max_shard_size: int | str = "5GB"):
+        self.model = model
         self.state = _saved_state(model)
         self.groups, self.renamings = _groups(model, self.state)
         limit = _bytes(max_shard_size)
-        self._assign_writers()
-        mine = [(key, value.nbytes) for group in self.groups for key, value in self._planned(group)]
+        self._share_out()
+        mine = [(key, value.nbytes) for group in self.groups for key, value in self._converted(group, meta=True)]
         everyone = ranks.gathered(_split(mine, limit))
-        total, first = sum(map(len, everyone)), sum(map(len, everyone[: ranks.rank()]))
-        self._names = [WEIGHTS if total == 1 else f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
-        self._contents = [content for files in everyone for content in files]
-        self._mine = range(first, first + len(everyone[ranks.rank()]))
+        files = [(rank, content) for rank, contents in enumerate(everyone) for content in contents]
+        names = (
+            [WEIGHTS]
+            if len(files) == 1
+            else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+        )
+        #: of every weights file its name, the rank that writes it, and (key, bytes) of its tensors
+        self._files = [(name, *file) for name, file in zip(names, files, strict=True)]
 
     @torch.no_grad()
     def files(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """(name, tensors as copies on the CPU) of every file this rank writes. Gathers: every rank must exhaust it."""
-        numbers, tensors = iter(self._mine), {}
-        number = next(numbers, None)
-        for group in self.groups:
-            values = [self.state[name] for name, _ in group.sources]
-            if not group.by_expert:
-                values = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]
-            for key, value in self._of_this_rank(group, values):
-                tensors[key] = value.to("cpu", copy=True).contiguous()
-                if number is not None and len(tensors) == len(self._contents[number]):
-                    yield self._names[number], tensors
-                    number, tensors = next(numbers, None), {}
-        assert not tensors and number is None, "the plan and the conversion disagree"
+        tensors = (
+            (key, value.to("cpu", copy=True).contiguous())
+            for group in self.groups
+            for key, value in self._converted(group, meta=False)
+        )
+        for name, rank, content in self._files:
+            if rank == ranks.rank():
+                yield name, dict(islice(tensors, len(content)))
+        rest = list(tensors)  # none, but gathers what other ranks write
+        assert not rest, "the plan and the conversion disagree"
 
     def write(self, folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]], group: Any = None) -> None:
         """Write these files; rank 0 adds the index, if there are several, and configurations; no trace of layout.
@@ -119,12 +118,11 @@ class Export:
 
     def _write_configurations(self, folder: Path) -> None:
         model = self.model
-        if len(self._names) > 1:
-            named = list(zip(self._names, self._contents, strict=True))
-            size = sum(nbytes for _, content in named for _, nbytes in content)
+        if len(self._files) > 1:
+            size = sum(nbytes for *_, content in self._files for _, nbytes in content)
             index = {
                 "metadata": {"total_parameters": model.num_parameters(), "total_size": size},
-                "weight_map": {key: name for name, content in named for key, _ in content},
+                "weight_map": {key: name for name, _, content in self._files for key, _ in content},
             }
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         model.config.dtype = str(model.dtype).removeprefix("torch.")
@@ -134,42 +132,37 @@ class Export:
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
 
-    def _assign_writers(self) -> None:
+    def _share_out(self) -> None:
         """Gathered tensors go to the rank that has the fewest bytes of them so far."""
         load = [0] * ranks.world_size()
         for group in self.groups:
-            if not group.by_expert:
-                group.writer = load.index(min(load))
-                load[group.writer] += sum(self.state[name].nbytes for name, _ in group.sources)
+            first: Any = self.state[group.sources[0][0]]
+            if group.by_expert:
+                _, offset = compute_local_shape_and_global_offset(first.shape, first.device_mesh, first.placements)
+                group.first, group.mine = offset[0], len(first.to_local()) > 0 and _is_first_replica(first)
+            else:
+                writer = load.index(min(load))
+                load[writer] += sum(self.state[name].nbytes for name, _ in group.sources)
+                group.mine = writer == ranks.rank()
 
-    def _planned(self, group: _Group) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `_of_this_rank` will give, as meta tensors."""
-        values = []
-        for name, _ in group.sources:
-            value = self.state[name]
-            shape = value.to_local().shape if group.by_expert else value.shape
-            values.append(torch.empty(shape, dtype=value.dtype, device="meta"))
-        return self._of_this_rank(group, values)
-
-    def _of_this_rank(self, group: _Group, values: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(key on disk, tensor) of a group that this rank writes."""
-        first = 0
-        if group.by_expert:
-            parameter = self.state[group.sources[0][0]]
-            first = _first_row(parameter)
-            values = [value.to_local() if isinstance(value, DTensor) else value for value in values]
-            if not len(values[0]) or not _is_first_replica(parameter):
-                return
-        elif group.writer != ranks.rank():
-            return
+    def _converted(self, group: _Group, meta: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        """(key on disk, tensor) of a group that this rank writes; with `meta` without values, for the plan."""
         transform = deepcopy(group.transform)
-        for (name, pattern), value in zip(group.sources, values, strict=True):
+        for name, pattern in group.sources:
+            value = self.state[name]
+            if group.by_expert:
+                value = value.to_local()
+            elif isinstance(value, DTensor) and not meta:
+                value = value.full_tensor()  # on all ranks
+            if meta:
+                value = torch.empty(value.shape, dtype=value.dtype, device="meta")
             transform.add_tensor(group.target, name, pattern, value)
+        if not group.mine:
+            return
         for key, value in transform.convert(group.target, model=self.model, config=self.model.config).items():
             if isinstance(transform, WeightConverter):
-                key = apply_renamings(_renumbered(key, transform, first), self.renamings)
-            value = value[0] if isinstance(value, list) else value
-            yield from self.pack(group.sources[0][0], key, value).items() if self.pack else [(key, value)]
+                key = apply_renamings(_renumbered(key, transform, group.first), self.renamings)
+            yield key, value[0] if isinstance(value, list) else value
 
 
 def _saved_state(model: PreTrainedModel) -> dict[str, Any]:
@@ -234,11 +227,6 @@ def _splits_by_expert(group: _Group, state: dict[str, Any]) -> bool:
         and any(isinstance(operation, SplitModulelist) and operation.dim == 0 for operation in operations)
         and all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in parameter.placements)
     )
-
-
-def _first_row(parameter: DTensor) -> int:
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return offset[0]
 
 
 def _is_first_replica(parameter: DTensor) -> bool:
