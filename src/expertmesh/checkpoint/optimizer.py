@@ -6,6 +6,7 @@ says about it, so nothing is stepped, and it stays exactly what was saved.
 """
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -21,10 +22,11 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from expertmesh.memory.adamw import IMPLEMENTATION
 from expertmesh.parallel import ranks
+from expertmesh.parallel.clip import local
 
 FOLDER = "optimizer"  # in a checkpoint
 GROUPS = "groups.pt"  # in FOLDER
-FILE = 2**32  # bytes of a file, of all its shards: as much is in memory twice while it is written
+FILE = 2**32  # bytes of a file, which PyTorch holds in memory twice while it is written
 
 PER_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"}
 
@@ -56,7 +58,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{name}/{key}"] = _laid_out(value, _simple(value))
+                tensors[f"{name}/{key}"] = _laid_out(value, _simple(value)).contiguous()
             elif isinstance(value, NUMBER):
                 numbers.setdefault(name, {})[key] = value
             else:
@@ -67,15 +69,15 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     groups = optimizer.param_groups
     options = [{key: value for key, value in g.items() if key not in ("params", "param_names")} for g in groups]
     of = {names[p]: number for number, g in enumerate(groups) for p in g["params"]}
-    return tensors, {"options": options, "of": of, "numbers": numbers, "tensors": sorted(tensors)}
+    return tensors, {"options": options, "of": of, "numbers": numbers, "tensors": list(tensors)}
 
 
 def write_optimizer(folder: Path, tensors: dict[str, Any], groups: dict[str, Any], group: Any = None) -> None:
     """Write what `state_of` gave into `folder/optimizer`, from all ranks of `group`, each its shards."""
     folder = folder / FOLDER
     folder.mkdir(exist_ok=True)
-    sizes = accumulate(value.nbytes for value in tensors.values())
-    files = {key: 1 + size // FILE for key, size in zip(tensors, sizes, strict=True)}
+    sizes = accumulate(local(value).nbytes for value in tensors.values())
+    files = defaultdict(int, zip(tensors, (1 + size // FILE for size in sizes), strict=True))  # 0: if rank 0 has it not
     writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     with _told_plainly():
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
@@ -100,7 +102,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
         )
     reader = dcp.HuggingFaceStorageReader(str(folder))
     saved = reader.read_metadata().state_dict_metadata
-    if sorted(saved) != groups["tensors"]:
+    if not saved.keys() >= set(groups["tensors"]):
         raise ValueError(f"{folder} has lost some of its files: resume from the checkpoint before.")
     tensors = _to_load(saved, named, optimizer)
     with _told_plainly():

@@ -188,23 +188,18 @@ class FastBaseModel(Fast):
 @contextmanager
 def as_stock(base: Any) -> Iterator[None]:
     """Within: the base model and all that is in it run Transformers' code, which PyTorch can export and transform."""
-    twins = {module: type(module) for module in base.modules() if isinstance(module, Fast)}
-    theirs = {
-        "_experts_implementation": {EXPERTS: "grouped_mm"},
-        "_attn_implementation": {NAME: "sdpa", SINKS: "eager"},
-    }
-    chosen = {name: getattr(base.config, name) for name in theirs}
+    config: Any = base.config
+    ours = {"_experts_implementation": {EXPERTS: "grouped_mm"}, "_attn_implementation": {NAME: "sdpa", SINKS: "eager"}}
+    stock = [(module, "__class__", type(module).__stock__) for module in base.modules() if isinstance(module, Fast)]
+    stock += [(config, name, theirs.get(getattr(config, name), getattr(config, name))) for name, theirs in ours.items()]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in stock]
     try:
-        for module, cls in twins.items():
-            module.__class__ = cls.__stock__
-        for name, value in chosen.items():
-            setattr(base.config, name, theirs[name].get(value, value))
+        for change in stock:
+            setattr(*change)
         yield
     finally:
-        for module, cls in twins.items():
-            module.__class__ = cls
-        for name, value in chosen.items():
-            setattr(base.config, name, value)
+        for change in before:
+            setattr(*change)
 
 
 def fuse_base(model: Any) -> None:

@@ -25,6 +25,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from expertmesh.parallel.clip import local
+
 Read = Callable[[Any, Any, int | None], torch.Tensor | None]
 
 
@@ -70,7 +72,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     with opened(files) as sources, torch.no_grad():
         targets = model.state_dict()
         groups, unknown = _groups(model, sources, targets, _read_slice)
-        own = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in targets.items()}
+        own = {name: local(x) for name, x in targets.items()}
         tied = _aliases(model)
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
         absent = set(targets) - set(model._keys_to_ignore_on_save or ())
