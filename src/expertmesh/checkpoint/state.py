@@ -37,7 +37,7 @@ from expertmesh.checkpoint.publish import prune, publishing
 from expertmesh.checkpoint.verify import verify
 from expertmesh.parallel import ranks
 from expertmesh.weights.read import load_weights
-from expertmesh.weights.write import Export
+from expertmesh.weights.write import files_of, write_model
 
 log = logging.getLogger(__name__)
 
@@ -202,8 +202,8 @@ def _prepared(
     """What writes and publishes a checkpoint of this moment. It gathers, unless everything is `staged` in host memory;
     else it must run at once."""
     model = _plain(model)
-    small, export, state = _rank_files(step, scheduler, extra), Export(model), partial(state_of, model, optimizer)
-    weights = export.files()
+    small, weights = _rank_files(step, scheduler, extra), files_of(model)
+    state: Callable[[], tuple[dict[str, Any], dict[str, Any]]] = partial(state_of, model, optimizer)
     if staged:
         weights, (tensors, others) = iter(list(weights)), state()
         copied = BlockingAsyncStager().stage(tensors), copy.deepcopy(others)
@@ -211,7 +211,7 @@ def _prepared(
 
     def write() -> Path:
         with publishing(directory, step, group) as folder:
-            export.write(folder, weights, group)
+            write_model(folder, model, weights, group)
             write_optimizer(folder, *state(), group)
             for name, content in small.items():
                 (folder / name).write_bytes(content)

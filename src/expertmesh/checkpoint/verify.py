@@ -29,8 +29,8 @@ def verify(checkpoint: str | Path) -> None:
     files = {name for name, mode in modes.items() if stat.S_ISREG(mode)}
     others = {name for name, mode in modes.items() if not stat.S_ISDIR(mode)} - files
     found = digests(checkpoint, files & entries.keys())
-    problems = [_problem(name, entries[name], found.get(name)) for name in sorted(entries.keys() - others)]
-    problems = [problem for problem in problems if problem]
+    looked_at = (_problem(name, entries[name], found.get(name)) for name in sorted(entries.keys() - others))
+    problems = [problem for problem in looked_at if problem]
     problems += [f"{name} is not in the manifest" for name in sorted(files - entries.keys() - {MANIFEST})]
     problems += [f"{name} is a link, a pipe or a device" for name in sorted(others)]
     if problems:

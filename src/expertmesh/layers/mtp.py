@@ -52,7 +52,8 @@ def make_module(blocks: list[Any], norm: Callable[[], nn.Module], hidden_size: i
     norm with the name `end` ("a" or "a.b"). All weights get the names that they have in checkpoints."""
     first, last = blocks[0], blocks[-1]
     for block in {first, last}:
-        block.__class__ = twin(type(block), MTPBlock)
+        stock: Any = type(block)
+        block.__class__ = twin(stock, MTPBlock)
     first.enorm, first.hnorm = norm(), norm()
     first.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
     first.begins, last.end_norm = True, end
@@ -177,19 +178,21 @@ def loss_with_predictions(
 ) -> torch.Tensor:
     """The model's loss function `main`, and the MTP losses on top of it: each divided like the main loss; 0, not nan,
     where a batch has no label that far ahead."""
-    model, heard, total = call.model, call.heard, 0.0
-    hidden, num_items = heard.hidden, kwargs.get("num_items_in_batch")
+    model, heard, hidden = call.model, call.heard, call.heard.hidden
+    next_labels, num_items = call.targets, kwargs.get("num_items_in_batch")
+    assert next_labels is not None, "the model was called with labels"
+    losses = []
     for depth, blocks in enumerate(model._mtp.depths, 1):
         inputs: tuple[torch.Tensor, ...] = (hidden, F.pad(heard.embeds, (0, 0, 0, depth))[..., depth:, :])
         for block, like in blocks:
             inputs = (block(*inputs, **heard.inputs[like]),)
         (hidden,) = inputs
-        targets = _targets(call.targets, heard.position_ids, depth)
+        targets = _targets(next_labels, heard.position_ids, depth)
         count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
         ahead = _logits(model, logits, hidden)
-        total += causal_lm_loss(ahead, targets, vocab_size, num_items_in_batch=count, shift_labels=targets)
-    scale = model.mtp_loss_weight / len(model._mtp.depths)
-    return main(logits, labels, vocab_size, **kwargs) + scale * total
+        losses.append(causal_lm_loss(ahead, targets, vocab_size, num_items_in_batch=count, shift_labels=targets))
+    scale = model.mtp_loss_weight / len(losses)
+    return main(logits, labels, vocab_size, **kwargs) + scale * sum(losses)
 
 
 def _targets(targets: torch.Tensor, position_ids: torch.Tensor | None, depth: int) -> torch.Tensor:

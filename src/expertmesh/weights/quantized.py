@@ -116,7 +116,7 @@ def dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
     model that is loaded with it finds that in `_stored_quantization`.
     """
     config = copy.deepcopy(config)
-    stored = getattr(config, "quantization_config", None)
+    stored: Any = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else None
     if method in READERS and (method != "fp8" or stored.get("weight_block_size")):
         del config.quantization_config

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,119 +49,93 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
 
     max_shard_size: the largest weights file, as "5GB" or in bytes, and about the host memory that a rank needs.
     """
-    export = Export(model, max_shard_size)
+    files = files_of(model, max_shard_size)
     with replacing(folder) as staging:
-        export.write(staging, export.files())
+        write_model(staging, model, files)
 
 
-@dataclass
-class _Group:
-    """Tensors of the model that become tensors of the checkpoint together."""
+def files_of(model: PreTrainedModel, max_shard_size: int | str = "5GB") -> Iterator[dict[str, torch.Tensor]]:
+    """The weights files that this rank is to write: tensors by their keys on disk, as copies on the CPU.
 
-    target: str
-    transform: Any  # Transformers' conversion, reversed
-    sources: list[tuple[str, str]]  # (name in the model, pattern it matches)
-    by_expert: bool = False  # every rank converts and writes its own rows; else one rank gets the gathered tensors
-    mine: bool = False  # whether this rank writes it, or some rows of it
-    first: int = 0  # the first of these rows
+    Every rank must exhaust it: it gathers.
+    """
+    return _split(_own_tensors(model), _bytes(max_shard_size))
 
 
-class Export:
-    """Who writes which tensor of a model into which file. Made on every rank at the same time."""
+def write_model(
+    folder: Path, model: PreTrainedModel, files: Iterable[dict[str, torch.Tensor]], group: Any = None
+) -> None:
+    """Write these files; rank 0 adds the index, if there are several, and configurations; no trace of layout.
 
-    def __init__(self, model: PreTrainedModel, max_shard_size: int | str = "5GB"):
-        self.model = model
-        self.state = _saved_state(model)
-        self.groups, self.renamings = _groups(model, self.state)
-        limit = _bytes(max_shard_size)
-        self._share_out()
-        mine = [(key, value.nbytes) for group in self.groups for key, value in self._converted(group, meta=True)]
-        everyone = ranks.gathered(_split(mine, limit))
-        files = [(rank, content) for rank, contents in enumerate(everyone) for content in contents]
-        names = (
-            [WEIGHTS]
-            if len(files) == 1
-            else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-        )
-        #: of every weights file its name, the rank that writes it, and (key, bytes) of its tensors
-        self._files = [(name, *file) for name, file in zip(names, files, strict=True)]
+    An error on one rank of `group` is one on all: they go on gathering with a rank that cannot write.
+    """
+    files, rank = iter(files), ranks.rank(group)
+    mine: list[tuple[int, str, dict[str, int]]] = []
+    with ranks.together(group):
+        try:
+            for tensors in files:
+                name = f"rank-{rank}-{len(mine)}.safetensors"  # until all ranks know how many there are
+                save_file(tensors, folder / name, metadata={"format": "pt"})
+                mine.append((rank, name, {key: value.nbytes for key, value in tensors.items()}))
+        finally:
+            deque(files, maxlen=0)
+    written = [file for part in ranks.gathered(mine, group) for file in part]
+    weight_map: dict[str, str] = {}
+    with ranks.together(group):
+        for number, (writer, name, sizes) in enumerate(written, 1):
+            final = WEIGHTS if len(written) == 1 else f"model-{number:05}-of-{len(written):05}.safetensors"
+            weight_map |= dict.fromkeys(sizes, final)
+            if writer == rank:
+                (folder / name).rename(folder / final)
+        if rank == 0:
+            if len(written) > 1:
+                size = sum(nbytes for *_, sizes in written for nbytes in sizes.values())
+                metadata = {"total_parameters": model.num_parameters(), "total_size": size}
+                index = {"metadata": metadata, "weight_map": weight_map}
+                (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            _write_configurations(folder, model)
 
-    @torch.no_grad()
-    def files(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """(name, tensors as copies on the CPU) of every file this rank writes. Gathers: every rank must exhaust it."""
-        tensors = (
-            (key, value.to("cpu", copy=True).contiguous())
-            for group in self.groups
-            for key, value in self._converted(group, meta=False)
-        )
-        for name, rank, content in self._files:
-            if rank == ranks.rank():
-                yield name, dict(islice(tensors, len(content)))
-        rest = list(tensors)  # none, but gathers what other ranks write
-        assert not rest, "the plan and the conversion disagree"
 
-    def write(self, folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]], group: Any = None) -> None:
-        """Write these files; rank 0 adds the index, if there are several, and configurations; no trace of layout.
+def _write_configurations(folder: Path, model: PreTrainedModel) -> None:
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    promise_what_is_kept(model)
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
-        An error on one rank of `group` is one on all: they go on gathering with a rank that cannot write.
-        """
-        files = iter(files)
-        with ranks.together(group):
-            try:
-                for name, tensors in files:
-                    save_file(tensors, folder / name, metadata={"format": "pt"})
-            finally:
-                deque(files, maxlen=0)
-            if ranks.rank(group) == 0:
-                self._write_configurations(folder)
 
-    def _write_configurations(self, folder: Path) -> None:
-        model = self.model
-        if len(self._files) > 1:
-            size = sum(nbytes for *_, content in self._files for _, nbytes in content)
-            index = {
-                "metadata": {"total_parameters": model.num_parameters(), "total_size": size},
-                "weight_map": {key: name for name, _, content in self._files for key, _ in content},
-            }
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        model.config.dtype = str(model.dtype).removeprefix("torch.")
-        promise_what_is_kept(model)
-        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
-
-    def _share_out(self) -> None:
-        """Gathered tensors go to the rank that has the fewest bytes of them so far."""
-        load = [0] * ranks.world_size()
-        for group in self.groups:
-            first: Any = self.state[group.sources[0][0]]
-            if group.by_expert:
-                _, offset = compute_local_shape_and_global_offset(first.shape, first.device_mesh, first.placements)
-                group.first, group.mine = offset[0], len(first.to_local()) > 0 and _is_first_replica(first)
-            else:
-                writer = load.index(min(load))
-                load[writer] += sum(self.state[name].nbytes for name, _ in group.sources)
-                group.mine = writer == ranks.rank()
-
-    def _converted(self, group: _Group, meta: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        """(key on disk, tensor) of a group that this rank writes; with `meta` without values, for the plan."""
+@torch.no_grad()
+def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """(key on disk, tensor) of all that this rank writes. Of experts that become one tensor each it has its own rows;
+    other tensors are gathered, and go to the rank that has the fewest bytes of them so far."""
+    state = _saved_state(model)
+    groups, renamings = _groups(model, state)
+    load = [0] * ranks.world_size()
+    for group in groups:
+        values = [state[name] for name, _ in group.sources]
+        first = 0
+        if _splits_by_expert(group, values):
+            (parameter,) = values
+            _, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            first, values = offset[0], [parameter.to_local()]
+            is_mine = len(values[0]) > 0 and _is_first_replica(parameter)
+        else:
+            writer = load.index(min(load))
+            load[writer] += sum(value.nbytes for value in values)
+            values = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]  # on all ranks
+            is_mine = writer == ranks.rank()
+        if not is_mine:
+            continue
         transform = deepcopy(group.transform)
-        for name, pattern in group.sources:
-            value = self.state[name]
-            if group.by_expert:
-                value = value.to_local()
-            elif isinstance(value, DTensor) and not meta:
-                value = value.full_tensor()  # on all ranks
-            if meta:
-                value = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        for (name, pattern), value in zip(group.sources, values, strict=True):
             transform.add_tensor(group.target, name, pattern, value)
-        if not group.mine:
-            return
-        for key, value in transform.convert(group.target, model=self.model, config=self.model.config).items():
+        for key, value in transform.convert(group.target, model=model, config=model.config).items():
             if isinstance(transform, WeightConverter):
-                key = apply_renamings(_renumbered(key, transform, group.first), self.renamings)
-            yield key, value[0] if isinstance(value, list) else value
+                key = apply_renamings(_renumbered(key, transform, first), renamings)
+            yield key, (value[0] if isinstance(value, list) else value).to("cpu", copy=True).contiguous()
 
 
 def _saved_state(model: PreTrainedModel) -> dict[str, Any]:
@@ -193,6 +166,15 @@ def _copies(model: PreTrainedModel) -> dict[str, str]:
     return {} if mtp is None else mtp.copies
 
 
+@dataclass
+class _Group:
+    """Tensors of the model that become tensors of the checkpoint together."""
+
+    target: str
+    transform: Any  # Transformers' conversion, reversed
+    sources: list[tuple[str, str]]  # (name in the model, pattern it matches)
+
+
 def _groups(model: PreTrainedModel, state: dict[str, Any]) -> tuple[list[_Group], list[WeightRenaming]]:
     """The conversions that `save_pretrained` applies, with the model's names they apply to; and its renamings."""
     transforms = getattr(model, "_weight_conversions", None)
@@ -212,20 +194,17 @@ def _groups(model: PreTrainedModel, state: dict[str, Any]) -> tuple[list[_Group]
         else:
             transform = by_pattern[pattern]
         groups.setdefault(target, _Group(target, transform, [])).sources.append((name, pattern or name))
-    for group in groups.values():
-        group.by_expert = _splits_by_expert(group, state)
     return list(groups.values()), renamings
 
 
-def _splits_by_expert(group: _Group, state: dict[str, Any]) -> bool:
+def _splits_by_expert(group: _Group, values: list[Any]) -> bool:
     """Whether one sharded tensor becomes one tensor per row, so that every rank can convert the rows it has."""
     operations = getattr(group.transform, "operations", ())
-    parameter = state[group.sources[0][0]]
     return (
-        len(group.sources) == 1
-        and isinstance(parameter, DTensor)
+        len(values) == 1
+        and isinstance(values[0], DTensor)
         and any(isinstance(operation, SplitModulelist) and operation.dim == 0 for operation in operations)
-        and all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in parameter.placements)
+        and all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in values[0].placements)
     )
 
 
@@ -246,17 +225,18 @@ def _renumbered(key: str, transform: WeightConverter, first: int) -> str:
     return key
 
 
-def _split(entries: list[tuple[str, int]], limit: int) -> list[list[tuple[str, int]]]:
-    """Consecutive (key, bytes), in files of at most `limit` bytes or one tensor."""
-    files: list[list[tuple[str, int]]] = []
+def _split(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Files of at most `limit` bytes, or of one tensor."""
+    file: dict[str, torch.Tensor] = {}
     size = 0
-    for key, nbytes in entries:
-        if not files or size + nbytes > limit:
-            files.append([])
-            size = 0
-        files[-1].append((key, nbytes))
-        size += nbytes
-    return files
+    for key, value in tensors:
+        if file and size + value.nbytes > limit:
+            yield file
+            file, size = {}, 0
+        file[key] = value
+        size += value.nbytes
+    if file:
+        yield file
 
 
 def _bytes(size: int | str) -> int:
