@@ -10,7 +10,6 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +111,10 @@ def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     state = _saved_state(model)
     groups, renamings = _groups(model, state)
     load = [0] * ranks.world_size()
-    for group in groups:
-        values = [state[name] for name, _ in group.sources]
+    for target, (conversion, sources) in groups.items():
+        values = [state[name] for name, _ in sources]
         first = 0
-        if _splits_by_expert(group, values):
+        if _splits_by_expert(conversion, values):
             (parameter,) = values
             _, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
@@ -129,10 +128,10 @@ def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
             is_mine = writer == ranks.rank()
         if not is_mine:
             continue
-        transform = deepcopy(group.transform)
-        for (name, pattern), value in zip(group.sources, values, strict=True):
-            transform.add_tensor(group.target, name, pattern, value)
-        for key, value in transform.convert(group.target, model=model, config=model.config).items():
+        transform = deepcopy(conversion)
+        for (name, pattern), value in zip(sources, values, strict=True):
+            transform.add_tensor(target, name, pattern, value)
+        for key, value in transform.convert(target, model=model, config=model.config).items():
             if isinstance(transform, WeightConverter):
                 key = apply_renamings(_renumbered(key, transform, first), renamings)
             yield key, (value[0] if isinstance(value, list) else value).to("cpu", copy=True).contiguous()
@@ -166,17 +165,11 @@ def _copies(model: PreTrainedModel) -> dict[str, str]:
     return {} if mtp is None else mtp.copies
 
 
-@dataclass
-class _Group:
-    """Tensors of the model that become tensors of the checkpoint together."""
-
-    target: str
-    transform: Any  # Transformers' conversion, reversed
-    sources: list[tuple[str, str]]  # (name in the model, pattern it matches)
-
-
-def _groups(model: PreTrainedModel, state: dict[str, Any]) -> tuple[list[_Group], list[WeightRenaming]]:
-    """The conversions that `save_pretrained` applies, with the model's names they apply to; and its renamings."""
+def _groups(
+    model: PreTrainedModel, state: dict[str, Any]
+) -> tuple[dict[str, tuple[Any, list[tuple[str, str]]]], list[WeightRenaming]]:
+    """Tensors that become tensors of the checkpoint together, as {target: (the conversion that `save_pretrained` would
+    apply, [(name in the model, pattern it matches)])}; and the renamings that come behind conversions."""
     transforms = getattr(model, "_weight_conversions", None)
     if transforms is None:  # not from a checkpoint: a prefix that might have been there is not invented
         known = get_model_conversion_mapping(model, add_legacy=False)
@@ -185,7 +178,7 @@ def _groups(model: PreTrainedModel, state: dict[str, Any]) -> tuple[list[_Group]
     renamings = [transform for transform in reverse if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in reverse if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    groups: dict[str, _Group] = {}
+    groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
     for name in sorted(state, key=dot_natural_key):
         target, pattern = apply_converters(name, converters)
         if pattern is None:
@@ -193,13 +186,13 @@ def _groups(model: PreTrainedModel, state: dict[str, Any]) -> tuple[list[_Group]
             transform: Any = WeightRenaming(name, target)
         else:
             transform = by_pattern[pattern]
-        groups.setdefault(target, _Group(target, transform, [])).sources.append((name, pattern or name))
-    return list(groups.values()), renamings
+        groups.setdefault(target, (transform, []))[1].append((name, pattern or name))
+    return groups, renamings
 
 
-def _splits_by_expert(group: _Group, values: list[Any]) -> bool:
+def _splits_by_expert(conversion: Any, values: list[Any]) -> bool:
     """Whether one sharded tensor becomes one tensor per row, so that every rank can convert the rows it has."""
-    operations = getattr(group.transform, "operations", ())
+    operations = getattr(conversion, "operations", ())
     return (
         len(values) == 1
         and isinstance(values[0], DTensor)
