@@ -24,10 +24,11 @@ from expertmesh.families import mtp as mtp_modules
 from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, liger_row, print_report, switched_on
 from expertmesh.families.table import has_sinks
 from expertmesh.layers import attention, sinks
-from expertmesh.layers.base_model import Call, FastBaseModel, calling, fuse_base
-from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, next_tokens, why_not_head
+from expertmesh.layers.base_model import FastBaseModel, fuse_base
+from expertmesh.layers.call import Call, call_of, calling
+from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
 from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
-from expertmesh.layers.mtp import MTP, predicting, promise_what_is_kept, were_saved, with_predictions
+from expertmesh.layers.mtp import MTP, hearing, loss_with_predictions, promise_what_is_kept, were_saved
 from expertmesh.moe import experts as fast_experts
 from expertmesh.moe.gather import one_forward
 from expertmesh.moe.replay import keep_routing
@@ -180,11 +181,10 @@ class FusedModel(ReadsQuantized):
     @property
     def loss_function(self) -> Any:
         """Transformers' loss; the causal one knows deferred logits."""
-        loss = super().loss_function
+        loss, call = super().loss_function, call_of(self)
         if loss is ForCausalLMLoss:
-            call = getattr(self.base_model, "_call", None)
-            loss = functools.partial(causal_lm_loss, labelled=None if call is None else call.labelled)
-        return with_predictions(self, loss)
+            loss = functools.partial(causal_lm_loss, labelled=call.labelled, counts=call.counts)
+        return loss if call.heard is None else functools.partial(loss_with_predictions, call, loss)
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
@@ -282,14 +282,8 @@ def _forward_of(stock: Any) -> Any:
         if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
             kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
-        call = Call(targets)
-        with (
-            one_forward(),
-            deferring(self if defer else None),
-            aux_loss_share(self, kwargs),
-            calling(self.base_model, call),
-            predicting(self, defer) as call.whole,
-        ):
+        call = Call(self, targets, defer, kwargs.pop("count_predictions", False))
+        with one_forward(), aux_loss_share(self, kwargs), hearing(call), calling(call):
             return stock.forward(self, *args, **kwargs)
 
     return forward
