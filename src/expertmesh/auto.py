@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
-from expertmesh.fuse import fuse, fused_class, has_fast_experts, refusing_missing_experts, requesting
+from expertmesh.fuse import fuse, fused_class, has_fast_experts, loading
 from expertmesh.parallel.setup import AUTO, DistributedSetup, as_setup
 from expertmesh.weights.files import verify_sums
 from expertmesh.weights.init import initialise_shards
@@ -74,7 +74,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         if fused is not False and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = _own_copy(kwargs["config"], kwargs)
         caller_looks = kwargs.get("output_loading_info", False)  # and sees for himself what is missing
-        with requesting(fused, mtp="saved"), refusing_missing_experts(not caller_looks):
+        with loading(fused, mtp="saved", complete=not caller_looks):
             loaded = loader.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # output_loading_info=True
             model = fuse(model, fused)
@@ -97,7 +97,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         maker: Any = super() if fused is not False else transformers.AutoModelForCausalLM
         if fused is not False or setup is not None:  # a layout is noted there, too
             config = _own_copy(config, kwargs)
-        with requesting(fused, mtp="no" if mtp_weight is None else "new"):
+        with loading(fused, mtp="no" if mtp_weight is None else "new"):
             if setup is None:
                 model = fuse(maker.from_config(config, **kwargs), fused)
                 _use_mtp(model, mtp_weight)

@@ -7,9 +7,8 @@ saving, generation, PEFT and Trainer see the HF model they know.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,27 +24,24 @@ from expertmesh.families import mtp as mtp_modules
 from expertmesh.families.gpt_oss import has_sinks
 from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report
 from expertmesh.layers import attention, sinks
-from expertmesh.layers.base_model import Call, FastBaseModel, calling, fuse_base
-from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, next_tokens, why_not_head
+from expertmesh.layers.base_model import FastBaseModel, fuse_base
+from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
 from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
 from expertmesh.layers.mtp import MTP, predicting, promise_what_is_kept, were_saved, with_predictions
 from expertmesh.moe import experts as fast_experts
-from expertmesh.moe.gather import one_forward
 from expertmesh.moe.replay import keep_routing
 from expertmesh.moe.router import aux_loss_share
 from expertmesh.parallel import ranks
 from expertmesh.parallel.layout import lean_layout
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import refuse_unfit_shards
+from expertmesh.records import FORWARD, LOADING, Forward, Loading, forward_of, within
 from expertmesh.twins import has_cache, refuse_replicas, twin
 from expertmesh.weights.files import replacing
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
 from expertmesh.weights.read import glance, to_model_names
 from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
-_refusing: ContextVar[bool] = ContextVar("refusing_missing_experts", default=False)
-_requested: ContextVar[frozenset[str]] = ContextVar("requested_fusions", default=frozenset(FUSIONS))
-_with_mtp: ContextVar[str] = ContextVar("with_mtp_modules", default="no")  # or "new", or "saved" in a checkpoint
 _NO_GRAPH = (
     "The forward of a fused model is more than one graph. Leave fullgraph=True (strict=True of torch.export) out, "
     "compile its layers (for layer in model.model.layers: layer.compile()), or load the model with fused=False."
@@ -66,14 +62,14 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
         )
     if isinstance(model, FusedModel) or fused is False:
         return model
-    with requesting(fused):
+    with loading(fused):
         instance: Any = model
         stock: Any = type(model)
         if has_fast_experts(stock):
-            if "experts" in _requested.get():
+            if _wants("experts"):
                 instance.set_experts_implementation(fast_experts.NAME)
             chosen = model.config._attn_implementation
-            if chosen == "eager" and _wants_sinks(model):  # Transformers' default there
+            if chosen == "eager" and _wants("sink_attention") and has_sinks(stock):  # Transformers' default there
                 instance.set_attn_implementation(sinks.NAME)
             elif chosen == "sdpa" and _is_causal_text(model):
                 instance.set_attn_implementation(attention.NAME)
@@ -86,28 +82,22 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
     return model
 
 
-@contextmanager
-def requesting(fused: bool | dict[str, bool], mtp: str = "no") -> Iterator[None]:
-    """Models built inside get these fusions, `fused` as in `fuse`, and modules for multi-token prediction.
+def loading(fused: bool | dict[str, bool], mtp: str = "no", complete: bool = False) -> AbstractContextManager:
+    """Models made inside get these fusions, `fused` as in `fuse`; the rest is as in `Loading`.
 
-    mtp: "no"; "new", where the configuration has such modules; or "saved", where the checkpoint has their weights, too.
+    Raises ValueError for an unknown switch.
     """
     switches = fused if isinstance(fused, dict) else {}
     for name in switches:
         if name not in FUSIONS:
             nearest = get_close_matches(name, FUSIONS, 1, 0)[0]
             raise ValueError(f"There is no fusion {name!r}; did you mean {nearest!r}? Known: {', '.join(FUSIONS)}.")
-    token = _requested.set(frozenset(name for name in FUSIONS if switches.get(name, True)))
-    mtp_token = _with_mtp.set(mtp)
-    try:
-        yield
-    finally:
-        _requested.reset(token)
-        _with_mtp.reset(mtp_token)
+    off = frozenset(name for name in FUSIONS if not switches.get(name, True))
+    return within(LOADING, Loading(off, mtp, complete))
 
 
-def _wants_sinks(model: PreTrainedModel) -> bool:
-    return "sink_attention" in _requested.get() and has_sinks(type(model))
+def _wants(fusion: str) -> bool:
+    return fusion not in LOADING.get().off
 
 
 def _is_causal_text(model: PreTrainedModel) -> bool:
@@ -144,7 +134,7 @@ class FusedModel(ReadsQuantized):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._frozen = [name for name, weight in self.named_parameters() if not weight.requires_grad]
-        if _with_mtp.get() != "no":
+        if LOADING.get().mtp != "no":
             self._mtp = mtp_modules.add_modules(self)
         self._fuse_modules()
 
@@ -165,20 +155,20 @@ class FusedModel(ReadsQuantized):
 
     def _fuse_modules(self) -> None:
         backends.warn_if_untested()
-        self._fusions = apply_fusions(self, _requested.get())
+        self._fusions = apply_fusions(self, frozenset(filter(_wants, FUSIONS)))
         fuse_base(self)
-        if self._mtp is None or _with_mtp.get() != "saved":  # else it turns out in loading whether they stay
+        if self._mtp is None or LOADING.get().mtp != "saved":  # else it turns out in loading whether they stay
             print_report(self, self._fusions)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Transformers' choice, except that ours is the default."""
-        if requested_experts is None and "experts" in _requested.get():
+        if requested_experts is None and _wants("experts"):
             requested_experts = fast_experts.NAME
         return super().get_correct_experts_implementation(requested_experts)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Transformers' choice, but ours for "sdpa", and for attention with sinks, which is eager by default."""
-        if requested_attention is None and _wants_sinks(self):
+        if requested_attention is None and _wants("sink_attention") and has_sinks(type(self)):
             requested_attention = sinks.NAME
         chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
         return attention.NAME if chosen == "sdpa" and _is_causal_text(self) else chosen
@@ -186,11 +176,10 @@ class FusedModel(ReadsQuantized):
     @property
     def loss_function(self) -> Any:
         """Transformers' loss; the causal one knows deferred logits."""
-        loss = super().loss_function
+        loss, forward = super().loss_function, forward_of(self.base_model)
         if loss is ForCausalLMLoss:
-            call = getattr(self.base_model, "_call", None)
-            loss = functools.partial(causal_lm_loss, labelled=None if call is None else call.labelled)
-        return with_predictions(self, loss)
+            loss = functools.partial(causal_lm_loss, labelled=forward and forward.labelled)
+        return with_predictions(forward, loss)
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
@@ -261,10 +250,10 @@ class FusedModel(ReadsQuantized):
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """As in Transformers, which starts missing weights at random; see `refusing_missing_experts`."""
+        """As in Transformers, which starts missing weights at random; a `complete` loading refuses missing experts."""
         if model._mtp is not None:
             _settle_mtp(model, loading_info, load_config)
-        if _refusing.get():
+        if LOADING.get().complete:
             _refuse_missing_experts(model, loading_info, load_config.pretrained_model_name_or_path)
         for name in model._frozen:  # Transformers forgets it in loading, but not on ranks
             model.get_parameter(name).requires_grad_(False)
@@ -288,14 +277,9 @@ def _forward_of(stock: Any) -> Any:
         if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
             kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
-        call = Call(targets)
-        with (
-            one_forward(),
-            deferring(self if defer else None),
-            aux_loss_share(self, kwargs),
-            calling(self.base_model, call),
-            predicting(self, defer) as call.whole,
-        ):
+        outer = FORWARD.get()
+        record = Forward(self.base_model, targets, defers=self if defer else None, counts=bool(outer and outer.counts))
+        with within(FORWARD, record), aux_loss_share(self, kwargs), predicting(self, record, defer):
             return stock.forward(self, *args, **kwargs)
 
     return forward
@@ -315,16 +299,6 @@ def _settle_mtp(model: Any, loading_info: Any, load_config: Any) -> None:
         model._mtp = None
         model._fusions = [replace(row, count=row.count - count_of(row.name, removed)) for row in model._fusions]
     print_report(model, model._fusions)
-
-
-@contextmanager
-def refusing_missing_experts(on: bool) -> Iterator[None]:
-    """While `on`, loading a checkpoint without some of its experts or routers is a ValueError, not a line in a log."""
-    token = _refusing.set(on)
-    try:
-        yield
-    finally:
-        _refusing.reset(token)
 
 
 def _refuse_missing_experts(model: nn.Module, loading_info: Any, source: Any) -> None:
@@ -354,7 +328,7 @@ def _refuse_part(model: Any, hook: Any) -> None:
 
 def _use_liger(model: PreTrainedModel) -> None:
     """A model without experts: stock, plus Liger's kernels at its first forward on a GPU."""
-    reason = "switched off" if "liger" not in _requested.get() else why_not_liger(model)
+    reason = why_not_liger(model) if _wants("liger") else "switched off"
     if reason is None:
         model.register_forward_pre_hook(ApplyLigerOnGPU())
     by = "liger-kernel, from the first forward on a GPU" if reason is None else ""

@@ -10,7 +10,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
 from expertmesh.layers.sinks import NAME as SINKS
 from expertmesh.moe.experts import NAME as EXPERTS
-from expertmesh.moe.gather import one_forward
 from expertmesh.parallel.layout import refuse_undivided
+from expertmesh.records import FORWARD, Forward, forward_of, within
 from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
 
 _LEAK = (
@@ -38,20 +37,6 @@ _NO_MTP = (
 )
 
 
-@dataclass
-class Call:
-    """What one call of a causal language model will ask of its base model's hidden states.
-
-    targets: [B, S], what each position is to predict, -100 for nothing; None if nobody asks. whole: MTP modules learn
-    from them, and rows must not be taken apart. labelled: how many positions have something to predict, once the
-    device was asked.
-    """
-
-    targets: torch.Tensor | None = None
-    whole: bool = False
-    labelled: int | None = None
-
-
 class FastBaseModel(Fast):
     """Must equal the forward of its HF class for each document by itself. Hidden states of padding are zero.
 
@@ -60,7 +45,6 @@ class FastBaseModel(Fast):
 
     #: whether documents are where `cu_seq_lens_q` says and an attention_mask beside it is the auxiliary loss's alone
     told = False
-    _call: Call | None = None
     _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
     _replicate_for_data_parallel = refuse_replicas
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
@@ -73,15 +57,15 @@ class FastBaseModel(Fast):
             with nullcontext() if torch.compiler.is_dynamo_compiling() else as_stock(self):
                 return cls.__stock__.forward(self, *args, **kwargs)
         refuse_undivided(self)
-        inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, self._call or Call()
-        if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.whole:
+        inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, forward_of(self) or Forward(self)
+        if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and call.predictions is None:
             raise ValueError(_NO_MTP)
-        with one_forward():
+        with within(FORWARD, call):
             apart = self._prepare(inputs, call)
             outputs = super().forward(**inputs)
         return outputs if apart is None else apart.together(outputs)
 
-    def _prepare(self, inputs: dict[str, Any], call: Call) -> Apart | None:
+    def _prepare(self, inputs: dict[str, Any], call: Forward) -> Apart | None:
         """Put into `inputs` what the layers must know of the rows; returns how rows were taken apart, if they were."""
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
@@ -139,12 +123,13 @@ class FastBaseModel(Fast):
         cls: Any = type(self)
         return "documents" if own and _makes_masks(cls) else "masks"
 
-    def _takes_apart(self, inputs: dict[str, Any], found: Found, call: Call) -> bool:
+    def _takes_apart(self, inputs: dict[str, Any], found: Found, call: Forward) -> bool:
         """Whether padding can be left out. Where it cannot, rows stay as Transformers has them."""
         length, caching = found.keep.shape[1], inputs.get("use_cache")
         if caching is None:
             caching = getattr(self.config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
-        whole = call.whole or caching or inputs.get("output_attentions") or found.labelled_padding or not found.count
+        whole = call.predictions is not None or caching or inputs.get("output_attentions")
+        whole = whole or found.labelled_padding or not found.count
         noisy = self.training and getattr(self.config, "router_jitter_noise", 0)  # drawn for each token, padding or not
         windows_shift = _has_windows(self.config, length) and found.has_holes
         if not (whole or noisy or windows_shift) and self._stateful is None and self._attends_by(length) != "masks":
@@ -220,16 +205,6 @@ def as_stock(base: Any) -> Iterator[None]:
             module.__class__ = cls
         for name, value in chosen.items():
             setattr(base.config, name, value)
-
-
-@contextmanager
-def calling(base: Any, call: Call) -> Iterator[None]:
-    """Within: a causal language model's call of its base model."""
-    base._call = call
-    try:
-        yield
-    finally:
-        base._call = None
 
 
 def fuse_base(model: Any) -> None:

@@ -1,20 +1,19 @@
 """The language-model head that never holds [tokens, vocabulary] logits in training.
 
-Within `deferring()` the head returns `DeferredLogits`: to autograd the head's output like any other, but its values are
-computed only if somebody looks at them. `causal_lm_loss`, in the place of Transformers' `ForCausalLMLoss`, does not: it
-goes from hidden states to the loss directly, and the gradient that it sends back to the logits is deferred as well
-(`DeferredGradient`): it brings the gradients of the head's inputs along. So autograd's graph is stock's, and whoever
-hooks, differentiates by, edits or copies the logits finds what stock has. Within `counting()` the logits also bring the
-`statistics` of the predictions, which the loss makes on its way.
+Where a forward `defers` (records.py) the head returns `DeferredLogits`: to autograd the head's output like any other,
+but its values are computed only if somebody looks at them. `causal_lm_loss`, in the place of Transformers'
+`ForCausalLMLoss`, does not: it goes from hidden states to the loss directly, and the gradient that it sends back to the
+logits is deferred as well (`DeferredGradient`): it brings the gradients of the head's inputs along. So autograd's graph
+is stock's, and whoever hooks, differentiates by, edits or copies the logits finds what stock has. Where it `counts`,
+the logits also bring the `statistics` of the predictions, which the loss makes on its way.
 """
 
-import contextlib
 import copy
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,41 +26,25 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy, scaled
+from expertmesh.records import FORWARD, Forward, within
 from expertmesh.twins import Fast, traced, untouched
 
 MOST_LABELLED = 0.9  # of all tokens: from there on it is not worth while to leave the others out
 aten = torch.ops.aten
 
-_deferring: ContextVar[Any] = ContextVar("deferring_logits", default=None)
-_counting: ContextVar[bool] = ContextVar("counting_predictions", default=False)
 
-
-@contextlib.contextmanager
-def deferring(model: nn.Module | None) -> Iterator[None]:
-    """Within: the fast head of `model` returns `DeferredLogits`."""
-    token = _deferring.set(model)
-    try:
-        yield
-    finally:
-        _deferring.reset(token)
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[None]:
+def counting() -> AbstractContextManager:
     """Within: a loss that goes past deferred logits leaves its `Statistics` in their `statistics`."""
-    token = _counting.set(True)
-    try:
-        yield
-    finally:
-        _counting.reset(token)
+    return within(FORWARD, Forward(counts=True))
 
 
 class FastHead(Fast):
     """Twin of the `nn.Linear` that makes the logits."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        model = _deferring.get()
-        if model is None or traced() or not type(self.weight.data) is type(input.data) is torch.Tensor:
+        forward = None if traced() else FORWARD.get()
+        model = forward and forward.defers
+        if model is None or not type(self.weight.data) is type(input.data) is torch.Tensor:
             return super().forward(input)
         unit = self if isinstance(self, FSDPModule) else model
         if unit is model and not untouched(self):
@@ -370,7 +353,7 @@ def causal_lm_loss(
         bias=bias,
         num_items_in_batch=num_items_in_batch,
         ignore_index=ignore_index,
-        statistics=found if _counting.get() else None,
+        statistics=found if (forward := FORWARD.get()) is not None and forward.counts else None,
         # what is saved autograd drops after the backward, and sees to it that nobody changes it before
         through=(
             logits,

@@ -15,7 +15,6 @@ states, masks), and `with_predictions` adds the losses; in evaluation and genera
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 
 from expertmesh import backends
 from expertmesh.layers.head import DeferredLogits, causal_lm_loss, deferred_logits
+from expertmesh.records import Forward
 from expertmesh.twins import Fast, cache_of, twin
 
 
@@ -170,30 +170,21 @@ class _Overheard:
         self.inputs[module] = kwargs | {"use_cache": False}
 
 
-_overheard: ContextVar[_Overheard | None] = ContextVar("overheard", default=None)
-
-
 @contextlib.contextmanager
-def predicting(model: Any, on: bool) -> Iterator[bool]:
-    """While `on`, and if the model trains MTP modules, their losses are part of its loss. Yields whether they are."""
-    if not on or model._mtp is None or model.mtp_loss_weight is None:
-        yield False
-        return
-    overheard = _Overheard(model)
-    token = _overheard.set(overheard)
+def predicting(model: Any, forward: Forward, on: bool) -> Iterator[None]:
+    """While `on`, and if the model trains MTP modules, their losses are part of its loss in this forward."""
     with contextlib.ExitStack() as hooks:
-        for handle in overheard.hooks():
-            hooks.callback(handle.remove)
-        try:
-            yield True
-        finally:
-            _overheard.reset(token)
+        if on and model._mtp is not None and model.mtp_loss_weight is not None:
+            forward.predictions = _Overheard(model)
+            for handle in forward.predictions.hooks():
+                hooks.callback(handle.remove)
+        yield
 
 
-def with_predictions(model: Any, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The model's loss function `loss`, and within `predicting()` the MTP losses on top of it."""
-    overheard = _overheard.get()
-    return loss if overheard is None or overheard.model is not model else functools.partial(_loss, overheard, loss)
+def with_predictions(forward: Forward | None, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The loss function `loss`, and in a forward that is `predicting()` the MTP losses on top of it."""
+    overheard = forward and forward.predictions
+    return loss if overheard is None else functools.partial(_loss, overheard, loss)
 
 
 def _loss(

@@ -11,9 +11,6 @@ backward mirrors the forward: a reduce-scatter where that gathers, and the rever
 Registered in Transformers as the `ep_implementation` "expertmesh-gather".
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +22,7 @@ from expertmesh.moe.all_to_all import AllToAll
 from expertmesh.moe.handoff import Handoff, offered
 from expertmesh.moe.links import Collectives, Link, Mailboxes, link_of
 from expertmesh.moe.replay import kept
+from expertmesh.records import FORWARD
 from expertmesh.waiting import hosts, waiting
 
 NAME = "expertmesh-gather"
@@ -75,32 +73,14 @@ class Gather(AllToAll):
         return _Scatter.apply(y_MH, residual, len(x_TH), handoff)
 
 
-_agreed: ContextVar[dict[dist.ProcessGroup, tuple[int, int]] | None] = ContextVar("agreed_tokens", default=None)
-
-
-@contextmanager
-def one_forward() -> Iterator[None]:
-    """Within: one forward of a model, whose layers all get as many tokens on this rank, so that hosts ask once.
-
-    One within another is the same forward.
-    """
-    if _agreed.get() is not None:
-        yield
-        return
-    token = _agreed.set({})
-    try:
-        yield
-    finally:
-        _agreed.reset(token)
-
-
 def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
     """The largest number of tokens that any rank of the group has, at least 1; the hosts ask each other.
 
-    In one forward the first layer asks.
+    In one forward the first layer asks: all get as many tokens.
     """
-    agreed = _agreed.get()
-    if agreed is not None and group in agreed:
+    forward = FORWARD.get()
+    agreed = {} if forward is None else forward.num_tokens
+    if group in agreed:
         before, most = agreed[group]
         if before != num_tokens:
             raise RuntimeError(
@@ -112,8 +92,7 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
     with waiting(layer, hosts(group)):
         dist.all_reduce(answer, dist.ReduceOp.MAX, group=hosts(group))
     most = int(answer)
-    if agreed is not None:
-        agreed[group] = num_tokens, most
+    agreed[group] = num_tokens, most
     return most
 
 

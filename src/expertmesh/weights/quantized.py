@@ -10,14 +10,14 @@ A further method of quantization is a function in `READERS`.
 
 import copy
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from expertmesh import backends
+from expertmesh.records import LOADING, within
 from expertmesh.twins import Fast
 from expertmesh.weights.read import opened
 
@@ -137,9 +137,6 @@ class _Source:
         return str(self.stored["quant_method"]).upper()
 
 
-_source: ContextVar[_Source | None] = ContextVar("quantized_source", default=None)
-
-
 class ReadsQuantized(Fast):
     """What a model class adds to its HF class to load quantized checkpoints for training."""
 
@@ -153,18 +150,15 @@ class ReadsQuantized(Fast):
             stored = dequantized(config)
             if stored is not None:
                 kwargs["config"], source = config, _Source(str(pretrained_model_name_or_path), stored)
-        token = _source.set(source)
-        try:
+        with within(LOADING, replace(LOADING.get(), quantized=source)):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        finally:
-            _source.reset(token)
 
     @staticmethod
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
     ) -> Any:
         """As in Transformers, from tensors that are dequantized when they are read."""
-        load, source, files = PreTrainedModel._load_pretrained_model, _source.get(), checkpoint_files
+        load, source, files = PreTrainedModel._load_pretrained_model, LOADING.get().quantized, checkpoint_files
         if source is None or expected_keys is not None:  # only an adapter's loading names the keys
             return load(model, state_dict, files, load_config, expected_keys)
         if not files or not all(str(file).endswith(".safetensors") for file in files):
