@@ -6,6 +6,7 @@ becomes a subclass of itself, which defers the logits and weights the router's a
 saving, generation, PEFT and Trainer see the HF model they know.
 """
 
+import copy
 import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
@@ -66,6 +67,10 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
         instance: Any = model
         stock: Any = type(model)
         if has_fast_experts(stock):
+            memo: dict[int, Any] = {}
+            for module in model.modules():
+                if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                    module.config = copy.deepcopy(module.config, memo)  # the caller's stays fit for stock models
             if _wants("experts"):
                 instance.set_experts_implementation(fast_experts.NAME)
             chosen = model.config._attn_implementation

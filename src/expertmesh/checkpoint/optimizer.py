@@ -30,8 +30,11 @@ PER_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_m
 NUMBER = int | float | None
 Named = dict[str, nn.Parameter]
 
-# one process without a process group is a case like others here, and no reason to warn at every save
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+def _is_alone() -> bool:
+    """Whether there is no process group, which is no reason for PyTorch to warn at every save."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    return not dist.is_initialized()
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -78,7 +81,7 @@ def write(folder: Path, tensors: dict[str, Any], groups: dict[str, Any], group: 
     folder = folder / FOLDER
     folder.mkdir(exist_ok=True)
     with _told_plainly():
-        dcp.save(tensors, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
+        dcp.save(tensors, checkpoint_id=folder, process_group=group, no_dist=_is_alone())
     if ranks.rank(group) == 0:
         torch.save(groups, folder / GROUPS)
 
@@ -101,7 +104,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     reader = TensorReader(folder)
     tensors = _to_load(reader, named, optimizer)
     with _told_plainly():
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=reader, no_dist=_is_alone())
     optimizer.state.clear()
     for name, numbers in groups.get("numbers", {}).items():
         if numbers:

@@ -49,18 +49,14 @@ class FastHead(Fast):
         unit = self if isinstance(self, FSDPModule) else model
         if unit is model and not untouched(self):
             # DeepSpeed's ZeRO-3 is one: it takes the weight away when the head has run
-            _tell_of_hooks(type(model).__name__)
+            name = type(model).__name__
+            backends.tell_once(
+                f"the head of this {name} makes whole logits: it has hooks, or its forward was replaced."
+            )
             return super().forward(input)
         _heads().add(self)
         sharded = isinstance(unit, FSDPModule)
         return deferred_logits(input, self.weight, self.bias, sharded, sharded and _reshards(unit))
-
-
-@functools.cache
-def _tell_of_hooks(name: str) -> None:
-    backends.logger().warning(
-        "expertmesh: somebody put hooks on the head of this %s, or replaced its forward: it makes whole logits.", name
-    )
 
 
 @functools.cache
