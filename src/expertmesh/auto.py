@@ -26,7 +26,7 @@ class _FusedMapping(type(_STOCK)):  # type: ignore[misc]
     """Transformers' mapping {configuration class: model class}, with fused classes where experts are pluggable."""
 
     def __init__(self) -> None:
-        vars(self).update(vars(_STOCK))  # what is registered there counts here
+        self.__dict__.update(vars(_STOCK))  # what is registered there counts here
 
     def __getitem__(self, config_class: type) -> Any:
         found = super().__getitem__(config_class)

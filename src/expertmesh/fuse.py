@@ -183,7 +183,7 @@ class FusedModel(ReadsQuantized):
         """Transformers' loss; the causal one knows deferred logits."""
         loss, forward = super().loss_function, forward_of(self.base_model)
         if loss is ForCausalLMLoss:
-            loss = functools.partial(causal_lm_loss, labelled=forward and forward.labelled)
+            loss = functools.partial(causal_lm_loss, labelled=forward.labelled)
         return with_predictions(forward, loss)
 
     @loss_function.setter

@@ -64,7 +64,7 @@ def within(variable: ContextVar[Any], record: Record) -> Iterator[Record]:
         variable.reset(token)
 
 
-def forward_of(base: Any) -> Forward | None:
-    """The forward under way, if it is one of this base model."""
+def forward_of(base: Any) -> Forward:
+    """The forward under way if it is one of this base model, else a new one."""
     forward = FORWARD.get()
-    return forward if forward is not None and forward.base is base else None
+    return forward if forward is not None and forward.base is base else Forward(base)

@@ -57,7 +57,7 @@ class FastBaseModel(Fast):
             with nullcontext() if torch.compiler.is_dynamo_compiling() else as_stock(self):
                 return cls.__stock__.forward(self, *args, **kwargs)
         refuse_undivided(self)
-        inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, forward_of(self) or Forward(self)
+        inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, forward_of(self)
         if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and call.predictions is None:
             raise ValueError(_NO_MTP)
         with within(FORWARD, call):

@@ -181,10 +181,9 @@ def predicting(model: Any, forward: Forward, on: bool) -> Iterator[None]:
         yield
 
 
-def with_predictions(forward: Forward | None, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def with_predictions(forward: Forward, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The loss function `loss`, and in a forward that is `predicting()` the MTP losses on top of it."""
-    overheard = forward and forward.predictions
-    return loss if overheard is None else functools.partial(_loss, overheard, loss)
+    return loss if forward.predictions is None else functools.partial(_loss, forward.predictions, loss)
 
 
 def _loss(
