@@ -254,7 +254,7 @@ def test_experts_are_freed_behind_the_forward_as_asked_and_dense_layers_are_left
     class Model(torch.nn.ModuleList):
         base_model = property(lambda self: self)
 
-    monkeypatch.setattr("expertmesh.parallel.setup.FSDPModule", Sharded)
+    monkeypatch.setattr("expertmesh.parallel.layout.FSDPModule", Sharded)
     monkeypatch.setattr("expertmesh.parallel.setup.current_world_size", lambda: 2)
     monkeypatch.setattr("expertmesh.parallel.setup.limits", SimpleNamespace())
     dense, experts = Sharded(), Sharded()

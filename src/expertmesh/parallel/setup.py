@@ -10,30 +10,26 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.core_model_loading import MergeModulelist
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 from transformers.distributed.utils import _ensure_torch_distributed
 
 from expertmesh import waiting as limits
 from expertmesh.moe import all_to_all, gather
+from expertmesh.parallel.layout import train_together
 from expertmesh.parallel.ranks import refuse_differences
-from expertmesh.waiting import meet, waiting
 
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
 DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME}
 AUTO = "auto"
-_AVERAGED = "_replicated_grad_hook_registered"  # Transformers' name for it
 NEAR = 8  # ranks up to which "auto" gathers
 
 
@@ -149,18 +145,9 @@ class DistributedSetup:
         """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
         if self.activation_checkpointing:
             model.activation_checkpointing_enable()
-        if current_world_size() == 1:
-            return
-        limits.patience = timedelta(minutes=self.timeout_minutes)
-        for name, module in model.named_modules():
-            if not isinstance(module, FSDPModule):
-                continue
-            if getattr(module, "_is_expert_parallel", False):
-                module.set_reshard_after_forward(self.reshard_experts)
-            state = vars(module._get_fsdp_state())  # torch 2.11 has one unit there, or None
-            for unit in filter(None, state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")])):
-                _let_wait(unit, f"the weights of {name or type(model).__name__}")
-        model.base_model.register_forward_pre_hook(partial(_before_training, model, set(model.modules())))
+        if current_world_size() > 1:
+            limits.patience = timedelta(minutes=self.timeout_minutes)
+            train_together(model, self.reshard_experts)
 
     def __str__(self) -> str:
         """The mesh as text: a column for each rank, and which batch, copy and part of the model it holds."""
@@ -185,51 +172,6 @@ class DistributedSetup:
             for name, values in rows.items():
                 lines.append(f"{name:>13}  " + " ".join(f"{v:>{width}}" for v in values[first : first + 16]))
         return "\n".join(lines)
-
-
-def _let_wait(unit: Any, place: str) -> None:
-    """Make the exchanges of one of FSDP's units `waiting`; one of several modules comes by several times."""
-    groups = [getattr(unit.mesh_info, f"{kind}_process_group", None) for kind in ("shard", "replicate")]
-    for name in ("unshard", "wait_for_unshard", "post_backward"):
-        if name not in vars(unit):
-            setattr(unit, name, waiting(place, *filter(None, groups))(getattr(unit, name)))
-
-
-@torch.compiler.disable
-def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.Module, _: Any) -> None:
-    """Before each training forward of a model that is laid out: the ranks meet, and adapters become alike on all.
-
-    PEFT adds these after the layout. FSDP knows nothing of them, so each rank would draw and train its own. They become
-    rank 0's, and their gradients are averaged, as by Transformers' Trainer, with whom a mark tells who came first.
-    """
-    if not (base.training and torch.is_grad_enabled()):
-        return
-    meet("the beginning of a forward")
-    world: Any = dist.group.WORLD
-    for place, module in model.named_modules():
-        if module in laid_out:
-            continue
-        if getattr(getattr(module, "base_layer", None), "_is_expert_parallel", False):
-            raise ValueError(
-                f"{place}: adapters on experts do not work with ep_size > 1, which spreads experts over ranks. Set "
-                f"ep_size to 1, or leave target_parameters out and adapt attention by target_modules."
-            )
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad or hasattr(parameter, _AVERAGED):
-                continue
-            if not isinstance(parameter, DTensor):
-                with waiting(place, world):
-                    dist.broadcast(parameter.data, 0)
-                parameter.register_post_accumulate_grad_hook(waiting(place, world)(_average))
-            elif parameter.device_mesh.size() < world.size():
-                raise ValueError(
-                    f"{place}: nobody averages adapters that tp_size splits over dp_size. Set tp_size to 1."
-                )
-            setattr(parameter, _AVERAGED, True)
-
-
-def _average(parameter: torch.Tensor) -> None:
-    dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
 
 
 def current_world_size() -> int:
@@ -277,9 +219,8 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
             f"tp_size={layout.tp_size} does not divide the {heads} key-value heads of {type(model).__name__}. "
             f"Set tp_size to {_divisors(heads if isinstance(heads, int) else math.gcd(*heads))}."
         )
-    conversions = get_model_conversion_mapping(model)
-    operations = [op for c in conversions if isinstance(c, WeightConverter) for op in c.operations]
-    one_by_one = any(isinstance(op, MergeModulelist) for op in operations)
+    operations = [op for entry in get_model_conversion_mapping(model) for op in getattr(entry, "operations", ())]
+    one_by_one = any(isinstance(operation, MergeModulelist) for operation in operations)
     replica = layout.fsdp_size * layout.tp_size
 
     def fits(num_experts: int, ep_size: int) -> bool:
