@@ -30,8 +30,8 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
 
     It leaves alone the experts that lie whole on one rank, which it would neither gather nor reduce, but whose
     gradients it would copy and divide. They divide them themselves, in the kernel that makes them
-    (`experts.grad_divisor`), and their weights reach it by a shorter way (`_use_local_weights`). Replicated experts (HSDP)
-    and other experts backends stay FSDP's.
+    (`experts.grad_divisor`), and their weights reach it by a shorter way (`_use_local_weights`). Replicated experts
+    (HSDP) and other experts backends stay FSDP's.
 
     And if all dense weights together take little memory, they are gathered once per step, not again in the backward,
     and several layers at once: otherwise small layers wait for the CPU. The same goes for routers in float32, which
