@@ -282,8 +282,7 @@ def _forward_of(stock: Any) -> Any:
         if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
             kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
-        outer = FORWARD.get()
-        record = Forward(self.base_model, targets, defers=self if defer else None, counts=bool(outer and outer.counts))
+        record = Forward(self.base_model, targets, defers=self if defer else None, counts=FORWARD.get().counts)
         with within(FORWARD, record), aux_loss_share(self, kwargs), predicting(self, record, defer):
             return stock.forward(self, *args, **kwargs)
 

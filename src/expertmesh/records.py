@@ -37,7 +37,7 @@ class Forward:
     nobody asks. labelled: how many positions have something to predict, once the device was asked. defers: the model
     whose head defers its logits. counts: the loss leaves its statistics in them. predictions: what modules for
     multi-token prediction learn from. num_tokens: for each group of ranks, how many tokens this rank has and the most
-    that any has.
+    that any has; None outside of a forward.
     """
 
     base: Any = None
@@ -46,12 +46,12 @@ class Forward:
     defers: Any = None
     counts: bool = False
     predictions: Any = None
-    num_tokens: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    num_tokens: dict[Any, tuple[int, int]] | None = field(default_factory=dict)
 
 
-_ORDINARY = Loading()
-LOADING: ContextVar[Loading] = ContextVar("loading", default=_ORDINARY)
-FORWARD: ContextVar[Forward | None] = ContextVar("forward", default=None)
+_OUTSIDE = Loading(), Forward(num_tokens=None)
+LOADING: ContextVar[Loading] = ContextVar("loading", default=_OUTSIDE[0])
+FORWARD: ContextVar[Forward] = ContextVar("forward", default=_OUTSIDE[1])
 
 
 @contextmanager
@@ -67,4 +67,4 @@ def within(variable: ContextVar[Any], record: Record) -> Iterator[Record]:
 def forward_of(base: Any) -> Forward:
     """The forward under way if it is one of this base model, else a new one."""
     forward = FORWARD.get()
-    return forward if forward is not None and forward.base is base else Forward(base)
+    return forward if forward.base is base else Forward(base)

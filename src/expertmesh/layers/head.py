@@ -42,8 +42,7 @@ class FastHead(Fast):
     """Twin of the `nn.Linear` that makes the logits."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        forward = None if traced() else FORWARD.get()
-        model = forward and forward.defers
+        model = None if traced() else FORWARD.get().defers
         if model is None or not type(self.weight.data) is type(input.data) is torch.Tensor:
             return super().forward(input)
         unit = self if isinstance(self, FSDPModule) else model
@@ -349,7 +348,7 @@ def causal_lm_loss(
         bias=bias,
         num_items_in_batch=num_items_in_batch,
         ignore_index=ignore_index,
-        statistics=found if (forward := FORWARD.get()) is not None and forward.counts else None,
+        statistics=found if FORWARD.get().counts else None,
         # what is saved autograd drops after the backward, and sees to it that nobody changes it before
         through=(
             logits,

@@ -78,9 +78,8 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
 
     In one forward the first layer asks: all get as many tokens.
     """
-    forward = FORWARD.get()
-    agreed = {} if forward is None else forward.num_tokens
-    if group in agreed:
+    agreed = FORWARD.get().num_tokens
+    if agreed is not None and group in agreed:
         before, most = agreed[group]
         if before != num_tokens:
             raise RuntimeError(
@@ -92,7 +91,8 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
     with waiting(layer, hosts(group)):
         dist.all_reduce(answer, dist.ReduceOp.MAX, group=hosts(group))
     most = int(answer)
-    agreed[group] = num_tokens, most
+    if agreed is not None:
+        agreed[group] = num_tokens, most
     return most
 
 
