@@ -202,7 +202,9 @@ def weight_tiles(w_EKN: torch.Tensor, inner: int, columns: int) -> tuple[Any, bo
     transposed = w_EKN.stride(2) != 1
     rows_ERC = w_EKN.transpose(1, 2) if transposed else w_EKN
     if not rows_ERC.is_contiguous():
-        tell_once(f"experts' weights have the strides {w_EKN.stride()} and are copied in every step: make them contiguous.")
+        tell_once(
+            f"experts' weights have the strides {w_EKN.stride()} and are copied in every step: make them contiguous."
+        )
         rows_ERC = rows_ERC.contiguous()
     return tiles_of(rows_ERC.flatten(0, 1), *((columns, inner) if transposed else (inner, columns))), transposed
 
