@@ -128,6 +128,44 @@ def test_one_configuration_object_serves_stock_and_ours_in_any_order(tmp_path):
     assert [model.config._experts_implementation for model in loaded] == ["expertmesh", "grouped_mm"]
 
 
+def test_a_model_fused_in_place_leaves_its_configuration_as_it_was():
+    stock = StockAuto.from_config(tiny_config("gpt_oss"))
+    config = stock.config
+    before = config._experts_implementation, config._attn_implementation
+    model = fuse(stock)
+    assert (
+        model.config._experts_implementation == "expertmesh" and model.model.layers[0].self_attn.config is model.config
+    )
+    assert (config._experts_implementation, config._attn_implementation) == before
+
+
+_IMPORTS = """
+import os, warnings
+import torch, transformers, trl
+from transformers import AutoModelForCausalLM, Trainer, masking_utils, modeling_utils
+from transformers.distributed import fsdp
+from transformers.integrations import moe
+from trl import SFTTrainer
+def seen():
+    tables = moe.ExpertsInterface._global_mapping, modeling_utils.AttentionInterface._global_mapping
+    code = [dict(vars(module)) for module in (fsdp, masking_utils, modeling_utils, moe)]
+    return dict(os.environ), list(warnings.filters), [*map(dict, tables), *code]
+before = seen()
+import expertmesh
+for name in expertmesh.__all__:
+    getattr(expertmesh, name)
+for one, other in zip(before[:2], seen()[:2], strict=True):
+    assert one == other, (one, other)
+for one, other in zip(before[2], seen()[2], strict=True):
+    assert all(other[key] is value for key, value in one.items())
+"""
+
+
+def test_importing_changes_nothing_for_others():
+    """Environment, warnings, and what stock models find in Transformers' tables and modules."""
+    subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
+
+
 def test_the_report_is_printed_once_per_kind_of_model(monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["expertmesh.families.report"], "_printed", set())
     for _ in range(2):

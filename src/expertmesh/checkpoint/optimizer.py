@@ -33,8 +33,11 @@ PER_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_m
 NUMBER = int | float | None
 Named = dict[str, nn.Parameter]
 
-# one process without a process group is a case like others here, and no reason to warn at every save
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+def _is_alone() -> bool:
+    """Whether there is no process group, which is no reason for PyTorch to warn at every save."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    return not dist.is_initialized()
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -80,7 +83,7 @@ def write_optimizer(folder: Path, tensors: dict[str, Any], groups: dict[str, Any
     files = defaultdict(int, zip(tensors, (1 + size // FILE for size in sizes), strict=True))  # 0: if rank 0 has it not
     writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     with _told_plainly():
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=_is_alone())
     if ranks.rank(group) == 0:
         torch.save(groups, folder / GROUPS)
 
@@ -94,6 +97,8 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     """
     folder, named = checkpoint / FOLDER, _named(model, optimizer)
     groups = torch.load(folder / GROUPS, weights_only=True)
+    if "tensors" not in groups:
+        raise ValueError(f"{folder} was saved by an expertmesh before 0.9: go on with that version, or begin anew.")
     if groups["of"].keys() != named.keys():
         odd = sorted(groups["of"].keys() ^ named.keys())[0]
         raise ValueError(
@@ -106,7 +111,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
         raise ValueError(f"{folder} has lost some of its files: resume from the checkpoint before.")
     tensors = _to_load(saved, named, optimizer)
     with _told_plainly():
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=reader, no_dist=_is_alone())
     optimizer.state.clear()
     for name, numbers in groups["numbers"].items():
         optimizer.state[named[name]] |= numbers

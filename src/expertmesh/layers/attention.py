@@ -47,6 +47,10 @@ def attend(
         if documents is not None and _has_varlen(query) and takes(query, value):
             return varlen_attention(query, key, value, *documents, scaling), None
     if documents is not None:
+        backends.tell_once(
+            f"{type(module).__name__} keeps documents apart by a mask of all pairs of tokens: to do without it takes "
+            f"bfloat16 or float16 on Ampere or newer, and no dropout, softcap or position bias."
+        )
         mask = document_mask(documents.cu_seqlens, query.shape[0], query.shape[2])
     return sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from expertmesh.backends import tell_once
 from expertmesh.kernels.rms_norm import add_rms_norm, keep_rms_norm
 from expertmesh.layers.norm import can_merge
 from expertmesh.moe.block import FastMoEBlock, add_scaled
@@ -20,7 +21,10 @@ class FastDecoderLayer(Fast):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         norm = self.post_attention_layernorm
-        if args or not can_merge(norm):  # arguments by position; or a norm replaced or hooked after fusing: call it
+        if args or not can_merge(norm):  # a norm replaced or hooked after fusing: call it
+            tell_once(
+                f"{type(self).__name__} runs Transformers' code: its norm was changed, or arguments came by position."
+            )
             return super().forward(hidden_states, *args, **kwargs)
         first = self.input_layernorm
         if can_merge(first):

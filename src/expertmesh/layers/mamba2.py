@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from expertmesh.backends import tell_once
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2
 from expertmesh.twins import Fast, cache_of, untouched
 
@@ -29,7 +30,11 @@ class FastMamba2Mixer(Fast):
         cache = cache if cache is not None else cache_of(kwargs)
         bounds = kwargs.pop("document_bounds", None)
         start_BS = None if bounds is None else bounds.start
-        if cache is not None or not all(map(untouched, (self.conv1d, self.norm, self.act))):
+        if touched := not all(map(untouched, (self.conv1d, self.norm, self.act))):
+            tell_once(
+                f"{type(self).__name__} runs Transformers' code: somebody put hooks on its parts, or replaced them."
+            )
+        if cache is not None or touched:
             if start_BS is not None:
                 kwargs["seq_idx"] = start_BS  # Transformers needs mamba-ssm for these rows, or raises
             return super().forward(hidden_states, cache, attention_mask, **kwargs)

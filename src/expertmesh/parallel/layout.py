@@ -1,4 +1,6 @@
-"""What Transformers' FSDP2 layout does at a needless cost where experts are spread over ranks, done without it."""
+"""What is changed in Transformers' FSDP2 layout: less work where experts are spread over ranks, limits to waits, and
+adapters that are added later are the same on all ranks.
+"""
 
 import os
 from collections.abc import Iterator
@@ -7,15 +9,19 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 from transformers.distributed import fsdp as stock_fsdp
 
 from expertmesh.moe.experts import NAME, divides_gradients
+from expertmesh.waiting import meet, waiting
 
 SMALL = 1 / 30  # of a device's memory
 LAYERS_AT_ONCE = 8
+_AVERAGED = "_replicated_grad_hook_registered"  # Transformers' name for it
 
 
 @contextmanager
@@ -24,8 +30,8 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
 
     It leaves alone the experts that lie whole on one rank, which it would neither gather nor reduce, but whose
     gradients it would copy and divide. They divide them themselves, in the kernel that makes them
-    (`experts.grad_divisor`), and their weights reach it by a shorter way (`_go_straight`). Replicated experts (HSDP)
-    and other experts backends stay FSDP's.
+    (`experts.grad_divisor`), and their weights reach it by a shorter way (`_use_local_weights`). Replicated experts
+    (HSDP) and other experts backends stay FSDP's.
 
     And if all dense weights together take little memory, they are gathered once per step, not again in the backward,
     and several layers at once: otherwise small layers wait for the CPU. The same goes for routers in float32, which
@@ -74,10 +80,10 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
         for module in experts:
             vars(module).pop("set_gradient_divide_factor", None)
     for module in experts if whole else ():
-        _go_straight(module)
+        _use_local_weights(module)
 
 
-def _go_straight(experts: Any) -> None:
+def _use_local_weights(experts: Any) -> None:
     """Let the forward of whole experts take this rank's weights out of their DTensors with less work for the CPU than
     Transformers' `_use_local_dtensor_params`, which then finds nothing left to do.
     """
@@ -85,7 +91,7 @@ def _go_straight(experts: Any) -> None:
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         spread_weights = {name: weight for name, weight in experts._parameters.items() if isinstance(weight, DTensor)}
-        experts._parameters.update({name: _Own.apply(weight) for name, weight in spread_weights.items()})
+        experts._parameters.update({name: _Local.apply(weight) for name, weight in spread_weights.items()})
         try:
             return spread(*args, **kwargs)
         finally:
@@ -94,7 +100,7 @@ def _go_straight(experts: Any) -> None:
     experts.forward = forward
 
 
-class _Own(torch.autograd.Function):
+class _Local(torch.autograd.Function):
     """This rank's part of a DTensor; the gradient has the same layout, which `to_local` would derive anew each time."""
 
     @staticmethod
@@ -105,6 +111,67 @@ class _Own(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         return DTensor(grad, ctx.spec, requires_grad=False)  # type: ignore[call-arg]
+
+
+def train_together(model: Any, reshard_experts: bool) -> None:
+    """Make a model that is laid out ready to be trained: FSDP's exchanges are `waiting`, ranks meet before a forward.
+
+    reshard_experts: gathered experts are freed behind their forward.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        if getattr(module, "_is_expert_parallel", False):
+            module.set_reshard_after_forward(reshard_experts)
+        state = vars(module._get_fsdp_state())  # torch 2.11 has one unit there, or None
+        for unit in filter(None, state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")])):
+            _limit_waits(unit, f"the weights of {name or type(model).__name__}")
+    model.base_model.register_forward_pre_hook(partial(_before_training, model, set(model.modules())))
+
+
+def _limit_waits(unit: Any, place: str) -> None:
+    """Make the exchanges of one of FSDP's units `waiting`; one of several modules comes by several times."""
+    groups = [getattr(unit.mesh_info, f"{kind}_process_group", None) for kind in ("shard", "replicate")]
+    for name in ("unshard", "wait_for_unshard", "post_backward"):
+        if name not in vars(unit):
+            setattr(unit, name, waiting(place, *filter(None, groups))(getattr(unit, name)))
+
+
+@torch.compiler.disable
+def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.Module, _: Any) -> None:
+    """Before each training forward of a model that is laid out: the ranks meet, and adapters become alike on all.
+
+    PEFT adds these after the layout. FSDP knows nothing of them, so each rank would draw and train its own. They become
+    rank 0's, and their gradients are averaged, as by Transformers' Trainer, with whom a mark tells who came first.
+    """
+    if not (base.training and torch.is_grad_enabled()):
+        return
+    meet("the beginning of a forward")
+    world: Any = dist.group.WORLD
+    for place, module in model.named_modules():
+        if module in laid_out:
+            continue
+        if getattr(getattr(module, "base_layer", None), "_is_expert_parallel", False):
+            raise ValueError(
+                f"{place}: adapters on experts do not work with ep_size > 1, which spreads experts over ranks. Set "
+                f"ep_size to 1, or leave target_parameters out and adapt attention by target_modules."
+            )
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad or hasattr(parameter, _AVERAGED):
+                continue
+            if not isinstance(parameter, DTensor):
+                with waiting(place, world):
+                    dist.broadcast(parameter.data, 0)
+                parameter.register_post_accumulate_grad_hook(waiting(place, world)(_average))
+            elif parameter.device_mesh.size() < world.size():
+                raise ValueError(
+                    f"{place}: nobody averages adapters that tp_size splits over dp_size. Set tp_size to 1."
+                )
+            setattr(parameter, _AVERAGED, True)
+
+
+def _average(parameter: torch.Tensor) -> None:
+    dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
 
 
 def refuse_undivided(model: Any) -> None:
