@@ -62,7 +62,9 @@ class BenchOptions:
 
 
 def run(options: BenchOptions, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measures, and returns what is written to `out`; `say` gets a line per finding. Raises ConfigError for wrong options.
+    """Measures, and returns what is written to `out`; `say` gets a line per finding.
+
+    Raises ConfigError for wrong options.
 
     Every row has "work", "arm", "layers", "batch", "seq", "routing" and what was measured, None where that needs a
     GPU. Rows of loops have "loop" and what `loops.measure` returns. "failed" lists what did not run, with its error.
@@ -148,7 +150,7 @@ def _refuse_loops(options: BenchOptions, device: str) -> None:
 
 
 def _arms(name: str, options: BenchOptions, device: str, say: Callable[[str], None]) -> Iterable[Arm]:
-    """The arms of one work, in order. One that cannot run is an error if it was named, else it is left out with a message."""
+    """The arms of one work, in order. One that cannot run is an error if named, else left out with a message."""
     config = config_of(WORKS[name], options.layers, options.tiny)
     for asked in options.arms or (loops.default_arms() if options.loops else DEFAULT):
         reason = why_not(ARMS[asked], config, device)
