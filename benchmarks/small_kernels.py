@@ -181,7 +181,8 @@ def rows(sizes: tuple[int, int, int], repeats: int, only: list[str]) -> Iterator
                 if what == "both" or not name.startswith("linear"):
                     times = {"pass": what, "ms": round(ms, 4), "cpu_ms": round(cpu_ms, 4)}
                     yield row | times | {"floor_ms": round(floor, 4), "share_of_floor": round(floor / ms, 3)}
-        torch.compiler.reset()
+        if DEVICE == "cuda":
+            torch.compiler.reset()
 
 
 def main() -> None:
