@@ -98,7 +98,9 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     folder, named = checkpoint / FOLDER, _named(model, optimizer)
     groups = torch.load(folder / GROUPS, weights_only=True)
     if "tensors" not in groups:
-        raise ValueError(f"{folder} was saved by an expertmesh before 0.9: go on with that version, or begin anew.")
+        raise ValueError(
+            f"{folder} has optimizer state in an older form of expertmesh: resume with the version that saved it."
+        )
     if groups["of"].keys() != named.keys():
         odd = sorted(groups["of"].keys() ^ named.keys())[0]
         raise ValueError(
