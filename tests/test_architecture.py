@@ -95,7 +95,7 @@ def test_a_file_is_short_enough_to_read_in_one_sitting(path):
 
 def test_the_core_stays_under_its_limit():
     """Nearly half of it are kernels, among them those of four families tuned by hand."""
-    assert sum(lines(path) for path in FILES if room(path) not in OUTSIDE_CORE) < 13_040
+    assert sum(lines(path) for path in FILES if room(path) not in OUTSIDE_CORE) <= 12_215
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
