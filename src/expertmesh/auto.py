@@ -55,8 +55,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         """As Transformers', plus `fused`, `distributed_setup` and `mtp_loss_weight`.
 
         Raises ValueError if an export's weights differ from its SHA256SUMS (every file is read once for that), or if
-        weights of experts or routers are missing on disk, unless the caller asks for
-        `output_loading_info`: Transformers would start them at random. Raises ValueError if the setup does not fit the
+        weights are missing on disk, unless the caller asks for `output_loading_info`: Transformers would start them at
+        random. Raises ValueError if the setup does not fit the
         model or the number of ranks, or if there is nothing that `mtp_loss_weight` could weigh.
         """
         fused, setup, mtp_weight = _take_ours(kwargs)

@@ -49,7 +49,7 @@ from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 class Loading:
     """How models are made: with which fusions; with modules for multi-token prediction ("no"; "new", where the
     configuration has such modules; or "saved", where the checkpoint has their weights, too); and whether a checkpoint
-    must be complete, or may lack some of its experts or routers.
+    must be complete, or may lack weights.
     """
 
     fusions: frozenset[str] = frozenset(FUSIONS)
@@ -270,14 +270,18 @@ class FusedModel(ReadsQuantized):
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """As in Transformers, which starts missing weights at random; a `complete` loading refuses missing experts."""
+        """As in Transformers, which starts missing weights at random; a `complete` loading refuses them."""
         if model._mtp is not None:
             _settle_mtp(model, loading_info, load_config)
-        if _loading.get().complete:
-            _refuse_missing_experts(model, loading_info, load_config.pretrained_model_name_or_path)
+        complete, source = _loading.get().complete, load_config.pretrained_model_name_or_path
+        if complete:
+            _refuse_missing(_lost_experts(model, loading_info), source)
         for name in model._frozen:  # Transformers forgets it in loading, but not on ranks
             model.get_parameter(name).requires_grad_(False)
-        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        if complete and not load_config.is_quantized:  # only now the tied ones are none of them
+            _refuse_missing(loading_info.missing_keys, source)
+        return loading_info
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
         """As in Transformers, and the experts chosen in the forward are kept for the recompute."""
@@ -320,19 +324,22 @@ def _settle_mtp(model: Any, loading_info: Any, load_config: Any) -> None:
     print_report(model, model._fusions)
 
 
-def _refuse_missing_experts(model: nn.Module, loading_info: Any, source: Any) -> None:
-    """Raise ValueError if a checkpoint lacks weights of experts or routers, or holds some of the wrong shape."""
+def _lost_experts(model: nn.Module, loading_info: Any) -> set[str]:
+    """Which weights of experts or routers a checkpoint lacks, or has in the wrong shape."""
     experts = [name for name, module in model.named_modules() if hasattr(module, "is_concatenated")]
     blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
     broken = {*loading_info.missing_keys, *loading_info.conversion_errors}
     broken |= {key if isinstance(key, str) else key[0] for key in loading_info.mismatched_keys}
-    lost = sorted(key for key in broken if blocks and key.startswith(blocks))
-    if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return {key for key in broken if blocks and key.startswith(blocks)}
+
+
+def _refuse_missing(weights: set[str], source: Any) -> None:
+    if weights:
+        lost, more = sorted(weights), f" and {len(weights) - 3} more" if len(weights) > 3 else ""
         raise ValueError(
-            f"The checkpoint {source!r} lacks weights of experts or routers, or some have the wrong shape: "
-            f"{', '.join(lost[:3])}{more}. Training would start them at random. Download or convert the checkpoint "
-            f"again; its index (model.safetensors.index.json) must list every expert of every layer."
+            f"The checkpoint {source!r} lacks weights, or some have the wrong shape: {', '.join(lost[:3])}{more}. "
+            f"Training would start them at random. Download or convert the checkpoint again; its index "
+            f"(model.safetensors.index.json) must list every weight of every layer."
         )
 
 
