@@ -85,6 +85,8 @@ def test_a_kill_at_any_moment_leaves_one_export_or_none(before, after, same_conf
         found = read(folder)
         assert found in ("old", None, "new+old" if same_config else "new"), operation
         seen.add(found)
+        if found is not None:
+            verify_sums(folder)  # there are none yet, or they are those of these files
         write(folder, new)  # nothing that a kill left is in the way
         assert read(folder) != "old" and set(os.listdir(folder)) == {*new, SUMS}
         if not died:
