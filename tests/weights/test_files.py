@@ -1,5 +1,6 @@
 """An export appears whole or not at all, whatever was there before; one run writes into a folder at a time."""
 
+import hashlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import transformers
 
 import expertmesh
+from expertmesh import backends
 from expertmesh.weights import files
 from expertmesh.weights.files import SUMS, DamagedError, FolderInUseError, alone, replacing, verify_sums
 from expertmesh.weights.read import load_weights
@@ -146,7 +148,8 @@ def test_after_an_error_the_old_export_is_there_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "40KB"}, {"variant": "fp16"}])
-def test_a_flipped_byte_is_named(options, tmp_path, caplog):
+def test_a_flipped_byte_is_named(options, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(backends.logger(), "propagate", True)
     load_ours("qwen3_moe").save_pretrained(tmp_path, **options)
     assert subprocess.run(["sha256sum", "--strict", "--quiet", "-c", SUMS], cwd=tmp_path).returncode == 0
     verify_sums(tmp_path)
@@ -159,6 +162,16 @@ def test_a_flipped_byte_is_named(options, tmp_path, caplog):
     (tmp_path / "config.json").write_text("{}")  # people edit it
     verify_sums(tmp_path)
     assert "config.json in" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "{}/outside.safetensors"])
+def test_sums_lead_to_nothing_outside_of_the_folder(name, tmp_path):
+    (tmp_path / "outside.safetensors").write_text("secret")
+    name, sums = name.format(tmp_path), tmp_path / "export" / SUMS
+    sums.parent.mkdir()
+    sums.write_text(f"{hashlib.sha256(b'secret').hexdigest()}  {name}\n")
+    with pytest.raises(DamagedError, match="outside"):
+        verify_sums(sums.parent)
 
 
 def test_stock_reads_what_replaced_an_older_export(tmp_path):

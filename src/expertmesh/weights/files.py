@@ -136,7 +136,7 @@ def verify_sums(folder: str | Path, together: bool = False) -> None:
     path = Path(folder, SUMS)
     lines = [line.partition("  ") for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
     sums = {name: wanted for wanted, _, name in lines}
-    there = [name for name in sums if Path(folder, name).is_file()]
+    there = [name for name in sums if not {"/", ".."} & {*Path(name).parts} and Path(folder, name).is_file()]
     found = digests(Path(folder), there, None if together else ranks.ALONE)
     changed = sorted(name for name, wanted in sums.items() if name not in found or found[name]["sha256"] != wanted)
     weights = [name for name in changed if ".safetensors" in name]
