@@ -30,6 +30,7 @@ from expertmesh.bench.gate import skewed
 from expertmesh.bench.origin import origin, write
 from expertmesh.kernels.combine import combine
 from expertmesh.kernels.grouping import group_by_expert
+from expertmesh.moe.exchange import Outputs
 from expertmesh.moe.links import Collectives, link_of
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 
@@ -284,8 +285,8 @@ def probe(device, tokens, width, experts=128, top_k=8):
     for name, link in (("NCCL", collectives), ("mailboxes", mailboxes)):
         runs[name] = {"gather": partial(link.all_gather, [x])}
         runs[name]["scatter"] = partial(link.reduce_scatter, [xs])
-    runs["mailboxes"]["gather in place"] = partial(mailboxes.all_gather, [x], lasting=False)
-    runs["mailboxes"]["combine"] = partial(mailboxes.combine_scatter, y, position, weights)
+    runs["mailboxes"]["gather in place"] = partial(mailboxes.all_gather, [x], copy=False)
+    runs["mailboxes"]["combine"] = partial(mailboxes.combine_scatter, Outputs(y, position, weights))
     runs["this GPU alone"] = {"combine": lambda: combine(y, position, weights)}
     rows = []
     for name, exchanges in runs.items():

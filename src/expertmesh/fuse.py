@@ -329,7 +329,7 @@ def refusing_missing_experts(on: bool) -> Iterator[None]:
 
 def _refuse_missing_experts(model: nn.Module, loading_info: Any, source: Any) -> None:
     """Raise ValueError if a checkpoint lacks weights of experts or routers, or holds some of the wrong shape."""
-    experts = [name for name, module in model.named_modules() if hasattr(module, "is_concatenated")]
+    experts = [name for name, module in model.named_modules() if fast_experts.is_experts(module)]
     blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
     broken = {*loading_info.missing_keys, *loading_info.conversion_errors}
     broken |= {key if isinstance(key, str) else key[0] for key in loading_info.mismatched_keys}

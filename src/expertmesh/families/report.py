@@ -133,7 +133,7 @@ def _fuse_head(model: Any) -> Fusion:
 
 def experts_row(model: Any) -> Fusion:
     """Whether experts run on our backend."""
-    modules = [m for m in model.modules() if hasattr(m, "is_concatenated") and hasattr(m, "has_gate")]
+    modules = [m for m in model.modules() if fast_experts.is_experts(m)]
     chosen = model.config.get_text_config()._experts_implementation
     if chosen != fast_experts.NAME:
         return Fusion("experts", False, "", f"experts_implementation={chosen!r} was asked for", 0)
@@ -153,7 +153,7 @@ def _how(fusion: str) -> str:
 def count_of(fusion: str, modules: list[nn.Module]) -> int:
     """For how many of these modules a fusion is on."""
     if fusion == "experts":
-        return sum(hasattr(module, "is_concatenated") for module in modules)
+        return sum(map(fast_experts.is_experts, modules))
     return sum(isinstance(m, tuple(rule.fast for rule in RULES if rule.fusion == fusion)) for m in modules)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from expertmesh.moe import experts as fast_experts
+from expertmesh.moe.dispatch import Dispatch
+from expertmesh.moe.experts import NAME, is_experts
 from expertmesh.twins import Fast, untouched, watched
 
 
@@ -24,25 +25,22 @@ class FastMoEBlock(Fast):
         if residual is None:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        spread = "send_ahead" in vars(self.experts)  # over ranks, by a dispatch that works with this block
-        if spread:
-            self.experts.send_ahead(x_TH)
+        spread = _dispatch_of(self.experts)
+        exchange = {} if spread is None else {"exchange": spread.start(x_TH)}
         _, weight_TK, ids_TK = self._router()(x_TH)
-        beside = self._beside(hidden_states)
-        if beside is not None:
-            residual = add_scaled(residual, beside, scale)
-        scaled_TK = weight_TK if scale == 1 else weight_TK.float() * scale
-        if spread and residual.dtype == x_TH.dtype and not watched(self.experts):
-            return self.experts.add_to(residual, x_TH, ids_TK, scaled_TK)
-        if _takes_residual(self.experts):
-            return self.experts(x_TH, ids_TK, scaled_TK, residual=residual)
-        return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK).view_as(residual), scale)
+        shared = self._shared(hidden_states)
+        if shared is not None:
+            residual = add_scaled(residual, shared, scale)
+        if residual.dtype == x_TH.dtype and _takes_residual(self.experts):
+            scaled_TK = weight_TK if scale == 1 else weight_TK.float() * scale
+            return self.experts(x_TH, ids_TK, scaled_TK, residual=residual, **exchange)
+        return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK, **exchange).view_as(residual), scale)
 
     def _router(self) -> Any:
         return self.gate
 
-    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """What is added to the experts' sum."""
+    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The output of a shared expert, which is added to the experts' sum."""
         return None
 
 
@@ -59,21 +57,21 @@ class FastRouterMoEBlock(FastMoEBlock):
 class FastSharedMoEBlock(FastMoEBlock):
     """Must equal `DeepseekV3MoE.forward` and `Ernie4_5_MoeSparseMoeBlock.forward`, which may have no shared experts."""
 
-    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return None if self.shared_experts is None else self.shared_experts(hidden_states)
 
 
 class FastSharedMLPMoEBlock(FastMoEBlock):
     """Must equal `HunYuanMoEV1Moe.forward`, whose shared expert has another name."""
 
-    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.shared_mlp(hidden_states)
 
 
 class FastGatedSharedMoEBlock(FastMoEBlock):
     """Must equal `Qwen2MoeSparseMoeBlock.forward`: the shared expert has a gate."""
 
-    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(self.shared_expert_gate(hidden_states)) * self.shared_expert(hidden_states)
 
 
@@ -88,8 +86,14 @@ def why_not_noisy(block: Any) -> str | None:
     return "its inputs get noise in training (router_jitter_noise)" if block.jitter_noise > 0 else None
 
 
+def _dispatch_of(experts: Any) -> Dispatch | None:
+    """What brings rows to these experts, if they are spread over ranks and nothing but a hook is around them."""
+    forward = vars(experts).get("forward")
+    return forward if isinstance(forward, Dispatch) else None
+
+
 def _takes_residual(experts: Any) -> bool:
-    """Whether a call goes straight to our `experts_forward`: past no adapter, no other rank and no hook."""
-    if "is_concatenated" not in vars(experts) or not untouched(experts):
-        return False
-    return experts.config._experts_implementation == fast_experts.NAME
+    """Whether a call goes straight to our `Dispatch` or `experts_forward`: past no adapter and no hook."""
+    if _dispatch_of(experts) is not None:
+        return not watched(experts)
+    return is_experts(experts) and untouched(experts) and experts.config._experts_implementation == NAME
