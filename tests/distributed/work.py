@@ -4,8 +4,10 @@ import contextlib
 import functools
 import itertools
 import random
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -356,6 +358,28 @@ def exchanges(rank: int, folder: Path, case: Case) -> dict[str, int]:
     finally:
         dist.all_to_all_single = real
     return count
+
+
+def calls_of_ours(rank: int, folder: Path, case: Case) -> dict[str, int]:
+    """How many Python calls of ours, by file, a forward and a backward of one layer with experts make."""
+    model, setup = load(folder, case)
+    loss_of(model, setup, rank).backward()
+    layer, x = model.model.layers[0], torch.randn(1, 9, model.config.hidden_size, requires_grad=True)
+    angles, calls = model.model.rotary_emb(x, torch.arange(9)[None]), Counter[str]()
+    assert isinstance(layer.mlp.experts.forward, Dispatch)
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(expertmesh.__path__[0]) and frame.f_code.co_name[0] != "<":
+            calls[file] += 1
+
+    for profile in (None, count):  # the first only gathers weights
+        sys.setprofile(profile)
+        with gather.one_forward():
+            out = layer(x, position_embeddings=angles, attention_mask=None)
+        out.sum().backward()
+    sys.setprofile(None)
+    return calls
 
 
 def widths(rank: int, folder: Path, dispatch: str, boxes: Path) -> set[int]:

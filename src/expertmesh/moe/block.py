@@ -25,13 +25,15 @@ class FastMoEBlock(Fast):
         if residual is None:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        spread = _dispatch_of(self.experts)
-        exchange = {} if spread is None else {"exchange": spread.start(x_TH)}
+        forward: Any = vars(self.experts).get("forward")
+        spread = isinstance(forward, Dispatch)  # over ranks, and no adapter is around them
+        exchange = {"exchange": forward.start(x_TH)} if spread else {}
         _, weight_TK, ids_TK = self._router()(x_TH)
         shared = self._shared(hidden_states)
         if shared is not None:
             residual = add_scaled(residual, shared, scale)
-        if residual.dtype == x_TH.dtype and _takes_residual(self.experts):
+        takes_residual = not watched(self.experts) if spread else _run_here_alone(self.experts)
+        if takes_residual and residual.dtype == x_TH.dtype:
             scaled_TK = weight_TK if scale == 1 else weight_TK.float() * scale
             return self.experts(x_TH, ids_TK, scaled_TK, residual=residual, **exchange)
         return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK, **exchange).view_as(residual), scale)
@@ -86,14 +88,6 @@ def why_not_noisy(block: Any) -> str | None:
     return "its inputs get noise in training (router_jitter_noise)" if block.jitter_noise > 0 else None
 
 
-def _dispatch_of(experts: Any) -> Dispatch | None:
-    """What brings rows to these experts, if they are spread over ranks and nothing but a hook is around them."""
-    forward = vars(experts).get("forward")
-    return forward if isinstance(forward, Dispatch) else None
-
-
-def _takes_residual(experts: Any) -> bool:
-    """Whether a call goes straight to our `Dispatch` or `experts_forward`: past no adapter and no hook."""
-    if _dispatch_of(experts) is not None:
-        return not watched(experts)
+def _run_here_alone(experts: Any) -> bool:
+    """Whether a call goes straight to our `experts_forward`: past no adapter, no other rank and no hook."""
     return is_experts(experts) and untouched(experts) and experts.config._experts_implementation == NAME

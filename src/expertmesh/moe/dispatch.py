@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
+from expertmesh.kernels.grouping import or_none
 from expertmesh.moe.exchange import Exchange, Outputs
 from expertmesh.moe.experts import experts_forward, runs_here
 
@@ -70,7 +71,8 @@ class Dispatch(EPImplementation):
         if runs_here(self.experts) and x_TH.dtype == self.experts.down_proj.dtype:
             return experts_forward(self.experts, x_TH, ids_TK, weight_TK, residual, exchange)
         x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
-        y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)  # by any backend
+        ids_MK = or_none(ids_MK, self.num_local_experts)  # as other backends expect
+        y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
         return _Combine.apply(y_MH.to(x_TH.dtype), residual, exchange)
 
 
