@@ -61,6 +61,13 @@ def test_rows_that_are_not_those_sent_ahead_or_whose_box_is_gone_are_sent(mailbo
     assert mailboxes.turn == turn
 
 
+def test_places_of_sizes_that_never_come_again_do_not_pile_up(mailboxes, monkeypatch):
+    monkeypatch.setattr(links, "MOST_PLACES", 4)
+    for rows in range(20, 1, -1):
+        got, *_ = mailboxes.all_gather([torch.full((rows, 8), float(rows))])
+        assert (got[:rows] == rows).all() and len(mailboxes._places) <= 4
+
+
 @pytest.fixture
 def group(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -88,3 +95,5 @@ def test_where_memory_cannot_be_opened_to_others_rows_go_by_collectives_and_the_
     assert isinstance(link, Collectives if refuses else Mailboxes)
     why = "collectives (memory cannot be opened to other processes: pidfd_getfd: Operation not permitted)"
     assert (why if refuses else "by mailboxes") in told.info.call_args.args[0]
+    dist.destroy_process_group()
+    assert not links.mailboxes() and group not in links._mailboxes  # freed with their group
