@@ -1,25 +1,21 @@
 """A small Qwen3-MoE on two CPU threads, float32: stock Transformers and expertmesh, in turn, in one job.
 
-    python benchmarks/cpu.py --out benchmarks/results/cpu_qwen3_moe.json
+    python benchmarks/cpu.py --out benchmarks/results/cpu_qwen3_moe_avx2.json
 
 Same weights, same tokens. The arms alternate, round after round, because other programs may share the cores: the
-median of the rounds is each arm's time, the shortest round is kept beside it. Prints a table and writes JSON.
+median of the rounds is each arm's time, the shortest round is kept beside it.
 """
 
-import argparse
 import gc
-import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from shared import Result, parser
 from transformers import AutoModelForCausalLM as StockAuto
 from transformers import Qwen3MoeConfig
 
@@ -73,12 +69,12 @@ def measure(models: dict[str, Any], ids: torch.Tensor, rounds: int, warmup: int 
     return steps
 
 
-def row(arm: str, steps: list[tuple], config: dict[str, Any], batch: int, seq: int) -> dict[str, Any]:
+def row(arm: str, steps: list[tuple], layers: int, batch: int, seq: int) -> dict[str, Any]:
     times = [forward + backward for forward, backward, _ in steps]
     median = statistics.median(times)
     return {
-        "work": "small qwen3-moe, float32", "arm": arm, "layers": config["num_hidden_layers"], "batch": batch,
-        "seq": seq, "routing": "random-init", "forward_ms": round(statistics.median(s[0] for s in steps), 1),
+        "work": "small qwen3-moe, float32", "arm": arm, "layers": layers, "batch": batch, "seq": seq,
+        "routing": "random-init", "forward_ms": round(statistics.median(s[0] for s in steps), 1),
         "backward_ms": round(statistics.median(s[1] for s in steps), 1), "both_ms": round(median, 1),
         "both_shortest_ms": round(min(times), 1), "tokens_per_second": round(batch * seq / median * 1e3),
         "loss": steps[-1][2],
@@ -88,43 +84,24 @@ def row(arm: str, steps: list[tuple], config: dict[str, Any], batch: int, seq: i
 def hardware() -> str:
     """The processor's name, cores and vector instructions; `platform` knows the name on other systems than Linux."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2] for line in info.read_text().splitlines() if line.startswith("model name")] if (
-        info.exists()
-    ) else []  # fmt: skip
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
     name = (names[0] if names else platform.processor() or platform.machine()).strip()
     return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--tiny", action="store_true", help="small widths, to try this script")
-    parser.add_argument("--commit", default="")
-    options = parser.parse_args()
+    options = parser(__doc__, repeats=21)
+    options.add_argument("--threads", type=int, default=2)
+    options = options.parse_args()
     torch.set_num_threads(options.threads)
-    config = TINY if options.tiny else CONFIG
+    config, batch, seq = (TINY, 1, 32) if options.tiny else (CONFIG, 8, 256)
     models = build(config)
-    ids = torch.randint(0, config["vocab_size"], (options.batch, options.seq))
-    steps = measure(models, ids, options.rounds)
-    rows = [row(arm, steps[arm], config, options.batch, options.seq) for arm in models]
-    stock = next(r for r in rows if r["arm"] == "stock")
-    for r in rows:
-        print(f"{r['arm']:12} forward {r['forward_ms']:7.1f} ms  backward {r['backward_ms']:7.1f} ms  both "
-              f"{r['both_ms']:7.1f} (shortest {r['both_shortest_ms']:7.1f})  {r['tokens_per_second']:6,} tokens/s  "
-              f"{stock['both_ms'] / r['both_ms']:.2f}x (shortest "
-              f"{stock['both_shortest_ms'] / r['both_shortest_ms']:.2f}x)  loss {r['loss']:.6f}")  # fmt: skip
-    if options.out:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        result = {
-            "hardware": hardware(), "gpus": 0, "threads": options.threads, "torch": version("torch"),
-            "triton": version("triton"), "transformers": version("transformers"), "commit": options.commit or head,
-            "command": " ".join(["python", *sys.argv]), "rows": rows,
-        }  # fmt: skip
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    ids = torch.randint(0, config["vocab_size"], (batch, seq))
+    steps = measure(models, ids, options.repeats)
+    result = Result(options, hardware=hardware(), gpus=0, threads=options.threads)
+    for arm in models:
+        result.add(row(arm, steps[arm], config["num_hidden_layers"], batch, seq))
 
 
 if __name__ == "__main__":

@@ -1,35 +1,19 @@
-"""Mamba2's convolution, scan and gated norm at Nemotron-3-Nano widths: errors, and times beside the floor and others.
+"""Mamba2's convolution, scan and gated norm at Nemotron-3-Nano widths: ours, PyTorch's and other libraries'.
 
-    python benchmarks/mamba.py --out benchmarks/results/NAME.json
+    python benchmarks/mamba.py --out benchmarks/results/h200_mamba.json
     python benchmarks/mamba.py --others ""      without other libraries, whose scans tune themselves for over a minute
-    python benchmarks/mamba.py --sweep          every configuration of the tables that compiles, best first
 
-`mixer` is all that a layer does between its projections, in one autograd function. Errors are against the reference in
-float32 on the same bfloat16 inputs, relative to each tensor's largest value, with and without packed documents;
-`seconds` is what the first call took, compiling included. The floor counts each tensor of the interface once over
-4.2 TB/s (one H200 copying). Without a GPU `TRITON_INTERPRET=1 python benchmarks/mamba.py --tiny` runs it all in
-float32: figures mean nothing there.
+`mixer` is all that a layer does between its projections. The floor counts each tensor of the interface once, at the
+4.2 TB/s that one H200 copies with. Without a GPU `TRITON_INTERPRET=1 python benchmarks/mamba.py --tiny` tries it.
 """
 
-import argparse
-import contextlib
 import importlib
-import itertools
-import json
-import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timing import median_ms
+from shared import DEVICE, DTYPE, Result, attempt, forward_backward, interpreted, leaf, parser
 
-from expertmesh import backends
-from expertmesh.bench.origin import origin, write
-from expertmesh.kernels import causal_conv as conv_kernels
-from expertmesh.kernels import rms_norm as norm_kernels
-from expertmesh.kernels import ssd as scan_kernels
 from expertmesh.kernels.causal_conv import causal_conv_reference, conv_backward, conv_forward
 from expertmesh.kernels.documents import document_starts
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
@@ -40,67 +24,7 @@ from expertmesh.kernels.ssd_backward import ssd_backward
 BYTES_PER_MS = 4.2e9
 EPS = 1e-5
 LIMIT = 0.001, float("inf")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-
-#: kernel: (table, entry, configurations to try, whether it runs in forward)
-SWEEPS: list[tuple[str, dict[str, Any], str, list[dict[str, int]]]] = (
-    [
-        (
-            f"conv {name}",
-            conv_kernels.TUNING,
-            name,
-            [
-                {"rows": rows, "channels": channels, "num_warps": warps}
-                for rows, (channels, warps) in itertools.product(
-                    (32, 64, 128), ((256, 1), (512, 2), (256, 2), (512, 4))
-                )
-            ],
-        )
-        for name in ("forward", "backward")
-    ]
-    + [
-        (
-            f"norm {name}",
-            norm_kernels.GATED_TUNING,
-            name,
-            [
-                {"elements": elements, "per_thread": per_thread, "programs": programs}
-                for elements, per_thread, programs in choices
-            ],
-        )
-        for name, choices in {
-            "forward": [(1024, 8, 1), (2048, 8, 1), (2048, 16, 1), (4096, 16, 1), (4096, 32, 1)],
-            "backward": [
-                (1024, 8, 4),
-                (1024, 8, 8),
-                (2048, 16, 4),
-                (2048, 16, 8),
-                (2048, 8, 4),
-                (4096, 16, 2),
-                (4096, 16, 4),
-            ],
-        }.items()
-    ]
-    + [
-        (
-            f"scan {name}",
-            scan_kernels.TUNING,
-            name,
-            [{"BLOCK": block, "num_warps": warps, "num_stages": stages} for block, warps, stages in choices],
-        )
-        for name, choices in {
-            "walk": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (32, 4, 2), (32, 4, 3)],
-            "outputs": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2), (128, 8, 3)],
-            "inputs": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2), (128, 8, 3)],
-            "gradients": [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 1), (64, 8, 2)],
-        }.items()
-    ]
-)
-
-
-def leaf(*shape: int, scale: float = 1.0, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return (torch.randn(shape, device=DEVICE) * scale).to(dtype).requires_grad_()
+OTHERS = "fla-conv,fla-scan,mamba_ssm-scan,mamba_ssm-norm"
 
 
 class Autograd(torch.autograd.Function):
@@ -115,31 +39,6 @@ class Autograd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple:
         return None, None, *ctx.kernels(dy, *ctx.saved_tensors)
-
-
-class Case:
-    """One function with its inputs: forward and backward, timed apart."""
-
-    def __init__(self, fn: Callable, leaves: list[torch.Tensor]) -> None:
-        self.fn, self.leaves = fn, leaves
-        self.y = fn(*leaves)
-        self.dy = torch.randn_like(self.y)
-
-    def forward(self) -> torch.Tensor:
-        return self.fn(*self.leaves)
-
-    def backward(self) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(self.y, self.leaves, self.dy, retain_graph=True)
-
-
-def errors(fn: Callable, reference: Callable, leaves: list[torch.Tensor]) -> list[float]:
-    """Of the output and each gradient."""
-    case = Case(fn, leaves)
-    got = [case.y, *case.backward()]
-    exact = [x.detach().float().requires_grad_() for x in leaves]
-    y = reference(*exact)
-    expected = [y, *torch.autograd.grad(y, exact, case.dy.float())]
-    return [float(f"{(g - e).abs().max() / e.abs().max():.2e}") for g, e in zip(got, expected, strict=True)]
 
 
 def inputs(sizes: Sizes) -> dict[str, list[torch.Tensor]]:
@@ -168,7 +67,7 @@ def functions(sizes: Sizes, start: torch.Tensor | None) -> dict[str, tuple[Calla
 
     def scan(dy, xbc, dt, A, D, bias):
         dxbc, ddt = torch.empty_like(xbc), torch.empty_like(dt)
-        dA, dbias, dD = ssd_backward(xbc, dt, A, D, bias, start, sizes._replace(B=len(xbc)), LIMIT, dy, dxbc, ddt)
+        dA, dbias, dD = ssd_backward(xbc, dt, A, D, bias, start, sizes, LIMIT, dy, dxbc, ddt)
         return dxbc, ddt, dA, dD, dbias
 
     def scan_reference(xbc, dt, A, D, bias):
@@ -185,10 +84,7 @@ def functions(sizes: Sizes, start: torch.Tensor | None) -> dict[str, tuple[Calla
 
     return {
         "conv": (kernels(lambda *a: conv_forward(*a, start), conv), lambda *a: causal_conv_reference(*a, start)),
-        "scan": (
-            kernels(lambda *a: ssd_forward(*a, start, sizes._replace(B=len(a[0])), LIMIT), scan),
-            scan_reference,
-        ),
+        "scan": (kernels(lambda *a: ssd_forward(*a, start, sizes, LIMIT), scan), scan_reference),
         "norm": (
             kernels(lambda *a: gated_norm_forward(*a, EPS, sizes.G), norm),
             lambda *a: gated_norm_reference(*a, EPS, sizes.G),
@@ -200,23 +96,8 @@ def functions(sizes: Sizes, start: torch.Tensor | None) -> dict[str, tuple[Calla
     }
 
 
-def imported(attribute: str, *modules: str) -> Callable | None:
-    """The first of these modules' attributes that there is."""
-    for name in modules if DEVICE == "cuda" else ():
-        try:
-            found = getattr(importlib.import_module(name), attribute, None)
-        except ImportError:
-            continue
-        if callable(found):
-            return found
-    return None
-
-
 def others(sizes: Sizes, asked: list[str]) -> dict[str, dict[str, Callable]]:
-    """What is installed of fla-core and mamba_ssm; a line for what is not."""
-
-    def fla_conv(fn):
-        return lambda x, weight, bias: fn(x, weight, bias, activation="silu")[0]
+    """For each kernel what is asked for of fla-core and mamba_ssm; an error for what is not installed."""
 
     def fla_scan(fn):
         """Their scan has no groups, no dt and no D: what makes those is part of the time, as it would be in a model."""
@@ -241,28 +122,24 @@ def others(sizes: Sizes, asked: list[str]) -> dict[str, dict[str, Callable]]:
         group = sizes.H * sizes.P // sizes.G
         return lambda x, gate, w: fn(x, w, None, z=gate, eps=EPS, group_size=group, norm_before_gate=False)
 
-    triton_ops = "mamba_ssm.ops.triton"
-    known: dict[str, tuple[str, Callable, Callable | None]] = {
-        "fla-conv": (
-            "conv",
-            fla_conv,
-            imported("causal_conv1d", "fla.modules.conv", "fla.modules.causal_conv1d", "fla.modules.convolution"),
-        ),
-        "fla-scan": ("scan", fla_scan, imported("chunk_simple_gla", "fla.ops.simple_gla")),
-        "mamba_ssm-scan": ("scan", mamba_scan, imported("mamba_chunk_scan_combined", f"{triton_ops}.ssd_combined")),
-        "mamba_ssm-norm": ("norm", mamba_norm, imported("rmsnorm_fn", f"{triton_ops}.layernorm_gated")),
+    def fla_conv(fn):
+        return lambda x, weight, bias: fn(x, weight, bias, activation="silu")[0]
+
+    known: dict[str, tuple[str, Callable, str, str]] = {
+        "fla-conv": ("conv", fla_conv, "fla.modules.conv", "causal_conv1d"),
+        "fla-scan": ("scan", fla_scan, "fla.ops.simple_gla", "chunk_simple_gla"),
+        "mamba_ssm-scan": ("scan", mamba_scan, "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"),
+        "mamba_ssm-norm": ("norm", mamba_norm, "mamba_ssm.ops.triton.layernorm_gated", "rmsnorm_fn"),
     }
     found: dict[str, dict[str, Callable]] = {"conv": {}, "scan": {}, "norm": {}, "mixer": {}}
-    for name, (kernel, adapt, fn) in known.items():
-        if fn is not None and name in asked:
-            found[kernel][name] = adapt(fn)
-        else:
-            print(json.dumps({"skipped": name, "why": "not installed" if fn is None else "not asked for"}), flush=True)
+    for name in asked:
+        kernel, adapt, module, attribute = known[name]
+        found[kernel][name] = adapt(getattr(importlib.import_module(module), attribute))
     return found
 
 
 def floors(sizes: Sizes) -> dict[str, tuple[float, float]]:
-    """ms of forward and backward."""
+    """Milliseconds of forward and backward."""
     inner, heads = sizes.H * sizes.P, sizes.H
     channels = inner + 2 * sizes.G * sizes.N
     byte = 2 * sizes.B * sizes.S / BYTES_PER_MS
@@ -277,86 +154,39 @@ def floors(sizes: Sizes) -> dict[str, tuple[float, float]]:
 
 
 def rows(sizes: Sizes, repeats: int, asked: list[str]) -> Iterator[dict[str, Any]]:
-    leaves = inputs(sizes)
+    leaves, theirs = inputs(sizes), others(sizes, asked)
     cuts = torch.arange(1, 8, device=DEVICE) * (sizes.S // 8) + 5
     start = document_starts((torch.arange(sizes.S, device=DEVICE)[:, None] >= cuts).sum(1).expand(sizes.B, -1))
-    for packed in (False, True):
-        for name in [name for name in leaves if not (packed and name == "norm")]:
-            cut = [x.detach()[:1].requires_grad_() if x.dim() == 3 else x for x in leaves[name]]
-            ours, reference = functions(sizes._replace(B=1), start[:1] if packed else None)[name]
-            begin = time.perf_counter()
-            yield {"kernel": name, "packed": packed, "errors": errors(ours, reference, cut),
-                   "seconds": round(time.perf_counter() - begin, 1)}  # fmt: skip
-    theirs = others(sizes, asked)
     for packed in (False, True):
         for name, (ours, reference) in functions(sizes, start if packed else None).items():
             if packed and name == "norm":
                 continue
             arms = {"expertmesh": ours} if packed else {"expertmesh": ours, "torch": reference, **theirs[name]}
             for arm, fn in arms.items():
-                try:
-                    yield from timed(name, packed, arm, Case(fn, leaves[name]), sizes, repeats)
-                except Exception as error:  # other people's kernels: what they refuse is part of the table
-                    if arm in ("expertmesh", "torch"):
-                        raise
-                    said = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-                    yield {"kernel": name, "packed": packed, "implementation": arm, "failed": said}
-
-
-def timed(name: str, packed: bool, arm: str, case: Case, sizes: Sizes, repeats: int) -> Iterator[dict[str, Any]]:
-    """Forward and backward of one implementation of a kernel."""
-    for direction, floor in zip(("forward", "backward"), floors(sizes)[name], strict=True):
-        ms = round(median_ms(getattr(case, direction), repeats if arm != "torch" else 2), 4)
-        yield {"kernel": name, "packed": packed, "implementation": arm, "pass": direction, "ms": ms,
-               "floor_ms": round(floor, 4), "share_of_floor": round(floor / ms, 3)}  # fmt: skip
-
-
-def sweep(sizes: Sizes, repeats: int, asked: list[str]) -> Iterator[dict[str, Any]]:
-    """Times a whole pass while one kernel's configuration varies; one that needs too much of the GPU is passed over."""
-    leaves, ours = inputs(sizes), functions(sizes, None)
-    cases = {name: Case(ours[name][0], leaves[name]) for name in ("conv", "scan", "norm")}
-    for name, tuning, entry, candidates in SWEEPS:
-        case = cases[name.split()[0]]
-        call = case.forward if entry in ("forward", "outputs") else case.backward
-        shipped, times, failed = tuning[entry], [], []
-        for candidate in candidates:
-            tuning[entry] = candidate
-            try:
-                times.append([round(median_ms(call, repeats), 4), candidate])
-            except backends.triton.runtime.errors.OutOfResources as problem:
-                failed.append([str(problem), candidate])
-        tuning[entry] = shipped
-        yield {"kernel": name, "shipped": shipped, "best_first": sorted(times, key=lambda t: t[0]), "failed": failed}
+                row = {"kernel": name, "packed": packed, "implementation": arm}
+                args = fn, leaves[name], 2 if arm == "torch" else repeats
+                times = attempt(lambda args=args: forward_backward(*args), arm in ("expertmesh", "torch"))
+                if "failed" in times:
+                    yield row | times
+                    continue
+                for direction, floor in zip(("forward", "backward"), floors(sizes)[name], strict=True):
+                    ms = times[direction][0]
+                    floor_ms, share = round(floor, 4), round(floor / ms, 3)
+                    yield {**row, "pass": direction, "ms": round(ms, 4), "floor_ms": floor_ms, "share_of_floor": share}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--others", default="fla-conv,fla-scan,mamba_ssm-scan,mamba_ssm-norm", help="of these, by name")
-    parser.add_argument("--sweep", action="store_true", help="try the configurations of the kernels' tables")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a dry run without a GPU")
-    parser.add_argument("--out", help="also write everything to this JSON file")
-    parser.add_argument("--commit", help="the commit to note in it, where the source is no git checkout")
-    arguments = parser.parse_args()
-    sizes = Sizes(arguments.batch, arguments.seq, 64, 64, 8, 128)
-    repeats = arguments.repeats
-    if arguments.tiny:
-        sizes, repeats = Sizes(1, 136, 2, 16, 1, 16), 1
-    result: dict[str, Any] = {
-        **origin(["python", *sys.argv], arguments.commit, ("triton", "fla-core", "mamba-ssm")),
-        "sizes": sizes._asdict(),
-        "rows": [],
-    }
-    print(json.dumps(result), flush=True)
+    options = parser(__doc__, repeats=10)
+    options.add_argument(
+        "--others", default=OTHERS if DEVICE == "cuda" else "", help="other libraries' kernels, by name"
+    )
+    options = options.parse_args()
+    sizes = Sizes(1, 136, 2, 16, 1, 16) if options.tiny else Sizes(4, 4096, 64, 64, 8, 128)
+    result = Result(options, ("triton", "fla-core", "mamba-ssm"), sizes=sizes._asdict(), dtype=str(DTYPE))
     torch.manual_seed(0)
-    interpreted = backends.interpreted() if os.environ.get("TRITON_INTERPRET") == "1" else contextlib.nullcontext()
-    with interpreted:
-        for row in (sweep if arguments.sweep else rows)(sizes, repeats, arguments.others.split(",")):
-            print(json.dumps(row), flush=True)
-            result["rows"].append(row)
-            write(result, arguments.out)  # a later one may fail
+    with interpreted():
+        for row in rows(sizes, options.repeats, [name for name in options.others.split(",") if name]):
+            result.add(row)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The house rules that can be checked: rooms import only from below, files stay small, what is public is documented."""
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the roof to the cellar: a room imports only from rooms to the right of it.
 ROOMS = """
 __main__ cli bench train plan data checkpoint nemo auto fuse weights families layers memory parallel moe kernels twins
-waiting backends
+records waiting backends
 """.split()
 OUTSIDE_CORE = {"__main__", "cli", "train", "bench", "data"}
 
@@ -93,7 +95,7 @@ def test_a_file_is_short_enough_to_read_in_one_sitting(path):
 
 def test_the_core_stays_under_its_limit():
     """Nearly half of it are kernels, among them those of four families tuned by hand."""
-    assert sum(lines(path) for path in FILES if room(path) not in OUTSIDE_CORE) < 13_040
+    assert sum(lines(path) for path in FILES if room(path) not in OUTSIDE_CORE) <= 12_215
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -112,6 +114,24 @@ def test_what_is_public_is_documented(path):
     ]
     missing = [f"{node.name} (line {node.lineno})" for node in public if not ast.get_docstring(node)]
     assert not missing, f"{path.relative_to(PACKAGE)}: no docstring on {', '.join(missing)}"
+
+
+def test_texts_name_only_what_users_can_import():
+    named: dict[str, Path] = {}
+    for path in FILES:
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        for text in filter(lambda value: isinstance(value, str), texts):
+            named |= dict.fromkeys(re.findall(r"\bexpertmesh(?:\.[a-zA-Z_]\w*)+", text), path)
+    assert "expertmesh.SFTTrainer" in named
+    for name, path in named.items():
+        if name.endswith(".json"):
+            continue
+        found = expertmesh
+        for part in name.split(".")[1:]:
+            if isinstance(found, ModuleType) and not hasattr(found, part):
+                importlib.import_module(f"{found.__name__}.{part}")
+            assert hasattr(found, part), f"{path} speaks of {name}"
+            found = getattr(found, part)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

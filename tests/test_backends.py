@@ -4,11 +4,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from expertmesh import backends
+from tests.models import load_ours
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,9 +28,8 @@ def said(monkeypatch):
     """What the log says."""
     lines = []
     monkeypatch.setattr(backends.logger(), "warning", lines.append)
-    backends.warn_if_untested.cache_clear()
-    yield lines
-    backends.warn_if_untested.cache_clear()
+    monkeypatch.setattr(backends, "_told", set())
+    return lines
 
 
 @pytest.mark.parametrize("version", ["5.23.0", "5.23.4", "5.24.0", "5.24.1.dev0"])
@@ -45,6 +46,29 @@ def test_an_untested_version_is_named_once_with_the_tested_ones(monkeypatch, sai
         backends.warn_if_untested()
     (line,) = said
     assert f"Transformers {version}, only on 5.23.0 to 5.24:" in line and "\n" not in line
+
+
+SLOW = {
+    "the norm of a decoder layer is watched": ("qwen3_moe", "model.layers.0.post_attention_layernorm", {}),
+    "a part of Mamba2 is watched": ("nemotron_h", "model.layers.0.mixer.norm", {}),
+    "attention drops out": ("mixtral", None, {"attention_dropout": 0.5}),
+}
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_a_slow_way_is_told_once(said, case):
+    family, part, changes = SLOW[case]
+    model, ids = load_ours(family, **changes).train(), torch.arange(12)[None]
+    inputs = {"input_ids": ids, "labels": ids}
+    if part is None:
+        inputs["position_ids"] = ids % 6  # two documents
+    else:
+        model(**inputs)
+        assert said == []
+        model.get_submodule(part).register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        model(**inputs)
+    assert len(said) == 1 and type(model.model.layers[0]).__name__[:5] in said[0], said
 
 
 def test_the_suite_runs_on_a_version_that_counts_as_tested():

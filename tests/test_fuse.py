@@ -13,8 +13,8 @@ import expertmesh
 from expertmesh import AutoModelForCausalLM, fuse
 from expertmesh.bench.rows import relative_error
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.families.generic import RULES
 from expertmesh.families.rules import Rule, fingerprint
+from expertmesh.families.table import RULES
 from expertmesh.fuse import FUSIONS
 from expertmesh.twins import Fast
 
@@ -23,14 +23,13 @@ def _report(model):
     return {row.name: row for row in model.fusion_report()}
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.fusion}-{rule.fast.__name__}")
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.fusion}-{rule.like}")
 def test_every_fingerprint_is_that_of_the_code_it_names(rule):
-    for name in rule.like:
-        model_type, cls = name.split(".")
-        modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-        assert rule.matches(getattr(modeling, cls)), (
-            f"Transformers changed {name}: compare it with {rule.fast.__name__}"
-        )
+    model_type, cls = rule.like.split(".")
+    modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    assert rule.matches(getattr(modeling, cls)), (
+        f"Transformers changed {rule.like}: compare it with {rule.fast.__name__}"
+    )
 
 
 EXPECTED = {
@@ -127,6 +126,44 @@ def test_one_configuration_object_serves_stock_and_ours_in_any_order(tmp_path):
     StockAuto.from_config(config).save_pretrained(tmp_path)
     loaded = [auto.from_pretrained(tmp_path, config=config) for auto in (AutoModelForCausalLM, StockAuto)]
     assert [model.config._experts_implementation for model in loaded] == ["expertmesh", "grouped_mm"]
+
+
+def test_a_model_fused_in_place_leaves_its_configuration_as_it_was():
+    stock = StockAuto.from_config(tiny_config("gpt_oss"))
+    config = stock.config
+    before = config._experts_implementation, config._attn_implementation
+    model = fuse(stock)
+    assert (
+        model.config._experts_implementation == "expertmesh" and model.model.layers[0].self_attn.config is model.config
+    )
+    assert (config._experts_implementation, config._attn_implementation) == before
+
+
+_IMPORTS = """
+import os, warnings
+import torch, transformers, trl
+from transformers import AutoModelForCausalLM, Trainer, masking_utils, modeling_utils
+from transformers.distributed import fsdp
+from transformers.integrations import moe
+from trl import SFTTrainer
+def seen():
+    tables = moe.ExpertsInterface._global_mapping, modeling_utils.AttentionInterface._global_mapping
+    code = [dict(vars(module)) for module in (fsdp, masking_utils, modeling_utils, moe)]
+    return dict(os.environ), list(warnings.filters), [*map(dict, tables), *code]
+before = seen()
+import expertmesh
+for name in expertmesh.__all__:
+    getattr(expertmesh, name)
+for one, other in zip(before[:2], seen()[:2], strict=True):
+    assert one == other, (one, other)
+for one, other in zip(before[2], seen()[2], strict=True):
+    assert all(other[key] is value for key, value in one.items())
+"""
+
+
+def test_importing_changes_nothing_for_others():
+    """Environment, warnings, and what stock models find in Transformers' tables and modules."""
+    subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
 
 
 def test_the_report_is_printed_once_per_kind_of_model(monkeypatch, capsys):

@@ -10,7 +10,7 @@ _HOMES = {
     "AutoModelForCausalLM": "expertmesh.auto",
     "fuse": "expertmesh.fuse",
     "DistributedSetup": "expertmesh.parallel.setup",
-    "create_distributed_setup_from_config": "expertmesh.parallel.setup",
+    "create_distributed_setup_from_config": "expertmesh.parallel.nemo_keys",
     "AdamW": "expertmesh.memory.adamw",
     "clip_grad_norm": "expertmesh.parallel.clip",
     "keep_routing": "expertmesh.moe.replay",

@@ -13,29 +13,24 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
-from expertmesh.fuse import fuse, fused_class, has_fast_experts, refusing_missing_experts, requesting
-from expertmesh.parallel.setup import AUTO, DistributedSetup, as_setup
+from expertmesh.fuse import fuse, fused_class, has_fast_experts, loading
+from expertmesh.parallel.nemo_keys import as_setup
+from expertmesh.parallel.setup import AUTO, DistributedSetup
 from expertmesh.weights.files import verify_sums
 from expertmesh.weights.init import initialise_shards
 
-_stock_mapping: Any = transformers.AutoModelForCausalLM._model_mapping
+_STOCK: Any = transformers.AutoModelForCausalLM._model_mapping
 
 
-class _FusedMapping:
+class _FusedMapping(type(_STOCK)):  # type: ignore[misc]
     """Transformers' mapping {configuration class: model class}, with fused classes where experts are pluggable."""
 
+    def __init__(self) -> None:
+        self.__dict__.update(vars(_STOCK))  # what is registered there counts here
+
     def __getitem__(self, config_class: type) -> Any:
-        found = _stock_mapping[config_class]
+        found = super().__getitem__(config_class)
         return tuple(map(_fused, found)) if isinstance(found, tuple) else _fused(found)
-
-    def __contains__(self, config_class: object) -> bool:
-        return config_class in _stock_mapping
-
-    def __iter__(self):
-        return iter(_stock_mapping)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(_stock_mapping, name)
 
 
 def _fused(cls: Any) -> Any:
@@ -46,7 +41,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     """Transformers' `AutoModelForCausalLM`, whose Mixture-of-Experts models train several times faster.
 
     All arguments are Transformers'. Three are added. `fused=True`; False returns the stock model, and a dict switches
-    single fusions, as {"router": False} (`expertmesh.fuse.FUSIONS` names them). `distributed_setup=None`: a
+    single fusions, as {"router": False} (an unknown one is an error that names all). `distributed_setup=None`: a
     `DistributedSetup`, or its section as a dict, lays the model out over the ranks; each holds and loads only its part.
     `mtp_loss_weight=None`: a positive number trains the modules for multi-token prediction of DeepSeek V3, GLM-4.5 and
     Nemotron 3, with this weight of their loss; None keeps those that a checkpoint has as they are. Either way they are
@@ -60,27 +55,22 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         """As Transformers', plus `fused`, `distributed_setup` and `mtp_loss_weight`.
 
         Raises ValueError if an export's weights differ from its SHA256SUMS (every file is read once for that), or if
-        weights of experts or routers are missing on disk, unless the caller asks for
-        `output_loading_info`: Transformers would start them at random. Raises ValueError if the setup does not fit the
+        weights are missing on disk, unless the caller asks for `output_loading_info`: Transformers would start them at
+        random. Raises ValueError if the setup does not fit the
         model or the number of ranks, or if there is nothing that `mtp_loss_weight` could weigh.
         """
-        fused, setup = kwargs.pop("fused", True), _setup_of(kwargs)
-        mtp_weight = _mtp_weight_of(kwargs, fused, setup)
-        if setup is not None:
-            kwargs["distributed_config"] = setup.to_transformers(**_stock_dispatch(fused, setup))
-            setup.join()
-        verify_sums(pretrained_model_name_or_path, together=setup is not None)
+        fused, setup, mtp_weight = _take_ours(kwargs)
         loader: Any = super() if fused is not False else transformers.AutoModelForCausalLM
+        if setup is not None:
+            kwargs["distributed_config"] = _join(setup, fused)
+        verify_sums(pretrained_model_name_or_path, together=setup is not None)
         if fused is not False and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = _own_copy(kwargs["config"], kwargs)
         caller_looks = kwargs.get("output_loading_info", False)  # and sees for himself what is missing
-        with requesting(fused, mtp="saved"), refusing_missing_experts(not caller_looks):
+        with loading(fused, mtp="saved", complete=not caller_looks):
             loaded = loader.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            model, *info = loaded if isinstance(loaded, tuple) else (loaded,)  # output_loading_info=True
-            model = fuse(model, fused)
-            _use_mtp(model, mtp_weight)
-            if setup is not None:
-                setup.apply_to(model)
+            model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+            model = _finish(model, fused, setup, mtp_weight)
             return (model, *info) if info else model
 
     @classmethod
@@ -92,27 +82,19 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         without a setup, which draws in another order). Only with `mtp_loss_weight` are modules for
         multi-token prediction made.
         """
-        fused, setup = kwargs.pop("fused", True), _setup_of(kwargs)
-        mtp_weight = _mtp_weight_of(kwargs, fused, setup)
+        fused, setup, mtp_weight = _take_ours(kwargs)
         maker: Any = super() if fused is not False else transformers.AutoModelForCausalLM
         if fused is not False or setup is not None:  # a layout is noted there, too
             config = _own_copy(config, kwargs)
-        with requesting(fused, mtp="no" if mtp_weight is None else "new"):
+        with loading(fused, mtp="no" if mtp_weight is None else "new"):
             if setup is None:
-                model = fuse(maker.from_config(config, **kwargs), fused)
-                _use_mtp(model, mtp_weight)
-                return model
-            layout = setup.to_transformers(**_stock_dispatch(fused, setup))
-            setup.join()
-            chosen, device, meshes = PreTrainedModel.prepare_distribute_model(layout)
+                return _finish(maker.from_config(config, **kwargs), fused, setup, mtp_weight)
+            layout, device, meshes = PreTrainedModel.prepare_distribute_model(_join(setup, fused))
             with initialization.no_init_weights(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
                 model = maker.from_config(config, **kwargs)
-            model = model.maybe_distribute_model(model, chosen, meshes)
+            model = model.maybe_distribute_model(model, layout, meshes)
             initialise_shards(model, device or torch.device("cpu"))
-            model = fuse(model, fused)
-            _use_mtp(model, mtp_weight)
-            setup.apply_to(model)
-            return model
+            return _finish(model, fused, setup, mtp_weight)
 
 
 def _own_copy(config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConfig:
@@ -127,33 +109,17 @@ def _own_copy(config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedCon
     return config
 
 
-def _setup_of(kwargs: dict[str, Any]) -> DistributedSetup | None:
-    """Take `distributed_setup` out of the arguments; refuse others that say where the model goes."""
+def _take_ours(kwargs: dict[str, Any]) -> tuple[bool | dict[str, bool], DistributedSetup | None, float | None]:
+    """Take `fused`, `distributed_setup` and `mtp_loss_weight` out of the arguments; refuse what cannot be meant."""
+    fused, weight = kwargs.pop("fused", True), kwargs.pop("mtp_loss_weight", None)
     setup = kwargs.pop("distributed_setup", None)
-    if setup is None:
-        return None
-    for name in ("distributed_config", "device_map", "device_mesh", "tp_plan", "tp_size"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"distributed_setup says where the model goes; leave {name}= out.")
-    return as_setup(setup)
-
-
-def _stock_dispatch(fused: bool | dict[str, bool], setup: DistributedSetup) -> dict[str, str]:
-    """A stock model gets Transformers' own dispatch; ours, asked for by name, would be ignored."""
-    if fused is not False:
-        return {}
-    if setup.dispatch != AUTO:
-        raise ValueError(
-            f"fused=False gives stock Transformers, dispatch included: leave dispatch={setup.dispatch!r} out."
-        )
-    return {"ep_implementation": "auto"}
-
-
-def _mtp_weight_of(kwargs: dict[str, Any], fused: Any, setup: DistributedSetup | None) -> float | None:
-    """Take `mtp_loss_weight` out of the arguments; refuse what cannot be meant."""
-    weight = kwargs.pop("mtp_loss_weight", None)
+    if setup is not None:
+        for name in ("distributed_config", "device_map", "device_mesh", "tp_plan", "tp_size"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"distributed_setup says where the model goes; leave {name}= out.")
+        setup = as_setup(setup)
     if weight is None:
-        return None
+        return fused, setup, None
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise ValueError(
             f"mtp_loss_weight={weight!r}: give a positive number (DeepSeek-V3 was trained with 0.3, then 0.1), or "
@@ -166,11 +132,23 @@ def _mtp_weight_of(kwargs: dict[str, Any], fused: Any, setup: DistributedSetup |
             f"mtp_loss_weight does not work with tp_size={setup.tp_size}, which splits the head that the modules "
             f"share. Set tp_size to 1 and shard with dp_size and ep_size, or leave mtp_loss_weight out."
         )
-    return float(weight)
+    return fused, setup, float(weight)
 
 
-def _use_mtp(model: Any, weight: float | None) -> None:
-    """Train the model's modules for multi-token prediction with this weight of their loss, or freeze them."""
+def _join(setup: DistributedSetup, fused: bool | dict[str, bool]) -> Any:
+    """Transformers' form of the setup, among ranks that all have it; a stock model gets Transformers' own dispatch."""
+    if fused is False and setup.dispatch != AUTO:
+        raise ValueError(
+            f"fused=False gives stock Transformers, dispatch included: leave dispatch={setup.dispatch!r} out."
+        )
+    layout = setup.to_transformers(ep_implementation="auto" if fused is False else None)
+    setup.join()
+    return layout
+
+
+def _finish(model: Any, fused: bool | dict[str, bool], setup: DistributedSetup | None, weight: float | None) -> Any:
+    """The model, fused if it is not yet, its modules for multi-token prediction trained or frozen, laid out."""
+    model = fuse(model, fused)
     mtp = getattr(model, "_mtp", None)
     if mtp is None and weight is not None:
         raise ValueError(
@@ -182,3 +160,6 @@ def _use_mtp(model: Any, weight: float | None) -> None:
         model.mtp_loss_weight = weight
         for parameter in mtp.parameters_of(model):
             parameter.requires_grad_(weight is not None)
+    if setup is not None:
+        setup.apply_to(model)
+    return model

@@ -101,13 +101,12 @@ def is_tested(version: str) -> bool:
     return found >= Version(OLDEST) and found.release[:2] <= NEWEST_MINOR
 
 
-@cache
 def warn_if_untested() -> None:
-    """Say, once in a process, if the Transformers in use is a version that nothing here was tested on."""
+    """Say so if the Transformers in use is a version that nothing here was tested on."""
     version = importlib.import_module("transformers").__version__
     if not is_tested(version):
-        logger().warning(
-            f"expertmesh was not tested on Transformers {version}, only on {TESTED}: run `expertmesh check` on your "
+        tell_once(
+            f"not tested on Transformers {version}, only on {TESTED}: run `expertmesh check` on your "
             f"model, or install one of these."
         )
 
@@ -120,29 +119,25 @@ class Backend:
     version: str | None
     used_for: str
     without_it: str
-    required: bool = False
 
 
-_PACKAGES = (
-    Backend("torch", None, "everything", "nothing runs", required=True),
-    Backend("transformers", None, "models, loading, generation, Trainer", "nothing runs", required=True),
-    Backend(
-        "triton",
-        None,
+# name: (used for, without it)
+_PACKAGES = {
+    "torch": ("everything", "nothing runs"),
+    "transformers": ("models, loading, generation, Trainer", "nothing runs"),
+    "triton": (
         "experts, routers, norms, RoPE, Mamba2, attention with sinks and the loss on GPUs",
         "on GPUs the slower F.grouped_mm and PyTorch ops",
     ),
-    Backend("flash-attn-4", None, "causal attention in training on Hopper GPUs", "cuDNN's; with sinks Triton's"),
-    Backend("quack-kernels", None, "five of the experts' products on Hopper GPUs", "Triton's"),
-    Backend(
-        "liger-kernel", None, "fused norms and MLPs of models without experts, on GPUs", "such models run as stock"
-    ),
-    Backend("accelerate", None, "transformers' Trainer", "no `expertmesh train`"),
-    Backend("trl", None, "`expertmesh train` (SFTTrainer)", "no `expertmesh train`"),
-    Backend("peft", None, "LoRA", "full fine-tuning only"),
-    Backend("datasets", None, "`expertmesh train`", "no `expertmesh train`"),
-    Backend("matplotlib", None, "loss curve and router heatmap", "no pictures; the numbers stay in metrics.jsonl"),
-)
+    "flash-attn-4": ("causal attention in training on Hopper GPUs", "cuDNN's; with sinks Triton's"),
+    "quack-kernels": ("five of the experts' products on Hopper GPUs", "Triton's"),
+    "liger-kernel": ("fused norms and MLPs of models without experts, on GPUs", "such models run as stock"),
+    "accelerate": ("transformers' Trainer", "no `expertmesh train`"),
+    "trl": ("`expertmesh train` (SFTTrainer)", "no `expertmesh train`"),
+    "peft": ("LoRA", "full fine-tuning only"),
+    "datasets": ("`expertmesh train`", "no `expertmesh train`"),
+    "matplotlib": ("loss curve and router heatmap", "no pictures; the numbers stay in metrics.jsonl"),
+}
 
 
 def version_of(package: str) -> str | None:
@@ -177,8 +172,7 @@ def table() -> list[Backend]:
     else:
         gpu = None
     device = Backend("GPU", gpu, "Triton kernels", "PyTorch reference on the CPU: correct, for small models")
-    rows = [Backend(p.name, version_of(p.name), p.used_for, p.without_it, p.required) for p in _PACKAGES]
-    return [device, *rows]
+    return [device, *(Backend(name, version_of(name), *use) for name, use in _PACKAGES.items())]
 
 
 class _Stderr(logging.StreamHandler):
@@ -195,3 +189,13 @@ def logger() -> logging.Logger:
         log.propagate = False
         log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     return log
+
+
+_told: set[str] = set()
+
+
+def tell_once(message: str) -> None:
+    """Warn in the log, once in a process: of what runs slower than it could, above all."""
+    if not torch.compiler.is_compiling() and message not in _told:
+        _told.add(message)
+        logger().warning(f"expertmesh: {message}")

@@ -6,29 +6,30 @@ becomes a subclass of itself, which defers the logits and weights the router's a
 saving, generation, PEFT and Trainer see the HF model they know.
 """
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.families import mtp as mtp_modules
-from expertmesh.families.gpt_oss import has_sinks
-from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report
+from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, liger_row, print_report, switched_on
+from expertmesh.families.table import has_sinks
 from expertmesh.layers import attention, sinks
-from expertmesh.layers.base_model import Call, FastBaseModel, calling, fuse_base
-from expertmesh.layers.head import FastHead, causal_lm_loss, deferring, next_tokens, why_not_head
-from expertmesh.layers.liger import ApplyLigerOnGPU, why_not_liger
-from expertmesh.layers.mtp import MTP, predicting, promise_what_is_kept, were_saved, with_predictions
+from expertmesh.layers.base_model import FastBaseModel, fuse_base
+from expertmesh.layers.call import Call, call_of, calling
+from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
+from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
+from expertmesh.layers.mtp import MTP, hearing, loss_with_predictions, promise_what_is_kept, were_saved
 from expertmesh.moe import experts as fast_experts
 from expertmesh.moe.gather import one_forward
 from expertmesh.moe.replay import keep_routing
@@ -43,9 +44,21 @@ from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, te
 from expertmesh.weights.read import glance, to_model_names
 from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
-_refusing: ContextVar[bool] = ContextVar("refusing_missing_experts", default=False)
-_requested: ContextVar[frozenset[str]] = ContextVar("requested_fusions", default=frozenset(FUSIONS))
-_with_mtp: ContextVar[str] = ContextVar("with_mtp_modules", default="no")  # or "new", or "saved" in a checkpoint
+
+@dataclass(frozen=True)
+class Loading:
+    """How models are made: with which fusions; with modules for multi-token prediction ("no"; "new", where the
+    configuration has such modules; or "saved", where the checkpoint has their weights, too); and whether a checkpoint
+    must be complete, or may lack weights.
+    """
+
+    fusions: frozenset[str] = frozenset(FUSIONS)
+    mtp: str = "no"
+    complete: bool = False
+
+
+_EVERYTHING = Loading()
+_loading: ContextVar[Loading] = ContextVar("loading", default=_EVERYTHING)
 _NO_GRAPH = (
     "The forward of a fused model is more than one graph. Leave fullgraph=True (strict=True of torch.export) out, "
     "compile its layers (for layer in model.model.layers: layer.compile()), or load the model with fused=False."
@@ -66,14 +79,18 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
         )
     if isinstance(model, FusedModel) or fused is False:
         return model
-    with requesting(fused):
+    with loading(fused):
         instance: Any = model
         stock: Any = type(model)
         if has_fast_experts(stock):
-            if "experts" in _requested.get():
+            memo: dict[int, Any] = {}
+            for module in model.modules():
+                if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                    module.config = copy.deepcopy(module.config, memo)  # the caller's stays fit for stock models
+            if _wants("experts"):
                 instance.set_experts_implementation(fast_experts.NAME)
             chosen = model.config._attn_implementation
-            if chosen == "eager" and _wants_sinks(model):  # Transformers' default there
+            if chosen == "eager" and _wants("sink_attention") and has_sinks(stock):  # Transformers' default there
                 instance.set_attn_implementation(sinks.NAME)
             elif chosen == "sdpa" and _is_causal_text(model):
                 instance.set_attn_implementation(attention.NAME)
@@ -87,27 +104,20 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
 
 
 @contextmanager
-def requesting(fused: bool | dict[str, bool], mtp: str = "no") -> Iterator[None]:
-    """Models built inside get these fusions, `fused` as in `fuse`, and modules for multi-token prediction.
+def loading(fused: bool | dict[str, bool], mtp: str = "no", complete: bool = False) -> Iterator[None]:
+    """Models made inside get these fusions, `fused` as in `fuse`; the rest is as in `Loading`.
 
-    mtp: "no"; "new", where the configuration has such modules; or "saved", where the checkpoint has their weights, too.
+    Raises ValueError for an unknown switch.
     """
-    switches = fused if isinstance(fused, dict) else {}
-    for name in switches:
-        if name not in FUSIONS:
-            nearest = get_close_matches(name, FUSIONS, 1, 0)[0]
-            raise ValueError(f"There is no fusion {name!r}; did you mean {nearest!r}? Known: {', '.join(FUSIONS)}.")
-    token = _requested.set(frozenset(name for name in FUSIONS if switches.get(name, True)))
-    mtp_token = _with_mtp.set(mtp)
+    token = _loading.set(Loading(switched_on(fused), mtp, complete))
     try:
         yield
     finally:
-        _requested.reset(token)
-        _with_mtp.reset(mtp_token)
+        _loading.reset(token)
 
 
-def _wants_sinks(model: PreTrainedModel) -> bool:
-    return "sink_attention" in _requested.get() and has_sinks(type(model))
+def _wants(fusion: str) -> bool:
+    return fusion in _loading.get().fusions
 
 
 def _is_causal_text(model: PreTrainedModel) -> bool:
@@ -144,7 +154,7 @@ class FusedModel(ReadsQuantized):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._frozen = [name for name, weight in self.named_parameters() if not weight.requires_grad]
-        if _with_mtp.get() != "no":
+        if _loading.get().mtp != "no":
             self._mtp = mtp_modules.add_modules(self)
         self._fuse_modules()
 
@@ -165,20 +175,20 @@ class FusedModel(ReadsQuantized):
 
     def _fuse_modules(self) -> None:
         backends.warn_if_untested()
-        self._fusions = apply_fusions(self, _requested.get())
+        self._fusions = apply_fusions(self, frozenset(filter(_wants, FUSIONS)))
         fuse_base(self)
-        if self._mtp is None or _with_mtp.get() != "saved":  # else it turns out in loading whether they stay
+        if self._mtp is None or _loading.get().mtp != "saved":  # else it turns out in loading whether they stay
             print_report(self, self._fusions)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Transformers' choice, except that ours is the default."""
-        if requested_experts is None and "experts" in _requested.get():
+        if requested_experts is None and _wants("experts"):
             requested_experts = fast_experts.NAME
         return super().get_correct_experts_implementation(requested_experts)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Transformers' choice, but ours for "sdpa", and for attention with sinks, which is eager by default."""
-        if requested_attention is None and _wants_sinks(self):
+        if requested_attention is None and _wants("sink_attention") and has_sinks(type(self)):
             requested_attention = sinks.NAME
         chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
         return attention.NAME if chosen == "sdpa" and _is_causal_text(self) else chosen
@@ -186,11 +196,10 @@ class FusedModel(ReadsQuantized):
     @property
     def loss_function(self) -> Any:
         """Transformers' loss; the causal one knows deferred logits."""
-        loss = super().loss_function
+        loss, call = super().loss_function, call_of(self)
         if loss is ForCausalLMLoss:
-            call = getattr(self.base_model, "_call", None)
-            loss = functools.partial(causal_lm_loss, labelled=None if call is None else call.labelled)
-        return with_predictions(self, loss)
+            loss = functools.partial(causal_lm_loss, labelled=call.labelled, counts=call.counts)
+        return loss if call.heard is None else functools.partial(loss_with_predictions, call, loss)
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
@@ -261,14 +270,18 @@ class FusedModel(ReadsQuantized):
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """As in Transformers, which starts missing weights at random; see `refusing_missing_experts`."""
+        """As in Transformers, which starts missing weights at random; a `complete` loading refuses them."""
         if model._mtp is not None:
             _settle_mtp(model, loading_info, load_config)
-        if _refusing.get():
-            _refuse_missing_experts(model, loading_info, load_config.pretrained_model_name_or_path)
+        complete, source = _loading.get().complete, load_config.pretrained_model_name_or_path
+        if complete:
+            _refuse_missing(_lost_experts(model, loading_info), source)
         for name in model._frozen:  # Transformers forgets it in loading, but not on ranks
             model.get_parameter(name).requires_grad_(False)
-        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        if complete and not load_config.is_quantized:  # only now the tied ones are none of them
+            _refuse_missing(loading_info.missing_keys, source)
+        return loading_info
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
         """As in Transformers, and the experts chosen in the forward are kept for the recompute."""
@@ -288,14 +301,8 @@ def _forward_of(stock: Any) -> Any:
         if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
             kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
-        call = Call(targets)
-        with (
-            one_forward(),
-            deferring(self if defer else None),
-            aux_loss_share(self, kwargs),
-            calling(self.base_model, call),
-            predicting(self, defer) as call.whole,
-        ):
+        call = Call(self, targets, defer, kwargs.pop("count_predictions", False))
+        with one_forward(), aux_loss_share(self, kwargs), hearing(call), calling(call):
             return stock.forward(self, *args, **kwargs)
 
     return forward
@@ -317,29 +324,22 @@ def _settle_mtp(model: Any, loading_info: Any, load_config: Any) -> None:
     print_report(model, model._fusions)
 
 
-@contextmanager
-def refusing_missing_experts(on: bool) -> Iterator[None]:
-    """While `on`, loading a checkpoint without some of its experts or routers is a ValueError, not a line in a log."""
-    token = _refusing.set(on)
-    try:
-        yield
-    finally:
-        _refusing.reset(token)
-
-
-def _refuse_missing_experts(model: nn.Module, loading_info: Any, source: Any) -> None:
-    """Raise ValueError if a checkpoint lacks weights of experts or routers, or holds some of the wrong shape."""
+def _lost_experts(model: nn.Module, loading_info: Any) -> set[str]:
+    """Which weights of experts or routers a checkpoint lacks, or has in the wrong shape."""
     experts = [name for name, module in model.named_modules() if fast_experts.is_experts(module)]
     blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
     broken = {*loading_info.missing_keys, *loading_info.conversion_errors}
     broken |= {key if isinstance(key, str) else key[0] for key in loading_info.mismatched_keys}
-    lost = sorted(key for key in broken if blocks and key.startswith(blocks))
-    if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return {key for key in broken if blocks and key.startswith(blocks)}
+
+
+def _refuse_missing(weights: set[str], source: Any) -> None:
+    if weights:
+        lost, more = sorted(weights), f" and {len(weights) - 3} more" if len(weights) > 3 else ""
         raise ValueError(
-            f"The checkpoint {source!r} lacks weights of experts or routers, or some have the wrong shape: "
-            f"{', '.join(lost[:3])}{more}. Training would start them at random. Download or convert the checkpoint "
-            f"again; its index (model.safetensors.index.json) must list every expert of every layer."
+            f"The checkpoint {source!r} lacks weights, or some have the wrong shape: {', '.join(lost[:3])}{more}. "
+            f"Training would start them at random. Download or convert the checkpoint again; its index "
+            f"(model.safetensors.index.json) must list every weight of every layer."
         )
 
 
@@ -354,8 +354,7 @@ def _refuse_part(model: Any, hook: Any) -> None:
 
 def _use_liger(model: PreTrainedModel) -> None:
     """A model without experts: stock, plus Liger's kernels at its first forward on a GPU."""
-    reason = "switched off" if "liger" not in _requested.get() else why_not_liger(model)
+    reason = why_not_liger(model) if _wants("liger") else "switched off"
     if reason is None:
-        model.register_forward_pre_hook(ApplyLigerOnGPU())
-    by = "liger-kernel, from the first forward on a GPU" if reason is None else ""
-    print_report(model, [Fusion("liger", reason is None, by, reason or "", 1 if reason is None else 0)])
+        model.register_forward_pre_hook(apply_liger_on_gpu)
+    print_report(model, [liger_row(reason)])

@@ -16,10 +16,22 @@ _Stock: Any = Any if TYPE_CHECKING else object
 
 
 class Fast(_Stock):
-    """Base of the mixins that carry fast forwards. Its twins pickle and deep-copy like their HF class."""
+    """Base of the mixins that carry fast forwards. Its twins pickle and deep-copy like their HF class.
+
+    stands_for: methods of the HF class, and functions of its module, that the twin must equal; without "forward" it
+    runs HF's own, which calls the first of them. probed: whether code that is not in the table may be proven equal by a
+    probe; not where the twin runs HF's code on CPUs, or when called as HF calls it.
+    """
 
     __stock__: type
     __fast__: type
+    stands_for: tuple[str, ...] = ("forward",)
+    probed = True
+
+    @staticmethod
+    def why_not(module: Any) -> str | None:
+        """Why this module must stay stock, or None."""
+        return None
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         _, _, *state = super().__reduce_ex__(protocol)

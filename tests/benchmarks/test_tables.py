@@ -1,9 +1,8 @@
 """The pages with figures are what the committed result files say."""
 
-import importlib
 import json
+import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,69 +10,91 @@ import pytest
 from expertmesh.bench.run import BenchOptions, run
 
 ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
 @pytest.fixture
-def tables(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    for name in ("tables", "tables_gpus", "tables_loops", "tables_shared"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("tables")
+def tables(script):
+    return script("tables")
+
+
+@pytest.fixture
+def written(tables, tmp_path, monkeypatch):
+    """Writes a result where the tables read it."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    heading = {"hardware": "H200", "gpus": 1, "torch": "2", "commit": "c" * 40, "command": "python some.py"}
+    return lambda **content: (tmp_path / "some.json").write_text(json.dumps(heading | content))
 
 
 def test_docs_and_readme_show_the_committed_results(tables):
-    assert (ROOT / "docs" / "benchmarks.md").read_text() == tables.page(), "run python benchmarks/tables.py"
-    assert (ROOT / "README.md").read_text() == tables.readme(), "run python benchmarks/tables.py"
+    for page in tables.PAGES:
+        assert page.read_text() == tables.filled(page.read_text()), f"{page}: run python benchmarks/tables.py"
 
 
-def test_every_result_names_a_commit_of_this_history(tables):
+def test_every_table_is_between_marks_and_every_result_on_a_page(tables):
+    text = "".join(page.read_text() for page in tables.PAGES)
+    assert text.count("<!-- table: ") == text.count("<!-- end of table -->") == len(tables.BLOCK.findall(text)) > 30
+    named = {word for _, directive, _ in tables.BLOCK.findall(text) for word in directive.split()}
+    assert not {path.stem for path in RESULTS} - named
+    assert not {name for name in tables.TABLES if name not in named}
+
+
+def test_no_row_of_a_benchmark_page_is_typed_by_hand(tables):
+    """Outside the marks the pages of benchmarks have no cell that is a number."""
+    for page in [*(ROOT / "docs" / "benchmarks").glob("*.md"), ROOT / "docs" / "what-did-not-help.md"]:
+        rest = tables.BLOCK.sub("", page.read_text())
+        assert not re.search(r"^\|.*\| *[\d.,]+(x| ms|)? *\|", rest, re.MULTILINE), page.name
+
+
+def test_every_result_names_a_commit_of_this_history():
     shallow = subprocess.run(["git", "rev-parse", "--is-shallow-repository"], cwd=ROOT, capture_output=True, text=True)
     if shallow.stdout.strip() != "false":
         pytest.skip("needs a git checkout with its whole history")
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+    for path in RESULTS:
         result = json.loads(path.read_text())
         commit = result.get("landed_as", result["commit"])
         assert subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT).returncode == 0, path.name
 
 
-def test_the_profile_page_shows_the_committed_profile(tables):
-    page = ROOT / "docs" / "profile.md"
-    assert page.read_text() == tables.profile_page(tables.load("h200_profile")), "run python benchmarks/tables.py"
+def test_every_result_says_where_it_comes_from():
+    for path in RESULTS:
+        result = json.loads(path.read_text())
+        assert {"hardware", "gpus", "torch", "triton", "commit", "command", "rows"} <= set(result), path.name
+        assert len(result["commit"]) == 40, path.name
+        assert not any(place in result["command"] for place in ("/tmp", "/root")), path.name
 
 
-def test_results_of_the_bench_make_tables(tables):
+def test_results_of_the_bench_make_tables(tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     options = BenchOptions(
         tiny=True, arms=("stock", "expertmesh"), batches=(2,), seq=32, layers=1, full=True, ablate=True,
-        profile=True, warmup=1, repeats=1, device="cpu",
+        profile=True, warmup=1, repeats=1, device="cpu", out=str(tmp_path / "some.json"),
     )  # fmt: skip
     result = run(options, say=lambda line: None)
-    steps = tables.step_table(result)
-    assert "| expertmesh | 2 x 32 |" in steps and "| clip ms | optimizer ms |" in steps and "-no-" not in steps
-    assert "| `router` |" in tables.worth_table(result["rows"])
-    page = tables.profile_page(result)
-    assert "qwen3-30b-a3b, random-init routing, 1 layers, 2 x 32 tokens: expertmesh" in page
-    assert "| loss head |" in page and "| **all** |" in page
+    steps = tables.steps("some")
+    assert "qwen3-30b-a3b, 1 layers, random-init routing" in steps and "-no-" not in steps
+    assert "| expertmesh | 2 x 32 |" in steps and "| clip ms | AdamW ms | step ms |" in steps and "| 1.00x |" in steps
+    assert "| expertmesh |" not in tables.steps("some", "expertmesh")
+    assert "| `router` |" in tables.worth("some") and "| `experts` |" not in tables.worth("only:router", "some")
+    assert "| loss head |" in tables.components("some", "expertmesh") and "| **all** |" in tables.components(
+        "some", "stock"
+    )
     # what is measured on a GPU only
     result["parity"]["qwen3-30b-a3b"]["expertmesh"] |= {"worst_ratio": 1.25, "worst_tensor": "lm_head.weight"}
-    assert "at most 1.25 times stock's (`lm_head.weight`)" in tables.parity_text(result, "qwen3-30b-a3b")
+    (tmp_path / "some.json").write_text(json.dumps(result))
+    assert "| 1.25x | `lm_head.weight` |" in tables.proof("some")
 
 
-def test_a_section_is_there_if_its_result_is(tables, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["tables_shared"], "RESULTS", tmp_path)
-    monkeypatch.setitem(tables.SECTIONS, "some", ("Title", "What it is.", tables.times_table))
-    assert tables.section("some") == ""
-    heading = {"hardware": "H200", "gpus": 1, "torch": "2", "commit": "c" * 40, "command": "python some.py"}
-    rows = [{"arm": "a", "forward_ms": 1.5}, {"arm": "b", "failed": "no"}, {"arm": "a", "errors": [0.1]}]
-    (tmp_path / "some.json").write_text(json.dumps(heading | {"rows": rows}))
-    text = tables.section("some")
-    assert text.startswith("## Title\n\nWhat it is.\n\n| arm | forward ms | failed |") and "python some.py" in text
-    assert "| a | 1.5 |  |" in text and "| b |  | no |" in text and "0.1" not in text
+def test_rows_with_times_make_a_table(tables, written):
+    written(rows=[{"arm": "a", "forward_ms": 1.5}, {"arm": "b", "failed": "no"}, {"arm": "a", "errors": [0.1]}])
+    text = tables.filled("A\n<!-- table: rows some -->\nold\n<!-- end of table -->\nB\n")
+    assert text.startswith("A\n<!-- table: rows some -->\n\n| arm | forward ms | failed |") and "python some.py" in text
+    assert "| a | 1.5 |  |" in text and "| b |  | no |" in text and "0.1" not in text and "old" not in text
+    assert text.endswith("<!-- end of table -->\nB\n") and tables.filled(text) == text
 
 
-def test_loops_come_first_where_they_are_measured(tables, tmp_path, monkeypatch):
-    loops = sys.modules["tables_loops"]
-    monkeypatch.setattr(sys.modules["tables_shared"], "RESULTS", tmp_path)
-    assert loops.readme_of_loops() == loops.loops_section() == ""
+def test_loops_stand_beside_the_best_arm_of_stock(tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     options = BenchOptions(
         tiny=True, arms=("stock", "expertmesh"), loops=("trainer",), batches=(1, 2), seq=32, warmup=1, repeats=2,
         device="cpu", commit="c" * 40, out=str(tmp_path / "some.json"),
@@ -86,27 +107,19 @@ def test_loops_come_first_where_they_are_measured(tables, tmp_path, monkeypatch)
     failure = {"work": "qwen3-30b-a3b", "arm": "expertmesh-trainer", "error": "OutOfMemoryError: CUDA"}
     result["failed"] = [failure | {"what": "trainer, 2 x 32"}, failure | {"what": "trainer, 1 x 32", "error": "Bug: 1"}]
     (tmp_path / "some.json").write_text(json.dumps(result))
-    text = loops.readme_of_loops()
+    text = tables.loops("some")
     assert "| trainer | 1 x 32 | 40.0 | 25.0 (compiled) | 10.0 | failed | 4.00x | 2.50x | 4.5 | 3.5 | 1.5 |" in text
     assert "| trainer | 2 x 32 | 80.0 | 80.0 (stock) | 16.0 | out of memory | 5.00x | 5.00x | 8.5 | 8.5 | 2.5 |" in text
-    assert "qwen3-30b-a3b widths, 3 layers" in text and "commit `cccccccccc`" in text
-    assert loops.loops_section().count("| trainer |") == 5
+    assert "commit `cccccccccc`" in text and tables.arms_of_loops("some").count("| trainer |") == 5
 
 
-def test_kernels_of_a_library_stand_beside_ours(tables):
-    result = {"kernels": {"down": {"ms": 0.75, "tflops": 550.0}, "up_act": {"ms": 1.5, "tflops": 540.0}}}
-    assert "| kernel | ms | TFLOP/s |" in tables.kernels_text(result)
+def test_kernels_of_a_library_stand_beside_ours(tables, written):
+    kernels = {"down": {"ms": 0.75, "tflops": 550.0}, "up_act": {"ms": 1.5, "tflops": 540.0}}
+    written(rows=[], kernels=kernels)
+    assert "| kernel | ours ms | TFLOP/s |\n" in tables.kernels("some")
     down = {"ms": 0.6, "tflops": 687.5, "config": "128x192", "tried": []}
-    result |= {"quack-kernels": "0.6.5", "libraries": {"quack": {"down": down, "up_act": {"tried": []}}}}
-    text = tables.kernels_text(result)
-    assert "quack-kernels 0.6.5" in text and "| kernel | ours ms | TFLOP/s | quack ms |" in text
+    written(rows=[], kernels=kernels, libraries={"quack": {"down": down, "up_act": {"tried": []}}})
+    text = tables.kernels("some")
+    assert "| kernel | ours ms | TFLOP/s | quack ms | TFLOP/s | ours / quack |" in text
     assert "| `down` | 0.75 | 550.0 | 0.6 | 687.5 | 1.25 |" in text
     assert "| `up_act` | 1.5 | 540.0 | failed |  |  |" in text
-
-
-def test_every_result_says_where_it_comes_from():
-    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
-        result = json.loads(file.read_text())
-        assert {"hardware", "gpus", "torch", "triton", "commit", "command", "rows"} <= set(result), file.name
-        assert len(result["commit"]) == 40, file.name
-        assert not any(place in result["command"] for place in ("/tmp", "/root")), file.name

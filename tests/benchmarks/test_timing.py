@@ -1,8 +1,5 @@
 """What the scripts print as milliseconds and rates, by a clock that the test moves."""
 
-import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,34 +7,44 @@ import torch
 
 from tests.bench.clock import MEASURED, MEDIANS, WARM_UP, Clock, Ticking
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
 def clock():
     return Clock()
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """A script of benchmarks/, by name."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def load(name):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        module = importlib.import_module(name)
-        monkeypatch.delitem(sys.modules, name)
-        return module
-
-    return load
-
-
 def test_a_call_is_the_median_of_rows_behind_the_warm_up(script, clock, monkeypatch):
-    timing = script("timing")
-    monkeypatch.setattr(timing, "time", clock)
+    shared = script("shared")
+    monkeypatch.setattr(shared, "time", clock)
     rows = iter([900.0] * 2 + [800.0] * 2 + [1.0, 2.0] + [30.0, 40.0] + [5.0, 7.0])  # two calls a row
-    both = timing.medians_ms(lambda: clock.takes(next(rows)), repeats=3, warmup=2, queued=2)
+    both = shared.medians_ms(lambda: clock.takes(next(rows)), repeats=3, warmup=2, queued=2)
     assert both == pytest.approx((6.0, 6.0)) and next(rows, None) is None
+
+
+def test_forward_and_backward_are_timed_apart(script, clock, monkeypatch):
+    shared = script("shared")
+    monkeypatch.setattr(shared, "time", clock)
+
+    def fn(x):
+        clock.takes(3.0)
+        y = x * 1
+        y.register_hook(lambda _: clock.takes(5.0))
+        return y
+
+    times = shared.forward_backward(fn, [torch.ones(2, requires_grad=True)], repeats=3)
+    assert {name: ms for name, (ms, _) in times.items()} == pytest.approx({"forward": 3, "backward": 5, "both": 8})
+    assert list(shared.forward_backward(fn=lambda x: x + 1, inputs=[torch.ones(2)], repeats=1)) == ["forward"]
+
+
+def test_an_error_is_a_row_but_not_of_ours(script):
+    attempt = script("shared").attempt
+
+    def refuse():
+        raise ValueError("no such tile\nand more about it")
+
+    assert attempt(refuse, ours=False) == {"failed": "ValueError: no such tile"}
+    with pytest.raises(ValueError, match="no such tile"):
+        attempt(refuse, ours=True)
 
 
 def test_a_step_of_the_cpu_script(script, clock, monkeypatch):
@@ -45,22 +52,22 @@ def test_a_step_of_the_cpu_script(script, clock, monkeypatch):
     monkeypatch.setattr(cpu, "time", clock)
     models = {arm: Ticking(clock, [*WARM_UP, *MEASURED]) for arm in ("stock", "expertmesh")}
     found = cpu.measure(models, torch.ones(1, 4), rounds=5)
-    row = cpu.row("stock", found["stock"], {"num_hidden_layers": 1}, batch=2, seq=50)
+    row = cpu.row("stock", found["stock"], 1, batch=2, seq=50)
     assert (row["forward_ms"], row["backward_ms"], row["both_ms"]) == MEDIANS
     assert row["both_shortest_ms"] == 6.0 and row["tokens_per_second"] == 2 * 50 * 100
 
 
 @pytest.mark.parametrize("updates", [True, False])
-def test_a_step_of_the_script_for_eight_gpus(script, clock, monkeypatch, updates):
+def test_a_step_on_several_gpus(script, clock, monkeypatch, updates):
     """Clipping and the optimizer are in the step and its tokens/s, and not in the FLOPs of forward and backward."""
-    eight = script("eight_gpus")
-    monkeypatch.setattr(eight, "time", clock)
-    monkeypatch.setattr(eight, "tokens", lambda *_: torch.ones(1, 4))
-    monkeypatch.setattr(eight, "step_flops", lambda config, batch, seq: 1e9 * batch * seq)
+    gpus = script("gpus")
+    monkeypatch.setattr(gpus, "time", clock)
+    monkeypatch.setattr(gpus, "tokens", lambda *_: torch.ones(1, 4))
+    monkeypatch.setattr(gpus, "step_flops", lambda config, batch, seq: 1e9 * batch * seq)
     optimizer = SimpleNamespace(step=lambda: clock.takes(25.0)) if updates else None
     model, device = Ticking(clock, [*WARM_UP, *MEASURED]), torch.device("cpu")
     clip = lambda parameters, norm: clock.takes(5.0 * norm)  # noqa: E731
-    row = eight.measure(model, None, optimizer, clip, model.config, 2, 50, device)
+    row = gpus.measure(model, None, optimizer, clip, model.config, 2, 50, device)
     forward, backward, whole = MEDIANS
     assert (row["forward_ms"], row["backward_ms"]) == (forward, backward)
     assert (row.get("clip_ms"), row.get("optimizer_ms")) == ((5.0, 25.0) if updates else (None, None))
@@ -69,12 +76,6 @@ def test_a_step_of_the_script_for_eight_gpus(script, clock, monkeypatch, updates
     assert row["tflops_per_gpu"] == round(1e9 * 2 * 50 / whole / 1e9, 1)
 
 
-def test_a_step_of_the_script_for_two_gpus(script, clock, monkeypatch):
-    two = script("two_gpus")
-    fake = SimpleNamespace(Event=clock.event, synchronize=lambda: None, reset_peak_memory_stats=lambda: None)
-    monkeypatch.setattr(two.torch, "cuda", SimpleNamespace(**vars(fake), max_memory_allocated=lambda: 3 * 2**29))
-    monkeypatch.setattr(two, "tokens", lambda *_: torch.ones(1, 4))
-    model = Ticking(clock, [*WARM_UP, *MEASURED])
-    row = two.time_arm(model, model.config, 2, 50, torch.device("cpu"))
-    assert (row["forward_ms"], row["backward_ms"], row["step_ms"]) == MEDIANS
-    assert row["tokens_per_second_per_gpu"] == 2 * 50 * 100 and row["peak_gib"] == 1.5
+def test_time_that_something_ran(script):
+    """Overlapping spans count once."""
+    assert script("gpus").covered([(0, 4, False), (2, 6, True), (10, 11, False)]) == 7

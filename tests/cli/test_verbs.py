@@ -151,7 +151,7 @@ def test_doctor_says_whether_this_transformers_is_tested():
 
 def test_doctor_fails_where_a_required_version_is_wrong(monkeypatch, capsys):
     table = [row for row in backends.table() if row.name != "transformers"]
-    old = backends.Backend("transformers", "4.57.0", "models", "nothing runs", required=True)
+    old = backends.Backend("transformers", "4.57.0", "models", "nothing runs")
     monkeypatch.setattr(backends, "table", lambda: [*table, old])
     assert cli.run(["doctor"]) == 1
     assert "transformers 4.57.0 is not supported: install transformers>=5.23." in capsys.readouterr().out

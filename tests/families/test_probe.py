@@ -10,7 +10,7 @@ from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.parity import Case, compare_case
 from expertmesh.bench.tiny import FAMILIES, tiny_config, tiny_model
 from expertmesh.families import probe, rules
-from expertmesh.families.generic import RULES
+from expertmesh.families.table import RULES
 from expertmesh.fuse import fuse
 
 
@@ -21,12 +21,12 @@ def rewritten(monkeypatch):
     def change(cls, forward):
         monkeypatch.setattr(cls, "forward", forward)
         rules.fingerprint.cache_clear()
-        probe._probe.cache_clear()
+        probe._found.clear()
 
     yield change
     monkeypatch.undo()
     rules.fingerprint.cache_clear()
-    probe._probe.cache_clear()
+    probe._found.clear()
 
 
 def row(model, fusion):
@@ -117,7 +117,7 @@ def test_every_twin_that_may_be_probed_is_proven_where_its_table_is_lost(rewritt
     monkeypatch.setattr(
         rules.Rule,
         "matches",
-        lambda self, cls: not self.probed and rules.fingerprint(cls, self.also, self.calls) in self.code,
+        lambda self, cls: not self.fast.probed and rules.fingerprint(cls, self.fast.stands_for) == self.code,
     )
     for family, fusions in {
         "qwen3_moe": "rms_norm swiglu router qk_norm_rope add_norm",
@@ -140,7 +140,7 @@ def test_a_probe_leaves_no_trace_and_takes_under_a_second(rewritten):
     config = tiny_config("qwen3_moe")
     before, began = config.to_dict(), time.perf_counter()
     proven = probe.probe(type(tiny_model("qwen3_moe", seed=5)), config, Qwen3MoeTopKRouter,
-                         [rule for rule in RULES if rule.fusion == "router"], ())  # fmt: skip
+                         [rule for rule in RULES if rule.fusion == "router"], {})  # fmt: skip
     assert proven is not None and proven.fast.__name__ == "FastSoftmaxRouter"
     assert time.perf_counter() - began < 5  # a second on a machine that does nothing else
     torch.manual_seed(5)
@@ -153,5 +153,5 @@ def test_every_family_can_be_made_tiny(family):
 
     with probe._undisturbed():
         stock = type(Stock.from_config(tiny_config(family)))
-        made = probe._stock_model(stock, probe._Config("", tiny_config(family)))
-    assert made is not None and {"rows", "padded", "cached"} <= made[1].keys()
+        made = probe._stock_model(stock, probe.tiny(tiny_config(family)))
+    assert made[0] is not None and {"rows", "padded", "cached"} <= made[1].keys()

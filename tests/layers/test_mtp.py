@@ -40,6 +40,7 @@ def saved(family: str, depths: int = DEPTHS) -> Path:
     """A tiny checkpoint with MTP weights. Do not write into it."""
     folder = Path(_FOLDERS.name, f"{family}-{depths}")
     config = tiny_config(family, num_nextn_predict_layers=depths)
+    torch.manual_seed(0)  # of what `randomise` only moves
     randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32, mtp_loss_weight=1)).save_pretrained(folder)
     return folder
 

@@ -1,13 +1,14 @@
 """The twin that replaces one function of an HF forward: the rest of that forward stays, and so does the module."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from transformers.models.mixtral import modeling_mixtral
 
 from expertmesh.layers import rope
-from expertmesh.layers.rope import FastRoPE, _turning, why_not_rope
+from expertmesh.layers.rope import FastRoPE
 from tests.kernels.compare import on_triton
 from tests.models import shared_pair
 
@@ -30,10 +31,10 @@ def test_the_kernel_is_called_where_stock_called_its_function(family, monkeypatc
 def test_heads_in_another_place_get_the_stock_function():
     q, k, cos, sin = torch.randn(1, 5, 3, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)
     stock = modeling_mixtral.apply_rotary_pos_emb
-    got, want = (turn(q, k, cos, sin, unsqueeze_dim=2) for turn in (_turning(stock, False), stock))
+    got, want = (turn(q, k, cos, sin, unsqueeze_dim=2) for turn in (partial(FastRoPE.turn, stock), stock))
     assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
 
 
 def test_attention_that_may_turn_otherwise_stays_stock():
     stock, _ = shared_pair("deepseek_v3")
-    assert "apply_rotary_pos_emb_interleave" in why_not_rope(stock.model.layers[0].self_attn)
+    assert "apply_rotary_pos_emb_interleave" in FastRoPE.why_not(stock.model.layers[0].self_attn)

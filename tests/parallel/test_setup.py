@@ -10,9 +10,10 @@ from torch.nn.parallel import replicate
 from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.nemo import NeMoAutoModelForCausalLM
-from expertmesh.parallel import setup as parallel
+from expertmesh.parallel import nemo_keys
 from expertmesh.parallel.clip import clip_grad_norm
-from expertmesh.parallel.setup import DistributedSetup, create_distributed_setup_from_config
+from expertmesh.parallel.nemo_keys import create_distributed_setup_from_config
+from expertmesh.parallel.setup import DistributedSetup
 
 LAYOUTS = [
     (sizes, world)
@@ -131,7 +132,7 @@ def test_the_section_of_a_nemo_script():
     [
         ({"ep_sise": 2}, "did you mean 'ep_size'"),
         ({"moe": {"reshard_after_foward": True}}, "did you mean 'moe.reshard_after_forward'"),
-        ({"pp_size": 2}, "pp_size=2 is NeMo AutoModel's and not supported here: leave it out, or set it to 1 or None."),
+        ({"pp_size": 2}, "pp_size=2 is NeMo AutoModel's and not supported here: leave it out."),
         ({"cp_size": 2}, "cp_size=2"),
         ({"pipeline": {"pp_schedule": "1f1b"}}, "pipeline={'pp_schedule': '1f1b'}"),
         ({"strategy": "ddp"}, "dp_replicate_size"),
@@ -157,9 +158,9 @@ STRANGE = [
 
 def test_any_section_is_a_setup_of_proper_values_or_a_value_error_that_names_a_key():
     draw, made = random.Random(0), 0
-    known = [*parallel._OURS, *parallel._NEMO_KEYS]
+    known = [*nemo_keys._OURS, *nemo_keys._NEMO_KEYS]
     for _ in range(1000):
-        keys = draw.choices([*known, *parallel._OURS * 4, "ep_sise", 3, None, ("a",)], k=draw.randint(1, 3))
+        keys = draw.choices([*known, *nemo_keys._OURS * 4, "ep_sise", 3, None, ("a",)], k=draw.randint(1, 3))
         section = {key: draw.choice(STRANGE) for key in keys}
         try:
             setup = create_distributed_setup_from_config(section, world_size=draw.choice((8, 8, 8, 2, 10**12, "8")))
@@ -253,7 +254,7 @@ def test_experts_are_freed_behind_the_forward_as_asked_and_dense_layers_are_left
     class Model(torch.nn.ModuleList):
         base_model = property(lambda self: self)
 
-    monkeypatch.setattr("expertmesh.parallel.setup.FSDPModule", Sharded)
+    monkeypatch.setattr("expertmesh.parallel.layout.FSDPModule", Sharded)
     monkeypatch.setattr("expertmesh.parallel.setup.current_world_size", lambda: 2)
     monkeypatch.setattr("expertmesh.parallel.setup.limits", SimpleNamespace())
     dense, experts = Sharded(), Sharded()

@@ -14,7 +14,7 @@ import expertmesh
 from expertmesh.bench.tiny import tiny_model
 from expertmesh.data import demo_tokenizer
 from expertmesh.fuse import fuse
-from expertmesh.train.guard import NonFiniteError
+from expertmesh.train.guard import NonFiniteError, StepRecord
 from tests.train.runs import rows
 
 SETTINGS = {
@@ -148,6 +148,40 @@ def test_the_guard_and_the_router_counts_ask_the_device_once_per_step(tmp_path, 
         trainer(tmp_path, fused(), max_steps=3, logging_steps=10, gradient_accumulation_steps=microbatches).train()
         ours = [path.name for path in readers if path.parent.name == "train"]
         assert [name for name in ours if name != "buckets.py"] == ["guard.py"] * 3  # batches are laid out on the CPU
+
+
+def test_the_next_batch_is_collated_before_the_device_is_waited_for(tmp_path, monkeypatch):
+    events = []
+    check, collate = StepRecord.check, transformers.default_data_collator
+    monkeypatch.setattr(StepRecord, "check", lambda *args: events.append("check") or check(*args))
+    run = trainer(tmp_path, fused(), max_steps=4, gradient_accumulation_steps=1)
+    run.data_collator = lambda rows: events.append("collate") or collate(rows)
+    run.train()
+    assert events == ["collate", "collate", *["collate", "check"] * 4]  # the first two are Accelerate's
+
+
+class Broken(torch.utils.data.Dataset):
+    """Row 13 cannot be read."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        if i == 13:
+            raise OSError("row 13 is on a disk that is gone")
+        return {"input_ids": [10 + i, 3, 4, 5], "labels": [10 + i, 3, 4, 5]}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_row_that_cannot_be_read_ends_the_run_at_the_same_step_as_stock(tmp_path, accumulate):
+    reached = []
+    for cls in (transformers.Trainer, expertmesh.Trainer):
+        options = SETTINGS | {"gradient_accumulation_steps": accumulate, "seed": 1}
+        run = cls(model=fused(), args=transformers.TrainingArguments(str(tmp_path), **options), train_dataset=Broken())
+        with pytest.raises(OSError, match="disk that is gone"):
+            run.train()
+        reached.append(run.state.global_step)
+    assert reached[0] == reached[1]
 
 
 def test_sft_names_rows_and_a_packed_run_says_that_it_cannot(tmp_path):

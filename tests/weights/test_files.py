@@ -111,14 +111,17 @@ def test_everything_is_on_the_disk_before_it_is_moved(tmp_path, monkeypatch):
 
 
 def test_what_is_the_users_own_stays(tmp_path):
-    model, own = load_ours("qwen3_moe"), ["model_backup.safetensors", "model.safetensors.bak", "notes.md"]
+    model, own = (
+        load_ours("qwen3_moe"),
+        ["model-of-the-user.safetensors", "model_ema.safetensors", "model.safetensors.bak", "notes.md"],
+    )
     for save in (save_sharded, lambda model, folder, **options: model.save_pretrained(folder, **options)):
         folder = tmp_path / save.__name__
         save(model, folder, max_shard_size="10KB")
         for name in own:
             (folder / name).write_text("mine")
         save(model, folder)
-        assert sorted(path.name for path in folder.glob("model*")) == sorted(["model.safetensors", *own[:2]])
+        assert sorted(path.name for path in folder.glob("model*")) == sorted(["model.safetensors", *own[:3]])
         assert all((folder / name).read_text() == "mine" for name in own)
         assert not list(folder.glob(".*"))
 

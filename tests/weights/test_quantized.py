@@ -55,7 +55,7 @@ def checkpoints(mtp: bool) -> tuple[Path, Path]:
         else:
             stored[name] = exact[name] = weight
     for folder, weights in zip(folders, (stored, exact), strict=True):
-        shutil.copytree(source, folder)
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("SHA256SUMS"))
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
     edit_config(folders[0], FP8_CONFIG)
     return folders[0], folders[1]

@@ -1,5 +1,4 @@
-"""Stock Transformers on rows of several documents, or of padding, one document after the other: what a model that mixes
-them up should compute.
+"""The right numbers for packed and padded rows: stock Transformers, called on each document alone.
 
 Transformers' Mamba2 layers carry their state from one packed document into the next if only position_ids tell them
 apart, and from padding into what follows it; GPT-OSS's attention looks across documents, unless it is FlashAttention.
@@ -13,8 +12,10 @@ import torch
 
 
 def keeps_apart(model: Any, batch: str) -> bool:
-    """Whether this model keeps the documents of a "packed" batch apart, and stock does not; or a "left"-padded batch,
-    where stock counts positions from the padding on and lets Mamba2 states begin with it.
+    """Whether ours computes this batch right and stock does not.
+
+    "packed": stock lets documents see each other. "left"-padded: stock counts positions from the padding on, and its
+    Mamba2 states begin there.
     """
     on = {row.name for row in getattr(model, "fusion_report", list)() if row.on}
     return bool(on) if batch == "left" else batch == "packed" and bool(on & {"mamba2", "sink_attention"})

@@ -1,5 +1,4 @@
-"""The sides of a benchmark, by name: stock Transformers in three forms, and expertmesh, whole or without one fusion or
-one library."""
+"""The arms of a benchmark: stock Transformers in several forms; expertmesh, whole or without one fusion or library."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ LIBRARIES = {"quack-kernels": "has_quack", "flash-attn-4": "has_flash_attention"
 
 @dataclass(frozen=True)
 class Arm:
-    """One side. `compiled`: each decoder layer by torch.compile. `flash`: attention by Transformers' own way to
+    """One arm. `compiled`: torch.compile on each decoder layer. `flash`: Transformers' own integration of
     flash-attn-4. `without`: the one fusion or library that is off. `trainer`: trained by our trainer (`--loop`).
     """
 
@@ -95,7 +94,7 @@ def model_of(
 ) -> Iterator[PreTrainedModel]:
     """A model of this arm, ready to train; the same weights in every arm.
 
-    Liger patches whole modules of Transformers, so its arm's model works only within this context; when it is left,
+    Liger patches whole modules of Transformers, so the model of its arm works only inside this context. On exit
     Transformers is as it was.
     """
     auto: Any = AutoModelForCausalLM if arm.ours else transformers.AutoModelForCausalLM
@@ -116,13 +115,13 @@ def model_of(
 
 
 def _hidden(without: str | None) -> Any:
-    """Within: the library, if it is one, counts as not installed."""
+    """In this context a library of this name counts as not installed."""
     return mock.patch.object(backends, LIBRARIES[without], lambda _: False) if without in LIBRARIES else nullcontext()
 
 
 @contextmanager
 def _patched_by_liger(model_type: str, on: bool) -> Iterator[None]:
-    """Within: Liger's patches as its users get them. After: the modeling module and its classes as they were."""
+    """In this context Liger's patches are on, as its users get them; afterwards the modeling module is as it was."""
     if not on:
         yield
         return

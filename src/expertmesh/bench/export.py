@@ -1,6 +1,4 @@
-"""Proof of the export: what expertmesh saves is what stock Transformers saves, and stock Transformers reads it back bit
-for bit.
-"""
+"""Proof of the export: expertmesh saves what stock Transformers saves, and stock reads it back bit for bit."""
 
 import json
 import tempfile
@@ -15,7 +13,7 @@ from expertmesh.bench.rows import Row
 
 
 def layout(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Key -> (dtype, shape) of every tensor in a folder's safetensors files, read from the headers alone."""
+    """Key -> (dtype, shape) of every tensor in a folder's safetensors files; reads only their headers."""
     found = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -43,7 +41,7 @@ def differing(found: dict, expected: dict) -> list[str]:
 
 
 def differing_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """`differing` for tensors: another dtype, shape or bit counts."""
+    """As `differing`, for tensors: dtype, shape and every bit must be equal."""
     names = sorted(found.keys() | expected.keys())
     both = {name: (found.get(name), expected.get(name)) for name in names}
     return [

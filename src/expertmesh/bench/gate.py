@@ -1,13 +1,13 @@
-"""How tokens choose experts in a benchmark, the same on every arm: by the weights the model has, not by the arm.
+"""How tokens choose experts in a benchmark; the same on every arm.
 
 random-init  as the initialised router chooses; loads are far from even ("busiest" tells how far).
-skewed       as trained routers choose: a few experts get many tokens. Router weights are set so that expert e is
-             wanted by a share p_e of the tokens, p_e proportional to 1 / rank (Zipf), at most 0.4, sum K; ranks are
-             dealt at random. Rows of the router keep their direction and get length s_e: behind a norm an input is
-             nearly a vector of independent entries of size 1, so the logit is nearly normal with deviation s_e, and it
-             is over 1 for a share p_e of the tokens if s_e = 1 / Q(1 - p_e), Q the normal quantile. About K logits of a
-             token are over 1, and those the router takes. Group-limited routers bend the law. What load came out is in
-             each row of the result ("busiest": the largest expert's rows over the mean).
+skewed       as trained routers choose: a few experts get many tokens. A share p_e of the tokens is to choose expert e:
+             proportional to 1 / rank (Zipf), at most 0.4, with the sum K; ranks are drawn at random. To get this, the
+             router's row of expert e keeps its direction and gets the length s_e = 1 / Q(1 - p_e), Q the normal
+             quantile. Why: behind a norm the entries of an input are nearly independent and of size 1, so the logit is
+             nearly normal with deviation s_e, and above 1 for a share p_e of the tokens. About K logits of a token are
+             above 1, and the router takes those. Group-limited routers follow the law less closely. Each row of the
+             result has the load that came out ("busiest": the largest expert's rows over the mean).
 balanced     what published benchmarks often use: token t gets experts tK … tK+K-1 modulo E, each expert the same
              number of rows. A forward hook replaces the router's choice, on every arm alike; the weights are the
              softmax of the chosen experts' logits, so that the router is still trained, and still runs.
@@ -40,7 +40,7 @@ def set_routing(model: PreTrainedModel, routing: str, top_k: int) -> None:
 
 
 def zipf_shares(experts: int, top_k: int) -> list[float]:
-    """The share of tokens that want the expert of each rank: c / rank, at most 0.4, with the sum `top_k`."""
+    """The share of tokens that choose the expert of each rank: c / rank, at most 0.4, with the sum `top_k`."""
     low, high = 0.0, float(top_k * experts)
     for _ in range(60):
         middle = (low + high) / 2
@@ -76,7 +76,7 @@ def skewed(weight_EH: torch.Tensor, top_k: int, seed: int) -> torch.Tensor:
 
 
 def _deal(router: nn.Module, args: Any, output: tuple) -> tuple:
-    """Forward hook: the experts in turn instead of those chosen; ids and weights keep their dtypes."""
+    """Forward hook: deals the experts out in order, whatever the router chose; ids and weights keep their dtypes."""
     logits_TE, weights_TK, ids_TK = output
     tokens, top_k = ids_TK.shape
     rows = torch.arange(tokens * top_k, device=ids_TK.device, dtype=ids_TK.dtype)

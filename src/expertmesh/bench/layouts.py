@@ -1,8 +1,8 @@
 """Loss and gradients under layouts of several ranks against stock Transformers on one process.
 
 `expertmesh check MODEL --ranks N` starts N processes on this machine (gloo, float32 on the CPU) and lays the model out
-over them: plain FSDP2 and expert parallelism, with and without activation checkpointing. Every rank has a batch of its
-own length; stock sees all batches in turn. Each tensor may differ by at most 1e-5 of its largest value.
+over them: plain FSDP2 and expert parallelism, with and without activation checkpointing. The batches of the ranks
+differ in length; stock gets all of them, one by one. Each tensor may differ by at most 1e-5 of its largest value.
 """
 
 import os

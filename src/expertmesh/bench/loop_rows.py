@@ -1,5 +1,7 @@
-"""What the loops of `loops.py` train on: random tokens and pairs of texts, the same in every arm, with shapes as people
-have them. Every function takes how many rows, tokens of a whole row, and the size of the vocabulary."""
+"""What the loops of `loops.py` train on: random tokens and pairs of texts, the same in every arm.
+
+Every function takes the number of rows, the tokens of a whole row, and the size of the vocabulary.
+"""
 
 from typing import Any
 
@@ -7,8 +9,8 @@ import torch
 
 from expertmesh.data import demo_tokenizer
 
-SPECIAL = 8  # tokens below this may mean something to a tokenizer, padding for instance
-#: documents of a packed row are SHORTEST tokens long at least, and have LONGEST * seq * u**3, u even in 0..1
+SPECIAL = 8  # tokens below this may be special ones, padding for instance
+#: a document of a packed row has LONGEST * seq * u**3 tokens, u uniform in 0..1, but at least SHORTEST
 SHORTEST, LONGEST = 8, 0.9
 
 

@@ -1,9 +1,9 @@
 """People's own training loops, timed: transformers' Trainer, TRL's SFTTrainer and DPOTrainer, with and without PEFT.
 
 `expertmesh bench --loop sft-packed` trains the same model on the same rows in every arm, by the trainer that people
-use, with AdamW and clipping, and takes whole steps by wall clock: from the end of one to the end of the next. Whatever
-the trainer does between two steps, loading and logging among it, counts. The device is waited for before the first
-measured step and behind the last, so that all work is in the sum, and nowhere between.
+use, with AdamW and clipping, and times whole steps by wall clock: from the end of one to the end of the next. Whatever
+the trainer does between two steps counts, loading and logging included. The clock waits for the device before the first
+measured step and after the last, so that all work is in the sum; between steps it does not wait.
 
     row = measure(LOOPS["sft"], ARMS["expertmesh"], model, batch=4, seq=4096, warmup=6, repeats=24)
 """
@@ -33,11 +33,11 @@ from expertmesh.parallel.setup import current_world_size
 from expertmesh.train.errors import ConfigError, install
 
 WARMUP, REPEATS = 6, 24
-SHORTEST_SEQ = 16  # below, a quarter of a row is hardly a document
+SHORTEST_SEQ = 16  # in a shorter row a quarter is hardly a document
 OWN_TRAINER = "expertmesh-trainer"
 DEFAULT = ("stock", "stock-flash-attn-4", "stock-compiled", "expertmesh", OWN_TRAINER)
 ON_RANKS = ("stock", "expertmesh", OWN_TRAINER)
-#: what all trainers are told; everything else is their default
+#: the settings of all trainers; everything else is their default
 SETTINGS: dict[str, Any] = dict(
     optim="adamw_torch_fused",
     max_grad_norm=1.0,
@@ -111,7 +111,7 @@ def refuse(names: tuple[str, ...], arms: tuple[str, ...], seq: int, device: str)
 
 
 def default_arms() -> tuple[str, ...]:
-    """The arms of a loop where none are named, as far as they can run here."""
+    """The default arms of a loop: those that can run here."""
     return DEFAULT if current_world_size() == 1 else ON_RANKS
 
 
@@ -123,8 +123,8 @@ def why_not(loop: Loop, arm: Arm) -> str | None:
 
 
 def loop_config(work: Work, layers: int | None, tiny: bool) -> PreTrainedConfig:
-    """The work's configuration as people have it: the cache is on until a trainer says otherwise. Tiny models know
-    every word of the built-in tokenizer.
+    """The work's configuration as users have it: the cache is on until a trainer switches it off. Tiny models have
+    the vocabulary of the built-in tokenizer.
     """
     return config_of(work, layers, tiny, use_cache=True, **({"vocab_size": VOCABULARY} if tiny else {}))
 
@@ -133,11 +133,11 @@ def loop_config(work: Work, layers: int | None, tiny: bool) -> PreTrainedConfig:
 def loop_model(
     arm: Arm, config: PreTrainedConfig, dtype: torch.dtype, device: str, attention: str | None
 ) -> Iterator[PreTrainedModel]:
-    """A model of this arm, the same weights in every arm. On several ranks it is laid out over them: stock by
-    Transformers' FSDP2, ours with all ranks sharing out the experts.
+    """A model of this arm, the same weights in every arm. On several ranks stock is sharded by
+    Transformers' FSDP2, and in ours all ranks share the experts.
     """
     if current_world_size() == 1:
-        # layers are compiled by the trainer, as people ask for it
+        # users ask the trainer to compile
         with model_of(dataclasses.replace(arm, compiled=False), config, dtype, device, attention) as model:
             yield model
         return
@@ -152,7 +152,7 @@ def loop_model(
 def measure(
     loop: Loop, arm: Arm, model: PreTrainedModel, batch: int, seq: int, warmup: int, repeats: int
 ) -> dict[str, Any]:
-    """Trains `warmup` and then `repeats` steps of batch rows per rank; what the measured ones took, by this rank.
+    """Trains `warmup` and then `repeats` steps of `batch` rows per rank; what the latter took, by this rank's clock.
 
     "tokens_per_second": tokens of the measured steps, padding not counted, over the sum of their times, all ranks
     together. "losses": of the first three steps and of the last, warm-up included.
@@ -185,13 +185,13 @@ def measure(
 def _trainer(
     loop: Loop, arm: Arm, model: PreTrainedModel, rows: Any, batch: int, seq: int, steps: int, folder: str
 ) -> Any:
-    """The trainer of this loop, stock's or ours, as its users make it."""
+    """The trainer of this loop, stock's or ours, with the arguments that users give it."""
     source = "transformers" if loop.trainer == "Trainer" else "trl"
     settings = SETTINGS | loop.settings | {"output_dir": folder, "max_steps": steps}
     settings |= {"per_device_train_batch_size": batch, "use_cpu": model.device.type == "cpu"}
     options: dict[str, Any] = {"train_dataset": rows}
     if arm.trainer:
-        del settings["optim"]  # ours takes what it thinks best
+        del settings["optim"]  # ours has its own default
     if arm.compiled:
         torch._dynamo.reset()
         settings["torch_compile"] = True
@@ -216,8 +216,8 @@ def _trainer(
 
 
 class _Watch(TrainerCallback):
-    """Notes of every step when it ended, how many tokens it saw and what it lost; sets the peak of memory back after
-    the warm-up.
+    """Records for every step when it ended, its tokens and its loss; resets the peak of memory after the
+    warm-up.
     """
 
     def __init__(self, trainer: Any, warmup: int) -> None:
@@ -229,7 +229,7 @@ class _Watch(TrainerCallback):
 
         def training_step(model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> torch.Tensor:
             mask = inputs.get("attention_mask")
-            # both stay on the device: nobody waits here
+            # both stay on the device, so nothing waits here
             self.tokens.append(inputs["input_ids"].numel() if mask is None else mask.sum())
             self.losses.append(run(model, inputs, *rest, **more).detach().clone())
             return self.losses[-1]
@@ -242,7 +242,7 @@ class _Watch(TrainerCallback):
         self._end()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        first = len(self.ends) == self.warmup  # measured are the steps behind this one
+        first = len(self.ends) == self.warmup  # the steps after this one are measured
         if self.on_gpu and (first or state.global_step >= state.max_steps):
             torch.cuda.synchronize()  # nowhere between: a trainer may load data while the GPU works
         if self.on_gpu and first:

@@ -1,5 +1,4 @@
-"""Proof that a model under expertmesh is the model under stock Transformers: same weights in, same numbers out, same
-files saved.
+"""Proof that expertmesh computes and saves what stock Transformers does, from the same weights.
 
 Both sides load one checkpoint and see the same tokens. On the CPU everything is float32 and each tensor may differ by
 at most 1e-5 of its largest value (`errors`). On CUDA both sides run in bfloat16 and expertmesh's distance from stock in
@@ -124,7 +123,7 @@ def top_k_of(model: PreTrainedModel) -> int:
 @torch.no_grad()
 def bend_routing(model: PreTrainedModel, kind: str) -> None:
     """Force the routing, in place: `starved` (half the experts get no token), `one` (all tokens go to the same
-    experts), `ties` (all experts are alike, so that it does not matter which of them a top-k takes).
+    experts), `ties` (all experts are equal, so that any choice is right).
 
     A router without bias can be steered only along its input, so each router's weight gets a component along the
     direction that all its input tokens share; the tokens of the `plain` batch are given such a direction by a vector
@@ -258,7 +257,7 @@ def errors(outcome: Outcome, reference: Outcome) -> dict[str, tuple[float, str]]
 def noise(outcome: Outcome, exact: Outcome) -> dict[str, tuple[float, str]]:
     """`errors` for bfloat16: root mean squares instead of maxima, and the gradients' mean error beside the worst.
 
-    A scalar that happens to come out right says nothing, so none counts as nearer than the logits are.
+    A scalar may come out right by chance, so its error counts as at least that of the logits.
     """
     found = {name: (error, "") for name, error in rms_errors(outcome.values, exact.values).items()}
     floor = found["train logits"]
@@ -271,7 +270,7 @@ def noise(outcome: Outcome, exact: Outcome) -> dict[str, tuple[float, str]]:
 
 
 def applicable(case: Case, model: PreTrainedModel) -> bool:
-    """Whether the model has what the case is about, and its mixers can be told of documents."""
+    """Whether the model has what the case tests; packed documents also need mixers that can keep them apart."""
     if case.batch == "packed" and not all(map(can_be_told, model.modules())):
         return False
     if case.routing and not router_weights(model):

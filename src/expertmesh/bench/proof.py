@@ -1,7 +1,7 @@
-"""What a benchmark proves before it times: every arm computes the model that stock Transformers computes in float32.
+"""What a benchmark checks before it times: every arm computes what stock Transformers computes in float32.
 
 A few layers at the work's widths (`Work.proof` names what is smaller), the same weights and tokens in every arm. On a
-GPU the arms run in bfloat16, and an arm's gradient errors are told as multiples of stock's own; on the CPU everything
+GPU the arms run in bfloat16, and an arm's gradient errors are given as multiples of stock's own; on the CPU everything
 is float32.
 """
 
@@ -66,7 +66,7 @@ class Proof:
 
 @torch.no_grad()
 def _prepare(model: PreTrainedModel) -> None:
-    """Weights that bfloat16 can hold, and clear choices: near-ties that flip in bfloat16 would hide the rest."""
+    """Makes weights exact in bfloat16, and routing clear: near-ties that flip in bfloat16 would hide other errors."""
     for router in routers(model).values():
         weight: Any = router.weight
         torch.nn.init.normal_(weight, std=0.3)
@@ -83,7 +83,7 @@ def _gradients(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, dict[s
 
 
 def _error(got: torch.Tensor, want: torch.Tensor, piece: int = 2**26) -> float:
-    """Norm of the difference over the norm, piece by piece: a float32 copy of a layer's experts would be large."""
+    """Norm of the difference over the norm, slice by slice, because a float32 copy of a layer's experts is large."""
     difference = size = 0.0
     for some, wanted in zip(got.flatten().split(piece), want.flatten().split(piece), strict=True):
         wanted = wanted.to(got.device)

@@ -1,4 +1,4 @@
-"""One comparison and its verdict: the row that parity and export checks return, and the two error measures they use."""
+"""One compared quantity with its limit, which parity and export checks return, and the two error measures they use."""
 
 import math
 from collections.abc import Mapping

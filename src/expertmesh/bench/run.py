@@ -2,9 +2,9 @@
 
     run(BenchOptions(works=("qwen3-30b-a3b",), arms=("stock", "expertmesh"), batches=(1, 4), out="NAME.json"))
 
-First the proof (`parity`), then per arm and batch the times, or with `loops` those of people's trainers (loops.py). The
-file is written after every row, so that a job that is cut short leaves what it measured; an arm that fails, by want of
-memory for instance, is noted and the others go on.
+First the proof (`parity`), then the times of each arm and batch, or with `loops` those of people's trainers (loops.py).
+The file is written after every row, so a job that is cut short leaves what it measured. An arm that fails, for lack of
+memory for instance, is noted, and the others go on.
 """
 
 import dataclasses
@@ -62,11 +62,13 @@ class BenchOptions:
 
 
 def run(options: BenchOptions, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measures and returns what `out` then holds; `say` gets a line per finding. Raises ConfigError for nonsense.
+    """Measures, and returns what is written to `out`; `say` gets a line per finding.
 
-    Rows have one shape: "work", "arm", "layers", "batch", "seq", "routing" and what was measured; None where that takes
-    a GPU; rows of loops have "loop" and what `loops.measure` says. "failed" lists what did not run, with its error.
-    On several ranks all return the same but for their own times; rank 0 speaks and writes.
+    Raises ConfigError for wrong options.
+
+    Every row has "work", "arm", "layers", "batch", "seq", "routing" and what was measured, None where that needs a
+    GPU. Rows of loops have "loop" and what `loops.measure` returns. "failed" lists what did not run, with its error.
+    On several ranks each returns its own times; rank 0 prints and writes.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     refuse(options, device)
@@ -93,7 +95,7 @@ def run(options: BenchOptions, say: Callable[[str], None] = print) -> dict[str, 
 
 
 def _silence(line: str) -> None:
-    """What ranks other than the first say."""
+    """The `say` of all ranks but the first."""
 
 
 def refuse(options: BenchOptions, device: str) -> None:
@@ -128,7 +130,7 @@ def refuse(options: BenchOptions, device: str) -> None:
 
 
 def _refuse_loops(options: BenchOptions, device: str) -> None:
-    """Raises ConfigError for what --loop does not go with, or what does not go without it."""
+    """Raises ConfigError for options that --loop excludes, or that need it."""
     if not options.loops:
         if OWN_TRAINER in (options.arms or ()):
             raise ConfigError(f"{OWN_TRAINER} is an arm of people's loops: add --loop {', '.join(LOOPS)}.")
@@ -148,7 +150,7 @@ def _refuse_loops(options: BenchOptions, device: str) -> None:
 
 
 def _arms(name: str, options: BenchOptions, device: str, say: Callable[[str], None]) -> Iterable[Arm]:
-    """The arms of one work, in order. One asked for by name that cannot run is an error, another is left out, aloud."""
+    """The arms of one work, in order. One that cannot run is an error if named, else left out with a message."""
     config = config_of(WORKS[name], options.layers, options.tiny)
     for asked in options.arms or (loops.default_arms() if options.loops else DEFAULT):
         reason = why_not(ARMS[asked], config, device)
@@ -181,7 +183,7 @@ class _Bench:
         self.loads: dict[tuple[str, int], float] = {}  # by routing and batch
 
     def prove(self, arms: list[Arm]) -> None:
-        """The parity of stock and of these arms, into `result`."""
+        """Writes the parity of stock and of these arms into `result`."""
         proof = Proof(self.work, self.device, 64 if self.options.tiny else 2048, self.options.tiny)
         for arm in dict.fromkeys((ARMS["stock"], *arms)):
             with self._noting_failure(arm, "proof"):
@@ -215,7 +217,7 @@ class _Bench:
     def time(self, arm: Arm, routing: str) -> None:
         """One row per batch of one arm."""
         batches = self.options.batches
-        # compiled anew for each batch, because shapes known to vary compile to slower code
+        # compiled anew for each batch: with shapes that vary the compiled code is slower
         for group in [(batch,) for batch in batches] if arm.compiled else [batches]:
             with self._noting_failure(arm, routing):
                 self._time(arm, routing, group)
@@ -317,7 +319,7 @@ class _Bench:
         assert not different, f"{arm.name} of {self.name} has other weights than the arms before it: {different[:3]}"
 
     def _busiest(self, arm: Arm, step: steps.Step, routing: str) -> float | None:
-        """Measured on the first arm that is not compiled (a hook would compile it anew) and the same on all."""
+        """Measured on the first arm that is not compiled, as a hook would compile it anew; the same on all arms."""
         key = (routing, len(step.inputs["input_ids"]))
         if key not in self.loads and not arm.compiled:
             self.loads[key] = round(busiest(step.model, step.inputs), 2)
@@ -331,13 +333,13 @@ class _Bench:
 
 
 def _bits(tensor: torch.Tensor) -> int:
-    """A sum over the tensor's bits: equal for equal tensors, and hardly ever for others."""
+    """A checksum of the tensor's bits."""
     kind = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
     return int(tensor.detach().view(kind).sum(dtype=torch.int64))
 
 
 def _heading(options: BenchOptions, device: str) -> dict[str, Any]:
-    """What was measured where, by which versions; the rows are still to come."""
+    """The result without rows: hardware, versions, commit, command."""
     ranks = current_world_size()
     start = ["expertmesh"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks), "-m", "expertmesh.cli"]
     packages = ("triton", "transformers", "mamba-ssm", *(("trl", "peft") if options.loops else ()))

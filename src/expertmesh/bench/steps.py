@@ -28,11 +28,11 @@ def documents(seq: int, packed: bool) -> list[int]:
 
 class Step:
     """A training step of one model on fixed tokens. With `packed` each row holds 14 documents of unequal length, and
-    the model is told where they begin as by a collator that packs: by positions and by cumulative lengths.
+    the model gets positions and cumulative lengths, as from a collator that packs.
 
     With `full`, gradients are clipped to norm 1, by our function if `ours`, else PyTorch's, and AdamW follows, fused,
-    with states in the weights' dtype. Its learning rate is 0: the same work, and every step sees the same weights,
-    hence the same routing. Setting gradients to None is not timed.
+    with states in the weights' dtype. Its learning rate is 0, so that every step does the same work, with the
+    same weights and routing. Setting gradients to None is not timed.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ def measure(step: Step, warmup: int, repeats: int) -> dict[str, Any]:
     on_gpu = step.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    # queued one behind the other, as in training: whoever waits for each step measures how fast an idle GPU is fed
+    # queued one behind the other, as in training; with a wait after each step the GPU would idle for the CPU
     queued = [step.run()[0] for _ in range(repeats)]
     runs = [dict(zip(PHASES, _between(marks), strict=False)) for marks in queued]
     found: dict[str, Any] = {f"{phase}_ms": None for phase in PHASES}

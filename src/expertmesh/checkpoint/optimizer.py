@@ -6,8 +6,10 @@ says about it, so nothing is stepped, and it stays exactly what was saved.
 """
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +20,29 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
-from expertmesh.checkpoint.tensors import TensorReader
 from expertmesh.memory.adamw import IMPLEMENTATION
 from expertmesh.parallel import ranks
+from expertmesh.parallel.clip import local
 
 FOLDER = "optimizer"  # in a checkpoint
 GROUPS = "groups.pt"  # in FOLDER
+FILE = 2**32  # bytes of a file, which PyTorch holds in memory twice while it is written
 
 PER_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"}
 
 NUMBER = int | float | None
 Named = dict[str, nn.Parameter]
 
-# one process without a process group is a case like others here, and no reason to warn at every save
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+def _is_alone() -> bool:
+    """Whether there is no process group, which is no reason for PyTorch to warn at every save."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    return not dist.is_initialized()
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write the optimizer's state into `folder/optimizer`; every rank writes its shards."""
-    write(folder, tensors_of(model, optimizer), groups_of(model, optimizer))
+    write_optimizer(folder, *state_of(model, optimizer))
 
 
 def is_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
@@ -45,40 +51,39 @@ def is_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     return all(parameter in known for group in optimizer.param_groups for parameter in group["params"])
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state as {"parameter/key": value}, in layouts that torch.distributed.checkpoint knows. All ranks call it."""
-    tensors = {}
-    for name, parameter in _named(model, optimizer).items():
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({"parameter/key": tensor}, in layouts that torch.distributed.checkpoint knows; all that is no tensor: options of
+    the groups, each parameter's group by name, as groups are cut by layout, and numbers). All ranks call it.
+    """
+    names = {parameter: name for name, parameter in _named(model, optimizer).items()}
+    tensors: dict[str, Any] = {}
+    numbers: dict[str, dict[str, NUMBER]] = {}
+    for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{name}/{key}"] = _contiguous(value)
-            elif not isinstance(value, NUMBER):
+                tensors[f"{name}/{key}"] = _laid_out(value, _simple(value)).contiguous()
+            elif isinstance(value, NUMBER):
+                numbers.setdefault(name, {})[key] = value
+            else:
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key!r} of every parameter, which "
                     f"cannot be saved: save without the optimizer, or take one whose state is tensors and numbers."
                 )
-    return tensors
-
-
-def groups_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The options of every parameter group, each parameter's group by name (groups are cut by layout), and state that
-    is numbers.
-    """
-    names = {parameter: name for name, parameter in _named(model, optimizer).items()}
     groups = optimizer.param_groups
     options = [{key: value for key, value in g.items() if key not in ("params", "param_names")} for g in groups]
     of = {names[p]: number for number, g in enumerate(groups) for p in g["params"]}
-    states = [(name, optimizer.state.get(parameter, {})) for parameter, name in names.items()]
-    numbers = {name: {key: x for key, x in state.items() if isinstance(x, NUMBER)} for name, state in states}
-    return {"options": options, "of": of, "numbers": numbers}
+    return tensors, {"options": options, "of": of, "numbers": numbers, "tensors": list(tensors)}
 
 
-def write(folder: Path, tensors: dict[str, Any], groups: dict[str, Any], group: Any = None) -> None:
-    """Write what `tensors_of` and `groups_of` gave, from all ranks of `group`."""
+def write_optimizer(folder: Path, tensors: dict[str, Any], groups: dict[str, Any], group: Any = None) -> None:
+    """Write what `state_of` gave into `folder/optimizer`, from all ranks of `group`, each its shards."""
     folder = folder / FOLDER
     folder.mkdir(exist_ok=True)
+    sizes = accumulate(local(value).nbytes for value in tensors.values())
+    files = defaultdict(int, zip(tensors, (1 + size // FILE for size in sizes), strict=True))  # 0: if rank 0 has it not
+    writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     with _told_plainly():
-        dcp.save(tensors, checkpoint_id=folder, process_group=group, no_dist=not dist.is_initialized())
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=_is_alone())
     if ranks.rank(group) == 0:
         torch.save(groups, folder / GROUPS)
 
@@ -92,23 +97,29 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     """
     folder, named = checkpoint / FOLDER, _named(model, optimizer)
     groups = torch.load(folder / GROUPS, weights_only=True)
+    if "tensors" not in groups:
+        raise ValueError(
+            f"{folder} has optimizer state in an older form of expertmesh: resume with the version that saved it."
+        )
     if groups["of"].keys() != named.keys():
         odd = sorted(groups["of"].keys() ^ named.keys())[0]
         raise ValueError(
             f"The optimizer in {checkpoint} is of other parameters: only the "
             f"{'optimizer' if odd in named else 'checkpoint'} has {odd}. Freeze parameters as in the run that saved it."
         )
-    reader = TensorReader(folder)
-    tensors = _to_load(reader, named, optimizer)
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    saved = reader.read_metadata().state_dict_metadata
+    if not saved.keys() >= set(groups["tensors"]):
+        raise ValueError(f"{folder} has lost some of its files: resume from the checkpoint before.")
+    tensors = _to_load(saved, named, optimizer)
     with _told_plainly():
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=reader, no_dist=_is_alone())
     optimizer.state.clear()
-    for name, numbers in groups.get("numbers", {}).items():
-        if numbers:
-            optimizer.state[named[name]] |= numbers
+    for name, numbers in groups["numbers"].items():
+        optimizer.state[named[name]] |= numbers
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
-        optimizer.state[named[name]][key] = _like_parameter(value, named[name])
+        optimizer.state[named[name]][key] = _laid_out(value, getattr(named[name], "placements", ()))
     names = {parameter: name for name, parameter in named.items()}
     order = []
     for group in optimizer.param_groups:
@@ -155,7 +166,7 @@ def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> Named:
         raise ValueError("The optimizer has parameters that are not the model's: build it from this model's.") from None
 
 
-def _to_load(reader: Any, named: Named, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Empty state, laid out like the parameters, for everything the checkpoint holds."""
     on_device = {
         parameter: bool(group.get("capturable") or group.get("fused"))
@@ -163,16 +174,16 @@ def _to_load(reader: Any, named: Named, optimizer: torch.optim.Optimizer) -> dic
         for parameter in group["params"]
     }
     tensors: dict[str, Any] = {}
-    for path, saved in reader.read_metadata().state_dict_metadata.items():
+    for path, entry in saved.items():
         name, _, key = path.rpartition("/")
         parameter = named[name]
-        shape, dtype = saved.size, saved.properties.dtype
+        shape, dtype = entry.size, entry.properties.dtype
         if not shape:  # the step count: PyTorch keeps it beside the parameter if its kernel reads it there
             tensors[path] = torch.empty((), dtype=dtype, device=parameter.device if on_device[parameter] else "cpu")
         elif not isinstance(parameter, DTensor):
             tensors[path] = torch.empty(shape, dtype=dtype, device=parameter.device)
         elif shape == parameter.shape:
-            mesh, placements = parameter.device_mesh, _simple(parameter.placements)
+            mesh, placements = parameter.device_mesh, _simple(parameter)
             tensors[path] = empty_dtensor(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
         else:
             raise ValueError(
@@ -182,21 +193,14 @@ def _to_load(reader: Any, named: Named, optimizer: torch.optim.Optimizer) -> dic
     return tensors
 
 
-def _simple(placements: Any) -> tuple[Any, ...]:
-    """Contiguous shards instead of the strided ones that FSDP2 makes of EP and TP shards: files have no strides."""
+def _simple(x: Any) -> tuple[Any, ...]:
+    """Its placements, with contiguous shards for the strided ones of FSDP2 over EP and TP: files have no strides."""
     return tuple(
         placement if placement.is_replicate() else Shard(placement.dim)  # Shard(d) and _StridedShard(d)
-        for placement in placements
+        for placement in getattr(x, "placements", ())
     )
 
 
-def _contiguous(value: Any) -> Any:
-    if not isinstance(value, DTensor) or _simple(value.placements) == value.placements:
-        return value
-    return value.redistribute(placements=_simple(value.placements))
-
-
-def _like_parameter(value: Any, parameter: nn.Parameter) -> Any:
-    if not isinstance(value, DTensor) or not isinstance(parameter, DTensor) or value.placements == parameter.placements:
-        return value
-    return value.redistribute(placements=parameter.placements)
+def _laid_out(value: Any, placements: tuple[Any, ...]) -> Any:
+    is_other = isinstance(value, DTensor) and value.placements != placements
+    return value.redistribute(placements=placements) if is_other else value

@@ -7,18 +7,21 @@
 A checkpoint is a model directory as `from_pretrained` reads it, and beside it what a training needs:
 
     model*.safetensors, config.json   the weights, written by the ranks that hold them
-    optimizer/                        torch.distributed.checkpoint, by parameter name
+    optimizer/                        torch.distributed.checkpoint, in safetensors, by parameter name
     run.pt, rank-<r>.pt               step and scheduler; random numbers and `extra` of every rank
     sha256.json                       size and SHA-256 of all of these
 
 It can be loaded by any number of ranks in any layout. On as many ranks as saved it, the training goes on bit for bit.
 """
 
+import copy
 import io
 import logging
 import random
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,12 @@ from accelerate.utils import extract_model_from_parallel
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from transformers import PreTrainedModel
 
-from expertmesh.checkpoint import optimizer as optimizer_state
+from expertmesh.checkpoint.optimizer import load_optimizer, regrouped, state_of, write_optimizer
 from expertmesh.checkpoint.publish import prune, publishing
 from expertmesh.checkpoint.verify import verify
 from expertmesh.parallel import ranks
 from expertmesh.weights.read import load_weights
-from expertmesh.weights.write import Export
+from expertmesh.weights.write import files_of, write_model
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +71,7 @@ def save_checkpoint(
     the position in its data; each rank its own. keep: how many checkpoints stay, the newest ones; None keeps all.
     Raises FileExistsError if the checkpoint exists, ValueError if `extra` could not be read back.
     """
-    model = _plain(model)
-    files = _rank_files(step, scheduler, extra)
-    with publishing(directory, step) as folder:
-        export = Export(model)
-        export.write(folder, export.files())
-        optimizer_state.save_optimizer(folder, model, optimizer)
-        _write_bytes(folder, files)
-    return _published(directory, step, keep)
+    return _prepared(directory, model, optimizer, step, scheduler, extra, keep)()
 
 
 def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None, scheduler: Any = None) -> Resumed:
@@ -89,11 +85,11 @@ def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None
     run = torch.load(checkpoint / "run.pt", weights_only=True)
     saved = [torch.load(checkpoint / f"rank-{rank}.pt", weights_only=True) for rank in range(run["world_size"])]
     load_weights(model, checkpoint)
-    order = None if optimizer is None else optimizer_state.load_optimizer(checkpoint, model, optimizer)
+    order = None if optimizer is None else load_optimizer(checkpoint, model, optimizer)
     if scheduler is not None:
         if run["scheduler"] is None:
             raise ValueError(f"{checkpoint} was saved without a scheduler: load it without one.")
-        state = run["scheduler"] if order is None else optimizer_state.regrouped(run["scheduler"], order)
+        state = run["scheduler"] if order is None else regrouped(run["scheduler"], order)
         scheduler.load_state_dict(state)
     ranks.barrier()
     extras = [part["extra"] for part in saved]
@@ -127,34 +123,10 @@ class BackgroundSaver:
         finally:
             self._pool.shutdown()
 
-    def save(
-        self,
-        directory: str | Path,
-        *,
-        model: Any,
-        optimizer: torch.optim.Optimizer,
-        step: int,
-        scheduler: Any = None,
-        extra: dict[str, Any] | None = None,
-        keep: int | None = None,
-    ) -> None:
-        """As `save_checkpoint`; the files are written after it returns."""
+    def save(self, directory: str | Path, **options: Any) -> None:
+        """As `save_checkpoint`, with its arguments; the files are written after it returns."""
         self.wait()
-        model = _plain(model)
-        files = _rank_files(step, scheduler, extra)
-        export = Export(model)
-        weights = list(export.files())
-        tensors = BlockingAsyncStager().stage(optimizer_state.tensors_of(model, optimizer))
-        groups = optimizer_state.groups_of(model, optimizer)
-
-        def write() -> Path:
-            with publishing(directory, step, self._group) as folder:
-                export.write(folder, weights, self._group)
-                optimizer_state.write(folder, tensors, groups, self._group)
-                _write_bytes(folder, files)
-            return _published(directory, step, keep, self._group)
-
-        self._running = self._pool.submit(write)
+        self._running = self._pool.submit(_prepared(directory, **options, staged=True, group=self._group))
 
     def wait(self) -> Path | None:
         """Wait for the running save, and return the checkpoint's path, or None if nothing was running."""
@@ -216,12 +188,35 @@ def _dumped(name: str, content: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _write_bytes(folder: Path, files: dict[str, bytes]) -> None:
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+def _prepared(
+    directory: str | Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    scheduler: Any = None,
+    extra: dict[str, Any] | None = None,
+    keep: int | None = None,
+    staged: bool = False,
+    group: Any = None,
+) -> Callable[[], Path]:
+    """What writes and publishes a checkpoint of this moment. It gathers, unless everything is `staged` in host memory;
+    else it must run at once."""
+    model = _plain(model)
+    small, weights = _rank_files(step, scheduler, extra), files_of(model)
+    state: Callable[[], tuple[dict[str, Any], dict[str, Any]]] = partial(state_of, model, optimizer)
+    if staged:
+        weights, (tensors, others) = iter(list(weights)), state()
+        copied = BlockingAsyncStager().stage(tensors), copy.deepcopy(others)
+        state = lambda: copied  # noqa: E731
 
+    def write() -> Path:
+        with publishing(directory, step, group) as folder:
+            write_model(folder, model, weights, group)
+            write_optimizer(folder, *state(), group)
+            for name, content in small.items():
+                (folder / name).write_bytes(content)
+        if keep is not None and ranks.rank(group) == 0:
+            prune(directory, keep)
+        return Path(directory).expanduser() / f"checkpoint-{step}"
 
-def _published(directory: str | Path, step: int, keep: int | None, group: Any = None) -> Path:
-    if keep is not None and ranks.rank(group) == 0:
-        prune(directory, keep)
-    return Path(directory).expanduser() / f"checkpoint-{step}"
+    return write

@@ -2,13 +2,11 @@
 
 import json
 import stat
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from expertmesh.checkpoint.publish import MANIFEST
-from expertmesh.parallel import ranks
-from expertmesh.weights.files import sha256
+from expertmesh.weights.files import digests
 
 
 class CheckpointError(ValueError):
@@ -30,13 +28,11 @@ def verify(checkpoint: str | Path) -> None:
     modes = {path.relative_to(checkpoint).as_posix(): path.lstat().st_mode for path in checkpoint.rglob("*")}
     files = {name for name, mode in modes.items() if stat.S_ISREG(mode)}
     others = {name for name, mode in modes.items() if not stat.S_ISDIR(mode)} - files
-    names = sorted(entries.keys() - others)[ranks.rank() :: ranks.world_size()]
-    with ranks.together(), ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        found = list(pool.map(lambda name: _problem(checkpoint / name, name, entries[name], name in files), names))
-    extra = [f"{name} is not in the manifest" for name in sorted(files - entries.keys() - {MANIFEST})]
-    extra += [f"{name} is a link, a pipe or a device" for name in sorted(others)]
-    shares = ranks.gathered([problem for problem in found if problem])
-    problems = sorted(problem for share in shares for problem in share) + extra
+    found = digests(checkpoint, files & entries.keys())
+    looked_at = (_problem(name, entries[name], found.get(name)) for name in sorted(entries.keys() - others))
+    problems = [problem for problem in looked_at if problem]
+    problems += [f"{name} is not in the manifest" for name in sorted(files - entries.keys() - {MANIFEST})]
+    problems += [f"{name} is a link, a pipe or a device" for name in sorted(others)]
     if problems:
         raise CheckpointError(
             f"The checkpoint {checkpoint} is not what was saved: {'; '.join(problems)}. Restore it from a copy, or "
@@ -65,10 +61,9 @@ def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
         ) from None
 
 
-def _problem(path: Path, name: str, entry: dict[str, Any], is_there: bool) -> str | None:
-    if not is_there:
+def _problem(name: str, wanted: dict[str, Any], found: dict[str, Any] | None) -> str | None:
+    if found is None:
         return f"{name} is missing"
-    size = path.stat().st_size
-    if size != entry["size"]:
-        return f"{name} has {size} bytes instead of {entry['size']}"
-    return None if sha256(path) == entry["sha256"] else f"{name} has changed (its SHA-256 differs)"
+    if found["size"] != wanted["size"]:
+        return f"{name} has {found['size']} bytes instead of {wanted['size']}"
+    return None if found == wanted else f"{name} has changed (its SHA-256 differs)"

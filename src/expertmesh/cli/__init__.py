@@ -1,7 +1,7 @@
 """The command line: `expertmesh VERB ...`, one small file per verb, imported only when that verb is called.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 75 stopped by SIGTERM and 130 by Ctrl-C, checkpoint saved.
-An error that a user can mend is one paragraph without a traceback; EXPERTMESH_DEBUG=1 shows the traceback as well.
+An error that a user can fix is one paragraph without a traceback; EXPERTMESH_DEBUG=1 shows the traceback as well.
 """
 
 import importlib
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _app(verb: str | None) -> typer.Typer:
-    """Every verb with its sentence; only `verb` itself is imported, so that `--help` does not wait for PyTorch."""
+    """Every verb with its help; only `verb` itself is imported, so that `--help` does not wait for PyTorch."""
     app = typer.Typer(
         help="Fast Mixture-of-Experts fine-tuning that stays plain Transformers.",
         no_args_is_help=True,
@@ -64,7 +64,7 @@ def _load(verb: str) -> Callable[..., None]:
 
 
 def _not_called() -> None:
-    """Stands in the list of verbs for one that was not called."""
+    """Placeholder for a verb that was not called."""
 
 
 def _report(error: Exception) -> int:

@@ -65,7 +65,7 @@ def bench(
 
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=160)  # a log has no width: cut no column off
+        console = Console(highlight=False, width=160)  # a log has no width: cut off no column
     result = run(
         BenchOptions(
             works=_names(work),

@@ -1,4 +1,4 @@
-"""`expertmesh check MODEL`: prove that a model under expertmesh is the model under stock Transformers."""
+"""`expertmesh check MODEL`: prove that expertmesh computes and saves what stock Transformers does."""
 
 import contextlib
 import difflib
@@ -50,7 +50,7 @@ def check(
                 rows = check_layouts(path, ranks) if ranks > 1 else list(check_checkpoint(path, device))
         except OSError as error:
             raise ConfigError(f"{name!r} cannot be loaded by Transformers: {' '.join(str(error).split())}") from error
-        except Exception as error:  # a verdict, too; `all` goes on with the next family
+        except Exception as error:  # an error is a result; `all` goes on with the next family
             if os.environ.get("EXPERTMESH_DEBUG") or type(error).__module__.startswith("expertmesh."):
                 raise
             console.print(f"{name}: DIFFERS, or cannot be compared: {escape(in_short(error))}.", soft_wrap=True)
@@ -120,7 +120,7 @@ def quiet() -> Iterator[None]:
 
 
 def _table(name: str, rows: "list[Row]", verbose: bool) -> "Table":
-    """All rows, or per case those that differ, or else the one nearest to its limit."""
+    """All rows; or for each case those that differ, and if none does, the one nearest to its limit."""
     from rich import box
     from rich.table import Table
 

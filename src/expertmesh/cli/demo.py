@@ -1,7 +1,7 @@
 """`expertmesh demo`: a small Qwen3-MoE learns from real text on whatever machine this is, and its export is proven.
 
-It is an ordinary run of `expertmesh train` on built-in data with a look before and after: what the model answers, the
-loss on rows it never saw, and whether stock Transformers reads the saved checkpoint and computes the same logits.
+It is an ordinary run of `expertmesh train` on built-in data. Before and after it shows the model's answers and the loss
+on held-out rows; at the end it checks that stock Transformers computes the same logits from the saved checkpoint.
 """
 
 import os
@@ -39,7 +39,7 @@ def demo(
     """Train a small Qwen3-MoE on this machine, export it, and prove the export."""
     began = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
-    # threads that spin while they wait for a small operation to come would fight over the cores with everything else
+    # threads that spin while they wait would take cores from everything else
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with console.status("loading"):
         import datasets

@@ -64,7 +64,7 @@ def wrong_versions(found: dict[str, str | None]) -> dict[str, str]:
 
 
 def whether_tested(version: str) -> str:
-    """A sentence on whether this version of Transformers is one that expertmesh was tested on."""
+    """A sentence: whether expertmesh was tested on this version of Transformers."""
     from expertmesh import backends
 
     if backends.is_tested(version):

@@ -54,7 +54,7 @@ def launch(
     gpu: Annotated[str, typer.Option(help="Kind of GPU, by SkyPilot's name; Slurm takes the partition's.")] = "H200",
     out: Annotated[Path | None, typer.Option(help="File to write; without it the text is printed.")] = None,
 ) -> None:
-    """Write the file with which Slurm or SkyPilot trains as CONFIG says; an interrupted run goes on by itself.
+    """Write the file with which Slurm or SkyPilot trains as CONFIG says; an interrupted run resumes by itself.
 
     Exit code 2 if CONFIG is wrong, or its `parallel` sizes do not fit nodes x gpus-per-node ranks.
     """

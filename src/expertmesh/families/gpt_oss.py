@@ -1,40 +1,38 @@
 """GPT-OSS (20B, 120B).
 
-decoder layer   residual add + post-attention norm in one kernel                      generic
-  block         residual add behind the experts in their last kernel                  generic
-attention       sinks, full and sliding by turns: our kernels, RoPE in one pass       here
-router          top-k, then softmax                                                   generic
-experts         transposed, gate and up interleaved, biases, clamped SwiGLU           generic
-norms           float32                                                               generic
-head            loss from hidden states, no logits                                    every family
+decoder layer   residual add + post-attention norm in one kernel                layers/decoder.py
+  block         residual add behind the experts in their last kernel            moe/block.py
+  attention     sinks, full and sliding by turns: our kernels                   layers/sinks.py
+                RoPE in one pass                                                here
+  router        top-k, then softmax                                             moe/router.py
+  experts       transposed, gate and up interleaved, biases, clamped SwiGLU     moe/experts.py
+norms           float32                                                         layers/norm.py
+head            loss from hidden states, no logits                              layers/head.py
 """
 
-import sys
 from typing import Any
 
-from torch import nn
+import torch
 
-from expertmesh.families.rules import Rule
-from expertmesh.layers.sinks import FastSinkAttention, why_not_sinks
-
-RULES = (
-    Rule(
-        "sink_attention",
-        FastSinkAttention,
-        like=("gpt_oss.GptOssAttention",),
-        code=("fd662928bacc",),
-        also=("apply_rotary_pos_emb", "_apply_rotary_emb", "eager_attention_forward"),
-        why_not=why_not_sinks,
-    ),
-)
+from expertmesh.kernels.rope import rope
+from expertmesh.layers import sinks
+from expertmesh.layers.rope import FastRoPE
 
 
-def has_sinks(model_class: Any) -> bool:
-    """Whether this Transformers class has the causal attention with sinks that `RULES` replace."""
-    if model_class.config_class.model_type == "gpt_oss":  # however a later release writes it
-        return True
-    found = vars(sys.modules[model_class.__module__]).values()
-    classes = [
-        x for x in found if isinstance(x, type) and issubclass(x, nn.Module) and x.__name__.endswith("Attention")
-    ]
-    return any(rule.matches(cls) for rule in RULES for cls in classes)
+class FastSinkAttention(FastRoPE):
+    """`GptOssAttention` with its own RoPE in one kernel; its attention is `attend_with_sinks`."""
+
+    probed = True
+    stands_for = ("forward", "apply_rotary_pos_emb", "_apply_rotary_emb", "eager_attention_forward")
+
+    @classmethod
+    def turn(
+        cls, stock: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert unsqueeze_dim == 1, "heads before positions"
+        return rope(q.transpose(1, 2), cos, sin).transpose(1, 2), rope(k.transpose(1, 2), cos, sin).transpose(1, 2)
+
+    @staticmethod
+    def why_not(attention: Any) -> str | None:
+        chosen = attention.config._attn_implementation
+        return None if chosen == sinks.NAME else f"attn_implementation={chosen!r} was asked for"

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from expertmesh.layers.mtp import MTP, begin_module, end_module
+from expertmesh.layers.mtp import MTP, make_module
 
 
 def add_modules(model: Any) -> MTP | None:
@@ -36,8 +36,7 @@ def _deepseek_v3(model: Any) -> MTP:
     for _ in range(config.num_nextn_predict_layers):
         place = f"model.layers.{len(layers)}"
         block = type(like)(config, len(layers))
-        begin_module(block, norm, config.hidden_size)
-        end_module(block, norm(), "shared_head.norm")
+        make_module([block], norm, config.hidden_size, "shared_head.norm")
         layers.append(block)
         mtp.depths.append([(block, like)])
         mtp.places.append(place)
@@ -64,8 +63,7 @@ def _nemotron_h(model: Any) -> MTP:
     for _ in range(config.num_nextn_predict_layers):
         likes = [layers[config.layers_block_type.index(kind)] for kind in kinds]
         blocks = [type(like)(config, like.layer_idx) for like in likes]
-        begin_module(blocks[0], norm, config.hidden_size)
-        end_module(blocks[-1], norm(), "final_layernorm")
+        make_module(blocks, norm, config.hidden_size, "final_layernorm")
         model.mtp.layers.extend(blocks)
         mtp.depths.append(list(zip(blocks, likes, strict=True)))
     for kind in ("tp", "ep", "fsdp"):  # sharded as the main model's layers are

@@ -8,7 +8,6 @@ the one nearest in bfloat16 is taken: norms differ only in where they round. It 
 """
 
 import copy
-import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -24,80 +23,44 @@ from expertmesh.twins import twin
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # of the largest value, in float32
 CASES = ("rows", "padded", "packed", "cached")
-#: classes and the mixins of their twins
-Done = tuple[tuple[Any, Any], ...]
-
 _LISTS = ("layer_types", "layers_block_type", "mlp_layer_types")  # one entry a layer
-#: the most that a key of a tiny configuration says; keys that a family lacks are passed by
+#: the most that keys of a tiny configuration say; keys that a family lacks are passed by
 _MOST = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 16,
-    "shared_intermediate_size": 16,
-    "head_dim": 16,
-    "num_experts": 8,
-    "num_local_experts": 8,
-    "n_routed_experts": 8,
-    "moe_num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_k": 2,
-    "moe_topk": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "max_position_embeddings": 128,
-    "sliding_window": 5,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 16,
-    "ssm_state_size": 16,
-    "moe_latent_size": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
+    1: "topk_group first_k_dense_replace",
+    2: "num_experts_per_tok moe_k moe_topk n_group linear_num_key_heads",
+    4: "mamba_num_heads linear_num_value_heads",
+    5: "sliding_window",
+    8: "num_experts num_local_experts n_routed_experts moe_num_experts qk_rope_head_dim qk_nope_head_dim v_head_dim "
+    "linear_key_head_dim linear_value_head_dim",
+    16: "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size head_dim "
+    "shared_intermediate_size q_lora_rank kv_lora_rank mamba_head_dim ssm_state_size moe_latent_size",
+    32: "hidden_size intermediate_size",
+    64: "vocab_size",
+    128: "max_position_embeddings",
 }
+_found: dict[Any, Rule | None] = {}
+#: what a twin raises that looks for other attributes or shapes than a class has
+_MISFITS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError, AssertionError)
 
 
-def probe(stock: Any, config: Any, cls: type, rules: list[Rule], done: Done) -> Rule | None:
+def probe(stock: Any, config: Any, cls: type, rules: list[Rule], done: dict[Any, Any]) -> Rule | None:
     """The rule whose twin computes what modules of `cls` do in models of the class `stock`; None if none does.
 
-    done: what else is fast already, so that the twin finds its surroundings as in the user's model.
+    done: classes that are fast already, and the mixins of their twins, so that this one finds its surroundings as in
+    the user's model.
     """
-    said = json.dumps(tiny(config).to_dict(), sort_keys=True, default=str)
-    return _probe(stock, _Config(said, config), cls, tuple(rules), done)
-
-
-class _Config:
-    """A configuration, known by what its tiny form says."""
-
-    def __init__(self, said: str, config: Any) -> None:
-        self.said, self.config = (said, config._attn_implementation), config
-
-    def __hash__(self) -> int:
-        return hash(self.said)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Config) and self.said == other.said
-
-
-@functools.lru_cache(maxsize=256)
-def _probe(stock: Any, config: _Config, cls: Any, rules: tuple[Rule, ...], done: Done) -> Rule | None:
-    with _undisturbed():
-        theirs = _stock_model(stock, config)
-        if theirs is None:
-            return None
-        model, expected = theirs
-        errors = {rule: _error(model, expected, cls, rule, done, config) for rule in rules}
-    right = {rule: error for rule, error in errors.items() if error is not None}
-    return min(right, key=lambda rule: right[rule]) if right else None
+    small, attention = tiny(config), config._attn_implementation
+    said = json.dumps(small.to_dict(), sort_keys=True, default=str)
+    key = (stock, said, attention, cls, *rules, *done.items())
+    if key not in _found:
+        errors: dict[Rule, float] = {}
+        with _undisturbed():
+            model, expected = _stock_model(stock, small)
+            for rule in rules if model is not None else ():
+                if (error := _error(model, expected, attention, cls, rule, done)) is not None:
+                    errors[rule] = error
+        _found[key] = min(errors, key=errors.__getitem__, default=None)
+    return _found[key]
 
 
 @contextmanager
@@ -112,43 +75,46 @@ def _undisturbed() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _stock_model(stock: Any, config: _Config) -> tuple[Any, dict[str, Any]] | None:
+def _stock_model(stock: Any, small: Any) -> tuple[Any, dict[str, Any]]:
     """A tiny stock model and what it gives; None if this family cannot be made tiny so, and nothing can be proven."""
-    small = tiny(config.config)
     small._attn_implementation = small._experts_implementation = None
     try:
         model = stock(small)
         _draw(model)
         expected = {name: _run(model, name) for name in CASES}
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError) as error:
+    except _MISFITS as error:
         log.debug("no tiny %s: %s", stock.__name__, error)
-        return None
+        return None, {}
     return model, {name: values for name, values in expected.items() if values is not None}
 
 
-def _error(model: Any, expected: dict[str, Any], cls: Any, rule: Rule, done: Done, config: _Config) -> float | None:
+def _error(
+    model: Any, expected: dict[str, Any], attention: str | None, cls: Any, rule: Rule, done: dict[Any, Any]
+) -> float | None:
     """How far the rule's twin is off in bfloat16; None if it is wrong, or does not fit the class."""
     ours = copy.deepcopy(model)
-    ours.config._attn_implementation = config.config._attn_implementation or model.config._attn_implementation
-    fasts = dict(done)
-    for module in ours.modules():
-        known: Any = type(module)
-        if known in fasts:
-            module.__class__ = twin(known, fasts[known])
-    modules: list[Any] = [module for module in ours.modules() if type(module) is cls]
+    ours.config._attn_implementation = attention or model.config._attn_implementation
+    _make_fast(ours, done)
+    modules = [module for module in ours.modules() if type(module) is cls]
     try:
-        if not modules or any(rule.why_not(module) for module in modules):
+        if not modules or any(rule.fast.why_not(module) for module in modules):
             return None
-        for module in modules:
-            module.__class__ = twin(cls, rule.fast)
+        _make_fast(ours, {cls: rule.fast})
         if not all(_same(_run(ours, name), values) for name, values in expected.items()):
             return None
         want, found = (_run(copy.deepcopy(x).bfloat16(), "rows") for x in (model, ours))
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
-        log.debug("%s is no twin of %s: %s", rule.fast.__name__, cls.__name__, error)  # it looks for other attributes
+    except _MISFITS as error:
+        log.debug("%s is no twin of %s: %s", rule.fast.__name__, cls.__name__, error)
         return None
     assert want is not None and found is not None
     return float((want[0].float() - found[0].float()).abs().max())
+
+
+def _make_fast(model: nn.Module, fasts: dict[Any, Any]) -> None:
+    for module in model.modules():
+        known: Any = type(module)
+        if known in fasts:
+            module.__class__ = twin(known, fasts[known])
 
 
 def tiny(config: Any) -> Any:
@@ -161,8 +127,9 @@ def tiny(config: Any) -> Any:
     chosen = chosen if len(chosen) > 1 else [chosen[0]] * 2
     values: dict[str, Any] = {name: [whole[i] for i in chosen] for name, whole in lists.items()}
     values |= {"num_hidden_layers": len(chosen), "num_nextn_predict_layers": 0, "pad_token_id": 0}
+    most = {name: size for size, names in _MOST.items() for name in names.split()}
     values |= {
-        name: min(most, value) for name, most in _MOST.items() if isinstance(value := getattr(config, name, None), int)
+        name: min(size, value) for name, size in most.items() if isinstance(value := getattr(config, name, None), int)
     }
     if heads and kv_heads:
         values |= {"num_attention_heads": min(heads, 4)}
@@ -186,42 +153,32 @@ def _draw(model: nn.Module) -> None:
             buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.1)
 
 
-def _inputs(name: str) -> dict[str, Any]:
-    ids = torch.randint(1, 32, (2, 12), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    positions = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
-    cases: dict[str, dict[str, Any]] = {
-        "rows": {"use_cache": False},
-        "padded": {"use_cache": False, "attention_mask": mask},
-        "packed": {"use_cache": False, "position_ids": positions},
-        "cached": {"use_cache": True},
-    }
-    return {"input_ids": ids} | cases[name]
-
-
 def _run(model: Any, name: str) -> tuple[torch.Tensor, ...] | None:
     """Logits and all gradients; None if this model refuses the case, as some do packed rows."""
-    inputs = _inputs(name)
+    ids = torch.randint(1, 32, (2, 12), generator=torch.Generator().manual_seed(1))
+    seen = torch.ones_like(ids)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": name == "cached"}
+    if name == "padded":
+        seen[0, :4] = 0
+        inputs["attention_mask"] = seen
+    if name == "packed":
+        inputs["position_ids"] = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
     model.train(name != "cached").zero_grad()
     try:
         out = model(**inputs)
     except ValueError:
         return None
     if name == "cached":
-        again = model(input_ids=inputs["input_ids"][:, :1], past_key_values=out.past_key_values, use_cache=True)
+        again = model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
         return out.logits.detach(), again.logits.detach()
-    seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[..., None]
-    logits = out.logits * seen  # what is computed at padding is nobody's business
+    logits = out.logits * seen[..., None]  # what is computed at padding is nobody's business
     logits.float().square().mean().backward()
     grads = (torch.zeros(()) if p.grad is None else p.grad for p in model.parameters())
     return logits.detach(), *grads
 
 
 def _same(found: tuple[torch.Tensor, ...] | None, wanted: tuple[torch.Tensor, ...]) -> bool:
-    return found is not None and all(map(_close, found, wanted))
-
-
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    scale = float(b.abs().max())
-    return a.shape == b.shape and float((a - b).abs().max()) <= TOLERANCE * max(scale, 1e-6)
+    return found is not None and all(
+        a.shape == b.shape and float((a - b).abs().max()) <= TOLERANCE * max(float(b.abs().max()), 1e-6)
+        for a, b in zip(found, wanted, strict=True)
+    )

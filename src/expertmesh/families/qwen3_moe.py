@@ -1,24 +1,50 @@
 """Qwen3-MoE (Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder): every fusion applies, and a test holds that it does.
 
-decoder layer   residual add + post-attention norm in one kernel                     generic
-  block         residual add behind the experts in their last kernel                 generic
+decoder layer   residual add + post-attention norm in one kernel                     layers/decoder.py
+  block         residual add behind the experts in their last kernel                 moe/block.py
   attention     q/k-norm + RoPE in one kernel; the attention is the user's choice    here
-  router        softmax, top-k and normalisation in one kernel                       generic
-  experts       SwiGLU, gate and up concatenated, no bias                            generic
-  dense MLP     SwiGLU (layers named in `mlp_only_layers`)                           generic
-head            loss from hidden states, no logits                                   every family
+  router        softmax, top-k and normalisation in one kernel                       moe/router.py
+  experts       SwiGLU, gate and up concatenated, no bias                            moe/experts.py
+  dense MLP     SwiGLU (layers named in `mlp_only_layers`)                           layers/mlp.py
+head            loss from hidden states, no logits                                   layers/head.py
 """
 
-from expertmesh.families.rules import Rule
-from expertmesh.layers.attention import FastQKNormAttention, why_not_qk_norm
+from typing import Any
 
-RULES = (
-    Rule(
-        "qk_norm_rope",
-        FastQKNormAttention,
-        like=("qwen3_moe.Qwen3MoeAttention",),
-        code=("ab01336ffc67",),
-        also=("apply_rotary_pos_emb", "rotate_half"),
-        why_not=why_not_qk_norm,
-    ),
-)
+import torch
+from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
+
+from expertmesh.kernels.rope import qk_norm_rope
+from expertmesh.layers.attention import FastAttention
+from expertmesh.layers.norm import can_merge
+
+
+class FastQKNormAttention(FastAttention):
+    """Must equal `Qwen3MoeAttention.forward` of Transformers."""
+
+    stands_for = ("forward", "apply_rotary_pos_emb", "rotate_half")
+    eager = staticmethod(eager_attention_forward)
+
+    def heads(
+        self, hidden_states: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], past: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key = qk_norm_rope(
+            self.q_proj(hidden_states).view(heads),
+            self.k_proj(hidden_states).view(heads),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            *turn,
+            self.q_norm.variance_epsilon,
+        )
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if past is not None:
+            key, value = past.update(key, value, self.layer_idx, kwargs=kwargs)
+        kwargs["sliding_window"] = self.sliding_window
+        return query, key, value
+
+    @staticmethod
+    def why_not(attention: Any) -> str | None:
+        if all(can_merge(norm) and norm.scale == "rounded" for norm in (attention.q_norm, attention.k_norm)):
+            return None
+        return "its q/k-norms are not fused RMSNorms of Llama's kind"

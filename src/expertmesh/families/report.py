@@ -1,40 +1,50 @@
 """Which fusions of a model are on: modules become instances of their twins, and a report says by what, or why not."""
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 
 from expertmesh import backends
-from expertmesh.families.generic import RULES
 from expertmesh.families.probe import probe
 from expertmesh.families.rules import Rule
+from expertmesh.families.table import RULES
 from expertmesh.layers.base_model import keeps_state
 from expertmesh.layers.head import FastHead, why_not_head
 from expertmesh.moe import experts as fast_experts
 from expertmesh.twins import Fast, twin
 
-#: Every fusion by its switch, and how Transformers names the classes it is meant for.
+#: Every fusion by its switch, and how modules show that it is meant for them: the end of their class' name in
+#: Transformers or, behind a dot, an attribute.
 FUSIONS = {
     "experts": "Experts",
     "router": "Router",
     "rms_norm": "RMSNorm",
     "swiglu": "MLP",
-    "mla_rope": "latent attention",
+    "mla_rope": ".kv_a_proj_with_mqa",
     "qk_norm_rope": "Attention",
     "rope": "Attention",
-    "sink_attention": "attention with sinks",
+    "sink_attention": ".sinks",
     "add_norm": "DecoderLayer",
     "mamba2": "Mamba2Mixer",
     "linear_cross_entropy": "lm_head",
     "liger": "models without experts",
 }
-#: by what a module shows that such a fusion is meant for it, where its name does not
-_PARTS = {"mla_rope": "kv_a_proj_with_mqa", "sink_attention": "sinks"}
 #: the reason why a fusion is off in a model that has nothing of the kind
 NOT_NEEDED = "no module of the model needs it"
 _HEAD = "linear_cross_entropy"
+
+
+def switched_on(fused: bool | dict[str, bool]) -> frozenset[str]:
+    """The fusions that `fused` asks for, as in `expertmesh.fuse`. Raises ValueError for an unknown switch."""
+    switches = fused if isinstance(fused, dict) else {}
+    for name in switches:
+        if name not in FUSIONS:
+            nearest = get_close_matches(name, FUSIONS, 1, 0)[0]
+            raise ValueError(f"There is no fusion {name!r}; did you mean {nearest!r}? Known: {', '.join(FUSIONS)}.")
+    return frozenset(name for name in FUSIONS if switches.get(name, True))
 
 
 @dataclass(frozen=True)
@@ -52,13 +62,26 @@ class Fusion:
     verified: str = ""
 
 
+def _off(name: str, reason: str) -> Fusion:
+    return Fusion(name, False, "", reason, 0)
+
+
+def _on(name: str, count: int, reason: str = "", verified: str = "table") -> Fusion:
+    if not torch.cuda.is_available():
+        by = "PyTorch (no GPU here)"
+    else:
+        own = "Triton" if backends.HAS_TRITON else "PyTorch (no Triton here)"
+        by = ", ".join(filter(None, [backends.library_of(name), own]))
+    return Fusion(name, True, by, reason, count, verified)
+
+
 def apply_fusions(model: Any, requested: frozenset[str]) -> list[Fusion]:
     """Make the modules of a model fast, as far as it is `requested`, and report on it."""
-    done: dict[type, Any] = {}
-    rows, off = [experts_row(model)], {name: Fusion(name, False, "", "switched off", 0) for name in FUSIONS}
-    for fusion in dict.fromkeys(rule.fusion for rule in RULES):
-        rows.append(_apply(model, fusion, done) if fusion in requested else off[fusion])
-    return [*rows, _fuse_head(model) if _HEAD in requested else off[_HEAD]]
+    done: dict[type, Any] = {}  # classes that are fast already, and by which mixin
+    rows = [_experts(model)]
+    for name in dict.fromkeys(rule.fusion for rule in RULES):
+        rows.append(_apply(model, name, done) if name in requested else _off(name, "switched off"))
+    return [*rows, _fuse_head(model) if _HEAD in requested else _off(_HEAD, "switched off")]
 
 
 def can_be_told(module: nn.Module) -> bool:
@@ -68,57 +91,59 @@ def can_be_told(module: nn.Module) -> bool:
 
 
 def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
-    """Make modules fast that this fusion is for. done: classes that are fast already, and by which mixin."""
-    rules = [rule for rule in RULES if rule.fusion == fusion]
-    chosen: dict[type, tuple[Rule | None, str]] = {}
+    """Make the modules fast that this fusion is for, and their classes `done`."""
+    kinds: dict[Any, list[nn.Module]] = {}
+    for module in model.modules():
+        if not isinstance(module, Fast):
+            kinds.setdefault(type(module), []).append(module)
     reasons: dict[str, None] = {}
-    verified: dict[str, int] = {}
-    for module in list(model.modules()):
-        cls: Any = type(module)
-        if issubclass(cls, Fast):
+    verified: list[str] = []  # of each module that is fast now
+    for cls, modules in kinds.items():
+        rule, how = _rule_for(model, modules[0], fusion, done)
+        if rule is None:
+            reasons |= {how: None} if how else {}
             continue
-        if cls not in chosen:
-            chosen[cls] = _rule_for(model, module, fusion, rules, tuple(done.items()))
-        rule, how = chosen[cls]
-        reason = how if rule is None else rule.why_not(module)
-        if reason:
-            reasons[f"{cls.__name__}: {reason}" if rule is not None else reason] = None
-        elif rule is not None:
-            module.__class__ = twin(cls, rule.fast)
-            done[cls] = rule.fast
-            verified[how] = verified.get(how, 0) + 1
-    if not verified and not reasons:
+        for module in modules:
+            if (reason := rule.fast.why_not(module)) is not None:
+                reasons[f"{cls.__name__}: {reason}"] = None
+            else:
+                module.__class__ = twin(cls, rule.fast)
+                done[cls] = rule.fast
+                verified.append(how)
+    if verified:
+        return _on(fusion, len(verified), "; ".join(reasons), max(verified, key=("table", "probe").index))
+    if not reasons:
         meant = [module for module in model.modules() if _is_meant(module, fusion)]
         others = [name for name in dict.fromkeys(rule.fusion for rule in RULES) if count_of(name, meant)]
         reasons[" beside ".join([NOT_NEEDED, *others])] = None
-    by, how = (_how(fusion), "probe" if "probe" in verified else "table") if verified else ("", "")
-    return Fusion(fusion, bool(verified), by, "; ".join(reasons), sum(verified.values()), how)
+    return _off(fusion, "; ".join(reasons))
 
 
-def _rule_for(model: Any, module: nn.Module, fusion: str, rules: list[Rule], done: Any) -> tuple[Rule | None, str]:
+def _rule_for(model: Any, module: nn.Module, fusion: str, done: dict[type, Any]) -> tuple[Rule | None, str]:
     """The rule for modules of this class and how it is known to hold; else None and the reason, "" if it needs none."""
-    cls = type(module)
+    cls, meant = type(module), _is_meant(module, fusion)
     if not cls.__module__.startswith("transformers.models."):
-        return None, f"{cls.__name__} is no class of Transformers" if _is_meant(module, fusion) else ""
+        return None, f"{cls.__name__} is no class of Transformers" if meant else ""
+    rules = [rule for rule in RULES if rule.fusion == fusion]
     known = next((rule for rule in rules if rule.matches(cls)), None)
     if known is not None:
         return known, "table"
-    if not _is_meant(module, fusion):
+    if not meant:
         return None, ""
-    asked = [rule for rule in rules if rule.probed and _may_fit(rule, module)]
-    proven = probe(type(model).__stock__, model.config, cls, asked, done) if asked else None
-    return (proven, "probe") if proven is not None else (None, f"{cls.__name__} runs code of its own")
+    asked = {rule.fast: rule for rule in rules if rule.fast.probed and _may_fit(rule, module)}
+    proven = asked and probe(type(model).__stock__, model.config, cls, list(asked.values()), done)
+    return (proven, "probe") if proven else (None, f"{cls.__name__} runs code of its own")
 
 
 def _is_meant(module: nn.Module, fusion: str) -> bool:
-    part = _PARTS.get(fusion)
-    meant = type(module).__name__.endswith(FUSIONS[fusion]) if part is None else hasattr(module, part)
+    name, _, part = FUSIONS[fusion].partition(".")
+    meant = hasattr(module, part) if part else type(module).__name__.endswith(name)
     return meant and not hasattr(module, "experts")  # a GptOssMLP is a block of them
 
 
 def _may_fit(rule: Rule, module: nn.Module) -> bool:
     try:
-        return rule.why_not(module) is None
+        return rule.fast.why_not(module) is None
     except AttributeError:
         return False
 
@@ -126,35 +151,35 @@ def _may_fit(rule: Rule, module: nn.Module) -> bool:
 def _fuse_head(model: Any) -> Fusion:
     head = model.get_output_embeddings()
     if (reason := why_not_head(head)) is not None:
-        return Fusion(_HEAD, False, "", reason, 0)
+        return _off(_HEAD, reason)
     head.__class__ = twin(nn.Linear, FastHead)
-    return Fusion(_HEAD, True, _how(_HEAD), "", 1, "table")
+    return _on(_HEAD, 1)
 
 
-def experts_row(model: Any) -> Fusion:
-    """Whether experts run on our backend."""
-    modules = [m for m in model.modules() if fast_experts.is_experts(m)]
+def _experts(model: Any) -> Fusion:
     chosen = model.config.get_text_config()._experts_implementation
     if chosen != fast_experts.NAME:
-        return Fusion("experts", False, "", f"experts_implementation={chosen!r} was asked for", 0)
+        return _off("experts", f"experts_implementation={chosen!r} was asked for")
+    modules = [m for m in model.modules() if fast_experts.is_experts(m)]
     reasons = {reason for m in modules if (reason := fast_experts.why_not(m)) is not None}
     if reasons:
-        return Fusion("experts", False, "", f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}", 0)
-    return Fusion("experts", True, _how("experts"), "", len(modules), "table")
+        return _off("experts", f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}")
+    return _on("experts", len(modules))
 
 
-def _how(fusion: str) -> str:
-    if not torch.cuda.is_available():
-        return "PyTorch (no GPU here)"
-    own = "Triton" if backends.HAS_TRITON else "PyTorch (no Triton here)"
-    return ", ".join(filter(None, [backends.library_of(fusion), own]))
+def liger_row(reason: str | None) -> Fusion:
+    """Whether Liger serves a model without experts: if there is no reason why not."""
+    if reason is not None:
+        return _off("liger", reason)
+    return Fusion("liger", True, "liger-kernel, from the first forward on a GPU", "", 1)
 
 
 def count_of(fusion: str, modules: list[nn.Module]) -> int:
     """For how many of these modules a fusion is on."""
     if fusion == "experts":
         return sum(map(fast_experts.is_experts, modules))
-    return sum(isinstance(m, tuple(rule.fast for rule in RULES if rule.fusion == fusion)) for m in modules)
+    fasts = {rule.fast for rule in RULES if rule.fusion == fusion}
+    return sum(getattr(module, "__fast__", None) in fasts for module in modules)
 
 
 _printed: set[tuple] = set()

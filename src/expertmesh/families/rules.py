@@ -11,60 +11,42 @@ import hashlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from expertmesh.twins import CACHES
 
 
-def never(module: nn.Module) -> None:
-    """The `why_not` of rules that hold for every instance."""
-
-
 @dataclass(frozen=True)
 class Rule:
-    """Modules whose code has one of these fingerprints become twins of `fast`.
+    """Modules whose code has the fingerprint `code` become twins of the mixin `fast`, if the switch `fusion` is on.
 
-    fusion: the switch it belongs to. fast: a mixin, subclass of `Fast`. like: HF classes, as "model_type.Class",
-    whose code the twin equals (for readers and for the test that keeps the fingerprints honest). code: the
-    fingerprints of that code. also: methods, or functions of the class' module, that belong to the code. calls: the
-    twin replaces this function alone, in a forward that calls it and is HF's own; then the code is that of `also`.
-    why_not: the reason why one instance must stay stock, or None. probed: whether code of no known fingerprint may be
-    proven equal by a probe; not where a twin runs HF's code on CPUs, or when called as HF calls it.
+    like: an HF class, as "model_type.Class", that has this code: for readers, and for the test that keeps it true.
     """
 
     fusion: str
     fast: Any
-    like: tuple[str, ...]
-    code: tuple[str, ...]
-    also: tuple[str, ...] = ()
-    calls: str | None = None
-    why_not: Callable[[nn.Module], str | None] = never
-    probed: bool = True
+    like: str
+    code: str
 
     def matches(self, cls: type) -> bool:
         """Whether the class runs exactly the code this rule replaces."""
-        return fingerprint(cls, self.also, self.calls) in self.code
+        return fingerprint(cls, self.fast.stands_for) == self.code
 
 
 @functools.cache
-def fingerprint(cls: type, also: tuple[str, ...] = (), calls: str | None = None) -> str | None:
-    """Hash of the class' `forward` and what else is named; comments, docstrings, annotations, decorators left out.
+def fingerprint(cls: type, names: tuple[str, ...] = ("forward",)) -> str | None:
+    """Hash of these methods of the class and functions of its module, whose order counts.
 
-    With `calls` it is the hash of what else is named; None if `forward` does not call this.
+    None if one is missing or, where "forward" is not among them, if the class' forward does not call the first.
     """
-    forward: Any = getattr(cls, "forward", None)
-    forward = forward and inspect.unwrap(forward)
-    code, scope = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
-    if calls is not None and not (code is not None and calls in code.co_names and calls in scope):
-        return None
-    functions: list[Any] = [forward] if calls is None else []
-    for name in also:
-        functions.append(getattr(cls, name, None) or getattr(sys.modules[cls.__module__], name, None))
-    if any(function is None for function in functions):
+    module = sys.modules.get(cls.__module__)
+    functions: Any = [getattr(cls, name, getattr(module, name, None)) for name in names]
+    if "forward" not in names:
+        forward: Any = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
+        if names[0] not in getattr(forward, "__globals__", ()) or names[0] not in forward.__code__.co_names:
+            return None
+    if None in functions:
         return None
     try:
         sources = [textwrap.dedent(inspect.getsource(inspect.unwrap(function))) for function in functions]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from expertmesh.backends import TensorDescriptor, logger, tl, triton, use_triton
+from expertmesh.backends import TensorDescriptor, tell_once, tl, triton, use_triton
 from expertmesh.kernels.activation import Activation, activate
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched, processors
@@ -57,6 +57,7 @@ def up_act(
     if not use_triton(x_TH):
         return up_act_reference(x_TH, w_EHJ, bias_EJ, group, act)
     if act.kind == "custom":
+        tell_once("experts with an activation of their own gather their rows and run it in PyTorch, not in the kernel.")
         h_SJ = grouped_gemm(x_TH[group.token_S.long()], w_EHJ, group, bias_EJ)
         return h_SJ, act.forward(h_SJ)
     num_rows = group.slot_S.numel()
@@ -185,17 +186,12 @@ def tiles_of(x_RC: torch.Tensor, rows: int, columns: int) -> Any:
             " pieces of 16 bytes: load the model with fused={'experts': False}."
         )
     if x_RC.data_ptr() % 16:  # a view into somebody's flat buffer or file
-        _tell_of_copies()
+        tell_once(
+            "experts' weights do not start at a multiple of 16 bytes and are copied in every step: give them memory of"
+            " their own (parameter.data = parameter.data.clone())."
+        )
         x_RC = x_RC.clone()
     return TensorDescriptor.from_tensor(x_RC, [rows, columns])
-
-
-@cache
-def _tell_of_copies() -> None:
-    logger().warning(
-        "Experts' weights do not start at a multiple of 16 bytes and are copied in every step: give them memory of"
-        " their own (parameter.data = parameter.data.clone())."
-    )
 
 
 def weight_tiles(w_EKN: torch.Tensor, inner: int, columns: int) -> tuple[Any, bool]:
@@ -203,9 +199,14 @@ def weight_tiles(w_EKN: torch.Tensor, inner: int, columns: int) -> tuple[Any, bo
 
     Plain and transposed weights are read in place; any other strides (an adapter's sum may have them) cost a copy.
     """
-    if w_EKN.stride(2) == 1:
-        return tiles_of(w_EKN.contiguous().flatten(0, 1), inner, columns), False
-    return tiles_of(w_EKN.transpose(1, 2).contiguous().flatten(0, 1), columns, inner), True
+    transposed = w_EKN.stride(2) != 1
+    rows_ERC = w_EKN.transpose(1, 2) if transposed else w_EKN
+    if not rows_ERC.is_contiguous():
+        tell_once(
+            f"experts' weights have the strides {w_EKN.stride()} and are copied in every step: make them contiguous."
+        )
+        rows_ERC = rows_ERC.contiguous()
+    return tiles_of(rows_ERC.flatten(0, 1), *((columns, inner) if transposed else (inner, columns))), transposed
 
 
 def launch_rows(

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from expertmesh.backends import tell_once
+
 
 def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
     """Float32 [T, E]; must equal `F.linear(x.float(), weight.float())`, which is what runs wherever the GEMM is not
@@ -25,6 +27,8 @@ def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
     plain = plain and weight_EH.dtype in (torch.bfloat16, torch.float32)
     if plain and x_TH.is_cuda and not torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling():
         return RouterLogits.apply(x_TH, weight_EH)
+    if x_TH.is_cuda and x_TH.dtype == torch.bfloat16:
+        tell_once("a router's logits are a product in float32: under autocast, or its weight is no plain tensor.")
     return F.linear(x_TH.float(), weight_EH.float())
 
 

@@ -10,7 +10,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
 from expertmesh.layers.attention import NAME
+from expertmesh.layers.call import Call, call_of
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
 from expertmesh.layers.sinks import NAME as SINKS
@@ -38,20 +38,6 @@ _NO_MTP = (
 )
 
 
-@dataclass
-class Call:
-    """What one call of a causal language model will ask of its base model's hidden states.
-
-    targets: [B, S], what each position is to predict, -100 for nothing; None if nobody asks. whole: MTP modules learn
-    from them, and rows must not be taken apart. labelled: how many positions have something to predict, once the
-    device was asked.
-    """
-
-    targets: torch.Tensor | None = None
-    whole: bool = False
-    labelled: int | None = None
-
-
 class FastBaseModel(Fast):
     """Must equal the forward of its HF class for each document by itself. Hidden states of padding are zero.
 
@@ -60,7 +46,6 @@ class FastBaseModel(Fast):
 
     #: whether documents are where `cu_seq_lens_q` says and an attention_mask beside it is the auxiliary loss's alone
     told = False
-    _call: Call | None = None
     _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
     _replicate_for_data_parallel = refuse_replicas
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
@@ -73,8 +58,8 @@ class FastBaseModel(Fast):
             with nullcontext() if torch.compiler.is_dynamo_compiling() else as_stock(self):
                 return cls.__stock__.forward(self, *args, **kwargs)
         refuse_undivided(self)
-        inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, self._call or Call()
-        if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.whole:
+        inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, call_of(self)
+        if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and call.heard is None:
             raise ValueError(_NO_MTP)
         with one_forward():
             apart = self._prepare(inputs, call)
@@ -144,7 +129,7 @@ class FastBaseModel(Fast):
         length, caching = found.keep.shape[1], inputs.get("use_cache")
         if caching is None:
             caching = getattr(self.config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
-        whole = call.whole or caching or inputs.get("output_attentions") or found.labelled_padding or not found.count
+        whole = call.heard or caching or inputs.get("output_attentions") or found.labelled_padding or not found.count
         noisy = self.training and getattr(self.config, "router_jitter_noise", 0)  # drawn for each token, padding or not
         windows_shift = _has_windows(self.config, length) and found.has_holes
         if not (whole or noisy or windows_shift) and self._stateful is None and self._attends_by(length) != "masks":
@@ -203,33 +188,18 @@ class FastBaseModel(Fast):
 @contextmanager
 def as_stock(base: Any) -> Iterator[None]:
     """Within: the base model and all that is in it run Transformers' code, which PyTorch can export and transform."""
-    twins = {module: type(module) for module in base.modules() if isinstance(module, Fast)}
-    theirs = {
-        "_experts_implementation": {EXPERTS: "grouped_mm"},
-        "_attn_implementation": {NAME: "sdpa", SINKS: "eager"},
-    }
-    chosen = {name: getattr(base.config, name) for name in theirs}
+    config: Any = base.config
+    ours = {"_experts_implementation": {EXPERTS: "grouped_mm"}, "_attn_implementation": {NAME: "sdpa", SINKS: "eager"}}
+    stock = [(module, "__class__", type(module).__stock__) for module in base.modules() if isinstance(module, Fast)]
+    stock += [(config, name, theirs.get(getattr(config, name), getattr(config, name))) for name, theirs in ours.items()]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in stock]
     try:
-        for module, cls in twins.items():
-            module.__class__ = cls.__stock__
-        for name, value in chosen.items():
-            setattr(base.config, name, theirs[name].get(value, value))
+        for change in stock:
+            setattr(*change)
         yield
     finally:
-        for module, cls in twins.items():
-            module.__class__ = cls
-        for name, value in chosen.items():
-            setattr(base.config, name, value)
-
-
-@contextmanager
-def calling(base: Any, call: Call) -> Iterator[None]:
-    """Within: a causal language model's call of its base model."""
-    base._call = call
-    try:
-        yield
-    finally:
-        base._call = None
+        for change in before:
+            setattr(*change)
 
 
 def fuse_base(model: Any) -> None:

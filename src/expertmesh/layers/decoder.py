@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from expertmesh.backends import tell_once
 from expertmesh.kernels.rms_norm import add_rms_norm, keep_rms_norm
 from expertmesh.layers.norm import can_merge
 from expertmesh.moe.block import FastMoEBlock, add_scaled
@@ -20,7 +21,10 @@ class FastDecoderLayer(Fast):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         norm = self.post_attention_layernorm
-        if args or not can_merge(norm):  # arguments by position; or a norm replaced or hooked after fusing: call it
+        if args or not can_merge(norm):  # a norm replaced or hooked after fusing: call it
+            tell_once(
+                f"{type(self).__name__} runs Transformers' code: its norm was changed, or arguments came by position."
+            )
             return super().forward(hidden_states, *args, **kwargs)
         first = self.input_layernorm
         if can_merge(first):
@@ -38,6 +42,11 @@ class FastDecoderLayer(Fast):
 
     def _feed_forward(self, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return add_block(self.mlp, normed, residual)
+
+    @staticmethod
+    def why_not(layer: Any) -> str | None:
+        fits = can_merge(layer.post_attention_layernorm)
+        return None if fits else "the norm behind its attention is not a fused RMSNorm"
 
 
 class FastHybridDecoderLayer(FastDecoderLayer):
@@ -66,8 +75,3 @@ def add_block(block: nn.Module, normed: torch.Tensor, residual: torch.Tensor, sc
     if isinstance(block, FastMoEBlock) and untouched(block):
         return block(normed, residual, scale)
     return add_scaled(residual, block(normed), scale)
-
-
-def why_not_add_norm(layer: Any) -> str | None:
-    """Why this decoder layer must stay stock, or None."""
-    return None if can_merge(layer.post_attention_layernorm) else "the norm behind its attention is not a fused RMSNorm"

@@ -1,20 +1,17 @@
 """The language-model head that never holds [tokens, vocabulary] logits in training.
 
-Within `deferring()` the head returns `DeferredLogits`: to autograd the head's output like any other, but its values are
-computed only if somebody looks at them. `causal_lm_loss`, in the place of Transformers' `ForCausalLMLoss`, does not: it
-goes from hidden states to the loss directly, and the gradient that it sends back to the logits is deferred as well
-(`DeferredGradient`): it brings the gradients of the head's inputs along. So autograd's graph is stock's, and whoever
-hooks, differentiates by, edits or copies the logits finds what stock has. Within `counting()` the logits also bring the
-`statistics` of the predictions, which the loss makes on its way.
+In a call that `defers` (call.py) the head returns `DeferredLogits`: to autograd the head's output like any other, but
+its values are computed only if somebody looks at them. `causal_lm_loss`, in the place of Transformers'
+`ForCausalLMLoss`, does not: it goes from hidden states to the loss directly, and the gradient that it sends back to the
+logits is deferred as well (`DeferredGradient`): it brings the gradients of the head's inputs along. So autograd's graph
+is stock's, and whoever hooks, differentiates by, edits or copies the logits finds what stock has.
 """
 
-import contextlib
 import copy
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,46 +24,24 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy, scaled
+from expertmesh.layers.call import current
 from expertmesh.twins import Fast, traced, untouched
 
 MOST_LABELLED = 0.9  # of all tokens: from there on it is not worth while to leave the others out
 aten = torch.ops.aten
-
-_deferring: ContextVar[Any] = ContextVar("deferring_logits", default=None)
-_counting: ContextVar[bool] = ContextVar("counting_predictions", default=False)
-
-
-@contextlib.contextmanager
-def deferring(model: nn.Module | None) -> Iterator[None]:
-    """Within: the fast head of `model` returns `DeferredLogits`."""
-    token = _deferring.set(model)
-    try:
-        yield
-    finally:
-        _deferring.reset(token)
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[None]:
-    """Within: a loss that goes past deferred logits leaves its `Statistics` in their `statistics`."""
-    token = _counting.set(True)
-    try:
-        yield
-    finally:
-        _counting.reset(token)
 
 
 class FastHead(Fast):
     """Twin of the `nn.Linear` that makes the logits."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        model = _deferring.get()
-        if model is None or traced() or not type(self.weight.data) is type(input.data) is torch.Tensor:
+        call = None if traced() else current.get()
+        if call is None or not call.defers or not type(self.weight.data) is type(input.data) is torch.Tensor:
             return super().forward(input)
-        unit = self if isinstance(self, FSDPModule) else model
-        if unit is model and not untouched(self):
+        unit = self if isinstance(self, FSDPModule) else call.model
+        if unit is not self and not untouched(self):
             # DeepSpeed's ZeRO-3 is one: it takes the weight away when the head has run
-            _tell_of_hooks(type(model).__name__)
+            _tell_of_hooks(type(unit).__name__)
             return super().forward(input)
         _heads().add(self)
         sharded = isinstance(unit, FSDPModule)
@@ -192,7 +167,7 @@ for _name in "numpy tolist data_ptr untyped_storage storage __dlpack__ __reduce_
 class DeferredLogits(_Deferred):
     """The head's output. A conversion to a wider dtype and a product with a number (Granite, Cohere) are deferred too.
 
-    weight, bias: the head's, for more logits by it. statistics: see `counting`.
+    weight, bias: the head's, for more logits by it. statistics: of the predictions, if the loss was to make them.
     """
 
     weight: torch.Tensor
@@ -315,9 +290,10 @@ def deferred_logits(hidden: Any, weight: Any, bias: Any, sharded: bool = False, 
     return _Head.apply(hidden, weight, bias, kept, sharded and not keep)
 
 
-def next_tokens(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """What each position [B, S] is to predict: the label behind it."""
-    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+def next_tokens(x_BS: torch.Tensor, fill: int = -100, distance: int = 1) -> torch.Tensor:
+    """What stands behind each position, at this distance in its row; `fill` where the row has ended. Of labels: what
+    it is to predict."""
+    return F.pad(x_BS, (0, distance), value=fill)[..., distance:]
 
 
 def causal_lm_loss(
@@ -328,13 +304,14 @@ def causal_lm_loss(
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
     labelled: int | None = None,
+    counts: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Transformers' `ForCausalLMLoss`, and its equal that goes past the logits if they are deferred.
 
     logits [B, S, V], labels [B, S] (shifted here) or shift_labels [B, S]. Sum over labelled tokens divided by
     num_items_in_batch, or their mean if that is None. labelled: how many tokens have a label, if that is known: then
-    others do not pass through the head. Returns a float32 scalar.
+    others do not pass through the head. counts: whether deferred logits get `statistics`. Returns a float32 scalar.
     """
     targets = labels if shift_labels is None else shift_labels
     known: Any = logits if isinstance(logits, DeferredLogits) and _versions(logits) == [0] else None  # nobody edited it
@@ -370,7 +347,7 @@ def causal_lm_loss(
         bias=bias,
         num_items_in_batch=num_items_in_batch,
         ignore_index=ignore_index,
-        statistics=found if _counting.get() else None,
+        statistics=found if counts else None,
         # what is saved autograd drops after the backward, and sees to it that nobody changes it before
         through=(
             logits,

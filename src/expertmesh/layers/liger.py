@@ -23,15 +23,11 @@ def why_not_liger(model: Any) -> str | None:
     return None
 
 
-class ApplyLigerOnGPU:
+def apply_liger_on_gpu(model: Any, args: Any) -> None:
     """Forward pre-hook that applies Liger's kernels at the first forward on a GPU and removes itself."""
-
-    def __call__(self, model: Any, args: Any) -> None:
-        if not next(model.parameters()).is_cuda:
-            return
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if hook is self:
-                del model._forward_pre_hooks[key]
+    if next(model.parameters()).is_cuda:
+        hooks = model._forward_pre_hooks
+        del hooks[next(key for key, hook in hooks.items() if hook is apply_liger_on_gpu)]
         apply_liger(model)
 
 
@@ -51,6 +47,7 @@ def apply_liger(model: Any) -> None:
     try:
         apply(model=model, **{name: value for name, value in options.items() if name in known})
     finally:
-        modeling.clear()
         modeling.update(before)
+        for name in modeling.keys() - before.keys():
+            del modeling[name]
     logger().info("expertmesh: Liger kernels are on in this %s.", type(model).__name__)

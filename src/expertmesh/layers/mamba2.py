@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
+from expertmesh.backends import tell_once
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2
 from expertmesh.twins import Fast, cache_of, untouched
 
 
 class FastMamba2Mixer(Fast):
     """Must equal `NemotronHMamba2Mixer.forward` of Transformers, document by document."""
+
+    stands_for = ("forward", "apply_mask_to_padding_states", "causal_conv1d_fn", "mamba2_chunk_scan")
 
     def forward(
         self,
@@ -27,7 +30,11 @@ class FastMamba2Mixer(Fast):
         cache = cache if cache is not None else cache_of(kwargs)
         bounds = kwargs.pop("document_bounds", None)
         start_BS = None if bounds is None else bounds.start
-        if cache is not None or not all(map(untouched, (self.conv1d, self.norm, self.act))):
+        if touched := not all(map(untouched, (self.conv1d, self.norm, self.act))):
+            tell_once(
+                f"{type(self).__name__} runs Transformers' code: somebody put hooks on its parts, or replaced them."
+            )
+        if cache is not None or touched:
             if start_BS is not None:
                 kwargs["seq_idx"] = start_BS  # Transformers needs mamba-ssm for these rows, or raises
             return super().forward(hidden_states, cache, attention_mask, **kwargs)
@@ -46,16 +53,14 @@ class FastMamba2Mixer(Fast):
         y = mamba2(self.in_proj(hidden_states), weights, options, start_BS, attention_mask)
         return self.out_proj(y.to(dtype))
 
-
-def why_not_mamba2(mixer: Any) -> str | None:
-    """Why this mixer must stay stock, or None."""
-    sizes = mixer.head_dim, mixer.ssm_state_size
-    if any(size < 16 or size & (size - 1) for size in sizes):
-        return f"its head and state widths {sizes} are not powers of two from 16 on"
-    if mixer.activation != "silu" or mixer.conv_kernel_size != 4:
-        return (
-            f"its convolution over {mixer.conv_kernel_size} tokens with {mixer.activation} is not one over 4 with silu"
-        )
-    if mixer.norm.group_size * mixer.n_groups != mixer.intermediate_size:
-        return "its norm has other groups than its scan"
-    return None
+    @staticmethod
+    def why_not(mixer: Any) -> str | None:
+        sizes = mixer.head_dim, mixer.ssm_state_size
+        if any(size < 16 or size & (size - 1) for size in sizes):
+            return f"its head and state widths {sizes} are not powers of two from 16 on"
+        if mixer.activation != "silu" or mixer.conv_kernel_size != 4:
+            over, act = mixer.conv_kernel_size, mixer.activation
+            return f"its convolution over {over} tokens with {act} is not one over 4 with silu"
+        if mixer.norm.group_size * mixer.n_groups != mixer.intermediate_size:
+            return "its norm has other groups than its scan"
+        return None

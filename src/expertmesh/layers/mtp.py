@@ -8,14 +8,12 @@ embedding of token t+k, runs a decoder layer, and predicts token t+k+1 with the 
     loss = main loss + mtp_loss_weight * mean over k of CE(head(h^k_t), token_{t+k+1})
 
 A module is made of the family's own decoder layers (`MTPBlock`), so that its attention and experts are fused and
-sharded like all others. In training `predicting()` overhears what the main model computes anyway (embeddings, hidden
-states, masks), and `with_predictions` adds the losses; in evaluation and generation nothing of this runs.
+sharded like all others. In training `hearing()` notes what the main model computes anyway (embeddings, hidden states,
+masks), and `loss_with_predictions` adds the losses; in evaluation and generation nothing of this runs.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from expertmesh import backends
-from expertmesh.layers.head import DeferredLogits, causal_lm_loss, deferred_logits
+from expertmesh.layers.call import Call
+from expertmesh.layers.head import DeferredLogits, causal_lm_loss, deferred_logits, next_tokens
 from expertmesh.twins import Fast, cache_of, twin
 
 
@@ -48,30 +47,20 @@ class MTPBlock(Fast):
         return hidden_states if self.end_norm is None else self.get_submodule(self.end_norm)(hidden_states)
 
 
-def begin_module(block: Any, norm: Callable[[], nn.Module], hidden_size: int) -> None:
-    """Let this decoder layer join hidden states and embeddings, by weights of the names that checkpoints give them."""
-    _become_block(block)
-    block.enorm, block.hnorm = norm(), norm()
-    block.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
-    block.begins = True
-
-
-def end_module(block: Any, norm: nn.Module, name: str) -> None:
-    """Let this decoder layer end with a norm, under the `name` ("a" or "a.b") that checkpoints give it."""
-    _become_block(block)
-    *holders, last = name.split(".")
-    parent = block
-    for holder in holders:
-        parent.add_module(holder, nn.Module())
-        parent = parent.get_submodule(holder)
-    parent.add_module(last, norm)
-    block.end_norm = name
-
-
-def _become_block(block: nn.Module) -> None:
-    cls: Any = type(block)
-    if not issubclass(cls, MTPBlock):
-        block.__class__ = twin(cls, MTPBlock)
+def make_module(blocks: list[Any], norm: Callable[[], nn.Module], hidden_size: int, end: str) -> None:
+    """Make an MTP module of these decoder layers: the first joins hidden states and embeddings, behind the last comes a
+    norm with the name `end` ("a" or "a.b"). All weights get the names that they have in checkpoints."""
+    first, last = blocks[0], blocks[-1]
+    for block in {first, last}:
+        stock: Any = type(block)
+        block.__class__ = twin(stock, MTPBlock)
+    first.enorm, first.hnorm = norm(), norm()
+    first.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+    first.begins, last.end_norm = True, end
+    holder, _, name = end.rpartition(".")
+    if holder:
+        last.add_module(holder, nn.Module())
+    last.get_submodule(holder).add_module(name, norm())
 
 
 @dataclass
@@ -138,95 +127,80 @@ def promise_what_is_kept(model: Any) -> None:
                 setattr(config, name, 0)
 
 
-class _Overheard:
-    """What the main model computes in one forward, by forward hooks."""
+@dataclass(eq=False)
+class Heard:
+    """What the main model computes in one call."""
 
-    def __init__(self, model: Any):
-        self.model = model
-        self.embeds: Any = None  # [B, S, H]
-        self.hidden: Any = None  # [B, S, H], after the last norm
-        self.position_ids: Any = None  # the caller's, or None
-        self.inputs: dict[nn.Module, dict[str, Any]] = {}  # keyword arguments of decoder layers
-
-    def hooks(self) -> Iterator[Any]:
-        base = self.model.base_model
-        yield base.register_forward_pre_hook(self._begin, with_kwargs=True)
-        yield self.model.get_input_embeddings().register_forward_hook(self._embedded)
-        yield base.register_forward_hook(self._end)
-        for layer in {like for depth in self.model._mtp.depths for _, like in depth}:
-            yield layer.register_forward_pre_hook(self._layer, with_kwargs=True)
-
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.embeds, self.position_ids = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
-
-    def _embedded(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        self.embeds = output
-
-    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.hidden = output[0]
-
-    def _layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache_of(kwargs := dict(kwargs))
-        self.inputs[module] = kwargs | {"use_cache": False}
-
-
-_overheard: ContextVar[_Overheard | None] = ContextVar("overheard", default=None)
+    embeds: Any = None  # [B, S, H]
+    hidden: Any = None  # [B, S, H], after the last norm
+    position_ids: Any = None  # the caller's, or None
+    inputs: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # keyword arguments of decoder layers
 
 
 @contextlib.contextmanager
-def predicting(model: Any, on: bool) -> Iterator[bool]:
-    """While `on`, and if the model trains MTP modules, their losses are part of its loss. Yields whether they are."""
-    if not on or model._mtp is None or model.mtp_loss_weight is None:
-        yield False
+def hearing(call: Call) -> Iterator[None]:
+    """Within: forward hooks note in `call.heard` what the MTP modules learn from, if this call trains any."""
+    model = call.model
+    if not call.defers or model._mtp is None or model.mtp_loss_weight is None:
+        yield
         return
-    overheard = _Overheard(model)
-    token = _overheard.set(overheard)
-    with contextlib.ExitStack() as hooks:
-        for handle in overheard.hooks():
-            hooks.callback(handle.remove)
-        try:
-            yield True
-        finally:
-            _overheard.reset(token)
+    call.heard = heard = Heard()
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        heard.embeds, heard.position_ids = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
+
+    def embedded(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        heard.embeds = output
+
+    def end(module: nn.Module, args: tuple, output: Any) -> None:
+        heard.hidden = output[0]
+
+    def layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        cache_of(kwargs := dict(kwargs))
+        heard.inputs[module] = kwargs | {"use_cache": False}
+
+    base, likes = model.base_model, {like for depth in model._mtp.depths for _, like in depth}
+    hooks = [
+        base.register_forward_pre_hook(begin, with_kwargs=True),
+        model.get_input_embeddings().register_forward_hook(embedded),
+        base.register_forward_hook(end),
+        *(like.register_forward_pre_hook(layer, with_kwargs=True) for like in likes),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def with_predictions(model: Any, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The model's loss function `loss`, and within `predicting()` the MTP losses on top of it."""
-    overheard = _overheard.get()
-    return loss if overheard is None or overheard.model is not model else functools.partial(_loss, overheard, loss)
-
-
-def _loss(
-    overheard: _Overheard, main: Any, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any
+def loss_with_predictions(
+    call: Call, main: Any, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any
 ) -> torch.Tensor:
-    model = overheard.model
-    targets = kwargs.get("shift_labels")
-    if targets is None:
-        targets = _ahead(labels, 1, -100)
-    hidden, total = overheard.hidden, 0.0
+    """The model's loss function `main`, and the MTP losses on top of it: each divided like the main loss; 0, not nan,
+    where a batch has no label that far ahead."""
+    model, heard, hidden = call.model, call.heard, call.heard.hidden
+    next_labels, num_items = call.targets, kwargs.get("num_items_in_batch")
+    assert next_labels is not None, "the model was called with labels"
+    losses = []
     for depth, blocks in enumerate(model._mtp.depths, 1):
-        inputs: tuple[torch.Tensor, ...] = (hidden, F.pad(overheard.embeds, (0, 0, 0, depth))[..., depth:, :])
+        inputs: tuple[torch.Tensor, ...] = (hidden, F.pad(heard.embeds, (0, 0, 0, depth))[..., depth:, :])
         for block, like in blocks:
-            inputs = (block(*inputs, **overheard.inputs[like]),)
+            inputs = (block(*inputs, **heard.inputs[like]),)
         (hidden,) = inputs
-        total += _cross_entropy(
-            _logits(model, logits, hidden), _targets(targets, overheard.position_ids, depth), vocab_size, kwargs
-        )
-    scale = model.mtp_loss_weight / len(model._mtp.depths)
-    return main(logits, labels, vocab_size, **kwargs) + scale * total
-
-
-def _ahead(x_BS: torch.Tensor, distance: int, fill: int) -> torch.Tensor:
-    """What stands `distance` positions later in each row; `fill` where the row has ended."""
-    return F.pad(x_BS, (0, distance), value=fill)[..., distance:].contiguous()
+        targets = _targets(next_labels, heard.position_ids, depth)
+        count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
+        ahead = _logits(model, logits, hidden)
+        losses.append(causal_lm_loss(ahead, targets, vocab_size, num_items_in_batch=count, shift_labels=targets))
+    scale = model.mtp_loss_weight / len(losses)
+    return main(logits, labels, vocab_size, **kwargs) + scale * sum(losses)
 
 
 def _targets(targets: torch.Tensor, position_ids: torch.Tensor | None, depth: int) -> torch.Tensor:
     """Labels [B, S] of this depth from those of the next token; -100 where they lie in another packed document."""
-    targets = _ahead(targets, depth, -100)
+    targets = next_tokens(targets, distance=depth).contiguous()
     if position_ids is None:
         return targets
-    same = _ahead(position_ids, depth + 1, -1) == position_ids + depth + 1
+    same = next_tokens(position_ids, -1, depth + 1) == position_ids + depth + 1
     return targets.masked_fill(~same.to(targets.device), -100)
 
 
@@ -241,11 +215,3 @@ def _logits(model: Any, main: torch.Tensor, hidden: torch.Tensor) -> torch.Tenso
             "linear_cross_entropy on, and the head without adapters."
         )
     return model.get_output_embeddings()(hidden)
-
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, kwargs: dict[str, Any]) -> Any:
-    """Divided like the main loss; 0, not nan, where a batch has no label this far ahead."""
-    num_items = kwargs.get("num_items_in_batch")
-    if num_items is None:
-        num_items = (targets != -100).sum().clamp(min=1)
-    return causal_lm_loss(logits, targets, vocab_size, num_items_in_batch=num_items, shift_labels=targets)

@@ -29,6 +29,7 @@ class FastFloat32RMSNorm(FastRMSNorm):
 class FastOnePlusRMSNorm(FastRMSNorm):
     """`((1 + weight) * x_hat).to(dtype)` in float32: Qwen3-Next, Qwen3.5."""
 
+    stands_for = ("forward", "_norm")
     scale: Scale = "one_plus"
 
     def get_eps(self) -> float:

@@ -14,11 +14,8 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from expertmesh.kernels.documents import Bounds
-from expertmesh.kernels.rope import rope
 from expertmesh.kernels.sink_attention import Padding, padding_of, sink_attention, takes, visible
-from expertmesh.layers.attention import attended
 from expertmesh.layers.rows import is_placeholder, unlost
-from expertmesh.twins import Fast, cache_of
 
 NAME = "expertmesh-sinks"
 
@@ -76,31 +73,3 @@ def padding_or_mask(
 
 AttentionInterface.register(NAME, attend_with_sinks)
 masking_utils.AttentionMaskInterface.register(NAME, padding_or_mask)
-
-
-class FastSinkAttention(Fast):
-    """Must equal `GptOssAttention.forward` of Transformers."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | Bounds | Padding | None,
-        *cache: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        past = cache[0] if cache else cache_of(kwargs)
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = rope(self.q_proj(hidden_states).view(heads), *position_embeddings).transpose(1, 2)
-        key = rope(self.k_proj(hidden_states).view(heads), *position_embeddings).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        if past is not None:
-            key, value = past.update(key, value, self.layer_idx, kwargs=kwargs)
-        kwargs |= {"sliding_window": self.sliding_window, "s_aux": self.sinks}
-        return attended(self, eager_attention_forward, query, key, value, attention_mask, **kwargs)
-
-
-def why_not_sinks(attention: Any) -> str | None:
-    """Why this attention must stay stock, or None."""
-    chosen = attention.config._attn_implementation
-    return None if chosen == NAME else f"attn_implementation={chosen!r} was asked for"

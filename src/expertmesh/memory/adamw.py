@@ -34,31 +34,14 @@ class AdamW(torch.optim.AdamW):
     grad_norm: torch.Tensor | None = None
     _clip: tuple[torch.Tensor, float] | None = None
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | torch.Tensor = 1e-3,
-        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        max_grad_norm: float | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
+    def __init__(self, params: Any, *args: Any, max_grad_norm: float | None = None, **kwargs: Any) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be greater than 0, not {max_grad_norm}; None does not clip.")
-        if differentiable:
+        if kwargs.get("differentiable"):
             raise ValueError("This AdamW cannot be differentiated through: use torch.optim.AdamW.")
         self.max_grad_norm = max_grad_norm
         # what PyTorch calls fused keeps the count of steps beside the parameter, as here
-        super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable, fused=True
-        )
+        super().__init__(params, *args, **kwargs | {"foreach": None, "fused": True})
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"max_grad_norm": self.max_grad_norm}

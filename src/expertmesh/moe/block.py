@@ -18,6 +18,8 @@ class FastMoEBlock(Fast):
     A compiled layer calls the block and does not look into it: one graph break instead of one for every call inside.
     """
 
+    probed = False
+
     @torch.compiler.disable
     def forward(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, scale: float = 1.0
@@ -37,6 +39,11 @@ class FastMoEBlock(Fast):
             scaled_TK = weight_TK if scale == 1 else weight_TK.float() * scale
             return self.experts(x_TH, ids_TK, scaled_TK, residual=residual, **exchange)
         return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK, **exchange).view_as(residual), scale)
+
+    @staticmethod
+    def why_not(block: Any) -> str | None:
+        noisy = getattr(block, "jitter_noise", 0) > 0
+        return "its inputs get noise in training (router_jitter_noise)" if noisy else None
 
     def _router(self) -> Any:
         return self.gate
@@ -81,11 +88,6 @@ def add_scaled(residual: torch.Tensor, out: torch.Tensor | tuple[torch.Tensor, .
     """residual + scale · out, the output of a block of experts; of several outputs the first."""
     out = out[0] if isinstance(out, tuple) else out
     return residual + (out if scale == 1 else out * scale)
-
-
-def why_not_noisy(block: Any) -> str | None:
-    """Why this block of Mixtral's must stay stock, or None."""
-    return "its inputs get noise in training (router_jitter_noise)" if block.jitter_noise > 0 else None
 
 
 def _run_here_alone(experts: Any) -> bool:

@@ -95,6 +95,12 @@ class FastSigmoidRouter(_FastRouter):
         logits_TE = router_logits(hidden_states.view(-1, self.hidden_dim), self.weight)
         return self._route(logits_TE, sigmoid_routing(self), torch.float32, self.e_score_correction_bias)
 
+    @staticmethod
+    def why_not(router: Any) -> str | None:
+        if kernel_supports(sigmoid_routing(router), router.num_experts):
+            return None
+        return f"{router.num_experts} experts in {router.num_group} groups: the kernel needs powers of two"
+
 
 def sigmoid_routing(router: Any) -> Routing:
     """The `Routing` that a DeepSeek-V3-like router module describes."""
@@ -106,13 +112,6 @@ def sigmoid_routing(router: Any) -> Routing:
         router.num_group,
         router.topk_group,
     )
-
-
-def why_not_sigmoid(router: Any) -> str | None:
-    """Why this sigmoid router must stay stock, or None."""
-    if kernel_supports(sigmoid_routing(router), router.num_experts):
-        return None
-    return f"{router.num_experts} experts in {router.num_group} groups: the kernel needs powers of two"
 
 
 @contextmanager

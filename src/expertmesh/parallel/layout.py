@@ -1,4 +1,6 @@
-"""What Transformers' FSDP2 layout does at a needless cost where experts are spread over ranks, done without it."""
+"""What is changed in Transformers' FSDP2 layout: less work where experts are spread over ranks, limits to waits, and
+adapters that are added later are the same on all ranks.
+"""
 
 import os
 from collections.abc import Iterator
@@ -7,15 +9,20 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 from transformers.distributed import fsdp as stock_fsdp
 
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.experts import NAME, is_experts, runs_here
+from expertmesh.waiting import meet, waiting
 
 SMALL = 1 / 30  # of a device's memory
 LAYERS_AT_ONCE = 8
+_AVERAGED = "_replicated_grad_hook_registered"  # Transformers' name for it
 
 
 @contextmanager
@@ -73,6 +80,67 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
         dispatch = vars(module).pop("dispatch", None)
         if isinstance(dispatch, Dispatch):
             dispatch.layer, module.forward = name, dispatch
+
+
+def train_together(model: Any, reshard_experts: bool) -> None:
+    """Make a model that is laid out ready to be trained: FSDP's exchanges are `waiting`, ranks meet before a forward.
+
+    reshard_experts: gathered experts are freed behind their forward.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        if getattr(module, "_is_expert_parallel", False):
+            module.set_reshard_after_forward(reshard_experts)
+        state = vars(module._get_fsdp_state())  # torch 2.11 has one unit there, or None
+        for unit in filter(None, state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")])):
+            _limit_waits(unit, f"the weights of {name or type(model).__name__}")
+    model.base_model.register_forward_pre_hook(partial(_before_training, model, set(model.modules())))
+
+
+def _limit_waits(unit: Any, place: str) -> None:
+    """Make the exchanges of one of FSDP's units `waiting`; one of several modules comes by several times."""
+    groups = [getattr(unit.mesh_info, f"{kind}_process_group", None) for kind in ("shard", "replicate")]
+    for name in ("unshard", "wait_for_unshard", "post_backward"):
+        if name not in vars(unit):
+            setattr(unit, name, waiting(place, *filter(None, groups))(getattr(unit, name)))
+
+
+@torch.compiler.disable
+def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.Module, _: Any) -> None:
+    """Before each training forward of a model that is laid out: the ranks meet, and adapters become alike on all.
+
+    PEFT adds these after the layout. FSDP knows nothing of them, so each rank would draw and train its own. They become
+    rank 0's, and their gradients are averaged, as by Transformers' Trainer, with whom a mark tells who came first.
+    """
+    if not (base.training and torch.is_grad_enabled()):
+        return
+    meet("the beginning of a forward")
+    world: Any = dist.group.WORLD
+    for place, module in model.named_modules():
+        if module in laid_out:
+            continue
+        if getattr(getattr(module, "base_layer", None), "_is_expert_parallel", False):
+            raise ValueError(
+                f"{place}: adapters on experts do not work with ep_size > 1, which spreads experts over ranks. Set "
+                f"ep_size to 1, or leave target_parameters out and adapt attention by target_modules."
+            )
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad or hasattr(parameter, _AVERAGED):
+                continue
+            if not isinstance(parameter, DTensor):
+                with waiting(place, world):
+                    dist.broadcast(parameter.data, 0)
+                parameter.register_post_accumulate_grad_hook(waiting(place, world)(_average))
+            elif parameter.device_mesh.size() < world.size():
+                raise ValueError(
+                    f"{place}: nobody averages adapters that tp_size splits over dp_size. Set tp_size to 1."
+                )
+            setattr(parameter, _AVERAGED, True)
+
+
+def _average(parameter: torch.Tensor) -> None:
+    dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
 
 
 def refuse_undivided(model: Any) -> None:

@@ -10,17 +10,13 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.core_model_loading import MergeModulelist
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 from transformers.distributed.utils import _ensure_torch_distributed
@@ -28,15 +24,13 @@ from transformers.distributed.utils import _ensure_torch_distributed
 from expertmesh import waiting as limits
 from expertmesh.moe import all_to_all, gather
 from expertmesh.moe.experts import is_experts
+from expertmesh.parallel.layout import train_together
 from expertmesh.parallel.ranks import refuse_differences
-from expertmesh.waiting import meet, waiting
 
 STRATEGY = "fsdp2"
 # how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
 DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME}
 AUTO = "auto"
-_RECOMPUTE = "activation_checkpointing"
-_AVERAGED = "_replicated_grad_hook_registered"  # Transformers' name for it
 NEAR = 8  # ranks up to which "auto" gathers
 
 
@@ -152,33 +146,24 @@ class DistributedSetup:
         """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
         if self.activation_checkpointing:
             model.activation_checkpointing_enable()
-        if current_world_size() == 1:
-            return
-        limits.patience = timedelta(minutes=self.timeout_minutes)
-        for name, module in model.named_modules():
-            if not isinstance(module, FSDPModule):
-                continue
-            if getattr(module, "_is_expert_parallel", False):
-                module.set_reshard_after_forward(self.reshard_experts)
-            state = vars(module._get_fsdp_state())  # torch 2.11 has one unit there, or None
-            for unit in filter(None, state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")])):
-                _let_wait(unit, f"the weights of {name or type(model).__name__}")
-        model.base_model.register_forward_pre_hook(partial(_before_training, model, set(model.modules())))
+        if current_world_size() > 1:
+            limits.patience = timedelta(minutes=self.timeout_minutes)
+            train_together(model, self.reshard_experts)
 
     def __str__(self) -> str:
         """The mesh as text: a column for each rank, and which batch, copy and part of the model it holds."""
         world = self.world_size
         assert world is not None
-        per_replica = self.fsdp_size * self.tp_size
-        rows = {"rank": list(range(world)), "batch": [r // self.tp_size for r in range(world)]}
-        if self.dp_replicate_size > 1:
-            rows["replica"] = [r // per_replica for r in range(world)]
-        if self.tp_size > 1:
-            rows["tp part"] = [r % self.tp_size for r in range(world)]
-        if self.ep_size > 1:
-            rows["experts"] = [r % self.ep_size for r in range(world)]
-        if self.ep_size > 1 and self.efsdp_size > 1:
-            rows["shard of them"] = [r % per_replica // self.ep_size for r in range(world)]
+        tp, ep, per_replica = self.tp_size, self.ep_size, self.fsdp_size * self.tp_size
+        rows = {
+            "rank": range(world),
+            "batch": [r // tp for r in range(world)],
+            "replica": [r // per_replica for r in range(world)],
+            "tp part": [r % tp for r in range(world)],
+            "experts": [r % ep for r in range(world)],
+            "shard of them": [r % per_replica // ep if ep > 1 else 0 for r in range(world)],
+        }
+        rows = {name: values for name, values in rows.items() if name in ("rank", "batch") or any(values)}
         width = len(str(world - 1))
         lines = [
             f"{world} rank{'s' * (world > 1)}: dp_size={self.dp_size} (dp_replicate_size={self.dp_replicate_size} x "
@@ -188,51 +173,6 @@ class DistributedSetup:
             for name, values in rows.items():
                 lines.append(f"{name:>13}  " + " ".join(f"{v:>{width}}" for v in values[first : first + 16]))
         return "\n".join(lines)
-
-
-def _let_wait(unit: Any, place: str) -> None:
-    """Make the exchanges of one of FSDP's units `waiting`; one of several modules comes by several times."""
-    groups = [getattr(unit.mesh_info, f"{kind}_process_group", None) for kind in ("shard", "replicate")]
-    for name in ("unshard", "wait_for_unshard", "post_backward"):
-        if name not in vars(unit):
-            setattr(unit, name, waiting(place, *filter(None, groups))(getattr(unit, name)))
-
-
-@torch.compiler.disable
-def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.Module, _: Any) -> None:
-    """Before each training forward of a model that is laid out: the ranks meet, and adapters become alike on all.
-
-    PEFT adds these after the layout. FSDP knows nothing of them, so each rank would draw and train its own. They become
-    rank 0's, and their gradients are averaged, as by Transformers' Trainer, with whom a mark tells who came first.
-    """
-    if not (base.training and torch.is_grad_enabled()):
-        return
-    meet("the beginning of a forward")
-    world: Any = dist.group.WORLD
-    for place, module in model.named_modules():
-        if module in laid_out:
-            continue
-        if getattr(getattr(module, "base_layer", None), "_is_expert_parallel", False):
-            raise ValueError(
-                f"{place}: adapters on experts do not work with ep_size > 1, which spreads experts over ranks. Set "
-                f"ep_size to 1, or leave target_parameters out and adapt attention by target_modules."
-            )
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad or hasattr(parameter, _AVERAGED):
-                continue
-            if not isinstance(parameter, DTensor):
-                with waiting(place, world):
-                    dist.broadcast(parameter.data, 0)
-                parameter.register_post_accumulate_grad_hook(waiting(place, world)(_average))
-            elif parameter.device_mesh.size() < world.size():
-                raise ValueError(
-                    f"{place}: nobody averages adapters that tp_size splits over dp_size. Set tp_size to 1."
-                )
-            setattr(parameter, _AVERAGED, True)
-
-
-def _average(parameter: torch.Tensor) -> None:
-    dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
 
 
 def current_world_size() -> int:
@@ -251,7 +191,7 @@ def _or(numbers: Iterable[int]) -> str:
     return f"{', '.join(map(str, first))} or {last}" if first else str(last)
 
 
-def _is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
+def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
     """By type and value: True is not 1, and nothing is asked of tensors."""
     return any(value is one or (type(value) is type(one) and value == one) for one in allowed)
 
@@ -260,78 +200,11 @@ _COUNT = (lambda x: type(x) is int and 1 <= x <= 10**6, "a whole number from 1 t
 # field of a `DistributedSetup` -> (whether a value fits, what fits in words)
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys("world_size ep_size tp_size dp_size dp_replicate_size".split(), _COUNT),
-    **dict.fromkeys((_RECOMPUTE, "reshard_experts"), (lambda x: type(x) is bool, "true or false")),
+    **dict.fromkeys(("activation_checkpointing", "reshard_experts"), (lambda x: type(x) is bool, "true or false")),
     "timeout_minutes": (lambda x: type(x) in (int, float) and 0 < x <= 10**6, "a number of minutes above 0"),
-    "dispatch": (lambda x: _is_one_of(x, (AUTO, *DISPATCH)), f"one of {', '.join((AUTO, *DISPATCH))}"),
+    "dispatch": (lambda x: is_one_of(x, (AUTO, *DISPATCH)), f"one of {', '.join((AUTO, *DISPATCH))}"),
     "strategy": (lambda x: x == STRATEGY, f"{STRATEGY!r} (with dp_replicate_size each rank has a copy, as in DDP)"),
 }
-_OURS = (*"strategy dp_size dp_replicate_size tp_size ep_size timeout_minutes dispatch".split(), _RECOMPUTE, "moe")
-# NeMo AutoModel's other keys, with the values that ask for nothing or for what happens anyway
-_NEMO_KEYS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys("pp_size cp_size fsdp2_forward_prefetch_depth".split(), (1, None)),
-    **dict.fromkeys(
-        "sequence_parallel enable_async_tensor_parallel enable_compile enable_fsdp2_prefetch".split(), (False, None)
-    ),
-    **dict.fromkeys("defer_fsdp_grad_sync reshard_after_forward".split(), (True, None)),
-    **dict.fromkeys("pipeline tp_plan mp_policy offload_policy autocast_dtype multimodal ranks".split(), (None,)),
-    "fsdp2_backward_prefetch_depth": (2, None),
-    "activation_checkpointing_scope": ("all", None),
-    "patch_is_packed_sequence": (False, True, None),
-}
-_NEMO_MOE_KEYS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys("ignore_router_for_ac wrap_outer_model".split(), (True, None)),
-    **dict.fromkeys("lm_head_precision mp_policy".split(), (None,)),
-}
-
-
-def create_distributed_setup_from_config(
-    config: dict[str, Any] | None = None, world_size: int | None = None, **keys: Any
-) -> DistributedSetup:
-    """The `DistributedSetup` of a `distributed` section with NeMo AutoModel's keys, as a dict or keywords.
-
-    Keys: strategy, dp_size, dp_replicate_size, tp_size, ep_size, timeout_minutes, activation_checkpointing (bool or
-    "full"), moe: {reshard_after_forward: bool}, and dispatch, which NeMo has not. None leaves a key out. NeMo's other
-    keys are accepted at values that ask for what happens anyway. Raises ValueError for any other value of them, and for
-    a key that nobody knows.
-    """
-    section = _keys({} if config is None else config, "", _OURS, _NEMO_KEYS) | _keys(keys, "", _OURS, _NEMO_KEYS)
-    moe = _keys(section.pop("moe", {}), "moe.", ("reshard_after_forward",), _NEMO_MOE_KEYS)
-    if section.get(_RECOMPUTE) == "full":
-        section[_RECOMPUTE] = True
-    reshard = moe.get("reshard_after_forward", True)
-    if type(reshard) is not bool:
-        raise ValueError(f"moe.reshard_after_forward must be true or false, not {reshard!r}.")
-    return DistributedSetup(**section, reshard_experts=reshard, world_size=world_size)
-
-
-def _keys(section: Any, path: str, ours: tuple[str, ...], theirs: dict[str, tuple]) -> dict[str, Any]:
-    """Of a section what is ours and not None."""
-    if not isinstance(section, dict):
-        raise ValueError(f"{path.rstrip('.') or 'The section'} must be a dict of settings, not {section!r}.")
-    for key, value in section.items():
-        if key in ours:
-            continue
-        if key not in theirs:
-            near = get_close_matches(str(key), [*ours, *theirs], 1, 0)[0]
-            raise ValueError(
-                f"There is no distributed setting {f'{path}{key}'!r}; did you mean {path + near!r}? "
-                f"Settings: {', '.join(path + name for name in ours)}."
-            )
-        if not _is_one_of(value, theirs[key]):
-            raise ValueError(
-                f"{path}{key}={value!r} is NeMo AutoModel's and not supported here: leave it out, or set it to "
-                f"{' or '.join(map(repr, theirs[key]))}."
-            )
-    return {key: value for key, value in section.items() if key in ours and value is not None}
-
-
-def as_setup(setup: DistributedSetup | dict[str, Any]) -> DistributedSetup:
-    """A `DistributedSetup`, or the section that describes one. Raises TypeError for anything else."""
-    if isinstance(setup, dict):
-        return create_distributed_setup_from_config(setup)
-    if not isinstance(setup, DistributedSetup):
-        raise TypeError(f"distributed_setup must be a DistributedSetup or a dict, not {type(setup).__name__}.")
-    return setup
 
 
 def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
@@ -347,9 +220,8 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
             f"tp_size={layout.tp_size} does not divide the {heads} key-value heads of {type(model).__name__}. "
             f"Set tp_size to {_divisors(heads if isinstance(heads, int) else math.gcd(*heads))}."
         )
-    conversions = get_model_conversion_mapping(model)
-    operations = [op for c in conversions if isinstance(c, WeightConverter) for op in c.operations]
-    one_by_one = any(isinstance(op, MergeModulelist) for op in operations)
+    operations = [op for entry in get_model_conversion_mapping(model) for op in getattr(entry, "operations", ())]
+    one_by_one = any(isinstance(operation, MergeModulelist) for operation in operations)
     replica = layout.fsdp_size * layout.tp_size
 
     def fits(num_experts: int, ep_size: int) -> bool:

@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from expertmesh import data
-from expertmesh.fuse import requesting
+from expertmesh.fuse import loading
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import in_short, install, known
 from expertmesh.train.folder import check_folder
@@ -116,7 +116,7 @@ def check_settings(config: Config) -> None:
                 "log.report_to", f"{name} cannot be used here ({install(name)} adds it where it is missing)"
             ):
                 INTEGRATION_TO_CALLBACK[name]()
-    with _refusing("model.fused", "it cannot be switched so"), requesting(config.model.fused):
+    with _refusing("model.fused", "it cannot be switched so"), loading(config.model.fused):
         pass
     check_folder(config)
 

@@ -12,7 +12,7 @@ from accelerate.utils import is_peft_model
 
 from expertmesh.fuse import FusedModel
 from expertmesh.kernels.linear_cross_entropy import statistics_reference
-from expertmesh.layers.head import FastHead, counting, next_tokens
+from expertmesh.layers.head import FastHead, next_tokens
 from expertmesh.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
         if return_outputs or not model.training or self.why_not_own_loss() is not None:
             self._read_metrics()
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs["use_cache"] = False
-        with counting(), self._without_aux_loss(inputs):
+        inputs |= {"use_cache": False, "count_predictions": True}
+        with self._without_aux_loss(inputs):
             loss, outputs = transformers.Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         aux_loss: Any = 0.0
         if self.aux_loss_enabled:

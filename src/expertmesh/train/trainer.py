@@ -24,6 +24,7 @@ from expertmesh import backends
 from expertmesh.memory.adamw import AdamW
 from expertmesh.parallel import ranks
 from expertmesh.parallel.clip import clip_grad_norm, grad_norm
+from expertmesh.train.ahead import Ahead
 from expertmesh.train.buckets import Buckets, Row, fused_base, one_row
 from expertmesh.train.graphed import GraphedStep, on_all_ranks, why_not, why_not_unasked
 from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord
@@ -79,6 +80,7 @@ class Trainer(ResumableTrainer):
         self.load = RouterLoad(self.model)
         self.add_callback(MetricsFile(self.args.output_dir or ".", self.load))
         self._record = StepRecord()
+        self._ahead = Ahead(iter(()))
         self._tokens: torch.Tensor | int = 0
         self._seconds = 0.0
         self._since: float | None = None  # when the stopwatch was looked at; None: it stands
@@ -101,7 +103,9 @@ class Trainer(ResumableTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._since = time.perf_counter() if self._since is None else self._since
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._ahead.source is not epoch_iterator:
+            self._ahead = Ahead(epoch_iterator)
+        batches, num_items = super().get_batch_samples(self._ahead, num_batches, device)
         named = [batch if isinstance(batch, MutableMapping) else {} for batch in batches]
         self._record = StepRecord(named, [batch.pop(ROW, None) for batch in named], num_items)
         for batch in named:
@@ -283,6 +287,7 @@ class Trainer(ResumableTrainer):
         """Raise if the step that is under way had to be refused."""
         if isinstance(self._torch_optimizer, AdamW):
             vars(self._torch_optimizer).pop("found_inf", None)
+        self._ahead.fetch()  # what is checked is still being computed
         decode = getattr(self.processing_class, "decode", None)
         folder = self.args.output_dir or "."
         self._record.check(grad_norm, self.state.global_step + 1, folder, model, decode)

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -84,16 +84,11 @@ def staged(folder: Path, staging: Path, begin: Callable, move: Callable[[Digests
         with ranks.together(group):
             for path in [*sorted(staging.rglob("*"), reverse=True), staging]:  # on every rank: fsync reaches its own
                 sync(path)
-        mine: Digests = {}
-        with ranks.together(group), ThreadPoolExecutor() as pool:  # hashing releases the GIL
-            files = sorted(path for path in staging.rglob("*") if path.is_file())
-            files = files[ranks.rank(group) :: ranks.world_size(group)]
-            for path, digest in zip(files, pool.map(sha256, files), strict=True):
-                mine[path.relative_to(staging).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
-        everything = sorted(entry for part in ranks.gathered(mine, group) for entry in part.items())
+        files = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
+        sums = digests(staging, files, group)
         with ranks.together(group):
             if ranks.rank(group) == 0:
-                move(dict(everything))
+                move(sums)
 
 
 @contextmanager
@@ -139,13 +134,11 @@ def verify_sums(folder: str | Path, together: bool = False) -> None:
     Raises DamagedError naming the weights that differ. Configurations are files that people edit: a warning names them.
     """
     path = Path(folder, SUMS)
-    sums = [line.partition("  ") for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
-    mine = sums[ranks.rank() :: ranks.world_size()] if together else sums
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        files = [Path(folder, name) for _, _, name in mine]
-        found = list(pool.map(lambda file: sha256(file) if file.is_file() else None, files))
-    differ = [name for (wanted, _, name), digest in zip(mine, found, strict=True) if digest != wanted]
-    changed = sorted(name for part in (ranks.gathered(differ) if together else [differ]) for name in part)
+    lines = [line.partition("  ") for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
+    sums = {name: wanted for wanted, _, name in lines}
+    there = [name for name in sums if Path(folder, name).is_file()]
+    found = digests(Path(folder), there, None if together else ranks.ALONE)
+    changed = sorted(name for name, wanted in sums.items() if name not in found or found[name]["sha256"] != wanted)
     weights = [name for name in changed if ".safetensors" in name]
     if weights:
         raise DamagedError(
@@ -156,10 +149,17 @@ def verify_sums(folder: str | Path, together: bool = False) -> None:
         log.warning("%s in %s is not what was saved: it differs from %s.", ", ".join(changed), folder, SUMS)
 
 
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digests(folder: Path, names: Iterable[str], group: Any = None) -> Digests:
+    """Size and SHA-256 of these files, sorted. Each is read by one rank of `group`, and every rank gets all."""
+    mine = sorted(names)[ranks.rank(group) :: ranks.world_size(group)]
+    with ranks.together(group), ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        found = dict(zip(mine, pool.map(lambda name: _digest(folder / name), mine), strict=True))
+    return dict(sorted(item for part in ranks.gathered(found, group) for item in part.items()))
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def sync(path: Path) -> None:

@@ -10,8 +10,6 @@ A further method of quantization is a function in `READERS`.
 
 import copy
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -113,31 +111,18 @@ def _read_mxfp4(stored: dict[str, Any], tensors: Tensors) -> Tensors:
 READERS: dict[str, Callable[[dict[str, Any], Tensors], Tensors]] = {"fp8": _read_fp8, "mxfp4": _read_mxfp4}
 
 
-def dequantized(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Take `quantization_config` out of a checkpoint's configuration if its weights can be read unquantized.
-
-    Returns it, or None if there is none or none of a kind that is known here.
+def dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a checkpoint's configuration, without `quantization_config` if its weights can be read unquantized: a
+    model that is loaded with it finds that in `_stored_quantization`.
     """
-    stored = getattr(config, "quantization_config", None)
-    if not isinstance(stored, dict) or stored.get("quant_method") not in READERS:
-        return None
-    if stored["quant_method"] == "fp8" and not stored.get("weight_block_size"):
-        return None
-    del config.quantization_config
-    config.dtype = config.dtype or torch.bfloat16
-    return stored
-
-
-@dataclass(frozen=True)
-class _Source:
-    name: str
-    stored: dict[str, Any]
-
-    def __str__(self) -> str:
-        return str(self.stored["quant_method"]).upper()
-
-
-_source: ContextVar[_Source | None] = ContextVar("quantized_source", default=None)
+    config = copy.deepcopy(config)
+    stored: Any = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if method in READERS and (method != "fp8" or stored.get("weight_block_size")):
+        del config.quantization_config
+        config._stored_quantization = stored
+        config.dtype = config.dtype or torch.bfloat16
+    return config
 
 
 class ReadsQuantized(Fast):
@@ -147,38 +132,33 @@ class ReadsQuantized(Fast):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, but quantized weights are dequantized, unless `quantization_config=` says how to keep
         them."""
-        config, source = kwargs.get("config"), None
-        if isinstance(config, PreTrainedConfig) and kwargs.get("quantization_config") is None:
-            config = copy.deepcopy(config)
-            stored = dequantized(config)
-            if stored is not None:
-                kwargs["config"], source = config, _Source(str(pretrained_model_name_or_path), stored)
-        token = _source.set(source)
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        finally:
-            _source.reset(token)
+        if isinstance(kwargs.get("config"), PreTrainedConfig) and kwargs.get("quantization_config") is None:
+            kwargs["config"] = dequantized(kwargs["config"])
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
     ) -> Any:
         """As in Transformers, from tensors that are dequantized when they are read."""
-        load, source, files = PreTrainedModel._load_pretrained_model, _source.get(), checkpoint_files
-        if source is None or expected_keys is not None:  # only an adapter's loading names the keys
+        load, files = PreTrainedModel._load_pretrained_model, checkpoint_files
+        stored = vars(model.config).pop("_stored_quantization", None)
+        if stored is None:
             return load(model, state_dict, files, load_config, expected_keys)
+        method = stored["quant_method"]
+        name, source = load_config.pretrained_model_name_or_path, method.upper()
         if not files or not all(str(file).endswith(".safetensors") for file in files):
-            raise ValueError(f"{source.name} is quantized ({source}), and only safetensors files of it can be read.")
+            raise ValueError(f"{name} is quantized ({source}), and only safetensors files of it can be read.")
         if "disk" in (load_config.device_map or {}).values():
-            raise ValueError(f"{source.name} is quantized ({source}): it cannot stay on the disk. Change device_map.")
+            raise ValueError(f"{name} is quantized ({source}): it cannot stay on the disk. Change device_map.")
         dtype = str(load_config.dtype).removeprefix("torch.")
         backends.logger().info(
-            f"expertmesh: {source.name} is quantized ({source}). Its weights become {dtype} while they are read, to be "
+            f"expertmesh: {name} is quantized ({source}). Its weights become {dtype} while they are read, to be "
             f"trained; give quantization_config= to keep them quantized."
         )
-        model._dequantized_from = str(source)
+        model._dequantized_from = source
         with opened(files) as tensors:
-            return load(model, READERS[source.stored["quant_method"]](source.stored, tensors), files, load_config)
+            return load(model, READERS[method](stored, tensors), files, load_config)
 
 
 def tell_saved(model: Any, folder: Any) -> None:

@@ -25,6 +25,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from expertmesh.parallel.clip import local
+
 Read = Callable[[Any, Any, int | None], torch.Tensor | None]
 
 
@@ -50,11 +52,7 @@ def to_model_names(
     for name, group in groups.items():
         keys = set().union(*group.layer_targets.values())
         try:
-            values = dict(_converted(model, name, group))
-            for target, value in values.items():
-                if target in targets and value.shape != targets[target].shape:
-                    raise ValueError(_misfit(target, value.shape, targets[target].shape))
-            converted |= values
+            converted |= _converted(model, name, group, targets)
         except ValueError:
             if not is_part or len(keys) == 1:
                 raise
@@ -74,12 +72,13 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     with opened(files) as sources, torch.no_grad():
         targets = model.state_dict()
         groups, unknown = _groups(model, sources, targets, _read_slice)
+        own = {name: local(x) for name, x in targets.items()}
         tied = _aliases(model)
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
         absent = set(targets) - set(model._keys_to_ignore_on_save or ())
         for name, group in groups.items():
-            for target, value in _converted(model, name, group):
-                _overwrite(target, targets[target], value)
+            for target, value in _converted(model, name, group, own).items():
+                own[target].copy_(value)
                 absent -= tied.get(target, {target})
         unknown = [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]
     for what, keys in (("lacks", sorted(absent)), ("has, but the model has not:", sorted(unknown))):
@@ -117,16 +116,26 @@ def _groups(
     return groups, unknown
 
 
-def _converted(model: PreTrainedModel, name: str, group: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _converted(
+    model: PreTrainedModel, name: str, group: Any, targets: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Weights by their names in the model, each of the shape that it has in `targets`."""
     try:
-        values = group.convert(name, model=model, config=model.config)
+        found = group.convert(name, model=model, config=model.config)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"The checkpoint's tensors for {name} do not fit together ({error}). One of them is missing or has the "
             f"wrong shape: take a complete checkpoint of this model."
         ) from error
+    values = {target: value[0] if isinstance(value, list) else value for target, value in found.items()}
     for target, value in values.items():
-        yield target, value[0] if isinstance(value, list) else value
+        if target in targets and value.shape != targets[target].shape:
+            raise ValueError(
+                f"The checkpoint's weights for {target} have the shape {tuple(value.shape)}, the model's "
+                f"{tuple(targets[target].shape)}. Part of them is missing, or they are another model's: take a "
+                f"complete checkpoint of this model."
+            )
+    return values
 
 
 def _read_slice(source: Any, target: torch.Tensor, index: int | None) -> torch.Tensor | None:
@@ -135,20 +144,6 @@ def _read_slice(source: Any, target: torch.Tensor, index: int | None) -> torch.T
         local = target.to_local()
         return DtensorShardOperation(target).shard_tensor(source, index, local.device, target.dtype)
     return source[...].to(target.device, target.dtype)
-
-
-def _overwrite(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
-    local = target.to_local() if isinstance(target, DTensor) else target
-    if local.shape != value.shape:
-        raise ValueError(_misfit(name, value.shape, local.shape))
-    local.copy_(value)
-
-
-def _misfit(name: str, found: torch.Size, wanted: torch.Size) -> str:
-    return (
-        f"The checkpoint's weights for {name} have the shape {tuple(found)}, the model's {tuple(wanted)}. Part of them "
-        f"is missing, or they are another model's: take a complete checkpoint of this model."
-    )
 
 
 def _aliases(model: PreTrainedModel) -> dict[str, set[str]]:

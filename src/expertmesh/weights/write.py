@@ -8,9 +8,8 @@ at a time and written by ranks in turn. In host memory a rank keeps one file of 
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,6 @@ from expertmesh.parallel import ranks
 from expertmesh.weights.files import replacing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-#: (name in the model, name on disk, weight) in, the tensors that are written for it out, by their names on disk
-Pack = Callable[[str, str, torch.Tensor], dict[str, torch.Tensor]]
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -46,130 +43,98 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def save_sharded(
-    model: PreTrainedModel, folder: str | Path, max_shard_size: int | str = "5GB", pack: Pack | None = None
-) -> None:
+def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
     """Write weights, index and configurations as `save_pretrained` does. Every rank must call it, on one file system.
 
     max_shard_size: the largest weights file, as "5GB" or in bytes, and about the host memory that a rank needs.
-    pack: what the tensors on disk are made of, if not the weights; it is also asked with meta tensors, for the plan.
     """
-    export = Export(model, max_shard_size, pack)
+    files = files_of(model, max_shard_size)
     with replacing(folder) as staging:
-        export.write(staging, export.files())
+        write_model(staging, model, files)
 
 
-@dataclass
-class _Group:
-    """Tensors of the model that become tensors of the checkpoint together."""
+def files_of(model: PreTrainedModel, max_shard_size: int | str = "5GB") -> Iterator[dict[str, torch.Tensor]]:
+    """The weights files that this rank is to write: tensors by their keys on disk, as copies on the CPU.
 
-    target: str
-    transform: Any  # Transformers' conversion, reversed
-    sources: list[tuple[str, str]]  # (name in the model, pattern it matches)
-    by_expert: bool = False  # every rank converts and writes its own rows
-    writer: int = 0  # else: the rank that gets the gathered tensors
+    Every rank must exhaust it: it gathers.
+    """
+    return _split(_own_tensors(model), _bytes(max_shard_size))
 
 
-class Export:
-    """Who writes which tensor of a model into which file. Made on every rank at the same time."""
+def write_model(
+    folder: Path, model: PreTrainedModel, files: Iterable[dict[str, torch.Tensor]], group: Any = None
+) -> None:
+    """Write these files; rank 0 adds the index, if there are several, and configurations; no trace of layout.
 
-    def __init__(self, model: PreTrainedModel, max_shard_size: int | str = "5GB", pack: Pack | None = None):
-        self.model, self.pack = model, pack
-        self.state = _saved_state(model)
-        self.groups, self.renamings = _groups(model, self.state)
-        limit = _bytes(max_shard_size)
-        self._assign_writers()
-        mine = [(key, value.nbytes) for group in self.groups for key, value in self._planned(group)]
-        everyone = ranks.gathered(_split(mine, limit))
-        total, first = sum(map(len, everyone)), sum(map(len, everyone[: ranks.rank()]))
-        self._names = [WEIGHTS if total == 1 else f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
-        self._contents = [content for files in everyone for content in files]
-        self._mine = range(first, first + len(everyone[ranks.rank()]))
+    An error on one rank of `group` is one on all: they go on gathering with a rank that cannot write.
+    """
+    files, rank = iter(files), ranks.rank(group)
+    mine: list[tuple[int, str, dict[str, int]]] = []
+    with ranks.together(group):
+        try:
+            for tensors in files:
+                name = f"rank-{rank}-{len(mine)}.safetensors"  # until all ranks know how many there are
+                save_file(tensors, folder / name, metadata={"format": "pt"})
+                mine.append((rank, name, {key: value.nbytes for key, value in tensors.items()}))
+        finally:
+            deque(files, maxlen=0)
+    written = [file for part in ranks.gathered(mine, group) for file in part]
+    weight_map: dict[str, str] = {}
+    with ranks.together(group):
+        for number, (writer, name, sizes) in enumerate(written, 1):
+            final = WEIGHTS if len(written) == 1 else f"model-{number:05}-of-{len(written):05}.safetensors"
+            weight_map |= dict.fromkeys(sizes, final)
+            if writer == rank:
+                (folder / name).rename(folder / final)
+        if rank == 0:
+            if len(written) > 1:
+                size = sum(nbytes for *_, sizes in written for nbytes in sizes.values())
+                metadata = {"total_parameters": model.num_parameters(), "total_size": size}
+                index = {"metadata": metadata, "weight_map": weight_map}
+                (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            _write_configurations(folder, model)
 
-    @torch.no_grad()
-    def files(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """(name, tensors as copies on the CPU) of every file this rank writes. Gathers: every rank must exhaust it."""
-        numbers, tensors = iter(self._mine), {}
-        number = next(numbers, None)
-        for group in self.groups:
-            values = [self.state[name] for name, _ in group.sources]
-            if not group.by_expert:
-                values = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]
-            for key, value in self._of_this_rank(group, values):
-                tensors[key] = value.to("cpu", copy=True).contiguous()
-                if number is not None and len(tensors) == len(self._contents[number]):
-                    yield self._names[number], tensors
-                    number, tensors = next(numbers, None), {}
-        assert not tensors and number is None, "the plan and the conversion disagree"
 
-    def write(self, folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]], group: Any = None) -> None:
-        """Write these files; rank 0 adds the index, if there are several, and configurations; no trace of layout.
+def _write_configurations(folder: Path, model: PreTrainedModel) -> None:
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    promise_what_is_kept(model)
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
-        An error on one rank of `group` is one on all: they go on gathering with a rank that cannot write.
-        """
-        files = iter(files)
-        with ranks.together(group):
-            try:
-                for name, tensors in files:
-                    save_file(tensors, folder / name, metadata={"format": "pt"})
-            finally:
-                deque(files, maxlen=0)
-            if ranks.rank(group) == 0:
-                self._write_configurations(folder)
 
-    def _write_configurations(self, folder: Path) -> None:
-        model = self.model
-        if len(self._names) > 1:
-            named = list(zip(self._names, self._contents, strict=True))
-            size = sum(nbytes for _, content in named for _, nbytes in content)
-            index = {
-                "metadata": {"total_parameters": model.num_parameters(), "total_size": size},
-                "weight_map": {key: name for name, content in named for key, _ in content},
-            }
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        model.config.dtype = str(model.dtype).removeprefix("torch.")
-        promise_what_is_kept(model)
-        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
-
-    def _assign_writers(self) -> None:
-        """Gathered tensors go to the rank that has the fewest bytes of them so far."""
-        load = [0] * ranks.world_size()
-        for group in self.groups:
-            if not group.by_expert:
-                group.writer = load.index(min(load))
-                load[group.writer] += sum(self.state[name].nbytes for name, _ in group.sources)
-
-    def _planned(self, group: _Group) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `_of_this_rank` will give, as meta tensors."""
-        values = []
-        for name, _ in group.sources:
-            value = self.state[name]
-            shape = value.to_local().shape if group.by_expert else value.shape
-            values.append(torch.empty(shape, dtype=value.dtype, device="meta"))
-        return self._of_this_rank(group, values)
-
-    def _of_this_rank(self, group: _Group, values: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(key on disk, tensor) of a group that this rank writes."""
+@torch.no_grad()
+def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """(key on disk, tensor) of all that this rank writes. Of experts that become one tensor each it has its own rows;
+    other tensors are gathered, and go to the rank that has the fewest bytes of them so far."""
+    state = _saved_state(model)
+    groups, renamings = _groups(model, state)
+    load = [0] * ranks.world_size()
+    for target, (conversion, sources) in groups.items():
+        values = [state[name] for name, _ in sources]
         first = 0
-        if group.by_expert:
-            parameter = self.state[group.sources[0][0]]
-            first = _first_row(parameter)
-            values = [value.to_local() if isinstance(value, DTensor) else value for value in values]
-            if not len(values[0]) or not _is_first_replica(parameter):
-                return
-        elif group.writer != ranks.rank():
-            return
-        transform = deepcopy(group.transform)
-        for (name, pattern), value in zip(group.sources, values, strict=True):
-            transform.add_tensor(group.target, name, pattern, value)
-        for key, value in transform.convert(group.target, model=self.model, config=self.model.config).items():
+        if _splits_by_expert(conversion, values):
+            (parameter,) = values
+            _, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            first, values = offset[0], [parameter.to_local()]
+            is_mine = len(values[0]) > 0 and _is_first_replica(parameter)
+        else:
+            writer = load.index(min(load))
+            load[writer] += sum(value.nbytes for value in values)
+            values = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]  # on all ranks
+            is_mine = writer == ranks.rank()
+        if not is_mine:
+            continue
+        transform = deepcopy(conversion)
+        for (name, pattern), value in zip(sources, values, strict=True):
+            transform.add_tensor(target, name, pattern, value)
+        for key, value in transform.convert(target, model=model, config=model.config).items():
             if isinstance(transform, WeightConverter):
-                key = apply_renamings(_renumbered(key, transform, first), self.renamings)
-            value = value[0] if isinstance(value, list) else value
-            yield from self.pack(group.sources[0][0], key, value).items() if self.pack else [(key, value)]
+                key = apply_renamings(_renumbered(key, transform, first), renamings)
+            yield key, (value[0] if isinstance(value, list) else value).to("cpu", copy=True).contiguous()
 
 
 def _saved_state(model: PreTrainedModel) -> dict[str, Any]:
@@ -200,8 +165,11 @@ def _copies(model: PreTrainedModel) -> dict[str, str]:
     return {} if mtp is None else mtp.copies
 
 
-def _groups(model: PreTrainedModel, state: dict[str, Any]) -> tuple[list[_Group], list[WeightRenaming]]:
-    """The conversions that `save_pretrained` applies, with the model's names they apply to; and its renamings."""
+def _groups(
+    model: PreTrainedModel, state: dict[str, Any]
+) -> tuple[dict[str, tuple[Any, list[tuple[str, str]]]], list[WeightRenaming]]:
+    """Tensors that become tensors of the checkpoint together, as {target: (the conversion that `save_pretrained` would
+    apply, [(name in the model, pattern it matches)])}; and the renamings that come behind conversions."""
     transforms = getattr(model, "_weight_conversions", None)
     if transforms is None:  # not from a checkpoint: a prefix that might have been there is not invented
         known = get_model_conversion_mapping(model, add_legacy=False)
@@ -210,7 +178,7 @@ def _groups(model: PreTrainedModel, state: dict[str, Any]) -> tuple[list[_Group]
     renamings = [transform for transform in reverse if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in reverse if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    groups: dict[str, _Group] = {}
+    groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
     for name in sorted(state, key=dot_natural_key):
         target, pattern = apply_converters(name, converters)
         if pattern is None:
@@ -218,27 +186,19 @@ def _groups(model: PreTrainedModel, state: dict[str, Any]) -> tuple[list[_Group]
             transform: Any = WeightRenaming(name, target)
         else:
             transform = by_pattern[pattern]
-        groups.setdefault(target, _Group(target, transform, [])).sources.append((name, pattern or name))
-    for group in groups.values():
-        group.by_expert = _splits_by_expert(group, state)
-    return list(groups.values()), renamings
+        groups.setdefault(target, (transform, []))[1].append((name, pattern or name))
+    return groups, renamings
 
 
-def _splits_by_expert(group: _Group, state: dict[str, Any]) -> bool:
+def _splits_by_expert(conversion: Any, values: list[Any]) -> bool:
     """Whether one sharded tensor becomes one tensor per row, so that every rank can convert the rows it has."""
-    operations = getattr(group.transform, "operations", ())
-    parameter = state[group.sources[0][0]]
+    operations = getattr(conversion, "operations", ())
     return (
-        len(group.sources) == 1
-        and isinstance(parameter, DTensor)
+        len(values) == 1
+        and isinstance(values[0], DTensor)
         and any(isinstance(operation, SplitModulelist) and operation.dim == 0 for operation in operations)
-        and all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in parameter.placements)
+        and all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in values[0].placements)
     )
-
-
-def _first_row(parameter: DTensor) -> int:
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return offset[0]
 
 
 def _is_first_replica(parameter: DTensor) -> bool:
@@ -258,17 +218,18 @@ def _renumbered(key: str, transform: WeightConverter, first: int) -> str:
     return key
 
 
-def _split(entries: list[tuple[str, int]], limit: int) -> list[list[tuple[str, int]]]:
-    """Consecutive (key, bytes), in files of at most `limit` bytes or one tensor."""
-    files: list[list[tuple[str, int]]] = []
+def _split(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Files of at most `limit` bytes, or of one tensor."""
+    file: dict[str, torch.Tensor] = {}
     size = 0
-    for key, nbytes in entries:
-        if not files or size + nbytes > limit:
-            files.append([])
-            size = 0
-        files[-1].append((key, nbytes))
-        size += nbytes
-    return files
+    for key, value in tensors:
+        if file and size + value.nbytes > limit:
+            yield file
+            file, size = {}, 0
+        file[key] = value
+        size += value.nbytes
+    if file:
+        yield file
 
 
 def _bytes(size: int | str) -> int:

@@ -1,0 +1,69 @@
+"""What the exchanges of expert parallelism take alone, between the GPUs of a node.
+
+    torchrun --nproc-per-node 2 benchmarks/exchanges.py --out benchmarks/results/h200_x2_exchanges.json
+
+Each rank has 16,384 tokens of 2,048 bfloat16, with top-8 of 128 experts at random. GB/s are those of one direction and
+count the rows that some rank needs, each once per rank. Barriers are part of the time.
+
+gather           all tokens to all ranks, copied out of the mailbox, as in the forward
+gather in place  the same, read in the mailbox, as in the backward
+scatter          the sums come back and are added up
+combine          the same, with the experts' rows summed on the way; `this GPU alone` does only that
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from gpus import RanksResult, begin
+from shared import median_ms, parser
+
+from expertmesh.kernels.combine import combine
+from expertmesh.kernels.grouping import group_by_expert
+from expertmesh.moe.exchange import Outputs
+from expertmesh.moe.links import Collectives, link_of
+
+
+def exchanges(device: torch.device, tokens: int, width: int, experts: int = 128, top_k: int = 8) -> tuple[dict, int]:
+    """({link: {name: exchange}}, bytes that another rank needs)."""
+    ranks, rank, mailboxes = dist.get_world_size(), dist.get_rank(), link_of(dist.group.WORLD)
+    x = torch.randn(tokens, width, device=device).bfloat16()
+    xs = torch.randn(ranks * tokens, width, device=device).bfloat16()
+    ids = torch.rand(tokens, experts, device=device).topk(top_k).indices
+    collectives = Collectives(dist.group.WORLD)
+    needed = sum((ids // (experts // ranks) == other).any(-1).sum() for other in range(ranks) if other != rank)
+    (ids,) = collectives.all_gather([ids])
+    position = group_by_expert(ids - rank * experts // ranks, experts // ranks).position_TK
+    y = torch.randn(int(position.max()) + 1, width, device=device).bfloat16()
+    weights = torch.rand(position.shape, device=device)
+    runs: dict[str, dict[str, Any]] = {
+        "c10d": {"all-to-all": lambda: dist.all_to_all_single(torch.empty_like(xs), xs)},
+        "NCCL": {"gather": partial(collectives.all_gather, [x]), "scatter": partial(collectives.reduce_scatter, [xs])},
+        "this GPU alone": {"combine": lambda: combine(y, position, weights)},
+    }
+    if not isinstance(mailboxes, Collectives):  # this machine's GPUs map each other's memory
+        runs["mailboxes"] = {
+            "gather": partial(mailboxes.all_gather, [x]),
+            "scatter": partial(mailboxes.reduce_scatter, [xs]),
+            "gather in place": partial(mailboxes.all_gather, [x], copy=False),
+            "combine": partial(mailboxes.combine_scatter, Outputs(y, position, weights)),
+        }
+    return runs, int(needed) * width * x.element_size()
+
+
+def main() -> None:
+    options = parser(__doc__, repeats=6).parse_args()
+    device = begin()
+    result = RanksResult(options)
+    runs, sent = exchanges(device, *((16, 8, 4, 2) if options.tiny else (16384, 2048)))
+    for link, of_link in runs.items():
+        for name, exchange in of_link.items():
+            us = median_ms(exchange, options.repeats, queued=1 if options.tiny else 40) * 1e3
+            rate = {} if "alone" in link else {"gb_per_second": round(sent / us / 1e3)}
+            result.add({"link": link, "exchange": name, "us": round(us, 1), **rate}, key="exchanges")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

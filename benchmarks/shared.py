@@ -1,0 +1,135 @@
+"""What the scripts of this folder share: their options, the result file, and how a call is timed."""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from expertmesh import backends
+from expertmesh.bench.origin import origin, write
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
+FLUSH_BYTES = 2**28  # more than an L2 cache holds
+FLUSHES_PER_MS = 16  # on an H200; fewer fit into a millisecond where memory is slower
+
+
+def parser(doc: str | None, repeats: int = 20) -> argparse.ArgumentParser:
+    """The options of every script; `doc` is the script's docstring."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--out", help="write the JSON here as well")
+    found.add_argument("--commit", default="", help="default: that of the working tree")
+    found.add_argument("--repeats", type=int, default=repeats, help="timed calls")
+    found.add_argument("--tiny", action="store_true", help="small sizes, to try the script; its times mean nothing")
+    return found
+
+
+class Result:
+    """The JSON of one run: where it comes from, and its rows. Each row is printed and written at once, because a later
+    one may fail.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, packages: tuple[str, ...] = ("triton", "transformers"), **more: Any
+    ):
+        command = ["python", *sys.argv]
+        self.content = origin(command, options.commit, packages) | more | {"rows": []}
+        self.out = options.out
+
+    def add(self, row: dict[str, Any], key: str = "rows") -> None:
+        print(json.dumps(row), flush=True)
+        self.content.setdefault(key, []).append(row)
+        self.save()
+
+    def save(self) -> None:
+        write(self.content, self.out)
+
+
+def interpreted() -> contextlib.AbstractContextManager:
+    """With TRITON_INTERPRET=1 our kernels run in Triton's interpreter, on a CPU too."""
+    wanted = os.environ.get("TRITON_INTERPRET") == "1"
+    return backends.interpreted() if wanted else contextlib.nullcontext()
+
+
+def attempt(run: Callable[[], dict[str, Any]], ours: bool) -> dict[str, Any]:
+    """What `run` returns. An error of another library's kernel is a result too: {"failed": why}; ours is raised."""
+    try:
+        return run()
+    except Exception as error:
+        if ours:
+            raise
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:150]}
+
+
+def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    """Normal random numbers that get a gradient."""
+    return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE).requires_grad_()
+
+
+def forward_backward(
+    fn: Callable, inputs: Sequence[torch.Tensor], repeats: int, queued: int = 1, lead: int = 1
+) -> dict[str, tuple[float, float]]:
+    """(ms, CPU ms) of the "forward" that keeps what the backward needs, of the "backward", and of "both" together.
+
+    Only "forward" where no input has a gradient. queued, lead: as in `medians_ms`.
+    """
+    leaves = [x for x in inputs if x.requires_grad]
+
+    def outputs() -> list[torch.Tensor]:
+        found = fn(*inputs)
+        return [found] if isinstance(found, torch.Tensor) else list(found)
+
+    def backward(results: list[torch.Tensor], keep: bool) -> Any:
+        return torch.autograd.grad(results, leaves, gradients, retain_graph=keep, allow_unused=True)
+
+    times = {"forward": medians_ms(outputs, repeats, queued, lead)}
+    if leaves:
+        kept = outputs()
+        gradients = [torch.randn_like(y) for y in kept]
+        times["backward"] = medians_ms(lambda: backward(kept, True), repeats, queued, lead)
+        kept = []
+        times["both"] = medians_ms(lambda: backward(outputs(), False), repeats, queued, lead)
+    return times
+
+
+def median_ms(run: Callable[[], Any], repeats: int, queued: int = 1, lead: int = 1) -> float:
+    """Milliseconds of a call on the device, as `medians_ms`."""
+    return medians_ms(run, repeats, queued, lead)[0]
+
+
+def medians_ms(
+    run: Callable[[], Any], repeats: int, queued: int = 1, lead: int = 1, warmup: int = 3
+) -> tuple[float, float]:
+    """Milliseconds of a call on the device, and of the CPU until it returns: medians over `repeats` rows of calls.
+
+    A row is `queued` calls, one behind the other. Before it about `lead` milliseconds of writes empty the L2 cache,
+    while the CPU launches ahead; after many of them a GPU at its limit of power clocks higher. Without a GPU both are
+    the time of the call.
+    """
+    on_gpu = torch.cuda.is_available()
+    flush = torch.empty(FLUSH_BYTES if on_gpu else 0, dtype=torch.int8, device="cuda" if on_gpu else "cpu")
+    rows = []
+    for _ in range(warmup + repeats):
+        if on_gpu:
+            for _ in range(lead * FLUSHES_PER_MS):
+                flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+        begin = time.perf_counter()
+        for _ in range(queued):
+            run()
+        elapsed = cpu = (time.perf_counter() - begin) * 1e3
+        if on_gpu:
+            end.record()
+            end.synchronize()
+            elapsed = start.elapsed_time(end)
+        rows.append((elapsed / queued, cpu / queued))
+    device, host = zip(*rows[warmup:], strict=True)
+    return statistics.median(device), statistics.median(host)
