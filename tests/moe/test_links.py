@@ -48,15 +48,19 @@ def test_rows_sent_ahead_are_not_sent_again(mailboxes):
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["other rows", "boxes made anew"])
-def test_rows_that_are_not_those_sent_ahead_or_whose_box_is_gone_are_sent(mailboxes, known):
+def test_rows_that_are_not_those_sent_ahead_or_whose_box_is_gone_are_sent(mailboxes, known, monkeypatch):
     x, ids = torch.ones(4, 32), torch.arange(4)
     if known:
         mailboxes.all_gather([x, ids])
     turn = mailboxes.turn
     sent = mailboxes.send_ahead(x)
     x = x + 2 if known else x.fill_(3)
+    order, send = [], mailboxes._send
+    monkeypatch.setattr(links, "join_side_stream", lambda device: order.append("join"))
+    monkeypatch.setattr(mailboxes, "_send", lambda *to: order.append("send") or send(*to))
     got, _ = mailboxes.all_gather([x, ids], sent)
     assert mailboxes.turn == 1 - turn and (got[:4] == 3).all()
+    assert order == ["join", "send", "send", "join"]  # on a GPU what was sent ahead must not arrive later
     mailboxes.reduce_scatter([got])
     assert mailboxes.turn == turn
 
@@ -82,7 +86,7 @@ def group(tmp_path):
 def test_where_memory_cannot_be_opened_to_others_rows_go_by_collectives_and_the_log_says_why(
     monkeypatch, group, refuses
 ):
-    def open_memory(num_bytes, group):
+    def open_memory(group, num_bytes):
         if refuses:
             raise RuntimeError("pidfd_getfd: Operation not permitted\nand where")
 

@@ -27,18 +27,18 @@ class FastMoEBlock(Fast):
         if residual is None:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        forward: Any = vars(self.experts).get("forward")
-        spread = isinstance(forward, Dispatch)  # over ranks, and no adapter is around them
-        exchange = {"exchange": forward.start(x_TH)} if spread else {}
+        dispatch = vars(self.experts).get("forward")
+        exchange = dispatch.start(x_TH) if isinstance(dispatch, Dispatch) else None
+        options: dict[str, Any] = {} if exchange is None else {"exchange": exchange}
         _, weight_TK, ids_TK = self._router()(x_TH)
         shared = self._shared(hidden_states)
         if shared is not None:
             residual = add_scaled(residual, shared, scale)
-        takes_residual = not watched(self.experts) if spread else _run_here_alone(self.experts)
+        takes_residual = _run_here_alone(self.experts) if exchange is None else not watched(self.experts)
         if takes_residual and residual.dtype == x_TH.dtype:
             scaled_TK = weight_TK if scale == 1 else weight_TK.float() * scale
-            return self.experts(x_TH, ids_TK, scaled_TK, residual=residual, **exchange)
-        return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK, **exchange).view_as(residual), scale)
+            return self.experts(x_TH, ids_TK, scaled_TK, residual=residual, **options)
+        return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK, **options).view_as(residual), scale)
 
     @staticmethod
     def why_not(block: Any) -> str | None:

@@ -18,7 +18,8 @@ from expertmesh.moe.experts import experts_forward, runs_here
 
 
 class Dispatch(EPImplementation):
-    """The experts of one layer, spread over the ranks of `ep_mesh`; `transport` makes the exchange of each call.
+    """The experts of one layer, spread over the ranks of `ep_mesh`; `transport` makes the exchange of each call, from
+    this and the tokens.
 
     The ranks of a tensor-parallel group hold the same tokens: each sends a slice of them, and the results are gathered
     back over `tp_mesh`. All state lives in the call: two models in one process cannot mix.
@@ -27,18 +28,18 @@ class Dispatch(EPImplementation):
     num_local_experts: Any
     layer = "some experts"  # their name, for errors; the layout knows it
 
-    def __init__(self, transport: Callable[["Dispatch"], Exchange], experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
+    def __init__(self, transport: Callable[..., Exchange], experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.transport, self.experts = transport, experts
         self.group, self.rank, self.num_ranks = ep_mesh.get_group(), ep_mesh.get_local_rank(), ep_mesh.size()
         experts.dispatch = self
 
-    def start(self, x_TH: torch.Tensor) -> Exchange:
-        """The exchange of a call with these tokens [T, H], whose rows may travel while the router chooses."""
-        exchange = self.transport(self)
-        if self.tp_mesh.size() == 1:
-            exchange.start(x_TH)
-        return exchange
+    def start(self, x_TH: torch.Tensor) -> Exchange | None:
+        """Before the router has chosen: the exchange of a call with these tokens [T, H], which then should come with
+        the residual, too. None: a call comes without both.
+        """
+        exchange = None if self.tp_mesh.size() > 1 else self.transport(self, x_TH)
+        return exchange if exchange is not None and exchange.start(x_TH) else None
 
     @torch.compiler.disable
     def __call__(
@@ -51,23 +52,24 @@ class Dispatch(EPImplementation):
     ) -> torch.Tensor:
         """Output [T, H] for hidden_states [T, H], global expert ids [T, K] and routing weights [T, K]; T may be 0.
 
-        residual: [..., H] in the hidden states' dtype, added to the result. exchange: from `start`.
+        residual: [..., H] in the hidden states' dtype, added to the result, which then has its shape.
         """
-        exchange = self.transport(self) if exchange is None else exchange
-        spread = {name: weight for name, weight in self.experts._parameters.items() if isinstance(weight, DTensor)}
-        self.experts._parameters.update({name: _Local.apply(weight) for name, weight in spread.items()})
+        parameters = self.experts._parameters
+        spread = {name: weight for name, weight in parameters.items() if isinstance(weight, DTensor)}
+        parameters.update({name: _Local.apply(weight) for name, weight in spread.items()})
         try:
             if self.tp_mesh.size() == 1:
                 return self._run(hidden_states, top_k_index, top_k_weights, residual, exchange)
             x, ids, weights = (_my_rows(x, self.tp_mesh) for x in (hidden_states, top_k_index, top_k_weights))
-            out = _all_rows(self._run(x, ids, weights, None, exchange), self.tp_mesh, hidden_states.shape)
+            out = _all_rows(self._run(x, ids, weights, None, None), self.tp_mesh, hidden_states.shape)
             return out if residual is None else residual + out.view(residual.shape)
         finally:
-            self.experts._parameters.update(spread)
+            parameters.update(spread)
 
     def _run(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor, residual: Any, exchange: Exchange
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor, residual: Any, exchange: Any
     ) -> torch.Tensor:
+        exchange = exchange or self.transport(self, x_TH)
         if runs_here(self.experts) and x_TH.dtype == self.experts.down_proj.dtype:
             return experts_forward(self.experts, x_TH, ids_TK, weight_TK, residual, exchange)
         x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
@@ -114,7 +116,8 @@ class _Local(torch.autograd.Function):
         return whole._local_tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return DTensor(grad, ctx.spec, requires_grad=False)  # type: ignore[call-arg]
 
 

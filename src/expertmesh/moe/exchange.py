@@ -24,9 +24,9 @@ class Outputs(NamedTuple):
     position_MK: torch.Tensor | None = None
     weight_MK: torch.Tensor | None = None
 
-    def sums(self, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def sums(self) -> torch.Tensor:
         """One row for each of the M [M, H]."""
-        return self.y if self.position_MK is None else combine(self.y, self.position_MK, self.weight_MK, residual)
+        return self.y if self.position_MK is None else combine(self.y, self.position_MK, self.weight_MK)
 
 
 class Exchange:
@@ -36,8 +36,11 @@ class Exchange:
     All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`.
     """
 
-    def start(self, x_TH: torch.Tensor) -> None:
-        """Optional, before the router has chosen: rows of x may begin to travel. `dispatch` should get the same x."""
+    def start(self, x_TH: torch.Tensor) -> bool:
+        """Before the router has chosen: rows of x may begin to travel; `dispatch` should get the same x. Whether a
+        block should do so, and leave the residual to `combine`.
+        """
+        return False
 
     def dispatch(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
@@ -55,7 +58,8 @@ class Exchange:
         """The sums of what all ranks made [T, H]; with a residual [..., H] of the same dtype, residual + sums, in its
         shape and no view.
         """
-        return made.sums(residual)
+        assert made.position_MK is not None
+        return combine(made.y, made.position_MK, made.weight_MK, residual)
 
     def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
         """The gradient [M, H] of this rank's sums. If `combine` was given positions, the next exchange may overwrite

@@ -19,7 +19,6 @@ weights [E, out, in] or transposed.
 import functools
 import inspect
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +34,6 @@ from expertmesh.moe.exchange import LOCAL, Exchange, Outputs
 from expertmesh.twins import untouched
 
 NAME = "expertmesh"
-
 
 #: what `use_experts_implementation` says of a class, as far as this backend knows
 _FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
@@ -119,7 +117,7 @@ def experts_forward(
     hidden_states' dtype. residual: T rows in any shape [..., H], added to the result, which then has its shape.
     exchange: how rows reach experts on other ranks; only for experts that run here, in their weights' dtype.
     """
-    if why_not(experts) is not None:
+    if exchange is LOCAL and why_not(experts) is not None:
         ids_TK = or_none(top_k_index, experts.num_experts)
         out_TH = grouped_mm_experts_forward(experts, hidden_states, ids_TK, top_k_weights)
         return out_TH if residual is None else residual + out_TH.view(residual.shape)
@@ -139,16 +137,9 @@ def experts_forward(
     return out if residual is None or residual is inside else residual + out.view(residual.shape)
 
 
-@dataclass(frozen=True)
-class _Routed:
-    """The order of this rank's rows, and the weights [M, K] that they are summed with."""
-
-    group: Grouping
-    weight_MK: torch.Tensor
-
-
 class _Up(torch.autograd.Function):
-    """(h [S, J], activation(h) [S, I], `_Routed`) of the dispatched rows; gradients come for h only. h may lack rows.
+    """(h [S, J], activation(h) [S, I], (group, weights [M, K])) of the dispatched rows; gradients come for h only. h
+    may lack rows.
 
     Weights are [E, in, out] views; their gradients come back in the same shape, times `scale`.
     """
@@ -165,7 +156,7 @@ class _Up(torch.autograd.Function):
         ctx.save_for_backward(x_MH, h_SJ, weight_MK, ids_MK, w_up, b_up, w_down, b_down, *rows)
         ctx.mark_non_differentiable(a_SI)
         ctx.set_materialize_grads(False)
-        return h_SJ, a_SI, _Routed(group, weight_MK)
+        return h_SJ, a_SI, (group, weight_MK)
 
     @staticmethod
     @once_differentiable
@@ -184,10 +175,10 @@ class _Down(torch.autograd.Function):
     """The weighted sums of the down-projected activation, of which `h`, from `_Up`, stands for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, residual, routed: _Routed, exchange: Exchange):
-        ctx.up, group = h_SJ.grad_fn, routed.group
+    def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, residual, routed: tuple, exchange: Exchange):
+        ctx.up, (group, weight_MK) = h_SJ.grad_fn, routed
         y_SH = products.grouped_gemm(a_SI, w_down, group, b_down)
-        return exchange.combine(Outputs(y_SH, group.position_TK, routed.weight_MK), residual)
+        return exchange.combine(Outputs(y_SH, group.position_TK, weight_MK), residual)
 
     @staticmethod
     @once_differentiable

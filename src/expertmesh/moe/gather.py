@@ -22,7 +22,7 @@ from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.exchange import Exchange, Gradients, Outputs
-from expertmesh.moe.links import Sent, join_side_stream, link_of, on_side_stream
+from expertmesh.moe.links import Mailboxes, Sent, join_side_stream, link_of, on_side_stream
 from expertmesh.moe.replay import kept
 from expertmesh.waiting import hosts, waiting
 
@@ -32,25 +32,20 @@ NAME = "expertmesh-gather"
 class Gather(Exchange):
     """One call's `Exchange`. M = R · `rows`: every rank pads its tokens to those of the rank that has most."""
 
-    _rows = 0  # 0: not known yet
     _sent: Sent | None = None
 
-    def __init__(self, dispatch: Dispatch) -> None:
-        self._dispatch, self._link = dispatch, link_of(dispatch.group, dispatch.layer)
-
-    def start(self, x_TH: torch.Tensor) -> None:
-        self._agree(x_TH)
-        self._sent = self._link.send_ahead(_padded(x_TH.detach(), self._rows))
-
-    def _agree(self, x_TH: torch.Tensor) -> None:
-        self._num_tokens, dispatch = len(x_TH), self._dispatch
+    def __init__(self, dispatch: Dispatch, x_TH: torch.Tensor) -> None:
+        self._dispatch, self._link, self._num_tokens = dispatch, link_of(dispatch.group, dispatch.layer), len(x_TH)
         self._rows = kept(lambda: most_tokens(len(x_TH), dispatch.group, dispatch.layer))
+
+    def start(self, x_TH: torch.Tensor) -> bool:
+        if isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
+            self._sent = self._link.send_ahead(_padded(x_TH.detach(), self._rows))
+        return True
 
     def dispatch(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if not self._rows:
-            self._agree(x_TH)
         dispatch, rows, sent = self._dispatch, self._rows, self._sent
         self._sent = None  # this lives until the backward
         nobody = dispatch.num_ranks * dispatch.num_local_experts

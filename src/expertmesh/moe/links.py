@@ -35,11 +35,10 @@ class Collectives:
     def __init__(self, group: dist.ProcessGroup, layer: str = "some experts") -> None:
         self.group, self.waiting = group, functools.partial(waiting, layer, group)
 
-    def send_ahead(self, part: torch.Tensor) -> None:
-        """A collective would take multiprocessors from the router."""
-
     def all_gather(self, parts: list[torch.Tensor], sent: Any = None, copy: bool = True) -> list[torch.Tensor]:
-        """For each part [n, …] the parts of all ranks, in their order [R·n, …]."""
+        """For each part [n, …] the parts of all ranks, in their order [R·n, …]; if not `copy`, until the next exchange,
+        before which all that reads them must have been launched. sent: of the first part, by mailboxes.
+        """
         outs = [part.new_empty(self.group.size() * len(part), *part.shape[1:]) for part in parts]
         with self.waiting():
             for out, part in zip(outs, parts, strict=True):
@@ -109,6 +108,8 @@ class Mailboxes:
         first = 0
         if sent is not None and sent.box is box and _same(sent.part, parts[0]):
             outs[0], first = sent.out, 1
+        elif sent is not None:
+            join_side_stream(parts[0].device)  # what was sent must not arrive later than what is
         with on_side_stream(parts[0].device):  # the shorter way, so that nothing waits for another stream in the end
             for out, part in zip(outs[first:], parts[first:], strict=True):
                 out.view(self.size, *part.shape)[self.rank].copy_(part)
@@ -164,30 +165,27 @@ class Mailboxes:
         """A mailbox and each part's place there. Larger boxes are made if the parts need them."""
         key = (turn, pieces, *((part.shape, part.dtype) for part in parts))
         if key not in self._places:
-            begins, end = [], 0
-            for part in parts:
-                begins.append(end)
-                end += -(-part.nbytes * self.size // pieces // ALIGNMENT) * ALIGNMENT
-            if end > self.bytes:
-                self.boxes = [self.make(end), self.make(end)]
-                self.bytes = end
+            sizes = [-(-part.nbytes * self.size // pieces // ALIGNMENT) * ALIGNMENT for part in parts]
+            if sum(sizes) > self.bytes:
+                self.bytes = sum(sizes)
+                backends.logger().info(
+                    f"expertmesh: two mailboxes of {self.bytes / 2**20:.1f} MiB for exchanges between {self.size} GPUs"
+                )
+                self.boxes = [self.make(self.bytes), self.make(self.bytes)]
                 self._places.clear()
             if len(self._places) >= MOST_PLACES:
                 self._places.clear()
-            boxes = [self.boxes[turn].of(rank) for rank in range(self.size)]
-            self._places[key] = [
-                self._place(boxes, begin, (len(part) // pieces, *part.shape[1:]), part.dtype)
-                for part, begin in zip(parts, begins, strict=True)
-            ]
+            self._places[key], end = [], 0
+            for part, size in zip(parts, sizes, strict=True):
+                begin, end = end, end + size
+                shape = self.size, len(part) // pieces, *part.shape[1:]
+                used = slice(begin, begin + math.prod(shape) * part.itemsize)
+                whole = [self.boxes[turn].of(rank)[used].view(part.dtype).view(shape) for rank in range(self.size)]
+                self._places[key].append(_Place([tensors[self.rank] for tensors in whole], whole[self.rank]))
         return self.boxes[turn], self._places[key]
 
-    def _place(self, boxes: list[torch.Tensor], begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> _Place:
-        end = begin + self.size * math.prod(shape) * dtype.itemsize
-        whole = [box[begin:end].view(dtype).view(self.size, *shape) for box in boxes]
-        return _Place([tensors[self.rank] for tensors in whole], whole[self.rank])
 
-
-def _sums(link: Any, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
+def _sums(link: Collectives | Mailboxes, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
     (sums,) = link.reduce_scatter([made.sums()])
     if residual is not None:
         sums[: len(residual)] += residual
@@ -228,7 +226,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 class DeviceMemory:
     """PyTorch's symmetric memory on NVIDIA GPUs. Multicast is not used."""
 
-    def __init__(self, num_bytes: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, num_bytes: int) -> None:
         from torch.distributed import _symmetric_memory as symmetric
 
         device = torch.device("cuda", torch.cuda.current_device())
@@ -260,7 +258,7 @@ def link_of(group: dist.ProcessGroup, layer: str = "some experts") -> Collective
             reason = _why_no_mailboxes(group)
         how = "mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
         backends.logger().info(f"expertmesh: rows travel between {group.size()} ranks by {how}")
-        _mailboxes[group] = None if reason else Mailboxes(group, functools.partial(_mailbox, group))
+        _mailboxes[group] = None if reason else Mailboxes(group, functools.partial(DeviceMemory, group))
     return _mailboxes[group] or Collectives(group, layer)
 
 
@@ -305,16 +303,9 @@ def _why_not_opened(group: dist.ProcessGroup) -> str | None:
     """Why memory cannot be opened to other processes, which containers may forbid though GPUs can; or None."""
     error = None
     try:
-        DeviceMemory(ALIGNMENT, group)
+        DeviceMemory(group, ALIGNMENT)
     except RuntimeError as failed:
         error = str(failed).strip().split("\n")[0]
     errors: list[Any] = [None] * group.size()
     dist.all_gather_object(errors, error, hosts(group))
     return next((f"memory cannot be opened to other processes: {e}" for e in errors if e is not None), None)
-
-
-def _mailbox(group: dist.ProcessGroup, num_bytes: int) -> DeviceMemory:
-    backends.logger().info(
-        f"expertmesh: a mailbox of {num_bytes / 2**20:.1f} MiB for exchanges between {group.size()} GPUs"
-    )
-    return DeviceMemory(num_bytes, group)

@@ -77,9 +77,9 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
         for module in experts:
             vars(module).pop("set_gradient_divide_factor", None)
     for name, module in model.named_modules():
-        dispatch = vars(module).pop("dispatch", None)
-        if isinstance(dispatch, Dispatch):
+        if isinstance(dispatch := vars(module).get("dispatch"), Dispatch):
             dispatch.layer, module.forward = name, dispatch
+            del module.dispatch
 
 
 def train_together(model: Any, reshard_experts: bool) -> None:
