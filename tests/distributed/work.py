@@ -517,7 +517,7 @@ def layers(
         module.config._experts_implementation, module._is_expert_parallel = backend, True
         x, ids, weights, dout = layer_inputs(tokens[rank], favourite, seed=rank)
         with backends.interpreted() if with_triton else contextlib.nullcontext():
-            module.forward = Dispatch(transport, module, mesh["ep"], mesh["tp"])
+            module.forward = Dispatch(transport, module, mesh["ep"], mesh["tp"], ahead=transport is gather.Gather)
             residual = (dout * 3 + 1).view(1, *dout.shape).requires_grad_()
 
             run = functools.partial(checkpoint, called, use_reentrant=False) if recompute else called

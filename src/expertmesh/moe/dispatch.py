@@ -18,8 +18,8 @@ from expertmesh.moe.experts import experts_forward, runs_here
 
 
 class Dispatch(EPImplementation):
-    """The experts of one layer, spread over the ranks of `ep_mesh`; `transport` makes the exchange of each call, from
-    this and the tokens.
+    """The experts of one layer, spread over the ranks of `ep_mesh`; `transport` makes the exchange of each call from
+    this and the tokens, which may leave `ahead` of the router's choice.
 
     The ranks of a tensor-parallel group hold the same tokens: each sends a slice of them, and the results are gathered
     back over `tp_mesh`. All state lives in the call: two models in one process cannot mix.
@@ -28,9 +28,11 @@ class Dispatch(EPImplementation):
     num_local_experts: Any
     layer = "some experts"  # their name, for errors; the layout knows it
 
-    def __init__(self, transport: Callable[..., Exchange], experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
+    def __init__(
+        self, transport: Callable[..., Exchange], experts: Any, ep_mesh: Any, tp_mesh: Any, ahead: bool = False
+    ) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
-        self.transport, self.experts = transport, experts
+        self.transport, self.experts, self.ahead = transport, experts, ahead and tp_mesh.size() == 1
         self.group, self.rank, self.num_ranks = ep_mesh.get_group(), ep_mesh.get_local_rank(), ep_mesh.size()
         experts.dispatch = self
 
@@ -38,8 +40,7 @@ class Dispatch(EPImplementation):
         """Before the router has chosen: the exchange of a call with these tokens [T, H], which then should come with
         the residual, too. None: a call comes without both.
         """
-        exchange = None if self.tp_mesh.size() > 1 else self.transport(self, x_TH)
-        return exchange if exchange is not None and exchange.start(x_TH) else None
+        return self.transport(self, x_TH, ahead=True) if self.ahead else None
 
     @torch.compiler.disable
     def __call__(
@@ -116,8 +117,9 @@ class _Local(torch.autograd.Function):
         return whole._local_tensor.detach()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():  # to be differentiated again, which what made it refuses
+            return DTensor.from_local(grad, ctx.spec.mesh, ctx.spec.placements, run_check=False)
         return DTensor(grad, ctx.spec, requires_grad=False)  # type: ignore[call-arg]
 
 

@@ -36,12 +36,6 @@ class Exchange:
     All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`.
     """
 
-    def start(self, x_TH: torch.Tensor) -> bool:
-        """Before the router has chosen: rows of x may begin to travel; `dispatch` should get the same x. Whether a
-        block should do so, and leave the residual to `combine`.
-        """
-        return False
-
     def dispatch(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -32,16 +32,12 @@ NAME = "expertmesh-gather"
 class Gather(Exchange):
     """One call's `Exchange`. M = R · `rows`: every rank pads its tokens to those of the rank that has most."""
 
-    _sent: Sent | None = None
-
-    def __init__(self, dispatch: Dispatch, x_TH: torch.Tensor) -> None:
+    def __init__(self, dispatch: Dispatch, x_TH: torch.Tensor, ahead: bool = False) -> None:
         self._dispatch, self._link, self._num_tokens = dispatch, link_of(dispatch.group, dispatch.layer), len(x_TH)
         self._rows = kept(lambda: most_tokens(len(x_TH), dispatch.group, dispatch.layer))
-
-    def start(self, x_TH: torch.Tensor) -> bool:
-        if isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
+        self._sent: Sent | None = None
+        if ahead and isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
             self._sent = self._link.send_ahead(_padded(x_TH.detach(), self._rows))
-        return True
 
     def dispatch(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
@@ -142,4 +138,4 @@ def _first(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x if len(x) == rows else x[:rows].clone()
 
 
-EPImplementationInterface.register(NAME, partial(Dispatch, Gather))
+EPImplementationInterface.register(NAME, partial(Dispatch, Gather, ahead=True))
