@@ -332,7 +332,7 @@ def test_a_layer_of_another_backend_whose_exchange_began_before_the_router(dispa
     check_layers(on_ranks(2, work.layers, cases, False, dispatch, tmp_path, False, "grouped_mm", True), cases)
 
 
-@pytest.mark.parametrize(("dispatch", "calls"), [("all_to_all", 235), ("gather", 225)])
+@pytest.mark.parametrize(("dispatch", "calls"), [("all_to_all", 227), ("gather", 216)])
 def test_a_token_makes_few_calls_of_ours_on_its_way_through_a_layer(dispatch, calls):
     """Forward and backward, where kernels are PyTorch's. These numbers only fall: 100 calls in 12 files is the aim."""
     case = Case({"ep_size": 2, "dispatch": dispatch})

@@ -34,7 +34,10 @@ class FastMoEBlock(Fast):
         shared = self._shared(hidden_states)
         if shared is not None:
             residual = add_scaled(residual, shared, scale)
-        takes_residual = _run_here_alone(self.experts) if exchange is None else not watched(self.experts)
+        if dispatch is None:
+            takes_residual = _run_here_alone(self.experts)
+        else:
+            takes_residual = exchange is not None and not watched(self.experts)
         if takes_residual and residual.dtype == x_TH.dtype:
             scaled_TK = weight_TK if scale == 1 else weight_TK.float() * scale
             return self.experts(x_TH, ids_TK, scaled_TK, residual=residual, **options)
