@@ -54,10 +54,10 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As Transformers', plus `fused`, `distributed_setup` and `mtp_loss_weight`.
 
-        Raises ValueError if an export's weights differ from its SHA256SUMS (every file is read once for that), or if
-        weights are missing on disk, unless the caller asks for `output_loading_info`: Transformers would start them at
-        random. Raises ValueError if the setup does not fit the
-        model or the number of ranks, or if there is nothing that `mtp_loss_weight` could weigh.
+        Raises ValueError if weights of a folder differ from its SHA256SUMS (every file is read once for that); if
+        weights are missing on disk, which Transformers would start at random, unless the caller asks for
+        `output_loading_info`; if the setup does not fit the model or the number of ranks; and if there is nothing that
+        `mtp_loss_weight` could weigh.
         """
         fused, setup, mtp_weight = _take_ours(kwargs)
         loader: Any = super() if fused is not False else transformers.AutoModelForCausalLM

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from expertmesh import backends
+from expertmesh.families import report
 from expertmesh.kernels import quack
 from expertmesh.moe.experts import experts_forward
 from tests.kernels import fake_quack
 from tests.moe.test_experts import EXPERTS, HIDDEN, LAYOUTS, ROUTINGS, TOKENS, TOP_K, _module, _run
-
-fuse_module = importlib.import_module("expertmesh.families.report")
 
 
 @pytest.mark.parametrize("others", ["by PyTorch", "by Triton"])
@@ -83,6 +82,6 @@ def test_the_report_names_the_library_before_our_kernels(monkeypatch):
     for found in (True, False):
         monkeypatch.setattr(backends, "has_quack", lambda device, found=found: found)
         monkeypatch.setattr(backends, "has_flash_attention", lambda device, found=found: found)
-        assert fuse_module._how("experts") == ("quack, Triton" if found else "Triton")
-        assert fuse_module._how("sink_attention") == ("flash-attn-4, Triton" if found else "Triton")
-        assert fuse_module._how("rms_norm") == "Triton"
+        assert report._on("experts", 1).by == ("quack, Triton" if found else "Triton")
+        assert report._on("sink_attention", 1).by == ("flash-attn-4, Triton" if found else "Triton")
+        assert report._on("rms_norm", 1).by == "Triton"

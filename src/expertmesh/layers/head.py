@@ -41,18 +41,14 @@ class FastHead(Fast):
         unit = self if isinstance(self, FSDPModule) else call.model
         if unit is not self and not untouched(self):
             # DeepSpeed's ZeRO-3 is one: it takes the weight away when the head has run
-            _tell_of_hooks(type(unit).__name__)
+            backends.tell_once(
+                f"somebody put hooks on the head of this {type(unit).__name__}, or replaced its forward: "
+                f"it makes whole logits."
+            )
             return super().forward(input)
         _heads().add(self)
         sharded = isinstance(unit, FSDPModule)
         return deferred_logits(input, self.weight, self.bias, sharded, sharded and _reshards(unit))
-
-
-@functools.cache
-def _tell_of_hooks(name: str) -> None:
-    backends.logger().warning(
-        "expertmesh: somebody put hooks on the head of this %s, or replaced its forward: it makes whole logits.", name
-    )
 
 
 @functools.cache
