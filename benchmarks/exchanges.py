@@ -21,6 +21,7 @@ from shared import median_ms, parser
 
 from expertmesh.kernels.combine import combine
 from expertmesh.kernels.grouping import group_by_expert
+from expertmesh.moe.exchange import Outputs
 from expertmesh.moe.links import Collectives, link_of
 
 
@@ -45,8 +46,8 @@ def exchanges(device: torch.device, tokens: int, width: int, experts: int = 128,
         runs["mailboxes"] = {
             "gather": partial(mailboxes.all_gather, [x]),
             "scatter": partial(mailboxes.reduce_scatter, [xs]),
-            "gather in place": partial(mailboxes.all_gather, [x], lasting=False),
-            "combine": partial(mailboxes.combine_scatter, y, position, weights),
+            "gather in place": partial(mailboxes.all_gather, [x], copy=False),
+            "combine": partial(mailboxes.combine_scatter, Outputs(y, position, weights)),
         }
     return runs, int(needed) * width * x.element_size()
 

@@ -326,7 +326,7 @@ def _settle_mtp(model: Any, loading_info: Any, load_config: Any) -> None:
 
 def _lost_experts(model: nn.Module, loading_info: Any) -> set[str]:
     """Which weights of experts or routers a checkpoint lacks, or has in the wrong shape."""
-    experts = [name for name, module in model.named_modules() if hasattr(module, "is_concatenated")]
+    experts = [name for name, module in model.named_modules() if fast_experts.is_experts(module)]
     blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
     broken = {*loading_info.missing_keys, *loading_info.conversion_errors}
     broken |= {key if isinstance(key, str) else key[0] for key in loading_info.mismatched_keys}

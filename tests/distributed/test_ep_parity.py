@@ -326,6 +326,20 @@ def test_a_layer_that_is_recomputed_repeats_exchanges_between_none_and_its_reade
     check_layers(on_ranks(2, work.layers, cases, with_triton, dispatch, tmp_path, True), cases)
 
 
+@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes"])
+def test_a_layer_of_another_backend_whose_exchange_began_before_the_router(dispatch, tmp_path):
+    cases = [((6, 0), None), ((5, 5), 7)]
+    check_layers(on_ranks(2, work.layers, cases, False, dispatch, tmp_path, False, "grouped_mm", True), cases)
+
+
+@pytest.mark.parametrize(("dispatch", "calls"), [("all_to_all", 227), ("gather", 216)])
+def test_a_token_makes_few_calls_of_ours_on_its_way_through_a_layer(dispatch, calls):
+    """Forward and backward, where kernels are PyTorch's. These numbers only fall: 100 calls in 12 files is the aim."""
+    case = Case({"ep_size": 2, "dispatch": dispatch})
+    for files in on_ranks(2, work.calls_of_ours, saved("qwen3_moe"), case):
+        assert sum(files.values()) <= calls and len(files) <= 29, files
+
+
 def check_layers(made, cases):
     """What the ranks made of (tokens of each, favourite expert): outputs and gradients of one process."""
     num_ranks = len(made)

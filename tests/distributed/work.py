@@ -4,8 +4,10 @@ import contextlib
 import functools
 import itertools
 import random
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +29,8 @@ from expertmesh.bench.tiny import tiny_config
 from expertmesh.kernels.combine import combine
 from expertmesh.moe import experts, gather, links
 from expertmesh.moe.all_to_all import AllToAll
+from expertmesh.moe.dispatch import Dispatch
+from expertmesh.moe.exchange import Outputs
 from expertmesh.moe.links import Mailboxes
 from expertmesh.parallel.clip import clip_grad_norm
 from expertmesh.parallel.setup import DistributedSetup
@@ -356,6 +360,28 @@ def exchanges(rank: int, folder: Path, case: Case) -> dict[str, int]:
     return count
 
 
+def calls_of_ours(rank: int, folder: Path, case: Case) -> dict[str, int]:
+    """How many Python calls of ours, by file, a forward and a backward of one layer with experts make."""
+    model, setup = load(folder, case)
+    loss_of(model, setup, rank).backward()
+    layer, x = model.model.layers[0], torch.randn(1, 9, model.config.hidden_size, requires_grad=True)
+    angles, calls = model.model.rotary_emb(x, torch.arange(9)[None]), Counter[str]()
+    assert isinstance(layer.mlp.experts.forward, Dispatch)
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(expertmesh.__path__[0]) and frame.f_code.co_name[0] != "<":
+            calls[file] += 1
+
+    for profile in (None, count):  # the first only gathers weights
+        sys.setprofile(profile)
+        with gather.one_forward():
+            out = layer(x, position_embeddings=angles, attention_mask=None)
+        out.sum().backward()
+    sys.setprofile(None)
+    return calls
+
+
 def widths(rank: int, folder: Path, dispatch: str, boxes: Path) -> set[int]:
     """The widths of all tables that the experts of one rank exchange in a forward and a backward."""
     if dispatch != "all_to_all":
@@ -456,8 +482,15 @@ class HostMemory:
 
 def open_memory(folder: Path) -> Callable[[dist.ProcessGroup], Mailboxes]:
     """Let gather find mailboxes between CPUs of this machine; returns what now makes them."""
-    gather.link_of = functools.cache(lambda group: Mailboxes(group, functools.partial(HostMemory, folder, group)))
-    return gather.link_of
+    made = functools.cache(lambda group: Mailboxes(group, functools.partial(HostMemory, folder, group)))
+    gather.link_of = lambda group, layer: made(group)
+    return made
+
+
+def called(module: Any, x: torch.Tensor, ids: Any, weights: Any, residual: Any, ahead: bool) -> torch.Tensor:
+    """As a block calls its experts: with a residual, the exchange begun `ahead` of the router."""
+    exchange = module.forward.start(x) if ahead else None
+    return module(x, ids, weights, residual=residual, exchange=exchange)
 
 
 def layers(
@@ -467,6 +500,8 @@ def layers(
     dispatch: str,
     folder: Path,
     recompute: bool = False,
+    backend: str = experts.NAME,
+    ahead: bool = False,
 ) -> list[list[torch.Tensor]]:
     """One layer's output and gradients on this rank, for (tokens of each rank, favourite expert)."""
     dist.init_process_group("gloo")
@@ -475,23 +510,24 @@ def layers(
     if dispatch == "mailboxes":
         link = open_memory(folder)(mesh["ep"].get_group())
         link.begin = begun = mock.Mock(wraps=link.begin)
-    implementation = AllToAll if dispatch == "all_to_all" else gather.Gather
+    transport = AllToAll if dispatch == "all_to_all" else gather.Gather
     results = []
     for tokens, favourite in cases:
         module = experts_of(8, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
+        module.config._experts_implementation, module._is_expert_parallel = backend, True
         x, ids, weights, dout = layer_inputs(tokens[rank], favourite, seed=rank)
         with backends.interpreted() if with_triton else contextlib.nullcontext():
-            module.forward = layer = implementation(module, mesh["ep"], mesh["tp"])
-            residual = (dout * 3 + 1).requires_grad_()
-            run = functools.partial(layer.add_to, residual) if hasattr(layer, "add_to") else layer
-            out = checkpoint(run, x, ids, weights, use_reentrant=False) if recompute else run(x, ids, weights)
-            out.backward(dout)
-        if run is not layer:
-            assert torch.equal(residual.grad, dout)
-            out = out - residual
+            module.forward = Dispatch(transport, module, mesh["ep"], mesh["tp"], ahead=transport is gather.Gather)
+            residual = (dout * 3 + 1).view(1, *dout.shape).requires_grad_()
+
+            run = functools.partial(checkpoint, called, use_reentrant=False) if recompute else called
+            out = run(module, x, ids, weights, residual, ahead)
+            out.backward(dout[None])
+        assert torch.equal(residual.grad[0], dout) and out._base is None
+        out = (out - residual)[0]
         results.append([out.detach(), x.grad, weights.grad, module.gate_up_proj.grad, module.down_proj.grad])
     if dispatch == "mailboxes":
-        # what the experts' backward has sent is not sent again; a recompute ends where the experts have saved all
+        # a recompute ends where the experts have saved all
         assert begun.call_count == (5 if recompute else 4) * len(cases)
     return results
 
@@ -518,7 +554,7 @@ def mailboxes(rank: int, num_cases: int) -> int:
         routed = torch.randint(-1, 9, parts[1].shape, device="cuda", dtype=torch.int32), parts[1]
         (want,) = collectives.reduce_scatter([combine(y, *routed).float()])
         want[: len(residual)] += residual
-        got = link.combine_scatter(y, *routed, residual)
+        got = link.combine_scatter(Outputs(y, *routed), residual)
         torch.testing.assert_close(got.float(), want, atol=0.1, rtol=0.02)
     return num_cases
 

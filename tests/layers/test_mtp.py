@@ -26,6 +26,7 @@ from expertmesh.bench.tiny import randomise, tiny_config
 from expertmesh.checkpoint.state import load_checkpoint, save_checkpoint
 from expertmesh.kernels import linear_cross_entropy
 from expertmesh.layers.mtp import were_saved
+from expertmesh.moe.experts import is_experts
 from expertmesh.weights.read import load_weights
 from tests.models import saved as saved_without
 
@@ -327,7 +328,7 @@ def test_a_checkpoint_without_them_has_none(family):
     assert ours.state_dict().keys() == main.state_dict().keys()
     assert all(p.requires_grad for p in ours.parameters())
     rows = {row.name: row for row in ours.fusion_report()}
-    assert rows["experts"].count == sum(hasattr(m, "is_concatenated") for m in main.modules())
+    assert rows["experts"].count == sum(map(is_experts, main.modules()))
     assert rows["rms_norm"].count == len(
         [m for m in main.modules() if re.search(r"(V3|Moe|H)RMSNorm$", type(m).__name__)]
     )

@@ -40,48 +40,57 @@ def test_rows_sent_ahead_are_not_sent_again(mailboxes):
     x, ids = torch.ones(4, 32), torch.arange(4)
     mailboxes.all_gather([x, ids])  # makes boxes large enough
     turn = mailboxes.turn
-    mailboxes.send_ahead(x)
+    sent = mailboxes.send_ahead(x)
     x.fill_(2)
-    got, got_ids = mailboxes.all_gather([x, ids])
+    got, got_ids = mailboxes.all_gather([x, ids], sent)
     assert mailboxes.turn == 1 - turn
     assert (got[:4] == 1).all() and (got[4:] == 0).all() and torch.equal(got_ids[:4], ids)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["other rows", "boxes made anew"])
-def test_rows_that_are_not_those_sent_ahead_or_whose_box_is_gone_are_sent(mailboxes, known):
+def test_rows_that_are_not_those_sent_ahead_or_whose_box_is_gone_are_sent(mailboxes, known, monkeypatch):
     x, ids = torch.ones(4, 32), torch.arange(4)
     if known:
         mailboxes.all_gather([x, ids])
     turn = mailboxes.turn
-    mailboxes.send_ahead(x)
+    sent = mailboxes.send_ahead(x)
     x = x + 2 if known else x.fill_(3)
-    got, _ = mailboxes.all_gather([x, ids])
+    order, send = [], mailboxes._send
+    monkeypatch.setattr(links, "join_side_stream", lambda device: order.append("join"))
+    monkeypatch.setattr(mailboxes, "_send", lambda *to: order.append("send") or send(*to))
+    got, _ = mailboxes.all_gather([x, ids], sent)
     assert mailboxes.turn == 1 - turn and (got[:4] == 3).all()
+    assert order == ["join", "send", "send", "join"]  # on a GPU what was sent ahead must not arrive later
     mailboxes.reduce_scatter([got])
     assert mailboxes.turn == turn
+
+
+def test_places_of_sizes_that_never_come_again_do_not_pile_up(mailboxes, monkeypatch):
+    monkeypatch.setattr(links, "MOST_PLACES", 4)
+    for rows in range(20, 1, -1):
+        got, *_ = mailboxes.all_gather([torch.full((rows, 8), float(rows))])
+        assert (got[:rows] == rows).all() and len(mailboxes._places) <= 4
 
 
 @pytest.fixture
 def group(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    links.link_of.cache_clear()
     links.hosts.cache_clear()
     yield dist.group.WORLD
-    links.link_of.cache_clear()
     links.hosts.cache_clear()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("refuses", [True, False])
 def test_where_memory_cannot_be_opened_to_others_rows_go_by_collectives_and_the_log_says_why(
     monkeypatch, group, refuses
 ):
-    def open_memory(num_bytes, group):
+    def open_memory(group, num_bytes):
         if refuses:
             raise RuntimeError("pidfd_getfd: Operation not permitted\nand where")
 
     monkeypatch.setattr(links, "DeviceMemory", open_memory)
-    monkeypatch.setattr(links, "_opened", [])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
     told = mock.Mock()
@@ -90,3 +99,5 @@ def test_where_memory_cannot_be_opened_to_others_rows_go_by_collectives_and_the_
     assert isinstance(link, Collectives if refuses else Mailboxes)
     why = "collectives (memory cannot be opened to other processes: pidfd_getfd: Operation not permitted)"
     assert (why if refuses else "by mailboxes") in told.info.call_args.args[0]
+    dist.destroy_process_group()
+    assert not links.mailboxes() and group not in links._mailboxes  # freed with their group

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
 
 from expertmesh.bench.parity import CPU_TOLERANCE, without_mtp
 from expertmesh.bench.rows import Row, relative_error, worst_error
+from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.setup import DistributedSetup
 
 _LENGTHS = (11, 7, 13, 5)  # uneven on purpose
@@ -26,7 +27,7 @@ _LENGTHS = (11, 7, 13, 5)  # uneven on purpose
 def check_layouts(path: str | Path, num_ranks: int) -> list[Row]:
     """Rows of every layout of `num_ranks` ranks that fits the checkpoint at `path` (a directory or a Hub id)."""
     stock: Any = StockAutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    experts: list[Any] = [module for module in stock.modules() if hasattr(module, "is_concatenated")]
+    experts: list[Any] = [module for module in stock.modules() if is_experts(module)]
     divisible = experts and all(module.num_experts % num_ranks == 0 for module in experts)
     layouts = [1, num_ranks] if divisible else [1]
     with tempfile.TemporaryDirectory() as folder:

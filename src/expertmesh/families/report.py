@@ -160,7 +160,7 @@ def _experts(model: Any) -> Fusion:
     chosen = model.config.get_text_config()._experts_implementation
     if chosen != fast_experts.NAME:
         return _off("experts", f"experts_implementation={chosen!r} was asked for")
-    modules = [m for m in model.modules() if hasattr(m, "is_concatenated") and hasattr(m, "has_gate")]
+    modules = [m for m in model.modules() if fast_experts.is_experts(m)]
     reasons = {reason for m in modules if (reason := fast_experts.why_not(m)) is not None}
     if reasons:
         return _off("experts", f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}")
@@ -177,7 +177,7 @@ def liger_row(reason: str | None) -> Fusion:
 def count_of(fusion: str, modules: list[nn.Module]) -> int:
     """For how many of these modules a fusion is on."""
     if fusion == "experts":
-        return sum(hasattr(module, "is_concatenated") for module in modules)
+        return sum(map(fast_experts.is_experts, modules))
     fasts = {rule.fast for rule in RULES if rule.fusion == fusion}
     return sum(getattr(module, "__fast__", None) in fasts for module in modules)
 

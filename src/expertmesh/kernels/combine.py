@@ -41,10 +41,11 @@ def combine_into(
     residual: torch.Tensor | None = None,
 ) -> None:
     """`combine` of tokens of which the first T/R go to outs[0] [T/R, H], the next to outs[1], …, contiguous tensors in
-    y's dtype which may lie in other GPUs' memory. A residual of at most T/R rows is added to the first of outs[own].
+    y's dtype which may lie in other GPUs' memory, all equally far behind the beginning of their storages. A residual of
+    at most T/R rows is added to the first of outs[own].
     """
     if use_triton(y_SH):
-        addresses = _addresses(y_SH.device, *(out.data_ptr() for out in outs))
+        addresses = _addresses(y_SH.device, *(out.untyped_storage().data_ptr() for out in outs))
         _combine_triton(outs[own], addresses, len(outs), own, y_SH, position_TK, weight_TK, residual)
         return
     pieces = position_TK.chunk(len(outs)), [None] * len(outs) if weight_TK is None else weight_TK.chunk(len(outs))
@@ -54,7 +55,7 @@ def combine_into(
             out[: len(residual)] += residual
 
 
-@lru_cache(256)
+@lru_cache(256)  # few storages and not many tensors in them: those that CUDA graphs read must stay
 def _addresses(device: torch.device, *addresses: int) -> torch.Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)
 
@@ -165,7 +166,7 @@ def _combine_kernel(
             acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     to = out + at
     if OUTS > 1:
-        to = tl.load(outs + piece).to(out.dtype) + at
+        to = (out.to(tl.int64) + tl.load(outs + piece) - tl.load(outs + own)).to(out.dtype) + at
         if ALIGNED:
             to = tl.multiple_of(to, 16)
     tl.store(to, acc.to(out.dtype.element_ty), mask=mask)

@@ -50,7 +50,8 @@ class FastNemotronHMoEBlock(FastSharedMoEBlock):
         x_TH = hidden_states.flatten(0, -2)
         _, weight_TK, ids_TK = self.gate(x_TH)
         y_TL = self.experts(self.fc1_latent_proj(x_TH), ids_TK, weight_TK)
-        return _add_projected(total_TH, y_TL, self.fc2_latent_proj, scale).view_as(residual)
+        out_TH = _add_projected(total_TH, y_TL, self.fc2_latent_proj, scale)
+        return torch.ops.aten._unsafe_view(out_TH, residual.shape)  # no view, of which FSDP warns
 
 
 def _add_projected(total_TH: torch.Tensor, y_TL: torch.Tensor, proj: Any, scale: float) -> torch.Tensor:

@@ -11,186 +11,109 @@ Registered in Transformers as the `ep_implementation` "expertmesh".
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from expertmesh.kernels.combine import combine
+from expertmesh.moe.dispatch import Dispatch
+from expertmesh.moe.exchange import Exchange, Gradients, Outputs
 from expertmesh.moe.replay import kept
 from expertmesh.moe.routes import Routes, owners_rows, routes_of
 from expertmesh.waiting import waiting
 
 NAME = "expertmesh"
-Splits = list[int] | None
 
 
-@dataclass(frozen=True)
-class _Journey:
-    """What one forward decides, and its backward and recompute repeat: routes, and rows to and from each rank."""
+class AllToAll(Exchange):
+    """One call's `Exchange`. M, the rows that this rank gets, is at least 1, so that experts never run on nothing."""
 
-    ids_TK: torch.Tensor
-    routes: Routes
-    send: list[int]
-    recv: list[int]
+    def __init__(self, dispatch: Dispatch, _: torch.Tensor) -> None:
+        self._layer, self._group, self._num_ranks = dispatch.layer, dispatch.group, dispatch.num_ranks
+        self._experts_per_rank: int = dispatch.num_local_experts
 
-
-class AllToAll(EPImplementation):
-    """The experts of one layer, spread over the ranks of `ep_mesh`.
-
-    The ranks of a tensor-parallel group hold the same tokens: each sends a slice of them, and the results are gathered
-    back over `tp_mesh`. All state lives in the call: two models in one process cannot mix.
-    """
-
-    num_local_experts: Any
-
-    def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
-        super().__init__(experts, ep_mesh, tp_mesh)
-        self.layer = getattr(experts, "full_name", "some experts")  # as `lean_layout` has noted it
-
-    @torch.compiler.disable
-    def __call__(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Output [T, H] for hidden_states [T, H], global expert ids [T, K] and routing weights [T, K]; T may be 0."""
-        if self.tp_mesh.size() == 1:
-            return self._run(hidden_states, top_k_index, top_k_weights)
-        mine = (_my_rows(x, self.tp_mesh) for x in (hidden_states, top_k_index, top_k_weights))
-        return _all_rows(self._run(*mine), self.tp_mesh, hidden_states.shape)
-
-    def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        experts_per_rank = self.num_local_experts
+    def dispatch(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         packed: list[torch.Tensor] = []
 
-        def decide() -> _Journey:
-            routes = routes_of(ids_TK, self.ep_mesh.size(), experts_per_rank)
-            counts = _Counts(routes.count_R, self._exchange)
-            packed.extend(_pack(x_TH, weight_TK, routes, experts_per_rank))  # the device's work while counts travel
-            send, recv = counts.wait()
-            return _Journey(ids_TK, routes.first(sum(send)), send, recv)
+        def decide() -> tuple[torch.Tensor, Routes, list[int], list[int]]:
+            routes = routes_of(ids_TK, self._num_ranks, self._experts_per_rank)
+            wait = self._counts(routes.count_R)
+            packed.extend(self._pack(x_TH, weight_TK, routes))  # the device's work while counts travel
+            send, recv = wait()
+            return ids_TK, routes.first(sum(send)), send, recv
 
-        journey = kept(decide)
-        if not packed:  # a recompute: nothing was decided anew
-            packed.extend(_pack(x_TH, weight_TK, journey.routes, experts_per_rank))
-        x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, *packed, journey, self._exchange, experts_per_rank)
-        y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
-        return _Combine.apply(y_MH, journey, self._exchange)
+        # what the backward and a recompute repeat
+        self._ids_TK, self._routes, self._send, self._recv = kept(decide)
+        self._weight_dtype, top_k = weight_TK.dtype, weight_TK.shape[1]
+        x_NH, meta_NK2 = packed or self._pack(x_TH, weight_TK, self._routes)
+        meta_MK2 = self._to_experts(meta_NK2)
+        x_MH = self._to_experts(x_NH)
+        if not sum(self._recv):
+            meta_MK2[:, :top_k] = self._experts_per_rank  # the row of zeros has no expert here
+        return x_MH, meta_MK2[:, :top_k].long(), meta_MK2[:, top_k:].contiguous().view(torch.float32)
 
-    def _exchange(self, to: torch.Tensor, rows: torch.Tensor, recv: Splits = None, send: Splits = None) -> None:
-        group = self.ep_mesh.get_group()
-        with waiting(self.layer, group):
-            dist.all_to_all_single(to, rows, recv, send, group)
+    def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
+        out_TH = combine(self._to_owners(made.sums()), self._routes.position_TR)
+        return out_TH if residual is None else residual + out_TH.view(residual.shape)
 
+    def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
+        return self._to_experts(dout_TH[self._routes.token_N])
 
-class _Counts:
-    """The all-to-all of row counts: under way once made, on the host after `wait`."""
+    def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
+        def exchange() -> Gradients:
+            dx_TH = dweight_TK = None
+            if dweight_MK is not None:
+                row_TK = owners_rows(self._routes, self._ids_TK, self._experts_per_rank)
+                dweight_TK = self._to_owners(dweight_MK).gather(0, row_TK).to(self._weight_dtype)
+            if dx_MH is not None:
+                dx_TH = combine(self._to_owners(dx_MH), self._routes.position_TR)
+            return dx_TH, dweight_TK
 
-    def __init__(self, count_R: torch.Tensor, exchange: Callable) -> None:
+        return exchange
+
+    def _counts(self, count_R: torch.Tensor) -> Callable[[], list[list[int]]]:
+        """Sends how many rows go to each rank; what it returns waits for [rows to each rank, rows from each]."""
         both = torch.stack([count_R, torch.zeros_like(count_R)])
-        exchange(both[1], both[0])
-        self._event: torch.cuda.Event | None = None
-        self._host = both
-        if both.is_cuda:
-            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-            self._host.copy_(both, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._exchange(both[1], both[0])
+        if not both.is_cuda:
+            return both.tolist
+        host, event = torch.empty(both.shape, dtype=both.dtype, pin_memory=True), torch.cuda.Event()
+        host.copy_(both, non_blocking=True)
+        event.record()
 
-    def wait(self) -> list[list[int]]:
-        """[rows to each rank, rows from each rank]."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.tolist()
+        def wait() -> list[list[int]]:
+            event.synchronize()
+            return host.tolist()
 
+        return wait
 
-@torch.no_grad()
-def _pack(
-    x_TH: torch.Tensor, weight_TK: torch.Tensor, routes: Routes, experts_per_rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two messages: rows [N, H], and [N, 2K] int32 of their ids and the bits of their float32 weights."""
-    weight_NK = torch.where(routes.ids_NK < experts_per_rank, weight_TK[routes.token_N].float(), 0)
-    return x_TH[routes.token_N], torch.cat([routes.ids_NK, weight_NK.view(torch.int32)], dim=1)
+    def _pack(self, x_TH: torch.Tensor, weight_TK: torch.Tensor, routes: Routes) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two messages: rows [N, H], and [N, 2K] int32 of their ids and the bits of their float32 weights."""
+        weight_NK = torch.where(routes.ids_NK < self._experts_per_rank, weight_TK[routes.token_N].float(), 0)
+        return x_TH[routes.token_N], torch.cat([routes.ids_NK, weight_NK.view(torch.int32)], dim=1)
 
+    def _to_experts(self, rows_N: torch.Tensor) -> torch.Tensor:
+        """Rows [N, …] of this rank's tokens → those [M, …] that are for its experts; without any, one row of zeros."""
+        num_rows, width = sum(self._recv), rows_N.shape[1]
+        rows_M = rows_N.new_empty(num_rows, width) if num_rows else rows_N.new_zeros(1, width)
+        self._exchange(rows_M[:num_rows], rows_N[: sum(self._send)], self._recv, self._send)
+        return rows_M
 
-class _Dispatch(torch.autograd.Function):
-    """x [T, H] and weights [T, K] → what this rank's experts get: rows [M, H], weights and local ids [M, K].
+    def _to_owners(self, rows_M: torch.Tensor) -> torch.Tensor:
+        """The way back: rows [M, …] → [N, …]."""
+        rows_N = rows_M.new_empty(sum(self._send), rows_M.shape[1])
+        self._exchange(rows_N, rows_M[: sum(self._recv)].contiguous(), self._send, self._recv)
+        return rows_N
 
-    M is at least 1, so that experts never run on nothing: without any row, one of zeros that has no expert here.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TH, weight_TK, x_NH, meta_NK2, journey: _Journey, exchange, experts_per_rank: int):
-        ctx.journey, ctx.exchange = journey, exchange
-        ctx.experts_per_rank, ctx.weight_dtype = experts_per_rank, weight_TK.dtype
-        num_sent, num_rows, top_k = sum(journey.send), sum(journey.recv), weight_TK.shape[1]
-        x_MH = _room_for(num_rows, x_NH)
-        meta_MK2 = _room_for(num_rows, meta_NK2)
-        if num_rows == 0:
-            meta_MK2[:, :top_k] = experts_per_rank
-        exchange(meta_MK2[:num_rows], meta_NK2[:num_sent], journey.recv, journey.send)
-        exchange(x_MH[:num_rows], x_NH[:num_sent], journey.recv, journey.send)
-        ids_MK = meta_MK2[:, :top_k].long()
-        ctx.mark_non_differentiable(ids_MK)
-        return x_MH, meta_MK2[:, top_k:].contiguous().view(torch.float32), ids_MK
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx_MH, dweight_MK, _):
-        journey, dx_TH, dweight_TK = ctx.journey, None, None
-        if ctx.needs_input_grad[1]:
-            dweight_NK = _back(dweight_MK, journey, ctx.exchange)
-            row_TK = owners_rows(journey.routes, journey.ids_TK, ctx.experts_per_rank)
-            dweight_TK = dweight_NK.gather(0, row_TK).to(ctx.weight_dtype)
-        if ctx.needs_input_grad[0]:
-            dx_TH = combine(_back(dx_MH, journey, ctx.exchange), journey.routes.position_TR)
-        return dx_TH, dweight_TK, None, None, None, None, None
+    def _exchange(
+        self, to: torch.Tensor, rows: torch.Tensor, recv: list[int] | None = None, send: list[int] | None = None
+    ) -> None:
+        with waiting(self._layer, self._group):
+            dist.all_to_all_single(to, rows, recv, send, self._group)
 
 
-class _Combine(torch.autograd.Function):
-    """The experts' rows [M, H] → every token's sum over the ranks that it went to [T, H]."""
-
-    @staticmethod
-    def forward(ctx: Any, y_MH, journey: _Journey, exchange: Callable):
-        ctx.journey, ctx.exchange = journey, exchange
-        return combine(_back(y_MH, journey, exchange), journey.routes.position_TR)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout_TH):
-        journey = ctx.journey
-        num_rows = sum(journey.recv)
-        dy_NH = dout_TH[journey.routes.token_N]
-        dy_MH = _room_for(num_rows, dy_NH)
-        ctx.exchange(dy_MH[:num_rows], dy_NH, journey.recv, journey.send)
-        return dy_MH, None, None
-
-
-def _room_for(num_rows: int, like: torch.Tensor) -> torch.Tensor:
-    """Uninitialised rows as wide as those of `like`; without any, a single one of zeros."""
-    return like.new_empty(num_rows, like.shape[1]) if num_rows else like.new_zeros(1, like.shape[1])
-
-
-def _back(rows_MH: torch.Tensor, journey: _Journey, exchange: Callable) -> torch.Tensor:
-    """Rows at the experts' ranks → rows at their tokens' ranks [N, H]."""
-    rows_NH = rows_MH.new_empty(sum(journey.send), rows_MH.shape[1])
-    exchange(rows_NH, rows_MH[: sum(journey.recv)].contiguous(), journey.send, journey.recv)
-    return rows_NH
-
-
-def _my_rows(x: torch.Tensor, tp_mesh: Any) -> torch.Tensor:
-    """This rank's slice of tokens that the whole group holds; backward gathers the slices' gradients."""
-    whole = DTensor.from_local(x, tp_mesh, [Replicate()], run_check=False)
-    return whole.redistribute(tp_mesh, [Shard(0)]).to_local()
-
-
-def _all_rows(x: torch.Tensor, tp_mesh: Any, shape: torch.Size) -> torch.Tensor:
-    """The slices of all ranks of the group, in order; uneven and empty ones too."""
-    x = x.contiguous()
-    return DTensor.from_local(x, tp_mesh, [Shard(0)], shape=shape, stride=(shape[1], 1)).full_tensor()
-
-
-EPImplementationInterface.register(NAME, AllToAll)
+EPImplementationInterface.register(NAME, partial(Dispatch, AllToAll))

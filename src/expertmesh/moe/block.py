@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from expertmesh.moe import experts as fast_experts
+from expertmesh.moe.dispatch import Dispatch
+from expertmesh.moe.experts import NAME, is_experts
 from expertmesh.twins import Fast, untouched, watched
 
 
@@ -26,19 +27,21 @@ class FastMoEBlock(Fast):
         if residual is None:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        spread = "send_ahead" in vars(self.experts)  # over ranks, by a dispatch that works with this block
-        if spread:
-            self.experts.send_ahead(x_TH)
+        dispatch = vars(self.experts).get("forward")
+        exchange = dispatch.start(x_TH) if isinstance(dispatch, Dispatch) else None
+        options: dict[str, Any] = {} if exchange is None else {"exchange": exchange}
         _, weight_TK, ids_TK = self._router()(x_TH)
-        beside = self._beside(hidden_states)
-        if beside is not None:
-            residual = add_scaled(residual, beside, scale)
-        scaled_TK = weight_TK if scale == 1 else weight_TK.float() * scale
-        if spread and residual.dtype == x_TH.dtype and not watched(self.experts):
-            return self.experts.add_to(residual, x_TH, ids_TK, scaled_TK)
-        if _takes_residual(self.experts):
-            return self.experts(x_TH, ids_TK, scaled_TK, residual=residual)
-        return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK).view_as(residual), scale)
+        shared = self._shared(hidden_states)
+        if shared is not None:
+            residual = add_scaled(residual, shared, scale)
+        if dispatch is None:
+            takes_residual = _run_here_alone(self.experts)
+        else:
+            takes_residual = exchange is not None and not watched(self.experts)
+        if takes_residual and residual.dtype == x_TH.dtype:
+            scaled_TK = weight_TK if scale == 1 else weight_TK.float() * scale
+            return self.experts(x_TH, ids_TK, scaled_TK, residual=residual, **options)
+        return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK, **options).view_as(residual), scale)
 
     @staticmethod
     def why_not(block: Any) -> str | None:
@@ -48,8 +51,8 @@ class FastMoEBlock(Fast):
     def _router(self) -> Any:
         return self.gate
 
-    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """What is added to the experts' sum."""
+    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The output of a shared expert, which is added to the experts' sum."""
         return None
 
 
@@ -66,21 +69,21 @@ class FastRouterMoEBlock(FastMoEBlock):
 class FastSharedMoEBlock(FastMoEBlock):
     """Must equal `DeepseekV3MoE.forward` and `Ernie4_5_MoeSparseMoeBlock.forward`, which may have no shared experts."""
 
-    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return None if self.shared_experts is None else self.shared_experts(hidden_states)
 
 
 class FastSharedMLPMoEBlock(FastMoEBlock):
     """Must equal `HunYuanMoEV1Moe.forward`, whose shared expert has another name."""
 
-    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.shared_mlp(hidden_states)
 
 
 class FastGatedSharedMoEBlock(FastMoEBlock):
     """Must equal `Qwen2MoeSparseMoeBlock.forward`: the shared expert has a gate."""
 
-    def _beside(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(self.shared_expert_gate(hidden_states)) * self.shared_expert(hidden_states)
 
 
@@ -90,8 +93,6 @@ def add_scaled(residual: torch.Tensor, out: torch.Tensor | tuple[torch.Tensor, .
     return residual + (out if scale == 1 else out * scale)
 
 
-def _takes_residual(experts: Any) -> bool:
+def _run_here_alone(experts: Any) -> bool:
     """Whether a call goes straight to our `experts_forward`: past no adapter, no other rank and no hook."""
-    if "is_concatenated" not in vars(experts) or not untouched(experts):
-        return False
-    return experts.config._experts_implementation == fast_experts.NAME
+    return is_experts(experts) and untouched(experts) and experts.config._experts_implementation == NAME

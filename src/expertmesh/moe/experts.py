@@ -1,11 +1,16 @@
 """Every expert of a layer at once: the experts backend "expertmesh" of Transformers' `ExpertsInterface`.
 
-    group → up + activation → down → combine             forward
-    down-dgrad + activation' → weight gradients → up-dgrad → combine      backward
+    dispatch → group → up + activation → down → combine             forward
+    combine' → down-dgrad + activation' → weight gradients → up-dgrad → dispatch'      backward
 
-Two autograd functions do both. They save x [T, H], the up-projection's output h [S, J] and the routing, and nothing
-else that grows with S = T·K rows: the activation is recomputed from h, and the routing weights' gradient comes out of
-the down-dgrad, so neither the permuted input nor the experts' outputs are kept.
+`_Up` is the forward as far as the activation, `_Down` the rest: two autograd functions, as a checkpointed layer is
+recomputed no further than its last saved tensor, which is `_Up`'s. They save x [M, H], the up-projection's output h
+[S, J] and the routing, and nothing else that grows with S = M·K rows: the activation is recomputed from h, and the
+routing weights' gradient comes out of the down-dgrad, so neither the permuted input nor the experts' outputs are kept.
+`_Down`'s backward reads what `_Up` saved and leaves in `from_down` what `_Up`'s backward goes on from; what autograd
+brings from one to the other has no values.
+
+Experts on other ranks differ in the `Exchange` alone (exchange.py), by which rows are dispatched and combined.
 
 All layouts of Transformers' experts modules work: gated (concatenated or interleaved) or not, with biases or not,
 weights [E, out, in] or transposed.
@@ -25,11 +30,10 @@ from expertmesh.kernels import products
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
-from expertmesh.moe.handoff import Handoff, adopt
+from expertmesh.moe.exchange import LOCAL, Exchange, Outputs
 from expertmesh.twins import untouched
 
 NAME = "expertmesh"
-
 
 #: what `use_experts_implementation` says of a class, as far as this backend knows
 _FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
@@ -53,7 +57,12 @@ def _new_flags() -> frozenset[str]:
     return frozenset(inspect.signature(use_experts_implementation).parameters) - known
 
 
-def divides_gradients(experts: Any) -> bool:
+def is_experts(module: Any) -> bool:
+    """Whether this is an experts module of Transformers', which any experts backend may run."""
+    return hasattr(module, "is_concatenated") and hasattr(module, "has_gate")
+
+
+def runs_here(experts: Any) -> bool:
     """Whether this module runs here, where its weights' gradients are divided by its `grad_divisor`, if it has one."""
     return experts.config._experts_implementation == NAME and why_not(experts) is None
 
@@ -99,14 +108,16 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     residual: torch.Tensor | None = None,
+    exchange: Exchange = LOCAL,
 ) -> torch.Tensor:
     """Output [T, H] of a Transformers experts module for hidden_states [T, H].
 
     top_k_index: [T, K], an id outside [0, `experts.num_experts`) marks a pair that is not computed here. top_k_weights:
     [T, K], any float type. Equals `grouped_mm_experts_forward` of Transformers; float32 sums, result in
     hidden_states' dtype. residual: T rows in any shape [..., H], added to the result, which then has its shape.
+    exchange: how rows reach experts on other ranks; only for experts that run here, in their weights' dtype.
     """
-    if why_not(experts) is not None:
+    if exchange is LOCAL and why_not(experts) is not None:
         ids_TK = or_none(top_k_index, experts.num_experts)
         out_TH = grouped_mm_experts_forward(experts, hidden_states, ids_TK, top_k_weights)
         return out_TH if residual is None else residual + out_TH.view(residual.shape)
@@ -117,94 +128,87 @@ def experts_forward(
     if not experts.is_transposed:
         w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
     x_TH = hidden_states.to(w_up.dtype)  # under autocast Transformers computes experts in their weights' dtype too
-    act = activation_of(experts)
+    act, scale = activation_of(experts), 1 / getattr(experts, "grad_divisor", 1)
     inside = residual if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype else None
-    scale = 1 / getattr(experts, "grad_divisor", 1)
-    handoff = adopt() if x_TH is hidden_states else None
-    groups: list[Grouping] = []  # the first makes one, the second takes it
-    h_SJ, a_SI = _Up.apply(
-        x_TH.contiguous(), w_up, b_up, top_k_weights, w_down, b_down, top_k_index, groups, act, scale, handoff
+    h_SJ, a_SI, routed = _Up.apply(
+        x_TH.contiguous(), top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act, scale, exchange
     )
-    out = _Down.apply(h_SJ, a_SI, top_k_weights, w_down, b_down, inside, groups, handoff)
-    out = out.to(hidden_states.dtype)
+    out = _Down.apply(h_SJ, a_SI, w_down, b_down, inside, routed, exchange).to(hidden_states.dtype)
     return out if residual is None or residual is inside else residual + out.view(residual.shape)
 
 
 class _Up(torch.autograd.Function):
-    """(h [S, J], activation(h) [S, I]) of the routed rows; gradients come for h only, made by `_Down`, which leaves
-    them in `from_down`: h may lack rows.
+    """(h [S, J], activation(h) [S, I], (group, weights [M, K])) of the dispatched rows; gradients come for h only. h
+    may lack rows.
 
-    Weights are [E, in, out] views; their gradients come back in the same shape, times `scale`. All that both backwards
-    need is saved here: a checkpointed layer is recomputed no further than its last saved tensor.
+    Weights are [E, in, out] views; their gradients come back in the same shape, times `scale`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH, w_up, b_up, weight_TK, w_down, b_down, ids_TK, groups, act, scale, handoff):
-        group = group_by_expert(ids_TK, w_up.shape[0], weight_TK)
-        keep = None if handoff is None else handoff.rows_to_keep(ids_TK.numel(), group.block)
-        h_SJ, a_SI, ctx.in_turns = products.up_act(x_TH, w_up, b_up, group, act, keep)
-        groups.append(group)
-        ctx.act, ctx.scale, ctx.handoff = act, scale, handoff
+    def forward(ctx: Any, x_TH, weight_TK, w_up, b_up, w_down, b_down, ids_TK, act, scale, exchange: Exchange):
+        x_MH, ids_MK, weight_MK = exchange.dispatch(x_TH, ids_TK, weight_TK)
+        group = group_by_expert(ids_MK, w_up.shape[0], weight_MK)
+        keep = exchange.rows_to_keep(ids_MK.numel(), group.block)
+        h_SJ, a_SI, ctx.in_turns = products.up_act(x_MH, w_up, b_up, group, act, keep)
+        ctx.act, ctx.scale, ctx.exchange = act, scale, exchange
         ctx.tiles, ctx.block = group.tiles, group.block
         rows = group.slot_S, group.token_S, group.position_TK, group.bounds, group.weight_S
-        ctx.save_for_backward(x_TH, h_SJ, weight_TK, ids_TK, w_up, b_up, w_down, b_down, *rows)
+        ctx.save_for_backward(x_MH, h_SJ, weight_MK, ids_MK, w_up, b_up, w_down, b_down, *rows)
         ctx.mark_non_differentiable(a_SI)
         ctx.set_materialize_grads(False)
-        return h_SJ, a_SI
+        return h_SJ, a_SI, (group, weight_MK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_):
-        (dh_SJ, x_TH, w_up, group, dweight_TK, db_up), ctx.from_down = ctx.from_down, None
-        dx_TH = dw_up = None
+        (dh_SJ, x_MH, w_up, group, dweight_MK, db_up), ctx.from_down = ctx.from_down, None
+        dx_MH = dw_up = None
         if ctx.needs_input_grad[0]:
-            dx_TH = combine(products.grouped_gemm(dh_SJ, w_up.transpose(1, 2), group), group.position_TK)
-        if ctx.handoff is not None and dx_TH is not None and dweight_TK is not None:
-            ctx.handoff.start([dx_TH, dweight_TK])  # from here on the gradient of the output may be overwritten
-        if ctx.needs_input_grad[1]:
-            dw_up = products.wgrad(x_TH, dh_SJ, group, w_up, ctx.scale)
-        return dx_TH, dw_up, db_up, *[None] * 8
+            dx_MH = combine(products.grouped_gemm(dh_SJ, w_up.transpose(1, 2), group), group.position_TK)
+        wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
+        if ctx.needs_input_grad[2]:
+            dw_up = products.wgrad(x_MH, dh_SJ, group, w_up, ctx.scale)
+        return *wait(), dw_up, db_up, *[None] * 6
 
 
 class _Down(torch.autograd.Function):
     """The weighted sums of the down-projected activation, of which `h`, from `_Up`, stands for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, h_SJ, a_SI, weight_TK, w_down, b_down, residual, groups, handoff: Handoff | None):
-        ctx.up, group = h_SJ.grad_fn, groups.pop()
+    def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, residual, routed: tuple, exchange: Exchange):
+        ctx.up, (group, weight_MK) = h_SJ.grad_fn, routed
         y_SH = products.grouped_gemm(a_SI, w_down, group, b_down)
-        if handoff is not None:
-            return handoff.send(y_SH, group.position_TK, weight_TK)
-        return combine(y_SH, group.position_TK, weight_TK, residual)
+        return exchange.combine(Outputs(y_SH, group.position_TK, weight_MK), residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):
         up = ctx.up
         if up is None:  # nothing but the residual has a gradient
-            return *[None] * 5, dout, None, None
-        x_TH, h_SJ, weight_TK, ids_TK, w_up, b_up, w_down, b_down, *rows = up.saved_tensors
+            return *[None] * 4, dout, None, None
+        # a checkpointed layer is recomputed here, exchanges too: they must not come between `dout_MH` and its readers
+        x_MH, h_SJ, weight_MK, ids_MK, w_up, b_up, w_down, b_down, *rows = up.saved_tensors
         group = Grouping(rows[0], rows[1], rows[2], rows[3], up.tiles, up.block, rows[4])
-        _, _, need_weight, need_w_down, need_b_down, need_residual = ctx.needs_input_grad[:6]
-        need_b_up = up.needs_input_grad[2]
-        dout_TH = dout.reshape(x_TH.shape).contiguous()
+        _, _, need_w_down, need_b_down, need_residual = ctx.needs_input_grad[:5]
+        _, need_weight, _, need_b_up = up.needs_input_grad[:4]
+        dout_MH = up.exchange.combine_backward(dout.reshape(-1, dout.shape[-1]))
 
-        more_SJ = products.up_again(x_TH, w_up, b_up, group, up.act, h_SJ)
+        more_SJ = products.up_again(x_MH, w_up, b_up, group, up.act, h_SJ)
         dh_SJ, wa_SI, dweight_PS, db_up = products.down_dact(
-            dout_TH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.in_turns
+            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.in_turns
         )
-        dweight_TK = dw_down = db_down = None
+        dweight_MK = dw_down = db_down = None
         if need_weight:
-            dweight_TK = _per_slot(dweight_PS, group, dout_TH, ids_TK, b_down, weight_TK.dtype)
+            dweight_MK = _per_slot(dweight_PS, group, dout_MH, ids_MK, b_down, weight_MK.dtype)
         if need_w_down:
-            dw_down = products.wgrad(dout_TH, wa_SI, group, w_down.transpose(1, 2), up.scale).transpose(1, 2)
+            dw_down = products.wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale).transpose(1, 2)
         if need_b_down:
-            db_down = _bias_down_grad(dout_TH, weight_TK, ids_TK, b_down) * up.scale
+            db_down = _bias_down_grad(dout_MH, weight_MK, ids_MK, b_down) * up.scale
         if db_up is not None:
             db_up = db_up * up.scale
-        up.from_down = dh_SJ, x_TH, w_up, group, dweight_TK, db_up
+        up.from_down = dh_SJ, x_MH, w_up, group, dweight_MK, db_up
         no_values = h_SJ.new_zeros(()).expand(h_SJ.shape)  # zeros: anomaly detection looks for nan
-        return no_values, None, dweight_TK, dw_down, db_down, dout if need_residual else None, None, None
+        return no_values, None, dw_down, db_down, dout if need_residual else None, None, None
 
 
 def _per_slot(

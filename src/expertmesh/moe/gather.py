@@ -2,77 +2,84 @@
 
     all-gather tokens, ids and weights → this rank's experts → reduce-scatter of the partial sums
 
-Tokens are on their way before the router has chosen, if the block around the experts calls `experts.send_ahead`. With 2
-ranks this moves as many rows as sending each token once to every rank that needs it, with 4 hardly more; and nothing
-about the routing has to be known on the host: shapes follow from how many tokens each rank has, which the hosts tell
-each other once per forward, so the CPU never waits for a device. The experts skip pairs whose ids are not theirs. The
+Tokens are on their way before the router has chosen, if the block around the experts starts the exchange. With 2 ranks
+this moves as many rows as sending each token once to every rank that needs it, with 4 hardly more; and nothing about
+the routing has to be known on the host: shapes follow from how many tokens each rank has, which the hosts tell each
+other once per forward, so the CPU never waits for a device. The experts skip pairs whose ids are not theirs. The
 backward mirrors the forward: a reduce-scatter where that gathers, and the reverse. Rows travel by links.py.
 
 Registered in Transformers as the `ep_implementation` "expertmesh-gather".
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
-from expertmesh.moe.all_to_all import AllToAll
-from expertmesh.moe.handoff import Handoff, offered
-from expertmesh.moe.links import Collectives, Link, Mailboxes, link_of
+from expertmesh.moe.dispatch import Dispatch
+from expertmesh.moe.exchange import Exchange, Gradients, Outputs
+from expertmesh.moe.links import Mailboxes, Sent, join_side_stream, link_of, on_side_stream
 from expertmesh.moe.replay import kept
 from expertmesh.waiting import hosts, waiting
 
 NAME = "expertmesh-gather"
 
 
-class Gather(AllToAll):
-    """The experts of one layer, spread over the ranks of `ep_mesh`; slices of a tensor-parallel group as there."""
+class Gather(Exchange):
+    """One call's `Exchange`. M = R · `rows`: every rank pads its tokens to those of the rank that has most."""
 
-    def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
-        super().__init__(experts, ep_mesh, tp_mesh)
-        self._experts = experts
-        self._residual: torch.Tensor | None = None  # of the call under way
-        if tp_mesh.size() == 1:
-            experts.send_ahead, experts.add_to = self.send_ahead, self.add_to
+    def __init__(self, dispatch: Dispatch, x_TH: torch.Tensor, ahead: bool = False) -> None:
+        self._dispatch, self._link, self._num_tokens = dispatch, link_of(dispatch.group, dispatch.layer), len(x_TH)
+        self._rows = kept(lambda: most_tokens(len(x_TH), dispatch.group, dispatch.layer))
+        self._sent: Sent | None = None
+        if ahead and isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
+            self._sent = self._link.send_ahead(_padded(x_TH.detach(), self._rows))
 
-    def add_to(self, residual: torch.Tensor, *routed: torch.Tensor) -> torch.Tensor:
-        """residual [..., H] plus the output of the experts for these (hidden_states, top_k_index, top_k_weights)."""
-        self._residual = residual.reshape(routed[0].shape)
-        try:
-            return self._experts(*routed).view(residual.shape)
-        finally:
-            self._residual = None
-
-    def send_ahead(self, x_TH: torch.Tensor) -> None:
-        """Let rows travel while the router chooses: `hidden_states` of the next call will be this x [T, H]."""
-        link = self._link()
-        if isinstance(link, Mailboxes):
-            link.send_ahead(_padded(x_TH.detach(), self._rows(x_TH)))
-
-    def _link(self) -> Link:
-        group = self.ep_mesh.get_group()
-        with waiting(self.layer, hosts(group), group):  # the first time, the ranks meet
-            link = link_of(group)
-        return Collectives(group, self.layer) if isinstance(link, Collectives) else link
-
-    def _rows(self, x_TH: torch.Tensor) -> int:
-        return kept(lambda: most_tokens(len(x_TH), self.ep_mesh.get_group(), self.layer))
-
-    def _run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        experts_per_rank = self.num_local_experts
-        num_experts = self.ep_mesh.size() * experts_per_rank
-        residual, handoff = self._residual, Handoff(self._link(), self.ep_mesh.size(), self._residual)
-        x_MH, ids_MK, weight_MK = _Gather.apply(x_TH, ids_TK, weight_TK, self._rows(x_TH), num_experts, handoff)
+    def dispatch(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dispatch, rows, sent = self._dispatch, self._rows, self._sent
+        self._sent = None  # this lives until the backward
+        nobody = dispatch.num_ranks * dispatch.num_local_experts
+        parts = [_padded(x_TH, rows), _padded(ids_TK, rows, nobody), _padded(weight_TK, rows)]
+        x_MH, ids_MK, weight_MK = self._link.all_gather(parts, sent)
         # this rank's experts become 0, 1, …; all others', and the padding, something else
-        ids_MK = ids_MK.sub_(self.ep_mesh.get_local_rank() * experts_per_rank)
-        with offered(handoff):
-            y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
-        return _Scatter.apply(y_MH, residual, len(x_TH), handoff)
+        return x_MH, ids_MK.sub_(dispatch.rank * dispatch.num_local_experts), weight_MK
+
+    def rows_to_keep(self, num_rows: int, block: int) -> int:
+        """This rank's share and a quarter, in whole blocks: the host cannot know how many its experts get."""
+        block = max(block, 1)
+        return max(1, -(-num_rows * 5 // (4 * self._dispatch.num_ranks * block))) * block
+
+    def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
+        self._made_here = made.position_MK is not None
+        width = made.y.shape[1]
+        out_TH = self._link.combine_scatter(made, None if residual is None else residual.reshape(-1, width))
+        out_TH = _first(out_TH, self._num_tokens)
+        return out_TH if residual is None else torch.ops.aten._unsafe_view(out_TH, residual.shape)
+
+    def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
+        (dout_MH,) = self._link.all_gather([_padded(dout_TH, self._rows)], copy=not self._made_here)
+        return dout_MH
+
+    def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
+        parts = [part for part in (dx_MH, dweight_MK) if part is not None]
+        sums: list[torch.Tensor] = []
+        if parts:
+            with on_side_stream(parts[0].device):  # beside the gradient of weights that is launched next
+                sums = self._link.reduce_scatter(parts)
+
+        def wait() -> Gradients:
+            if parts:
+                join_side_stream(parts[0].device, sums)
+            left = iter(_first(part, self._num_tokens) for part in sums)
+            return None if dx_MH is None else next(left), None if dweight_MK is None else next(left)
+
+        return wait
 
 
 _agreed: ContextVar[dict[dist.ProcessGroup, tuple[int, int]] | None] = ContextVar("agreed_tokens", default=None)
@@ -131,44 +138,4 @@ def _first(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x if len(x) == rows else x[:rows].clone()
 
 
-class _Gather(torch.autograd.Function):
-    """x [T, H], ids and weights [T, K] of each rank → those of all, padded to M = R · rows by ids `num_experts`."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH, ids_TK, weight_TK, rows: int, num_experts: int, handoff: Handoff):
-        ctx.num_tokens, ctx.handoff = len(x_TH), handoff
-        parts = _padded(x_TH, rows), _padded(ids_TK, rows, num_experts), _padded(weight_TK, rows)
-        x_MH, ids_MK, weight_MK = handoff.link.all_gather(list(parts))
-        handoff.remember(ctx, x_TH)
-        ctx.mark_non_differentiable(ids_MK)
-        return x_MH, ids_MK, weight_MK
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx_MH, _, dweight_MK):
-        parts = [d for d, needed in ((dx_MH, ctx.needs_input_grad[0]), (dweight_MK, ctx.needs_input_grad[2])) if needed]
-        sums = [_first(part, ctx.num_tokens) for part in ctx.handoff.finish(parts)] if parts else []
-        dx_TH = sums.pop(0) if ctx.needs_input_grad[0] else None
-        dweight_TK = sums.pop() if ctx.needs_input_grad[2] else None
-        return dx_TH, None, dweight_TK, None, None, None
-
-
-class _Scatter(torch.autograd.Function):
-    """What the experts returned → this rank's sums over all ranks [T, H], plus a residual if there is one."""
-
-    @staticmethod
-    def forward(ctx: Any, y_MH: torch.Tensor, residual: torch.Tensor | None, num_tokens: int, handoff: Handoff):
-        out = handoff.summed(y_MH)
-        ctx.rows, ctx.handoff = len(out), handoff
-        return _first(out, num_tokens)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor):
-        # experts that send dx themselves have read this by then, and the next exchange may overwrite it
-        ctx.handoff.recompute()
-        (dy_MH,) = ctx.handoff.link.all_gather([_padded(dout, ctx.rows)], lasting=not ctx.handoff.adopted)
-        return dy_MH, dout if ctx.needs_input_grad[1] else None, None, None
-
-
-EPImplementationInterface.register(NAME, Gather)
+EPImplementationInterface.register(NAME, partial(Dispatch, Gather, ahead=True))

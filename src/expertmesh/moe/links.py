@@ -12,42 +12,33 @@ enough, and the host never waits.
 import functools
 import math
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from expertmesh import backends
 from expertmesh.kernels.combine import combine_into
+from expertmesh.moe.exchange import Outputs
 from expertmesh.waiting import hosts, waiting
 
 ALIGNMENT = 128  # bytes at which each part of an exchange begins
-
-
-class Link(Protocol):
-    """Exchanges of several tensors at once. All ranks pass the same shapes, in the same order."""
-
-    def all_gather(self, parts: list[torch.Tensor], lasting: bool = True) -> list[torch.Tensor]:
-        """For each part [n, …] the parts of all ranks, in their order [R·n, …]; if not `lasting`, until the next
-        exchange, before which all that reads them must have been launched.
-        """
-        ...
-
-    def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """For each part [R·n, …] this rank's n rows of it, summed over all ranks."""
-        ...
+MOST_PLACES = 1024  # that mailboxes remember; sizes that are never the same again must not fill the memory
 
 
 class Collectives:
-    """By torch.distributed, for the experts `layer`."""
+    """By torch.distributed, for the experts `layer`. All ranks pass the same shapes, in the same order."""
 
     def __init__(self, group: dist.ProcessGroup, layer: str = "some experts") -> None:
         self.group, self.waiting = group, functools.partial(waiting, layer, group)
 
-    def all_gather(self, parts: list[torch.Tensor], lasting: bool = True) -> list[torch.Tensor]:
+    def all_gather(self, parts: list[torch.Tensor], sent: Any = None, copy: bool = True) -> list[torch.Tensor]:
+        """For each part [n, …] the parts of all ranks, in their order [R·n, …]; if not `copy`, until the next exchange,
+        before which all that reads them must have been launched. sent: of the first part, by mailboxes.
+        """
         outs = [part.new_empty(self.group.size() * len(part), *part.shape[1:]) for part in parts]
         with self.waiting():
             for out, part in zip(outs, parts, strict=True):
@@ -55,68 +46,80 @@ class Collectives:
         return outs
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """For each part [R·n, …] this rank's n rows of it, summed over all ranks."""
         outs = [part.new_empty(len(part) // self.group.size(), *part.shape[1:]) for part in parts]
         with self.waiting():
             for out, part in zip(outs, parts, strict=True):
                 dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
         return outs
 
+    def combine_scatter(self, made: Outputs, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`reduce_scatter` of the sums of what experts made, plus a residual [T, H] of this rank's first T rows."""
+        return _sums(self, made, residual)
 
-class Memory(Protocol):
-    """A buffer of bytes on each rank of a group, open to all of them."""
 
-    def of(self, rank: int) -> torch.Tensor:
-        """The bytes of that rank's buffer."""
-        ...
+class Sent(NamedTuple):
+    """A part that is under way through `box`, and room for those of all ranks, in which it is already."""
 
-    def barrier(self) -> None:
-        """What ranks wrote before is there for all after."""
-        ...
+    box: Any
+    part: torch.Tensor
+    out: torch.Tensor
+
+
+class _Place(NamedTuple):
+    """Where a tensor of this rank goes in every rank's box, behind those of the ranks before it; and all of them in
+    this rank's own box [R, n, …].
+    """
+
+    to: list[torch.Tensor]
+    came: torch.Tensor
 
 
 class Mailboxes:
-    """By buffers that all ranks of the group write to. `make(bytes)` makes one, on all ranks at the same time."""
+    """The same by buffers that all ranks of the group write to. `make(bytes)` makes one, a `DeviceMemory`, on all ranks
+    at the same time.
+    """
 
-    def __init__(self, group: dist.ProcessGroup, make: Callable[[int], Memory]) -> None:
+    def __init__(self, group: dist.ProcessGroup, make: Callable[[int], Any]) -> None:
         self.rank, self.size, self.make = group.rank(), group.size(), make
         # every rank sends to its neighbour first
         self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        self.boxes: list[Memory] = []
+        self.boxes: list[Any] = []
         self.bytes = self.turn = 0
-        self._ahead: tuple[Memory, torch.Tensor, torch.Tensor] | None = None
-        self._places: dict[Any, list[list[torch.Tensor]]] = {}
+        self._places: dict[Any, list[_Place]] = {}
 
-    def send_ahead(self, part: torch.Tensor) -> None:
-        """Begin the next exchange, which must be an `all_gather` that lasts: this is its first part, and travels beside
-        what is launched until then. All ranks must call it.
+    def send_ahead(self, part: torch.Tensor) -> Sent:
+        """Begin the next exchange, which must be an `all_gather` of this part and others: it travels beside what is
+        launched until then. All ranks must call it.
         """
-        box, (place,) = self.begin([part], 1)
+        box, (place,) = self._box(1 - self.turn, [part], 1)
         out = self._room_for_all(part)
-        with beside(part.device):
+        with on_side_stream(part.device):
             self._send(place, part)
             out.view(self.size, *part.shape)[self.rank].copy_(part)
-        self._ahead = box, part, out
+        return Sent(box, part, out)
 
-    def all_gather(self, parts: list[torch.Tensor], lasting: bool = True) -> list[torch.Tensor]:
-        ahead, self._ahead = self._ahead, None
-        box, places = self.begin(parts, 1, another=ahead is None)
+    def all_gather(self, parts: list[torch.Tensor], sent: Sent | None = None, copy: bool = True) -> list[torch.Tensor]:
+        box, places = self.begin(parts, 1)
         outs = [
-            self._room_for_all(part) if lasting else place[-1].flatten(0, 1)
+            self._room_for_all(part) if copy else place.came.flatten(0, 1)
             for place, part in zip(places, parts, strict=True)
         ]
         first = 0
-        if ahead is not None and ahead[0] is box and _same(parts[0], ahead[1]):
-            outs[0], first = ahead[2], 1
-        with beside(parts[0].device):  # the shorter way, so that nothing waits for another stream in the end
+        if sent is not None and sent.box is box and _same(sent.part, parts[0]):
+            outs[0], first = sent.out, 1
+        elif sent is not None:
+            join_side_stream(parts[0].device)  # what was sent must not arrive later than what is
+        with on_side_stream(parts[0].device):  # the shorter way, so that nothing waits for another stream in the end
             for out, part in zip(outs[first:], parts[first:], strict=True):
                 out.view(self.size, *part.shape)[self.rank].copy_(part)
         for place, part in zip(places[first:], parts[first:], strict=True):
             self._send(place, part)
-        join(parts[0].device)
+        join_side_stream(parts[0].device)
         box.barrier()
-        for place, out in zip(places, outs, strict=True) if lasting else ():
+        for place, out in zip(places, outs, strict=True) if copy else ():
             for sender in self.others:
-                out.view(place[-1].shape)[sender].copy_(place[-1][sender])
+                out.view(place.came.shape)[sender].copy_(place.came[sender])
         return outs
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -124,25 +127,19 @@ class Mailboxes:
         chunks = [part.chunk(self.size) for part in parts]
         for place, chunk in zip(places, chunks, strict=True):
             for receiver in self.others:
-                place[receiver].copy_(chunk[receiver])
+                place.to[receiver].copy_(chunk[receiver])
         box.barrier()
-        return [self._sum(place[-1], chunk[self.rank]) for place, chunk in zip(places, chunks, strict=True)]
+        return [self._sum(place.came, chunk[self.rank]) for place, chunk in zip(places, chunks, strict=True)]
 
-    def combine_scatter(
-        self,
-        y_SH: torch.Tensor,
-        position_MK: torch.Tensor,
-        weight_MK: torch.Tensor,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`reduce_scatter` of `combine(y, position, weight)`, plus a residual [T, H] of this rank's first T rows: the
-        kernel that combines writes each rank's rows into that rank's mailbox.
-        """
-        like = y_SH.new_empty_strided((len(position_MK), y_SH.shape[1]), (0, 0))
+    def combine_scatter(self, made: Outputs, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The kernel that combines writes each rank's rows into that rank's mailbox."""
+        if made.position_MK is None:
+            return _sums(self, made, residual)
+        like = made.y.new_empty_strided((len(made.position_MK), made.y.shape[1]), (0, 0))
         box, (place,) = self.begin([like], self.size)
-        combine_into(place[:-1], self.rank, y_SH, position_MK, weight_MK, residual)
+        combine_into(place.to, self.rank, made.y, made.position_MK, made.weight_MK, residual)
         box.barrier()
-        return self._sum(place[-1], place[self.rank])
+        return self._sum(place.came, place.to[self.rank])
 
     def _sum(self, came_RTH: torch.Tensor, own_TH: torch.Tensor) -> torch.Tensor:
         """What came from the others and this rank's own; made in float32."""
@@ -152,48 +149,47 @@ class Mailboxes:
             came_RTH[self.rank].copy_(own_TH)
         return came_RTH.sum(0)
 
-    def _send(self, place: list[torch.Tensor], part: torch.Tensor) -> None:
+    def _send(self, place: _Place, part: torch.Tensor) -> None:
         for receiver in self.others:
-            place[receiver].copy_(part)
+            place.to[receiver].copy_(part)
 
     def _room_for_all(self, part: torch.Tensor) -> torch.Tensor:
         return part.new_empty(self.size * len(part), *part.shape[1:])
 
-    def begin(
-        self, parts: list[torch.Tensor], pieces: int, another: bool = True
-    ) -> tuple[Memory, list[list[torch.Tensor]]]:
-        """Take the other mailbox, or not `another`, for exchanges of one of the `pieces` of each part.
+    def begin(self, parts: list[torch.Tensor], pieces: int) -> tuple[Any, list[_Place]]:
+        """Take the other mailbox for exchanges of one of the `pieces` of each part: it and the parts' places."""
+        self.turn = 1 - self.turn
+        return self._box(self.turn, parts, pieces)
 
-        Returns it and, for each part, where it goes in every rank's box, and last all that comes into this rank's own,
-        [R, n, …]. Larger boxes are made if the parts need them.
-        """
-        if another:
-            self.turn = 1 - self.turn
-        key = (self.turn, pieces, *((part.shape, part.dtype) for part in parts))
+    def _box(self, turn: int, parts: list[torch.Tensor], pieces: int) -> tuple[Any, list[_Place]]:
+        """A mailbox and each part's place there. Larger boxes are made if the parts need them."""
+        key = (turn, pieces, *((part.shape, part.dtype) for part in parts))
         if key not in self._places:
-            begins, end = [], 0
-            for part in parts:
-                begins.append(end)
-                end += -(-part.nbytes * self.size // pieces // ALIGNMENT) * ALIGNMENT
-            if end > self.bytes:
+            sizes = [-(-part.nbytes * self.size // pieces // ALIGNMENT) * ALIGNMENT for part in parts]
+            if sum(sizes) > self.bytes:
+                self.bytes = sum(sizes)
+                backends.logger().info(
+                    f"expertmesh: two mailboxes of {self.bytes / 2**20:.1f} MiB for exchanges between {self.size} GPUs"
+                )
+                self.boxes = [self.make(self.bytes), self.make(self.bytes)]
                 self._places.clear()
-                self.boxes = [self.make(end), self.make(end)]
-                self.bytes = end
-            boxes = [self.boxes[self.turn].of(rank) for rank in range(self.size)]
-            self._places[key] = [
-                _places(boxes, begin, (len(part) // pieces, *part.shape[1:]), part.dtype, self.rank)
-                for part, begin in zip(parts, begins, strict=True)
-            ]
-        return self.boxes[self.turn], self._places[key]
+            if len(self._places) >= MOST_PLACES:
+                self._places.clear()
+            self._places[key], end = [], 0
+            for part, size in zip(parts, sizes, strict=True):
+                begin, end = end, end + size
+                shape = self.size, len(part) // pieces, *part.shape[1:]
+                used = slice(begin, begin + math.prod(shape) * part.itemsize)
+                whole = [self.boxes[turn].of(rank)[used].view(part.dtype).view(shape) for rank in range(self.size)]
+                self._places[key].append(_Place([tensors[self.rank] for tensors in whole], whole[self.rank]))
+        return self.boxes[turn], self._places[key]
 
 
-def _places(
-    boxes: list[torch.Tensor], begin: int, shape: tuple[int, ...], dtype: torch.dtype, rank: int
-) -> list[torch.Tensor]:
-    """Where a tensor of this rank lies in every box, behind those of the ranks before it; and all in its own box."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    whole = [box[begin : begin + len(boxes) * num_bytes].view(dtype).view(len(boxes), *shape) for box in boxes]
-    return [*(tensors[rank] for tensors in whole), whole[rank]]
+def _sums(link: Collectives | Mailboxes, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
+    (sums,) = link.reduce_scatter([made.sums()])
+    if residual is not None:
+        sums[: len(residual)] += residual
+    return sums
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -201,8 +197,8 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[None]:
-    """Within, launches on a GPU run beside those that follow, until `join`."""
+def on_side_stream(device: torch.device) -> Iterator[None]:
+    """Within, launches on a GPU run beside those that follow, until `join_side_stream`."""
     if device.type != "cuda":
         yield
         return
@@ -212,10 +208,13 @@ def beside(device: torch.device) -> Iterator[None]:
         yield
 
 
-def join(device: torch.device) -> None:
-    """What is launched from now on comes after all that was launched `beside`."""
+def join_side_stream(device: torch.device, made: Sequence[torch.Tensor] = ()) -> None:
+    """What is launched from now on comes after all that was launched there, and may use the tensors `made` there."""
     if device.type == "cuda":
-        torch.cuda.current_stream().wait_stream(_side_stream(device))
+        stream = torch.cuda.current_stream()
+        stream.wait_stream(_side_stream(device))
+        for tensor in made:
+            tensor.record_stream(stream)
 
 
 @cache
@@ -227,7 +226,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 class DeviceMemory:
     """PyTorch's symmetric memory on NVIDIA GPUs. Multicast is not used."""
 
-    def __init__(self, num_bytes: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, num_bytes: int) -> None:
         from torch.distributed import _symmetric_memory as symmetric
 
         device = torch.device("cuda", torch.cuda.current_device())
@@ -245,29 +244,39 @@ class DeviceMemory:
         self._handle.barrier()
 
 
-@cache
-def link_of(group: dist.ProcessGroup) -> Link:
-    """The fastest link between the ranks of this group: mailboxes where all are GPUs that map each other's memory."""
-    reason = _why_no_mailboxes(group)
-    how = "mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
-    backends.logger().info(f"expertmesh: rows travel between {group.size()} ranks by {how}")
-    if reason is None:
-        _opened.append(Mailboxes(group, lambda num_bytes: _mailbox(num_bytes, group)))
-        return _opened[-1]
-    return Collectives(group)
+# of each group of ranks, None where there are none; buffers are freed when their group is destroyed
+_mailboxes: dict[dist.ProcessGroup, Mailboxes | None] = {}
 
 
-_opened: list[Mailboxes] = []
+def link_of(group: dist.ProcessGroup, layer: str = "some experts") -> Collectives | Mailboxes:
+    """The fastest link between the ranks of this group: mailboxes where all are GPUs that map each other's memory, else
+    collectives, whose errors name the layer.
+    """
+    if group not in _mailboxes:
+        _opened()
+        with waiting(layer, hosts(group), group):  # the ranks meet
+            reason = _why_no_mailboxes(group)
+        how = "mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
+        backends.logger().info(f"expertmesh: rows travel between {group.size()} ranks by {how}")
+        _mailboxes[group] = None if reason else Mailboxes(group, functools.partial(DeviceMemory, group))
+    return _mailboxes[group] or Collectives(group, layer)
 
 
-def mailboxes() -> list[Memory]:
+def _opened() -> list[Mailboxes]:
+    """All whose group still exists; others are freed here."""
+    for group in _mailboxes.keys() - dist.distributed_c10d._world.pg_map.keys():
+        del _mailboxes[group]
+    return [link for link in _mailboxes.values() if link is not None]
+
+
+def mailboxes() -> list[Any]:
     """All that are in use: others, once larger ones are needed."""
-    return [box for link in _opened for box in link.boxes]
+    return [box for link in _opened() for box in link.boxes]
 
 
 def settle() -> None:
     """Let all ranks of each group read what came, so that any mailbox may be the next."""
-    for link in _opened:
+    for link in _opened():
         if link.boxes:
             link.boxes[0].barrier()
 
@@ -294,16 +303,9 @@ def _why_not_opened(group: dist.ProcessGroup) -> str | None:
     """Why memory cannot be opened to other processes, which containers may forbid though GPUs can; or None."""
     error = None
     try:
-        DeviceMemory(ALIGNMENT, group)
+        DeviceMemory(group, ALIGNMENT)
     except RuntimeError as failed:
         error = str(failed).strip().split("\n")[0]
     errors: list[Any] = [None] * group.size()
     dist.all_gather_object(errors, error, hosts(group))
     return next((f"memory cannot be opened to other processes: {e}" for e in errors if e is not None), None)
-
-
-def _mailbox(num_bytes: int, group: dist.ProcessGroup) -> DeviceMemory:
-    backends.logger().info(
-        f"expertmesh: a mailbox of {num_bytes / 2**20:.1f} MiB for exchanges between {group.size()} GPUs"
-    )
-    return DeviceMemory(num_bytes, group)

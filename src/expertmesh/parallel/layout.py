@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 from transformers.distributed import fsdp as stock_fsdp
 
-from expertmesh.moe.experts import NAME, divides_gradients
+from expertmesh.moe.dispatch import Dispatch
+from expertmesh.moe.experts import NAME, is_experts, runs_here
 from expertmesh.waiting import meet, waiting
 
 SMALL = 1 / 30  # of a device's memory
@@ -30,8 +31,8 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
 
     It leaves alone the experts that lie whole on one rank, which it would neither gather nor reduce, but whose
     gradients it would copy and divide. They divide them themselves, in the kernel that makes them
-    (`experts.grad_divisor`), and their weights reach it by a shorter way (`_use_local_weights`). Replicated experts
-    (HSDP) and other experts backends stay FSDP's.
+    (`experts.grad_divisor`). Replicated experts (HSDP) and other experts backends stay FSDP's. And where experts are
+    reached by a `Dispatch` of ours, that is their forward, not Transformers' function around it.
 
     And if all dense weights together take little memory, they are gathered once per step, not again in the backward,
     and several layers at once: otherwise small layers wait for the CPU. The same goes for routers in float32, which
@@ -40,12 +41,8 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
     if (layout.ep_size or 1) == 1:
         yield
         return
-    experts = []
-    for name, module in model.named_modules():
-        if hasattr(module, "is_concatenated"):
-            module.full_name = name  # for the errors of a dispatch
-            experts.append(module)
-    whole = layout.efsdp_size == 1 and layout.dp_replicate_size == 1 and all(map(divides_gradients, experts))
+    experts = [module for module in model.modules() if is_experts(module)]
+    whole = layout.efsdp_size == 1 and layout.dp_replicate_size == 1 and all(map(runs_here, experts))
     ours = {id(module) for module in experts} if whole else set()
     layers = _layers_to_stay(model)
     small = _dense_is_small(model, experts)
@@ -57,7 +54,7 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
             return module
         if whole:  # their parameters are made anew when they are spread, which is before this
             options["ignored_params"] = {parameter for expert in experts for parameter in expert.parameters()}
-        if small and not hasattr(module, "is_concatenated"):
+        if small and not is_experts(module):
             options["reshard_after_forward"] = False
             if id(module) in layers:
                 later[layers[id(module)]].append((module, options))
@@ -79,38 +76,10 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
         stock_fsdp.fully_shard = stock
         for module in experts:
             vars(module).pop("set_gradient_divide_factor", None)
-    for module in experts if whole else ():
-        _use_local_weights(module)
-
-
-def _use_local_weights(experts: Any) -> None:
-    """Let the forward of whole experts take this rank's weights out of their DTensors with less work for the CPU than
-    Transformers' `_use_local_dtensor_params`, which then finds nothing left to do.
-    """
-    spread = experts.forward
-
-    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        spread_weights = {name: weight for name, weight in experts._parameters.items() if isinstance(weight, DTensor)}
-        experts._parameters.update({name: _Local.apply(weight) for name, weight in spread_weights.items()})
-        try:
-            return spread(*args, **kwargs)
-        finally:
-            experts._parameters.update(spread_weights)
-
-    experts.forward = forward
-
-
-class _Local(torch.autograd.Function):
-    """This rank's part of a DTensor; the gradient has the same layout, which `to_local` would derive anew each time."""
-
-    @staticmethod
-    def forward(ctx: Any, whole: Any) -> torch.Tensor:
-        ctx.spec = whole._spec
-        return whole._local_tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        return DTensor(grad, ctx.spec, requires_grad=False)  # type: ignore[call-arg]
+    for name, module in model.named_modules():
+        if isinstance(dispatch := vars(module).get("dispatch"), Dispatch):
+            dispatch.layer, module.forward = name, dispatch
+            del module.dispatch
 
 
 def train_together(model: Any, reshard_experts: bool) -> None:

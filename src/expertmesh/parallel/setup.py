@@ -23,6 +23,7 @@ from transformers.distributed.utils import _ensure_torch_distributed
 
 from expertmesh import waiting as limits
 from expertmesh.moe import all_to_all, gather
+from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.layout import train_together
 from expertmesh.parallel.ranks import refuse_differences
 
@@ -230,7 +231,7 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
         return rest == 0 and (not one_by_one or covered < held)
 
     for name, experts in model.named_modules():
-        if not hasattr(experts, "is_concatenated"):
+        if not is_experts(experts):
             continue
         first, num_experts = next((n, p.shape[0]) for n, p in experts.named_parameters())
         if not fits(num_experts, layout.ep_size):

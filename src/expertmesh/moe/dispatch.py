@@ -1,0 +1,136 @@
+"""Expert parallelism: a layer's experts spread over the ranks of a mesh, reached through a transport.
+
+`Dispatch` is the forward of such experts. It stands where Transformers puts an `EPImplementation`, and `lean_layout`
+(parallel/layout.py) then makes it the module's own forward, which takes a residual and an exchange, too.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.distributed.expert_parallel import EPImplementation
+
+from expertmesh.kernels.grouping import or_none
+from expertmesh.moe.exchange import Exchange, Outputs
+from expertmesh.moe.experts import experts_forward, runs_here
+
+
+class Dispatch(EPImplementation):
+    """The experts of one layer, spread over the ranks of `ep_mesh`; `transport` makes the exchange of each call from
+    this and the tokens, which may leave `ahead` of the router's choice.
+
+    The ranks of a tensor-parallel group hold the same tokens: each sends a slice of them, and the results are gathered
+    back over `tp_mesh`. All state lives in the call: two models in one process cannot mix.
+    """
+
+    num_local_experts: Any
+    layer = "some experts"  # their name, for errors; the layout knows it
+
+    def __init__(
+        self, transport: Callable[..., Exchange], experts: Any, ep_mesh: Any, tp_mesh: Any, ahead: bool = False
+    ) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.transport, self.experts, self.ahead = transport, experts, ahead and tp_mesh.size() == 1
+        self.group, self.rank, self.num_ranks = ep_mesh.get_group(), ep_mesh.get_local_rank(), ep_mesh.size()
+        experts.dispatch = self
+
+    def start(self, x_TH: torch.Tensor) -> Exchange | None:
+        """Before the router has chosen: the exchange of a call with these tokens [T, H], which then should come with
+        the residual, too. None: a call comes without both.
+        """
+        return self.transport(self, x_TH, ahead=True) if self.ahead else None
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        exchange: Exchange | None = None,
+    ) -> torch.Tensor:
+        """Output [T, H] for hidden_states [T, H], global expert ids [T, K] and routing weights [T, K]; T may be 0.
+
+        residual: [..., H] in the hidden states' dtype, added to the result, which then has its shape.
+        """
+        parameters = self.experts._parameters
+        spread = {name: weight for name, weight in parameters.items() if isinstance(weight, DTensor)}
+        parameters.update({name: _Local.apply(weight) for name, weight in spread.items()})
+        try:
+            if self.tp_mesh.size() == 1:
+                return self._run(hidden_states, top_k_index, top_k_weights, residual, exchange)
+            x, ids, weights = (_my_rows(x, self.tp_mesh) for x in (hidden_states, top_k_index, top_k_weights))
+            out = _all_rows(self._run(x, ids, weights, None, None), self.tp_mesh, hidden_states.shape)
+            return out if residual is None else residual + out.view(residual.shape)
+        finally:
+            parameters.update(spread)
+
+    def _run(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor, residual: Any, exchange: Any
+    ) -> torch.Tensor:
+        exchange = exchange or self.transport(self, x_TH)
+        if runs_here(self.experts) and x_TH.dtype == self.experts.down_proj.dtype:
+            return experts_forward(self.experts, x_TH, ids_TK, weight_TK, residual, exchange)
+        x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
+        ids_MK = or_none(ids_MK, self.num_local_experts)  # as other backends expect
+        y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
+        return _Combine.apply(y_MH.to(x_TH.dtype), residual, exchange)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH, weight_TK, ids_TK, exchange: Exchange):
+        ctx.exchange = exchange
+        x_MH, ids_MK, weight_MK = exchange.dispatch(x_TH, ids_TK, weight_TK)
+        ctx.mark_non_differentiable(ids_MK)
+        return x_MH, weight_MK, ids_MK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_MH, dweight_MK, _):
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        wait = ctx.exchange.dispatch_backward(dx_MH if need_x else None, dweight_MK if need_weight else None)
+        return *wait(), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_MH, residual, exchange: Exchange):
+        ctx.exchange = exchange
+        return exchange.combine(Outputs(y_MH), residual)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout):
+        dy_MH = ctx.exchange.combine_backward(dout.flatten(0, -2)) if ctx.needs_input_grad[0] else None
+        return dy_MH, dout if ctx.needs_input_grad[1] else None, None
+
+
+class _Local(torch.autograd.Function):
+    """This rank's part of a DTensor; the gradient has the same layout, which `to_local` would derive anew each time."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Any) -> torch.Tensor:
+        ctx.spec = whole._spec
+        return whole._local_tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():  # to be differentiated again, which what made it refuses
+            return DTensor.from_local(grad, ctx.spec.mesh, ctx.spec.placements, run_check=False)
+        return DTensor(grad, ctx.spec, requires_grad=False)  # type: ignore[call-arg]
+
+
+def _my_rows(x: torch.Tensor, tp_mesh: Any) -> torch.Tensor:
+    """This rank's slice of tokens that the whole group holds; backward gathers the slices' gradients."""
+    x = x.to_local() if isinstance(x, DTensor) else x
+    whole = DTensor.from_local(x, tp_mesh, [Replicate()], run_check=False)
+    return whole.redistribute(tp_mesh, [Shard(0)]).to_local()
+
+
+def _all_rows(x: torch.Tensor, tp_mesh: Any, shape: torch.Size) -> torch.Tensor:
+    """The slices of all ranks of the group, in order; uneven and empty ones too."""
+    x = x.contiguous()
+    return DTensor.from_local(x, tp_mesh, [Shard(0)], shape=shape, stride=(shape[1], 1)).full_tensor()

@@ -1,0 +1,69 @@
+"""What a layer's experts ask of a transport: rows brought to the ranks that hold their experts, and sums brought back.
+
+    x_TH, ids, weights → dispatch → x_MH → up, down (experts.py) → y_SH → combine → out_TH
+
+T tokens are this rank's own, M rows are those that its experts get.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from expertmesh.kernels.combine import combine
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+class Outputs(NamedTuple):
+    """What experts made of their M rows: y [S, H] in the order of the experts, with positions and weights [M, K] that
+    `combine` takes; or their sums y [M, H] alone.
+    """
+
+    y: torch.Tensor
+    position_MK: torch.Tensor | None = None
+    weight_MK: torch.Tensor | None = None
+
+    def sums(self) -> torch.Tensor:
+        """One row for each of the M [M, H]."""
+        return self.y if self.position_MK is None else combine(self.y, self.position_MK, self.weight_MK)
+
+
+class Exchange:
+    """The exchanges of one call of one layer. It knows what the backward must repeat, and is handed from stage to stage
+    as an argument. This one is for experts that are all here; all_to_all.py and gather.py have the others.
+
+    All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`.
+    """
+
+    def dispatch(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [M, H], expert ids and routing weights [M, K]; ids outside this rank's 0, 1, … are not computed here."""
+        return x_TH, ids_TK, weight_TK
+
+    def rows_to_keep(self, num_rows: int, block: int) -> int | None:
+        """For how many of the rows [S = M·K] there is room until the backward; what has none is computed again. None:
+        for all.
+        """
+        return None
+
+    def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
+        """The sums of what all ranks made [T, H]; with a residual [..., H] of the same dtype, residual + sums, in its
+        shape and no view.
+        """
+        assert made.position_MK is not None
+        return combine(made.y, made.position_MK, made.weight_MK, residual)
+
+    def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
+        """The gradient [M, H] of this rank's sums. If `combine` was given positions, the next exchange may overwrite
+        it: all that reads it must have been launched by then.
+        """
+        return dout_TH.contiguous()
+
+    def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
+        """Begins to bring the gradients back; what it returns waits for them: (dx [T, H], dweight [T, K])."""
+        return lambda: (dx_MH, dweight_MK)
+
+
+LOCAL = Exchange()

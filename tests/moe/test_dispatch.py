@@ -1,0 +1,55 @@
+"""Experts that are spread over ranks: how a `Dispatch` becomes their forward, and what it refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from expertmesh import waiting
+from expertmesh.moe.dispatch import Dispatch
+from expertmesh.moe.gather import Gather
+from expertmesh.moe.links import link_of, mailboxes
+from expertmesh.parallel.layout import lean_layout
+from tests.distributed import work
+from tests.models import load_ours
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("ep", "tp"))
+    dist.destroy_process_group()
+    waiting.hosts.cache_clear()
+
+
+def test_the_gradients_of_weights_are_not_differentiated_again(mesh):
+    experts = work.experts_of(8, slice(None))
+    for name, weight in list(experts.named_parameters()):
+        setattr(experts, name, nn.Parameter(DTensor.from_local(weight.detach(), mesh["ep"], [Shard(0)])))
+    experts.forward = Dispatch(Gather, experts, mesh["ep"], mesh["tp"])
+    x, ids, weights, _ = work.layer_inputs(5, None, seed=0)
+    for weight in experts.parameters():
+        (grad,) = torch.autograd.grad(experts(x, ids, weights).square().sum(), weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.to_local().square().sum().backward()
+
+
+def test_a_layout_makes_it_the_forward_and_leaves_a_dispatch_of_others_where_it_is(mesh):
+    model = load_ours("qwen3_moe")
+    experts, attention = model.model.layers[0].mlp.experts, model.model.layers[0].self_attn
+    with lean_layout(model, SimpleNamespace(ep_size=2, efsdp_size=1, dp_replicate_size=1)):
+        dispatch = Dispatch(Gather, experts, mesh["ep"], mesh["tp"])
+        experts.forward, attention.dispatch = dispatch.__call__, "theirs"
+    assert experts.forward is dispatch and dispatch.layer == "model.layers.0.mlp.experts"
+    assert attention.dispatch == "theirs" and not hasattr(experts, "dispatch")
+
+
+def test_the_link_of_a_mesh_is_asked_once_and_lives_as_long_as_its_group(mesh, monkeypatch):
+    group, asked = mesh["ep"].get_group(), []
+    monkeypatch.setattr("expertmesh.moe.links._why_no_mailboxes", lambda group: asked.append(group))
+    assert link_of(group) is link_of(mesh["ep"].get_group()) and mailboxes() == [] and link_of(group) is link_of(group)
+    assert asked == [group]
