@@ -112,11 +112,12 @@ def arms_of_loops(name: str) -> str:
     result = load(name)
     cells = [
         [loop, f"{batch} x {seq}", arm, row["step_ms"], f"{min(row['steps_ms'])} to {max(row['steps_ms'])}"]
-        + [f"{row['tokens_per_second']:,}", row["peak_gib"], " ".join(f"{loss:.3f}" for loss in row["losses"])]
+        + [f"{row['tokens_per_second']:,}", row["peak_gib"], row.get("reserved_gib", "")]
+        + [" ".join(f"{loss:.3f}" for loss in row["losses"])]
         for (_, _, loop, batch, seq), arms in places(result).items()
         for arm, row in arms.items()
     ]
-    header = ["loop", "rows", "arm", "step ms", "of all steps", "tokens/s", "peak GiB", "losses"]
+    header = ["loop", "rows", "arm", "step ms", "of all steps", "tokens/s", "peak GiB", "reserved", "losses"]
     return f"{table(header, cells)}\n\n{source(result)}"
 
 

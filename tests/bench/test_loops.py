@@ -15,7 +15,7 @@ from tests.distributed.ranks import on_ranks
 
 KEYS = """
 work loop arm layers batch seq routing ranks transformers trl step_ms steps_ms tokens tokens_per_second
-tokens_per_second_per_gpu peak_gib first_step_s losses
+tokens_per_second_per_gpu peak_gib reserved_gib first_step_s losses
 """.split()
 
 

@@ -4,9 +4,13 @@ import contextlib
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from expertmesh import Trainer
+from expertmesh.train import graphed
 from expertmesh.train.buckets import Buckets, fused_base, one_row
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 from tests.distributed import work
@@ -126,6 +130,49 @@ def test_replayed_buckets_give_the_gradients_of_the_batch_as_it_came(family, col
             error, name = work.worst(gradients(model), gradients(other))
             assert error <= 1e-3, f"batch {seed}: {name} {error:.1e}"
         assert step.replayed == 4
+
+
+def test_shapes_share_the_memory_of_their_gradients_and_none_reads_another_s():
+    width = 2048
+    model, other = (torch.nn.Linear(width, width, device="cuda") for _ in range(2))
+    other.load_state_dict(model.state_dict())
+
+    def run(net, x):
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    with contextlib.closing(GraphedStep(model, lambda x: run(model, x))) as step:
+        kept, reserved = None, []
+        for number, rows in enumerate([8] * (WARM_UP + 1) + [24] * (WARM_UP + 1) + [8, 24, 8, 8, 24]):
+            x = torch.randn(rows, width, device="cuda", generator=torch.Generator("cuda").manual_seed(number))
+            model.zero_grad()
+            other.zero_grad()
+            torch.testing.assert_close(step(x=x), run(other, x).detach())
+            assert torch.equal(model.weight.grad, other.weight.grad)
+            if number >= WARM_UP:  # the first is recorded
+                torch.cuda.empty_cache()
+                reserved.append(torch.cuda.memory_reserved())
+        assert step.replayed == 7 and max(reserved) - reserved[0] < model.weight.nbytes
+        kept = model.weight.grad
+    torch.cuda.empty_cache()
+    assert model.weight.grad is not kept and torch.equal(model.weight.grad, other.weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_memory_that_is_not_owned_is_the_same_memory(dtype):
+    x = torch.randn(6, 4, device="cuda").to(dtype)
+    for strided in (x, x[1:].T, x[:0]):
+        alias = graphed._not_owned(strided)
+        assert alias.data_ptr() == strided.data_ptr() and alias.stride() == strided.stride()
+        assert alias.dtype == dtype and torch.equal(alias.float(), strided.float())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = DTensor.from_local(x, init_device_mesh("cuda", (1,)), [Shard(0)])
+        alias = graphed._not_owned(sharded)
+        assert alias.placements == sharded.placements and alias.to_local().data_ptr() == x.data_ptr()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_after_a_rehearsal_that_found_a_wait_steps_go_on_with_the_same_numbers():

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from expertmesh import backends
+from expertmesh.train import graphed
 
 
 class Stream:
@@ -103,6 +104,7 @@ def instead_of_cuda(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(graphed, "_not_owned", lambda gradient: gradient)  # a tape has no memory of its own
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", Recorder)
     recording = torch.utils._python_dispatch._get_current_dispatch_mode

@@ -155,7 +155,8 @@ def measure(
     """Trains `warmup` and then `repeats` steps of `batch` rows per rank; what the latter took, by this rank's clock.
 
     "tokens_per_second": tokens of the measured steps, padding not counted, over the sum of their times, all ranks
-    together. "losses": of the first three steps and of the last, warm-up included.
+    together. "peak_gib", "reserved_gib": most memory in tensors, and most that PyTorch took, from the first step on.
+    "losses": of the first three steps and of the last, warm-up included.
     """
     ranks, steps = current_world_size(), warmup + repeats
     rows = loop.rows((steps + 1) * batch * ranks, seq, model.config.get_text_config().vocab_size)
@@ -167,6 +168,10 @@ def measure(
     times = [(end - start) * 1e3 for start, end in zip(watch.ends, watch.ends[1:], strict=False)]
     tokens, losses = [int(count) for count in watch.tokens], [float(loss) for loss in watch.losses]
     rate = sum(tokens[warmup:]) / sum(times[warmup:]) * 1e3
+
+    def gib(measured: Callable[[], int]) -> float | None:
+        return round(measured() / 2**30, 2) if model.device.type == "cuda" else None
+
     return {
         "ranks": ranks,
         "transformers": transformers.__version__,
@@ -176,7 +181,8 @@ def measure(
         "tokens": tokens[warmup:],
         "tokens_per_second": round(rate * ranks),
         "tokens_per_second_per_gpu": round(rate),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if model.device.type == "cuda" else None,
+        "peak_gib": gib(torch.cuda.max_memory_allocated),
+        "reserved_gib": gib(torch.cuda.max_memory_reserved),
         "first_step_s": round(times[0] / 1e3, 1),
         "losses": [round(loss, 6) for loss in (*losses[:3], losses[-1])],
     }
@@ -216,8 +222,8 @@ def _trainer(
 
 
 class _Watch(TrainerCallback):
-    """Records for every step when it ended, its tokens and its loss; resets the peak of memory after the
-    warm-up.
+    """Records for every step when it ended, its tokens and its loss. The peak of memory is that from the first step on:
+    a recorded step allocates when it is recorded.
     """
 
     def __init__(self, trainer: Any, warmup: int) -> None:
@@ -239,14 +245,15 @@ class _Watch(TrainerCallback):
         trainer.remove_callback(transformers.PrinterCallback)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         self._end()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         first = len(self.ends) == self.warmup  # the steps after this one are measured
         if self.on_gpu and (first or state.global_step >= state.max_steps):
             torch.cuda.synchronize()  # nowhere between: a trainer may load data while the GPU works
-        if self.on_gpu and first:
-            torch.cuda.reset_peak_memory_stats()
         self._end()
 
     def _end(self) -> None:

@@ -15,11 +15,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from expertmesh import backends
@@ -27,7 +29,7 @@ from expertmesh.moe import gather, links
 from expertmesh.waiting import waiting
 
 WARM_UP = 3  # calls that run as always: kernels are compiled, buffers and streams made; the last is the rehearsal
-MOST = 4  # shapes that are recorded: each keeps its gradients, and all together the memory of the largest
+MOST = 4  # shapes that are recorded; all share the memory of the largest
 MANY = 16  # shapes after which, if most steps were no replays, no more will come
 ACCUMULATING = -1  # in place of a shape; no hash is -1
 
@@ -47,8 +49,8 @@ class GraphedStep:
     from step to step must be a tensor. The first `WARM_UP` batches of a shape run as always, the next is recorded, and
     those after it are replayed, for `MOST` shapes. All ranks must call it at the same time, and shapes are those of all
     ranks' batches together; if on any rank gradients are there already, to be accumulated into, all run it as always.
-    Gradients lie at the same addresses in every replay: a copy of one must be made before the next step if it is to be
-    kept. The memory of recorded steps stays reserved for them.
+    The next replay, of any shape, overwrites gradients: a copy of one must be made before the next step if it is to be
+    kept. The memory of the largest recorded step stays reserved.
 
     `close()` drops what is recorded. Call it before `destroy_process_group`, which waits for graphs that hold NCCL's
     exchanges: `with contextlib.closing(GraphedStep(model)) as step`. Raises RuntimeError for a step that cannot be
@@ -90,7 +92,7 @@ class GraphedStep:
     def close(self) -> None:
         """Drop all recordings. Later calls begin anew."""
         for recorded in self._recorded.values():
-            recorded.graph.reset()
+            recorded.close()
         self._recorded.clear()
 
     def _forward_backward(self, **batch: Any) -> torch.Tensor:
@@ -171,7 +173,7 @@ class _Recorded:
             self.loss = step.run(**self.batch).detach()
             links.settle()
         _broken.remove(self.graph)
-        self.gradients = [(p, p.grad) for p in step.model.parameters() if p.grad is not None]
+        self.gradients = [(p, _not_owned(p.grad)) for p in step.model.parameters() if p.grad is not None]
 
     def replay(self, batch: dict[str, Any]) -> torch.Tensor:
         for mine, x in zip(tree_leaves(self.batch), tree_leaves(batch), strict=True):
@@ -181,6 +183,33 @@ class _Recorded:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
         return self.loss.clone()
+
+    def close(self) -> None:
+        for parameter, gradient in self.gradients:
+            if parameter.grad is gradient:  # its memory goes with the graph
+                parameter.grad = gradient.clone()
+        self.graph.reset()
+
+
+def _not_owned(x: torch.Tensor) -> torch.Tensor:
+    """The same memory, which the allocator of recordings may hand out again: to the recordings of other shapes.
+
+    No eager step gets memory of that allocator, and only one shape is replayed at a time.
+    """
+    if isinstance(x, DTensor):
+        local, sizes = _not_owned(x.to_local()), {"shape": x.shape, "stride": x.stride()}
+        return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False, **sizes)
+    if not x.numel():
+        return x
+    size = x.element_size()
+    interface = {
+        "version": 3,
+        "data": (x.data_ptr(), False),
+        "shape": tuple(x.shape),
+        "strides": tuple(size * stride for stride in x.stride()),
+        "typestr": "|u1" if size == 1 else f"<i{size}",  # an integer of this size: there is no name for bfloat16
+    }
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=x.device).view(x.dtype)
 
 
 KNOWN = {"expertmesh", "torch", "transformers", "accelerate", "trl", "peft", "bitsandbytes", "liger_kernel"}
