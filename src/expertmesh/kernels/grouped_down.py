@@ -14,10 +14,9 @@ from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.activation import Activation, activate_backward
 from expertmesh.kernels.grouped_gemm import (
     gathered_tile,
-    grouped_gemm,
-    grouped_gemm_reference,
     layout,
     over_tiles,
+    own_grouped_gemm,
     row_pointers,
     tile_at,
     tile_config,
@@ -49,14 +48,9 @@ def down_dact(
     """
     assert group.weight_S is not None
     w_EHI = w_down_EIH.transpose(1, 2)
-    if not use_triton(dout_TH):
-        h_SJ = halves_of(h_SJ) if in_turns else h_SJ
-        return down_dact_reference(dout_TH, w_EHI, h_SJ, group, act, has_bias)
-    if act.kind == "custom":
-        da_SI = grouped_gemm(dout_TH[group.token_S.long()], w_EHI, group)
-        mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
-        da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
-        return _dact_rows(da_SI, h_SJ, group, act, has_bias)
+    if act.kind == "custom" or not use_triton(dout_TH):
+        assert not in_turns, "only quack makes such h, for activations of the kernel"
+        return down_dact_by_pytorch(dout_TH, w_EHI, h_SJ, group, act, has_bias)
     assert group.tiles is not None and dout_TH.stride(1) == 1
     num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
     config = tile_config(dout_TH, group.block, stages=4)
@@ -105,28 +99,14 @@ def down_dact(
     return dh_SJ, wa_SI, dweight_PS, db_EJ
 
 
-def halves_of(h_SJ: torch.Tensor) -> torch.Tensor:
-    """h [S, J] with gate and up columns one after the other, of one in which they alternate."""
-    return torch.cat((h_SJ[:, ::2], h_SJ[:, 1::2]), dim=1)
-
-
-def down_dact_reference(
-    dout_TH: torch.Tensor,
-    w_EHI: torch.Tensor,
-    h_SJ: torch.Tensor,
-    group: Grouping,
-    act: Activation,
-    has_bias: bool = False,
+def down_dact_by_pytorch(
+    dout_TH: torch.Tensor, w_EHI: torch.Tensor, h_SJ: torch.Tensor, group: Grouping, act: Activation, has_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The specification of `down_dact`."""
-    da_SI = grouped_gemm_reference(dout_TH, w_EHI, group, gather=True)
-    return _dact_rows(da_SI, h_SJ, group, act, has_bias)
-
-
-def _dact_rows(
-    da_SI: torch.Tensor, h_SJ: torch.Tensor, group: Grouping, act: Activation, has_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The specification of `down_dact`, which runs where Triton is missing or the activation is not its own."""
     assert group.weight_S is not None
+    da_SI = own_grouped_gemm(dout_TH.index_select(0, group.token_S), w_EHI, group)
+    mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
+    da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
     weight_S1 = group.weight_S[:, None].to(da_SI.dtype)
     a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
     db_EJ = grouped_sum(dh_SJ, group) if has_bias else None
