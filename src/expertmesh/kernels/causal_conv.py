@@ -82,20 +82,20 @@ def _z(x3, x2, x1, x0, weights, position, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS: tl.constexpr):
+def _weights(weight_ptr, bias_ptr, cols, mask):
     """w[0] to w[3] and the bias of some channels."""
     weights = ()
     for i in tl.static_range(4):
         weight = tl.load(weight_ptr + cols * 4 + i, mask, other=0.0).to(tl.float32)
         weights = weights + (weight,)  # type: ignore[assignment]
-    bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros_like(weight)
+    bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32) if bias_ptr is not None else tl.zeros_like(weight)
     return weights + (bias,)
 
 
 @launched
 def _forward(
     x_ptr, weight_ptr, bias_ptr, start_ptr, y_ptr, S, C, blocks, stride_xb, stride_xs, stride_yb, stride_ys,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Four tokens a step, the next four on their way."""
     batch = (tl.program_id(1) // blocks).to(tl.int64)
@@ -105,7 +105,7 @@ def _forward(
     x_ptr += batch * stride_xb
     y_ptr += batch * stride_yb
     start_ptr += batch * S
-    weights = _weights(weight_ptr, bias_ptr, cols, cols < C, HAS_BIAS)
+    weights = _weights(weight_ptr, bias_ptr, cols, cols < C)
     a, b, c, x0, x1, x2, x3 = _rows(x_ptr, row - 3, S, stride_xs, cols, C, 7)
     while row < end:
         next0, next1, next2, next3 = _rows(x_ptr, row + 4, end, stride_xs, cols, C, 4)
@@ -149,7 +149,7 @@ def _backward_token(
 def _backward(
     x_ptr, weight_ptr, bias_ptr, start_ptr, dy_ptr, dx_ptr, partial_ptr, S, C, blocks,
     stride_xb, stride_xs, stride_dyb, stride_dys, stride_dxb, stride_dxs,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Two tokens a step; three tokens past the block complete its last dx. Sums go to rows of partial [*, 5, C]."""
     batch = (tl.program_id(1) // blocks).to(tl.int64)
@@ -161,7 +161,7 @@ def _backward(
     dy_ptr += batch * stride_dyb
     dx_ptr += batch * stride_dxb
     start_ptr += batch * S
-    weights = _weights(weight_ptr, bias_ptr, cols, cols < C, HAS_BIAS)
+    weights = _weights(weight_ptr, bias_ptr, cols, cols < C)
     sum0 = tl.zeros((BLOCK_C,), tl.float32)
     sum1, sum2, sum3, sum_bias, dx1, dx2, dx3 = sum0, sum0, sum0, sum0, sum0, sum0, sum0
     a, b, c, x0, x1 = _rows(x_ptr, first - 3, S, stride_xs, cols, C, 5)
@@ -187,13 +187,13 @@ def _launch(
     kernel: Any, tuning: dict[str, int], x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None,
     start_BS: torch.Tensor | None, *others: torch.Tensor,
 ) -> None:  # fmt: skip
-    """others: tensors as x, and sums. Something stands for what is not there."""
+    """others: tensors as x, and sums. x stands for starts that are not there: nothing reads it."""
     (B, S, C), weight = x_BSC.shape, weight_C4.contiguous()
     blocks, channels = triton.cdiv(S, tuning["rows"]), min(tuning["channels"], triton.next_power_of_2(C))
     kernel[(triton.cdiv(C, channels), B * blocks)](
-        x_BSC, weight, weight if bias_C is None else bias_C, x_BSC if start_BS is None else start_BS, *others,
+        x_BSC, weight, bias_C, x_BSC if start_BS is None else start_BS, *others,
         S, C, blocks, *(n for x in (x_BSC, *others) if x.dim() == 3 for n in x.stride()[:2]),
-        PACKED=start_BS is not None, HAS_BIAS=bias_C is not None, ROWS=tuning["rows"], BLOCK_C=channels,
+        PACKED=start_BS is not None, ROWS=tuning["rows"], BLOCK_C=channels,
         num_warps=tuning["num_warps"],
     )  # fmt: skip
 

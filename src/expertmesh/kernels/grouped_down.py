@@ -92,8 +92,6 @@ def down_dact(
         KIND=act.kind,
         TRANSPOSED=transposed,
         EVEN=num_inner % config["BK"] == 0,
-        HAS_BIAS=has_bias,
-        HAS_MORE=more_SJ is not None,
     )
     db_EJ = None if db_MJ is None else grouped_sum(db_MJ, group, h_SJ.dtype, tile=group.block)
     return dh_SJ, wa_SI, dweight_PS, db_EJ
@@ -126,7 +124,7 @@ def _down_dact_kernel(
     num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
     LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr,
     DESCRIPTOR: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MORE: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     work = tl.load(num_tiles) * tl.cdiv(width, BN)
     item = tl.program_id(0)
@@ -148,17 +146,17 @@ def _down_dact_kernel(
         scale = tl.load(weight + row, mask=in_group, other=0.0).to(tl.float32)
         WIDE: tl.constexpr = 1 if LAYOUT == "single" else 2
         tile_db = db
-        if HAS_BIAS:
+        if db is not None:
             tile_db += tile.to(tl.int64) * WIDE * width
         # in pieces: the epilogue of the whole tile would not fit into the registers
-        PIECES: tl.constexpr = 4 if HAS_BIAS or BN == 256 else 2
+        PIECES: tl.constexpr = 4 if db is not None or BN == 256 else 2
         PART: tl.constexpr = BN // PIECES
         left, right = _halves(da, BM, BN)
         quarters: tl.constexpr = PIECES == 4
         pieces = _halves(left, BM, BN // 2) + _halves(right, BM, BN // 2) if quarters else (left, right)
         partial = tl.zeros((BM,), tl.float32)
         h_tile, h_row = h, row
-        if HAS_MORE:  # a tile lies in one of the two
+        if more is not None:  # a tile lies in one of the two
             is_kept = tl.minimum(end, begin + BM) <= num_kept
             h_tile = tl.multiple_of(tl.where(is_kept, h, more), 16)
             h_row = row - tl.where(is_kept, 0, num_kept - BM)
@@ -169,7 +167,7 @@ def _down_dact_kernel(
                 next_gate, next_up = _load_h(h_tile, h_row, in_group, at + PART, width, PART, H_LAYOUT)
             partial += _finish_dact(
                 pieces[number], gate, up, row, in_group, scale, at, dh, wa, tile_db, width, alpha, limit,
-                LAYOUT, H_LAYOUT, KIND, HAS_BIAS,
+                LAYOUT, H_LAYOUT, KIND,
             )  # fmt: skip
             if number + 1 < PIECES:
                 gate, up = next_gate, next_up
@@ -237,7 +235,7 @@ def _together(first, second, kind: tl.constexpr):
 @triton.jit
 def _finish_dact(
     da, gate, up, row, in_group, scale, first, dh, wa, db, width, alpha, limit,
-    LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Store dh, its sum and weight·a of the columns from `first` on, whose h `_load_h` has loaded; returns each row's
     ⟨da, a⟩ over them.
@@ -258,7 +256,7 @@ def _finish_dact(
     else:
         dx = _together(dgate, dup, kind) if LAYOUT == "pairs" else dgate.to(kind)
         tl.store(dh + wide_row * width + column[None, :], dx, mask=mask)
-    if HAS_BIAS:
+    if db is not None:
         if LAYOUT == "pairs":
             _store_sum(db, dgate, 2 * column, 2 * width)
             _store_sum(db, dup, 2 * column + 1, 2 * width)

@@ -245,7 +245,6 @@ def launch_rows(
         LAYOUT=layout(act),
         KIND=act.kind,
         TRANSPOSED=transposed,
-        HAS_BIAS=bias_EN is not None,
         EVEN=num_inner % config["BK"] == 0,
         AGAIN=again,
     )
@@ -322,7 +321,7 @@ def _rows_kernel(
     num_inner, stride_x, alpha, limit,
     GATHER: tl.constexpr, LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
     PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, AGAIN: tl.constexpr,
+    EVEN: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """y's rows from `first_row` on, as many as it has, and of an activation all of a's; or AGAIN y's alone, of tiles
     that end behind its first BM rows.
@@ -360,7 +359,7 @@ def _rows_kernel(
             if SIDES == 2:
                 up = tl.dot(rows, w_up, up, input_precision=PRECISION)
         column = WIDE * first + tl.arange(0, WIDE * BN)
-        if HAS_BIAS:
+        if bias is not None:
             acc = add_bias(acc, bias, SIDES * expert, column, WIDE * width)
             if SIDES == 2:
                 up = add_bias(up, bias, 2 * expert + 1, column, width)

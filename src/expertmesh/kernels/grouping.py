@@ -124,7 +124,6 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
         BLOCK=sort_block,
         TILE=block,
         TILES=triton.next_power_of_2(triton.cdiv(max_tiles, num_blocks)),
-        HAS_WEIGHT=weight_TK is not None,
         # an id is compared with all bins and with the ids of its part: both tables must fit into registers
         BINS=bins,
         PART=max(16, min(128, 16384 // bins)),
@@ -155,7 +154,6 @@ def _place_kernel(
     ids, counts, weight, slot, token, position, weight_sorted, bounds, tile_expert, tile_row, num_tiles, num_rows,
     num_experts, top_k,
     BINS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Places the rows of one block, and writes its share of the list of tiles; block 0 writes the bounds."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
@@ -203,5 +201,5 @@ def _place_kernel(
         tl.store(slot + where, row, mask=valid)
         tl.store(token + where, row // top_k, mask=valid)
         tl.store(position + row, tl.where(skipped, -1, where), mask=valid)
-        if HAS_WEIGHT:
+        if weight is not None:
             tl.store(weight_sorted + where, tl.load(weight + row, mask=valid, other=0.0).to(tl.float32), mask=valid)
