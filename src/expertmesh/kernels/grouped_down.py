@@ -64,35 +64,14 @@ def down_dact(
     db_MJ = dweight_PS.new_empty(group.tiles[0].numel(), h_SJ.shape[1]) if has_bias else None
     pairs = act.interleaved or in_turns
     over_tiles(
-        _down_dact_kernel,
-        config,
-        dout_TH,
-        group,
-        torch.zeros(1, dtype=torch.int32, device=dout_TH.device),
-        dout_TH,
-        group.token_S,
-        w_tiles,
-        _as_pairs(h_SJ) if pairs else h_SJ,
-        _as_pairs(more_SJ) if pairs and more_SJ is not None else more_SJ,
-        group.weight_S,
-        _as_pairs(dh_SJ) if act.interleaved else dh_SJ,
-        wa_SI,
-        dweight_PS,
-        db_MJ,
-        w_EHI.shape[0],
-        num_rows,
-        len(h_SJ),
-        width,
-        num_inner,
-        dout_TH.stride(0),
-        act.alpha,
-        act.limit,
-        LAYOUT=layout(act),
-        H_LAYOUT="pairs" if pairs else layout(act),
-        KIND=act.kind,
-        TRANSPOSED=transposed,
+        _down_dact_kernel, config, dout_TH, group,
+        torch.zeros(1, dtype=torch.int32, device=dout_TH.device), dout_TH, group.token_S, w_tiles,
+        _as_pairs(h_SJ) if pairs else h_SJ, _as_pairs(more_SJ) if pairs and more_SJ is not None else more_SJ,
+        group.weight_S, _as_pairs(dh_SJ) if act.interleaved else dh_SJ, wa_SI, dweight_PS, db_MJ,
+        w_EHI.shape[0], num_rows, len(h_SJ), width, num_inner, dout_TH.stride(0), act.alpha, act.limit,
+        LAYOUT=layout(act), H_LAYOUT="pairs" if pairs else layout(act), KIND=act.kind, TRANSPOSED=transposed,
         EVEN=num_inner % config["BK"] == 0,
-    )
+    )  # fmt: skip
     db_EJ = None if db_MJ is None else grouped_sum(db_MJ, group, h_SJ.dtype, tile=group.block)
     return dh_SJ, wa_SI, dweight_PS, db_EJ
 

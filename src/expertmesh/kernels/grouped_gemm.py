@@ -223,31 +223,13 @@ def launch_rows(
     again = gathered and a_SI is None
     w_tiles, transposed = weight_tiles(w_EKN, config["BK"], config["BN"] * (2 if layout(act) == "pairs" else 1))
     over_tiles(
-        _rows_kernel,
-        config,
-        x,
-        group,
-        x if gathered else tiles_of(x, group.block, config["BK"]),
-        group.token_S if gathered else None,
-        w_tiles,
-        bias_EN,
-        y_SN,
-        a_SI,
-        w_EKN.shape[0],
-        group.slot_S.numel() - len(y_SN) if again else 0,
-        len(y_SN),
-        num_columns // 2 if act.gated else num_columns,
-        num_inner,
-        x.stride(0),
-        act.alpha,
-        act.limit,
-        GATHER=gathered,
-        LAYOUT=layout(act),
-        KIND=act.kind,
-        TRANSPOSED=transposed,
-        EVEN=num_inner % config["BK"] == 0,
-        AGAIN=again,
-    )
+        _rows_kernel, config, x, group,
+        x if gathered else tiles_of(x, group.block, config["BK"]), group.token_S if gathered else None, w_tiles,
+        bias_EN, y_SN, a_SI, w_EKN.shape[0], group.slot_S.numel() - len(y_SN) if again else 0, len(y_SN),
+        num_columns // 2 if act.gated else num_columns, num_inner, x.stride(0), act.alpha, act.limit,
+        GATHER=gathered, LAYOUT=layout(act), KIND=act.kind, TRANSPOSED=transposed,
+        EVEN=num_inner % config["BK"] == 0, AGAIN=again,
+    )  # fmt: skip
 
 
 def layout(act: Activation) -> str:

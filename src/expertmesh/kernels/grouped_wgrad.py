@@ -37,21 +37,11 @@ def grouped_wgrad(
     config = wgrad_config(g_TG, group.block)
     grid = (num_experts * triton.cdiv(num_g, config["BG"]) * triton.cdiv(num_c, config["BC"]),)
     _grouped_wgrad_kernel[grid](
-        g_TG,
-        tiles_of(c_SC, config["BK"], config["BC"]),
-        group.token_S,
-        dw,
-        group.offsets_E,
-        num_g,
-        num_c,
-        g_TG.stride(0),
-        scale,
-        GATHERED_FIRST=gathered_first,
-        DESCRIPTOR=by_descriptor(g_TG.device),
-        PRECISION=dot_precision(g_TG.dtype),
-        EVEN=num_g % config["BG"] == 0,
-        **config,
-    )
+        g_TG, tiles_of(c_SC, config["BK"], config["BC"]), group.token_S, dw, group.offsets_E,
+        num_g, num_c, g_TG.stride(0), scale,
+        GATHERED_FIRST=gathered_first, DESCRIPTOR=by_descriptor(g_TG.device), PRECISION=dot_precision(g_TG.dtype),
+        EVEN=num_g % config["BG"] == 0, **config,
+    )  # fmt: skip
     return dw if gathered_first else dw.transpose(1, 2)
 
 

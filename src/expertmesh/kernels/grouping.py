@@ -106,29 +106,13 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
     weight_S = None if weight_TK is None else torch.empty(num_rows, dtype=torch.float32, device=device)
     ids_S = ids_TK.reshape(-1)
     _count_kernel[(num_blocks,)](ids_S, counts, num_rows, num_experts, BINS=bins, BLOCK=sort_block, num_warps=4)
+    # an id is compared with all bins and with the ids of its part: both tables must fit into registers
+    part, tiles_of_block = max(16, min(128, 16384 // bins)), triton.next_power_of_2(triton.cdiv(max_tiles, num_blocks))
     _place_kernel[(num_blocks,)](
-        ids_S,
-        counts,
-        None if weight_TK is None else weight_TK.reshape(-1),
-        slot_S,
-        token_S,
-        position_S,
-        weight_S,
-        bounds,
-        tile_expert,
-        tile_row,
-        num_tiles,
-        num_rows,
-        num_experts,
-        top_k,
-        BLOCK=sort_block,
-        TILE=block,
-        TILES=triton.next_power_of_2(triton.cdiv(max_tiles, num_blocks)),
-        # an id is compared with all bins and with the ids of its part: both tables must fit into registers
-        BINS=bins,
-        PART=max(16, min(128, 16384 // bins)),
-        num_warps=8,
-    )
+        ids_S, counts, None if weight_TK is None else weight_TK.reshape(-1), slot_S, token_S, position_S, weight_S,
+        bounds, tile_expert, tile_row, num_tiles, num_rows, num_experts, top_k,
+        BLOCK=sort_block, TILE=block, TILES=tiles_of_block, BINS=bins, PART=part, num_warps=8,
+    )  # fmt: skip
     tiles = tile_expert, tile_row, num_tiles
     return Grouping(slot_S, token_S, position_S.view(ids_TK.shape), bounds, tiles, block, weight_S)
 
