@@ -117,41 +117,16 @@ def _forward(
         row += 4
 
 
-@triton.jit
-def _backward_token(
-    x3, x2, x1, x0, dy, dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias, weights, row, first, end, S,
-    start_ptr, dx_ptr, stride_dxs, cols, C, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Token `row`: its dz, its part of the weights' gradients and of dx of itself and the three tokens before it.
-
-    dx1..dx3: what is there of dx of the tokens 1..3 before; that of the third is complete now. Tokens from `end` on are
-    the next program's.
-    """
-    w0, w1, w2, w3, _ = weights
-    position = _position(start_ptr, row, S, PACKED)
-    z = _z(x3, x2, x1, x0, weights, position, PACKED)
-    sigmoid = tl.sigmoid(z)
-    dz = dy.to(tl.float32) * (sigmoid + z * sigmoid * (1.0 - sigmoid))
-    dx3 += w0 * _tap(dz, position, 3, PACKED)
-    width = tl.where((row - 3 >= first) & (row - 3 < end), C, 0)
-    tl.store(dx_ptr + (row - 3) * stride_dxs + cols, dx3, cols < width)
-    own = tl.where(row < end, dz, 0.0)
-    sum0 += own * _tap(x3, position, 3, PACKED)
-    sum1 += own * _tap(x2, position, 2, PACKED)
-    sum2 += own * _tap(x1, position, 1, PACKED)
-    sum3 += own * x0.to(tl.float32)
-    dx3 = dx2 + w1 * _tap(dz, position, 2, PACKED)
-    dx2 = dx1 + w2 * _tap(dz, position, 1, PACKED)
-    return dx3, dx2, w3 * dz, sum0, sum1, sum2, sum3, sum_bias + own
-
-
 @launched
 def _backward(
     x_ptr, weight_ptr, bias_ptr, start_ptr, dy_ptr, dx_ptr, partial_ptr, S, C, blocks,
     stride_xb, stride_xs, stride_dyb, stride_dys, stride_dxb, stride_dxs,
     PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Two tokens a step; three tokens past the block complete its last dx. Sums go to rows of partial [*, 5, C]."""
+    """Two tokens a step; three tokens past the block complete its last dx. Sums go to rows of partial [*, 5, C].
+
+    dx1..dx3: what is there of dx of the tokens 1..3 before; that of the third is complete at each token.
+    """
     batch = (tl.program_id(1) // blocks).to(tl.int64)
     first = (tl.program_id(1) % blocks).to(tl.int64) * ROWS
     end = tl.minimum(first + ROWS, S)
@@ -172,10 +147,22 @@ def _backward(
         next_dy0, next_dy1 = _rows(dy_ptr, row + 2, later, stride_dys, cols, C, 2)
         x, dy = (a, b, c, x0, x1), (dy0, dy1)
         for i in tl.static_range(2):
-            dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
-                x[i], x[i + 1], x[i + 2], x[i + 3], dy[i], dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias, weights,
-                row + i, first, end, S, start_ptr, dx_ptr, stride_dxs, cols, C, PACKED,
-            )  # fmt: skip
+            position = _position(start_ptr, row + i, S, PACKED)
+            z = _z(x[i], x[i + 1], x[i + 2], x[i + 3], weights, position, PACKED)
+            sigmoid = tl.sigmoid(z)
+            dz = dy[i].to(tl.float32) * (sigmoid + z * sigmoid * (1.0 - sigmoid))
+            dx3 += weights[0] * _tap(dz, position, 3, PACKED)
+            width = tl.where((row + i - 3 >= first) & (row + i - 3 < end), C, 0)
+            tl.store(dx_ptr + (row + i - 3) * stride_dxs + cols, dx3, cols < width)
+            own = tl.where(row + i < end, dz, 0.0)  # tokens from `end` on are the next program's
+            sum0 += own * _tap(x[i], position, 3, PACKED)
+            sum1 += own * _tap(x[i + 1], position, 2, PACKED)
+            sum2 += own * _tap(x[i + 2], position, 1, PACKED)
+            sum3 += own * x[i + 3].to(tl.float32)
+            sum_bias += own
+            dx3 = dx2 + weights[1] * _tap(dz, position, 2, PACKED)
+            dx2 = dx1 + weights[2] * _tap(dz, position, 1, PACKED)
+            dx1 = weights[3] * dz
         a, b, c, x0, x1, dy0, dy1 = c, x0, x1, next_x0, next_x1, next_dy0, next_dy1
     partial_ptr += tl.program_id(1) * 5 * C + cols
     sums = (sum0, sum1, sum2, sum3, sum_bias)

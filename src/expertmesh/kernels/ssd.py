@@ -302,8 +302,8 @@ def scan_states(
     xbc_BSK: torch.Tensor, dt_BSH: torch.Tensor, A_H: torch.Tensor, dt_bias_H: torch.Tensor,
     start: torch.Tensor | None, sizes: Sizes, dt_limit: tuple[float, float], dy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dt, log2(e) c, states): two [B, H, chunks * Q] float32; and [1, B, chunks, H, P, N], the states before each chunk,
-    with dy [2, ...]: and their gradients after each chunk.
+    """dt and log2(e) c, [B, H, chunks * Q] float32; and the states before each chunk [1, B, chunks, H, P, N], with dy
+    [2, ...]: and their gradients after each chunk.
     """
     x, B, C = split(xbc_BSK, sizes)
     chunks, directions, tuning = triton.cdiv(sizes.S, TUNING["chunk"]), 1 if dy is None else 2, TUNING["prepare"]
