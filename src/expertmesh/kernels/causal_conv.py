@@ -5,9 +5,9 @@
 Channels stay last, as the projection before it writes them, so nothing is transposed, and x may be a slice of that
 projection's output. In packed rows a tap that would reach across its document's start reads zero.
 
-A program owns some channels and walks down a block of tokens with the last three of them in registers: every element
-is read once, and backward, which recomputes z, needs one sigmoid per element. The gradients of weight and bias are
-summed per program and then over programs in a fixed order, so they are deterministic.
+A program owns some channels and walks down a block of tokens with the last three of them in registers, so every
+element is read once. Backward recomputes z. The gradients of weight and bias are summed per program and then over
+programs in a fixed order: they are deterministic.
 
 Letters: B sequences, S tokens, C channels.
 """

@@ -4,8 +4,8 @@
     dh_s = activation'(h_s) · weight_s · dā_s,  and weight_s · a_s for the down-projection's weight gradient
     db_e = Σ_s dh_s                             the gradient of the up-projection's bias
 
-Rows of dout are read by index, so no permuted copy of it is ever stored, and the routing weight's gradient costs no
-pass of its own (SonicMoE's observation, arXiv:2512.14080), nor does the bias': each tile sums its rows of dh.
+Rows of dout are read by index, no permuted copy is stored. The gradients of routing weights (SonicMoE's observation,
+arXiv:2512.14080) and of the bias cost no pass of their own: each tile sums its rows.
 """
 
 import torch

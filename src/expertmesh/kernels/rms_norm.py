@@ -4,10 +4,8 @@
                                             or x * silu(gate), in float32
     x_hat = s / sqrt(mean(s^2) + eps)       y = x_hat * weight
 
-Stock Transformers runs five to seven elementwise passes for this and keeps float32 intermediates for backward. Here
-forward reads each input once and writes each output once, backward reads the normed tensor and the incoming gradients
-once, and only the tensor that is normed is saved (with a gate: x and the gate). 1/rms is recomputed, which is free in a
-kernel that waits for memory anyway. The weight's gradient is summed by a fixed number of programs into rows of their
+Each kernel reads its inputs once and writes its outputs once. Only the tensor that is normed is saved (with a gate: x
+and the gate); 1/rms is recomputed. The weight's gradient is summed by a fixed number of programs into rows of their
 own, so it is deterministic.
 
 Letters: T rows, H width of what is normed, W = G·H width of rows of G groups.

@@ -4,9 +4,8 @@
     [a', b'] = [a cos_a - b sin_a, b cos_b + a sin_b]
 
 a and b are the halves of the turned width R of n or, interleaved, its even and odd elements; the rest of a head passes
-unturned. Stock Transformers needs up to fifteen passes over q and k, and rounds to the input's dtype after each; here
-forward reads and writes each once, backward reads the gradients (and q and k, if normed) once, and all is computed in
-float32 and rounded once. Kept for backward: cos, sin and, if normed, what the projections made anyway.
+unturned. Each kernel reads and writes a head once; all is computed in float32 and rounded once. Kept for backward: cos,
+sin and, if normed, what the projections made anyway.
 
 Letters: B batch, S sequence, T = B·S tokens, N heads (of q or of k), D head width, R turned width.
 """
@@ -97,10 +96,9 @@ def qk_norm_rope(
 
     q: [B, S, Nq, D] and k: [B, S, Nk, D], the projections' outputs seen by head, any strides; q_weight, k_weight: [D];
     cos, sin: [B or 1, S, D], as the model's rotary embedding gives them (no gradient).
-    Returns [B, Nq, S, D] and [B, Nk, S, D] as transposed views of [B, S, N, D] memory: the layout that stock
-    Transformers hands to attention as well, flash kernels read it without a copy and SDPA takes it through strides.
-    Must equal `q_norm`, `k_norm` and `apply_rotary_pos_emb` of transformers' Qwen3MoeAttention. Rotary embeddings must
-    turn all of D. Raises ValueError if cos or sin want gradients.
+    Returns [B, Nq, S, D] and [B, Nk, S, D] as transposed views of [B, S, N, D] memory, which attention takes without a
+    copy. Must equal `q_norm`, `k_norm` and `apply_rotary_pos_emb` of transformers' Qwen3MoeAttention. Raises ValueError
+    if cos or sin want gradients.
     """
     B, S, _, D = q.shape
     assert k.shape[:2] == (B, S) and k.shape[3] == D and q_weight.shape == k_weight.shape == (D,)
