@@ -14,9 +14,9 @@ from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.activation import Activation, activate_backward
 from expertmesh.kernels.grouped_gemm import (
     gathered_tile,
+    grouped_gemm,
     layout,
     over_tiles,
-    own_grouped_gemm,
     row_pointers,
     tile_at,
     tile_config,
@@ -81,7 +81,7 @@ def down_dact_by_pytorch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The specification of `down_dact`, which runs where Triton is missing or the activation is not its own."""
     assert group.weight_S is not None
-    da_SI = own_grouped_gemm(dout_TH.index_select(0, group.token_S), w_EHI, group)
+    da_SI = grouped_gemm(dout_TH.index_select(0, group.token_S), w_EHI, group, own=True)
     mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
     da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
     weight_S1 = group.weight_S[:, None].to(da_SI.dtype)

@@ -30,21 +30,14 @@ from expertmesh.kernels.launch import launched, processors
 
 
 def grouped_gemm(
-    a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None
+    a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None, own: bool = False
 ) -> torch.Tensor:
     """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias.
 
-    Rows behind the last expert's are not written: no reader of a `Grouping` looks at them.
+    own: never by quack. Rows behind the last expert's are not written: no reader of a `Grouping` looks at them.
     """
-    if bias_EN is None and quack.takes(a_SK, w_EKN):
+    if bias_EN is None and not own and quack.takes(a_SK, w_EKN):
         return quack.grouped_gemm(a_SK, w_EKN, group)
-    return own_grouped_gemm(a_SK, w_EKN, group, bias_EN)
-
-
-def own_grouped_gemm(
-    a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`grouped_gemm` without quack."""
     if not use_triton(a_SK):
         return grouped_gemm_reference(a_SK, w_EKN, group, bias_EN)
     y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
@@ -72,7 +65,7 @@ def up_act(
             tell_once(
                 "experts with an activation of their own gather their rows and run it in PyTorch, not in the kernel."
             )
-        h_SJ = own_grouped_gemm(x_TH.index_select(0, group.token_S), w_EHJ, group, bias_EJ)
+        h_SJ = grouped_gemm(x_TH.index_select(0, group.token_S), w_EHJ, group, bias_EJ, own=True)
         return h_SJ, act.forward(h_SJ), False
     num_rows = group.slot_S.numel()
     h_SJ = x_TH.new_empty(min(num_rows, keep or num_rows), w_EHJ.shape[2])

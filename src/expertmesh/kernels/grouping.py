@@ -117,13 +117,6 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
     return Grouping(slot_S, token_S, position_S.view(ids_TK.shape), bounds, tiles, block, weight_S)
 
 
-@triton.jit
-def _load_experts(ids, row, end, num_experts):
-    """The experts of some rows: -1 for those that nobody computes here, -2 behind the last row."""
-    expert = tl.load(ids + row, mask=row < end, other=0).to(tl.int32)
-    return tl.where(row < end, tl.where((expert >= 0) & (expert < num_experts), expert, -1), -2)
-
-
 @launched
 def _count_kernel(ids, counts, num_rows, num_experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """counts [block, bin] of one block."""
@@ -173,15 +166,16 @@ def _place_kernel(
     lane = tl.arange(0, PART)
     for part in range(BLOCK // PART):
         row = block * BLOCK + part * PART + lane
-        expert = _load_experts(ids, row, num_rows, num_experts)
+        valid = row < num_rows
+        expert = tl.load(ids + row, mask=valid, other=0).to(tl.int32)
+        skipped = valid & ((expert < 0) | (expert >= num_experts))
+        expert = tl.where(valid, tl.where(skipped, -1, expert), -2)
         mine = expert[:, None] == bin[None, :]
-        skipped = expert == -1
         earlier = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
         start = tl.where(skipped, skipped_place, tl.sum(tl.where(mine, place[None, :], 0), axis=1))
         where = start + tl.sum(earlier.to(tl.int32), axis=1)
         place += tl.sum(mine.to(tl.int32), axis=0)
         skipped_place += tl.sum(skipped.to(tl.int32), axis=0)
-        valid = row < num_rows
         tl.store(slot + where, row, mask=valid)
         tl.store(token + where, row // top_k, mask=valid)
         tl.store(position + row, tl.where(skipped, -1, where), mask=valid)

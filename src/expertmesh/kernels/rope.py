@@ -145,13 +145,12 @@ def _load_two(ptr, at_a, at_b, mask):
 
 @triton.jit
 def _turn_tile(
-    tile, heads, strides, rotation, T, S, eps, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SECOND: tl.constexpr,
+    tile, heads, rotation, T, S, eps, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SECOND: tl.constexpr,
     INTERLEAVED: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """Norms and turns one tile of heads; cos and sin of b begin at SECOND."""
-    x_ptr, weight_ptr, y_ptr = heads
-    stride_b, stride_s, stride_n = strides
+    x_ptr, weight_ptr, y_ptr, stride_b, stride_s, stride_n = heads
     cos_ptr, sin_ptr, rot_stride_b, rot_stride_s = rotation
     batch, position, head, row, inside = _places(tile, T * N, S, N, ROWS)
     x_ptr += batch * stride_b + position * stride_s + head * stride_n
@@ -195,13 +194,13 @@ def _turn(
     rotation = cos_ptr, sin_ptr, rot_stride_b, rot_stride_s
     if NK == 0 or tile < q_tiles:
         _turn_tile(
-            tile, (q_ptr, q_weight_ptr, q_out_ptr), (q_stride_b, q_stride_s, q_stride_n), rotation, T, S,
-            eps, NQ, D, R, SECOND, INTERLEAVED, BACK, ROWS, BLOCK, BLOCK_REST,
+            tile, (q_ptr, q_weight_ptr, q_out_ptr, q_stride_b, q_stride_s, q_stride_n), rotation, T, S, eps,
+            NQ, D, R, SECOND, INTERLEAVED, BACK, ROWS, BLOCK, BLOCK_REST,
         )  # fmt: skip
     else:
         _turn_tile(
-            tile - q_tiles, (k_ptr, k_weight_ptr, k_out_ptr), (k_stride_b, k_stride_s, k_stride_n), rotation, T, S,
-            eps, NK, D, R, SECOND, INTERLEAVED, BACK, ROWS, BLOCK, BLOCK_REST,
+            tile - q_tiles, (k_ptr, k_weight_ptr, k_out_ptr, k_stride_b, k_stride_s, k_stride_n), rotation, T, S, eps,
+            NK, D, R, SECOND, INTERLEAVED, BACK, ROWS, BLOCK, BLOCK_REST,
         )  # fmt: skip
 
 
