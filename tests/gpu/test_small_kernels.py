@@ -17,7 +17,6 @@ from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear
 from expertmesh.kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_reference,
-    keep_rms_norm,
     rms_norm,
     rms_norm_reference,
 )
@@ -59,8 +58,8 @@ def cases() -> dict[str, tuple[Callable, Callable, tuple[torch.Tensor, ...]]]:
             lambda x, r, w: add_rms_norm_reference(x, r, w, 1e-6),
             (leaf(4, 1023, width), leaf(4, 1023, width), leaf(width)),
         )
-    found["keep_rms_norm 2048"] = (
-        lambda x, w: keep_rms_norm(x, w, 1e-6),
+    found["add_rms_norm without a residual 2048"] = (
+        lambda x, w: add_rms_norm(x, None, w, 1e-6),
         lambda x, w: (rms_norm_reference(x, w, 1e-6), x),
         (leaf(4, 1023, 2048), leaf(2048)),
     )

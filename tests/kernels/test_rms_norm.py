@@ -11,7 +11,6 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 from expertmesh.kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_reference,
-    keep_rms_norm,
     rms_norm,
     rms_norm_reference,
     sum_partials,
@@ -63,19 +62,19 @@ def test_add_rms_norm_kernel_equals_reference(shape, scale):
 @pytest.mark.parametrize(
     ("shape", "scale"), [((1, 24), "one_plus"), ((7, 100), "float32"), ((2, 3, 96), "rounded"), ((300, 33), "rounded")]
 )
-def test_keep_rms_norm_adds_the_gradients_of_both_uses(shape, used, scale):
+def test_add_rms_norm_without_a_residual_adds_the_gradients_of_both_uses(shape, used, scale):
     wide, weight = leaf(*shape[:-1], 2 * shape[-1]), leaf(shape[-1])
 
     def run(norm):
         def fn(wide, weight):
             half = wide[..., : shape[-1]]
-            return torch.cat([*norm(half, weight, 1e-6, scale=scale)[used], 0 * (half + weight)], dim=-1)
+            return torch.cat([*norm(half, None, weight, 1e-6, scale=scale)[used], 0 * (half + weight)], dim=-1)
 
         return outputs_and_grads(fn, wide, weight)
 
-    expected = run(lambda x, w, eps, scale: (rms_norm_reference(x, w, eps, scale=scale), x))
+    expected = run(add_rms_norm_reference)
     with on_triton():
-        assert_same(run(keep_rms_norm), expected)
+        assert_same(run(add_rms_norm), expected)
 
 
 @pytest.mark.parametrize(("rows", "split", "width"), [(1, 1, 3), (7, 2, 40), (200, 130, 33)])

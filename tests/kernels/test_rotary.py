@@ -7,7 +7,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from expertmesh.kernels.rope import rope, rope_reference, rotary, rotary_reference
+from expertmesh.kernels.rope import rotary, rotary_reference
 from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads
 
 
@@ -69,9 +69,9 @@ def test_rotations_of_another_shape_are_refused():
 
 @pytest.mark.parametrize("rotations", [1, 2])
 def test_rotations_of_half_the_width_serve_both_halves(rotations):
-    (x,), (cos, sin) = [leaf(2, 5, 3, 12)], rotation(rotations, 5, 6)
-    stock = modeling_gpt_oss.apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), cos, sin)[0].transpose(1, 2)
-    assert torch.equal(rope_reference(x, cos, sin), stock)
-    expected = outputs_and_grads(lambda x: rope_reference(x, cos, sin), x)
+    (q, k), (cos, sin) = [leaf(2, 3, 5, 12), leaf(2, 1, 5, 12)], rotation(rotations, 5, 6)
+    stock = modeling_gpt_oss.apply_rotary_pos_emb(q, k, cos, sin)
+    assert all(torch.equal(*pair) for pair in zip(rotary_reference(q, k, cos, sin, half=True), stock, strict=True))
+    expected = outputs_and_grads(lambda q, k: rotary_reference(q, k, cos, sin, half=True), q, k)
     with on_triton():
-        assert_same(outputs_and_grads(lambda x: rope(x, cos, sin), x), expected)
+        assert_same(outputs_and_grads(lambda q, k: rotary(q, k, cos, sin, half=True), q, k), expected)

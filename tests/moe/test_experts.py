@@ -10,7 +10,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
 from expertmesh import backends
-from expertmesh.kernels import grouped_gemm, grouped_wgrad, products
+from expertmesh.kernels import grouped_gemm, grouped_wgrad
+from expertmesh.moe import experts as moe_experts
 from expertmesh.moe.experts import activation_of, experts_forward
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 6, 40, 24, 37, 3
@@ -89,8 +90,8 @@ def test_experts_equal_transformers(layout, routing, path, nan_memory, monkeypat
         for module in (grouped_gemm, grouped_wgrad):
             monkeypatch.setattr(module, "by_descriptor", lambda device: False)
     if path == "triton with room for few":  # as on a rank that gets more than its share
-        up_act = products.up_act
-        monkeypatch.setattr(products, "up_act", lambda *inputs: up_act(*inputs[:-1], keep=16))
+        up_act = moe_experts.up_act
+        monkeypatch.setattr(moe_experts, "up_act", lambda *inputs: up_act(*inputs[:-1], keep=16))
     module = _module(**LAYOUTS[layout])
     ids = ROUTINGS[routing]()
     x, weight, dout = torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K), torch.randn(TOKENS, HIDDEN)
@@ -155,8 +156,8 @@ def test_frozen_experts_cost_no_weight_gradient():
 
 def test_a_recompute_ends_before_the_down_projection(monkeypatch):
     module, ids, weight = _module(), ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)
-    made, gemm = [], products.grouped_gemm
-    monkeypatch.setattr(products, "grouped_gemm", lambda a, w, *rest: made.append(w.shape[1:]) or gemm(a, w, *rest))
+    made, gemm = [], moe_experts.grouped_gemm
+    monkeypatch.setattr(moe_experts, "grouped_gemm", lambda a, w, *rest: made.append(w.shape[1:]) or gemm(a, w, *rest))
     want = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     x = want.detach().clone().requires_grad_()
     experts_forward(module, want, ids, weight).sin().sum().backward()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from expertmesh.kernels.rope import rope
+from expertmesh.kernels.rope import rotary
 from expertmesh.layers import sinks
 from expertmesh.layers.rope import FastRoPE
 
@@ -30,7 +30,7 @@ class FastSinkAttention(FastRoPE):
         cls, stock: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert unsqueeze_dim == 1, "heads before positions"
-        return rope(q.transpose(1, 2), cos, sin).transpose(1, 2), rope(k.transpose(1, 2), cos, sin).transpose(1, 2)
+        return rotary(q, k, cos, sin, half=True)
 
     @staticmethod
     def why_not(attention: Any) -> str | None:

@@ -9,10 +9,9 @@ interleaved), J = I otherwise. The activation makes `a_SI`. Three kinds are know
 
 Any other is `custom`: the HF module's own function is called, and differentiated by autograd on a recomputation.
 
-Routed experts have this inside their GEMMs. Dense MLPs and shared experts have `swiglu` and `relu2`: one pass forward
-and one backward over memory, and only the inputs are kept. They compute in float32 and round once, where stock rounds
-silu(gate) to the input's dtype before it multiplies, so in bfloat16 `swiglu` is closer to the exact value and not
-bit-equal to stock; `relu2` is.
+Routed experts have this inside their GEMMs. Dense MLPs and shared experts have `swiglu` and `relu2`: one pass over
+memory each way, and only the inputs are kept. They compute in float32 and round once; stock also rounds silu(gate), so
+in bfloat16 `swiglu` is not bit-equal to stock, but nearer to the exact value.
 
 Letters: T rows, W width.
 """

@@ -52,14 +52,11 @@ def adamw_(updates: Sequence[Update], scale: torch.Tensor | None = None, found_i
 def adamw_reference_(
     updates: Sequence[Update], scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
 ) -> None:
-    """The specification of `adamw_`: PyTorch's fused AdamW, on float32 copies where it has no kernel."""
+    """The specification of `adamw_`: PyTorch's fused AdamW, in float32 or wider."""
     for *tensors, step, options in updates:
         weight, lr = tensors[0], options["lr"]
         wide = torch.promote_types(weight.dtype, torch.float32)
-        plain = all(x.is_contiguous() and x.dtype == weight.dtype for x in tensors) and (
-            scale is None or weight.dtype == wide
-        )
-        used = [*tensors] if plain else [x.to(wide, memory_format=torch.contiguous_format, copy=True) for x in tensors]
+        used = [x.to(wide).contiguous() for x in tensors]
         if scale is not None:
             used[1] = used[1] * scale.to(weight.device, non_blocking=True)
         if isinstance(lr, torch.Tensor) and not lr.is_cpu:
@@ -74,9 +71,8 @@ def adamw_reference_(
         )
         if found is not None:
             step -= found
-        if not plain:
-            for narrow, result in zip((tensors[0], *tensors[2:]), (used[0], *used[2:]), strict=True):
-                narrow.copy_(result)
+        for i in (0, 2, 3):
+            tensors[i].copy_(used[i])  # nothing to do where it is the same memory
 
 
 def _launch(

@@ -5,9 +5,9 @@
 Channels stay last, as the projection before it writes them, so nothing is transposed, and x may be a slice of that
 projection's output. In packed rows a tap that would reach across its document's start reads zero.
 
-A program owns some channels and walks down a block of tokens with the last three of them in registers: every element
-is read once, and backward, which recomputes z, needs one sigmoid per element. The gradients of weight and bias are
-summed per program and then over programs in a fixed order, so they are deterministic.
+A program owns some channels and walks down a block of tokens with the last three of them in registers, so every
+element is read once. Backward recomputes z. The gradients of weight and bias are summed per program and then over
+programs in a fixed order: they are deterministic.
 
 Letters: B sequences, S tokens, C channels.
 """
@@ -82,20 +82,20 @@ def _z(x3, x2, x1, x0, weights, position, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _weights(weight_ptr, bias_ptr, cols, mask, HAS_BIAS: tl.constexpr):
+def _weights(weight_ptr, bias_ptr, cols, mask):
     """w[0] to w[3] and the bias of some channels."""
     weights = ()
     for i in tl.static_range(4):
         weight = tl.load(weight_ptr + cols * 4 + i, mask, other=0.0).to(tl.float32)
         weights = weights + (weight,)  # type: ignore[assignment]
-    bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros_like(weight)
+    bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32) if bias_ptr is not None else tl.zeros_like(weight)
     return weights + (bias,)
 
 
 @launched
 def _forward(
     x_ptr, weight_ptr, bias_ptr, start_ptr, y_ptr, S, C, blocks, stride_xb, stride_xs, stride_yb, stride_ys,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Four tokens a step, the next four on their way."""
     batch = (tl.program_id(1) // blocks).to(tl.int64)
@@ -105,7 +105,7 @@ def _forward(
     x_ptr += batch * stride_xb
     y_ptr += batch * stride_yb
     start_ptr += batch * S
-    weights = _weights(weight_ptr, bias_ptr, cols, cols < C, HAS_BIAS)
+    weights = _weights(weight_ptr, bias_ptr, cols, cols < C)
     a, b, c, x0, x1, x2, x3 = _rows(x_ptr, row - 3, S, stride_xs, cols, C, 7)
     while row < end:
         next0, next1, next2, next3 = _rows(x_ptr, row + 4, end, stride_xs, cols, C, 4)
@@ -117,41 +117,16 @@ def _forward(
         row += 4
 
 
-@triton.jit
-def _backward_token(
-    x3, x2, x1, x0, dy, dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias, weights, row, first, end, S,
-    start_ptr, dx_ptr, stride_dxs, cols, C, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Token `row`: its dz, its part of the weights' gradients and of dx of itself and the three tokens before it.
-
-    dx1..dx3: what is there of dx of the tokens 1..3 before; that of the third is complete now. Tokens from `end` on are
-    the next program's.
-    """
-    w0, w1, w2, w3, _ = weights
-    position = _position(start_ptr, row, S, PACKED)
-    z = _z(x3, x2, x1, x0, weights, position, PACKED)
-    sigmoid = tl.sigmoid(z)
-    dz = dy.to(tl.float32) * (sigmoid + z * sigmoid * (1.0 - sigmoid))
-    dx3 += w0 * _tap(dz, position, 3, PACKED)
-    width = tl.where((row - 3 >= first) & (row - 3 < end), C, 0)
-    tl.store(dx_ptr + (row - 3) * stride_dxs + cols, dx3, cols < width)
-    own = tl.where(row < end, dz, 0.0)
-    sum0 += own * _tap(x3, position, 3, PACKED)
-    sum1 += own * _tap(x2, position, 2, PACKED)
-    sum2 += own * _tap(x1, position, 1, PACKED)
-    sum3 += own * x0.to(tl.float32)
-    dx3 = dx2 + w1 * _tap(dz, position, 2, PACKED)
-    dx2 = dx1 + w2 * _tap(dz, position, 1, PACKED)
-    return dx3, dx2, w3 * dz, sum0, sum1, sum2, sum3, sum_bias + own
-
-
 @launched
 def _backward(
     x_ptr, weight_ptr, bias_ptr, start_ptr, dy_ptr, dx_ptr, partial_ptr, S, C, blocks,
     stride_xb, stride_xs, stride_dyb, stride_dys, stride_dxb, stride_dxs,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Two tokens a step; three tokens past the block complete its last dx. Sums go to rows of partial [*, 5, C]."""
+    """Two tokens a step; three tokens past the block complete its last dx. Sums go to rows of partial [*, 5, C].
+
+    dx1..dx3: what is there of dx of the tokens 1..3 before; that of the third is complete at each token.
+    """
     batch = (tl.program_id(1) // blocks).to(tl.int64)
     first = (tl.program_id(1) % blocks).to(tl.int64) * ROWS
     end = tl.minimum(first + ROWS, S)
@@ -161,7 +136,7 @@ def _backward(
     dy_ptr += batch * stride_dyb
     dx_ptr += batch * stride_dxb
     start_ptr += batch * S
-    weights = _weights(weight_ptr, bias_ptr, cols, cols < C, HAS_BIAS)
+    weights = _weights(weight_ptr, bias_ptr, cols, cols < C)
     sum0 = tl.zeros((BLOCK_C,), tl.float32)
     sum1, sum2, sum3, sum_bias, dx1, dx2, dx3 = sum0, sum0, sum0, sum0, sum0, sum0, sum0
     a, b, c, x0, x1 = _rows(x_ptr, first - 3, S, stride_xs, cols, C, 5)
@@ -172,10 +147,22 @@ def _backward(
         next_dy0, next_dy1 = _rows(dy_ptr, row + 2, later, stride_dys, cols, C, 2)
         x, dy = (a, b, c, x0, x1), (dy0, dy1)
         for i in tl.static_range(2):
-            dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias = _backward_token(
-                x[i], x[i + 1], x[i + 2], x[i + 3], dy[i], dx3, dx2, dx1, sum0, sum1, sum2, sum3, sum_bias, weights,
-                row + i, first, end, S, start_ptr, dx_ptr, stride_dxs, cols, C, PACKED,
-            )  # fmt: skip
+            position = _position(start_ptr, row + i, S, PACKED)
+            z = _z(x[i], x[i + 1], x[i + 2], x[i + 3], weights, position, PACKED)
+            sigmoid = tl.sigmoid(z)
+            dz = dy[i].to(tl.float32) * (sigmoid + z * sigmoid * (1.0 - sigmoid))
+            dx3 += weights[0] * _tap(dz, position, 3, PACKED)
+            width = tl.where((row + i - 3 >= first) & (row + i - 3 < end), C, 0)
+            tl.store(dx_ptr + (row + i - 3) * stride_dxs + cols, dx3, cols < width)
+            own = tl.where(row + i < end, dz, 0.0)  # tokens from `end` on are the next program's
+            sum0 += own * _tap(x[i], position, 3, PACKED)
+            sum1 += own * _tap(x[i + 1], position, 2, PACKED)
+            sum2 += own * _tap(x[i + 2], position, 1, PACKED)
+            sum3 += own * x[i + 3].to(tl.float32)
+            sum_bias += own
+            dx3 = dx2 + weights[1] * _tap(dz, position, 2, PACKED)
+            dx2 = dx1 + weights[2] * _tap(dz, position, 1, PACKED)
+            dx1 = weights[3] * dz
         a, b, c, x0, x1, dy0, dy1 = c, x0, x1, next_x0, next_x1, next_dy0, next_dy1
     partial_ptr += tl.program_id(1) * 5 * C + cols
     sums = (sum0, sum1, sum2, sum3, sum_bias)
@@ -187,13 +174,13 @@ def _launch(
     kernel: Any, tuning: dict[str, int], x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None,
     start_BS: torch.Tensor | None, *others: torch.Tensor,
 ) -> None:  # fmt: skip
-    """others: tensors as x, and sums. Something stands for what is not there."""
+    """others: tensors as x, and sums. x stands for starts that are not there: nothing reads it."""
     (B, S, C), weight = x_BSC.shape, weight_C4.contiguous()
     blocks, channels = triton.cdiv(S, tuning["rows"]), min(tuning["channels"], triton.next_power_of_2(C))
     kernel[(triton.cdiv(C, channels), B * blocks)](
-        x_BSC, weight, weight if bias_C is None else bias_C, x_BSC if start_BS is None else start_BS, *others,
+        x_BSC, weight, bias_C, x_BSC if start_BS is None else start_BS, *others,
         S, C, blocks, *(n for x in (x_BSC, *others) if x.dim() == 3 for n in x.stride()[:2]),
-        PACKED=start_BS is not None, HAS_BIAS=bias_C is not None, ROWS=tuning["rows"], BLOCK_C=channels,
+        PACKED=start_BS is not None, ROWS=tuning["rows"], BLOCK_C=channels,
         num_warps=tuning["num_warps"],
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ def combine(
     """
     if use_triton(y_SH):
         out = y_SH.new_empty((len(position_TK), y_SH.shape[1]) if residual is None else residual.shape)
-        _combine_triton(out, None, 1, 0, y_SH, position_TK, weight_TK, residual)
+        _launch([out], 0, y_SH, position_TK, weight_TK, residual)
         return out
     return combine_reference(y_SH, position_TK, weight_TK, residual)
 
@@ -45,8 +45,7 @@ def combine_into(
     at most T/R rows is added to the first of outs[own].
     """
     if use_triton(y_SH):
-        addresses = _addresses(y_SH.device, *(out.untyped_storage().data_ptr() for out in outs))
-        _combine_triton(outs[own], addresses, len(outs), own, y_SH, position_TK, weight_TK, residual)
+        _launch(outs, own, y_SH, position_TK, weight_TK, residual)
         return
     pieces = position_TK.chunk(len(outs)), [None] * len(outs) if weight_TK is None else weight_TK.chunk(len(outs))
     for number, (out, position, weight) in enumerate(zip(outs, *pieces, strict=True)):
@@ -60,35 +59,21 @@ def _addresses(device: torch.device, *addresses: int) -> torch.Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
-def _combine_triton(
-    out: torch.Tensor,
-    outs: torch.Tensor | None,
-    num_outs: int,
-    own: int,
-    y_SH: torch.Tensor,
-    position_TK: torch.Tensor,
-    weight_TK: torch.Tensor | None,
+def _launch(
+    outs: list[torch.Tensor], own: int, y_SH: torch.Tensor, position_TK: torch.Tensor, weight_TK: torch.Tensor | None,
     residual: torch.Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     (num_tokens, top_k), width = position_TK.shape, y_SH.shape[1]
+    addresses = None
+    if len(outs) > 1:
+        addresses = _addresses(y_SH.device, *(out.untyped_storage().data_ptr() for out in outs))
     block = min(triton.next_power_of_2(width), 1024)
     _combine_kernel[(num_tokens, triton.cdiv(width, block))](
-        y_SH,
-        position_TK,
-        weight_TK,
-        None if residual is None else residual.contiguous(),
-        out,
-        outs,
-        own,
-        0 if residual is None else residual.numel() // width,
-        width,
-        top_k,
-        OUTS=num_outs,
-        ALIGNED=width * y_SH.element_size() % 16 == 0,  # whose addresses are not Triton's to see
-        HAS_WEIGHT=weight_TK is not None,
-        HAS_RESIDUAL=residual is not None,
+        y_SH, position_TK, weight_TK, None if residual is None else residual.contiguous(), outs[own], addresses, own,
+        0 if residual is None else residual.numel() // width, width, top_k,
+        OUTS=len(outs), ALIGNED=width * y_SH.element_size() % 16 == 0,  # Triton does not see their addresses
         BLOCK=block,
-    )
+    )  # fmt: skip
 
 
 def combine_reference(
@@ -118,9 +103,8 @@ def unsort(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype
         out_TK = torch.empty(position_TK.shape, dtype=dtype, device=value_PS.device)
         (parts, rows), count = value_PS.shape, position_TK.numel()
         if count:
-            _unsort_kernel[(triton.cdiv(count, 512),)](
-                value_PS, position_TK, out_TK, count, rows, PARTS=parts, BLOCK=512
-            )
+            grid = (triton.cdiv(count, 512),)
+            _unsort_kernel[grid](value_PS, position_TK, out_TK, count, rows, PARTS=parts, BLOCK=512)
         return out_TK
     return unsort_reference(value_PS, position_TK, dtype)
 
@@ -144,8 +128,7 @@ def _unsort_kernel(value, position, out, count, rows, PARTS: tl.constexpr, BLOCK
 @launched
 def _combine_kernel(
     y, position, weight, residual, out, outs, own, num_residual, width, top_k,
-    OUTS: tl.constexpr, ALIGNED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    OUTS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # neighbours in time write to different outs, so that wires and memory are busy together
     row, piece = tl.program_id(0) // OUTS, tl.program_id(0) % OUTS
@@ -157,11 +140,11 @@ def _combine_kernel(
         source = tl.load(position + token * top_k + k)
         if source >= 0:
             part = tl.load(y + source.to(tl.int64) * width + column, mask=mask, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
+            if weight is not None:
                 part *= tl.load(weight + token * top_k + k).to(tl.float32)
             acc += part
     at = row.to(tl.int64) * width + column
-    if HAS_RESIDUAL:  # noqa: SIM102  (known when it is compiled; the next is not)
+    if residual is not None:  # noqa: SIM102  (known when it is compiled; the next is not)
         if (piece == own) & (row < num_residual):
             acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     to = out + at

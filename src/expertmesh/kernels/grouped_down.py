@@ -4,8 +4,8 @@
     dh_s = activation'(h_s) · weight_s · dā_s,  and weight_s · a_s for the down-projection's weight gradient
     db_e = Σ_s dh_s                             the gradient of the up-projection's bias
 
-Rows of dout are read by index, so no permuted copy of it is ever stored, and the routing weight's gradient costs no
-pass of its own (SonicMoE's observation, arXiv:2512.14080), nor does the bias': each tile sums its rows of dh.
+Rows of dout are read by index, no permuted copy is stored. The gradients of routing weights (SonicMoE's observation,
+arXiv:2512.14080) and of the bias cost no pass of their own: each tile sums its rows.
 """
 
 import torch
@@ -15,7 +15,6 @@ from expertmesh.kernels.activation import Activation, activate_backward
 from expertmesh.kernels.grouped_gemm import (
     gathered_tile,
     grouped_gemm,
-    grouped_gemm_reference,
     layout,
     over_tiles,
     row_pointers,
@@ -49,14 +48,9 @@ def down_dact(
     """
     assert group.weight_S is not None
     w_EHI = w_down_EIH.transpose(1, 2)
-    if not use_triton(dout_TH):
-        h_SJ = halves_of(h_SJ) if in_turns else h_SJ
-        return down_dact_reference(dout_TH, w_EHI, h_SJ, group, act, has_bias)
-    if act.kind == "custom":
-        da_SI = grouped_gemm(dout_TH[group.token_S.long()], w_EHI, group)
-        mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
-        da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
-        return _dact_rows(da_SI, h_SJ, group, act, has_bias)
+    if act.kind == "custom" or not use_triton(dout_TH):
+        assert not in_turns, "only quack makes such h, for activations of the kernel"
+        return down_dact_by_pytorch(dout_TH, w_EHI, h_SJ, group, act, has_bias)
     assert group.tiles is not None and dout_TH.stride(1) == 1
     num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
     config = tile_config(dout_TH, group.block, stages=4)
@@ -70,63 +64,26 @@ def down_dact(
     db_MJ = dweight_PS.new_empty(group.tiles[0].numel(), h_SJ.shape[1]) if has_bias else None
     pairs = act.interleaved or in_turns
     over_tiles(
-        _down_dact_kernel,
-        config,
-        dout_TH,
-        group,
-        torch.zeros(1, dtype=torch.int32, device=dout_TH.device),
-        dout_TH,
-        group.token_S,
-        w_tiles,
-        _as_pairs(h_SJ) if pairs else h_SJ,
-        _as_pairs(more_SJ) if pairs and more_SJ is not None else more_SJ,
-        group.weight_S,
-        _as_pairs(dh_SJ) if act.interleaved else dh_SJ,
-        wa_SI,
-        dweight_PS,
-        db_MJ,
-        w_EHI.shape[0],
-        num_rows,
-        len(h_SJ),
-        width,
-        num_inner,
-        dout_TH.stride(0),
-        act.alpha,
-        act.limit,
-        LAYOUT=layout(act),
-        H_LAYOUT="pairs" if pairs else layout(act),
-        KIND=act.kind,
-        TRANSPOSED=transposed,
+        _down_dact_kernel, config, dout_TH, group,
+        torch.zeros(1, dtype=torch.int32, device=dout_TH.device), dout_TH, group.token_S, w_tiles,
+        _as_pairs(h_SJ) if pairs else h_SJ, _as_pairs(more_SJ) if pairs and more_SJ is not None else more_SJ,
+        group.weight_S, _as_pairs(dh_SJ) if act.interleaved else dh_SJ, wa_SI, dweight_PS, db_MJ,
+        w_EHI.shape[0], num_rows, len(h_SJ), width, num_inner, dout_TH.stride(0), act.alpha, act.limit,
+        LAYOUT=layout(act), H_LAYOUT="pairs" if pairs else layout(act), KIND=act.kind, TRANSPOSED=transposed,
         EVEN=num_inner % config["BK"] == 0,
-        HAS_BIAS=has_bias,
-        HAS_MORE=more_SJ is not None,
-    )
+    )  # fmt: skip
     db_EJ = None if db_MJ is None else grouped_sum(db_MJ, group, h_SJ.dtype, tile=group.block)
     return dh_SJ, wa_SI, dweight_PS, db_EJ
 
 
-def halves_of(h_SJ: torch.Tensor) -> torch.Tensor:
-    """h [S, J] with gate and up columns one after the other, of one in which they alternate."""
-    return torch.cat((h_SJ[:, ::2], h_SJ[:, 1::2]), dim=1)
-
-
-def down_dact_reference(
-    dout_TH: torch.Tensor,
-    w_EHI: torch.Tensor,
-    h_SJ: torch.Tensor,
-    group: Grouping,
-    act: Activation,
-    has_bias: bool = False,
+def down_dact_by_pytorch(
+    dout_TH: torch.Tensor, w_EHI: torch.Tensor, h_SJ: torch.Tensor, group: Grouping, act: Activation, has_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The specification of `down_dact`."""
-    da_SI = grouped_gemm_reference(dout_TH, w_EHI, group, gather=True)
-    return _dact_rows(da_SI, h_SJ, group, act, has_bias)
-
-
-def _dact_rows(
-    da_SI: torch.Tensor, h_SJ: torch.Tensor, group: Grouping, act: Activation, has_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The specification of `down_dact`, which runs where Triton is missing or the activation is not its own."""
     assert group.weight_S is not None
+    da_SI = grouped_gemm(dout_TH.index_select(0, group.token_S), w_EHI, group, own=True)
+    mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
+    da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
     weight_S1 = group.weight_S[:, None].to(da_SI.dtype)
     a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
     db_EJ = grouped_sum(dh_SJ, group) if has_bias else None
@@ -146,7 +103,7 @@ def _down_dact_kernel(
     num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
     LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr,
     DESCRIPTOR: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MORE: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     work = tl.load(num_tiles) * tl.cdiv(width, BN)
     item = tl.program_id(0)
@@ -168,17 +125,17 @@ def _down_dact_kernel(
         scale = tl.load(weight + row, mask=in_group, other=0.0).to(tl.float32)
         WIDE: tl.constexpr = 1 if LAYOUT == "single" else 2
         tile_db = db
-        if HAS_BIAS:
+        if db is not None:
             tile_db += tile.to(tl.int64) * WIDE * width
         # in pieces: the epilogue of the whole tile would not fit into the registers
-        PIECES: tl.constexpr = 4 if HAS_BIAS or BN == 256 else 2
+        PIECES: tl.constexpr = 4 if db is not None or BN == 256 else 2
         PART: tl.constexpr = BN // PIECES
         left, right = _halves(da, BM, BN)
         quarters: tl.constexpr = PIECES == 4
         pieces = _halves(left, BM, BN // 2) + _halves(right, BM, BN // 2) if quarters else (left, right)
         partial = tl.zeros((BM,), tl.float32)
         h_tile, h_row = h, row
-        if HAS_MORE:  # a tile lies in one of the two
+        if more is not None:  # a tile lies in one of the two
             is_kept = tl.minimum(end, begin + BM) <= num_kept
             h_tile = tl.multiple_of(tl.where(is_kept, h, more), 16)
             h_row = row - tl.where(is_kept, 0, num_kept - BM)
@@ -189,7 +146,7 @@ def _down_dact_kernel(
                 next_gate, next_up = _load_h(h_tile, h_row, in_group, at + PART, width, PART, H_LAYOUT)
             partial += _finish_dact(
                 pieces[number], gate, up, row, in_group, scale, at, dh, wa, tile_db, width, alpha, limit,
-                LAYOUT, H_LAYOUT, KIND, HAS_BIAS,
+                LAYOUT, H_LAYOUT, KIND,
             )  # fmt: skip
             if number + 1 < PIECES:
                 gate, up = next_gate, next_up
@@ -257,7 +214,7 @@ def _together(first, second, kind: tl.constexpr):
 @triton.jit
 def _finish_dact(
     da, gate, up, row, in_group, scale, first, dh, wa, db, width, alpha, limit,
-    LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Store dh, its sum and weight·a of the columns from `first` on, whose h `_load_h` has loaded; returns each row's
     ⟨da, a⟩ over them.
@@ -278,7 +235,7 @@ def _finish_dact(
     else:
         dx = _together(dgate, dup, kind) if LAYOUT == "pairs" else dgate.to(kind)
         tl.store(dh + wide_row * width + column[None, :], dx, mask=mask)
-    if HAS_BIAS:
+    if db is not None:
         if LAYOUT == "pairs":
             _store_sum(db, dgate, 2 * column, 2 * width)
             _store_sum(db, dup, 2 * column + 1, 2 * width)

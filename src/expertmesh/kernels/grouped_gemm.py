@@ -23,18 +23,21 @@ import torch
 from torch.nn import functional as F
 
 from expertmesh.backends import TensorDescriptor, tell_once, tl, triton, use_triton
+from expertmesh.kernels import quack
 from expertmesh.kernels.activation import Activation, activate
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched, processors
 
 
 def grouped_gemm(
-    a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None
+    a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None, own: bool = False
 ) -> torch.Tensor:
     """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias.
 
-    Rows behind the last expert's are not written: no reader of a `Grouping` looks at them.
+    own: never by quack. Rows behind the last expert's are not written: no reader of a `Grouping` looks at them.
     """
+    if bias_EN is None and not own and quack.takes(a_SK, w_EKN):
+        return quack.grouped_gemm(a_SK, w_EKN, group)
     if not use_triton(a_SK):
         return grouped_gemm_reference(a_SK, w_EKN, group, bias_EN)
     y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
@@ -49,22 +52,26 @@ def up_act(
     group: Grouping,
     act: Activation,
     keep: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h [S, J], a [S, I]) of tokens x [T, H], up-projections [E, H, J] (plain or transposed) and biases [E, J].
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """(h [S, J], a [S, I], whether gate and up columns alternate in h though not in the weights) of tokens x [T, H],
+    up-projections [E, H, J] (plain or transposed) and biases [E, J].
 
     keep: by the fused kernel, h has only this many rows, a multiple of `group.block`.
     """
-    if not use_triton(x_TH):
-        return up_act_reference(x_TH, w_EHJ, bias_EJ, group, act)
-    if act.kind == "custom":
-        tell_once("experts with an activation of their own gather their rows and run it in PyTorch, not in the kernel.")
-        h_SJ = grouped_gemm(x_TH[group.token_S.long()], w_EHJ, group, bias_EJ)
-        return h_SJ, act.forward(h_SJ)
+    if keep is None and quack.takes_up(x_TH, w_EHJ, bias_EJ, group, act):
+        return *quack.up_act(x_TH, w_EHJ, group, act), act.gated
+    if act.kind == "custom" or not use_triton(x_TH):
+        if use_triton(x_TH):
+            tell_once(
+                "experts with an activation of their own gather their rows and run it in PyTorch, not in the kernel."
+            )
+        h_SJ = grouped_gemm(x_TH.index_select(0, group.token_S), w_EHJ, group, bias_EJ, own=True)
+        return h_SJ, act.forward(h_SJ), False
     num_rows = group.slot_S.numel()
     h_SJ = x_TH.new_empty(min(num_rows, keep or num_rows), w_EHJ.shape[2])
     a_SI = x_TH.new_empty(num_rows, w_EHJ.shape[2] // (2 if act.gated else 1))
     launch_rows(x_TH, w_EHJ, bias_EJ, group, h_SJ, a_SI, act)
-    return h_SJ, a_SI
+    return h_SJ, a_SI, False
 
 
 def up_again(
@@ -87,45 +94,24 @@ def up_again(
 
 
 def grouped_gemm_reference(
-    a_SK: torch.Tensor,
-    w_EKN: torch.Tensor,
-    group: Grouping,
-    bias_EN: torch.Tensor | None = None,
-    *,
-    gather: bool = False,
+    a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The specification of `grouped_gemm`: one matrix product per expert, or `F.grouped_mm` on a GPU without Triton."""
     if a_SK.is_cuda:
-        y_SN = F.grouped_mm(rows_of(a_SK, group, gather=gather), w_EKN, offs=group.offsets_E)
+        y_SN = F.grouped_mm(a_SK, w_EKN, offs=group.offsets_E)
         return y_SN if bias_EN is None else y_SN + rows_of_experts(bias_EN, group)
-    y_SN = a_SK.new_empty(group.token_S.numel(), w_EKN.shape[2])
+    y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
     for expert, rows in segments(group):
-        torch.mm(rows_of(a_SK, group, rows, gather=gather), w_EKN[expert], out=y_SN[rows])
+        torch.mm(a_SK[rows], w_EKN[expert], out=y_SN[rows])
         if bias_EN is not None:
             y_SN[rows] += bias_EN[expert]
     return y_SN
 
 
-def up_act_reference(
-    x_TH: torch.Tensor, w_EHJ: torch.Tensor, bias_EJ: torch.Tensor | None, group: Grouping, act: Activation
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The specification of `up_act`."""
-    h_SJ = grouped_gemm_reference(x_TH, w_EHJ, group, bias_EJ, gather=True)
-    return h_SJ, act.forward(h_SJ)
-
-
 def segments(group: Grouping) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of every expert. Reads the offsets: for the CPU path only.
-
-    What is done with one expert's rows before going on to the next stays in the cache, and in memory already mapped.
-    """
+    """(expert, its rows) of every expert. It reads the offsets, so it is for the CPU only."""
     ends = group.offsets_E.tolist()
     return enumerate(map(slice, [0, *ends], ends))
-
-
-def rows_of(x: torch.Tensor, group: Grouping, rows: slice = slice(None), *, gather: bool) -> torch.Tensor:
-    """Sorted rows of x [S, N], or of x [T, N] with `gather`. One expert's at a time, a gather stays in the cache."""
-    return x.index_select(0, group.token_S[rows]) if gather else x[rows]
 
 
 def rows_of_experts(bias_EN: torch.Tensor, group: Grouping) -> torch.Tensor:
@@ -230,32 +216,13 @@ def launch_rows(
     again = gathered and a_SI is None
     w_tiles, transposed = weight_tiles(w_EKN, config["BK"], config["BN"] * (2 if layout(act) == "pairs" else 1))
     over_tiles(
-        _rows_kernel,
-        config,
-        x,
-        group,
-        x if gathered else tiles_of(x, group.block, config["BK"]),
-        group.token_S if gathered else None,
-        w_tiles,
-        bias_EN,
-        y_SN,
-        a_SI,
-        w_EKN.shape[0],
-        group.slot_S.numel() - len(y_SN) if again else 0,
-        len(y_SN),
-        num_columns // 2 if act.gated else num_columns,
-        num_inner,
-        x.stride(0),
-        act.alpha,
-        act.limit,
-        GATHER=gathered,
-        LAYOUT=layout(act),
-        KIND=act.kind,
-        TRANSPOSED=transposed,
-        HAS_BIAS=bias_EN is not None,
-        EVEN=num_inner % config["BK"] == 0,
-        AGAIN=again,
-    )
+        _rows_kernel, config, x, group,
+        x if gathered else tiles_of(x, group.block, config["BK"]), group.token_S if gathered else None, w_tiles,
+        bias_EN, y_SN, a_SI, w_EKN.shape[0], group.slot_S.numel() - len(y_SN) if again else 0, len(y_SN),
+        num_columns // 2 if act.gated else num_columns, num_inner, x.stride(0), act.alpha, act.limit,
+        GATHER=gathered, LAYOUT=layout(act), KIND=act.kind, TRANSPOSED=transposed,
+        EVEN=num_inner % config["BK"] == 0, AGAIN=again,
+    )  # fmt: skip
 
 
 def layout(act: Activation) -> str:
@@ -329,7 +296,7 @@ def _rows_kernel(
     num_inner, stride_x, alpha, limit,
     GATHER: tl.constexpr, LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
     PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, AGAIN: tl.constexpr,
+    EVEN: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """y's rows from `first_row` on, as many as it has, and of an activation all of a's; or AGAIN y's alone, of tiles
     that end behind its first BM rows.
@@ -367,7 +334,7 @@ def _rows_kernel(
             if SIDES == 2:
                 up = tl.dot(rows, w_up, up, input_precision=PRECISION)
         column = WIDE * first + tl.arange(0, WIDE * BN)
-        if HAS_BIAS:
+        if bias is not None:
             acc = add_bias(acc, bias, SIDES * expert, column, WIDE * width)
             if SIDES == 2:
                 up = add_bias(up, bias, 2 * expert + 1, column, width)

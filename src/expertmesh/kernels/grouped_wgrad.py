@@ -11,60 +11,54 @@ import torch
 from torch.nn import functional as F
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.grouped_gemm import by_descriptor, dot_precision, matrix_tile, rows_of, segments, tiles_of, wide
+from expertmesh.kernels import quack
+from expertmesh.kernels.grouped_gemm import by_descriptor, dot_precision, matrix_tile, segments, tiles_of, wide
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched
 
 
 def grouped_wgrad(
-    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, *, gathered_first: bool, scale: float = 1.0
+    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor, scale: float = 1.0
 ) -> torch.Tensor:
-    """dW [E, G, C] = scale · Σ over each expert's rows of g_t(s) [G] ⊗ c_s [C]; [E, C, G] unless `gathered_first`.
+    """dW [E, G, C] = scale · Σ over each expert's rows of g_t(s) [G] ⊗ c_s [C], for weights w [E, G, C].
 
     g: [T, G], one row per token; c: [S, C] in sorted order, finite up to the end of the last expert's last row tile.
-    Sums in float32, result in g's dtype.
+    Sums in float32, result in g's dtype and in the memory layout of w, plain or transposed, so that autograd need not
+    copy.
     """
+    if quack.takes(c_SC, w_EGC):
+        return quack.wgrad(g_TG, c_SC, group, w_EGC, scale)
+    num_experts, num_g, num_c = w_EGC.shape
+    gathered_first = w_EGC.stride(2) == 1
     if not use_triton(g_TG):
-        return grouped_wgrad_reference(g_TG, c_SC, group, gathered_first=gathered_first, scale=scale)
+        return grouped_wgrad_reference(g_TG, c_SC, group, gathered_first, scale)
     assert g_TG.stride(1) == 1
-    num_experts, num_g, num_c = group.offsets_E.numel(), g_TG.shape[1], c_SC.shape[1]
     dw = g_TG.new_empty(num_experts, *((num_g, num_c) if gathered_first else (num_c, num_g)))
     config = wgrad_config(g_TG, group.block)
     grid = (num_experts * triton.cdiv(num_g, config["BG"]) * triton.cdiv(num_c, config["BC"]),)
     _grouped_wgrad_kernel[grid](
-        g_TG,
-        tiles_of(c_SC, config["BK"], config["BC"]),
-        group.token_S,
-        dw,
-        group.offsets_E,
-        num_g,
-        num_c,
-        g_TG.stride(0),
-        scale,
-        GATHERED_FIRST=gathered_first,
-        DESCRIPTOR=by_descriptor(g_TG.device),
-        PRECISION=dot_precision(g_TG.dtype),
-        EVEN=num_g % config["BG"] == 0,
-        **config,
-    )
-    return dw
+        g_TG, tiles_of(c_SC, config["BK"], config["BC"]), group.token_S, dw, group.offsets_E,
+        num_g, num_c, g_TG.stride(0), scale,
+        GATHERED_FIRST=gathered_first, DESCRIPTOR=by_descriptor(g_TG.device), PRECISION=dot_precision(g_TG.dtype),
+        EVEN=num_g % config["BG"] == 0, **config,
+    )  # fmt: skip
+    return dw if gathered_first else dw.transpose(1, 2)
 
 
 def grouped_wgrad_reference(
-    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, *, gathered_first: bool, scale: float = 1.0
+    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, gathered_first: bool, scale: float
 ) -> torch.Tensor:
     """The specification of `grouped_wgrad`: one product per expert, or `F.grouped_mm` on a GPU without Triton."""
-    if g_TG.is_cuda:
-        g_SG = rows_of(g_TG, group, gather=True)
-        a, b = (g_SG, c_SC) if gathered_first else (c_SC, g_SG)
-        return F.grouped_mm(a.t(), b, offs=group.offsets_E).mul_(scale)
-    num_rows, num_columns = (x.shape[1] for x in ((g_TG, c_SC) if gathered_first else (c_SC, g_TG)))
-    dw = g_TG.new_empty(group.offsets_E.numel(), num_rows, num_columns)
-    for expert, rows in segments(group):  # no rows: the product is zeros
-        g, c = rows_of(g_TG, group, rows, gather=True), c_SC[rows]
-        a, b = (g, c) if gathered_first else (c, g)
-        torch.mm(a.t(), b, out=dw[expert])
-    return dw if scale == 1 else dw.mul_(scale)
+    g_SG = g_TG.index_select(0, group.token_S)
+    a, b = (g_SG, c_SC) if gathered_first else (c_SC, g_SG)
+    if a.is_cuda:
+        dw = F.grouped_mm(a.t(), b, offs=group.offsets_E)
+    else:
+        dw = a.new_empty(group.offsets_E.numel(), a.shape[1], b.shape[1])
+        for expert, rows in segments(group):  # no rows: the product is zeros
+            torch.mm(a[rows].t(), b[rows], out=dw[expert])
+    dw = dw if scale == 1 else dw.mul_(scale)
+    return dw if gathered_first else dw.transpose(1, 2)
 
 
 def grouped_sum(a_SN: torch.Tensor, group: Grouping, dtype: torch.dtype | None = None, tile: int = 1) -> torch.Tensor:

@@ -106,39 +106,15 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
     weight_S = None if weight_TK is None else torch.empty(num_rows, dtype=torch.float32, device=device)
     ids_S = ids_TK.reshape(-1)
     _count_kernel[(num_blocks,)](ids_S, counts, num_rows, num_experts, BINS=bins, BLOCK=sort_block, num_warps=4)
+    # an id is compared with all bins and with the ids of its part: both tables must fit into registers
+    part, tiles_of_block = max(16, min(128, 16384 // bins)), triton.next_power_of_2(triton.cdiv(max_tiles, num_blocks))
     _place_kernel[(num_blocks,)](
-        ids_S,
-        counts,
-        None if weight_TK is None else weight_TK.reshape(-1),
-        slot_S,
-        token_S,
-        position_S,
-        weight_S,
-        bounds,
-        tile_expert,
-        tile_row,
-        num_tiles,
-        num_rows,
-        num_experts,
-        top_k,
-        BLOCK=sort_block,
-        TILE=block,
-        TILES=triton.next_power_of_2(triton.cdiv(max_tiles, num_blocks)),
-        HAS_WEIGHT=weight_TK is not None,
-        # an id is compared with all bins and with the ids of its part: both tables must fit into registers
-        BINS=bins,
-        PART=max(16, min(128, 16384 // bins)),
-        num_warps=8,
-    )
+        ids_S, counts, None if weight_TK is None else weight_TK.reshape(-1), slot_S, token_S, position_S, weight_S,
+        bounds, tile_expert, tile_row, num_tiles, num_rows, num_experts, top_k,
+        BLOCK=sort_block, TILE=block, TILES=tiles_of_block, BINS=bins, PART=part, num_warps=8,
+    )  # fmt: skip
     tiles = tile_expert, tile_row, num_tiles
     return Grouping(slot_S, token_S, position_S.view(ids_TK.shape), bounds, tiles, block, weight_S)
-
-
-@triton.jit
-def _load_experts(ids, row, end, num_experts):
-    """The experts of some rows: -1 for those that nobody computes here, -2 behind the last row."""
-    expert = tl.load(ids + row, mask=row < end, other=0).to(tl.int32)
-    return tl.where(row < end, tl.where((expert >= 0) & (expert < num_experts), expert, -1), -2)
 
 
 @launched
@@ -155,7 +131,6 @@ def _place_kernel(
     ids, counts, weight, slot, token, position, weight_sorted, bounds, tile_expert, tile_row, num_tiles, num_rows,
     num_experts, top_k,
     BINS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Places the rows of one block, and writes its share of the list of tiles; block 0 writes the bounds."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
@@ -191,17 +166,18 @@ def _place_kernel(
     lane = tl.arange(0, PART)
     for part in range(BLOCK // PART):
         row = block * BLOCK + part * PART + lane
-        expert = _load_experts(ids, row, num_rows, num_experts)
+        valid = row < num_rows
+        expert = tl.load(ids + row, mask=valid, other=0).to(tl.int32)
+        skipped = valid & ((expert < 0) | (expert >= num_experts))
+        expert = tl.where(valid, tl.where(skipped, -1, expert), -2)
         mine = expert[:, None] == bin[None, :]
-        skipped = expert == -1
         earlier = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
         start = tl.where(skipped, skipped_place, tl.sum(tl.where(mine, place[None, :], 0), axis=1))
         where = start + tl.sum(earlier.to(tl.int32), axis=1)
         place += tl.sum(mine.to(tl.int32), axis=0)
         skipped_place += tl.sum(skipped.to(tl.int32), axis=0)
-        valid = row < num_rows
         tl.store(slot + where, row, mask=valid)
         tl.store(token + where, row // top_k, mask=valid)
         tl.store(position + row, tl.where(skipped, -1, where), mask=valid)
-        if HAS_WEIGHT:
+        if weight is not None:
             tl.store(weight_sorted + where, tl.load(weight + row, mask=valid, other=0.0).to(tl.float32), mask=valid)

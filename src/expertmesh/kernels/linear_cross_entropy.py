@@ -3,12 +3,11 @@
     logits = hidden @ weight.T + bias         loss = sum over rows of (logsumexp(logits) - logits[label]) / count
     dlogits = softmax(logits) - onehot        dhidden = dlogits @ weight      dweight = dlogits.T @ hidden
 
-Stock Transformers keeps the logits twice (in the model's dtype and in float32): 15 GB for 16k tokens of Qwen3. Here
-rows go through in chunks. Because the loss is the last operation of a step, forward already computes the gradients: a
-chunk's logits are made once (6 N H V operations in all, nothing is recomputed), a row kernel turns them in place into
-their gradients, and two GEMMs use these up. The gradients are kept unscaled (so float16 does not underflow); the
-weight's is summed in float32 over the chunks. Backward only multiplies by `grad_output / count`. The pass over a row
-that finds its logsumexp also finds, on request, what training logs of the predictions (`Statistics`).
+Rows go through in chunks. As the loss is the last operation of a step, forward already computes the gradients: a
+chunk's logits are made once (6 N H V operations in all), a row kernel turns them in place into their gradients, and two
+GEMMs use these up. The gradients are kept unscaled (so float16 does not underflow); the weight's is summed in float32
+over the chunks. Backward only multiplies by `grad_output / count`. The pass over a row that finds its logsumexp also
+finds, on request, what training logs of the predictions (`Statistics`).
 
 Letters: N rows (tokens), H hidden, V vocabulary.
 """

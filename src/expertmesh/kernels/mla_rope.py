@@ -4,10 +4,9 @@
     key   = [k_nope; rope(k_rope)]        value = v             k_rope is shared by all heads
 
 q [.., N, P+R] and kv = [k_nope; v] [.., N, P+V] are the projections' outputs, k_rope [.., R] the part of the latent
-that carries positions. Stock DeepSeek-V3 copies q and k twice and turns them in eight more passes. Here forward reads
-and writes queries and keys once, and the values stay where they are; backward reads the three gradients once, writes
-those of q and kv, and sums k_rope's over the heads in registers, in a fixed order. Only cos and sin are kept: rotation
-is linear. All is computed in float32 and rounded once.
+that carries positions. Queries and keys are read and written once, values stay where they are. Backward sums k_rope's
+gradient over the heads in registers, in a fixed order, and needs cos and sin only: rotation is linear. All is computed
+in float32 and rounded once.
 
 Letters: B batch, S sequence, T = B·S tokens, N heads, P width without position, R width with (2·HALF), V value width.
 """

@@ -85,7 +85,7 @@ def takes_up(
 def up_act(
     x_TH: torch.Tensor, w_up_EHJ: torch.Tensor, group: Grouping, act: Activation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h [S, J], a [S, I]) as products.py, a gated h with its columns in turns."""
+    """(h [S, J], a [S, I]) as grouped_gemm.py, a gated h with its columns in turns."""
     from quack.gemm_interface import gemm_act
 
     return gemm_act(

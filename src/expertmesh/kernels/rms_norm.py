@@ -4,10 +4,8 @@
                                             or x * silu(gate), in float32
     x_hat = s / sqrt(mean(s^2) + eps)       y = x_hat * weight
 
-Stock Transformers runs five to seven elementwise passes for this and keeps float32 intermediates for backward. Here
-forward reads each input once and writes each output once, backward reads the normed tensor and the incoming gradients
-once, and only the tensor that is normed is saved (with a gate: x and the gate). 1/rms is recomputed, which is free in a
-kernel that waits for memory anyway. The weight's gradient is summed by a fixed number of programs into rows of their
+Each kernel reads its inputs once and writes its outputs once. Only the tensor that is normed is saved (with a gate: x
+and the gate); 1/rms is recomputed. The weight's gradient is summed by a fixed number of programs into rows of their
 own, so it is deterministic.
 
 Letters: T rows, H width of what is normed, W = G·H width of rows of G groups.
@@ -43,30 +41,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     return rms_norm_reference(x, weight, eps, scale=scale)
 
 
-def keep_rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(rms_norm(x), x)`: for a residual connection around what the norm feeds; where x's two gradients would be added
-    in a pass of their own, the norm's backward adds them.
-    """
-    _check(x, weight, scale)
-    if use_triton(x):
-        return _RMSNorm.apply(x, None, weight, eps, scale, True)
-    return rms_norm_reference(x, weight, eps, scale=scale), x
-
-
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded"
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(rms_norm(x + residual), x + residual)` in one pass; the gradients of both outputs meet in one kernel too.
+    """`(rms_norm(s), s)` of s = x + residual, or x, in one pass; the gradients of both outputs meet in one kernel too.
 
-    x, residual: [..., H], same shape; weight: [H]. The sum is rounded to the dtype that x and residual promote to and
-    then normed.
+    For a residual connection around what the norm feeds. x, residual: [..., H], same shape; weight: [H]. The sum is
+    rounded to the dtype that x and residual promote to and then normed.
     """
     _check(x, weight, scale)
-    assert x.shape == residual.shape
+    assert residual is None or x.shape == residual.shape
     if use_triton(x):
-        return _RMSNorm.apply(x, residual, weight, eps, scale, False)
+        return _RMSNorm.apply(x, residual, weight, eps, scale, True)
     return add_rms_norm_reference(x, residual, weight, eps, scale=scale)
 
 
@@ -82,10 +68,10 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, sca
 
 
 def add_rms_norm_reference(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded"
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification of `add_rms_norm`: a decoder layer's residual add, then the norm."""
-    total = residual + x
+    total = x if residual is None else residual + x
     return rms_norm_reference(total, weight, eps, scale=scale), total
 
 
@@ -284,14 +270,14 @@ def norm_backward(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x, residual or None, weight → (y, sum); without a residual (y, x) if `keep`, else y alone: Dynamo before
-    PyTorch 2.12 does not know outputs that are None.
+    """x, residual or None, weight → (y, sum), (y, x) without a residual; y alone unless `both`: Dynamo before PyTorch
+    2.12 does not know outputs that are None.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: str,
-        keep: bool,
+        both: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         weight = weight.contiguous()
         dtype, total = x.dtype, None
@@ -303,27 +289,20 @@ class _RMSNorm(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         _launch_forward(x, residual, weight, y, total, eps, scale)
         ctx.save_for_backward(x if total is None else total, weight)
-        ctx.eps, ctx.scale, ctx.dtypes = eps, scale, (x.dtype, residual.dtype if residual is not None else None)
+        ctx.eps, ctx.scale = eps, scale
         ctx.set_materialize_grads(False)
-        second = x if keep else total
-        return y if second is None else (y, second)
+        return (y, x if total is None else total) if both else y
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, dy: torch.Tensor | None, dsum: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
-        s, weight = ctx.saved_tensors
-        x_dtype, residual_dtype = ctx.dtypes
+        (s, weight), (_, need_residual, need_weight, *_) = ctx.saved_tensors, ctx.needs_input_grad
         dx, dweight = dsum, None
         if dy is not None:
-            dx, dweight = _launch_backward(
-                s, dsum, weight, dy, None, ctx.eps, ctx.scale, weight_grad=ctx.needs_input_grad[2]
-            )
-        if dx is None:
-            return None, None, None, None, None, None
-        dresidual = dx.to(residual_dtype) if residual_dtype is not None else None
-        return dx.to(x_dtype), dresidual, dweight, None, None, None
+            dx, dweight = _launch_backward(s, dsum, weight, dy, None, ctx.eps, ctx.scale, weight_grad=need_weight)
+        return dx, dx if need_residual else None, dweight, None, None, None  # autograd converts to the inputs' dtypes
 
 
 def _launch_forward(

@@ -4,9 +4,8 @@
     [a', b'] = [a cos_a - b sin_a, b cos_b + a sin_b]
 
 a and b are the halves of the turned width R of n or, interleaved, its even and odd elements; the rest of a head passes
-unturned. Stock Transformers needs up to fifteen passes over q and k, and rounds to the input's dtype after each; here
-forward reads and writes each once, backward reads the gradients (and q and k, if normed) once, and all is computed in
-float32 and rounded once. Kept for backward: cos, sin and, if normed, what the projections made anyway.
+unturned. Each kernel reads and writes a head once; all is computed in float32 and rounded once. Kept for backward: cos,
+sin and, if normed, what the projections made anyway.
 
 Letters: B batch, S sequence, T = B·S tokens, N heads (of q or of k), D head width, R turned width.
 """
@@ -29,72 +28,64 @@ TUNING = {"forward": {"ROWS": 16, "num_warps": 4}, "backward": {"ROWS": 16, "num
 NORM_TUNING = {"forward": {"ROWS": 8, "num_warps": 4}, "backward": {"ROWS": 16, "num_warps": 4, "programs": 5}}
 
 
-def rope(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int | None = None, interleaved: bool = False,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """[B, S, N, D] in `dtype`, or x's, contiguous, turned by cos and sin (no gradient) as far as `width`, or wholly.
-
-    x: [B, S, N, D], any strides; cos, sin: [B or 1, S, width], or half as wide for both halves. By default it must
-    equal `apply_rotary_pos_emb` of Transformers' GPT-OSS.
-    """
-    assert cos.shape == sin.shape and cos.shape[0] in (1, x.shape[0])
-    R = width or x.shape[3]
-    assert cos.shape[2] in (R, R // 2)
-    if use_triton(x):
-        return _RoPE.apply([dtype or x.dtype], cos, sin, R, interleaved, 0.0, x)[0]
-    return rope_reference(x, cos, sin, width, interleaved, dtype)
-
-
-def rope_reference(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, width: int | None = None, interleaved: bool = False,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """The specification: what GPT-OSS, Mixtral, GLM-4 and ERNIE 4.5 compute, operation by operation."""
-    R = width or x.shape[3]
-    turn, rest = x.split([R, x.shape[3] - R], dim=-1)
-    a, b = (turn[..., ::2].float(), turn[..., 1::2].float()) if interleaved else turn.chunk(2, dim=-1)
-    (cos_a, cos_b), (sin_a, sin_b) = ((t[:, :, None, : R // 2], t[:, :, None, -R // 2 :]) for t in (cos, sin))
-    turned = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-    whole = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    return torch.cat([whole, rest], dim=-1).to(dtype or x.dtype)
-
-
-def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> Pair:
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False,
+    half: bool = False,
+) -> Pair:  # fmt: skip
     """Turned queries [B, Nq, S, D] and keys [B, Nk, S, D], differentiable in both; q and k may have any strides.
 
     cos, sin: [B or 1, S, R], R even and at most D; no gradient. Must equal `apply_rotary_pos_emb` of Transformers'
-    Mixtral and GLM-4 (results in the dtype that x and cos promote to) and, interleaved, of ERNIE 4.5 (in x's dtype; of
-    cos and sin the first half counts). The results are transposed views of [B, S, N, D] memory.
+    Mixtral and GLM-4 (results in the dtype that x and cos promote to); interleaved, of ERNIE 4.5 (in x's dtype; of cos
+    and sin the first half counts); with `half`, of GPT-OSS (in x's dtype; cos and sin are R / 2 wide, for both halves).
+    The results are transposed views of [B, S, N, D] memory.
     """
-    R = cos.shape[-1]
-    if cos.shape != sin.shape or cos.ndim != 3 or R % 2 or q.shape[-1] < R:
+    R = cos.shape[-1] * (2 if half else 1)
+    if cos.shape != sin.shape or cos.ndim != 3 or cos.shape[0] not in (1, len(q)) or R % 2 or q.shape[-1] < R:
         raise ValueError(
             f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [1 or {q.shape[0]}, {q.shape[2]}, R], "
             f"R even and at most the heads' width, {q.shape[-1]}."
         )
-    return _rotary(rope, q, k, cos, sin, interleaved)
+    return _rotary(_turned if use_triton(q) else _turned_reference, q, k, cos, sin, interleaved, half)
 
 
 def rotary_reference(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
-) -> Pair:
-    """The specification of `rotary`."""
-    return _rotary(rope_reference, q, k, cos, sin, interleaved)
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False,
+    half: bool = False,
+) -> Pair:  # fmt: skip
+    """The specification of `rotary`: what those families compute, operation by operation."""
+    return _rotary(_turned_reference, q, k, cos, sin, interleaved, half)
 
 
 def _rotary(
-    rope: Callable, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: bool
-) -> Pair:
-    R = cos.shape[-1]
-    if pairs:
+    turn: Callable, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool,
+    half: bool,
+) -> Pair:  # fmt: skip
+    R = cos.shape[-1] * (2 if half else 1)
+    if interleaved:
         cos, sin = cos[..., : R // 2], sin[..., : R // 2]
 
     def turned(x: torch.Tensor) -> torch.Tensor:
-        dtype = x.dtype if pairs else torch.promote_types(x.dtype, cos.dtype)
-        return rope(x.transpose(1, 2), cos, sin, R, pairs, dtype).transpose(1, 2)
+        dtype = x.dtype if interleaved or half else torch.promote_types(x.dtype, cos.dtype)
+        return turn(x.transpose(1, 2), cos, sin, R, interleaved, dtype).transpose(1, 2)
 
     return turned(q), turned(k)
+
+
+def _turned(
+    x_BSND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, R: int, interleaved: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    return _RoPE.apply([dtype], cos, sin, R, interleaved, 0.0, x_BSND)[0]
+
+
+def _turned_reference(
+    x_BSND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, R: int, interleaved: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    turn, rest = x_BSND.split([R, x_BSND.shape[3] - R], dim=-1)
+    a, b = (turn[..., ::2].float(), turn[..., 1::2].float()) if interleaved else turn.chunk(2, dim=-1)
+    (cos_a, cos_b), (sin_a, sin_b) = ((t[:, :, None, : R // 2], t[:, :, None, -R // 2 :]) for t in (cos, sin))
+    turned = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+    whole = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat([whole, rest], dim=-1).to(dtype)
 
 
 def qk_norm_rope(
@@ -105,10 +96,9 @@ def qk_norm_rope(
 
     q: [B, S, Nq, D] and k: [B, S, Nk, D], the projections' outputs seen by head, any strides; q_weight, k_weight: [D];
     cos, sin: [B or 1, S, D], as the model's rotary embedding gives them (no gradient).
-    Returns [B, Nq, S, D] and [B, Nk, S, D] as transposed views of [B, S, N, D] memory: the layout that stock
-    Transformers hands to attention as well, flash kernels read it without a copy and SDPA takes it through strides.
-    Must equal `q_norm`, `k_norm` and `apply_rotary_pos_emb` of transformers' Qwen3MoeAttention. Rotary embeddings must
-    turn all of D. Raises ValueError if cos or sin want gradients.
+    Returns [B, Nq, S, D] and [B, Nk, S, D] as transposed views of [B, S, N, D] memory, which attention takes without a
+    copy. Must equal `q_norm`, `k_norm` and `apply_rotary_pos_emb` of transformers' Qwen3MoeAttention. Raises ValueError
+    if cos or sin want gradients.
     """
     B, S, _, D = q.shape
     assert k.shape[:2] == (B, S) and k.shape[3] == D and q_weight.shape == k_weight.shape == (D,)
@@ -155,13 +145,12 @@ def _load_two(ptr, at_a, at_b, mask):
 
 @triton.jit
 def _turn_tile(
-    tile, heads, strides, rotation, T, S, eps, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SECOND: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HAS_NORM: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    tile, heads, rotation, T, S, eps, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SECOND: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """Norms and turns one tile of heads; cos and sin of b begin at SECOND."""
-    x_ptr, weight_ptr, y_ptr = heads
-    stride_b, stride_s, stride_n = strides
+    x_ptr, weight_ptr, y_ptr, stride_b, stride_s, stride_n = heads
     cos_ptr, sin_ptr, rot_stride_b, rot_stride_s = rotation
     batch, position, head, row, inside = _places(tile, T * N, S, N, ROWS)
     x_ptr += batch * stride_b + position * stride_s + head * stride_n
@@ -174,14 +163,9 @@ def _turn_tile(
     else:
         at_a, at_b = pair, pair + R // 2
     a, b = _load_two(x_ptr, at_a, at_b, mask)
-    if SECOND > 0:
-        cos_a, cos_b = _load_two(cos_ptr, turn, turn + SECOND, mask)
-        sin_a, sin_b = _load_two(sin_ptr, turn, turn + SECOND, mask)
-    else:
-        cos_a = tl.load(cos_ptr + turn, mask, other=0.0).to(tl.float32)
-        sin_a = tl.load(sin_ptr + turn, mask, other=0.0).to(tl.float32)
-        cos_b, sin_b = cos_a, sin_a
-    if HAS_NORM:
+    cos_a, cos_b = _load_two(cos_ptr, turn, turn + SECOND, mask)
+    sin_a, sin_b = _load_two(sin_ptr, turn, turn + SECOND, mask)
+    if weight_ptr is not None:
         weight_a, weight_b = _load_two(weight_ptr, at_a, at_b, pair < R // 2)
         rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / D + eps)
         a = a * rstd * weight_a
@@ -201,7 +185,7 @@ def _turn(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, S,
     q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n, rot_stride_b, rot_stride_s, eps,
     NQ: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SECOND: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HAS_NORM: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of heads: those of q, then those of k, if there are any."""
@@ -210,13 +194,13 @@ def _turn(
     rotation = cos_ptr, sin_ptr, rot_stride_b, rot_stride_s
     if NK == 0 or tile < q_tiles:
         _turn_tile(
-            tile, (q_ptr, q_weight_ptr, q_out_ptr), (q_stride_b, q_stride_s, q_stride_n), rotation, T, S,
-            eps, NQ, D, R, SECOND, INTERLEAVED, HAS_NORM, BACK, ROWS, BLOCK, BLOCK_REST,
+            tile, (q_ptr, q_weight_ptr, q_out_ptr, q_stride_b, q_stride_s, q_stride_n), rotation, T, S, eps,
+            NQ, D, R, SECOND, INTERLEAVED, BACK, ROWS, BLOCK, BLOCK_REST,
         )  # fmt: skip
     else:
         _turn_tile(
-            tile - q_tiles, (k_ptr, k_weight_ptr, k_out_ptr), (k_stride_b, k_stride_s, k_stride_n), rotation, T, S,
-            eps, NK, D, R, SECOND, INTERLEAVED, HAS_NORM, BACK, ROWS, BLOCK, BLOCK_REST,
+            tile - q_tiles, (k_ptr, k_weight_ptr, k_out_ptr, k_stride_b, k_stride_s, k_stride_n), rotation, T, S, eps,
+            NK, D, R, SECOND, INTERLEAVED, BACK, ROWS, BLOCK, BLOCK_REST,
         )  # fmt: skip
 
 
@@ -335,8 +319,8 @@ def _launch(
         _turn[(sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK)),)](
             heads[0], heads[-1], *(weights or (None, None)), cos, sin, outs[0], outs[-1], B * S, S,
             *heads[0].stride()[:3], *heads[-1].stride()[:3], *rotation_strides(cos), eps,
-            NQ=NQ, NK=NK, D=D, R=R, SECOND=cos.shape[-1] - R // 2, INTERLEAVED=interleaved, HAS_NORM=bool(weights),
-            BACK=back, BLOCK=triton.next_power_of_2(R // 2), BLOCK_REST=triton.next_power_of_2(max(1, D - R)), **tuning,
+            NQ=NQ, NK=NK, D=D, R=R, SECOND=cos.shape[-1] - R // 2, INTERLEAVED=interleaved, BACK=back,
+            BLOCK=triton.next_power_of_2(R // 2), BLOCK_REST=triton.next_power_of_2(max(1, D - R)), **tuning,
         )  # fmt: skip
     return outs
 

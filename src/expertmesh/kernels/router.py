@@ -6,9 +6,8 @@
     sigmoid       s = σ(l); ids = top-k of s + bias, within the best groups;     DeepSeek V3, GLM, Nemotron
                   w = s[ids], optionally ÷ (Σw + 1e-20), then × scale
 
-One program handles a few tokens: it reads their logits once and picks the K best one after the other; equal scores go
-to the lower expert. Given `ids`, the choice is taken from there and only the weights are computed (replay in a
-recompute). The backward reads the logits again and writes their gradient in one pass; the choice itself has no
+One program handles a few tokens: it picks the K best one after the other; equal scores go to the lower expert. Given
+`ids` (replay in a recompute), only the weights are computed. The backward reads the logits again; the choice has no
 gradient.
 """
 

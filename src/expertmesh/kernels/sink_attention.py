@@ -137,14 +137,8 @@ def _config(name: str, x: torch.Tensor, window: int | None) -> dict[str, Any]:
     width = x.shape[-1]
     tuning = _EXACT if x.dtype == torch.float32 else TUNING[name, 64 if width <= 64 else 128, window is not None]
     split = window is None or window >= 4 * max(tuning["BM"], tuning["BN"])
-    return dict(
-        D=width,
-        WINDOW=window or 0,
-        SPLIT=split,
-        DESCRIPTOR=by_descriptor(x.device),
-        PRECISION=dot_precision(x.dtype),
-        **tuning,
-    )
+    reads = dict(DESCRIPTOR=by_descriptor(x.device), PRECISION=dot_precision(x.dtype))
+    return dict(D=width, WINDOW=window or 0, SPLIT=split, **reads, **tuning)
 
 
 def _tiles(x_BSND: torch.Tensor, rows: int) -> Any:

@@ -92,39 +92,6 @@ def _row_tile(x, row, head, base, S, N: tl.constexpr, D: tl.constexpr):
     return tl.load(x + at, mask=inside, other=0.0), at, inside
 
 
-@triton.jit
-def _over_keys(
-    acc, total, peak, q, dout, k, v, seen, row, low, begin, end, base, column, num_rows, S, scale, MASKED: tl.constexpr,
-    BACKWARD: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    PRECISION: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over the keys from begin to end; BACKWARD, where peak is lse and total is δ, acc plus Σ ds·k.
-    Scale is for base 2.
-    """
-    for n in range(begin, end, BN):
-        keys = matrix_tile(k, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
-        if BACKWARD:
-            values = matrix_tile(v, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
-            p = tl.exp2(tl.dot(q, keys.T, input_precision=PRECISION) * scale - peak[:, None])
-            if MASKED:
-                p = tl.where(_sees(row, low, n + tl.arange(0, BN), seen, S, PADDED), p, 0.0)
-            ds = p * (tl.dot(dout, values.T, input_precision=PRECISION) - total[:, None])
-            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
-        else:
-            scores = tl.dot(q, keys.T, input_precision=PRECISION)
-            if MASKED:
-                scores = tl.where(_sees(row, low, n + tl.arange(0, BN), seen, S, PADDED), scores, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-            p = tl.exp2(scores * scale - new_peak[:, None])
-            shrink = tl.exp2(peak - new_peak)
-            total = total * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None]
-            values = matrix_tile(v, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
-            acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
-            peak = new_peak
-    return acc, total, peak
-
-
 @launched
 def sink_over_keys(
     q, k, v, sinks, start, seen, whole, out, lse, dout, delta, dq, dsinks, num_rows, S, scale,
@@ -132,7 +99,8 @@ def sink_over_keys(
     D: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out and lse; BACKWARD dq, δ for `sink_over_queries`, and this block's part of the sinks' gradient.
+    """out and lse by an online softmax; BACKWARD dq, δ for `sink_over_queries`, and this block's part of the sinks'
+    gradient; then peak is lse, total δ and acc Σ ds·k.
 
     One program per head and query block; the last blocks, which have most keys, come first.
     """
@@ -158,44 +126,36 @@ def sink_over_keys(
         peak = tl.zeros((BM,), tl.float32) + tl.load(sinks + head).to(tl.float32) * _LOG2E
         total = tl.zeros((BM,), tl.float32) + 1.0  # the sink itself
     acc = tl.zeros((BM, D), tl.float32)
+    seen += base
+    scale_2 = scale * _LOG2E  # for powers of two
     BEGIN: tl.constexpr = 2 if not SPLIT else 0 if WINDOW > 0 or PACKED else 1
     for part in tl.static_range(BEGIN, 3):
-        acc, total, peak = _over_keys(
-            acc, total, peak, queries, douts, k, v, seen + base, row, low, parts[part], parts[part + 1], base, column,
-            num_rows, S, scale * _LOG2E, part != 1, BACKWARD, NK, D, PADDED, DESCRIPTOR, PRECISION, BN,
-        )  # fmt: skip
+        for n in range(parts[part], parts[part + 1], BN):
+            keys = matrix_tile(k, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
+            if BACKWARD:
+                values = matrix_tile(v, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
+                p = tl.exp2(tl.dot(queries, keys.T, input_precision=PRECISION) * scale_2 - peak[:, None])
+                if part != 1:
+                    p = tl.where(_sees(row, low, n + tl.arange(0, BN), seen, S, PADDED), p, 0.0)
+                ds = p * (tl.dot(douts, values.T, input_precision=PRECISION) - total[:, None])
+                acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+            else:
+                scores = tl.dot(queries, keys.T, input_precision=PRECISION)
+                if part != 1:
+                    scores = tl.where(_sees(row, low, n + tl.arange(0, BN), seen, S, PADDED), scores, float("-inf"))
+                new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_2)
+                p = tl.exp2(scores * scale_2 - new_peak[:, None])
+                shrink = tl.exp2(peak - new_peak)
+                total = total * shrink + tl.sum(p, 1)
+                acc = acc * shrink[:, None]
+                values = matrix_tile(v, base + n, column, num_rows, NK * D, BN, D, DESCRIPTOR)
+                acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+                peak = new_peak
     if BACKWARD:
         tl.store(dq + at, (acc * scale).to(dq.dtype.element_ty), mask=inside)
     else:
         tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
         tl.store(lse + flat, peak + tl.log2(total), mask=row < S)
-
-
-@triton.jit
-def _over_queries(
-    dk, dv, k, v, q, dout, lse, delta, key, behind, begin, end, batch, kv_head, num_rows, S, scale,
-    MASKED: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """dk and dv plus the sums over the queries from begin to end of all heads that share the key head."""
-    GROUP: tl.constexpr = NQ // NK
-    steps = tl.cdiv(tl.maximum(end - begin, 0), BM)
-    for item in range(0, GROUP * steps):
-        head = kv_head * GROUP + item // steps
-        m = begin + item % steps * BM
-        row = m + tl.arange(0, BM)
-        flat = (batch * NQ + head) * S + row
-        queries = matrix_tile(q, batch * S + m, head * D, num_rows, NQ * D, BM, D, DESCRIPTOR)
-        lses = tl.load(lse + flat, mask=row < S, other=0.0)
-        p = tl.exp2(tl.dot(k, queries.T, input_precision=PRECISION) * scale - lses[None, :])
-        if MASKED:
-            p = tl.where((row[None, :] >= key[:, None]) & (row[None, :] < behind[:, None]), p, 0.0)
-        douts = matrix_tile(dout, batch * S + m, head * D, num_rows, NQ * D, BM, D, DESCRIPTOR)
-        dv = tl.dot(p.to(douts.dtype), douts, dv, input_precision=PRECISION)
-        deltas = tl.load(delta + flat, mask=row < S, other=0.0)
-        ds = p * (tl.dot(v, douts.T, input_precision=PRECISION) - deltas[None, :])
-        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
-    return dk, dv
 
 
 @launched
@@ -215,11 +175,26 @@ def sink_over_queries(
     dk = tl.zeros((BN, D), tl.float32)
     dv = tl.zeros((BN, D), tl.float32)
     parts = _query_parts(end + base, first_key, S, BM, BN, WINDOW, PACKED, SPLIT)
+    GROUP: tl.constexpr = NQ // NK
+    scale_2 = scale * _LOG2E  # for powers of two
     for part in tl.static_range(0 if SPLIT else 2, 3):
-        dk, dv = _over_queries(
-            dk, dv, keys, values, q, dout, lse, delta, key, behind, parts[part], parts[part + 1], batch, head, num_rows,
-            S, scale * _LOG2E, part != 1, NQ, NK, D, DESCRIPTOR, PRECISION, BM,
-        )  # fmt: skip
+        begin = parts[part]
+        steps = tl.cdiv(tl.maximum(parts[part + 1] - begin, 0), BM)
+        for item in range(0, GROUP * steps):  # the queries of all heads that share the key head
+            q_head = head * GROUP + item // steps
+            m = begin + item % steps * BM
+            row = m + tl.arange(0, BM)
+            flat = (batch * NQ + q_head) * S + row
+            queries = matrix_tile(q, base + m, q_head * D, num_rows, NQ * D, BM, D, DESCRIPTOR)
+            lses = tl.load(lse + flat, mask=row < S, other=0.0)
+            p = tl.exp2(tl.dot(keys, queries.T, input_precision=PRECISION) * scale_2 - lses[None, :])
+            if part != 1:
+                p = tl.where((row[None, :] >= key[:, None]) & (row[None, :] < behind[:, None]), p, 0.0)
+            douts = matrix_tile(dout, base + m, q_head * D, num_rows, NQ * D, BM, D, DESCRIPTOR)
+            dv = tl.dot(p.to(douts.dtype), douts, dv, input_precision=PRECISION)
+            deltas = tl.load(delta + flat, mask=row < S, other=0.0)
+            ds = p * (tl.dot(values, douts.T, input_precision=PRECISION) - deltas[None, :])
+            dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
     if PADDED:
         shown = (tl.load(seen + base + key, mask=key < S, other=0) != 0)[:, None]
         dk = tl.where(shown, dk, 0.0)

@@ -298,28 +298,20 @@ def constants(
     return dict(PACKED=start_BS is not None, PRECISION=dot_precision(dtype), **shape, **tuning)
 
 
-def prepare(
-    dt_BSH: torch.Tensor, bias_H: torch.Tensor, A_H: torch.Tensor, dt_limit: tuple[float, float]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dt and log2(e) c, both [B, H, chunks * Q] float32."""
-    (B, S, H), Q = dt_BSH.shape, TUNING["chunk"]
-    chunks = triton.cdiv(S, Q)
-    dt, c = torch.empty(2, B, H, chunks * Q, dtype=torch.float32, device=dt_BSH.device)
-    tuning = TUNING["prepare"]
-    _prepare[(B * chunks, triton.cdiv(H, tuning["HEADS"]))](
-        dt_BSH, bias_H, A_H, dt, c, S, H, chunks, *dt_BSH.stride()[:2], *map(float, dt_limit), Q=Q, **tuning
-    )
-    return dt, c
-
-
-def walk(
-    xbc_BSK: torch.Tensor, dy: torch.Tensor | None, dt: torch.Tensor, c: torch.Tensor, start: torch.Tensor | None,
-    sizes: Sizes,
-) -> torch.Tensor:  # fmt: skip
-    """[1, B, chunks, H, P, N]: the states before each chunk; with dy [2, ...]: and their gradients after each chunk."""
+def scan_states(
+    xbc_BSK: torch.Tensor, dt_BSH: torch.Tensor, A_H: torch.Tensor, dt_bias_H: torch.Tensor,
+    start: torch.Tensor | None, sizes: Sizes, dt_limit: tuple[float, float], dy: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dt and log2(e) c, [B, H, chunks * Q] float32; and the states before each chunk [1, B, chunks, H, P, N], with dy
+    [2, ...]: and their gradients after each chunk.
+    """
     x, B, C = split(xbc_BSK, sizes)
-    chunks = c.shape[2] // TUNING["chunk"]
-    directions = 1 if dy is None else 2
+    chunks, directions, tuning = triton.cdiv(sizes.S, TUNING["chunk"]), 1 if dy is None else 2, TUNING["prepare"]
+    dt, c = torch.empty(2, sizes.B, sizes.H, chunks * TUNING["chunk"], dtype=torch.float32, device=x.device)
+    _prepare[(sizes.B * chunks, triton.cdiv(sizes.H, tuning["HEADS"]))](
+        dt_BSH, dt_bias_H, A_H, dt, c, sizes.S, sizes.H, chunks, *dt_BSH.stride()[:2], *map(float, dt_limit),
+        Q=TUNING["chunk"], **tuning,
+    )  # fmt: skip
     shape = directions, sizes.B, chunks, sizes.H, sizes.P, sizes.N
     states = torch.empty(shape, dtype=x.dtype, device=x.device)
     known = constants("walk", sizes.P, sizes, x.dtype, start)
@@ -328,7 +320,21 @@ def walk(
         x, B, dy_BSI, C, dt, c, start if start is not None else c, states[0], states[-1], sizes.S, sizes.H, chunks,
         *xbc_BSK.stride()[:2], *dy_BSI.stride()[:2], **known,
     )  # fmt: skip
-    return states
+    return dt, c, states
+
+
+def mix(
+    xbc_BSK: torch.Tensor, dy: torch.Tensor | None, D_H: torch.Tensor, dt: torch.Tensor, c: torch.Tensor,
+    start: torch.Tensor | None, states: torch.Tensor, out: torch.Tensor, sizes: Sizes,
+) -> None:  # fmt: skip
+    """Writes y from the states before each chunk, or with dy dx from their gradients after it."""
+    (x, B, C), chunks = split(xbc_BSK, sizes), states.shape[1]
+    v, own_m, other_m = (x, C, B) if dy is None else (dy, B, C)
+    known = constants("outputs" if dy is None else "inputs", TUNING["chunk"], sizes, x.dtype, start)
+    _mix[(sizes.B * chunks * sizes.G * (known["Q"] // known["BLOCK"]),)](
+        v, own_m, other_m, D_H, dt, c, start if start is not None else c, states, out, sizes.S, sizes.H, sizes.G,
+        chunks, *v.stride()[:2], *xbc_BSK.stride()[:2], *out.stride()[:2], SOURCES=dy is not None, **known,
+    )  # fmt: skip
 
 
 def ssd_forward(
@@ -338,23 +344,6 @@ def ssd_forward(
     """y [B, S, H * P]."""
     xbc_BSK, dt_BSH = channels_last(xbc_BSK), channels_last(dt_BSH)
     y = torch.empty(sizes.B, sizes.S, sizes.H * sizes.P, dtype=xbc_BSK.dtype, device=xbc_BSK.device)
-    dt, c = prepare(dt_BSH, dt_bias_H, A_H, dt_limit)
-    (states,) = walk(xbc_BSK, None, dt, c, start, sizes)
-    x, B, C = split(xbc_BSK, sizes)
-    launch_mix("outputs", x, xbc_BSK, C, B, D_H, dt, c, start, states, y, sizes)
+    dt, c, (states,) = scan_states(xbc_BSK, dt_BSH, A_H, dt_bias_H, start, sizes, dt_limit)
+    mix(xbc_BSK, None, D_H, dt, c, start, states, y, sizes)
     return y
-
-
-def launch_mix(
-    name: str, v: torch.Tensor, xbc_BSK: torch.Tensor, own_m: torch.Tensor, other_m: torch.Tensor, D_H: torch.Tensor,
-    dt: torch.Tensor, c: torch.Tensor, start: torch.Tensor | None, states: torch.Tensor, out: torch.Tensor,
-    sizes: Sizes,
-) -> None:  # fmt: skip
-    """Writes y ("outputs") or dx ("inputs")."""
-    Q, chunks = TUNING["chunk"], states.shape[1]
-    known = constants(name, Q, sizes, xbc_BSK.dtype, start)
-    _mix[(sizes.B * chunks * sizes.G * (Q // known["BLOCK"]),)](
-        v, own_m, other_m, D_H, dt, c, start if start is not None else c, states, out, sizes.S, sizes.H, sizes.G,
-        chunks, *v.stride()[:2], *xbc_BSK.stride()[:2], *out.stride()[:2], SOURCES=name == "inputs",
-        **known,
-    )  # fmt: skip

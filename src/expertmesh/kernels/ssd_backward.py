@@ -26,16 +26,15 @@ from expertmesh.kernels.ssd import (
     Sizes,
     constants,
     difference,
-    launch_mix,
+    mix,
     pairs,
     place,
-    prepare,
     reaches,
     row_at,
+    scan_states,
     softplus,
     split,
     tokens,
-    walk,
 )
 
 
@@ -188,8 +187,7 @@ def ssd_backward(
 ) -> torch.Tensor:  # fmt: skip
     """Writes dxbc and ddt (slices of a wider gradient or not) and returns float32 [3, H]: dA, d(dt_bias), dD."""
     xbc_BSK, dt_BSH, dy_BSI = channels_last(xbc_BSK), channels_last(dt_BSH), channels_last(dy_BSI.to(xbc_BSK.dtype))
-    dt, c = prepare(dt_BSH, dt_bias_H, A_H, dt_limit)
-    states, dstates = walk(xbc_BSK, dy_BSI, dt, c, start, sizes)
+    dt, c, (states, dstates) = scan_states(xbc_BSK, dt_BSH, A_H, dt_bias_H, start, sizes, dt_limit, dy_BSI)
     chunks, Q = states.shape[1], TUNING["chunk"]
     x, B, C = split(xbc_BSK, sizes)
     dx, dB, dC = split(dxbc_BSK, sizes)
@@ -198,7 +196,7 @@ def ssd_backward(
     blocks = Q // known["BLOCK"]
     through, dD = torch.empty(2, sizes.B * chunks, blocks, sizes.H, dtype=torch.float32, device=x.device)
     strides = *xbc_BSK.stride()[:2], *dy_BSI.stride()[:2], *dxbc_BSK.stride()[:2]
-    launch_mix("inputs", dy_BSI, xbc_BSK, B, C, D_H, dt, c, start, dstates, dx, sizes)
+    mix(xbc_BSK, dy_BSI, D_H, dt, c, start, dstates, dx, sizes)
     for sources, dm, (intra, inter) in ((True, dB, sums[:2]), (False, dC, sums[2:])):
         _side[(sizes.B * chunks * sizes.G * blocks,)](
             x, B, C, dy_BSI, dt, c, start if start is not None else c, states, dstates, dm, intra, inter, through, dD,

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from expertmesh.backends import tell_once
-from expertmesh.kernels.rms_norm import add_rms_norm, keep_rms_norm
 from expertmesh.layers.norm import can_merge
 from expertmesh.moe.block import FastMoEBlock, add_scaled
 from expertmesh.twins import Fast, cache_of, untouched
@@ -28,11 +27,10 @@ class FastDecoderLayer(Fast):
             return super().forward(hidden_states, *args, **kwargs)
         first = self.input_layernorm
         if can_merge(first):
-            normed, hidden_states = keep_rms_norm(hidden_states, first.weight, first.get_eps(), scale=first.scale)
+            normed, hidden_states = first.with_residual(hidden_states)
         else:
             normed = first(hidden_states)
-        mixed = self._mix(normed, **kwargs)
-        normed, residual = add_rms_norm(mixed, hidden_states, norm.weight, norm.get_eps(), scale=norm.scale)
+        normed, residual = norm.with_residual(self._mix(normed, **kwargs), hidden_states)
         return self._feed_forward(normed, residual)
 
     def _mix(self, normed: torch.Tensor, **kwargs: Any) -> torch.Tensor:

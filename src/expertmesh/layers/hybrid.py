@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from expertmesh.kernels.rms_norm import keep_rms_norm
 from expertmesh.layers.decoder import add_block
 from expertmesh.layers.norm import can_merge
 from expertmesh.moe.block import FastSharedMoEBlock, add_scaled
@@ -23,7 +22,7 @@ class FastNemotronHBlock(Fast):
         norm = self.norm
         if args or not can_merge(norm) or norm.weight.dtype != hidden_states.dtype:  # which stock then converts
             return super().forward(hidden_states, *args, **kwargs)
-        normed, residual = keep_rms_norm(hidden_states, norm.weight, norm.get_eps(), scale=norm.scale)
+        normed, residual = norm.with_residual(hidden_states)
         if self.block_type == "linear_attention":
             for name in ("position_ids", "use_cache"):
                 kwargs.pop(name, None)

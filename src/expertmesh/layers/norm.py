@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from expertmesh.kernels.rms_norm import Scale, rms_norm
+from expertmesh.kernels.rms_norm import Scale, add_rms_norm, rms_norm
 from expertmesh.twins import Fast, untouched
 
 
@@ -14,6 +14,10 @@ class FastRMSNorm(Fast):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden_states, self.weight, self.get_eps(), scale=self.scale)
+
+    def with_residual(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(s), s) of s = x + residual, or x: `s` goes around what the norm feeds."""
+        return add_rms_norm(x, residual, self.weight, self.get_eps(), scale=self.scale)
 
     def get_eps(self) -> float:
         """What is added to the mean square."""

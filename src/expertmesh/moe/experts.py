@@ -26,9 +26,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation
 
-from expertmesh.kernels import products
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
+from expertmesh.kernels.grouped_down import down_dact
+from expertmesh.kernels.grouped_gemm import grouped_gemm, up_act, up_again
+from expertmesh.kernels.grouped_wgrad import grouped_wgrad
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
 from expertmesh.moe.exchange import LOCAL, Exchange, Outputs
 from expertmesh.twins import untouched
@@ -149,7 +151,7 @@ class _Up(torch.autograd.Function):
         x_MH, ids_MK, weight_MK = exchange.dispatch(x_TH, ids_TK, weight_TK)
         group = group_by_expert(ids_MK, w_up.shape[0], weight_MK)
         keep = exchange.rows_to_keep(ids_MK.numel(), group.block)
-        h_SJ, a_SI, ctx.in_turns = products.up_act(x_MH, w_up, b_up, group, act, keep)
+        h_SJ, a_SI, ctx.in_turns = up_act(x_MH, w_up, b_up, group, act, keep)
         ctx.act, ctx.scale, ctx.exchange = act, scale, exchange
         ctx.tiles, ctx.block = group.tiles, group.block
         rows = group.slot_S, group.token_S, group.position_TK, group.bounds, group.weight_S
@@ -164,10 +166,10 @@ class _Up(torch.autograd.Function):
         (dh_SJ, x_MH, w_up, group, dweight_MK, db_up), ctx.from_down = ctx.from_down, None
         dx_MH = dw_up = None
         if ctx.needs_input_grad[0]:
-            dx_MH = combine(products.grouped_gemm(dh_SJ, w_up.transpose(1, 2), group), group.position_TK)
+            dx_MH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group), group.position_TK)
         wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
         if ctx.needs_input_grad[2]:
-            dw_up = products.wgrad(x_MH, dh_SJ, group, w_up, ctx.scale)
+            dw_up = grouped_wgrad(x_MH, dh_SJ, group, w_up, ctx.scale)
         return *wait(), dw_up, db_up, *[None] * 6
 
 
@@ -177,7 +179,7 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, residual, routed: tuple, exchange: Exchange):
         ctx.up, (group, weight_MK) = h_SJ.grad_fn, routed
-        y_SH = products.grouped_gemm(a_SI, w_down, group, b_down)
+        y_SH = grouped_gemm(a_SI, w_down, group, b_down)
         return exchange.combine(Outputs(y_SH, group.position_TK, weight_MK), residual)
 
     @staticmethod
@@ -193,15 +195,15 @@ class _Down(torch.autograd.Function):
         _, need_weight, _, need_b_up = up.needs_input_grad[:4]
         dout_MH = up.exchange.combine_backward(dout.reshape(-1, dout.shape[-1]))
 
-        more_SJ = products.up_again(x_MH, w_up, b_up, group, up.act, h_SJ)
-        dh_SJ, wa_SI, dweight_PS, db_up = products.down_dact(
+        more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ)
+        dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
             dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.in_turns
         )
         dweight_MK = dw_down = db_down = None
         if need_weight:
             dweight_MK = _per_slot(dweight_PS, group, dout_MH, ids_MK, b_down, weight_MK.dtype)
         if need_w_down:
-            dw_down = products.wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale).transpose(1, 2)
+            dw_down = grouped_wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale).transpose(1, 2)
         if need_b_down:
             db_down = _bias_down_grad(dout_MH, weight_MK, ids_MK, b_down) * up.scale
         if db_up is not None:
