@@ -37,7 +37,7 @@ from expertmesh.parallel.setup import DistributedSetup
 from expertmesh.train.balance import BalanceRouters
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 from expertmesh.train.routing import RouterLoad
-from expertmesh.waiting import RanksError
+from expertmesh.waiting import RanksError, waiting
 
 LENGTHS = (11, 7, 13, 5)  # tokens per data-parallel rank: uneven, and no multiple of anything
 
@@ -483,7 +483,7 @@ class HostMemory:
 def open_memory(folder: Path) -> Callable[[dist.ProcessGroup], Mailboxes]:
     """Let gather find mailboxes between CPUs of this machine; returns what now makes them."""
     made = functools.cache(lambda group: Mailboxes(group, functools.partial(HostMemory, folder, group)))
-    gather.link_of = lambda group, layer: made(group)
+    gather.link_of = lambda group, waits: made(group)
     return made
 
 
@@ -537,9 +537,10 @@ def mailboxes(rank: int, num_cases: int) -> int:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     group = dist.group.WORLD
-    link = links.link_of(group)
+    waits = waiting("a test", group)
+    link = links.link_of(group, waits)
     assert isinstance(link, Mailboxes)
-    collectives, shapes = links.Collectives(group), random.Random(0)
+    collectives, shapes = links.Collectives(group, waits), random.Random(0)
     torch.manual_seed(rank)
     for _ in range(num_cases):
         rows, width, top_k = shapes.randint(1, 3000), 8 * shapes.randint(1, 300), shapes.randint(1, 10)

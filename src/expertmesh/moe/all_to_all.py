@@ -22,7 +22,6 @@ from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.exchange import Exchange, Gradients, Outputs
 from expertmesh.moe.replay import kept
 from expertmesh.moe.routes import Routes, owners_rows, routes_of
-from expertmesh.waiting import waiting
 
 NAME = "expertmesh"
 
@@ -31,7 +30,7 @@ class AllToAll(Exchange):
     """One call's `Exchange`. M, the rows that this rank gets, is at least 1, so that experts never run on nothing."""
 
     def __init__(self, dispatch: Dispatch, _: torch.Tensor) -> None:
-        self._layer, self._group, self._num_ranks = dispatch.layer, dispatch.group, dispatch.num_ranks
+        self._waits, self._group, self._num_ranks = dispatch.waits, dispatch.group, dispatch.num_ranks
         self._experts_per_rank: int = dispatch.num_local_experts
 
     def dispatch(
@@ -112,7 +111,7 @@ class AllToAll(Exchange):
     def _exchange(
         self, to: torch.Tensor, rows: torch.Tensor, recv: list[int] | None = None, send: list[int] | None = None
     ) -> None:
-        with waiting(self._layer, self._group):
+        with self._waits:
             dist.all_to_all_single(to, rows, recv, send, self._group)
 
 

@@ -19,6 +19,7 @@ class FastMoEBlock(Fast):
     """
 
     probed = False
+    router_name = "gate"
 
     @torch.compiler.disable
     def forward(
@@ -30,7 +31,7 @@ class FastMoEBlock(Fast):
         dispatch = vars(self.experts).get("forward")
         exchange = dispatch.start(x_TH) if isinstance(dispatch, Dispatch) else None
         options: dict[str, Any] = {} if exchange is None else {"exchange": exchange}
-        _, weight_TK, ids_TK = self._router()(x_TH)
+        _, weight_TK, ids_TK = getattr(self, self.router_name)(x_TH)
         shared = self._shared(hidden_states)
         if shared is not None:
             residual = add_scaled(residual, shared, scale)
@@ -48,9 +49,6 @@ class FastMoEBlock(Fast):
         noisy = getattr(block, "jitter_noise", 0) > 0
         return "its inputs get noise in training (router_jitter_noise)" if noisy else None
 
-    def _router(self) -> Any:
-        return self.gate
-
     def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """The output of a shared expert, which is added to the experts' sum."""
         return None
@@ -62,8 +60,7 @@ class FastRouterMoEBlock(FastMoEBlock):
     GPT-OSS's returns (output, routing weights), but the sum alone where it is given a residual.
     """
 
-    def _router(self) -> Any:
-        return self.router
+    router_name = "router"
 
 
 class FastSharedMoEBlock(FastMoEBlock):

@@ -14,7 +14,8 @@ from transformers.distributed.expert_parallel import EPImplementation
 
 from expertmesh.kernels.grouping import or_none
 from expertmesh.moe.exchange import Exchange, Outputs
-from expertmesh.moe.experts import experts_forward, runs_here
+from expertmesh.moe.experts import NAME, activation_of, compute
+from expertmesh.waiting import waiting
 
 
 class Dispatch(EPImplementation):
@@ -26,7 +27,6 @@ class Dispatch(EPImplementation):
     """
 
     num_local_experts: Any
-    layer = "some experts"  # their name, for errors; the layout knows it
 
     def __init__(
         self, transport: Callable[..., Exchange], experts: Any, ep_mesh: Any, tp_mesh: Any, ahead: bool = False
@@ -34,6 +34,7 @@ class Dispatch(EPImplementation):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.transport, self.experts, self.ahead = transport, experts, ahead and tp_mesh.size() == 1
         self.group, self.rank, self.num_ranks = ep_mesh.get_group(), ep_mesh.get_local_rank(), ep_mesh.size()
+        self.waits = waiting("some experts", self.group)  # the layout sets its place, their name
         experts.dispatch = self
 
     def start(self, x_TH: torch.Tensor) -> Exchange | None:
@@ -71,8 +72,11 @@ class Dispatch(EPImplementation):
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor, residual: Any, exchange: Any
     ) -> torch.Tensor:
         exchange = exchange or self.transport(self, x_TH)
-        if runs_here(self.experts) and x_TH.dtype == self.experts.down_proj.dtype:
-            return experts_forward(self.experts, x_TH, ids_TK, weight_TK, residual, exchange)
+        experts = self.experts
+        if experts.config._experts_implementation == NAME and x_TH.dtype == experts.down_proj.dtype:
+            act = activation_of(experts)
+            if act is not None:
+                return compute(experts, act, x_TH, ids_TK, weight_TK, residual, exchange)
         x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
         ids_MK = or_none(ids_MK, self.num_local_experts)  # as other backends expect
         y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)

@@ -33,8 +33,8 @@ class Gather(Exchange):
     """One call's `Exchange`. M = R · `rows`: every rank pads its tokens to those of the rank that has most."""
 
     def __init__(self, dispatch: Dispatch, x_TH: torch.Tensor, ahead: bool = False) -> None:
-        self._dispatch, self._link, self._num_tokens = dispatch, link_of(dispatch.group, dispatch.layer), len(x_TH)
-        self._rows = kept(lambda: most_tokens(len(x_TH), dispatch.group, dispatch.layer))
+        self._dispatch, self._link, self._num_tokens = dispatch, link_of(dispatch.group, dispatch.waits), len(x_TH)
+        self._rows = kept(lambda: most_tokens(len(x_TH), dispatch.group, dispatch.waits.place))
         self._sent: Sent | None = None
         if ahead and isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
             self._sent = self._link.send_ahead(_padded(x_TH.detach(), self._rows))
@@ -57,8 +57,13 @@ class Gather(Exchange):
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
         self._made_here = made.position_MK is not None
-        width = made.y.shape[1]
-        out_TH = self._link.combine_scatter(made, None if residual is None else residual.reshape(-1, width))
+        residual_TH = None if residual is None else residual.reshape(-1, made.y.shape[1])
+        if self._made_here and isinstance(self._link, Mailboxes):
+            out_TH = self._link.combine_scatter(made, residual_TH)
+        else:
+            (out_TH,) = self._link.reduce_scatter([made.sums()])
+            if residual_TH is not None:
+                out_TH[: self._num_tokens] += residual_TH
         out_TH = _first(out_TH, self._num_tokens)
         return out_TH if residual is None else torch.ops.aten._unsafe_view(out_TH, residual.shape)
 
@@ -101,7 +106,7 @@ def one_forward() -> Iterator[None]:
         _agreed.reset(token)
 
 
-def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
+def most_tokens(num_tokens: int, group: dist.ProcessGroup, place: str) -> int:
     """The largest number of tokens that any rank of the group has, at least 1; the hosts ask each other.
 
     In one forward the first layer asks.
@@ -116,7 +121,7 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
             )
         return most
     answer = torch.tensor([max(num_tokens, 1)])
-    with waiting(layer, hosts(group)):
+    with waiting(place, hosts(group)):
         dist.all_reduce(answer, dist.ReduceOp.MAX, group=hosts(group))
     most = int(answer)
     if agreed is not None:

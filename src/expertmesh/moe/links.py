@@ -30,17 +30,17 @@ MOST_PLACES = 1024  # that mailboxes remember; sizes that are never the same aga
 
 
 class Collectives:
-    """By torch.distributed, for the experts `layer`. All ranks pass the same shapes, in the same order."""
+    """By torch.distributed. All ranks pass the same shapes, in the same order."""
 
-    def __init__(self, group: dist.ProcessGroup, layer: str = "some experts") -> None:
-        self.group, self.waiting = group, functools.partial(waiting, layer, group)
+    def __init__(self, group: dist.ProcessGroup, waits: waiting) -> None:
+        self.group, self.waits = group, waits
 
     def all_gather(self, parts: list[torch.Tensor], sent: Any = None, copy: bool = True) -> list[torch.Tensor]:
         """For each part [n, …] the parts of all ranks, in their order [R·n, …]; if not `copy`, until the next exchange,
         before which all that reads them must have been launched. sent: of the first part, by mailboxes.
         """
         outs = [part.new_empty(self.group.size() * len(part), *part.shape[1:]) for part in parts]
-        with self.waiting():
+        with self.waits:
             for out, part in zip(outs, parts, strict=True):
                 dist.all_gather_into_tensor(out, part.contiguous(), self.group)
         return outs
@@ -48,14 +48,10 @@ class Collectives:
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """For each part [R·n, …] this rank's n rows of it, summed over all ranks."""
         outs = [part.new_empty(len(part) // self.group.size(), *part.shape[1:]) for part in parts]
-        with self.waiting():
+        with self.waits:
             for out, part in zip(outs, parts, strict=True):
                 dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
         return outs
-
-    def combine_scatter(self, made: Outputs, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`reduce_scatter` of the sums of what experts made, plus a residual [T, H] of this rank's first T rows."""
-        return _sums(self, made, residual)
 
 
 class Sent(NamedTuple):
@@ -132,9 +128,10 @@ class Mailboxes:
         return [self._sum(place.came, chunk[self.rank]) for place, chunk in zip(places, chunks, strict=True)]
 
     def combine_scatter(self, made: Outputs, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The kernel that combines writes each rank's rows into that rank's mailbox."""
-        if made.position_MK is None:
-            return _sums(self, made, residual)
+        """This rank's rows of the sums of what all ranks' experts made, plus a residual [T, H] of the first T of them:
+        the kernel that combines writes each rank's rows into that rank's mailbox.
+        """
+        assert made.position_MK is not None
         like = made.y.new_empty_strided((len(made.position_MK), made.y.shape[1]), (0, 0))
         box, (place,) = self.begin([like], self.size)
         combine_into(place.to, self.rank, made.y, made.position_MK, made.weight_MK, residual)
@@ -183,13 +180,6 @@ class Mailboxes:
                 whole = [self.boxes[turn].of(rank)[used].view(part.dtype).view(shape) for rank in range(self.size)]
                 self._places[key].append(_Place([tensors[self.rank] for tensors in whole], whole[self.rank]))
         return self.boxes[turn], self._places[key]
-
-
-def _sums(link: Collectives | Mailboxes, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-    (sums,) = link.reduce_scatter([made.sums()])
-    if residual is not None:
-        sums[: len(residual)] += residual
-    return sums
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -248,18 +238,18 @@ class DeviceMemory:
 _mailboxes: dict[dist.ProcessGroup, Mailboxes | None] = {}
 
 
-def link_of(group: dist.ProcessGroup, layer: str = "some experts") -> Collectives | Mailboxes:
+def link_of(group: dist.ProcessGroup, waits: waiting) -> Collectives | Mailboxes:
     """The fastest link between the ranks of this group: mailboxes where all are GPUs that map each other's memory, else
-    collectives, whose errors name the layer.
+    collectives, within `waits`.
     """
     if group not in _mailboxes:
         _opened()
-        with waiting(layer, hosts(group), group):  # the ranks meet
+        with waiting(waits.place, hosts(group), group):  # the ranks meet
             reason = _why_no_mailboxes(group)
         how = "mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
         backends.logger().info(f"expertmesh: rows travel between {group.size()} ranks by {how}")
         _mailboxes[group] = None if reason else Mailboxes(group, functools.partial(DeviceMemory, group))
-    return _mailboxes[group] or Collectives(group, layer)
+    return _mailboxes[group] or Collectives(group, waits)
 
 
 def _opened() -> list[Mailboxes]:
