@@ -23,18 +23,16 @@ from expertmesh.kernels.combine import combine
 from expertmesh.kernels.grouping import group_by_expert
 from expertmesh.moe.exchange import Outputs
 from expertmesh.moe.links import Collectives, link_of
-from expertmesh.waiting import waiting
 
 
 def exchanges(device: torch.device, tokens: int, width: int, experts: int = 128, top_k: int = 8) -> tuple[dict, int]:
     """({link: {name: exchange}}, bytes that another rank needs)."""
     world: Any = dist.group.WORLD
-    waits = waiting("a benchmark", world)
-    ranks, rank, mailboxes = dist.get_world_size(), dist.get_rank(), link_of(world, waits)
+    ranks, rank, mailboxes = dist.get_world_size(), dist.get_rank(), link_of(world, "a benchmark")
     x = torch.randn(tokens, width, device=device).bfloat16()
     xs = torch.randn(ranks * tokens, width, device=device).bfloat16()
     ids = torch.rand(tokens, experts, device=device).topk(top_k).indices
-    collectives = Collectives(world, waits)
+    collectives = Collectives(world)
     needed = sum((ids // (experts // ranks) == other).any(-1).sum() for other in range(ranks) if other != rank)
     (ids,) = collectives.all_gather([ids])
     position = group_by_expert(ids - rank * experts // ranks, experts // ranks).position_TK

@@ -50,7 +50,6 @@ def test_a_layout_makes_it_the_forward_and_leaves_a_dispatch_of_others_where_it_
 
 def test_the_link_of_a_mesh_is_asked_once_and_lives_as_long_as_its_group(mesh, monkeypatch):
     group, asked = mesh["ep"].get_group(), []
-    waits = waiting.waiting("a test", group)
     monkeypatch.setattr("expertmesh.moe.links._why_no_mailboxes", lambda group: asked.append(group))
-    assert link_of(group, waits) is link_of(mesh["ep"].get_group(), waits) and mailboxes() == []
+    assert link_of(group, "a test") is link_of(mesh["ep"].get_group(), "a test") and mailboxes() == []
     assert asked == [group]

@@ -82,28 +82,18 @@ def activation_of(experts: Any) -> Activation | None:
     return known[1]
 
 
-def _activation(experts: Any, watched: bool, constants: tuple[float, float]) -> Activation:
-    kind = "custom" if watched else _kind(experts, constants)
-    layout = {"gated": experts.has_gate, "interleaved": not experts.is_concatenated and experts.has_gate}
-    if kind == "custom":
-        return Activation(kind, **layout, fn=experts._apply_gate if experts.has_gate else experts.act_fn)
-    return Activation(kind, **layout, alpha=constants[0], limit=constants[1])
-
-
 @torch.no_grad()
-def _kind(experts: Any, constants: tuple[float, float]) -> str:
-    """Which known activation gives what the module's own functions give for numbers of all sizes, or "custom"."""
-    act_fn: Any = getattr(experts, "act_fn", None)
+def _activation(experts: Any, watched: bool, constants: tuple[float, float]) -> Activation:
+    """The known activation that gives what the module's own functions give for numbers of all sizes, or those."""
+    gated, interleaved = experts.has_gate, experts.has_gate and not experts.is_concatenated
+    own = Activation("custom", gated, interleaved, fn=experts._apply_gate if gated else experts.act_fn)
+    if watched:
+        return own
     h_SJ = torch.linspace(-30, 30, 512)[torch.randperm(512, generator=torch.Generator().manual_seed(0))].view(16, 32)
-    theirs = experts._apply_gate(h_SJ) if experts.has_gate else act_fn(h_SJ)
-    interleaved = not experts.is_concatenated
-    candidates = (
-        [Activation("silu", interleaved=interleaved), Activation("clamped", True, interleaved, *constants)]
-        if experts.has_gate
-        else [Activation("relu2", gated=False)]
-    )
-    same = (a.kind for a in candidates if torch.allclose(a.forward(h_SJ), theirs, rtol=1e-5, atol=1e-6))
-    return next(same, "custom")
+    theirs, known = own.forward(h_SJ), [Activation("relu2", gated=False)]
+    if gated:
+        known = [Activation("silu", True, interleaved), Activation("clamped", True, interleaved, *constants)]
+    return next((a for a in known if torch.allclose(a.forward(h_SJ), theirs, rtol=1e-5, atol=1e-6)), own)
 
 
 @torch.compiler.disable
@@ -186,10 +176,11 @@ class _Up(torch.autograd.Function):
         dx_MH = dw_up = None
         if ctx.needs_input_grad[0]:
             dx_MH = combine(products.grouped_gemm(dh_SJ, w_up.transpose(1, 2), group), group.position_TK)
-        wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
-        if ctx.needs_input_grad[2]:
-            dw_up = products.wgrad(x_MH, dh_SJ, group, w_up, ctx.scale)
-        return *wait(), dw_up, db_up, *[None] * 6
+        with ctx.exchange.waits:
+            wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
+            if ctx.needs_input_grad[2]:
+                dw_up = products.wgrad(x_MH, dh_SJ, group, w_up, ctx.scale)
+            return *wait(), dw_up, db_up, *[None] * 6
 
 
 class _Down(torch.autograd.Function):
@@ -212,7 +203,8 @@ class _Down(torch.autograd.Function):
         group = Grouping(rows[0], rows[1], rows[2], rows[3], up.tiles, up.block, rows[4])
         _, _, need_w_down, need_b_down, need_residual = ctx.needs_input_grad[:5]
         _, need_weight, _, need_b_up = up.needs_input_grad[:4]
-        dout_MH = up.exchange.combine_backward(dout.reshape(-1, dout.shape[-1]))
+        with up.exchange.waits:
+            dout_MH = up.exchange.combine_backward(dout.reshape(-1, dout.shape[-1]))
 
         more_SJ = products.up_again(x_MH, w_up, b_up, group, up.act, h_SJ)
         dh_SJ, wa_SI, dweight_PS, db_up = products.down_dact(

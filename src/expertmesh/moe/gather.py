@@ -7,34 +7,31 @@ this moves as many rows as sending each token once to every rank that needs it, 
 the routing has to be known on the host: shapes follow from how many tokens each rank has, which the hosts tell each
 other once per forward, so the CPU never waits for a device. The experts skip pairs whose ids are not theirs. The
 backward mirrors the forward: a reduce-scatter where that gathers, and the reverse. Rows travel by links.py.
-
-Registered in Transformers as the `ep_implementation` "expertmesh-gather".
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers.distributed.expert_parallel import EPImplementationInterface
 
-from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.exchange import Exchange, Gradients, Outputs
 from expertmesh.moe.links import Mailboxes, Sent, join_side_stream, link_of, on_side_stream
 from expertmesh.moe.replay import kept
 from expertmesh.waiting import hosts, waiting
 
-NAME = "expertmesh-gather"
-
 
 class Gather(Exchange):
     """One call's `Exchange`. M = R · `rows`: every rank pads its tokens to those of the rank that has most."""
 
-    def __init__(self, dispatch: Dispatch, x_TH: torch.Tensor, ahead: bool = False) -> None:
-        self._dispatch, self._link, self._num_tokens = dispatch, link_of(dispatch.group, dispatch.waits), len(x_TH)
-        self._rows = kept(lambda: most_tokens(len(x_TH), dispatch.group, dispatch.waits.place))
+    ep_implementation = "expertmesh-gather"
+
+    def __init__(self, layer: Any, x_TH: torch.Tensor, ahead: bool = False) -> None:
+        super().__init__(layer)
+        self._link, self._num_tokens = link_of(layer.group, layer.waits.place), len(x_TH)
+        self._rows = kept(lambda: most_tokens(len(x_TH), layer.group, layer.waits.place))
         self._sent: Sent | None = None
         if ahead and isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
             self._sent = self._link.send_ahead(_padded(x_TH.detach(), self._rows))
@@ -42,18 +39,17 @@ class Gather(Exchange):
     def dispatch(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dispatch, rows, sent = self._dispatch, self._rows, self._sent
-        self._sent = None  # this lives until the backward
-        nobody = dispatch.num_ranks * dispatch.num_local_experts
-        parts = [_padded(x_TH, rows), _padded(ids_TK, rows, nobody), _padded(weight_TK, rows)]
+        layer, sent, self._sent = self.layer, self._sent, None  # this lives until the backward
+        nobody = layer.num_ranks * layer.num_local_experts
+        parts = [_padded(x_TH, self._rows), _padded(ids_TK, self._rows, nobody), _padded(weight_TK, self._rows)]
         x_MH, ids_MK, weight_MK = self._link.all_gather(parts, sent)
         # this rank's experts become 0, 1, …; all others', and the padding, something else
-        return x_MH, ids_MK.sub_(dispatch.rank * dispatch.num_local_experts), weight_MK
+        return x_MH, ids_MK.sub_(layer.rank * layer.num_local_experts), weight_MK
 
     def rows_to_keep(self, num_rows: int, block: int) -> int:
         """This rank's share and a quarter, in whole blocks: the host cannot know how many its experts get."""
         block = max(block, 1)
-        return max(1, -(-num_rows * 5 // (4 * self._dispatch.num_ranks * block))) * block
+        return max(1, -(-num_rows * 5 // (4 * self.layer.num_ranks * block))) * block
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
         self._made_here = made.position_MK is not None
@@ -141,6 +137,3 @@ def _padded(x: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:
 def _first(x: torch.Tensor, rows: int) -> torch.Tensor:
     """The first rows of x; no view, of which FSDP warns."""
     return x if len(x) == rows else x[:rows].clone()
-
-
-EPImplementationInterface.register(NAME, partial(Dispatch, Gather, ahead=True))

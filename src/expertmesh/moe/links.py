@@ -32,25 +32,23 @@ MOST_PLACES = 1024  # that mailboxes remember; sizes that are never the same aga
 class Collectives:
     """By torch.distributed. All ranks pass the same shapes, in the same order."""
 
-    def __init__(self, group: dist.ProcessGroup, waits: waiting) -> None:
-        self.group, self.waits = group, waits
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
 
     def all_gather(self, parts: list[torch.Tensor], sent: Any = None, copy: bool = True) -> list[torch.Tensor]:
         """For each part [n, …] the parts of all ranks, in their order [R·n, …]; if not `copy`, until the next exchange,
         before which all that reads them must have been launched. sent: of the first part, by mailboxes.
         """
         outs = [part.new_empty(self.group.size() * len(part), *part.shape[1:]) for part in parts]
-        with self.waits:
-            for out, part in zip(outs, parts, strict=True):
-                dist.all_gather_into_tensor(out, part.contiguous(), self.group)
+        for out, part in zip(outs, parts, strict=True):
+            dist.all_gather_into_tensor(out, part.contiguous(), self.group)
         return outs
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """For each part [R·n, …] this rank's n rows of it, summed over all ranks."""
         outs = [part.new_empty(len(part) // self.group.size(), *part.shape[1:]) for part in parts]
-        with self.waits:
-            for out, part in zip(outs, parts, strict=True):
-                dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
+        for out, part in zip(outs, parts, strict=True):
+            dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
         return outs
 
 
@@ -234,39 +232,38 @@ class DeviceMemory:
         self._handle.barrier()
 
 
-# of each group of ranks, None where there are none; buffers are freed when their group is destroyed
-_mailboxes: dict[dist.ProcessGroup, Mailboxes | None] = {}
+_links: dict[dist.ProcessGroup, Collectives | Mailboxes] = {}  # freed when their group is destroyed
 
 
-def link_of(group: dist.ProcessGroup, waits: waiting) -> Collectives | Mailboxes:
+def link_of(group: dist.ProcessGroup, place: str) -> Collectives | Mailboxes:
     """The fastest link between the ranks of this group: mailboxes where all are GPUs that map each other's memory, else
-    collectives, within `waits`.
+    collectives. The ranks meet when it is first asked for, at `place`.
     """
-    if group not in _mailboxes:
-        _opened()
-        with waiting(waits.place, hosts(group), group):  # the ranks meet
+    if group not in _links:
+        _mailboxes()
+        with waiting(place, hosts(group), group):
             reason = _why_no_mailboxes(group)
         how = "mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
         backends.logger().info(f"expertmesh: rows travel between {group.size()} ranks by {how}")
-        _mailboxes[group] = None if reason else Mailboxes(group, functools.partial(DeviceMemory, group))
-    return _mailboxes[group] or Collectives(group, waits)
+        _links[group] = Collectives(group) if reason else Mailboxes(group, functools.partial(DeviceMemory, group))
+    return _links[group]
 
 
-def _opened() -> list[Mailboxes]:
+def _mailboxes() -> list[Mailboxes]:
     """All whose group still exists; others are freed here."""
-    for group in _mailboxes.keys() - dist.distributed_c10d._world.pg_map.keys():
-        del _mailboxes[group]
-    return [link for link in _mailboxes.values() if link is not None]
+    for group in _links.keys() - dist.distributed_c10d._world.pg_map.keys():
+        del _links[group]
+    return [link for link in _links.values() if isinstance(link, Mailboxes)]
 
 
 def mailboxes() -> list[Any]:
     """All that are in use: others, once larger ones are needed."""
-    return [box for link in _opened() for box in link.boxes]
+    return [box for link in _mailboxes() for box in link.boxes]
 
 
 def settle() -> None:
     """Let all ranks of each group read what came, so that any mailbox may be the next."""
-    for link in _opened():
+    for link in _mailboxes():
         if link.boxes:
             link.boxes[0].barrier()
 
