@@ -36,8 +36,7 @@ def loops(ids_TK: torch.Tensor, num_ranks: int, experts_per_rank: int) -> Routes
 
 
 def real(routes: Routes) -> Routes:
-    num_rows = int(routes.count_R.sum())
-    return routes._replace(token_N=routes.token_N[:num_rows], ids_NK=routes.ids_NK[:num_rows])
+    return routes.first(int(routes.count_R.sum()))
 
 
 def choices(num_tokens: int, top_k: int, num_experts: int, seed: int = 0) -> torch.Tensor:

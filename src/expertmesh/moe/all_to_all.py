@@ -45,39 +45,35 @@ class AllToAll(Exchange):
                 packed.extend(self._pack(x_TH, weight_TK, routes))  # the device's work while counts travel
                 arrived.synchronize()
             send, recv = both.tolist()
-            num_rows = sum(send)
-            return (
-                ids_TK,
-                routes._replace(token_N=routes.token_N[:num_rows], ids_NK=routes.ids_NK[:num_rows]),
-                send,
-                recv,
-            )
+            return ids_TK, routes.first(sum(send)), send, recv
 
         # what the backward and a recompute repeat
         self._ids_TK, self._routes, self._send, self._recv = kept(decide)
         self._weight_dtype = weight_TK.dtype
         x_NH, meta_NK2 = packed or self._pack(x_TH, weight_TK, self._routes)
-        meta_MK2 = self._to_experts(meta_NK2)
-        x_MH = self._to_experts(x_NH)
+        meta_MK2 = self._exchange(meta_NK2, self._send, self._recv)
+        x_MH = self._exchange(x_NH, self._send, self._recv)
         if not sum(self._recv):
             meta_MK2[:, :top_k] = num_experts  # the row of zeros has no expert here
         return x_MH, meta_MK2[:, :top_k].long(), meta_MK2[:, top_k:].contiguous().view(torch.float32)
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-        out_TH = combine(self._to_owners(made.sums()), self._routes.position_TR)
+        back_NH = self._exchange(made.sums(), self._recv, self._send)
+        out_TH = combine(back_NH, self._routes.position_TR)
         return out_TH if residual is None else residual + out_TH.view(residual.shape)
 
     def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
-        return self._to_experts(dout_TH[self._routes.token_N])
+        return self._exchange(dout_TH[self._routes.token_N], self._send, self._recv)
 
     def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
         def exchange() -> Gradients:
             dx_TH = dweight_TK = None
             if dweight_MK is not None:
                 row_TK = self._routes.rows_of(self._ids_TK // self.layer.num_local_experts)
-                dweight_TK = self._to_owners(dweight_MK).gather(0, row_TK).to(self._weight_dtype)
+                back_NK = self._exchange(dweight_MK, self._recv, self._send)
+                dweight_TK = back_NK.gather(0, row_TK).to(self._weight_dtype)
             if dx_MH is not None:
-                dx_TH = combine(self._to_owners(dx_MH), self._routes.position_TR)
+                dx_TH = combine(self._exchange(dx_MH, self._recv, self._send), self._routes.position_TR)
             return dx_TH, dweight_TK
 
         return exchange
@@ -88,20 +84,14 @@ class AllToAll(Exchange):
         weight_NK = torch.where(mine_NK, weight_TK[routes.token_N].float(), 0)
         return x_TH[routes.token_N], torch.cat([routes.ids_NK, weight_NK.view(torch.int32)], dim=1)
 
-    def _to_experts(self, rows_N: torch.Tensor) -> torch.Tensor:
-        """Rows [N, …] of this rank's tokens → those [M, …] that are for its experts; without any, one row of zeros."""
-        num_rows, width = sum(self._recv), rows_N.shape[1]
-        rows_M = rows_N.new_empty(num_rows, width) if num_rows else rows_N.new_zeros(1, width)
-        sent_N = rows_N[: sum(self._send)]
-        dist.all_to_all_single(rows_M[:num_rows], sent_N, self._recv, self._send, self.layer.group)
-        return rows_M
-
-    def _to_owners(self, rows_M: torch.Tensor) -> torch.Tensor:
-        """The way back: rows [M, …] → [N, …]."""
-        rows_N = rows_M.new_empty(sum(self._send), rows_M.shape[1])
-        sent_M = rows_M[: sum(self._recv)].contiguous()
-        dist.all_to_all_single(rows_N, sent_M, self._send, self._recv, self.layer.group)
-        return rows_N
+    def _exchange(self, rows: torch.Tensor, send: list[int], recv: list[int]) -> torch.Tensor:
+        """What comes from the ranks, so many rows from each, for the first of these that go to them; if nothing comes,
+        one row of zeros.
+        """
+        num_rows, width = sum(recv), rows.shape[1]
+        came = rows.new_empty(num_rows, width) if num_rows else rows.new_zeros(1, width)
+        dist.all_to_all_single(came[:num_rows], rows[: sum(send)].contiguous(), recv, send, self.layer.group)
+        return came
 
 
 class Routes(NamedTuple):
@@ -116,6 +106,10 @@ class Routes(NamedTuple):
     position_TR: torch.Tensor
     ids_NK: torch.Tensor
     count_R: torch.Tensor
+
+    def first(self, num_rows: int) -> "Routes":
+        """The same without what lies behind the real rows."""
+        return self._replace(token_N=self.token_N[:num_rows], ids_NK=self.ids_NK[:num_rows])
 
     def rows_of(self, rank_TK: torch.Tensor) -> torch.Tensor:
         """row_TK, int64: the rows of the tokens for these ranks."""

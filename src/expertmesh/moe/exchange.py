@@ -35,8 +35,8 @@ class Exchange:
     """The exchanges of one call of one layer. It knows what the backward must repeat, and is handed from stage to stage
     as an argument. This one is for experts that are all here.
 
-    All ranks call the same methods in the same order, each within `waits`; in a backward `combine_backward`, then
-    `dispatch_backward`.
+    All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`. Each
+    is called within `waits`, which limits how long exchanges over `layer.group` wait; other groups need their own.
     """
 
     ep_implementation: str  # the transport's name in Transformers

@@ -40,8 +40,10 @@ class Gather(Exchange):
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layer, sent, self._sent = self.layer, self._sent, None  # this lives until the backward
-        nobody = layer.num_ranks * layer.num_local_experts
-        parts = [_padded(x_TH, self._rows), _padded(ids_TK, self._rows, nobody), _padded(weight_TK, self._rows)]
+        parts = [x_TH, ids_TK, weight_TK]
+        if self._num_tokens < self._rows:
+            nobody = layer.num_ranks * layer.num_local_experts
+            parts = [_padded(x_TH, self._rows), _padded(ids_TK, self._rows, nobody), _padded(weight_TK, self._rows)]
         x_MH, ids_MK, weight_MK = self._link.all_gather(parts, sent)
         # this rank's experts become 0, 1, …; all others', and the padding, something else
         return x_MH, ids_MK.sub_(layer.rank * layer.num_local_experts), weight_MK
@@ -128,7 +130,7 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, place: str) -> int:
 def _padded(x: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:
     """x [T, …] with rows of `value` behind, up to `rows`."""
     if len(x) == rows:
-        return x.contiguous()
+        return x
     out = x.new_full((rows, *x.shape[1:]), value)
     out[: len(x)] = x
     return out

@@ -12,8 +12,8 @@ enough, and the host never waits.
 import functools
 import math
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -86,6 +86,7 @@ class Mailboxes:
         """Begin the next exchange, which must be an `all_gather` of this part and others: it travels beside what is
         launched until then. All ranks must call it.
         """
+        part = part.contiguous()
         box, (place,) = self._box(1 - self.turn, [part], 1)
         out = self._room_for_all(part)
         with on_side_stream(part.device):
@@ -94,11 +95,9 @@ class Mailboxes:
         return Sent(box, part, out)
 
     def all_gather(self, parts: list[torch.Tensor], sent: Sent | None = None, copy: bool = True) -> list[torch.Tensor]:
+        parts = [part.contiguous() for part in parts]
         box, places = self.begin(parts, 1)
-        outs = [
-            self._room_for_all(part) if copy else place.came.flatten(0, 1)
-            for place, part in zip(places, parts, strict=True)
-        ]
+        outs = [self._room_for_all(part) for part in parts] if copy else [place.came.flatten(0, 1) for place in places]
         first = 0
         if sent is not None and sent.box is box and _same(sent.part, parts[0]):
             outs[0], first = sent.out, 1
@@ -184,16 +183,13 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
 
 
-@contextmanager
-def on_side_stream(device: torch.device) -> Iterator[None]:
+def on_side_stream(device: torch.device) -> AbstractContextManager:
     """Within, launches on a GPU run beside those that follow, until `join_side_stream`."""
     if device.type != "cuda":
-        yield
-        return
+        return nullcontext()
     side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        yield
+    return torch.cuda.stream(side)
 
 
 def join_side_stream(device: torch.device, made: Sequence[torch.Tensor] = ()) -> None:

@@ -3,6 +3,9 @@
 Each returns what the HF router returns, (router_logits [T, E], weights [T, K], ids [T, K]), in the same dtypes. On
 the CPU the kernel's place is taken by its PyTorch reference. Inside a checkpointed layer the choice is recorded, and
 replayed when the layer is recomputed (moe/replay.py).
+
+To add a router, write a class here; families/table.py says which HF code it equals. Its formula is a `Routing` of
+kernels/router.py.
 """
 
 from collections.abc import Iterator
