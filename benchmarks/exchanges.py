@@ -27,11 +27,12 @@ from expertmesh.moe.links import Collectives, link_of
 
 def exchanges(device: torch.device, tokens: int, width: int, experts: int = 128, top_k: int = 8) -> tuple[dict, int]:
     """({link: {name: exchange}}, bytes that another rank needs)."""
-    ranks, rank, mailboxes = dist.get_world_size(), dist.get_rank(), link_of(dist.group.WORLD)
+    world: Any = dist.group.WORLD
+    ranks, rank, mailboxes = dist.get_world_size(), dist.get_rank(), link_of(world, "a benchmark")
     x = torch.randn(tokens, width, device=device).bfloat16()
     xs = torch.randn(ranks * tokens, width, device=device).bfloat16()
     ids = torch.rand(tokens, experts, device=device).topk(top_k).indices
-    collectives = Collectives(dist.group.WORLD)
+    collectives = Collectives(world)
     needed = sum((ids // (experts // ranks) == other).any(-1).sum() for other in range(ranks) if other != rank)
     (ids,) = collectives.all_gather([ids])
     position = group_by_expert(ids - rank * experts // ranks, experts // ranks).position_TK

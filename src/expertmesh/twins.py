@@ -6,6 +6,7 @@ stay.
 """
 
 import functools
+import operator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 # to the type checker a mixin's attributes and super() are those of whatever HF class it is mixed into
 _Stock: Any = Any if TYPE_CHECKING else object
+_hooks = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Fast(_Stock):
@@ -73,13 +75,12 @@ def untouched(module: nn.Module) -> bool:
     Transformers' parallelism replaces the forward of instances; users and frameworks put hooks and other classes.
     """
     known = type(module).__module__.startswith(("torch.", "transformers."))
-    return known and "forward" not in vars(module) and not watched(module)
+    return known and "forward" not in vars(module) and not any(_hooks(module))
 
 
 def watched(module: nn.Module) -> bool:
     """Whether somebody put a hook on it."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks)
+    return any(_hooks(module))
 
 
 def traced() -> bool:

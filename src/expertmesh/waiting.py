@@ -4,8 +4,7 @@ Groups of ranks have the timeout that they were made with, of hours where Transf
 take long, and so may preparing data. The exchanges of a step are made `waiting`, with a patience of minutes.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -21,30 +20,33 @@ class RanksError(RuntimeError):
     """Ranks that should do the same at the same time do not; on every rank that notices."""
 
 
-@contextmanager
-def waiting(place: str, *groups: dist.ProcessGroup) -> Iterator[None]:
-    """Within: ranks of these groups exchange something at `place`; a RanksError then says who waited, and there.
+class waiting(ContextDecorator):
+    """Within, or in a function that this decorates, ranks of these groups exchange something at `place`. If a rank does
+    not come, a RanksError says who waited, and where. May be entered any number of times.
 
-    So do the backends that raise, as gloo does. NCCL's exchanges only start here: if a rank does not come, its watchdog
-    ends the process, and tells the rank and the exchange, but not the place.
+    This holds for backends that raise, as gloo does. NCCL's exchanges only start here: if a rank does not come, its
+    watchdog ends the process, and names the rank and the exchange, but not the place.
     """
-    backends = [one for group in groups for one in _backends(group)]
-    for backend, usual, more in backends:
-        backend._set_default_timeout(min(usual, patience + more))
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        ranks = sorted({rank for group in groups for rank in dist.get_process_group_ranks(group)})
-        raise RanksError(
-            f"Rank {dist.get_rank()} waited in vain for the ranks {ranks} at {place}. One of them failed, stands still "
-            f"or got fewer batches: look at the first error of all, and where a rank without one stands (py-spy dump "
-            f"--pid). If it only needs longer, raise timeout_minutes, now {patience.total_seconds() / 60:g}."
-        ) from None
-    finally:
-        for backend, usual, _ in backends:
+
+    def __init__(self, place: str, *groups: dist.ProcessGroup) -> None:
+        self.place, self.groups = place, groups
+        self._backends = [one for group in groups for one in _backends(group)]
+
+    def __enter__(self) -> None:
+        for backend, usual, more in self._backends:
+            backend._set_default_timeout(min(usual, patience + more))
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        for backend, usual, _ in self._backends:
             backend._set_default_timeout(usual)
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            ranks = sorted({rank for group in self.groups for rank in dist.get_process_group_ranks(group)})
+            raise RanksError(
+                f"Rank {dist.get_rank()} waited in vain for the ranks {ranks} at {self.place}. One of them failed, "
+                f"stands still or got fewer batches: look at the first error of all, and where a rank without one "
+                f"stands (py-spy dump --pid). If it only needs longer, raise timeout_minutes, now "
+                f"{patience.total_seconds() / 60:g}."
+            ) from None
 
 
 @cache

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from expertmesh.bench import tiny
+from expertmesh.moe.dispatch import TRANSPORTS
 from tests.distributed import work
 from tests.distributed.ranks import on_ranks
 from tests.distributed.work import Case
@@ -307,7 +308,7 @@ def test_experts_laid_out_for_our_backend_are_not_trained_by_another():
     assert on_ranks(2, work.other_backend, saved("qwen3_moe"), {"ep_size": 1}) == ["no error"] * 2
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes"])
+@pytest.mark.parametrize("dispatch", [*TRANSPORTS, "mailboxes"])
 @pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, dispatch, tmp_path):
@@ -317,7 +318,7 @@ def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, disp
     check_layers(on_ranks(num_ranks, work.layers, cases, with_triton, dispatch, tmp_path), cases)
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes"])
+@pytest.mark.parametrize("dispatch", [*TRANSPORTS, "mailboxes"])
 @pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
 def test_a_layer_that_is_recomputed_repeats_exchanges_between_none_and_its_reader(with_triton, dispatch, tmp_path):
     if with_triton and os.environ["TRITON_INTERPRET"] != "1":
@@ -326,18 +327,18 @@ def test_a_layer_that_is_recomputed_repeats_exchanges_between_none_and_its_reade
     check_layers(on_ranks(2, work.layers, cases, with_triton, dispatch, tmp_path, True), cases)
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "gather", "mailboxes"])
+@pytest.mark.parametrize("dispatch", [*TRANSPORTS, "mailboxes"])
 def test_a_layer_of_another_backend_whose_exchange_began_before_the_router(dispatch, tmp_path):
     cases = [((6, 0), None), ((5, 5), 7)]
     check_layers(on_ranks(2, work.layers, cases, False, dispatch, tmp_path, False, "grouped_mm", True), cases)
 
 
-@pytest.mark.parametrize(("dispatch", "calls"), [("all_to_all", 227), ("gather", 216)])
+@pytest.mark.parametrize(("dispatch", "calls"), [("all_to_all", 200), ("gather", 198)])
 def test_a_token_makes_few_calls_of_ours_on_its_way_through_a_layer(dispatch, calls):
     """Forward and backward, where kernels are PyTorch's. These numbers only fall: 100 calls in 12 files is the aim."""
     case = Case({"ep_size": 2, "dispatch": dispatch})
     for files in on_ranks(2, work.calls_of_ours, saved("qwen3_moe"), case):
-        assert sum(files.values()) <= calls and len(files) <= 29, files
+        assert sum(files.values()) <= calls and len(files) <= 28, files
 
 
 def check_layers(made, cases):

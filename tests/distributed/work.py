@@ -28,8 +28,7 @@ from expertmesh import backends
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.kernels.combine import combine
 from expertmesh.moe import experts, gather, links
-from expertmesh.moe.all_to_all import AllToAll
-from expertmesh.moe.dispatch import Dispatch
+from expertmesh.moe.dispatch import TRANSPORTS, Dispatch
 from expertmesh.moe.exchange import Outputs
 from expertmesh.moe.links import Mailboxes
 from expertmesh.parallel.clip import clip_grad_norm
@@ -483,7 +482,7 @@ class HostMemory:
 def open_memory(folder: Path) -> Callable[[dist.ProcessGroup], Mailboxes]:
     """Let gather find mailboxes between CPUs of this machine; returns what now makes them."""
     made = functools.cache(lambda group: Mailboxes(group, functools.partial(HostMemory, folder, group)))
-    gather.link_of = lambda group, layer: made(group)
+    gather.link_of = lambda group, place: made(group)
     return made
 
 
@@ -510,14 +509,13 @@ def layers(
     if dispatch == "mailboxes":
         link = open_memory(folder)(mesh["ep"].get_group())
         link.begin = begun = mock.Mock(wraps=link.begin)
-    transport = AllToAll if dispatch == "all_to_all" else gather.Gather
     results = []
     for tokens, favourite in cases:
         module = experts_of(8, slice(rank * 8 // ranks, (rank + 1) * 8 // ranks))
         module.config._experts_implementation, module._is_expert_parallel = backend, True
         x, ids, weights, dout = layer_inputs(tokens[rank], favourite, seed=rank)
         with backends.interpreted() if with_triton else contextlib.nullcontext():
-            module.forward = Dispatch(transport, module, mesh["ep"], mesh["tp"], ahead=transport is gather.Gather)
+            module.forward = Dispatch(TRANSPORTS.get(dispatch, gather.Gather), module, mesh["ep"], mesh["tp"])
             residual = (dout * 3 + 1).view(1, *dout.shape).requires_grad_()
 
             run = functools.partial(checkpoint, called, use_reentrant=False) if recompute else called
@@ -537,7 +535,7 @@ def mailboxes(rank: int, num_cases: int) -> int:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     group = dist.group.WORLD
-    link = links.link_of(group)
+    link = links.link_of(group, "a test")
     assert isinstance(link, Mailboxes)
     collectives, shapes = links.Collectives(group), random.Random(0)
     torch.manual_seed(rank)

@@ -44,12 +44,12 @@ def test_a_layout_makes_it_the_forward_and_leaves_a_dispatch_of_others_where_it_
     with lean_layout(model, SimpleNamespace(ep_size=2, efsdp_size=1, dp_replicate_size=1)):
         dispatch = Dispatch(Gather, experts, mesh["ep"], mesh["tp"])
         experts.forward, attention.dispatch = dispatch.__call__, "theirs"
-    assert experts.forward is dispatch and dispatch.layer == "model.layers.0.mlp.experts"
+    assert experts.forward is dispatch and dispatch.waits.place == "model.layers.0.mlp.experts"
     assert attention.dispatch == "theirs" and not hasattr(experts, "dispatch")
 
 
 def test_the_link_of_a_mesh_is_asked_once_and_lives_as_long_as_its_group(mesh, monkeypatch):
     group, asked = mesh["ep"].get_group(), []
     monkeypatch.setattr("expertmesh.moe.links._why_no_mailboxes", lambda group: asked.append(group))
-    assert link_of(group) is link_of(mesh["ep"].get_group()) and mailboxes() == [] and link_of(group) is link_of(group)
+    assert link_of(group, "a test") is link_of(mesh["ep"].get_group(), "a test") and mailboxes() == []
     assert asked == [group]

@@ -95,9 +95,9 @@ def test_where_memory_cannot_be_opened_to_others_rows_go_by_collectives_and_the_
     monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
     told = mock.Mock()
     monkeypatch.setattr(links.backends, "logger", lambda: told)
-    link = links.link_of(group)
+    link = links.link_of(group, "a test")
     assert isinstance(link, Collectives if refuses else Mailboxes)
     why = "collectives (memory cannot be opened to other processes: pidfd_getfd: Operation not permitted)"
     assert (why if refuses else "by mailboxes") in told.info.call_args.args[0]
     dist.destroy_process_group()
-    assert not links.mailboxes() and group not in links._mailboxes  # freed with their group
+    assert not links.mailboxes() and group not in links._links  # freed with their group

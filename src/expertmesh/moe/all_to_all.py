@@ -4,116 +4,135 @@
 
 A token travels once to each rank that holds some of its experts, with its routing weights and that rank's expert ids.
 There the experts weight and sum their outputs, and one row per (token, rank) comes back; its owner adds up what its
-ranks sent. The backward is the same road reversed: gather and sum change places, and the splits are those of the
+ranks sent. The backward is the same road reversed: gather and sum change place, and the splits are those of the
 forward, so the host waits exactly once per layer, for the counts, and not at all in backward or in a recompute.
 
-Registered in Transformers as the `ep_implementation` "expertmesh".
+R ranks hold E experts, rank r the experts r·E/R … (r+1)·E/R - 1. The N rows that tokens become are ordered by rank,
+then by token.
 """
 
 from collections.abc import Callable
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from expertmesh.kernels.combine import combine
-from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.exchange import Exchange, Gradients, Outputs
 from expertmesh.moe.replay import kept
-from expertmesh.moe.routes import Routes, owners_rows, routes_of
-from expertmesh.waiting import waiting
-
-NAME = "expertmesh"
 
 
 class AllToAll(Exchange):
-    """One call's `Exchange`. M, the rows that this rank gets, is at least 1, so that experts never run on nothing."""
+    """One call's `Exchange`. Where this rank gets no row at all, its experts get one of zeros."""
 
-    def __init__(self, dispatch: Dispatch, _: torch.Tensor) -> None:
-        self._layer, self._group, self._num_ranks = dispatch.layer, dispatch.group, dispatch.num_ranks
-        self._experts_per_rank: int = dispatch.num_local_experts
+    ep_implementation = "expertmesh"
 
     def dispatch(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         packed: list[torch.Tensor] = []
+        num_experts, top_k = self.layer.num_local_experts, weight_TK.shape[1]
 
         def decide() -> tuple[torch.Tensor, Routes, list[int], list[int]]:
-            routes = routes_of(ids_TK, self._num_ranks, self._experts_per_rank)
-            wait = self._counts(routes.count_R)
-            packed.extend(self._pack(x_TH, weight_TK, routes))  # the device's work while counts travel
-            send, recv = wait()
+            routes = routes_of(ids_TK, self.layer.num_ranks, num_experts)
+            both = torch.stack([routes.count_R, torch.zeros_like(routes.count_R)])  # to each rank, from each rank
+            dist.all_to_all_single(both[1], both[0], group=self.layer.group)
+            if both.is_cuda:
+                on_device, arrived = both, torch.cuda.Event()
+                both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+                both.copy_(on_device, non_blocking=True)
+                arrived.record()
+                packed.extend(self._pack(x_TH, weight_TK, routes))  # the device's work while counts travel
+                arrived.synchronize()
+            send, recv = both.tolist()
             return ids_TK, routes.first(sum(send)), send, recv
 
         # what the backward and a recompute repeat
         self._ids_TK, self._routes, self._send, self._recv = kept(decide)
-        self._weight_dtype, top_k = weight_TK.dtype, weight_TK.shape[1]
+        self._weight_dtype = weight_TK.dtype
         x_NH, meta_NK2 = packed or self._pack(x_TH, weight_TK, self._routes)
-        meta_MK2 = self._to_experts(meta_NK2)
-        x_MH = self._to_experts(x_NH)
+        meta_MK2 = self._exchange(meta_NK2, self._send, self._recv)
+        x_MH = self._exchange(x_NH, self._send, self._recv)
         if not sum(self._recv):
-            meta_MK2[:, :top_k] = self._experts_per_rank  # the row of zeros has no expert here
+            meta_MK2[:, :top_k] = num_experts  # the row of zeros has no expert here
         return x_MH, meta_MK2[:, :top_k].long(), meta_MK2[:, top_k:].contiguous().view(torch.float32)
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-        out_TH = combine(self._to_owners(made.sums()), self._routes.position_TR)
+        back_NH = self._exchange(made.sums(), self._recv, self._send)
+        out_TH = combine(back_NH, self._routes.position_TR)
         return out_TH if residual is None else residual + out_TH.view(residual.shape)
 
     def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
-        return self._to_experts(dout_TH[self._routes.token_N])
+        return self._exchange(dout_TH[self._routes.token_N], self._send, self._recv)
 
     def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
         def exchange() -> Gradients:
             dx_TH = dweight_TK = None
             if dweight_MK is not None:
-                row_TK = owners_rows(self._routes, self._ids_TK, self._experts_per_rank)
-                dweight_TK = self._to_owners(dweight_MK).gather(0, row_TK).to(self._weight_dtype)
+                row_TK = self._routes.rows_of(self._ids_TK // self.layer.num_local_experts)
+                back_NK = self._exchange(dweight_MK, self._recv, self._send)
+                dweight_TK = back_NK.gather(0, row_TK).to(self._weight_dtype)
             if dx_MH is not None:
-                dx_TH = combine(self._to_owners(dx_MH), self._routes.position_TR)
+                dx_TH = combine(self._exchange(dx_MH, self._recv, self._send), self._routes.position_TR)
             return dx_TH, dweight_TK
 
         return exchange
 
-    def _counts(self, count_R: torch.Tensor) -> Callable[[], list[list[int]]]:
-        """Sends how many rows go to each rank; what it returns waits for [rows to each rank, rows from each]."""
-        both = torch.stack([count_R, torch.zeros_like(count_R)])
-        self._exchange(both[1], both[0])
-        if not both.is_cuda:
-            return both.tolist
-        host, event = torch.empty(both.shape, dtype=both.dtype, pin_memory=True), torch.cuda.Event()
-        host.copy_(both, non_blocking=True)
-        event.record()
-
-        def wait() -> list[list[int]]:
-            event.synchronize()
-            return host.tolist()
-
-        return wait
-
-    def _pack(self, x_TH: torch.Tensor, weight_TK: torch.Tensor, routes: Routes) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pack(self, x_TH: torch.Tensor, weight_TK: torch.Tensor, routes: "Routes") -> tuple[torch.Tensor, torch.Tensor]:
         """The two messages: rows [N, H], and [N, 2K] int32 of their ids and the bits of their float32 weights."""
-        weight_NK = torch.where(routes.ids_NK < self._experts_per_rank, weight_TK[routes.token_N].float(), 0)
+        mine_NK = routes.ids_NK < self.layer.num_local_experts
+        weight_NK = torch.where(mine_NK, weight_TK[routes.token_N].float(), 0)
         return x_TH[routes.token_N], torch.cat([routes.ids_NK, weight_NK.view(torch.int32)], dim=1)
 
-    def _to_experts(self, rows_N: torch.Tensor) -> torch.Tensor:
-        """Rows [N, …] of this rank's tokens → those [M, …] that are for its experts; without any, one row of zeros."""
-        num_rows, width = sum(self._recv), rows_N.shape[1]
-        rows_M = rows_N.new_empty(num_rows, width) if num_rows else rows_N.new_zeros(1, width)
-        self._exchange(rows_M[:num_rows], rows_N[: sum(self._send)], self._recv, self._send)
-        return rows_M
-
-    def _to_owners(self, rows_M: torch.Tensor) -> torch.Tensor:
-        """The way back: rows [M, …] → [N, …]."""
-        rows_N = rows_M.new_empty(sum(self._send), rows_M.shape[1])
-        self._exchange(rows_N, rows_M[: sum(self._recv)].contiguous(), self._send, self._recv)
-        return rows_N
-
-    def _exchange(
-        self, to: torch.Tensor, rows: torch.Tensor, recv: list[int] | None = None, send: list[int] | None = None
-    ) -> None:
-        with waiting(self._layer, self._group):
-            dist.all_to_all_single(to, rows, recv, send, self._group)
+    def _exchange(self, rows: torch.Tensor, send: list[int], recv: list[int]) -> torch.Tensor:
+        """What comes from the ranks, so many rows from each, for the first of these that go to them; if nothing comes,
+        one row of zeros.
+        """
+        num_rows, width = sum(recv), rows.shape[1]
+        came = rows.new_empty(num_rows, width) if num_rows else rows.new_zeros(1, width)
+        dist.all_to_all_single(came[:num_rows], rows[: sum(send)].contiguous(), recv, send, self.layer.group)
+        return came
 
 
-EPImplementationInterface.register(NAME, partial(Dispatch, AllToAll))
+class Routes(NamedTuple):
+    """Where the T tokens of one rank go: once to every rank that holds at least one of their K experts.
+
+    token_N: the token of each row, int64. position_TR: the row of token t for rank r, -1 if r has none of its experts,
+    int32. ids_NK: expert ids as the destination numbers its own, E/R ("not mine") for pairs of other ranks, int32.
+    count_R: rows for each rank, int64.
+    """
+
+    token_N: torch.Tensor
+    position_TR: torch.Tensor
+    ids_NK: torch.Tensor
+    count_R: torch.Tensor
+
+    def first(self, num_rows: int) -> "Routes":
+        """The same without what lies behind the real rows."""
+        return self._replace(token_N=self.token_N[:num_rows], ids_NK=self.ids_NK[:num_rows])
+
+    def rows_of(self, rank_TK: torch.Tensor) -> torch.Tensor:
+        """row_TK, int64: the rows of the tokens for these ranks."""
+        return self.position_TR.long().gather(1, rank_TK.long())
+
+
+def routes_of(ids_TK: torch.Tensor, num_ranks: int, experts_per_rank: int) -> Routes:
+    """The `Routes` of tokens that chose the global experts ids_TK [T, K].
+
+    Only the device knows how many rows there are. So here N = T·min(R, K), the most there can be, and who has learned
+    the true number, Σ count_R, cuts the rows behind it.
+    """
+    num_tokens, top_k = ids_TK.shape
+    device = ids_TK.device
+    owner_TK = ids_TK // experts_per_rank
+    ranks = torch.arange(num_ranks, device=device)
+    sent_RT = (owner_TK[None] == ranks[:, None, None]).any(-1)
+    end_RT = sent_RT.view(-1).cumsum(0)  # how many rows end here or before, in the order of the rows
+    position_RT = torch.where(sent_RT, end_RT.view(sent_RT.shape) - 1, -1)
+    # row n is the first place where n + 1 rows have ended; behind the real rows this is R·T, a rank that nobody is
+    row_N = torch.arange(1, num_tokens * min(num_ranks, top_k) + 1, device=device)
+    place_N = torch.searchsorted(end_RT, row_N)
+    rank_N, token_N = place_N // max(num_tokens, 1), place_N % max(num_tokens, 1)
+    mine_NK = owner_TK[token_N] == rank_N[:, None]
+    ids_NK = torch.where(mine_NK, ids_TK[token_N] - rank_N[:, None] * experts_per_rank, experts_per_rank)
+    return Routes(token_N, position_RT.t().contiguous().to(torch.int32), ids_NK.to(torch.int32), sent_RT.sum(1))

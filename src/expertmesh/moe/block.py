@@ -19,6 +19,7 @@ class FastMoEBlock(Fast):
     """
 
     probed = False
+    router_name = "gate"
 
     @torch.compiler.disable
     def forward(
@@ -27,29 +28,28 @@ class FastMoEBlock(Fast):
         if residual is None:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        dispatch = vars(self.experts).get("forward")
-        exchange = dispatch.start(x_TH) if isinstance(dispatch, Dispatch) else None
-        options: dict[str, Any] = {} if exchange is None else {"exchange": exchange}
-        _, weight_TK, ids_TK = self._router()(x_TH)
+        experts, options = self.experts, {}
+        dispatch = vars(experts).get("forward")
+        if isinstance(dispatch, Dispatch):
+            options["exchange"] = dispatch.start(x_TH)
+            takes_residual = not watched(experts)
+        else:  # ours alone: no adapter, no other rank and no hook stands before it
+            takes_residual = (
+                is_experts(experts) and untouched(experts) and experts.config._experts_implementation == NAME
+            )
+        _, weight_TK, ids_TK = getattr(self, self.router_name)(x_TH)
         shared = self._shared(hidden_states)
         if shared is not None:
             residual = add_scaled(residual, shared, scale)
-        if dispatch is None:
-            takes_residual = _run_here_alone(self.experts)
-        else:
-            takes_residual = exchange is not None and not watched(self.experts)
         if takes_residual and residual.dtype == x_TH.dtype:
             scaled_TK = weight_TK if scale == 1 else weight_TK.float() * scale
-            return self.experts(x_TH, ids_TK, scaled_TK, residual=residual, **options)
-        return add_scaled(residual, self.experts(x_TH, ids_TK, weight_TK, **options).view_as(residual), scale)
+            return experts(x_TH, ids_TK, scaled_TK, residual=residual, **options)
+        return add_scaled(residual, experts(x_TH, ids_TK, weight_TK, **options).view_as(residual), scale)
 
     @staticmethod
     def why_not(block: Any) -> str | None:
         noisy = getattr(block, "jitter_noise", 0) > 0
         return "its inputs get noise in training (router_jitter_noise)" if noisy else None
-
-    def _router(self) -> Any:
-        return self.gate
 
     def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """The output of a shared expert, which is added to the experts' sum."""
@@ -62,8 +62,7 @@ class FastRouterMoEBlock(FastMoEBlock):
     GPT-OSS's returns (output, routing weights), but the sum alone where it is given a residual.
     """
 
-    def _router(self) -> Any:
-        return self.router
+    router_name = "router"
 
 
 class FastSharedMoEBlock(FastMoEBlock):
@@ -91,8 +90,3 @@ def add_scaled(residual: torch.Tensor, out: torch.Tensor | tuple[torch.Tensor, .
     """residual + scale · out, the output of a block of experts; of several outputs the first."""
     out = out[0] if isinstance(out, tuple) else out
     return residual + (out if scale == 1 else out * scale)
-
-
-def _run_here_alone(experts: Any) -> bool:
-    """Whether a call goes straight to our `experts_forward`: past no adapter, no other rank and no hook."""
-    return is_experts(experts) and untouched(experts) and experts.config._experts_implementation == NAME

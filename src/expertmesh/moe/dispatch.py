@@ -1,46 +1,52 @@
-"""Expert parallelism: a layer's experts spread over the ranks of a mesh, reached through a transport.
+"""Expert parallelism: a layer's experts spread over the ranks of a mesh, reached through one of `TRANSPORTS`.
 
 `Dispatch` is the forward of such experts. It stands where Transformers puts an `EPImplementation`, and `lean_layout`
 (parallel/layout.py) then makes it the module's own forward, which takes a residual and an exchange, too.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from transformers.distributed.expert_parallel import EPImplementation
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from expertmesh.kernels.grouping import or_none
+from expertmesh.moe.all_to_all import AllToAll
 from expertmesh.moe.exchange import Exchange, Outputs
-from expertmesh.moe.experts import experts_forward, runs_here
+from expertmesh.moe.experts import NAME, activation_of, compute
+from expertmesh.moe.gather import Gather
+from expertmesh.waiting import waiting
+
+# how tokens reach experts on other ranks, by the names that `DistributedSetup.dispatch` knows
+TRANSPORTS: dict[str, type[Exchange]] = {"all_to_all": AllToAll, "gather": Gather}
 
 
 class Dispatch(EPImplementation):
-    """The experts of one layer, spread over the ranks of `ep_mesh`; `transport` makes the exchange of each call from
-    this and the tokens, which may leave `ahead` of the router's choice.
+    """The experts of one layer, spread over the ranks of `ep_mesh`; each call makes an exchange by `transport`.
+
+    group, rank, num_ranks: the ranks, and this one among them; it holds `num_local_experts`, those of rank 0 are the
+    first. waits: within it the exchanges are made.
 
     The ranks of a tensor-parallel group hold the same tokens: each sends a slice of them, and the results are gathered
     back over `tp_mesh`. All state lives in the call: two models in one process cannot mix.
     """
 
     num_local_experts: Any
-    layer = "some experts"  # their name, for errors; the layout knows it
 
-    def __init__(
-        self, transport: Callable[..., Exchange], experts: Any, ep_mesh: Any, tp_mesh: Any, ahead: bool = False
-    ) -> None:
+    def __init__(self, transport: type[Exchange], experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
-        self.transport, self.experts, self.ahead = transport, experts, ahead and tp_mesh.size() == 1
+        self.transport, self.experts, self._slices = transport, experts, tp_mesh.size() > 1
         self.group, self.rank, self.num_ranks = ep_mesh.get_group(), ep_mesh.get_local_rank(), ep_mesh.size()
+        self.waits = waiting("some experts", self.group)  # the layout sets its place, their name
         experts.dispatch = self
 
     def start(self, x_TH: torch.Tensor) -> Exchange | None:
         """Before the router has chosen: the exchange of a call with these tokens [T, H], which then should come with
-        the residual, too. None: a call comes without both.
+        it. None: a call comes without.
         """
-        return self.transport(self, x_TH, ahead=True) if self.ahead else None
+        return None if self._slices else self.transport(self, x_TH, ahead=True)
 
     @torch.compiler.disable
     def __call__(
@@ -55,28 +61,30 @@ class Dispatch(EPImplementation):
 
         residual: [..., H] in the hidden states' dtype, added to the result, which then has its shape.
         """
-        parameters = self.experts._parameters
-        spread = {name: weight for name, weight in parameters.items() if isinstance(weight, DTensor)}
-        parameters.update({name: _Local.apply(weight) for name, weight in spread.items()})
-        try:
-            if self.tp_mesh.size() == 1:
-                return self._run(hidden_states, top_k_index, top_k_weights, residual, exchange)
-            x, ids, weights = (_my_rows(x, self.tp_mesh) for x in (hidden_states, top_k_index, top_k_weights))
-            out = _all_rows(self._run(x, ids, weights, None, None), self.tp_mesh, hidden_states.shape)
-            return out if residual is None else residual + out.view(residual.shape)
-        finally:
-            parameters.update(spread)
-
-    def _run(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor, residual: Any, exchange: Any
-    ) -> torch.Tensor:
+        experts, x_TH, ids_TK, weight_TK = self.experts, hidden_states, top_k_index, top_k_weights
+        if self._slices:
+            x_TH, ids_TK, weight_TK = (_my_rows(x, self.tp_mesh) for x in (x_TH, ids_TK, weight_TK))
+        inside = None if self._slices else residual
         exchange = exchange or self.transport(self, x_TH)
-        if runs_here(self.experts) and x_TH.dtype == self.experts.down_proj.dtype:
-            return experts_forward(self.experts, x_TH, ids_TK, weight_TK, residual, exchange)
-        x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
-        ids_MK = or_none(ids_MK, self.num_local_experts)  # as other backends expect
-        y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
-        return _Combine.apply(y_MH.to(x_TH.dtype), residual, exchange)
+        spread = {name: weight for name, weight in experts._parameters.items() if isinstance(weight, DTensor)}
+        experts._parameters.update({name: _Local.apply(weight) for name, weight in spread.items()})
+        try:
+            with self.waits:
+                ours = experts.config._experts_implementation == NAME and x_TH.dtype == experts.down_proj.dtype
+                act = activation_of(experts) if ours else None
+                if act is not None:
+                    out = compute(experts, act, x_TH, ids_TK, weight_TK, inside, exchange)
+                else:
+                    x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
+                    ids_MK = or_none(ids_MK, self.num_local_experts)  # as other backends expect
+                    y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
+                    out = _Combine.apply(y_MH.to(x_TH.dtype), inside, exchange)
+        finally:
+            experts._parameters.update(spread)
+        if not self._slices:
+            return out
+        out = _all_rows(out, self.tp_mesh, hidden_states.shape)
+        return out if residual is None else residual + out.view(residual.shape)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -91,8 +99,9 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dx_MH, dweight_MK, _):
         need_x, need_weight, *_ = ctx.needs_input_grad
-        wait = ctx.exchange.dispatch_backward(dx_MH if need_x else None, dweight_MK if need_weight else None)
-        return *wait(), None, None
+        with ctx.exchange.waits:
+            wait = ctx.exchange.dispatch_backward(dx_MH if need_x else None, dweight_MK if need_weight else None)
+            return *wait(), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -104,7 +113,8 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):
-        dy_MH = ctx.exchange.combine_backward(dout.flatten(0, -2)) if ctx.needs_input_grad[0] else None
+        with ctx.exchange.waits:
+            dy_MH = ctx.exchange.combine_backward(dout.flatten(0, -2)) if ctx.needs_input_grad[0] else None
         return dy_MH, dout if ctx.needs_input_grad[1] else None, None
 
 
@@ -134,3 +144,7 @@ def _all_rows(x: torch.Tensor, tp_mesh: Any, shape: torch.Size) -> torch.Tensor:
     """The slices of all ranks of the group, in order; uneven and empty ones too."""
     x = x.contiguous()
     return DTensor.from_local(x, tp_mesh, [Shard(0)], shape=shape, stride=(shape[1], 1)).full_tensor()
+
+
+for _transport in TRANSPORTS.values():
+    EPImplementationInterface.register(_transport.ep_implementation, partial(Dispatch, _transport))

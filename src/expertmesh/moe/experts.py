@@ -69,38 +69,33 @@ def runs_here(experts: Any) -> bool:
     return experts.config._experts_implementation == NAME and why_not(experts) is None
 
 
-def activation_of(experts: Any) -> Activation:
-    """The `Activation` of an experts module: the known one that computes what its own functions do, or those."""
+def activation_of(experts: Any) -> Activation | None:
+    """The `Activation` of an experts module: the known one that computes what its own functions do, or those. None if
+    the module cannot run here (`why_not`).
+    """
     act_fn: Any = getattr(experts, "act_fn", None)  # GPT-OSS has the gate alone
     constants = float(getattr(experts, "alpha", 1.0)), float(getattr(experts, "limit", math.inf))
     own_gate = getattr(experts._apply_gate, "__func__", experts._apply_gate)
     asked = own_gate, act_fn, isinstance(act_fn, nn.Module) and not untouched(act_fn), constants
     known = vars(experts).get("_known_activation")  # the answer, and the question it belongs to
     if known is None or any(a is not b and a != b for a, b in zip(known[0], asked, strict=True)):
-        known = asked, "custom" if asked[2] else _kind(experts, constants)
+        known = asked, None if why_not(experts) else _activation(experts, asked[2], constants)
         experts.__dict__["_known_activation"] = known
-    layout = {"gated": experts.has_gate, "interleaved": not experts.is_concatenated and experts.has_gate}
-    if known[1] == "custom":
-        return Activation("custom", **layout, fn=experts._apply_gate if experts.has_gate else act_fn)
-    if known[1] == "clamped":
-        return Activation("clamped", **layout, alpha=constants[0], limit=constants[1])
-    return Activation(known[1], **layout)
+    return known[1]
 
 
 @torch.no_grad()
-def _kind(experts: Any, constants: tuple[float, float]) -> str:
-    """Which known activation gives what the module's own functions give for numbers of all sizes, or "custom"."""
-    act_fn: Any = getattr(experts, "act_fn", None)
+def _activation(experts: Any, watched: bool, constants: tuple[float, float]) -> Activation:
+    """The known activation that gives what the module's own functions give for numbers of all sizes, or those."""
+    gated, interleaved = experts.has_gate, experts.has_gate and not experts.is_concatenated
+    own = Activation("custom", gated, interleaved, fn=experts._apply_gate if gated else experts.act_fn)
+    if watched:
+        return own
     h_SJ = torch.linspace(-30, 30, 512)[torch.randperm(512, generator=torch.Generator().manual_seed(0))].view(16, 32)
-    theirs = experts._apply_gate(h_SJ) if experts.has_gate else act_fn(h_SJ)
-    interleaved = not experts.is_concatenated
-    candidates = (
-        [Activation("silu", interleaved=interleaved), Activation("clamped", True, interleaved, *constants)]
-        if experts.has_gate
-        else [Activation("relu2", gated=False)]
-    )
-    same = (a.kind for a in candidates if torch.allclose(a.forward(h_SJ), theirs, rtol=1e-5, atol=1e-6))
-    return next(same, "custom")
+    theirs, known = own.forward(h_SJ), [Activation("relu2", gated=False)]
+    if gated:
+        known = [Activation("silu", True, interleaved), Activation("clamped", True, interleaved, *constants)]
+    return next((a for a in known if torch.allclose(a.forward(h_SJ), theirs, rtol=1e-5, atol=1e-6)), own)
 
 
 @torch.compiler.disable
@@ -110,33 +105,49 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     residual: torch.Tensor | None = None,
-    exchange: Exchange = LOCAL,
 ) -> torch.Tensor:
     """Output [T, H] of a Transformers experts module for hidden_states [T, H].
 
     top_k_index: [T, K], an id outside [0, `experts.num_experts`) marks a pair that is not computed here. top_k_weights:
     [T, K], any float type. Equals `grouped_mm_experts_forward` of Transformers; float32 sums, result in
     hidden_states' dtype. residual: T rows in any shape [..., H], added to the result, which then has its shape.
-    exchange: how rows reach experts on other ranks; only for experts that run here, in their weights' dtype.
     """
-    if exchange is LOCAL and why_not(experts) is not None:
+    act = activation_of(experts)
+    if act is None:
         ids_TK = or_none(top_k_index, experts.num_experts)
-        out_TH = grouped_mm_experts_forward(experts, hidden_states, ids_TK, top_k_weights)
-        return out_TH if residual is None else residual + out_TH.view(residual.shape)
+        out = grouped_mm_experts_forward(experts, hidden_states, ids_TK, top_k_weights)
+    else:
+        # under autocast Transformers computes experts in their weights' dtype too
+        x_TH = hidden_states.to(experts.down_proj.dtype)
+        if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype:
+            return compute(experts, act, x_TH, top_k_index, top_k_weights, residual)
+        out = compute(experts, act, x_TH, top_k_index, top_k_weights).to(hidden_states.dtype)
+    return out if residual is None else residual + out.view(residual.shape)
+
+
+def compute(
+    experts: Any,
+    act: Activation,
+    x_TH: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    exchange: Exchange = LOCAL,
+) -> torch.Tensor:
+    """As `experts_forward`, with experts of the activation `act`, which rows reach by `exchange`. Tokens, weights of
+    the experts and residual have one dtype.
+    """
     w_up = experts.gate_up_proj if experts.has_gate else experts.up_proj
     b_up = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
     b_down = experts.down_proj_bias if experts.has_bias else None
     w_down = experts.down_proj
     if not experts.is_transposed:
         w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
-    x_TH = hidden_states.to(w_up.dtype)  # under autocast Transformers computes experts in their weights' dtype too
-    act, scale = activation_of(experts), 1 / getattr(experts, "grad_divisor", 1)
-    inside = residual if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype else None
+    scale = 1 / getattr(experts, "grad_divisor", 1)
     h_SJ, a_SI, routed = _Up.apply(
-        x_TH.contiguous(), top_k_weights, w_up, b_up, w_down, b_down, top_k_index, act, scale, exchange
+        x_TH.contiguous(), weight_TK, w_up, b_up, w_down, b_down, ids_TK, act, scale, exchange
     )
-    out = _Down.apply(h_SJ, a_SI, w_down, b_down, inside, routed, exchange).to(hidden_states.dtype)
-    return out if residual is None or residual is inside else residual + out.view(residual.shape)
+    return _Down.apply(h_SJ, a_SI, w_down, b_down, residual, routed, exchange)
 
 
 class _Up(torch.autograd.Function):
@@ -167,10 +178,11 @@ class _Up(torch.autograd.Function):
         dx_MH = dw_up = None
         if ctx.needs_input_grad[0]:
             dx_MH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group), group.position_TK)
-        wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
-        if ctx.needs_input_grad[2]:
-            dw_up = grouped_wgrad(x_MH, dh_SJ, group, w_up, ctx.scale)
-        return *wait(), dw_up, db_up, *[None] * 6
+        with ctx.exchange.waits:
+            wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
+            if ctx.needs_input_grad[2]:
+                dw_up = grouped_wgrad(x_MH, dh_SJ, group, w_up, ctx.scale)
+            return *wait(), dw_up, db_up, *[None] * 6
 
 
 class _Down(torch.autograd.Function):
@@ -193,7 +205,8 @@ class _Down(torch.autograd.Function):
         group = Grouping(rows[0], rows[1], rows[2], rows[3], up.tiles, up.block, rows[4])
         _, _, need_w_down, need_b_down, need_residual = ctx.needs_input_grad[:5]
         _, need_weight, _, need_b_up = up.needs_input_grad[:4]
-        dout_MH = up.exchange.combine_backward(dout.reshape(-1, dout.shape[-1]))
+        with up.exchange.waits:
+            dout_MH = up.exchange.combine_backward(dout.reshape(-1, dout.shape[-1]))
 
         more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ)
         dh_SJ, wa_SI, dweight_PS, db_up = down_dact(

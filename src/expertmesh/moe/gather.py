@@ -7,34 +7,31 @@ this moves as many rows as sending each token once to every rank that needs it, 
 the routing has to be known on the host: shapes follow from how many tokens each rank has, which the hosts tell each
 other once per forward, so the CPU never waits for a device. The experts skip pairs whose ids are not theirs. The
 backward mirrors the forward: a reduce-scatter where that gathers, and the reverse. Rows travel by links.py.
-
-Registered in Transformers as the `ep_implementation` "expertmesh-gather".
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers.distributed.expert_parallel import EPImplementationInterface
 
-from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.exchange import Exchange, Gradients, Outputs
 from expertmesh.moe.links import Mailboxes, Sent, join_side_stream, link_of, on_side_stream
 from expertmesh.moe.replay import kept
 from expertmesh.waiting import hosts, waiting
 
-NAME = "expertmesh-gather"
-
 
 class Gather(Exchange):
     """One call's `Exchange`. M = R · `rows`: every rank pads its tokens to those of the rank that has most."""
 
-    def __init__(self, dispatch: Dispatch, x_TH: torch.Tensor, ahead: bool = False) -> None:
-        self._dispatch, self._link, self._num_tokens = dispatch, link_of(dispatch.group, dispatch.layer), len(x_TH)
-        self._rows = kept(lambda: most_tokens(len(x_TH), dispatch.group, dispatch.layer))
+    ep_implementation = "expertmesh-gather"
+
+    def __init__(self, layer: Any, x_TH: torch.Tensor, ahead: bool = False) -> None:
+        super().__init__(layer)
+        self._link, self._num_tokens = link_of(layer.group, layer.waits.place), len(x_TH)
+        self._rows = kept(lambda: most_tokens(len(x_TH), layer.group, layer.waits.place))
         self._sent: Sent | None = None
         if ahead and isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
             self._sent = self._link.send_ahead(_padded(x_TH.detach(), self._rows))
@@ -42,23 +39,29 @@ class Gather(Exchange):
     def dispatch(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dispatch, rows, sent = self._dispatch, self._rows, self._sent
-        self._sent = None  # this lives until the backward
-        nobody = dispatch.num_ranks * dispatch.num_local_experts
-        parts = [_padded(x_TH, rows), _padded(ids_TK, rows, nobody), _padded(weight_TK, rows)]
+        layer, sent, self._sent = self.layer, self._sent, None  # this lives until the backward
+        parts = [x_TH, ids_TK, weight_TK]
+        if self._num_tokens < self._rows:
+            nobody = layer.num_ranks * layer.num_local_experts
+            parts = [_padded(x_TH, self._rows), _padded(ids_TK, self._rows, nobody), _padded(weight_TK, self._rows)]
         x_MH, ids_MK, weight_MK = self._link.all_gather(parts, sent)
         # this rank's experts become 0, 1, …; all others', and the padding, something else
-        return x_MH, ids_MK.sub_(dispatch.rank * dispatch.num_local_experts), weight_MK
+        return x_MH, ids_MK.sub_(layer.rank * layer.num_local_experts), weight_MK
 
     def rows_to_keep(self, num_rows: int, block: int) -> int:
         """This rank's share and a quarter, in whole blocks: the host cannot know how many its experts get."""
         block = max(block, 1)
-        return max(1, -(-num_rows * 5 // (4 * self._dispatch.num_ranks * block))) * block
+        return max(1, -(-num_rows * 5 // (4 * self.layer.num_ranks * block))) * block
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
         self._made_here = made.position_MK is not None
-        width = made.y.shape[1]
-        out_TH = self._link.combine_scatter(made, None if residual is None else residual.reshape(-1, width))
+        residual_TH = None if residual is None else residual.reshape(-1, made.y.shape[1])
+        if self._made_here and isinstance(self._link, Mailboxes):
+            out_TH = self._link.combine_scatter(made, residual_TH)
+        else:
+            (out_TH,) = self._link.reduce_scatter([made.sums()])
+            if residual_TH is not None:
+                out_TH[: self._num_tokens] += residual_TH
         out_TH = _first(out_TH, self._num_tokens)
         return out_TH if residual is None else torch.ops.aten._unsafe_view(out_TH, residual.shape)
 
@@ -101,7 +104,7 @@ def one_forward() -> Iterator[None]:
         _agreed.reset(token)
 
 
-def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
+def most_tokens(num_tokens: int, group: dist.ProcessGroup, place: str) -> int:
     """The largest number of tokens that any rank of the group has, at least 1; the hosts ask each other.
 
     In one forward the first layer asks.
@@ -116,7 +119,7 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
             )
         return most
     answer = torch.tensor([max(num_tokens, 1)])
-    with waiting(layer, hosts(group)):
+    with waiting(place, hosts(group)):
         dist.all_reduce(answer, dist.ReduceOp.MAX, group=hosts(group))
     most = int(answer)
     if agreed is not None:
@@ -127,7 +130,7 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
 def _padded(x: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:
     """x [T, …] with rows of `value` behind, up to `rows`."""
     if len(x) == rows:
-        return x.contiguous()
+        return x
     out = x.new_full((rows, *x.shape[1:]), value)
     out[: len(x)] = x
     return out
@@ -136,6 +139,3 @@ def _padded(x: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:
 def _first(x: torch.Tensor, rows: int) -> torch.Tensor:
     """The first rows of x; no view, of which FSDP warns."""
     return x if len(x) == rows else x[:rows].clone()
-
-
-EPImplementationInterface.register(NAME, partial(Dispatch, Gather, ahead=True))

@@ -12,8 +12,8 @@ enough, and the host never waits.
 import functools
 import math
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -30,32 +30,26 @@ MOST_PLACES = 1024  # that mailboxes remember; sizes that are never the same aga
 
 
 class Collectives:
-    """By torch.distributed, for the experts `layer`. All ranks pass the same shapes, in the same order."""
+    """By torch.distributed. All ranks pass the same shapes, in the same order."""
 
-    def __init__(self, group: dist.ProcessGroup, layer: str = "some experts") -> None:
-        self.group, self.waiting = group, functools.partial(waiting, layer, group)
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
 
     def all_gather(self, parts: list[torch.Tensor], sent: Any = None, copy: bool = True) -> list[torch.Tensor]:
         """For each part [n, …] the parts of all ranks, in their order [R·n, …]; if not `copy`, until the next exchange,
         before which all that reads them must have been launched. sent: of the first part, by mailboxes.
         """
         outs = [part.new_empty(self.group.size() * len(part), *part.shape[1:]) for part in parts]
-        with self.waiting():
-            for out, part in zip(outs, parts, strict=True):
-                dist.all_gather_into_tensor(out, part.contiguous(), self.group)
+        for out, part in zip(outs, parts, strict=True):
+            dist.all_gather_into_tensor(out, part.contiguous(), self.group)
         return outs
 
     def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """For each part [R·n, …] this rank's n rows of it, summed over all ranks."""
         outs = [part.new_empty(len(part) // self.group.size(), *part.shape[1:]) for part in parts]
-        with self.waiting():
-            for out, part in zip(outs, parts, strict=True):
-                dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
+        for out, part in zip(outs, parts, strict=True):
+            dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
         return outs
-
-    def combine_scatter(self, made: Outputs, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`reduce_scatter` of the sums of what experts made, plus a residual [T, H] of this rank's first T rows."""
-        return _sums(self, made, residual)
 
 
 class Sent(NamedTuple):
@@ -92,6 +86,7 @@ class Mailboxes:
         """Begin the next exchange, which must be an `all_gather` of this part and others: it travels beside what is
         launched until then. All ranks must call it.
         """
+        part = part.contiguous()
         box, (place,) = self._box(1 - self.turn, [part], 1)
         out = self._room_for_all(part)
         with on_side_stream(part.device):
@@ -100,11 +95,9 @@ class Mailboxes:
         return Sent(box, part, out)
 
     def all_gather(self, parts: list[torch.Tensor], sent: Sent | None = None, copy: bool = True) -> list[torch.Tensor]:
+        parts = [part.contiguous() for part in parts]
         box, places = self.begin(parts, 1)
-        outs = [
-            self._room_for_all(part) if copy else place.came.flatten(0, 1)
-            for place, part in zip(places, parts, strict=True)
-        ]
+        outs = [self._room_for_all(part) for part in parts] if copy else [place.came.flatten(0, 1) for place in places]
         first = 0
         if sent is not None and sent.box is box and _same(sent.part, parts[0]):
             outs[0], first = sent.out, 1
@@ -132,9 +125,10 @@ class Mailboxes:
         return [self._sum(place.came, chunk[self.rank]) for place, chunk in zip(places, chunks, strict=True)]
 
     def combine_scatter(self, made: Outputs, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The kernel that combines writes each rank's rows into that rank's mailbox."""
-        if made.position_MK is None:
-            return _sums(self, made, residual)
+        """This rank's rows of the sums of what all ranks' experts made, plus a residual [T, H] of the first T of them:
+        the kernel that combines writes each rank's rows into that rank's mailbox.
+        """
+        assert made.position_MK is not None
         like = made.y.new_empty_strided((len(made.position_MK), made.y.shape[1]), (0, 0))
         box, (place,) = self.begin([like], self.size)
         combine_into(place.to, self.rank, made.y, made.position_MK, made.weight_MK, residual)
@@ -185,27 +179,17 @@ class Mailboxes:
         return self.boxes[turn], self._places[key]
 
 
-def _sums(link: Collectives | Mailboxes, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-    (sums,) = link.reduce_scatter([made.sums()])
-    if residual is not None:
-        sums[: len(residual)] += residual
-    return sums
-
-
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
 
 
-@contextmanager
-def on_side_stream(device: torch.device) -> Iterator[None]:
+def on_side_stream(device: torch.device) -> AbstractContextManager:
     """Within, launches on a GPU run beside those that follow, until `join_side_stream`."""
     if device.type != "cuda":
-        yield
-        return
+        return nullcontext()
     side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        yield
+    return torch.cuda.stream(side)
 
 
 def join_side_stream(device: torch.device, made: Sequence[torch.Tensor] = ()) -> None:
@@ -244,39 +228,38 @@ class DeviceMemory:
         self._handle.barrier()
 
 
-# of each group of ranks, None where there are none; buffers are freed when their group is destroyed
-_mailboxes: dict[dist.ProcessGroup, Mailboxes | None] = {}
+_links: dict[dist.ProcessGroup, Collectives | Mailboxes] = {}  # freed when their group is destroyed
 
 
-def link_of(group: dist.ProcessGroup, layer: str = "some experts") -> Collectives | Mailboxes:
+def link_of(group: dist.ProcessGroup, place: str) -> Collectives | Mailboxes:
     """The fastest link between the ranks of this group: mailboxes where all are GPUs that map each other's memory, else
-    collectives, whose errors name the layer.
+    collectives. The ranks meet when it is first asked for, at `place`.
     """
-    if group not in _mailboxes:
-        _opened()
-        with waiting(layer, hosts(group), group):  # the ranks meet
+    if group not in _links:
+        _mailboxes()
+        with waiting(place, hosts(group), group):
             reason = _why_no_mailboxes(group)
         how = "mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
         backends.logger().info(f"expertmesh: rows travel between {group.size()} ranks by {how}")
-        _mailboxes[group] = None if reason else Mailboxes(group, functools.partial(DeviceMemory, group))
-    return _mailboxes[group] or Collectives(group, layer)
+        _links[group] = Collectives(group) if reason else Mailboxes(group, functools.partial(DeviceMemory, group))
+    return _links[group]
 
 
-def _opened() -> list[Mailboxes]:
+def _mailboxes() -> list[Mailboxes]:
     """All whose group still exists; others are freed here."""
-    for group in _mailboxes.keys() - dist.distributed_c10d._world.pg_map.keys():
-        del _mailboxes[group]
-    return [link for link in _mailboxes.values() if link is not None]
+    for group in _links.keys() - dist.distributed_c10d._world.pg_map.keys():
+        del _links[group]
+    return [link for link in _links.values() if isinstance(link, Mailboxes)]
 
 
 def mailboxes() -> list[Any]:
     """All that are in use: others, once larger ones are needed."""
-    return [box for link in _opened() for box in link.boxes]
+    return [box for link in _mailboxes() for box in link.boxes]
 
 
 def settle() -> None:
     """Let all ranks of each group read what came, so that any mailbox may be the next."""
-    for link in _opened():
+    for link in _mailboxes():
         if link.boxes:
             link.boxes[0].barrier()
 

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any, TypeVar
 
-import torch
-
 Decision = TypeVar("Decision")
 
 _current: ContextVar["_Region | None"] = ContextVar("routing_region", default=None)
@@ -38,22 +36,6 @@ def keep_routing() -> tuple[_Region, _Region]:
     """(forward context, recompute context) for one call of `torch.utils.checkpoint.checkpoint`."""
     choices: list[Any] = []
     return _Region(choices, replay=False), _Region(choices, replay=True)
-
-
-@torch.compiler.disable  # it reads a context variable, which no graph can
-def routed(
-    choose: Callable[[torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a router's `choose(ids or None) -> (weights, ids)`: with the recorded ids in a recompute, else freshly."""
-    made: list[torch.Tensor] = []
-
-    def first_time() -> torch.Tensor:
-        weights, ids = choose(None)
-        made.append(weights)
-        return ids
-
-    ids = kept(first_time)
-    return (made[0], ids) if made else choose(ids)
 
 
 def kept(decide: Callable[[], Decision]) -> Decision:

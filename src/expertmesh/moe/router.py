@@ -3,6 +3,9 @@
 Each returns what the HF router returns, (router_logits [T, E], weights [T, K], ids [T, K]), in the same dtypes. On
 the CPU the kernel's place is taken by its PyTorch reference. Inside a checkpointed layer the choice is recorded, and
 replayed when the layer is recomputed (moe/replay.py).
+
+To add a router, write a class here; families/table.py says which HF code it equals. Its formula is a `Routing` of
+kernels/router.py.
 """
 
 from collections.abc import Iterator
@@ -14,21 +17,27 @@ from torch.nn import functional as F
 
 from expertmesh.kernels.router import Routing, kernel_supports, route
 from expertmesh.kernels.router_logits import router_logits
-from expertmesh.moe.replay import routed
+from expertmesh.moe.replay import kept
 from expertmesh.twins import Fast
 
 
-class _FastRouter(Fast):
-    """Common part: subclasses say how logits are made, the `Routing`, and the weights' dtype."""
+@torch.compiler.disable  # `kept` reads a context variable, which no graph can
+def routed(
+    logits_TE: torch.Tensor, routing: Routing, weight_dtype: torch.dtype, bias_E: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a router returns, of its logits: (logits, weights, ids); in a recompute with the ids of the forward."""
+    made: list[torch.Tensor] = []
 
-    def _route(
-        self, logits_TE: torch.Tensor, routing: Routing, weight_dtype: torch.dtype, bias_E: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        weights, ids = routed(lambda ids: route(logits_TE, routing, bias_E, ids, weight_dtype))
-        return logits_TE, weights, ids
+    def choose() -> torch.Tensor:
+        made.extend(route(logits_TE, routing, bias_E, None, weight_dtype))
+        return made[1]
+
+    ids_TK = kept(choose)
+    weight_TK = made[0] if made else route(logits_TE, routing, bias_E, ids_TK, weight_dtype)[0]
+    return logits_TE, weight_TK, ids_TK
 
 
-class FastSoftmaxRouter(_FastRouter):
+class FastSoftmaxRouter(Fast):
     """Softmax over all experts, then top-k, normalised if `norm_topk_prob` says so; weights in the logits' dtype."""
 
     always_normalize = False
@@ -37,7 +46,7 @@ class FastSoftmaxRouter(_FastRouter):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits_TE = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
         routing = Routing("softmax", self.top_k, self.always_normalize or self.norm_topk_prob)
-        return self._route(logits_TE, routing, torch.float32 if self.float32_weights else logits_TE.dtype)
+        return routed(logits_TE, routing, torch.float32 if self.float32_weights else logits_TE.dtype)
 
 
 class FastNormalizedSoftmaxRouter(FastSoftmaxRouter):
@@ -52,23 +61,23 @@ class FastMixtralRouter(FastNormalizedSoftmaxRouter):
     float32_weights = True
 
 
-class FastTopKSoftmaxRouter(_FastRouter):
+class FastTopKSoftmaxRouter(Fast):
     """Top-k of the logits, softmax over the chosen (GPT-OSS)."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits_TE = F.linear(hidden_states, self.weight, self.bias)
-        return self._route(logits_TE, Routing("topk_softmax", self.top_k), logits_TE.dtype)
+        return routed(logits_TE, Routing("topk_softmax", self.top_k), logits_TE.dtype)
 
 
-class FastGraniteRouter(_FastRouter):
+class FastGraniteRouter(Fast):
     """Top-k of float32 logits, softmax over the chosen, weights in the hidden states' dtype (Granite)."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits_TE = F.linear(hidden_states, self.weight).float()
-        return self._route(logits_TE, Routing("topk_softmax", self.top_k), hidden_states.dtype)
+        return routed(logits_TE, Routing("topk_softmax", self.top_k), hidden_states.dtype)
 
 
-class FastErnieRouter(_FastRouter):
+class FastErnieRouter(Fast):
     """Softmax in float32, biased choice, weights divided by at least `norm_min` (ERNIE 4.5)."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,24 +85,24 @@ class FastErnieRouter(_FastRouter):
             logits_TE = F.linear(hidden_states.float(), self.weight.float())
         bias_E = self.moe_statics(logits_TE.new_zeros(())).detach()  # called: its parameter may be sharded
         routing = Routing("softmax", self.top_k, normalize=True, min_sum=self.norm_min)
-        return self._route(logits_TE, routing, hidden_states.dtype, bias_E)
+        return routed(logits_TE, routing, hidden_states.dtype, bias_E)
 
 
-class FastHunYuanRouter(_FastRouter):
+class FastHunYuanRouter(Fast):
     """Logits of a Linear, in float32 if that is; softmax, top-k, normalised (HunYuan)."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_TE = self.wg(hidden_states.float() if self.wg.weight.dtype == torch.float32 else hidden_states)
-        return self._route(logits_TE, Routing("softmax", self.top_k, normalize=True), logits_TE.dtype)
+        return routed(logits_TE, Routing("softmax", self.top_k, normalize=True), logits_TE.dtype)
 
 
-class FastSigmoidRouter(_FastRouter):
+class FastSigmoidRouter(Fast):
     """Sigmoid scores, biased and group-limited choice, float32 throughout (DeepSeek V3, GLM, Nemotron)."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits_TE = router_logits(hidden_states.view(-1, self.hidden_dim), self.weight)
-        return self._route(logits_TE, sigmoid_routing(self), torch.float32, self.e_score_correction_bias)
+        return routed(logits_TE, sigmoid_routing(self), torch.float32, self.e_score_correction_bias)
 
     @staticmethod
     def why_not(router: Any) -> str | None:

@@ -78,7 +78,7 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
             vars(module).pop("set_gradient_divide_factor", None)
     for name, module in model.named_modules():
         if isinstance(dispatch := vars(module).get("dispatch"), Dispatch):
-            dispatch.layer, module.forward = name, dispatch
+            dispatch.waits.place, module.forward = name, dispatch
             del module.dispatch
 
 

@@ -22,14 +22,12 @@ from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 from transformers.distributed.utils import _ensure_torch_distributed
 
 from expertmesh import waiting as limits
-from expertmesh.moe import all_to_all, gather
+from expertmesh.moe.dispatch import TRANSPORTS
 from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.layout import train_together
 from expertmesh.parallel.ranks import refuse_differences
 
 STRATEGY = "fsdp2"
-# how tokens reach experts on other ranks: name -> Transformers' `ep_implementation`
-DISPATCH = {"all_to_all": all_to_all.NAME, "gather": gather.NAME}
 AUTO = "auto"
 NEAR = 8  # ranks up to which "auto" gathers
 
@@ -125,7 +123,7 @@ class DistributedSetup:
             dp_replicate_size=self.dp_replicate_size,
             tp_size=self.tp_size,
             ep_size=self.ep_size,
-            ep_implementation=ep_implementation or DISPATCH[self._dispatch()],
+            ep_implementation=ep_implementation or TRANSPORTS[self._dispatch()].ep_implementation,
         )
 
     def join(self) -> None:
@@ -202,7 +200,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys("world_size ep_size tp_size dp_size dp_replicate_size".split(), _COUNT),
     **dict.fromkeys(("activation_checkpointing", "reshard_experts"), (lambda x: type(x) is bool, "true or false")),
     "timeout_minutes": (lambda x: type(x) in (int, float) and 0 < x <= 10**6, "a number of minutes above 0"),
-    "dispatch": (lambda x: is_one_of(x, (AUTO, *DISPATCH)), f"one of {', '.join((AUTO, *DISPATCH))}"),
+    "dispatch": (lambda x: is_one_of(x, (AUTO, *TRANSPORTS)), f"one of {', '.join((AUTO, *TRANSPORTS))}"),
     "strategy": (lambda x: x == STRATEGY, f"{STRATEGY!r} (with dp_replicate_size each rank has a copy, as in DDP)"),
 }
 

@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from expertmesh import backends
-from expertmesh.moe import gather, links
+from expertmesh.moe import links
+from expertmesh.moe.gather import Gather
 from expertmesh.waiting import waiting
 
 WARM_UP = 3  # calls that run as always: kernels are compiled, buffers and streams made; the last is the rehearsal
@@ -261,7 +262,9 @@ def why_not(trainer: Any) -> str | None:
     """Why steps of a transformers.Trainer cannot be recorded, as it is set up, and what to change; or None."""
     args, model = trainer.args, trainer.model
     layout = getattr(getattr(model, "config", None), "distributed_config", None)
-    dispatch = layout.ep_implementation if layout is not None and (layout.ep_size or 1) > 1 else gather.NAME
+    dispatch = (
+        layout.ep_implementation if layout is not None and (layout.ep_size or 1) > 1 else Gather.ep_implementation
+    )
     repeats = [getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}) for m in model.modules()]
     repeats.append(args.activation_checkpointing_kwargs or {})
     reasons = {
@@ -275,7 +278,7 @@ def why_not(trainer: Any) -> str | None:
         "on several GPUs it needs a model that is laid out as it is loaded. Pass distributed_setup= to "
         "from_pretrained": args.n_gpu > 1 or (args.world_size > 1 and not trainer.is_sharded),
         "the CPU waits to hear how many rows this dispatch sends. Load the model with dispatch='gather' (GPUs of a "
-        "node)": dispatch != gather.NAME,
+        "node)": dispatch != Gather.ep_implementation,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
