@@ -2,7 +2,7 @@
 
 from expertmesh.data.labels import IGNORED, REMEDY, check_supervised, check_template
 from expertmesh.data.sources import Unreachable, hold_out, load_dataset
-from expertmesh.data.tokenizer import demo_tokenizer
+from expertmesh.data.tokenizer import demo_config, demo_tokenizer
 
 __all__ = [
     "IGNORED",
@@ -10,6 +10,7 @@ __all__ = [
     "Unreachable",
     "check_supervised",
     "check_template",
+    "demo_config",
     "demo_tokenizer",
     "hold_out",
     "load_dataset",
