@@ -125,47 +125,33 @@ class StepRecord:
         if all(loss_finite) and grad_finite:
             return
         what = "gradient" if all(loss_finite) else "loss"
-        guilty = [i for i in range(len(self.batches)) if what == "gradient" or not loss_finite[i]]
+        norm, guilty = grad_norm.item(), [i for i, finite in enumerate(loss_finite) if what == "gradient" or not finite]
+        microbatches = [self._told(i) for i in guilty]
         of_rank = f"-rank-{ranks.rank()}" if ranks.world_size() > 1 else ""  # each has its own batch
         path = Path(folder) / f"nonfinite-step-{step}{of_rank}.json"
-        self._save(path, guilty, {"step": step, "what": what, "grad_norm": str(grad_norm.item())})
-        if what == "loss":
-            losses = ", ".join(f"microbatch {i + 1} of {len(self.batches)}: {self.losses[i].item()}" for i in guilty)
-            symptom = f"the loss is not finite ({losses})"
-        else:
-            symptom = f"the gradient is not finite (norm {grad_norm.item()})"
-        rows = self._rows_of(guilty)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        saved = {"step": step, "what": what, "grad_norm": str(norm), "microbatches": microbatches}
+        path.write_text(json.dumps(saved))
+        losses = [f"microbatch {i + 1} of {len(self.batches)}: {self.losses[i].item()}" for i in guilty]
+        symptom = f"the loss is not finite ({', '.join(losses)})"
+        if what == "gradient":
+            symptom = f"the gradient is not finite (norm {norm})"
+        known = all(batch["rows"] is not None for batch in microbatches)
+        rows = [row for batch in microbatches for row in batch["rows"]] if known else None
         origin = "cannot be traced to rows" if rows is None else f"are rows {_short(rows)} of the training data"
         ids = self.batches[guilty[0]].get("input_ids")
         begin = f", beginning {decode(ids[0, :SHOWN].tolist())!r}" if decode and ids is not None else ""
         raise NonFiniteError(
             f"Step {step} was stopped before the optimizer ran: {symptom}. No weight was changed. Its examples "
             f"{origin}, saved in {path}{begin}. {_advice(what, model)}",
-            step,
-            what,
-            rows,
-            path,
+            *(step, what, rows, path),
         )
 
-    def _rows_of(self, microbatches: list[int]) -> list[int] | None:
-        rows: list[int] = []
-        for i in microbatches:
-            batch_rows = self.rows[i]
-            if batch_rows is None:
-                return None
-            rows += batch_rows.tolist()
-        return rows
-
-    def _save(self, path: Path, guilty: list[int], record: dict[str, Any]) -> None:
-        microbatches = []
-        for i in guilty:
-            rows = self.rows[i]
-            tensors = {key: self.batches[i][key].tolist() for key in ("input_ids", "labels") if key in self.batches[i]}
-            microbatches.append(
-                {"loss": str(self.losses[i].item()), "rows": None if rows is None else rows.tolist(), **tensors}
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record | {"microbatches": microbatches}))
+    def _told(self, i: int) -> dict[str, Any]:
+        """Microbatch `i` as plain data."""
+        batch, rows = self.batches[i], self.rows[i]
+        tokens = {key: batch[key].tolist() for key in ("input_ids", "labels") if key in batch}
+        return {"loss": str(self.losses[i].item()), "rows": None if rows is None else rows.tolist(), **tokens}
 
 
 def _advice(what: str, model: nn.Module) -> str:

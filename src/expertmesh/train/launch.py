@@ -16,14 +16,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertmesh.train.config import Config
-from expertmesh.train.errors import EXIT_CODES, ConfigError, handling
+from expertmesh.train.errors import EXIT_CODES, handling, in_short, refusing
 from expertmesh.train.slurm import is_slurm_rank, slurm_variables
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _WATCH = "EXPERTMESH_LAUNCHER"  # set in ranks whose standard input says whether the launcher lives
 _POLL = 0.1  # seconds between two looks at the ranks
 _stores: list[Any] = []  # rank 0's is the server of all: it lives as long as the process
+SILENT = "PyTorch's rank 0 does not answer"
 _SHOWN = 20  # last lines of a rank that ended without an error of its own
 
 
@@ -56,12 +56,9 @@ def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
     """How `config` lays the model out over `num_ranks`, None for one. Raises ConfigError if its sizes do not fit."""
     from expertmesh.parallel.setup import DistributedSetup
 
-    try:
-        setup = DistributedSetup(
-            **config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"}), world_size=num_ranks
-        )
-    except ValueError as error:
-        raise ConfigError(f"parallel: {error}") from None
+    sizes = config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"})
+    with refusing("parallel"):
+        setup = DistributedSetup(**sizes, world_size=num_ranks)
     return setup if num_ranks > 1 else None
 
 
@@ -74,7 +71,7 @@ def join(minutes: float) -> None:
     if dist.is_initialized():
         return
     rank, size, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(minutes=minutes)
-    done: Future[str] = Future()
+    found: list[str] = []  # what is wrong, "" if nothing is
 
     def meet() -> str:
         if not 0 <= rank < size:
@@ -97,23 +94,21 @@ def join(minutes: float) -> None:
 
     def work() -> None:
         try:
-            done.set_result(meet())
+            found.append(meet())
         except Exception as error:
-            done.set_exception(error)
+            taken, silent = "another run has that port, or another process RANK=0", f"{SILENT} ({in_short(error)})"
+            found.append(taken if "EADDRINUSE" in str(error) else silent)
 
-    # in a thread: a port that is held by somebody who never answers would keep PyTorch waiting without end
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        why = done.result(limit.total_seconds())
-    except (RuntimeError, ValueError, KeyError, TimeoutError) as error:
-        taken = "EADDRINUSE" in str(error)
-        why = "another run has that port, or another process RANK=0" if taken else "PyTorch's rank 0 does not answer"
-    if why:
+    # a thread, as a port that is held by somebody who never answers would keep PyTorch waiting without end
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit.total_seconds())
+    if why := found[0] if found else SILENT:
+        place = " and ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise RanksError(
-            f"Rank {rank} found no others by MASTER_ADDR={os.environ.get('MASTER_ADDR')} and "
-            f"MASTER_PORT={os.environ.get('MASTER_PORT')}: {why}. These must name the machine of rank 0 and a free "
-            f"port of it, and there must be one process for each RANK from 0 to {size - 1}. If ranks only need longer "
-            f"than {minutes:g} minutes to start, raise parallel.start_timeout_minutes."
+            f"Rank {rank} found no others by {place}: {why}. These must name the machine of rank 0 and a free port of "
+            f"it, and there must be one process for each RANK from 0 to {size - 1}. If ranks only need longer than "
+            f"{minutes:g} minutes to start, raise parallel.start_timeout_minutes."
         )
 
 

@@ -30,8 +30,7 @@ from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import current_world_size
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
-from expertmesh.train.final import check_room, save_final
-from expertmesh.train.folder import check_folder, starting_point
+from expertmesh.train.folder import check_folder, check_room, save_final, starting_point
 from expertmesh.train.inputs import Inputs, gather, lora, origin, unreachable
 from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.launch import join, layout

@@ -52,7 +52,7 @@ def expand_hosts(hosts: str) -> list[str]:
 
 
 def _expand_name(name: str) -> list[str]:
-    """`rack[1-2]n[3,5]`: every combination, the last bracket fastest."""
+    """`rack[1-2]n[03,5]`: every combination, the last bracket fastest."""
     parts = re.split(r"\[([^\]]*)\]", name)  # text and brackets by turns
     choices = [_numbers(part) if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(choice) for choice in itertools.product(*choices)]
@@ -60,8 +60,5 @@ def _expand_name(name: str) -> list[str]:
 
 def _numbers(ranges: str) -> list[str]:
     """`01-03,7`: 01, 02, 03, 7."""
-    numbers = []
-    for one in ranges.split(","):
-        first, _, last = one.partition("-")
-        numbers += [f"{n:0{len(first)}}" for n in range(int(first), int(last or first) + 1)]
-    return numbers
+    ends = [one.partition("-") for one in ranges.split(",")]
+    return [f"{n:0{len(first)}}" for first, _, last in ends for n in range(int(first), int(last or first) + 1)]
