@@ -32,18 +32,14 @@ class Interrupt(TrainerCallback):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        self._restore()
+        self.__exit__()
         for output in self._terminals if number == signal.SIGHUP else ():  # nobody reads there, and writing is an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._before = {}
 
     def _agreed(self) -> int:
         """The signal that any rank received, 0 if none did."""

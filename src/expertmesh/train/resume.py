@@ -184,8 +184,8 @@ def refuse_to_replace(output_dir: str, checkpoint: str | None) -> None:
     step = -1 if checkpoint is None else _step_of(Path(checkpoint))
     if later := [path for number, path in checkpoints(output_dir) if number > step]:
         raise FileExistsError(
-            f"{later[-1]} exists, and this run would come to replace it. Go on from it (resume_from_checkpoint=True, in "
-            f"a configuration save.resume_from_checkpoint=auto), choose another folder, or move it away."
+            f"{later[-1]} exists, and this run would come to replace it. Go on from it (resume_from_checkpoint=True, "
+            f"in a configuration save.resume_from_checkpoint=auto), choose another folder, or move it away."
         )
 
 

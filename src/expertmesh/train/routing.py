@@ -112,11 +112,7 @@ class RouterLoad:
         self.first = counts_LE if self.first is None else self.first
         self.last = counts_LE
         self.total = counts_LE if self.total is None else self.total + counts_LE
-        return {f"moe/{name}": float(values.mean()) for name, values in self.metrics(counts_LE).items()}
-
-    def metrics(self, counts_LE: np.ndarray) -> dict[str, np.ndarray]:
-        """`layer_metrics` of these counts, spread as this model's experts are."""
-        return layer_metrics(counts_LE, self.ranks)
+        return {f"moe/{name}": float(values.mean()) for name, values in layer_metrics(counts_LE, self.ranks).items()}
 
 
 def layer_metrics(counts_LE: np.ndarray, ranks: int = 1) -> dict[str, np.ndarray]:

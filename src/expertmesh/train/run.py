@@ -69,9 +69,9 @@ def build(config: Config) -> SFTTrainer:
     if (setup := layout(config, current_world_size())) is not None:
         join(config.parallel.start_timeout_minutes)
         setup.join()
-        sections = config.model_dump().items()
+        sections = config.model_dump(exclude={"save": {"output_dir"}}).items()
         told = {f"{name}.{key}": value for name, keys in sections for key, value in (keys or {}).items()}
-        refuse_differences("the configuration", {key: told[key] for key in told if key != "save.output_dir"})
+        refuse_differences("the configuration", told)
     inputs, model = gather(config), load_model(config)
     if config.moe.freeze_router:
         for _, router in routers(model):
@@ -238,13 +238,10 @@ def _evaluate(trainer: SFTTrainer) -> dict[str, float]:
 
 def _check_prepared(trainer: SFTTrainer, inputs: Inputs, config: Config) -> None:
     """Says how many rows lost all their labels when they were cut. Raises ConfigError where none is left."""
-    prepared: list[tuple[str, Any, Any]] = [
-        ("training", inputs.train_rows, trainer.train_dataset),
-        ("evaluation", inputs.eval_rows, trainer.eval_dataset),
-    ]
-    for which, given, rows in prepared:
-        if given is None:
-            continue
+    parts: dict[str, tuple[Any, Any]] = {"training": (inputs.train_rows, trainer.train_dataset)}
+    if inputs.eval_rows is not None:
+        parts["evaluation"] = inputs.eval_rows, trainer.eval_dataset
+    for which, (given, rows) in parts.items():
         lost = count_unlearned(rows) if config.data.packing else len(given) - len(rows)
         if lost == len(given):
             raise nothing_learned(config, f"the {which} rows of {config.data.name}")

@@ -8,7 +8,6 @@ Where that pays, steps are recorded as CUDA graphs (graphed.py). And checkpoints
 are loaded, and fit another layout (resume.py).
 """
 
-import functools
 import logging
 import math
 import time
@@ -247,14 +246,19 @@ class Trainer(ResumableTrainer):
 
     def _clip_to(self, max_norm: float, model) -> Any:
         """The gradients' norm before they are clipped, here or in our optimizer's step; None: transformers' to do."""
-        optimizer = self._torch_optimizer
-        if isinstance(optimizer, AdamW) and not (self._has_other_format or self._scales_loss):
+        if (optimizer := self._own_adamw) is not None:
             norm = grad_norm(model.parameters())
             optimizer.clip_next(norm, max_norm)
             return norm
         if self.is_sharded:
             return clip_grad_norm(model.parameters(), max_norm)
         return super()._clip_grad_norm(model) if math.isfinite(max_norm) else None
+
+    @property
+    def _own_adamw(self) -> AdamW | None:
+        """Our optimizer, where it clips the gradients and refuses a step by itself."""
+        optimizer = self._torch_optimizer
+        return optimizer if isinstance(optimizer, AdamW) and not (self._has_other_format or self._scales_loss) else None
 
     @property
     def _scales_loss(self) -> bool:
@@ -275,12 +279,11 @@ class Trainer(ResumableTrainer):
         # with float16 an infinite gradient is how the loss scaler finds its scale: it skips the step by itself
         watched = 0.0 if self._scales_loss else grad_norm
         refused = self._record.look(watched)
-        optimizer, check = self._torch_optimizer, functools.partial(self._check, watched, model)
-        if isinstance(optimizer, AdamW) and not (self._has_other_format or self._scales_loss):
-            optimizer.found_inf = refused  # it changes no weight then; the host asks while it runs
-            asking = optimizer.register_step_post_hook(lambda *_: (asking.remove(), check()))
+        if (optimizer := self._own_adamw) is None:
+            self._check(watched, model)
         else:
-            check()
+            optimizer.found_inf = refused  # it changes no weight then; the host asks while it runs
+            asking = optimizer.register_step_post_hook(lambda *_: (asking.remove(), self._check(watched, model)))
         return grad_norm
 
     def _check(self, grad_norm, model) -> None:
