@@ -1,14 +1,15 @@
 """Batches of changing lengths brought to few shapes, so that steps on them can be recorded (graphed.py).
 
-Packed documents and padded rows become one row of documents, told by `cu_seq_lens_q`, and the row is filled up:
+Packed documents and padded rows become one row of documents, whose bounds are `cu_seq_lens_q`, and its sizes are
+rounded up:
 
-    tokens       to a quarter of the power of two below; what is added are documents of padding, labelled -100
-    documents    to a multiple of 32, by empty ones at the end
-    longest      what kernels are told of lengths: a power of two
+    tokens       to a multiple of a quarter of the power of two below, by documents of padding with label -100
+    documents    to a multiple of 32, by empty documents at the end
+    longest      the length that kernels are given (max_length_q), to a power of two
 
-Loss and gradients are those of the batch as it came. `attention_mask` says which tokens were added, for the router's
-auxiliary loss and for those who count tokens. Rows are laid out where batches are made, on the CPU (`one_row`), and
-filled up where all ranks know of each other's, on the device, without waiting for it (`Buckets`).
+Loss and gradients stay those of the original batch. `attention_mask` marks the added tokens with 0, for the router's
+auxiliary loss and for token counts. Rows are laid out on the CPU, in the collator (`one_row`). They are filled up on
+the device, without a synchronization, once all ranks know each other's sizes (`Buckets`).
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ LEAST = 64  # tokens: below that nothing is gained by fewer
 
 
 def fused_base(model: Any) -> FastBaseModel | None:
-    """The base model that finds documents and padding by itself, of a fused model or of PEFT's wrapper around one."""
+    """The base model of a fused model, or of PEFT's wrapper around one, if it finds documents and padding by itself."""
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:  # which puts tokens before each row
             return None
@@ -56,9 +57,9 @@ class Row(NamedTuple):
 
 
 def one_row(batch: Mapping[str, Any]) -> Row | None:
-    """A collator's batch, still on the CPU, as a `Row`; None where that would not be the same.
+    """A collator's batch, still on the CPU, as a `Row`.
 
-    That is: other inputs than tokens, padding between tokens, or padding that has something to predict.
+    None where the row would not train the same: inputs other than tokens, padding between tokens, labels on padding.
     """
     ids, labels, mask = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
     told = batch.keys() & TOLD

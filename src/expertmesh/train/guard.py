@@ -1,10 +1,9 @@
 """Nothing that is not a number reaches a weight.
 
-transformers' Trainer hides a NaN loss by default (`logging_nan_inf_filter`) and steps the optimizer with whatever
-gradient there is. Here the losses of an optimizer step and its gradient norm are looked at together, once: the device
-is asked a single time per step, not per microbatch. Our AdamW is told on the device to leave all weights as they are,
-and the host asks while it runs; other optimizers run once the host knows. What went wrong is written down with the
-examples it came from.
+transformers' Trainer hides a NaN loss by default (`logging_nan_inf_filter`) and steps the optimizer with any gradient.
+Here the losses of an optimizer step and its gradient norm are checked together: one synchronization per step, not one
+per microbatch. Our AdamW reads a flag on the device (`found_inf`) and then changes no weight; the host reads the result
+while it runs. Other optimizers run after the host has read it. The microbatches at fault are saved with the error.
 """
 
 import json
@@ -54,8 +53,9 @@ class NonFiniteError(FloatingPointError):
 class KeepRows:
     """A collator around a collator: takes the row numbers out of the examples and puts them beside the batch.
 
-    What is on the CPU here can be looked at for nothing. drop_masks: leave out masks without any padding. one_row: lays
-    the batch out as one row, which is put beside it. Examples, or a batch, that are no mappings go by as they are.
+    Batches are still on the CPU here, so that reading values costs no synchronization. drop_masks: leave out masks
+    without padding. one_row: lays the batch out as one row, which is put beside it. Examples or batches that are no
+    mappings pass unchanged.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class StepRecord:
     ) -> None:
         """Raises NonFiniteError for a loss or gradient norm that is not finite, ValueError without a supervised label.
 
-        `look` comes first. `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token
-        ids into text. This is the one place where a training step waits for the device: until `look` is done there, not
-        for what was asked of it since, so that the next step is prepared while the optimizer runs.
+        Call `look` first. `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token
+        ids into text. This is the only place where a training step waits for the device. It waits for the event after
+        `look`, not for later work, so that the host prepares the next step while the optimizer runs.
         """
         assert self.signs is not None
         if self.told is not None:

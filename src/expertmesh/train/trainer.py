@@ -45,9 +45,9 @@ class Trainer(ResumableTrainer):
     expert. `train` raises `NonFiniteError` before the optimizer step, and ValueError for a step without a single
     supervised label.
 
-    cuda_graph: whether forward and backward are recorded and replayed (see `GraphedStep`), packed and padded batches
-    brought to few shapes before (buckets.py); only while `train` runs. "auto": where it works and pays; where not, the
-    log says why. True: ValueError where that is known not to work, with what to change.
+    cuda_graph: whether `train` records forward and backward as a CUDA graph and replays it (`GraphedStep`). Packed and
+    padded batches are rounded up to few shapes before (buckets.py). "auto": where it works and pays; where not, the log
+    says why. True: raises ValueError where it cannot work, and says what to change.
     """
 
     _reads_masks = False  # whether somebody wants the attention_mask of rows without padding
@@ -131,7 +131,7 @@ class Trainer(ResumableTrainer):
             return super()._get_num_items_in_batch(*args, **kwargs)
 
     def _waiting(self, place: str) -> AbstractContextManager[None]:
-        """Within: ranks of a model that is laid out wait for each other as in a step, not as long as for loading."""
+        """Within, collectives of a sharded model have the timeout of a step, not the longer one of loading."""
         if not self.is_sharded or ranks.world_size() == 1:
             return nullcontext()
         world: Any = torch.distributed.group.WORLD
@@ -152,7 +152,7 @@ class Trainer(ResumableTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _told(self, inputs: Any, row: Row | None) -> Any:
-        """The batch as one row of documents, where that saves the base model a look at the device; or as it came."""
+        """The batch as one row of documents where that saves the base model a synchronization, else unchanged."""
         base = fused_base(self.model)
         if row is None or row.full or base is None or not self._tells:
             return inputs
@@ -210,8 +210,10 @@ class Trainer(ResumableTrainer):
                 base.told = False
 
     def _brought(self, inputs: Mapping[str, Any], row: Row | None) -> tuple[Mapping[str, Any], bool, bool]:
-        """What to step with; whether that is this batch in a bucket, the same on all ranks, or as it came; and whether
-        the tokens are few enough to record the step."""
+        """The batch of the step, whether it was put into a bucket, and whether its tokens are few enough to record it.
+
+        A bucket is the same on all ranks.
+        """
         base, ids = fused_base(self.model), inputs.get("input_ids")
         stays, need = CANNOT, (0 if ids is None else ids.numel(), 0, 0)
         if row is not None and ids is not None:
