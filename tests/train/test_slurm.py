@@ -1,9 +1,11 @@
 """A Slurm task knows its rank, and where rank 0 is."""
 
+import os
+
 import pytest
 
 from expertmesh.train.errors import ConfigError
-from expertmesh.train.slurm import expand_hosts, is_slurm_rank, slurm_variables
+from expertmesh.train.launch import is_rank, slurm_variables
 
 TASK = {
     "SLURM_PROCID": "5",
@@ -15,29 +17,20 @@ TASK = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_scontrol(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-
 @pytest.mark.parametrize(
-    ("hosts", "expanded"),
+    ("hosts", "first"),
     [
-        ("node1", ["node1"]),
-        ("a,b-2,c", ["a", "b-2", "c"]),
-        ("node[01-03,7],login", ["node01", "node02", "node03", "node7", "login"]),
-        ("n[098-101]", ["n098", "n099", "n100", "n101"]),
-        ("r[1-2]n[3,5].cluster", ["r1n3.cluster", "r1n5.cluster", "r2n3.cluster", "r2n5.cluster"]),
+        ("node1", "node1"),
+        ("a,b-2,c", "a"),
+        ("b-2,c", "b-2"),
+        ("node[01-03,7],login", "node01"),
+        ("login,node[01-03,7]", "login"),
+        ("n[098-101]", "n098"),
+        ("r[1-2]n[3,5].cluster", "r1n3.cluster"),
     ],
 )
-def test_lists_of_hosts(hosts, expanded):
-    assert expand_hosts(hosts) == expanded
-
-
-def test_scontrol_is_asked_where_it_is_there(tmp_path):
-    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$1-$2-$3"\necho second\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    assert expand_hosts("x[1-2]") == ["show-hostnames-x[1-2]", "second"]
+def test_the_first_of_a_list_of_hosts(hosts, first):
+    assert slurm_variables(TASK | {"SLURM_JOB_NODELIST": hosts})["MASTER_ADDR"] == first
 
 
 def test_the_address_is_the_first_host_and_not_the_launching_one():
@@ -55,10 +48,15 @@ def test_an_address_that_is_set_is_kept():
     assert given.items() <= slurm_variables(TASK | given).items()
 
 
-def test_one_task_is_no_rank():
-    assert is_slurm_rank(TASK)
-    assert not is_slurm_rank(TASK | {"SLURM_NTASKS": "1"})
-    assert not is_slurm_rank({"SLURM_NTASKS": "8"})
+@pytest.mark.parametrize(("absent", "several"), [({}, True), ({"SLURM_NTASKS"}, False), ({"SLURM_PROCID"}, False)])
+def test_one_of_several_tasks_is_a_rank(monkeypatch, absent, several):
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    task = {name: value for name, value in TASK.items() if name not in absent}
+    monkeypatch.setattr(
+        "os.environ", {name: x for name, x in os.environ.items() if name not in names | set(TASK)} | task
+    )
+    assert is_rank() is several
+    assert os.environ.get("RANK") == ("5" if several else None)
 
 
 def test_a_variable_that_is_missing_is_named():

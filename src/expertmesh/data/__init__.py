@@ -2,9 +2,10 @@
 
 from expertmesh.data.labels import IGNORED, REMEDY, check_supervised, check_template
 from expertmesh.data.sources import Unreachable, hold_out, load_dataset
-from expertmesh.data.tokenizer import demo_config, demo_tokenizer
+from expertmesh.data.tokenizer import DEMO_FOLDER, demo_config, demo_tokenizer
 
 __all__ = [
+    "DEMO_FOLDER",
     "IGNORED",
     "REMEDY",
     "Unreachable",

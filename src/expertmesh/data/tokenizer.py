@@ -26,13 +26,12 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
-
-FOLDER = Path(__file__).with_name("tokenizer")
+DEMO_FOLDER = Path(__file__).with_name("tokenizer")
 
 
 def demo_tokenizer() -> PreTrainedTokenizerBase:
     """The built-in tokenizer, loaded from the package: no network, no cache."""
-    return PreTrainedTokenizerFast.from_pretrained(FOLDER)
+    return PreTrainedTokenizerFast.from_pretrained(DEMO_FOLDER)
 
 
 def demo_config() -> Qwen3MoeConfig:
@@ -40,4 +39,4 @@ def demo_config() -> Qwen3MoeConfig:
 
     Its weights begin with a deviation of 0.06: the usual 0.02 is for widths of thousands.
     """
-    return Qwen3MoeConfig.from_json_file(FOLDER / "config.json")
+    return Qwen3MoeConfig.from_json_file(DEMO_FOLDER / "config.json")

@@ -60,6 +60,11 @@ def in_short(error: BaseException) -> str:
     return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...").rstrip(".: ")
 
 
+def few(numbers: Sequence[int]) -> str:
+    """The first 16 of some numbers, and how many more there are."""
+    return ", ".join(map(str, numbers[:16])) + (f" and {len(numbers) - 16} more" if len(numbers) > 16 else "")
+
+
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
     """Turns whatever goes wrong inside, in code of others, into a ConfigError that begins with `what`."""

@@ -24,12 +24,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from expertmesh import backends
 from expertmesh.moe import gather, links
-from expertmesh.waiting import waiting
+from expertmesh.waiting import meet
 
 WARM_UP = 3  # eager calls of a shape, which compile kernels and make buffers and streams; the last is the rehearsal
 MOST = 4  # shapes that are recorded; each keeps its gradients, and all share the memory of the largest
 MANY = 16  # shapes after which recording ends if fewer than half of the steps were replays
 ACCUMULATING = -1  # in place of a shape, as no hash is -1
+BEGINNING = "the beginning of a step"
 
 CANNOT = (
     "This training step cannot be recorded as a CUDA graph: {why}. Something in it waits for the GPU, or depends on "
@@ -72,7 +73,7 @@ class GraphedStep:
             module.reshard()
         fresh = all(parameter.grad is None for parameter in self.model.parameters())
         modes = self.model.training, *(parameter.requires_grad for parameter in self.model.parameters())
-        shapes = _on_all_ranks(_shape_of(modes, batch) if fresh else ACCUMULATING)
+        (shapes,) = meet(BEGINNING, _shape_of(modes, batch) if fresh else ACCUMULATING)
         if ACCUMULATING in shapes or self.gave_up or not self._comes_again(shapes):
             return self.always(**batch)
         if shapes not in self._recorded and self._seen[shapes] <= WARM_UP:
@@ -119,9 +120,9 @@ class GraphedStep:
         with _watching() as waits:
             loss = self.always(**batch)
         where = f"it waits for the GPU in {waits[0]}" if waits else "another rank waits for its GPU"
-        if any(_on_all_ranks(len(waits))):
+        if any(*meet(BEGINNING, len(waits))):
             self._fail(where, self.strict)
-        elif not self.strict and any(_on_all_ranks(int(not _has_room()))):
+        elif not self.strict and any(*meet(BEGINNING, not _has_room())):
             self._most = len(self._recorded)
             if not self._most:
                 self._give_up("there is not the memory of a step to spare")
@@ -262,21 +263,6 @@ def _shape_of(modes: tuple[bool, ...], batch: dict[str, Any]) -> int:
     """The same number for batches that differ in the values of tensors only."""
     leaves, tree = tree_flatten(dict(sorted(batch.items())))
     return hash((modes, str(tree), *((x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)))
-
-
-def on_all_ranks(*numbers: int) -> list[tuple[int, ...]]:
-    """The numbers of all ranks. All must ask at the same time."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [numbers]
-    world: Any = dist.group.WORLD
-    answers = [torch.zeros(len(numbers), dtype=torch.long) for _ in range(world.size())]
-    with waiting("the beginning of a step", links.hosts(world)):
-        dist.all_gather(answers, torch.tensor(numbers), group=links.hosts(world))
-    return [tuple(answer.tolist()) for answer in answers]
-
-
-def _on_all_ranks(number: int) -> tuple[int, ...]:
-    return tuple(answer for (answer,) in on_all_ranks(number))
 
 
 def _first(error: RuntimeError) -> RuntimeError:

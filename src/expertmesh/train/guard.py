@@ -17,6 +17,7 @@ from torch import nn
 
 from expertmesh.data import check_supervised
 from expertmesh.parallel import ranks
+from expertmesh.train.errors import few
 
 ROW = "__row__"  # column of an example's position in the training data; it never reaches the model
 ONE_ROW = "__one_row__"  # nor does the batch as a row of documents
@@ -138,7 +139,7 @@ class StepRecord:
             symptom = f"the gradient is not finite (norm {norm})"
         known = all(batch["rows"] is not None for batch in microbatches)
         rows = [row for batch in microbatches for row in batch["rows"]] if known else None
-        origin = "cannot be traced to rows" if rows is None else f"are rows {_short(rows)} of the training data"
+        origin = "cannot be traced to rows" if rows is None else f"are rows {few(rows)} of the training data"
         ids = self.batches[guilty[0]].get("input_ids")
         begin = f", beginning {decode(ids[0, :SHOWN].tolist())!r}" if decode and ids is not None else ""
         raise NonFiniteError(
@@ -159,7 +160,3 @@ def _advice(what: str, model: nn.Module) -> str:
     if damaged:
         return TRY_WEIGHTS.format(count=len(damaged), first=damaged[0])
     return TRY_LOSS if what == "loss" else TRY_GRADIENT
-
-
-def _short(rows: list[int], limit: int = 16) -> str:
-    return ", ".join(map(str, rows[:limit])) + (f" and {len(rows) - limit} more" if len(rows) > limit else "")

@@ -9,9 +9,10 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -29,11 +30,7 @@ from expertmesh.train.folder import check_folder
 from expertmesh.train.routing import routers
 from expertmesh.train.talks import check_rows
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Unreachable(ConfigError):
@@ -45,7 +42,7 @@ class Inputs(NamedTuple):
 
     tokenizer: Any
     train_rows: Any
-    eval_rows: "Dataset | None"
+    eval_rows: Any
 
 
 def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
@@ -54,7 +51,7 @@ def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
     What the Hub has, where the Hub cannot be reached, goes by name into `unreachable` if that is given.
     """
 
-    def reach(load: Callable[..., T], *which: Any) -> T | None:
+    def reach(load: Callable[..., Any], *which: Any) -> Any:
         try:
             return load(config, *which)
         except Unreachable as error:
@@ -112,37 +109,31 @@ def check_settings(config: Config) -> None:
 
 def load_model_config(config: Config) -> PreTrainedConfig:
     """The config.json of `model.name`."""
-    if config.model.name == "demo":
-        return data.demo_config()
-    try:
-        found = AutoConfig.from_pretrained(config.model.name, **origin(config))
+    with loading_part(config, "config.json"):
+        found = AutoConfig.from_pretrained(**origin(config))
         if not isinstance(found.get_text_config().vocab_size, int):
             raise ValueError("it has no vocab_size, so it is no language model's")
         return found
-    except Exception as error:  # a config.json may hold anything, and then anything may go wrong
-        raise unreachable(config.model.name, "config.json", error) from error
 
 
 def load_tokenizer(config: Config) -> Any:
     """The tokenizer of `model.name`."""
-    if config.model.name == "demo":
-        return data.demo_tokenizer()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model.name, **origin(config))
+    with loading_part(config, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(**origin(config))
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what Transformers makes of no files at all
             raise ValueError("it has no vocabulary, such as tokenizer.json")
         return tokenizer
-    except Exception as error:
-        raise unreachable(config.model.name, "tokenizer", error) from error
 
 
 def origin(config: Config) -> dict[str, Any]:
-    """The options with which all parts of a model are loaded."""
-    return config.model.model_dump(include={"revision", "trust_remote_code"})
+    """The arguments with which all parts of a model are loaded."""
+    name = data.DEMO_FOLDER if config.model.name == "demo" else config.model.name
+    options = config.model.model_dump(include={"revision", "trust_remote_code"})
+    return {"pretrained_model_name_or_path": name, **options}
 
 
-def load_rows(config: Config, split: str) -> "Dataset":
-    """The rows of a split of `data.name`, in one of TRL's formats."""
+def load_rows(config: Config, split: str) -> Any:
+    """The Dataset of a split of `data.name`, in one of TRL's formats."""
     name = config.data.name
     try:
         return data.load_dataset(name, split, config.train.seed, name=config.data.config)
@@ -183,7 +174,7 @@ def check_model(config: Config, model_config: PreTrainedConfig, tokenizer: Any =
         _check_skeleton(config, model_config)
     if config.moe.router_aux_loss_coef and not hasattr(text, "output_router_logits"):
         raise ConfigError(f"moe.router_aux_loss_coef: {name} has no router logits to weigh. Remove the key.")
-    if Path(name).is_dir():
+    if name != "demo" and Path(name).is_dir():
         _check_files(Path(name))
 
 
@@ -248,19 +239,26 @@ def lora(config: Config) -> Any:
     return LoraConfig(task_type="CAUSAL_LM", **{names.get(key, key): value for key, value in config.lora})
 
 
-def unreachable(name: str, what: str, error: Exception) -> ConfigError:
-    """The error for a part of a model that could not be loaded."""
-    why = in_short(error)
-    if Path(name).is_dir():
-        return ConfigError(f"model.name: the {what} in the folder {name} cannot be read: {why}.")
-    if Path(name).exists():
-        return ConfigError(f"model.name: {name} is no folder. Name the folder of a model, with its config.json.")
-    if name.startswith((".", "/")) or name.count("/") > 1:
-        return ConfigError(f"model.name: the folder {name} does not exist. Check the spelling, or name a Hub id.")
-    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
-    if offline:
-        why = "it is not in the cache, and HF_HUB_OFFLINE forbids fetching it"
-    return (Unreachable if offline or "couldn't connect" in str(error) else ConfigError)(
-        f"model.name: there is no folder {name!r} here, and as a Hugging Face id its {what} cannot be had: {why}. "
-        f"Check the spelling, name a local folder, run `hf download {name}` where there is a network, or use `demo`."
-    )
+@contextmanager
+def loading_part(config: Config, what: str, errors: Any = Exception) -> Iterator[None]:
+    """Turns errors in loading a part of `model.name`, which may be any, into a ConfigError that says what to change."""
+    try:
+        yield
+    except errors as error:
+        name, why, kind = config.model.name, in_short(error), ConfigError
+        if Path(name).is_dir():
+            said = f"the {what} in the folder {name} cannot be read: {why}."
+        elif Path(name).exists():
+            said = f"{name} is no folder. Name the folder of a model, with its config.json."
+        elif name.startswith((".", "/")) or name.count("/") > 1:
+            said = f"the folder {name} does not exist. Check the spelling, or name a Hub id."
+        else:
+            if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+                why, kind = "it is not in the cache, and HF_HUB_OFFLINE forbids fetching it", Unreachable
+            elif "couldn't connect" in str(error):
+                kind = Unreachable
+            said = (
+                f"there is no folder {name!r} here, and as a Hugging Face id its {what} cannot be had: {why}. Check "
+                f"the spelling, name a local folder, run `hf download {name}` where there is a network, or use `demo`."
+            )
+        raise kind(f"model.name: {said}") from error

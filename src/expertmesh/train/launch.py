@@ -8,6 +8,7 @@ with a checkpoint (interrupt.py). Should this process die, the ranks see the end
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,15 +16,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertmesh.train.config import Config
-from expertmesh.train.errors import EXIT_CODES, handling, in_short, refusing
-from expertmesh.train.slurm import is_slurm_rank, slurm_variables
+from expertmesh.train.errors import EXIT_CODES, ConfigError, few, handling, in_short, refusing
 
 if TYPE_CHECKING:
     from expertmesh.parallel.setup import DistributedSetup
@@ -38,11 +38,35 @@ _SHOWN = 20  # last lines of a rank that ended without an error of its own
 
 def is_rank() -> bool:
     """Whether torchrun, Slurm or `launch` started this process as a rank; Slurm's variables are translated."""
-    if "RANK" not in os.environ and is_slurm_rank(os.environ):
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
         os.environ.update(slurm_variables(os.environ))
     if os.environ.get(_WATCH):
         threading.Thread(target=_follow_launcher, daemon=True).start()
     return "RANK" in os.environ
+
+
+def slurm_variables(task: Mapping[str, str]) -> dict[str, str]:
+    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a Slurm task, the last two unless they are set.
+
+    Raises ConfigError if Slurm's variables are incomplete.
+    """
+    try:
+        job, hosts = int(task["SLURM_JOB_ID"]), task["SLURM_JOB_NODELIST"]
+        # rank 0 runs on the first of `node[08-09,12],login`; SLURM_LAUNCH_NODE_IPADDR is where srun was typed
+        first_host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", hosts).partition(",")[0]
+        return {
+            "RANK": task["SLURM_PROCID"],
+            "LOCAL_RANK": task["SLURM_LOCALID"],
+            "WORLD_SIZE": task["SLURM_NTASKS"],
+            "MASTER_ADDR": task.get("MASTER_ADDR") or first_host,
+            # below the ports that Linux hands out by itself (from 32768), and another one for each job on a shared host
+            "MASTER_PORT": task.get("MASTER_PORT") or str(10_000 + job % 20_000),
+        }
+    except KeyError as missing:
+        raise ConfigError(
+            f"This looks like a task of a Slurm job, but {missing.args[0]} is not set. Start it with srun, or unset "
+            "SLURM_PROCID to run without Slurm."
+        ) from None
 
 
 def default_nproc() -> int:
@@ -89,7 +113,7 @@ def join(minutes: float) -> None:
         except dist.DistStoreError:
             absent = [number for number in range(size) if not book.check([str(number)])]
             twice = [number for number in range(size) if number not in absent and book.add(str(number), 0) > 1]
-            return f"of {size} ranks {_few(absent)} did not come" + (f", RANK={_few(twice)} came twice" * bool(twice))
+            return f"of {size} ranks {few(absent)} did not come" + (f", RANK={few(twice)} came twice" * bool(twice))
         return ""
 
     def work() -> None:
@@ -110,10 +134,6 @@ def join(minutes: float) -> None:
             f"it, and there must be one process for each RANK from 0 to {size - 1}. If ranks only need longer than "
             f"{minutes:g} minutes to start, raise parallel.start_timeout_minutes."
         )
-
-
-def _few(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + ("" if len(numbers) <= 8 else f" and {len(numbers) - 8} more")
 
 
 def launch(command: Sequence[str], nproc: int, logs: Path) -> int:

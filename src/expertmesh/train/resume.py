@@ -103,14 +103,16 @@ class ResumableTrainer(transformers.Trainer):
                     super()._save_checkpoint(model, trial)  # into folder/checkpoint-<step>
             finally:
                 self._staging = None
-            inner = folder / f"checkpoint-{step}"
+            inner, best = folder / f"checkpoint-{step}", self.state.best_global_step
+            # transformers looks for the best checkpoint beside the one it writes
+            if best and (best == step or (run_dir / f"checkpoint-{best}").exists()):
+                self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
             with ranks.together():
                 if ranks.rank() == 0:
-                    self._correct_best(inner, run_dir)
+                    self.state.save_to_json(str(inner / "trainer_state.json"))
                     for path in inner.iterdir():
                         path.rename(folder / path.name)
                     inner.rmdir()
-        self._correct_best(None, run_dir)
         self._published_step = step
         if self.args.save_total_limit and ranks.rank() == 0:
             prune(run_dir, self.args.save_total_limit, [self.state.best_model_checkpoint or ""])
@@ -129,16 +131,6 @@ class ResumableTrainer(transformers.Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # else: once it is published
             super()._push_from_checkpoint(checkpoint_folder)
-
-    def _correct_best(self, folder: Path | None, run_dir: Path) -> None:
-        """transformers looks for the best checkpoint beside the one it writes: point to where it is published."""
-        best = self.state.best_global_step
-        if best:
-            path = run_dir / f"checkpoint-{best}"
-            if best == self.state.global_step or path.exists():
-                self.state.best_model_checkpoint = str(path)
-        if folder is not None:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._has_other_format or not optimizer_state.is_of(self.model, self._torch_optimizer):
@@ -195,15 +187,12 @@ def refuse_different_ranks(trainer: transformers.Trainer, checkpoint: Any) -> No
     A rank with fewer batches or another learning rate would be found out when the others wait for it, or never.
     """
     told = {name: value for name, value in trainer.args.to_dict().items() if not _OWN.search(name)}
-    refuse_differences("their training arguments", told)
     data = trainer.train_dataset
     trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
-    found = {
-        "rows of training data": len(data) if isinstance(data, Sized) else "unknown",
-        "trained parameters": f"{len(trained)} tensors, {sum(trained)} numbers",
-        "checkpoint": Path(str(checkpoint)).name,
-    }
-    refuse_differences("what they train", found)
+    told["rows of training data"] = len(data) if isinstance(data, Sized) else "unknown"
+    told["trained parameters"] = f"{len(trained)} tensors, {sum(trained)} numbers"
+    told["checkpoint"] = Path(str(checkpoint)).name
+    refuse_differences("what they train, or how", told)
 
 
 def _step_of(checkpoint: Path) -> int:

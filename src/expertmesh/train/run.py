@@ -31,7 +31,7 @@ from expertmesh.parallel.setup import current_world_size
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
 from expertmesh.train.folder import check_folder, check_room, save_final, starting_point
-from expertmesh.train.inputs import Inputs, gather, lora, origin, unreachable
+from expertmesh.train.inputs import Inputs, gather, loading_part, lora, origin
 from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.launch import join, layout
 from expertmesh.train.metrics import read_metrics
@@ -143,9 +143,8 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
     if on_gpu and setup is None:
         options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, not through the CPU's memory
     try:
-        return auto.from_pretrained(section.name, **options, **origin(config))
-    except (OSError, SafetensorError) as error:
-        raise unreachable(section.name, "model", error) from error
+        with loading_part(config, "model", (OSError, SafetensorError)):
+            return auto.from_pretrained(**origin(config), **options)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise

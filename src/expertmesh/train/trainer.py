@@ -11,7 +11,7 @@ are loaded, and fit another layout (resume.py).
 import logging
 import math
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -23,9 +23,8 @@ from expertmesh import backends
 from expertmesh.memory.adamw import AdamW
 from expertmesh.parallel import ranks
 from expertmesh.parallel.clip import clip_grad_norm, grad_norm
-from expertmesh.train.ahead import Ahead
 from expertmesh.train.buckets import Buckets, Row, fused_base, one_row
-from expertmesh.train.graphed import GraphedStep, on_all_ranks, why_not, why_not_unasked
+from expertmesh.train.graphed import BEGINNING, GraphedStep, why_not, why_not_unasked
 from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.resume import ResumableTrainer
@@ -79,10 +78,9 @@ class Trainer(ResumableTrainer):
         self.load = RouterLoad(self.model)
         self.add_callback(MetricsFile(self.args.output_dir or ".", self.load))
         self._record = StepRecord()
-        self._ahead = Ahead(iter(()))
+        self._ahead = _Ahead(iter(()))
         self._tokens: torch.Tensor | int = 0
-        self._seconds = 0.0
-        self._since: float | None = None  # when the stopwatch was looked at; None: it stands
+        self._since: float | None = None  # when they began to be counted, later by the time that was no training
 
     def get_train_dataloader(self):
         """As in transformers, and the batches say which rows of the data they hold."""
@@ -103,7 +101,7 @@ class Trainer(ResumableTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._since = time.perf_counter() if self._since is None else self._since
         if self._ahead.source is not epoch_iterator:
-            self._ahead = Ahead(epoch_iterator)
+            self._ahead = _Ahead(epoch_iterator)
         batches, num_items = super().get_batch_samples(self._ahead, num_batches, device)
         named = [batch if isinstance(batch, MutableMapping) else {} for batch in batches]
         self._record = StepRecord(named, [batch.pop(ROW, None) for batch in named], num_items)
@@ -115,7 +113,7 @@ class Trainer(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any):
         self._plan = None  # arguments may have changed
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens = 0
         try:
             done = super().train(*args, **kwargs)
             if self.cuda_graph is True and self._graphed is not None and not self._graphed.replayed:
@@ -182,7 +180,7 @@ class Trainer(ResumableTrainer):
         if self._graphed is None:
             if self.cuda_graph == "auto":
                 why = why_not_unasked(self)
-                if any(found for (found,) in on_all_ranks(int(why is not None))):
+                if any(*meet(BEGINNING, why is not None)):
                     self._say(why or "another rank does not")
                     self._plan = False
                     return self._plain_step(model, self._told(inputs, row), num_items_in_batch)
@@ -220,12 +218,11 @@ class Trainer(ResumableTrainer):
             need = (row.input_ids.numel(), len(row.cu_seqlens) - 1, row.longest)
             self._usual = ids.shape if self._usual is None and row.full else self._usual
             stays = EITHER if row.full and ids.shape == self._usual else BUCKET
-        answers = on_all_ranks(stays, *need)
-        tokens, documents, longest = (max(answer[i] for answer in answers) for i in (1, 2, 3))
+        ways, *needs = meet(BEGINNING, stays, *need)
+        tokens, documents, longest = map(max, needs)
         if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
             self._say(f"a batch has more than {MOST_TOKENS:,} tokens per GPU, with which the CPU is no limit")
             return self._told(inputs, row), False, False
-        ways = {way for way, *_ in answers}
         if row is not None and base is not None and BUCKET in ways and CANNOT not in ways:
             bucket = self._buckets.of(tokens, documents, longest)
             if base.takes_documents(bucket.tokens):
@@ -301,24 +298,49 @@ class Trainer(ResumableTrainer):
         pause = self.control.should_evaluate or self.control.should_save
         if (pause or self.control.should_log) and self.is_sharded and ranks.world_size() > 1:
             meet(f"the end of step {self.state.global_step}")  # what follows may take long
-        self._look_at_the_clock()
+        began = time.perf_counter()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if pause:
-            self._since = time.perf_counter()  # neither is training
-
-    def _look_at_the_clock(self) -> None:
-        now = time.perf_counter()
-        self._seconds += now - (now if self._since is None else self._since)
-        self._since = now
+        if pause and self._since is not None:  # neither is training
+            self._since += time.perf_counter() - max(began, self._since)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a record of training, not of evaluation
             logs |= self.load.window()
             tokens = float(self._tokens)  # the device has been waited for: so the time is that of the work
-            self._look_at_the_clock()
-            logs["tokens_per_second"] = round(tokens / max(self._seconds, 1e-9), 1)
-            self._tokens, self._seconds = 0, 0.0
+            now = time.perf_counter()
+            seconds = 0.0 if self._since is None else now - self._since
+            logs["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
+            self._tokens, self._since = 0, now
         super().log(logs, start_time)
+
+
+class _Ahead:
+    """Yields what `source` does. After `fetch` the next item is there, or the error in its place, which `next` raises.
+
+    A step waits for the device once; what the next step learns from is collated before, while the device works.
+    """
+
+    def __init__(self, source: Iterator[Any]):
+        self.source = source
+        self._fetched: list[tuple[Any, Exception | None]] = []
+
+    def fetch(self) -> None:
+        """Get the next item, unless it is there."""
+        if not self._fetched:
+            try:
+                self._fetched.append((next(self.source), None))
+            except Exception as error:  # StopIteration among them
+                self._fetched.append((None, error))
+
+    def __iter__(self) -> "_Ahead":
+        return self
+
+    def __next__(self) -> Any:
+        self.fetch()
+        item, error = self._fetched.pop()
+        if error is not None:
+            raise error
+        return item
 
 
 def _padding_mask(batch: Any) -> torch.Tensor | None:
