@@ -23,8 +23,8 @@ from expertmesh.layers.base_model import FastBaseModel
 from expertmesh.layers.head import next_tokens
 from expertmesh.layers.rows import Apart, look
 
-AS_IT_IS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_idx"}
-TOLD = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_idx"}
+BOUNDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 LEAST = 64  # tokens: below that nothing is gained by fewer
 
 
@@ -62,8 +62,8 @@ def one_row(batch: Mapping[str, Any]) -> Row | None:
     None where the row would not train the same: inputs other than tokens, padding between tokens, labels on padding.
     """
     ids, labels, mask = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
-    told = batch.keys() & TOLD
-    if batch.keys() - AS_IT_IS - TOLD or ids is None or ids.ndim != 2 or labels is None or (told and told != TOLD):
+    bounds = batch.keys() & BOUNDS
+    if batch.keys() - ROWS - BOUNDS or ids is None or ids.ndim != 2 or labels is None or (bounds and bounds != BOUNDS):
         return None
     shape, positions = (ids.shape[0], ids.shape[1]), batch.get("position_ids")
     others = [x for x in (labels, mask, positions, batch.get("seq_idx")) if x is not None]
@@ -77,7 +77,7 @@ def one_row(batch: Mapping[str, Any]) -> Row | None:
     documents = found.documents(ids.device) if found.count else None
     if documents is None or found.has_holes or found.labelled_padding:
         return None
-    cu_seqlens = batch["cu_seq_lens_q"].int() if told and mask is None else documents.cu_seqlens
+    cu_seqlens = batch["cu_seq_lens_q"].int() if bounds and mask is None else documents.cu_seqlens
     apart = Apart.of(found.keep, ids.device)
     positions = found.positions(ids.device) if positions is None else positions.expand(shape)
     wanted = apart.take(targets)

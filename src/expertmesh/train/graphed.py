@@ -75,15 +75,15 @@ class GraphedStep:
         modes = self.model.training, *(parameter.requires_grad for parameter in self.model.parameters())
         (shapes,) = meet(BEGINNING, _shape_of(modes, batch) if fresh else ACCUMULATING)
         if ACCUMULATING in shapes or self.gave_up or not self._comes_again(shapes):
-            return self.always(**batch)
+            return self.eager(**batch)
         if shapes not in self._recorded and self._seen[shapes] <= WARM_UP:
-            return self.always(**batch) if self._seen[shapes] < WARM_UP else self._rehearse(batch)
+            return self.eager(**batch) if self._seen[shapes] < WARM_UP else self._rehearse(batch)
         if shapes in self._recorded and self._recorded[shapes].mailboxes != links.mailboxes():
             self.close()  # larger ones were made, at another place
         if shapes not in self._recorded:
             recorded = self._record(batch)
             if recorded is None:
-                return self.always(**batch)
+                return self.eager(**batch)
             self._recorded[shapes] = recorded
         self.replayed += 1
         return self._recorded[shapes].replay(batch)
@@ -99,7 +99,7 @@ class GraphedStep:
         loss.backward()
         return loss
 
-    def always(self, **batch: Any) -> torch.Tensor:
+    def eager(self, **batch: Any) -> torch.Tensor:
         """The step, run eagerly. On the recording's stream: autograd ties a parameter's AccumulateGrad to a stream."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -118,7 +118,7 @@ class GraphedStep:
     def _rehearse(self, batch: dict[str, Any]) -> torch.Tensor:
         """The step, run eagerly, while looking for what would make its recording fail."""
         with _watching() as waits:
-            loss = self.always(**batch)
+            loss = self.eager(**batch)
         where = f"it waits for the GPU in {waits[0]}" if waits else "another rank waits for its GPU"
         if any(*meet(BEGINNING, len(waits))):
             self._fail(where, self.strict)
@@ -186,7 +186,7 @@ class _Recorded:
 KNOWN = {"expertmesh", "torch", "transformers", "accelerate", "trl", "peft", "bitsandbytes", "liger_kernel"}
 
 
-def why_not_unasked(trainer: Any) -> str | None:
+def why_not_auto(trainer: Any) -> str | None:
     """Why steps that could be recorded should not be unless asked for: user code that may have to run at every step."""
     code = {name: getattr(type(trainer), name) for name in ("compute_loss", "training_step")}
     if trainer.compute_loss_func is not None:

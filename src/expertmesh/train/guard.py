@@ -91,8 +91,8 @@ class StepRecord:
     rows: list[torch.Tensor | None] = field(default_factory=list)
     num_items: torch.Tensor | int | None = None
     losses: list[torch.Tensor] = field(default_factory=list)
-    signs: torch.Tensor | None = None  # what `look` found, on the CPU once `told`
-    told: torch.cuda.Event | None = None
+    signs: torch.Tensor | None = None  # what `look` found, on the CPU once `copied` is over
+    copied: torch.cuda.Event | None = None
 
     def look(self, grad_norm: torch.Tensor | float) -> torch.Tensor:
         """Look at losses and gradient norm on the device, without waiting for it. Returns a float32 scalar: 1 if the
@@ -104,7 +104,7 @@ class StepRecord:
         finite = [torch.isfinite(value).all() for value in (grad_norm, *self.losses)]
         signs = torch.stack([supervised, *finite])
         self.signs = signs.to("cpu", non_blocking=True)
-        self.told = torch.cuda.current_stream(signs.device).record_event() if signs.is_cuda else None
+        self.copied = torch.cuda.current_stream(signs.device).record_event() if signs.is_cuda else None
         return 1.0 - signs.all().float()
 
     def check(
@@ -117,8 +117,8 @@ class StepRecord:
         `look`, not for later work, so that the host prepares the next step while the optimizer runs.
         """
         assert self.signs is not None
-        if self.told is not None:
-            self.told.synchronize()
+        if self.copied is not None:
+            self.copied.synchronize()
         grad_norm = torch.as_tensor(grad_norm)
         has_labels, grad_finite, *loss_finite = self.signs.tolist()
         if not has_labels:
@@ -127,7 +127,7 @@ class StepRecord:
             return
         what = "gradient" if all(loss_finite) else "loss"
         norm, guilty = grad_norm.item(), [i for i, finite in enumerate(loss_finite) if what == "gradient" or not finite]
-        microbatches = [self._told(i) for i in guilty]
+        microbatches = [self._as_data(i) for i in guilty]
         of_rank = f"-rank-{ranks.rank()}" if ranks.world_size() > 1 else ""  # each has its own batch
         path = Path(folder) / f"nonfinite-step-{step}{of_rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ class StepRecord:
             *(step, what, rows, path),
         )
 
-    def _told(self, i: int) -> dict[str, Any]:
+    def _as_data(self, i: int) -> dict[str, Any]:
         """Microbatch `i` as plain data."""
         batch, rows = self.batches[i], self.rows[i]
         tokens = {key: batch[key].tolist() for key in ("input_ids", "labels") if key in batch}

@@ -71,8 +71,8 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
             return super().why_not_recorded()
         return f"the model's own loss cannot take the place of TRL's because of {reason}. Leave that out"
 
-    def _told(self, inputs: Any, row: Any) -> Any:
-        return inputs if self.why_not_own_loss() is not None else super()._told(inputs, row)
+    def _as_one_row(self, inputs: Any, row: Any) -> Any:
+        return inputs if self.why_not_own_loss() is not None else super()._as_one_row(inputs, row)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs or not model.training or self.why_not_own_loss() is not None:

@@ -10,6 +10,7 @@ are loaded, and fit another layout (resume.py).
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,14 +18,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers.utils import is_datasets_available
 
 from expertmesh import backends
 from expertmesh.memory.adamw import AdamW
 from expertmesh.parallel import ranks
 from expertmesh.parallel.clip import clip_grad_norm, grad_norm
 from expertmesh.train.buckets import Buckets, Row, fused_base, one_row
-from expertmesh.train.graphed import BEGINNING, GraphedStep, why_not, why_not_unasked
+from expertmesh.train.graphed import BEGINNING, GraphedStep, why_not, why_not_auto
 from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.resume import ResumableTrainer
@@ -71,7 +71,7 @@ class Trainer(ResumableTrainer):
         self._said: set[str] = set()
         self._usual: torch.Size | None = None  # of the first batch without padding
         self._buckets = Buckets()
-        self._tells = False  # whether steps that are not recorded may take batches as one row, too
+        self._one_row_pays = False  # whether steps that are not recorded may take batches as one row, too
         if cuda_graph is True:
             self._records()
         self.args.logging_nan_inf_filter = False  # it hides a nan, and waits for every microbatch
@@ -89,8 +89,8 @@ class Trainer(ResumableTrainer):
         streamed = isinstance(self.train_dataset, torch.utils.data.IterableDataset)  # batches are shared out later
         found = not streamed and fused_base(self.model) is not None
         fixed = self.args.torch_compile or self.args.neftune_noise_alpha is not None  # noise depends on a row's length
-        self._tells = found and not fixed and why_not_unasked(self) is None
-        rows = one_row if self._tells or (found and not fixed and self._records()) else None
+        self._one_row_pays = found and not fixed and why_not_auto(self) is None
+        rows = one_row if self._one_row_pays or (found and not fixed and self._records()) else None
         self.data_collator = KeepRows(collator, found and not self._reads_masks, rows)
         self._signature_columns = [*columns, ROW]
         try:
@@ -141,7 +141,7 @@ class Trainer(ResumableTrainer):
             if isinstance(inputs, Mapping) and self._records():
                 loss = self._graphed_step(model, inputs, row, num_items_in_batch)
             else:
-                loss = self._plain_step(model, self._told(inputs, row), num_items_in_batch)
+                loss = self._plain_step(model, self._as_one_row(inputs, row), num_items_in_batch)
         self._record.losses.append(loss)
         return loss
 
@@ -149,10 +149,10 @@ class Trainer(ResumableTrainer):
         self.load.mask = _padding_mask(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _told(self, inputs: Any, row: Row | None) -> Any:
+    def _as_one_row(self, inputs: Any, row: Row | None) -> Any:
         """The batch as one row of documents where that saves the base model a synchronization, else unchanged."""
         base = fused_base(self.model)
-        if row is None or row.full or base is None or not self._tells:
+        if row is None or row.full or base is None or not self._one_row_pays:
             return inputs
         return row.inputs() if base.takes_documents(row.input_ids.shape[1]) else inputs
 
@@ -179,11 +179,11 @@ class Trainer(ResumableTrainer):
     def _graphed_step(self, model, inputs, row, num_items_in_batch):
         if self._graphed is None:
             if self.cuda_graph == "auto":
-                why = why_not_unasked(self)
+                why = why_not_auto(self)
                 if any(*meet(BEGINNING, why is not None)):
                     self._say(why or "another rank does not")
                     self._plan = False
-                    return self._plain_step(model, self._told(inputs, row), num_items_in_batch)
+                    return self._plain_step(model, self._as_one_row(inputs, row), num_items_in_batch)
 
             def run(n: Any, weight: Any, **batch: Any) -> torch.Tensor:
                 return self._plain_step(model, batch, n)
@@ -194,20 +194,20 @@ class Trainer(ResumableTrainer):
                 module.train()
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        batch, bucketed, few = self._brought(inputs, row)
+        batch, bucketed, few = self._into_bucket(inputs, row)
         batch = self._prepare_inputs(batch)
         base = fused_base(self.model)
         weight = getattr(self.accelerator.unwrap_model(model), "mtp_loss_weight", None)  # Python, which may change
         if base is not None:
             base.told = bucketed
         try:
-            step = self._graphed if few else self._graphed.always
+            step = self._graphed if few else self._graphed.eager
             return step(n=num_items_in_batch, weight=weight, **batch)
         finally:
             if base is not None:
                 base.told = False
 
-    def _brought(self, inputs: Mapping[str, Any], row: Row | None) -> tuple[Mapping[str, Any], bool, bool]:
+    def _into_bucket(self, inputs: Mapping[str, Any], row: Row | None) -> tuple[Mapping[str, Any], bool, bool]:
         """The batch of the step, whether it was put into a bucket, and whether its tokens are few enough to record it.
 
         A bucket is the same on all ranks.
@@ -222,7 +222,7 @@ class Trainer(ResumableTrainer):
         tokens, documents, longest = map(max, needs)
         if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
             self._say(f"a batch has more than {MOST_TOKENS:,} tokens per GPU, with which the CPU is no limit")
-            return self._told(inputs, row), False, False
+            return self._as_one_row(inputs, row), False, False
         if row is not None and base is not None and BUCKET in ways and CANNOT not in ways:
             bucket = self._buckets.of(tokens, documents, longest)
             if base.takes_documents(bucket.tokens):
@@ -351,9 +351,7 @@ def _padding_mask(batch: Any) -> torch.Tensor | None:
 
 def _numbered(dataset: Any) -> Any:
     """A datasets.Dataset with its row numbers as a column; anything else as it is, and its rows stay unknown."""
-    if is_datasets_available():
-        from datasets import Dataset
-
-        if isinstance(dataset, Dataset) and ROW not in dataset.column_names:
-            return dataset.add_column(ROW, list(range(len(dataset))))
-    return dataset
+    datasets: Any = sys.modules.get("datasets")  # if nobody imported it, this is none of its
+    if datasets is None or not isinstance(dataset, datasets.Dataset) or ROW in dataset.column_names:
+        return dataset
+    return dataset.add_column(ROW, list(range(len(dataset))))
