@@ -1,11 +1,9 @@
 """A Slurm task knows its rank, and where rank 0 is."""
 
-import os
-
 import pytest
 
 from expertmesh.train.errors import ConfigError
-from expertmesh.train.launch import is_rank, slurm_variables
+from expertmesh.train.launch import slurm_variables
 
 TASK = {
     "SLURM_PROCID": "5",
@@ -46,17 +44,6 @@ def test_the_address_is_the_first_host_and_not_the_launching_one():
 def test_an_address_that_is_set_is_kept():
     given = {"MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "5000"}
     assert given.items() <= slurm_variables(TASK | given).items()
-
-
-@pytest.mark.parametrize(("absent", "several"), [({}, True), ({"SLURM_NTASKS"}, False), ({"SLURM_PROCID"}, False)])
-def test_one_of_several_tasks_is_a_rank(monkeypatch, absent, several):
-    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    task = {name: value for name, value in TASK.items() if name not in absent}
-    monkeypatch.setattr(
-        "os.environ", {name: x for name, x in os.environ.items() if name not in names | set(TASK)} | task
-    )
-    assert is_rank() is several
-    assert os.environ.get("RANK") == ("5" if several else None)
 
 
 def test_a_variable_that_is_missing_is_named():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from expertmesh.train.routing import RouterLoad, count_choices, routers
+from expertmesh.train.routing import RouterLoad, routers
 
 BIAS = "e_score_correction_bias"
 
@@ -37,7 +37,7 @@ class BalanceRouters(TrainerCallback):
             )
         biases: dict[str, Any] = {name: getattr(router, BIAS) for name, router in self.routers.items()}
         self.counts = {name: torch.zeros_like(bias, dtype=torch.long) for name, bias in biases.items()}
-        count_choices(self.routers, self.counts, lambda: load.mask)
+        load.count_into(self.counts, self.routers)
 
     @torch.no_grad()
     def on_step_end(self, *_: Any, **__: Any) -> None:

@@ -224,30 +224,26 @@ DEMO: dict[str, dict[str, Any]] = {
 }
 """What `expertmesh train` runs when it is given no file: a minute on two CPU cores."""
 
-#: what other tools call a key, and short names
+#: what other tools call our keys, and short names
 ELSEWHERE = {
-    "batch_size": "train.per_device_train_batch_size",
-    "data_path": "data.name",
-    "dataset": "data.name",
-    "ep": "parallel.ep_size",
-    "epochs": "train.num_train_epochs",
-    "eval_batch_size": "train.per_device_eval_batch_size",
-    "expert_parallel_size": "parallel.ep_size",
-    "flash_attention": "model.attn_implementation",
-    "gpus": "parallel.nproc",
-    "grad_accum": "train.gradient_accumulation_steps",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "lr": "train.learning_rate",
-    "mixed_precision": "train.bf16",
-    "model_name_or_path": "model.name",
-    "rank": "lora.r",
-    "resume": "save.resume_from_checkpoint",
-    "seq_length": "data.max_length",
-    "sequence_length": "data.max_length",
-    "tensor_parallel_size": "parallel.tp_size",
-    "tp": "parallel.tp_size",
-    "wandb": "log.report_to",
-    "wd": "train.weight_decay",
+    "data.max_length": "seq_length sequence_length",
+    "data.name": "data_path dataset",
+    "log.report_to": "wandb",
+    "lora.r": "rank",
+    "model.attn_implementation": "flash_attention",
+    "model.name": "model_name_or_path",
+    "parallel.ep_size": "ep expert_parallel_size",
+    "parallel.nproc": "gpus",
+    "parallel.tp_size": "tp tensor_parallel_size",
+    "save.resume_from_checkpoint": "resume",
+    "train.activation_checkpointing": "gradient_checkpointing",
+    "train.bf16": "mixed_precision",
+    "train.gradient_accumulation_steps": "grad_accum",
+    "train.learning_rate": "lr",
+    "train.num_train_epochs": "epochs",
+    "train.per_device_eval_batch_size": "eval_batch_size",
+    "train.per_device_train_batch_size": "batch_size",
+    "train.weight_decay": "wd",
 }
 
 
@@ -362,7 +358,8 @@ def _nearest(key: str, keys: Sequence[str]) -> str | None:
     if same := [known for known in keys if known.rpartition(".")[2] == leaf]:
         return max(same, key=lambda known: difflib.SequenceMatcher(None, key, known).ratio())
     names = {} if section else {known.partition(".")[0]: known for known in reversed(keys)}
-    names |= {known.rpartition(".")[2]: known for known in reversed(keys)} | ELSEWHERE
+    names |= {known.rpartition(".")[2]: known for known in reversed(keys)}
+    names |= {other: known for known, others in ELSEWHERE.items() for other in others.split()}
     close = difflib.get_close_matches(leaf, names, n=1)
     return names[close[0]] if close else None
 

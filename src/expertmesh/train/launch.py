@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _WATCH = "EXPERTMESH_LAUNCHER"  # set in ranks whose standard input says whether the launcher lives
 _POLL = 0.1  # seconds between two looks at the ranks
-_stores: list[Any] = []  # rank 0's is the server of all: it lives as long as the process
+_stores: list[Any] = []  # rank 0's is the server of all ranks: keep it until the process ends
 SILENT = "PyTorch's rank 0 does not answer"
 _SHOWN = 20  # last lines of a rank that ended without an error of its own
 
@@ -101,7 +101,7 @@ def join(minutes: float) -> None:
         if not 0 <= rank < size:
             return f"RANK={rank} is none of WORLD_SIZE={size}"
         is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        # PyTorch's own comes later, on the same server
+        # PyTorch connects its own store to the same server later
         options: dict[str, Any] = {"timeout": limit, "wait_for_workers": False, "multi_tenant": True}
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_server, **options)
         _stores.append(store)
@@ -111,9 +111,7 @@ def join(minutes: float) -> None:
         try:
             book.wait([str(number) for number in range(size)], limit * 0.8)
         except dist.DistStoreError:
-            absent = [number for number in range(size) if not book.check([str(number)])]
-            twice = [number for number in range(size) if number not in absent and book.add(str(number), 0) > 1]
-            return f"of {size} ranks {few(absent)} did not come" + (f", RANK={few(twice)} came twice" * bool(twice))
+            return f"of {size} ranks {few([r for r in range(size) if not book.check([str(r)])])} did not come"
         return ""
 
     def work() -> None:
@@ -167,7 +165,7 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
             time.sleep(_POLL)
         if ranks[failed[0]].returncode in EXIT_CODES.values():
             return max(rank.wait() for rank in ranks)  # all stop after the same step, whoever received the signal
-        time.sleep(_POLL)  # whoever fails with the same error at the same time may finish writing it
+        time.sleep(_POLL)  # let ranks with the same error finish writing it
         failed = [n for n, rank in enumerate(ranks) if rank.poll()]
         _kill(ranks)
         return _report(ranks, failed, errors, logs, received)

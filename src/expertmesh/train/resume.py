@@ -79,13 +79,13 @@ class ResumableTrainer(transformers.Trainer):
         newest = newest_complete(output_dir)
         if newest is None:
             raise ValueError(f"There is no complete checkpoint in {output_dir}: start without resume_from_checkpoint.")
-        ranks.barrier()  # everybody has looked before anything moves
+        ranks.barrier()  # all ranks have looked before anything moves
         with ranks.together():
             for step, path in checkpoints(output_dir) if ranks.rank() == 0 else ():
                 if step > _step_of(newest) and not is_complete(path):
                     log.warning("%s is incomplete: it is moved aside.", path)
                     aside = path.with_name(f"{path.name}.incomplete")
-                    while os.path.lexists(aside):  # from the time before
+                    while os.path.lexists(aside):  # moved there by an earlier run
                         aside = aside.with_name(f"{aside.name}-")
                     path.rename(aside)
         return str(newest)

@@ -14,7 +14,7 @@ Metrics of one layer, from its counts c_E:
                 steps and layers above 0.25 that rank computes rows again in the backward ("gather")
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,32 +44,6 @@ def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 break
 
 
-def count_choices(
-    routers: Mapping[str, nn.Module], counts: dict[str, torch.Tensor], mask: Callable[[], torch.Tensor | None]
-) -> None:
-    """From now on every call in training adds to `counts[name]`, int64 [E], how many rows each expert got.
-
-    Sums are kept in place, so that a recorded step (graphed.py) goes on with them. mask: says before each call which
-    tokens are no padding, by nonzero; all are counted where it has another number of tokens, or says None.
-    """
-    for name, router in routers.items():
-        router.register_forward_hook(lambda module, _, output, name=name: count(name, module, output))
-
-    def count(name: str, router: nn.Module, output: Any) -> None:
-        if not router.training or not isinstance(output, tuple):
-            return
-        ids = next((x for x in reversed(output) if not x.is_floating_point()), None)
-        if ids is None:  # a router that does not return its choices (llama4) is left out
-            return
-        ids_TK = ids.detach().reshape(-1, ids.shape[-1]).long()
-        one_TK = torch.ones_like(ids_TK)
-        if (kept := mask()) is not None and kept.numel() == len(ids_TK):
-            one_TK *= (kept.reshape(-1, 1) != 0).to(ids_TK.device)
-        found_E = torch.zeros(output[0].shape[-1], dtype=torch.long, device=ids_TK.device)
-        found_E.scatter_add_(0, ids_TK.flatten(), one_TK.flatten())
-        counts[name] = counts[name].to(found_E.device).add_(found_E) if name in counts else found_E
-
-
 class RouterLoad:
     """Counts of a model's routers. `layers` are their names, and every array here is [layers, experts].
 
@@ -81,13 +55,36 @@ class RouterLoad:
         self.first: np.ndarray | None = None
         self.last: np.ndarray | None = None
         self.total: np.ndarray | None = None
-        self.mask: torch.Tensor | None = None  # of the microbatch in work, nonzero where a token is no padding
+        # of the microbatch in work, nonzero where a token is no padding; with another number of tokens it says nothing
+        self.mask: torch.Tensor | None = None
         self._counts: dict[str, torch.Tensor] = {}
         layout = getattr(getattr(model, "config", None), "distributed_config", None)
         self.ranks: int = getattr(layout, "ep_size", None) or 1
         found = dict(routers(model))
         self.layers = list(found)
-        count_choices(found, self._counts, lambda: self.mask)
+        self.count_into(self._counts, found)
+
+    def count_into(self, counts: dict[str, torch.Tensor], routers: Mapping[str, nn.Module]) -> None:
+        """From now on every call in training adds to `counts[name]`, int64 [E], how many rows each expert got.
+
+        Sums are kept in place, so that a recorded step (graphed.py) goes on with them.
+        """
+        for name, router in routers.items():
+            router.register_forward_hook(lambda module, _, output, name=name: count(name, module, output))
+
+        def count(name: str, router: nn.Module, output: Any) -> None:
+            if not router.training or not isinstance(output, tuple):
+                return
+            ids = next((x for x in reversed(output) if not x.is_floating_point()), None)
+            if ids is None:  # a router that does not return its choices (llama4) is left out
+                return
+            ids_TK = ids.detach().reshape(-1, ids.shape[-1]).long()
+            one_TK = torch.ones_like(ids_TK)
+            if self.mask is not None and self.mask.numel() == len(ids_TK):
+                one_TK *= (self.mask.reshape(-1, 1) != 0).to(ids_TK.device)
+            found_E = torch.zeros(output[0].shape[-1], dtype=torch.long, device=ids_TK.device)
+            found_E.scatter_add_(0, ids_TK.flatten(), one_TK.flatten())
+            counts[name] = counts[name].to(found_E.device).add_(found_E) if name in counts else found_E
 
     def window(self) -> dict[str, float]:
         """Metrics of what was counted since the last call, means over the layers; {} if nothing was.

@@ -116,7 +116,7 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
                 trainer.train(resume_from_checkpoint=checkpoint)
             if interrupt.exit_code is not None:
                 return Result(output_dir, interrupt.exit_code)
-            final = output_dir / "final"  # first of all: nothing that comes later may cost the trained model
+            final = output_dir / "final"  # saved first, so that no later error loses the trained model
             save_final(trainer.model, trainer.processing_class, final)
             metrics = _evaluate(trainer)
         finally:

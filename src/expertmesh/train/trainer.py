@@ -34,7 +34,7 @@ from expertmesh.waiting import hosts, meet, waiting
 log = logging.getLogger(__name__)
 
 MOST_TOKENS = 8192  # of a GPU in a step: with more the GPU is the limit, and a recording only takes memory
-CANNOT, EITHER, BUCKET = 2, 1, 0  # whether rows are to be brought to a bucket
+CANNOT, EITHER, BUCKET = 2, 1, 0  # a rank's batch: fits no bucket, needs none, needs one
 
 
 class Trainer(ResumableTrainer):
@@ -49,7 +49,7 @@ class Trainer(ResumableTrainer):
     says why. True: raises ValueError where it cannot work, and says what to change.
     """
 
-    _reads_masks = False  # whether somebody wants the attention_mask of rows without padding
+    _reads_masks = False  # whether a subclass needs attention_mask also where nothing is padded
 
     model: Any  # never None once built; a PreTrainedModel, or PEFT's wrapper around one
     processing_class: Any
@@ -67,11 +67,11 @@ class Trainer(ResumableTrainer):
         super().__init__(model, args, data_collator, _numbered(train_dataset), *rest, **kwargs)
         self.cuda_graph = cuda_graph
         self._graphed: GraphedStep | None = None
-        self._plan: bool | None = None  # whether steps of this run are recorded, once that was asked
+        self._plan: bool | None = None  # whether this run records steps; None: not decided yet
         self._said: set[str] = set()
         self._usual: torch.Size | None = None  # of the first batch without padding
         self._buckets = Buckets()
-        self._one_row_pays = False  # whether steps that are not recorded may take batches as one row, too
+        self._one_row_pays = False  # whether steps that are not recorded also take batches as one row
         if cuda_graph is True:
             self._records()
         self.args.logging_nan_inf_filter = False  # it hides a nan, and waits for every microbatch
@@ -80,7 +80,7 @@ class Trainer(ResumableTrainer):
         self._record = StepRecord()
         self._ahead = _Ahead(iter(()))
         self._tokens: torch.Tensor | int = 0
-        self._since: float | None = None  # when they began to be counted, later by the time that was no training
+        self._since: float | None = None  # start of the count of tokens, plus all pauses since
 
     def get_train_dataloader(self):
         """As in transformers, and the batches say which rows of the data they hold."""
@@ -189,7 +189,7 @@ class Trainer(ResumableTrainer):
                 return self._plain_step(model, batch, n)
 
             self._graphed = GraphedStep(model, run, strict=self.cuda_graph is True)
-        for module in (model, self.optimizer):  # a replay does not
+        for module in (model, self.optimizer):  # a replay does not call it
             if callable(getattr(module, "train", None)):
                 module.train()
         if num_items_in_batch is not None:
@@ -227,7 +227,7 @@ class Trainer(ResumableTrainer):
             bucket = self._buckets.of(tokens, documents, longest)
             if base.takes_documents(bucket.tokens):
                 return bucket.fill(row), True, True
-        if row is not None and row.full:  # of ones, which somebody would have to look at
+        if row is not None and row.full:  # a mask of ones; reading it would cost a synchronization
             inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}
         return inputs, False, True
 
@@ -281,7 +281,7 @@ class Trainer(ResumableTrainer):
         if (optimizer := self._own_adamw) is None:
             self._check(watched, model)
         else:
-            optimizer.found_inf = refused  # it changes no weight then; the host asks while it runs
+            optimizer.found_inf = refused  # it then changes no weight; the host reads the result while it runs
             asking = optimizer.register_step_post_hook(lambda *_: (asking.remove(), self._check(watched, model)))
         return grad_norm
 
@@ -289,7 +289,7 @@ class Trainer(ResumableTrainer):
         """Raise if the step that is under way had to be refused."""
         if isinstance(self._torch_optimizer, AdamW):
             vars(self._torch_optimizer).pop("found_inf", None)
-        self._ahead.fetch()  # what is checked is still being computed
+        self._ahead.fetch()  # while the device still computes what is checked
         decode = getattr(self.processing_class, "decode", None)
         folder = self.args.output_dir or "."
         self._record.check(grad_norm, self.state.global_step + 1, folder, model, decode)
@@ -351,7 +351,7 @@ def _padding_mask(batch: Any) -> torch.Tensor | None:
 
 def _numbered(dataset: Any) -> Any:
     """A datasets.Dataset with its row numbers as a column; anything else as it is, and its rows stay unknown."""
-    datasets: Any = sys.modules.get("datasets")  # if nobody imported it, this is none of its
+    datasets: Any = sys.modules.get("datasets")  # not imported: then `dataset` is not one
     if datasets is None or not isinstance(dataset, datasets.Dataset) or ROW in dataset.column_names:
         return dataset
     return dataset.add_column(ROW, list(range(len(dataset))))
