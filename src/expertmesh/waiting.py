@@ -56,11 +56,18 @@ def _backends(group: Any) -> list[tuple[Any, timedelta, timedelta]]:
     return [(one, one.options._timeout, _FIRST if one.name() == "nccl" else timedelta()) for one in found]
 
 
-def meet(place: str) -> None:
-    """Wait until every rank is here; the hosts ask each other, and no device is waited for."""
+def meet(place: str, *numbers: int) -> list[tuple[int, ...]]:
+    """Wait until every rank is here, and return each of the numbers as all ranks have it.
+
+    All must give as many. The hosts ask each other: no device is waited for.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [(number,) for number in numbers]
     group = hosts(dist.group.WORLD)  # type: ignore[arg-type]
+    answers = [torch.zeros(len(numbers) + 1, dtype=torch.long) for _ in range(group.size())]
     with waiting(place, group):
-        dist.all_reduce(torch.zeros(1), group=group)
+        dist.all_gather(answers, torch.tensor([*numbers, 0]), group)
+    return list(zip(*(answer.tolist()[:-1] for answer in answers), strict=True))
 
 
 @cache

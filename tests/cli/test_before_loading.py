@@ -311,6 +311,12 @@ def test_a_path_may_hold_an_equals_sign(tmp_path):
     assert "Cannot read the configuration" in said
 
 
+def test_a_folder_called_demo_is_not_taken_for_the_demo(dry, tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    dry(0, model__name="demo")
+
+
 def test_rows_that_are_cut_to_nothing_are_counted(tmp_path):
     late = talk(USER | {"content": "word " * 50}, ASSISTANT)
     for packing in ("true", "false"):

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM
 from expertmesh.cli import demo as demo_module
 from expertmesh.cli import run
 from expertmesh.cli.demo import compare_with_stock, settings
-from expertmesh.data import demo_tokenizer
-from expertmesh.train.run import demo_config
+from expertmesh.data import demo_config, demo_tokenizer
 
 
 def test_the_demo_trains_saves_draws_and_proves_the_export(tmp_path, capsys):

@@ -6,7 +6,7 @@ from importlib import resources
 import pytest
 from transformers import AutoTokenizer
 
-from expertmesh.data import check_template, demo_tokenizer
+from expertmesh.data import check_template, demo_config, demo_tokenizer
 from expertmesh.data.demo import chat_dialogues
 
 TALK = [
@@ -28,6 +28,9 @@ def test_it_has_4096_tokens_and_distinct_special_ones():
     tokenizer = demo_tokenizer()
     assert len(tokenizer) == 4096
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(demo_config(), name) == getattr(tokenizer, name)
+    assert demo_config().vocab_size == 4096
 
 
 @pytest.mark.parametrize(

@@ -548,8 +548,8 @@ def buckets_of_ranks(rank):
     for length, hole in [((12, 12), False), ((12, 70), False), ((12, 12), True)]:
         ids = torch.arange(3, 3 + length[rank])[None]
         batch = {"input_ids": ids, "labels": ids}
-        brought, bucketed, few = Trainer._brought(trainer, batch, None if hole and rank else one_row(batch))
-        found.append((tuple(brought["input_ids"].shape), bucketed, few))
+        filled, bucketed, few = Trainer._into_bucket(trainer, batch, None if hole and rank else one_row(batch))
+        found.append((tuple(filled["input_ids"].shape), bucketed, few))
     return found
 
 

@@ -194,7 +194,11 @@ def test_a_slurm_task_is_a_rank(monkeypatch):
     for name in "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split():
         monkeypatch.setenv(name, "")  # so that what is set here is taken back at the end
         monkeypatch.delenv(name)
-    assert not launching.is_rank()
+    for tasks in ({}, {"SLURM_NTASKS": "4"}, {"SLURM_PROCID": "0"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}):
+        with monkeypatch.context() as patch:
+            for name, value in tasks.items():
+                patch.setenv(name, value)
+            assert not launching.is_rank()
     task = {"PROCID": "3", "LOCALID": "1", "NTASKS": "4", "JOB_ID": "7", "JOB_NODELIST": "host"}
     for name, value in task.items():
         monkeypatch.setenv(f"SLURM_{name}", value)

@@ -2,14 +2,16 @@
 
 from expertmesh.data.labels import IGNORED, REMEDY, check_supervised, check_template
 from expertmesh.data.sources import Unreachable, hold_out, load_dataset
-from expertmesh.data.tokenizer import demo_tokenizer
+from expertmesh.data.tokenizer import DEMO_FOLDER, demo_config, demo_tokenizer
 
 __all__ = [
+    "DEMO_FOLDER",
     "IGNORED",
     "REMEDY",
     "Unreachable",
     "check_supervised",
     "check_template",
+    "demo_config",
     "demo_tokenizer",
     "hold_out",
     "load_dataset",

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from expertmesh.train.routing import RouterLoad, expert_counts, routers
+from expertmesh.train.routing import RouterLoad, routers
 
 BIAS = "e_score_correction_bias"
 
@@ -28,32 +28,26 @@ class BalanceRouters(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, load: RouterLoad, rate: float):
-        self.load, self.rate = load, rate
-        self.routers = [router for _, router in routers(model) if isinstance(getattr(router, BIAS, None), torch.Tensor)]
+        self.rate = rate
+        self.routers = {name: r for name, r in routers(model) if isinstance(getattr(r, BIAS, None), torch.Tensor)}
         if not self.routers:
             raise ValueError(
                 f"No router of {type(model).__name__} has an {BIAS} to move. Balance its experts by the auxiliary loss "
                 f"instead (router_aux_loss_coef)."
             )
-        self.counts = [torch.zeros_like(getattr(router, BIAS), dtype=torch.long) for router in self.routers]
-        for number, router in enumerate(self.routers):
-            router.register_forward_hook(lambda module, _, output, number=number: self._count(number, module, output))
-
-    def _count(self, number: int, router: nn.Module, output: Any) -> None:
-        counts = expert_counts(router, output, self.load.mask)
-        if counts is not None:
-            self.counts[number] = self.counts[number].to(counts.device)
-            self.counts[number] += counts  # in place: a recorded step (graphed.py) counts on
+        biases: dict[str, Any] = {name: getattr(router, BIAS) for name, router in self.routers.items()}
+        self.counts = {name: torch.zeros_like(bias, dtype=torch.long) for name, bias in biases.items()}
+        load.count_into(self.counts, self.routers)
 
     @torch.no_grad()
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """After the optimizer, on every rank; nothing here waits for the device. What did not run stays as it is."""
-        counts_LE = torch.stack(self.counts)
+        counts_LE = torch.stack([*self.counts.values()])
         if dist.is_initialized():
             dist.all_reduce(counts_LE)
         moves_LE = self.rate * (counts_LE.float().mean(1, keepdim=True) - counts_LE).sign()
-        for router, move_E in zip(self.routers, moves_LE, strict=True):
+        for router, move_E in zip(self.routers.values(), moves_LE, strict=True):
             bias: Any = getattr(router, BIAS)
             bias += move_E.to(bias)
-        for counts_E in self.counts:
+        for counts_E in self.counts.values():
             counts_E.zero_()

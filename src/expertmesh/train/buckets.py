@@ -1,14 +1,15 @@
 """Batches of changing lengths brought to few shapes, so that steps on them can be recorded (graphed.py).
 
-Packed documents and padded rows become one row of documents, told by `cu_seq_lens_q`, and the row is filled up:
+Packed documents and padded rows become one row of documents, whose bounds are `cu_seq_lens_q`, and its sizes are
+rounded up:
 
-    tokens       to a quarter of the power of two below; what is added are documents of padding, labelled -100
-    documents    to a multiple of 32, by empty ones at the end
-    longest      what kernels are told of lengths: a power of two
+    tokens       to a multiple of a quarter of the power of two below, by documents of padding with label -100
+    documents    to a multiple of 32, by empty documents at the end
+    longest      the length that kernels are given (max_length_q), to a power of two
 
-Loss and gradients are those of the batch as it came. `attention_mask` says which tokens were added, for the router's
-auxiliary loss and for those who count tokens. Rows are laid out where batches are made, on the CPU (`one_row`), and
-filled up where all ranks know of each other's, on the device, without waiting for it (`Buckets`).
+Loss and gradients stay those of the original batch. `attention_mask` marks the added tokens with 0, for the router's
+auxiliary loss and for token counts. Rows are laid out on the CPU, in the collator (`one_row`). They are filled up on
+the device, without a synchronization, once all ranks know each other's sizes (`Buckets`).
 """
 
 from collections.abc import Mapping
@@ -22,13 +23,13 @@ from expertmesh.layers.base_model import FastBaseModel
 from expertmesh.layers.head import next_tokens
 from expertmesh.layers.rows import Apart, look
 
-AS_IT_IS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_idx"}
-TOLD = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+ROWS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_idx"}
+BOUNDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 LEAST = 64  # tokens: below that nothing is gained by fewer
 
 
 def fused_base(model: Any) -> FastBaseModel | None:
-    """The base model that finds documents and padding by itself, of a fused model or of PEFT's wrapper around one."""
+    """The base model of a fused model, or of PEFT's wrapper around one, if it finds documents and padding by itself."""
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:  # which puts tokens before each row
             return None
@@ -56,13 +57,13 @@ class Row(NamedTuple):
 
 
 def one_row(batch: Mapping[str, Any]) -> Row | None:
-    """A collator's batch, still on the CPU, as a `Row`; None where that would not be the same.
+    """A collator's batch, still on the CPU, as a `Row`.
 
-    That is: other inputs than tokens, padding between tokens, or padding that has something to predict.
+    None where the row would not train the same: inputs other than tokens, padding between tokens, labels on padding.
     """
     ids, labels, mask = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
-    told = batch.keys() & TOLD
-    if batch.keys() - AS_IT_IS - TOLD or ids is None or ids.ndim != 2 or labels is None or (told and told != TOLD):
+    bounds = batch.keys() & BOUNDS
+    if batch.keys() - ROWS - BOUNDS or ids is None or ids.ndim != 2 or labels is None or (bounds and bounds != BOUNDS):
         return None
     shape, positions = (ids.shape[0], ids.shape[1]), batch.get("position_ids")
     others = [x for x in (labels, mask, positions, batch.get("seq_idx")) if x is not None]
@@ -76,7 +77,7 @@ def one_row(batch: Mapping[str, Any]) -> Row | None:
     documents = found.documents(ids.device) if found.count else None
     if documents is None or found.has_holes or found.labelled_padding:
         return None
-    cu_seqlens = batch["cu_seq_lens_q"].int() if told and mask is None else documents.cu_seqlens
+    cu_seqlens = batch["cu_seq_lens_q"].int() if bounds and mask is None else documents.cu_seqlens
     apart = Apart.of(found.keep, ids.device)
     positions = found.positions(ids.device) if positions is None else positions.expand(shape)
     wanted = apart.take(targets)

@@ -4,16 +4,17 @@ The sentences are the only documentation of a key: the CLI help, the JSON Schema
 made from them. A key that does not exist is an error that names the nearest one; nothing given is ever ignored.
 """
 
+import copy
+import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from expertmesh.train.errors import ConfigError
-from expertmesh.train.suggest import nearest
+from expertmesh.train.errors import ConfigError, in_short
 
 
 def _name(text: str) -> str:
@@ -184,21 +185,14 @@ class Config(Section):
     """A fine-tuning run."""
 
     model: ModelSection
-    """What is trained."""
     data: DataSection
-    """What it is trained on."""
     train: TrainSection = Field(default_factory=TrainSection)
-    """How it is trained."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
-    """How it is spread over GPUs."""
     lora: LoraSection | None = None
     """Low-rank adapters instead of all weights; `{}` takes the defaults, unset trains all weights."""
     moe: MoeSection = Field(default_factory=MoeSection)
-    """Routers and experts."""
     log: LogSection = Field(default_factory=LogSection)
-    """What is measured, and when."""
     save: SaveSection = Field(default_factory=SaveSection)
-    """Where the run is kept."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Config":
@@ -230,22 +224,41 @@ DEMO: dict[str, dict[str, Any]] = {
 }
 """What `expertmesh train` runs when it is given no file: a minute on two CPU cores."""
 
+#: what other tools call our keys, and short names
+ELSEWHERE = {
+    "data.max_length": "seq_length sequence_length",
+    "data.name": "data_path dataset",
+    "log.report_to": "wandb",
+    "lora.r": "rank",
+    "model.attn_implementation": "flash_attention",
+    "model.name": "model_name_or_path",
+    "parallel.ep_size": "ep expert_parallel_size",
+    "parallel.nproc": "gpus",
+    "parallel.tp_size": "tp tensor_parallel_size",
+    "save.resume_from_checkpoint": "resume",
+    "train.activation_checkpointing": "gradient_checkpointing",
+    "train.bf16": "mixed_precision",
+    "train.gradient_accumulation_steps": "grad_accum",
+    "train.learning_rate": "lr",
+    "train.num_train_epochs": "epochs",
+    "train.per_device_eval_batch_size": "eval_batch_size",
+    "train.per_device_train_batch_size": "batch_size",
+    "train.weight_decay": "wd",
+}
+
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration in `path` (None: `DEMO`), with `key.sub=value` overrides; values are read as YAML.
 
     Raises `ConfigError` where the file cannot be read, a key does not exist, or a value does not fit.
     """
-    tree = _read(Path(path)) if path is not None else {name: dict(section) for name, section in DEMO.items()}
+    tree = copy.deepcopy(DEMO) if path is None else _read(Path(path))
     for override in overrides:
         _override(tree, override)
-    for name in [name for name, section in tree.items() if section is None]:
-        del tree[name]  # `moe:` with nothing under it
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate({name: section for name, section in tree.items() if section is not None})
     except ValidationError as error:
-        source = str(path) if path is not None else "the command line"
-        raise ConfigError(f"{source}: " + " ".join(_sentences(error))) from None
+        raise ConfigError(f"{path or 'the command line'}: " + " ".join(_sentences(error))) from None
 
 
 def is_override(word: str) -> bool:
@@ -259,13 +272,9 @@ def is_override(word: str) -> bool:
 def known_keys() -> Iterator[tuple[str, str]]:
     """Every key as (dotted path, its sentence), in order."""
     for name, field in Config.model_fields.items():
-        for section in (t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(t)):
-            for key, leaf in section.model_fields.items():
-                yield f"{name}.{key}", leaf.description or ""
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)
+        section: Any = (get_args(field.annotation) or [field.annotation])[0]  # of `LoraSection | None` the first
+        for key, leaf in section.model_fields.items():
+            yield f"{name}.{key}", leaf.description or ""
 
 
 class _Loader(yaml.SafeLoader):
@@ -286,48 +295,37 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _load(text: str) -> Any:
+def _load(text: str, source: object, fix: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (ValueError, RecursionError) as error:  # such as an integer of 5,000 digits, or 5,000 brackets
-        raise yaml.YAMLError(str(error)) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also of 5,000 digits, or of 5,000 brackets
+        raise ConfigError(f"{source} is not valid YAML: {in_short(error)}. {fix}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = _load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"Cannot read the configuration {path}: {why}. Give the path of a YAML file.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Correct that line.") from None
+    tree = _load(text, path, "Correct that line.")
     if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
-        raise ConfigError(
-            f"{path} holds no sections. A configuration begins like `model:` with `  name: ...` on the next line."
-        )
+        raise ConfigError(f"{path} holds no sections. Begin it with `model:`, and `  name: ...` on the next line.")
     return tree
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(
-            f"{override!r} is neither a file nor an override. Overrides look like train.learning_rate=1e-4."
-        )
+        raise ConfigError(f"{override!r} is neither a file nor an override like train.learning_rate=1e-4.")
     *parents, leaf = dotted.strip().split(".")
-    try:
-        value = _load(text)
-    except yaml.YAMLError:
-        raise ConfigError(
-            f"The value in {_short(override)} is not valid YAML. Quote it, as in '{dotted}=\"...\"'."
-        ) from None
     for parent in parents:
         if tree.get(parent) is None:
             tree[parent] = {}
         tree = tree[parent]
         if not isinstance(tree, dict):
             raise ConfigError(f"{override!r} sets a key below `{parent}`, which is {tree!r} and holds no keys.")
-    tree[leaf] = value
+    tree[leaf] = _load(text, f"The value in {_short(override)}", f"Quote it, as in '{dotted}=\"...\"'.")
 
 
 def _sentences(error: ValidationError) -> Iterator[str]:
@@ -340,10 +338,9 @@ def _sentences(error: ValidationError) -> Iterator[str]:
             continue
         seen.add(key)
         if problem["type"] == "extra_forbidden":
-            close = nearest(key, list(known))
-            yield f"There is no key `{key}`; " + (
-                f"did you mean `{close}`?" if close else "`expertmesh schema` lists all keys."
-            )
+            close = _nearest(key, list(known))
+            hint = f"did you mean `{close}`?" if close else "`expertmesh schema` lists all keys."
+            yield f"There is no key `{key}`; {hint}"
         elif problem["type"] == "missing":
             key = key if "." in key else f"{key}.name"  # a missing section is missing for its name
             yield f"`{key}` is missing. {known[key]}"
@@ -353,6 +350,18 @@ def _sentences(error: ValidationError) -> Iterator[str]:
             value, why = problem["input"], problem["msg"].removeprefix("Value error, ")
             scalar = problem["type"] == "string_type" and not isinstance(value, list | dict)
             yield f"`{key}` cannot be {_short(value)}: {why}.{' Quote it if it is meant as text.' if scalar else ''}"
+
+
+def _nearest(key: str, keys: Sequence[str]) -> str | None:
+    """Which of the dotted `keys` is meant by `key`, which is none of them; None if it is like no other."""
+    section, _, leaf = key.rpartition(".")
+    if same := [known for known in keys if known.rpartition(".")[2] == leaf]:
+        return max(same, key=lambda known: difflib.SequenceMatcher(None, key, known).ratio())
+    names = {} if section else {known.partition(".")[0]: known for known in reversed(keys)}
+    names |= {known.rpartition(".")[2]: known for known in reversed(keys)}
+    names |= {other: known for known, others in ELSEWHERE.items() for other in others.split()}
+    close = difflib.get_close_matches(leaf, names, n=1)
+    return names[close[0]] if close else None
 
 
 def _short(value: Any) -> str:

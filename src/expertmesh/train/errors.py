@@ -7,7 +7,8 @@ import re
 import shlex
 import signal
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75: EX_TEMPFAIL, "put me in the queue again"
@@ -59,13 +60,27 @@ def in_short(error: BaseException) -> str:
     return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...").rstrip(".: ")
 
 
+def few(numbers: Sequence[int]) -> str:
+    """The first 16 of some numbers, and how many more there are."""
+    return ", ".join(map(str, numbers[:16])) + (f" and {len(numbers) - 16} more" if len(numbers) > 16 else "")
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turns whatever goes wrong inside, in code of others, into a ConfigError that begins with `what`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{what}: {in_short(error)}.") from error
+
+
 def known(key: str, value: str, names: Sequence[str]) -> None:
     """Raises ConfigError if the value of a key is none of `names`."""
     if value not in names:
-        near = difflib.get_close_matches(value, names, n=1)
-        raise ConfigError(
-            f"{key}: there is no {value!r}{f'; did you mean {near[0]!r}?' if near else '.'} Known: {', '.join(names)}."
-        )
+        near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(value, names, n=1))
+        raise ConfigError(f"{key}: there is no {value!r}{near or '.'} Known: {', '.join(names)}.")
 
 
 def handling(handler: Callable[[int, Any], None]) -> dict[int, Any]:

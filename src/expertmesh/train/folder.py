@@ -1,13 +1,25 @@
-"""The folder of a run, looked at before anything is written: what is in the way is said at once, not hours later."""
+"""The folder of a run: what is in the way is said before anything is written, and the trained model is not lost."""
 
+import logging
+import shutil
 import tempfile
+import time
 from pathlib import Path
+from typing import Any, Literal
 
-from expertmesh.checkpoint.publish import checkpoints, newest_complete
+import torch
+
+from expertmesh.checkpoint.publish import newest_complete
+from expertmesh.parallel import ranks
 from expertmesh.train.config import Config, ConfigError
+from expertmesh.train.errors import explain, is_disk_full, refusing
+from expertmesh.train.resume import refuse_to_replace
+
+log = logging.getLogger(__name__)
 
 FOLDERS = ("final", "plots", "logs")
 FILES = ("config.yaml", "env.json", "metrics.jsonl")
+WAIT_FOR_ROOM = 3600  # seconds, on a full disk
 
 
 def check_folder(config: Config) -> None:
@@ -17,34 +29,54 @@ def check_folder(config: Config) -> None:
     if not there.is_dir():
         what = "a link that leads nowhere" if there.is_symlink() else "no folder"
         raise ConfigError(f"save.output_dir: {there} is {what}. Choose another folder, or move it away.")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"save.output_dir: nothing can be written in {there} ({error.strerror}). Choose another folder."
-        ) from error
-    wrong = [folder / name for name in FOLDERS if (folder / name).exists() and not (folder / name).is_dir()]
-    wrong += [folder / name for name in FILES if (folder / name).exists() and not (folder / name).is_file()]
-    if wrong:
-        raise ConfigError(f"save.output_dir: {wrong[0]} is in the way of what the run writes there. Move it away.")
-    resume = starting_point(config)
-    later = [path for _, path in checkpoints(folder)] if resume is None else []
-    if later:
-        raise ConfigError(
-            f"save.output_dir: {later[-1]} exists, and this run would come to replace it. Go on from it with "
-            "save.resume_from_checkpoint=auto, choose another folder, or move it away if it is not needed."
-        )
+    with refusing(f"save.output_dir: nothing can be written in {there}, so choose another folder"):
+        tempfile.TemporaryFile(dir=there).close()
+    for path in (folder / name for name in FOLDERS + FILES):
+        if path.exists() and path.is_dir() != (path.name in FOLDERS):
+            raise ConfigError(f"save.output_dir: {path} is in the way of what the run writes there. Move it away.")
+    checkpoint = starting_point(config)
+    if checkpoint is not True:
+        with refusing("save.output_dir"):
+            refuse_to_replace(str(folder), checkpoint)
 
 
-def starting_point(config: Config) -> str | bool | None:
+def starting_point(config: Config) -> str | Literal[True] | None:
     """The checkpoint that `save.resume_from_checkpoint` names, True for the newest, None for a new run."""
     wanted, output_dir = config.save.resume_from_checkpoint, config.save.output_dir
     if wanted == "auto":
-        return newest_complete(output_dir) is not None or None  # the trainer takes it, and moves newer ones aside
+        return True if newest_complete(output_dir) else None  # the trainer takes it, and moves newer ones aside
     if wanted is not None and not Path(wanted, "trainer_state.json").is_file():
         raise ConfigError(
             f"save.resume_from_checkpoint: {wanted} is no checkpoint (it has no trainer_state.json). Name a folder "
             f"checkpoint-<step>, or `auto` for the newest one in {output_dir}."
         )
     return wanted
+
+
+def check_room(model: torch.nn.Module, output_dir: Path) -> None:
+    """Raises ConfigError, before the first step, if the trained model would not fit on the disk."""
+    adapters = hasattr(model, "peft_config")
+    need = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad or not adapters)
+    free = shutil.disk_usage(output_dir).free
+    if need > free:
+        raise ConfigError(
+            f"save.output_dir: the trained model takes {need / 1e9:.1f} GB, and {output_dir} has {free / 1e9:.1f} GB "
+            f"left. Free the rest, or set save.output_dir to another disk."
+        )
+
+
+def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer, from all ranks. Where the disk is full it waits for room: the model is only here."""
+    deadline = time.monotonic() + WAIT_FOR_ROOM
+    while True:
+        try:
+            model.save_pretrained(folder)
+            with ranks.together():
+                if ranks.rank() == 0:
+                    tokenizer.save_pretrained(folder)
+            return
+        except Exception as error:
+            if not is_disk_full(error) or time.monotonic() > deadline:
+                raise
+            log.warning("%s The trained model is kept in memory, and written when there is room.", explain(error))
+        time.sleep(30)

@@ -4,10 +4,10 @@ A training step is thousands of launches, most of them of the same kernels on th
 `GraphedStep` records them once for each shape of a batch and then replays them with a single launch. With
 4,096 tokens per GPU and experts spread over ranks the CPU is the limit otherwise.
 
-What is recorded are launches, not Python. Hooks, printing and lists that grow happen while recording only; a number
-that Python passes (`mtp_loss_weight`, say) stays what it was; sums kept in place on the device go on. `Trainer` records
-its steps where that pays. A step that waits for the GPU would leave CUDA in disorder if it were recorded, so the last
-step before is a rehearsal, in which PyTorch tells of every wait.
+A recording holds kernel launches, not Python. Hooks, prints and appends to lists run while recording only. A number
+that Python passes (`mtp_loss_weight`, say) keeps its value of that time. Sums kept in place on the device go on.
+`Trainer` records its steps where that pays. Recording a step that synchronizes with the GPU breaks the CUDA context, so
+the step before is a rehearsal: it runs in PyTorch's sync debug mode, which warns of every synchronization.
 """
 
 import gc
@@ -27,12 +27,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from expertmesh import backends
 from expertmesh.moe import links
 from expertmesh.moe.gather import Gather
-from expertmesh.waiting import waiting
+from expertmesh.waiting import meet
 
-WARM_UP = 3  # calls that run as always: kernels are compiled, buffers and streams made; the last is the rehearsal
+WARM_UP = 3  # eager calls of a shape, which compile kernels and make buffers and streams; the last is the rehearsal
 MOST = 4  # shapes that are recorded; all share the memory of the largest
-MANY = 16  # shapes after which, if most steps were no replays, no more will come
-ACCUMULATING = -1  # in place of a shape; no hash is -1
+MANY = 16  # shapes after which recording ends if fewer than half of the steps were replays
+ACCUMULATING = -1  # in place of a shape, as no hash is -1
+BEGINNING = "the beginning of a step"
 
 CANNOT = (
     "This training step cannot be recorded as a CUDA graph: {why}. Something in it waits for the GPU, or depends on "
@@ -46,17 +47,17 @@ _broken: list[Any] = []  # graphs whose recording failed: the allocator may stil
 class GraphedStep:
     """`step(**batch)` does `loss = model(**batch).loss; loss.backward()` and returns the loss, without its graph.
 
-    run: what to do with a batch instead, forward, backward and all, returning the loss; whatever in a batch changes
-    from step to step must be a tensor. The first `WARM_UP` batches of a shape run as always, the next is recorded, and
-    those after it are replayed, for `MOST` shapes. All ranks must call it at the same time, and shapes are those of all
-    ranks' batches together; if on any rank gradients are there already, to be accumulated into, all run it as always.
-    The next replay, of any shape, overwrites gradients: a copy of one must be made before the next step if it is to be
-    kept. The memory of the largest recorded step stays reserved.
+    run: does the whole step on a batch instead, forward and backward, and returns the loss. Whatever in a batch changes
+    from step to step must be a tensor. The first `WARM_UP` batches of a shape run eagerly, the next is recorded, and
+    later ones are replayed, for up to `MOST` shapes. All ranks must call it at the same time: a shape is that of all
+    ranks' batches together, and if any rank accumulates into gradients, all ranks run the step eagerly.
+    The next replay, of any shape, overwrites gradients. Copy a gradient before the next step if you want to keep it.
+    The memory of the largest recorded step stays reserved.
 
-    `close()` drops what is recorded. Call it before `destroy_process_group`, which waits for graphs that hold NCCL's
-    exchanges: `with contextlib.closing(GraphedStep(model)) as step`. Raises RuntimeError for a step that cannot be
-    recorded, and has closed itself then. If not `strict`, such a step is told of in the log and runs as always, and so
-    do all after it; and so does a shape if memory would be left for no other step beside it.
+    `close()` drops all recordings. Call it before `destroy_process_group`, which waits for graphs that hold NCCL
+    collectives: `with contextlib.closing(GraphedStep(model)) as step`. Raises RuntimeError for a step that cannot be
+    recorded, after closing itself. If not `strict`, it logs a warning instead, and this and all later steps run
+    eagerly. If not `strict`, a shape also runs eagerly where its recording would leave no memory for another step.
     """
 
     def __init__(self, model: Any, run: Callable[..., torch.Tensor] | None = None, strict: bool = True) -> None:
@@ -75,17 +76,17 @@ class GraphedStep:
             module.reshard()
         fresh = all(parameter.grad is None for parameter in self.model.parameters())
         modes = self.model.training, *(parameter.requires_grad for parameter in self.model.parameters())
-        shapes = _on_all_ranks(_shape_of(modes, batch) if fresh else ACCUMULATING)
+        (shapes,) = meet(BEGINNING, _shape_of(modes, batch) if fresh else ACCUMULATING)
         if ACCUMULATING in shapes or self.gave_up or not self._comes_again(shapes):
-            return self.always(**batch)
+            return self.eager(**batch)
         if shapes not in self._recorded and self._seen[shapes] <= WARM_UP:
-            return self.always(**batch) if self._seen[shapes] < WARM_UP else self._rehearse(batch)
+            return self.eager(**batch) if self._seen[shapes] < WARM_UP else self._rehearse(batch)
         if shapes in self._recorded and self._recorded[shapes].mailboxes != links.mailboxes():
             self.close()  # larger ones were made, at another place
         if shapes not in self._recorded:
             recorded = self._record(batch)
             if recorded is None:
-                return self.always(**batch)
+                return self.eager(**batch)
             self._recorded[shapes] = recorded
         self.replayed += 1
         return self._recorded[shapes].replay(batch)
@@ -101,9 +102,8 @@ class GraphedStep:
         loss.backward()
         return loss
 
-    def always(self, **batch: Any) -> torch.Tensor:
-        """The step, not recorded; on the stream of the recording, as what autograd remembers of parameters belongs to a
-        stream."""
+    def eager(self, **batch: Any) -> torch.Tensor:
+        """The step, run eagerly. On the recording's stream: autograd ties a parameter's AccumulateGrad to a stream."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             loss = self.run(**batch)
@@ -119,13 +119,13 @@ class GraphedStep:
         return shapes in self._recorded or len(self._recorded) < self._most
 
     def _rehearse(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The step, not recorded, with an eye on what would go wrong if it were."""
+        """The step, run eagerly, while looking for what would make its recording fail."""
         with _watching() as waits:
-            loss = self.always(**batch)
+            loss = self.eager(**batch)
         where = f"it waits for the GPU in {waits[0]}" if waits else "another rank waits for its GPU"
-        if any(_on_all_ranks(len(waits))):
+        if any(*meet(BEGINNING, len(waits))):
             self._fail(where, self.strict)
-        elif not self.strict and any(_on_all_ranks(int(not _has_room()))):
+        elif not self.strict and any(*meet(BEGINNING, not _has_room())):
             self._most = len(self._recorded)
             if not self._most:
                 self._give_up("there is not the memory of a step to spare")
@@ -216,8 +216,8 @@ def _not_owned(x: torch.Tensor) -> torch.Tensor:
 KNOWN = {"expertmesh", "torch", "transformers", "accelerate", "trl", "peft", "bitsandbytes", "liger_kernel"}
 
 
-def why_not_unasked(trainer: Any) -> str | None:
-    """Why steps should not be recorded though they may be: code of the user's that may want to run at every step."""
+def why_not_auto(trainer: Any) -> str | None:
+    """Why steps that could be recorded should not be unless asked for: user code that may have to run at every step."""
     code = {name: getattr(type(trainer), name) for name in ("compute_loss", "training_step")}
     if trainer.compute_loss_func is not None:
         code["compute_loss_func"] = trainer.compute_loss_func
@@ -239,8 +239,8 @@ def why_not_unasked(trainer: Any) -> str | None:
 
 @contextmanager
 def _watching() -> Iterator[list[str]]:
-    """Yields a list that holds, behind it, where the CPU waited for the GPU. Code that asks whether it is recorded, as
-    Transformers' masks do, hears that it is."""
+    """Yields a list that is filled at the end: the places where the CPU waited for the GPU. Code that asks whether a
+    stream is capturing, as Transformers' masks do, is told yes."""
     before, asked, waits = torch.cuda.get_sync_debug_mode(), torch.cuda.is_current_stream_capturing, list[str]()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -295,21 +295,6 @@ def _shape_of(modes: tuple[bool, ...], batch: dict[str, Any]) -> int:
     """The same number for batches that differ in the values of tensors only."""
     leaves, tree = tree_flatten(dict(sorted(batch.items())))
     return hash((modes, str(tree), *((x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)))
-
-
-def on_all_ranks(*numbers: int) -> list[tuple[int, ...]]:
-    """The numbers of all ranks. All must ask at the same time."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [numbers]
-    world: Any = dist.group.WORLD
-    answers = [torch.zeros(len(numbers), dtype=torch.long) for _ in range(world.size())]
-    with waiting("the beginning of a step", links.hosts(world)):
-        dist.all_gather(answers, torch.tensor(numbers), group=links.hosts(world))
-    return [tuple(answer.tolist()) for answer in answers]
-
-
-def _on_all_ranks(number: int) -> tuple[int, ...]:
-    return tuple(answer for (answer,) in on_all_ranks(number))
 
 
 def _first(error: RuntimeError) -> RuntimeError:

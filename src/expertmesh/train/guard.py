@@ -1,10 +1,9 @@
 """Nothing that is not a number reaches a weight.
 
-transformers' Trainer hides a NaN loss by default (`logging_nan_inf_filter`) and steps the optimizer with whatever
-gradient there is. Here the losses of an optimizer step and its gradient norm are looked at together, once: the device
-is asked a single time per step, not per microbatch. Our AdamW is told on the device to leave all weights as they are,
-and the host asks while it runs; other optimizers run once the host knows. What went wrong is written down with the
-examples it came from.
+transformers' Trainer hides a NaN loss by default (`logging_nan_inf_filter`) and steps the optimizer with any gradient.
+Here the losses of an optimizer step and its gradient norm are checked together: one synchronization per step, not one
+per microbatch. Our AdamW reads a flag on the device (`found_inf`) and then changes no weight; the host reads the result
+while it runs. Other optimizers run after the host has read it. The microbatches at fault are saved with the error.
 """
 
 import json
@@ -18,6 +17,7 @@ from torch import nn
 
 from expertmesh.data import check_supervised
 from expertmesh.parallel import ranks
+from expertmesh.train.errors import few
 
 ROW = "__row__"  # column of an example's position in the training data; it never reaches the model
 ONE_ROW = "__one_row__"  # nor does the batch as a row of documents
@@ -54,8 +54,9 @@ class NonFiniteError(FloatingPointError):
 class KeepRows:
     """A collator around a collator: takes the row numbers out of the examples and puts them beside the batch.
 
-    What is on the CPU here can be looked at for nothing. drop_masks: leave out masks without any padding. one_row: lays
-    the batch out as one row, which is put beside it. Examples, or a batch, that are no mappings go by as they are.
+    Batches are still on the CPU here, so that reading values costs no synchronization. drop_masks: leave out masks
+    without padding. one_row: lays the batch out as one row, which is put beside it. Examples or batches that are no
+    mappings pass unchanged.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class StepRecord:
     rows: list[torch.Tensor | None] = field(default_factory=list)
     num_items: torch.Tensor | int | None = None
     losses: list[torch.Tensor] = field(default_factory=list)
-    signs: torch.Tensor | None = None  # what `look` found, on the CPU once `told`
-    told: torch.cuda.Event | None = None
+    signs: torch.Tensor | None = None  # what `look` found, on the CPU once `copied` is over
+    copied: torch.cuda.Event | None = None
 
     def look(self, grad_norm: torch.Tensor | float) -> torch.Tensor:
         """Look at losses and gradient norm on the device, without waiting for it. Returns a float32 scalar: 1 if the
@@ -103,7 +104,7 @@ class StepRecord:
         finite = [torch.isfinite(value).all() for value in (grad_norm, *self.losses)]
         signs = torch.stack([supervised, *finite])
         self.signs = signs.to("cpu", non_blocking=True)
-        self.told = torch.cuda.current_stream(signs.device).record_event() if signs.is_cuda else None
+        self.copied = torch.cuda.current_stream(signs.device).record_event() if signs.is_cuda else None
         return 1.0 - signs.all().float()
 
     def check(
@@ -111,13 +112,13 @@ class StepRecord:
     ) -> None:
         """Raises NonFiniteError for a loss or gradient norm that is not finite, ValueError without a supervised label.
 
-        `look` comes first. `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token
-        ids into text. This is the one place where a training step waits for the device: until `look` is done there, not
-        for what was asked of it since, so that the next step is prepared while the optimizer runs.
+        Call `look` first. `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token
+        ids into text. This is the only place where a training step waits for the device. It waits for the event after
+        `look`, not for later work, so that the host prepares the next step while the optimizer runs.
         """
         assert self.signs is not None
-        if self.told is not None:
-            self.told.synchronize()
+        if self.copied is not None:
+            self.copied.synchronize()
         grad_norm = torch.as_tensor(grad_norm)
         has_labels, grad_finite, *loss_finite = self.signs.tolist()
         if not has_labels:
@@ -125,47 +126,33 @@ class StepRecord:
         if all(loss_finite) and grad_finite:
             return
         what = "gradient" if all(loss_finite) else "loss"
-        guilty = [i for i in range(len(self.batches)) if what == "gradient" or not loss_finite[i]]
+        norm, guilty = grad_norm.item(), [i for i, finite in enumerate(loss_finite) if what == "gradient" or not finite]
+        microbatches = [self._as_data(i) for i in guilty]
         of_rank = f"-rank-{ranks.rank()}" if ranks.world_size() > 1 else ""  # each has its own batch
         path = Path(folder) / f"nonfinite-step-{step}{of_rank}.json"
-        self._save(path, guilty, {"step": step, "what": what, "grad_norm": str(grad_norm.item())})
-        if what == "loss":
-            losses = ", ".join(f"microbatch {i + 1} of {len(self.batches)}: {self.losses[i].item()}" for i in guilty)
-            symptom = f"the loss is not finite ({losses})"
-        else:
-            symptom = f"the gradient is not finite (norm {grad_norm.item()})"
-        rows = self._rows_of(guilty)
-        origin = "cannot be traced to rows" if rows is None else f"are rows {_short(rows)} of the training data"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        saved = {"step": step, "what": what, "grad_norm": str(norm), "microbatches": microbatches}
+        path.write_text(json.dumps(saved))
+        losses = [f"microbatch {i + 1} of {len(self.batches)}: {self.losses[i].item()}" for i in guilty]
+        symptom = f"the loss is not finite ({', '.join(losses)})"
+        if what == "gradient":
+            symptom = f"the gradient is not finite (norm {norm})"
+        known = all(batch["rows"] is not None for batch in microbatches)
+        rows = [row for batch in microbatches for row in batch["rows"]] if known else None
+        origin = "cannot be traced to rows" if rows is None else f"are rows {few(rows)} of the training data"
         ids = self.batches[guilty[0]].get("input_ids")
         begin = f", beginning {decode(ids[0, :SHOWN].tolist())!r}" if decode and ids is not None else ""
         raise NonFiniteError(
             f"Step {step} was stopped before the optimizer ran: {symptom}. No weight was changed. Its examples "
             f"{origin}, saved in {path}{begin}. {_advice(what, model)}",
-            step,
-            what,
-            rows,
-            path,
+            *(step, what, rows, path),
         )
 
-    def _rows_of(self, microbatches: list[int]) -> list[int] | None:
-        rows: list[int] = []
-        for i in microbatches:
-            batch_rows = self.rows[i]
-            if batch_rows is None:
-                return None
-            rows += batch_rows.tolist()
-        return rows
-
-    def _save(self, path: Path, guilty: list[int], record: dict[str, Any]) -> None:
-        microbatches = []
-        for i in guilty:
-            rows = self.rows[i]
-            tensors = {key: self.batches[i][key].tolist() for key in ("input_ids", "labels") if key in self.batches[i]}
-            microbatches.append(
-                {"loss": str(self.losses[i].item()), "rows": None if rows is None else rows.tolist(), **tensors}
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record | {"microbatches": microbatches}))
+    def _as_data(self, i: int) -> dict[str, Any]:
+        """Microbatch `i` as plain data."""
+        batch, rows = self.batches[i], self.rows[i]
+        tokens = {key: batch[key].tolist() for key in ("input_ids", "labels") if key in batch}
+        return {"loss": str(self.losses[i].item()), "rows": None if rows is None else rows.tolist(), **tokens}
 
 
 def _advice(what: str, model: nn.Module) -> str:
@@ -173,7 +160,3 @@ def _advice(what: str, model: nn.Module) -> str:
     if damaged:
         return TRY_WEIGHTS.format(count=len(damaged), first=damaged[0])
     return TRY_LOSS if what == "loss" else TRY_GRADIENT
-
-
-def _short(rows: list[int], limit: int = 16) -> str:
-    return ", ".join(map(str, rows[:limit])) + (f" and {len(rows) - limit} more" if len(rows) > limit else "")

@@ -9,14 +9,15 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Qwen3MoeConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -24,16 +25,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from expertmesh import data
 from expertmesh.fuse import loading
 from expertmesh.train.config import Config, ConfigError
-from expertmesh.train.errors import in_short, install, known
+from expertmesh.train.errors import in_short, install, known, refusing
 from expertmesh.train.folder import check_folder
 from expertmesh.train.routing import routers
 from expertmesh.train.talks import check_rows
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Unreachable(ConfigError):
@@ -45,7 +42,7 @@ class Inputs(NamedTuple):
 
     tokenizer: Any
     train_rows: Any
-    eval_rows: "Dataset | None"
+    eval_rows: Any
 
 
 def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
@@ -54,9 +51,9 @@ def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
     What the Hub has, where the Hub cannot be reached, goes by name into `unreachable` if that is given.
     """
 
-    def reach(load: Callable[[Config], T]) -> T | None:
+    def reach(load: Callable[..., Any], *which: Any) -> Any:
         try:
-            return load(config)
+            return load(config, *which)
         except Unreachable as error:
             if unreachable is None:
                 raise
@@ -66,23 +63,17 @@ def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
     check_settings(config)
     model_config, tokenizer = reach(load_model_config), reach(load_tokenizer)
     if model_config is not None:
-        check_model(config, model_config)
-        if tokenizer is not None:
-            check_tokenizer(config, model_config, tokenizer)
-    rows = reach(load_rows)
-    if rows is None:
-        return Inputs(tokenizer, None, None)
-    train_rows, eval_rows = rows
-    if tokenizer is not None:
-        for part, which in ((train_rows, config.data.split), (eval_rows, config.data.eval_split)):
-            if part is not None:
-                check_rows(config, tokenizer, part, f"{config.data.name}, split {which},")
-    if eval_rows is None and config.data.eval_fraction:
-        try:
-            train_rows, eval_rows = data.hold_out(train_rows, config.data.eval_fraction, config.train.seed)
-        except ValueError as error:
-            raise ConfigError(f"data.eval_fraction: {error}") from error
-    return Inputs(tokenizer, train_rows, eval_rows)
+        check_model(config, model_config, tokenizer)
+    section, found = config.data, []
+    for split in (section.split, section.eval_split):
+        rows = None if split is None else reach(load_rows, split)
+        if rows is not None and tokenizer is not None:
+            check_rows(config, tokenizer, rows, f"{section.name}, split {split},")
+        found.append(rows)
+    if found[0] is not None and section.eval_split is None and section.eval_fraction:
+        with refusing("data.eval_fraction"):
+            found = [*data.hold_out(found[0], section.eval_fraction, config.train.seed)]
+    return Inputs(tokenizer, *found)
 
 
 @dataclasses.dataclass
@@ -95,113 +86,95 @@ class _Settings(transformers.TrainingArguments):
 
 def check_settings(config: Config) -> None:
     """Raises ConfigError for a folder, optimizer, schedule, tracker or fusion that cannot be used here."""
-    settings = config.train
-    known("train.optim", settings.optim, [name.value for name in OptimizerNames])
-    known("train.lr_scheduler_type", settings.lr_scheduler_type, [name.value for name in transformers.SchedulerType])
+    optim, schedule = config.train.optim, config.train.lr_scheduler_type
+    known("train.optim", optim, [name.value for name in OptimizerNames])
+    known("train.lr_scheduler_type", schedule, [name.value for name in transformers.SchedulerType])
     for name in config.log.report_to:
         known("log.report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
-    with _refusing("train.optim", f"{settings.optim} cannot be used here"):
-        arguments = _Settings(optim=settings.optim, learning_rate=settings.learning_rate)
+    with refusing(f"train.optim: {optim} cannot be used here"):
+        arguments = _Settings(optim=optim, learning_rate=config.train.learning_rate)
         make, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = make([torch.zeros(1, requires_grad=True)], **options)
-    with _refusing(
-        "train.lr_scheduler_type", f"{settings.lr_scheduler_type} needs what no key of a configuration says"
-    ):
-        if settings.lr_scheduler_type == "reduce_lr_on_plateau" and not config.log.eval_steps:
-            raise ValueError("it looks at evaluations: set log.eval_steps")
-        transformers.get_scheduler(settings.lr_scheduler_type, optimizer, 1, 10)
-    for name in config.log.report_to:
-        if name in INTEGRATION_TO_CALLBACK:
-            with _refusing(
-                "log.report_to", f"{name} cannot be used here ({install(name)} adds it where it is missing)"
-            ):
-                INTEGRATION_TO_CALLBACK[name]()
-    with _refusing("model.fused", "it cannot be switched so"), loading(config.model.fused):
+    if schedule == "reduce_lr_on_plateau" and not config.log.eval_steps:
+        raise ConfigError(f"train.lr_scheduler_type: {schedule} looks at evaluations: set log.eval_steps.")
+    with refusing(f"train.lr_scheduler_type: {schedule} needs what no key of a configuration says"):
+        transformers.get_scheduler(schedule, optimizer, 1, 10)
+    for name in INTEGRATION_TO_CALLBACK.keys() & config.log.report_to:
+        with refusing(f"log.report_to: {name} cannot be used here ({install(name)} adds it where it is missing)"):
+            INTEGRATION_TO_CALLBACK[name]()
+    with refusing("model.fused: it cannot be switched so"), loading(config.model.fused):
         pass
     check_folder(config)
 
 
-class _refusing:
-    """Turns whatever goes wrong inside, in code of others, into a ConfigError of the key."""
-
-    def __init__(self, key: str, what: str):
-        self.key, self.what = key, what
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ConfigError):
-            raise ConfigError(f"{self.key}: {self.what}: {in_short(error)}.") from error
-
-
 def load_model_config(config: Config) -> PreTrainedConfig:
     """The config.json of `model.name`."""
-    if config.model.name == "demo":
-        return demo_config()
-    try:
-        found = AutoConfig.from_pretrained(config.model.name, **_origin(config))
+    with loading_part(config, "config.json"):
+        found = AutoConfig.from_pretrained(**origin(config))
         if not isinstance(found.get_text_config().vocab_size, int):
             raise ValueError("it has no vocab_size, so it is no language model's")
         return found
-    except Exception as error:  # a config.json may hold anything, and then anything may go wrong
-        raise unreachable(config.model.name, "config.json", error) from error
 
 
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: Config) -> Any:
     """The tokenizer of `model.name`."""
-    if config.model.name == "demo":
-        return data.demo_tokenizer()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model.name, **_origin(config))
+    with loading_part(config, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(**origin(config))
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what Transformers makes of no files at all
             raise ValueError("it has no vocabulary, such as tokenizer.json")
         return tokenizer
-    except Exception as error:
-        raise unreachable(config.model.name, "tokenizer", error) from error
 
 
-def _origin(config: Config) -> dict[str, Any]:
-    return {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+def origin(config: Config) -> dict[str, Any]:
+    """The arguments with which all parts of a model are loaded."""
+    name = data.DEMO_FOLDER if config.model.name == "demo" else config.model.name
+    options = config.model.model_dump(include={"revision", "trust_remote_code"})
+    return {"pretrained_model_name_or_path": name, **options}
 
 
-def load_rows(config: Config) -> tuple["Dataset", "Dataset | None"]:
-    """(rows of `data.split`, rows of `data.eval_split` or None), in one of TRL's formats."""
-    section, seed = config.data, config.train.seed
-
-    def load(split: str) -> "Dataset":
-        try:
-            return data.load_dataset(section.name, split, seed, name=section.config)
-        except (ValueError, OSError) as error:
-            kind = Unreachable if isinstance(error, data.Unreachable) else ConfigError
-            source = "" if str(section.name) in str(error) else f"{section.name} cannot be read: "
-            raise kind(f"data.name: {source}{error}") from error
-
-    return load(section.split), None if section.eval_split is None else load(section.eval_split)
+def load_rows(config: Config, split: str) -> Any:
+    """The Dataset of a split of `data.name`, in one of TRL's formats."""
+    name = config.data.name
+    try:
+        return data.load_dataset(name, split, config.train.seed, name=config.data.config)
+    except (ValueError, OSError) as error:
+        kind = Unreachable if isinstance(error, data.Unreachable) else ConfigError
+        source = "" if str(name) in str(error) else f"{name} cannot be read: "
+        raise kind(f"data.name: {source}{error}") from error
 
 
-def check_model(config: Config, model_config: PreTrainedConfig) -> None:
-    """Raises ConfigError where the model cannot be built, or cannot be trained as the configuration says."""
+def check_model(config: Config, model_config: PreTrainedConfig, tokenizer: Any = None) -> None:
+    """Raises ConfigError where the model cannot be built, trained as the configuration says, or lacks tokens."""
     name, text = config.model.name, model_config.get_text_config()
-    for key in ("pad_token_id", "bos_token_id"):
-        token = getattr(text, key, None)
-        if isinstance(token, int) and not -1 <= token < text.vocab_size:
-            raise ConfigError(
-                f"model.name: in the config.json of {name} {key} is {token}, and the vocabulary has {text.vocab_size} "
-                "tokens. Set it to one of them, or to null."
-            )
+    for owner, where, keys in (
+        (text, "config.json", ("pad_token_id", "bos_token_id")),
+        (tokenizer, "tokenizer", ("pad_token_id", "eos_token_id")),
+    ):
+        for key in keys:
+            token = getattr(owner, key, None)
+            if isinstance(token, int) and not -1 <= token < text.vocab_size:
+                raise ConfigError(
+                    f"model.name: in the {where} of {name} {key} is {token}, and the vocabulary has {text.vocab_size} "
+                    "tokens. Set it to one of them, or take the file that belongs to the model."
+                )
+    if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ConfigError(
+            f"model.name: the tokenizer of {name} has neither a pad_token nor an eos_token to fill up short rows. Set "
+            "one in its tokenizer_config.json."
+        )
+    if tokenizer is not None and len(tokenizer) > text.vocab_size:
+        log.warning("The tokenizer of %s has %d tokens, and the model only %d.", name, len(tokenizer), text.vocab_size)
     limit = _positions(text)
     if limit is not None and config.data.max_length > limit:
         raise ConfigError(
             f"data.max_length: {config.data.max_length} tokens are more than the {limit} positions {name} was made "
-            "for. Lower it, or set max_position_embeddings in its config.json if it is to learn longer rows."
+            "for. Lower it, or raise max_position_embeddings in its config.json."
         )
     if not hasattr(model_config, "auto_map"):  # code that comes with a checkpoint may not know the meta device
         _check_skeleton(config, model_config)
     if config.moe.router_aux_loss_coef and not hasattr(text, "output_router_logits"):
-        raise ConfigError(
-            f"moe.router_aux_loss_coef: {name} is no Mixture-of-Experts model with router logits to weigh. Remove it."
-        )
-    if Path(name).is_dir():
+        raise ConfigError(f"moe.router_aux_loss_coef: {name} has no router logits to weigh. Remove the key.")
+    if name != "demo" and Path(name).is_dir():
         _check_files(Path(name))
 
 
@@ -219,25 +192,20 @@ def _positions(text: PreTrainedConfig) -> int | None:
 
 def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
     name, attention, level = config.model.name, config.model.attn_implementation, transformers.logging.get_verbosity()
-    if attention is not None and "/" in attention:
-        attention = None  # a kernel of the Hub
     transformers.logging.set_verbosity_error()  # the model itself will say it again
     try:
         with torch.device("meta"):
-            with _refusing("model.name", f"no causal language model can be made from the config.json of {name}"):
+            with refusing(f"model.name: no causal language model can be made from the config.json of {name}"):
                 model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
-            with _refusing("model.attn_implementation", f"{name} cannot be run with {attention!r} here"):
-                if attention is not None:
+            if attention is not None and "/" not in attention:  # which is a kernel of the Hub
+                with refusing(f"model.attn_implementation: {name} cannot be run with {attention!r} here"):
                     model.set_attn_implementation(attention)
             if config.moe.freeze_router and not any(routers(model)):
-                raise ConfigError(
-                    f"moe.freeze_router is set, and {type(model).__name__} has no routers. Remove the key."
-                )
-            adapter = lora(config)
-            with _refusing("lora.target_modules", f"{name} cannot get such adapters"):
-                if adapter is not None:
-                    import peft
+                raise ConfigError(f"moe.freeze_router: {type(model).__name__} has no routers. Remove the key.")
+            if (adapter := lora(config)) is not None:
+                import peft
 
+                with refusing(f"lora.target_modules: {name} cannot get such adapters"):
                     peft.get_peft_model(model, adapter)
     finally:
         transformers.logging.set_verbosity(level)
@@ -245,38 +213,20 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
 
 def _check_files(folder: Path) -> None:
     """Raises ConfigError where weights are missing or cut short. PyTorch's own files only have to be there."""
-    found = sorted(folder.glob("*.safetensors"))
+    found, index = {path.name for path in folder.glob("*.safetensors")}, folder / SAFE_WEIGHTS_INDEX_NAME
     if not found and not any(folder.glob("*.bin")):
         raise ConfigError(
-            f"model.name: the folder {folder} has no weights ({SAFE_WEIGHTS_NAME}, or several such files)."
+            f"model.name: the folder {folder} has no weights ({SAFE_WEIGHTS_NAME} or several such files)."
         )
-    if (index := folder / SAFE_WEIGHTS_INDEX_NAME).is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
-        with _refusing("model.name", f"{index} cannot be read"):
-            named = {folder / str(file) for file in json.loads(index.read_text())["weight_map"].values()}
-        if missing := sorted(str(path.name) for path in named if not path.is_file()):
+    if index.is_file() and SAFE_WEIGHTS_NAME not in found:
+        with refusing(f"model.name: {index} cannot be read"):
+            named = set(map(str, json.loads(index.read_text())["weight_map"].values()))
+        if missing := sorted(named - found):
             raise ConfigError(f"model.name: {folder} lacks {', '.join(missing)}, which {index.name} names.")
-    for path in found:
-        with _refusing("model.name", f"{path} is damaged, so load or copy it again"), safe_open(path, "pt"):
+    for name in sorted(found):
+        path = folder / name
+        with refusing(f"model.name: {path} is damaged, so load or copy it again"), safe_open(path, "pt"):
             pass
-
-
-def check_tokenizer(config: Config, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ConfigError for tokens that the model does not have."""
-    name, size = config.model.name, model_config.get_text_config().vocab_size
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise ConfigError(
-            f"model.name: the tokenizer of {name} has neither a pad_token nor an eos_token, and short rows are filled "
-            "up with one of them. Set it in its tokenizer_config.json."
-        )
-    for key in ("pad_token_id", "eos_token_id"):
-        token = getattr(tokenizer, key)
-        if token is not None and token >= size:
-            raise ConfigError(
-                f"model.name: {key} of the tokenizer of {name} is {token}, and the model has {size} tokens. Take the "
-                "tokenizer that belongs to the model."
-            )
-    if len(tokenizer) > size:
-        log.warning("The tokenizer of %s has %d tokens, and the model only %d.", name, len(tokenizer), size)
 
 
 def lora(config: Config) -> Any:
@@ -285,53 +235,30 @@ def lora(config: Config) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
+    names = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+    return LoraConfig(task_type="CAUSAL_LM", **{names.get(key, key): value for key, value in config.lora})
 
 
-def demo_config() -> Qwen3MoeConfig:
-    """A Qwen3-MoE of about 2 million weights for the built-in tokenizer: small, and every part of the family in it."""
-    tokenizer = data.demo_tokenizer()
-    return Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,  # type: ignore[call-arg]
-        max_position_embeddings=2048,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        norm_topk_prob=True,
-        initializer_range=0.06,  # the usual 0.02 is for widths of thousands: at 128 signals would start too small
-        tie_word_embeddings=True,
-    )
-
-
-def unreachable(name: str, what: str, error: Exception) -> ConfigError:
-    """The error for a part of a model that could not be loaded."""
-    why = in_short(error)
-    if Path(name).is_dir():
-        return ConfigError(f"model.name: the {what} in the folder {name} cannot be read: {why}.")
-    if Path(name).exists():
-        return ConfigError(f"model.name: {name} is no folder. Name the folder of a model, with its config.json.")
-    if name.startswith((".", "/")) or name.count("/") > 1:
-        return ConfigError(f"model.name: the folder {name} does not exist. Check the spelling, or name a Hub id.")
-    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
-    kind = Unreachable if offline or "couldn't connect" in str(error) else ConfigError
-    if offline:
-        why = "it is not in the cache, and HF_HUB_OFFLINE forbids fetching it"
-    return kind(
-        f"model.name: there is no folder {name!r} here, and as a Hugging Face id its {what} cannot be had: {why}. "
-        f"Check the spelling, name a local folder, run `hf download {name}` where there is a network, or use `demo`."
-    )
+@contextmanager
+def loading_part(config: Config, what: str, errors: Any = Exception) -> Iterator[None]:
+    """Turns errors in loading a part of `model.name`, which may be any, into a ConfigError that says what to change."""
+    try:
+        yield
+    except errors as error:
+        name, why, kind = config.model.name, in_short(error), ConfigError
+        if Path(name).is_dir():
+            said = f"the {what} in the folder {name} cannot be read: {why}."
+        elif Path(name).exists():
+            said = f"{name} is no folder. Name the folder of a model, with its config.json."
+        elif name.startswith((".", "/")) or name.count("/") > 1:
+            said = f"the folder {name} does not exist. Check the spelling, or name a Hub id."
+        else:
+            if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+                why, kind = "it is not in the cache, and HF_HUB_OFFLINE forbids fetching it", Unreachable
+            elif "couldn't connect" in str(error):
+                kind = Unreachable
+            said = (
+                f"there is no folder {name!r} here, and as a Hugging Face id its {what} cannot be had: {why}. Check "
+                f"the spelling, name a local folder, run `hf download {name}` where there is a network, or use `demo`."
+            )
+        raise kind(f"model.name: {said}") from error

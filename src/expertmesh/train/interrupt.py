@@ -4,12 +4,10 @@ import os
 import signal
 from types import FrameType
 
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 
 from expertmesh.train.errors import EXIT_CODES, handling
-from expertmesh.waiting import hosts, waiting
+from expertmesh.waiting import meet
 
 
 class Interrupt(TrainerCallback):
@@ -22,7 +20,7 @@ class Interrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
-        self._received: int | None = None
+        self._received = 0
         self._before: dict[int, object] = {}
         self._terminals: list[int] = []
 
@@ -32,30 +30,17 @@ class Interrupt(TrainerCallback):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        self._restore()
+        self.__exit__()
         for output in self._terminals if number == signal.SIGHUP else ():  # nobody reads there, and writing is an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._before = {}
-
-    def _agreed(self) -> int:
-        """The signal that any rank received, 0 if none did."""
-        received = torch.tensor(self._received or 0)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            group = hosts(dist.group.WORLD)  # type: ignore[arg-type]  # the GPU's queue need not drain for the question
-            with waiting("the end of a step", group):
-                dist.all_reduce(received, dist.ReduceOp.MAX, group)
-        return int(received)
-
     def on_step_end(self, args, state, control, **kwargs):
-        received = self._agreed()
+        received = max(*meet("the end of a step", self._received))  # 0 if no rank received one
         if received and state.global_step < state.max_steps:
             self.exit_code = EXIT_CODES[signal.Signals(received)]
             control.should_save = True

@@ -8,6 +8,7 @@ with a checkpoint (interrupt.py). Should this process die, the ranks see the end
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,16 +16,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertmesh.train.config import Config
-from expertmesh.train.errors import EXIT_CODES, ConfigError, handling
-from expertmesh.train.slurm import is_slurm_rank, slurm_variables
+from expertmesh.train.errors import EXIT_CODES, ConfigError, few, handling, in_short, refusing
 
 if TYPE_CHECKING:
     from expertmesh.parallel.setup import DistributedSetup
@@ -32,17 +31,42 @@ if TYPE_CHECKING:
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _WATCH = "EXPERTMESH_LAUNCHER"  # set in ranks whose standard input says whether the launcher lives
 _POLL = 0.1  # seconds between two looks at the ranks
-_stores: list[Any] = []  # rank 0's is the server of all: it lives as long as the process
+_stores: list[Any] = []  # rank 0's is the server of all ranks: keep it until the process ends
+SILENT = "PyTorch's rank 0 does not answer"
 _SHOWN = 20  # last lines of a rank that ended without an error of its own
 
 
 def is_rank() -> bool:
     """Whether torchrun, Slurm or `launch` started this process as a rank; Slurm's variables are translated."""
-    if "RANK" not in os.environ and is_slurm_rank(os.environ):
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
         os.environ.update(slurm_variables(os.environ))
     if os.environ.get(_WATCH):
         threading.Thread(target=_follow_launcher, daemon=True).start()
     return "RANK" in os.environ
+
+
+def slurm_variables(task: Mapping[str, str]) -> dict[str, str]:
+    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a Slurm task, the last two unless they are set.
+
+    Raises ConfigError if Slurm's variables are incomplete.
+    """
+    try:
+        job, hosts = int(task["SLURM_JOB_ID"]), task["SLURM_JOB_NODELIST"]
+        # rank 0 runs on the first of `node[08-09,12],login`; SLURM_LAUNCH_NODE_IPADDR is where srun was typed
+        first_host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", hosts).partition(",")[0]
+        return {
+            "RANK": task["SLURM_PROCID"],
+            "LOCAL_RANK": task["SLURM_LOCALID"],
+            "WORLD_SIZE": task["SLURM_NTASKS"],
+            "MASTER_ADDR": task.get("MASTER_ADDR") or first_host,
+            # below the ports that Linux hands out by itself (from 32768), and another one for each job on a shared host
+            "MASTER_PORT": task.get("MASTER_PORT") or str(10_000 + job % 20_000),
+        }
+    except KeyError as missing:
+        raise ConfigError(
+            f"This looks like a task of a Slurm job, but {missing.args[0]} is not set. Start it with srun, or unset "
+            "SLURM_PROCID to run without Slurm."
+        ) from None
 
 
 def default_nproc() -> int:
@@ -56,12 +80,9 @@ def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
     """How `config` lays the model out over `num_ranks`, None for one. Raises ConfigError if its sizes do not fit."""
     from expertmesh.parallel.setup import DistributedSetup
 
-    try:
-        setup = DistributedSetup(
-            **config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"}), world_size=num_ranks
-        )
-    except ValueError as error:
-        raise ConfigError(f"parallel: {error}") from None
+    sizes = config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"})
+    with refusing("parallel"):
+        setup = DistributedSetup(**sizes, world_size=num_ranks)
     return setup if num_ranks > 1 else None
 
 
@@ -74,13 +95,13 @@ def join(minutes: float) -> None:
     if dist.is_initialized():
         return
     rank, size, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(minutes=minutes)
-    done: Future[str] = Future()
+    found: list[str] = []  # what is wrong, "" if nothing is
 
     def meet() -> str:
         if not 0 <= rank < size:
             return f"RANK={rank} is none of WORLD_SIZE={size}"
         is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        # PyTorch's own comes later, on the same server
+        # PyTorch connects its own store to the same server later
         options: dict[str, Any] = {"timeout": limit, "wait_for_workers": False, "multi_tenant": True}
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_server, **options)
         _stores.append(store)
@@ -90,35 +111,27 @@ def join(minutes: float) -> None:
         try:
             book.wait([str(number) for number in range(size)], limit * 0.8)
         except dist.DistStoreError:
-            absent = [number for number in range(size) if not book.check([str(number)])]
-            twice = [number for number in range(size) if number not in absent and book.add(str(number), 0) > 1]
-            return f"of {size} ranks {_few(absent)} did not come" + (f", RANK={_few(twice)} came twice" * bool(twice))
+            return f"of {size} ranks {few([r for r in range(size) if not book.check([str(r)])])} did not come"
         return ""
 
     def work() -> None:
         try:
-            done.set_result(meet())
+            found.append(meet())
         except Exception as error:
-            done.set_exception(error)
+            taken, silent = "another run has that port, or another process RANK=0", f"{SILENT} ({in_short(error)})"
+            found.append(taken if "EADDRINUSE" in str(error) else silent)
 
-    # in a thread: a port that is held by somebody who never answers would keep PyTorch waiting without end
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        why = done.result(limit.total_seconds())
-    except (RuntimeError, ValueError, KeyError, TimeoutError) as error:
-        taken = "EADDRINUSE" in str(error)
-        why = "another run has that port, or another process RANK=0" if taken else "PyTorch's rank 0 does not answer"
-    if why:
+    # a thread, as a port that is held by somebody who never answers would keep PyTorch waiting without end
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit.total_seconds())
+    if why := found[0] if found else SILENT:
+        place = " and ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise RanksError(
-            f"Rank {rank} found no others by MASTER_ADDR={os.environ.get('MASTER_ADDR')} and "
-            f"MASTER_PORT={os.environ.get('MASTER_PORT')}: {why}. These must name the machine of rank 0 and a free "
-            f"port of it, and there must be one process for each RANK from 0 to {size - 1}. If ranks only need longer "
-            f"than {minutes:g} minutes to start, raise parallel.start_timeout_minutes."
+            f"Rank {rank} found no others by {place}: {why}. These must name the machine of rank 0 and a free port of "
+            f"it, and there must be one process for each RANK from 0 to {size - 1}. If ranks only need longer than "
+            f"{minutes:g} minutes to start, raise parallel.start_timeout_minutes."
         )
-
-
-def _few(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + ("" if len(numbers) <= 8 else f" and {len(numbers) - 8} more")
 
 
 def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
@@ -152,7 +165,7 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
             time.sleep(_POLL)
         if ranks[failed[0]].returncode in EXIT_CODES.values():
             return max(rank.wait() for rank in ranks)  # all stop after the same step, whoever received the signal
-        time.sleep(_POLL)  # whoever fails with the same error at the same time may finish writing it
+        time.sleep(_POLL)  # let ranks with the same error finish writing it
         failed = [n for n, rank in enumerate(ranks) if rank.poll()]
         _kill(ranks)
         return _report(ranks, failed, errors, logs, received)

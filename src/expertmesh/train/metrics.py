@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from expertmesh.train.routing import RouterLoad
+from expertmesh.train.routing import RouterLoad, layer_metrics
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class MetricsFile(TrainerCallback):
         record: dict[str, Any] = {"step": state.global_step, "time": round(time.time(), 3)}
         record |= {key: _plain(value) for key, value in (logs or {}).items()}
         if "moe/load_cv" in record and self.load.last is not None:
-            layers = self.load.metrics(self.load.last)
+            layers = layer_metrics(self.load.last, self.load.ranks)
             record["moe_layers"] = {key: [round(x, 5) for x in values.tolist()] for key, values in layers.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:

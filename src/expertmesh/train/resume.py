@@ -8,6 +8,8 @@ is loaded from it, and holds the optimizer by parameter name, so that another la
 
 import logging
 import os
+import re
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from expertmesh.checkpoint import optimizer as optimizer_state
 from expertmesh.checkpoint.publish import checkpoints, is_complete, newest_complete, prune, publishing
 from expertmesh.checkpoint.verify import CheckpointError, verify
 from expertmesh.parallel import ranks
-from expertmesh.train.alike import refuse_different_ranks
+from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.weights.files import alone
 from expertmesh.weights.read import load_weights, weight_files
 
 log = logging.getLogger(__name__)
+# arguments that may differ among ranks: where files are, and what is told about the run
+_OWN = re.compile("dir$|rank|hub|report_to|run_name|project|trackio|tqdm|log_level|log_on|workers|pin_memory|prefetch")
 
 
 class ResumableTrainer(transformers.Trainer):
@@ -61,7 +65,7 @@ class ResumableTrainer(transformers.Trainer):
                 if checkpoint is True:
                     checkpoint = self._newest()
                 if trial is None:
-                    self._refuse_to_replace(checkpoint)
+                    refuse_to_replace(str(self.args.output_dir), checkpoint)
             self._published_step = None
             refuse_different_ranks(self, checkpoint)
             return super().train(checkpoint, trial, *args, **kwargs)
@@ -75,29 +79,16 @@ class ResumableTrainer(transformers.Trainer):
         newest = newest_complete(output_dir)
         if newest is None:
             raise ValueError(f"There is no complete checkpoint in {output_dir}: start without resume_from_checkpoint.")
-        ranks.barrier()  # everybody has looked before anything moves
+        ranks.barrier()  # all ranks have looked before anything moves
         with ranks.together():
             for step, path in checkpoints(output_dir) if ranks.rank() == 0 else ():
                 if step > _step_of(newest) and not is_complete(path):
                     log.warning("%s is incomplete: it is moved aside.", path)
                     aside = path.with_name(f"{path.name}.incomplete")
-                    while os.path.lexists(aside):  # from the time before
+                    while os.path.lexists(aside):  # moved there by an earlier run
                         aside = aside.with_name(f"{aside.name}-")
                     path.rename(aside)
         return str(newest)
-
-    def _refuse_to_replace(self, checkpoint: str | None) -> None:
-        """Now, not hours later: the run will not come to a step whose checkpoint exists."""
-        step = -1 if checkpoint is None else _step_of(Path(checkpoint))
-        later = [path for number, path in checkpoints(str(self.args.output_dir)) if number > step]
-        if later:
-            raise FileExistsError(
-                f"{later[-1]} exists, and this run would come to replace it. Continue it with "
-                f"resume_from_checkpoint=True (in a configuration: auto), choose another output_dir, or move it away "
-                f"if it is not needed."
-            )
-
-    # --- saving
 
     def _save_checkpoint(self, model, trial):
         if self._has_other_format:
@@ -112,14 +103,16 @@ class ResumableTrainer(transformers.Trainer):
                     super()._save_checkpoint(model, trial)  # into folder/checkpoint-<step>
             finally:
                 self._staging = None
-            inner = folder / f"checkpoint-{step}"
+            inner, best = folder / f"checkpoint-{step}", self.state.best_global_step
+            # transformers looks for the best checkpoint beside the one it writes
+            if best and (best == step or (run_dir / f"checkpoint-{best}").exists()):
+                self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
             with ranks.together():
                 if ranks.rank() == 0:
-                    self._correct_best(inner, run_dir)
+                    self.state.save_to_json(str(inner / "trainer_state.json"))
                     for path in inner.iterdir():
                         path.rename(folder / path.name)
                     inner.rmdir()
-        self._correct_best(None, run_dir)
         self._published_step = step
         if self.args.save_total_limit and ranks.rank() == 0:
             prune(run_dir, self.args.save_total_limit, [self.state.best_model_checkpoint or ""])
@@ -139,16 +132,6 @@ class ResumableTrainer(transformers.Trainer):
         if self._staging is None:  # else: once it is published
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _correct_best(self, folder: Path | None, run_dir: Path) -> None:
-        """transformers looks for the best checkpoint beside the one it writes: point to where it is published."""
-        best = self.state.best_global_step
-        if best:
-            path = run_dir / f"checkpoint-{best}"
-            if best == self.state.global_step or path.exists():
-                self.state.best_model_checkpoint = str(path)
-        if folder is not None:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._has_other_format or not optimizer_state.is_of(self.model, self._torch_optimizer):
             return super()._save_optimizer_and_scheduler(output_dir)
@@ -161,8 +144,6 @@ class ResumableTrainer(transformers.Trainer):
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         wrapped: Any = self.optimizer  # by Accelerate
         return getattr(wrapped, "optimizer", wrapped)
-
-    # --- loading
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Weights in place, from the names on disk; every file is checked first. ValueError if any is missing."""
@@ -188,6 +169,30 @@ class ResumableTrainer(transformers.Trainer):
         order = optimizer_state.load_optimizer(Path(checkpoint), self.model, self._torch_optimizer)
         state = torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True)
         self.lr_scheduler.load_state_dict(optimizer_state.regrouped(state, order))
+
+
+def refuse_to_replace(output_dir: str, checkpoint: str | None) -> None:
+    """Raise FileExistsError, not hours later, if a run that begins at `checkpoint` would come to one that exists."""
+    step = -1 if checkpoint is None else _step_of(Path(checkpoint))
+    if later := [path for number, path in checkpoints(output_dir) if number > step]:
+        raise FileExistsError(
+            f"{later[-1]} exists, and this run would come to replace it. Go on from it (resume_from_checkpoint=True, "
+            f"in a configuration save.resume_from_checkpoint=auto), choose another folder, or move it away."
+        )
+
+
+def refuse_different_ranks(trainer: transformers.Trainer, checkpoint: Any) -> None:
+    """Raise RanksError, on every rank, if ranks differ in arguments, rows of data, parameters, or where they resume.
+
+    A rank with fewer batches or another learning rate would be found out when the others wait for it, or never.
+    """
+    told = {name: value for name, value in trainer.args.to_dict().items() if not _OWN.search(name)}
+    data = trainer.train_dataset
+    trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
+    told["rows of training data"] = len(data) if isinstance(data, Sized) else "unknown"
+    told["trained parameters"] = f"{len(trained)} tensors, {sum(trained)} numbers"
+    told["checkpoint"] = Path(str(checkpoint)).name
+    refuse_differences("what they train, or how", told)
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -14,7 +14,7 @@ Metrics of one layer, from its counts c_E:
                 steps and layers above 0.25 that rank computes rows again in the backward ("gather")
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,24 +44,6 @@ def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 break
 
 
-def expert_counts(router: nn.Module, output: Any, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """How many rows each expert got, int64 [E], in a call of `router` that gave `output`; None if that is not to count.
-
-    mask: nonzero where a token is no padding; None, or one of another number of tokens, if all are to count.
-    """
-    if not router.training or not isinstance(output, tuple):
-        return None
-    ids = next((x for x in reversed(output) if not x.is_floating_point()), None)
-    if ids is None:  # a router that does not return its choices (llama4) is left out
-        return None
-    ids_TK = ids.detach().reshape(-1, ids.shape[-1]).long()
-    one_TK = torch.ones_like(ids_TK)
-    if mask is not None and mask.numel() == len(ids_TK):
-        one_TK *= (mask.reshape(-1, 1) != 0).to(ids_TK.device)
-    counts_E = torch.zeros(output[0].shape[-1], dtype=torch.long, device=ids_TK.device)
-    return counts_E.scatter_add_(0, ids_TK.flatten(), one_TK.flatten())
-
-
 class RouterLoad:
     """Counts of a model's routers. `layers` are their names, and every array here is [layers, experts].
 
@@ -70,26 +52,39 @@ class RouterLoad:
     """
 
     def __init__(self, model: nn.Module):
-        self.layers: list[str] = []
         self.first: np.ndarray | None = None
         self.last: np.ndarray | None = None
         self.total: np.ndarray | None = None
-        self.mask: torch.Tensor | None = None  # of the microbatch in work, nonzero where a token is no padding
+        # of the microbatch in work, nonzero where a token is no padding; with another number of tokens it says nothing
+        self.mask: torch.Tensor | None = None
         self._counts: dict[str, torch.Tensor] = {}
         layout = getattr(getattr(model, "config", None), "distributed_config", None)
         self.ranks: int = getattr(layout, "ep_size", None) or 1
-        for name, router in routers(model):
-            self.layers.append(name)
-            router.register_forward_hook(lambda module, _, output, name=name: self._count(name, module, output))
+        found = dict(routers(model))
+        self.layers = list(found)
+        self.count_into(self._counts, found)
 
-    def _count(self, name: str, router: nn.Module, output: tuple[torch.Tensor, ...]) -> None:
-        counts = expert_counts(router, output, self.mask)
-        if counts is None:
-            return
-        if name in self._counts:
-            self._counts[name] += counts  # in place: a recorded step (graphed.py) counts on
-        else:
-            self._counts[name] = counts
+    def count_into(self, counts: dict[str, torch.Tensor], routers: Mapping[str, nn.Module]) -> None:
+        """From now on every call in training adds to `counts[name]`, int64 [E], how many rows each expert got.
+
+        Sums are kept in place, so that a recorded step (graphed.py) goes on with them.
+        """
+        for name, router in routers.items():
+            router.register_forward_hook(lambda module, _, output, name=name: count(name, module, output))
+
+        def count(name: str, router: nn.Module, output: Any) -> None:
+            if not router.training or not isinstance(output, tuple):
+                return
+            ids = next((x for x in reversed(output) if not x.is_floating_point()), None)
+            if ids is None:  # a router that does not return its choices (llama4) is left out
+                return
+            ids_TK = ids.detach().reshape(-1, ids.shape[-1]).long()
+            one_TK = torch.ones_like(ids_TK)
+            if self.mask is not None and self.mask.numel() == len(ids_TK):
+                one_TK *= (self.mask.reshape(-1, 1) != 0).to(ids_TK.device)
+            found_E = torch.zeros(output[0].shape[-1], dtype=torch.long, device=ids_TK.device)
+            found_E.scatter_add_(0, ids_TK.flatten(), one_TK.flatten())
+            counts[name] = counts[name].to(found_E.device).add_(found_E) if name in counts else found_E
 
     def window(self) -> dict[str, float]:
         """Metrics of what was counted since the last call, means over the layers; {} if nothing was.
@@ -112,11 +107,7 @@ class RouterLoad:
         self.first = counts_LE if self.first is None else self.first
         self.last = counts_LE
         self.total = counts_LE if self.total is None else self.total + counts_LE
-        return {f"moe/{name}": float(values.mean()) for name, values in self.metrics(counts_LE).items()}
-
-    def metrics(self, counts_LE: np.ndarray) -> dict[str, np.ndarray]:
-        """`layer_metrics` of these counts, spread as this model's experts are."""
-        return layer_metrics(counts_LE, self.ranks)
+        return {f"moe/{name}": float(values.mean()) for name, values in layer_metrics(counts_LE, self.ranks).items()}
 
 
 def layer_metrics(counts_LE: np.ndarray, ranks: int = 1) -> dict[str, np.ndarray]:

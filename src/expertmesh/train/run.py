@@ -30,16 +30,15 @@ from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import current_world_size
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
-from expertmesh.train.final import check_room, save_final
-from expertmesh.train.folder import check_folder, starting_point
-from expertmesh.train.inputs import Inputs, demo_config, gather, lora, unreachable
+from expertmesh.train.folder import check_folder, check_room, save_final, starting_point
+from expertmesh.train.inputs import Inputs, gather, loading_part, lora, origin
 from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.launch import join, layout
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.progress import ProgressLine
 from expertmesh.train.routing import routers
 from expertmesh.train.sft import SFTTrainer
-from expertmesh.train.talks import count_unlearned
+from expertmesh.train.talks import count_unlearned, nothing_learned
 from expertmesh.weights.files import alone
 
 log = logging.getLogger(__name__)
@@ -70,9 +69,9 @@ def build(config: Config) -> SFTTrainer:
     if (setup := layout(config, current_world_size())) is not None:
         join(config.parallel.start_timeout_minutes)
         setup.join()
-        sections = config.model_dump().items()
+        sections = config.model_dump(exclude={"save": {"output_dir"}}).items()
         told = {f"{name}.{key}": value for name, keys in sections for key, value in (keys or {}).items()}
-        refuse_differences("the configuration", {key: told[key] for key in told if key != "save.output_dir"})
+        refuse_differences("the configuration", told)
     inputs, model = gather(config), load_model(config)
     if config.moe.freeze_router:
         for _, router in routers(model):
@@ -117,7 +116,7 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
                 trainer.train(resume_from_checkpoint=checkpoint)
             if interrupt.exit_code is not None:
                 return Result(output_dir, interrupt.exit_code)
-            final = output_dir / "final"  # first of all: nothing that comes later may cost the trained model
+            final = output_dir / "final"  # saved first, so that no later error loses the trained model
             save_final(trainer.model, trainer.processing_class, final)
             metrics = _evaluate(trainer)
         finally:
@@ -129,34 +128,29 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
 
 def load_model(config: Config) -> transformers.PreTrainedModel:
     """The fused model of `model.name`, on the device it is trained on; of several ranks, each holds its part."""
-    options: dict[str, Any] = {"fused": config.model.fused}
-    setup = layout(config, current_world_size())
-    if setup is not None:
-        options["distributed_setup"] = setup
-        if setup.tp_size > 1 and not torch.cuda.is_available():
-            raise ConfigError(
-                "parallel.tp_size: Accelerate shares out batches among tensor-parallel GPUs only; set it to 1."
-            )
-    if config.model.attn_implementation is not None:
-        options["attn_implementation"] = config.model.attn_implementation
-    options["dtype"] = config.model.dtype
-    if config.model.dtype == "auto" and (config.model.name == "demo" or not torch.cuda.is_available()):
+    section, on_gpu, auto = config.model, torch.cuda.is_available(), expertmesh.AutoModelForCausalLM
+    options: dict[str, Any] = {"fused": section.fused, "dtype": section.dtype}
+    if section.dtype == "auto" and (section.name == "demo" or not on_gpu):
         options["dtype"] = "float32"
-    if config.model.name == "demo":
-        return expertmesh.AutoModelForCausalLM.from_config(demo_config(), **options)
-    if torch.cuda.is_available() and setup is None:
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
+    if (setup := layout(config, current_world_size())) is not None:
+        options["distributed_setup"] = setup
+        if setup.tp_size > 1 and not on_gpu:
+            raise ConfigError("parallel.tp_size: Accelerate shares out batches so among GPUs only. Set it to 1.")
+    if section.name == "demo":
+        return auto.from_config(data.demo_config(), **options)
+    if on_gpu and setup is None:
         options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, not through the CPU's memory
-    options |= {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     try:
-        return expertmesh.AutoModelForCausalLM.from_pretrained(config.model.name, **options)
-    except (OSError, SafetensorError) as error:
-        raise unreachable(config.model.name, "model", error) from error
+        with loading_part(config, "model", (OSError, SafetensorError)):
+            return auto.from_pretrained(**origin(config), **options)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ConfigError(
-            f"model.name: weights of {config.model.name} have other shapes than its config.json says (the report above "
-            "names them). Take the config.json that belongs to them."
+            f"model.name: weights of {section.name} have other shapes than its config.json says (as reported above). "
+            "Take the config.json that belongs to them."
         ) from error
 
 
@@ -243,22 +237,13 @@ def _evaluate(trainer: SFTTrainer) -> dict[str, float]:
 
 def _check_prepared(trainer: SFTTrainer, inputs: Inputs, config: Config) -> None:
     """Says how many rows lost all their labels when they were cut. Raises ConfigError where none is left."""
-    prepared: list[tuple[str, Any, Any]] = [
-        ("training", inputs.train_rows, trainer.train_dataset),
-        ("evaluation", inputs.eval_rows, trainer.eval_dataset),
-    ]
-    for which, given, rows in prepared:
-        if given is None:
-            continue
+    parts: dict[str, tuple[Any, Any]] = {"training": (inputs.train_rows, trainer.train_dataset)}
+    if inputs.eval_rows is not None:
+        parts["evaluation"] = inputs.eval_rows, trainer.eval_dataset
+    for which, (given, rows) in parts.items():
         lost = count_unlearned(rows) if config.data.packing else len(given) - len(rows)
         if lost == len(given):
-            raise ConfigError(
-                f"Nothing of the {which} rows of {config.data.name} is left: all labels are masked, because no example "
-                f"has a token to learn within data.max_length={config.data.max_length}. Raise it, or look at the "
-                "answers in the data."
-            )
+            raise nothing_learned(config, f"the {which} rows of {config.data.name}")
         if lost:
-            log.warning(
-                "%d of %d %s rows have no token to learn within data.max_length=%d, and teach nothing.",
-                *(lost, len(given), which, config.data.max_length),
-            )
+            what = f"{lost} of {len(given)} {which} rows have no token to learn"
+            log.warning("%s within data.max_length=%d, and teach nothing.", what, config.data.max_length)

@@ -27,7 +27,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
     """
 
     _reads_masks = True  # TRL counts tokens by them
-    _makes_logits = False  # whether the head was seen to
+    _makes_logits = False  # whether the head was seen making them
 
     def __init__(self, *args: Any, cuda_graph: bool | Literal["auto"] = "auto", **kwargs: Any):
         super().__init__(*args, cuda_graph=cuda_graph, **kwargs)
@@ -71,8 +71,8 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
             return super().why_not_recorded()
         return f"the model's own loss cannot take the place of TRL's because of {reason}. Leave that out"
 
-    def _told(self, inputs: Any, row: Any) -> Any:
-        return inputs if self.why_not_own_loss() is not None else super()._told(inputs, row)
+    def _as_one_row(self, inputs: Any, row: Any) -> Any:
+        return inputs if self.why_not_own_loss() is not None else super()._as_one_row(inputs, row)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs or not model.training or self.why_not_own_loss() is not None:
@@ -91,7 +91,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
 
     @contextmanager
     def _without_aux_loss(self, inputs: dict[str, Any]) -> Iterator[None]:
-        """While on, the model makes the auxiliary loss, but leaves it to TRL's formula to add it."""
+        """Within, the model computes the auxiliary loss but does not add it: TRL's formula does."""
         if not self.aux_loss_enabled:
             yield
             return
@@ -126,7 +126,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         data = self.accelerator.gradient_state
         if data.end_of_dataloader and 0 < data.remainder <= self.accelerator.process_index:
-            self._sums.zero_()  # rows that were there already, to fill the last batch: TRL counts those of no such rank
+            self._sums.zero_()  # repeated rows that fill the last batch: TRL does not count them
         self._unread.append(self._sums.clone())
         return loss
 
@@ -136,7 +136,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
         self._unread.clear()
         metrics = self._metrics["train"]
         for labelled, entropy, correct, tokens, aux_loss, ranks in rows:
-            if not ranks:  # another way to the loss, which counted itself
+            if not ranks:  # TRL's own loss, which has counted
                 continue
             metrics["entropy"].append(entropy / labelled if labelled else 0.0)
             metrics["mean_token_accuracy"].append(correct / labelled if labelled else 0.0)
@@ -146,6 +146,6 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
                 metrics["aux_loss"].append(aux_loss / ranks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if logs.keys() & {"loss", "train_loss"}:  # not a record of one rank's own
+        if logs.keys() & {"loss", "train_loss"}:  # a record that all ranks write
             self._read_metrics()
         super().log(logs, start_time)

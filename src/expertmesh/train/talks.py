@@ -10,32 +10,31 @@ from transformers import PreTrainedTokenizerBase
 from expertmesh import data
 from expertmesh.data.formats import ROLES as KNOWN
 from expertmesh.train.config import Config, ConfigError
-from expertmesh.train.errors import in_short
+from expertmesh.train.errors import refusing
 
 ROLES = tuple(dict.fromkeys(KNOWN.values()))  # others are right where the template names them
 
 
 def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, source: str) -> None:
     """Raises ConfigError if rows cannot become tokens, or nothing of them would be learned. Rows count from 0."""
-    talks = is_talk(rows[0])
+    name, only, talks = config.model.name, config.data.assistant_only_loss, is_talk(rows[0])
     if talks and not tokenizer.chat_template:
         raise ConfigError(
-            f"The tokenizer of {config.model.name} has no chat template, so the conversations of {source} "
-            "cannot become tokens. Take the instruction-tuned model, or data with `text`, or `prompt` and `completion`."
+            f"model.name: the tokenizer of {name} has no chat template, so the conversations of {source} cannot become "
+            "tokens. Take the instruction-tuned model, or data with `text`, or `prompt` and `completion`."
         )
-    if not talks and config.data.assistant_only_loss:
-        raise ConfigError(
-            f"data.assistant_only_loss: {source} has no conversations, so no assistant speaks in it. Remove the key."
-        )
+    if only and not talks:
+        raise ConfigError(f"data.assistant_only_loss: {source} has no conversations. Remove the key.")
     if not talks and tokenizer.eos_token is None:
         raise ConfigError(
-            f"model.name: the tokenizer of {config.model.name} has no eos_token, which ends every row of {source}. Set "
-            "it in its tokenizer_config.json."
+            f"model.name: the tokenizer of {name} has no eos_token, which ends every row of {source}. Set it in its "
+            "tokenizer_config.json."
         )
-    template = _training_template(config, tokenizer) if config.data.assistant_only_loss else None
+    template = _training_template(name, tokenizer) if only else None
     strangers: Counter[str] = Counter()
     silent, shapes, learns = [], set(), False
     for number, row in enumerate(rows):
+        options = _options(row, template)
         if talks:
             turns = _turns(row)
             strangers.update(turn["role"] for turn in turns if turn["role"] not in ROLES)
@@ -44,14 +43,30 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, so
             shape = (*((turn["role"], bool(turn["content"]), bool(turn.get("tool_calls"))) for turn in turns),)
             if shape not in shapes:
                 shapes.add(shape)
-                _render(config, tokenizer, row, f"row {number} of {source}", template)
-        learns = learns or _is_learned(config, tokenizer, row, template)
-    _check_speakers(config, tokenizer, strangers, silent, source)
-    if not learns:
+                _render(name, tokenizer, row, options, f"row {number} of {source}")
+        learns = learns or _is_learned(config, tokenizer, row, options)
+    unknown = [role for role in strangers if not any(f"{q}{role}{q}" in str(tokenizer.chat_template) for q in "'\"")]
+    if unknown:
+        counted = ", ".join(f"{role!r} ({strangers[role]} turns)" for role in unknown)
         raise ConfigError(
-            f"Nothing of {source} is left to train on: all labels are masked, because no example has a token "
-            f"to learn within data.max_length={config.data.max_length}. Raise it, or look at the answers in the data."
+            f"data.name: {source} has turns of {counted}, a role that the chat template of {name} lacks. Rename "
+            f"it to one of {', '.join(ROLES)}."
         )
+    if silent and only:
+        raise ConfigError(
+            f"data.assistant_only_loss: {len(silent)} conversations of {source} have no turn of the assistant, so all "
+            f"their labels are masked; the first is row {silent[0]}. Remove them."
+        )
+    if not learns:
+        raise nothing_learned(config, source)
+
+
+def nothing_learned(config: Config, source: str) -> ConfigError:
+    """The error for rows of which all labels are masked."""
+    return ConfigError(
+        f"data.max_length: nothing of {source} is left to train on: all labels are masked, because no example has a "
+        f"token to learn within data.max_length={config.data.max_length}. Raise it, or look at the answers in the data."
+    )
 
 
 def is_talk(row: dict[str, Any]) -> bool:
@@ -72,7 +87,7 @@ def _turns(row: dict[str, Any]) -> list[dict[str, Any]]:
     return row["messages"] if "messages" in row else row["prompt"] + row["completion"]
 
 
-def _training_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _training_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template that marks what the assistant says: None for the tokenizer's own, or TRL's in its place."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -81,8 +96,8 @@ def _training_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> st
         return None if marked else get_training_chat_template(tokenizer)
     except ValueError as error:
         raise ConfigError(
-            f"data.assistant_only_loss: the chat template of {config.model.name} does not mark what the assistant "
-            f"says, and TRL knows no other for it. {data.REMEDY}"
+            f"data.assistant_only_loss: the chat template of {name} does not mark what the assistant says, and TRL "
+            f"knows no other for it. {data.REMEDY}"
         ) from error
 
 
@@ -93,56 +108,27 @@ def _options(row: dict[str, Any], template: str | None) -> dict[str, Any]:
     return {"chat_template": template, "tools": tools, **row.get("chat_template_kwargs", {})}
 
 
-def _render(
-    config: Config, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], where: str, template: str | None
-) -> None:
-    try:
+def _render(name: str, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], options: dict, where: str) -> None:
+    with refusing(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
         if "prompt" in row:
             tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-        text = tokenizer.apply_chat_template(_turns(row), tokenize=False, **_options(row, template))
-    except Exception as error:  # a template is a program: anything may go wrong in it
+        text = str(tokenizer.apply_chat_template(_turns(row), tokenize=False, **options))
+    calls = [call.get("function", call).get("name") for turn in _turns(row) for call in turn.get("tool_calls") or ()]
+    if not all(call and call in text for call in calls):
         raise ConfigError(
-            f"data.name: the chat template of {config.model.name} refuses {where}: {in_short(error)}. Change "
-            "such rows, or take a model whose template knows them."
-        ) from error
-    for turn in _turns(row):
-        for call in turn.get("tool_calls") or ():
-            name = call.get("function", call).get("name")
-            if not name or name not in str(text):
-                raise ConfigError(
-                    f"data.name: the chat template of {config.model.name} leaves out calls of tools ({where}). Take a "
-                    "model whose template has them, or remove such rows."
-                )
+            f"data.name: the chat template of {name} leaves out calls of tools ({where}). Take a model whose template "
+            "has them, or remove such rows."
+        )
 
 
-def _is_learned(config: Config, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: str | None) -> bool:
+def _is_learned(config: Config, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], options: dict) -> bool:
     """Whether a label of the row is left within `data.max_length`."""
     length = config.data.max_length
+    encode: Any = tokenizer.apply_chat_template if is_talk(row) else tokenizer
     if "prompt" in row:
-        if not is_talk(row):
-            return len(tokenizer(row["prompt"])["input_ids"]) < length
-        said: Any = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)
-        return len(said["input_ids"]) < length
+        options = {"add_generation_prompt": True, "return_dict": True} if is_talk(row) else {}
+        return len(encode(row["prompt"], **options)["input_ids"]) < length
     if not config.data.assistant_only_loss:
         return True
-    options = _options(row, template) | {"return_dict": True, "return_assistant_tokens_mask": True}
-    said = tokenizer.apply_chat_template(row["messages"], **options)
+    said = encode(row["messages"], return_dict=True, return_assistant_tokens_mask=True, **options)
     return 1 in said["assistant_masks"][:length]
-
-
-def _check_speakers(
-    config: Config, tokenizer: PreTrainedTokenizerBase, strangers: Counter[str], silent: list[int], source: str
-) -> None:
-    template = str(tokenizer.chat_template)
-    unknown = [role for role in strangers if not any(f"{q}{role}{q}" in template for q in "'\"")]
-    if unknown:
-        counted = ", ".join(f"{role!r} ({strangers[role]} turns)" for role in unknown)
-        raise ConfigError(
-            f"data.name: {source} has turns of {counted}, and the chat template of {config.model.name} names no such "
-            f"role. Rename them to one of {', '.join(ROLES)}."
-        )
-    if silent and config.data.assistant_only_loss:
-        raise ConfigError(
-            f"data.assistant_only_loss: {len(silent)} conversations of {source} have no turn of the assistant, so all "
-            f"their labels are masked; the first is row {silent[0]}. Remove them."
-        )

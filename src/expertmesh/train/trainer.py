@@ -8,25 +8,23 @@ Where that pays, steps are recorded as CUDA graphs (graphed.py). And checkpoints
 are loaded, and fit another layout (resume.py).
 """
 
-import functools
 import logging
 import math
+import sys
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 import transformers
-from transformers.utils import is_datasets_available
 
 from expertmesh import backends
 from expertmesh.memory.adamw import AdamW
 from expertmesh.parallel import ranks
 from expertmesh.parallel.clip import clip_grad_norm, grad_norm
-from expertmesh.train.ahead import Ahead
 from expertmesh.train.buckets import Buckets, Row, fused_base, one_row
-from expertmesh.train.graphed import GraphedStep, on_all_ranks, why_not, why_not_unasked
+from expertmesh.train.graphed import BEGINNING, GraphedStep, why_not, why_not_auto
 from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.resume import ResumableTrainer
@@ -36,7 +34,7 @@ from expertmesh.waiting import hosts, meet, waiting
 log = logging.getLogger(__name__)
 
 MOST_TOKENS = 8192  # of a GPU in a step: with more the GPU is the limit, and a recording only takes memory
-CANNOT, EITHER, BUCKET = 2, 1, 0  # whether rows are to be brought to a bucket
+CANNOT, EITHER, BUCKET = 2, 1, 0  # a rank's batch: fits no bucket, needs none, needs one
 
 
 class Trainer(ResumableTrainer):
@@ -46,12 +44,12 @@ class Trainer(ResumableTrainer):
     expert. `train` raises `NonFiniteError` before the optimizer step, and ValueError for a step without a single
     supervised label.
 
-    cuda_graph: whether forward and backward are recorded and replayed (see `GraphedStep`), packed and padded batches
-    brought to few shapes before (buckets.py); only while `train` runs. "auto": where it works and pays; where not, the
-    log says why. True: ValueError where that is known not to work, with what to change.
+    cuda_graph: whether `train` records forward and backward as a CUDA graph and replays it (`GraphedStep`). Packed and
+    padded batches are rounded up to few shapes before (buckets.py). "auto": where it works and pays; where not, the log
+    says why. True: raises ValueError where it cannot work, and says what to change.
     """
 
-    _reads_masks = False  # whether somebody wants the attention_mask of rows without padding
+    _reads_masks = False  # whether a subclass needs attention_mask also where nothing is padded
 
     model: Any  # never None once built; a PreTrainedModel, or PEFT's wrapper around one
     processing_class: Any
@@ -69,21 +67,20 @@ class Trainer(ResumableTrainer):
         super().__init__(model, args, data_collator, _numbered(train_dataset), *rest, **kwargs)
         self.cuda_graph = cuda_graph
         self._graphed: GraphedStep | None = None
-        self._plan: bool | None = None  # whether steps of this run are recorded, once that was asked
+        self._plan: bool | None = None  # whether this run records steps; None: not decided yet
         self._said: set[str] = set()
         self._usual: torch.Size | None = None  # of the first batch without padding
         self._buckets = Buckets()
-        self._tells = False  # whether steps that are not recorded may take batches as one row, too
+        self._one_row_pays = False  # whether steps that are not recorded also take batches as one row
         if cuda_graph is True:
             self._records()
         self.args.logging_nan_inf_filter = False  # it hides a nan, and waits for every microbatch
         self.load = RouterLoad(self.model)
         self.add_callback(MetricsFile(self.args.output_dir or ".", self.load))
         self._record = StepRecord()
-        self._ahead = Ahead(iter(()))
+        self._ahead = _Ahead(iter(()))
         self._tokens: torch.Tensor | int = 0
-        self._seconds = 0.0
-        self._since: float | None = None  # when the stopwatch was looked at; None: it stands
+        self._since: float | None = None  # start of the count of tokens, plus all pauses since
 
     def get_train_dataloader(self):
         """As in transformers, and the batches say which rows of the data they hold."""
@@ -92,8 +89,8 @@ class Trainer(ResumableTrainer):
         streamed = isinstance(self.train_dataset, torch.utils.data.IterableDataset)  # batches are shared out later
         found = not streamed and fused_base(self.model) is not None
         fixed = self.args.torch_compile or self.args.neftune_noise_alpha is not None  # noise depends on a row's length
-        self._tells = found and not fixed and why_not_unasked(self) is None
-        rows = one_row if self._tells or (found and not fixed and self._records()) else None
+        self._one_row_pays = found and not fixed and why_not_auto(self) is None
+        rows = one_row if self._one_row_pays or (found and not fixed and self._records()) else None
         self.data_collator = KeepRows(collator, found and not self._reads_masks, rows)
         self._signature_columns = [*columns, ROW]
         try:
@@ -104,7 +101,7 @@ class Trainer(ResumableTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._since = time.perf_counter() if self._since is None else self._since
         if self._ahead.source is not epoch_iterator:
-            self._ahead = Ahead(epoch_iterator)
+            self._ahead = _Ahead(epoch_iterator)
         batches, num_items = super().get_batch_samples(self._ahead, num_batches, device)
         named = [batch if isinstance(batch, MutableMapping) else {} for batch in batches]
         self._record = StepRecord(named, [batch.pop(ROW, None) for batch in named], num_items)
@@ -116,7 +113,7 @@ class Trainer(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any):
         self._plan = None  # arguments may have changed
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens = 0
         try:
             done = super().train(*args, **kwargs)
             if self.cuda_graph is True and self._graphed is not None and not self._graphed.replayed:
@@ -132,7 +129,7 @@ class Trainer(ResumableTrainer):
             return super()._get_num_items_in_batch(*args, **kwargs)
 
     def _waiting(self, place: str) -> AbstractContextManager[None]:
-        """Within: ranks of a model that is laid out wait for each other as in a step, not as long as for loading."""
+        """Within, collectives of a sharded model have the timeout of a step, not the longer one of loading."""
         if not self.is_sharded or ranks.world_size() == 1:
             return nullcontext()
         world: Any = torch.distributed.group.WORLD
@@ -144,7 +141,7 @@ class Trainer(ResumableTrainer):
             if isinstance(inputs, Mapping) and self._records():
                 loss = self._graphed_step(model, inputs, row, num_items_in_batch)
             else:
-                loss = self._plain_step(model, self._told(inputs, row), num_items_in_batch)
+                loss = self._plain_step(model, self._as_one_row(inputs, row), num_items_in_batch)
         self._record.losses.append(loss)
         return loss
 
@@ -152,10 +149,10 @@ class Trainer(ResumableTrainer):
         self.load.mask = _padding_mask(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _told(self, inputs: Any, row: Row | None) -> Any:
-        """The batch as one row of documents, where that saves the base model a look at the device; or as it came."""
+    def _as_one_row(self, inputs: Any, row: Row | None) -> Any:
+        """The batch as one row of documents where that saves the base model a synchronization, else unchanged."""
         base = fused_base(self.model)
-        if row is None or row.full or base is None or not self._tells:
+        if row is None or row.full or base is None or not self._one_row_pays:
             return inputs
         return row.inputs() if base.takes_documents(row.input_ids.shape[1]) else inputs
 
@@ -182,54 +179,55 @@ class Trainer(ResumableTrainer):
     def _graphed_step(self, model, inputs, row, num_items_in_batch):
         if self._graphed is None:
             if self.cuda_graph == "auto":
-                why = why_not_unasked(self)
-                if any(found for (found,) in on_all_ranks(int(why is not None))):
+                why = why_not_auto(self)
+                if any(*meet(BEGINNING, why is not None)):
                     self._say(why or "another rank does not")
                     self._plan = False
-                    return self._plain_step(model, self._told(inputs, row), num_items_in_batch)
+                    return self._plain_step(model, self._as_one_row(inputs, row), num_items_in_batch)
 
             def run(n: Any, weight: Any, **batch: Any) -> torch.Tensor:
                 return self._plain_step(model, batch, n)
 
             self._graphed = GraphedStep(model, run, strict=self.cuda_graph is True)
-        for module in (model, self.optimizer):  # a replay does not
+        for module in (model, self.optimizer):  # a replay does not call it
             if callable(getattr(module, "train", None)):
                 module.train()
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        batch, bucketed, few = self._brought(inputs, row)
+        batch, bucketed, few = self._into_bucket(inputs, row)
         batch = self._prepare_inputs(batch)
         base = fused_base(self.model)
         weight = getattr(self.accelerator.unwrap_model(model), "mtp_loss_weight", None)  # Python, which may change
         if base is not None:
             base.told = bucketed
         try:
-            step = self._graphed if few else self._graphed.always
+            step = self._graphed if few else self._graphed.eager
             return step(n=num_items_in_batch, weight=weight, **batch)
         finally:
             if base is not None:
                 base.told = False
 
-    def _brought(self, inputs: Mapping[str, Any], row: Row | None) -> tuple[Mapping[str, Any], bool, bool]:
-        """What to step with; whether that is this batch in a bucket, the same on all ranks, or as it came; and whether
-        the tokens are few enough to record the step."""
+    def _into_bucket(self, inputs: Mapping[str, Any], row: Row | None) -> tuple[Mapping[str, Any], bool, bool]:
+        """The batch of the step, whether it was put into a bucket, and whether its tokens are few enough to record it.
+
+        A bucket is the same on all ranks.
+        """
         base, ids = fused_base(self.model), inputs.get("input_ids")
         stays, need = CANNOT, (0 if ids is None else ids.numel(), 0, 0)
         if row is not None and ids is not None:
             need = (row.input_ids.numel(), len(row.cu_seqlens) - 1, row.longest)
             self._usual = ids.shape if self._usual is None and row.full else self._usual
             stays = EITHER if row.full and ids.shape == self._usual else BUCKET
-        answers = on_all_ranks(stays, *need)
-        tokens, documents, longest = (max(answer[i] for answer in answers) for i in (1, 2, 3))
+        ways, *needs = meet(BEGINNING, stays, *need)
+        tokens, documents, longest = map(max, needs)
         if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
             self._say(f"a batch has more than {MOST_TOKENS:,} tokens per GPU, with which the CPU is no limit")
-            return self._told(inputs, row), False, False
-        ways = {way for way, *_ in answers}
+            return self._as_one_row(inputs, row), False, False
         if row is not None and base is not None and BUCKET in ways and CANNOT not in ways:
             bucket = self._buckets.of(tokens, documents, longest)
             if base.takes_documents(bucket.tokens):
                 return bucket.fill(row), True, True
-        if row is not None and row.full:  # of ones, which somebody would have to look at
+        if row is not None and row.full:  # a mask of ones; reading it would cost a synchronization
             inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}
         return inputs, False, True
 
@@ -247,14 +245,19 @@ class Trainer(ResumableTrainer):
 
     def _clip_to(self, max_norm: float, model) -> Any:
         """The gradients' norm before they are clipped, here or in our optimizer's step; None: transformers' to do."""
-        optimizer = self._torch_optimizer
-        if isinstance(optimizer, AdamW) and not (self._has_other_format or self._scales_loss):
+        if (optimizer := self._own_adamw) is not None:
             norm = grad_norm(model.parameters())
             optimizer.clip_next(norm, max_norm)
             return norm
         if self.is_sharded:
             return clip_grad_norm(model.parameters(), max_norm)
         return super()._clip_grad_norm(model) if math.isfinite(max_norm) else None
+
+    @property
+    def _own_adamw(self) -> AdamW | None:
+        """Our optimizer, where it clips the gradients and refuses a step by itself."""
+        optimizer = self._torch_optimizer
+        return optimizer if isinstance(optimizer, AdamW) and not (self._has_other_format or self._scales_loss) else None
 
     @property
     def _scales_loss(self) -> bool:
@@ -275,19 +278,18 @@ class Trainer(ResumableTrainer):
         # with float16 an infinite gradient is how the loss scaler finds its scale: it skips the step by itself
         watched = 0.0 if self._scales_loss else grad_norm
         refused = self._record.look(watched)
-        optimizer, check = self._torch_optimizer, functools.partial(self._check, watched, model)
-        if isinstance(optimizer, AdamW) and not (self._has_other_format or self._scales_loss):
-            optimizer.found_inf = refused  # it changes no weight then; the host asks while it runs
-            asking = optimizer.register_step_post_hook(lambda *_: (asking.remove(), check()))
+        if (optimizer := self._own_adamw) is None:
+            self._check(watched, model)
         else:
-            check()
+            optimizer.found_inf = refused  # it then changes no weight; the host reads the result while it runs
+            asking = optimizer.register_step_post_hook(lambda *_: (asking.remove(), self._check(watched, model)))
         return grad_norm
 
     def _check(self, grad_norm, model) -> None:
         """Raise if the step that is under way had to be refused."""
         if isinstance(self._torch_optimizer, AdamW):
             vars(self._torch_optimizer).pop("found_inf", None)
-        self._ahead.fetch()  # what is checked is still being computed
+        self._ahead.fetch()  # while the device still computes what is checked
         decode = getattr(self.processing_class, "decode", None)
         folder = self.args.output_dir or "."
         self._record.check(grad_norm, self.state.global_step + 1, folder, model, decode)
@@ -296,24 +298,49 @@ class Trainer(ResumableTrainer):
         pause = self.control.should_evaluate or self.control.should_save
         if (pause or self.control.should_log) and self.is_sharded and ranks.world_size() > 1:
             meet(f"the end of step {self.state.global_step}")  # what follows may take long
-        self._look_at_the_clock()
+        began = time.perf_counter()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if pause:
-            self._since = time.perf_counter()  # neither is training
-
-    def _look_at_the_clock(self) -> None:
-        now = time.perf_counter()
-        self._seconds += now - (now if self._since is None else self._since)
-        self._since = now
+        if pause and self._since is not None:  # neither is training
+            self._since += time.perf_counter() - max(began, self._since)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a record of training, not of evaluation
             logs |= self.load.window()
             tokens = float(self._tokens)  # the device has been waited for: so the time is that of the work
-            self._look_at_the_clock()
-            logs["tokens_per_second"] = round(tokens / max(self._seconds, 1e-9), 1)
-            self._tokens, self._seconds = 0, 0.0
+            now = time.perf_counter()
+            seconds = 0.0 if self._since is None else now - self._since
+            logs["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
+            self._tokens, self._since = 0, now
         super().log(logs, start_time)
+
+
+class _Ahead:
+    """Yields what `source` does. After `fetch` the next item is there, or the error in its place, which `next` raises.
+
+    A step waits for the device once; what the next step learns from is collated before, while the device works.
+    """
+
+    def __init__(self, source: Iterator[Any]):
+        self.source = source
+        self._fetched: list[tuple[Any, Exception | None]] = []
+
+    def fetch(self) -> None:
+        """Get the next item, unless it is there."""
+        if not self._fetched:
+            try:
+                self._fetched.append((next(self.source), None))
+            except Exception as error:  # StopIteration among them
+                self._fetched.append((None, error))
+
+    def __iter__(self) -> "_Ahead":
+        return self
+
+    def __next__(self) -> Any:
+        self.fetch()
+        item, error = self._fetched.pop()
+        if error is not None:
+            raise error
+        return item
 
 
 def _padding_mask(batch: Any) -> torch.Tensor | None:
@@ -324,9 +351,7 @@ def _padding_mask(batch: Any) -> torch.Tensor | None:
 
 def _numbered(dataset: Any) -> Any:
     """A datasets.Dataset with its row numbers as a column; anything else as it is, and its rows stay unknown."""
-    if is_datasets_available():
-        from datasets import Dataset
-
-        if isinstance(dataset, Dataset) and ROW not in dataset.column_names:
-            return dataset.add_column(ROW, list(range(len(dataset))))
-    return dataset
+    datasets: Any = sys.modules.get("datasets")  # not imported: then `dataset` is not one
+    if datasets is None or not isinstance(dataset, datasets.Dataset) or ROW in dataset.column_names:
+        return dataset
+    return dataset.add_column(ROW, list(range(len(dataset))))
