@@ -139,9 +139,11 @@ def left_padded_and_labelled():
     return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
-def with_a_hole():
+def with_a_hole(labelled):
     batch = padded()
     batch["attention_mask"][0, 1] = 0
+    if not labelled:
+        batch["labels"][0, :3] = -100
     return batch
 
 
@@ -149,7 +151,8 @@ def with_a_hole():
     "batch",
     [
         left_padded_and_labelled(),  # padding predicts the first token
-        with_a_hole(),
+        with_a_hole(labelled=True),
+        with_a_hole(labelled=False),  # windows of attention count it
         {
             "input_ids": torch.tensor([[3, 4, 5, 0]]),
             "labels": torch.tensor([[3, 4, 5, 7]]),
