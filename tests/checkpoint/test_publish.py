@@ -67,6 +67,8 @@ def test_old_checkpoints_go_and_the_only_complete_one_never_does(tmp_path):
     (tmp_path / "checkpoint-11").mkdir()  # incomplete: it neither counts nor goes
     prune(tmp_path, 2, protect=[tmp_path / "checkpoint-1"])
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 10, 11]
+    prune(tmp_path, 1, protect=[tmp_path / "checkpoint-1"])  # which does not take the newest one's place
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 10, 11]
     prune(tmp_path, 1)
     assert [step for step, _ in checkpoints(tmp_path)] == [10, 11]
     with pytest.raises(ValueError, match="at least 1"):

@@ -85,7 +85,7 @@ def test_steps_equal_the_reference(case):
 
 def test_the_reference_equals_pytorchs_optimizer():
     """Not its fused one, which the reference is made of."""
-    ours = [update(torch.randn(shape)) for shape in ((7, 5), (300,))]
+    ours = [update(w) for w in (torch.randn(7, 5), torch.randn(300), torch.randn(5, 7).T, torch.randn(7, 30)[:, ::2])]
     theirs = [torch.nn.Parameter(u.weight.clone()) for u in ours]
     optimizer = torch.optim.AdamW(theirs, **GROUP, foreach=False)
     for _ in range(5):
@@ -149,17 +149,15 @@ def test_dtypes_may_differ_and_each_mixture_has_its_launch():
     assert_same(numbers(ours), numbers(theirs))
 
 
-def test_the_reference_rounds_once_where_dtypes_differ():
-    ours = update(torch.randn(500), exp_avg=torch.bfloat16, exp_avg_sq=torch.bfloat16, grad=torch.bfloat16)
-    wide = copies([ours])[0]
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, None), (torch.bfloat16, torch.tensor(0.37))], ids=str)
+def test_the_reference_rounds_once_where_dtypes_differ_or_gradients_are_scaled(dtype, scale):
+    narrow = dict.fromkeys(("grad", "exp_avg", "exp_avg_sq"), torch.bfloat16)
+    ours = update(torch.randn(500).to(dtype), **narrow)
     ours.grad.copy_(torch.randn(500))
-    wide = Update(wide.weight, ours.grad.float(), wide.exp_avg.float(), wide.exp_avg_sq.float(), wide.step, GROUP)
-    adamw_reference_([ours])
-    adamw_reference_([wide])
-    assert torch.equal(ours.weight, wide.weight)
-    assert torch.equal(ours.exp_avg, wide.exp_avg.bfloat16()) and torch.equal(
-        ours.exp_avg_sq, wide.exp_avg_sq.bfloat16()
-    )
+    wide = Update(*(x.float() for x in copies([ours])[0][:5]), GROUP)
+    adamw_reference_([ours], scale)
+    adamw_reference_([wide], scale)
+    assert all(torch.equal(got, want.to(got.dtype)) for got, want in zip(ours[:5], wide[:5], strict=True))
 
 
 def test_nothing_to_do_is_done():

@@ -94,6 +94,13 @@ def test_what_is_not_finite_shows(bad):
     assert y.isnan().all()
 
 
+def test_half_precision_is_squared_and_summed_in_float32():
+    found = [torch.full((1537,), 300.0, dtype=torch.float16)]  # whose squares float16 does not hold
+    with on_triton():
+        by_kernel = squared_sum(found)
+    assert_same([by_kernel, squared_sum(found)], [torch.tensor(1537 * 9e4)] * 2)
+
+
 def test_no_tensors_have_norm_zero():
     assert squared_sum([]) == 0
     scale_([], torch.tensor(0.5))

@@ -112,6 +112,12 @@ def hook_that_edits(model):
     outputs.loss.backward()
 
 
+def gradient_of_another_call(model):
+    outputs = run(model)
+    (grad,) = torch.autograd.grad(outputs.loss, outputs.logits)
+    model(input_ids=IDS.flip(1), labels=IDS).logits.backward(grad)
+
+
 def another_loss_beside(model):
     outputs = run(model)
     (outputs.loss + outputs.logits.log_softmax(-1)[:, :, 3].mean()).backward()

@@ -257,6 +257,19 @@ def test_rows_of_nothing_but_padding_are_as_in_stock():
     assert model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.isfinite()
 
 
+def test_a_mask_of_ones_says_nothing_of_where_documents_begin():
+    jump = torch.tensor([[0, 1, 2, 7, 8]])
+    alone, beside = (rows.look((1, 5), mask, jump, None) for mask in (None, torch.ones(1, 5)))
+    assert alone.cu_seqlens.tolist() == beside.cu_seqlens.tolist() == [0, 3, 5]
+
+
+def test_no_cache_of_several_documents_is_filled_unless_somebody_asks_for_it():
+    model = load_ours("qwen3_moe").train()
+    kept = [model.model(tokens(model), position_ids=POSITIONS, **asked).past_key_values
+            for asked in ({}, {"use_cache": True})]  # fmt: skip
+    assert kept[0] is None and kept[1] is not None
+
+
 def test_documents_and_padding_in_one_row_are_kept_apart_or_refused():
     inputs = batch(load_ours("qwen3_moe"), "packed")
     ids, labels, positions = (torch.nn.functional.pad(x, (0, 4), value=v) for x, v in

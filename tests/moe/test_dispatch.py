@@ -1,6 +1,7 @@
 """Experts that are spread over ranks: how a `Dispatch` becomes their forward, and what it refuses."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from expertmesh import waiting
 from expertmesh.moe.dispatch import Dispatch
+from expertmesh.moe.exchange import Exchange
 from expertmesh.moe.gather import Gather
 from expertmesh.moe.links import link_of, mailboxes
 from expertmesh.parallel.layout import lean_layout
@@ -36,6 +38,66 @@ def test_the_gradients_of_weights_are_not_differentiated_again(mesh):
         (grad,) = torch.autograd.grad(experts(x, ids, weights).square().sum(), weight, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
             grad.to_local().square().sum().backward()
+
+
+class Told(Exchange):
+    """Experts that are all here, and what was asked for in the backward."""
+
+    asked: list[str]
+
+    def __init__(self, *_, ahead=False):
+        Told.asked, self.ahead = [], ahead
+
+    def combine(self, made, residual):
+        out = made.sums()
+        return out if residual is None else residual + out.view(residual.shape)
+
+    def combine_backward(self, dout_TH):
+        Told.asked.append("out")
+        return super().combine_backward(dout_TH)
+
+    def dispatch_backward(self, dx_MH, dweight_MK):
+        Told.asked += [name for name, grad in (("x", dx_MH), ("weights", dweight_MK)) if grad is not None]
+        return super().dispatch_backward(dx_MH, dweight_MK)
+
+
+@pytest.mark.parametrize("backend", ["expertmesh", "grouped_mm"])
+@pytest.mark.parametrize(
+    ("trained", "asked"),
+    [
+        (["x"], ["out", "x"]),
+        (["weights"], ["out", "weights"]),
+        (["x", "weights", "experts"], ["out", "x", "weights"]),
+        (["experts"], ["out"]),
+        (["residual"], []),
+    ],
+    ids=str,
+)
+def test_no_gradient_travels_that_nobody_needs(trained, asked, backend, mesh):
+    experts = work.experts_of(8, slice(None)).requires_grad_("experts" in trained)
+    experts.config._experts_implementation = backend
+    experts.forward = Dispatch(Told, experts, mesh["ep"], mesh["tp"])
+    x, ids, weights, residual = work.layer_inputs(5, None, seed=0)
+    inputs = {"x": x, "weights": weights, "residual": residual}
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name in trained)
+    experts(x, ids, weights, residual=residual).sum().backward()
+    assert Told.asked == asked
+    assert {name for name, tensor in inputs.items() if tensor.grad is not None} == {*trained} - {"experts"}
+
+
+def test_a_call_takes_the_exchange_that_began_before_the_router(mesh):
+    experts, transport = work.experts_of(8, slice(None)), mock.Mock(wraps=Told)
+    experts.forward = dispatch = Dispatch(transport, experts, mesh["ep"], mesh["tp"], ahead=True)
+    x, ids, weights, residual = work.layer_inputs(5, None, seed=0)
+    experts(x, ids, weights, residual=residual, exchange=dispatch.start(x))
+    transport.assert_called_once_with(dispatch, x, ahead=True)
+
+
+def test_nothing_goes_ahead_where_ranks_share_tokens(mesh):
+    """Each sends a slice of them, which the call cuts."""
+    tp_mesh = mock.Mock(wraps=mesh["tp"], size=lambda: 2)
+    assert Dispatch(Told, work.experts_of(8, slice(None)), mesh["ep"], tp_mesh, ahead=True).start(None) is None
 
 
 def test_a_layout_makes_it_the_forward_and_leaves_a_dispatch_of_others_where_it_is(mesh):

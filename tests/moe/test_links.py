@@ -72,6 +72,59 @@ def test_places_of_sizes_that_never_come_again_do_not_pile_up(mailboxes, monkeyp
         assert (got[:rows] == rows).all() and len(mailboxes._places) <= 4
 
 
+def test_boxes_stay_as_long_as_they_are_large_enough_and_their_places_go_with_them(mailboxes):
+    rows = torch.ones(8, 32)
+    mailboxes.all_gather([rows])
+    boxes = mailboxes.boxes
+    mailboxes.all_gather([rows.view(4, 64)])
+    assert mailboxes.boxes is boxes
+    mailboxes.all_gather([rows.repeat(2, 1)])
+    mailboxes.all_gather([rows])
+    memory = {box.of(0).data_ptr() for box in mailboxes.boxes}
+    assert {place.came.data_ptr() for places in mailboxes._places.values() for place in places} <= memory
+
+
+def test_ranks_settle_at_their_first_box(mailboxes, monkeypatch):
+    met = []
+    monkeypatch.setattr(links, "_opened", lambda: [mailboxes])
+    monkeypatch.setattr(Memory, "barrier", lambda box: met.append(box))
+    links.settle()
+    assert not met, "they have none yet"
+    mailboxes.boxes = [Memory(1), Memory(1)]
+    links.settle()
+    assert met == mailboxes.boxes[:1]
+
+
+NEIGHBOURS = [("here", 0), ("here", 1)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "errors", "why"),
+    [
+        (NEIGHBOURS, [None, None], None),
+        ([("here", 0), None], [], "not on NVIDIA GPUs"),
+        ([("here", 0), ("there", 1)], [], "more than one node"),
+        ([("here", 0), ("here", 0)], [], "the ranks do not see each other's GPUs"),
+        ([("here", 0), ("here", 2)], [], "GPUs that cannot access each other's memory"),
+        (NEIGHBOURS, [None, "no"], "memory cannot be opened to other processes: no"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mailboxes_are_for_gpus_of_one_node_that_map_each_other_and_all_ranks_say_the_same(
+    ranks, errors, why, monkeypatch
+):
+    answers = iter([ranks, errors])
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda found, mine, group: found.__setitem__(slice(None), next(answers))
+    )
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: abs(a - b) == 1)
+    monkeypatch.setattr(links, "hosts", lambda group: group)
+    monkeypatch.setattr(links, "DeviceMemory", lambda group, num_bytes: None)
+    found = links._why_no_mailboxes(Group())
+    assert found == why or found.startswith(why)
+
+
 @pytest.fixture
 def group(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import transformers
+from peft import PromptTuningConfig, get_peft_model
 from transformers import DataCollatorWithFlattening
 
 from expertmesh.bench.rows import worst_error
@@ -131,7 +132,29 @@ def test_a_larger_bucket_than_the_row_s_own_holds_its_documents_of_padding():
     assert (filled["position_ids"] < 64).all()
     assert not Bucket(512, 8, 64).holds(row.input_ids.numel(), 5, 15)
     assert Bucket(128, 3, 64).holds(100, 2, 60) and not Bucket(128, 2, 64).holds(100, 2, 60), "28 tokens are one more"
-    assert Bucket(128, 2, 64).holds(128, 2, 64)
+    assert Bucket(128, 2, 64).holds(128, 2, 64) and not Bucket(128, 2, 64).holds(128, 2, 65)
+
+
+def test_the_smallest_bucket_that_holds_a_row_is_taken():
+    buckets = Buckets()
+    small, large = buckets.of(100, 3, 60), buckets.of(100, 40, 60)
+    assert small != large and buckets.of(100, 3, 60) == small
+
+
+def test_documents_are_those_that_are_told_unless_a_mask_takes_tokens_away():
+    batch = packed()
+    length, bounds = batch["input_ids"].numel(), batch["cu_seq_lens_q"]
+    row = one_row(batch | {"position_ids": torch.arange(length)[None]})
+    assert torch.equal(row.cu_seqlens, bounds)
+    padding = torch.arange(length)[None] == length - 1
+    row = one_row(batch | {"attention_mask": ~padding, "labels": batch["labels"].masked_fill(padding, -100)})
+    assert row.cu_seqlens[-1] == row.input_ids.numel() == length - 1
+
+
+def test_positions_of_one_row_are_those_of_all():
+    rows = BATCHES["rows without padding"]
+    row = one_row(rows | {"position_ids": torch.arange(17)[None]})
+    assert torch.equal(row.position_ids, one_row(rows).position_ids)
 
 
 def left_padded_and_labelled():
@@ -139,9 +162,11 @@ def left_padded_and_labelled():
     return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
-def with_a_hole():
+def with_a_hole(labelled):
     batch = padded()
     batch["attention_mask"][0, 1] = 0
+    if not labelled:
+        batch["labels"][0, :3] = -100
     return batch
 
 
@@ -149,7 +174,8 @@ def with_a_hole():
     "batch",
     [
         left_padded_and_labelled(),  # padding predicts the first token
-        with_a_hole(),
+        with_a_hole(labelled=True),
+        with_a_hole(labelled=False),  # windows of attention count it
         {
             "input_ids": torch.tensor([[3, 4, 5, 0]]),
             "labels": torch.tensor([[3, 4, 5, 7]]),
@@ -157,6 +183,7 @@ def with_a_hole():
         },  # the last token is to predict one that is padding
         padded() | {"token_type_ids": padded()["input_ids"]},
         {"input_ids": padded()["input_ids"]},
+        {name: value for name, value in packed().items() if name != "max_length_k"},  # told by halves
         padded() | {"attention_mask": torch.zeros_like(padded()["input_ids"])},
         padded() | {"attention_mask": torch.ones(3, 1, 17, 17)},
     ],
@@ -169,6 +196,8 @@ def test_models_that_cannot_be_told_are_known():
     assert fused_base(load_stock("qwen3_moe")) is None
     assert fused_base(ours("qwen3_moe")).takes_documents(8192)
     assert not fused_base(load_ours("qwen3_next")).takes_documents(64)
+    virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)  # which come before every row
+    assert fused_base(get_peft_model(load_ours("qwen3_moe"), virtual)) is None
     mixtral = fused_base(load_ours("mixtral", sliding_window=32))
     assert mixtral.takes_documents(32) and not mixtral.takes_documents(64)
 

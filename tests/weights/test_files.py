@@ -1,5 +1,6 @@
 """An export appears whole or not at all, whatever was there before; one run writes into a folder at a time."""
 
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ def write(folder: Path, content: dict[str, str]) -> None:
     with replacing(folder) as staging:
         for name, text in content.items():
             (staging / name).write_text(text)
+            os.utime(staging / name, (0, 0))  # many file systems' clocks are coarse
 
 
 def read(folder: Path) -> str | None:
@@ -130,6 +132,15 @@ def test_what_is_the_users_own_stays(tmp_path):
         assert not list(folder.glob(".*"))
 
 
+def test_exports_of_several_variants_lie_beside_each_other(tmp_path):
+    plain, shards = export("plain", 3), [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    write(tmp_path, plain)
+    write(tmp_path, dict.fromkeys([*shards, "model.safetensors.index.fp16.json"], "half"))
+    assert read(tmp_path) == "plain" and {*shards} < {*os.listdir(tmp_path)}
+    write(tmp_path, {"model.fp16.safetensors": "half"})
+    assert read(tmp_path) == "plain" and {*os.listdir(tmp_path)} == {*plain, "model.fp16.safetensors", SUMS}
+
+
 def test_a_link_in_the_place_of_a_file_is_replaced_not_followed(tmp_path):
     cache = tmp_path / "cache"
     cache.write_text("somebody else's")
@@ -162,6 +173,21 @@ def test_a_flipped_byte_is_named(options, tmp_path, caplog, monkeypatch):
     (tmp_path / "config.json").write_text("{}")  # people edit it
     verify_sums(tmp_path)
     assert "config.json in" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / SUMS).write_bytes(b"\xff\xfe  model.safetensors\n"),
+    ],
+    ids=["no weights", "sums that are no text"],
+)
+def test_whatever_is_damaged_it_is_an_error_of_damage(damage, tmp_path):
+    write(tmp_path, export("new", 0))
+    damage(tmp_path)
+    with pytest.raises(DamagedError, match="model.safetensors in"):
+        verify_sums(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "{}/outside.safetensors"])
@@ -206,9 +232,21 @@ def test_another_run_is_refused_until_the_first_is_gone_however_it_goes(tmp_path
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    with alone(tmp_path), alone(tmp_path / "." / "inner" / ".."):  # one process may ask again
-        assert os.listdir(tmp_path) == [".lock"]
+    with alone(tmp_path):
+        with alone(tmp_path / "." / "inner" / ".."):  # one process may ask again
+            assert os.listdir(tmp_path) == [".lock"]
+        assert os.listdir(tmp_path) == [".lock"], "the outer block has it still"
     assert os.listdir(tmp_path) == []
+
+
+def test_where_files_cannot_be_locked_a_warning_says_so(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
+    monkeypatch.setattr(backends.logger(), "propagate", True)
+    write(tmp_path, export("new", 0))
+    assert read(tmp_path) == "new" and "cannot be locked ([Errno" in caplog.text
 
 
 def failing(rank: int, folder: Path) -> str:

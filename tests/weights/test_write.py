@@ -11,7 +11,7 @@ from transformers.distributed import DistributedConfig
 import expertmesh
 from expertmesh.bench.tiny import FAMILIES
 from expertmesh.weights.read import load_weights
-from expertmesh.weights.write import save_sharded
+from expertmesh.weights.write import INDEX, _split, save_sharded, write_model
 from tests.distributed.ranks import on_ranks
 from tests.models import load_ours, saved
 
@@ -27,7 +27,7 @@ LAYOUTS = [
 def assert_same_checkpoint(written: Path, original: Path):
     """Keys, shapes, dtypes, bits and configuration; where there are several files, the index finds every tensor."""
     wanted, found = load_file(original / "model.safetensors"), {}
-    index = written / "model.safetensors.index.json"
+    index = written / INDEX
     weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else {}
     for file in written.glob("*.safetensors"):
         tensors = load_file(file)
@@ -79,10 +79,31 @@ def test_four_ranks_write_what_one_process_writes(family, tmp_path):
 
 def test_files_of_an_earlier_save_go(tmp_path):
     model = load_ours("qwen3_moe")
-    save_sharded(model, tmp_path, max_shard_size="10KB")
+    save_sharded(model, tmp_path, max_shard_size="10kb")
     save_sharded(model, tmp_path)
     assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
     assert_same_checkpoint(tmp_path, saved("qwen3_moe"))
+
+
+def test_the_index_says_of_the_whole_what_transformers_says(tmp_path):
+    model, found = load_ours("qwen3_moe"), []
+    for save in (save_sharded, type(model).save_pretrained):
+        save(model, tmp_path / save.__name__, max_shard_size="20KB")
+        found.append(json.loads((tmp_path / save.__name__ / INDEX).read_text())["metadata"])
+    assert found[0] == found[1]
+
+
+def test_a_file_has_the_bytes_that_are_allowed_or_one_tensor():
+    sizes = {"a": 20, "b": 8, "c": 8, "d": 1}
+    files = _split([(name, torch.zeros(size, dtype=torch.uint8)) for name, size in sizes.items()], 16)
+    assert [[*file] for file in files] == [["a"], ["b", "c"], ["d"]]
+
+
+def test_a_rank_that_cannot_write_goes_on_gathering_with_the_others(tmp_path):
+    files = iter([{"a": torch.zeros(1)}] * 3)
+    with pytest.raises(Exception, match="No such file"):
+        write_model(tmp_path / "nowhere", load_ours("qwen3_moe"), files)
+    assert next(files, None) is None
 
 
 @pytest.mark.parametrize("size", ["5 bananas", "GB"])
