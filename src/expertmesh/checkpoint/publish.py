@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from expertmesh.weights.files import Digests, remove, staged, sync
+from expertmesh.weights.files import Digests, publish, remove, staged, sync
 
 MANIFEST = "sha256.json"
 log = logging.getLogger(__name__)
@@ -42,14 +42,10 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
             )
         remove_leftovers(output_dir)
 
-    def publish(sums: Digests) -> None:
-        (staging / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
-        sync(staging / MANIFEST)
-        sync(staging)
-        os.rename(staging, target)
-        sync(output_dir)
+    def end(sums: Digests) -> None:
+        publish(staging, target, MANIFEST, json.dumps(sums, indent=1) + "\n")
 
-    with staged(output_dir, staging, begin, publish, group):
+    with staged(output_dir, staging, begin, end, group):
         yield staging
 
 

@@ -1,9 +1,10 @@
 """Files that appear whole or not at all, written by one run at a time.
 
-They are written into a hidden folder and moved when every byte is on the disk. A checkpoint appears with one rename
-(checkpoint/publish.py). An export goes where another may be: what a reader looks for first, the index or the only
-weights file, goes before the rest is touched and comes last. So a kill leaves the old export, the new one, or a folder
-without weights, which nothing loads.
+They are written into a hidden folder. When every byte and their sums are on the disk, one rename makes it a checkpoint
+(checkpoint/publish.py). An export goes where another may be, so its files are then moved one by one: what a reader
+looks for first, the index or the only weights file, goes before the rest is touched and comes last. So a kill leaves
+the old export, the new one, or a folder without weights, which nothing loads; then the rest of the new export lies in
+`.export.complete`.
 """
 
 import errno
@@ -23,6 +24,7 @@ from typing import Any
 from expertmesh.parallel import ranks
 
 SUMS = "SHA256SUMS"  # of an export's files, as `sha256sum -c` reads it
+WHOLE = ".export.complete"  # in an export's folder, until its files are moved there
 Digests = dict[str, dict[str, Any]]  # size and SHA-256 of every file, by its path in the folder
 
 # model.safetensors, its index, and both with a variant
@@ -99,41 +101,62 @@ def replacing(folder: str | Path, group: Any = None) -> Iterator[Path]:
     """
     folder = Path(folder)
     staging = folder / ".export.incomplete"
+
+    def move(sums: Digests) -> None:
+        remove(folder / WHOLE)
+        publish(staging, folder / WHOLE, SUMS, "".join(f"{found['sha256']}  {name}\n" for name, found in sums.items()))
+        _replace(folder, folder / WHOLE, sums)
+
     try:
-        with staged(folder, staging, lambda: remove(staging), lambda sums: _replace(folder, staging, sums), group):
+        with staged(folder, staging, lambda: remove(staging), move, group):
             yield staging
     finally:
         if ranks.rank(group) == 0:
             remove(staging)
 
 
-def _replace(folder: Path, staging: Path, sums: Digests) -> None:
+def publish(staging: Path, target: Path, manifest: str, text: str) -> None:
+    """Add a manifest to a folder whose files are on the disk, and give it, with one rename, its name."""
+    (staging / manifest).write_text(text)
+    sync(staging / manifest)
+    sync(staging)
+    os.rename(staging, target)
+    sync(target.parent)
+
+
+def _replace(folder: Path, whole: Path, sums: Digests) -> None:
     kinds = {(match[1], match[2] or match[3] or "") for name in sums if (match := _FIRST.fullmatch(name))}
     first = {f"{stem}{end}" for stem, v in kinds for end in (f"{v}.safetensors", f".safetensors.index{v}.json")}
     shard = re.compile("|".join(re.escape(stem + v) + r"-\d{5}-of-\d{5}\.safetensors" for stem, v in kinds))
     rest = sums.keys() - first
     remove(folder / SUMS)
-    same = [name for name in rest if (folder / name).is_file() and filecmp.cmp(staging / name, folder / name, False)]
-    for name in first if len(same) < len(rest) else ():  # else the one weights file takes the other's place at once
+    same = all((folder / name).is_file() and filecmp.cmp(whole / name, folder / name, False) for name in rest)
+    for name in () if same else first:  # else the one weights file takes the other's place at once
         remove(folder / name)
     for names in (rest, first & sums.keys()):
         sync(folder)
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / name, folder / name)
+            os.replace(whole / name, folder / name)
     sync(folder)
     for path in folder.iterdir():
         if path.name not in sums and (path.name in first or shard.fullmatch(path.name)):
             remove(path)
-    (folder / SUMS).write_text("".join(f"{found['sha256']}  {name}\n" for name, found in sums.items()))
+    os.replace(whole / SUMS, folder / SUMS)
+    remove(whole)
 
 
 def verify_sums(folder: str | Path, together: bool = False) -> None:
     """Compare an export with its SHA256SUMS, where it has one. `together`: all ranks call it, and share the work.
 
-    Raises DamagedError naming the weights that differ. Configurations are files that people edit: a warning names them.
+    Raises DamagedError naming the weights that differ, or where they are if an export was cut short. Configurations are files that people edit: a warning names them.
     """
-    path = Path(folder, SUMS)
+    path, whole = Path(folder, SUMS), Path(folder, WHOLE)
+    cut_short = whole.is_dir() and any(whole.iterdir())
+    if cut_short and not any(_FIRST.fullmatch(name) for name in os.listdir(folder)):
+        raise DamagedError(
+            f"An export into {folder} was cut short when it was complete: move what is in {whole} into {folder}."
+        )
     lines = [line.partition("  ") for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
     sums = {name: wanted for wanted, _, name in lines}
     there = [name for name in sums if not {"/", ".."} & {*Path(name).parts} and Path(folder, name).is_file()]
