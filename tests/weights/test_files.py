@@ -56,7 +56,7 @@ class Cut(BaseException):
 
 
 def cut_short(operation: int, monkeypatch, action, killed: bool) -> bool:
-    """Run `action`, whose n-th operation on files fails; of one `killed` all later ones, too. Whether it came so far."""
+    """Run `action`, whose n-th operation on files fails, and if `killed` all later ones. Whether it came so far."""
     left = operation
 
     def failing(call):

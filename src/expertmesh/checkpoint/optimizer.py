@@ -27,9 +27,7 @@ from expertmesh.parallel.clip import local
 FOLDER = "optimizer"  # in a checkpoint
 GROUPS = "groups.pt"  # in FOLDER
 FILE = 2**32  # bytes of a file, which PyTorch holds in memory twice while it is written
-
 PER_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"}
-
 NUMBER = int | float | None
 Named = dict[str, nn.Parameter]
 
@@ -97,10 +95,6 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     """
     folder, named = checkpoint / FOLDER, _named(model, optimizer)
     groups = torch.load(folder / GROUPS, weights_only=True)
-    if "tensors" not in groups:
-        raise ValueError(
-            f"{folder} has optimizer state in an older form of expertmesh: resume with the version that saved it."
-        )
     if groups["of"].keys() != named.keys():
         odd = sorted(groups["of"].keys() ^ named.keys())[0]
         raise ValueError(

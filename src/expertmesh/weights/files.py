@@ -23,9 +23,9 @@ from typing import Any
 
 from expertmesh.parallel import ranks
 
-SUMS = "SHA256SUMS"  # of an export's files, as `sha256sum -c` reads it
+SUMS = "SHA256SUMS"  # of an export's files
 WHOLE = ".export.complete"  # in an export's folder, until its files are moved there
-Digests = dict[str, dict[str, Any]]  # size and SHA-256 of every file, by its path in the folder
+Digests = dict[str, str]  # SHA-256 of every file, by its path in the folder
 
 # model.safetensors, its index, and both with a variant
 _FIRST = re.compile(r"(\w+)(?:(\.[^.]+)?\.safetensors|\.safetensors\.index(\.[^.]+)?\.json)")
@@ -38,7 +38,7 @@ class FolderInUseError(OSError):
 
 
 class DamagedError(ValueError):
-    """Weights on the disk are not those that were saved."""
+    """What is on the disk is not what was saved."""
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def replacing(folder: str | Path, group: Any = None) -> Iterator[Path]:
 
     def move(sums: Digests) -> None:
         remove(folder / WHOLE)
-        publish(staging, folder / WHOLE, SUMS, "".join(f"{found['sha256']}  {name}\n" for name, found in sums.items()))
+        publish(staging, folder / WHOLE, SUMS, sums)
         _replace(folder, folder / WHOLE, sums)
 
     try:
@@ -115,9 +115,9 @@ def replacing(folder: str | Path, group: Any = None) -> Iterator[Path]:
             remove(staging)
 
 
-def publish(staging: Path, target: Path, manifest: str, text: str) -> None:
-    """Add a manifest to a folder whose files are on the disk, and give it, with one rename, its name."""
-    (staging / manifest).write_text(text)
+def publish(staging: Path, target: Path, manifest: str, sums: Digests) -> None:
+    """Give a folder whose files are on the disk its name, with one rename. `manifest`: a file for `sha256sum -c`."""
+    (staging / manifest).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
     sync(staging / manifest)
     sync(staging)
     os.rename(staging, target)
@@ -149,7 +149,8 @@ def _replace(folder: Path, whole: Path, sums: Digests) -> None:
 def verify_sums(folder: str | Path, together: bool = False) -> None:
     """Compare an export with its SHA256SUMS, where it has one. `together`: all ranks call it, and share the work.
 
-    Raises DamagedError naming the weights that differ, or where they are if an export was cut short. Configurations are files that people edit: a warning names them.
+    Raises DamagedError naming the weights that differ, or where they lie if an export was cut short. Configurations are
+    files that people edit: a warning names them.
     """
     path, whole = Path(folder, SUMS), Path(folder, WHOLE)
     cut_short = whole.is_dir() and any(whole.iterdir())
@@ -157,11 +158,10 @@ def verify_sums(folder: str | Path, together: bool = False) -> None:
         raise DamagedError(
             f"An export into {folder} was cut short when it was complete: move what is in {whole} into {folder}."
         )
-    lines = [line.partition("  ") for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
-    sums = {name: wanted for wanted, _, name in lines}
+    sums = listed(path) if path.is_file() else {}
     there = [name for name in sums if not {"/", ".."} & {*Path(name).parts} and Path(folder, name).is_file()]
     found = digests(Path(folder), there, None if together else ranks.ALONE)
-    changed = sorted(name for name, wanted in sums.items() if name not in found or found[name]["sha256"] != wanted)
+    changed = sorted(name for name in sums if found.get(name) != sums[name])
     weights = [name for name in changed if ".safetensors" in name]
     if weights:
         raise DamagedError(
@@ -172,17 +172,25 @@ def verify_sums(folder: str | Path, together: bool = False) -> None:
         log.warning("%s in %s is not what was saved: it differs from %s.", ", ".join(changed), folder, SUMS)
 
 
+def listed(path: Path) -> Digests:
+    """What a list of sums, as `sha256sum` writes it, says. Raises DamagedError if it is none."""
+    lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in path.read_text(errors="replace").splitlines()]
+    if None in lines:
+        raise DamagedError(f"{path} cannot be read as a list of SHA-256 sums. Restore it from a copy.")
+    return {line[2]: line[1] for line in lines if line}
+
+
 def digests(folder: Path, names: Iterable[str], group: Any = None) -> Digests:
-    """Size and SHA-256 of these files, sorted. Each is read by one rank of `group`, and every rank gets all."""
+    """The SHA-256 of these files, sorted. Each is read by one rank of `group`, and every rank gets all."""
     mine = sorted(names)[ranks.rank(group) :: ranks.world_size(group)]
     with ranks.together(group), ThreadPoolExecutor() as pool:  # hashing releases the GIL
         found = dict(zip(mine, pool.map(lambda name: _digest(folder / name), mine), strict=True))
     return dict(sorted(item for part in ranks.gathered(found, group) for item in part.items()))
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
