@@ -229,8 +229,10 @@ def test_another_run_is_refused_until_the_first_is_gone_however_it_goes(tmp_path
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(FolderInUseError, match=r"Another run writes into .*another folder"), alone(tmp_path):
             raise AssertionError("two runs in one folder")
+        (tmp_path / ".export.incomplete").mkdir()
         with pytest.raises(FolderInUseError):
             write(tmp_path, export("new", 0))
+        (tmp_path / ".export.incomplete").rmdir()  # what the first run writes there is still there
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()

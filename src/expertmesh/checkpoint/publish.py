@@ -12,10 +12,11 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expertmesh.weights.files import DamagedError, Digests, digests, listed, publish, remove, staged, sync
+from expertmesh.weights.files import DamagedError, digests, listed, publish, remove, staged, sync
 
 MANIFEST = "checkpoint.sha256"  # `sha256sum -c` reads it
 log = logging.getLogger(__name__)
@@ -42,10 +43,7 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
             )
         remove_leftovers(output_dir)
 
-    def end(sums: Digests) -> None:
-        publish(staging, target, MANIFEST, sums)
-
-    with staged(output_dir, staging, begin, end, group):
+    with staged(staging, begin, partial(publish, staging, target, MANIFEST), group):
         yield staging
 
 

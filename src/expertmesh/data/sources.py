@@ -53,14 +53,13 @@ def hold_out(dataset: "Dataset", fraction: float, seed: int = 0) -> tuple["Datas
         raise ValueError(f"The held-out fraction must lie between 0 and 1, and is {fraction}.")
     keys = [_key(row, seed) for row in dataset]
     limit = sorted(keys)[max(1, round(len(keys) * fraction)) - 1]
-    held_out = [i for i, key in enumerate(keys) if key <= limit]
-    if len(held_out) == len(keys):
+    rest = [i for i, key in enumerate(keys) if key > limit]
+    if not rest:
         raise ValueError(
             f"The dataset has too few different rows ({len(set(keys))}) to hold any out: give more rows, "
             "or no held-out fraction."
         )
-    held = set(held_out)
-    return dataset.select([i for i in range(len(keys)) if i not in held]), dataset.select(held_out)
+    return dataset.select(rest), dataset.select([i for i, key in enumerate(keys) if key <= limit])
 
 
 def _key(row: dict[str, Any], seed: int) -> str:
@@ -89,7 +88,8 @@ def _read(source: str, split: str, seed: int, name: str | None) -> "Dataset":
     import datasets
 
     path, kinds = Path(source).expanduser(), ", ".join(BUILDERS)
-    place, options, unreachable = (source, name), {}, ValueError
+    place: tuple[Any, ...] = (source, name)
+    options, unreachable = {}, ValueError
     if source.startswith("demo:"):
         if source not in BUILT_IN:
             raise ValueError(f"There is no built-in dataset {source!r}. There are {', '.join(BUILT_IN)}.")
@@ -123,7 +123,9 @@ def _read(source: str, split: str, seed: int, name: str | None) -> "Dataset":
         raise ValueError(f"The data file {source!r} does not exist.{_nearest(path)}")
     else:
         unreachable = Unreachable
-        what = f"{source!r} is no file or folder here, and reading it from the Hugging Face Hub (split {split!r}) failed"
+        what = (
+            f"{source!r} is no file or folder here, and reading it from the Hugging Face Hub (split {split!r}) failed"
+        )
         remedy = (
             "Check the spelling and the split; for a private dataset log in with `hf auth login`; without a network "
             f"give a local file, or one of {', '.join(BUILT_IN)}."

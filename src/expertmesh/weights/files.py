@@ -27,7 +27,8 @@ SUMS = "SHA256SUMS"  # of an export's files
 WHOLE = ".export.complete"  # in an export's folder, until its files are moved there
 Digests = dict[str, str]  # SHA-256 of every file, by its path in the folder
 
-# model.safetensors, its index, and both with a variant
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
+# model.safetensors, its index, and both with a variant: what a reader looks for first
 _FIRST = re.compile(r"(\w+)(?:(\.[^.]+)?\.safetensors|\.safetensors\.index(\.[^.]+)?\.json)")
 _held: set[Path] = set()
 log = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class DamagedError(ValueError):
 def alone(folder: str | Path, group: Any = None) -> Iterator[None]:
     """Keep other processes from writing into `folder` (made if need be) while the block runs.
 
-    Rank 0 of `group` has the lock for all, until it leaves or dies, and may have it again in an inner block. Raises
-    FolderInUseError if another process has it.
+    Rank 0 of `group` holds the lock for all ranks until the block ends or the process dies. Blocks of one process may
+    be nested. Raises FolderInUseError if another process holds it.
     """
     lock = Path(folder).resolve() / ".lock"
     with ExitStack() as stack:
@@ -70,17 +71,17 @@ def alone(folder: str | Path, group: Any = None) -> Iterator[None]:
 
 
 @contextmanager
-def staged(folder: Path, staging: Path, begin: Callable, move: Callable[[Digests], None], group: Any) -> Iterator[None]:
-    """A block in which every rank of `group` writes its own files into `staging`, empty and inside `folder`.
+def staged(staging: Path, begin: Callable[[], None], move: Callable[[Digests], None], group: Any) -> Iterator[None]:
+    """A block in which every rank of `group` writes its own files into `staging`, a new folder.
 
-    Rank 0 calls `begin` before, and `move` when all files are on the disk.
+    Rank 0 calls `begin` before, and `move` when all files are on the disk. No other run writes beside it meanwhile.
     """
-    with alone(folder, group):
+    with alone(staging.parent, group):
         with ranks.together(group):
             if ranks.rank(group) == 0:
                 begin()
                 staging.mkdir()
-                sync(folder)
+                sync(staging.parent)
         with ranks.together(group):
             yield
         with ranks.together(group):
@@ -107,12 +108,13 @@ def replacing(folder: str | Path, group: Any = None) -> Iterator[Path]:
         publish(staging, folder / WHOLE, SUMS, sums)
         _replace(folder, folder / WHOLE, sums)
 
-    try:
-        with staged(folder, staging, lambda: remove(staging), move, group):
-            yield staging
-    finally:
-        if ranks.rank(group) == 0:
-            remove(staging)
+    with alone(folder, group):  # around all: who is refused must not remove what the other run has staged
+        try:
+            with staged(staging, lambda: remove(staging), move, group):
+                yield staging
+        finally:
+            if ranks.rank(group) == 0:
+                remove(staging)
 
 
 def publish(staging: Path, target: Path, manifest: str, sums: Digests) -> None:
@@ -125,25 +127,30 @@ def publish(staging: Path, target: Path, manifest: str, sums: Digests) -> None:
 
 
 def _replace(folder: Path, whole: Path, sums: Digests) -> None:
-    kinds = {(match[1], match[2] or match[3] or "") for name in sums if (match := _FIRST.fullmatch(name))}
-    first = {f"{stem}{end}" for stem, v in kinds for end in (f"{v}.safetensors", f".safetensors.index{v}.json")}
-    shard = re.compile("|".join(re.escape(stem + v) + r"-\d{5}-of-\d{5}\.safetensors" for stem, v in kinds))
+    kinds = {_kind(name) for name in sums} - {None}
+    weights = [name for name in {*sums, *os.listdir(folder)} if _kind(name) in kinds]
+    first = {name for name in weights if _FIRST.fullmatch(name)}
     rest = sums.keys() - first
     remove(folder / SUMS)
     same = all((folder / name).is_file() and filecmp.cmp(whole / name, folder / name, False) for name in rest)
     for name in () if same else first:  # else the one weights file takes the other's place at once
         remove(folder / name)
-    for names in (rest, first & sums.keys()):
+    for names in (rest, sums.keys() & first):
         sync(folder)
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(whole / name, folder / name)
     sync(folder)
-    for path in folder.iterdir():
-        if path.name not in sums and (path.name in first or shard.fullmatch(path.name)):
-            remove(path)
+    for name in {*weights} - sums.keys():
+        remove(folder / name)
     os.replace(whole / SUMS, folder / SUMS)
     remove(whole)
+
+
+def _kind(name: str) -> tuple[str, str] | None:
+    """Of a weights file or an index its stem and its variant: an export replaces all of the same kind."""
+    match = _FIRST.fullmatch(_SHARD.sub("", name))
+    return match and (match[1], match[2] or match[3] or "")
 
 
 def verify_sums(folder: str | Path, together: bool = False) -> None:
