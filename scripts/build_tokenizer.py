@@ -6,17 +6,20 @@ It was run once, on Python 3.11; the files it wrote are frozen, because every mo
 """
 
 import sys
+from pathlib import Path
 from pydoc_data.topics import topics
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from expertmesh.data.demo import chat_dialogues, python_dialogues
-from expertmesh.data.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, START_OF_TURN, VOCABULARY
+from expertmesh.data.tokenizer import VOCABULARY
+
+END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 def main(folder: str) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into the folder."""
+    """Write tokenizer.json and tokenizer_config.json into the folder, which has the chat_template.jinja."""
     turns = [turn["content"] for row in chat_dialogues() + python_dialogues() for turn in row["messages"]]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,7 +40,7 @@ def main(folder: str) -> None:
         clean_up_tokenization_spaces=False,
         model_max_length=32768,
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = Path(folder, "chat_template.jinja").read_text()
     fast.save_pretrained(folder)
 
 

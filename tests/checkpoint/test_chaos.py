@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertmesh.checkpoint.publish import checkpoints, newest_complete
-from expertmesh.checkpoint.verify import verify
+from expertmesh.checkpoint.publish import checkpoints, newest_complete, verify
 from tests.checkpoint.loop import finish, loop, source, start
 from tests.checkpoint.test_state import same
 from tests.models import SEED

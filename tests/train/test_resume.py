@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments, default_data_collator
 
 import expertmesh
-from expertmesh.checkpoint.publish import checkpoints
-from expertmesh.checkpoint.verify import CheckpointError, verify
+from expertmesh.checkpoint.publish import checkpoints, verify
+from expertmesh.weights.files import DamagedError
 from tests.distributed.ranks import on_ranks
 from tests.models import load_ours
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_of_transformers_trainer_goes_on_bit_for_bit(tmp_path, capl
     stock.train()
     resumed = trainer(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "stock" / "checkpoint-2"))
-    assert "no sha256.json" in caplog.text
+    assert "no checkpoint.sha256" in caplog.text
     assert losses(resumed) == losses(whole)
     assert_same(weights(whole), weights(resumed))
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_transformers_trainer_goes_on_bit_for_bit(tmp_path, capl
 def test_true_finds_the_newest_complete_one_and_moves_others_aside(tmp_path, caplog):
     whole = trainer(tmp_path, save_steps=1)
     whole.train()
-    (tmp_path / "checkpoint-4" / "sha256.json").unlink()
+    (tmp_path / "checkpoint-4" / "checkpoint.sha256").unlink()
     with caplog.at_level(logging.WARNING):
         resumed = trainer(tmp_path, save_steps=1)
         resumed.train(resume_from_checkpoint=True)
@@ -109,7 +109,7 @@ def test_a_run_that_would_replace_checkpoints_does_not_start(tmp_path):
 def test_a_truncated_state_is_named(tmp_path):
     trainer(tmp_path, max_steps=2).train()
     os.truncate(tmp_path / "checkpoint-2" / "trainer_state.json", 100)
-    with pytest.raises(CheckpointError, match=r"checkpoint-2/trainer_state.json cannot be read.*the one before"):
+    with pytest.raises(DamagedError, match=r"checkpoint-2/trainer_state.json cannot be read.*the one before"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -135,7 +135,7 @@ def test_a_flipped_byte_is_named_before_anything_is_loaded(name, tmp_path):
     path.write_bytes(content)
     resumed = trainer(tmp_path)
     before = {key: value.clone() for key, value in weights(resumed).items()}
-    with pytest.raises(CheckpointError, match=f"{name} has changed"):
+    with pytest.raises(DamagedError, match=f"{name} has changed"):
         resumed.train(resume_from_checkpoint=True)
     assert_same(before, weights(resumed))
 

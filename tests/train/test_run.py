@@ -258,7 +258,7 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed(tmp_path, lost):
     resumed = configured(tmp_path / "resumed", save__resume_from_checkpoint=tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match=r"checkpoint-2 is not what was saved: model.safetensors has \d+ bytes"):
         run(resumed)
-    (tmp_path / "checkpoint-2" / "sha256.json").unlink()  # as after a save by another program
+    (tmp_path / "checkpoint-2" / "checkpoint.sha256").unlink()  # as after a save by another program
     with pytest.raises(ValueError, match=rf"checkpoint.* {lost.rpartition('.')[0]}|model.{lost.rpartition('.')[0]}"):
         run(resumed)
 

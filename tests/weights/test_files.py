@@ -19,7 +19,7 @@ import transformers
 import expertmesh
 from expertmesh import backends
 from expertmesh.weights import files
-from expertmesh.weights.files import SUMS, DamagedError, FolderInUseError, alone, replacing, verify_sums
+from expertmesh.weights.files import SUMS, WHOLE, DamagedError, FolderInUseError, alone, replacing, verify_sums
 from expertmesh.weights.read import load_weights
 from expertmesh.weights.write import save_sharded
 from tests.distributed.ranks import on_ranks
@@ -53,50 +53,77 @@ def read(folder: Path) -> str | None:
     return "+".join(sorted({(folder / name).read_text() for name in ("config.json", *names)}))
 
 
-def killed_at(operation: int, action) -> bool:
-    """Run `action` in a fork that dies without a word before its n-th operation on files. Whether it came so far."""
-    child = os.fork()
-    if child == 0:
-        left = [operation]
+class Cut(BaseException):
+    """As a kill, or as Ctrl-C."""
 
-        def dying(call):
-            def wrapped(*args, **kwargs):
-                left[0] -= 1
-                if left[0] < 0:
-                    os._exit(9)
-                return call(*args, **kwargs)
 
-            return wrapped
+def cut_short(operation: int, monkeypatch, action, killed: bool) -> bool:
+    """Run `action`, whose n-th operation on files fails, and if `killed` all later ones. Whether it came so far."""
+    left = operation
 
-        os.replace, files.remove, files.sync = dying(os.replace), dying(files.remove), dying(files.sync)
+    def failing(call):
+        def wrapped(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0 if killed else left == -1:
+                raise Cut
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((os, "replace"), (os, "rename"), (files, "remove"), (files, "sync")):
+            patch.setattr(owner, name, failing(getattr(owner, name)))
         try:
             action()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        except Cut:
+            return True
+    return False
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (3, 2), (0, 2), (3, 0)])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (3, 3), (0, 2), (3, 0)])
 @pytest.mark.parametrize("same_config", [True, False])
-def test_a_kill_at_any_moment_leaves_one_export_or_none(before, after, same_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed", [True, False])
+def test_cut_short_at_any_moment_it_leaves_one_export_or_says_where(
+    before, after, same_config, killed, tmp_path, monkeypatch
+):
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # nobody pulls the plug here
-    seen = set()
+    seen, old, new = set(), export("old", before), export("new", after)
+    new |= {"config.json": old["config.json"]} if same_config else {}
+    all_new = "new+old" if same_config else "new"
     for operation in range(100):
         folder = tmp_path / str(operation)
-        write(folder, export("old", before))
-        new = export("new", after) | ({"config.json": "old"} if same_config else {})
-        died = killed_at(operation, lambda folder=folder, new=new: write(folder, new))
+        write(folder, old)
+        was_cut = cut_short(operation, monkeypatch, lambda folder=folder: write(folder, new), killed)
         found = read(folder)
-        assert found in ("old", None, "new+old" if same_config else "new"), operation
+        assert found in ("old", None, all_new), operation
         seen.add(found)
-        if found is not None:
-            verify_sums(folder)  # there are none yet, or they are those of these files
-        write(folder, new)  # nothing that a kill left is in the way
-        assert read(folder) != "old" and set(os.listdir(folder)) == {*new, SUMS}
-        if not died:
+        if found is None:
+            with pytest.raises(DamagedError, match="move what is in"):
+                verify_sums(folder)
+            for path in (folder / WHOLE).iterdir():
+                path.rename(folder / path.name)
+            assert read(folder) == all_new, operation
+        verify_sums(folder)  # there are none yet, or they are those of these files
+        write(folder, new)  # nothing that it left is in the way
+        assert read(folder) == all_new and set(os.listdir(folder)) == {*new, SUMS}
+        if not was_cut:
             break
-    assert "old" in seen and len(seen) > 1
+    assert {"old", all_new} <= seen
     assert not (same_config and after == 0 and None in seen), "one file takes the place of another in one step"
+
+
+def test_an_export_that_was_cut_short_stays_until_another_one_is_whole(tmp_path):
+    load_ours("qwen3_moe").config.save_pretrained(tmp_path)
+    (tmp_path / WHOLE).mkdir()
+    (tmp_path / WHOLE / "model.safetensors").write_text("new")
+    with pytest.raises(OSError, match="No space"), replacing(tmp_path):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(DamagedError, match="was cut short"):
+        expertmesh.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(OSError):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(os.listdir(tmp_path)) == {WHOLE, "config.json"}
 
 
 def test_everything_is_on_the_disk_before_it_is_moved(tmp_path, monkeypatch):
@@ -107,13 +134,14 @@ def test_everything_is_on_the_disk_before_it_is_moved(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: done.append(("move", str(a))) or replace(a, b))
     folder = tmp_path.resolve()
     write(folder, export("new", 2))
-    staging = folder / ".export.incomplete"
+    staging, whole = folder / ".export.incomplete", folder / WHOLE
     moves = [number for number, (what, _) in enumerate(done) if what == "move"]
     before = {path for what, path in done[: moves[0]] if what == "sync"}
-    assert before >= {str(staging / name) for name in export("new", 2)} | {str(staging)}
-    assert done[moves[-1]] == ("move", str(staging / INDEX))
-    assert ("sync", str(folder)) in done[moves[-2] : moves[-1]], "the shards' names are on the disk before the index"
-    assert ("sync", str(folder)) in done[moves[-1] :]
+    assert before >= {str(staging / name) for name in [*export("new", 2), SUMS]} | {str(staging)}
+    *_, last_shard, index, sums = moves
+    assert [done[index], done[sums]] == [("move", str(whole / INDEX)), ("move", str(whole / SUMS))]
+    assert ("sync", str(folder)) in done[last_shard:index], "the shards' names are on the disk before the index"
+    assert ("sync", str(folder)) in done[index:sums]
 
 
 def test_what_is_the_users_own_stays(tmp_path):
@@ -227,8 +255,10 @@ def test_another_run_is_refused_until_the_first_is_gone_however_it_goes(tmp_path
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(FolderInUseError, match=r"Another run writes into .*another folder"), alone(tmp_path):
             raise AssertionError("two runs in one folder")
+        (tmp_path / ".export.incomplete").mkdir()
         with pytest.raises(FolderInUseError):
             write(tmp_path, export("new", 0))
+        (tmp_path / ".export.incomplete").rmdir()  # what the first run writes there is still there
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
@@ -302,9 +332,9 @@ for number in range(10**6):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_twenty_kills_of_exports_over_older_ones(ranks, tmp_path):
-    """Each leaves one export, all of one moment, or none; and the next export is whole."""
+    """Each leaves one export, all of one moment, or what is missing to it in a hidden folder; the next is whole."""
     load_ours("qwen3_moe").save_pretrained(tmp_path / "source")
-    script, draw, loaded = tmp_path / "export.py", random.Random(SEED), 0
+    script, draw = tmp_path / "export.py", random.Random(SEED)
     script.write_text(EXPORT_FOREVER)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if ranks == 2 else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -319,8 +349,8 @@ def test_twenty_kills_of_exports_over_older_ones(ranks, tmp_path):
         process.communicate()
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
-        except OSError:
-            continue  # no weights there
-        loaded += 1
+        except OSError:  # no weights there
+            for path in (tmp_path / "export" / WHOLE).iterdir():
+                path.rename(tmp_path / "export" / path.name)
+            model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
         assert len({value.item() for weight in model.parameters() for value in weight.unique()}) == 1
-    assert loaded > 5

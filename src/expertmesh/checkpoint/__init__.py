@@ -1,1 +1,1 @@
-"""Checkpoints to resume from: published whole (publish.py), checked (verify.py), saved and loaded (state.py)."""
+"""Checkpoints to resume from: published whole and checked (publish.py), saved and loaded (state.py)."""

@@ -7,8 +7,7 @@ says about it, so nothing is stepped, and it stays exactly what was saved.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,9 @@ from expertmesh.parallel.clip import local
 FOLDER = "optimizer"  # in a checkpoint
 GROUPS = "groups.pt"  # in FOLDER
 FILE = 2**32  # bytes of a file, which PyTorch holds in memory twice while it is written
-
 PER_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"}
-
 NUMBER = int | float | None
 Named = dict[str, nn.Parameter]
-
-
-def _is_alone() -> bool:
-    """Whether there is no process group, which is no reason for PyTorch to warn at every save."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-    return not dist.is_initialized()
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -46,14 +37,16 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
 
 
 def is_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether all the optimizer's parameters are the model's; those of layer-wise optimizers are only for show."""
+    """Whether all the optimizer's parameters are the model's; layer-wise optimizers show placeholders."""
     known = set(model.parameters())
     return all(parameter in known for group in optimizer.param_groups for parameter in group["params"])
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """({"parameter/key": tensor}, in layouts that torch.distributed.checkpoint knows; all that is no tensor: options of
-    the groups, each parameter's group by name, as groups are cut by layout, and numbers). All ranks call it.
+    the groups, the number of each parameter's group, and state that is a number). All ranks call it.
+
+    Groups are told by their parameters' names: another layout may have other groups, as one for each mesh.
     """
     names = {parameter: name for name, parameter in _named(model, optimizer).items()}
     tensors: dict[str, Any] = {}
@@ -82,8 +75,7 @@ def write_optimizer(folder: Path, tensors: dict[str, Any], groups: dict[str, Any
     sizes = accumulate(local(value).nbytes for value in tensors.values())
     files = defaultdict(int, zip(tensors, (1 + size // FILE for size in sizes), strict=True))  # 0: if rank 0 has it not
     writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
-    with _told_plainly():
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=_is_alone())
+    _all_ranks(dcp.save, tensors, storage_writer=writer, process_group=group)
     if ranks.rank(group) == 0:
         torch.save(groups, folder / GROUPS)
 
@@ -97,10 +89,6 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     """
     folder, named = checkpoint / FOLDER, _named(model, optimizer)
     groups = torch.load(folder / GROUPS, weights_only=True)
-    if "tensors" not in groups:
-        raise ValueError(
-            f"{folder} has optimizer state in an older form of expertmesh: resume with the version that saved it."
-        )
     if groups["of"].keys() != named.keys():
         odd = sorted(groups["of"].keys() ^ named.keys())[0]
         raise ValueError(
@@ -112,8 +100,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     if not saved.keys() >= set(groups["tensors"]):
         raise ValueError(f"{folder} has lost some of its files: resume from the checkpoint before.")
     tensors = _to_load(saved, named, optimizer)
-    with _told_plainly():
-        dcp.load(tensors, storage_reader=reader, no_dist=_is_alone())
+    _all_ranks(dcp.load, tensors, storage_reader=reader)
     optimizer.state.clear()
     for name, numbers in groups["numbers"].items():
         optimizer.state[named[name]] |= numbers
@@ -149,11 +136,12 @@ def regrouped(state: dict[str, Any], order: list[int]) -> dict[str, Any]:
     return {key: change(key, value) for key, value in state.items()}
 
 
-@contextmanager
-def _told_plainly() -> Iterator[None]:
-    """PyTorch raises what went wrong on any rank on all, as a BaseException of its own, which no handler expects."""
+def _all_ranks(do: Callable, tensors: dict[str, Any], **options: Any) -> None:
+    """dcp.save or dcp.load, also without ranks, and what went wrong on any of them as it was: PyTorch raises a
+    BaseException of its own, which no handler expects."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
-        yield
+        do(tensors, no_dist=not dist.is_initialized(), **options)
     except dcp.CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
 

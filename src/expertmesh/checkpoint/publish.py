@@ -1,23 +1,24 @@
-"""A checkpoint appears whole or not at all.
+"""A checkpoint appears whole or not at all, and every byte of it is checked before it is loaded.
 
 It is written into `.checkpoint-<step>.incomplete`, a name that no reader takes for a checkpoint. When every file is on
-the disk (fsync) a manifest of sizes and SHA-256 sums joins them, and one rename makes it `checkpoint-<step>`. A process
-killed before the rename leaves a hidden directory that the next save removes; one killed after it leaves a checkpoint.
-All ranks must see the same file system.
+the disk (fsync) a manifest of SHA-256 sums joins them, and one rename makes it `checkpoint-<step>`. A process killed
+before the rename leaves a hidden directory that the next save removes; one killed after it leaves a checkpoint. All
+ranks must see the same file system.
 """
 
-import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expertmesh.weights.files import Digests, remove, staged, sync
+from expertmesh.weights.files import DamagedError, digests, listed, publish, remove, staged, sync
 
-MANIFEST = "sha256.json"
+MANIFEST = "checkpoint.sha256"  # `sha256sum -c` reads it
 log = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -42,14 +43,7 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
             )
         remove_leftovers(output_dir)
 
-    def publish(sums: Digests) -> None:
-        (staging / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
-        sync(staging / MANIFEST)
-        sync(staging)
-        os.rename(staging, target)
-        sync(output_dir)
-
-    with staged(output_dir, staging, begin, publish, group):
+    with staged(staging, begin, partial(publish, staging, target, MANIFEST), group):
         yield staging
 
 
@@ -63,6 +57,33 @@ def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
 def is_complete(checkpoint: Path) -> bool:
     """Whether the checkpoint has a manifest, which is the last thing that is written."""
     return (checkpoint / MANIFEST).is_file()
+
+
+def verify(checkpoint: str | Path) -> None:
+    """Compare every file with its SHA-256 in the manifest. Every rank takes a share of the files.
+
+    Raises DamagedError on every rank, naming each file that is missing, changed or not in the manifest, and what is no
+    file: nothing outside the folder is looked at. FileNotFoundError if there is no manifest.
+    """
+    checkpoint = Path(checkpoint)
+    if not is_complete(checkpoint):
+        raise FileNotFoundError(
+            f"{checkpoint} has no {MANIFEST}: its save did not finish, or something else wrote it. Take another one."
+        )
+    sums = listed(checkpoint / MANIFEST)
+    modes = {path.relative_to(checkpoint).as_posix(): path.lstat().st_mode for path in checkpoint.rglob("*")}
+    files = {name for name, mode in modes.items() if stat.S_ISREG(mode)}
+    others = {name for name, mode in modes.items() if not stat.S_ISDIR(mode)} - files
+    found = digests(checkpoint, files & sums.keys())
+    problems = [f"{name} is missing" for name in sorted(sums.keys() - files - others)]
+    problems += [f"{name} has changed" for name in found if found[name] != sums[name]]
+    problems += [f"{name} is not in the manifest" for name in sorted(files - sums.keys() - {MANIFEST})]
+    problems += [f"{name} is a link, a pipe or a device" for name in sorted(others)]
+    if problems:
+        raise DamagedError(
+            f"The checkpoint {checkpoint} is not what was saved: {'; '.join(problems)}. Restore it from a copy, or "
+            f"move it away and resume from the one before."
+        )
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:

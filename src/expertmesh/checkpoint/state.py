@@ -9,7 +9,7 @@ A checkpoint is a model directory as `from_pretrained` reads it, and beside it w
     model*.safetensors, config.json   the weights, written by the ranks that hold them
     optimizer/                        torch.distributed.checkpoint, in safetensors, by parameter name
     run.pt, rank-<r>.pt               step and scheduler; random numbers and `extra` of every rank
-    sha256.json                       size and SHA-256 of all of these
+    checkpoint.sha256                 the SHA-256 of all of these
 
 It can be loaded by any number of ranks in any layout. On as many ranks as saved it, the training goes on bit for bit.
 """
@@ -21,7 +21,6 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from transformers import PreTrainedModel
 
 from expertmesh.checkpoint.optimizer import load_optimizer, regrouped, state_of, write_optimizer
-from expertmesh.checkpoint.publish import prune, publishing
-from expertmesh.checkpoint.verify import verify
+from expertmesh.checkpoint.publish import prune, publishing, verify
 from expertmesh.parallel import ranks
 from expertmesh.weights.read import load_weights
 from expertmesh.weights.write import files_of, write_model
@@ -77,7 +75,7 @@ def save_checkpoint(
 def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None, scheduler: Any = None) -> Resumed:
     """Verify a checkpoint, then load it into a model and optimizer that exist, in place, in any layout.
 
-    Raises CheckpointError naming every damaged file, FileNotFoundError if the directory is no complete checkpoint, and
+    Raises DamagedError naming every damaged file, FileNotFoundError if the directory is no complete checkpoint, and
     ValueError if it is another model's or optimizer's. Nothing is changed before everything is verified.
     """
     checkpoint, model = Path(checkpoint).expanduser(), _plain(model)
@@ -167,25 +165,23 @@ def _plain(model: Any) -> PreTrainedModel:
 
 def _rank_files(step: int, scheduler: Any, extra: dict[str, Any] | None) -> dict[str, bytes]:
     """This rank's small files, made now: the loop may change what is in them before they are written."""
-    files: dict[str, dict[str, Any]] = {f"rank-{ranks.rank()}.pt": {"random": random_state(), "extra": extra or {}}}
+    contents: dict[str, Any] = {f"rank-{ranks.rank()}.pt": {"random": random_state(), "extra": extra or {}}}
     if ranks.rank() == 0:
         state = None if scheduler is None else scheduler.state_dict()
-        files["run.pt"] = {"step": step, "world_size": ranks.world_size(), "scheduler": state}
-    return {name: _dumped(name, content) for name, content in files.items()}
-
-
-def _dumped(name: str, content: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{name} could not be read back: `extra` and the scheduler's state may hold numbers, text, tensors, lists "
-            f"and dicts, not other objects ({str(error).split('.')[0]})."
-        ) from error
-    return buffer.getvalue()
+        contents["run.pt"] = {"step": step, "world_size": ranks.world_size(), "scheduler": state}
+    files = {}
+    for name, content in contents.items():
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        files[name] = buffer.getvalue()
+        try:
+            torch.load(io.BytesIO(files[name]), weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{name} could not be read back: `extra` and the scheduler's state may hold numbers, text, tensors, "
+                f"lists and dicts, not other objects ({str(error).split('.')[0]})."
+            ) from error
+    return files
 
 
 def _prepared(
@@ -203,16 +199,15 @@ def _prepared(
     else it must run at once."""
     model = _plain(model)
     small, weights = _rank_files(step, scheduler, extra), files_of(model)
-    state: Callable[[], tuple[dict[str, Any], dict[str, Any]]] = partial(state_of, model, optimizer)
+    state = None
     if staged:
-        weights, (tensors, others) = iter(list(weights)), state()
-        copied = BlockingAsyncStager().stage(tensors), copy.deepcopy(others)
-        state = lambda: copied  # noqa: E731
+        weights, (tensors, others) = iter(list(weights)), state_of(model, optimizer)
+        state = BlockingAsyncStager().stage(tensors), copy.deepcopy(others)
 
     def write() -> Path:
         with publishing(directory, step, group) as folder:
             write_model(folder, model, weights, group)
-            write_optimizer(folder, *state(), group)
+            write_optimizer(folder, *(state or state_of(model, optimizer)), group)
             for name, content in small.items():
                 (folder / name).write_bytes(content)
         if keep is not None and ranks.rank(group) == 0:

@@ -91,9 +91,8 @@ def _refuse_nonsense(model: str, device: str, ranks: int) -> None:
 
 
 def _verify(name: str) -> None:
-    """Raises CheckpointError or DamagedError if bytes of a checkpoint or an export are not those that were saved."""
-    from expertmesh.checkpoint.publish import is_complete
-    from expertmesh.checkpoint.verify import verify
+    """Raises DamagedError if bytes of a checkpoint or an export are not those that were saved."""
+    from expertmesh.checkpoint.publish import is_complete, verify
     from expertmesh.weights.files import verify_sums
 
     if is_complete(Path(name)):

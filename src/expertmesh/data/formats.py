@@ -5,7 +5,8 @@ Three are TRL's own and stay: `text`, `messages` and `prompt` with `completion`.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,27 +68,20 @@ def to_standard(dataset: "Dataset", source: str, plain: Path | None = None) -> "
     if not len(dataset):
         raise ValueError(f"{source} has no rows. Give a file or split that has some.")
     dataset = dataset.select_columns([name for name in COLUMNS[kind] if name in columns])
-    options = {"dataset": dataset} if plain is None else {"path": plain, "names": dataset.column_names}
+    rows: Callable[[], Iterator[Row]] = dataset.__iter__
+    if plain is not None:  # the time is for `datasets`, which keeps what it made of the same arguments
+        rows = partial(_json_rows, plain, dataset.column_names, plain.stat().st_mtime_ns)
     changes = plain is not None
-    for number, row in enumerate(_rows(**options)):
+    for number, row in enumerate(rows()):
         try:
             changes |= _standard(row) != row
         except ValueError as error:
             raise ValueError(f"{source}: row {number} {error} Accepted are {ACCEPTED}.") from None
-    if not changes:
-        return dataset
-    if plain is not None:
-        options["changed"] = plain.stat().st_mtime_ns  # `datasets` keeps what it made of the same options
     # not `map`, which would press what comes out into the columns' old types
-    return type(dataset).from_generator(_standard_rows, gen_kwargs=options)
+    return type(dataset).from_generator(_standard_rows, gen_kwargs={"rows": rows}) if changes else dataset
 
 
-def _rows(
-    dataset: "Dataset | None" = None, path: Path | None = None, names: Sequence[str] = (), changed: int = 0
-) -> Iterator[Row]:
-    if path is None:
-        yield from dataset or ()
-        return
+def _json_rows(path: Path, names: list[str], changed: int) -> Iterator[Row]:
     with path.open(encoding="utf-8") as lines:
         listed = lines.read(1) == "["
         lines.seek(0)
@@ -95,9 +89,8 @@ def _rows(
             yield {name: row.get(name) for name in names}
 
 
-def _standard_rows(**options: Any) -> Iterator[Row]:
-    for row in _rows(**options):
-        yield _standard(row)
+def _standard_rows(rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    yield from map(_standard, rows())
 
 
 def _standard(row: Row) -> Row:

@@ -1,5 +1,5 @@
-"""What is changed in Transformers' FSDP2 layout: less work where experts are spread over ranks, limits to waits, and
-adapters that are added later are the same on all ranks.
+"""Changes to Transformers' FSDP2 layout: FSDP does less where experts are spread over ranks, waits for other ranks have
+a limit, and adapters that are added later are the same on all ranks.
 """
 
 import os
@@ -27,16 +27,16 @@ _AVERAGED = "_replicated_grad_hook_registered"  # Transformers' name for it
 
 @contextmanager
 def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
-    """While Transformers lays the model out with expert parallelism: FSDP does less.
+    """A block in which Transformers lays the model out; with expert parallelism, FSDP is given less to do.
 
-    It leaves alone the experts that lie whole on one rank, which it would neither gather nor reduce, but whose
-    gradients it would copy and divide. They divide them themselves, in the kernel that makes them
-    (`experts.grad_divisor`). Replicated experts (HSDP) and other experts backends stay FSDP's. And where experts are
-    reached by a `Dispatch` of ours, that is their forward, not Transformers' function around it.
+    Experts that lie whole on one rank need no all-gather and no reduce-scatter: FSDP would only copy their gradients
+    and divide them. They stay outside FSDP, and the kernel that computes their gradients divides them
+    (`experts.grad_divisor`). Replicated experts (HSDP) and those of other backends stay with FSDP. A `Dispatch` of ours
+    becomes the forward of its experts, in the place of Transformers' wrapper.
 
-    And if all dense weights together take little memory, they are gathered once per step, not again in the backward,
-    and several layers at once: otherwise small layers wait for the CPU. The same goes for routers in float32, which
-    Transformers 5.24 makes units of their own in a bfloat16 model, as FSDP wants one dtype in each.
+    If all dense weights together are `SMALL`, they are gathered once per step, several layers at a time, and kept for
+    the backward: otherwise small layers wait for the CPU. So are float32 routers, which Transformers 5.24 makes units
+    of their own in a bfloat16 model, as FSDP wants one dtype per unit.
     """
     if (layout.ep_size or 1) == 1:
         yield
@@ -83,9 +83,9 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
 
 
 def train_together(model: Any, reshard_experts: bool) -> None:
-    """Make a model that is laid out ready to be trained: FSDP's exchanges are `waiting`, ranks meet before a forward.
+    """Prepare a model that is laid out for training: FSDP's collectives are `waiting`, ranks meet before each forward.
 
-    reshard_experts: gathered experts are freed behind their forward.
+    reshard_experts: free gathered experts after their forward.
     """
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
@@ -99,7 +99,7 @@ def train_together(model: Any, reshard_experts: bool) -> None:
 
 
 def _limit_waits(unit: Any, place: str) -> None:
-    """Make the exchanges of one of FSDP's units `waiting`; one of several modules comes by several times."""
+    """Make the collectives of an FSDP unit `waiting`, once: a unit of several modules comes here several times."""
     groups = [getattr(unit.mesh_info, f"{kind}_process_group", None) for kind in ("shard", "replicate")]
     for name in ("unshard", "wait_for_unshard", "post_backward"):
         if name not in vars(unit):
@@ -110,8 +110,9 @@ def _limit_waits(unit: Any, place: str) -> None:
 def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.Module, _: Any) -> None:
     """Before each training forward of a model that is laid out: the ranks meet, and adapters become alike on all.
 
-    PEFT adds these after the layout. FSDP knows nothing of them, so each rank would draw and train its own. They become
-    rank 0's, and their gradients are averaged, as by Transformers' Trainer, with whom a mark tells who came first.
+    PEFT adds these after the layout. FSDP does not know them, so each rank would draw and train its own. Here they
+    become rank 0's, and their gradients are averaged. Transformers' Trainer averages, too: the mark `_AVERAGED` on a
+    parameter keeps the second of both from it.
     """
     if not (base.training and torch.is_grad_enabled()):
         return
@@ -144,8 +145,8 @@ def _average(parameter: torch.Tensor) -> None:
 
 
 def refuse_undivided(model: Any) -> None:
-    """Raise ValueError if gradients would come from an experts backend that does not divide them, though FSDP left
-    that to ours. Without gradients, as in `generate`, any backend will do.
+    """Raise ValueError if the layout leaves it to our experts backend to divide gradients, and another one is chosen,
+    which does not. Without gradients, as in `generate`, any backend will do.
     """
     chosen = model.config.get_text_config()._experts_implementation
     if torch.is_grad_enabled() and getattr(model, "_divides_gradients", False) and chosen != NAME:
@@ -156,8 +157,9 @@ def refuse_undivided(model: Any) -> None:
 
 
 def _layers_to_stay(model: Any) -> dict[int, str]:
-    """By their ids "layers" and the "parts" in them, but for those for multi-token prediction, which a checkpoint
-    without them takes out again.
+    """{id of a module: "layers" for a layer, "parts" for what is inside one}.
+
+    Layers for multi-token prediction are left out: loading a checkpoint that has none removes them.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     mtp = getattr(model, "_mtp", None)

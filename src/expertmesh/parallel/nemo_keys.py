@@ -8,7 +8,7 @@ from expertmesh.parallel.setup import DistributedSetup, is_one_of
 _OURS = (
     "strategy dp_size dp_replicate_size tp_size ep_size timeout_minutes dispatch activation_checkpointing moe".split()
 )
-# NeMo's other keys, by the values, beside None, that ask for what happens anyway
+# NeMo's other keys, each with the values, beside None, that ask for what happens anyway
 _NEMO_KEYS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys("pp_size cp_size fsdp2_forward_prefetch_depth".split(), (1,)),
     **dict.fromkeys(
@@ -34,13 +34,14 @@ def create_distributed_setup_from_config(
     a key that nobody knows.
     """
     section = _ours_of({} if config is None else config) | _ours_of(keys)
+    section |= {} if world_size is None else {"world_size": world_size}
     moe = _ours_of(section.pop("moe", {}), "moe.", ["reshard_after_forward"], _MOE_KEYS)
     if section.get("activation_checkpointing") == "full":
         section["activation_checkpointing"] = True
     reshard = moe.get("reshard_after_forward", True)
     if type(reshard) is not bool:
         raise ValueError(f"moe.reshard_after_forward must be true or false, not {reshard!r}.")
-    return DistributedSetup(**section, reshard_experts=reshard, world_size=world_size)
+    return DistributedSetup(**section, reshard_experts=reshard)
 
 
 def as_setup(setup: DistributedSetup | dict[str, Any]) -> DistributedSetup:
@@ -53,7 +54,7 @@ def as_setup(setup: DistributedSetup | dict[str, Any]) -> DistributedSetup:
 
 
 def _ours_of(section: Any, path: str = "", ours: list[str] = _OURS, theirs: dict[str, tuple] = _NEMO_KEYS) -> dict:
-    """Of a section what is ours and not None."""
+    """The keys of a section that are ours and have a value. Raises ValueError for what is not supported."""
     if not isinstance(section, dict):
         raise ValueError(f"{path.rstrip('.') or 'The section'} must be a dict of settings, not {section!r}.")
     for key, value in section.items():

@@ -8,7 +8,7 @@ the ranks that already share the data: 8 GPUs are dp_size=8 and ep_size=8 at onc
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -64,17 +64,14 @@ class DistributedSetup:
     dispatch: str = AUTO
     timeout_minutes: float = 5.0
     strategy: str = STRATEGY
-    world_size: int | None = None
+    world_size: int = field(default_factory=lambda: current_world_size())
 
     def __post_init__(self) -> None:
-        if self.world_size is None:
-            object.__setattr__(self, "world_size", current_world_size())
         for name, (fits, allowed) in _VALUES.items():
             value = getattr(self, name)
             if not fits(value) and not (name == "dp_size" and value is None):
                 raise ValueError(f"{name} must be {allowed}, not {value!r}.")
         world, tp, replicas = self.world_size, self.tp_size, self.dp_replicate_size
-        assert world is not None
         if world % tp:
             raise ValueError(f"tp_size={tp} does not divide the {world} ranks. Set tp_size to {_divisors(world)}.")
         if self.dp_size is None:
@@ -104,11 +101,6 @@ class DistributedSetup:
         """Ranks that a replica's dense parameters are sharded over."""
         assert self.dp_size is not None
         return self.dp_size // self.dp_replicate_size
-
-    @property
-    def efsdp_size(self) -> int:
-        """Ranks that each expert's parameters are sharded over."""
-        return self.fsdp_size * self.tp_size // self.ep_size
 
     def to_transformers(self, ep_implementation: str | None = None) -> DistributedConfig:
         """The same as Transformers' `DistributedConfig`. Raises ValueError if the number of ranks has changed."""
@@ -150,9 +142,7 @@ class DistributedSetup:
 
     def __str__(self) -> str:
         """The mesh as text: a column for each rank, and which batch, copy and part of the model it holds."""
-        world = self.world_size
-        assert world is not None
-        tp, ep, per_replica = self.tp_size, self.ep_size, self.fsdp_size * self.tp_size
+        world, tp, ep, per_replica = self.world_size, self.tp_size, self.ep_size, self.fsdp_size * self.tp_size
         rows = {
             "rank": range(world),
             "batch": [r // tp for r in range(world)],

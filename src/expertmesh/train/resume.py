@@ -18,11 +18,10 @@ import transformers
 from transformers.trainer_callback import TrainerState
 
 from expertmesh.checkpoint import optimizer as optimizer_state
-from expertmesh.checkpoint.publish import checkpoints, is_complete, newest_complete, prune, publishing
-from expertmesh.checkpoint.verify import CheckpointError, verify
+from expertmesh.checkpoint.publish import checkpoints, is_complete, newest_complete, prune, publishing, verify
 from expertmesh.parallel import ranks
 from expertmesh.parallel.ranks import refuse_differences
-from expertmesh.weights.files import alone
+from expertmesh.weights.files import DamagedError, alone
 from expertmesh.weights.read import load_weights, weight_files
 
 log = logging.getLogger(__name__)
@@ -33,8 +32,8 @@ _OWN = re.compile("dir$|rank|hub|report_to|run_name|project|trackio|tqdm|log_lev
 class ResumableTrainer(transformers.Trainer):
     """transformers.Trainer whose checkpoints are whole, checked, and loadable under another layout.
 
-    The files are transformers', but the optimizer is a folder, sharded, and sha256.json stands beside them. `train`
-    raises CheckpointError for a damaged checkpoint, FileExistsError before the first step if output_dir holds
+    The files are transformers', but the optimizer is a folder, sharded, and checkpoint.sha256 stands beside them.
+    `train` raises DamagedError for a damaged checkpoint, FileExistsError before the first step if output_dir holds
     checkpoints that the run would come to replace, and FolderInUseError if another run trains there. DeepSpeed and
     Accelerate's FSDP keep their own checkpoints.
     """
@@ -151,7 +150,7 @@ class ResumableTrainer(transformers.Trainer):
         if is_complete(folder):
             verify(folder)
         else:
-            log.warning("%s has no sha256.json, so its files cannot be checked.", folder)
+            log.warning("%s has no checkpoint.sha256, so its files cannot be checked.", folder)
         target = self.model if model is None else model
         plain = isinstance(target, transformers.PreTrainedModel) and not self._has_other_format
         if not plain or not weight_files(folder):
@@ -202,8 +201,7 @@ def _step_of(checkpoint: Path) -> int:
     try:
         return TrainerState.load_from_json(str(state)).global_step
     except (ValueError, TypeError) as error:
-        raise CheckpointError(
+        raise DamagedError(
             f"{state} cannot be read ({error}). Restore it from a copy, or move {checkpoint} away and resume from the "
-            f"one before.",
-            [f"{state.name} cannot be read"],
+            f"one before."
         ) from None

@@ -1,9 +1,10 @@
 """Files that appear whole or not at all, written by one run at a time.
 
-They are written into a hidden folder and moved when every byte is on the disk. A checkpoint appears with one rename
-(checkpoint/publish.py). An export goes where another may be: what a reader looks for first, the index or the only
-weights file, goes before the rest is touched and comes last. So a kill leaves the old export, the new one, or a folder
-without weights, which nothing loads.
+They are written into a hidden folder. When every byte and their sums are on the disk, one rename makes it a checkpoint
+(checkpoint/publish.py). An export goes where another may be, so its files are then moved one by one: what a reader
+looks for first, the index or the only weights file, goes before the rest is touched and comes last. So a kill leaves
+the old export, the new one, or a folder without weights, which nothing loads; then the rest of the new export lies in
+`.export.complete`.
 """
 
 import errno
@@ -22,10 +23,12 @@ from typing import Any
 
 from expertmesh.parallel import ranks
 
-SUMS = "SHA256SUMS"  # of an export's files, as `sha256sum -c` reads it
-Digests = dict[str, dict[str, Any]]  # size and SHA-256 of every file, by its path in the folder
+SUMS = "SHA256SUMS"  # of an export's files
+WHOLE = ".export.complete"  # in an export's folder, until its files are moved there
+Digests = dict[str, str]  # SHA-256 of every file, by its path in the folder
 
-# model.safetensors, its index, and both with a variant
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
+# model.safetensors, its index, and both with a variant: what a reader looks for first
 _FIRST = re.compile(r"(\w+)(?:(\.[^.]+)?\.safetensors|\.safetensors\.index(\.[^.]+)?\.json)")
 _held: set[Path] = set()
 log = logging.getLogger(__name__)
@@ -36,15 +39,15 @@ class FolderInUseError(OSError):
 
 
 class DamagedError(ValueError):
-    """Weights on the disk are not those that were saved."""
+    """What is on the disk is not what was saved."""
 
 
 @contextmanager
 def alone(folder: str | Path, group: Any = None) -> Iterator[None]:
     """Keep other processes from writing into `folder` (made if need be) while the block runs.
 
-    Rank 0 of `group` has the lock for all, until it leaves or dies, and may have it again in an inner block. Raises
-    FolderInUseError if another process has it.
+    Rank 0 of `group` holds the lock for all ranks until the block ends or the process dies. Blocks of one process may
+    be nested. Raises FolderInUseError if another process holds it.
     """
     lock = Path(folder).resolve() / ".lock"
     with ExitStack() as stack:
@@ -68,17 +71,17 @@ def alone(folder: str | Path, group: Any = None) -> Iterator[None]:
 
 
 @contextmanager
-def staged(folder: Path, staging: Path, begin: Callable, move: Callable[[Digests], None], group: Any) -> Iterator[None]:
-    """A block in which every rank of `group` writes its own files into `staging`, empty and inside `folder`.
+def staged(staging: Path, begin: Callable[[], None], move: Callable[[Digests], None], group: Any) -> Iterator[None]:
+    """A block in which every rank of `group` writes its own files into `staging`, a new folder.
 
-    Rank 0 calls `begin` before, and `move` when all files are on the disk.
+    Rank 0 calls `begin` before, and `move` when all files are on the disk. No other run writes beside it meanwhile.
     """
-    with alone(folder, group):
+    with alone(staging.parent, group):
         with ranks.together(group):
             if ranks.rank(group) == 0:
                 begin()
                 staging.mkdir()
-                sync(folder)
+                sync(staging.parent)
         with ranks.together(group):
             yield
         with ranks.together(group):
@@ -99,46 +102,73 @@ def replacing(folder: str | Path, group: Any = None) -> Iterator[Path]:
     """
     folder = Path(folder)
     staging = folder / ".export.incomplete"
-    try:
-        with staged(folder, staging, lambda: remove(staging), lambda sums: _replace(folder, staging, sums), group):
-            yield staging
-    finally:
-        if ranks.rank(group) == 0:
-            remove(staging)
+
+    def move(sums: Digests) -> None:
+        remove(folder / WHOLE)
+        publish(staging, folder / WHOLE, SUMS, sums)
+        _replace(folder, folder / WHOLE, sums)
+
+    with alone(folder, group):  # around all: who is refused must not remove what the other run has staged
+        try:
+            with staged(staging, lambda: remove(staging), move, group):
+                yield staging
+        finally:
+            if ranks.rank(group) == 0:
+                remove(staging)
 
 
-def _replace(folder: Path, staging: Path, sums: Digests) -> None:
-    kinds = {(match[1], match[2] or match[3] or "") for name in sums if (match := _FIRST.fullmatch(name))}
-    first = {f"{stem}{end}" for stem, v in kinds for end in (f"{v}.safetensors", f".safetensors.index{v}.json")}
-    shard = re.compile("|".join(re.escape(stem + v) + r"-\d{5}-of-\d{5}\.safetensors" for stem, v in kinds))
+def publish(staging: Path, target: Path, manifest: str, sums: Digests) -> None:
+    """Give a folder whose files are on the disk its name, with one rename. `manifest`: a file for `sha256sum -c`."""
+    (staging / manifest).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    sync(staging / manifest)
+    sync(staging)
+    os.rename(staging, target)
+    sync(target.parent)
+
+
+def _replace(folder: Path, whole: Path, sums: Digests) -> None:
+    kinds = {_kind(name) for name in sums} - {None}
+    weights = [name for name in {*sums, *os.listdir(folder)} if _kind(name) in kinds]
+    first = {name for name in weights if _FIRST.fullmatch(name)}
     rest = sums.keys() - first
     remove(folder / SUMS)
-    same = [name for name in rest if (folder / name).is_file() and filecmp.cmp(staging / name, folder / name, False)]
-    for name in first if len(same) < len(rest) else ():  # else the one weights file takes the other's place at once
+    same = all((folder / name).is_file() and filecmp.cmp(whole / name, folder / name, False) for name in rest)
+    for name in () if same else first:  # else the one weights file takes the other's place at once
         remove(folder / name)
-    for names in (rest, first & sums.keys()):
+    for names in (rest, sums.keys() & first):
         sync(folder)
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / name, folder / name)
+            os.replace(whole / name, folder / name)
     sync(folder)
-    for path in folder.iterdir():
-        if path.name not in sums and (path.name in first or shard.fullmatch(path.name)):
-            remove(path)
-    (folder / SUMS).write_text("".join(f"{found['sha256']}  {name}\n" for name, found in sums.items()))
+    for name in {*weights} - sums.keys():
+        remove(folder / name)
+    os.replace(whole / SUMS, folder / SUMS)
+    remove(whole)
+
+
+def _kind(name: str) -> tuple[str, str] | None:
+    """Of a weights file or an index its stem and its variant: an export replaces all of the same kind."""
+    match = _FIRST.fullmatch(_SHARD.sub("", name))
+    return match and (match[1], match[2] or match[3] or "")
 
 
 def verify_sums(folder: str | Path, together: bool = False) -> None:
     """Compare an export with its SHA256SUMS, where it has one. `together`: all ranks call it, and share the work.
 
-    Raises DamagedError naming the weights that differ. Configurations are files that people edit: a warning names them.
+    Raises DamagedError naming the weights that differ, or where they lie if an export was cut short. Configurations are
+    files that people edit: a warning names them.
     """
-    path = Path(folder, SUMS)
-    lines = [line.partition("  ") for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
-    sums = {name: wanted for wanted, _, name in lines}
+    path, whole = Path(folder, SUMS), Path(folder, WHOLE)
+    cut_short = whole.is_dir() and any(whole.iterdir())
+    if cut_short and not any(_FIRST.fullmatch(name) for name in os.listdir(folder)):
+        raise DamagedError(
+            f"An export into {folder} was cut short when it was complete: move what is in {whole} into {folder}."
+        )
+    sums = listed(path) if path.is_file() else {}
     there = [name for name in sums if not {"/", ".."} & {*Path(name).parts} and Path(folder, name).is_file()]
     found = digests(Path(folder), there, None if together else ranks.ALONE)
-    changed = sorted(name for name, wanted in sums.items() if name not in found or found[name]["sha256"] != wanted)
+    changed = sorted(name for name in sums if found.get(name) != sums[name])
     weights = [name for name in changed if ".safetensors" in name]
     if weights:
         raise DamagedError(
@@ -149,17 +179,25 @@ def verify_sums(folder: str | Path, together: bool = False) -> None:
         log.warning("%s in %s is not what was saved: it differs from %s.", ", ".join(changed), folder, SUMS)
 
 
+def listed(path: Path) -> Digests:
+    """What a list of sums, as `sha256sum` writes it, says. Raises DamagedError if it is none."""
+    lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in path.read_text(errors="replace").splitlines()]
+    if None in lines:
+        raise DamagedError(f"{path} cannot be read as a list of SHA-256 sums. Restore it from a copy.")
+    return {line[2]: line[1] for line in lines if line}
+
+
 def digests(folder: Path, names: Iterable[str], group: Any = None) -> Digests:
-    """Size and SHA-256 of these files, sorted. Each is read by one rank of `group`, and every rank gets all."""
+    """The SHA-256 of these files, sorted. Each is read by one rank of `group`, and every rank gets all."""
     mine = sorted(names)[ranks.rank(group) :: ranks.world_size(group)]
     with ranks.together(group), ThreadPoolExecutor() as pool:  # hashing releases the GIL
         found = dict(zip(mine, pool.map(lambda name: _digest(folder / name), mine), strict=True))
     return dict(sorted(item for part in ranks.gathered(found, group) for item in part.items()))
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -111,29 +111,22 @@ def _read_mxfp4(stored: dict[str, Any], tensors: Tensors) -> Tensors:
 READERS: dict[str, Callable[[dict[str, Any], Tensors], Tensors]] = {"fp8": _read_fp8, "mxfp4": _read_mxfp4}
 
 
-def dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of a checkpoint's configuration, without `quantization_config` if its weights can be read unquantized: a
-    model that is loaded with it finds that in `_stored_quantization`.
-    """
-    config = copy.deepcopy(config)
-    stored: Any = getattr(config, "quantization_config", None)
-    method = stored.get("quant_method") if isinstance(stored, dict) else None
-    if method in READERS and (method != "fp8" or stored.get("weight_block_size")):
-        del config.quantization_config
-        config._stored_quantization = stored
-        config.dtype = config.dtype or torch.bfloat16
-    return config
-
-
 class ReadsQuantized(Fast):
     """What a model class adds to its HF class to load quantized checkpoints for training."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, but quantized weights are dequantized, unless `quantization_config=` says how to keep
-        them."""
-        if isinstance(kwargs.get("config"), PreTrainedConfig) and kwargs.get("quantization_config") is None:
-            kwargs["config"] = dequantized(kwargs["config"])
+        """As in Transformers, but weights that `READERS` can read unquantized are, unless `quantization_config=` says
+        how to keep them."""
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig) and kwargs.get("quantization_config") is None:
+            kwargs["config"] = config = copy.deepcopy(config)
+            stored: Any = getattr(config, "quantization_config", None)
+            method = stored.get("quant_method") if isinstance(stored, dict) else None
+            if method in READERS and (method != "fp8" or stored.get("weight_block_size")):
+                del config.quantization_config
+                config._stored_quantization = stored  # for `_load_pretrained_model`
+                config.dtype = config.dtype or torch.bfloat16
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @staticmethod

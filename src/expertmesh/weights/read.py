@@ -33,11 +33,11 @@ Read = Callable[[Any, Any, int | None], torch.Tensor | None]
 def to_model_names(
     model: PreTrainedModel, state: Mapping[str, Any], strict: bool = True
 ) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """(`state` with every tensor under the name it has in the model, and what is there already, or unknown, as it is;
-    what waits for the next part of the checkpoint: experts of a layer whose others lie in another file)
+    """(`state` under the names in the model; tensors that wait for the next part of the checkpoint)
 
-    Raises ValueError if the tensors of one parameter do not fit together, as when one expert's are missing. Nothing
-    waits if `strict`, or if the model has no parameter that is not in `state`.
+    Keys that are the model's already, or unknown, stay as they are. Experts wait for others of their layer, which lie
+    in another file, but not if `strict`, nor if the model has no parameter that is not in `state`. Raises ValueError if
+    the tensors of one parameter do not fit together, as when one expert's are missing.
     """
     targets = model.state_dict()
     foreign = {key: value for key, value in state.items() if key not in targets}

@@ -64,9 +64,10 @@ def files_of(model: PreTrainedModel, max_shard_size: int | str = "5GB") -> Itera
 def write_model(
     folder: Path, model: PreTrainedModel, files: Iterable[dict[str, torch.Tensor]], group: Any = None
 ) -> None:
-    """Write these files; rank 0 adds the index, if there are several, and configurations; no trace of layout.
+    """Write this rank's `files`; rank 0 adds configurations, and an index if there are several files.
 
-    An error on one rank of `group` is one on all: they go on gathering with a rank that cannot write.
+    What is written does not depend on the layout, except for how weights are shared out among the files. An error on
+    one rank of `group` is one on all: they go on gathering with a rank that cannot write.
     """
     files, rank = iter(files), ranks.rank(group)
     mine: list[tuple[int, str, dict[str, int]]] = []
