@@ -177,6 +177,8 @@ class FusedModel(ReadsQuantized):
         backends.warn_if_untested()
         self._fusions = apply_fusions(self, frozenset(filter(_wants, FUSIONS)))
         fuse_base(self)
+        for module in self.modules():
+            module.in_fused_model = True  # type: ignore[assignment]
         if self._mtp is None or _loading.get().mtp != "saved":  # else it turns out in loading whether they stay
             print_report(self, self._fusions)
 

@@ -16,7 +16,7 @@ from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
 from expertmesh.layers.rows import is_placeholder, unlost
-from expertmesh.twins import Fast, cache_of
+from expertmesh.twins import Fast, cache_of, is_fused
 
 NAME = "expertmesh"
 
@@ -39,7 +39,8 @@ def attend(
         documents, mask = unlost(mask, documents, module), None
     else:
         documents = None
-    if mask is None and position_bias is None and dropout == 0 and kwargs.get("softcap") is None:
+    plain = mask is None and position_bias is None and dropout == 0 and kwargs.get("softcap") is None
+    if plain and is_fused(module):
         is_causal = kwargs.get("is_causal")
         causal = module.is_causal if is_causal is None else is_causal
         if causal and flash_attention.takes(query, key, value):

@@ -16,6 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from expertmesh.kernels.documents import Bounds
 from expertmesh.kernels.sink_attention import Padding, padding_of, sink_attention, takes, visible
 from expertmesh.layers.rows import is_placeholder, unlost
+from expertmesh.twins import is_fused
 
 NAME = "expertmesh-sinks"
 
@@ -45,7 +46,7 @@ def attend_with_sinks(
     elif isinstance(attention_mask, torch.Tensor):
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     padding = attention_mask if isinstance(attention_mask, Padding) else None
-    if dropout == 0 and takes(query) and s_aux is not None:
+    if dropout == 0 and takes(query) and s_aux is not None and is_fused(module):
         return sink_attention(query, key, value, s_aux, scaling, sliding_window, bounds, padding), None
     start, seen = bounds and bounds.start, padding and padding.seen
     mask = visible(query.shape[2], query.device, sliding_window, start, seen)[:, None]

@@ -31,7 +31,7 @@ from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
 from expertmesh.moe.exchange import LOCAL, Exchange, Outputs
-from expertmesh.twins import untouched
+from expertmesh.twins import is_fused, untouched
 
 NAME = "expertmesh"
 
@@ -238,4 +238,9 @@ def _bias_down_grad(
     return spread_TE[:, :-1].to(dout_TH.dtype).t() @ dout_TH
 
 
-ExpertsInterface.register(NAME, experts_forward)
+def _by_name(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A stock model that has a fused one's configuration runs Transformers' code."""
+    return (experts_forward if is_fused(experts) else grouped_mm_experts_forward)(experts, *args, **kwargs)
+
+
+ExpertsInterface.register(NAME, _by_name)
