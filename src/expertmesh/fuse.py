@@ -26,18 +26,17 @@ from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of,
 from expertmesh.families.table import has_sinks
 from expertmesh.layers import attention, sinks
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
-from expertmesh.layers.call import Call, call_of, calling
 from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
 from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
 from expertmesh.layers.mtp import MTP, hearing, loss_with_predictions, promise_what_is_kept, were_saved
 from expertmesh.moe import experts as fast_experts
-from expertmesh.moe.gather import one_forward
 from expertmesh.moe.replay import keep_routing
 from expertmesh.moe.router import aux_loss_share
 from expertmesh.parallel import ranks
 from expertmesh.parallel.layout import lean_layout
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import refuse_unfit_shards
+from expertmesh.records import Call, call_of, calling
 from expertmesh.twins import has_cache, refuse_replicas, twin
 from expertmesh.weights.files import replacing
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
@@ -178,6 +177,7 @@ class FusedModel(ReadsQuantized):
         self._fusions = apply_fusions(self, frozenset(filter(_wants, FUSIONS)))
         fuse_base(self)
         for module in self.modules():
+            # asked where experts and attention enter by name: a stock model may have the same configuration
             module.in_fused_model = True  # type: ignore[assignment]
         if self._mtp is None or _loading.get().mtp != "saved":  # else it turns out in loading whether they stay
             print_report(self, self._fusions)
@@ -201,7 +201,7 @@ class FusedModel(ReadsQuantized):
         loss, call = super().loss_function, call_of(self)
         if loss is ForCausalLMLoss:
             loss = functools.partial(causal_lm_loss, labelled=call.labelled, counts=call.counts)
-        return loss if call.heard is None else functools.partial(loss_with_predictions, call, loss)
+        return functools.partial(loss_with_predictions, call, loss) if call.predicts else loss
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
@@ -303,8 +303,9 @@ def _forward_of(stock: Any) -> Any:
         if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
             kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
-        call = Call(self, targets, defer, kwargs.pop("count_predictions", False))
-        with one_forward(), aux_loss_share(self, kwargs), hearing(call), calling(call):
+        predicts = defer and self.mtp_loss_weight is not None
+        call = Call(self, targets, defer, kwargs.pop("count_predictions", False), predicts)
+        with aux_loss_share(self, kwargs), hearing(call), calling(call):
             return stock.forward(self, *args, **kwargs)
 
     return forward

@@ -82,12 +82,6 @@ def watched(module: nn.Module) -> bool:
     return any(hooks)
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Whether it is part of a fused model. A stock model may have the same configuration, and so the names of our
-    implementations of experts and attention; it must not run them."""
-    return getattr(module, "in_fused_model", False)
-
-
 def traced() -> bool:
     """Whether PyTorch writes down what runs (compiles, exports, traces it) or transforms it (torch.func)."""
     writes = torch.compiler.is_compiling() or torch.jit.is_tracing()

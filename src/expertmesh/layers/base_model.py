@@ -18,13 +18,12 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
 from expertmesh.layers.attention import NAME
-from expertmesh.layers.call import Call, call_of
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
 from expertmesh.layers.sinks import NAME as SINKS
 from expertmesh.moe.experts import NAME as EXPERTS
-from expertmesh.moe.gather import one_forward
 from expertmesh.parallel.layout import refuse_undivided
+from expertmesh.records import Call, call_of, calling
 from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
 
 _LEAK = (
@@ -59,9 +58,9 @@ class FastBaseModel(Fast):
                 return cls.__stock__.forward(self, *args, **kwargs)
         refuse_undivided(self)
         inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, call_of(self)
-        if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and call.heard is None:
+        if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.predicts:
             raise ValueError(_NO_MTP)
-        with one_forward():
+        with calling(call):
             apart = self._prepare(inputs, call)
             outputs = super().forward(**inputs)
         return outputs if apart is None else apart.together(outputs)
@@ -129,7 +128,7 @@ class FastBaseModel(Fast):
         length, caching = found.keep.shape[1], inputs.get("use_cache")
         if caching is None:
             caching = getattr(self.config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
-        whole = call.heard or caching or inputs.get("output_attentions") or found.labelled_padding or not found.count
+        whole = call.predicts or caching or inputs.get("output_attentions") or found.labelled_padding or not found.count
         noisy = self.training and getattr(self.config, "router_jitter_noise", 0)  # drawn for each token, padding or not
         windows_shift = _has_windows(self.config, length) and found.has_holes
         if not (whole or noisy or windows_shift) and self._stateful is None and self._attends_by(length) != "masks":

@@ -1,10 +1,10 @@
 """The language-model head that never holds [tokens, vocabulary] logits in training.
 
-In a call that `defers` (call.py) the head returns `DeferredLogits`: to autograd the head's output like any other, but
-its values are computed only if somebody looks at them. `causal_lm_loss`, in the place of Transformers'
-`ForCausalLMLoss`, does not: it goes from hidden states to the loss directly, and the gradient that it sends back to the
-logits is deferred as well (`DeferredGradient`): it brings the gradients of the head's inputs along. So autograd's graph
-is stock's, and whoever hooks, differentiates by, edits or copies the logits finds what stock has.
+In a call that `defers` (records.py) the head returns `DeferredLogits`: to autograd the head's output like any other,
+but the values are computed only if somebody looks at them. `causal_lm_loss`, in the place of Transformers'
+`ForCausalLMLoss`, does not look: it computes the loss from the hidden states. The gradient that it sends back to the
+logits is deferred as well (`DeferredGradient`) and carries the gradients of the head's inputs. So autograd's graph is
+stock's, and whoever hooks, differentiates by, edits or copies the logits finds what stock has.
 """
 
 import copy
@@ -24,7 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy, scaled
-from expertmesh.layers.call import current
+from expertmesh.records import current
 from expertmesh.twins import Fast, traced, untouched
 
 MOST_LABELLED = 0.9  # of all tokens: from there on it is not worth while to leave the others out

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from expertmesh import backends
-from expertmesh.layers.call import Call
 from expertmesh.layers.head import DeferredLogits, causal_lm_loss, deferred_logits, next_tokens
+from expertmesh.records import Call
 from expertmesh.twins import Fast, cache_of, twin
 
 
@@ -127,44 +127,32 @@ def promise_what_is_kept(model: Any) -> None:
                 setattr(config, name, 0)
 
 
-@dataclass(eq=False)
-class Heard:
-    """What the main model computes in one call."""
-
-    embeds: Any = None  # [B, S, H]
-    hidden: Any = None  # [B, S, H], after the last norm
-    position_ids: Any = None  # the caller's, or None
-    inputs: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # keyword arguments of decoder layers
-
-
 @contextlib.contextmanager
 def hearing(call: Call) -> Iterator[None]:
-    """Within: forward hooks note in `call.heard` what the MTP modules learn from, if this call trains any."""
-    model = call.model
-    if not call.defers or model._mtp is None or model.mtp_loss_weight is None:
+    """Within: forward hooks note in a call that `predicts` what the MTP modules learn from."""
+    if not call.predicts:
         yield
         return
-    call.heard = heard = Heard()
 
     def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        heard.embeds, heard.position_ids = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
+        call.embeds, call.position_ids = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
 
     def embedded(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        heard.embeds = output
-
-    def end(module: nn.Module, args: tuple, output: Any) -> None:
-        heard.hidden = output[0]
+        call.embeds = output
 
     def layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache_of(kwargs := dict(kwargs))
-        heard.inputs[module] = kwargs | {"use_cache": False}
+        call.layer_inputs[module] = kwargs | {"use_cache": False}
 
-    base, likes = model.base_model, {like for depth in model._mtp.depths for _, like in depth}
+    def end(module: nn.Module, args: tuple, output: Any) -> None:
+        call.hidden = output[0]
+
+    base, likes = call.model.base_model, {like for depth in call.model._mtp.depths for _, like in depth}
     hooks = [
         base.register_forward_pre_hook(begin, with_kwargs=True),
-        model.get_input_embeddings().register_forward_hook(embedded),
-        base.register_forward_hook(end),
+        call.model.get_input_embeddings().register_forward_hook(embedded),
         *(like.register_forward_pre_hook(layer, with_kwargs=True) for like in likes),
+        base.register_forward_hook(end),
     ]
     try:
         yield
@@ -178,16 +166,15 @@ def loss_with_predictions(
 ) -> torch.Tensor:
     """The model's loss function `main`, and the MTP losses on top of it: each divided like the main loss; 0, not nan,
     where a batch has no label that far ahead."""
-    model, heard, hidden = call.model, call.heard, call.heard.hidden
-    next_labels, num_items = call.targets, kwargs.get("num_items_in_batch")
+    model, hidden, next_labels, num_items = call.model, call.hidden, call.targets, kwargs.get("num_items_in_batch")
     assert next_labels is not None, "the model was called with labels"
     losses = []
     for depth, blocks in enumerate(model._mtp.depths, 1):
-        inputs: tuple[torch.Tensor, ...] = (hidden, F.pad(heard.embeds, (0, 0, 0, depth))[..., depth:, :])
+        inputs: tuple[torch.Tensor, ...] = (hidden, F.pad(call.embeds, (0, 0, 0, depth))[..., depth:, :])
         for block, like in blocks:
-            inputs = (block(*inputs, **heard.inputs[like]),)
+            inputs = (block(*inputs, **call.layer_inputs[like]),)
         (hidden,) = inputs
-        targets = _targets(next_labels, heard.position_ids, depth)
+        targets = _targets(next_labels, call.position_ids, depth)
         count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
         ahead = _logits(model, logits, hidden)
         losses.append(causal_lm_loss(ahead, targets, vocab_size, num_items_in_batch=count, shift_labels=targets))

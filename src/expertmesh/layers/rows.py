@@ -29,19 +29,19 @@ def placeholder(documents: Documents | None, device: torch.device) -> torch.Tens
     return torch.empty(1, 1, 0, int(documents is not None), dtype=torch.bool, device=device)
 
 
-def is_placeholder(mask: Any) -> bool:
-    """Whether this mask is a `placeholder`."""
-    return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[2] == 0
+def documents_or_mask(mask: Any, documents: Documents | None, layer: Any) -> tuple[Documents | None, Any]:
+    """(documents, None) where the mask is a `placeholder`, else (None, mask).
 
-
-def unlost(mask: Any, documents: Documents | None, layer: Any) -> Documents | None:
-    """`documents`; RuntimeError if the placeholder speaks of some and they did not reach this layer."""
+    Raises RuntimeError if the placeholder speaks of documents and they did not reach this layer.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[2] != 0:
+        return None, mask
     if documents is None and mask.shape[3]:
         raise RuntimeError(
             f"{type(layer).__name__} was not told of the documents in its rows, because Transformers did not pass them "
             f"on: give each document a row of its own (packing=False), and please report this model."
         )
-    return documents
+    return documents, None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
 from expertmesh.moe.exchange import LOCAL, Exchange, Outputs
-from expertmesh.twins import is_fused, untouched
+from expertmesh.twins import untouched
 
 NAME = "expertmesh"
 
@@ -240,7 +240,8 @@ def _bias_down_grad(
 
 def _by_name(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A stock model that has a fused one's configuration runs Transformers' code."""
-    return (experts_forward if is_fused(experts) else grouped_mm_experts_forward)(experts, *args, **kwargs)
+    ours = getattr(experts, "in_fused_model", False)
+    return (experts_forward if ours else grouped_mm_experts_forward)(experts, *args, **kwargs)
 
 
 ExpertsInterface.register(NAME, _by_name)

@@ -1,9 +1,9 @@
-"""One call of a fused causal language model: what it asks of its base model, head and loss, wherever these run."""
+"""One call of a fused model: what it asks of its base model, head and loss, and what its layers find out once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,17 +12,25 @@ import torch
 @dataclass(eq=False)
 class Call:
     """targets: [B, S], what each position is to predict, -100 for nothing; None if nobody asks. defers: the head gives
-    `DeferredLogits`. counts: the loss gives these the `Statistics` of the predictions. heard: what MTP modules learn
-    from (`mtp.Heard`), if they do; then rows must not be taken apart. labelled: how many positions have something to
-    predict, once the device was asked.
+    `DeferredLogits`. counts: the loss gives these the `Statistics` of the predictions. labelled: how many positions
+    have something to predict, once the device was asked. agreed: for each group of ranks the number of tokens here and
+    the largest on any rank, once the hosts asked each other.
+
+    predicts: multi-token prediction learns in this call. It needs what the main model computes: embeddings and last
+    hidden state [B, S, H], the caller's positions, and the keywords that decoder layers got.
     """
 
     model: Any
     targets: torch.Tensor | None = None
     defers: bool = False
     counts: bool = False
-    heard: Any = None
+    predicts: bool = False
     labelled: int | None = None
+    agreed: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    embeds: Any = None
+    hidden: Any = None
+    position_ids: Any = None
+    layer_inputs: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
 
 current: ContextVar[Call | None] = ContextVar("call", default=None)
