@@ -28,7 +28,7 @@ from expertmesh.layers import attention, sinks
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
 from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
 from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
-from expertmesh.layers.mtp import MTP, hearing, loss_with_predictions, promise_what_is_kept, were_saved
+from expertmesh.layers.mtp import MTP, loss_with_predictions, promise_what_is_kept, record_inputs, were_saved
 from expertmesh.moe import experts as fast_experts
 from expertmesh.moe.replay import keep_routing
 from expertmesh.moe.router import aux_loss_share
@@ -46,9 +46,11 @@ from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
 @dataclass(frozen=True)
 class Loading:
-    """How models are made: with which fusions; with modules for multi-token prediction ("no"; "new", where the
-    configuration has such modules; or "saved", where the checkpoint has their weights, too); and whether a checkpoint
-    must be complete, or may lack weights.
+    """How models are made.
+
+    fusions: those that are on. mtp: which models get modules for multi-token prediction: none ("no"), those whose
+    configuration has them ("new"), or those whose checkpoint has their weights as well ("saved"). complete: whether a
+    checkpoint that lacks weights is refused.
     """
 
     fusions: frozenset[str] = frozenset(FUSIONS)
@@ -56,8 +58,7 @@ class Loading:
     complete: bool = False
 
 
-_EVERYTHING = Loading()
-_loading: ContextVar[Loading] = ContextVar("loading", default=_EVERYTHING)
+_loading: ContextVar[Loading] = ContextVar("loading", default=Loading())  # noqa: B039  frozen
 _NO_GRAPH = (
     "The forward of a fused model is more than one graph. Leave fullgraph=True (strict=True of torch.export) out, "
     "compile its layers (for layer in model.model.layers: layer.compile()), or load the model with fused=False."
@@ -131,18 +132,19 @@ def has_fast_experts(cls: Any) -> bool:
 
 
 def fused_class(stock: Any) -> Any:
-    """The subclass of a Transformers model class whose instances are fused when they are made.
+    """The subclass of a Transformers model class whose instances are fused when they are made; the class itself if it
+    has no pluggable experts.
 
     Name and module stay the HF class': weight conversion, `architectures` in config.json and the loss go by them.
     """
-    return twin(stock, FusedModel)
+    return twin(stock, FusedModel) if has_fast_experts(stock) else stock
 
 
 class FusedModel(ReadsQuantized):
     """What a fused model adds to its HF class."""
 
     _mtp: MTP | None = None
-    _waiting: dict[str, Any] | None = None  # read from a file; the rest of its parameter lies in another
+    _waiting: dict[str, Any] | None = None  # experts' weights, until those that share a parameter with them are loaded
     _replicate_for_data_parallel = refuse_replicas
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -166,7 +168,7 @@ class FusedModel(ReadsQuantized):
     def mtp_loss_weight(self, value: float | None) -> None:
         if value is not None and self._mtp is None:
             raise ValueError(f"{type(self).__name__} has no modules for multi-token prediction to be weighted.")
-        self.base_model._mtp_loss_weight = value  # which everybody calls
+        self.base_model._mtp_loss_weight = value  # every way to call the model passes there
 
     def fusion_report(self) -> list[Fusion]:
         """For each fusion: on, and by what; or off, and why."""
@@ -174,12 +176,12 @@ class FusedModel(ReadsQuantized):
 
     def _fuse_modules(self) -> None:
         backends.warn_if_untested()
-        self._fusions = apply_fusions(self, frozenset(filter(_wants, FUSIONS)))
+        self._fusions = apply_fusions(self, _loading.get().fusions)
         fuse_base(self)
         for module in self.modules():
-            # asked where experts and attention enter by name: a stock model may have the same configuration
+            # a stock model that has this configuration, and so the names of our experts and attention, lacks the mark
             module.in_fused_model = True  # type: ignore[assignment]
-        if self._mtp is None or _loading.get().mtp != "saved":  # else it turns out in loading whether they stay
+        if self._mtp is None or _loading.get().mtp != "saved":  # else `_settle_mtp` prints it
             print_report(self, self._fusions)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
@@ -278,10 +280,10 @@ class FusedModel(ReadsQuantized):
         complete, source = _loading.get().complete, load_config.pretrained_model_name_or_path
         if complete:
             _refuse_missing(_lost_experts(model, loading_info), source)
-        for name in model._frozen:  # Transformers forgets it in loading, but not on ranks
+        for name in model._frozen:  # which Transformers' loading undoes, unless it shards
             model.get_parameter(name).requires_grad_(False)
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        if complete and not load_config.is_quantized:  # only now the tied ones are none of them
+        if complete and not load_config.is_quantized:  # tied weights are no longer among them
             _refuse_missing(loading_info.missing_keys, source)
         return loading_info
 
@@ -305,7 +307,7 @@ def _forward_of(stock: Any) -> Any:
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
         predicts = defer and self.mtp_loss_weight is not None
         call = Call(self, targets, defer, kwargs.pop("count_predictions", False), predicts)
-        with aux_loss_share(self, kwargs), hearing(call), calling(call):
+        with aux_loss_share(self, kwargs), record_inputs(call), calling(call):
             return stock.forward(self, *args, **kwargs)
 
     return forward

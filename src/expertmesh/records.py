@@ -11,13 +11,13 @@ import torch
 
 @dataclass(eq=False)
 class Call:
-    """targets: [B, S], what each position is to predict, -100 for nothing; None if nobody asks. defers: the head gives
-    `DeferredLogits`. counts: the loss gives these the `Statistics` of the predictions. labelled: how many positions
-    have something to predict, once the device was asked. agreed: for each group of ranks the number of tokens here and
-    the largest on any rank, once the hosts asked each other.
+    """model: the one called, or a base model that was called by itself. targets: [B, S], what each position is to
+    predict, -100 for nothing; None without labels. defers: the head returns `DeferredLogits`. counts: the loss gives
+    these the `Statistics` of the predictions. labelled: how many positions have a target, once the device was asked.
+    agreed: for each group of ranks the number of tokens here and the largest on any rank, once the hosts asked.
 
-    predicts: multi-token prediction learns in this call. It needs what the main model computes: embeddings and last
-    hidden state [B, S, H], the caller's positions, and the keywords that decoder layers got.
+    predicts: multi-token prediction learns in this call. It takes from the main model embeddings and last hidden state
+    [B, S, H], the caller's positions, and the keywords of decoder layers.
     """
 
     model: Any
@@ -38,7 +38,7 @@ current: ContextVar[Call | None] = ContextVar("call", default=None)
 
 @contextmanager
 def calling(call: Call) -> Iterator[None]:
-    """Within: this call."""
+    """Within: `current` is this call."""
     token = current.set(call)
     try:
         yield

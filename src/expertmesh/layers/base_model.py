@@ -1,8 +1,8 @@
-"""The decoder's entry: the twin of a family's base model (`model.model`), which every way to call a model comes by.
+"""The twin of a family's base model (`model.model`). Every way to call a model passes through it.
 
 The causal-LM class is only one of its callers: TRL's trainers, PEFT's wrappers, reward models and hand-written heads
-call the base model itself. So what a forward needs is set up here: documents and padding (rows.py), and what a
-dispatch has to know about one forward.
+call the base model itself. So what a forward needs is set up here: documents and padding (rows.py), and the record of
+the call (records.py).
 """
 
 import functools
@@ -43,7 +43,7 @@ class FastBaseModel(Fast):
     In training a cache of padded rows, and of several documents, is filled only if the caller asks for it.
     """
 
-    #: whether documents are where `cu_seq_lens_q` says and an attention_mask beside it is the auxiliary loss's alone
+    #: set by our Trainer: documents are where `cu_seq_lens_q` says, a mask beside it is for the auxiliary loss alone
     told = False
     _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
     _replicate_for_data_parallel = refuse_replicas

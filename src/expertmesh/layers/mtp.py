@@ -8,12 +8,13 @@ embedding of token t+k, runs a decoder layer, and predicts token t+k+1 with the 
     loss = main loss + mtp_loss_weight * mean over k of CE(head(h^k_t), token_{t+k+1})
 
 A module is made of the family's own decoder layers (`MTPBlock`), so that its attention and experts are fused and
-sharded like all others. In training `hearing()` notes what the main model computes anyway (embeddings, hidden states,
-masks), and `loss_with_predictions` adds the losses; in evaluation and generation nothing of this runs.
+sharded like all others. In training `record_inputs` keeps what the main model computes anyway (embeddings, hidden
+states, masks), and `loss_with_predictions` adds the losses; in evaluation and generation nothing of this runs.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,20 +48,21 @@ class MTPBlock(Fast):
         return hidden_states if self.end_norm is None else self.get_submodule(self.end_norm)(hidden_states)
 
 
-def make_module(blocks: list[Any], norm: Callable[[], nn.Module], hidden_size: int, end: str) -> None:
-    """Make an MTP module of these decoder layers: the first joins hidden states and embeddings, behind the last comes a
-    norm with the name `end` ("a" or "a.b"). All weights get the names that they have in checkpoints."""
+def make_module(blocks: list[Any], norm: Any, end: str) -> None:
+    """Make an MTP module of these decoder layers. The first joins hidden states and embeddings; behind the last comes a
+    norm named `end` ("a" or "a.b"). All its norms are copies of `norm`, whose weights are still those it was made with.
+    Weights get the names that they have in checkpoints."""
     first, last = blocks[0], blocks[-1]
     for block in {first, last}:
         stock: Any = type(block)
         block.__class__ = twin(stock, MTPBlock)
-    first.enorm, first.hnorm = norm(), norm()
-    first.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+    first.enorm, first.hnorm, last_norm = (copy.deepcopy(norm) for _ in range(3))
+    first.eh_proj = nn.Linear(2 * len(norm.weight), len(norm.weight), bias=False)
     first.begins, last.end_norm = True, end
     holder, _, name = end.rpartition(".")
     if holder:
         last.add_module(holder, nn.Module())
-    last.get_submodule(holder).add_module(name, norm())
+    last.get_submodule(holder).add_module(name, last_norm)
 
 
 @dataclass
@@ -97,9 +99,9 @@ class MTP:
 def were_saved(model: Any, missing: set[str], unexpected: set[str], source: Any, quantized: bool = False) -> bool:
     """Whether the checkpoint that a model was just loaded from has weights for its MTP modules.
 
-    missing, unexpected: the model's and the checkpoint's keys without counterpart. Of the weights that checkpoints
-    repeat, those that this one has are noted. Raises ValueError if there is a part of a module only. But to a model
-    that stays quantized a checkpoint whose MTP modules are less quantized has none: such a model cannot be trained.
+    missing, unexpected: keys that only the model has, and that only the checkpoint has. `copies` keeps those that the
+    checkpoint has. Raises ValueError if it has only a part of the modules. A model that stays quantized cannot be
+    trained, so modules that its checkpoint holds less quantized are left out.
     """
     mtp: MTP = model._mtp
     names = {name for name in model.state_dict() if mtp.owns(name)}
@@ -114,7 +116,7 @@ def were_saved(model: Any, missing: set[str], unexpected: set[str], source: Any,
             f"{', '.join(lost[:3])} {'is' if len(lost) == 1 else 'are'} missing. Download or convert it again, or load "
             f"it with num_nextn_predict_layers=0, which leaves these modules out."
         )
-    mtp.copies = {copy: name for copy, name in mtp.copies.items() if copy in unexpected}
+    mtp.copies = {on_disk: name for on_disk, name in mtp.copies.items() if on_disk in unexpected}
     return not lost
 
 
@@ -128,8 +130,8 @@ def promise_what_is_kept(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def hearing(call: Call) -> Iterator[None]:
-    """Within: forward hooks note in a call that `predicts` what the MTP modules learn from."""
+def record_inputs(call: Call) -> Iterator[None]:
+    """Within: if the call `predicts`, forward hooks record in it what the MTP modules take from the main model."""
     if not call.predicts:
         yield
         return

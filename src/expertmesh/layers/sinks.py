@@ -1,8 +1,8 @@
 """Attention with sinks (GPT-OSS) on our kernels: what Transformers has no SDPA for, and runs eagerly by default.
 
-`NAME` is registered as an attention implementation. It stands in for a model's default, never for one that the user
-asked for. What it must know beside causality and windows are documents (rows.py) or padding; where the kernels do not
-apply, as with a cache that already holds tokens, Transformers' own mask is made and its eager attention runs.
+`NAME` is registered as an attention implementation. It replaces a model's default, never one that the user asked for.
+Beside causality and windows it knows documents (rows.py) and padding. Where the kernels do not apply, as with a cache
+that holds tokens, Transformers' eager attention runs with Transformers' mask.
 """
 
 from typing import Any
