@@ -22,7 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.families import mtp as mtp_modules
-from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, liger_row, print_report, switched_on
+from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report, switched_on
 from expertmesh.families.table import has_sinks
 from expertmesh.layers import attention, sinks
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
@@ -359,7 +359,9 @@ def _refuse_part(model: Any, hook: Any) -> None:
 
 def _use_liger(model: PreTrainedModel) -> None:
     """A model without experts: stock, plus Liger's kernels at its first forward on a GPU."""
-    reason = why_not_liger(model) if _wants("liger") else "switched off"
-    if reason is None:
+    row = Fusion("liger", True, "liger-kernel, from the first forward on a GPU", count=1)
+    if (reason := why_not_liger(model) if _wants("liger") else "switched off") is None:
         model.register_forward_pre_hook(apply_liger_on_gpu)
-    print_report(model, [liger_row(reason)])
+    else:
+        row = Fusion("liger", reason=reason)
+    print_report(model, [row])

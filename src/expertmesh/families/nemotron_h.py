@@ -1,7 +1,7 @@
 """Nemotron 3 (Nano 30B-A3B, Super, Ultra), and the Mamba2 mixer that it shares with other hybrid models.
 
-decoder layer   one norm, one mixer of four kinds, one residual connection around both; in backward the
-                norm adds the residual's gradient while it writes its own                        here
+decoder layer   one norm, one mixer of four kinds, one residual connection around both; the norm's
+                backward also adds the gradient of that connection                               here
 mixer of a layer, one of
   Mamba2        convolution, scan and gated norm in Triton; packed documents kept apart          layers/mamba2.py
   attention     no RoPE, no q/k-norm; packed documents by variable length                       layers/attention.py

@@ -55,15 +55,11 @@ class Fusion:
     """
 
     name: str
-    on: bool
-    by: str
-    reason: str
-    count: int
+    on: bool = False
+    by: str = ""
+    reason: str = ""
+    count: int = 0
     verified: str = ""
-
-
-def _off(name: str, reason: str) -> Fusion:
-    return Fusion(name, False, "", reason, 0)
 
 
 def _on(name: str, count: int, reason: str = "", verified: str = "table") -> Fusion:
@@ -79,8 +75,8 @@ def apply_fusions(model: Any, requested: frozenset[str]) -> list[Fusion]:
     """Make the modules of a model fast, as far as it is `requested`, and report on it."""
     rows = [_experts(model)]
     for name in dict.fromkeys(rule.fusion for rule in RULES):
-        rows.append(_apply(model, name) if name in requested else _off(name, "switched off"))
-    return [*rows, _fuse_head(model) if _HEAD in requested else _off(_HEAD, "switched off")]
+        rows.append(_apply(model, name) if name in requested else Fusion(name, reason="switched off"))
+    return [*rows, _fuse_head(model) if _HEAD in requested else Fusion(_HEAD, reason="switched off")]
 
 
 def _apply(model: Any, fusion: str) -> Fusion:
@@ -108,7 +104,7 @@ def _apply(model: Any, fusion: str) -> Fusion:
         meant = [module for module in model.modules() if _is_meant(module, fusion)]
         others = [name for name in dict.fromkeys(rule.fusion for rule in RULES) if count_of(name, meant)]
         reasons[" beside ".join([NOT_NEEDED, *others])] = None
-    return _off(fusion, "; ".join(reasons))
+    return Fusion(fusion, reason="; ".join(reasons))
 
 
 def _rule_for(model: Any, module: nn.Module, fusion: str) -> tuple[Rule | None, str]:
@@ -145,7 +141,7 @@ def _may_fit(rule: Rule, module: nn.Module) -> bool:
 def _fuse_head(model: Any) -> Fusion:
     head = model.get_output_embeddings()
     if (reason := why_not_head(head)) is not None:
-        return _off(_HEAD, reason)
+        return Fusion(_HEAD, reason=reason)
     head.__class__ = twin(nn.Linear, FastHead)
     return _on(_HEAD, 1)
 
@@ -153,19 +149,12 @@ def _fuse_head(model: Any) -> Fusion:
 def _experts(model: Any) -> Fusion:
     chosen = model.config.get_text_config()._experts_implementation
     if chosen != fast_experts.NAME:
-        return _off("experts", f"experts_implementation={chosen!r} was asked for")
+        return Fusion("experts", reason=f"experts_implementation={chosen!r} was asked for")
     modules = [m for m in model.modules() if fast_experts.is_experts(m)]
     reasons = {reason for m in modules if (reason := fast_experts.why_not(m)) is not None}
     if reasons:
-        return _off("experts", f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}")
+        return Fusion("experts", reason=f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}")
     return _on("experts", len(modules))
-
-
-def liger_row(reason: str | None) -> Fusion:
-    """Whether Liger serves a model without experts: if there is no reason why not."""
-    if reason is not None:
-        return _off("liger", reason)
-    return Fusion("liger", True, "liger-kernel, from the first forward on a GPU", "", 1)
 
 
 def count_of(fusion: str, modules: list[nn.Module]) -> int:

@@ -84,7 +84,7 @@ class Gather(Exchange):
 def most_tokens(num_tokens: int, group: dist.ProcessGroup, layer: str) -> int:
     """The largest number of tokens that any rank of the group has, at least 1; the hosts ask each other.
 
-    In one call of a model the first layer asks: all get as many tokens on a rank.
+    In one call of a model only the first layer asks: every layer gets the same number of tokens.
     """
     call = current.get()
     if call is not None and group in call.agreed:
