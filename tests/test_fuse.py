@@ -1,13 +1,16 @@
 """fuse(): which classes become fast, what the report says, what a switch does, what happens when Transformers moves."""
 
+import copy
 import importlib
+import pickle
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
+from transformers import AutoConfig, LlamaConfig
 from transformers import AutoModelForCausalLM as StockAuto
-from transformers import LlamaConfig
 
 import expertmesh
 from expertmesh import AutoModelForCausalLM, fuse
@@ -16,6 +19,9 @@ from expertmesh.bench.tiny import tiny_config
 from expertmesh.families.rules import Rule, fingerprint
 from expertmesh.families.table import RULES
 from expertmesh.fuse import FUSIONS
+from expertmesh.kernels import flash_attention
+from expertmesh.layers import sinks
+from expertmesh.moe import experts
 from expertmesh.twins import Fast
 
 
@@ -137,6 +143,41 @@ def test_a_model_fused_in_place_leaves_its_configuration_as_it_was():
         model.config._experts_implementation == "expertmesh" and model.model.layers[0].self_attn.config is model.config
     )
     assert (config._experts_implementation, config._attn_implementation) == before
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_stock_model_made_from_a_fused_ones_configuration_runs_stock_code(family, tmp_path, monkeypatch):
+    """However it got there; one object serves both, so it is the modules that differ."""
+    model, reference = fuse(StockAuto.from_config(tiny_config(family))), StockAuto.from_config(tiny_config(family))
+    model.save_pretrained(tmp_path)
+    reference.load_state_dict(model.state_dict())
+    config, ids = model.config, torch.arange(24).view(2, 12)
+    stocks = [
+        StockAuto.from_config(config),
+        StockAuto.from_config(copy.deepcopy(config)),
+        type(model).__stock__(pickle.loads(pickle.dumps(config))),
+        StockAuto.from_pretrained(tmp_path, config=config),
+        StockAuto.from_pretrained(tmp_path),
+        StockAuto.from_config(AutoConfig.from_pretrained(tmp_path)),
+    ]
+    names = config._experts_implementation, config._attn_implementation
+    assert model.config is config is model.model.config is model.model.layers[0].self_attn.config
+    copied = copy.deepcopy(model)
+    monkeypatch.setattr(experts, "experts_forward", mock.Mock(side_effect=AssertionError("ours")))
+    monkeypatch.setattr(sinks, "sink_attention", mock.Mock(side_effect=AssertionError("ours")))
+    monkeypatch.setattr(flash_attention, "takes", lambda *_: True)
+    monkeypatch.setattr(flash_attention, "flash_attention", mock.Mock(side_effect=AssertionError("ours")))
+    seen = torch.ones_like(ids)
+    seen[0, :3] = 0
+    for stock in stocks:
+        stock.load_state_dict(model.state_dict())
+        for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": seen}):
+            assert torch.equal(stock(**inputs).logits, reference(**inputs).logits)
+        assert stock.generate(ids, max_new_tokens=2).shape == (2, 14)
+    assert (config._experts_implementation, config._attn_implementation) == names
+    for ours in (model, copied):
+        with pytest.raises(AssertionError, match="ours"):
+            ours(input_ids=ids)
 
 
 _IMPORTS = """

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
-from expertmesh.fuse import fuse, fused_class, has_fast_experts, loading
+from expertmesh.fuse import fuse, fused_class, loading
 from expertmesh.parallel.nemo_keys import as_setup
 from expertmesh.parallel.setup import AUTO, DistributedSetup
 from expertmesh.weights.files import verify_sums
@@ -30,11 +30,7 @@ class _FusedMapping(type(_STOCK)):  # type: ignore[misc]
 
     def __getitem__(self, config_class: type) -> Any:
         found = super().__getitem__(config_class)
-        return tuple(map(_fused, found)) if isinstance(found, tuple) else _fused(found)
-
-
-def _fused(cls: Any) -> Any:
-    return fused_class(cls) if has_fast_experts(cls) else cls
+        return tuple(map(fused_class, found)) if isinstance(found, tuple) else fused_class(found)
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):

@@ -59,11 +59,6 @@ def use_triton(x: torch.Tensor) -> bool:
     return HAS_TRITON and (x.is_cuda or _interpreting)
 
 
-def has_liger() -> bool:
-    """True when liger-kernel can be imported."""
-    return importlib.util.find_spec("liger_kernel") is not None
-
-
 @cache
 def has_quack(device: torch.device) -> bool:
     """True when quack-kernels 0.6 is installed, whose interface kernels/quack.py knows, and this is a Hopper GPU, for
@@ -176,7 +171,7 @@ def table() -> list[Backend]:
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to whatever sys.stderr is at that moment: notebooks and test runners exchange it."""
+    """Writes to whatever sys.stderr is at that moment: notebooks and test runners replace it."""
 
     stream = property(lambda self: sys.stderr, lambda self, value: None)  # type: ignore[assignment]
 
@@ -195,7 +190,7 @@ _told: set[str] = set()
 
 
 def tell_once(message: str) -> None:
-    """Warn in the log, once in a process: of what runs slower than it could, above all."""
+    """Warn in the log, once in a process, mostly of what runs slower than it could."""
     if not torch.compiler.is_compiling() and message not in _told:
         _told.add(message)
         logger().warning(f"expertmesh: {message}")

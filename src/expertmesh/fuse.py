@@ -22,22 +22,21 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.families import mtp as mtp_modules
-from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, liger_row, print_report, switched_on
+from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report, switched_on
 from expertmesh.families.table import has_sinks
 from expertmesh.layers import attention, sinks
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
-from expertmesh.layers.call import Call, call_of, calling
 from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
 from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
-from expertmesh.layers.mtp import MTP, hearing, loss_with_predictions, promise_what_is_kept, were_saved
+from expertmesh.layers.mtp import MTP, loss_with_predictions, promise_what_is_kept, record_inputs, were_saved
 from expertmesh.moe import experts as fast_experts
-from expertmesh.moe.gather import one_forward
 from expertmesh.moe.replay import keep_routing
 from expertmesh.moe.router import aux_loss_share
 from expertmesh.parallel import ranks
 from expertmesh.parallel.layout import lean_layout
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import refuse_unfit_shards
+from expertmesh.records import Call, call_of, calling
 from expertmesh.twins import has_cache, refuse_replicas, twin
 from expertmesh.weights.files import replacing
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
@@ -47,9 +46,11 @@ from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
 @dataclass(frozen=True)
 class Loading:
-    """How models are made: with which fusions; with modules for multi-token prediction ("no"; "new", where the
-    configuration has such modules; or "saved", where the checkpoint has their weights, too); and whether a checkpoint
-    must be complete, or may lack weights.
+    """How models are made.
+
+    fusions: those that are on. mtp: which models get modules for multi-token prediction: none ("no"), those whose
+    configuration has them ("new"), or those whose checkpoint has their weights as well ("saved"). complete: whether a
+    checkpoint that lacks weights is refused.
     """
 
     fusions: frozenset[str] = frozenset(FUSIONS)
@@ -57,8 +58,7 @@ class Loading:
     complete: bool = False
 
 
-_EVERYTHING = Loading()
-_loading: ContextVar[Loading] = ContextVar("loading", default=_EVERYTHING)
+_loading: ContextVar[Loading] = ContextVar("loading", default=Loading())  # noqa: B039  frozen
 _NO_GRAPH = (
     "The forward of a fused model is more than one graph. Leave fullgraph=True (strict=True of torch.export) out, "
     "compile its layers (for layer in model.model.layers: layer.compile()), or load the model with fused=False."
@@ -132,18 +132,19 @@ def has_fast_experts(cls: Any) -> bool:
 
 
 def fused_class(stock: Any) -> Any:
-    """The subclass of a Transformers model class whose instances are fused when they are made.
+    """The subclass of a Transformers model class whose instances are fused when they are made; the class itself if it
+    has no pluggable experts.
 
     Name and module stay the HF class': weight conversion, `architectures` in config.json and the loss go by them.
     """
-    return twin(stock, FusedModel)
+    return twin(stock, FusedModel) if has_fast_experts(stock) else stock
 
 
 class FusedModel(ReadsQuantized):
     """What a fused model adds to its HF class."""
 
     _mtp: MTP | None = None
-    _waiting: dict[str, Any] | None = None  # read from a file; the rest of its parameter lies in another
+    _waiting: dict[str, Any] | None = None  # experts' weights, until those that share a parameter with them are loaded
     _replicate_for_data_parallel = refuse_replicas
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -167,7 +168,7 @@ class FusedModel(ReadsQuantized):
     def mtp_loss_weight(self, value: float | None) -> None:
         if value is not None and self._mtp is None:
             raise ValueError(f"{type(self).__name__} has no modules for multi-token prediction to be weighted.")
-        self.base_model._mtp_loss_weight = value  # which everybody calls
+        self.base_model._mtp_loss_weight = value  # every way to call the model passes there
 
     def fusion_report(self) -> list[Fusion]:
         """For each fusion: on, and by what; or off, and why."""
@@ -175,9 +176,12 @@ class FusedModel(ReadsQuantized):
 
     def _fuse_modules(self) -> None:
         backends.warn_if_untested()
-        self._fusions = apply_fusions(self, frozenset(filter(_wants, FUSIONS)))
+        self._fusions = apply_fusions(self, _loading.get().fusions)
         fuse_base(self)
-        if self._mtp is None or _loading.get().mtp != "saved":  # else it turns out in loading whether they stay
+        for module in self.modules():
+            # a stock model that has this configuration, and so the names of our experts and attention, lacks the mark
+            module.in_fused_model = True  # type: ignore[assignment]
+        if self._mtp is None or _loading.get().mtp != "saved":  # else `_settle_mtp` prints it
             print_report(self, self._fusions)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
@@ -199,7 +203,7 @@ class FusedModel(ReadsQuantized):
         loss, call = super().loss_function, call_of(self)
         if loss is ForCausalLMLoss:
             loss = functools.partial(causal_lm_loss, labelled=call.labelled, counts=call.counts)
-        return loss if call.heard is None else functools.partial(loss_with_predictions, call, loss)
+        return functools.partial(loss_with_predictions, call, loss) if call.predicts else loss
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
@@ -276,10 +280,10 @@ class FusedModel(ReadsQuantized):
         complete, source = _loading.get().complete, load_config.pretrained_model_name_or_path
         if complete:
             _refuse_missing(_lost_experts(model, loading_info), source)
-        for name in model._frozen:  # Transformers forgets it in loading, but not on ranks
+        for name in model._frozen:  # which Transformers' loading undoes, unless it shards
             model.get_parameter(name).requires_grad_(False)
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        if complete and not load_config.is_quantized:  # only now the tied ones are none of them
+        if complete and not load_config.is_quantized:  # tied weights are no longer among them
             _refuse_missing(loading_info.missing_keys, source)
         return loading_info
 
@@ -301,8 +305,9 @@ def _forward_of(stock: Any) -> Any:
         if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
             kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
-        call = Call(self, targets, defer, kwargs.pop("count_predictions", False))
-        with one_forward(), aux_loss_share(self, kwargs), hearing(call), calling(call):
+        predicts = defer and self.mtp_loss_weight is not None
+        call = Call(self, targets, defer, kwargs.pop("count_predictions", False), predicts)
+        with aux_loss_share(self, kwargs), record_inputs(call), calling(call):
             return stock.forward(self, *args, **kwargs)
 
     return forward
@@ -354,7 +359,9 @@ def _refuse_part(model: Any, hook: Any) -> None:
 
 def _use_liger(model: PreTrainedModel) -> None:
     """A model without experts: stock, plus Liger's kernels at its first forward on a GPU."""
-    reason = why_not_liger(model) if _wants("liger") else "switched off"
-    if reason is None:
+    row = Fusion("liger", True, "liger-kernel, from the first forward on a GPU", count=1)
+    if (reason := why_not_liger(model) if _wants("liger") else "switched off") is None:
         model.register_forward_pre_hook(apply_liger_on_gpu)
-    print_report(model, [liger_row(reason)])
+    else:
+        row = Fusion("liger", reason=reason)
+    print_report(model, [row])

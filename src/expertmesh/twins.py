@@ -20,9 +20,9 @@ _hooks = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_
 class Fast(_Stock):
     """Base of the mixins that carry fast forwards. Its twins pickle and deep-copy like their HF class.
 
-    stands_for: methods of the HF class, and functions of its module, that the twin must equal; without "forward" it
-    runs HF's own, which calls the first of them. probed: whether code that is not in the table may be proven equal by a
-    probe; not where the twin runs HF's code on CPUs, or when called as HF calls it.
+    stands_for: the methods of the HF class and functions of its module that the twin must equal; fingerprints are taken
+    of these. Without "forward" among them the twin runs HF's forward, which calls the first. probed: whether a probe
+    may prove the twin equal to unknown code; not if the twin runs HF's code on CPUs, where probes run.
     """
 
     __stock__: type
@@ -84,9 +84,9 @@ def watched(module: nn.Module) -> bool:
 
 
 def traced() -> bool:
-    """Whether PyTorch writes down what runs (compiles, exports, traces it) or transforms it (torch.func)."""
-    writes = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return writes or torch._C._are_functorch_transforms_active()
+    """Whether this runs under torch.compile, torch.export, torch.jit.trace or a transform of torch.func."""
+    traces = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traces or torch._C._are_functorch_transforms_active()
 
 
 @functools.cache

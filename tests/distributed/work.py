@@ -33,6 +33,7 @@ from expertmesh.moe.exchange import Outputs
 from expertmesh.moe.links import Mailboxes
 from expertmesh.parallel.clip import clip_grad_norm
 from expertmesh.parallel.setup import DistributedSetup
+from expertmesh.records import Call, calling
 from expertmesh.train.balance import BalanceRouters
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 from expertmesh.train.routing import RouterLoad
@@ -374,7 +375,7 @@ def calls_of_ours(rank: int, folder: Path, case: Case) -> dict[str, int]:
 
     for profile in (None, count):  # the first only gathers weights
         sys.setprofile(profile)
-        with gather.one_forward():
+        with calling(Call(model)):
             out = layer(x, position_embeddings=angles, attention_mask=None)
         out.sum().backward()
     sys.setprofile(None)

@@ -28,7 +28,7 @@ def calls(monkeypatch) -> list[dict]:
 
 
 def module(group=2, **attributes) -> SimpleNamespace:
-    return SimpleNamespace(**{"num_key_value_groups": group, "is_causal": True} | attributes)
+    return SimpleNamespace(**{"num_key_value_groups": group, "is_causal": True, "in_fused_model": True} | attributes)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

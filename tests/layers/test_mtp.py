@@ -172,6 +172,13 @@ def test_other_ways_to_call_give_the_same(family, way):
     compare(ours, *want, loss)
 
 
+def test_a_compiled_model_learns_the_same():
+    ours, inputs = load("deepseek_v3").train(), batch()
+    want = ours(**inputs).loss.detach()
+    torch._dynamo.reset()
+    assert relative_error(torch.compile(ours, backend="eager")(**inputs).loss.detach(), want) <= TOLERANCE
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_do_not_predict_each_other(family):
     """Packed, the loss is the sum over the documents alone: no label of a document is asked of the one before."""

@@ -9,6 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
+
+from expertmesh.families.table import RULES
+from expertmesh.layers.base_model import keeps_state
+from expertmesh.twins import Fast
 
 
 def keeps_apart(model: Any, batch: str) -> bool:
@@ -19,6 +24,12 @@ def keeps_apart(model: Any, batch: str) -> bool:
     """
     on = {row.name for row in getattr(model, "fusion_report", list)() if row.on}
     return bool(on) if batch == "left" else batch == "packed" and bool(on & {"mamba2", "sink_attention"})
+
+
+def can_be_told(module: nn.Module) -> bool:
+    """Whether a module can keep packed documents apart. A mixer with a state can only if it has a twin."""
+    known = isinstance(module, Fast) or any(rule.matches(type(module)) for rule in RULES if rule.fusion == "mamba2")
+    return known or not keeps_state(module)
 
 
 def documents_apart(

@@ -66,7 +66,7 @@ def nearest(name: str, known: Any, what: str) -> str:
 def why_not(arm: Arm, config: PreTrainedConfig, device: str) -> str | None:
     """Why this arm cannot run this model here, and what to do; None if it can."""
     if arm.liger:
-        if not backends.has_liger():
+        if backends.version_of("liger-kernel") is None:
             return f"liger-kernel is not installed: {install('liger-kernel')} adds it."
         if device == "cpu":
             return "Liger's kernels run on GPUs only."

@@ -21,11 +21,10 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
 
-from expertmesh.bench.apart import documents_apart, keeps_apart
+from expertmesh.bench.apart import can_be_told, documents_apart, keeps_apart
 from expertmesh.bench.export import differing_tensors, export_rows
 from expertmesh.bench.rows import Row, relative_error, rms_errors, worst_error
 from expertmesh.bench.tiny import FAMILIES, tiny_model
-from expertmesh.families.report import can_be_told
 
 CPU_TOLERANCE = 1e-5
 CUDA_RATIO = 1.5

@@ -27,16 +27,12 @@ def add_modules(model: Any) -> MTP | None:
 
 def _deepseek_v3(model: Any) -> MTP:
     config, layers = model.config, model.model.layers
-    like = layers[-1]
-    mtp = MTP([], [])
-
-    def norm() -> nn.Module:
-        return type(like.input_layernorm)(config.hidden_size, eps=config.rms_norm_eps)
+    like, mtp = layers[-1], MTP([], [])
 
     for _ in range(config.num_nextn_predict_layers):
         place = f"model.layers.{len(layers)}"
         block = type(like)(config, len(layers))
-        make_module([block], norm, config.hidden_size, "shared_head.norm")
+        make_module([block], like.input_layernorm, "shared_head.norm")
         layers.append(block)
         mtp.depths.append([(block, like)])
         mtp.places.append(place)
@@ -57,13 +53,10 @@ def _nemotron_h(model: Any) -> MTP:
     model.mtp.layers = nn.ModuleList()
     mtp = MTP([], ["mtp"])
 
-    def norm() -> nn.Module:
-        return type(layers[0].norm)(config.hidden_size, eps=config.layer_norm_epsilon)
-
     for _ in range(config.num_nextn_predict_layers):
         likes = [layers[config.layers_block_type.index(kind)] for kind in kinds]
         blocks = [type(like)(config, like.layer_idx) for like in likes]
-        make_module(blocks, norm, config.hidden_size, "final_layernorm")
+        make_module(blocks, layers[0].norm, "final_layernorm")
         model.mtp.layers.extend(blocks)
         mtp.depths.append(list(zip(blocks, likes, strict=True)))
     for kind in ("tp", "ep", "fsdp"):  # sharded as the main model's layers are

@@ -1,4 +1,4 @@
-"""Whether a twin computes what code does that no fingerprint knows: found out by running both.
+"""Whether a twin equals code that no fingerprint knows: found out by running both.
 
 A later Transformers rewrites forwards without changing what they compute; a new family has its own. So a tiny stock
 model is made of the family's classes and the user's own flags (few layers, few experts, narrow, float32, on the CPU),

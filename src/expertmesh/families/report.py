@@ -11,7 +11,6 @@ from expertmesh import backends
 from expertmesh.families.probe import probe
 from expertmesh.families.rules import Rule
 from expertmesh.families.table import RULES
-from expertmesh.layers.base_model import keeps_state
 from expertmesh.layers.head import FastHead, why_not_head
 from expertmesh.moe import experts as fast_experts
 from expertmesh.twins import Fast, twin
@@ -35,6 +34,7 @@ FUSIONS = {
 #: the reason why a fusion is off in a model that has nothing of the kind
 NOT_NEEDED = "no module of the model needs it"
 _HEAD = "linear_cross_entropy"
+_FASTS = {rule.fast for rule in RULES}
 
 
 def switched_on(fused: bool | dict[str, bool]) -> frozenset[str]:
@@ -55,15 +55,11 @@ class Fusion:
     """
 
     name: str
-    on: bool
-    by: str
-    reason: str
-    count: int
+    on: bool = False
+    by: str = ""
+    reason: str = ""
+    count: int = 0
     verified: str = ""
-
-
-def _off(name: str, reason: str) -> Fusion:
-    return Fusion(name, False, "", reason, 0)
 
 
 def _on(name: str, count: int, reason: str = "", verified: str = "table") -> Fusion:
@@ -77,21 +73,14 @@ def _on(name: str, count: int, reason: str = "", verified: str = "table") -> Fus
 
 def apply_fusions(model: Any, requested: frozenset[str]) -> list[Fusion]:
     """Make the modules of a model fast, as far as it is `requested`, and report on it."""
-    done: dict[type, Any] = {}  # classes that are fast already, and by which mixin
     rows = [_experts(model)]
     for name in dict.fromkeys(rule.fusion for rule in RULES):
-        rows.append(_apply(model, name, done) if name in requested else _off(name, "switched off"))
-    return [*rows, _fuse_head(model) if _HEAD in requested else _off(_HEAD, "switched off")]
+        rows.append(_apply(model, name) if name in requested else Fusion(name, reason="switched off"))
+    return [*rows, _fuse_head(model) if _HEAD in requested else Fusion(_HEAD, reason="switched off")]
 
 
-def can_be_told(module: nn.Module) -> bool:
-    """Whether a module can keep packed documents apart: not if it is a mixer with a state and has no twin."""
-    known = isinstance(module, Fast) or any(rule.matches(type(module)) for rule in RULES if rule.fusion == "mamba2")
-    return known or not keeps_state(module)
-
-
-def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
-    """Make the modules fast that this fusion is for, and their classes `done`."""
+def _apply(model: Any, fusion: str) -> Fusion:
+    """Make the modules fast that this fusion is for."""
     kinds: dict[Any, list[nn.Module]] = {}
     for module in model.modules():
         if not isinstance(module, Fast):
@@ -99,7 +88,7 @@ def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
     reasons: dict[str, None] = {}
     verified: list[str] = []  # of each module that is fast now
     for cls, modules in kinds.items():
-        rule, how = _rule_for(model, modules[0], fusion, done)
+        rule, how = _rule_for(model, modules[0], fusion)
         if rule is None:
             reasons |= {how: None} if how else {}
             continue
@@ -108,7 +97,6 @@ def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
                 reasons[f"{cls.__name__}: {reason}"] = None
             else:
                 module.__class__ = twin(cls, rule.fast)
-                done[cls] = rule.fast
                 verified.append(how)
     if verified:
         return _on(fusion, len(verified), "; ".join(reasons), max(verified, key=("table", "probe").index))
@@ -116,11 +104,12 @@ def _apply(model: Any, fusion: str, done: dict[type, Any]) -> Fusion:
         meant = [module for module in model.modules() if _is_meant(module, fusion)]
         others = [name for name in dict.fromkeys(rule.fusion for rule in RULES) if count_of(name, meant)]
         reasons[" beside ".join([NOT_NEEDED, *others])] = None
-    return _off(fusion, "; ".join(reasons))
+    return Fusion(fusion, reason="; ".join(reasons))
 
 
-def _rule_for(model: Any, module: nn.Module, fusion: str, done: dict[type, Any]) -> tuple[Rule | None, str]:
-    """The rule for modules of this class and how it is known to hold; else None and the reason, "" if it needs none."""
+def _rule_for(model: Any, module: nn.Module, fusion: str) -> tuple[Rule | None, str]:
+    """The rule for modules of this class and what proves it ("table", "probe"); or None and the reason, "" where the
+    fusion is not meant for them."""
     cls, meant = type(module), _is_meant(module, fusion)
     if not cls.__module__.startswith("transformers.models."):
         return None, f"{cls.__name__} is no class of Transformers" if meant else ""
@@ -130,6 +119,7 @@ def _rule_for(model: Any, module: nn.Module, fusion: str, done: dict[type, Any])
         return known, "table"
     if not meant:
         return None, ""
+    done = {m.__stock__: m.__fast__ for m in model.modules() if getattr(type(m), "__fast__", None) in _FASTS}
     asked = {rule.fast: rule for rule in rules if rule.fast.probed and _may_fit(rule, module)}
     proven = asked and probe(type(model).__stock__, model.config, cls, list(asked.values()), done)
     return (proven, "probe") if proven else (None, f"{cls.__name__} runs code of its own")
@@ -151,7 +141,7 @@ def _may_fit(rule: Rule, module: nn.Module) -> bool:
 def _fuse_head(model: Any) -> Fusion:
     head = model.get_output_embeddings()
     if (reason := why_not_head(head)) is not None:
-        return _off(_HEAD, reason)
+        return Fusion(_HEAD, reason=reason)
     head.__class__ = twin(nn.Linear, FastHead)
     return _on(_HEAD, 1)
 
@@ -159,19 +149,12 @@ def _fuse_head(model: Any) -> Fusion:
 def _experts(model: Any) -> Fusion:
     chosen = model.config.get_text_config()._experts_implementation
     if chosen != fast_experts.NAME:
-        return _off("experts", f"experts_implementation={chosen!r} was asked for")
+        return Fusion("experts", reason=f"experts_implementation={chosen!r} was asked for")
     modules = [m for m in model.modules() if fast_experts.is_experts(m)]
     reasons = {reason for m in modules if (reason := fast_experts.why_not(m)) is not None}
     if reasons:
-        return _off("experts", f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}")
+        return Fusion("experts", reason=f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}")
     return _on("experts", len(modules))
-
-
-def liger_row(reason: str | None) -> Fusion:
-    """Whether Liger serves a model without experts: if there is no reason why not."""
-    if reason is not None:
-        return _off("liger", reason)
-    return Fusion("liger", True, "liger-kernel, from the first forward on a GPU", "", 1)
 
 
 def count_of(fusion: str, modules: list[nn.Module]) -> int:

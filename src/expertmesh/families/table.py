@@ -12,7 +12,7 @@ from torch import nn
 
 from expertmesh.families import deepseek_v3, gpt_oss, nemotron_h, qwen3_moe
 from expertmesh.families.rules import Rule
-from expertmesh.layers import decoder, hybrid, mlp, norm, rope
+from expertmesh.layers import decoder, mlp, norm, rope
 from expertmesh.moe import block, router
 
 RULES = (
@@ -36,8 +36,8 @@ RULES = (
     Rule("qk_norm_rope", qwen3_moe.FastQKNormAttention, "qwen3_moe.Qwen3MoeAttention", "ab01336ffc67"),
     Rule("mamba2", nemotron_h.FastGatedMamba2Mixer, "nemotron_h.NemotronHMamba2Mixer", "9a702f2272e8"),
     Rule("mamba2", nemotron_h.FastGatedMamba2Mixer, "granitemoehybrid.GraniteMoeHybridMambaLayer", "9a702f2272e8"),
-    Rule("add_norm", hybrid.FastNemotronHBlock, "nemotron_h.NemotronHBlock", "38a8c88270bc"),
-    Rule("add_norm", hybrid.FastNemotronHMoEBlock, "nemotron_h.NemotronHMoE", "583798ea34f9"),
+    Rule("add_norm", nemotron_h.FastNemotronHBlock, "nemotron_h.NemotronHBlock", "38a8c88270bc"),
+    Rule("add_norm", nemotron_h.FastNemotronHMoEBlock, "nemotron_h.NemotronHMoE", "583798ea34f9"),
     Rule("add_norm", decoder.FastDecoderLayer, "qwen3_moe.Qwen3MoeDecoderLayer", "332212b51843"),
     Rule("add_norm", decoder.FastDecoderLayer, "mixtral.MixtralDecoderLayer", "1ecb9b7e2686"),
     Rule("add_norm", decoder.FastDecoderLayer, "gpt_oss.GptOssDecoderLayer", "f8a0d99a6bba"),

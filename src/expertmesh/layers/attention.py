@@ -15,7 +15,7 @@ from expertmesh import backends
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
-from expertmesh.layers.rows import is_placeholder, unlost
+from expertmesh.layers.rows import documents_or_mask
 from expertmesh.twins import Fast, cache_of
 
 NAME = "expertmesh"
@@ -34,12 +34,9 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' `sdpa_attention_forward`, within `documents` where the mask is a `placeholder`."""
-    mask = attention_mask
-    if is_placeholder(mask):
-        documents, mask = unlost(mask, documents, module), None
-    else:
-        documents = None
-    if mask is None and position_bias is None and dropout == 0 and kwargs.get("softcap") is None:
+    documents, mask = documents_or_mask(attention_mask, documents, module)
+    plain = mask is None and position_bias is None and dropout == 0 and kwargs.get("softcap") is None
+    if plain and getattr(module, "in_fused_model", False):
         is_causal = kwargs.get("is_causal")
         causal = module.is_causal if is_causal is None else is_causal
         if causal and flash_attention.takes(query, key, value):

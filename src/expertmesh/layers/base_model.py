@@ -1,8 +1,8 @@
-"""The decoder's entry: the twin of a family's base model (`model.model`), which every way to call a model comes by.
+"""The twin of a family's base model (`model.model`). Every way to call a model passes through it.
 
 The causal-LM class is only one of its callers: TRL's trainers, PEFT's wrappers, reward models and hand-written heads
-call the base model itself. So what a forward needs is set up here: documents and padding (rows.py), and what a
-dispatch has to know about one forward.
+call the base model itself. So what a forward needs is set up here: documents and padding (rows.py), and the record of
+the call (records.py).
 """
 
 import functools
@@ -18,13 +18,12 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
 from expertmesh.layers.attention import NAME
-from expertmesh.layers.call import Call, call_of
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
 from expertmesh.layers.sinks import NAME as SINKS
 from expertmesh.moe.experts import NAME as EXPERTS
-from expertmesh.moe.gather import one_forward
 from expertmesh.parallel.layout import refuse_undivided
+from expertmesh.records import Call, call_of, calling
 from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
 
 _LEAK = (
@@ -44,7 +43,7 @@ class FastBaseModel(Fast):
     In training a cache of padded rows, and of several documents, is filled only if the caller asks for it.
     """
 
-    #: whether documents are where `cu_seq_lens_q` says and an attention_mask beside it is the auxiliary loss's alone
+    #: set by our Trainer: documents are where `cu_seq_lens_q` says, a mask beside it is for the auxiliary loss alone
     told = False
     _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
     _replicate_for_data_parallel = refuse_replicas
@@ -59,9 +58,9 @@ class FastBaseModel(Fast):
                 return cls.__stock__.forward(self, *args, **kwargs)
         refuse_undivided(self)
         inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, call_of(self)
-        if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and call.heard is None:
+        if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.predicts:
             raise ValueError(_NO_MTP)
-        with one_forward():
+        with calling(call):
             apart = self._prepare(inputs, call)
             outputs = super().forward(**inputs)
         return outputs if apart is None else apart.together(outputs)
@@ -129,7 +128,7 @@ class FastBaseModel(Fast):
         length, caching = found.keep.shape[1], inputs.get("use_cache")
         if caching is None:
             caching = getattr(self.config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
-        whole = call.heard or caching or inputs.get("output_attentions") or found.labelled_padding or not found.count
+        whole = call.predicts or caching or inputs.get("output_attentions") or found.labelled_padding or not found.count
         noisy = self.training and getattr(self.config, "router_jitter_noise", 0)  # drawn for each token, padding or not
         windows_shift = _has_windows(self.config, length) and found.has_holes
         if not (whole or noisy or windows_shift) and self._stateful is None and self._attends_by(length) != "masks":

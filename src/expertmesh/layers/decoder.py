@@ -1,7 +1,7 @@
 """Fast twins of pre-norm decoder layers: the residual add after attention and the norm behind it are one kernel.
 
-The second residual add happens in the experts' last kernel, where the block allows it (moe/block.py). In backward each
-norm adds the gradient of the residual connection around it while it writes its own.
+The second residual add happens in the experts' last kernel, where the block allows it (moe/block.py). In backward the
+kernel of each norm also adds the gradient of the residual connection around it.
 """
 
 from typing import Any

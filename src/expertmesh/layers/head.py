@@ -1,10 +1,10 @@
 """The language-model head that never holds [tokens, vocabulary] logits in training.
 
-In a call that `defers` (call.py) the head returns `DeferredLogits`: to autograd the head's output like any other, but
-its values are computed only if somebody looks at them. `causal_lm_loss`, in the place of Transformers'
-`ForCausalLMLoss`, does not: it goes from hidden states to the loss directly, and the gradient that it sends back to the
-logits is deferred as well (`DeferredGradient`): it brings the gradients of the head's inputs along. So autograd's graph
-is stock's, and whoever hooks, differentiates by, edits or copies the logits finds what stock has.
+In a call that `defers` (records.py) the head returns `DeferredLogits`: to autograd the head's output like any other,
+but the values are computed only if somebody looks at them. `causal_lm_loss`, in the place of Transformers'
+`ForCausalLMLoss`, does not look: it computes the loss from the hidden states. The gradient that it sends back to the
+logits is deferred as well (`DeferredGradient`) and carries the gradients of the head's inputs. So autograd's graph is
+stock's, and whoever hooks, differentiates by, edits or copies the logits finds what stock has.
 """
 
 import copy
@@ -24,10 +24,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy, scaled
-from expertmesh.layers.call import current
+from expertmesh.records import current
 from expertmesh.twins import Fast, traced, untouched
 
-MOST_LABELLED = 0.9  # of all tokens: from there on it is not worth while to leave the others out
+MOST_LABELLED = 0.9  # of all tokens: with more, leaving the others out costs more than it saves
 aten = torch.ops.aten
 
 
@@ -68,7 +68,7 @@ def _heads() -> weakref.WeakSet[nn.Module]:
 
 
 def _reshards(unit: Any) -> bool:
-    """Whether FSDP takes the unit's weights away after its forward."""
+    """Whether FSDP frees the unit's whole weights after its forward."""
     state = unit._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # one only, before PyTorch 2.13
     return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
@@ -93,7 +93,7 @@ class _Deferred(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     made_of: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # hidden, weight, bias, without history
     versions: list[int]  # of these when the head was called
-    call: dict[str, bool]  # this call of the head; "gone": FSDP has taken the weight away, or will bring another
+    call: dict[str, bool]  # this call of the head; "gone": FSDP has freed the weight, or will gather another
     steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
     scale: float
     _computed: list[torch.Tensor]  # empty or one; aliases share it
@@ -272,8 +272,8 @@ class _Head(torch.autograd.Function):
 def deferred_logits(hidden: Any, weight: Any, bias: Any, sharded: bool = False, keep: bool = False) -> DeferredLogits:
     """`F.linear(hidden, weight, bias)`, computed when first looked at.
 
-    sharded: FSDP gathers the weight, and takes it away after the backward; or, with `keep`, after the forward. Then a
-    copy is kept for as long as the logits are.
+    sharded: FSDP gathers the weight and frees it after the backward; or, with `keep`, after the forward, and then the
+    logits keep a copy as long as they live.
     """
     device, given = hidden.device.type, weight
     if torch.is_autocast_enabled(device):
@@ -287,8 +287,7 @@ def deferred_logits(hidden: Any, weight: Any, bias: Any, sharded: bool = False, 
 
 
 def next_tokens(x_BS: torch.Tensor, fill: int = -100, distance: int = 1) -> torch.Tensor:
-    """What stands behind each position, at this distance in its row; `fill` where the row has ended. Of labels: what
-    it is to predict."""
+    """Rows shifted to the left by `distance`, `fill` at their end. Of labels: what each position is to predict."""
     return F.pad(x_BS, (0, distance), value=fill)[..., distance:]
 
 

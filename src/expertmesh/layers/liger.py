@@ -1,8 +1,8 @@
 """Models without experts run as vanilla Hugging Face models, with Liger's kernels once they are on a GPU.
 
-Liger patches a model in place, and its patches run on GPUs only, so they go in at the first forward that finds the
-model there. Two of its habits are undone: it also replaces classes in the modeling module, which would change every
-later model of the process; and it rebinds MLP forwards of experts, which would delete their expert-parallel dispatch.
+Liger patches a model in place, and its patches run on GPUs only, so they are applied at the first forward on a GPU.
+Two things are kept from it: it would also replace classes in the modeling module, and so change every later model of
+the process; and the MLP forwards of experts, and so delete their expert-parallel dispatch.
 """
 
 import importlib

@@ -8,12 +8,13 @@ embedding of token t+k, runs a decoder layer, and predicts token t+k+1 with the 
     loss = main loss + mtp_loss_weight * mean over k of CE(head(h^k_t), token_{t+k+1})
 
 A module is made of the family's own decoder layers (`MTPBlock`), so that its attention and experts are fused and
-sharded like all others. In training `hearing()` notes what the main model computes anyway (embeddings, hidden states,
-masks), and `loss_with_predictions` adds the losses; in evaluation and generation nothing of this runs.
+sharded like all others. In training `record_inputs` keeps what the main model computes anyway (embeddings, hidden
+states, masks), and `loss_with_predictions` adds the losses; in evaluation and generation nothing of this runs.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from expertmesh import backends
-from expertmesh.layers.call import Call
 from expertmesh.layers.head import DeferredLogits, causal_lm_loss, deferred_logits, next_tokens
+from expertmesh.records import Call
 from expertmesh.twins import Fast, cache_of, twin
 
 
@@ -47,20 +48,21 @@ class MTPBlock(Fast):
         return hidden_states if self.end_norm is None else self.get_submodule(self.end_norm)(hidden_states)
 
 
-def make_module(blocks: list[Any], norm: Callable[[], nn.Module], hidden_size: int, end: str) -> None:
-    """Make an MTP module of these decoder layers: the first joins hidden states and embeddings, behind the last comes a
-    norm with the name `end` ("a" or "a.b"). All weights get the names that they have in checkpoints."""
+def make_module(blocks: list[Any], norm: Any, end: str) -> None:
+    """Make an MTP module of these decoder layers. The first joins hidden states and embeddings; behind the last comes a
+    norm named `end` ("a" or "a.b"). All its norms are copies of `norm`, whose weights are still those it was made with.
+    Weights get the names that they have in checkpoints."""
     first, last = blocks[0], blocks[-1]
     for block in {first, last}:
         stock: Any = type(block)
         block.__class__ = twin(stock, MTPBlock)
-    first.enorm, first.hnorm = norm(), norm()
-    first.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+    first.enorm, first.hnorm, last_norm = (copy.deepcopy(norm) for _ in range(3))
+    first.eh_proj = nn.Linear(2 * len(norm.weight), len(norm.weight), bias=False)
     first.begins, last.end_norm = True, end
     holder, _, name = end.rpartition(".")
     if holder:
         last.add_module(holder, nn.Module())
-    last.get_submodule(holder).add_module(name, norm())
+    last.get_submodule(holder).add_module(name, last_norm)
 
 
 @dataclass
@@ -97,9 +99,9 @@ class MTP:
 def were_saved(model: Any, missing: set[str], unexpected: set[str], source: Any, quantized: bool = False) -> bool:
     """Whether the checkpoint that a model was just loaded from has weights for its MTP modules.
 
-    missing, unexpected: the model's and the checkpoint's keys without counterpart. Of the weights that checkpoints
-    repeat, those that this one has are noted. Raises ValueError if there is a part of a module only. But to a model
-    that stays quantized a checkpoint whose MTP modules are less quantized has none: such a model cannot be trained.
+    missing, unexpected: keys that only the model has, and that only the checkpoint has. `copies` keeps those that the
+    checkpoint has. Raises ValueError if it has only a part of the modules. A model that stays quantized cannot be
+    trained, so modules that its checkpoint holds less quantized are left out.
     """
     mtp: MTP = model._mtp
     names = {name for name in model.state_dict() if mtp.owns(name)}
@@ -114,7 +116,7 @@ def were_saved(model: Any, missing: set[str], unexpected: set[str], source: Any,
             f"{', '.join(lost[:3])} {'is' if len(lost) == 1 else 'are'} missing. Download or convert it again, or load "
             f"it with num_nextn_predict_layers=0, which leaves these modules out."
         )
-    mtp.copies = {copy: name for copy, name in mtp.copies.items() if copy in unexpected}
+    mtp.copies = {on_disk: name for on_disk, name in mtp.copies.items() if on_disk in unexpected}
     return not lost
 
 
@@ -127,44 +129,32 @@ def promise_what_is_kept(model: Any) -> None:
                 setattr(config, name, 0)
 
 
-@dataclass(eq=False)
-class Heard:
-    """What the main model computes in one call."""
-
-    embeds: Any = None  # [B, S, H]
-    hidden: Any = None  # [B, S, H], after the last norm
-    position_ids: Any = None  # the caller's, or None
-    inputs: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # keyword arguments of decoder layers
-
-
 @contextlib.contextmanager
-def hearing(call: Call) -> Iterator[None]:
-    """Within: forward hooks note in `call.heard` what the MTP modules learn from, if this call trains any."""
-    model = call.model
-    if not call.defers or model._mtp is None or model.mtp_loss_weight is None:
+def record_inputs(call: Call) -> Iterator[None]:
+    """Within: if the call `predicts`, forward hooks record in it what the MTP modules take from the main model."""
+    if not call.predicts:
         yield
         return
-    call.heard = heard = Heard()
 
     def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        heard.embeds, heard.position_ids = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
+        call.embeds, call.position_ids = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
 
     def embedded(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        heard.embeds = output
-
-    def end(module: nn.Module, args: tuple, output: Any) -> None:
-        heard.hidden = output[0]
+        call.embeds = output
 
     def layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache_of(kwargs := dict(kwargs))
-        heard.inputs[module] = kwargs | {"use_cache": False}
+        call.layer_inputs[module] = kwargs | {"use_cache": False}
 
-    base, likes = model.base_model, {like for depth in model._mtp.depths for _, like in depth}
+    def end(module: nn.Module, args: tuple, output: Any) -> None:
+        call.hidden = output[0]
+
+    base, likes = call.model.base_model, {like for depth in call.model._mtp.depths for _, like in depth}
     hooks = [
         base.register_forward_pre_hook(begin, with_kwargs=True),
-        model.get_input_embeddings().register_forward_hook(embedded),
-        base.register_forward_hook(end),
+        call.model.get_input_embeddings().register_forward_hook(embedded),
         *(like.register_forward_pre_hook(layer, with_kwargs=True) for like in likes),
+        base.register_forward_hook(end),
     ]
     try:
         yield
@@ -178,16 +168,15 @@ def loss_with_predictions(
 ) -> torch.Tensor:
     """The model's loss function `main`, and the MTP losses on top of it: each divided like the main loss; 0, not nan,
     where a batch has no label that far ahead."""
-    model, heard, hidden = call.model, call.heard, call.heard.hidden
-    next_labels, num_items = call.targets, kwargs.get("num_items_in_batch")
+    model, hidden, next_labels, num_items = call.model, call.hidden, call.targets, kwargs.get("num_items_in_batch")
     assert next_labels is not None, "the model was called with labels"
     losses = []
     for depth, blocks in enumerate(model._mtp.depths, 1):
-        inputs: tuple[torch.Tensor, ...] = (hidden, F.pad(heard.embeds, (0, 0, 0, depth))[..., depth:, :])
+        inputs: tuple[torch.Tensor, ...] = (hidden, F.pad(call.embeds, (0, 0, 0, depth))[..., depth:, :])
         for block, like in blocks:
-            inputs = (block(*inputs, **heard.inputs[like]),)
+            inputs = (block(*inputs, **call.layer_inputs[like]),)
         (hidden,) = inputs
-        targets = _targets(next_labels, heard.position_ids, depth)
+        targets = _targets(next_labels, call.position_ids, depth)
         count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
         ahead = _logits(model, logits, hidden)
         losses.append(causal_lm_loss(ahead, targets, vocab_size, num_items_in_batch=count, shift_labels=targets))

@@ -1,17 +1,17 @@
-"""What the rows of a forward hold: documents that lie one behind the other, and padding. Found out once, where the
-decoder begins (base_model.py), with one wait for the device at most.
+"""What the rows of a forward hold: packed documents, and padding. The base model finds out once (base_model.py), with
+one wait for the device at most.
 
-    told                             what happens                                                            wait
+    given                            what happens                                                            wait
     neither positions nor a mask     each row is one document                                                no
     cu_seq_lens_q, max_length_q      documents are where the collator says                                   no
     position_ids, seq_idx            a document begins wherever positions do not count on                    one
     cu_seq_lens_q and a mask         the same; and where the greatest length is missing                      one
     attention_mask [B, S]            rows are taken apart: tokens that are no padding become one row of      one
-                                     documents, and hidden states are put together behind the last layer
+                                     documents; hidden states get padding back after the last layer
 
 Transformers makes a mask [B, 1, S, S] of this, for which SDPA has no fast kernel. Here an empty tensor stands in its
 place (`placeholder`), which Transformers passes on because it has four dimensions, and `documents` travel beside it as
-a keyword. What is none of these (a cache, masks of the user's own, compilation) goes Transformers' way.
+a keyword. Everything else (a cache, masks of the user's own, compilation) is left to Transformers.
 """
 
 from dataclasses import dataclass
@@ -24,29 +24,29 @@ from expertmesh.kernels.documents import Documents
 
 
 def placeholder(documents: Documents | None, device: torch.device) -> torch.Tensor:
-    """The mask that says: causal, within `documents` if there are any. Its last size tells which, so that a layer that
-    lost them on the way is found out."""
+    """The mask that says: causal, within `documents` if there are any. Its last size is 1 if there are, so that a layer
+    that did not get them knows."""
     return torch.empty(1, 1, 0, int(documents is not None), dtype=torch.bool, device=device)
 
 
-def is_placeholder(mask: Any) -> bool:
-    """Whether this mask is a `placeholder`."""
-    return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[2] == 0
+def documents_or_mask(mask: Any, documents: Documents | None, layer: Any) -> tuple[Documents | None, Any]:
+    """(documents, None) where the mask is a `placeholder`, else (None, mask).
 
-
-def unlost(mask: Any, documents: Documents | None, layer: Any) -> Documents | None:
-    """`documents`; RuntimeError if the placeholder speaks of some and they did not reach this layer."""
+    Raises RuntimeError if the placeholder speaks of documents and they did not reach this layer.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[2] != 0:
+        return None, mask
     if documents is None and mask.shape[3]:
         raise RuntimeError(
             f"{type(layer).__name__} was not told of the documents in its rows, because Transformers did not pass them "
             f"on: give each document a row of its own (packing=False), and please report this model."
         )
-    return documents
+    return documents, None
 
 
 @dataclass(frozen=True)
 class Found:
-    """The answer of one look at the device, on the CPU.
+    """What `look` found, on the CPU.
 
     keep: [B, S], True where a token is no padding. cu_seqlens: where documents begin among the kept tokens, and their
     number. labelled: how many positions have something to predict, None if nobody asked; labelled_padding: whether
@@ -80,7 +80,7 @@ class Found:
         return (torch.arange(self.keep.shape[1]) - first_B1).to(device, non_blocking=True)
 
     def documents(self, device: torch.device) -> Documents:
-        """The same for the layers."""
+        """As layers take them."""
         return Documents(self.cu_seqlens.to(device, non_blocking=True), int(self.cu_seqlens.diff().max()))
 
 

@@ -1,8 +1,8 @@
 """Attention with sinks (GPT-OSS) on our kernels: what Transformers has no SDPA for, and runs eagerly by default.
 
-`NAME` is registered as an attention implementation. It stands in for a model's default, never for one that the user
-asked for. What it must know beside causality and windows are documents (rows.py) or padding; where the kernels do not
-apply, as with a cache that already holds tokens, Transformers' own mask is made and its eager attention runs.
+`NAME` is registered as an attention implementation. It replaces a model's default, never one that the user asked for.
+Beside causality and windows it knows documents (rows.py) and padding. Where the kernels do not apply, as with a cache
+that holds tokens, Transformers' eager attention runs with Transformers' mask.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from expertmesh.kernels.documents import Bounds
 from expertmesh.kernels.sink_attention import Padding, padding_of, sink_attention, takes, visible
-from expertmesh.layers.rows import is_placeholder, unlost
+from expertmesh.layers.rows import documents_or_mask
 
 NAME = "expertmesh-sinks"
 
@@ -38,14 +38,12 @@ def attend_with_sinks(
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    bounds = None
-    if is_placeholder(attention_mask):
-        unlost(attention_mask, documents, module)
-        bounds = document_bounds
-    elif isinstance(attention_mask, torch.Tensor):
-        return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    padding = attention_mask if isinstance(attention_mask, Padding) else None
-    if dropout == 0 and takes(query) and s_aux is not None:
+    documents, padding = documents_or_mask(attention_mask, documents, module)
+    if isinstance(padding, torch.Tensor):
+        return eager_attention_forward(module, query, key, value, padding, scaling, dropout, **kwargs)
+    bounds = None if documents is None else document_bounds
+    ours = dropout == 0 and takes(query) and s_aux is not None and getattr(module, "in_fused_model", False)
+    if ours:
         return sink_attention(query, key, value, s_aux, scaling, sliding_window, bounds, padding), None
     start, seen = bounds and bounds.start, padding and padding.seen
     mask = visible(query.shape[2], query.device, sliding_window, start, seen)[:, None]

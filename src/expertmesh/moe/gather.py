@@ -9,9 +9,7 @@ other once per forward, so the CPU never waits for a device. The experts skip pa
 backward mirrors the forward: a reduce-scatter where that gathers, and the reverse. Rows travel by links.py.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ import torch.distributed as dist
 from expertmesh.moe.exchange import Exchange, Gradients, Outputs
 from expertmesh.moe.links import Mailboxes, Sent, join_side_stream, link_of, on_side_stream
 from expertmesh.moe.replay import kept
+from expertmesh.records import current
 from expertmesh.waiting import hosts, waiting
 
 
@@ -85,33 +84,14 @@ class Gather(Exchange):
         return wait
 
 
-_agreed: ContextVar[dict[dist.ProcessGroup, tuple[int, int]] | None] = ContextVar("agreed_tokens", default=None)
-
-
-@contextmanager
-def one_forward() -> Iterator[None]:
-    """Within: one forward of a model, whose layers all get as many tokens on this rank, so that hosts ask once.
-
-    One within another is the same forward.
-    """
-    if _agreed.get() is not None:
-        yield
-        return
-    token = _agreed.set({})
-    try:
-        yield
-    finally:
-        _agreed.reset(token)
-
-
 def most_tokens(num_tokens: int, group: dist.ProcessGroup, place: str) -> int:
     """The largest number of tokens that any rank of the group has, at least 1; the hosts ask each other.
 
-    In one forward the first layer asks.
+    In one call of a model only the first layer asks: every layer gets the same number of tokens.
     """
-    agreed = _agreed.get()
-    if agreed is not None and group in agreed:
-        before, most = agreed[group]
+    call = current.get()
+    if call is not None and group in call.agreed:
+        before, most = call.agreed[group]
         if before != num_tokens:
             raise RuntimeError(
                 f"dispatch='gather' needs as many tokens in every layer of a forward, but here {before} became "
@@ -122,8 +102,8 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, place: str) -> int:
     with waiting(place, hosts(group)):
         dist.all_reduce(answer, dist.ReduceOp.MAX, group=hosts(group))
     most = int(answer)
-    if agreed is not None:
-        agreed[group] = num_tokens, most
+    if call is not None:
+        call.agreed[group] = num_tokens, most
     return most
 
 
