@@ -26,6 +26,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation
 
+from expertmesh.backends import opaque
 from expertmesh.kernels import products
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
@@ -101,7 +102,14 @@ def _kind(experts: Any, constants: tuple[float, float]) -> str:
     return next(same, "custom")
 
 
-@torch.compiler.disable
+def _of_transformers(
+    experts: Any, hidden_states: Any, ids_TK: Any, weight_TK: Any, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    out_TH = grouped_mm_experts_forward(experts, hidden_states, ids_TK, weight_TK)
+    return out_TH if residual is None else residual + out_TH.view(residual.shape)
+
+
+@opaque(_of_transformers)
 def experts_forward(
     experts: Any,
     hidden_states: torch.Tensor,
@@ -119,8 +127,7 @@ def experts_forward(
     """
     if exchange is LOCAL and why_not(experts) is not None:
         ids_TK = or_none(top_k_index, experts.num_experts)
-        out_TH = grouped_mm_experts_forward(experts, hidden_states, ids_TK, top_k_weights)
-        return out_TH if residual is None else residual + out_TH.view(residual.shape)
+        return _of_transformers(experts, hidden_states, ids_TK, top_k_weights, residual)
     w_up = experts.gate_up_proj if experts.has_gate else experts.up_proj
     b_up = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
     b_down = experts.down_proj_bias if experts.has_bias else None

@@ -3,6 +3,8 @@
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from expertmesh.parallel import ranks
 from expertmesh.train.config import ConfigError
 from expertmesh.train.errors import explain, is_disk_full
+from expertmesh.weights.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +32,26 @@ def check_room(model: torch.nn.Module, output_dir: Path) -> None:
         )
 
 
+@contextmanager
+def replacing_adapter(folder: str | Path, group: Any = None) -> Iterator[Path]:
+    """`replacing` for an adapter: PEFT writes file by file, and goes on in the model card that it finds."""
+    with replacing(folder, group) as staging:
+        card = Path(folder, "README.md")
+        if ranks.rank(group) == 0 and card.is_file():
+            shutil.copy(card, staging)
+        yield staging
+
+
 def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write model and tokenizer, from all ranks. Where the disk is full it waits for room: the model is only here."""
     deadline = time.monotonic() + WAIT_FOR_ROOM
     while True:
         try:
-            model.save_pretrained(folder)
+            if hasattr(model, "peft_config"):
+                with replacing_adapter(folder) as staging:
+                    model.save_pretrained(staging, is_main_process=ranks.rank() == 0)
+            else:
+                model.save_pretrained(folder)
             with ranks.together():
                 if ranks.rank() == 0:
                     tokenizer.save_pretrained(folder)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import is_peft_model
 from transformers.trainer_callback import TrainerState
 
 from expertmesh.checkpoint import optimizer as optimizer_state
@@ -20,6 +21,7 @@ from expertmesh.checkpoint.publish import checkpoints, is_complete, newest_compl
 from expertmesh.checkpoint.verify import CheckpointError, verify
 from expertmesh.parallel import ranks
 from expertmesh.train.alike import refuse_different_ranks
+from expertmesh.train.final import replacing_adapter
 from expertmesh.weights.files import alone
 from expertmesh.weights.read import load_weights, weight_files
 
@@ -131,6 +133,12 @@ class ResumableTrainer(transformers.Trainer):
             return super().save_model(output_dir, _internal_call)
         with ranks.together():  # the optimizer comes next, which all ranks save together
             super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._staging is not None or not self.args.should_save or not is_peft_model(self.model):
+            return super()._save(output_dir, state_dict)
+        with replacing_adapter(output_dir or str(self.args.output_dir), ranks.ALONE) as staging:
+            super()._save(str(staging), state_dict)
 
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
