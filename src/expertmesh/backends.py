@@ -12,9 +12,9 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +56,42 @@ def interpreted() -> Iterator[None]:
 
 def use_triton(x: torch.Tensor) -> bool:
     """True when a kernel function should run its Triton path for `x`: a CUDA tensor, and Triton is installed."""
-    return HAS_TRITON and (x.is_cuda or _interpreting)
+    return HAS_TRITON and (x.is_cuda or _interpreting) and not in_one_graph()
+
+
+def in_one_graph() -> bool:
+    """True while `torch.compile(fullgraph=True)` or a strict `torch.export` traces: kernels must not run then."""
+    return torch.compiler.is_dynamo_compiling() and _breaks_are_errors()
+
+
+@torch.compiler.assume_constant_result  # so that it is called while the graph is made
+def _breaks_are_errors() -> bool:
+    from torch._dynamo import symbolic_convert  # slow to import, and here it is; no public function tells
+
+    translator = symbolic_convert.InstructionTranslator.current_tx()
+    one = getattr(translator, "one_graph", False) or getattr(translator, "error_on_graph_break", False)
+    if one:
+        _tell_once(
+            "a single graph (fullgraph=True, or a strict torch.export) holds PyTorch operations only, which are slower "
+            "than our kernels. Compile without fullgraph=True, or layer by layer: for layer in model.model.layers: "
+            "layer.compile()."
+        )
+    return one
+
+
+def opaque(instead: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Decorator: compiled code calls the function and does not look into it; a single graph has `instead` in it."""
+
+    def decorate(function: Any) -> Any:
+        called = torch.compiler.disable(function)
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return instead(*args, **kwargs) if in_one_graph() else called(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 @cache
@@ -191,6 +226,11 @@ _told: set[str] = set()
 
 def tell_once(message: str) -> None:
     """Warn in the log, once in a process, mostly of what runs slower than it could."""
-    if not torch.compiler.is_compiling() and message not in _told:
+    if not torch.compiler.is_compiling():
+        _tell_once(message)
+
+
+def _tell_once(message: str) -> None:
+    if message not in _told:
         _told.add(message)
         logger().warning(f"expertmesh: {message}")

@@ -59,10 +59,8 @@ class Loading:
 
 
 _loading: ContextVar[Loading] = ContextVar("loading", default=Loading())  # noqa: B039  frozen
-_NO_GRAPH = (
-    "The forward of a fused model is more than one graph. Leave fullgraph=True (strict=True of torch.export) out, "
-    "compile its layers (for layer in model.model.layers: layer.compile()), or load the model with fused=False."
-)
+_stock_loss: Any = PreTrainedModel.loss_function.fget  # type: ignore[attr-defined]  # torch.compile knows no super()'s
+_NO_MTP = "A single graph cannot hold the loss of multi-token prediction: leave fullgraph=True or mtp_loss_weight out."
 
 
 def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
@@ -200,7 +198,7 @@ class FusedModel(ReadsQuantized):
     @property
     def loss_function(self) -> Any:
         """Transformers' loss; the causal one knows deferred logits."""
-        loss, call = super().loss_function, call_of(self)
+        loss, call = _stock_loss(self), call_of(self)
         if loss is ForCausalLMLoss:
             loss = functools.partial(causal_lm_loss, labelled=call.labelled, counts=call.counts)
         return functools.partial(loss_with_predictions, call, loss) if call.predicts else loss
@@ -298,8 +296,13 @@ class FusedModel(ReadsQuantized):
 def _forward_of(stock: Any) -> Any:
     @functools.wraps(stock.forward)  # Trainer and generate read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if backends.in_one_graph():
+            if self.mtp_loss_weight is not None and self.training:
+                torch._dynamo.graph_break(msg=_NO_MTP)
+            with aux_loss_share(self, kwargs):
+                return stock.forward(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
-            torch._dynamo.graph_break(msg=_NO_GRAPH)
+            torch._dynamo.graph_break()  # the context variables below
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         defer = self.training and labels is not None
         if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from expertmesh.backends import in_one_graph
+
 
 @dataclass(eq=False)
 class Call:
@@ -48,5 +50,5 @@ def calling(call: Call) -> Iterator[None]:
 
 def call_of(model: Any) -> Call:
     """The call of this model, or of the one whose base model it is; one that asks for nothing if there is none."""
-    call = current.get()
+    call = None if in_one_graph() else current.get()
     return call if call is not None and model in (call.model, call.model.base_model) else Call(model)

@@ -72,6 +72,17 @@ def test_layouts(tmp_path):
 
 
 @pytest.mark.parametrize("layout", [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}], ids=str)
+def test_a_checkpoint_of_one_process_goes_on_on_two_ranks(layout, tmp_path):
+    """ERNIE's routers have a frozen bias in a module of its own, which has no state in the optimizer."""
+    model, folder = {"source": str(source(tmp_path, "ernie4_5_moe"))}, tmp_path / "run"
+    loop(**model, steps=1, save_every=1, output=str(folder), dump=tmp_path / "one.pt")
+    resumed = {"resume": str(folder / "checkpoint-1"), "dump_loaded": str(tmp_path / "two.pt")}
+    on_ranks(2, on, model | resumed | {"layout": layout, "steps": 2, "save_every": 2, "output": str(folder)})
+    assert same(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt"))
+    loop(**model, steps=2, resume=str(folder / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("layout", [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}], ids=str)
 def test_a_bfloat16_model_whose_routers_are_float32(layout, tmp_path):
     """So Transformers 5.24 keeps them: resumed on the same ranks bit for bit, and the same state in one process."""
     options = {"source": str(source(tmp_path, "deepseek_v3")), "dtype": "bfloat16", "optimizer": "ours"}

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from expertmesh import AutoModelForCausalLM
+from expertmesh.backends import interpreted
 from expertmesh.bench.rows import worst_error
+from expertmesh.bench.tiny import tiny_config
 from expertmesh.layers.base_model import as_stock
 from tests.models import load_ours, load_stock
 
@@ -15,9 +18,9 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def loss_and_gradients(model, ids):
+def loss_and_gradients(model, ids, called=None, **inputs):
     model.zero_grad()
-    loss = model(input_ids=ids, labels=ids).loss
+    loss = (model if called is None else called)(input_ids=ids, labels=ids, **inputs).loss
     loss.backward()
     return {"loss": loss.detach()} | {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
@@ -63,9 +66,9 @@ def gradients_by_torch_func(model):
     return torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
 
 
-def exported(model):
+def exported(model, strict=False):
     inputs = {"input_ids": IDS, "labels": IDS, "use_cache": False}
-    return {"logits": torch.export.export(model, (), inputs).module()(**inputs).logits}
+    return {"logits": torch.export.export(model, (), inputs, strict=strict).module()(**inputs).logits}
 
 
 @pytest.mark.parametrize("way", [gradients_by_torch_func, exported])
@@ -79,9 +82,29 @@ def test_what_transforms_or_exports_a_model_gets_transformers_code(family, way):
     assert error == 0 and type(ours.model.layers[0]).__fast__, where
 
 
-def test_one_graph_of_the_whole_model_is_refused_by_name():
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="load the model with fused=False"):
-        torch.compile(load_ours("qwen3_moe").train(), fullgraph=True, backend="eager")(input_ids=IDS, labels=IDS)
+def test_a_strict_export_is_a_single_graph():
+    got = exported(load_ours("qwen3_moe").train(), strict=True)["logits"]
+    assert torch.allclose(got, load_stock("qwen3_moe").train()(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "nemotron_h"])
+def test_a_whole_model_is_one_graph_without_kernels(family):
+    """With padding; within `interpreted` a kernel would run on the CPU."""
+    stock, ours = load_stock(family).train(), load_ours(family).train()
+    mask = torch.ones_like(IDS)
+    mask[1, 9:] = 0
+    want = loss_and_gradients(stock, IDS, attention_mask=mask)
+    with interpreted():
+        got = loss_and_gradients(ours, IDS, torch.compile(ours, fullgraph=True, backend="eager"), attention_mask=mask)
+    error, where = worst_error(got, want)
+    assert error < 1e-5 and got.keys() == want.keys(), where
+
+
+def test_one_graph_without_the_loss_that_was_asked_for_is_refused():
+    config = tiny_config("deepseek_v3", num_nextn_predict_layers=1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, mtp_loss_weight=0.3).train()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="leave fullgraph=True or mtp_loss_weight out"):
+        torch.compile(model, fullgraph=True, backend="eager")(input_ids=IDS, labels=IDS)
 
 
 @pytest.mark.parametrize(("asked", "within"), [("expertmesh", "grouped_mm"), ("batched_mm", "batched_mm")])

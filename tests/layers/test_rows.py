@@ -5,15 +5,22 @@ GPUs attend to documents by variable length. Here the reference stands in for th
 tests run all around it.
 """
 
+import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, masking_utils
+from transformers import (
+    DataCollatorWithFlattening,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    masking_utils,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from expertmesh import AutoModelForCausalLM, backends
+from expertmesh import AutoModelForCausalLM, backends, fuse
 from expertmesh.bench.parity import CPU_TOLERANCE, Case, compare_case
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import FAMILIES, tiny_config, tiny_model
@@ -199,6 +206,26 @@ def test_a_mask_of_ones_own_does_not_hide_documents_from_mamba():
     assert through_model(model, inputs).isfinite()
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "deepseek_v3", "qwen3_next"])
+def test_masks_of_four_dimensions_are_obeyed_as_in_stock(family):
+    """Whatever says what is hidden, and where a token sees nothing at all, as a collator's padding does."""
+    stock, ours = load_stock(family).train(), trained(family)
+    ids = tokens(ours, rows=2)
+    hides_some = torch.ones(2, 1, 12, 12).tril().bool()
+    hides_some[1, :, 6:, :6] = False
+    hides_all, labels = hides_some.clone(), ids.clone()
+    hides_all[1, :, 9:], labels[1, 9:] = False, -100
+    for seen in (hides_some, hides_all):
+        added = [
+            torch.zeros(seen.shape).masked_fill(~seen, low) for low in (-torch.inf, torch.finfo(torch.float32).min)
+        ]
+        for mask in (seen, *added):
+            inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+            want, got = (gradients(model, model(**inputs).loss) for model in (stock, ours))
+            error, where = worst_error(got, want)
+            assert error <= CPU_TOLERANCE and got.keys() == want.keys(), where
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3"])
 def test_padding_is_not_routed(family):
     model, routed = load_ours(family).train(), []
@@ -344,6 +371,63 @@ def test_only_labelled_tokens_pass_the_head(monkeypatch):
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     assert through_model(model, inputs).isnan() and through_model(model, inputs | {"num_items_in_batch": 4}) == 0
     assert loss.isfinite()
+
+
+@functools.cache
+def of_images():
+    """A tiny Qwen3-VL-MoE of stock's, whose positions are of time, height and width."""
+    text = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+    }
+    text |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Qwen3VLMoeForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("axes", [3, 4])
+@pytest.mark.parametrize("part", ["whole", "language_model"])  # which attends by masks of Transformers', and by ours
+def test_positions_on_several_axes_keep_documents_apart(part, axes):
+    stock = of_images() if part == "whole" else of_images().model.language_model
+    ours = fuse(copy.deepcopy(stock))
+    ids = torch.arange(3, 15)[None]
+    want = torch.cat([stock(part)[0] for part in ids.split(LENGTHS, dim=1)], dim=1)
+    for mask in (None, torch.ones_like(ids)):
+        got = ours(ids, position_ids=POSITIONS.expand(axes, 1, 12), attention_mask=mask)[0]
+        assert relative_error(got.detach(), want.detach()) <= CPU_TOLERANCE
+
+
+def test_positions_of_an_image_and_of_padding_begin_no_document():
+    stock, ours = of_images(), fuse(copy.deepcopy(of_images()))
+    of_image = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]])
+    positions = torch.cat([of_image, torch.arange(2, 7).expand(3, 5), of_image + 7], dim=1)[:, None]
+    padded = torch.cat([torch.zeros(3, 1, 3, dtype=torch.long), positions[..., :-3]], dim=-1)
+    positions = torch.cat([positions, padded], dim=1)
+    mask = torch.ones(2, positions.shape[-1], dtype=torch.long)
+    mask[1, :3] = 0
+    ids = torch.arange(3, 3 + mask.numel()).view(mask.shape)
+    want, got = (model(ids, position_ids=positions, attention_mask=mask).logits.detach() for model in (stock, ours))
+    assert relative_error(got[mask == 1], want[mask == 1]) <= CPU_TOLERANCE
+
+
+def test_positions_on_several_axes_are_refused_where_a_state_would_pass_on():
+    model = load_ours("qwen3_5_moe_text")
+    with pytest.raises(ValueError, match="packed sequences apart|would let one see another"):
+        model(input_ids=tokens(model), position_ids=POSITIONS.expand(3, 1, 12))
 
 
 @pytest.mark.parametrize("fast", [True, False])

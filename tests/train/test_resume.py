@@ -1,22 +1,29 @@
 """Checkpoints of the Trainer: whole, checked, the newest is found, and a run goes on bit for bit, on ranks too."""
 
+import functools
 import json
 import logging
 import os
+from types import SimpleNamespace
 from typing import ClassVar
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments, default_data_collator
 
 import expertmesh
 from expertmesh.checkpoint.publish import checkpoints, verify
+from expertmesh.train.folder import save_final
+from expertmesh.weights import files
 from expertmesh.weights.files import DamagedError
 from tests.distributed.ranks import on_ranks
 from tests.models import load_ours
+from tests.weights.test_files import killed_at
 
 
 def rows(count: int = 16) -> list[dict]:
@@ -183,3 +190,49 @@ def test_two_ranks_with_expert_parallelism_go_on_bit_for_bit_and_so_does_another
     assert whole[0][0] == pytest.approx(plain[0][0], rel=1e-5)
     for name, value in whole[0][1].items():
         torch.testing.assert_close(plain[0][1][name], value, rtol=1e-3, atol=1e-5)
+
+
+def with_adapter(number: int):
+    """A model whose adapter has this number in weights and configuration."""
+    model = peft.get_peft_model(load_ours("qwen3_moe"), peft.LoraConfig(target_modules=["q_proj"], lora_alpha=number))
+    for name, weight in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.constant_(weight, number)
+    return model
+
+
+def adapter_in(folder) -> set[float] | None:
+    """The numbers in an adapter's weights and configuration; None where PEFT finds no weights."""
+    if not (folder / "adapter_model.safetensors").exists():
+        return None
+    found = load_file(folder / "adapter_model.safetensors").values()
+    return {json.loads((folder / "adapter_config.json").read_text())["lora_alpha"], *(x.mean().item() for x in found)}
+
+
+@pytest.mark.parametrize("by", ["save_model", "save_final"])
+def test_a_kill_at_any_moment_leaves_one_adapter_or_none(by, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    write = peft.peft_model.safe_save_file
+
+    def written(*args, **kwargs):
+        write(*args, **kwargs)
+        files.sync(tmp_path)  # where `killed_at` may end the process: PEFT has written weights, and no configuration
+
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", written)
+
+    def saving(model):
+        if by == "save_model":
+            return functools.partial(trainer(tmp_path, model).save_model, tmp_path / "final")
+        return lambda: save_final(model, SimpleNamespace(save_pretrained=lambda folder: None), tmp_path / "final")
+
+    (save_old, save_new), seen = map(saving, map(with_adapter, (1, 2))), []
+    for operation in range(100):
+        save_old()
+        (tmp_path / "final" / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+        died = killed_at(operation, save_new)
+        seen.append(adapter_in(tmp_path / "final"))
+        assert seen[-1] in ({1}, {2}, None), operation
+        if not died:
+            break
+    assert {1} in seen and seen[-1] == {2} and len(seen) > 5
+    assert "Mine." in (tmp_path / "final" / "README.md").read_text()

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from expertmesh.backends import opaque
 from expertmesh.families.rules import fingerprint
 from expertmesh.layers.decoder import add_block
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.norm import can_merge
-from expertmesh.moe.block import FastSharedMoEBlock, add_scaled
+from expertmesh.moe.block import FastSharedMoEBlock, add_scaled, stock_block
 from expertmesh.twins import Fast, cache_of, untouched
 
 
@@ -62,7 +63,7 @@ class FastNemotronHMoEBlock(FastSharedMoEBlock):
     Then the residual waits for the projection back from that width, and is added by its matrix product.
     """
 
-    @torch.compiler.disable
+    @opaque(stock_block)
     def forward(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, scale: float = 1.0
     ) -> torch.Tensor:

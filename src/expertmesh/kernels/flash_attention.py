@@ -37,6 +37,7 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     return (
         backends.has_flash_attention(device)
+        and not backends.in_one_graph()
         and (width, value.shape[-1]) in WIDTHS
         and dtype in DTYPES
         and query.shape[2] == key.shape[2]

@@ -75,9 +75,12 @@ class FastBaseModel(Fast):
         if self._mamba2 and inputs.get("use_cache") is None and (training or call.targets is not None):
             inputs["use_cache"] = False  # with one our kernels do not run
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
-        mask, *told = (inputs.get(name) for name in ("attention_mask", "position_ids", "seq_idx"))
+        mask = inputs.get("attention_mask")
+        told: list[Any] = [inputs.get(name) for name in ("position_ids", "seq_idx")]
+        if _has_axes(told[0]):
+            told = [told[0][0], told[1]] if len(told[0]) == 4 else [None, _number(told[0], mask)]
         if not all(x is None or _is_of_rows(x, shape) for x in told):
-            return None  # positions on several axes
+            return None
         documents, apart = _given(inputs) if mask is None or self.told else None, None
         if documents is None and told[1] is None and inputs.get("cu_seq_lens_q") is not None:
             told[1] = document_of(inputs["cu_seq_lens_q"], *shape)  # beside a mask, or without a greatest length
@@ -128,7 +131,9 @@ class FastBaseModel(Fast):
         length, caching = found.keep.shape[1], inputs.get("use_cache")
         if caching is None:
             caching = getattr(self.config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
-        whole = call.predicts or caching or inputs.get("output_attentions") or found.labelled_padding or not found.count
+        of_images = _has_axes(inputs.get("position_ids")) or self.config.get_text_config() is not self.config
+        whole = call.predicts or of_images or caching or inputs.get("output_attentions")
+        whole = whole or found.labelled_padding or not found.count
         noisy = self.training and getattr(self.config, "router_jitter_noise", 0)  # drawn for each token, padding or not
         windows_shift = _has_windows(self.config, length) and found.has_holes
         if not (whole or noisy or windows_shift) and self._stateful is None and self._attends_by(length) != "masks":
@@ -170,8 +175,12 @@ class FastBaseModel(Fast):
         if documents is None:
             return
         number_BS = document_of(documents.cu_seqlens, *shape)
-        if inputs.get("position_ids") is None:
-            inputs["position_ids"] = torch.arange(shape[1], device=device) - document_starts(number_BS)
+        positions = inputs.get("position_ids")
+        if positions is None or (_has_axes(positions) and len(positions) == 3):
+            counted = torch.arange(shape[1], device=device) - document_starts(number_BS)
+            inputs["position_ids"] = (
+                counted if positions is None else torch.cat([counted.expand(positions[:1].shape), positions])
+            )
         if way == "documents":
             inputs["documents"] = documents
         if way == "flash" or self._stateful is not None:
@@ -239,6 +248,18 @@ def _names(cls: Any) -> list[str]:
 
 def _is_of_rows(x: Any, shape: tuple[int, int]) -> bool:
     return isinstance(x, torch.Tensor) and x.ndim == 2 and x.shape[1] == shape[1] and x.shape[0] in (1, shape[0])
+
+
+def _has_axes(positions: Any) -> bool:
+    """Whether positions are [3, B, S]: time, height and width, as images have; or [4, B, S], behind those of text."""
+    return isinstance(positions, torch.Tensor) and positions.ndim == 3
+
+
+def _number(axes_ABS: torch.Tensor, mask: Any) -> torch.Tensor:
+    """Numbers of documents [B, S]: one begins where all axes are at zero, or all fall; within an image some do."""
+    begins = (axes_ABS == 0).all(0)
+    begins[:, 1:] |= (axes_ABS.diff() < 0).all(0)
+    return (begins if mask is None or mask.shape != begins.shape else begins & (mask != 0)).cumsum(-1)
 
 
 def _has_windows(config: Any, length: int) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from expertmesh.backends import tell_once
-from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2
+from expertmesh.backends import in_one_graph, tell_once
+from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
 from expertmesh.twins import Fast, cache_of, untouched
 
 
@@ -50,7 +50,8 @@ class FastMamba2Mixer(Fast):
             self.norm.weight,
         )
         options = Mamba2Options(self.head_dim, self.n_groups, self.time_step_limit, self.norm.variance_epsilon)
-        y = mamba2(self.in_proj(hidden_states), weights, options, start_BS, attention_mask)
+        mixed = mamba2_reference if in_one_graph() else mamba2
+        y = mixed(self.in_proj(hidden_states), weights, options, start_BS, attention_mask)
         return self.out_proj(y.to(dtype))
 
     @staticmethod

@@ -42,8 +42,7 @@ def attend_with_sinks(
     if isinstance(padding, torch.Tensor):
         return eager_attention_forward(module, query, key, value, padding, scaling, dropout, **kwargs)
     bounds = None if documents is None else document_bounds
-    ours = dropout == 0 and takes(query) and s_aux is not None and getattr(module, "in_fused_model", False)
-    if ours:
+    if dropout == 0 and s_aux is not None and takes(query) and getattr(module, "in_fused_model", False):
         return sink_attention(query, key, value, s_aux, scaling, sliding_window, bounds, padding), None
     start, seen = bounds and bounds.start, padding and padding.seen
     mask = visible(query.shape[2], query.device, sliding_window, start, seen)[:, None]

@@ -7,9 +7,18 @@ from typing import Any
 
 import torch
 
+from expertmesh.backends import opaque
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.experts import NAME, is_experts
 from expertmesh.twins import Fast, untouched, watched
+
+
+def stock_block(
+    block: Any, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, scale: float = 1.0
+) -> torch.Tensor:
+    """residual + scale · what Transformers' code gives, which a graph can hold."""
+    out = type(block).__stock__.forward(block, hidden_states)
+    return out if residual is None else add_scaled(residual, out, scale)
 
 
 class FastMoEBlock(Fast):
@@ -21,7 +30,7 @@ class FastMoEBlock(Fast):
     probed = False
     router_name = "gate"
 
-    @torch.compiler.disable
+    @opaque(stock_block)
     def forward(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, scale: float = 1.0
     ) -> torch.Tensor:

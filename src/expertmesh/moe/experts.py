@@ -26,6 +26,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation
 
+from expertmesh.backends import opaque
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouped_down import down_dact
@@ -98,7 +99,14 @@ def _activation(experts: Any, watched: bool, constants: tuple[float, float]) -> 
     return next((a for a in known if torch.allclose(a.forward(h_SJ), theirs, rtol=1e-5, atol=1e-6)), own)
 
 
-@torch.compiler.disable
+def _of_transformers(
+    experts: Any, hidden_states: Any, ids_TK: Any, weight_TK: Any, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    out_TH = grouped_mm_experts_forward(experts, hidden_states, ids_TK, weight_TK)
+    return out_TH if residual is None else residual + out_TH.view(residual.shape)
+
+
+@opaque(_of_transformers)
 def experts_forward(
     experts: Any,
     hidden_states: torch.Tensor,
@@ -115,13 +123,12 @@ def experts_forward(
     act = activation_of(experts)
     if act is None:
         ids_TK = or_none(top_k_index, experts.num_experts)
-        out = grouped_mm_experts_forward(experts, hidden_states, ids_TK, top_k_weights)
-    else:
-        # under autocast Transformers computes experts in their weights' dtype too
-        x_TH = hidden_states.to(experts.down_proj.dtype)
-        if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype:
-            return compute(experts, act, x_TH, top_k_index, top_k_weights, residual)
-        out = compute(experts, act, x_TH, top_k_index, top_k_weights).to(hidden_states.dtype)
+        return _of_transformers(experts, hidden_states, ids_TK, top_k_weights, residual)
+    # under autocast Transformers computes experts in their weights' dtype too
+    x_TH = hidden_states.to(experts.down_proj.dtype)
+    if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype:
+        return compute(experts, act, x_TH, top_k_index, top_k_weights, residual)
+    out = compute(experts, act, x_TH, top_k_index, top_k_weights).to(hidden_states.dtype)
     return out if residual is None else residual + out.view(residual.shape)
 
 

@@ -13,7 +13,7 @@ from expertmesh.checkpoint.publish import newest_complete
 from expertmesh.parallel import ranks
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import explain, is_disk_full, refusing
-from expertmesh.train.resume import refuse_to_replace
+from expertmesh.train.resume import refuse_to_replace, replacing_adapter
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,11 @@ def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
     deadline = time.monotonic() + WAIT_FOR_ROOM
     while True:
         try:
-            model.save_pretrained(folder)
+            if hasattr(model, "peft_config"):
+                with replacing_adapter(folder) as staging:
+                    model.save_pretrained(staging, is_main_process=ranks.rank() == 0)
+            else:
+                model.save_pretrained(folder)
             with ranks.together():
                 if ranks.rank() == 0:
                     tokenizer.save_pretrained(folder)

@@ -198,8 +198,8 @@ def _not_owned(x: torch.Tensor) -> torch.Tensor:
     No eager step gets memory of that allocator, and only one shape is replayed at a time.
     """
     if isinstance(x, DTensor):
-        local, sizes = _not_owned(x.to_local()), {"shape": x.shape, "stride": x.stride()}
-        return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False, **sizes)
+        local, placed = _not_owned(x.to_local()), (x.device_mesh, x.placements)
+        return DTensor.from_local(local, *placed, run_check=False, shape=x.shape, stride=x.stride())
     if not x.numel():
         return x
     size = x.element_size()

@@ -9,19 +9,22 @@ is loaded from it, and holds the optimizer by parameter name, so that another la
 import logging
 import os
 import re
-from collections.abc import Sized
+import shutil
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import is_peft_model
 from transformers.trainer_callback import TrainerState
 
 from expertmesh.checkpoint import optimizer as optimizer_state
 from expertmesh.checkpoint.publish import checkpoints, is_complete, newest_complete, prune, publishing, verify
 from expertmesh.parallel import ranks
 from expertmesh.parallel.ranks import refuse_differences
-from expertmesh.weights.files import DamagedError, alone
+from expertmesh.weights.files import DamagedError, alone, replacing
 from expertmesh.weights.read import load_weights, weight_files
 
 log = logging.getLogger(__name__)
@@ -124,6 +127,12 @@ class ResumableTrainer(transformers.Trainer):
         with ranks.together():  # the optimizer comes next, which all ranks save together
             super().save_model(output_dir, _internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._staging is not None or not self.args.should_save or not is_peft_model(self.model):
+            return super()._save(output_dir, state_dict)
+        with replacing_adapter(output_dir or str(self.args.output_dir), ranks.ALONE) as staging:
+            super()._save(str(staging), state_dict)
+
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
@@ -168,6 +177,16 @@ class ResumableTrainer(transformers.Trainer):
         order = optimizer_state.load_optimizer(Path(checkpoint), self.model, self._torch_optimizer)
         state = torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True)
         self.lr_scheduler.load_state_dict(optimizer_state.regrouped(state, order))
+
+
+@contextmanager
+def replacing_adapter(folder: str | Path, group: Any = None) -> Iterator[Path]:
+    """`replacing` for an adapter: PEFT writes file by file, and goes on in the model card that it finds."""
+    with replacing(folder, group) as staging:
+        card = Path(folder, "README.md")
+        if ranks.rank(group) == 0 and card.is_file():
+            shutil.copy(card, staging)
+        yield staging
 
 
 def refuse_to_replace(output_dir: str, checkpoint: str | None) -> None:
