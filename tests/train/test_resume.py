@@ -23,7 +23,7 @@ from expertmesh.weights import files
 from expertmesh.weights.files import DamagedError
 from tests.distributed.ranks import on_ranks
 from tests.models import load_ours
-from tests.weights.test_files import killed_at
+from tests.weights.test_files import cut_short
 
 
 def rows(count: int = 16) -> list[dict]:
@@ -216,7 +216,7 @@ def test_a_kill_at_any_moment_leaves_one_adapter_or_none(by, tmp_path, monkeypat
 
     def written(*args, **kwargs):
         write(*args, **kwargs)
-        files.sync(tmp_path)  # where `killed_at` may end the process: PEFT has written weights, and no configuration
+        files.sync(tmp_path)  # where `cut_short` may end it: PEFT has written weights, and no configuration
 
     monkeypatch.setattr(peft.peft_model, "safe_save_file", written)
 
@@ -229,7 +229,7 @@ def test_a_kill_at_any_moment_leaves_one_adapter_or_none(by, tmp_path, monkeypat
     for operation in range(100):
         save_old()
         (tmp_path / "final" / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
-        died = killed_at(operation, save_new)
+        died = cut_short(operation, monkeypatch, save_new, killed=True)
         seen.append(adapter_in(tmp_path / "final"))
         assert seen[-1] in ({1}, {2}, None), operation
         if not died:
