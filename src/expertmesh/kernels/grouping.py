@@ -168,9 +168,10 @@ def _place_kernel(
         row = block * BLOCK + part * PART + lane
         valid = row < num_rows
         expert = tl.load(ids + row, mask=valid, other=0).to(tl.int32)
-        skipped = valid & ((expert < 0) | (expert >= num_experts))
-        expert = tl.where(valid, tl.where(skipped, -1, expert), -2)
+        # -1: nobody computes it here; -2: behind the last row
+        expert = tl.where(valid, tl.where((expert >= 0) & (expert < num_experts), expert, -1), -2)
         mine = expert[:, None] == bin[None, :]
+        skipped = expert == -1
         earlier = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
         start = tl.where(skipped, skipped_place, tl.sum(tl.where(mine, place[None, :], 0), axis=1))
         where = start + tl.sum(earlier.to(tl.int32), axis=1)
