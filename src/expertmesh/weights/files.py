@@ -181,7 +181,7 @@ def verify_sums(folder: str | Path, together: bool = False) -> None:
 
 def listed(path: Path) -> Digests:
     """What a list of sums, as `sha256sum` writes it, says. Raises DamagedError if it is none."""
-    lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in path.read_text(errors="replace").splitlines()]
+    lines = [re.fullmatch(r"(\S+) [ *](.+)", line) for line in path.read_text(errors="replace").splitlines()]
     if None in lines:
         raise DamagedError(f"{path} cannot be read as a list of SHA-256 sums. Restore it from a copy.")
     return {line[2]: line[1] for line in lines if line}
