@@ -6,7 +6,6 @@ stay.
 """
 
 import functools
-import operator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 
 # to the type checker a mixin's attributes and super() are those of whatever HF class it is mixed into
 _Stock: Any = Any if TYPE_CHECKING else object
-_hooks = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Fast(_Stock):
@@ -75,12 +73,13 @@ def untouched(module: nn.Module) -> bool:
     Transformers' parallelism replaces the forward of instances; users and frameworks put hooks and other classes.
     """
     known = type(module).__module__.startswith(("torch.", "transformers."))
-    return known and "forward" not in vars(module) and not any(_hooks(module))
+    return known and "forward" not in vars(module) and not watched(module)
 
 
 def watched(module: nn.Module) -> bool:
     """Whether somebody put a hook on it."""
-    return any(_hooks(module))
+    m = module
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def traced() -> bool:

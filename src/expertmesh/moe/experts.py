@@ -99,14 +99,7 @@ def _activation(experts: Any, watched: bool, constants: tuple[float, float]) -> 
     return next((a for a in known if torch.allclose(a.forward(h_SJ), theirs, rtol=1e-5, atol=1e-6)), own)
 
 
-def _of_transformers(
-    experts: Any, hidden_states: Any, ids_TK: Any, weight_TK: Any, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    out_TH = grouped_mm_experts_forward(experts, hidden_states, ids_TK, weight_TK)
-    return out_TH if residual is None else residual + out_TH.view(residual.shape)
-
-
-@opaque(_of_transformers)
+@opaque(grouped_mm_experts_forward)
 def experts_forward(
     experts: Any,
     hidden_states: torch.Tensor,
@@ -123,12 +116,13 @@ def experts_forward(
     act = activation_of(experts)
     if act is None:
         ids_TK = or_none(top_k_index, experts.num_experts)
-        return _of_transformers(experts, hidden_states, ids_TK, top_k_weights, residual)
-    # under autocast Transformers computes experts in their weights' dtype too
-    x_TH = hidden_states.to(experts.down_proj.dtype)
-    if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype:
-        return compute(experts, act, x_TH, top_k_index, top_k_weights, residual)
-    out = compute(experts, act, x_TH, top_k_index, top_k_weights).to(hidden_states.dtype)
+        out = grouped_mm_experts_forward(experts, hidden_states, ids_TK, top_k_weights)
+    else:
+        # under autocast Transformers computes experts in their weights' dtype too
+        x_TH = hidden_states.to(experts.down_proj.dtype)
+        if residual is not None and residual.dtype == x_TH.dtype == hidden_states.dtype:
+            return compute(experts, act, x_TH, top_k_index, top_k_weights, residual)
+        out = compute(experts, act, x_TH, top_k_index, top_k_weights).to(hidden_states.dtype)
     return out if residual is None else residual + out.view(residual.shape)
 
 

@@ -15,13 +15,20 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from expertmesh.backends import opaque
 from expertmesh.kernels.router import Routing, kernel_supports, route
 from expertmesh.kernels.router_logits import router_logits
 from expertmesh.moe.replay import kept
 from expertmesh.twins import Fast
 
 
-@torch.compiler.disable  # `kept` reads a context variable, which no graph can
+def _first_time(
+    logits_TE: torch.Tensor, routing: Routing, weight_dtype: torch.dtype, bias_E: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return logits_TE, *route(logits_TE, routing, bias_E, None, weight_dtype)
+
+
+@opaque(_first_time)  # `kept` reads a context variable, which no graph can
 def routed(
     logits_TE: torch.Tensor, routing: Routing, weight_dtype: torch.dtype, bias_E: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
