@@ -236,7 +236,7 @@ def link_of(group: dist.ProcessGroup, place: str) -> Collectives | Mailboxes:
     collectives. The ranks meet when it is first asked for, at `place`.
     """
     if group not in _links:
-        _mailboxes()
+        _opened()
         with waiting(place, hosts(group), group):
             reason = _why_no_mailboxes(group)
         how = "mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
@@ -245,7 +245,7 @@ def link_of(group: dist.ProcessGroup, place: str) -> Collectives | Mailboxes:
     return _links[group]
 
 
-def _mailboxes() -> list[Mailboxes]:
+def _opened() -> list[Mailboxes]:
     """All whose group still exists; others are freed here."""
     for group in _links.keys() - dist.distributed_c10d._world.pg_map.keys():
         del _links[group]
@@ -254,12 +254,12 @@ def _mailboxes() -> list[Mailboxes]:
 
 def mailboxes() -> list[Any]:
     """All that are in use: others, once larger ones are needed."""
-    return [box for link in _mailboxes() for box in link.boxes]
+    return [box for link in _opened() for box in link.boxes]
 
 
 def settle() -> None:
     """Let all ranks of each group read what came, so that any mailbox may be the next."""
-    for link in _mailboxes():
+    for link in _opened():
         if link.boxes:
             link.boxes[0].barrier()
 
