@@ -45,8 +45,9 @@ class Told(Exchange):
 
     asked: list[str]
 
-    def __init__(self, *_, ahead=False):
-        Told.asked, self.ahead = [], ahead
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        Told.asked = []
 
     def combine(self, made, residual):
         out = made.sums()
@@ -88,7 +89,7 @@ def test_no_gradient_travels_that_nobody_needs(trained, asked, backend, mesh):
 
 def test_a_call_takes_the_exchange_that_began_before_the_router(mesh):
     experts, transport = work.experts_of(8, slice(None)), mock.Mock(wraps=Told)
-    experts.forward = dispatch = Dispatch(transport, experts, mesh["ep"], mesh["tp"], ahead=True)
+    experts.forward = dispatch = Dispatch(transport, experts, mesh["ep"], mesh["tp"])
     x, ids, weights, residual = work.layer_inputs(5, None, seed=0)
     experts(x, ids, weights, residual=residual, exchange=dispatch.start(x))
     transport.assert_called_once_with(dispatch, x, ahead=True)
@@ -97,7 +98,7 @@ def test_a_call_takes_the_exchange_that_began_before_the_router(mesh):
 def test_nothing_goes_ahead_where_ranks_share_tokens(mesh):
     """Each sends a slice of them, which the call cuts."""
     tp_mesh = mock.Mock(wraps=mesh["tp"], size=lambda: 2)
-    assert Dispatch(Told, work.experts_of(8, slice(None)), mesh["ep"], tp_mesh, ahead=True).start(None) is None
+    assert Dispatch(Told, work.experts_of(8, slice(None)), mesh["ep"], tp_mesh).start(None) is None
 
 
 def test_a_layout_makes_it_the_forward_and_leaves_a_dispatch_of_others_where_it_is(mesh):
