@@ -124,6 +124,18 @@ def test_columns_in_turns_are_pulled_apart_in_half_precision_too():
         assert (got[name] - value).norm() < 3e-3 * value.norm(), name
 
 
+def test_a_gradient_without_memory_of_its_own_is_read_as_what_it_says():
+    """As `sum` gives it: one number for all."""
+    torch.manual_seed(0)
+    module, ids = _module(), ROUTINGS["random"]()
+    x, weight, dout = torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K), torch.ones(())
+    want = _run(experts_forward, module, x, ids, weight, dout.repeat(TOKENS, HIDDEN))
+    with backends.interpreted():
+        got = _run(experts_forward, module, x, ids, weight, dout.expand(TOKENS, HIDDEN))
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4)
+
+
 def test_every_kind_of_activation_is_recognised():
     kinds = {name: activation_of(_module(**flags)).kind for name, flags in LAYOUTS.items()}
     assert kinds["qwen"] == "silu" and kinds["gpt-oss"] == "clamped" and kinds["nemotron"] == "relu2"
@@ -131,12 +143,13 @@ def test_every_kind_of_activation_is_recognised():
     assert kinds["gelu gate"] == kinds["gelu, no gate"] == "custom"
 
 
-def test_backward_keeps_x_and_h_and_nothing_else_of_the_rows_size():
+@pytest.mark.parametrize("path", [contextlib.nullcontext, backends.interpreted], ids=["reference", "triton"])
+def test_backward_keeps_x_and_h_and_nothing_else_of_the_rows_size(path):
     module = _module()
     x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     ids, weight = ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with path(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         experts_forward(module, x, ids, weight)
     parameters = {p.data_ptr() for p in module.parameters()}
     activations = [t for t in saved if t.is_floating_point() and t.data_ptr() not in parameters]

@@ -141,6 +141,14 @@ def test_the_smallest_bucket_that_holds_a_row_is_taken():
     assert small != large and buckets.of(100, 3, 60) == small
 
 
+def test_a_new_bucket_is_made_for_what_was_large_before():
+    buckets = Buckets()
+    buckets.of(5000, 60, 3000)
+    bucket = buckets.of(7000, 1, 100)
+    assert buckets.of(7000, 60, 3000) == bucket and len(buckets.made) == 2
+    assert Buckets().of(4100, 30, 60).holds(4100, 30, 60), "1020 tokens are 16 documents of padding"
+
+
 def test_documents_are_those_that_are_told_unless_a_mask_takes_tokens_away():
     batch = packed()
     length, bounds = batch["input_ids"].numel(), batch["cu_seq_lens_q"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers.distributed import DistributedConfig
 
@@ -24,6 +25,11 @@ LAYOUTS = [
 ]
 
 
+def metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as weights:
+        return weights.metadata()
+
+
 def assert_same_checkpoint(written: Path, original: Path):
     """Keys, shapes, dtypes, bits and configuration; where there are several files, the index finds every tensor."""
     wanted, found = load_file(original / "model.safetensors"), {}
@@ -31,6 +37,7 @@ def assert_same_checkpoint(written: Path, original: Path):
     weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else {}
     for file in written.glob("*.safetensors"):
         tensors = load_file(file)
+        assert metadata(file) == metadata(original / "model.safetensors")
         assert not found.keys() & tensors.keys()
         assert not weight_map or all(weight_map[key] == file.name for key in tensors)
         found |= tensors
