@@ -111,13 +111,14 @@ def arms_of_loops(name: str) -> str:
     """All arms, with how far their steps are apart and what they lost."""
     result = load(name)
     cells = [
-        [loop, f"{batch} x {seq}", arm, row["step_ms"], f"{min(row['steps_ms'])} to {max(row['steps_ms'])}"]
+        [row["work"], loop, f"{batch} x {seq}", arm, row["step_ms"]]
+        + [f"{min(row['steps_ms'])} to {max(row['steps_ms'])}"]
         + [f"{row['tokens_per_second']:,}", row["peak_gib"], row.get("reserved_gib", "")]
         + [" ".join(f"{loss:.3f}" for loss in row["losses"])]
         for (_, _, loop, batch, seq), arms in places(result).items()
         for arm, row in arms.items()
     ]
-    header = ["loop", "rows", "arm", "step ms", "of all steps", "tokens/s", "peak GiB", "reserved", "losses"]
+    header = ["model", "loop", "rows", "arm", "step ms", "of all steps", "tokens/s", "peak GiB", "reserved", "losses"]
     return f"{table(header, cells)}\n\n{source(result)}"
 
 
@@ -305,17 +306,10 @@ def rows(name: str, *columns: str) -> str:
 
 
 def kernels(name: str) -> str:
-    """Our grouped kernels, beside those of libraries that the result has."""
+    """Our grouped kernels."""
     result = load(name)
-    libraries, cells = result.get("libraries", {}), []
-    for kernel, ours in result["kernels"].items():
-        cells.append([f"`{kernel}`", ours["ms"], ours["tflops"]])
-        for library in libraries.values():
-            found = {"ms": "failed", "tflops": ""} | library.get(kernel, {})
-            ratio = f"{ours['ms'] / found['ms']:.2f}" if found["tflops"] else ""
-            cells[-1] += [found["ms"], found["tflops"], ratio]
-    beside = [title for library in libraries for title in (f"{library} ms", "TFLOP/s", f"ours / {library}")]
-    return f"{table(['kernel', 'ours ms', 'TFLOP/s', *beside], cells)}\n\n{source(result)}"
+    cells = [[f"`{kernel}`", ours["ms"], ours["tflops"]] for kernel, ours in result["kernels"].items()]
+    return f"{table(['kernel', 'ms', 'TFLOP/s'], cells)}\n\n{source(result)}"
 
 
 def small_kernels(*words: str) -> str:
