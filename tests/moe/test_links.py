@@ -86,7 +86,7 @@ def test_boxes_stay_as_long_as_they_are_large_enough_and_their_places_go_with_th
 
 def test_ranks_settle_at_their_first_box(mailboxes, monkeypatch):
     met = []
-    monkeypatch.setattr(links, "_mailboxes", lambda: [mailboxes])
+    monkeypatch.setattr(links, "_opened", lambda: [mailboxes])
     monkeypatch.setattr(Memory, "barrier", lambda box: met.append(box))
     links.settle()
     assert not met, "they have none yet"

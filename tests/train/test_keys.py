@@ -104,8 +104,11 @@ def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:
     model.requires_grad_(True)
 
     def asked(what, answer):
-        def from_pretrained(name, **options):
-            found.update({f"{what}.name": name} | {f"{what}.{key}": value for key, value in options.items()})
+        def from_pretrained(pretrained_model_name_or_path, **options):
+            found.update(
+                {f"{what}.name": pretrained_model_name_or_path}
+                | {f"{what}.{key}": value for key, value in options.items()}
+            )
             return answer
 
         return from_pretrained

@@ -256,7 +256,7 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed(tmp_path, lost):
     left = {name: weight for name, weight in weights.items() if lost not in name}
     save_file(left, tmp_path / "checkpoint-2" / "model.safetensors", metadata={"format": "pt"})
     resumed = configured(tmp_path / "resumed", save__resume_from_checkpoint=tmp_path / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"checkpoint-2 is not what was saved: model.safetensors has \d+ bytes"):
+    with pytest.raises(ValueError, match="checkpoint-2 is not what was saved: model.safetensors has changed"):
         run(resumed)
     (tmp_path / "checkpoint-2" / "checkpoint.sha256").unlink()  # as after a save by another program
     with pytest.raises(ValueError, match=rf"checkpoint.* {lost.rpartition('.')[0]}|model.{lost.rpartition('.')[0]}"):
