@@ -8,7 +8,7 @@ from tests.models import saved
 
 
 @pytest.mark.parametrize("kind", ["stock", "ours", "trl", "our trl"])
-@pytest.mark.parametrize("layout", [{"ep_size": 2}, {}], ids=str)
+@pytest.mark.parametrize("layout", [{"ep_size": 2}, pytest.param({}, marks=pytest.mark.slow)], ids=str)
 def test_losses_norms_and_metrics_of_every_step(tmp_path, kind, layout):
     single = {"ours": "stock", "our trl": "trl"}.get(kind, kind)
     want = trainers.records(0, single, saved("qwen3_moe"), None, tmp_path)

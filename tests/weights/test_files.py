@@ -82,8 +82,10 @@ def cut_short(operation: int, monkeypatch, action, killed: bool) -> bool:
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (3, 3), (0, 2), (3, 0)])
-@pytest.mark.parametrize("same_config", [True, False])
-@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.parametrize(
+    ("same_config", "killed"),
+    [(True, True), (False, True), *(pytest.param(same, False, marks=pytest.mark.slow) for same in (True, False))],
+)
 def test_cut_short_at_any_moment_it_leaves_one_export_or_says_where(
     before, after, same_config, killed, tmp_path, monkeypatch
 ):
