@@ -87,54 +87,24 @@ def _concatenate(parts: list[tuple[str, "Dataset"]]) -> "Dataset":
 def _read(source: str, split: str, seed: int, name: str | None) -> "Dataset":
     import datasets
 
-    path, kinds = Path(source).expanduser(), ", ".join(BUILDERS)
-    place: tuple[Any, ...] = (source, name)
-    options, unreachable = {}, ValueError
     if source.startswith("demo:"):
         if source not in BUILT_IN:
             raise ValueError(f"There is no built-in dataset {source!r}. There are {', '.join(BUILT_IN)}.")
         _only_train(source, split, name)
         return datasets.Dataset.from_list(BUILT_IN[source](seed))
+    path = Path(source).expanduser()
     if path.is_file():
         _only_train(source, split, name)
-        if path.suffix not in BUILDERS:
-            raise ValueError(f"The data file {path} ends in {path.suffix!r}. Readable are {kinds}.")
-        if not path.stat().st_size:
-            raise ValueError(f"The data file {path} is empty. Give one that has rows.")
-        if path.suffix == ".txt":
-            return datasets.Dataset.from_dict({"text": _paragraphs(path)})
-        place, options = (BUILDERS[path.suffix],), {"data_files": str(path)}
-        what = f"The data file {path} cannot be read as {path.suffix[1:]}"
-        remedy = f"Mend the file, or give it the ending of what it is ({kinds})."
-    elif path.is_dir():
-        if (path / "state.json").exists():
-            return datasets.load_from_disk(path)
-        place = (str(path),)
-        what = f"The folder {path} cannot be read as a dataset with the split {split!r}"
-        remedy = (
-            f"It should hold files of one kind ({kinds}), their names telling the split, or be what "
-            "`Dataset.save_to_disk` wrote."
-        )
-    elif path.exists():
+        return _read_file(path)
+    if path.is_dir():
+        return _read_folder(path, split)
+    if path.exists():
         raise ValueError(
             f"{source!r} is neither a file nor a folder, but a device or a pipe. Write the rows to a file."
         )
-    elif path.suffix in BUILDERS or source.startswith((".", "/", "~")):
+    if path.suffix in BUILDERS or source.startswith((".", "/", "~")):
         raise ValueError(f"The data file {source!r} does not exist.{_nearest(path)}")
-    else:
-        unreachable = Unreachable
-        what = (
-            f"{source!r} is no file or folder here, and reading it from the Hugging Face Hub (split {split!r}) failed"
-        )
-        remedy = (
-            "Check the spelling and the split; for a private dataset log in with `hf auth login`; without a network "
-            f"give a local file, or one of {', '.join(BUILT_IN)}."
-        )
-    try:
-        return datasets.load_dataset(*place, split=split, **options)
-    except Exception as error:  # readers of six formats and the Hub have their own ways to say what is wrong
-        offline = datasets.config.HF_HUB_OFFLINE or isinstance(error, ConnectionError)
-        raise (unreachable if offline else ValueError)(f"{what}: {_cause(error)} {remedy}") from error
+    return _read_hub(source, split, name)
 
 
 def _only_train(source: str, split: str, name: str | None) -> None:
@@ -147,6 +117,24 @@ def _only_train(source: str, split: str, name: str | None) -> None:
         )
 
 
+def _read_file(path: Path) -> "Dataset":
+    import datasets
+
+    if path.suffix not in BUILDERS:
+        raise ValueError(f"The data file {path} ends in {path.suffix!r}. Readable are {', '.join(BUILDERS)}.")
+    if not path.stat().st_size:
+        raise ValueError(f"The data file {path} is empty. Give one that has rows.")
+    if path.suffix == ".txt":
+        return datasets.Dataset.from_dict({"text": _paragraphs(path)})
+    try:
+        return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # readers of six formats have their own ways to say what is wrong with a file
+        raise ValueError(
+            f"The data file {path} cannot be read as {path.suffix[1:]}: {_cause(error)} "
+            f"Mend the file, or give it the ending of what it is ({', '.join(BUILDERS)})."
+        ) from error
+
+
 def _paragraphs(path: Path) -> list[str]:
     try:
         text = path.read_text("utf-8")
@@ -155,6 +143,35 @@ def _paragraphs(path: Path) -> list[str]:
             f"The data file {path} is not UTF-8 text: {error}. Convert it, for example with iconv."
         ) from error
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _read_folder(path: Path, split: str) -> "Dataset":
+    import datasets
+
+    if (path / "state.json").exists():
+        return datasets.load_from_disk(path)
+    try:
+        return datasets.load_dataset(str(path), split=split)
+    except Exception as error:
+        raise ValueError(
+            f"The folder {path} cannot be read as a dataset with the split {split!r}: {_cause(error)} It should "
+            f"hold files of one kind ({', '.join(BUILDERS)}), their names telling the split, or be what "
+            "`Dataset.save_to_disk` wrote."
+        ) from error
+
+
+def _read_hub(source: str, split: str, name: str | None) -> "Dataset":
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, name, split=split)
+    except Exception as error:
+        offline = datasets.config.HF_HUB_OFFLINE or isinstance(error, ConnectionError)
+        raise (Unreachable if offline else ValueError)(
+            f"{source!r} is no file or folder here, and reading it from the Hugging Face Hub (split {split!r}) failed: "
+            f"{_cause(error)} Check the spelling and the split; for a private dataset log in with `hf auth login`; "
+            f"without a network give a local file, or one of {', '.join(BUILT_IN)}."
+        ) from error
 
 
 def _cause(error: BaseException) -> str:
