@@ -91,7 +91,7 @@ def adamw_reference_(
             p, g, m, v, [], [step], lr=lr, beta1=beta1, beta2=beta2, amsgrad=False, found_inf=found, **rest
         )
         for kept, new in _kept(update, used):
-            if found is not None and update.scales:  # PyTorch leaves floats as they are
+            if found is not None and (update.scales or update.master is not None):  # else PyTorch has left it as it is
                 new = torch.where(found != 0, kept, new)
             kept.copy_(new)  # nothing to do where it is the same memory
         if found is not None:

@@ -56,8 +56,14 @@ def round_stochastic(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
 def split(x: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 to the nearest bfloat16 and an int8 of 8 more bits of it, the last one stochastic by words [0, 2**8)."""
     bits = (x.contiguous().view(torch.int32) + words.int()) & -(2**8)
-    weight = (bits + 2**15) & -(2**16)
-    return weight.view(torch.float32).bfloat16(), ((bits - weight) >> 8).to(torch.int8)
+    weight = ((bits + 2**15) & -(2**16)).view(torch.float32).bfloat16()
+    return weight, rest_of(weight, bits.view(torch.float32))
+
+
+def rest_of(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What `join` adds to a bfloat16 weight to come to float32 x, of which it is the nearest."""
+    bits, of_weight = (y.float().contiguous().view(torch.int32) for y in (x, weight))
+    return ((bits - of_weight) >> 8).clamp(-128, 127).to(torch.int8)
 
 
 def join(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from expertmesh.kernels.block_quant import dequantize, join, quantize, split
+from expertmesh.kernels.block_quant import dequantize, join, quantize, rest_of
 from expertmesh.parallel.clip import local
 
 STATES = ("8bit", "24bit", "float32")
@@ -124,11 +124,8 @@ def convert(parameter: nn.Parameter, state: dict[str, Any], form: Form, stream: 
         del floats
         for name in (key, f"{key}_8bit", f"{key}_scale"):
             old.pop(name, None)
-    if form.master == torch.int8:
-        # a master's own weight is its nearest bfloat16, so that the model stays as it is
-        local(state[REST]).copy_(split(whole, torch.zeros(whole.shape, dtype=torch.int32, device=whole.device))[1])
-    elif form.master:
-        local(state[MASTER]).copy_(whole)
+    if form.master:
+        local(state[MASTER if MASTER in state else REST]).copy_(whole if MASTER in state else rest_of(weight, whole))
 
 
 def has_form(state: dict[str, Any], form: Form, states: str | None) -> bool:
@@ -143,7 +140,18 @@ def has_form(state: dict[str, Any], form: Form, states: str | None) -> bool:
     codes, scales = (state.get(f"exp_avg_{kind}") for kind in ("8bit", "scale"))
     if codes is None or (REST in state) != bool(form.master):
         return False
-    return local(codes).shape[-1] == local(scales).shape[-1] * form.size and STREAM in state
+    return codes.shape[-1] == scales.shape[-1] * form.size and STREAM in state  # of all ranks' rows
+
+
+def tensors_of(state: dict[str, Any], form: Form) -> dict[str, Any]:
+    """What an `Update` takes of a state of this form: this rank's pieces."""
+    if not form.size:
+        kept = {key: local(state[key]) for key in MOMENTS}
+        return kept | {"master": local(state[MASTER])} if form.master else kept
+    kept = {key: local(state[f"{key}_8bit"]) for key in MOMENTS}
+    scales = tuple(local(state[f"{key}_scale"]) for key in MOMENTS)
+    master = local(state[REST]) if form.master else None
+    return {**kept, "scales": scales, "master": master, "stream": state[STREAM], "first": form.first}
 
 
 def is_plain(state: dict[str, Any]) -> bool:
