@@ -1,4 +1,4 @@
-"""8-bit states: what codes lose, that nothing small is lost, that rounding is right in the mean, and kernel = reference."""
+"""8-bit states: codes lose little and nothing small, rounding is right in the mean, and the kernel is its reference."""
 
 from typing import Any
 
@@ -78,7 +78,9 @@ def test_random_numbers_are_of_stream_step_and_place_alone():
     one, two = random_words(1, step, 0, like)
     assert torch.equal(one[100:], random_words(1, step, 100, like)[0][:-100])
     for other in (random_words(2, step, 0, like)[0], random_words(1, step + 1, 0, like)[0], two):
-        assert (one == other).sum() < 3 and abs(torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1]) < 0.05
+        assert (one == other).sum() < 3 and abs(
+            torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1]
+        ) < 0.05
     for word in (one, two):
         assert len(word.unique()) > 9990 and word.max() < 2**32
         bits = (word[:, None] >> torch.arange(32)) & 1
@@ -156,7 +158,9 @@ def test_steps_equal_the_reference(dtype, master, small_chunks):
 def test_a_step_of_8_bit_moments_is_near_one_of_floats():
     """After a step from zeros the moments are those of the gradient, and the weight is moved as without codes."""
     (mine,) = ours = [update(0, (64, 256), 256, torch.float32, None)]
-    theirs = [Update(mine.weight.clone(), mine.grad, torch.zeros(64, 256), torch.zeros(64, 256), torch.zeros(()), GROUP)]
+    theirs = [
+        Update(mine.weight.clone(), mine.grad, torch.zeros(64, 256), torch.zeros(64, 256), torch.zeros(()), GROUP)
+    ]
     weight = mine.weight.clone()
     for _ in range(20):
         mine.grad.copy_(torch.randn(64, 256) + 0.5)

@@ -124,13 +124,19 @@ def test_a_few_steps_are_near_those_of_float32(states, dtype):
         mine.step()
         other.step()
     for name, weight in model.named_parameters():
-        got, want = floats(weight, mine.state[weight]), floats(exact.get_parameter(name), other.state[exact.get_parameter(name)])
+        got, want = (
+            floats(weight, mine.state[weight]),
+            floats(exact.get_parameter(name), other.state[exact.get_parameter(name)]),
+        )
         moved = want["weight"] - before.get_parameter(name)
         rounding = 2**-7 * want["weight"].norm() if states == "8bit" and dtype == torch.bfloat16 else 0
         bound = 0.03 if states != "float32" else 1e-4
         assert (got["weight"] - want["weight"]).norm() < bound * moved.norm() + rounding, name
         for key in low_memory.MOMENTS:
-            assert (got[key] - want[key]).norm() < (0.06 if states != "float32" else 1e-5) * want[key].norm(), (name, key)
+            assert (got[key] - want[key]).norm() < (0.06 if states != "float32" else 1e-5) * want[key].norm(), (
+                name,
+                key,
+            )
 
 
 def losses(states: str | None, dtype: torch.dtype, steps: int = 150) -> float:
@@ -143,7 +149,11 @@ def losses(states: str | None, dtype: torch.dtype, steps: int = 150) -> float:
     for step in range(steps):
         x = torch.randn(64, 32, generator=torch.Generator().manual_seed(step))
         y = teacher(x).detach()
-        loss = (torch.func.functional_call(model, {n: p.float() for n, p in model.named_parameters()}, x) - y).square().mean()
+        loss = (
+            (torch.func.functional_call(model, {n: p.float() for n, p in model.named_parameters()}, x) - y)
+            .square()
+            .mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

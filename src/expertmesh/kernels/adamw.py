@@ -19,7 +19,7 @@ import torch
 
 from expertmesh.backends import tl, triton
 from expertmesh.kernels import block_quant, tensor_lists
-from expertmesh.kernels.block_quant import decode, encode, joined, largest, rounded, parted, words
+from expertmesh.kernels.block_quant import decode, encode, joined, largest, parted, rounded, words
 from expertmesh.kernels.launch import launched
 from expertmesh.kernels.tensor_lists import base, chunk_of, elements, store
 
@@ -32,7 +32,7 @@ class Update(NamedTuple):
     """What one parameter's step takes: dense tensors of one shape, the count of steps (float32 scalar) beside them, and
     its group's options under PyTorch's names: lr (a float or scalar), betas, eps, weight_decay, maximize.
 
-    master: what is stepped in a bfloat16 weight's place, in float32, or the 8 bits of it that the weight lacks, in int8.
+    master: what is stepped in a bfloat16 weight's place, in float32, or 8 bits that the weight lacks, in int8.
     scales: of exp_avg (int8) and exp_avg_sq (uint8), as `quantize` makes them; a bfloat16 weight without a master is
     then rounded stochastically. stream, first: whose random numbers, and from which place on (`random_words`).
     """

@@ -54,9 +54,7 @@ def form_of(parameter: torch.Tensor, states: str | None) -> Form:
         return Form(0, torch.float32, torch.float32 if narrow else None, 0)
     first = 0
     if isinstance(parameter, DTensor):
-        _, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
+        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
         first = sum(at * step for at, step in zip(offset, _strides(parameter.shape), strict=True))
     return Form(size, None, torch.int8 if narrow and states == "24bit" else None, first)
 
@@ -69,7 +67,9 @@ def refuse(parameters: Iterable[torch.Tensor], states: str | None) -> None:
     if states is not None and (odd := dtypes - {torch.bfloat16, torch.float32}):
         raise ValueError(f"states={states!r} are of bfloat16 and float32 weights, not of {odd.pop()}: cast the model.")
     if states == "24bit" and dtypes and torch.bfloat16 not in dtypes:
-        raise ValueError('states="24bit" extends bfloat16 weights, and these are float32: use "8bit", or cast the model.')
+        raise ValueError(
+            'states="24bit" extends bfloat16 weights, and these are float32: use "8bit", or cast the model.'
+        )
 
 
 def bytes_kept(parameters: Iterable[torch.Tensor], states: str | None) -> int:
@@ -137,10 +137,10 @@ def has_form(state: dict[str, Any], form: Form, states: str | None) -> bool:
             and REST not in state
             and (states is None or state["exp_avg"].dtype == form.dtype)
         )
-    codes, scales = (state.get(f"exp_avg_{kind}") for kind in ("8bit", "scale"))
-    if codes is None or (REST in state) != bool(form.master):
+    if "exp_avg_8bit" not in state or (REST in state) != bool(form.master):
         return False
-    return codes.shape[-1] == scales.shape[-1] * form.size and STREAM in state  # of all ranks' rows
+    rows, blocks = (state[f"exp_avg_{kind}"].shape[-1] for kind in ("8bit", "scale"))  # of all ranks
+    return rows == blocks * form.size and STREAM in state
 
 
 def tensors_of(state: dict[str, Any], form: Form) -> dict[str, Any]:
