@@ -31,6 +31,8 @@ BYTES_PER_MS = 4.25e9
 FLOP_PER_MS = 788e9
 EPS = 1e-6
 EXPERTS, TOP_K = 128, 8
+#: bytes of an element that clipping and a step of AdamW must move: gradient (twice), weight and states
+UPDATES = {None: 16, "8bit": 12 + 16 / 256, "24bit": 14 + 16 / 256, "float32": 30}
 
 
 def liger() -> dict[str, Callable]:
@@ -137,14 +139,17 @@ def routing_cases(tokens: int, hidden: int) -> Iterator[tuple[str, Callable, Cal
     yield "unsort", *back, (parts, position), rows * (6 * 4 + 4 + 2) / BYTES_PER_MS, 0.0
     grad, s = leaf(16 * tokens, hidden).detach(), torch.tensor(1.001, device=y.device)
     yield "squared_sum", lambda g: squared_sum([g]), lambda g: squared_sum_reference([g]), (grad,), 16 * row, 0.0
-    yield update_case(torch.nn.Parameter(leaf(16 * tokens, hidden).detach()), row)
+    for states, moved in UPDATES.items():
+        yield update_case(torch.nn.Parameter(leaf(16 * tokens, hidden).detach()), row, states, moved)
     yield "scale_", lambda g: scale_([g], s) or g, lambda g: scale_reference_([g], s) or g, (grad,), 32 * row, 0.0
 
 
-def update_case(weight: torch.nn.Parameter, row: float) -> tuple[str, Callable, Callable, tuple, float, float]:
-    """As `cases`: clipping and AdamW, which read the gradient twice, the weight and two states, and write three."""
+def update_case(
+    weight: torch.nn.Parameter, row: float, states: str | None, moved: float
+) -> tuple[str, Callable, Callable, tuple, float, float]:
+    """As `cases`: clipping and AdamW, beside PyTorch's with moments in the weight's dtype."""
     weight.grad = torch.randn_like(weight)
-    ours = AdamW([weight], lr=1e-5, max_grad_norm=1.0)
+    ours = AdamW([weight], lr=1e-5, max_grad_norm=1.0, states=states)
     stock = torch.optim.AdamW([weight], lr=1e-5, fused=True)
 
     def ours_step() -> torch.Tensor:
@@ -156,7 +161,8 @@ def update_case(weight: torch.nn.Parameter, row: float) -> tuple[str, Callable, 
         stock.step()
         return weight
 
-    return "clip and adamw", ours_step, stock_step, (), 16 * 8 * row, 0.0
+    name = "clip and adamw" + (f", {states}" if states else "")
+    return name, ours_step, stock_step, (), 16 * moved / 2 * row, 0.0
 
 
 def rows(sizes: tuple[int, int, int], repeats: int, only: list[str]) -> Iterator[dict[str, Any]]:

@@ -85,6 +85,8 @@ VALUES = [
     ("train.optim=adamw_torch_fuse", "did you mean 'adamw_torch_fused'"),
     ("train.optim=adamw_bnb_8bit", "bitsandbytes"),
     ("train.optim=lomo", "train.optim: lomo cannot be used here"),
+    ("train.optim_states=4bit", "'8bit', '24bit' or 'float32'"),
+    ("train.optim_states=24bit", "Set model.dtype=bfloat16, or take 8bit"),
     ("train.lr_scheduler_type=cosinus", "did you mean 'cosine'"),
     ("train.lr_scheduler_type=warmup_stable_decay", "train.lr_scheduler_type: warmup_stable_decay needs"),
     ("train.lr_scheduler_type=reduce_lr_on_plateau", "set log.eval_steps"),

@@ -305,6 +305,14 @@ def test_whoever_says_otherwise_gets_another_optimizer(tmp_path, capsys):
     assert logged(run) == pytest.approx(logged(stock), rel=2e-5)
 
 
+def test_a_word_chooses_its_states(tmp_path):
+    run = trainer(tmp_path, optim_args="states=8bit")
+    assert logged(run) == pytest.approx(logged(trainer(tmp_path)), rel=0.05)
+    assert run._torch_optimizer.states == "8bit"
+    with pytest.raises(ValueError, match="states= is of expertmesh's AdamW, not of Adafactor"):
+        trainer(tmp_path, optim="adafactor", optim_args="states=8bit").create_optimizer()
+
+
 def test_the_stock_trainer_takes_it_with_its_own_clipping_or_ours(tmp_path):
     want = logged(trainer(tmp_path, transformers.Trainer, max_grad_norm=0.5))
     ours = expertmesh.AdamW, {"lr": 1e-2}

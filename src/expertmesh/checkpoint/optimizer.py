@@ -5,6 +5,7 @@ torch's own `get_optimizer_state_dict` takes a step with zero gradients to creat
 says about it, so nothing is stepped, and it stays exactly what was saved.
 """
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
 from expertmesh.memory.adamw import IMPLEMENTATION
@@ -106,7 +107,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
         optimizer.state[named[name]] |= numbers
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
-        optimizer.state[named[name]][key] = _laid_out(value, getattr(named[name], "placements", ()))
+        optimizer.state[named[name]][key] = _laid_out(value, _placements(named[name], value.shape))
     names = {parameter: name for name, parameter in named.items()}
     order = []
     for group in optimizer.param_groups:
@@ -170,8 +171,8 @@ def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimiz
             tensors[path] = torch.empty((), dtype=dtype, device=parameter.device if on_device[parameter] else "cpu")
         elif not isinstance(parameter, DTensor):
             tensors[path] = torch.empty(shape, dtype=dtype, device=parameter.device)
-        elif shape == parameter.shape:
-            mesh, placements = parameter.device_mesh, _simple(parameter)
+        elif shape[:-1] == parameter.shape[:-1]:  # of its shape, or with something of each block of a row
+            mesh, placements = parameter.device_mesh, tuple(map(_plain, _placements(parameter, shape)))
             tensors[path] = empty_dtensor(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
         else:
             raise ValueError(
@@ -183,10 +184,23 @@ def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimiz
 
 def _simple(x: Any) -> tuple[Any, ...]:
     """Its placements, with contiguous shards for the strided ones of FSDP2 over EP and TP: files have no strides."""
-    return tuple(
-        placement if placement.is_replicate() else Shard(placement.dim)  # Shard(d) and _StridedShard(d)
-        for placement in getattr(x, "placements", ())
-    )
+    return tuple(map(_plain, getattr(x, "placements", ())))
+
+
+def _plain(placement: Any) -> Any:
+    return placement if placement.is_replicate() else Shard(placement.dim)  # Shard(d) and _StridedShard(d)
+
+
+def _placements(parameter: Any, shape: torch.Size) -> tuple[Any, ...]:
+    """The parameter's, for state of it of this shape; rows of blocks that ranks cannot share out are whole on each."""
+    placements = getattr(parameter, "placements", ()) if shape else ()
+    if shape == parameter.shape or not placements:
+        return placements
+    across = [not placement.is_replicate() and placement.dim == len(shape) - 1 for placement in placements]
+    parts = math.prod(size for size, is_across in zip(parameter.device_mesh.shape, across, strict=True) if is_across)
+    if shape[-1] % parts == 0:
+        return placements
+    return tuple(Replicate() if is_across else each for each, is_across in zip(placements, across, strict=True))
 
 
 def _laid_out(value: Any, placements: tuple[Any, ...]) -> Any:

@@ -6,6 +6,9 @@
 Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, in the order in which `torch.optim.AdamW(fused=True)` computes
 it: in float32, each result rounded once. g is the gradient times a scale that stays on the device, so that clipping
 costs no pass of its own.
+
+Low-memory states go through the same kernel: moments in 8 bits (block_quant.py), of which a program holds whole blocks,
+and weights rounded stochastically, or kept more exactly beside the model's.
 """
 
 import math
@@ -15,17 +18,23 @@ from typing import Any, NamedTuple
 import torch
 
 from expertmesh.backends import tl, triton
-from expertmesh.kernels import tensor_lists
+from expertmesh.kernels import block_quant, tensor_lists
+from expertmesh.kernels.block_quant import decode, encode, joined, largest, parted, rounded, words
 from expertmesh.kernels.launch import launched
 from expertmesh.kernels.tensor_lists import base, chunk_of, elements, store
 
 OPTIONS = {"BLOCK": 1024, "num_warps": 4}
+BLOCK_OPTIONS = {"BLOCK": 1024, "num_warps": 4}  # with moments in 8 bits; a whole number of blocks
 SHARED = 10  # float32 numbers that the elements of a tensor share
 
 
 class Update(NamedTuple):
     """What one parameter's step takes: dense tensors of one shape, the count of steps (float32 scalar) beside them, and
     its group's options under PyTorch's names: lr (a float or scalar), betas, eps, weight_decay, maximize.
+
+    master: what is stepped in a bfloat16 weight's place, in float32, or 8 bits that the weight lacks, in int8.
+    scales: of exp_avg (int8) and exp_avg_sq (uint8), as `quantize` makes them; a bfloat16 weight without a master is
+    then rounded stochastically. stream, first: whose random numbers, and from which place on (`random_words`).
     """
 
     weight: torch.Tensor
@@ -34,6 +43,15 @@ class Update(NamedTuple):
     exp_avg_sq: torch.Tensor
     step: torch.Tensor
     options: Mapping[str, Any]
+    master: torch.Tensor | None = None
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    stream: int = 0
+    first: int = 0
+
+    @property
+    def size(self) -> int:
+        """Elements of a block; 0: the moments are floats."""
+        return self.exp_avg.shape[-1] // self.scales[0].shape[-1] if self.scales else 0
 
 
 def adamw_(updates: Sequence[Update], scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None) -> None:
@@ -41,22 +59,25 @@ def adamw_(updates: Sequence[Update], scale: torch.Tensor | None = None, found_i
 
     scale, found_inf: float32 scalars on a device; where found_inf is not 0 nothing changes, no count of steps either.
     """
-    together, others = tensor_lists.launches(update[:4] for update in updates)
-    for (device, *_, aligned), members in together.items():
-        with torch.cuda.device_of(updates[members[0]].weight):
-            on_device = [None if x is None else x.to(device, non_blocking=True) for x in (scale, found_inf)]
-            _launch([updates[i] for i in members], device, aligned, *on_device)
-    adamw_reference_([updates[i] for i in others], scale, found_inf)
+    for size in dict.fromkeys(update.size for update in updates):
+        alike = [update for update in updates if update.size == size]
+        together, others = tensor_lists.launches([x for x in (*u[:4], u.master) if x is not None] for u in alike)
+        for (device, *_, aligned), members in together.items():
+            with torch.cuda.device_of(alike[members[0]].weight):
+                on_device = [None if x is None else x.to(device, non_blocking=True) for x in (scale, found_inf)]
+                _launch([alike[i] for i in members], size, device, aligned, *on_device)
+        adamw_reference_([alike[i] for i in others], scale, found_inf)
 
 
 def adamw_reference_(
     updates: Sequence[Update], scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
 ) -> None:
     """The specification of `adamw_`: PyTorch's fused AdamW, in float32 or wider."""
-    for *tensors, step, options in updates:
-        weight, lr = tensors[0], options["lr"]
+    for update in updates:
+        weight, step, options = update.weight, update.step, update.options
+        lr = options["lr"]
         wide = torch.promote_types(weight.dtype, torch.float32)
-        used = [x.to(wide).contiguous() for x in tensors]
+        used = [x.to(wide).contiguous() for x in _floats(update)]
         if scale is not None:
             used[1] = used[1] * scale.to(weight.device, non_blocking=True)
         if isinstance(lr, torch.Tensor) and not lr.is_cpu:
@@ -69,20 +90,61 @@ def adamw_reference_(
         torch._fused_adamw_(
             p, g, m, v, [], [step], lr=lr, beta1=beta1, beta2=beta2, amsgrad=False, found_inf=found, **rest
         )
+        for kept, new in _kept(update, used):
+            if found is not None and (update.scales or update.master is not None):  # else PyTorch has left it as it is
+                new = torch.where(found != 0, kept, new)
+            kept.copy_(new)  # nothing to do where it is the same memory
         if found is not None:
             step -= found
-        for i in (0, 2, 3):
-            tensors[i].copy_(used[i])  # nothing to do where it is the same memory
+
+
+def _floats(update: Update) -> list[torch.Tensor]:
+    """Weight, gradient and moments as numbers."""
+    weight, grad, *moments = update[:4]
+    if update.master is not None:
+        is_rest = update.master.dtype == torch.int8
+        weight = block_quant.join(weight, update.master) if is_rest else update.master
+    if update.scales:
+        moments = [block_quant.dequantize(*pair) for pair in zip(moments, update.scales, strict=True)]
+    return [weight, grad, *moments]
+
+
+def _kept(update: Update, used: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(what is kept, its new value) for weight and state, from what `_floats` gave after the step."""
+    weight, _, avg, square = used
+    if not update.scales:
+        kept = [(update.weight, weight), (update.exp_avg, avg), (update.exp_avg_sq, square)]
+        return kept if update.master is None else [*kept, (update.master, weight)]
+    for_weight, word = block_quant.random_words(update.stream, update.step, update.first, weight)
+    avg_sets = block_quant.quantize(avg, update.size, True, (word >> 16) / 2**16)
+    square_sets = block_quant.quantize(square, update.size, False, (word & 0xFFFF) / 2**16)
+    new: dict[str, torch.Tensor] = {"weight": weight}
+    if update.master is not None:
+        new["weight"], rest = block_quant.split(weight, for_weight & 0xFF)
+    elif update.weight.dtype == torch.bfloat16:
+        new["weight"] = block_quant.round_stochastic(weight, for_weight & 0xFFFF)
+    kept = [(update.weight, new["weight"]), (update.exp_avg, avg_sets[0]), (update.exp_avg_sq, square_sets[0])]
+    kept += zip(update.scales, (avg_sets[1], square_sets[1]), strict=True)
+    return kept if update.master is None else [*kept, (update.master, rest)]
 
 
 def _launch(
-    updates: list[Update], device: torch.device, aligned: bool, scale: torch.Tensor | None,
+    updates: list[Update], size: int, device: torch.device, aligned: bool, scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
 ) -> None:  # fmt: skip
     groups = {id(update.options): update.options for update in updates}
     number = {key: i for i, key in enumerate(groups)}
     counts = [update.weight.numel() for update in updates]
-    rows = [[*(x.data_ptr() for x in update[:5]), number[id(update.options)]] for update in updates]
+    rows = [
+        [
+            *(x.data_ptr() for x in update[:5]),
+            number[id(update.options)],
+            *(0 if x is None else x.data_ptr() for x in (update.master, *(update.scales or (None, None)))),
+            update.stream,
+            update.first,
+        ]
+        for update in updates
+    ]
     of_chunk, table, options = tensor_lists.on_device(counts, rows, device, [_numbers(g) for g in groups.values()])
     for row, group in zip(options, groups.values(), strict=True):
         if isinstance(group["lr"], torch.Tensor) and not group["lr"].is_cpu:
@@ -90,8 +152,10 @@ def _launch(
     shared = torch.empty(len(updates), SHARED, dtype=torch.float32, device=device)
     _prepare_kernel[(len(updates),)](table, options, updates[0].step, scale, found_inf, shared, num_warps=1)
     if len(of_chunk):
-        constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, **OPTIONS}
-        _adamw_kernel[(len(of_chunk),)](of_chunk, table, shared, *updates[0][:4], **constants)
+        constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, "SIZE": size}
+        constants |= BLOCK_OPTIONS if size else OPTIONS
+        like = *updates[0][:5], updates[0].master
+        _adamw_kernel[(len(of_chunk),)](of_chunk, table, shared, *like, **constants)
 
 
 def _numbers(group: Mapping[str, Any]) -> list[float]:
@@ -104,7 +168,7 @@ def _numbers(group: Mapping[str, Any]) -> list[float]:
 @launched
 def _prepare_kernel(table, numbers, like, scale, found_inf, shared):
     """Counts the step of one tensor and writes what its elements share, computed in float64."""
-    row = table + tl.program_id(0) * 9
+    row = table + tl.program_id(0) * 14
     of_group = numbers + tl.load(row + 8) * 8
     to = shared + tl.program_id(0) * 10
     lr, beta1, beta2 = tl.load(of_group), tl.load(of_group + 1), tl.load(of_group + 2)
@@ -131,41 +195,103 @@ def _prepare_kernel(table, numbers, like, scale, found_inf, shared):
 
 @launched
 def _adamw_kernel(
-    of_chunk, table, shared, weight_like, grad_like, avg_like, square_like,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    of_chunk, table, shared, weight_like, grad_like, avg_like, square_like, step_like, master_like,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, row, start, count = chunk_of(of_chunk, table, 9, CHUNK)
+    tensor, row, start, count = chunk_of(of_chunk, table, 14, CHUNK)
     shared += tensor * 10
     if tl.load(shared + 9) == 0.0:
         weight, grad = base(tl.load(row + 3), start, weight_like), base(tl.load(row + 4), start, grad_like)
         avg, square = base(tl.load(row + 5), start, avg_like), base(tl.load(row + 6), start, square_like)
-        bases = weight, grad, avg, square
+        master = weight
+        if master_like is not None:
+            master = base(tl.load(row + 9), start, master_like)
+        bases = weight, grad, avg, square, master
         step_size, correction, decay = tl.load(shared), tl.load(shared + 1), tl.load(shared + 2)
         betas = tl.load(shared + 3), tl.load(shared + 4), tl.load(shared + 5), tl.load(shared + 6)
         numbers = step_size, correction, decay, betas, tl.load(shared + 7), tl.load(shared + 8)
         lane = tl.arange(0, BLOCK)
         whole = count // BLOCK * BLOCK  # without a mask loads and stores are wide
-        for begin in range(0, whole, BLOCK):
-            _update(bases, begin + lane, None, numbers, ALIGNED)
-        if whole < count:
-            _update(bases, whole + lane, whole + lane < count, numbers, ALIGNED)
+        if SIZE:
+            block = tl.arange(0, BLOCK // SIZE)
+            avg_scale = base(tl.load(row + 10), start // SIZE, shared)
+            square_scale = base(tl.load(row + 11), start // SIZE, shared)
+            step = tl.load(tl.load(row + 7).to(step_like.dtype))  # counted already
+            stream, first = tl.load(row + 12), tl.load(row + 13) + start
+            for begin in range(0, whole, BLOCK):
+                at, of = begin + lane, begin // SIZE + block
+                random = words(stream, step, first, at)
+                _update_blocks(bases, avg_scale + of, square_scale + of, at, None, None, random, numbers, ALIGNED, SIZE)
+            if whole < count:
+                at, of = whole + lane, whole // SIZE + block
+                random, mask, of_mask = words(stream, step, first, at), at < count, of < count // SIZE
+                scales = avg_scale + of, square_scale + of
+                _update_blocks(bases, scales[0], scales[1], at, mask, of_mask, random, numbers, ALIGNED, SIZE)
+        else:
+            for begin in range(0, whole, BLOCK):
+                _update(bases, begin + lane, None, numbers, ALIGNED)
+            if whole < count:
+                _update(bases, whole + lane, whole + lane < count, numbers, ALIGNED)
 
 
 @triton.jit
 def _update(bases, at, mask, numbers, ALIGNED: tl.constexpr):
     """One step of the elements `at` [BLOCK] of a chunk."""
-    step_size, correction, decay, betas, eps, scale = numbers
     weight_at, grad_at = elements(bases[0], at, ALIGNED), elements(bases[1], at, ALIGNED)
     avg_at, square_at = elements(bases[2], at, ALIGNED), elements(bases[3], at, ALIGNED)
-    # nothing is read twice, so nothing need stay in the caches
-    weight = tl.load(weight_at, mask=mask, eviction_policy="evict_first").to(tl.float32)
-    grad = tl.load(grad_at, mask=mask, eviction_policy="evict_first").to(tl.float32) * scale
-    avg = tl.load(avg_at, mask=mask, eviction_policy="evict_first").to(tl.float32)
-    square = tl.load(square_at, mask=mask, eviction_policy="evict_first").to(tl.float32)
-    weight -= decay * weight
-    avg = betas[0] * avg + betas[1] * grad
-    square = betas[2] * square + betas[3] * grad * grad
-    weight -= step_size * avg / (tl.sqrt_rn(square) * correction + eps)
+    master_at = elements(bases[4], at, ALIGNED)  # the weight itself, where there is no other
+    weight, avg, square = _step(
+        _once(master_at, mask), _once(grad_at, mask), _once(avg_at, mask), _once(square_at, mask), numbers
+    )
     store(weight_at, weight, mask)
     store(avg_at, avg, mask)
     store(square_at, square, mask)
+    if master_at.dtype != weight_at.dtype:
+        store(master_at, weight, mask)
+
+
+@triton.jit
+def _update_blocks(
+    bases, avg_scale_at, square_scale_at, at, mask, of_mask, random, numbers, ALIGNED: tl.constexpr, SIZE: tl.constexpr
+):
+    """As `_update`, of whole blocks of moments in 8 bits."""
+    weight_at, grad_at = elements(bases[0], at, ALIGNED), elements(bases[1], at, ALIGNED)
+    avg_at, square_at = elements(bases[2], at, ALIGNED), elements(bases[3], at, ALIGNED)
+    rest_at = elements(bases[4], at, ALIGNED)
+    weight = _once(weight_at, mask)
+    if rest_at.dtype != weight_at.dtype:
+        weight = joined(weight, tl.load(rest_at, mask=mask, eviction_policy="evict_first"))
+    avg = tl.load(avg_at, mask=mask, eviction_policy="evict_first")
+    square = tl.load(square_at, mask=mask, eviction_policy="evict_first")
+    avg = decode(avg, tl.load(avg_scale_at, mask=of_mask), SIZE, True)
+    square = decode(square, tl.load(square_scale_at, mask=of_mask), SIZE, False)
+    weight, avg, square = _step(weight, _once(grad_at, mask), avg, square, numbers)
+    if rest_at.dtype != weight_at.dtype:
+        weight, rest = parted(weight, random[0])
+        tl.store(rest_at, rest, mask=mask, eviction_policy="evict_first")
+    elif weight_at.dtype.element_ty == tl.bfloat16:
+        weight = rounded(weight, random[0])
+    store(weight_at, weight, mask)
+    scale = largest(avg, SIZE)
+    tl.store(avg_scale_at, scale, mask=of_mask)
+    tl.store(avg_at, encode(avg, scale, random[1] >> 16, SIZE, True), mask=mask, eviction_policy="evict_first")
+    scale = largest(square, SIZE)
+    tl.store(square_scale_at, scale, mask=of_mask)
+    square = encode(square, scale, random[1] & 0xFFFF, SIZE, False)
+    tl.store(square_at, square, mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def _once(pointers, mask):
+    """In float32. Nothing is read twice, so nothing need stay in the caches."""
+    return tl.load(pointers, mask=mask, eviction_policy="evict_first").to(tl.float32)
+
+
+@triton.jit
+def _step(weight, grad, avg, square, numbers):
+    step_size, correction, decay, betas, eps, scale = numbers
+    grad *= scale
+    weight -= decay * weight
+    avg = betas[0] * avg + betas[1] * grad
+    square = betas[2] * square + betas[3] * grad * grad
+    return weight - step_size * avg / (tl.sqrt_rn(square) * correction + eps), avg, square

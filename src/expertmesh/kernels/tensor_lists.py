@@ -14,7 +14,7 @@ import torch
 from expertmesh.backends import tl, triton, use_triton
 
 CHUNK = 2**15  # elements of a program
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.uint8)
 
 
 def launches(lists: Iterable[Sequence[torch.Tensor]]) -> tuple[dict[tuple, list[int]], list[int]]:
@@ -113,9 +113,10 @@ def base(address, start, like):
 
 @triton.jit
 def elements(base, at, ALIGNED: tl.constexpr):
-    """Pointers to the elements `at` [BLOCK] of a chunk; ALIGNED: they can be moved 16 bytes at a time."""
+    """Pointers to the elements `at` [BLOCK] of a chunk; ALIGNED: they can be moved 16 bytes at a time, or of bytes 8,
+    so that a thread has the same elements of all."""
     if ALIGNED:
-        return tl.multiple_of(base + at, 16)
+        return tl.multiple_of(base + at, 8 if base.dtype.element_ty.primitive_bitwidth == 8 else 16)
     else:
         return base + at
 

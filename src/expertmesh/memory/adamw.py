@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from expertmesh import backends
 from expertmesh.kernels.adamw import Update, adamw_
+from expertmesh.memory import states as low_memory
 from expertmesh.parallel.clip import clip_factor, grad_norm, local
 
 #: options by which PyTorch's optimizers choose among their implementations: an optimizer's own, not a checkpoint's
@@ -25,26 +27,48 @@ class AdamW(torch.optim.AdamW):
     and scaled as they are used. In memory they stay as they are, as they do with float16's `GradScaler`.
 
     `grad_norm` is the norm that the last step clipped by, a float32 scalar on the device, or None. All other arguments,
-    state and options are PyTorch's. Its ways to compute a step, `fused`, `foreach` and `capturable`, are accepted, and
+    state and options are PyTorch's.
+
+    states: "8bit", "24bit" or "float32" keeps moments and weights as states.py says, for bfloat16 and float32 weights;
+    None as PyTorch. `bytes_per_parameter` is what a parameter and its states take. State of any of the four, and
+    PyTorch's, can be loaded, and becomes this one's at the next step; with "8bit" and "24bit" PyTorch cannot read it.
+
+    Its ways to compute a step, `fused`, `foreach` and `capturable`, are accepted, and
     mean nothing: the step never waits for the device, and CUDA graphs can capture it (with a learning rate that changes
-    as a tensor). Raises ValueError for amsgrad, and for sparse or complex parameters.
+    as a tensor). Raises ValueError for amsgrad, for sparse or complex parameters, and for states that
+    are not for weights of these dtypes.
     """
 
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf
     grad_norm: torch.Tensor | None = None
     _clip: tuple[torch.Tensor, float] | None = None
 
-    def __init__(self, params: Any, *args: Any, max_grad_norm: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, params: Any, *args: Any, max_grad_norm: float | None = None, states: str | None = None, **kwargs: Any
+    ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be greater than 0, not {max_grad_norm}; None does not clip.")
         if kwargs.get("differentiable"):
             raise ValueError("This AdamW cannot be differentiated through: use torch.optim.AdamW.")
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.states = max_grad_norm, states
         # what PyTorch calls fused keeps the count of steps beside the parameter, as here
         super().__init__(params, *args, **kwargs | {"foreach": None, "fused": True})
+        low_memory.refuse(self._parameters(), states)
+        kept = "moments in the weights' dtype" if states is None else f'states="{states}"'
+        what = f"AdamW keeps {kept}: {self.bytes_per_parameter:.2f} bytes a parameter, with its weight."
+        backends.logger().info(what)
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Bytes of weights and states by the number of parameters, on this rank; gradients come on top."""
+        number = sum(local(parameter).numel() for parameter in self._parameters())
+        return low_memory.bytes_kept(self._parameters(), self.states) / max(number, 1)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"max_grad_norm": self.max_grad_norm}
+        return super().__getstate__() | {"max_grad_norm": self.max_grad_norm, "states": self.states}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As PyTorch's."""
@@ -59,6 +83,14 @@ class AdamW(torch.optim.AdamW):
         super().load_state_dict(state_dict)
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, parameter in zip(numbers, self._parameters(), strict=True):
+            saved = state_dict["state"].get(number, {})
+            if self.states is None and low_memory.is_plain(saved):
+                continue
+            for key, value in saved.items():  # which PyTorch has cast to the weight's dtype
+                if isinstance(value, torch.Tensor) and value.dtype != self.state[parameter][key].dtype:
+                    self.state[parameter][key] = value.to(parameter.device, copy=True)
 
     def clip_next(self, norm: torch.Tensor, max_norm: float) -> None:
         """The gradients' norm is already known: the next step clips to `max_norm` by it and measures nothing itself.
@@ -92,22 +124,33 @@ class AdamW(torch.optim.AdamW):
                 f"AdamW takes dense gradients of real numbers, not {grad.layout} ones of {parameter.dtype}: "
                 f"use torch.optim.SparseAdam or torch.optim.AdamW for such parameters."
             )
+        form = self._form(parameter)
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        elif state["step"].device != parameter.device or state["step"].dtype != torch.float32:
+            low_memory.create(parameter, state, form, self._number(parameter))
+        elif not low_memory.has_form(state, form, self.states):
+            low_memory.convert(parameter, state, form, self._number(parameter))
+        if state["step"].device != parameter.device or state["step"].dtype != torch.float32:
             # a checkpoint of PyTorch's foreach AdamW counts on the CPU
             state["step"] = state["step"].to(parameter.device, torch.float32, non_blocking=True)
         if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
             grad = grad.redistribute(placements=parameter.placements)  # of a split embedding it is whole on every rank
-        weight, grad, exp_avg, exp_avg_sq = map(local, (parameter, grad, state["exp_avg"], state["exp_avg_sq"]))
+        kept = low_memory.tensors_of(state, form)
+        weight, grad, exp_avg = local(parameter), local(grad), kept["exp_avg"]
         if grad.shape != weight.shape or exp_avg.shape != weight.shape:
             raise ValueError(
                 f"A weight of shape {tuple(weight.shape)} on this rank has a gradient of {tuple(grad.shape)} and state "
                 f"of {tuple(exp_avg.shape)}: lay the model out over ranks before you build the optimizer."
             )
-        return Update(weight, grad, exp_avg, exp_avg_sq, state["step"], group)
+        return Update(weight, grad, step=state["step"], options=group, **kept)
+
+    def _form(self, parameter: nn.Parameter) -> low_memory.Form:
+        forms = self.__dict__.setdefault("_forms", {})
+        if parameter not in forms:
+            forms[parameter] = low_memory.form_of(parameter, self.states)
+        return forms[parameter]
+
+    def _number(self, parameter: nn.Parameter) -> int:
+        return next(number for number, other in enumerate(self._parameters()) if other is parameter)
 
     def _scale(self) -> torch.Tensor | None:
         """What gradients are multiplied by."""

@@ -106,6 +106,8 @@ class TrainSection(Section):
     """Largest norm of the whole gradient, larger ones are scaled down; 0 never clips."""
     optim: Name = "adamw_torch_fused"
     """Optimizer, by transformers' name."""
+    optim_states: Literal["8bit", "24bit", "float32"] | None = None
+    """States of AdamW: `8bit` (4 bytes a bfloat16 weight, with itself), `24bit` (5) or `float32` (14); unset is 6."""
     bf16: bool = False
     """Mixed precision: float32 weights, bfloat16 matrix products (autocast)."""
     activation_checkpointing: bool = False
@@ -205,6 +207,13 @@ class Config(Section):
                 "`train.cuda_graph` records steps of one batch: leave it at `auto`, or remove "
                 "`train.gradient_accumulation_steps`."
             )
+        if self.train.optim_states and self.train.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(
+                f"`train.optim_states` are of AdamW, not of `train.optim` {self.train.optim}: remove one of the two."
+            )
+        if self.train.optim_states == "24bit" and (self.lora or self.model.dtype == "float32"):
+            weights = "LoRA's weights" if self.lora else "the weights"
+            raise ValueError(f"`train.optim_states: 24bit` extends bfloat16, and {weights} are float32: take `8bit`.")
         return self
 
     def to_yaml(self) -> str:
@@ -241,6 +250,8 @@ ELSEWHERE = {
     "train.gradient_accumulation_steps": "grad_accum",
     "train.learning_rate": "lr",
     "train.num_train_epochs": "epochs",
+    "train.optim": "optimizer",
+    "train.optim_states": "optimizer_states",
     "train.per_device_eval_batch_size": "eval_batch_size",
     "train.per_device_train_batch_size": "batch_size",
     "train.weight_decay": "wd",

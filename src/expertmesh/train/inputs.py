@@ -95,6 +95,8 @@ def check_settings(config: Config) -> None:
         arguments = _Settings(optim=optim, learning_rate=config.train.learning_rate)
         make, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = make([torch.zeros(1, requires_grad=True)], **options)
+    if config.train.optim_states == "24bit" and config.model.dtype == "auto" and not torch.cuda.is_available():
+        raise ConfigError("train.optim_states: 24bit extends bfloat16 weights. Set model.dtype=bfloat16, or take 8bit.")
     if schedule == "reduce_lr_on_plateau" and not config.log.eval_steps:
         raise ConfigError(f"train.lr_scheduler_type: {schedule} looks at evaluations: set log.eval_steps.")
     with refusing(f"train.lr_scheduler_type: {schedule} needs what no key of a configuration says"):

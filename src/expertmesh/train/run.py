@@ -163,7 +163,8 @@ def training_arguments(config: Config):
         output_dir=save.output_dir,
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
-        **settings.model_dump(exclude={"max_steps", "num_train_epochs", "cuda_graph"}),
+        **settings.model_dump(exclude={"max_steps", "num_train_epochs", "cuda_graph", "optim_states"}),
+        optim_args=settings.optim_states and f"states={settings.optim_states}",
         gradient_checkpointing=settings.activation_checkpointing,  # the old name, by which TRL switches it on
         use_cpu=not torch.cuda.is_available()  # else it takes ranks on CPUs for one process, and refuses bf16
         and (current_world_size() > 1 or not torch.accelerator.is_available()),

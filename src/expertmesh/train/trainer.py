@@ -233,12 +233,18 @@ class Trainer(ResumableTrainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
-        """As in transformers, with expertmesh's AdamW for PyTorch's, which DeepSpeed knows by its class."""
+        """As in transformers, with expertmesh's AdamW for PyTorch's, which DeepSpeed knows by its class.
+
+        `optim_args="states=8bit"` is our AdamW's `states`.
+        """
         cls, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+        told = dict(pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
         if cls is not torch.optim.AdamW or args.deepspeed_plugin or args.device.type not in ("cuda", "cpu"):
+            if "states" in told:
+                raise ValueError(f"optim_args: states= is of expertmesh's AdamW, not of {cls.__name__}: remove it.")
             return cls, options
         backends.logger().info("optim=%s: expertmesh's AdamW, which clips as it steps.", args.optim.value)
-        return AdamW, options
+        return AdamW, options | ({"states": told["states"]} if "states" in told else {})
 
     def _clip_grad_norm(self, model):
         return self._clip_to(self.args.max_grad_norm, model)
