@@ -85,6 +85,7 @@ def build(config: Config) -> SFTTrainer:
             processing_class=inputs.tokenizer,
             peft_config=lora(config),
             cuda_graph=config.train.cuda_graph,
+            gradient_release=config.train.gradient_release,
         )
     except RuntimeError as error:
         if "assistant_only_loss" not in str(error):
@@ -163,7 +164,7 @@ def training_arguments(config: Config):
         output_dir=save.output_dir,
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
-        **settings.model_dump(exclude={"max_steps", "num_train_epochs", "cuda_graph"}),
+        **settings.model_dump(exclude={"max_steps", "num_train_epochs", "cuda_graph", "gradient_release"}),
         gradient_checkpointing=settings.activation_checkpointing,  # the old name, by which TRL switches it on
         use_cpu=not torch.cuda.is_available()  # else it takes ranks on CPUs for one process, and refuses bf16
         and (current_world_size() > 1 or not torch.accelerator.is_available()),
