@@ -339,8 +339,8 @@ def released_steps(
     rank: int, folder: Path, cases: list[tuple[dict[str, Any], str]]
 ) -> list[tuple[str, float, float, str]]:
     """(name, worst error of norms, of weights, its parameter) after two steps with released gradients, against
-    ordinary ones, for pairs of layout and clipping. Then a loss that is not finite on one rank changes no weight on any, and a model that nobody laid out
-    is refused."""
+    ordinary ones, for pairs of layout and clipping. Then a loss that is not finite on one rank changes no weight on
+    any, and a model that nobody laid out is refused."""
     results = []
     release_module.BYTES = 2**13  # a few weights of a tiny model
     for layout, clipping in cases:
