@@ -231,6 +231,10 @@ def test_what_cannot_be_combined_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="set max_grad_norm"):
         expertmesh.GradientRelease(expertmesh.AdamW(model.parameters()), "exact")
     release.close()
+    for bound in (0.5, 3.0):
+        other = expertmesh.GradientRelease(optimizer, "exact", bound)
+        assert other.max_grad_norm == min(bound, 1.0), "the smaller of both"
+        other.close()
     model(1.0, 1.0).backward()
     optimizer.step()
     assert model.weights[0].grad is not None, "as ever, once it is closed"

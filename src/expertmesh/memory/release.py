@@ -48,9 +48,9 @@ class GradientRelease:
             scheduler.step()
 
     `optimizer.step()` ends the step, with nothing left to update. Learning rates count as they are in `backward`.
-    Gradients are clipped to `optimizer.max_grad_norm` as `clipping` says (None: never). `grad_norm`, and after the step
-    `optimizer.grad_norm`, is the norm of all gradients on all ranks before clipping, as `expertmesh.clip_grad_norm`
-    returns it, a float32 scalar on the device. The host does not wait for it.
+    Gradients are clipped to max_grad_norm, or the optimizer's own where that is smaller, as `clipping` says (both None:
+    never). `grad_norm`, and after the step `optimizer.grad_norm`, is the norm of all gradients on all ranks before
+    clipping, as `expertmesh.clip_grad_norm` returns it, a float32 scalar on the device. The host does not wait for it.
 
     A loss that is not finite, on any rank, changes no weight. A gradient that is not finite where the loss is changes
     none with "exact"; else the weights whose gradients came before are changed: go back to a checkpoint. So does an
@@ -60,12 +60,19 @@ class GradientRelease:
     `GradScaler`, `DistributedDataParallel`. All ranks must call it. `close()` ends it.
     """
 
-    def __init__(self, optimizer: AdamW, clipping: Literal["running", "exact"] = "running") -> None:
+    def __init__(
+        self,
+        optimizer: AdamW,
+        clipping: Literal["running", "exact"] = "running",
+        max_grad_norm: float | None = None,
+    ) -> None:
         if not isinstance(optimizer, AdamW):
             raise ValueError(f"Gradients are released to an expertmesh.AdamW, not to {type(optimizer).__name__}.")
         if clipping not in ("running", "exact"):
             raise ValueError(f"clipping is 'running' or 'exact', not {clipping!r}.")
-        if clipping == "exact" and optimizer.max_grad_norm is None:
+        bounds = [bound for bound in (max_grad_norm, optimizer.max_grad_norm) if bound is not None]
+        self.max_grad_norm = min(bounds, default=None)
+        if clipping == "exact" and self.max_grad_norm is None:
             raise ValueError(
                 "clipping='exact' runs each step twice, to clip to nothing: set max_grad_norm, or 'running'."
             )
@@ -84,7 +91,7 @@ class GradientRelease:
         backends.logger().info("Weights are updated within backward and gradients freed (%s).", self._how())
 
     def _how(self) -> str:
-        bound = self.optimizer.max_grad_norm
+        bound = self.max_grad_norm
         if bound is None:
             return "never clipped"
         if self.clipping == "exact":
@@ -118,7 +125,7 @@ class GradientRelease:
         for parameter in self._groups:
             if not self.optimizer.state.get(parameter):
                 self.optimizer.prepare(parameter)  # beside the weights, not among activations
-        bound, self._known = self.optimizer.max_grad_norm, None
+        bound, self._known = self.max_grad_norm, None
         running = None if self.clipping == "exact" else groups[0].get(RUNNING)
         if bound is not None and running is None:
             devices = {p.device.index for p in self._groups if p.is_cuda}
@@ -182,10 +189,12 @@ class GradientRelease:
             for place in list(self._pending):
                 self._release(place)
             return result
+        except BaseException:
+            for parameter in self._groups:
+                parameter.grad = None
+            raise
         finally:
             self._active = self.measuring = False
-            for parameter in (p for pending in self._pending.values() for p in pending):  # after an error
-                parameter.grad = None
 
     def _norm(self) -> torch.Tensor:
         """Of all gradients that were released, on all ranks."""
@@ -233,7 +242,7 @@ class GradientRelease:
 
     def _judge(self, squares: torch.Tensor, grads: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(scale, found_inf) by earlier steps, and by the squares so far."""
-        found_inf, bound = 1.0 - torch.isfinite(squares).float(), self.optimizer.max_grad_norm
+        found_inf, bound = 1.0 - torch.isfinite(squares).float(), self.max_grad_norm
         if bound is None:
             return None, found_inf
         norm = self.optimizer.param_groups[0][RUNNING].to(squares.device, non_blocking=True)

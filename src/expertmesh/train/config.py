@@ -216,7 +216,7 @@ class Config(Section):
         clashes = {
             "gradient_accumulation_steps": settings.gradient_accumulation_steps > 1,
             "cuda_graph": settings.cuda_graph is True,
-            "optim": settings.optim not in ("adamw_torch", "adamw_torch_fused"),
+            "optim": not settings.optim.startswith("adamw"),
         }
         for key, clash in clashes.items():
             if clash:

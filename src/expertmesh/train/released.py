@@ -41,8 +41,7 @@ def release_of(trainer: Any, optimizer: AdamW | None) -> GradientRelease:
             f"Gradients are released to expertmesh.AdamW, and this run has {type(trainer._torch_optimizer).__name__}. "
             f"Set optim='adamw_torch_fused' and pass no optimizer, or set gradient_release=None."
         )
-    optimizer.max_grad_norm = trainer.args.max_grad_norm or None
-    return GradientRelease(optimizer, trainer.gradient_release)
+    return GradientRelease(optimizer, trainer.gradient_release, trainer.args.max_grad_norm or None)
 
 
 @contextmanager
