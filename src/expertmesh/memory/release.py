@@ -138,11 +138,9 @@ class GradientRelease:
             result = self._pass(step)
             norm = self._norm()
         if bound is not None and self.clipping == "running":
-            last = torch.as_tensor(bound if running is None else running, dtype=norm.dtype, device=norm.device)
-            usable = torch.isfinite(norm) & (norm > 0)
-            mean = norm if running is None else last * (norm / last) ** (1 - MEMORY)
+            mean = _mean(norm, bound if running is None else running)
             for group in groups:
-                group[RUNNING] = torch.where(usable, mean, last)
+                group[RUNNING] = mean
         self.grad_norm = norm
         return result
 
@@ -270,3 +268,12 @@ class GradientRelease:
             raise RuntimeError("optimizer.step() without release.backward(forward) before it: nothing was updated.")
         self.optimizer.clip_next(self.grad_norm, math.inf)  # it need not measure what is gone
         self.grad_norm = None
+
+
+def _mean(norm: torch.Tensor, running: torch.Tensor | float) -> torch.Tensor:
+    """The running norm after a step of this norm; after the first step, where a number stands in for none, its norm."""
+    usable = torch.isfinite(norm) & (norm > 0)
+    if not isinstance(running, torch.Tensor):
+        return torch.where(usable, norm, running)
+    running = running.to(norm.device, non_blocking=True)
+    return torch.where(usable, running * (norm / running) ** (1 - MEMORY), running)

@@ -50,8 +50,11 @@ def checking(accelerator: Any, release: GradientRelease, num_items: torch.Tensor
     backward = accelerator.backward
 
     def checked(loss: torch.Tensor, **options: Any) -> None:
-        items = torch.as_tensor(1 if num_items is None else num_items, device=loss.device)
-        release.check(torch.where(items > 0, loss.detach(), torch.nan))
+        seen = loss.detach()
+        if num_items is not None:
+            items = torch.as_tensor(num_items).to(seen.device, non_blocking=True)
+            seen = torch.where(items > 0, seen, torch.nan)
+        release.check(seen)
         backward(loss, **options)
 
     accelerator.backward = checked
