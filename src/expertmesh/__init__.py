@@ -12,6 +12,7 @@ _HOMES = {
     "DistributedSetup": "expertmesh.parallel.setup",
     "create_distributed_setup_from_config": "expertmesh.parallel.nemo_keys",
     "AdamW": "expertmesh.memory.adamw",
+    "GradientRelease": "expertmesh.memory.release",
     "clip_grad_norm": "expertmesh.parallel.clip",
     "keep_routing": "expertmesh.moe.replay",
     "Trainer": "expertmesh.train.trainer",

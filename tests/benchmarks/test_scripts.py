@@ -115,6 +115,12 @@ def test_first_step_runs_a_process_for_each_cache(rows, script, monkeypatch):
     assert caches[0] == caches[1] and len({*caches[0]}) == 3, "the second finds what the first has compiled"
 
 
+def test_gradient_release(rows):
+    found = rows("gradient_release", "--batch", "1", "--layers", "2", "--recompute")
+    assert [row["arm"] for row in found] == ["ordinary", "running", "exact"]
+    assert all(row["step_ms"] > 0 and row["tokens_per_second"] > 0 for row in found)
+
+
 def on_two_ranks(script: str, out: Path, *options: str) -> dict:
     """The result that two processes write."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

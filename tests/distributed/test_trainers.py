@@ -7,10 +7,10 @@ from tests.distributed.ranks import on_ranks
 from tests.models import saved
 
 
-@pytest.mark.parametrize("kind", ["stock", "ours", "trl", "our trl"])
+@pytest.mark.parametrize("kind", ["stock", "ours", "released", "trl", "our trl"])
 @pytest.mark.parametrize("layout", [{"ep_size": 2}, pytest.param({}, marks=pytest.mark.slow)], ids=str)
 def test_losses_norms_and_metrics_of_every_step(tmp_path, kind, layout):
-    single = {"ours": "stock", "our trl": "trl"}.get(kind, kind)
+    single = {"ours": "stock", "released": "stock", "our trl": "trl"}.get(kind, kind)
     want = trainers.records(0, single, saved("qwen3_moe"), None, tmp_path)
     keys = ["loss", "grad_norm", *(["entropy", "mean_token_accuracy", "num_tokens"] if kind in trainers.SFT else [])]
     for got in on_ranks(2, trainers.records, kind, saved("qwen3_moe"), layout, tmp_path):

@@ -1,5 +1,6 @@
 """The same few training steps with somebody's Trainer, on ranks or alone."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from expertmesh.parallel.setup import DistributedSetup
 STEPS = 4
 # bfloat16 is its default; and every rank balances its own tokens, so the router's loss is another one on two ranks
 SFT = {"trl", "our trl"}
+AT_ONCE = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2}  # on each of two ranks
 TRL = {"max_length": None, "router_aux_loss_coef": 0.0, "bf16": False}
 
 
@@ -33,21 +35,25 @@ def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 def arguments(kind: str, folder: Path, batch_size: int) -> dict[str, Any]:
     """What all trainers are given: accumulation, clipping, a log line for every step."""
-    return dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=2,
-        max_steps=STEPS,
-        learning_rate=1e-2,
-        adam_epsilon=1e-3,
-        max_grad_norm=0.5,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=3,
-    ) | (TRL if kind in SFT else {})
+    return (
+        dict(
+            output_dir=str(folder),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=2,
+            max_steps=STEPS,
+            learning_rate=1e-2,
+            adam_epsilon=1e-3,
+            max_grad_norm=0.5,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=3,
+        )
+        | (TRL if kind in SFT else {})
+        | (AT_ONCE if kind == "released" else {})
+    )
 
 
 def records(rank: int, kind: str, folder: Path, setup: dict[str, Any] | None, out: Path) -> list[dict[str, float]]:
@@ -73,7 +79,8 @@ def records(rank: int, kind: str, folder: Path, setup: dict[str, Any] | None, ou
             processing_class=expertmesh_tokenizer(),
         )
     else:
-        cls = {"stock": transformers.Trainer, "ours": expertmesh.Trainer}[kind]
+        ours = functools.partial(expertmesh.Trainer, gradient_release="exact" if kind == "released" else None)
+        cls: Any = transformers.Trainer if kind == "stock" else ours
         args = transformers.TrainingArguments(**arguments(kind, out, batch_size))
         trainer = cls(model, args, train_dataset=rows(), data_collator=collate)
     trainer.train()

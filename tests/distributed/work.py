@@ -27,6 +27,7 @@ import expertmesh
 from expertmesh import backends
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.kernels.combine import combine
+from expertmesh.memory import release as release_module
 from expertmesh.moe import experts, gather, links
 from expertmesh.moe.dispatch import TRANSPORTS, Dispatch
 from expertmesh.moe.exchange import Outputs
@@ -332,6 +333,51 @@ def balanced(rank: int, folder: Path, case: Case) -> list[tuple[torch.Tensor, to
     balance.on_step_end()
     biases = [router.e_score_correction_bias for router in balance.routers.values()]
     return [(full(a - b), count) for a, b, count in zip(biases, before, counts, strict=True)]
+
+
+def released_steps(
+    rank: int, folder: Path, cases: list[tuple[dict[str, Any], str]]
+) -> list[tuple[str, float, float, str]]:
+    """(name, worst error of norms, of weights, its parameter) after two steps with released gradients, against
+    ordinary ones, for pairs of layout and clipping. Then a loss that is not finite on one rank changes no weight on
+    any, and a model that nobody laid out is refused."""
+    results = []
+    release_module.BYTES = 2**13  # a few weights of a tiny model
+    for layout, clipping in cases:
+        bound = None if clipping == "running" else 0.05
+        norms: list[list[torch.Tensor]] = []
+        weights: list[dict[str, torch.Tensor]] = []
+        for releases in (False, True):
+            model, setup = load(folder, Case(layout))
+            optimizer = expertmesh.AdamW(model.parameters(), lr=1e-2, eps=1e-3, max_grad_norm=bound)
+            release = expertmesh.GradientRelease(optimizer, clipping) if releases else None
+            norms.append([])
+            for _ in range(2):
+                if release is None:
+                    loss_of(model, setup, rank).backward()
+                    norms[-1].append(clip_grad_norm(model.parameters(), float("inf")))
+                else:
+                    release.backward(functools.partial(loss_of, model, setup, rank))
+                    norms[-1].append(release.grad_norm)
+                    assert all(p.grad is None for p in model.parameters())
+                optimizer.step()
+                optimizer.zero_grad()
+            weights.append({name: full(p.detach()).clone() for name, p in model.named_parameters()})
+        error = max(abs(float(a / b) - 1) for a, b in zip(*norms, strict=True))
+        results.append((f"{layout} {clipping}", error, *worst(weights[1], weights[0])))
+        release.backward(lambda m=model, s=setup: loss_of(m, s, rank) * (float("nan") if rank else 1.0))
+        optimizer.step()
+        assert not torch.isfinite(optimizer.grad_norm)
+        after = {name: full(p.detach()) for name, p in model.named_parameters()}
+        assert all(torch.equal(after[name], weights[1][name]) for name in after)
+    alone = torch.nn.Linear(4, 1)
+    release = expertmesh.GradientRelease(expertmesh.AdamW(alone.parameters()))
+    try:
+        release.backward(lambda: torch.nn.parallel.DistributedDataParallel(alone)(torch.ones(2, 4)).sum())
+    except ValueError as error:
+        assert "distributed_setup" in str(error)
+        return results
+    raise AssertionError("nobody refused DistributedDataParallel")
 
 
 def clipped_alone(rank: int, folder: Path) -> float:

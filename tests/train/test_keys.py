@@ -62,6 +62,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str] | tuple[Any, dict[str, Any]]] = 
     "train.bf16": (True, {"args.bf16": True}),
     "train.activation_checkpointing": (True, {"args.gradient_checkpointing": True}),
     "train.cuda_graph": (False, {"cuda_graph": False}),
+    "train.gradient_release": ("exact", {"gradient_release": "exact"}),
     "train.seed": (7, {"args.seed": 7, "seed of weights": 7, "seeds of data": [7, 7]}),
     "parallel.nproc": (3, {"launched": 3}),
     "parallel.ep_size": (2, {"layout.ep_size": 2}),
@@ -126,10 +127,11 @@ def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:
 
         return noted
 
-    def trainer(*, args, train_dataset, eval_dataset, peft_config, cuda_graph, **_):
+    def trainer(*, args, train_dataset, eval_dataset, peft_config, cuda_graph, gradient_release, **_):
         found.update({f"args.{key}": value for key, value in vars(args).items()})
         found.update({f"lora.{key}": value for key, value in vars(peft_config).items()} if peft_config else {})
         found.update({"rows": [len(train_dataset), len(eval_dataset)], "cuda_graph": cuda_graph})
+        found["gradient_release"] = gradient_release
         made = mock.MagicMock(model=model, train_dataset=train_dataset)
         made.train = lambda resume_from_checkpoint: begin(resumed=resume_from_checkpoint)
         return made

@@ -89,7 +89,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     checkpoint is of other parameters, or a group would get two different sets of options.
     """
     folder, named = checkpoint / FOLDER, _named(model, optimizer)
-    groups = torch.load(folder / GROUPS, weights_only=True)
+    groups = torch.load(folder / GROUPS, map_location="cpu", weights_only=True)
     if groups["of"].keys() != named.keys():
         odd = sorted(groups["of"].keys() ^ named.keys())[0]
         raise ValueError(

@@ -4,7 +4,7 @@ Drop-in for `torch.optim.AdamW`: same arguments, same state, checkpoints move in
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -107,24 +107,23 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = [
-            self._update(parameter, group)
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        adamw_(updates, self._scale(), getattr(self, "found_inf", None))
+        pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.update(pairs, self._scale(), getattr(self, "found_inf", None))
         return loss
 
-    def _update(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> Update:
-        grad, state = parameter.grad, self.state[parameter]
-        assert grad is not None
-        if grad.layout != torch.strided or not parameter.is_floating_point():
-            raise ValueError(
-                f"AdamW takes dense gradients of real numbers, not {grad.layout} ones of {parameter.dtype}: "
-                f"use torch.optim.SparseAdam or torch.optim.AdamW for such parameters."
-            )
-        form = self._form(parameter)
+    @torch.no_grad()
+    def update(
+        self,
+        pairs: Iterable[tuple[nn.Parameter, Mapping[str, Any]]],
+        scale: torch.Tensor | None = None,
+        found_inf: torch.Tensor | None = None,
+    ) -> None:
+        """The step of some parameters alone, each with its group; scale and found_inf are those of `adamw_`."""
+        adamw_([self._update(parameter, group) for parameter, group in pairs], scale, found_inf)
+
+    def prepare(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The state of a parameter, made if there is none yet."""
+        state, form = self.state[parameter], self._form(parameter)
         if not state:
             low_memory.create(parameter, state, form, self._number(parameter))
         elif not low_memory.has_form(state, form, self.states):
@@ -132,9 +131,20 @@ class AdamW(torch.optim.AdamW):
         if state["step"].device != parameter.device or state["step"].dtype != torch.float32:
             # a checkpoint of PyTorch's foreach AdamW counts on the CPU
             state["step"] = state["step"].to(parameter.device, torch.float32, non_blocking=True)
+        return state
+
+    def _update(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> Update:
+        grad = parameter.grad
+        assert grad is not None
+        if grad.layout != torch.strided or not parameter.is_floating_point():
+            raise ValueError(
+                f"AdamW takes dense gradients of real numbers, not {grad.layout} ones of {parameter.dtype}: "
+                f"use torch.optim.SparseAdam or torch.optim.AdamW for such parameters."
+            )
         if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
             grad = grad.redistribute(placements=parameter.placements)  # of a split embedding it is whole on every rank
-        kept = low_memory.tensors_of(state, form)
+        state = self.prepare(parameter)
+        kept = low_memory.tensors_of(state, self._form(parameter))
         weight, grad, exp_avg = local(parameter), local(grad), kept["exp_avg"]
         if grad.shape != weight.shape or exp_avg.shape != weight.shape:
             raise ValueError(

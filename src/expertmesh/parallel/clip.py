@@ -39,14 +39,23 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """As `clip_grad_norm`, which measures by it: the norm of all gradients, which stay as they are."""
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    pieces: dict[tuple[int, torch.device], list[torch.Tensor]] = {}  # by how many ranks hold the same piece
-    for grad in grads:
-        pieces.setdefault((ranks // _num_shards(grad), grad.device), []).append(local(grad))
     total = torch.zeros((), device=grads[0].device if grads else parameters[0].device if parameters else None)
+    return norm_of_all(add_squares(total, grads))
+
+
+def add_squares(total: torch.Tensor, grads: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Adds to `total`, a float32 scalar, this rank's part in the squared norm of gradients that several may hold."""
+    pieces: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
+    for grad in grads:
+        pieces.setdefault((num_copies(grad), grad.device), []).append(local(grad))
     for (copies, _), tensors in pieces.items():
         total += (squared_sum(tensors) / copies).to(total.device, non_blocking=True)
-    if ranks > 1:  # a rank without any gradient comes, too
+    return total
+
+
+def norm_of_all(total: torch.Tensor) -> torch.Tensor:
+    """The norm of all gradients from every rank's `add_squares`. All ranks must call it."""
+    if dist.is_initialized() and dist.get_world_size() > 1:  # a rank without any gradient comes, too
         world: Any = dist.group.WORLD
         with waiting("the norm of the gradients", world):
             dist.all_reduce(total)
@@ -63,9 +72,11 @@ def local(x: torch.Tensor) -> torch.Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def _num_shards(grad: torch.Tensor) -> int:
+def num_copies(grad: torch.Tensor) -> int:
+    """How many ranks hold the same piece of a gradient."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
     if not isinstance(grad, DTensor):
-        return 1
+        return ranks
     assert not any(p.is_partial() for p in grad.placements), "a gradient that is not reduced yet has no norm"
     sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
-    return math.prod(size for placement, size in sizes if not placement.is_replicate())
+    return ranks // math.prod(size for placement, size in sizes if not placement.is_replicate())

@@ -114,6 +114,8 @@ class TrainSection(Section):
     """Whether to recompute activations in the backward pass: less memory, about a quarter slower."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Whether to record steps once and replay them, faster where the CPU is the limit; `auto`: where that pays."""
+    gradient_release: Literal["running", "exact"] | None = None
+    """Update weights within backward, keeping no gradients; clip by a `running` norm, or `exact` at twice the work."""
     seed: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**32)] = 42
     """Seed of weights, data order and dropout; the same seed on the same machine gives the same run."""
 
@@ -214,7 +216,22 @@ class Config(Section):
         if self.train.optim_states == "24bit" and (self.lora or self.model.dtype == "float32"):
             weights = "LoRA's weights" if self.lora else "the weights"
             raise ValueError(f"`train.optim_states: 24bit` extends bfloat16, and {weights} are float32: take `8bit`.")
+        if self.train.gradient_release is not None:
+            self._can_release()
         return self
+
+    def _can_release(self) -> None:
+        settings = self.train
+        clashes = {
+            "gradient_accumulation_steps": settings.gradient_accumulation_steps > 1,
+            "cuda_graph": settings.cuda_graph is True,
+            "optim": not settings.optim.startswith("adamw"),
+        }
+        for key, clash in clashes.items():
+            if clash:
+                raise ValueError(f"`train.gradient_release` cannot be combined with `train.{key}`: remove one of them.")
+        if settings.gradient_release == "exact" and not settings.max_grad_norm:
+            raise ValueError("`train.gradient_release` is exact and `train.max_grad_norm` is 0: set it to `running`.")
 
     def to_yaml(self) -> str:
         """Every key with its value, in the order of the sections; loading it gives the same configuration."""

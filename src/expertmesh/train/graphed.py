@@ -271,6 +271,10 @@ def why_not(trainer: Any) -> str | None:
         f"it needs an NVIDIA GPU, and this run is on {args.device}. Start it on one": args.device.type != "cuda",
         "gradients are accumulated over several microbatches. Set gradient_accumulation_steps=1 and raise "
         "per_device_train_batch_size": args.gradient_accumulation_steps > 1,
+        "weights are updated within backward, and a replay is of gradients alone. Leave gradient_release out": getattr(
+            trainer, "gradient_release", None
+        )
+        is not None,
         "float16's loss scaler decides by values. Train in bfloat16": trainer.accelerator.scaler is not None,
         "layers are recomputed inside of another backward. Set activation_checkpointing_kwargs={'use_reentrant': "
         "False}": any(options.get("use_reentrant") for options in repeats),

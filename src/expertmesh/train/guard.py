@@ -40,7 +40,8 @@ TRY_GRADIENT = (
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient was nan or infinite. Raised before the optimizer step: no weight has changed.
+    """A loss or gradient was nan or infinite. Raised before the optimizer step: no weight has changed, unless gradients
+    are released and this one came after others had been; the message says so.
 
     Attributes: `step` (the optimizer step that did not happen, from 1), `what` ("loss" or "gradient"), `rows` (the
     examples' positions in the training data, None where unknown, as after packing) and `batch_file`.
@@ -108,13 +109,15 @@ class StepRecord:
         return 1.0 - signs.all().float()
 
     def check(
-        self, grad_norm: torch.Tensor | float, step: int, folder: str, model: nn.Module, decode: Callable | None
-    ) -> None:
+        self, grad_norm: torch.Tensor | float, step: int, folder: str, model: nn.Module, decode: Callable | None,
+        changed: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         """Raises NonFiniteError for a loss or gradient norm that is not finite, ValueError without a supervised label.
 
         Call `look` first. `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token
-        ids into text. This is the only place where a training step waits for the device. It waits for the event after
-        `look`, not for later work, so that the host prepares the next step while the optimizer runs.
+        ids into text, `changed` tells whether a gradient came too late. This is the only place where a training step
+        waits for the device. It waits for the event after `look`, not for later work, so that the host prepares the
+        next step while the optimizer runs.
         """
         assert self.signs is not None
         if self.copied is not None:
@@ -142,8 +145,11 @@ class StepRecord:
         origin = "cannot be traced to rows" if rows is None else f"are rows {few(rows)} of the training data"
         ids = self.batches[guilty[0]].get("input_ids")
         begin = f", beginning {decode(ids[0, :SHOWN].tolist())!r}" if decode and ids is not None else ""
+        when, left = "before the optimizer ran", "No weight was changed"
+        if what == "gradient" and changed():
+            when, left = "in its backward", "Weights behind it were changed: go back to a checkpoint"
         raise NonFiniteError(
-            f"Step {step} was stopped before the optimizer ran: {symptom}. No weight was changed. Its examples "
+            f"Step {step} was stopped {when}: {symptom}. {left}. Its examples "
             f"{origin}, saved in {path}{begin}. {_advice(what, model)}",
             *(step, what, rows, path),
         )

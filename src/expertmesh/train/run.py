@@ -85,6 +85,7 @@ def build(config: Config) -> SFTTrainer:
             processing_class=inputs.tokenizer,
             peft_config=lora(config),
             cuda_graph=config.train.cuda_graph,
+            gradient_release=config.train.gradient_release,
         )
     except RuntimeError as error:
         if "assistant_only_loss" not in str(error):
@@ -163,7 +164,9 @@ def training_arguments(config: Config):
         output_dir=save.output_dir,
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
-        **settings.model_dump(exclude={"max_steps", "num_train_epochs", "cuda_graph", "optim_states"}),
+        **settings.model_dump(
+            exclude={"max_steps", "num_train_epochs", "cuda_graph", "gradient_release", "optim_states"}
+        ),
         optim_args=settings.optim_states and f"states={settings.optim_states}",
         gradient_checkpointing=settings.activation_checkpointing,  # the old name, by which TRL switches it on
         use_cpu=not torch.cuda.is_available()  # else it takes ranks on CPUs for one process, and refuses bf16

@@ -77,7 +77,11 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs or not model.training or self.why_not_own_loss() is not None:
             self._read_metrics()
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            counted = self._total_train_tokens
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self._release is not None and self._release.measuring:  # the same batch comes again
+                self._total_train_tokens = counted
+            return loss
         inputs |= {"use_cache": False, "count_predictions": True}
         with self._without_aux_loss(inputs):
             loss, outputs = transformers.Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)

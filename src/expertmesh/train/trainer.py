@@ -8,6 +8,7 @@ Where that pays, steps are recorded as CUDA graphs (graphed.py). And checkpoints
 are loaded, and fit another layout (resume.py).
 """
 
+import copy
 import logging
 import math
 import sys
@@ -21,12 +22,14 @@ import transformers
 
 from expertmesh import backends
 from expertmesh.memory.adamw import AdamW
+from expertmesh.memory.release import GradientRelease
 from expertmesh.parallel import ranks
 from expertmesh.parallel.clip import clip_grad_norm, grad_norm
 from expertmesh.train.buckets import Buckets, Row, fused_base, one_row
 from expertmesh.train.graphed import BEGINNING, GraphedStep, why_not, why_not_auto
 from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
+from expertmesh.train.released import checking, refuse_to_release, release_of
 from expertmesh.train.resume import ResumableTrainer
 from expertmesh.train.routing import RouterLoad
 from expertmesh.waiting import hosts, meet, waiting
@@ -62,10 +65,12 @@ class Trainer(ResumableTrainer):
         train_dataset=None,
         *rest: Any,
         cuda_graph: bool | Literal["auto"] = "auto",
+        gradient_release: Literal["running", "exact"] | None = None,
         **kwargs: Any,
     ):
         super().__init__(model, args, data_collator, _numbered(train_dataset), *rest, **kwargs)
-        self.cuda_graph = cuda_graph
+        self.cuda_graph, self.gradient_release = cuda_graph, gradient_release
+        self._release: GradientRelease | None = None
         self._graphed: GraphedStep | None = None
         self._plan: bool | None = None  # whether this run records steps; None: not decided yet
         self._said: set[str] = set()
@@ -114,6 +119,8 @@ class Trainer(ResumableTrainer):
     def train(self, *args: Any, **kwargs: Any):
         self._plan = None  # arguments may have changed
         self._tokens = 0
+        if self.gradient_release is not None:
+            refuse_to_release(self)
         try:
             done = super().train(*args, **kwargs)
             if self.cuda_graph is True and self._graphed is not None and not self._graphed.replayed:
@@ -122,7 +129,9 @@ class Trainer(ResumableTrainer):
         finally:
             if self._graphed is not None:
                 self._graphed.close()
-            self._graphed = self._since = None
+            if self._release is not None:
+                self._release.close()
+            self._graphed = self._since = self._release = None
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any):
         with self._waiting("the count of labels"):
@@ -141,13 +150,20 @@ class Trainer(ResumableTrainer):
             if isinstance(inputs, Mapping) and self._records():
                 loss = self._graphed_step(model, inputs, row, num_items_in_batch)
             else:
-                loss = self._plain_step(model, self._as_one_row(inputs, row), num_items_in_batch)
+                step = self._plain_step if self.gradient_release is None else self._released_step
+                loss = step(model, self._as_one_row(inputs, row), num_items_in_batch)
         self._record.losses.append(loss)
         return loss
 
     def _plain_step(self, model, inputs, num_items_in_batch):
         self.load.mask = _padding_mask(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _released_step(self, model, inputs, num_items_in_batch):
+        if self._release is None:
+            self._release = release_of(self, self._own_adamw)
+        with checking(self.accelerator, self._release, num_items_in_batch):
+            return self._release.run(lambda: self._plain_step(model, copy.copy(inputs), num_items_in_batch))
 
     def _as_one_row(self, inputs: Any, row: Row | None) -> Any:
         """The batch as one row of documents where that saves the base model a synchronization, else unchanged."""
@@ -251,6 +267,8 @@ class Trainer(ResumableTrainer):
 
     def _clip_to(self, max_norm: float, model) -> Any:
         """The gradients' norm before they are clipped, here or in our optimizer's step; None: transformers' to do."""
+        if self._release is not None:
+            return self._release.grad_norm
         if (optimizer := self._own_adamw) is not None:
             norm = grad_norm(model.parameters())
             optimizer.clip_next(norm, max_norm)
@@ -298,7 +316,8 @@ class Trainer(ResumableTrainer):
         self._ahead.fetch()  # while the device still computes what is checked
         decode = getattr(self.processing_class, "decode", None)
         folder = self.args.output_dir or "."
-        self._record.check(grad_norm, self.state.global_step + 1, folder, model, decode)
+        changed = () if self._release is None else (self._release.changed,)
+        self._record.check(grad_norm, self.state.global_step + 1, folder, model, decode, *changed)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         pause = self.control.should_evaluate or self.control.should_save

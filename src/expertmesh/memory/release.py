@@ -1,0 +1,279 @@
+"""Gradient release: weights are updated within backward, as soon as their gradients are complete, which then are freed.
+
+So all gradients never stand beside the optimizer's states: for n weights that is n gradients less. A small weight waits
+until `BYTES` of gradients are there, as a launch for each norm would be slow; experts go at once.
+
+Autograd runs a post-accumulate hook once per backward and weight, after its last use, tied or not. FSDP2 runs it after
+the reduce-scatter, on that stream and on the shard that the optimizer has. There the update runs as well, behind the
+collectives and before the event that the next forward waits for.
+
+Clipping needs the norm of all gradients, of which the last comes when most are gone. Two ways:
+
+- "exact": a first forward and backward adds up the squares and frees gradients, a second one updates. A step costs one
+  forward and backward more.
+- "running": by the norm r of earlier steps. Of a step with norm n it is r ← r (n / r)^(1 - `MEMORY`), a geometric mean
+  that a single spike hardly moves. A gradient that only this rank holds is scaled by max_grad_norm / max(r, m), m: the
+  norm of what this backward has measured here so far; so a spike is held down where it is seen. Others are scaled by
+  max_grad_norm / r, which is the same everywhere. The first step has no r, and is exact.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from expertmesh import backends
+from expertmesh.memory.adamw import AdamW
+from expertmesh.parallel.clip import add_squares, clip_factor, local, norm_of_all, num_copies
+from expertmesh.waiting import waiting
+
+BYTES = 2**26  # of gradients that may wait for others, on each stream
+MEMORY = 0.9
+RUNNING = "running_norm"  # in the optimizer's groups, and so in its checkpoints
+T = TypeVar("T")
+
+
+class GradientRelease:
+    """`loss = release.backward(forward)` runs forward and backward and updates the weights of `optimizer` on the way:
+
+        optimizer = expertmesh.AdamW(model.parameters(), lr=1e-5, max_grad_norm=1.0)
+        release = expertmesh.GradientRelease(optimizer, clipping="running")
+        for batch in batches:
+            loss = release.backward(lambda: model(**batch).loss)
+            optimizer.step()
+            scheduler.step()
+
+    `optimizer.step()` ends the step, with nothing left to update. Learning rates count as they are in `backward`.
+    Gradients are clipped to max_grad_norm, or the optimizer's own where that is smaller, as `clipping` says (both None:
+    never). `grad_norm`, and after the step `optimizer.grad_norm`, is the norm of all gradients on all ranks before
+    clipping, as `expertmesh.clip_grad_norm` returns it, a float32 scalar on the device. The host does not wait for it.
+
+    A loss that is not finite, on any rank, changes no weight. A gradient that is not finite where the loss is changes
+    none with "exact"; else the weights whose gradients came before are changed: go back to a checkpoint. So does an
+    error within backward. Gradients of other parameters than the optimizer's, and any other backward, stay as ever.
+
+    Raises RuntimeError for gradients that accumulate, ValueError for what updates cannot come before: a closure,
+    `GradScaler`, `DistributedDataParallel`. All ranks must call it. `close()` ends it.
+    """
+
+    def __init__(
+        self,
+        optimizer: AdamW,
+        clipping: Literal["running", "exact"] = "running",
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if not isinstance(optimizer, AdamW):
+            raise ValueError(f"Gradients are released to an expertmesh.AdamW, not to {type(optimizer).__name__}.")
+        if clipping not in ("running", "exact"):
+            raise ValueError(f"clipping is 'running' or 'exact', not {clipping!r}.")
+        bounds = [bound for bound in (max_grad_norm, optimizer.max_grad_norm) if bound is not None]
+        self.max_grad_norm = min(bounds, default=None)
+        if clipping == "exact" and self.max_grad_norm is None:
+            raise ValueError(
+                "clipping='exact' runs each step twice, to clip to nothing: set max_grad_norm, or 'running'."
+            )
+        self.optimizer, self.clipping = optimizer, clipping
+        self.grad_norm: torch.Tensor | None = None  # between `backward` and `optimizer.step()`
+        self.measuring = False  # whether this forward and backward only measures
+        self._known: tuple[torch.Tensor, torch.Tensor] | None = None  # scale and found_inf of all gradients
+        self._start: torch.Tensor | None = None  # 0 where the losses of all ranks are finite, else nan
+        self._active = False
+        self._groups: dict[nn.Parameter, dict[str, Any]] = {}
+        self._squares: dict[Any, torch.Tensor] = {}  # of each stream
+        self._pending: dict[Any, dict[nn.Parameter, int]] = {}
+        self._done: set[nn.Parameter] = set()
+        self._hooks: dict[nn.Parameter, Any] = {}
+        self._before = optimizer.register_step_pre_hook(self._before_step)
+        backends.logger().info("Weights are updated within backward and gradients freed (%s).", self._how())
+
+    def _how(self) -> str:
+        bound = self.max_grad_norm
+        if bound is None:
+            return "never clipped"
+        if self.clipping == "exact":
+            return f"clipped to {bound:g} exactly: a step costs one forward and backward more"
+        return f"clipped to {bound:g} by the running norm of earlier steps; the first exactly, by one more backward"
+
+    def backward(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Runs `loss = forward()` and `loss.backward()`, twice where a norm is to be known; returns the detached loss.
+
+        The second forward draws the random numbers of the first.
+        """
+
+        def step() -> torch.Tensor:
+            loss = forward()
+            self.check(loss)
+            loss.backward()
+            return loss.detach()
+
+        return self.run(step)
+
+    def run(self, step: Callable[[], T]) -> T:
+        """As `backward`, for a function that goes forward and backward by itself, with `check(loss)` in between."""
+        if self.grad_norm is not None:
+            raise RuntimeError(
+                "This is a second backward before optimizer.step(). Gradients that were released cannot accumulate: "
+                "step after each backward, with a larger batch instead, or do without gradient release."
+            )
+        groups = self.optimizer.param_groups
+        self._groups = {p: group for group in groups for p in group["params"] if p.requires_grad}
+        self._refuse_standing()
+        for parameter in self._groups:
+            if not self.optimizer.state.get(parameter):
+                self.optimizer.prepare(parameter)  # beside the weights, not among activations
+        bound, self._known = self.max_grad_norm, None
+        running = None if self.clipping == "exact" else groups[0].get(RUNNING)
+        if bound is not None and running is None:
+            devices = {p.device.index for p in self._groups if p.is_cuda}
+            with torch.random.fork_rng(devices):
+                self._pass(step, measuring=True)
+            norm = self._norm()
+            self._known = clip_factor(norm, bound), 1.0 - torch.isfinite(norm).float()
+            result = self._pass(step)
+        else:
+            result = self._pass(step)
+            norm = self._norm()
+        if bound is not None and self.clipping == "running":
+            mean = _mean(norm, bound if running is None else running)
+            for group in groups:
+                group[RUNNING] = mean
+        self.grad_norm = norm
+        return result
+
+    def check(self, loss: torch.Tensor) -> None:
+        """Between forward and backward: weights change only if this loss is finite on all ranks. No host waits."""
+        self._attach()
+        if self._known is not None:
+            return
+        self._start = local(loss.detach()).float().sum() * 0.0
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            world: Any = dist.group.WORLD
+            with waiting("the check of the loss", world):
+                dist.all_reduce(self._start)
+
+    def changed(self) -> bool:
+        """Whether a step whose `grad_norm` is not finite changed weights. Waits for the device."""
+        return self._known is None and self._start is not None and math.isfinite(self._start.item())
+
+    def close(self) -> None:
+        """Back to gradients that stand until `optimizer.step()` takes them."""
+        for hook in (*self._hooks.values(), self._before):
+            hook.remove()
+        self._hooks.clear()
+        self.grad_norm = None
+
+    def _attach(self) -> None:
+        """Hooks that weights lack; after the first forward, in which others come that average over ranks."""
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if several and not any(isinstance(p, DTensor) or p._post_accumulate_grad_hooks for p in self._groups):
+            raise ValueError(
+                "All weights lie whole on each of several ranks, and nobody averages their gradients before they are "
+                "released: DistributedDataParallel does it later. Load the model with distributed_setup=, which lays "
+                "it out by FSDP2, or do without gradient release."
+            )
+        for parameter in self._groups.keys() - self._hooks.keys():
+            self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def _pass(self, step: Callable[[], T], measuring: bool = False) -> T:
+        """A forward and backward whose gradients are released."""
+        self._start, self._squares, self._pending, self._done = None, {}, {}, set()
+        self._active, self.measuring = True, measuring
+        try:
+            result = step()
+            for place in list(self._pending):
+                self._release(place)
+            return result
+        except BaseException:
+            for parameter in self._groups:
+                parameter.grad = None
+            raise
+        finally:
+            self._active = self.measuring = False
+
+    def _norm(self) -> torch.Tensor:
+        """Of all gradients that were released, on all ranks."""
+        assert self._start is not None, "check(loss) comes before backward"
+        total = self._start.clone()
+        for squares in self._squares.values():
+            total += squares.to(total.device, non_blocking=True)
+        return norm_of_all(total)
+
+    def _accumulated(self, parameter: torch.Tensor) -> None:
+        """The gradient of a parameter is complete."""
+        if not self._active:
+            return
+        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        if parameter in self._done:
+            raise RuntimeError(
+                "A gradient went on after it had been released. Checkpoints with use_reentrant=True do that to weights "
+                "that several layers share, and so does a backward within a step's backward: use "
+                "use_reentrant=False and one loss, or do without gradient release."
+            )
+        grad = local(parameter.grad)
+        place = torch.cuda.current_stream(grad.device) if grad.is_cuda else grad.device
+        pending = self._pending.setdefault(place, {})
+        pending[parameter] = grad.nbytes
+        if sum(pending.values()) >= BYTES:
+            self._release(place)
+
+    @torch.no_grad()
+    def _release(self, place: Any) -> None:
+        """Update what waits, on the stream that is current here, and free its gradients."""
+        parameters = list(self._pending.pop(place))
+        self._done.update(parameters)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self._known is None:
+            assert self._start is not None, "check(loss) comes before backward"
+            if place not in self._squares:
+                self._squares[place] = self._start.to(grads[0].device, copy=True)
+            add_squares(self._squares[place], grads)
+        if not self.measuring:
+            scale, found_inf = self._known or self._judge(self._squares[place], grads)
+            self.optimizer.update([(p, self._groups[p]) for p in parameters], scale, found_inf)
+            torch.autograd.graph.increment_version(parameters)  # kernels do not, and a saved weight must be the old one
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _judge(self, squares: torch.Tensor, grads: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(scale, found_inf) by earlier steps, and by the squares so far."""
+        found_inf, bound = 1.0 - torch.isfinite(squares).float(), self.max_grad_norm
+        if bound is None:
+            return None, found_inf
+        norm = self.optimizer.param_groups[0][RUNNING].to(squares.device, non_blocking=True)
+        if all(num_copies(grad) == 1 for grad in grads):
+            norm = torch.maximum(norm, squares.sqrt())
+        return clip_factor(norm, bound), found_inf
+
+    def _refuse_standing(self) -> None:
+        if any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "Gradients stand that another backward made, beside those that are released: call release.backward("
+                "forward) in place of loss.backward(), and optimizer.zero_grad() for those of other work."
+            )
+
+    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            raise ValueError("optimizer.step() takes no closure with gradient release: pass it to release.backward().")
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            raise ValueError(
+                "GradScaler cannot be combined with gradient release: it looks at gradients after backward, when "
+                "weights have changed. Train in bfloat16 without it."
+            )
+        self._refuse_standing()
+        if self.grad_norm is None:
+            raise RuntimeError("optimizer.step() without release.backward(forward) before it: nothing was updated.")
+        self.optimizer.clip_next(self.grad_norm, math.inf)  # it need not measure what is gone
+        self.grad_norm = None
+
+
+def _mean(norm: torch.Tensor, running: torch.Tensor | float) -> torch.Tensor:
+    """The running norm after a step of this norm; after the first step, where a number stands in for none, its norm."""
+    usable = torch.isfinite(norm) & (norm > 0)
+    if not isinstance(running, torch.Tensor):
+        return torch.where(usable, norm, running)
+    running = running.to(norm.device, non_blocking=True)
+    return torch.where(usable, running * (norm / running) ** (1 - MEMORY), running)
