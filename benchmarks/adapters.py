@@ -34,7 +34,9 @@ NAMES = "gate_up_proj", "down_proj"
 def native(module: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *adapters: torch.Tensor) -> Any:
     """By products of low rank, the making of the factors included."""
     experts = len(module.down_proj)
-    sides = [factor_of(adapter, bool(n % 2), 2.0, experts, slice(None), DTYPE) for n, adapter in enumerate(adapters)]
+    sides = [
+        factor_of(adapter, bool(n % 2), 1.0 + n % 2, experts, slice(None), DTYPE) for n, adapter in enumerate(adapters)
+    ]
     module.low_rank = {NAMES[0]: sides[:2], NAMES[1]: sides[2:]}
     try:
         return experts_forward(module, x, ids, weights)

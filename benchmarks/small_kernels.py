@@ -161,7 +161,7 @@ def update_case(
         stock.step()
         return weight
 
-    name = "clip and adamw" + (f", {states}" if states else "")
+    name = "clip and adamw" + (f" ({states})" if states else "")
     return name, ours_step, stock_step, (), 16 * moved / 2 * row, 0.0
 
 

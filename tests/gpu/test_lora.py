@@ -1,4 +1,4 @@
-"""On a GPU: adapters on experts by products of low rank are no further from float32 than PEFT's sum of whole weights."""
+"""On a GPU: adapters by products of low rank are no further from float32 than PEFT's sum of whole weights."""
 
 import copy
 
@@ -44,7 +44,7 @@ def run(module, way, x, ids, weights, factors, dout):
 
 def native(module, x, ids, weights, *factors):
     dtype, count = module.down_proj.dtype, len(module.down_proj)
-    made = [factor_of(factor, bool(n % 2), 2.0, count, slice(None), dtype) for n, factor in enumerate(factors)]
+    made = [factor_of(factor, bool(n % 2), 1.0 + n % 2, count, slice(None), dtype) for n, factor in enumerate(factors)]
     module.low_rank = dict(zip(names(module), (made[:2], made[2:]), strict=True))
     try:
         return experts_forward(module, x, ids, weights)

@@ -20,7 +20,7 @@ def peak(model: Any, clipping: Any) -> int:
     """Bytes above the weights at the peak of the last steps, which must not wait for the device."""
     optimizer = expertmesh.AdamW(model.parameters(), lr=1e-3, max_grad_norm=0.1 if clipping else None)
     release = expertmesh.GradientRelease(optimizer, clipping) if clipping else None
-    batches = torch.randint(3, 128, (STEPS, 1, 64), generator=torch.Generator().manual_seed(1)).cuda()
+    batches = torch.randint(3, 128, (STEPS, 1, 8), generator=torch.Generator().manual_seed(1)).cuda()
     try:
         for step, ids in enumerate(batches):
             if step == WARM_UP:

@@ -1,6 +1,8 @@
 """Weights that are updated within backward are those of ordinary steps; gradients are gone when it ends."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -301,3 +303,24 @@ def test_ranks_agree_with_ordinary_steps(cases):
     for rank in on_ranks(2, work.released_steps, saved("qwen3_moe"), cases):
         for name, norm_error, weight_error, parameter in rank:
             assert norm_error <= 1e-6 and weight_error <= 2e-6, f"{name}: {norm_error}, {parameter} {weight_error}"
+
+
+def test_weights_are_freed_with_all_that_trained_them():
+    def train():
+        model = fuse(tiny_model("qwen3_moe")).train()
+        released(model, 1)
+        return [weakref.ref(weight) for weight in model.parameters()]
+
+    weights = train()
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
+
+
+@pytest.mark.parametrize("states", ["8bit", "float32"])
+def test_states_of_low_memory_are_those_of_ordinary_steps(states):
+    model = fuse(tiny_model("qwen3_moe")).train().bfloat16()
+    twin = copy.deepcopy(model)
+    released(model, 3, max_grad_norm=None, states=states)
+    ordinary(twin, 3, states=states)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

@@ -18,6 +18,7 @@ Clipping needs the norm of all gradients, of which the last comes when most are 
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -175,8 +176,14 @@ class GradientRelease:
                 "released: DistributedDataParallel does it later. Load the model with distributed_setup=, which lays "
                 "it out by FSDP2, or do without gradient release."
             )
+        this = weakref.ref(self)  # a weight that holds what holds it is never freed
+
+        def accumulated(parameter: torch.Tensor) -> None:
+            if (release := this()) is not None:
+                release._accumulated(parameter)
+
         for parameter in self._groups.keys() - self._hooks.keys():
-            self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._accumulated)
+            self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(accumulated)
 
     def _pass(self, step: Callable[[], T], measuring: bool = False) -> T:
         """A forward and backward whose gradients are released."""
