@@ -144,6 +144,16 @@ def test_shards_dtypes_tokenizer_and_what_no_adapter_changes_stay(tmp_path):
     assert maps[0] == maps[1]
 
 
+def test_a_router_that_models_keep_in_float32_stays_in_bfloat16_on_disk(tmp_path):
+    """Transformers 5.24 loads DeepSeek V3's routers in float32, whatever the checkpoint has."""
+    base = tmp_path / "base"
+    shutil.copytree(saved("deepseek_v3", torch.bfloat16), base, ignore=shutil.ignore_patterns("SHA256SUMS"))
+    weights = {key: value.bfloat16() for key, value in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    merge(adapter_of("deepseek_v3")[0], str(base), tmp_path / "merged")
+    assert layout(tmp_path / "merged") == layout(base)
+
+
 @pytest.mark.parametrize("scheme", ["mxfp4", "fp8"])
 def test_a_quantized_base_is_merged_in_bfloat16(scheme, tmp_path, request):
     if scheme == "mxfp4":

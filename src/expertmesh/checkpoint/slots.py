@@ -99,7 +99,9 @@ def lost(folder: Path, model: PreTrainedModel, server: str, layout: str | None =
     adapter, rules = read_adapter(folder, model, layout), rules_of(server, model)
     paths = list(adapter.pairs)
     told = [Lost(name, _whole(server)) for name in adapter.replaced]
-    told += [Lost(path, why) for path in paths if (why := _why(path, server, rules, model, adapter))]
+    non_gated = any(is_experts(module) and not module.has_gate for module in model.modules())
+    family = model.config.model_type
+    told += [Lost(path, why) for path in paths if (why := _why(path, server, rules, adapter, family, non_gated))]
     told += _incomplete(paths, server, rules, model)
     done = {one.path for one in told}
     told += [one for one in _scalings(server, adapter) if one.path not in done]
@@ -146,12 +148,11 @@ def _whole(server: str) -> str:
     )
 
 
-def _why(path: str, server: str, rules: Rules, model: PreTrainedModel, adapter: Adapter) -> str | None:
-    """Why the server has no slot for a pair, or None."""
-    leaf, family = path.rpartition(".")[2], model.config.model_type
+def _why(path: str, server: str, rules: Rules, adapter: Adapter, family: str, non_gated: bool) -> str | None:
+    """Why the server has no slot for a pair, or None. non_gated: the family's experts have no gate."""
+    leaf = path.rpartition(".")[2]
     flat = re.search(r"\.experts(\.base_layer)*$", path) is not None
     single = re.search(r"\.experts\.\d+\.", path) is not None
-    non_gated = any(is_experts(module) and not module.has_gate for module in model.modules())
     if (flat or single) and adapter.layout not in (RANK_MAJOR, "per expert"):
         return f"is laid out {adapter.layout}, which {server} reads as {RANK_MAJOR}: noise"
     if server == "vllm":
