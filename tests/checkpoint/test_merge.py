@@ -20,8 +20,9 @@ from expertmesh.checkpoint import merge as merging
 from expertmesh.checkpoint.adapter import Adapter, AdapterError
 from expertmesh.checkpoint.layouts import EXPERT_MAJOR, RANK_MAJOR, read_adapter, skeleton
 from expertmesh.checkpoint.merge import NotEqualError, merge
+from expertmesh.weights.quantized import packed
 from tests.models import load_stock, saved
-from tests.weights.test_mxfp4 import published  # noqa: F401 (a fixture)
+from tests.weights.test_mxfp4 import published, value_of  # noqa: F401 (a fixture)
 from tests.weights.test_quantized import checkpoints
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -173,6 +174,35 @@ def test_a_quantized_base_is_merged_in_bfloat16(scheme, tmp_path, request):
     written = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "quantization_config" not in written and not any("_scale" in key for key in layout(tmp_path / "merged"))
     assert logits_of(tmp_path / "merged").isfinite().all()
+
+
+def test_experts_in_mxfp4_are_packed_again_and_the_error_is_measured(tmp_path, published):  # noqa: F811
+    config = transformers.AutoConfig.from_pretrained(published)
+    del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    targets = {"target_modules": [], "target_parameters": ["layers.0.mlp.experts.gate_up_proj"]}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, **targets))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", str(published), tmp_path / "bf16")
+    proof = merge(tmp_path / "adapter", str(published), tmp_path / "packed", pack=True)
+    assert proof.error <= 1e-5 < 1e-3 < proof.rounding < proof.effect
+    assert layout(tmp_path / "packed") == layout(published)
+    assert configurations(tmp_path / "packed") == configurations(published)
+    before, after, whole = (
+        load_file(f / "model.safetensors") for f in (published, tmp_path / "packed", tmp_path / "bf16")
+    )
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert changed == {f"{name}_blocks", f"{name}_scales"}
+    found, exact = value_of(after[f"{name}_blocks"], after[f"{name}_scales"]), whole[name].float()
+    assert 0.02 < (found - exact).norm() / exact.norm() < 0.12  # four bits
+    again = packed(value_of(before[f"{name}_blocks"], before[f"{name}_scales"]))
+    assert torch.equal(value_of(*again), value_of(before[f"{name}_blocks"], before[f"{name}_scales"]))
+    with pytest.raises(AdapterError, match="not in MXFP4.*leave out --mxfp4"):
+        merge(adapter_of("qwen3_moe")[0], str(saved("qwen3_moe")), tmp_path / "none", pack=True)
 
 
 def test_routers_that_are_saved_whole_are_put_in(tmp_path):

@@ -2,7 +2,7 @@
 
 Only tensors that the adapter changes are computed anew, in float32, and rounded once to the dtype they have; all others
 are copied bit for bit, under the keys and in the files of the base, with its configuration and tokenizer. Weights in
-block FP8 or MXFP4 become bfloat16 on the way, in the whole checkpoint.
+block FP8 or MXFP4 become bfloat16 on the way, in the whole checkpoint, unless MXFP4 is to be packed again.
 
 The proof is in float32, on a few tokens: stock Transformers loads the base, PEFT puts the adapter on it, and these
 logits must be those of the base with our sums in its weights; then the export, read back by stock Transformers, must
@@ -36,7 +36,7 @@ from expertmesh.checkpoint.adapter import Adapter, AdapterError, read_config, re
 from expertmesh.checkpoint.layouts import read_adapter, skeleton
 from expertmesh.checkpoint.serving import write_adapter
 from expertmesh.weights.files import SUMS, replacing, verify_sums
-from expertmesh.weights.quantized import MXFP4, READERS, BlockFP8
+from expertmesh.weights.quantized import MXFP4, READERS, BlockFP8, packed
 from expertmesh.weights.read import opened, weight_files
 from expertmesh.weights.write import as_saved
 
@@ -51,7 +51,7 @@ class NotEqualError(ValueError):
 class Proof:
     """What was compared. error, effect, rounding: differences of logits, as a part of the largest: of our sums from
     PEFT's, of base and adapter from the base alone, of the rounded sums from those in float32. by: whose base +
-    adapter. parameters: how many were read back. dequantized: the method of quantization that was undone, if any.
+    adapter. parameters: how many were read back. dequantized: the base's method of quantization, if any.
     """
 
     error: float
@@ -103,8 +103,12 @@ def base_model(base: str | Path) -> PreTrainedModel:
         raise AdapterError(f"No model can be made of the config.json of the base {base}: {error}") from error
 
 
-def merge(adapter: str | Path, base: str | None, output: str | Path, layout: str | None = None) -> Proof:
+def merge(
+    adapter: str | Path, base: str | None, output: str | Path, layout: str | None = None, pack: bool = False
+) -> Proof:
     """Write the base with the adapter in its weights to `output`, proved; nothing appears there otherwise.
+
+    pack: experts of a base in MXFP4 are packed again; `Proof.rounding` is what that costs.
 
     Raises AdapterError if adapter and base cannot be read or do not fit, NotEqualError if the proof fails.
     """
@@ -117,7 +121,7 @@ def merge(adapter: str | Path, base: str | None, output: str | Path, layout: str
     existed = Path(output).exists()
     try:
         with replacing(output) as staging:
-            return prove(staging, source, read, *write_merged(staging, source, model, read))
+            return prove(staging, source, read, *write_merged(staging, source, model, read, pack))
     except BaseException:
         if not existed:
             shutil.rmtree(output, ignore_errors=True)
@@ -126,19 +130,21 @@ def merge(adapter: str | Path, base: str | None, output: str | Path, layout: str
 
 @torch.no_grad()
 def write_merged(
-    folder: Path, source: Path, model: PreTrainedModel, adapter: Adapter
-) -> tuple[dict[str, torch.dtype], str | None]:
+    folder: Path, source: Path, model: PreTrainedModel, adapter: Adapter, pack: bool = False
+) -> tuple[dict[str, torch.dtype | None], str | None]:
     """Write weights, index, configuration and tokenizer.
 
-    Returns the dtypes on disk of what the adapter changes, and the method of quantization that was undone, if any.
+    Returns the dtypes on disk of what the adapter changes (None: MXFP4), and the base's method of quantization, if any.
     """
     config = json.loads((source / "config.json").read_text())
     stored = config.pop("quantization_config", None)
     method = stored and stored.get("quant_method")
     if stored and (method not in READERS or (method == "fp8" and not stored.get("weight_block_size"))):
         raise AdapterError(f"The base {source} is quantized ({method}): merge into its unquantized original.")
+    if pack and method != "mxfp4":
+        raise AdapterError(f"The base {source} is not in MXFP4, so nothing can be packed again: leave out --mxfp4.")
     weight_map: dict[str, str] = {}
-    dtypes: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype | None] = {}
     files, size = weight_files(source), 0
     with _opened(files) as tensors:
         kept = READERS[method](stored, dict(tensors)) if stored else tensors
@@ -147,8 +153,12 @@ def write_merged(
             with safe_open(file, "pt") as handle:
                 names = [key.removesuffix("_blocks") for key in handle.keys()]  # noqa: SIM118 (not a dict)
             keys = [key for key in names if key in kept]
-            written = {}
+            written: dict[str, torch.Tensor] = {}
             for key in keys:
+                if pack and isinstance(kept[key], MXFP4):
+                    written |= _packed(key, kept[key], pieces)
+                    dtypes |= dict.fromkeys({pieces.name_of[key]} if key in pieces.name_of else ())
+                    continue
                 value = kept[key][...]
                 dtype = torch.bfloat16 if isinstance(kept[key], BlockFP8 | MXFP4) else value.dtype
                 written[key] = pieces.merged(key, value).to(dtype).contiguous()
@@ -165,10 +175,18 @@ def write_merged(
         ours = path.name in (SUMS, SAFE_WEIGHTS_INDEX_NAME) or path.suffix == ".safetensors" or path.name[0] == "."
         if path.is_file() and not ours and path.suffix not in (".bin", ".pt", ".pth", ".gguf", ".md"):
             shutil.copy(path, folder)
-    if stored:
+    if stored and not pack:
         config |= {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return dtypes, method
+
+
+def _packed(key: str, stored: MXFP4, pieces: "_Pieces") -> dict[str, torch.Tensor]:
+    """A tensor in MXFP4: packed anew with its part of the adapter, or as it is."""
+    both = (
+        packed(pieces.merged(key, stored[...])) if key in pieces.name_of else (stored.blocks[...], stored.scales[...])
+    )
+    return {f"{key}_blocks": both[0], f"{key}_scales": both[1]}
 
 
 @contextmanager
@@ -234,11 +252,13 @@ def _tail(key: str) -> str:
 
 @torch.no_grad()
 def prove(
-    export: Path, source: Path, adapter: Adapter, dtypes: dict[str, torch.dtype], dequantized: str | None = None
+    export: Path, source: Path, adapter: Adapter, dtypes: dict[str, torch.dtype | None], dequantized: str | None = None
 ) -> Proof:
     """Compare an export with its base and the adapter. Raises NotEqualError, or AdapterError where memory lacks."""
     stock: Any = transformers.AutoModelForCausalLM
-    merged, info = stock.from_pretrained(export, output_loading_info=True, dtype="auto")
+    load: Any = AutoModelForCausalLM if dequantized else stock  # stock does not read all that ours reads quantized
+    reader = load if None in dtypes.values() else stock
+    merged, info = reader.from_pretrained(export, output_loading_info=True, dtype="auto")
     told = [*info["missing_keys"], *info["mismatched_keys"]]
     if told:
         raise NotEqualError(f"Stock Transformers does not find {told[0]} in the merged model. Nothing was written.")
@@ -252,7 +272,7 @@ def prove(
             f"The proof takes the model in float32, {need / 1e9:.0f} GB of host memory, and {free / 1e9:.0f} GB "
             f"are free. Merge on a machine with more."
         )
-    base = (AutoModelForCausalLM if dequantized else stock).from_pretrained(source, dtype=torch.float32).float().eval()
+    base = load.from_pretrained(source, dtype=torch.float32).float().eval()
     plain = base(tokens).logits
     adapted, by = _with_peft(base, adapter, tokens)
     adapter.add_to(base)
@@ -266,7 +286,9 @@ def prove(
         )
     state = base.state_dict()
     for name, (dtype, digest) in found.items():
-        value = state[name].to(dtypes.get(name, dtype)).to(dtype)
+        stored = dtypes.get(name, dtype)
+        value = MXFP4(*map(_Slices, packed(state[name])))[...] if stored is None else state[name].to(stored)
+        value = value.to(dtype)
         if _digest(value) != digest:
             raise NotEqualError(f"{name} of the merged model is not what base and adapter give. Nothing was written.")
         state[name].copy_(value)
@@ -302,6 +324,19 @@ def _with_peft(base: PreTrainedModel, adapter: Adapter, tokens: torch.Tensor) ->
     for name, value in before.items():
         base.get_parameter(name).copy_(value)
     return found, f"{by}, from its own layout"
+
+
+class _Slices:
+    """A tensor that can be asked for its shape as slices of safetensors are."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.tensor[index]
 
 
 def _tokens(vocab_size: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help=OUTPUT_HELP)],
     base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
     layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP)] = None,
+    mxfp4: Annotated[bool, typer.Option("--mxfp4", help="Pack the experts of a base in MXFP4 again.")] = False,
 ) -> None:
     """Merge a LoRA adapter into its base model, in the base's dtypes, keys and files.
 
@@ -30,9 +31,10 @@ def merge(
 
     known_layout(layout)
     with naming_the_fix(), quiet():
-        proof = merging.merge(adapter, base, output, layout)
+        proof = merging.merge(adapter, base, output, layout, mxfp4)
     if proof.dequantized:
-        typer.echo(f"The base is in {proof.dequantized.upper()}: the merged model is in bfloat16, not packed again.")
+        how = "its experts are packed again" if mxfp4 else "the merged model is in bfloat16, not packed again"
+        typer.echo(f"The base is in {proof.dequantized.upper()}: {how}.")
     typer.echo(
         f"The adapter, read as {proof.layout}, moves the logits by {proof.effect:.1e} of the largest. Merged and base "
         f"+ adapter ({proof.by}) differ by {proof.error:.1e} in float32; rounding the weights moves them by "
