@@ -5,6 +5,7 @@ The adapters are PEFT's own, on stock models, with random factors. Public bugs s
 
 import functools
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -118,7 +119,8 @@ def test_a_merged_model_is_an_ordinary_export_with_the_logits_of_base_and_adapte
     assert_same(logits_of(tmp_path / "merged"), logits)
     assert layout(tmp_path / "merged") == layout(saved(family))
     assert configurations(tmp_path / "merged") == configurations(saved(family))
-    assert proof.error <= 1e-5 < 0.1 < proof.effect and proof.layout == RANK_MAJOR and proof.by.startswith("PEFT")
+    assert proof.error <= 1e-5 < 0.1 < proof.effect and proof.layout == RANK_MAJOR and proof.changed[1] == 4
+    assert re.fullmatch(r"PEFT [\d.]+", proof.by)  # which has read the folder by itself
     assert sorted(path.name for path in (tmp_path / "merged").iterdir() if path.is_dir()) == []
 
 
@@ -321,10 +323,12 @@ def test_a_merge_that_does_not_compute_base_and_adapter_leaves_nothing(tmp_path,
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["mine.txt"]
 
 
-def test_an_end_that_is_tied_to_the_other_is_not_changed(tmp_path):
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_embeddings_and_heads_are_merged_where_they_are_two(end, tmp_path):
+    folder, logits = made("qwen3_moe", target_modules=(end,))
+    proof = merge(folder, str(saved("qwen3_moe")), tmp_path / "merged")
+    assert_same(logits_of(tmp_path / "merged"), logits)
+    assert proof.changed == (1, 0)
     config = transformers.AutoConfig.from_pretrained(saved("qwen3_moe"), tie_word_embeddings=True)
-    folder, _ = made("qwen3_moe", target_modules=("lm_head",))
-    with pytest.raises(AdapterError, match="lm_head.weight, which the base ties"):
+    with pytest.raises(AdapterError, match=f"{end}.weight, which the base ties"):
         read_adapter(folder, skeleton(config))
-    merge(folder, str(saved("qwen3_moe")), tmp_path / "merged")  # which is untied
-    assert_same(logits_of(tmp_path / "merged"), made("qwen3_moe", target_modules=("lm_head",))[1])

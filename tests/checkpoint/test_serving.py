@@ -27,6 +27,7 @@ from tests.checkpoint.test_merge import (
     made,
     same_deltas,
     tensors_of,
+    wrapped,
 )
 from tests.models import saved
 
@@ -75,6 +76,36 @@ def test_what_is_written_for_a_server_has_a_slot_and_the_same_products(family, r
 def test_the_names_are_those_of_the_published_checkpoint(family, server, expected, tmp_path):
     rewrite(experts_only(family), base_of(family), tmp_path / "served", server)
     assert expected in names(tmp_path / "served")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_vllm_makes_of_its_file_is_the_change_that_peft_makes(family, tmp_path):
+    """By its own arithmetic (pack_moe, _stack_moe_lora_weights), against `get_delta_weight`."""
+    model = wrapped(family, target_modules=(), target_parameters=MIXER if family == "nemotron_h" else GATED)
+    model.save_pretrained(tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", base_of(family), tmp_path / "served", "vllm")
+    tensors, config = tensors_of(tmp_path / "served"), json.loads((tmp_path / "served/adapter_config.json").read_text())
+    scaling, compared = config["lora_alpha"] / config["r"], 0
+    for path, module in model.base_model.model.named_modules():
+        if type(module).__name__ != "ParamWrapper":
+            continue
+        delta = module.get_delta_weight("default").detach()
+        experts, name = path.replace(".base_layer", ""), module.parameter_name
+        if family == "nemotron_h":
+            experts = experts.replace("model.", "backbone.")
+        if family == "gpt_oss":
+            where = f"base_model.model.{experts}{'.base_layer' if name == 'gate_up_proj' else ''}.lora_"
+            A, B = tensors[f"{where}A.weight"], tensors[f"{where}B.weight"]
+            B_EOr = B.reshape(B.shape[0], -1, 8).permute(2, 0, 1)
+            served = (B_EOr @ A.reshape(8, -1, A.shape[1])).transpose(1, 2)
+        else:
+            parts = ["gate_proj", "up_proj"] if name == "gate_up_proj" else [name]
+            pairs = [[f"base_model.model.{experts}.{e}.{part}.lora_" for part in parts] for e in range(8)]
+            products = [[tensors[f"{pair}B.weight"] @ tensors[f"{pair}A.weight"] for pair in of_e] for of_e in pairs]
+            served = torch.stack([torch.cat(of_e) for of_e in products])
+        torch.testing.assert_close(scaling * served, delta, rtol=1e-5, atol=1e-6)
+        compared += 1
+    assert compared == 4
 
 
 @pytest.mark.parametrize(("server", "bug"), [("vllm", "vllm#41384"), ("sglang", "sglang#25528")])

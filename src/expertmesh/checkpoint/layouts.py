@@ -88,8 +88,9 @@ class _Reader:
         if name not in self.parameters:
             raise self.refused(f"{key} is neither lora_A, lora_B nor a parameter of the base")
         self.fits(key, value, tuple(self.parameters[name].shape))
-        self.checked(name)
-        self.adapter.replaced[name] = value
+        if not key.endswith(".base_layer.weight"):  # PEFT saves the base's embeddings beside their adapters
+            self.checked(name)
+            self.adapter.replaced[name] = value
 
     def add(self, path: str, A: torch.Tensor, B: torch.Tensor) -> None:
         """One pair of factors."""

@@ -51,7 +51,8 @@ class NotEqualError(ValueError):
 class Proof:
     """What was compared. error, effect, rounding: differences of logits, as a part of the largest: of our sums from
     PEFT's, of base and adapter from the base alone, of the rounded sums from those in float32. by: whose base +
-    adapter. parameters: how many were read back. dequantized: the base's method of quantization, if any.
+    adapter. changed: how many parameters the adapter changes, and how many of them are of routed experts. parameters:
+    how many were read back. dequantized: the base's method of quantization, if any.
     """
 
     error: float
@@ -59,6 +60,7 @@ class Proof:
     rounding: float
     by: str
     layout: str
+    changed: tuple[int, int]
     parameters: int
     dequantized: str | None
 
@@ -293,7 +295,9 @@ def prove(
             raise NotEqualError(f"{name} of the merged model is not what base and adapter give. Nothing was written.")
         state[name].copy_(value)
     rounding = _differ(base(tokens).logits, summed)
-    return Proof(error, effect, rounding, by, adapter.layout, len(found), dequantized)
+    names = adapter.changes.keys() | adapter.replaced.keys()
+    changed = len(names), sum(".experts." in name for name in names)
+    return Proof(error, effect, rounding, by, adapter.layout, changed, len(found), dequantized)
 
 
 def _with_peft(base: PreTrainedModel, adapter: Adapter, tokens: torch.Tensor) -> tuple[torch.Tensor, str]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from expertmesh.cli.merge import LAYOUT_HELP, known_layout, naming_the_fix
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -31,14 +33,15 @@ def check(
     ranks: Annotated[int, typer.Option(min=1, help=RANKS_HELP)] = 1,
     serve: Annotated[str | None, typer.Option(help=SERVE_HELP)] = None,
     base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
+    layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP)] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every comparison, not one line per case.")] = False,
 ) -> None:
     """Compare loss, logits, gradients, generation and export with stock Transformers. Exit code 1 if any differs.
 
     First the bytes of a local checkpoint are compared with the checksums beside it, where there are some.
     """
-    if serve is not None or base is not None:
-        raise typer.Exit(_serves(Path(model), serve, base))
+    if serve is not None or base is not None or layout is not None:
+        raise typer.Exit(_serves(Path(model), serve, base, layout))
 
     import transformers
     from rich.console import Console
@@ -79,19 +82,21 @@ def check(
     raise typer.Exit(1 if failed else 0)
 
 
-def _serves(adapter: Path, server: str | None, base: str | None) -> int:
+def _serves(adapter: Path, server: str | None, base: str | None, layout: str | None) -> int:
     """Print what a server would not apply of an adapter. Returns the exit code, 1 if there is any."""
     from expertmesh.checkpoint.merge import base_model, base_of
     from expertmesh.checkpoint.serving import SERVERS
     from expertmesh.checkpoint.slots import lost
-    from expertmesh.cli.merge import naming_the_fix
     from expertmesh.train.errors import ConfigError, known
 
     if server is None:
-        raise ConfigError("--base is of an adapter: say for which server it is to be checked (--serve vllm|sglang).")
+        raise ConfigError(
+            "--base and --layout are of an adapter: say for which server to check it (--serve vllm|sglang)."
+        )
     known("--serve", server, SERVERS)
+    known_layout(layout)
     with naming_the_fix(), quiet():
-        told, count, source = lost(adapter, base_model(base_of(adapter, base)), server)
+        told, count, source = lost(adapter, base_model(base_of(adapter, base)), server, layout)
     for one in told:
         typer.echo(f"{one.path} {one.why}.")
     applied = count - len({one.path for one in told})

@@ -36,8 +36,9 @@ def merge(
         how = "its experts are packed again" if mxfp4 else "the merged model is in bfloat16, not packed again"
         typer.echo(f"The base is in {proof.dequantized.upper()}: {how}.")
     typer.echo(
-        f"The adapter, read as {proof.layout}, moves the logits by {proof.effect:.1e} of the largest. Merged and base "
-        f"+ adapter ({proof.by}) differ by {proof.error:.1e} in float32; rounding the weights moves them by "
+        f"The adapter, read as {proof.layout}, changes {proof.changed[0]} weights, {proof.changed[1]} of them routed "
+        f"experts', and moves the logits by {proof.effect:.1e} of the largest. Merged and base + adapter ({proof.by}) "
+        f"differ by {proof.error:.1e} in float32; rounding the weights moves them by "
         f"{proof.rounding:.1e}. All {proof.parameters} weights were read back. The model is in {output}."
     )
 
