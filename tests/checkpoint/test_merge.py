@@ -21,6 +21,7 @@ from expertmesh.checkpoint import merge as merging
 from expertmesh.checkpoint.adapter import Adapter, AdapterError
 from expertmesh.checkpoint.layouts import EXPERT_MAJOR, RANK_MAJOR, read_adapter, skeleton
 from expertmesh.checkpoint.merge import NotEqualError, merge
+from expertmesh.checkpoint.slots import rewrite
 from expertmesh.weights.quantized import packed
 from tests.models import load_stock, saved
 from tests.weights.test_mxfp4 import published, value_of  # noqa: F401 (a fixture)
@@ -238,7 +239,13 @@ def expert_major(folder):
 
 def test_unsloth_6930_expert_major_adapters_are_merged_right_where_they_say_so_and_else_refused(tmp_path):
     folder, logits = adapter_of("qwen3_moe")
-    recorded = copied(folder, tmp_path / "recorded", expert_major(folder), lora_B_layout="grouped_by_expert")
+    recorded = copied(
+        folder,
+        tmp_path / "recorded",
+        expert_major(folder),
+        lora_B_layout="grouped_by_expert",
+        base_model_name_or_path="unsloth/Qwen3-30B-A3B",
+    )
     proof = merge(recorded, str(saved("qwen3_moe")), tmp_path / "merged")
     assert_same(logits_of(tmp_path / "merged"), logits)
     assert proof.layout == EXPERT_MAJOR and "from its own layout" in proof.by
@@ -251,6 +258,9 @@ def test_unsloth_6930_expert_major_adapters_are_merged_right_where_they_say_so_a
     assert not same_deltas(read_adapter(silent, model, RANK_MAJOR), expected, model)
     with pytest.raises(AdapterError, match="Leave out --layout"):
         read_adapter(recorded, model, RANK_MAJOR)
+    rewrite(recorded, model, tmp_path / "peft", "peft")
+    again = read_adapter(tmp_path / "peft", model)
+    assert same_deltas(again, expected, model) and again.layout == RANK_MAJOR
 
 
 @pytest.mark.parametrize("square", [True, False])

@@ -115,6 +115,7 @@ def _for_peft(changes: dict[str, Change], model: PreTrainedModel) -> tuple[list[
     alphas = {key: rank * pair.scaling for (key, rank), pair in zip(ranks.items(), pairs, strict=True)}
     return pairs, {
         "peft_version": importlib.metadata.version("peft"),
+        "lora_B_layout": "rank_major",  # as Unsloth records it, since it wrote both
         "r": max(ranks.values()),
         "lora_alpha": max(ranks.values()),
         "rank_pattern": ranks,
@@ -145,21 +146,22 @@ def _for_server(
             pairs += _per_expert(adapter, model, path, server)
     R, scalings = max(pair.A.shape[-2] for pair in pairs), {pair.scaling for pair in pairs}
     scaling = scalings.pop() if len(scalings) == 1 else 1.0
-    more = {
+    more: dict[str, Any] = {
         "r": R,
         "lora_alpha": int(R * scaling) if R * scaling == int(R * scaling) else R * scaling,
         "target_modules": sorted({_leaf(pair.path) for pair in pairs}),
     }
     if any(".experts" in pair.path and _leaf(pair.path) == "experts" for pair in pairs):  # [E·r, in]: padded before
-        more["target_parameters"] = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
-    return [_padded(pair, R, scaling, model) for pair in pairs], more
+        more |= {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "lora_B_layout": "rank_major"}
+    return [_padded(pair, R, scaling) for pair in pairs], more
 
 
 def _leaf(path: str) -> str:
     return path.removesuffix(".base_layer").rpartition(".")[2]
 
 
-def _padded(pair: Pair, R: int, scaling: float, model: PreTrainedModel) -> Pair:
+def _padded(pair: Pair, R: int, scaling: float) -> Pair:
+    """With rank R and this scaling; of all experts, in PEFT's one pair."""
     A, B = pair.A, pair.B if pair.scaling == scaling else (pair.B.float() * (pair.scaling / scaling)).to(pair.B.dtype)
     more = R - A.shape[-2]
     A, B = nn.functional.pad(A, (0, 0, 0, more)), nn.functional.pad(B, (0, more))
@@ -170,12 +172,11 @@ def _padded(pair: Pair, R: int, scaling: float, model: PreTrainedModel) -> Pair:
 
 def _missing(pairs: list[Pair], model: PreTrainedModel) -> list[Pair]:
     """Zeros for the projections that servers fuse with one that is there."""
-    there, added = {pair.path for pair in pairs}, {}
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    by_path = {}
-    for name, module in linears.items():
-        key = next(iter(as_saved(model, f"{name}.weight", torch.empty(module.weight.shape, device="meta"))))
-        by_path[key.removesuffix(".weight")] = module
+    there, added, by_path = {pair.path for pair in pairs}, {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and any(name.endswith(f".{leaf}") for group in FUSED for leaf in group):
+            key = next(iter(as_saved(model, f"{name}.weight", torch.empty(module.weight.shape, device="meta"))))
+            by_path[key.removesuffix(".weight")] = module
     for pair in pairs:
         parent, _, leaf = pair.path.rpartition(".")
         for other in next((group for group in FUSED if leaf in group), ()):
