@@ -16,6 +16,8 @@ VERBS = {
     "train": "Fine-tune a model as a YAML file says.",
     "launch": "Write the Slurm or SkyPilot file that trains on several machines.",
     "check": "Prove that a model computes and saves what it does under stock Transformers.",
+    "merge": "Merge a LoRA adapter into its base model, and prove it on logits.",
+    "adapter": "Write a LoRA adapter as vLLM, SGLang or PEFT reads it.",
     "bench": "Time stock Transformers and expertmesh on the same work, in one job.",
     "demo": "Train, export and verify a small model on this machine.",
     "doctor": "Show what is installed, what is lost without the rest, and the fusions of each family.",

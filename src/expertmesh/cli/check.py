@@ -1,4 +1,7 @@
-"""`expertmesh check MODEL`: prove that expertmesh computes and saves what stock Transformers does."""
+"""`expertmesh check MODEL`: prove that expertmesh computes and saves what stock Transformers does.
+
+With `--serve` MODEL is an adapter, and the question whether a server applies all of it.
+"""
 
 import contextlib
 import difflib
@@ -10,11 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from expertmesh.cli.merge import LAYOUT_HELP, known_layout, naming_the_fix
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from expertmesh.bench.rows import Row
 
+SERVE_HELP = "MODEL is a LoRA adapter: does `vllm` or `sglang` have a slot for every tensor of it?"
+BASE_HELP = "With --serve: the adapter's base model, a folder or a Hub id; left out, the one it names."
 MODEL_HELP = "A checkpoint folder, a Hub id, a family (`qwen3_moe`: a tiny model is made), or `all` families."
 RANKS_HELP = "Compare on this many processes instead: FSDP2 and expert parallelism against stock on one process."
 DEVICE_HELP = "`cpu`: float32, equal within 1e-5. `cuda`: bfloat16, at most 1.5 times stock's own error."
@@ -24,12 +31,18 @@ def check(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     ranks: Annotated[int, typer.Option(min=1, help=RANKS_HELP)] = 1,
+    serve: Annotated[str | None, typer.Option(help=SERVE_HELP)] = None,
+    base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
+    layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP)] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every comparison, not one line per case.")] = False,
 ) -> None:
     """Compare loss, logits, gradients, generation and export with stock Transformers. Exit code 1 if any differs.
 
     First the bytes of a local checkpoint are compared with the checksums beside it, where there are some.
     """
+    if serve is not None or base is not None or layout is not None:
+        raise typer.Exit(_serves(Path(model), serve, base, layout))
+
     import transformers
     from rich.console import Console
     from rich.markup import escape
@@ -67,6 +80,30 @@ def check(
         console.print(f"{name}: {len(rows)} comparisons, {len(differing)} differ\n")
         failed += len(differing)
     raise typer.Exit(1 if failed else 0)
+
+
+def _serves(adapter: Path, server: str | None, base: str | None, layout: str | None) -> int:
+    """Print what a server would not apply of an adapter. Returns the exit code, 1 if there is any."""
+    from expertmesh.checkpoint.merge import base_model, base_of
+    from expertmesh.checkpoint.serving import SERVERS
+    from expertmesh.checkpoint.slots import lost
+    from expertmesh.train.errors import ConfigError, known
+
+    if server is None:
+        raise ConfigError(
+            "--base and --layout are of an adapter: say for which server to check it (--serve vllm|sglang)."
+        )
+    known("--serve", server, SERVERS)
+    known_layout(layout)
+    with naming_the_fix(), quiet():
+        told, count, source = lost(adapter, base_model(base_of(adapter, base)), server, layout)
+    for one in told:
+        typer.echo(f"{one.path} {one.why}.")
+    applied = count - len({one.path for one in told})
+    typer.echo(f"{server}, by its {source}: {applied} of {count} adapted modules have a slot, {len(told)} do not.")
+    if told:
+        typer.echo(f"`expertmesh adapter {adapter} --for {server}` writes it as {server} reads it, where it can.")
+    return 1 if told else 0
 
 
 def _refuse_nonsense(model: str, device: str, ranks: int) -> None:

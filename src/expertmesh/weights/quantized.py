@@ -72,6 +72,28 @@ def unpacked(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return _PAIRS.to(blocks.device)[blocks.int()].flatten(-2) * power[..., None]
 
 
+def packed(weight_EIO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(blocks, scales) of MXFP4, as `MXFP4` has them, that are nearest to experts' weights; exact where they can be.
+
+    Of the two exponents that could hold the largest of 32 weights, the one with the smaller squared error is taken.
+    """
+    E, I, O = weight_EIO.shape  # noqa: E741
+    blocks = torch.empty(E, O, I // 32, 16, dtype=torch.uint8)
+    scales = torch.empty(E, O, I // 32, dtype=torch.uint8)
+    floats = _FLOATS[:8].float()
+    for expert, weight_IO in enumerate(weight_EIO):  # all at once would be several times as large as the weights
+        groups = weight_IO.t().float().unflatten(1, (-1, 32))
+        low = groups.abs().amax(-1, keepdim=True).clamp_min(2.0**-125).log2().floor() - 2
+        exponents = torch.stack([low, low + 1])
+        codes = torch.bucketize(groups.abs() * torch.exp2(-exponents), (floats[1:] + floats[:-1]) / 2)
+        errors = (floats[codes] * torch.exp2(exponents) - groups.abs()).square().sum(-1, keepdim=True)
+        second = errors[1] < errors[0]
+        codes = torch.where(second, codes[1], codes[0]) + 8 * (groups < 0)
+        blocks[expert] = (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+        scales[expert] = (low + 127 + second)[..., 0].to(torch.uint8)
+    return blocks, scales
+
+
 class MXFP4:
     """Weights [E, I, O] of experts in MXFP4, packed along I, as a bfloat16 tensor, exact, that is read when indexed.
 

@@ -191,6 +191,20 @@ def _groups(
     return groups, renamings
 
 
+def as_saved(model: PreTrainedModel, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A tensor of one parameter's shape, cut and turned as `save_pretrained` does with the parameter, by keys on disk.
+
+    model: may be on the meta device. Keys may differ from an existing checkpoint's by the model's prefix.
+    """
+    groups, renamings = _groups(model, {name: value})
+    ((target, (conversion, [(_, pattern)])),) = groups.items()
+    transform = deepcopy(conversion)
+    transform.add_tensor(target, name, pattern, value)
+    pieces = transform.convert(target, model=model, config=model.config).items()
+    rename = isinstance(transform, WeightConverter)
+    return {apply_renamings(k, renamings) if rename else k: v[0] if isinstance(v, list) else v for k, v in pieces}
+
+
 def _splits_by_expert(conversion: Any, values: list[Any]) -> bool:
     """Whether one sharded tensor becomes one tensor per row, so that every rank can convert the rows it has."""
     operations = getattr(conversion, "operations", ())

@@ -1,0 +1,365 @@
+"""A LoRA adapter merged into its base: an ordinary export, written shard by shard, and proved before it appears.
+
+Only tensors that the adapter changes are computed anew, in float32, and rounded once to the dtype they have; all others
+are copied bit for bit, under the keys and in the files of the base, with its configuration and tokenizer. Weights in
+block FP8 or MXFP4 become bfloat16 on the way, in the whole checkpoint, unless MXFP4 is to be packed again.
+
+The proof is in float32, on a few tokens: stock Transformers loads the base, PEFT puts the adapter on it, and these
+logits must be those of the base with our sums in its weights; then the export, read back by stock Transformers, must
+have exactly these sums, rounded. A router that is nearly undecided may fall either way on one side, so of eight rows of
+tokens the two that differ most do not count.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from expertmesh.auto import AutoModelForCausalLM
+from expertmesh.checkpoint.adapter import Adapter, AdapterError, read_config, read_tensors
+from expertmesh.checkpoint.layouts import read_adapter, skeleton
+from expertmesh.checkpoint.serving import write_adapter
+from expertmesh.weights.files import SUMS, replacing, verify_sums
+from expertmesh.weights.quantized import MXFP4, READERS, BlockFP8, packed
+from expertmesh.weights.read import opened, weight_files
+from expertmesh.weights.write import as_saved
+
+TOLERANCE = 1e-4  # of the largest logit, in float32
+
+
+class NotEqualError(ValueError):
+    """The merged model does not compute what base and adapter do."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared. error, effect, rounding: differences of logits, as a part of the largest: of our sums from
+    PEFT's, of base and adapter from the base alone, of the rounded sums from those in float32. by: whose base +
+    adapter. changed: how many parameters the adapter changes, and how many of them are of routed experts. parameters:
+    how many were read back. dequantized: the base's method of quantization, if any.
+    """
+
+    error: float
+    effect: float
+    rounding: float
+    by: str
+    layout: str
+    changed: tuple[int, int]
+    parameters: int
+    dequantized: str | None
+
+
+def base_of(adapter: Path, base: str | None = None) -> str:
+    """The base that was named, or else the one that the adapter names. Raises AdapterError if none does."""
+    found = base or read_config(adapter).get("base_model_name_or_path")
+    if not found:
+        raise AdapterError(f"The adapter in {adapter} does not say of which model it is: name it with --base.")
+    return found
+
+
+def fetched(base: str) -> Path:
+    """The folder of a model, which is downloaded if it is a Hub id. Raises AdapterError if it has no safetensors."""
+    if Path(base).is_dir():
+        folder = Path(base)
+    else:
+        try:
+            from huggingface_hub import snapshot_download
+
+            folder = Path(
+                snapshot_download(base, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+            )
+        except Exception as error:
+            raise AdapterError(
+                f"The base {base!r} is neither a folder here nor can it be had from the Hub "
+                f"({type(error).__name__}): name its folder with --base."
+            ) from error
+    files = weight_files(folder)
+    if not files or (missing := [file.name for file in files if not file.is_file()]):
+        what = missing[0] if files else "weights in safetensors files"
+        raise AdapterError(f"The base {folder} lacks {what}. Copy the whole model, or name another copy with --base.")
+    return folder
+
+
+def base_model(base: str | Path) -> PreTrainedModel:
+    """The stock model of a base without memory. Raises AdapterError if its config.json cannot be read, or is of no
+    causal language model."""
+    try:
+        return skeleton(AutoConfig.from_pretrained(base))
+    except (ValueError, OSError, KeyError) as error:
+        raise AdapterError(f"No model can be made of the config.json of the base {base}: {error}") from error
+
+
+def merge(
+    adapter: str | Path, base: str | None, output: str | Path, layout: str | None = None, pack: bool = False
+) -> Proof:
+    """Write the base with the adapter in its weights to `output`, proved; nothing appears there otherwise.
+
+    pack: experts of a base in MXFP4 are packed again; `Proof.rounding` is what that costs.
+
+    Raises AdapterError if adapter and base cannot be read or do not fit, NotEqualError if the proof fails.
+    """
+    source = fetched(base_of(Path(adapter), base))
+    verify_sums(source)
+    model = base_model(source)
+    read = read_adapter(adapter, model, layout)
+    if Path(output).resolve() in (source.resolve(), read.folder.resolve()):
+        raise AdapterError(f"{output} is what is read: write the merged model into another folder.")
+    existed = Path(output).exists()
+    try:
+        with replacing(output) as staging:
+            return prove(staging, source, read, *write_merged(staging, source, model, read, pack))
+    except BaseException:
+        if not existed:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+@torch.no_grad()
+def write_merged(
+    folder: Path, source: Path, model: PreTrainedModel, adapter: Adapter, pack: bool = False
+) -> tuple[dict[str, torch.dtype | None], str | None]:
+    """Write weights, index, configuration and tokenizer.
+
+    Returns the dtypes on disk of what the adapter changes (None: MXFP4), and the base's method of quantization, if any.
+    """
+    config = json.loads((source / "config.json").read_text())
+    stored = config.pop("quantization_config", None)
+    method = stored and stored.get("quant_method")
+    if stored and (method not in READERS or (method == "fp8" and not stored.get("weight_block_size"))):
+        raise AdapterError(f"The base {source} is quantized ({method}): merge into its unquantized original.")
+    if pack and method != "mxfp4":
+        raise AdapterError(f"The base {source} is not in MXFP4, so nothing can be packed again: leave out --mxfp4.")
+    weight_map: dict[str, str] = {}
+    dtypes: dict[str, torch.dtype | None] = {}
+    files, size = weight_files(source), 0
+    with _opened(files) as tensors:
+        kept = READERS[method](stored, dict(tensors)) if stored else tensors
+        pieces = _Pieces(model, adapter, kept)
+        for file in files:
+            with safe_open(file, "pt") as handle:
+                names = [key.removesuffix("_blocks") for key in handle.keys()]  # noqa: SIM118 (not a dict)
+            keys = [key for key in names if key in kept]
+            written: dict[str, torch.Tensor] = {}
+            for key in keys:
+                if pack and isinstance(kept[key], MXFP4):
+                    written |= _packed(key, kept[key], pieces)
+                    dtypes |= dict.fromkeys({pieces.name_of[key]} if key in pieces.name_of else ())
+                    continue
+                value = kept[key][...]
+                dtype = torch.bfloat16 if isinstance(kept[key], BlockFP8 | MXFP4) else value.dtype
+                written[key] = pieces.merged(key, value).to(dtype).contiguous()
+                if key in pieces.name_of:
+                    dtypes[pieces.name_of[key]] = dtype
+            save_file(written, folder / file.name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(written, file.name)
+            size += sum(value.nbytes for value in written.values())
+        pieces.finish()
+    if (source / SAFE_WEIGHTS_INDEX_NAME).is_file() and len(files) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for path in source.iterdir():
+        ours = path.name in (SUMS, SAFE_WEIGHTS_INDEX_NAME) or path.suffix == ".safetensors" or path.name[0] == "."
+        if path.is_file() and not ours and path.suffix not in (".bin", ".pt", ".pth", ".gguf", ".md"):
+            shutil.copy(path, folder)
+    if stored and not pack:
+        config |= {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return dtypes, method
+
+
+def _packed(key: str, stored: MXFP4, pieces: "_Pieces") -> dict[str, torch.Tensor]:
+    """A tensor in MXFP4: packed anew with its part of the adapter, or as it is."""
+    both = (
+        packed(pieces.merged(key, stored[...])) if key in pieces.name_of else (stored.blocks[...], stored.scales[...])
+    )
+    return {f"{key}_blocks": both[0], f"{key}_scales": both[1]}
+
+
+@contextmanager
+def _opened(files: list[Path]) -> Iterator[dict[str, Any]]:
+    try:
+        with opened(files) as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise AdapterError(f"The base in {files[0].parent} is damaged ({error}). Copy or download it again.") from error
+
+
+class _Pieces:
+    """The adapter's sums, cut as the base's checkpoint has its weights; each is computed when it is first needed."""
+
+    def __init__(self, model: PreTrainedModel, adapter: Adapter, keys: Any):
+        self.model, self.adapter = model, adapter
+        self.shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+        transforms = get_model_conversion_mapping(model)
+        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        self.of: dict[str, list[str]] = {name: [] for name in (*adapter.changes, *adapter.replaced)}
+        self.name_of: dict[str, str] = {}
+        for key in keys:
+            name = rename_source_key(key, renamings, converters, model.base_model_prefix, self.shapes)[0]
+            name = key if name not in self.shapes and key in self.shapes else name
+            if name in self.of:
+                self.of[name].append(key)
+                self.name_of[key] = name
+        if absent := [name for name, keys in self.of.items() if not keys]:
+            raise AdapterError(f"The base's checkpoint has no weights for {absent[0]}, which the adapter changes.")
+        self.waiting: dict[tuple[str, str], torch.Tensor] = {}
+
+    def merged(self, key: str, value: torch.Tensor) -> torch.Tensor:
+        """A tensor of the checkpoint; with its part of the adapter, where there is one, in float32."""
+        name = self.name_of.get(key)
+        if name is None:
+            return value
+        for what in ("replaced", "changes"):
+            if name in getattr(self.adapter, what) and (what, key) not in self.waiting:
+                self._cut(what, name)
+        if name in self.adapter.replaced:
+            value = self.waiting.pop(("replaced", key))
+        if name in self.adapter.changes:
+            value = value.float() + self.waiting.pop(("changes", key))
+        return value
+
+    def _cut(self, what: str, name: str) -> None:
+        whole = self.adapter.replaced[name] if what == "replaced" else self.adapter.delta(name, self.shapes[name])
+        keys = sorted(self.of[name], key=dot_natural_key)
+        pieces = {keys[0]: whole} if len(keys) == 1 else as_saved(self.model, name, whole)
+        cut = sorted(pieces, key=dot_natural_key)
+        if [_tail(key) for key in keys] != [_tail(key) for key in cut]:
+            raise AdapterError(f"The base's checkpoint names the weights of {name} in a way that is not known here.")
+        self.waiting |= {(what, key): pieces[piece] for key, piece in zip(keys, cut, strict=True)}
+
+    def finish(self) -> None:
+        assert not self.waiting, f"never met: {sorted(self.waiting)}"
+
+
+def _tail(key: str) -> str:
+    return key.rpartition(".experts.")[2] if ".experts." in key else ""
+
+
+@torch.no_grad()
+def prove(
+    export: Path, source: Path, adapter: Adapter, dtypes: dict[str, torch.dtype | None], dequantized: str | None = None
+) -> Proof:
+    """Compare an export with its base and the adapter. Raises NotEqualError, or AdapterError where memory lacks."""
+    stock: Any = transformers.AutoModelForCausalLM
+    load: Any = AutoModelForCausalLM if dequantized else stock  # stock does not read all that ours reads quantized
+    reader = load if None in dtypes.values() else stock
+    merged, info = reader.from_pretrained(export, output_loading_info=True, dtype="auto")
+    told = [*info["missing_keys"], *info["mismatched_keys"]]
+    if told:
+        raise NotEqualError(f"Stock Transformers does not find {told[0]} in the merged model. Nothing was written.")
+    tokens = _tokens(merged.config.get_text_config().vocab_size)
+    found = {name: (value.dtype, _digest(value)) for name, value in merged.state_dict().items()}
+    need, free = 4 * sum(p.numel() for p in merged.parameters()), _free_memory()
+    del merged
+    gc.collect()
+    if need > free:
+        raise AdapterError(
+            f"The proof takes the model in float32, {need / 1e9:.0f} GB of host memory, and {free / 1e9:.0f} GB "
+            f"are free. Merge on a machine with more."
+        )
+    base = load.from_pretrained(source, dtype=torch.float32).float().eval()
+    plain = base(tokens).logits
+    adapted, by = _with_peft(base, adapter, tokens)
+    adapter.add_to(base)
+    summed = base(tokens).logits
+    error, effect = _differ(summed, adapted), _differ(plain, adapted)
+    if not error <= TOLERANCE:
+        raise NotEqualError(
+            f"The merged weights give other logits than base and adapter under {by}: they differ by {error:.1e} of "
+            f"the largest, at most {TOLERANCE:.0e} is rounding. Nothing was written. The layout of the adapter was "
+            f"read as {adapter.layout}; what wrote it may have another (--layout)."
+        )
+    state = base.state_dict()
+    for name, (dtype, digest) in found.items():
+        stored = dtypes.get(name, dtype)
+        value = MXFP4(*map(_Slices, packed(state[name])))[...] if stored is None else state[name].to(stored)
+        value = value.to(dtype)
+        if _digest(value) != digest:
+            raise NotEqualError(f"{name} of the merged model is not what base and adapter give. Nothing was written.")
+        state[name].copy_(value)
+    rounding = _differ(base(tokens).logits, summed)
+    names = adapter.changes.keys() | adapter.replaced.keys()
+    changed = len(names), sum(".experts." in name for name in names)
+    return Proof(error, effect, rounding, by, adapter.layout, changed, len(found), dequantized)
+
+
+def _with_peft(base: PreTrainedModel, adapter: Adapter, tokens: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """Logits of the base with PEFT's adapter on it, which is off again afterwards."""
+    import peft
+
+    def logits(folder: Path) -> torch.Tensor | None:
+        """None if PEFT cannot put all of it on this model."""
+        wrapped = peft.PeftModel.from_pretrained(base, folder).eval()
+        took_all = peft.get_peft_model_state_dict(wrapped).keys() == read_tensors(folder).keys()
+        found = wrapped(input_ids=tokens).logits if took_all else None
+        wrapped.unload()
+        return found
+
+    by = f"PEFT {peft.__version__}"
+    if adapter.native and not adapter.replaced and (found := logits(adapter.folder)) is not None:
+        return found, by
+    before = {name: base.get_parameter(name).clone() for name in adapter.replaced}
+    for name, value in adapter.replaced.items():
+        base.get_parameter(name).copy_(value)
+    with tempfile.TemporaryDirectory() as folder:
+        if adapter.changes:
+            write_adapter(adapter, base, Path(folder), "peft")
+            found = logits(Path(folder))
+            assert found is not None, "PEFT does not take what was written for it"
+        else:
+            found = base(tokens).logits
+    for name, value in before.items():
+        base.get_parameter(name).copy_(value)
+    return found, f"{by}, from its own layout"
+
+
+class _Slices:
+    """A tensor that can be asked for its shape as slices of safetensors are."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.tensor[index]
+
+
+def _tokens(vocab_size: int) -> torch.Tensor:
+    return torch.randint(vocab_size, (8, 8), generator=torch.Generator().manual_seed(7))
+
+
+def _differ(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of logits, of the largest logit, in the row that differs third most."""
+    rows = (found - expected).abs().flatten(1).amax(1) / expected.abs().max()
+    return float(rows.nan_to_num(torch.inf).sort().values[-3])
+
+
+def _digest(value: torch.Tensor) -> bytes:
+    return hashlib.sha256(value.contiguous().flatten().view(torch.uint8).numpy().data).digest()
+
+
+def _free_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
