@@ -22,9 +22,9 @@ def adapter(
     Of the base model only config.json is read. Exit code 2 if the adapter cannot be read, or if the server would not
     apply all of it; then nothing is written.
     """
-    from expertmesh.checkpoint.merge import base_model, base_of
-    from expertmesh.checkpoint.serving import SERVERS
-    from expertmesh.checkpoint.slots import rewrite
+    from expertmesh.adapters.merge import base_model, base_of
+    from expertmesh.adapters.serving import SERVERS
+    from expertmesh.adapters.slots import rewrite
     from expertmesh.cli.check import quiet
     from expertmesh.train.errors import known
 

@@ -84,9 +84,9 @@ def check(
 
 def _serves(adapter: Path, server: str | None, base: str | None, layout: str | None) -> int:
     """Print what a server would not apply of an adapter. Returns the exit code, 1 if there is any."""
-    from expertmesh.checkpoint.merge import base_model, base_of
-    from expertmesh.checkpoint.serving import SERVERS
-    from expertmesh.checkpoint.slots import lost
+    from expertmesh.adapters.merge import base_model, base_of
+    from expertmesh.adapters.serving import SERVERS
+    from expertmesh.adapters.slots import lost
     from expertmesh.train.errors import ConfigError, known
 
     if server is None:

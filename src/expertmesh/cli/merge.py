@@ -26,7 +26,7 @@ def merge(
     Proved in float32: logits of base and adapter under PEFT against those of the merged weights. Exit code 1, and
     nothing is written, if they differ; 2 if adapter or base cannot be read, or do not fit.
     """
-    from expertmesh.checkpoint import merge as merging
+    from expertmesh.adapters import merge as merging
     from expertmesh.cli.check import quiet
 
     known_layout(layout)
@@ -46,7 +46,7 @@ def merge(
 @contextmanager
 def naming_the_fix() -> Iterator[None]:
     """An adapter or a base that cannot be used is wrong usage: exit code 2."""
-    from expertmesh.checkpoint.adapter import AdapterError
+    from expertmesh.adapters.files import AdapterError
     from expertmesh.train.errors import ConfigError
     from expertmesh.weights.files import DamagedError
 
@@ -58,7 +58,7 @@ def naming_the_fix() -> Iterator[None]:
 
 def known_layout(layout: str | None) -> None:
     """Raises ConfigError for a layout that there is not."""
-    from expertmesh.checkpoint.layouts import EXPERT_MAJOR, RANK_MAJOR
+    from expertmesh.adapters.layouts import EXPERT_MAJOR, RANK_MAJOR
     from expertmesh.train.errors import known
 
     if layout is not None:

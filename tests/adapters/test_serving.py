@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from expertmesh import cli
-from expertmesh.checkpoint.adapter import AdapterError
-from expertmesh.checkpoint.layouts import read_adapter
-from expertmesh.checkpoint.slots import lost, rewrite
-from tests.checkpoint.test_merge import (
+from expertmesh.adapters.files import AdapterError
+from expertmesh.adapters.layouts import read_adapter
+from expertmesh.adapters.slots import lost, rewrite
+from tests.adapters.test_merge import (
     FAMILIES,
     GATED,
     QKVO,

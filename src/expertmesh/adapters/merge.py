@@ -31,10 +31,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from expertmesh.adapters.files import Adapter, AdapterError, read_config, read_tensors
+from expertmesh.adapters.layouts import read_adapter, skeleton
+from expertmesh.adapters.serving import write_adapter
 from expertmesh.auto import AutoModelForCausalLM
-from expertmesh.checkpoint.adapter import Adapter, AdapterError, read_config, read_tensors
-from expertmesh.checkpoint.layouts import read_adapter, skeleton
-from expertmesh.checkpoint.serving import write_adapter
 from expertmesh.weights.files import SUMS, replacing, verify_sums
 from expertmesh.weights.quantized import MXFP4, READERS, BlockFP8, packed
 from expertmesh.weights.read import opened, weight_files

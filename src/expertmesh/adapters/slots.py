@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from expertmesh.checkpoint.adapter import Adapter, AdapterError
-from expertmesh.checkpoint.layouts import PARTS, RANK_MAJOR, read_adapter
-from expertmesh.checkpoint.serving import FUSED, SERVERS, VLLM_3D, refuse_multimodal, write_adapter
+from expertmesh.adapters.files import Adapter, AdapterError
+from expertmesh.adapters.layouts import PARTS, RANK_MAJOR, read_adapter
+from expertmesh.adapters.serving import FUSED, SERVERS, VLLM_3D, refuse_multimodal, write_adapter
 from expertmesh.moe.experts import is_experts
 from expertmesh.weights.files import replacing
 

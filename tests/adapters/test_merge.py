@@ -16,12 +16,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from expertmesh.adapters import merge as merging
+from expertmesh.adapters.files import Adapter, AdapterError
+from expertmesh.adapters.layouts import EXPERT_MAJOR, RANK_MAJOR, read_adapter, skeleton
+from expertmesh.adapters.merge import NotEqualError, merge
+from expertmesh.adapters.slots import rewrite
 from expertmesh.bench.export import configurations, layout
-from expertmesh.checkpoint import merge as merging
-from expertmesh.checkpoint.adapter import Adapter, AdapterError
-from expertmesh.checkpoint.layouts import EXPERT_MAJOR, RANK_MAJOR, read_adapter, skeleton
-from expertmesh.checkpoint.merge import NotEqualError, merge
-from expertmesh.checkpoint.slots import rewrite
 from expertmesh.weights.quantized import packed
 from tests.models import load_stock, saved
 from tests.weights.test_mxfp4 import published, value_of  # noqa: F401 (a fixture)

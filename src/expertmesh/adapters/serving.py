@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertmesh.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, AdapterError, Change
-from expertmesh.checkpoint.layouts import place
+from expertmesh.adapters.files import CONFIG, WEIGHTS, Adapter, AdapterError, Change
+from expertmesh.adapters.layouts import place
 from expertmesh.moe.experts import is_experts
 from expertmesh.weights.write import as_saved
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-from expertmesh.checkpoint.adapter import CONFIG, Adapter, AdapterError, Change, read_config, read_tensors
+from expertmesh.adapters.files import CONFIG, Adapter, AdapterError, Change, read_config, read_tensors
 from expertmesh.moe.experts import is_experts
 
 RANK_MAJOR, EXPERT_MAJOR = "rank-major", "expert-major"
