@@ -140,7 +140,8 @@ def routing_cases(tokens: int, hidden: int) -> Iterator[tuple[str, Callable, Cal
     grad, s = leaf(16 * tokens, hidden).detach(), torch.tensor(1.001, device=y.device)
     yield "squared_sum", lambda g: squared_sum([g]), lambda g: squared_sum_reference([g]), (grad,), 16 * row, 0.0
     for states, moved in UPDATES.items():
-        yield update_case(torch.nn.Parameter(leaf(16 * tokens, hidden).detach()), row, states, moved)
+        weight = torch.nn.Parameter(leaf(16 * tokens, hidden).detach().bfloat16())
+        yield update_case(weight, row, states, moved)
     yield "scale_", lambda g: scale_([g], s) or g, lambda g: scale_reference_([g], s) or g, (grad,), 32 * row, 0.0
 
 
@@ -161,7 +162,7 @@ def update_case(
         stock.step()
         return weight
 
-    name = "clip and adamw" + (f" ({states})" if states else "")
+    name = "clip and adamw" + (f" {states}" if states else "")
     return name, ours_step, stock_step, (), 16 * moved / 2 * row, 0.0
 
 

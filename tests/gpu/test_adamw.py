@@ -174,46 +174,36 @@ def test_more_than_two_billion_elements_are_all_reached():
 
 
 @pytest.mark.parametrize("states", ["8bit", "24bit", "float32"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_low_memory_states_are_those_of_the_reference(states, dtype):
-    if states == "24bit" and dtype == torch.float32:
-        return
+def test_low_memory_states_step_as_on_a_cpu_without_waiting_and_in_a_graph(states):
+    """Rows of whole and of half blocks, of several chunks, and what keeps float32 states."""
     torch.manual_seed(0)
-    shapes = (512, 1024), (3, 128, 192), (4096, 70), (64,), (257, 768)
-    ours = [torch.nn.Parameter(torch.randn(shape, device="cuda").to(dtype)) for shape in shapes]
+    shapes = [(300, 768), (96, 640), (8, 64, 256), (70_000,), (33, 129)]
+    ours = [torch.nn.Parameter(torch.randn(shape, device="cuda").bfloat16()) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().cpu()) for p in ours]
-    mine, other = (expertmesh.AdamW(p, **OPTIONS, states=states, max_grad_norm=1.0) for p in (ours, theirs))
-    for _ in range(4):
-        for a, b in zip(ours, theirs, strict=True):
-            b.grad = (torch.randn(b.shape) + 0.5).to(dtype)
-            a.grad = b.grad.cuda()
-        mine.step()
+    mine, other = (expertmesh.AdamW(ps, **OPTIONS, states=states, max_grad_norm=1.0) for ps in (ours, theirs))
+    graph, grads = torch.cuda.CUDAGraph(), [torch.empty_like(p) for p in ours]
+    for step in range(5):
+        for a, b, grad in zip(ours, theirs, grads, strict=True):
+            b.grad = torch.randn(b.shape).bfloat16()
+            a.grad = grad.copy_(b.grad)
         other.step()
+        if step == 3:  # a capture runs nothing
+            with torch.cuda.graph(graph):
+                mine.step()
+        if step < 3:
+            with no_waiting() if step else contextlib.nullcontext():
+                mine.step()
+        else:
+            graph.replay()
     for a, b in zip(ours, theirs, strict=True):
-        found, expected = mine.state[a], other.state[b]
-        assert found.keys() == expected.keys()
-        kept = [(a.detach(), b.detach()), *((found[k], x) for k, x in expected.items() if torch.is_tensor(x))]
-        for x, y in kept:
-            x = x.cpu()
-            assert x.dtype == y.dtype and x.shape == y.shape
-            # sums in another order: some draws of a rounding fall on the other side
-            different = (x.float() - y.float()).abs() > 1e-5 * y.float().abs() + 1e-7
-            assert different.float().mean() < 2e-2, f"{tuple(a.shape)}: {different.float().mean()}"
-        torch.testing.assert_close(a.detach().cpu().float(), b.detach().float(), rtol=2**-6, atol=4e-3)
-
-
-def test_low_memory_states_never_wait_and_are_captured():
-    torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16))
-    weight.grad = torch.randn_like(weight)
-    optimizer = expertmesh.AdamW([weight], lr=1e-2, states="8bit", max_grad_norm=1.0)
-    optimizer.step()
-    with no_waiting():
-        optimizer.step()
-    graph, before = torch.cuda.CUDAGraph(), weight.detach().clone()
-    with torch.cuda.graph(graph):
-        optimizer.step()
-    graph.replay()
-    first = weight.detach().clone()
-    graph.replay()
-    assert not torch.equal(before, first) and not torch.equal(first, weight), "each replay is a step"
+        assert mine.state[a]["step"] == other.state[b]["step"] == 5
+        for key, value in other.state[b].items():
+            got = mine.state[a][key].cpu() if torch.is_tensor(value) else mine.state[a][key]
+            if not torch.is_tensor(value):
+                assert got == value
+            elif value.dtype == torch.uint8:  # a code, or the draw for one, may fall to the other side
+                assert (got != value).float().mean() < 0.01, key
+            elif value.dtype == torch.float32:
+                torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-6)
+        assert (a.cpu() != b).float().mean() < 0.01
+        torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=2**-6, atol=2e-3)

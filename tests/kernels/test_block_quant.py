@@ -19,11 +19,11 @@ def test_codes_lose_little_of_what_is_large_and_never_all_of_what_is_small(signe
     x = torch.randn(3, 512).square() * 10.0 ** torch.linspace(-8, 0, 512)
     x = x * torch.randn(3, 512).sign() if signed else x
     codes, scales = quantize(x, 64, signed)
-    back = dequantize(codes, scales)
+    back = dequantize(codes, scales, signed)
     share = (x.unflatten(-1, (8, 64)).abs() / scales[..., None]).flatten(-2)
     error = (back - x).abs() / x.abs()
-    assert error[share > 0.1].max() < (0.03 if signed else 0.015) and error[share > 1e-4].max() < 0.16
-    assert (back.sign() == x.sign())[share > 1e-8].all() and (signed or (back > 0).all())
+    assert error[share > 1e-4].max() < (0.0626 if signed else 0.0313)
+    assert (back.sign() == x.sign())[share > 5e-6].all() and (signed or (back > 0).all())
     assert torch.equal(scales, back.unflatten(-1, (8, 64)).abs().amax(-1))
     for one, other in zip(quantize(back, 64, signed), (codes, scales), strict=True):
         assert torch.equal(one, other), "codes of what codes stand for"
@@ -32,10 +32,10 @@ def test_codes_lose_little_of_what_is_large_and_never_all_of_what_is_small(signe
 def test_zeros_and_the_smallest_and_largest_floats_have_codes():
     for value in (0.0, 1e-45, 1e-38, 3e38):
         x = torch.full((64,), value)
-        assert torch.equal(dequantize(*quantize(x, 64, True)) > 0, x > 1e-37)
-        back = dequantize(*quantize(x, 64, False))
+        assert torch.equal(dequantize(*quantize(x, 64, True), True) > 0, x > 1e-37)
+        back = dequantize(*quantize(x, 64, False), False)
         assert back.isfinite().all() and (value < 1e-37 or torch.equal(back, x))
-    assert dequantize(*quantize(torch.zeros(0, 64), 64, True)).shape == (0, 64)
+    assert dequantize(*quantize(torch.zeros(0, 64), 64, True), True).shape == (0, 64)
 
 
 def draws(count: int, like: torch.Tensor):
@@ -46,10 +46,11 @@ def draws(count: int, like: torch.Tensor):
 def test_stochastic_codes_have_the_right_mean(signed):
     x = torch.rand(64) ** 4 * (torch.randn(64).sign() if signed else 1)
     mean = torch.zeros(64, dtype=torch.float64)
-    for _, word in draws(1000, x):
-        mean += dequantize(*quantize(x, 64, signed, (word >> 16) / 2**16)).double() / 1000
-    spacing = 4 * x.abs().max() * (x.abs() / x.abs().max()) ** 0.75 / (127 if signed else 255) + 1e-9
-    seen = x.abs() > 1e-8
+    for one, other in draws(1000, x):
+        words = one >> 16 if signed else other >> 13
+        mean += dequantize(*quantize(x, 64, signed, words), signed).double() / 1000
+    spacing = x.abs() / (8 if signed else 16)
+    seen = x.abs() > 1e-4
     assert ((mean - x).abs() / spacing)[seen].max() < 5 * 0.5 / 1000**0.5
 
 
@@ -81,9 +82,9 @@ def test_random_numbers_are_of_stream_step_and_place_alone():
         assert (one == other).sum() < 3 and abs(
             torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1]
         ) < 0.05
-    for word in (one, two):
+    for word, first in ((one, 0), (two, 13)):  # of the second the high bits are used
         assert len(word.unique()) > 9990 and word.max() < 2**32
-        bits = (word[:, None] >> torch.arange(32)) & 1
+        bits = (word[:, None] >> torch.arange(first, 32)) & 1
         assert (bits.double().mean(0) - 0.5).abs().max() < 0.025
 
 
@@ -105,7 +106,7 @@ def update(number: int, shape: tuple[int, ...], size: int, dtype: torch.dtype, m
     scales, moments = None, (torch.zeros(shape), torch.zeros(shape))
     if size:
         scales = tuple(torch.zeros(*shape[:-1], shape[-1] // size) for _ in range(2))
-        moments = torch.zeros(shape, dtype=torch.int8), torch.zeros(shape, dtype=torch.uint8)
+        moments = torch.zeros(2, *shape, dtype=torch.uint8).unbind()
     place = 2**32 * number + 64 * number
     return Update(weight, torch.zeros_like(weight), *moments, torch.zeros(()), GROUP, kept, scales, number, place)
 
@@ -167,6 +168,6 @@ def test_a_step_of_8_bit_moments_is_near_one_of_floats():
         adamw_reference_(ours)
         adamw_reference_(theirs)
     moved, wanted = mine.weight - weight, theirs[0].weight - weight
-    assert (moved - wanted).norm() < 0.02 * wanted.norm()
-    ratio = dequantize(mine.exp_avg_sq, mine.scales[1]).mean() / theirs[0].exp_avg_sq.mean()
+    assert (moved - wanted).norm() < 0.05 * wanted.norm()
+    ratio = dequantize(mine.exp_avg_sq, mine.scales[1], False).mean() / theirs[0].exp_avg_sq.mean()
     assert abs(ratio - 1) < 2e-3

@@ -67,7 +67,11 @@ def floats(parameter, state) -> dict[str, torch.Tensor]:
     if "master" in state:
         found["weight"] = state["master"]
     for key in low_memory.MOMENTS:
-        found[key] = state[key].float() if key in state else dequantize(state[f"{key}_8bit"], state[f"{key}_scale"])
+        found[key] = (
+            state[key].float()
+            if key in state
+            else dequantize(state[f"{key}_8bit"], state[f"{key}_scale"], key == "exp_avg")
+        )
     return found
 
 
@@ -130,10 +134,10 @@ def test_a_few_steps_are_near_those_of_float32(states, dtype):
         )
         moved = want["weight"] - before.get_parameter(name)
         rounding = 2**-7 * want["weight"].norm() if states == "8bit" and dtype == torch.bfloat16 else 0
-        bound = 0.03 if states != "float32" else 1e-4
+        bound = 0.05 if states != "float32" else 1e-4
         assert (got["weight"] - want["weight"]).norm() < bound * moved.norm() + rounding, name
         for key in low_memory.MOMENTS:
-            assert (got[key] - want[key]).norm() < (0.06 if states != "float32" else 1e-5) * want[key].norm(), (
+            assert (got[key] - want[key]).norm() < (0.1 if states != "float32" else 1e-5) * want[key].norm(), (
                 name,
                 key,
             )
@@ -212,7 +216,7 @@ def test_every_state_can_go_on_as_every_other(of, to):
         assert torch.equal(parameter, weight) and state["step"] == 2
         assert low_memory.has_form(state, low_memory.form_of(parameter, to), to)
         got, want = floats(parameter, state), known[parameter]
-        bound = 2e-2 if to in ("8bit", "24bit") else 2e-3 if to is None else 0  # codes, bfloat16, float32
+        bound = 3e-2 if to in ("8bit", "24bit") else 2e-3 if to is None else 0  # codes, bfloat16, float32
         for key in low_memory.MOMENTS:
             assert (got[key] - want[key]).norm() <= bound * want[key].norm(), key
         if to == of:

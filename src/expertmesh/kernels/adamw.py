@@ -33,7 +33,7 @@ class Update(NamedTuple):
     its group's options under PyTorch's names: lr (a float or scalar), betas, eps, weight_decay, maximize.
 
     master: what is stepped in a bfloat16 weight's place, in float32, or 8 bits that the weight lacks, in int8.
-    scales: of exp_avg (int8) and exp_avg_sq (uint8), as `quantize` makes them; a bfloat16 weight without a master is
+    scales: of exp_avg and exp_avg_sq, then codes as `quantize` makes them; a bfloat16 weight without a master is
     then rounded stochastically. stream, first: whose random numbers, and from which place on (`random_words`).
     """
 
@@ -105,7 +105,7 @@ def _floats(update: Update) -> list[torch.Tensor]:
         is_rest = update.master.dtype == torch.int8
         weight = block_quant.join(weight, update.master) if is_rest else update.master
     if update.scales:
-        moments = [block_quant.dequantize(*pair) for pair in zip(moments, update.scales, strict=True)]
+        moments = [block_quant.dequantize(*each) for each in zip(moments, update.scales, (True, False), strict=True)]
     return [weight, grad, *moments]
 
 
@@ -115,14 +115,14 @@ def _kept(update: Update, used: list[torch.Tensor]) -> list[tuple[torch.Tensor, 
     if not update.scales:
         kept = [(update.weight, weight), (update.exp_avg, avg), (update.exp_avg_sq, square)]
         return kept if update.master is None else [*kept, (update.master, weight)]
-    for_weight, word = block_quant.random_words(update.stream, update.step, update.first, weight)
-    avg_sets = block_quant.quantize(avg, update.size, True, (word >> 16) / 2**16)
-    square_sets = block_quant.quantize(square, update.size, False, (word & 0xFFFF) / 2**16)
+    word, other = block_quant.random_words(update.stream, update.step, update.first, weight)
+    avg_sets = block_quant.quantize(avg, update.size, True, word >> 16)
+    square_sets = block_quant.quantize(square, update.size, False, other >> 13)
     new: dict[str, torch.Tensor] = {"weight": weight}
     if update.master is not None:
-        new["weight"], rest = block_quant.split(weight, for_weight & 0xFF)
+        new["weight"], rest = block_quant.split(weight, word & 0xFF)
     elif update.weight.dtype == torch.bfloat16:
-        new["weight"] = block_quant.round_stochastic(weight, for_weight & 0xFFFF)
+        new["weight"] = block_quant.round_stochastic(weight, word & 0xFFFF)
     kept = [(update.weight, new["weight"]), (update.exp_avg, avg_sets[0]), (update.exp_avg_sq, square_sets[0])]
     kept += zip(update.scales, (avg_sets[1], square_sets[1]), strict=True)
     return kept if update.master is None else [*kept, (update.master, rest)]
@@ -241,7 +241,7 @@ def _update(bases, at, mask, numbers, ALIGNED: tl.constexpr):
     avg_at, square_at = elements(bases[2], at, ALIGNED), elements(bases[3], at, ALIGNED)
     master_at = elements(bases[4], at, ALIGNED)  # the weight itself, where there is no other
     weight, avg, square = _step(
-        _once(master_at, mask), _once(grad_at, mask), _once(avg_at, mask), _once(square_at, mask), numbers
+        _once(master_at, mask), _once(grad_at, mask), _once(avg_at, mask), _once(square_at, mask), numbers, True
     )
     store(weight_at, weight, mask)
     store(avg_at, avg, mask)
@@ -265,7 +265,7 @@ def _update_blocks(
     square = tl.load(square_at, mask=mask, eviction_policy="evict_first")
     avg = decode(avg, tl.load(avg_scale_at, mask=of_mask), SIZE, True)
     square = decode(square, tl.load(square_scale_at, mask=of_mask), SIZE, False)
-    weight, avg, square = _step(weight, _once(grad_at, mask), avg, square, numbers)
+    weight, avg, square = _step(weight, _once(grad_at, mask), avg, square, numbers, False)
     if rest_at.dtype != weight_at.dtype:
         weight, rest = parted(weight, random[0])
         tl.store(rest_at, rest, mask=mask, eviction_policy="evict_first")
@@ -274,10 +274,10 @@ def _update_blocks(
     store(weight_at, weight, mask)
     scale = largest(avg, SIZE)
     tl.store(avg_scale_at, scale, mask=of_mask)
-    tl.store(avg_at, encode(avg, scale, random[1] >> 16, SIZE, True), mask=mask, eviction_policy="evict_first")
+    tl.store(avg_at, encode(avg, scale, random[0] >> 16, SIZE, True), mask=mask, eviction_policy="evict_first")
     scale = largest(square, SIZE)
     tl.store(square_scale_at, scale, mask=of_mask)
-    square = encode(square, scale, random[1] & 0xFFFF, SIZE, False)
+    square = encode(square, scale, random[1] >> 13, SIZE, False)
     tl.store(square_at, square, mask=mask, eviction_policy="evict_first")
 
 
@@ -288,10 +288,11 @@ def _once(pointers, mask):
 
 
 @triton.jit
-def _step(weight, grad, avg, square, numbers):
+def _step(weight, grad, avg, square, numbers, EXACT: tl.constexpr):
     step_size, correction, decay, betas, eps, scale = numbers
     grad *= scale
     weight -= decay * weight
     avg = betas[0] * avg + betas[1] * grad
     square = betas[2] * square + betas[3] * grad * grad
-    return weight - step_size * avg / (tl.sqrt_rn(square) * correction + eps), avg, square
+    root = tl.sqrt_rn(square) if EXACT else tl.sqrt(square)  # a dozen instructions more, which show beside few bytes
+    return weight - step_size * avg / (root * correction + eps), avg, square

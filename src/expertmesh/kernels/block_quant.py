@@ -1,15 +1,16 @@
 """Numbers in 8 bits with a scale for each block, stochastic rounding, and the random numbers for it.
 
-    x = scale (q / Q)^4,  scale = largest |x| of the block,  q = -127..127 (Q = 127) or, of squares, 0..255 (Q = 255)
+    x = scale L(q) / L(Q),  scale = largest |x| of the block,  L(q) the float whose first bits are q
 
-The fourth power keeps what is small beside the block's largest: down to 1e-9 of it, and a square that is not 0 never
-becomes 0. Two square roots find q, no table. Blockwise as in Dettmers et al., https://arxiv.org/abs/2110.02861;
-a power in place of their table as in FlashOptim, https://arxiv.org/abs/2602.23349.
+Moments have a sign, four bits of exponent and three of mantissa, squares one bit of mantissa more in the sign's place,
+and as with every float the smallest are evenly spaced. So a code is a number's own first bits, shifted, with no root
+and no table, and keeps what is 2e-6 of its block's largest; a square that is not 0 never becomes 0. Blockwise as in
+Dettmers et al., https://arxiv.org/abs/2110.02861.
 
 Rounding is stochastic, so that the mean of many steps is exact: a change of a moment in one step is smaller than the
 distance of two codes, and rounded to the nearest it would never come. Random numbers are a hash of stream, step and
 the element's place in the whole tensor (Wellons' lowbias32): the same in every run, on every replica, and on a GPU made
-where they are needed. Every function here that has a PyTorch twin stands beside it.
+where they are needed. Every kernel's part that has a PyTorch twin names it.
 """
 
 import torch
@@ -18,33 +19,39 @@ from expertmesh.backends import tl, triton
 
 MASK = 2**32 - 1
 LEAST = 1.2e-38  # the smallest scale whose inverse float32 can hold
-NEAREST = 0.5  # in the place of random numbers
+TINY = 2.0**-112  # under which four bits of an exponent are float32's last ones, and its subnormals ours
 tl_LEAST = tl.constexpr(LEAST)
+tl_TINY = tl.constexpr(TINY)
 
 
-def quantize(x: torch.Tensor, size: int, signed: bool, random: torch.Tensor | float = NEAREST) -> tuple:
-    """(codes of x's shape in int8 or uint8, scales [..., N / size] in float32) of x [..., N] in blocks along N.
+def quantize(x: torch.Tensor, size: int, signed: bool, words: torch.Tensor | None = None) -> tuple:
+    """(codes of x's shape in uint8, scales [..., N / size] in float32) of x [..., N] in blocks along N.
 
-    random: [0, 1) for each element; without, codes are the nearest ones. Nearest codes of what codes stand for are
-    these codes, and their scales these scales, bit for bit.
+    words: random numbers, 16 bits of each element if signed, else 19; without, codes are the nearest ones. Nearest
+    codes of what codes stand for are these codes, and their scales these scales, bit for bit.
     """
-    top = 127 if signed else 255
+    shift, top = _code(signed)
     blocks = x.float().unflatten(-1, (x.shape[-1] // size, size))
     scales = blocks.abs().amax(-1)
-    inverse = torch.where(scales >= LEAST, 1.0000002 / scales, 0.0)  # a little more: the largest must not fall short
-    y = (blocks.abs() * inverse[..., None]).clamp(max=1.0).flatten(-2)
-    q = (y.sqrt().sqrt() * top).floor().clamp(max=top - 1)
-    low, high = _level(q, top), _level(q + 1, top)
-    q += random * (high - low) < y - low
-    q = torch.where(x < 0, -q, q) if signed else torch.where(x > 0, q.clamp(min=1), q)
-    return q.to(torch.int8 if signed else torch.uint8), scales
+    inverse = torch.where(scales >= LEAST, 0.9999998 / scales, 0.0)  # a little less: no code is above the largest
+    share = (blocks * inverse[..., None]).flatten(-2) * (top * TINY)
+    up = 2 ** (shift - 1) if words is None else words.int() << (4 if signed else 0)
+    bits = share.view(torch.int32) + up
+    positive = (bits >> 19).clamp(min=(x > 0).int())
+    return (((bits >> 20) & 0x7F) | ((bits >> 24) & 0x80) if signed else positive).to(torch.uint8), scales
 
 
-def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
     """What `quantize` made codes and scales of, in float32."""
-    q = codes.unflatten(-1, (scales.shape[-1], codes.shape[-1] // scales.shape[-1])).float()
-    x = _level(q, 127 if codes.dtype == torch.int8 else 255) * scales[..., None]
-    return torch.where(q < 0, -x, x).flatten(-2)
+    shift, top = _code(signed)
+    q = codes.unflatten(-1, (scales.shape[-1], codes.shape[-1] // scales.shape[-1])).int()
+    bits = ((q & 0x7F) << shift) | ((q & 0x80) << 24) if signed else q << shift
+    return (bits.view(torch.float32) * (1 / (top * TINY)) * scales[..., None]).flatten(-2)
+
+
+def _code(signed: bool) -> tuple[int, float]:
+    """Bits of float32 that a code has not, and the largest number of its kind."""
+    return (20, 1.875) if signed else (19, 1.9375)
 
 
 def round_stochastic(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
@@ -74,12 +81,13 @@ def join(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
 def random_words(stream: int, step: torch.Tensor, first: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two random numbers of 32 bits, as int64, for each element of `like`, the first one at place `first` of a tensor.
 
-    stream: tells tensors apart. step: a scalar, for which the host does not wait.
+    Of the second the high bits are the good ones. stream: tells tensors apart. step: a scalar, for which the host does
+    not wait.
     """
     place = torch.arange(first, first + like.numel(), device=like.device).view(like.shape)
     key = _scramble(_scramble(_scramble(torch.as_tensor(stream, device=like.device)) + step.long()) + (place >> 32))
     one = _scramble((place & MASK) ^ key)
-    return one, ((one ^ (one >> 15)) * 0x2C1B3C6D) & MASK
+    return one, (one * 0x2C1B3C6D) & MASK
 
 
 def _scramble(x: torch.Tensor) -> torch.Tensor:
@@ -88,41 +96,28 @@ def _scramble(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def _level(q: torch.Tensor, top: int) -> torch.Tensor:
-    share = q * (1 / top)
-    return (share * share) * (share * share)
-
-
 @triton.jit
 def encode(x, scales, random, SIZE: tl.constexpr, SIGNED: tl.constexpr):
-    """`quantize` of x [BLOCK], whose scales [BLOCK // SIZE] are known, with random words of 16 bits."""
-    TOP: tl.constexpr = 127 if SIGNED else 255
-    inverse = tl.where(scales >= tl_LEAST, 1.0000002 / tl.maximum(scales, tl_LEAST), 0.0)
-    y = tl.minimum(times(tl.abs(x), inverse, SIZE), 1.0)
-    q = tl.minimum(tl.floor(tl.sqrt(tl.sqrt(y)) * TOP), TOP - 1.0)
-    low, high = level(q, TOP), level(q + 1.0, TOP)
-    q += tl.where(random.to(tl.float32) * 0.0000152587890625 * (high - low) < y - low, 1.0, 0.0)
+    """`quantize` of x [BLOCK], whose scales [BLOCK // SIZE] are known."""
+    inverse = tl.where(scales >= tl_LEAST, 0.9999998 / tl.maximum(scales, tl_LEAST), 0.0)
+    share = times(x, inverse, SIZE)
     if SIGNED:
-        return tl.where(x < 0.0, -q, q).to(tl.int32).to(tl.int8)
+        bits = (share * (1.875 * tl_TINY)).to(tl.uint32, bitcast=True) + (random << 4)
+        return (((bits >> 20) & 0x7F) | ((bits >> 24) & 0xFFFFFF80)).to(tl.uint8)
     else:
-        return tl.where(x > 0.0, tl.maximum(q, 1.0), q).to(tl.int32).to(tl.uint8)
+        bits = (share * (1.9375 * tl_TINY)).to(tl.uint32, bitcast=True) + random
+        return tl.maximum(bits >> 19, tl.minimum(x.to(tl.uint32, bitcast=True), 1)).to(tl.uint8)
 
 
 @triton.jit
 def decode(codes, scales, SIZE: tl.constexpr, SIGNED: tl.constexpr):
     """`dequantize` of codes [BLOCK] by scales [BLOCK // SIZE]."""
-    q = codes.to(tl.float32)
-    x = level(q, 127 if SIGNED else 255)
+    q = codes.to(tl.uint32)
     if SIGNED:
-        x = tl.where(q < 0.0, -x, x)
-    return times(x, scales, SIZE)
-
-
-@triton.jit
-def level(q, TOP: tl.constexpr):
-    """(q / TOP)^4"""
-    share = q * (1.0 / TOP)
-    return (share * share) * (share * share)
+        bits = ((q & 0x7F) << 20) | ((q & 0x80) << 24)
+        return times(bits.to(tl.float32, bitcast=True) * (1.0 / (1.875 * tl_TINY)), scales, SIZE)
+    else:
+        return times((q << 19).to(tl.float32, bitcast=True) * (1.0 / (1.9375 * tl_TINY)), scales, SIZE)
 
 
 @triton.jit
@@ -150,7 +145,7 @@ def words(stream, step, first, at):
     """`random_words` of the elements `at` [BLOCK] behind place `first`."""
     key = scramble(scramble(scramble(stream.to(tl.uint32)) + step.to(tl.uint32)) + (first >> 32).to(tl.uint32))
     one = scramble((first.to(tl.uint32) + at.to(tl.uint32)) ^ key)
-    return one, (one ^ (one >> 15)) * 0x2C1B3C6D
+    return one, one * 0x2C1B3C6D
 
 
 @triton.jit

@@ -94,8 +94,8 @@ def create(parameter: nn.Parameter, state: dict[str, Any], form: Form, stream: i
         return
     state[STREAM] = stream
     weight = local(parameter)
-    for key, dtype in zip(MOMENTS, (torch.int8, torch.uint8), strict=True):
-        state[f"{key}_8bit"] = torch.zeros_like(parameter, dtype=dtype)
+    for key in MOMENTS:
+        state[f"{key}_8bit"] = torch.zeros_like(parameter, dtype=torch.uint8)
         scales = weight.new_zeros(*weight.shape[:-1], weight.shape[-1] // form.size, dtype=torch.float32)
         state[f"{key}_scale"] = _like(parameter, scales, parameter.shape[-1] // form.size)
     if form.master:
@@ -114,7 +114,7 @@ def convert(parameter: nn.Parameter, state: dict[str, Any], form: Form, stream: 
     create(parameter, state, form, old.get(STREAM, stream))
     state["step"].copy_(old["step"])
     for key in MOMENTS:
-        floats = local(old[key]).float() if key in old else dequantize(*_codes(old, key))
+        floats = local(old[key]).float() if key in old else dequantize(*_codes(old, key), key == "exp_avg")
         if form.size:
             codes, scales = quantize(floats, form.size, key == "exp_avg")
             local(state[f"{key}_8bit"]).copy_(codes)
