@@ -135,7 +135,8 @@ class _Deferred(torch.Tensor):
         if isinstance(first, _Deferred):
             if func in (aten.detach.default, aten.alias.default):
                 return first._of(first.shape, first.dtype, **first.__dict__)
-            later = None if first._computed else first._later(_factor(func, args, kwargs), _new_dtype(func, kwargs))
+            new_dtype = _new_dtype(func, first, kwargs)
+            later = None if first._computed else first._later(_factor(func, args, kwargs), new_dtype)
             if later is not None:
                 return later
         plain_args, plain_kwargs = tree_map_only(_Deferred, _Deferred.values, (args, kwargs))
@@ -217,11 +218,8 @@ class DeferredGradient(_Deferred):
         if dhidden is not None and self.rows is not None:
             dhidden = dhidden.new_zeros(hidden.flatten(0, -2).shape).index_copy_(0, self.rows, dhidden)
         dweight = scaled(self.parts[1], self.factor / self.scale, weight.dtype)
-        return (
-            dhidden if dhidden is None else dhidden.view(hidden.shape),
-            dweight,
-            scaled(self.parts[2], self.factor, weight.dtype),
-        )
+        dbias = scaled(self.parts[2], self.factor, weight.dtype)
+        return dhidden if dhidden is None else dhidden.view(hidden.shape), dweight, dbias
 
 
 def _factor(func: Any, args: tuple, kwargs: dict[str, Any]) -> float | None:
@@ -232,9 +230,10 @@ def _factor(func: Any, args: tuple, kwargs: dict[str, Any]) -> float | None:
     return number if func is aten.mul.Tensor else 1 / number
 
 
-def _new_dtype(func: Any, kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The dtype that this operation converts to, if it does nothing else."""
-    others = any(value for name, value in kwargs.items() if name != "dtype")
+def _new_dtype(func: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that this operation converts x to, if it does nothing else."""
+    stays = {"device": x.device, "layout": x.layout}  # autograd names them when it converts a gradient back
+    others = any(value and value != stays.get(name) for name, value in kwargs.items() if name != "dtype")
     return None if func is not aten._to_copy.default or others else kwargs.get("dtype")
 
 
@@ -280,10 +279,8 @@ def deferred_logits(hidden: Any, weight: Any, bias: Any, sharded: bool = False, 
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     sharded &= given is weight  # else it is a copy already
-    kept = (
-        (hidden, weight.detach().clone(), None if bias is None else bias.detach().clone()) if sharded and keep else None
-    )
-    return _Head.apply(hidden, weight, bias, kept, sharded and not keep)
+    copies = [None if x is None else x.detach().clone() for x in (weight, bias)] if sharded and keep else None
+    return _Head.apply(hidden, weight, bias, copies and (hidden, *copies), sharded and not keep)
 
 
 def next_tokens(x_BS: torch.Tensor, fill: int = -100, distance: int = 1) -> torch.Tensor:

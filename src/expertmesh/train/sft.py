@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 import transformers
 import trl
-from accelerate.utils import is_peft_model
 
 from expertmesh.fuse import FusedModel
 from expertmesh.kernels.linear_cross_entropy import statistics_reference
@@ -42,7 +41,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
     def why_not_own_loss(self) -> str | None:
         """What in the settings or the model asks for TRL's head in training, or None."""
         settings: Any = self.args
-        layout, model, peft = self.accelerator.parallelism_config, self._causal_lm, is_peft_model(self.model)
+        layout, model = self.accelerator.parallelism_config, self._causal_lm
         defers = isinstance(model, FusedModel) and isinstance(model.get_output_embeddings(), FastHead)
         reasons = {
             f"loss_type={settings.loss_type!r}": settings.loss_type != "nll",
@@ -52,7 +51,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
             "tensor parallelism": self.get_tp_size() > 1,
             "sequence or context parallelism": layout is not None
             and (getattr(layout, "sp_enabled", False) or layout.cp_enabled),
-            "virtual tokens": peft and self.model.active_peft_config.is_prompt_learning,
+            "virtual tokens": getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False),
             "an auxiliary loss that the model adds by its configuration": self.aux_loss_enabled
             and not hasattr(model, "router_aux_loss_coef"),
             # a recorded step must not wait, at the price of the logits' memory
@@ -62,7 +61,8 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
 
     @property
     def _causal_lm(self) -> Any:
-        return self.model.get_base_model() if is_peft_model(self.model) else self.model
+        # accelerate's is_peft_model reads files at every call
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def why_not_recorded(self) -> str | None:
         """As in `Trainer`, and what asks for another loss than the model's own."""
