@@ -165,6 +165,20 @@ def test_what_runs_elsewhere_is_left_to_peft():
     assert not got[2]
 
 
+@pytest.mark.parametrize(("family", "reached"), [("qwen3_moe", True), ("gpt_oss", False)])
+def test_a_line_says_once_what_trains_and_whether_all_linear_reached_the_experts(family, reached, capsys):
+    model = adapt(load_ours(family), family, target_modules="all-linear", target_parameters=None)
+    capsys.readouterr()
+    for _ in range(2):
+        step(model, **batch(model))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if " trains " in line]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"trains {trained:,} parameters: " in line and "attention 2," in line
+    assert ("routed experts 11,264" in line) == reached
+    advice = "LoraConfig(target_parameters=['experts.down_proj', 'experts.gate_up_proj'])"
+    assert (advice in line) != reached
+
+
 # --- the products, in every layout, in PyTorch and in Triton
 
 
@@ -197,6 +211,20 @@ def materialised(module, pairs, *inputs):
 def native(module, pairs, *inputs):
     module.low_rank = pairs
     return experts_forward(module, *inputs)
+
+
+def test_backward_keeps_two_thin_tensors_more():
+    module, saved = _module().requires_grad_(False), []
+    module.low_rank = factors(16, ("gate_up_proj", (HIDDEN, 2 * WIDTH)), ("down_proj", (WIDTH, HIDDEN)))
+    for pair in module.low_rank.values():
+        for factor in pair:
+            factor.requires_grad_()
+    x, ids, weight = torch.randn(TOKENS, HIDDEN), ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        experts_forward(module, x, ids, weight)
+    rows, kept = TOKENS * TOP_K, [tuple(t.shape) for t in saved if t.is_floating_point() and t.ndim == 2]
+    want = [(TOKENS, HIDDEN), (rows, 2 * WIDTH), (TOKENS, TOP_K), (rows, 16), (rows, 16)]
+    assert sorted(kept) == sorted(want)
 
 
 QUICK = {("qwen", "triton"), ("gpt-oss", "triton with room for few")}

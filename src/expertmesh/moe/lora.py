@@ -104,7 +104,8 @@ class _Factor(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dfactor):
         shape, dtype = ctx.like
-        dweight = dfactor.new_zeros(shape, dtype=dtype)  # other ranks' experts get theirs there
+        whole = ctx.args[2] == slice(None)  # else other ranks' experts get their gradients there, and zeros here
+        dweight = (dfactor.new_empty if whole else dfactor.new_zeros)(shape, dtype=dtype)
         mine = _by_expert(dweight, *ctx.args)
         torch.mul(dfactor[:, : mine.shape[1]], ctx.scale, out=mine)
         return dweight, *[None] * 5
@@ -129,7 +130,8 @@ def adopt_adapters(places: Iterable[tuple[nn.Module, str]]) -> None:
         wrapper: Any = parent._modules.get(name)
         while is_wrapper(wrapper) and not isinstance(wrapper, Fast):
             if wrapper.parameter_name in WEIGHTS:
-                wrapper.__class__ = twin(type(wrapper), FastParamWrapper)
+                stock: Any = type(wrapper)
+                wrapper.__class__ = twin(stock, FastParamWrapper)
             wrapper = wrapper.base_layer
 
 
