@@ -1,0 +1,257 @@
+"""How much memory a rank of a training run needs, found on any machine before a weight is read.
+
+    job = Job(config, batch=4, seq=4096, world_size=2, ep_size=2)
+    need = memory_of(job, trace(job, gpu.memory))
+
+The model is made on the meta device, cut to this rank's share, and one step of it is traced (trace.py). What a trace
+does not hold is added here, each by its rule: optimizer states, what FSDP gathers, and what allocators lose.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from expertmesh.auto import AutoModelForCausalLM
+from expertmesh.moe.experts import is_experts
+from expertmesh.parallel.layout import LAYERS_AT_ONCE, SMALL
+from expertmesh.parallel.setup import NEAR, DistributedSetup
+from expertmesh.plan.trace import Trace, Watch, quiet, watched
+from expertmesh.plan.wire import Alone
+
+GIB = 2**30
+#: bytes of optimizer states for a parameter of so many bytes
+OPTIMIZERS = {
+    "adamw": lambda size: 2 * size,
+    "adamw-fp32-master": lambda size: 12 if size < 4 else 8,
+    "adamw-8bit": lambda _: 2 + 2 * 4 / 256,  # two moments, and a float32 scale for each block of 256
+    "sgd": lambda _: 0,
+}
+#: cuBLAS' workspace on Hopper and newer, from PyTorch's memory
+WORKSPACE = 32 * 2**20
+#: of what is allocated, so much more is taken from the GPU: blocks that fit nothing
+FRAGMENTATION = 0.06
+#: the CUDA context with its modules and NCCL's buffers, outside of PyTorch's memory
+CONTEXT = 1.0 * GIB
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and how. batch: rows of seq tokens in a micro-batch of this rank, each of so many `documents` of
+    equal length. optimizer: one of `OPTIMIZERS`. released: the optimizer steps a parameter as soon as its gradient is
+    there, so that gradients never stand together. recompute: every layer's activations are computed again. adapt: what
+    becomes of the model before it is trained (PEFT's `get_peft_model`, say). accumulates: a step has several
+    micro-batches, so that gradients stand from the first on. per_node: GPUs of a machine.
+    """
+
+    config: PreTrainedConfig
+    batch: int = 1
+    seq: int = 4096
+    world_size: int = 1
+    ep_size: int = 1
+    dp_replicate_size: int = 1
+    recompute: bool = False
+    optimizer: str = "adamw"
+    released: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    documents: int = 1
+    fused: Any = True
+    attention: str | None = None
+    adapt: Any = None
+    per_node: int = 8
+    accumulates: bool = False
+
+    def setup(self) -> DistributedSetup:
+        """The layout. Raises ValueError for sizes that do not fit each other."""
+        return DistributedSetup(
+            world_size=self.world_size,
+            ep_size=self.ep_size,
+            dp_replicate_size=self.dp_replicate_size,
+            activation_checkpointing=self.recompute,
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. pieces: those that stand when the peak is reached, by what they are for; kept: activations that
+    wait for the backward, by piece. peak is what PyTorch allocates (`max_memory_allocated`), needed what the GPU must
+    have.
+    """
+
+    pieces: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes in tensors at once."""
+        return sum(self.pieces.values())
+
+    @property
+    def needed(self) -> int:
+        """Most bytes that are taken from the GPU."""
+        return int(self.peak * (1 + FRAGMENTATION) + CONTEXT)
+
+
+def model_of(job: Job) -> Any:
+    """The model, whole, without memory. Raises ValueError for one that Transformers cannot make so."""
+    with torch.device("meta"), quiet():
+        options = {"attn_implementation": job.attention} if job.attention else {}
+        model: Any = AutoModelForCausalLM.from_config(job.config, dtype=job.dtype, fused=job.fused, **options)
+    return (job.adapt(model) if job.adapt else model).train()
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank holds of parameters: rows of dimension 0, a part of 1/`ranks`, the first rank the most.
+
+    gathered: FSDP shows the whole tensor while it is used; kept: and from the forward to the backward.
+    """
+
+    ranks: int = 1
+    gathered: bool = False
+    kept: bool = False
+
+    def elements(self, shape: torch.Size) -> int:
+        """Elements of the largest shard of a tensor."""
+        rows = -(-shape[0] // self.ranks) if len(shape) else 1
+        return rows * shape[1:].numel()
+
+
+def spread(model: Any, job: Job, memory: int) -> dict[str, Share]:
+    """Cut the model's experts to this rank's, and say what FSDP does with every parameter: {name: share}.
+
+    The rules are those of parallel/layout.py and of Transformers' layout beneath it.
+    """
+    setup, ep = job.setup(), job.ep_size
+    experts = [module for module in model.modules() if is_experts(module)]
+    of_experts = {id(parameter) for module in experts for parameter in module.parameters()}
+    dense = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in of_experts)
+    replica = setup.fsdp_size
+    small = ep > 1 and dense < SMALL * memory
+    shares: dict[str, Share] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in of_experts:
+            ranks = replica // ep if ep > 1 else setup.fsdp_size
+            shares[name] = Share(ranks, gathered=ranks > 1)
+        else:
+            kept = setup.fsdp_size > 1 and (small or unit_of(name, small) == "tail")
+            shares[name] = Share(setup.fsdp_size, setup.fsdp_size > 1, kept)
+    for module in experts if ep > 1 else ():
+        held = {name: parameter for name, parameter in module.named_parameters()}
+        module.num_experts = next(iter(held.values())).shape[0] // ep
+        for name, parameter in held.items():
+            part = parameter.new_empty(parameter.shape[0] // ep, *parameter.shape[1:])
+            setattr(module, name, torch.nn.Parameter(part, parameter.requires_grad))
+    return shares
+
+
+class _Gradients:
+    """What becomes of a gradient that is complete, as autograd's hook of each parameter.
+
+    A sharded one waits for its unit's reduce-scatter, which runs beside the next unit's backward, and then is a shard.
+    Whole weights that FSDP kept for the backward are freed behind it.
+    """
+
+    def __init__(self, watch: Watch, job: Job) -> None:
+        self.watch, self.job = watch, job
+        self.units: list[tuple[str, list[torch.Tensor], list[int]]] = []  # name, gradients, sizes of weights
+
+    def of(self, unit: str, share: Share) -> Any:
+        """The hook of a parameter of this unit."""
+
+        def came(parameter: torch.Tensor) -> None:
+            grad, parameter.grad = parameter.grad, None
+            assert grad is not None
+            if share.gathered:
+                if not self.units or self.units[-1][0] != unit:
+                    for _, _, weights in self.units:
+                        self.watch.take("gathered weights", -sum(weights))
+                        weights.clear()
+                    self.units = [*self.units[-1:], (unit, [], [])]
+                self.units[-1][1].append(grad)
+                self.units[-1][2].extend([parameter.nbytes] if share.kept else [])
+            if self.job.released or self.job.accumulates:
+                return
+            if share.ranks > 1:
+                self.watch.take("gradients", share.elements(parameter.shape) * grad.itemsize)
+            else:
+                parameter.grad = grad
+                self.watch.own(grad, "gradients")
+
+        return came
+
+
+def unit_of(name: str, small: bool) -> str:
+    """The parameters that FSDP gathers together with this one: a layer's, several small layers', or those behind."""
+    number = name.partition("layers.")[2].partition(".")[0]
+    if number.isdigit():
+        return f"layers {int(number) // (LAYERS_AT_ONCE if small else 1)}"
+    return name.rpartition(".")[0] if "embed" in name else "tail"
+
+
+def trace(job: Job, memory: int) -> Trace:
+    """One forward and backward of the job on a rank whose GPU has so many bytes. Raises ValueError for a model that
+    cannot be traced, and for sizes that do not fit each other.
+    """
+    model = model_of(job)
+    found = Trace()
+    watch = Watch(found, mean_keys(job.seq // job.documents))
+    shares, near = spread(model, job, memory), job.ep_size <= NEAR and job.per_node % job.ep_size == 0
+    if job.ep_size > 1:
+        for module in filter(is_experts, model.modules()):
+            module.forward = Alone(module, job.ep_size, watch, near)
+    if job.recompute:
+        model.activation_checkpointing_enable()
+        model.enable_input_require_grads() if job.adapt else None
+    gradients = _Gradients(watch, job)
+    units: dict[str, int] = defaultdict(int)  # bytes that FSDP gathers together and frees again
+    for name, parameter in model.named_parameters():
+        share, size = shares[name], parameter.element_size()
+        held = share.elements(parameter.shape)
+        found.parameters[name] = held, size, parameter.requires_grad
+        watch.disown(parameter)
+        watch.take("parameters", held * size)
+        unit = unit_of(name, share.kept)
+        if share.kept:
+            watch.take("gathered weights", parameter.nbytes)
+        elif share.gathered:
+            units[unit] += parameter.nbytes
+        if share.gathered:
+            times = (2 if share.kept else 3) if parameter.requires_grad else (1 if share.kept else 2)
+            watch.add("wire, FSDP", 0.0, times * parameter.nbytes * (share.ranks - 1) / share.ranks)
+        if parameter.requires_grad:
+            if job.accumulates:
+                watch.take("gradients", held * size)
+            parameter.register_post_accumulate_grad_hook(gradients.of(unit, share))
+    for buffer in model.buffers():
+        watch.own(buffer, "parameters")
+    watch.take("gathered weights", sum(sorted(units.values())[-2:]))  # a layer's, and the next one's, which come then
+    watch.take("libraries", WORKSPACE)
+    constant = watch.standing()
+    with watched(watch, memory):
+        ids = torch.empty(job.batch, job.seq, dtype=torch.long, device="meta")
+        try:
+            loss = model(input_ids=ids, labels=ids).loss
+            stands = watch.standing()
+            found.kept = {p: n - constant.get(p, 0) for p, n in stands.items() if n > constant.get(p, 0)}
+            loss.backward()
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be planned, as its code looks at values: {error}. Run it for a few "
+                f"steps with few layers instead."
+            ) from error
+    return found
+
+
+def mean_keys(seq: int) -> float:
+    """How many tokens a causal token sees on average, itself included."""
+    return (seq + 1) / 2
+
+
+def memory_of(job: Job, found: Trace) -> Memory:
+    """The memory of a traced step, by the job's optimizer."""
+    states = OPTIMIZERS[job.optimizer]
+    size = sum(elements * states(size) for elements, size, learns in found.parameters.values() if learns)
+    return Memory({"optimizer states": int(size)} | found.peak, found.kept)
