@@ -20,15 +20,15 @@ from expertmesh.plan.speed import speed_of
 RESULTS = Path(__file__).resolve().parent / "results"
 OUT = Path(__file__).resolve().parent / "plans.json"
 GPU = GPUS["h200"]
-#: (file, work, batch, arm) of the rows that the constants of plan/speed.py were fitted to; memory has none to fit
+#: (file, work, loop, batch, arm) of the rows that the constants of plan/speed.py were fitted to; memory has none to fit
 FITTED = {
-    ("h200_qwen3_8_layers", "qwen3-30b-a3b", 1, "expertmesh"),
-    ("h200_qwen3_8_layers", "qwen3-30b-a3b", 4, "expertmesh"),
-    ("h200_profile", "qwen3-30b-a3b", 4, "expertmesh"),
-    ("h200_deepseek_profile", "deepseek-v3", 1, "expertmesh"),
-    ("h200_nemotron_3_nano", "nemotron-3-nano", 1, "expertmesh"),
-    ("h200_loops", "qwen3-30b-a3b", 1, "expertmesh-trainer"),
-    ("h200_x2_qwen3_30b_later", "qwen3-30b-a3b", 1, "expertmesh-gather-graph"),
+    ("h200_qwen3_8_layers", "qwen3-30b-a3b", None, 1, "expertmesh"),
+    ("h200_qwen3_8_layers", "qwen3-30b-a3b", None, 4, "expertmesh"),
+    ("h200_profile", "qwen3-30b-a3b", None, 4, "expertmesh"),
+    ("h200_deepseek_profile", "deepseek-v3", None, 1, "expertmesh"),
+    ("h200_nemotron_3_nano", "nemotron-3-nano", None, 1, "expertmesh"),
+    ("h200_loops", "qwen3-30b-a3b", "trainer", 1, "expertmesh-trainer"),
+    ("h200_x2_qwen3_30b_later", "qwen3-30b-a3b", None, 1, "expertmesh-gather-graph"),
 }
 #: measured before a rank kept only its share of the rows that its experts might get
 OLDER = {"h200_x4_qwen3_30b_step", "h200_x4_nemotron_3_nano_step", "h200_x2_nemotron_3_nano"}
@@ -108,7 +108,7 @@ def compared(name: str, row: dict[str, Any], case: Case) -> dict[str, Any]:
         "planned_gib": round(gib, 2),
         "ms": case.ms,
         "planned_ms": None if case.ms is None else round(ms, 1),
-        "fitted": (name, case.work, case.batch, row["arm"]) in FITTED,
+        "fitted": (name, case.work, row.get("loop"), case.batch, row["arm"]) in FITTED,
     }
 
 

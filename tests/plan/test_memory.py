@@ -42,9 +42,9 @@ def saved_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
 
     launches: list[str] = []
     watching = (lambda kernel, *_, **__: launches.append(kernel)), 140 * 2**30
-    with mock.patch.object(backends, "watching", watching):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = model(input_ids=ids, labels=ids).loss
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with mock.patch.object(backends, "watching", watching), saving:
+        loss = model(input_ids=ids, labels=ids).loss
     assert launches
     assert loss.requires_grad
     return sum(found.values())

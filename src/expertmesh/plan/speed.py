@@ -83,7 +83,7 @@ def seconds_of(kind: str, work: Work, gpu: GPU) -> float:
     if kind.startswith(WIRE):
         return work.bytes / gpu.wire
     rate, copies = SHARES[kind]
-    return work.flops / (rate * gpu.flops) + work.bytes / (copies * gpu.copies) + work.count * LAUNCH
+    return work.flops / (rate * gpu.flops) + work.bytes / (copies * gpu.copies) + work.times * LAUNCH
 
 
 def _optimizer_bytes(job: Job, found: Trace) -> float:

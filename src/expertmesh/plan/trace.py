@@ -49,15 +49,15 @@ aten = torch.ops.aten
 
 
 class Work(NamedTuple):
-    """Operations of one kind: FLOPs, bytes read and written, and how many there are."""
+    """Operations of one kind: FLOPs, bytes read and written, and how many they are."""
 
     flops: float = 0.0
     bytes: float = 0.0
-    count: int = 0
+    times: int = 0
 
     def and_also(self, flops: float, size: float) -> "Work":
         """This and one operation more."""
-        return Work(self.flops + flops, self.bytes + size, self.count + 1)
+        return Work(self.flops + flops, self.bytes + size, self.times + 1)
 
 
 @dataclass

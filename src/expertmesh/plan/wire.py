@@ -19,6 +19,8 @@ from expertmesh.plan.trace import Watch
 class Alone(Dispatch):
     """The experts of one layer of which this rank holds 1/num_ranks, without other ranks."""
 
+    waits: Any
+
     def __init__(self, experts: Any, num_ranks: int, watch: Watch, near: bool) -> None:
         self.transport = PlannedGather if near else PlannedAllToAll
         self.experts, self._slices, self.group, self.rank = experts, False, None, 0
