@@ -112,5 +112,32 @@ def compared(name: str, row: dict[str, Any], case: Case) -> dict[str, Any]:
     }
 
 
+def beside_measured() -> tuple[str, list[str], list[list[Any]]]:
+    """The committed predictions: how many are close, and a table's header and rows."""
+    found = json.loads(OUT.read_text())
+
+    def off(row: dict[str, Any], planned: str, measured: str) -> float:
+        return row[planned] / row[measured] - 1 if row[measured] else 0.0
+
+    errors = [(off(row, "planned_gib", "peak_gib"), off(row, "planned_ms", "ms")) for row in found]
+    shapes = {tuple(row[key] for key in ("work", "loop", "arm", "layers", "batch", "seq", "gpus")) for row in found}
+    close = sum(abs(memory) <= 0.05 for memory, _ in errors)
+    times = [abs(time) for row, (_, time) in zip(found, errors, strict=True) if row["ms"] and not row["fitted"]]
+    said = f"{len(found)} rows of {len(shapes)} configurations. Memory: {close} of {len(found)} rows within 5 %. Time: "
+    said += f"{sum(time <= 0.15 for time in times)} of {len(times)} rows that no constant was fitted to within 15 %."
+    header = "file, work, arm, layers, tokens, GPUs, GiB, planned, off, ms, planned, off, constants".split(", ")
+    cells = [
+        [row["file"].removeprefix("h200_"), row["work"], ", ".join(filter(None, [row["arm"], row["loop"]]))]
+        + [row["layers"], f"{row['batch']} x {row['seq']}", row["gpus"], row["peak_gib"], row["planned_gib"]]
+        + [
+            f"{100 * memory:+.1f} %",
+            *([row["ms"], row["planned_ms"], f"{100 * time:+.1f} %"] if row["ms"] else [""] * 3),
+        ]
+        + ["fitted" if row["fitted"] else ""]
+        for row, (memory, time) in sorted(zip(found, errors, strict=True), key=lambda pair: -max(map(abs, pair[1])))
+    ]
+    return said, header, cells
+
+
 if __name__ == "__main__":
     OUT.write_text(json.dumps([compared(*found) for found in cases()], indent=1) + "\n")

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from plans import beside_measured
+
 from expertmesh.bench.arms import LIBRARIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -343,35 +345,8 @@ def cpu(name: str) -> str:
 
 def plans() -> str:
     """What `expertmesh plan` says beside what was measured (plans.py), the rows that differ most first."""
-    found = json.loads((ROOT / "benchmarks" / "plans.json").read_text())
-
-    def off(planned: float | None, measured: float | None) -> float:
-        return planned / measured - 1 if planned and measured else 0.0
-
-    def errors(row: dict[str, Any]) -> tuple[float, float]:
-        return off(row["planned_gib"], row["peak_gib"]), off(row["planned_ms"], row["ms"])
-
-    def percent(error: float) -> str:
-        return f"{100 * error:+.1f} %"
-
-    cells = [
-        [row["file"].removeprefix("h200_"), row["work"], ", ".join(filter(None, [row["arm"], row["loop"]]))]
-        + [row["layers"], f"{row['batch']} x {row['seq']}", row["gpus"], row["peak_gib"], row["planned_gib"]]
-        + [
-            percent(errors(row)[0]),
-            row["ms"] or "",
-            row["planned_ms"] or "",
-            percent(errors(row)[1]) if row["ms"] else "",
-        ]
-        + ["fitted" if row["fitted"] else ""]
-        for row in sorted(found, key=lambda row: -max(map(abs, errors(row))))
-    ]
-    header = "file, work, arm, layers, tokens, GPUs, GiB, planned, off, ms, planned, off, constants".split(", ")
-    timed = [abs(errors(row)[1]) for row in found if row["ms"] and not row["fitted"]]
-    shapes = {tuple(row[key] for key in ("work", "loop", "arm", "layers", "batch", "seq", "gpus")) for row in found}
-    close = sum(abs(errors(row)[0]) <= 0.05 for row in found)
-    said = f"{len(found)} rows of {len(shapes)} configurations. Memory: {close} of {len(found)} rows within 5 %. Time, of rows that no constant was fitted to: "
-    return f"{said}{sum(x <= 0.15 for x in timed)} of {len(timed)} within 15 %.\n\n{table(header, cells)}"
+    said, header, cells = beside_measured()
+    return f"{said}\n\n{table(header, cells)}"
 
 
 TABLES: dict[str, Callable[..., str]] = {

@@ -11,6 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel, initialization
 
 from expertmesh import AutoModelForCausalLM, backends, waiting
+from expertmesh.bench.tiny import FAMILIES as FAMILIES_OF_TINY_MODELS
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.parallel.setup import DistributedSetup
 from expertmesh.plan.memory import Job, memory_of, trace
@@ -106,3 +107,16 @@ def test_states_are_counted_by_the_bytes_of_an_optimizer():
     elements = sum(elements for elements, _, _ in found.parameters.values())
     for optimizer, size in {"adamw": 4, "adamw-fp32-master": 12, "adamw-8bit": 2 + 8 / 256, "sgd": 0}.items():
         assert memory_of(Job(config, optimizer=optimizer), found).pieces["optimizer states"] == int(elements * size)
+
+
+def test_modules_for_multi_token_prediction_of_a_checkpoint_count_as_weights():
+    config = tiny_config("deepseek_v3", num_nextn_predict_layers=1)
+    without, kept = (trace(Job(config, seq=32, mtp=mtp), 140 * 2**30) for mtp in (False, True))
+    more = kept.parameters.keys() - without.parameters.keys()
+    assert more and not any(kept.parameters[name][2] for name in more)
+    assert sum(kept.kept.values()) == sum(without.kept.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES_OF_TINY_MODELS)
+def test_every_family_can_be_planned(family):
+    assert trace(Job(tiny_config(family), seq=32, recompute=True), 140 * 2**30).kept["head"]

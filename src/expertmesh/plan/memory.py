@@ -45,7 +45,8 @@ class Job:
     equal length. optimizer: one of `OPTIMIZERS`. released: the optimizer steps a parameter as soon as its gradient is
     there, so that gradients never stand together. recompute: every layer's activations are computed again. adapt: what
     becomes of the model before it is trained (PEFT's `get_peft_model`, say). accumulates: a step has several
-    micro-batches, so that gradients stand from the first on. per_node: GPUs of a machine.
+    micro-batches, so that gradients stand from the first on. mtp: the
+    checkpoint has modules for multi-token prediction, which stay as they are. per_node: GPUs of a machine.
     """
 
     config: PreTrainedConfig
@@ -62,6 +63,7 @@ class Job:
     fused: Any = True
     attention: str | None = None
     adapt: Any = None
+    mtp: bool = False
     per_node: int = 8
     accumulates: bool = False
 
@@ -77,9 +79,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. pieces: those that stand when the peak is reached, by what they are for; kept: activations that
-    wait for the backward, by piece. peak is what PyTorch allocates (`max_memory_allocated`), needed what the GPU must
-    have.
+    """Bytes on one rank. pieces: those that stand when the peak is reached, by what they are for. kept: activations
+    that wait for the backward, by piece. peak is what PyTorch allocates, needed what the GPU must have.
     """
 
     pieces: dict[str, int] = field(default_factory=dict)
@@ -99,8 +100,13 @@ class Memory:
 def model_of(job: Job) -> Any:
     """The model, whole, without memory. Raises ValueError for one that Transformers cannot make so."""
     with torch.device("meta"), quiet():
-        options = {"attn_implementation": job.attention} if job.attention else {}
+        options: dict[str, Any] = {"attn_implementation": job.attention} if job.attention else {}
+        options |= {"mtp_loss_weight": 1.0} if job.mtp else {}
         model: Any = AutoModelForCausalLM.from_config(job.config, dtype=job.dtype, fused=job.fused, **options)
+        if job.mtp:  # as those of a checkpoint are kept where nobody trains them
+            model.mtp_loss_weight = None
+            for parameter in model._mtp.parameters_of(model):
+                parameter.requires_grad_(False)
     return (job.adapt(model) if job.adapt else model).train()
 
 
@@ -152,8 +158,8 @@ def trace(job: Job, memory: int) -> Trace:
             loss.backward()
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
-                f"{type(model).__name__} cannot be planned, as its code looks at values: {error}. Run it for a few "
-                f"steps with few layers instead."
+                f"{type(model).__name__} cannot be planned. It runs without values here, and its code looks at them: "
+                f"{error}. Measure a few steps with few layers instead."
             ) from error
     return found
 

@@ -1,8 +1,8 @@
 """How long a step takes: what was traced, at rates that were measured.
 
 A product takes its FLOPs at a share of the GPU's GEMM rate, and its bytes at a share of its copy rate; everything else
-its bytes, and a launch. These shares are the only constants, one pair for each kind of work, and fitted by hand to these
-rows of benchmarks/results, whose steps all others are compared with (docs/plan.md):
+its bytes, and a launch. These shares are the only constants, one pair for each kind of work, fitted by hand to these
+rows of benchmarks/results; all other rows are checks (docs/plan.md):
 
     h200_qwen3_8_layers, h200_profile    Qwen3, batch 1 and 4, and its components
     h200_deepseek_profile                DeepSeek V3's components, batch 1

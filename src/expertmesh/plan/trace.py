@@ -9,11 +9,10 @@ of each row's sum, as flash-attn-4, cuDNN and our kernels do.
 """
 
 import logging
-import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,21 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
+from expertmesh.plan.pieces import piece_of_caller
 
-#: file of ours, or word in the class of a Transformers module -> whose memory it is
-PIECES = {
-    "rms_norm": "norms",
-    "router": "router",
-    "router_logits": "router",
-    "experts": "experts",
-    "linear_cross_entropy": "head",
-    "head": "head",
-    "mamba2": "Mamba2",
-    "wire": "dispatch",
-}
-MODULES = {"Norm": "norms", "Router": "router", "Gate": "router", "Experts": "experts", "Attention": "attention"}
-MODULES |= {"Mamba": "Mamba2", "MLP": "dense MLPs", "Embedding": "embedding"}
-#: kernels that multiply: where among their arguments rows, weights [E, ...] and the experts' ends [E] stand, and the kind
+#: kernels that multiply: where among their arguments rows, weights [E, ...] and experts' ends [E] stand, and the kind
 PRODUCTS = {
     "grouped_gemm._rows_kernel": (5, 6, 3, "experts"),
     "grouped_down._down_dact_kernel": (6, 7, 3, "experts, backward"),
@@ -140,12 +127,16 @@ class Watch(TorchDispatchMode):
         made = _on_meta(tree_leaves(out))
         fresh = [tensor for tensor in made if id(tensor.untyped_storage()) not in self._storages]
         for tensor in fresh:
-            self.own(tensor, _piece())
+            self.own(tensor, piece_of_caller())
         given = _on_meta(tree_leaves((args, kwargs)))
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             a = given[-2] if "out" not in kwargs else given[-3]
-            self.add(_product(), 2.0 * made[0].numel() * a.shape[-1], sum(x.nbytes for x in (*given, *made)))
+            self.add(
+                "head" if piece_of_caller() == "head" else "dense",
+                2.0 * made[0].numel() * a.shape[-1],
+                sum(x.nbytes for x in (*given, *made)),
+            )
         elif name not in ("empty", "empty_like", "new_empty", "empty_strided") and (fresh or name.endswith("_")):
             self.add("memory", 0.0, sum(_touched(x) for x in (*given, *made)))
         return out
@@ -204,7 +195,8 @@ def watched(watch: Watch, memory: int) -> Iterator[None]:
             mock.patch.object(flash_attention, "takes", lambda *_: True),
             mock.patch.object(flash_attention, "flash_attention", attend),
             mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", sdpa),
-            mock.patch.object(torch, "is_autocast_enabled", lambda *_: False),  # it does not know meta tensors
+            mock.patch.object(torch, "is_autocast_enabled", lambda *_: False),  # they do not know meta tensors
+            mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
             watch,
         ):
             yield
@@ -232,25 +224,3 @@ def _on_meta(things: Iterable[Any]) -> list[torch.Tensor]:
 def _touched(x: torch.Tensor) -> int:
     """Bytes of its elements, those of broadcast dimensions once."""
     return min(x.nbytes, x.untyped_storage().nbytes())
-
-
-def _product() -> str:
-    return "head" if _piece() == "head" else "dense"
-
-
-def _piece() -> str:
-    """To whom an allocation belongs: the nearest caller that is known."""
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        if "expertmesh" in code.co_filename:
-            stem = code.co_filename.rpartition("/")[2].removesuffix(".py")
-            if stem in PIECES:
-                return PIECES[stem]
-        module = frame.f_locals.get("self") if code.co_name in ("forward", "_call_impl") else None
-        if isinstance(module, torch.nn.Module):
-            for word, piece in MODULES.items():
-                if word in type(module).__name__:
-                    return piece
-        frame = frame.f_back
-    return "in passing"
