@@ -38,14 +38,14 @@ class Kernel:
     """
 
     def __init__(self, jit: Any) -> None:
-        self.jit = jit
+        self.jit, self._interpreted = jit, type(jit).__name__ == "InterpretedFunction"
         self._known: dict[tuple, tuple[Any, list[Any]]] = {}
         self._opaque = torch.compiler.disable(self._launch)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         if backends.watching is not None:
             return partial(backends.watching[0], self.jit)
-        if type(self.jit).__name__ != "JITFunction":  # interpreted
+        if self._interpreted:
             return self.jit[grid]
         if torch.compiler.is_compiling():
             return partial(self._opaque, grid)
