@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from expertmesh.backends import TensorDescriptor
 from expertmesh import backends
+from expertmesh.backends import TensorDescriptor
 from expertmesh.kernels import launch
 
 
