@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from plans import beside_measured
+
 from expertmesh.bench.arms import LIBRARIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -341,10 +343,16 @@ def cpu(name: str) -> str:
     return f"{table(header, cells)}\n\n{source(result)}"
 
 
+def plans() -> str:
+    """What `expertmesh plan` says beside what was measured (plans.py), the rows that differ most first."""
+    said, header, cells = beside_measured()
+    return f"{said}\n\n{table(header, cells)}"
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "loops": loops, "arms_of_loops": arms_of_loops, "steps": steps, "worth": worth, "proof": proof,
     "components": components, "trace": trace, "exchanges": exchanges, "published": published, "rows": rows,
-    "kernels": kernels, "small_kernels": small_kernels, "cpu": cpu,
+    "plans": plans, "kernels": kernels, "small_kernels": small_kernels, "cpu": cpu,
 }  # fmt: skip
 
 

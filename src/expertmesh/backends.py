@@ -31,14 +31,24 @@ def _without_triton(fn: Any = None, **_: Any) -> Any:
 
 
 # CPU-only platforms have no Triton wheel; kernel files still import, so that their PyTorch references run
-triton: Any = importlib.import_module("triton") if HAS_TRITON else SimpleNamespace(jit=_without_triton)
+triton: Any = (
+    importlib.import_module("triton")
+    if HAS_TRITON
+    else SimpleNamespace(
+        jit=_without_triton, cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << max(n - 1, 0).bit_length()
+    )
+)
 tl: Any = importlib.import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 
 TensorDescriptor: Any = (
-    importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor if HAS_TRITON else SimpleNamespace
+    importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    if HAS_TRITON
+    else SimpleNamespace(from_tensor=lambda x, _: x)
 )
 
 _interpreting = False
+#: while a step is planned: what is told of kernels in place of their launches; memory of the GPU that is planned for
+watching: tuple[Callable[..., None], int] | None = None
 
 
 @contextlib.contextmanager
@@ -54,8 +64,24 @@ def interpreted() -> Iterator[None]:
         _interpreting = before
 
 
+def on_gpu(x: torch.Tensor) -> bool:
+    """True for a CUDA tensor, and for a meta tensor that stands for one while a step is planned (plan/trace.py)."""
+    return x.is_cuda or (watching is not None and x.is_meta)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of the one that is planned for; 0 for a CPU."""
+    if watching is not None:
+        return watching[1]
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
 def use_triton(x: torch.Tensor) -> bool:
-    """True when a kernel function should run its Triton path for `x`: a CUDA tensor, and Triton is installed."""
+    """True when a kernel function should run its Triton path for `x`: a CUDA tensor, and Triton is installed; and
+    while kernels are watched.
+    """
+    if watching is not None:
+        return True
     return HAS_TRITON and (x.is_cuda or _interpreting) and not in_one_graph()
 
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from expertmesh import backends
 from expertmesh.backends import TensorDescriptor
 from expertmesh.kernels import launch
 
@@ -95,11 +96,21 @@ def test_sizes_that_never_come_again_do_not_fill_the_memory(jit, monkeypatch):
     assert len(kernel._known) <= 8 and len(jit.searched) == 98
 
 
-def test_an_interpreted_function_stays_as_it_is():
+def test_an_interpreted_function_is_the_interpreters_to_launch():
     def add(x):
         return x
 
-    assert isinstance(launch.launched(add), launch.Kernel) == (os.environ["TRITON_INTERPRET"] != "1")
+    launched = launch.launched(add)[(1,)]
+    assert (getattr(getattr(launched, "func", None), "__func__", None) is launch.Kernel._launch) == (
+        os.environ["TRITON_INTERPRET"] != "1"
+    )
+
+
+def test_a_watched_launch_is_told_of_and_launches_nothing(jit, monkeypatch):
+    told = []
+    monkeypatch.setattr(backends, "watching", (lambda *launch, **constants: told.append((*launch, constants)), 2**30))
+    launch.Kernel(jit)[(4,)](1, 2, BLOCK=8)
+    assert told == [(jit, 1, 2, {"BLOCK": 8})] and jit.searched == []
 
 
 def test_compiled_code_launches_as_eager_code_does(jit, monkeypatch):

@@ -14,6 +14,7 @@ import typer
 
 VERBS = {
     "train": "Fine-tune a model as a YAML file says.",
+    "plan": "Say what a run needs and how fast it will be, before it loads anything.",
     "launch": "Write the Slurm or SkyPilot file that trains on several machines.",
     "check": "Prove that a model computes and saves what it does under stock Transformers.",
     "merge": "Merge a LoRA adapter into its base model, and prove it on logits.",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from expertmesh import backends
 from expertmesh.backends import TensorDescriptor, triton
 
 MOST = 4096  # launches that a kernel remembers; sizes that are never the same again must not fill the memory
@@ -24,9 +25,8 @@ def processors(device: torch.device) -> int:
 
 
 def launched(function: Callable[..., Any]) -> Any:
-    """`triton.jit` for a function that is launched, not called by others. An interpreted one stays as it is."""
-    jit = triton.jit(function)
-    return Kernel(jit) if type(jit).__name__ == "JITFunction" else jit
+    """`triton.jit` for a function that is launched, not called by others."""
+    return Kernel(triton.jit(function))
 
 
 class Kernel:
@@ -38,11 +38,15 @@ class Kernel:
     """
 
     def __init__(self, jit: Any) -> None:
-        self.jit = jit
+        self.jit, self._interpreted = jit, type(jit).__name__ == "InterpretedFunction"
         self._known: dict[tuple, tuple[Any, list[Any]]] = {}
         self._opaque = torch.compiler.disable(self._launch)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        if backends.watching is not None:
+            return partial(backends.watching[0], self.jit)
+        if self._interpreted:
+            return self.jit[grid]
         if torch.compiler.is_compiling():
             return partial(self._opaque, grid)
         return partial(self._launch, grid)

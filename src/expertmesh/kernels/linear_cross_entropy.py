@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import fixed_cross_entropy
 
+from expertmesh import backends
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched
 
@@ -108,12 +109,13 @@ def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch
     width of 2048 that many rows are 128 output tiles, just under one for each of a Hopper's 132 processors, where other
     counts leave a part of the last wave idle. Otherwise chunks are equal.
     """
-    if device.type == "cuda":
-        budget, least = min(5 * 2**28, torch.cuda.get_device_properties(device).total_memory // 64), 1024
+    memory = backends.memory_of(device)
+    if memory:
+        budget, least = min(5 * 2**28, memory // 64), 1024
     else:
         budget, least = 2**23, 256
     most = max(least, budget // (vocab_size * dtype.itemsize))
-    if device.type == "cuda" and most >= 2048:
+    if memory and most >= 2048:
         return max(1, min(num_rows, most // 2048 * 2048))
     chunks = max(1, -(-num_rows // most))
     return max(1, min(num_rows, -(-num_rows // (chunks * 64)) * 64))  # whole GEMM tiles
@@ -250,7 +252,7 @@ def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     """total = a.T @ b (first) or total += a.T @ b, with total in float32 whatever the dtype of a and b."""
     beta = 0 if first else 1
-    if a.is_cuda and a.dtype != total.dtype:
+    if backends.on_gpu(a) and a.dtype != total.dtype:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=beta, out=total)
     else:  # CPUs have no GEMM from bfloat16 to float32
         total.addmm_(a.t().to(total.dtype), b.to(total.dtype), beta=beta)

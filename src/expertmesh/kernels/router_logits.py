@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from expertmesh.backends import tell_once
+from expertmesh.backends import on_gpu, tell_once
 
 
 def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
     """
     plain = type(weight_EH) in (torch.Tensor, torch.nn.Parameter) and x_TH.dtype == torch.bfloat16
     plain = plain and weight_EH.dtype in (torch.bfloat16, torch.float32)
-    if plain and x_TH.is_cuda and not torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling():
+    if plain and on_gpu(x_TH) and not torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling():
         return RouterLogits.apply(x_TH, weight_EH)
     if x_TH.is_cuda and x_TH.dtype == torch.bfloat16:
         tell_once("a router's logits are a product in float32: under autocast, or its weight is no plain tensor.")
@@ -33,7 +33,7 @@ def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
 
 
 def _mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32) if on_gpu(a) else a.float() @ b.float()
 
 
 def _parts(x: torch.Tensor, most: int) -> list[torch.Tensor]:

@@ -1,0 +1,143 @@
+"""What `expertmesh plan` says beside what was measured, for every committed row of ours that a plan describes.
+
+    python benchmarks/plans.py     # any machine, a minute or two; then python benchmarks/tables.py
+
+A row of one GPU without a loop is a forward and backward; one of a loop is a whole step of our trainer. Steps that the
+CPU slowed down (eager ones on several GPUs, transformers' own Trainer) are compared by their memory alone.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from expertmesh.bench.works import WORKS, config_of
+from expertmesh.plan.gpus import GPUS
+from expertmesh.plan.memory import GIB, Job, memory_of, trace
+from expertmesh.plan.speed import speed_of
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OUT = Path(__file__).resolve().parent / "plans.json"
+GPU = GPUS["h200"]
+#: (file, work, loop, batch, arm) of the rows that the constants of plan/speed.py were fitted to; memory has none to fit
+FITTED = {
+    ("h200_qwen3_8_layers", "qwen3-30b-a3b", None, 1, "expertmesh"),
+    ("h200_qwen3_8_layers", "qwen3-30b-a3b", None, 4, "expertmesh"),
+    ("h200_profile", "qwen3-30b-a3b", None, 4, "expertmesh"),
+    ("h200_deepseek_profile", "deepseek-v3", None, 1, "expertmesh"),
+    ("h200_nemotron_3_nano", "nemotron-3-nano", None, 1, "expertmesh"),
+    ("h200_loops", "qwen3-30b-a3b", "trainer", 1, "expertmesh-trainer"),
+    ("h200_x2_qwen3_30b_later", "qwen3-30b-a3b", None, 1, "expertmesh-gather-graph"),
+}
+#: measured before a rank kept only its share of the rows that its experts might get
+OLDER = {"h200_x4_qwen3_30b_step", "h200_x4_nemotron_3_nano_step", "h200_x2_nemotron_3_nano"}
+#: rows of documents attend as this many of equal length (works' rows of 14, and those of loop_rows.documents)
+DOCUMENTS = {14: 9, "sft-packed": 2}
+
+
+class Case(NamedTuple):
+    """What a row measured: layers None are the work's own. optimizer "sgd" has no states; ms None: not to compare."""
+
+    work: str
+    layers: int
+    batch: int
+    seq: int
+    ranks: int
+    ep_size: int
+    recompute: bool
+    documents: int
+    optimizer: str
+    full: bool
+    ms: float | None
+
+
+def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | None:
+    """The case of a row, None for one that a plan does not describe: other code than ours, or rows of padding."""
+    arm, loop, ranks = row.get("arm", ""), row.get("loop"), result["gpus"]
+    if not arm.startswith("expertmesh") or "-no-" in arm or "-push" in arm or name in OLDER or "step_ms" not in row:
+        return None
+    if not row.get("peak_gib") or loop == "trainer-padded":
+        return None
+    spread = ranks > 1 and (loop is not None or "-ep" in arm or "-gather" in arm)
+    eager = (ranks > 1 and "-graph" not in arm and arm != "expertmesh-trainer") or (loop and arm == "expertmesh")
+    update = loop is not None or bool(row.get("optimizer_ms"))
+    ms = row["forward_backward_ms"] if "forward_backward_ms" in row else row["step_ms"]
+    documents = DOCUMENTS.get(loop or row.get("documents"), 1)
+    return Case(
+        row["work"], row["layers"], row["batch"], row["seq"], ranks, ranks if spread else 1, "recompute" in arm,
+        documents, "adamw" if update else "sgd", loop is not None, None if eager else ms,
+    )  # fmt: skip
+
+
+def cases() -> Iterator[tuple[str, dict[str, Any], Case]]:
+    """(file, row, case) of every committed row that a plan describes."""
+    for path in sorted(RESULTS.glob("h200*.json")):
+        result = json.loads(path.read_text())
+        for row in result.get("rows", []):
+            case = case_of(path.stem, result, row)
+            if case is not None:
+                yield path.stem, row, case
+
+
+@cache
+def planned(case: Case) -> tuple[float, float]:
+    """(GiB, ms) that a plan says."""
+    job = Job(
+        config_of(WORKS[case.work], case.layers),
+        batch=case.batch,
+        seq=case.seq,
+        world_size=case.ranks,
+        ep_size=case.ep_size,
+        recompute=case.recompute,
+        optimizer=case.optimizer,
+        documents=case.documents,
+    )
+    found = trace(job, GPU.memory)
+    return memory_of(job, found).peak / GIB, speed_of(job, found, GPU, steps=case.full).step * 1e3
+
+
+def compared(name: str, row: dict[str, Any], case: Case) -> dict[str, Any]:
+    """A row with what was planned."""
+    gib, ms = planned(case._replace(ms=None))
+    return {
+        "file": name,
+        **{key: row.get(key) for key in ("work", "loop", "arm", "layers", "batch", "seq")},
+        "gpus": case.ranks,
+        "peak_gib": row["peak_gib"],
+        "planned_gib": round(gib, 2),
+        "ms": case.ms,
+        "planned_ms": None if case.ms is None else round(ms, 1),
+        "fitted": (name, case.work, row.get("loop"), case.batch, row["arm"]) in FITTED,
+    }
+
+
+def beside_measured() -> tuple[str, list[str], list[list[Any]]]:
+    """The committed predictions: how many are close, and a table's header and rows."""
+    found = json.loads(OUT.read_text())
+
+    def off(row: dict[str, Any], planned: str, measured: str) -> float:
+        return row[planned] / row[measured] - 1 if row[measured] else 0.0
+
+    errors = [(off(row, "planned_gib", "peak_gib"), off(row, "planned_ms", "ms")) for row in found]
+    shapes = {tuple(row[key] for key in ("work", "loop", "arm", "layers", "batch", "seq", "gpus")) for row in found}
+    close = sum(abs(memory) <= 0.05 for memory, _ in errors)
+    times = [abs(time) for row, (_, time) in zip(found, errors, strict=True) if row["ms"] and not row["fitted"]]
+    said = f"{len(found)} rows of {len(shapes)} configurations. Memory: {close} of {len(found)} rows within 5 %. Time: "
+    said += f"{sum(time <= 0.15 for time in times)} of {len(times)} rows that no constant was fitted to within 15 %."
+    header = "file, work, arm, layers, tokens, GPUs, GiB, planned, off, ms, planned, off, constants".split(", ")
+    cells = [
+        [row["file"].removeprefix("h200_"), row["work"], ", ".join(filter(None, [row["arm"], row["loop"]]))]
+        + [row["layers"], f"{row['batch']} x {row['seq']}", row["gpus"], row["peak_gib"], row["planned_gib"]]
+        + [
+            f"{100 * memory:+.1f} %",
+            *([row["ms"], row["planned_ms"], f"{100 * time:+.1f} %"] if row["ms"] else [""] * 3),
+        ]
+        + ["fitted" if row["fitted"] else ""]
+        for row, (memory, time) in sorted(zip(found, errors, strict=True), key=lambda pair: -max(map(abs, pair[1])))
+    ]
+    return said, header, cells
+
+
+if __name__ == "__main__":
+    OUT.write_text(json.dumps([compared(*found) for found in cases()], indent=1) + "\n")

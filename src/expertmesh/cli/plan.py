@@ -1,0 +1,95 @@
+"""`expertmesh plan`: whether a run fits a kind of GPU, how fast it will be, and which layouts are faster."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from expertmesh.plan import Plan
+    from expertmesh.plan.layouts import Layout
+
+GIB = 2**30
+SHOWN = 10  # layouts
+SMALLEST = 0.005 * GIB  # what is shown of a piece
+GPU = "Kind of GPU: h200, h100-80gb, b200, a100-80gb or rtx-4090."
+
+
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY.SUB=VALUE]...",
+            help="What `expertmesh train` is given: a YAML file, and keys that replace what it says.",
+            show_default=False,
+        ),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs; without it parallel.nproc, or 1.")] = None,
+    gpu: Annotated[str, typer.Option(help=GPU)] = "h200",
+    layouts: Annotated[bool, typer.Option(help="Look for faster layouts, which takes a minute or two.")] = True,
+) -> None:
+    """Say what each GPU of a run needs, piece by piece, how long a step takes, and which layouts fit, fastest first.
+
+    Of the model only config.json is read, and no GPU is needed. Exit codes: 0 it fits, 1 it does not, 2 wrong usage or
+    configuration.
+    """
+    from expertmesh.plan.layouts import search
+    from expertmesh.train.config import ConfigError, is_override, load_config
+    from expertmesh.train.planned import plan_of
+
+    files = [argument for argument in arguments or [] if not is_override(argument)]
+    if len(files) > 1:
+        raise ConfigError(f"One configuration file is expected, and here are {len(files)}: {', '.join(files)}.")
+    config = load_config(files[0] if files else None, [word for word in arguments or [] if is_override(word)])
+    found = plan_of(config, gpus or config.parallel.nproc or 1, gpu)
+    typer.echo("\n".join(report(found)))
+    if layouts:
+        typer.echo("\n".join(ranked(search(found.layout.job, found.gpu))))
+    raise typer.Exit(0 if found.fits else 1)
+
+
+def report(found: "Plan") -> list[str]:
+    """The lines of a plan."""
+    job, memory, speed, gpu = found.layout.job, found.layout.memory, found.layout.speed, found.gpu
+    rates = "measured on it" if gpu.measured else "assumed from its data sheet"
+    lines = [
+        f"{job.world_size} x {gpu.name} (rates {rates}): {named(found.layout)}",
+        "",
+        "memory of a GPU at the peak        GiB",
+        *_gib(memory.pieces),
+        f"  {'together':<28} {memory.peak / GIB:>9.2f}",
+        f"  {'fragmentation, CUDA':<28} {(memory.needed - memory.peak) / GIB:>9.2f}",
+        f"  {'needed':<28} {memory.needed / GIB:>9.2f}   of {gpu.memory / GIB:.1f}: "
+        + (f"fits, {found.left / GIB:.1f} are left" if found.fits else f"does not fit, {-found.left / GIB:.1f} lack"),
+        "",
+        "kept from forward to backward      GiB",
+        *_gib(memory.kept),
+        "",
+        "step, predicted                     ms",
+        *(f"  {name:<28} {seconds * 1e3:>9.1f}" for name, seconds in speed.seconds.items()),
+        f"  {'together':<28} {speed.step * 1e3:>9.1f}   {speed.tokens_per_second:,.0f} tokens/s on each GPU",
+    ]
+    return lines
+
+
+def ranked(found: "list[Layout]") -> list[str]:
+    """The lines of the fastest layouts."""
+    if not found:
+        return ["", "No layout fits: take more GPUs, fewer tokens (data.max_length), or adapters (lora)."]
+    best = [
+        f"  {layout.speed.tokens_per_second:>12,.0f} {layout.memory.needed / GIB:>10.1f}   {named(layout)}"
+        for layout in found[:SHOWN]
+    ]
+    return ["", "layouts that fit, fastest first", "  tokens/s/GPU        GiB", *best]
+
+
+def named(layout: "Layout") -> str:
+    """A layout in words."""
+    job = layout.job
+    words = [f"{job.batch} x {job.seq} tokens"]
+    words += [f"ep_size {job.ep_size}", f"{job.world_size // job.dp_replicate_size} shards"] * (job.world_size > 1)
+    return ", ".join([*words, *["layers recomputed"] * job.recompute, job.optimizer])
+
+
+def _gib(pieces: dict[str, int]) -> list[str]:
+    largest = sorted(pieces.items(), key=lambda piece: -piece[1])
+    return [f"  {name:<28} {size / GIB:>9.2f}" for name, size in largest if size >= SMALLEST]

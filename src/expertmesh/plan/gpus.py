@@ -1,0 +1,33 @@
+"""The GPUs that a run can be planned for: memory, and how fast they multiply, copy and send.
+
+An H200's figures are measured (benchmarks/results: `ceilings` of the runs, h200_x2_exchanges.json). Those of the others
+are assumed: its share of what the data sheet promises (78 % of dense bfloat16, 87 % of the memory's bandwidth, two
+thirds of one direction of NVLink), and for a card without NVLink what PCIe 4.0 gives to a pair.
+"""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class GPU:
+    """memory: bytes that CUDA reports. flops: of dense bfloat16 products per second. copies: bytes read and written per
+    second. wire: bytes per second that it sends to others of its node. measured: on this GPU; else assumed.
+    """
+
+    name: str
+    memory: int
+    flops: float
+    copies: float
+    wire: float
+    measured: bool = False
+
+
+GPUS = {
+    "h200": GPU("h200", int(139.8 * GIB), 775e12, 4.2e12, 300e9, measured=True),
+    "h100-80gb": GPU("h100-80gb", int(79.1 * GIB), 775e12, 2.9e12, 300e9),
+    "b200": GPU("b200", int(178.0 * GIB), 1750e12, 7.0e12, 600e9),
+    "a100-80gb": GPU("a100-80gb", int(79.2 * GIB), 243e12, 1.77e12, 200e9),
+    "rtx-4090": GPU("rtx-4090", int(23.5 * GIB), 129e12, 0.88e12, 20e9),
+}

@@ -1,0 +1,92 @@
+"""How long a step takes: what was traced, at rates that were measured.
+
+A product takes its FLOPs at a share of the GPU's GEMM rate, and its bytes at a share of its copy rate; everything else
+its bytes, and a launch. These shares are the only constants, one pair for each kind of work, fitted by hand to these
+rows of benchmarks/results; all other rows are checks (docs/plan.md):
+
+    h200_qwen3_8_layers, h200_profile    Qwen3, batch 1 and 4, and its components
+    h200_deepseek_profile                DeepSeek V3's components, batch 1
+    h200_nemotron_3_nano                 Nemotron 3, batch 1 (the scan)
+    h200_loops                           Qwen3, our trainer, batch 1 (the optimizer)
+    h200_x2_qwen3_30b_later              Qwen3, two GPUs, batch 1 (the wire)
+
+They hold for a step that the CPU does not slow down, as recorded ones (docs/cuda-graphs.md), with balanced experts.
+"""
+
+from dataclasses import dataclass
+
+from expertmesh.plan.gpus import GPU
+from expertmesh.plan.memory import OPTIMIZERS, Job
+from expertmesh.plan.trace import Trace, Work
+
+#: kind of work -> (share of the GEMM rate, share of the copy rate)
+SHARES = {
+    "dense": (0.93, 3.0),  # above 1: most bytes travel while it multiplies
+    "head": (0.97, 2.0),
+    "experts": (1.0, 1.6),
+    "experts, backward": (0.92, 0.8),
+    "attention": (0.75, 1.0),
+    "attention, backward": (0.62, 1.0),
+    "memory": (1.0, 0.85),
+    "scan": (1.0, 0.25),
+    "optimizer and clipping": (1.0, 0.8),
+}
+LAUNCH = 2e-6  # seconds
+WIRE = "wire"
+#: kind of work -> what it is called in a plan
+COMPONENTS = {
+    "dense": "dense products",
+    "head": "head and loss",
+    "experts": "experts",
+    "experts, backward": "experts",
+    "attention": "attention",
+    "attention, backward": "attention",
+    "memory": "norms, RoPE, routing, sums",
+    "scan": "Mamba2",
+    "wire": "wire: tokens of experts",
+    "wire, FSDP": "wire: weights and gradients",
+}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """seconds: of one optimizer step, by component. tokens: of one rank in it."""
+
+    seconds: dict[str, float]
+    tokens: int
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one GPU."""
+        return self.tokens / self.step
+
+
+def speed_of(job: Job, found: Trace, gpu: GPU, micro_batches: int = 1, steps: bool = True) -> Speed:
+    """The time of a step of so many traced micro-batches. steps: clipping and the optimizer are in it."""
+    seconds: dict[str, float] = {}
+    for kind, work in found.work.items():
+        name = COMPONENTS[kind]
+        seconds[name] = seconds.get(name, 0.0) + micro_batches * seconds_of(kind, work, gpu)
+    if steps:
+        kind = "optimizer and clipping"
+        seconds[kind] = seconds_of(kind, Work(0.0, _optimizer_bytes(job, found), 2), gpu)
+    return Speed(seconds, job.batch * job.seq * micro_batches)
+
+
+def seconds_of(kind: str, work: Work, gpu: GPU) -> float:
+    """The time of one kind of work."""
+    if kind.startswith(WIRE):
+        return work.bytes / gpu.wire
+    rate, copies = SHARES[kind]
+    return work.flops / (rate * gpu.flops) + work.bytes / (copies * gpu.copies) + work.times * LAUNCH
+
+
+def _optimizer_bytes(job: Job, found: Trace) -> float:
+    """Read and written: weights and states; read twice, once by clipping: gradients."""
+    learning = [(elements, size) for elements, size, learns in found.parameters.values() if learns]
+    return sum(elements * (4 * size + 2 * OPTIMIZERS[job.optimizer](size)) for elements, size in learning)

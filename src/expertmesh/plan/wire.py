@@ -1,0 +1,106 @@
+"""Stand-ins for other ranks while a step is planned: exchanges of a layer's experts that have no partner.
+
+They allocate what a rank's exchange allocates (moe/gather.py, moe/all_to_all.py) and note what would be on the wire.
+Experts are balanced: every rank of the group gets its share of the rows.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from expertmesh.moe.dispatch import Dispatch
+from expertmesh.moe.exchange import Exchange, Outputs
+from expertmesh.moe.gather import Gather
+from expertmesh.moe.links import Mailboxes
+from expertmesh.plan.trace import Watch
+
+
+class Alone(Dispatch):
+    """The experts of one layer of which this rank holds 1/num_ranks, without other ranks."""
+
+    waits: Any
+
+    def __init__(self, experts: Any, num_ranks: int, watch: Watch, near: bool) -> None:
+        self.transport = PlannedGather if near else PlannedAllToAll
+        self.experts, self._slices, self.group, self.rank = experts, False, None, 0
+        self.num_ranks, self.num_local_experts = num_ranks, experts.num_experts
+        self.waits, self.watch = nullcontext(), watch
+
+
+class _Link(Mailboxes):
+    """Mailboxes, which are outside of PyTorch's memory."""
+
+    def __init__(self, size: int, watch: Watch) -> None:
+        self.size, self.watch = size, watch
+
+    def _sent(self, parts: list[torch.Tensor], pieces: int) -> None:
+        """Each rank sends these parts, or its pieces of them, to all others."""
+        size = sum(part.nbytes for part in parts) // pieces
+        self.watch.add("wire", 0.0, size * (self.size - 1))
+
+    def all_gather(self, parts: list[torch.Tensor], sent: Any = None, copy: bool = True) -> list[torch.Tensor]:
+        self._sent(parts, 1)
+        room = [(self.size * len(part), *part.shape[1:]) for part in parts]
+        if copy:
+            return [part.new_empty(shape) for part, shape in zip(parts, room, strict=True)]
+        # in the mailbox: a view of one row has the shape and no memory
+        return [part.new_empty(1, *part.shape[1:]).expand(shape) for part, shape in zip(parts, room, strict=True)]
+
+    def reduce_scatter(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        self._sent(parts, self.size)
+        return [part.new_empty(len(part) // self.size, *part.shape[1:]) for part in parts]
+
+    def combine_scatter(self, made: Outputs, residual: torch.Tensor | None = None) -> torch.Tensor:
+        assert made.position_MK is not None
+        rows = len(made.position_MK) // self.size
+        self.watch.add("wire", 0.0, rows * made.y.shape[1] * made.y.itemsize * (self.size - 1))
+        return made.y.new_empty(rows, made.y.shape[1])
+
+
+class PlannedGather(Gather):
+    """`Gather` where all ranks have equally many tokens."""
+
+    def __init__(self, layer: Alone, x_TH: torch.Tensor, ahead: bool = False) -> None:
+        Exchange.__init__(self, layer)
+        self._link, self._num_tokens, self._rows = _Link(layer.num_ranks, layer.watch), len(x_TH), len(x_TH)
+        self._sent = None
+        layer.watch.share = 1 / layer.num_ranks
+
+
+class PlannedAllToAll(Exchange):
+    """`AllToAll` of tokens that choose K of all experts at random: as many rows come as go."""
+
+    layer: Alone
+
+    def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> tuple:
+        tokens, top_k, ranks = *ids_TK.shape, self.layer.num_ranks
+        rows = max(1, round(tokens * ranks * (1 - (1 - 1 / ranks) ** top_k)))
+        self.tokens, self.rows, self.wire = tokens, rows, (ranks - 1) / ranks
+        self.layer.watch.share = tokens / rows
+        self._sends(x_TH, 2 * top_k * 4)
+        return x_TH.new_empty(rows, x_TH.shape[1]), ids_TK.new_empty(rows, top_k), weight_TK.new_empty(rows, top_k)
+
+    def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
+        sums = made.sums()
+        self._sends(sums)
+        back, out = torch.empty_like(sums), sums.new_empty(self.tokens, sums.shape[1])
+        del back
+        return out if residual is None else residual + out.view(residual.shape)
+
+    def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
+        self._sends(dout_TH)
+        packed = dout_TH.new_empty(self.rows, dout_TH.shape[1])
+        return torch.empty_like(packed)
+
+    def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Any:
+        def first(part: torch.Tensor | None) -> torch.Tensor | None:
+            return None if part is None else part.new_empty(self.tokens, part.shape[1])
+
+        if dx_MH is not None:
+            self._sends(dx_MH)
+        return lambda: (first(dx_MH), first(dweight_MK))
+
+    def _sends(self, rows: torch.Tensor, more: int = 0) -> None:
+        size = self.rows * (rows.shape[1] * rows.itemsize + more)
+        self.layer.watch.add("wire", 0.0, size * self.wire)

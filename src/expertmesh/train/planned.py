@@ -1,0 +1,86 @@
+"""The plan of a run from its configuration: what `expertmesh plan` prints."""
+
+from typing import Any
+
+import torch
+
+from expertmesh.plan import Plan, plan
+from expertmesh.plan.gpus import GPU, GPUS
+from expertmesh.plan.memory import Job
+from expertmesh.train.config import Config, ConfigError
+from expertmesh.train.errors import known
+from expertmesh.train.inputs import load_model_config, lora
+from expertmesh.train.routing import routers
+
+#: optimizers by transformers' names -> by plan/memory.py's
+OPTIMS = {"adamw_torch_fused": "adamw", "adamw_torch": "adamw", "adamw_8bit": "adamw-8bit"}
+OPTIMS |= {"adamw_bnb_8bit": "adamw-8bit", "adamw_torch_8bit": "adamw-8bit", "sgd": "sgd"}
+
+
+def plan_of(config: Config, gpus: int, gpu: str) -> Plan:
+    """The plan of this run on so many GPUs of a kind of `GPUS`; of the model only its config.json is read.
+
+    Raises ConfigError for settings that cannot be planned, or do not fit each other.
+    """
+    kind, job = gpu_of(gpu), job_of(config, gpus)
+    try:
+        return plan(job, kind, config.train.gradient_accumulation_steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def gpu_of(name: str) -> GPU:
+    """The GPU of this name. Raises ConfigError for an unknown one."""
+    known("--gpu", name, list(GPUS))
+    return GPUS[name]
+
+
+def job_of(config: Config, gpus: int) -> Job:
+    """The `Job` of a run. Raises ConfigError for settings that a plan does not know."""
+    train, parallel = config.train, config.parallel
+    if parallel.tp_size > 1:
+        raise ConfigError("parallel.tp_size: a plan does not know tensor parallelism. Set it to 1.")
+    if train.bf16:
+        raise ConfigError("train.bf16: a plan does not know autocast. Set model.dtype to bfloat16 instead.")
+    if train.optim not in OPTIMS:
+        raise ConfigError(f"train.optim: a plan does not know {train.optim!r}, only {', '.join(OPTIMS)}.")
+    model = load_model_config(config)
+    own = model.dtype if isinstance(model.dtype, torch.dtype) else torch.bfloat16
+    own = torch.float32 if config.model.name == "demo" else own  # as load_model has it
+    job = Job(
+        model,
+        batch=train.per_device_train_batch_size,
+        seq=config.data.max_length,
+        world_size=gpus,
+        ep_size=parallel.ep_size,
+        dp_replicate_size=parallel.dp_replicate_size,
+        recompute=train.activation_checkpointing,
+        optimizer=OPTIMS[train.optim],
+        dtype=own if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
+        fused=config.model.fused,
+        attention=config.model.attn_implementation,
+        adapt=_adapted(config) if config.lora or config.moe.freeze_router else None,
+        mtp=config.model.fused is not False and (getattr(model, "num_nextn_predict_layers", 0) or 0) > 0,
+        accumulates=train.gradient_accumulation_steps > 1,
+    )
+    try:
+        job.setup()
+    except ValueError as error:
+        raise ConfigError(f"parallel: {error}") from error
+    return job
+
+
+def _adapted(config: Config) -> Any:
+    """What a run does to its model before it trains."""
+
+    def adapted(model: Any) -> Any:
+        if config.moe.freeze_router:
+            for _, router in routers(model):
+                router.requires_grad_(False)
+        if config.lora is None:
+            return model
+        from peft import get_peft_model
+
+        return get_peft_model(model, lora(config))
+
+    return adapted

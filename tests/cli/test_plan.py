@@ -1,0 +1,64 @@
+"""`expertmesh plan`: what it prints, and its exit codes."""
+
+import pytest
+
+from expertmesh import cli
+from expertmesh.bench.tiny import tiny_config
+from expertmesh.bench.works import WORKS, config_of
+from expertmesh.plan import layouts
+
+#: a few megabytes
+SMALL = {"hidden_size": 1024, "moe_intermediate_size": 256, "vocab_size": 8192}
+
+
+@pytest.fixture
+def planned(tmp_path, capsys):
+    """Plans a run of a model configuration: (exit code, output, errors)."""
+
+    def planned(config, *arguments):
+        config.save_pretrained(tmp_path / "model")
+        text = f"model: {{name: '{tmp_path / 'model'}', dtype: bfloat16}}\ndata: {{name: 'demo:all', max_length: 64}}\n"
+        (tmp_path / "run.yaml").write_text(text)
+        code = cli.run(["plan", str(tmp_path / "run.yaml"), *arguments])
+        return code, *capsys.readouterr()
+
+    return planned
+
+
+def test_a_run_that_fits_is_planned_without_weights_data_or_gpu(planned, monkeypatch):
+    monkeypatch.setattr(layouts, "MOST_ROWS", 1)
+    keys = ["parallel.ep_size=2", "train.gradient_accumulation_steps=2", "train.activation_checkpointing=true"]
+    code, said, errors = planned(tiny_config("qwen3_moe", **SMALL), *keys, "--gpus", "2")
+    assert code == 0 and errors == ""
+    for line in ("2 x h200", "parameters", "optimizer states", "fits, ", "experts", "tokens/s", "fastest first"):
+        assert line in said
+
+
+def test_adapters_need_neither_gradients_nor_states_of_frozen_weights(planned):
+    pytest.importorskip("peft")
+    whole, adapters = (
+        planned(tiny_config("qwen3_moe", **SMALL), "--no-layouts", *keys)[1] for keys in ((), ("lora={}",))
+    )
+    assert "optimizer states" in whole and "optimizer states" not in adapters
+
+
+def test_a_run_that_does_not_fit_exits_with_1(planned):
+    config = config_of(WORKS["qwen3-30b-a3b"], 4)
+    code, said, _ = planned(config, "--gpu", "rtx-4090", "--no-layouts")
+    assert code == 1 and "does not fit" in said and "assumed" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--gpu", "h200x"], "did you mean 'h200'"),
+        (["--gpus", "2", "parallel.ep_size=3"], "ep_size=3"),
+        (["--gpus", "2", "parallel.tp_size=2"], "tensor parallelism"),
+        (["train.bf16=true"], "autocast"),
+        (["train.optim=lion_32bit"], "train.optim"),
+        (["model.nam=x"], "model.nam"),
+    ],
+)
+def test_what_cannot_be_planned_exits_with_2(planned, arguments, why):
+    code, _, errors = planned(tiny_config("qwen3_moe"), *arguments)
+    assert code == 2 and why in errors

@@ -1,0 +1,122 @@
+"""What a plan says of memory is what a real step keeps, and what real shards are."""
+
+import sys
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PreTrainedModel, initialization
+
+from expertmesh import AutoModelForCausalLM, backends, waiting
+from expertmesh.bench.tiny import FAMILIES as FAMILIES_OF_TINY_MODELS
+from expertmesh.bench.tiny import tiny_config
+from expertmesh.parallel.setup import DistributedSetup
+from expertmesh.plan.memory import Job, memory_of, trace
+
+SEQ = 128
+#: so wide that positions and ids, which a recomputed layer keeps past autograd, hardly count
+WIDE = {"hidden_size": 1024, "vocab_size": 256, "intermediate_size": 64}
+FAMILIES = {
+    "qwen3_moe": WIDE | {"moe_intermediate_size": 64, "head_dim": 32},
+    "gpt_oss": WIDE | {"head_dim": 32},
+    # values as wide as keys: of others the CPU keeps more than a GPU
+    "deepseek_v3": WIDE | {"moe_intermediate_size": 64, "v_head_dim": 24},
+    "nemotron_h": WIDE | {"moe_intermediate_size": 64, "head_dim": 32, "moe_latent_size": 64},
+}
+
+
+def saved_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
+    """Bytes that autograd saves in a forward on a GPU's way, each storage once, without parameters and buffers. Kernels
+    are not launched, which changes values alone.
+    """
+    own = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *model.buffers()]}
+    found: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    launches: list[str] = []
+    watching = (lambda kernel, *_, **__: launches.append(kernel)), 140 * 2**30
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with mock.patch.object(backends, "watching", watching), saving:
+        loss = model(input_ids=ids, labels=ids).loss
+    assert launches
+    assert loss.requires_grad
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_plan_says_is_kept_is_what_autograd_saves(family, recompute):
+    config = tiny_config(family, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    if recompute:
+        model.activation_checkpointing_enable()
+    ids = torch.randint(3, 256, (1, SEQ), generator=torch.Generator().manual_seed(0))
+    real = saved_bytes(model, ids)
+    planned = trace(Job(config, seq=SEQ, recompute=recompute, dtype=torch.float32), 140 * 2**30)
+    assert sum(planned.kept.values()) == pytest.approx(real, rel=0.05), planned.kept
+
+
+LAYOUTS = ({}, {"ep_size": 2}, {"ep_size": 4}, {"ep_size": 2, "dp_replicate_size": 2}, {"dp_replicate_size": 4})
+
+
+@pytest.fixture
+def four_ranks(monkeypatch):
+    """This process is the first of four ranks, of which the others do not exist."""
+    monkeypatch.setattr(waiting, "_backends", lambda group: [])
+    monkeypatch.setattr(sys.modules["expertmesh.fuse"], "refuse_differences", lambda *_: None)
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=4, MASTER_ADDR="127.0.0.1", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
+def test_what_a_plan_says_a_rank_holds_is_what_the_real_layout_gives_it(family, four_ranks):
+    for sizes in LAYOUTS:
+        layout, _, meshes = PreTrainedModel.prepare_distribute_model(DistributedSetup(**sizes).to_transformers())
+        with initialization.no_init_weights(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
+            model = AutoModelForCausalLM.from_config(tiny_config(family))
+        model = model.maybe_distribute_model(model, layout, meshes)
+        real = {
+            name: (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+            for name, parameter in model.named_parameters()
+        }
+        planned = trace(Job(tiny_config(family), seq=32, world_size=4, **sizes), 140 * 2**30).parameters
+        assert {name: elements for name, (elements, _, _) in planned.items()} == real, sizes
+
+
+def test_gradients_that_are_released_never_stand_together():
+    config = tiny_config("qwen3_moe")
+    held, gone = (trace(Job(config, seq=4, released=released), 140 * 2**30) for released in (False, True))
+    size = sum(elements * size for elements, size, _ in held.parameters.values())
+    assert held.peak["gradients"] == pytest.approx(size, rel=0.2) and "gradients" not in gone.peak
+
+
+def test_states_are_counted_by_the_bytes_of_an_optimizer():
+    config = tiny_config("qwen3_moe")
+    found = trace(Job(config, seq=32), 140 * 2**30)
+    elements = sum(elements for elements, _, _ in found.parameters.values())
+    for optimizer, size in {"adamw": 4, "adamw-fp32-master": 12, "adamw-8bit": 2 + 8 / 256, "sgd": 0}.items():
+        assert memory_of(Job(config, optimizer=optimizer), found).pieces["optimizer states"] == int(elements * size)
+
+
+def test_modules_for_multi_token_prediction_of_a_checkpoint_count_as_weights():
+    config = tiny_config("deepseek_v3", num_nextn_predict_layers=1)
+    without, kept = (trace(Job(config, seq=32, mtp=mtp), 140 * 2**30) for mtp in (False, True))
+    more = kept.parameters.keys() - without.parameters.keys()
+    assert more and not any(kept.parameters[name][2] for name in more)
+    assert sum(kept.kept.values()) == sum(without.kept.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES_OF_TINY_MODELS)
+def test_every_family_can_be_planned(family):
+    assert trace(Job(tiny_config(family), seq=32, recompute=True), 140 * 2**30).kept["head"]
