@@ -3,9 +3,9 @@
     python benchmarks/gradient_release.py --layers 8 --batch 4 --out benchmarks/results/h200_gradient_release.json
 
 Qwen3-30B-A3B's widths, random weights, S=4096; forward, backward, clipping to 1.0 and AdamW, whose states have the
-weights' dtype. Arms: `ordinary` clips by the norm of the standing gradients; `running` and `exact` are those of
-`GradientRelease`. Each starts from the same weights. The peak is that of the timed steps. Without a GPU it is a tiny
-model.
+weights' dtype, or are kept as `--states` says. Arms: `ordinary` clips by the norm of the standing gradients; `running`
+and `exact` are those of `GradientRelease`. Each starts from the same weights. The peak is that of the timed steps.
+Without a GPU it is a tiny model.
 """
 
 import gc
@@ -24,9 +24,9 @@ ARMS = "ordinary", "running", "exact"
 WARM_UP = 3
 
 
-def step_of(model: Any, arm: str) -> Callable[[torch.Tensor], None]:
+def step_of(model: Any, arm: str, states: Any) -> Callable[[torch.Tensor], None]:
     """A whole training step on a batch of token ids."""
-    optimizer = expertmesh.AdamW(model.parameters(), lr=1e-5, max_grad_norm=1.0)
+    optimizer = expertmesh.AdamW(model.parameters(), lr=1e-5, max_grad_norm=1.0, states=states)
     release = None if arm == "ordinary" else expertmesh.GradientRelease(optimizer, arm)
 
     def step(ids: torch.Tensor) -> None:
@@ -43,9 +43,9 @@ def step_of(model: Any, arm: str) -> Callable[[torch.Tensor], None]:
     return step
 
 
-def measure(model: Any, arm: str, batch: int, seq: int, repeats: int) -> dict[str, Any]:
+def measure(model: Any, arm: str, batch: int, seq: int, repeats: int, states: Any) -> dict[str, Any]:
     """The row of an arm: the median of `repeats` steps, each waited for."""
-    step, on_gpu, times = step_of(model, arm), DEVICE == "cuda", []
+    step, on_gpu, times = step_of(model, arm, states), DEVICE == "cuda", []
     tokens = torch.randint(3, model.config.vocab_size, (WARM_UP + repeats, batch, seq), device=DEVICE)
     for number, ids in enumerate(tokens):
         if on_gpu:
@@ -69,9 +69,10 @@ def main() -> None:
     options.add_argument("--seq", type=int, default=4096)
     options.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     options.add_argument("--recompute", action="store_true", help="layers are recomputed in the backward")
+    options.add_argument("--states", choices=("8bit", "24bit", "float32"))
     options = options.parse_args()
     seq = 64 if options.tiny else options.seq
-    result = Result(options, layers=options.layers, seq=seq, recompute=options.recompute)
+    result = Result(options, layers=options.layers, seq=seq, recompute=options.recompute, states=options.states)
     for batch in options.batch:
         for arm in options.arms:
             torch.manual_seed(0)
@@ -80,7 +81,7 @@ def main() -> None:
                 model = expertmesh.AutoModelForCausalLM.from_config(config, dtype=DTYPE).train()
             if options.recompute:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            result.add({"arm": arm, "batch": batch} | measure(model, arm, batch, seq, options.repeats))
+            result.add({"arm": arm, "batch": batch} | measure(model, arm, batch, seq, options.repeats, options.states))
             del model
             gc.collect()
 
