@@ -26,6 +26,7 @@ from expertmesh.kernels.grouped_gemm import (
 from expertmesh.kernels.grouped_wgrad import grouped_sum
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched
+from expertmesh.kernels.low_rank import LowRank, add_low_rank, rank_of
 
 
 def down_dact(
@@ -37,20 +38,21 @@ def down_dact(
     has_bias: bool = False,
     more_SJ: torch.Tensor | None = None,
     in_turns: bool = False,
+    low: LowRank | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dh [S, J], weight·a [S, I], dweight [P, S] float32, db [E, J] if `has_bias`) from the gradient dout [T, H] of
     the combined output.
 
     w_down_EIH: the down-projections. more_SJ: what `up_again` returned, the rows behind those of h. in_turns: gate and
-    up columns alternate in h, though not in the weights, nor in dh. `dweight` leaves out the down-projection's bias; it
-    is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to the end of its last row tile, are
-    zero: `grouped_wgrad` reads them.
+    up columns alternate in h, though not in the weights, nor in dh. low: what adapters add to dā. `dweight` leaves out
+    the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to
+    the end of its last row tile, are zero: `grouped_wgrad` reads them.
     """
     assert group.weight_S is not None
     w_EHI = w_down_EIH.transpose(1, 2)
     if act.kind == "custom" or not use_triton(dout_TH):
         assert not in_turns, "only quack makes such h, for activations of the kernel"
-        return down_dact_by_pytorch(dout_TH, w_EHI, h_SJ, group, act, has_bias)
+        return down_dact_by_pytorch(dout_TH, w_EHI, h_SJ, group, act, has_bias, low)
     assert group.tiles is not None and dout_TH.stride(1) == 1
     num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
     config = tile_config(dout_TH, group.block, stages=4)
@@ -66,9 +68,10 @@ def down_dact(
     over_tiles(
         _down_dact_kernel, config, dout_TH, group,
         torch.zeros(1, dtype=torch.int32, device=dout_TH.device), dout_TH, group.token_S, w_tiles,
+        *(low or (None, None)),
         _as_pairs(h_SJ) if pairs else h_SJ, _as_pairs(more_SJ) if pairs and more_SJ is not None else more_SJ,
         group.weight_S, _as_pairs(dh_SJ) if act.interleaved else dh_SJ, wa_SI, dweight_PS, db_MJ,
-        w_EHI.shape[0], num_rows, len(h_SJ), width, num_inner, dout_TH.stride(0), act.alpha, act.limit,
+        w_EHI.shape[0], num_rows, len(h_SJ), width, num_inner, dout_TH.stride(0), act.alpha, act.limit, rank_of(low),
         LAYOUT=layout(act), H_LAYOUT="pairs" if pairs else layout(act), KIND=act.kind, TRANSPOSED=transposed,
         EVEN=num_inner % config["BK"] == 0,
     )  # fmt: skip
@@ -77,11 +80,17 @@ def down_dact(
 
 
 def down_dact_by_pytorch(
-    dout_TH: torch.Tensor, w_EHI: torch.Tensor, h_SJ: torch.Tensor, group: Grouping, act: Activation, has_bias: bool
+    dout_TH: torch.Tensor,
+    w_EHI: torch.Tensor,
+    h_SJ: torch.Tensor,
+    group: Grouping,
+    act: Activation,
+    has_bias: bool,
+    low: LowRank | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The specification of `down_dact`, which runs where Triton is missing or the activation is not its own."""
     assert group.weight_S is not None
-    da_SI = grouped_gemm(dout_TH.index_select(0, group.token_S), w_EHI, group, own=True)
+    da_SI = grouped_gemm(dout_TH.index_select(0, group.token_S), w_EHI, group, own=True, low=low)
     mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
     da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
     weight_S1 = group.weight_S[:, None].to(da_SI.dtype)
@@ -99,8 +108,8 @@ def _as_pairs(h_SJ: torch.Tensor) -> torch.Tensor:
 
 @launched
 def _down_dact_kernel(
-    tile_expert, tile_row, num_tiles, offsets, taken, dout, token, w, h, more, weight, dh, wa, dweight, db, num_experts,
-    num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
+    tile_expert, tile_row, num_tiles, offsets, taken, dout, token, w, low_u, low_b, h, more, weight, dh, wa, dweight,
+    db, num_experts, num_rows, num_kept, width, num_inner, stride_d, alpha, limit, rank,
     LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr,
     DESCRIPTOR: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr,
@@ -122,6 +131,9 @@ def _down_dact_kernel(
         # computed anew: kept through the loop it would cost registers
         row = begin + tl.arange(0, BM)
         in_group = row < end
+        if low_u is not None:
+            at = first + tl.arange(0, BN)
+            da = add_low_rank(da, low_u, low_b, expert, rank, row, in_group, at, width, width, PRECISION)
         scale = tl.load(weight + row, mask=in_group, other=0.0).to(tl.float32)
         WIDE: tl.constexpr = 1 if LAYOUT == "single" else 2
         tile_db = db

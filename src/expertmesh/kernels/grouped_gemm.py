@@ -27,21 +27,30 @@ from expertmesh.kernels import quack
 from expertmesh.kernels.activation import Activation, activate
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched, processors
+from expertmesh.kernels.low_rank import LowRank, add_low_rank, rank_of
+
+THIN = 64  # columns up to which a product reads its rows once, in tiles of its own
 
 
 def grouped_gemm(
-    a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None, own: bool = False
+    a_SK: torch.Tensor,
+    w_EKN: torch.Tensor,
+    group: Grouping,
+    bias_EN: torch.Tensor | None = None,
+    own: bool = False,
+    low: LowRank | None = None,
 ) -> torch.Tensor:
     """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias.
 
-    own: never by quack. Rows behind the last expert's are not written: no reader of a `Grouping` looks at them.
+    own: never by quack. low: u_s · B_e is added. Rows behind the last expert's are not written: no reader of a
+    `Grouping` looks at them.
     """
-    if bias_EN is None and not own and quack.takes(a_SK, w_EKN):
+    if bias_EN is None and low is None and not own and quack.takes(a_SK, w_EKN):
         return quack.grouped_gemm(a_SK, w_EKN, group)
     if not use_triton(a_SK):
-        return grouped_gemm_reference(a_SK, w_EKN, group, bias_EN)
+        return grouped_gemm_reference(a_SK, w_EKN, group, bias_EN, low)
     y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
-    launch_rows(a_SK, w_EKN, bias_EN, group, y_SN)
+    launch_rows(a_SK, w_EKN, bias_EN, group, y_SN, low=low)
     return y_SN
 
 
@@ -51,26 +60,27 @@ def up_act(
     bias_EJ: torch.Tensor | None,
     group: Grouping,
     act: Activation,
+    low: LowRank | None = None,
     keep: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """(h [S, J], a [S, I], whether gate and up columns alternate in h though not in the weights) of tokens x [T, H],
     up-projections [E, H, J] (plain or transposed) and biases [E, J].
 
-    keep: by the fused kernel, h has only this many rows, a multiple of `group.block`.
+    low: as in `grouped_gemm`. keep: by the fused kernel, h has only this many rows, a multiple of `group.block`.
     """
-    if keep is None and quack.takes_up(x_TH, w_EHJ, bias_EJ, group, act):
+    if keep is None and low is None and quack.takes_up(x_TH, w_EHJ, bias_EJ, group, act):
         return *quack.up_act(x_TH, w_EHJ, group, act), act.gated
     if act.kind == "custom" or not use_triton(x_TH):
         if use_triton(x_TH):
             tell_once(
                 "experts with an activation of their own gather their rows and run it in PyTorch, not in the kernel."
             )
-        h_SJ = grouped_gemm(x_TH.index_select(0, group.token_S), w_EHJ, group, bias_EJ, own=True)
+        h_SJ = grouped_gemm(x_TH.index_select(0, group.token_S), w_EHJ, group, bias_EJ, own=True, low=low)
         return h_SJ, act.forward(h_SJ), False
     num_rows = group.slot_S.numel()
     h_SJ = x_TH.new_empty(min(num_rows, keep or num_rows), w_EHJ.shape[2])
     a_SI = x_TH.new_empty(num_rows, w_EHJ.shape[2] // (2 if act.gated else 1))
-    launch_rows(x_TH, w_EHJ, bias_EJ, group, h_SJ, a_SI, act)
+    launch_rows(x_TH, w_EHJ, bias_EJ, group, h_SJ, a_SI, act, low)
     return h_SJ, a_SI, False
 
 
@@ -81,6 +91,7 @@ def up_again(
     group: Grouping,
     act: Activation,
     h_SJ: torch.Tensor,
+    low: LowRank | None = None,
 ) -> torch.Tensor | None:
     """The rows of h that an `up_act` with `keep` did not store, and the `group.block` rows before them, in as far as
     tiles that end behind h have them; None if h has them all.
@@ -89,14 +100,20 @@ def up_again(
     if not missing:
         return None
     more_SJ = h_SJ.new_empty(group.block + missing, h_SJ.shape[1])
-    launch_rows(x_TH, w_EHJ, bias_EJ, group, more_SJ, None, act)
+    launch_rows(x_TH, w_EHJ, bias_EJ, group, more_SJ, None, act, low)
     return more_SJ
 
 
 def grouped_gemm_reference(
-    a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping, bias_EN: torch.Tensor | None = None
+    a_SK: torch.Tensor,
+    w_EKN: torch.Tensor,
+    group: Grouping,
+    bias_EN: torch.Tensor | None = None,
+    low: LowRank | None = None,
 ) -> torch.Tensor:
     """The specification of `grouped_gemm`: one matrix product per expert, or `F.grouped_mm` on a GPU without Triton."""
+    if low is not None:
+        return grouped_gemm_reference(a_SK, w_EKN, group, bias_EN).add_(grouped_gemm_reference(*low, group))
     if a_SK.is_cuda:
         y_SN = F.grouped_mm(a_SK, w_EKN, offs=group.offsets_E)
         return y_SN if bias_EN is None else y_SN + rows_of_experts(bias_EN, group)
@@ -133,8 +150,14 @@ def wide(device: torch.device) -> bool:
     return properties is not None and properties.shared_memory_per_block_optin >= 200 * 1024
 
 
-def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3) -> dict[str, int]:
-    """Column and contraction tile, warps and pipeline stages of the row-tile kernels; `stages` of the large tile."""
+def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3, thin: int = 0) -> dict[str, int]:
+    """Column and contraction tile, warps and pipeline stages of the row-tile kernels; `stages` of the large tile.
+
+    thin: columns of a product that has a few only.
+    """
+    if thin:
+        tile = dict(BN=max(16, triton.next_power_of_2(thin)), num_warps=4)
+        return tile | (dict(BK=32, num_stages=2) if x.dtype == torch.float32 else dict(BK=64, num_stages=4))
     if x.dtype == torch.float32:
         return dict(BN=64, BK=32, num_warps=4, num_stages=2)
     if block_rows == 128 and wide(x.device):
@@ -203,13 +226,15 @@ def launch_rows(
     y_SN: torch.Tensor,
     a_SI: torch.Tensor | None = None,
     act: Activation | None = None,
+    low: LowRank | None = None,
 ) -> None:
     """Writes y: rows of x [S, K]; or with an activation those of x [T, K] by index, and its values to a. Into y go the
     first rows, or, with an activation but no a, the last.
     """
     num_inner, num_columns = w_EKN.shape[1:]
     act, gathered = act or Activation("none", gated=False), act is not None
-    config = tile_config(x, group.block, stages=4 if gathered else 3)
+    thin = num_columns if num_columns <= THIN and not act.gated else 0
+    config = tile_config(x, group.block, 4 if gathered else 3, thin)
     if act.gated:
         config["BN"] //= 2  # gate and up accumulate side by side
     assert not gathered or x.stride(1) == 1
@@ -218,9 +243,10 @@ def launch_rows(
     over_tiles(
         _rows_kernel, config, x, group,
         x if gathered else tiles_of(x, group.block, config["BK"]), group.token_S if gathered else None, w_tiles,
-        bias_EN, y_SN, a_SI, w_EKN.shape[0], group.slot_S.numel() - len(y_SN) if again else 0, len(y_SN),
+        bias_EN, *(low or (None, None)), y_SN, a_SI, w_EKN.shape[0],
+        group.slot_S.numel() - len(y_SN) if again else 0, len(y_SN),
         num_columns // 2 if act.gated else num_columns, num_inner, x.stride(0), act.alpha, act.limit,
-        GATHER=gathered, LAYOUT=layout(act), KIND=act.kind, TRANSPOSED=transposed,
+        rank_of(low), GATHER=gathered, LAYOUT=layout(act), KIND=act.kind, TRANSPOSED=transposed,
         EVEN=num_inner % config["BK"] == 0, AGAIN=again,
     )  # fmt: skip
 
@@ -292,8 +318,8 @@ def add_bias(acc, bias, expert, column, num_columns):
 
 @launched
 def _rows_kernel(
-    tile_expert, tile_row, num_tiles, offsets, x, token, w, bias, y, a_out, num_experts, first_row, num_rows, width,
-    num_inner, stride_x, alpha, limit,
+    tile_expert, tile_row, num_tiles, offsets, x, token, w, bias, low_u, low_b, y, a_out, num_experts, first_row,
+    num_rows, width, num_inner, stride_x, alpha, limit, rank,
     GATHER: tl.constexpr, LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
     PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     EVEN: tl.constexpr, AGAIN: tl.constexpr,
@@ -303,12 +329,13 @@ def _rows_kernel(
     """
     WIDE: tl.constexpr = 2 if LAYOUT == "pairs" else 1
     SIDES: tl.constexpr = 2 if LAYOUT == "halves" else 1  # gate and up at once: x is read once
+    FLAT: tl.constexpr = not GATHER and low_u is None
     num_columns = SIDES * WIDE * width
     work = tl.load(num_tiles) * tl.cdiv(width, BN)
     if AGAIN:  # as a rule there are no such rows
         work = tl.where(tl.load(offsets + num_experts - 1) > first_row + BM, work, 0)
     # flattened: the loads of the next tile are under way while this one's result is stored
-    for item in tl.range(tl.program_id(0), work, PROGRAMS, flatten=not GATHER):
+    for item in tl.range(tl.program_id(0), work, PROGRAMS, flatten=FLAT):
         tile, expert, begin, first = tile_at(item, tile_expert, tile_row, width, BN)
         end_inner, end_row = num_inner, first_row + num_rows
         if AGAIN:
@@ -334,6 +361,13 @@ def _rows_kernel(
             if SIDES == 2:
                 up = tl.dot(rows, w_up, up, input_precision=PRECISION)
         column = WIDE * first + tl.arange(0, WIDE * BN)
+        if low_u is not None:
+            mine, last = row < tl.load(offsets + expert), WIDE * width
+            acc = add_low_rank(acc, low_u, low_b, expert, rank, row, mine, column, last, num_columns, PRECISION)
+            if SIDES == 2:
+                up = add_low_rank(
+                    up, low_u, low_b + width, expert, rank, row, mine, column, width, num_columns, PRECISION
+                )
         if bias is not None:
             acc = add_bias(acc, bias, SIDES * expert, column, WIDE * width)
             if SIDES == 2:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels import quack
-from expertmesh.kernels.grouped_gemm import by_descriptor, dot_precision, matrix_tile, segments, tiles_of, wide
+from expertmesh.kernels.grouped_gemm import THIN, by_descriptor, dot_precision, matrix_tile, segments, tiles_of, wide
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched
 
@@ -26,7 +26,7 @@ def grouped_wgrad(
     Sums in float32, result in g's dtype and in the memory layout of w, plain or transposed, so that autograd need not
     copy.
     """
-    if quack.takes(c_SC, w_EGC):
+    if c_SC.shape[1] > THIN and quack.takes(c_SC, w_EGC):
         return quack.wgrad(g_TG, c_SC, group, w_EGC, scale)
     num_experts, num_g, num_c = w_EGC.shape
     gathered_first = w_EGC.stride(2) == 1
@@ -34,7 +34,7 @@ def grouped_wgrad(
         return grouped_wgrad_reference(g_TG, c_SC, group, gathered_first, scale)
     assert g_TG.stride(1) == 1
     dw = g_TG.new_empty(num_experts, *((num_g, num_c) if gathered_first else (num_c, num_g)))
-    config = wgrad_config(g_TG, group.block)
+    config = wgrad_config(g_TG, group.block, num_c)
     grid = (num_experts * triton.cdiv(num_g, config["BG"]) * triton.cdiv(num_c, config["BC"]),)
     _grouped_wgrad_kernel[grid](
         g_TG, tiles_of(c_SC, config["BK"], config["BC"]), group.token_S, dw, group.offsets_E,
@@ -86,11 +86,14 @@ def grouped_sum_reference(a_SN: torch.Tensor, group: Grouping) -> torch.Tensor:
     return (running[ends_E] - running[begins_E]).to(a_SN.dtype)
 
 
-def wgrad_config(x: torch.Tensor, block_rows: int) -> dict[str, int]:
+def wgrad_config(x: torch.Tensor, block_rows: int, num_c: int) -> dict[str, int]:
     """Tile of dW (gathered and sorted columns), rows contracted at a time, warps and pipeline stages.
 
     The rows contracted at a time divide a row tile: behind its end nobody promises finite numbers.
     """
+    if num_c <= THIN and x.dtype != torch.float32:
+        columns = max(16, triton.next_power_of_2(num_c))
+        return dict(BG=128, BC=columns, BK=min(64, block_rows), num_warps=4, num_stages=4)
     if x.dtype == torch.float32:
         return dict(BG=64, BC=64, BK=min(32, block_rows), num_warps=4, num_stages=2)
     if wide(x.device):

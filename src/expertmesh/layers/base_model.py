@@ -22,6 +22,7 @@ from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
 from expertmesh.layers.sinks import NAME as SINKS
 from expertmesh.moe.experts import NAME as EXPERTS
+from expertmesh.moe.lora import adopt_adapters, places_of_experts
 from expertmesh.parallel.layout import refuse_undivided
 from expertmesh.records import Call, call_of, calling
 from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
@@ -50,6 +51,7 @@ class FastBaseModel(Fast):
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
     _stateful: Any = None  # the class of such mixers that are not ours
     _sinks = False  # whether attention has sinks
+    _experts_at: Any = ()  # where experts stand, and later adapters around them
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cls: Any = type(self)
@@ -57,6 +59,7 @@ class FastBaseModel(Fast):
             with nullcontext() if torch.compiler.is_dynamo_compiling() else as_stock(self):
                 return cls.__stock__.forward(self, *args, **kwargs)
         refuse_undivided(self)
+        adopt_adapters(self._experts_at)
         inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, call_of(self)
         if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.predicts:
             raise ValueError(_NO_MTP)
@@ -219,6 +222,7 @@ def fuse_base(model: Any) -> None:
     mixers: set[Any] = {type(module) for module in base.modules() if keeps_state(module)}
     base._mamba2 = any(issubclass(mixer, FastMamba2Mixer) for mixer in mixers)
     base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
+    base._experts_at = places_of_experts(model)
     base._sinks = any(hasattr(module, "sinks") for module in base.modules())
 
 

@@ -33,6 +33,8 @@ from expertmesh.kernels.grouped_down import down_dact
 from expertmesh.kernels.grouped_gemm import grouped_gemm, up_act, up_again
 from expertmesh.kernels.grouped_wgrad import grouped_wgrad
 from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
+from expertmesh.kernels.low_rank import LowRank
+from expertmesh.kernels.thin import thin_rows, thin_wgrad
 from expertmesh.moe.exchange import LOCAL, Exchange, Outputs
 from expertmesh.twins import untouched
 
@@ -145,54 +147,70 @@ def compute(
     if not experts.is_transposed:
         w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
     scale = 1 / getattr(experts, "grad_divisor", 1)
+    factors = vars(experts).get("low_rank", {})  # of adapters, set for this call (lora.py)
+    low_up = factors.get("gate_up_proj" if experts.has_gate else "up_proj", (None, None))
+    low_down = factors.get("down_proj", (None, None))
     h_SJ, a_SI, routed = _Up.apply(
-        x_TH.contiguous(), weight_TK, w_up, b_up, w_down, b_down, ids_TK, act, scale, exchange
+        x_TH.contiguous(), weight_TK, w_up, b_up, *low_up, w_down, b_down, *low_down, ids_TK, act, scale, exchange
     )
-    return _Down.apply(h_SJ, a_SI, w_down, b_down, residual, routed, exchange)
+    return _Down.apply(h_SJ, a_SI, w_down, b_down, *low_down, residual, routed, exchange)
 
 
 class _Up(torch.autograd.Function):
-    """(h [S, J], activation(h) [S, I], (group, weights [M, K])) of the dispatched rows; gradients come for h only. h
-    may lack rows.
+    """(h [S, J], activation(h) [S, I], (group, weights [M, K], v [S, R])) of the dispatched rows; gradients come for h
+    only. h may lack rows.
 
-    Weights are [E, in, out] views; their gradients come back in the same shape, times `scale`.
+    Weights are [E, in, out] views; their gradients come back in the same shape, times `scale`. Of adapters the factors
+    are A [E, R, in] and B [E, R, out], or None: u = x · Aᵀ and v = activation(h) · Aᵀ.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH, weight_TK, w_up, b_up, w_down, b_down, ids_TK, act, scale, exchange: Exchange):
+    def forward(
+        ctx: Any, x_TH, weight_TK, w_up, b_up, up_A, up_B, w_down, b_down, down_A, down_B, ids_TK, act, scale,
+        exchange: Exchange,
+    ):  # fmt: skip
         x_MH, ids_MK, weight_MK = exchange.dispatch(x_TH, ids_TK, weight_TK)
         group = group_by_expert(ids_MK, w_up.shape[0], weight_MK)
         keep = exchange.rows_to_keep(ids_MK.numel(), group.block)
-        h_SJ, a_SI, ctx.in_turns = up_act(x_MH, w_up, b_up, group, act, keep)
+        u_SR = None if up_A is None else thin_rows(x_MH, up_A, group, gathered=True)
+        h_SJ, a_SI, ctx.in_turns = up_act(x_MH, w_up, b_up, group, act, _low(u_SR, up_B), keep)
+        v_SR = None if down_A is None else thin_rows(a_SI, down_A, group, gathered=False)
         ctx.act, ctx.scale, ctx.exchange = act, scale, exchange
         ctx.tiles, ctx.block = group.tiles, group.block
+        weights = w_up, b_up, up_A, up_B, w_down, b_down, down_A, down_B
         rows = group.slot_S, group.token_S, group.position_TK, group.bounds, group.weight_S
-        ctx.save_for_backward(x_MH, h_SJ, weight_MK, ids_MK, w_up, b_up, w_down, b_down, *rows)
+        ctx.save_for_backward(x_MH, h_SJ, weight_MK, ids_MK, *weights, u_SR, v_SR, *rows)
         ctx.mark_non_differentiable(a_SI)
         ctx.set_materialize_grads(False)
-        return h_SJ, a_SI, (group, weight_MK)
+        return h_SJ, a_SI, (group, weight_MK, v_SR)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_):
-        (dh_SJ, x_MH, w_up, group, dweight_MK, db_up), ctx.from_down = ctx.from_down, None
-        dx_MH = dw_up = None
+        (dh_SJ, x_MH, w_up, group, dweight_MK, db_up, u_SR, up_A, up_B), ctx.from_down = ctx.from_down, None
+        dx_MH = dw_up = dA = dB = None
+        du_SR = None if up_B is None else thin_rows(dh_SJ, up_B, group, gathered=False)
         if ctx.needs_input_grad[0]:
-            dx_MH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group), group.position_TK)
+            dx_SH = grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, low=_low(du_SR, up_A))
+            dx_MH = combine(dx_SH, group.position_TK)
         with ctx.exchange.waits:
             wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
             if ctx.needs_input_grad[2]:
                 dw_up = grouped_wgrad(x_MH, dh_SJ, group, w_up, ctx.scale)
-            return *wait(), dw_up, db_up, *[None] * 6
+            if ctx.needs_input_grad[4]:
+                dA = thin_wgrad(x_MH, du_SR, up_A, group, gathered=True)
+            if ctx.needs_input_grad[5]:
+                dB = thin_wgrad(dh_SJ, u_SR, up_B, group, gathered=False)
+            return *wait(), dw_up, db_up, dA, dB, *[None] * 8
 
 
 class _Down(torch.autograd.Function):
     """The weighted sums of the down-projected activation, of which `h`, from `_Up`, stands for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, residual, routed: tuple, exchange: Exchange):
-        ctx.up, (group, weight_MK) = h_SJ.grad_fn, routed
-        y_SH = grouped_gemm(a_SI, w_down, group, b_down)
+    def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, down_A, down_B, residual, routed: tuple, exchange: Exchange):
+        ctx.up, (group, weight_MK, v_SR) = h_SJ.grad_fn, routed
+        y_SH = grouped_gemm(a_SI, w_down, group, b_down, low=_low(v_SR, down_B))
         return exchange.combine(Outputs(y_SH, group.position_TK, weight_MK), residual)
 
     @staticmethod
@@ -200,31 +218,44 @@ class _Down(torch.autograd.Function):
     def backward(ctx: Any, dout):
         up = ctx.up
         if up is None:  # nothing but the residual has a gradient
-            return *[None] * 4, dout, None, None
+            return *[None] * 6, dout, None, None
         # a checkpointed layer is recomputed here, exchanges too: they must not come between `dout_MH` and its readers
-        x_MH, h_SJ, weight_MK, ids_MK, w_up, b_up, w_down, b_down, *rows = up.saved_tensors
-        group = Grouping(rows[0], rows[1], rows[2], rows[3], up.tiles, up.block, rows[4])
-        _, _, need_w_down, need_b_down, need_residual = ctx.needs_input_grad[:5]
+        x_MH, h_SJ, weight_MK, ids_MK, *weights, u_SR, v_SR, slot_S, token_S, position, bounds, weight_S = (
+            up.saved_tensors
+        )
+        w_up, b_up, up_A, up_B, w_down, b_down, down_A, down_B = weights
+        group = Grouping(slot_S, token_S, position, bounds, up.tiles, up.block, weight_S)
+        _, _, need_w_down, need_b_down, need_A, need_B, need_residual = ctx.needs_input_grad[:7]
         _, need_weight, _, need_b_up = up.needs_input_grad[:4]
         with up.exchange.waits:
             dout_MH = up.exchange.combine_backward(dout.reshape(-1, dout.shape[-1]))
 
-        more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ)
+        more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ, _low(u_SR, up_B))
+        dv_SR = None if down_B is None else thin_rows(dout_MH, down_B, group, gathered=True)  # times weight: later
         dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
-            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.in_turns
+            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.in_turns, _low(dv_SR, down_A)
         )
-        dweight_MK = dw_down = db_down = None
+        dweight_MK = dw_down = db_down = dA = dB = None
         if need_weight:
             dweight_MK = _per_slot(dweight_PS, group, dout_MH, ids_MK, b_down, weight_MK.dtype)
         if need_w_down:
             dw_down = grouped_wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale).transpose(1, 2)
         if need_b_down:
             db_down = _bias_down_grad(dout_MH, weight_MK, ids_MK, b_down) * up.scale
+        if need_A:
+            dA = thin_wgrad(wa_SI, dv_SR, down_A, group, gathered=False)
+        if need_B:
+            wv_SR = v_SR * weight_S[:, None].to(v_SR.dtype)
+            dB = thin_wgrad(dout_MH, wv_SR, down_B, group, gathered=True)
         if db_up is not None:
             db_up = db_up * up.scale
-        up.from_down = dh_SJ, x_MH, w_up, group, dweight_MK, db_up
+        up.from_down = dh_SJ, x_MH, w_up, group, dweight_MK, db_up, u_SR, up_A, up_B
         no_values = h_SJ.new_zeros(()).expand(h_SJ.shape)  # zeros: anomaly detection looks for nan
-        return no_values, None, dw_down, db_down, dout if need_residual else None, None, None
+        return no_values, None, dw_down, db_down, dA, dB, dout if need_residual else None, None, None
+
+
+def _low(u_SR: torch.Tensor | None, b_ERN: torch.Tensor | None) -> LowRank | None:
+    return None if u_SR is None or b_ERN is None else LowRank(u_SR, b_ERN)
 
 
 def _per_slot(

@@ -1,0 +1,128 @@
+"""PEFT's adapters on routed experts, computed as products of low rank instead of as a sum of whole weights.
+
+    LoraConfig(r=16, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+
+PEFT puts a `ParamWrapper` around an experts module for each of these. In every call it adds B_e · A_e of every expert
+to the whole weight: twice the weights' memory, and a gradient of their size. In a fused model the wrapper becomes a
+`FastParamWrapper` at the next forward. The experts find the factors in `low_rank` for the time of the call, and
+experts.py computes with them. All else stays PEFT's: names, saving and loading, merging, which adapters are active.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from expertmesh.backends import tell_once
+from expertmesh.moe.experts import is_experts, runs_here
+from expertmesh.twins import Fast, traced, twin
+
+WEIGHTS = {"gate_up_proj", "up_proj", "down_proj"}
+
+
+class FastParamWrapper(Fast):
+    """Must equal PEFT's `ParamWrapper`, which calls this around what it wraps."""
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        names = [name for name in active_adapters if name in self.lora_A]
+        if not names or not self._is_native(names):
+            with super()._activate_lora(active_adapters):
+                yield
+            return
+        experts = self.get_base_layer()
+        factors = vars(experts).setdefault("low_rank", {})
+        factors[self.parameter_name] = self._factors(names, experts)
+        try:
+            yield
+        finally:
+            del factors[self.parameter_name]
+
+    def _is_native(self, names: list[str]) -> bool:
+        experts = self.get_base_layer()
+        if not runs_here(experts) or traced():
+            return False
+        dtype, known = self.get_param().dtype, not any(name in self.lora_variant for name in names)
+        if self.num_experts == 1 or dtype not in (torch.bfloat16, torch.float16, torch.float32) or not known:
+            tell_once(
+                f"PEFT adds the adapters of {self.parameter_name} ({self.num_experts} experts, {dtype}) to the whole "
+                f"weight in every step: this kind is not computed by products of low rank."
+            )
+            return False
+        return True
+
+    def _factors(self, names: list[str], experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [E, R, in] and B [E, R, out] of the experts of this rank; the ranks of several adapters one below another,
+        B with their scales.
+        """
+        dispatch, mine, dtype = vars(experts).get("forward"), slice(None), self.get_param().dtype
+        if hasattr(dispatch, "num_local_experts"):
+            first = dispatch.rank * dispatch.num_local_experts
+            mine = slice(first, first + dispatch.num_local_experts)
+        pairs = []
+        for name in names:
+            shared = self.num_experts, mine, dtype
+            factor_a = _Factor.apply(self.lora_A[name].weight, False, 1.0, *shared)
+            pairs.append((factor_a, _Factor.apply(self.lora_B[name].weight, True, self.scaling[name], *shared)))
+        if len(pairs) == 1:
+            return pairs[0]
+        factors_a, factors_b = zip(*pairs, strict=True)
+        return torch.cat(factors_a, 1), torch.cat(factors_b, 1)
+
+
+class _Factor(torch.autograd.Function):
+    """scale · one of PEFT's factors, A [E·r, in] or B [out, r·E], as [E, R, in or out] of some experts in some dtype;
+    R is r, and rows of zeros up to a multiple of 16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype):
+        ctx.args, ctx.like = (is_b, num_experts, mine), (weight.shape, weight.dtype)
+        ctx.scale = scale
+        factor = _by_expert(weight, *ctx.args)
+        num_local, rank, width = factor.shape
+        missing = -rank % 16
+        out = factor.new_empty(num_local, rank + missing, width, dtype=dtype)
+        torch.mul(factor, scale, out=out[:, :rank])  # one pass, and one rounding
+        out[:, rank:] = 0
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dfactor):
+        shape, dtype = ctx.like
+        dweight = dfactor.new_zeros(shape, dtype=dtype)  # other ranks' experts get theirs there
+        mine = _by_expert(dweight, *ctx.args)
+        torch.mul(dfactor[:, : mine.shape[1]], ctx.scale, out=mine)
+        return dweight, *[None] * 5
+
+
+def _by_expert(weight: torch.Tensor, is_b: bool, num_experts: int, mine: slice) -> torch.Tensor:
+    """A view [E, r, in or out]. PEFT stores A expert by expert, and B with the experts in turns."""
+    if is_b:
+        return weight.view(weight.shape[0], -1, num_experts).permute(2, 1, 0)[mine]
+    return weight.view(num_experts, -1, weight.shape[1])[mine]
+
+
+def places_of_experts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the experts of a model stand: (parent, name)."""
+    children = ((parent, *child) for parent in model.modules() for child in parent.named_children())
+    return [(parent, name) for parent, name, child in children if is_experts(child)]
+
+
+def adopt_adapters(places: Iterable[tuple[nn.Module, str]]) -> None:
+    """Make PEFT's wrappers fast that by now stand in the places of experts."""
+    for parent, name in places:
+        wrapper: Any = parent._modules.get(name)
+        while is_wrapper(wrapper) and not isinstance(wrapper, Fast):
+            if wrapper.parameter_name in WEIGHTS:
+                wrapper.__class__ = twin(type(wrapper), FastParamWrapper)
+            wrapper = wrapper.base_layer
+
+
+def is_wrapper(module: Any) -> bool:
+    """Whether it is PEFT's wrapper around a module of which a parameter has adapters."""
+    return type(module).__name__ == "ParamWrapper" and hasattr(module, "parameter_name")
