@@ -18,15 +18,20 @@ from expertmesh.kernels.launch import launched
 
 
 def grouped_wgrad(
-    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, w_EGC: torch.Tensor, scale: float = 1.0
+    g_TG: torch.Tensor,
+    c_SC: torch.Tensor,
+    group: Grouping,
+    w_EGC: torch.Tensor,
+    scale: float = 1.0,
+    own: bool = False,
 ) -> torch.Tensor:
     """dW [E, G, C] = scale · Σ over each expert's rows of g_t(s) [G] ⊗ c_s [C], for weights w [E, G, C].
 
     g: [T, G], one row per token; c: [S, C] in sorted order, finite up to the end of the last expert's last row tile.
     Sums in float32, result in g's dtype and in the memory layout of w, plain or transposed, so that autograd need not
-    copy.
+    copy. own: never by quack.
     """
-    if c_SC.shape[1] > THIN and quack.takes(c_SC, w_EGC):
+    if not own and quack.takes(c_SC, w_EGC):
         return quack.wgrad(g_TG, c_SC, group, w_EGC, scale)
     num_experts, num_g, num_c = w_EGC.shape
     gathered_first = w_EGC.stride(2) == 1

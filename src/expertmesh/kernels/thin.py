@@ -37,4 +37,4 @@ def thin_wgrad(
     """dA [E, R, K] from du [S, R] and x as in `thin_rows`. Float32 sums, result in x's dtype."""
     if not gathered:
         group = replace(group, token_S=torch.arange(len(x), dtype=torch.int32, device=x.device))
-    return grouped_wgrad(x, du_SR, group, factor_ERK.transpose(1, 2)).transpose(1, 2)
+    return grouped_wgrad(x, du_SR, group, factor_ERK.transpose(1, 2), own=True).transpose(1, 2)
