@@ -241,9 +241,9 @@ def test_adapters_around_experts_in_a_latent_width_get_the_gradients_of_one_proc
         assert len(grads) == 8 and work.worst(grads, adapted("nemotron_h", targets))[0] <= TOLERANCE
 
 
-def adapted(family: str, targets: dict[str, list[str]]) -> dict[str, torch.Tensor]:
+def adapted(family: str, targets: dict[str, list[str]], ranks: int = 2) -> dict[str, torch.Tensor]:
     """The gradients of rank 0's adapters on one process."""
-    grads = work.reference(work.adapt(load_stock(family), **targets), 2, None)["grads"]
+    grads = work.reference(work.adapt(load_stock(family), **targets), ranks, None)["grads"]
     return {name: grad for name, grad in grads.items() if "lora" in name}
 
 
@@ -252,10 +252,21 @@ def test_adapters_are_rank_0s_and_get_the_gradients_of_one_process_in_a_loop_by_
     attention = {"target_modules": ["q_proj", "v_proj"]}
     experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     fine = [(Case({}), attention), (Case({"ep_size": 2}, fused=False), attention), (Case({}), experts)]
-    for *grads, refused in on_ranks(2, work.adapters, saved("qwen3_moe"), [*fine, (Case({"ep_size": 2}), experts)]):
+    fine += [(Case({"ep_size": 2, "dispatch": way}, recompute=True), experts) for way in ("all_to_all", "gather")]
+    refused = Case({"ep_size": 2}, fused=False), experts
+    for *grads, said in on_ranks(2, work.adapters, saved("qwen3_moe"), [*fine, refused]):
         for got, (_, targets) in zip(grads, fine, strict=True):
             assert work.worst(got, adapted("qwen3_moe", targets))[0] <= TOLERANCE
-        assert refused.startswith("model.layers.0.mlp.experts") and "Set ep_size to 1, or" in refused
+        assert said.startswith("model.layers.0.mlp.experts") and "need tp_size=1 and 'expertmesh'" in said
+
+
+@pytest.mark.slow
+def test_adapters_on_experts_of_which_four_ranks_hold_two_copies_get_the_gradients_of_one_process():
+    targets = {"target_parameters": ["experts.up_proj", "experts.down_proj"]}
+    layouts = [{"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}]
+    for results in on_ranks(4, work.adapters, saved("nemotron_h"), [(Case(layout), targets) for layout in layouts]):
+        for grads in results:
+            assert len(grads) == 8 and work.worst(grads, adapted("nemotron_h", targets, 4))[0] <= TOLERANCE
 
 
 def test_ranks_that_do_not_do_the_same_are_told_so_before_the_first_step(tmp_path):

@@ -27,7 +27,7 @@ class Dispatch(EPImplementation):
     """The experts of one layer, spread over the ranks of `ep_mesh`; each call makes an exchange by `transport`.
 
     group, rank, num_ranks: the ranks, and this one among them; it holds `num_local_experts`, those of rank 0 are the
-    first. waits: within it the exchanges are made.
+    first. waits: within it the exchanges are made. slices: whether each rank of a tensor-parallel group sends a part.
 
     The ranks of a tensor-parallel group hold the same tokens: each sends a slice of them, and the results are gathered
     back over `tp_mesh`. All state lives in the call: two models in one process cannot mix.
@@ -37,7 +37,7 @@ class Dispatch(EPImplementation):
 
     def __init__(self, transport: type[Exchange], experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
-        self.transport, self.experts, self._slices = transport, experts, tp_mesh.size() > 1
+        self.transport, self.experts, self.slices = transport, experts, tp_mesh.size() > 1
         self.group, self.rank, self.num_ranks = ep_mesh.get_group(), ep_mesh.get_local_rank(), ep_mesh.size()
         self.waits = waiting("some experts", self.group)  # the layout sets its place, their name
         experts.dispatch = self
@@ -46,7 +46,7 @@ class Dispatch(EPImplementation):
         """Before the router has chosen: the exchange of a call with these tokens [T, H], which then should come with
         it. None: a call comes without.
         """
-        return None if self._slices else self.transport(self, x_TH, ahead=True)
+        return None if self.slices else self.transport(self, x_TH, ahead=True)
 
     @torch.compiler.disable
     def __call__(
@@ -62,9 +62,9 @@ class Dispatch(EPImplementation):
         residual: [..., H] in the hidden states' dtype, added to the result, which then has its shape.
         """
         experts, x_TH, ids_TK, weight_TK = self.experts, hidden_states, top_k_index, top_k_weights
-        if self._slices:
+        if self.slices:
             x_TH, ids_TK, weight_TK = (_my_rows(x, self.tp_mesh) for x in (x_TH, ids_TK, weight_TK))
-        inside = None if self._slices else residual
+        inside = None if self.slices else residual
         exchange = exchange or self.transport(self, x_TH)
         spread = {name: weight for name, weight in experts._parameters.items() if isinstance(weight, DTensor)}
         experts._parameters.update({name: _Local.apply(weight) for name, weight in spread.items()})
@@ -81,7 +81,7 @@ class Dispatch(EPImplementation):
                     out = _Combine.apply(y_MH.to(x_TH.dtype), inside, exchange)
         finally:
             experts._parameters.update(spread)
-        if not self._slices:
+        if not self.slices:
             return out
         out = _all_rows(out, self.tp_mesh, hidden_states.shape)
         return out if residual is None else residual + out.view(residual.shape)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tell_once
+from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.experts import is_experts, runs_here
 from expertmesh.twins import Fast, traced, twin
 
@@ -59,7 +60,7 @@ class FastParamWrapper(Fast):
         B with their scales.
         """
         dispatch, mine, dtype = vars(experts).get("forward"), slice(None), self.get_param().dtype
-        if hasattr(dispatch, "num_local_experts"):
+        if isinstance(dispatch, Dispatch):
             first = dispatch.rank * dispatch.num_local_experts
             mine = slice(first, first + dispatch.num_local_experts)
         pairs = []
@@ -121,6 +122,12 @@ def adopt_adapters(places: Iterable[tuple[nn.Module, str]]) -> None:
             if wrapper.parameter_name in WEIGHTS:
                 wrapper.__class__ = twin(type(wrapper), FastParamWrapper)
             wrapper = wrapper.base_layer
+
+
+def takes_adapters(experts: Any) -> bool:
+    """Whether these experts, which are spread over ranks, can have adapters: not if ranks share out tokens (tp)."""
+    dispatch = vars(experts).get("forward")
+    return isinstance(dispatch, Dispatch) and not dispatch.slices and runs_here(experts)
 
 
 def is_wrapper(module: Any) -> bool:

@@ -18,6 +18,7 @@ from transformers.distributed import fsdp as stock_fsdp
 
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.experts import NAME, is_experts, runs_here
+from expertmesh.moe.lora import takes_adapters
 from expertmesh.waiting import meet, waiting
 
 SMALL = 1 / 30  # of a device's memory
@@ -111,8 +112,9 @@ def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.
     """Before each training forward of a model that is laid out: the ranks meet, and adapters become alike on all.
 
     PEFT adds these after the layout. FSDP does not know them, so each rank would draw and train its own. Here they
-    become rank 0's, and their gradients are averaged. Transformers' Trainer averages, too: the mark `_AVERAGED` on a
-    parameter keeps the second of both from it.
+    become rank 0's, and their gradients are averaged; of an expert's adapter every rank has a gradient, which is zero
+    where the expert is not. Transformers' Trainer averages, too: the mark `_AVERAGED` on a parameter keeps the second
+    of both from it.
     """
     if not (base.training and torch.is_grad_enabled()):
         return
@@ -121,10 +123,11 @@ def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.
     for place, module in model.named_modules():
         if module in laid_out:
             continue
-        if getattr(getattr(module, "base_layer", None), "_is_expert_parallel", False):
+        experts = getattr(module, "base_layer", None)
+        if getattr(experts, "_is_expert_parallel", False) and not takes_adapters(experts):
             raise ValueError(
-                f"{place}: adapters on experts do not work with ep_size > 1, which spreads experts over ranks. Set "
-                f"ep_size to 1, or leave target_parameters out and adapt attention by target_modules."
+                f"{place}: adapters on experts that are spread over ranks (ep_size > 1) need tp_size=1 and {NAME!r}'s "
+                f"own experts. Set that, or ep_size to 1, or adapt attention alone by target_modules."
             )
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad or hasattr(parameter, _AVERAGED):
