@@ -146,4 +146,5 @@ def test_every_loop_is_trained_by_what_it_is_named_after(name, tmp_path, monkeyp
     assert settings.get("packing", False) == (name == "sft-packed")
     assert ("data_collator" in made[-1]) == (name == "trainer-padded")
     adapters = [options["peft_config"] for options in made if "peft_config" in options]
-    assert [found.r for found in adapters] == ([16] if name in ("lora", "dpo") else [])
+    assert [found.r for found in adapters] == ([16] if name in ("lora", "lora-experts", "dpo") else [])
+    assert [bool(found.target_parameters) for found in adapters] == [name == "lora-experts"] * len(adapters)

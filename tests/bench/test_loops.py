@@ -62,7 +62,7 @@ def test_our_trainers_train_the_same(name, learning):
 
 @pytest.mark.parametrize("work", sorted(WORKS.keys() - {"qwen3-30b-a3b"}))
 def test_every_work_trains(work):
-    result, _ = tiny(works=(work,), loops=("trainer", "lora"), repeats=1)
+    result, _ = tiny(works=(work,), loops=("trainer", "lora", "lora-experts"), repeats=1)
     assert not result["failed"]
     for stock, ours in zip(result["rows"][::2], result["rows"][1::2], strict=True):
         assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-3)

@@ -262,7 +262,7 @@ def test_adapters_are_rank_0s_and_get_the_gradients_of_one_process_in_a_loop_by_
 
 @pytest.mark.slow
 def test_adapters_on_experts_of_which_four_ranks_hold_two_copies_get_the_gradients_of_one_process():
-    targets = {"target_parameters": ["experts.up_proj", "experts.down_proj"]}
+    targets = {"target_modules": [], "target_parameters": ["experts.up_proj", "experts.down_proj"]}
     layouts = [{"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}]
     for results in on_ranks(4, work.adapters, saved("nemotron_h"), [(Case(layout), targets) for layout in layouts]):
         for grads in results:

@@ -52,19 +52,22 @@ SETTINGS: dict[str, Any] = dict(
 TRL_SETTINGS: dict[str, Any] = dict(bf16=False, gradient_checkpointing=False)
 #: projections of an attention that get adapters, by the names of all families
 ATTENTION = "q_proj k_proj v_proj o_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
+EXPERTS = ["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"]  # and weights of experts
 
 
 @dataclass(frozen=True)
 class Loop:
     """One way to train. `trainer`: Trainer, SFTTrainer or DPOTrainer. `rows`: a function of `loop_rows`. `padded`: a
-    collator pads to the longest row of a batch. `lora`: adapters of rank 16 on the attention, all else frozen.
-    `settings`: of the trainer's configuration. `ranks`: runs on several GPUs, too.
+    collator pads to the longest row of a batch. `lora`: adapters of rank 16 on the attention, all else frozen;
+    `experts`: on the routed experts as well. `settings`: of the trainer's configuration. `ranks`: runs on several GPUs,
+    too.
     """
 
     trainer: str
     rows: Callable[[int, int, int], Any]
     padded: bool = False
     lora: bool = False
+    experts: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     ranks: bool = False
 
@@ -78,6 +81,7 @@ LOOPS = {
     "trainer": Loop("Trainer", loop_rows.whole, ranks=True),
     "trainer-padded": Loop("Trainer", loop_rows.ragged, padded=True),
     "lora": Loop("Trainer", loop_rows.whole, lora=True),
+    "lora-experts": Loop("Trainer", loop_rows.whole, lora=True, experts=True),
     "sft": Loop("SFTTrainer", loop_rows.whole_dataset),
     "sft-packed": Loop(
         "SFTTrainer",
@@ -210,7 +214,8 @@ def _trainer(
     if loop.lora:
         from peft import LoraConfig, get_peft_model
 
-        adapters = LoraConfig(r=16, lora_alpha=32, target_modules=ATTENTION, task_type="CAUSAL_LM")
+        targets = {"target_modules": ATTENTION, "target_parameters": EXPERTS if loop.experts else None}
+        adapters = LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM", **targets)
         torch.manual_seed(0)  # they start at random
         if source == "trl":
             options["peft_config"] = adapters

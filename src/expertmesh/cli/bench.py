@@ -15,8 +15,8 @@ ARMS_HELP = (
     "trainer). Default: the first four that run here, with --loop all that train as people would."
 )
 LOOP_HELP = (
-    "Whole steps of people's own trainers, with commas: trainer, trainer-padded, lora (transformers.Trainer), sft, "
-    "sft-packed, dpo (TRL's). Under torchrun: trainer."
+    "Whole steps of people's own trainers, with commas: trainer, trainer-padded, lora, lora-experts (transformers."
+    "Trainer), sft, sft-packed, dpo (TRL's). Under torchrun: trainer."
 )
 ABLATE_HELP = "Also expertmesh without each of its fusions and libraries, one by one: what each is worth."
 ROUTING_HELP = "How tokens choose experts, with commas: random-init, skewed (as trained), balanced."

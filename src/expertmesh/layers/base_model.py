@@ -22,7 +22,7 @@ from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
 from expertmesh.layers.sinks import NAME as SINKS
 from expertmesh.moe.experts import NAME as EXPERTS
-from expertmesh.moe.lora import adopt_adapters, places_of_experts
+from expertmesh.moe.lora import adopt_adapters, places_of_experts, tell_what_trains
 from expertmesh.parallel.layout import refuse_undivided
 from expertmesh.records import Call, call_of, calling
 from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
@@ -51,6 +51,7 @@ class FastBaseModel(Fast):
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
     _stateful: Any = None  # the class of such mixers that are not ours
     _sinks = False  # whether attention has sinks
+    _told_what_trains = False
     _experts_at: Any = ()  # where experts stand, and later adapters around them
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +64,9 @@ class FastBaseModel(Fast):
         inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, call_of(self)
         if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.predicts:
             raise ValueError(_NO_MTP)
+        if self.training and torch.is_grad_enabled() and not self._told_what_trains:
+            self._told_what_trains = True
+            tell_what_trains(call.model)
         with calling(call):
             apart = self._prepare(inputs, call)
             outputs = super().forward(**inputs)

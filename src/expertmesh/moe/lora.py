@@ -8,6 +8,8 @@ to the whole weight: twice the weights' memory, and a gradient of their size. In
 experts.py computes with them. All else stays PEFT's: names, saving and loading, merging, which adapters are active.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from expertmesh.backends import tell_once
+from expertmesh.backends import logger, tell_once
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.experts import is_experts, runs_here
 from expertmesh.twins import Fast, traced, twin
@@ -133,3 +135,30 @@ def takes_adapters(experts: Any) -> bool:
 def is_wrapper(module: Any) -> bool:
     """Whether it is PEFT's wrapper around a module of which a parameter has adapters."""
     return type(module).__name__ == "ParamWrapper" and hasattr(module, "parameter_name")
+
+
+#: kinds of parameters, by what the first of these finds in their names
+_KINDS = {
+    "routed experts": r"\bexperts\.",
+    "shared experts": r"shared_(expert|mlp)",
+    "routers": r"\.(gate|router)\.",
+    "embeddings and head": r"embed|lm_head",
+    "attention": r"attn|attention|\.(q|k|v|o|q_a|q_b|kv_a|kv_b)_proj",
+    "other layers": r"",
+}
+
+
+def tell_what_trains(model: nn.Module) -> None:
+    """Say how many parameters of which kind train, if PEFT put adapters into the model."""
+    if not any(hasattr(module, "base_layer") for module in model.modules()):
+        return
+    trained: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained[next(kind for kind, part in _KINDS.items() if re.search(part, name))] += parameter.numel()
+    counts = ", ".join(f"{kind} {trained[kind]:,}" for kind in _KINDS if trained[kind])
+    line = f"expertmesh: {type(model).__name__} trains {trained.total():,} parameters: {counts}."
+    weights = {f"experts.{n}" for m in model.modules() if is_experts(m) for n in WEIGHTS & m._parameters.keys()}
+    if weights and not trained["routed experts"]:
+        line += f" The routed experts stay as they are; LoraConfig(target_parameters={sorted(weights)}) adapts them."
+    logger().info(line)
