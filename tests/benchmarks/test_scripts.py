@@ -55,6 +55,12 @@ def test_pairs_that_see_each_other(script):
     assert seen([10]) == 50 and seen([6, 4]) == 26 and seen([10], window=2) == 18 and seen([10], window=10) == 50
 
 
+def test_adapters_on_experts(rows):
+    found = rows("adapters")
+    assert [row["arm"] for row in found] == ["expertmesh", "expertmesh-triton", "native", "whole"] * 2
+    assert all(row["both_ms"] > 0 for row in found)
+
+
 def test_experts(rows, tmp_path):
     found = rows("experts")
     assert [row["arm"] for row in found] == ["stock", "expertmesh", "expertmesh-triton"] * 4

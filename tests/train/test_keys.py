@@ -72,6 +72,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str] | tuple[Any, dict[str, Any]]] = 
     "lora.alpha": (5, {"lora.lora_alpha": 5}, "lora={}"),
     "lora.dropout": (0.25, {"lora.lora_dropout": 0.25}, "lora={}"),
     "lora.target_modules": ("[q_proj]", {"lora.target_modules": {"q_proj"}}, "lora={}"),
+    "lora.target_parameters": ("[experts.down_proj]", {"lora.target_parameters": ["experts.down_proj"]}, "lora={}"),
     "moe.router_aux_loss_coef": (0.125, {"args.router_aux_loss_coef": 0.125}),
     "moe.freeze_router": (True, {"routers learn": False}),
     "log.logging_steps": (3, {"args.logging_steps": 3}),

@@ -68,18 +68,25 @@ class FastParamWrapper(Fast):
         pairs = []
         for name in names:
             shared = self.num_experts, mine, dtype
-            factor_a = _Factor.apply(self.lora_A[name].weight, False, 1.0, *shared)
-            pairs.append((factor_a, _Factor.apply(self.lora_B[name].weight, True, self.scaling[name], *shared)))
+            factor_a = factor_of(self.lora_A[name].weight, False, 1.0, *shared)
+            pairs.append((factor_a, factor_of(self.lora_B[name].weight, True, self.scaling[name], *shared)))
         if len(pairs) == 1:
             return pairs[0]
         factors_a, factors_b = zip(*pairs, strict=True)
         return torch.cat(factors_a, 1), torch.cat(factors_b, 1)
 
 
-class _Factor(torch.autograd.Function):
+def factor_of(
+    weight: torch.Tensor, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype
+) -> torch.Tensor:
     """scale · one of PEFT's factors, A [E·r, in] or B [out, r·E], as [E, R, in or out] of some experts in some dtype;
-    R is r, and rows of zeros up to a multiple of 16.
+    R is r, and rows of zeros up to a multiple of 16. Differentiable in `weight`.
     """
+    return _Factor.apply(weight, is_b, scale, num_experts, mine, dtype)
+
+
+class _Factor(torch.autograd.Function):
+    """`factor_of`, one pass each way."""
 
     @staticmethod
     def forward(ctx: Any, weight, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype):

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,7 +206,8 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
             if (adapter := lora(config)) is not None:
                 import peft
 
-                with refusing(f"lora.target_modules: {name} cannot get such adapters"):
+                with refusing(f"lora.target_modules: {name} cannot get such adapters"), warnings.catch_warnings():
+                    warnings.filterwarnings("error", ".* were set but no (module|parameter) was matched")
                     peft.get_peft_model(model, adapter)
     finally:
         transformers.logging.set_verbosity(level)
