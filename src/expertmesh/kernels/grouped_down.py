@@ -71,9 +71,9 @@ def down_dact(
         *(low or (None, None)),
         _as_pairs(h_SJ) if pairs else h_SJ, _as_pairs(more_SJ) if pairs and more_SJ is not None else more_SJ,
         group.weight_S, _as_pairs(dh_SJ) if act.interleaved else dh_SJ, wa_SI, dweight_PS, db_MJ,
-        w_EHI.shape[0], num_rows, len(h_SJ), width, num_inner, dout_TH.stride(0), act.alpha, act.limit, rank_of(low),
+        w_EHI.shape[0], num_rows, len(h_SJ), width, num_inner, dout_TH.stride(0), act.alpha, act.limit,
         LAYOUT=layout(act), H_LAYOUT="pairs" if pairs else layout(act), KIND=act.kind, TRANSPOSED=transposed,
-        EVEN=num_inner % config["BK"] == 0,
+        EVEN=num_inner % config["BK"] == 0, RANK=rank_of(low),
     )  # fmt: skip
     db_EJ = None if db_MJ is None else grouped_sum(db_MJ, group, h_SJ.dtype, tile=group.block)
     return dh_SJ, wa_SI, dweight_PS, db_EJ
@@ -109,10 +109,10 @@ def _as_pairs(h_SJ: torch.Tensor) -> torch.Tensor:
 @launched
 def _down_dact_kernel(
     tile_expert, tile_row, num_tiles, offsets, taken, dout, token, w, low_u, low_b, h, more, weight, dh, wa, dweight,
-    db, num_experts, num_rows, num_kept, width, num_inner, stride_d, alpha, limit, rank,
+    db, num_experts, num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
     LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr,
     DESCRIPTOR: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     work = tl.load(num_tiles) * tl.cdiv(width, BN)
     item = tl.program_id(0)
@@ -133,7 +133,7 @@ def _down_dact_kernel(
         in_group = row < end
         if low_u is not None:
             at = first + tl.arange(0, BN)
-            da = add_low_rank(da, low_u, low_b, expert, rank, row, in_group, at, width, width, PRECISION)
+            da = add_low_rank(da, low_u, low_b, expert, row, in_group, at, width, width, RANK, PRECISION)
         scale = tl.load(weight + row, mask=in_group, other=0.0).to(tl.float32)
         WIDE: tl.constexpr = 1 if LAYOUT == "single" else 2
         tile_db = db

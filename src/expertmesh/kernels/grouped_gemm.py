@@ -246,8 +246,8 @@ def launch_rows(
         bias_EN, *(low or (None, None)), y_SN, a_SI, w_EKN.shape[0],
         group.slot_S.numel() - len(y_SN) if again else 0, len(y_SN),
         num_columns // 2 if act.gated else num_columns, num_inner, x.stride(0), act.alpha, act.limit,
-        rank_of(low), GATHER=gathered, LAYOUT=layout(act), KIND=act.kind, TRANSPOSED=transposed,
-        EVEN=num_inner % config["BK"] == 0, AGAIN=again,
+        GATHER=gathered, LAYOUT=layout(act), KIND=act.kind, TRANSPOSED=transposed,
+        EVEN=num_inner % config["BK"] == 0, AGAIN=again, RANK=rank_of(low),
     )  # fmt: skip
 
 
@@ -319,23 +319,22 @@ def add_bias(acc, bias, expert, column, num_columns):
 @launched
 def _rows_kernel(
     tile_expert, tile_row, num_tiles, offsets, x, token, w, bias, low_u, low_b, y, a_out, num_experts, first_row,
-    num_rows, width, num_inner, stride_x, alpha, limit, rank,
+    num_rows, width, num_inner, stride_x, alpha, limit,
     GATHER: tl.constexpr, LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
     PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN: tl.constexpr, AGAIN: tl.constexpr,
+    EVEN: tl.constexpr, AGAIN: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """y's rows from `first_row` on, as many as it has, and of an activation all of a's; or AGAIN y's alone, of tiles
     that end behind its first BM rows.
     """
     WIDE: tl.constexpr = 2 if LAYOUT == "pairs" else 1
     SIDES: tl.constexpr = 2 if LAYOUT == "halves" else 1  # gate and up at once: x is read once
-    FLAT: tl.constexpr = not GATHER and low_u is None
     num_columns = SIDES * WIDE * width
     work = tl.load(num_tiles) * tl.cdiv(width, BN)
     if AGAIN:  # as a rule there are no such rows
         work = tl.where(tl.load(offsets + num_experts - 1) > first_row + BM, work, 0)
     # flattened: the loads of the next tile are under way while this one's result is stored
-    for item in tl.range(tl.program_id(0), work, PROGRAMS, flatten=FLAT):
+    for item in tl.range(tl.program_id(0), work, PROGRAMS, flatten=not GATHER):
         tile, expert, begin, first = tile_at(item, tile_expert, tile_row, width, BN)
         end_inner, end_row = num_inner, first_row + num_rows
         if AGAIN:
@@ -363,11 +362,10 @@ def _rows_kernel(
         column = WIDE * first + tl.arange(0, WIDE * BN)
         if low_u is not None:
             mine, last = row < tl.load(offsets + expert), WIDE * width
-            acc = add_low_rank(acc, low_u, low_b, expert, rank, row, mine, column, last, num_columns, PRECISION)
+            acc = add_low_rank(acc, low_u, low_b, expert, row, mine, column, last, num_columns, RANK, PRECISION)
             if SIDES == 2:
-                up = add_low_rank(
-                    up, low_u, low_b + width, expert, rank, row, mine, column, width, num_columns, PRECISION
-                )
+                low_up = low_b + width
+                up = add_low_rank(up, low_u, low_up, expert, row, mine, column, width, num_columns, RANK, PRECISION)
         if bias is not None:
             acc = add_bias(acc, bias, SIDES * expert, column, WIDE * width)
             if SIDES == 2:

@@ -27,13 +27,15 @@ def rank_of(low: LowRank | None) -> int:
 
 
 @triton.jit
-def add_low_rank(acc, u, b, expert, rank, row, inside, column, width, num_columns, PRECISION: tl.constexpr):
-    """acc [BM, BN] plus some rows of u [S, rank] times columns of an expert's B [rank, num_columns], `width` of them
+def add_low_rank(
+    acc, u, b, expert, row, inside, column, width, num_columns, RANK: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """acc [BM, BN] plus some rows of u [S, RANK] times columns of an expert's B [RANK, num_columns], `width` of them
     from some one on."""
-    for first in tl.range(0, rank, 16, num_stages=1):  # beside the main loop's there is no room for more stages
+    for first in tl.static_range(0, RANK, 16):  # a second loop would keep the caller's from being flattened
         inner = first + tl.arange(0, 16)
-        rows = tl.load(u + row.to(tl.int64)[:, None] * rank + inner[None, :], mask=inside[:, None], other=0.0)
-        at = b + (expert * rank + inner).to(tl.int64)[:, None] * num_columns + column[None, :]
+        rows = tl.load(u + row.to(tl.int64)[:, None] * RANK + inner[None, :], mask=inside[:, None], other=0.0)
+        at = b + (expert * RANK + inner).to(tl.int64)[:, None] * num_columns + column[None, :]
         columns = tl.load(at, mask=(column < width)[None, :], other=0.0)
         acc = tl.dot(rows, columns, acc, input_precision=PRECISION)
     return acc

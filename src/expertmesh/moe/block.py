@@ -10,6 +10,7 @@ import torch
 from expertmesh.backends import opaque
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.experts import NAME, is_experts
+from expertmesh.moe.lora import inside_adapters
 from expertmesh.twins import Fast, untouched, watched
 
 
@@ -38,14 +39,14 @@ class FastMoEBlock(Fast):
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         experts, options = self.experts, {}
-        dispatch = vars(experts).get("forward")
+        inner, seen = inside_adapters(experts)
+        dispatch = vars(inner).get("forward")
         if isinstance(dispatch, Dispatch):
             options["exchange"] = dispatch.start(x_TH)
-            takes_residual = not watched(experts)
-        else:  # ours alone: no adapter, no other rank and no hook stands before it
-            takes_residual = (
-                is_experts(experts) and untouched(experts) and experts.config._experts_implementation == NAME
-            )
+            takes_residual = not seen and not watched(inner)
+        else:  # ours alone: no foreign wrapper, no other rank and no hook stands before it
+            ours = is_experts(inner) and untouched(inner) and inner.config._experts_implementation == NAME
+            takes_residual = ours and not seen
         _, weight_TK, ids_TK = getattr(self, self.router_name)(x_TH)
         shared = self._shared(hidden_states)
         if shared is not None:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from expertmesh.backends import logger, tell_once
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.experts import is_experts, runs_here
-from expertmesh.twins import Fast, traced, twin
+from expertmesh.twins import Fast, traced, twin, watched
 
 WEIGHTS = {"gate_up_proj", "up_proj", "down_proj"}
 
@@ -131,6 +131,14 @@ def adopt_adapters(places: Iterable[tuple[nn.Module, str]]) -> None:
             if wrapper.parameter_name in WEIGHTS:
                 wrapper.__class__ = twin(type(wrapper), FastParamWrapper)
             wrapper = wrapper.base_layer
+
+
+def inside_adapters(module: Any) -> tuple[Any, bool]:
+    """(what is inside of the `FastParamWrapper`s around it, whether somebody put a hook on one of these)."""
+    seen = False
+    while isinstance(module, FastParamWrapper):
+        seen, module = seen or watched(module), module.base_layer
+    return module, seen
 
 
 def takes_adapters(experts: Any) -> bool:
