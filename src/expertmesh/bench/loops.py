@@ -214,7 +214,7 @@ def _trainer(
     if loop.lora:
         from peft import LoraConfig, get_peft_model
 
-        targets = {"target_modules": ATTENTION, "target_parameters": EXPERTS if loop.experts else None}
+        targets: dict[str, Any] = {"target_modules": ATTENTION, "target_parameters": EXPERTS if loop.experts else None}
         adapters = LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM", **targets)
         torch.manual_seed(0)  # they start at random
         if source == "trl":

@@ -197,7 +197,7 @@ class _Up(torch.autograd.Function):
             wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
             if ctx.needs_input_grad[2]:
                 dw_up = grouped_wgrad(x_MH, dh_SJ, group, w_up, ctx.scale)
-            if ctx.needs_input_grad[4]:
+            if du_SR is not None and ctx.needs_input_grad[4]:
                 dA = thin_wgrad(x_MH, du_SR, up_A, group, gathered=True)
             if ctx.needs_input_grad[5]:
                 dB = thin_wgrad(dh_SJ, u_SR, up_B, group, gathered=False)
@@ -242,7 +242,7 @@ class _Down(torch.autograd.Function):
             dw_down = grouped_wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale).transpose(1, 2)
         if need_b_down:
             db_down = _bias_down_grad(dout_MH, weight_MK, ids_MK, b_down) * up.scale
-        if need_A:
+        if dv_SR is not None and need_A:
             dA = thin_wgrad(wa_SI, dv_SR, down_A, group, gathered=False)
         if need_B:
             wv_SR = v_SR * weight_S[:, None].to(v_SR.dtype)

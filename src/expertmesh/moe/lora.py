@@ -129,7 +129,8 @@ def adopt_adapters(places: Iterable[tuple[nn.Module, str]]) -> None:
         wrapper: Any = parent._modules.get(name)
         while is_wrapper(wrapper) and not isinstance(wrapper, Fast):
             if wrapper.parameter_name in WEIGHTS:
-                wrapper.__class__ = twin(type(wrapper), FastParamWrapper)
+                stock: Any = type(wrapper)
+                wrapper.__class__ = twin(stock, FastParamWrapper)
             wrapper = wrapper.base_layer
 
 
