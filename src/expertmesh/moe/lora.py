@@ -104,7 +104,8 @@ class _Factor(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dfactor):
         shape, dtype = ctx.like
-        dweight = dfactor.new_zeros(shape, dtype=dtype)  # other ranks' experts get theirs there
+        whole = ctx.args[2] == slice(None)  # else other ranks' experts get their gradients there, and zeros here
+        dweight = (dfactor.new_empty if whole else dfactor.new_zeros)(shape, dtype=dtype)
         mine = _by_expert(dweight, *ctx.args)
         torch.mul(dfactor[:, : mine.shape[1]], ctx.scale, out=mine)
         return dweight, *[None] * 5
