@@ -165,6 +165,20 @@ def test_what_runs_elsewhere_is_left_to_peft():
     assert not got[2]
 
 
+@pytest.mark.parametrize(("family", "reached"), [("qwen3_moe", True), ("gpt_oss", False)])
+def test_a_line_says_once_what_trains_and_whether_all_linear_reached_the_experts(family, reached, capsys):
+    model = adapt(load_ours(family), family, target_modules="all-linear", target_parameters=None)
+    capsys.readouterr()
+    for _ in range(2):
+        step(model, **batch(model))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if " trains " in line]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"trains {trained:,} parameters: " in line and "attention 2," in line
+    assert ("routed experts 11,264" in line) == reached
+    advice = "LoraConfig(target_parameters=['experts.down_proj', 'experts.gate_up_proj'])"
+    assert (advice in line) != reached
+
+
 # --- the products, in every layout, in PyTorch and in Triton
 
 
