@@ -37,12 +37,12 @@ def grouped_gemm(
     w_EKN: torch.Tensor,
     group: Grouping,
     bias_EN: torch.Tensor | None = None,
-    own: bool = False,
     low: LowRank | None = None,
+    own: bool = False,
 ) -> torch.Tensor:
     """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias.
 
-    own: never by quack. low: u_s · B_e is added. Rows behind the last expert's are not written: no reader of a
+    low: u_s · B_e is added. own: never by quack. Rows behind the last expert's are not written: no reader of a
     `Grouping` looks at them.
     """
     if bias_EN is None and low is None and not own and quack.takes(a_SK, w_EKN):

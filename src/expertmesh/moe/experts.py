@@ -191,7 +191,7 @@ class _Up(torch.autograd.Function):
         dx_MH = dw_up = dA = dB = None
         du_SR = None if up_B is None else thin_rows(dh_SJ, up_B, group, gathered=False)
         if ctx.needs_input_grad[0]:
-            dx_SH = grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, low=_low(du_SR, up_A))
+            dx_SH = grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, None, _low(du_SR, up_A))
             dx_MH = combine(dx_SH, group.position_TK)
         with ctx.exchange.waits:
             wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
@@ -210,7 +210,7 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, down_A, down_B, residual, routed: tuple, exchange: Exchange):
         ctx.up, (group, weight_MK, v_SR) = h_SJ.grad_fn, routed
-        y_SH = grouped_gemm(a_SI, w_down, group, b_down, low=_low(v_SR, down_B))
+        y_SH = grouped_gemm(a_SI, w_down, group, b_down, _low(v_SR, down_B))
         return exchange.combine(Outputs(y_SH, group.position_TK, weight_MK), residual)
 
     @staticmethod
