@@ -213,6 +213,20 @@ def native(module, pairs, *inputs):
     return experts_forward(module, *inputs)
 
 
+def test_backward_keeps_two_thin_tensors_more():
+    module, saved = _module().requires_grad_(False), []
+    module.low_rank = factors(16, ("gate_up_proj", (HIDDEN, 2 * WIDTH)), ("down_proj", (WIDTH, HIDDEN)))
+    for pair in module.low_rank.values():
+        for factor in pair:
+            factor.requires_grad_()
+    x, ids, weight = torch.randn(TOKENS, HIDDEN), ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        experts_forward(module, x, ids, weight)
+    rows, kept = TOKENS * TOP_K, [tuple(t.shape) for t in saved if t.is_floating_point() and t.ndim == 2]
+    want = [(TOKENS, HIDDEN), (rows, 2 * WIDTH), (TOKENS, TOP_K), (rows, 16), (rows, 16)]
+    assert sorted(kept) == sorted(want)
+
+
 QUICK = {("qwen", "triton"), ("gpt-oss", "triton with room for few")}
 
 
