@@ -1,5 +1,5 @@
 """Storms: many random damages and starts. Slow; `STORM_SEED` draws others. Kills are in checkpoint/test_chaos.py and
-and weights/test_files.py.
+weights/test_files.py.
 """
 
 import json

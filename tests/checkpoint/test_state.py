@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from expertmesh.bench.tiny import tiny_model
-from expertmesh.checkpoint.optimizer import load_optimizer
-from expertmesh.checkpoint.publish import MANIFEST
+from expertmesh.checkpoint.optimizer import load_optimizer, regrouped
+from expertmesh.checkpoint.publish import MANIFEST, checkpoints
 from expertmesh.checkpoint.state import BackgroundSaver, load_checkpoint, save_checkpoint
 from expertmesh.weights.files import DamagedError, digests
 from tests.checkpoint.loop import loop, on, source
@@ -272,6 +272,35 @@ def test_only_transformers_models_have_checkpoints(tmp_path):
         save_checkpoint(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters()), step=1)
 
 
+def test_so_many_checkpoints_stay_and_a_scheduler_that_was_not_saved_is_missed(tmp_path):
+    model, optimizer = pair()
+    for step in (1, 2, 3):
+        path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=step, keep=2)
+    assert [step for step, _ in checkpoints(tmp_path)] == [2, 3]
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    with pytest.raises(ValueError, match="saved without a scheduler"):
+        load_checkpoint(path, model=model, optimizer=optimizer, scheduler=scheduler)
+
+
+def test_options_come_back_but_for_those_of_the_kernels_and_groups_may_not_join_different_ones(tmp_path):
+    model, _ = pair()
+    first, *rest = model.parameters()
+    saved = torch.optim.AdamW([{"params": [first], "lr": 0.5}, {"params": rest, "lr": 0.25}], foreach=True)
+    path = save_checkpoint(tmp_path, model=model, optimizer=saved, step=1)
+    optimizer = torch.optim.AdamW([{"params": rest}, {"params": [first]}], foreach=False)
+    optimizer.state[first] = {"step": torch.tensor(7.0)}  # of another run
+    assert load_optimizer(path, model, optimizer) == [1, 0] and not optimizer.state
+    assert [(group["lr"], group["foreach"]) for group in optimizer.param_groups] == [(0.25, False), (0.5, False)]
+    with pytest.raises(ValueError, match="joins parameters that had different options"):
+        load_optimizer(path, model, torch.optim.AdamW(model.parameters()))
+
+
+def test_what_a_scheduler_keeps_for_each_group_is_put_in_their_order():
+    state = {"base_lrs": [1, 2], "last_epoch": 3, "_schedulers": [{"_last_lr": [4, 5]}, 6], "_milestones": [7, 8]}
+    want = {"base_lrs": [2, 1], "last_epoch": 3, "_schedulers": [{"_last_lr": [5, 4]}, 6], "_milestones": [7, 8]}
+    assert regrouped(state, [1, 0]) == want
+
+
 def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path):
     model, optimizer = pair()
     model(input_ids=torch.ones(1, 8, dtype=torch.long), labels=torch.ones(1, 8, dtype=torch.long)).loss.backward()
@@ -290,6 +319,7 @@ def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path):
 def test_an_error_in_the_background_surfaces(tmp_path):
     model, optimizer = pair()
     (tmp_path / "checkpoint-1").mkdir()
-    with pytest.raises(FileExistsError), BackgroundSaver() as saver:
-        saver.save(tmp_path, model=model, optimizer=optimizer, step=1)
-        saver.save(tmp_path, model=model, optimizer=optimizer, step=2)
+    for later in ([], [2]):
+        with pytest.raises(FileExistsError), BackgroundSaver() as saver:
+            for step in (1, *later):
+                saver.save(tmp_path, model=model, optimizer=optimizer, step=step)

@@ -228,6 +228,25 @@ def test_held_out_rows_share_no_question_with_training_rows():
     assert not questions[0] & questions[1]
 
 
+TURN = {"role": "user", "content": "be brief"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda n: {"text": n},
+        lambda n: {"prompt": n, "completion": "same"},
+        lambda n: {"messages": [TURN | {"role": "system"}, TURN | {"content": n}, TURN]},
+        lambda n: {"messages": [TURN | {"role": "assistant", "content": n}]},
+    ],
+    ids=["text", "prompt", "messages", "no question"],
+)
+def test_rows_are_told_apart_by_their_question_and_one_at_least_is_held_out(row):
+    dataset = Dataset.from_list([row(str(number)) for number in range(20)])
+    assert [len(part) for part in hold_out(dataset, 0.25)] == [15, 5]
+    assert [len(part) for part in hold_out(dataset, 0.01)] == [19, 1]
+
+
 def test_what_is_held_out_depends_on_the_seed_and_not_on_the_order():
     dataset = load_dataset("demo:chat")
     chosen = {str(row) for row in hold_out(dataset, 0.1)[1]}

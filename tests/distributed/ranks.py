@@ -17,8 +17,8 @@ import torch.multiprocessing as mp
 
 from expertmesh.bench.layouts import become_rank
 
-# the server that forks the ranks imports these once; every rank starts with them loaded
-_PRELOADED = ["torch", "transformers", "transformers.models.auto.modeling_auto", "expertmesh.auto"]
+# the server that forks the ranks imports these once, with all that they import: a rank alone takes seconds for them
+_PRELOADED = ["tests.distributed.work", "expertmesh.train.sft", "peft", "pytest"]
 
 
 def on_ranks(num_ranks: int, function: Callable, *args: Any, seconds: float = 240, gpus: bool = False) -> list[Any]:
@@ -46,6 +46,15 @@ def on_ranks(num_ranks: int, function: Callable, *args: Any, seconds: float = 24
                     process.kill()
                 raise TimeoutError(f"{function.__name__} on {num_ranks} ranks did not end in {seconds} s: a deadlock?")
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(num_ranks)]
+
+
+def on_the_same_ranks(num_ranks: int, function: Callable, several: list[tuple], **options: Any) -> list[list[Any]]:
+    """[on_ranks(num_ranks, function, *args) for args in several], on ranks that are started once, which takes long."""
+    return [list(results) for results in zip(*on_ranks(num_ranks, _each, function, several, **options), strict=True)]
+
+
+def _each(rank: int, function: Callable, several: list[tuple]) -> list[Any]:
+    return [function(rank, *args) for args in several]
 
 
 @contextlib.contextmanager

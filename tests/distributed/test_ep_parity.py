@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from expertmesh.bench import tiny
 from expertmesh.moe.dispatch import TRANSPORTS
 from tests.distributed import work
-from tests.distributed.ranks import on_ranks
+from tests.distributed.ranks import on_ranks, on_the_same_ranks
 from tests.distributed.work import Case
 from tests.models import load_stock, saved
 
@@ -49,16 +49,27 @@ LAYOUTS = {
 
 
 def references(folder, family: str, num_ranks: int, cases: list[Case]) -> None:
+    folder.mkdir(exist_ok=True)
     for dp_size, force in {(num_ranks // case.setup.get("tp_size", 1), case.force) for case in cases}:
         torch.save(work.reference(load_stock(family), dp_size, force), folder / f"{dp_size}-{force}.pt")
 
 
-def check(folder, family: str, num_ranks: int, cases: list[Case], seconds: float = 240) -> None:
-    references(folder, family, num_ranks, cases)
-    for rank in on_ranks(num_ranks, work.parity, saved(family), cases, folder, seconds=seconds):
+def check(folder, num_ranks: int, cases_of: dict[str, list[Case]], seconds: float = 240) -> None:
+    """All families on the same ranks."""
+    for family, cases in cases_of.items():
+        references(folder / family, family, num_ranks, cases)
+    several = [(saved(family), cases, folder / family) for family, cases in cases_of.items()]
+    made = on_the_same_ranks(num_ranks, work.parity, several, seconds=seconds)
+    for (family, cases), ranks in zip(cases_of.items(), made, strict=True):
+        agree(family, cases, ranks)
+
+
+def agree(family: str, cases: list[Case], ranks: list) -> None:
+    """What `work.parity` found on each rank is small."""
+    for rank in ranks:
         assert len(rank) == len(cases)
-        for name, loss, grad, parameter in rank:
-            assert loss <= TOLERANCE and grad <= TOLERANCE, f"{family} {name}: loss {loss:.1e}, {parameter} {grad:.1e}"
+        for name, loss, grad, where in rank:
+            assert loss <= TOLERANCE and grad <= TOLERANCE, f"{family} {name}: loss {loss:.1e}, {where} {grad:.1e}"
 
 
 def few(family: str) -> tuple[int, ...]:
@@ -71,28 +82,32 @@ def one(family: str) -> tuple[int, ...]:
     return (5,) * TOP_K.get(family, 2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_on_two_ranks(tmp_path, family):
+def test_gradients_on_two_ranks(tmp_path):
     layout = {"ep_size": 2}
     gather = layout | {"dispatch": "gather"}
-    cases = [Case(layout), Case(layout, recompute=True), Case({}), Case(layout, force=few(family))]
-    cases += [Case(gather), Case(gather, recompute=True, force=few(family))]
-    check(tmp_path, family, 2, [*cases, Case(layout, force=one(family), recompute=True)])
+    cases = [Case(layout), Case(layout, recompute=True), Case({}), Case(gather)]
+    forced = {
+        family: [Case(layout, force=few(family)), Case(gather, recompute=True, force=few(family))]
+        + [Case(layout, force=one(family), recompute=True)]
+        for family in FAMILIES
+    }
+    check(tmp_path, 2, {family: cases + more for family, more in forced.items()})
 
 
 @pytest.mark.parametrize(
-    "family",
-    [name if name in ("qwen3_moe", "nemotron_h") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+    "families",
+    [("qwen3_moe", "nemotron_h"), pytest.param(("gpt_oss", "deepseek_v3", "mixtral"), marks=pytest.mark.slow)],
+    ids=" ".join,
 )
-def test_gradients_on_four_ranks(tmp_path, family):
+def test_gradients_on_four_ranks(tmp_path, families):
     several = [Case({"ep_size": 2}), Case({"tp_size": 2, "ep_size": 4}, recompute=True)]
+    several += [Case({"ep_size": 4, "dispatch": "gather"}, recompute=True)]
     more = {
-        "qwen3_moe": [Case({"ep_size": 4}, force=few(family)), Case({"ep_size": 2, "reshard_experts": False})],
-        "nemotron_h": [Case({"ep_size": 4}, force=few(family)), Case({"tp_size": 2, "ep_size": 2})],
+        "qwen3_moe": [Case({"ep_size": 4}, force=few("qwen3_moe")), Case({"ep_size": 2, "reshard_experts": False})],
+        "nemotron_h": [Case({"ep_size": 4}, force=few("nemotron_h")), Case({"tp_size": 2, "ep_size": 2})],
         "deepseek_v3": [Case({"dp_replicate_size": 2, "ep_size": 2}, recompute=True)],
     }
-    several += [Case({"ep_size": 4, "dispatch": "gather"}, recompute=True)]
-    check(tmp_path, family, 4, several + more.get(family, [Case({"ep_size": 4})]))
+    check(tmp_path, 4, {family: several + more.get(family, [Case({"ep_size": 4})]) for family in families})
 
 
 @pytest.mark.slow
@@ -102,31 +117,25 @@ def test_gradients_on_four_ranks(tmp_path, family):
 def test_gradients_of_every_layout(tmp_path, family, num_ranks, recompute):
     forces = [None, few(family), one(family)]
     cases = [Case(layout, recompute, force) for layout in LAYOUTS[num_ranks] for force in forces]
-    check(tmp_path, family, num_ranks, cases, seconds=900)
+    check(tmp_path, num_ranks, {family: cases}, seconds=900)
 
 
 def test_gradients_of_the_generic_families_on_two_ranks(tmp_path):
-    """All on the same two ranks: it is starting them that takes the time."""
-    folders, cases = [], [Case({"ep_size": 2}), Case({"ep_size": 2}, recompute=True)]
+    several, cases = [], [Case({"ep_size": 2}), Case({"ep_size": 2}, recompute=True)]
     for family in GENERIC:
         model = tiny.tiny_model(family, **NOT_AT_RANDOM.get(family, {}))
         (tmp_path / family).mkdir()
         torch.save(work.reference(model, 2, None), tmp_path / family / "2-None.pt")
         model.save_pretrained(tmp_path / family / "model")
-        folders.append(tmp_path / family)
-    for rank in on_ranks(2, work.parity_of_several, folders, cases):
-        for family, results in zip(GENERIC, rank, strict=True):
-            assert len(results) == len(cases)
-            for name, loss, grad, parameter in results:
-                assert loss <= TOLERANCE and grad <= TOLERANCE, (
-                    f"{family} {name}: loss {loss:.1e}, {parameter} {grad:.1e}"
-                )
+        several.append((tmp_path / family / "model", cases, tmp_path / family))
+    for family, ranks in zip(GENERIC, on_the_same_ranks(2, work.parity, several), strict=True):
+        agree(family, cases, ranks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - {*FAMILIES, *NOT_AT_RANDOM}))
 def test_gradients_of_other_families(tmp_path, family):
-    check(tmp_path, family, 2, [Case({"ep_size": 2}), Case({"ep_size": 2}, recompute=True), Case({})])
+    check(tmp_path, 2, {family: [Case({"ep_size": 2}), Case({"ep_size": 2}, recompute=True), Case({})]})
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
@@ -140,26 +149,28 @@ def test_tied_embeddings_stay_tied(tmp_path):
         assert all("lm_head.weight" not in weights for weights in rank)
 
 
-def agree_after_steps(folder, family: str, num_ranks: int, cases: list[Case], num_steps: int = 5) -> None:
-    for dp_size in {num_ranks // case.setup.get("tp_size", 1) for case in cases}:
-        trained = work.trained_reference(load_stock(family).train(), dp_size, num_steps)
-        torch.save(trained, folder / f"steps-{dp_size}.pt")
-    for rank in on_ranks(num_ranks, work.steps, saved(family), cases, folder, num_steps):
-        for name, norm, weight, parameter in rank:
-            assert norm <= TOLERANCE and weight <= TOLERANCE, f"{name}: norm {norm:.1e}, {parameter} {weight:.1e}"
+def agree_after_steps(folder, families: list[str], num_ranks: int, cases: list[Case], num_steps: int = 5) -> None:
+    for family in families:
+        (folder / family).mkdir()
+        for dp_size in {num_ranks // case.setup.get("tp_size", 1) for case in cases}:
+            trained = work.trained_reference(load_stock(family).train(), dp_size, num_steps)
+            torch.save(trained, folder / family / f"steps-{dp_size}.pt")
+    several = [(saved(family), cases, folder / family, num_steps) for family in families]
+    for family, ranks in zip(families, on_the_same_ranks(num_ranks, work.steps, several), strict=True):
+        for name, norm, weight, where in (result for rank in ranks for result in rank):
+            assert norm <= TOLERANCE and weight <= TOLERANCE, f"{family} {name}: norm {norm:.1e}, {where} {weight:.1e}"
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
-def test_norms_and_weights_agree_after_five_steps(tmp_path, family):
+def test_norms_and_weights_agree_after_five_steps(tmp_path):
     layouts = [{"ep_size": 2}, {"tp_size": 2, "ep_size": 2}, {"dp_replicate_size": 2, "ep_size": 2}]
-    agree_after_steps(tmp_path, family, 4, [Case(layout) for layout in layouts])
+    agree_after_steps(tmp_path, ["qwen3_moe", "nemotron_h"], 4, [Case(layout) for layout in layouts])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_and_weights_agree_after_five_steps_of_every_layout(tmp_path, family, num_ranks):
-    agree_after_steps(tmp_path, family, num_ranks, [Case(layout) for layout in LAYOUTS[num_ranks]])
+    agree_after_steps(tmp_path, [family], num_ranks, [Case(layout) for layout in LAYOUTS[num_ranks]])
 
 
 def shapes(folder) -> dict[str, tuple[int, ...]]:
@@ -171,28 +182,27 @@ def shapes(folder) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "num_ranks", "layout"),
+    ("num_ranks", "layouts"),
     [
-        ("qwen3_moe", 4, {"ep_size": 4}),
-        ("nemotron_h", 4, {"tp_size": 2, "ep_size": 4}),
-        ("gpt_oss", 4, {"ep_size": 2}),
-        ("mixtral", 2, {"tp_size": 2, "ep_size": 2}),
+        (4, {"qwen3_moe": {"ep_size": 4}, "nemotron_h": {"tp_size": 2, "ep_size": 4}, "gpt_oss": {"ep_size": 2}}),
+        (2, {"mixtral": {"tp_size": 2, "ep_size": 2}}),
     ],
-    ids=str,
 )
-def test_generate_with_uneven_prompts_and_save(tmp_path, family, num_ranks, layout):
+def test_generate_with_uneven_prompts_and_save(tmp_path, num_ranks, layouts):
     prompts = [torch.randint(3, 128, (1, 3 + 2 * rank)) for rank in range(4)]
-    made = on_ranks(num_ranks, work.generate_and_save, saved(family), Case(layout), prompts, tmp_path)
-    stock, tp_size = load_stock(family).eval(), layout.get("tp_size", 1)
-    for rank, tokens in enumerate(made):
-        n = rank // tp_size
-        assert torch.equal(tokens, stock.generate(prompts[n], max_new_tokens=4 + n, do_sample=False))
-    assert shapes(tmp_path) == shapes(saved(family))
-    config, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, saved(family)))
-    assert config == original
-    reloaded = type(stock).from_pretrained(tmp_path)
-    for (name, want), got in zip(stock.named_parameters(), reloaded.parameters(), strict=True):
-        assert torch.equal(want, got), name
+    several = [(saved(family), Case(layout), prompts, tmp_path / family) for family, layout in layouts.items()]
+    made = on_the_same_ranks(num_ranks, work.generate_and_save, several)
+    for (family, layout), ranks in zip(layouts.items(), made, strict=True):
+        stock, tp_size, folder = load_stock(family).eval(), layout.get("tp_size", 1), tmp_path / family
+        for rank, tokens in enumerate(ranks):
+            n = rank // tp_size
+            assert torch.equal(tokens, stock.generate(prompts[n], max_new_tokens=4 + n, do_sample=False)), family
+        assert shapes(folder) == shapes(saved(family))
+        config, original = (json.loads((path / "config.json").read_text()) for path in (folder, saved(family)))
+        assert config == original
+        reloaded = type(stock).from_pretrained(folder)
+        for (name, want), got in zip(stock.named_parameters(), reloaded.parameters(), strict=True):
+            assert torch.equal(want, got), name
 
 
 def test_the_script_of_a_nemo_automodel_user_runs_with_other_import_lines():
@@ -203,15 +213,13 @@ def test_the_script_of_a_nemo_automodel_user_runs_with_other_import_lines():
 
 
 def test_a_stock_model_can_be_laid_out_too(tmp_path):
-    check(
-        tmp_path, "qwen3_moe", 2, [Case({"ep_size": 2}, fused=False), Case({"ep_size": 2}, fused=False, recompute=True)]
-    )
+    cases = [Case({"ep_size": 2}, fused=False), Case({"ep_size": 2}, fused=False, recompute=True)]
+    check(tmp_path, 2, {"qwen3_moe": cases})
 
 
 def test_two_models_in_one_process_do_not_mix(tmp_path):
     folders, cases = [saved("mixtral"), saved("deepseek_v3")], [Case({"ep_size": 2})]
     for family in ("mixtral", "deepseek_v3"):
-        (tmp_path / family).mkdir()
         references(tmp_path / family, family, 2, cases)
     paths = [tmp_path / "mixtral", tmp_path / "deepseek_v3"]
     for errors in on_ranks(2, work.interleaved, folders, cases[0], paths):
@@ -220,18 +228,20 @@ def test_two_models_in_one_process_do_not_mix(tmp_path):
 
 def test_a_recompute_sends_rows_but_does_not_ask_for_counts_again():
     num_moe_layers = 2
-    for recompute in (False, True):
-        for count in on_ranks(2, work.exchanges, saved("qwen3_moe"), Case({"ep_size": 2}, recompute)):
+    several = [(saved("qwen3_moe"), Case({"ep_size": 2}, recompute)) for recompute in (False, True)]
+    for (_, case), ranks in zip(several, on_the_same_ranks(2, work.exchanges, several), strict=True):
+        for count in ranks:
             assert count["counts"] == num_moe_layers
-            assert count["rows"] >= (8 if recompute else 6) * num_moe_layers
+            assert count["rows"] >= (8 if case.recompute else 6) * num_moe_layers
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "gather"])
-def test_rows_of_experts_in_a_latent_width_travel_in_it(dispatch, tmp_path):
+def test_rows_of_experts_in_a_latent_width_travel_in_it(tmp_path):
     config = tiny.tiny_config("nemotron_h")
     latent, top_k = config.moe_latent_size, config.num_experts_per_tok
-    besides = {2 * top_k, top_k} if dispatch == "all_to_all" else {top_k}  # ids and weights, and these' gradients
-    assert on_ranks(2, work.widths, saved("nemotron_h"), dispatch, tmp_path) == [{latent} | besides] * 2
+    besides = {"all_to_all": {2 * top_k, top_k}, "gather": {top_k}}  # ids and weights, and these' gradients
+    several = [(saved("nemotron_h"), dispatch, tmp_path) for dispatch in besides]
+    want = [[{latent} | widths] * 2 for widths in besides.values()]
+    assert on_the_same_ranks(2, work.widths, several) == want
 
 
 def test_adapters_around_experts_in_a_latent_width_get_the_gradients_of_one_process():
@@ -310,53 +320,62 @@ def test_from_config_draws_the_same_weights_under_every_layout():
 
 def test_experts_that_cannot_be_spread_are_refused_on_every_rank(tmp_path):
     tiny.tiny_model("qwen3_moe", num_experts=6).save_pretrained(tmp_path)
-    for error in on_ranks(4, work.refusal, tmp_path, {}) + on_ranks(4, work.refusal, tmp_path, {"ep_size": 4}):
+    several = [(tmp_path, layout) for layout in ({}, {"ep_size": 4}, {"tp_size": 4})]
+    *uneven, heads = on_the_same_ranks(4, work.refusal, several)
+    for error in sum(uneven, []):
         assert "6 experts (model.layers.0.mlp.experts.gate_up_proj)" in error and "Set ep_size to 2." in error
-    for error in on_ranks(4, work.refusal, tmp_path, {"tp_size": 4}):
+    for error in heads:
         assert "tp_size=4 does not divide the 2 key-value heads" in error and "Set tp_size to 1 or 2." in error
 
 
 def test_experts_laid_out_for_our_backend_are_not_trained_by_another():
-    for error in on_ranks(2, work.other_backend, saved("qwen3_moe"), {"ep_size": 2}):
-        assert "laid out for 'expertmesh' and cannot be trained by 'grouped_mm'" in error
-    assert on_ranks(2, work.other_backend, saved("qwen3_moe"), {"ep_size": 1}) == ["no error"] * 2
+    several = [(saved("qwen3_moe"), {"ep_size": size}) for size in (2, 1)]
+    spread, whole = on_the_same_ranks(2, work.other_backend, several)
+    assert all("laid out for 'expertmesh' and cannot be trained by 'grouped_mm'" in error for error in spread)
+    assert whole == ["no error"] * 2
 
 
-@pytest.mark.parametrize("dispatch", [*TRANSPORTS, "mailboxes"])
+WAYS = [*TRANSPORTS, "mailboxes"]  # the last one changes what gather takes
+
+
 @pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, dispatch, tmp_path):
+def test_a_layer_with_any_number_of_tokens_anywhere(num_ranks, with_triton, tmp_path):
     if with_triton and os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("the GPU tests cover Triton here")
     cases = [((6, 0, 5, 1), None), ((0, 4, 0, 0), None), ((0, 0, 0, 0), None), ((3, 9, 2, 2), 7), ((3, 0, 2, 2), 0)]
-    check_layers(on_ranks(num_ranks, work.layers, cases, with_triton, dispatch, tmp_path), cases)
+    check_layers(num_ranks, [(cases, with_triton, way, tmp_path) for way in WAYS])
 
 
-@pytest.mark.parametrize("dispatch", [*TRANSPORTS, "mailboxes"])
 @pytest.mark.parametrize("with_triton", [False, True], ids=["torch", "triton"])
-def test_a_layer_that_is_recomputed_repeats_exchanges_between_none_and_its_reader(with_triton, dispatch, tmp_path):
+def test_a_layer_that_is_recomputed_repeats_exchanges_between_none_and_its_reader(with_triton, tmp_path):
     if with_triton and os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("the GPU tests cover Triton here")
     cases = [((6, 0), None), ((9, 8), 7)]
-    check_layers(on_ranks(2, work.layers, cases, with_triton, dispatch, tmp_path, True), cases)
+    check_layers(2, [(cases, with_triton, way, tmp_path, True) for way in WAYS])
 
 
-@pytest.mark.parametrize("dispatch", [*TRANSPORTS, "mailboxes"])
-def test_a_layer_of_another_backend_whose_exchange_began_before_the_router(dispatch, tmp_path):
+def test_a_layer_of_another_backend_whose_exchange_began_before_the_router(tmp_path):
     cases = [((6, 0), None), ((5, 5), 7)]
-    check_layers(on_ranks(2, work.layers, cases, False, dispatch, tmp_path, False, "grouped_mm", True), cases)
+    check_layers(2, [(cases, False, way, tmp_path, False, "grouped_mm", True) for way in WAYS])
 
 
-@pytest.mark.parametrize(("dispatch", "calls"), [("all_to_all", 200), ("gather", 198)])
-def test_a_token_makes_few_calls_of_ours_on_its_way_through_a_layer(dispatch, calls):
+def test_a_token_makes_few_calls_of_ours_on_its_way_through_a_layer():
     """Forward and backward, where kernels are PyTorch's. These numbers only fall: 100 calls in 12 files is the aim."""
-    case = Case({"ep_size": 2, "dispatch": dispatch})
-    for files in on_ranks(2, work.calls_of_ours, saved("qwen3_moe"), case):
-        assert sum(files.values()) <= calls and len(files) <= 28, files
+    most = {"all_to_all": 200, "gather": 198}
+    several = [(saved("qwen3_moe"), Case({"ep_size": 2, "dispatch": dispatch})) for dispatch in most]
+    for calls, ranks in zip(most.values(), on_the_same_ranks(2, work.calls_of_ours, several), strict=True):
+        for files in ranks:
+            assert sum(files.values()) <= calls and len(files) <= 28, files
 
 
-def check_layers(made, cases):
-    """What the ranks made of (tokens of each, favourite expert): outputs and gradients of one process."""
+def check_layers(num_ranks, several):
+    """In every way the ranks make of (tokens of each, favourite expert) outputs and gradients of one process."""
+    for (cases, *_), made in zip(several, on_the_same_ranks(num_ranks, work.layers, several), strict=True):
+        check_layer(made, cases)
+
+
+def check_layer(made, cases):
     num_ranks = len(made)
     for number, (tokens, favourite) in enumerate(cases):
         experts = work.experts_of(8, slice(None))

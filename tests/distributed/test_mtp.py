@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from expertmesh import AutoModelForCausalLM
 from tests.distributed import work
-from tests.distributed.ranks import on_ranks
+from tests.distributed.ranks import on_ranks, on_the_same_ranks
 from tests.layers.test_mtp import WEIGHT, load, on_disk, saved
 from tests.models import load_stock
 from tests.models import saved as saved_without
@@ -87,21 +87,24 @@ def made(rank: int, family: str) -> dict[str, torch.Tensor]:
     return {name: work.full(p.detach()) for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_gradients_are_those_of_one_process(family, tmp_path):
-    torch.save(work.reference(load(family), 2, None), tmp_path / "want.pt")
-    for rank in on_ranks(2, train_and_save, saved(family), tmp_path / "want.pt", tmp_path):
-        assert len(rank) == len(CASES)
-        for loss, grad, name in rank:
-            assert loss <= 1e-5 and grad <= 1e-5, (loss, grad, name)
-    same_weights(tmp_path / "trained", saved(family))
+def test_losses_and_gradients_are_those_of_one_process(tmp_path):
+    several = [(saved(family), tmp_path / f"{family}.pt", tmp_path / family) for family in FAMILIES]
+    for family, (_, want, _) in zip(FAMILIES, several, strict=True):
+        torch.save(work.reference(load(family), 2, None), want)
+    for family, ranks in zip(FAMILIES, on_the_same_ranks(2, train_and_save, several), strict=True):
+        for rank in ranks:
+            assert len(rank) == len(CASES)
+            for loss, grad, name in rank:
+                assert loss <= 1e-5 and grad <= 1e-5, (family, loss, grad, name)
+        same_weights(tmp_path / family / "trained", saved(family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_kept_weights_are_saved_byte_equal_under_every_layout(family, tmp_path):
-    assert on_ranks(2, keep_and_save, saved(family), tmp_path) == [[], []]
-    for number in range(3):
-        same_weights(tmp_path / str(number), saved(family))
+def test_kept_weights_are_saved_byte_equal_under_every_layout(tmp_path):
+    several = [(saved(family), tmp_path / family) for family in FAMILIES]
+    assert on_the_same_ranks(2, keep_and_save, several) == [[[], []]] * 2
+    for family in FAMILIES:
+        for number in range(3):
+            same_weights(tmp_path / family / str(number), saved(family))
 
 
 def same_weights(got: Path, want: Path) -> None:
@@ -110,12 +113,12 @@ def same_weights(got: Path, want: Path) -> None:
     assert not [key for key in originals if not torch.equal(tensors[key], originals[key])]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_without_them_loads_as_ever(family):
-    found = on_ranks(2, dropped, saved_without(family))
-    assert all(absent for absent, _ in found)
-    want = work.reference(load_stock(family), 2, None)["loss"]
-    assert sum(loss for _, loss in found) / 2 == pytest.approx(want, rel=1e-5)
+def test_a_checkpoint_without_them_loads_as_ever():
+    several = [(saved_without(family),) for family in FAMILIES]
+    for family, found in zip(FAMILIES, on_the_same_ranks(2, dropped, several), strict=True):
+        assert all(absent for absent, _ in found)
+        want = work.reference(load_stock(family), 2, None)["loss"]
+        assert sum(loss for _, loss in found) / 2 == pytest.approx(want, rel=1e-5)
 
 
 def test_tensor_parallel_training_is_refused_and_new_models_are_made():

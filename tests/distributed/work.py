@@ -152,11 +152,6 @@ def parity(rank: int, folder: Path, cases: list[Case], references: Path) -> list
     return results
 
 
-def parity_of_several(rank: int, folders: list[Path], cases: list[Case]) -> list[list[tuple[str, float, float, str]]]:
-    """`parity` of one model after the other; each folder has the model in `model`, and its references."""
-    return [parity(rank, folder / "model", cases, folder) for folder in folders]
-
-
 def train(model: Any, steps: int, loss_and_backward: Any, clip: Any) -> list[float]:
     """`steps` of AdamW with clipping at a norm that every step exceeds (by ours if clip is None); returns the norms."""
     options: dict[str, Any] = {"lr": 1e-3, "eps": 1e-3}
@@ -550,7 +545,8 @@ def layers(
     ahead: bool = False,
 ) -> list[list[torch.Tensor]]:
     """One layer's output and gradients on this rank, for (tokens of each rank, favourite expert)."""
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
     if dispatch == "mailboxes":

@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor, Shard
 from expertmesh import waiting
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.exchange import Exchange
-from expertmesh.moe.gather import Gather
+from expertmesh.moe.gather import Gather, most_tokens
 from expertmesh.moe.links import link_of, mailboxes
 from expertmesh.parallel.layout import lean_layout
+from expertmesh.records import Call, calling
 from tests.distributed import work
 from tests.models import load_ours
 
@@ -49,15 +50,26 @@ class Told(Exchange):
         super().__init__(layer)
         Told.asked, self.ahead = [], ahead
 
+    @property
+    def patient(self):
+        return self.layer.group._get_backend(torch.device("cpu")).options._timeout == waiting.patience
+
+    def dispatch(self, x_TH, ids_TK, weight_TK):
+        assert self.patient
+        return super().dispatch(x_TH, ids_TK, weight_TK)
+
     def combine(self, made, residual):
+        assert self.patient
         out = made.sums()
         return out if residual is None else residual + out.view(residual.shape)
 
     def combine_backward(self, dout_TH):
+        assert self.patient
         Told.asked.append("out")
         return super().combine_backward(dout_TH)
 
     def dispatch_backward(self, dx_MH, dweight_MK):
+        assert self.patient
         Told.asked += [name for name, grad in (("x", dx_MH), ("weights", dweight_MK)) if grad is not None]
         return super().dispatch_backward(dx_MH, dweight_MK)
 
@@ -85,6 +97,42 @@ def test_no_gradient_travels_that_nobody_needs(trained, asked, backend, mesh):
     experts(x, ids, weights, residual=residual).sum().backward()
     assert Told.asked == asked
     assert {name for name, tensor in inputs.items() if tensor.grad is not None} == {*trained} - {"experts"}
+
+
+def test_after_an_error_weights_are_spread_as_before(mesh):
+    experts = work.experts_of(8, slice(None))
+    for name, weight in list(experts.named_parameters()):
+        setattr(experts, name, nn.Parameter(DTensor.from_local(weight.detach(), mesh["ep"], [Shard(0)])))
+    experts.forward = Dispatch(mock.Mock(), experts, mesh["ep"], mesh["tp"])
+    with pytest.raises(TypeError):  # a mock's answer is no rows
+        experts(*work.layer_inputs(5, None, seed=0)[:3])
+    assert all(isinstance(weight, DTensor) for weight in experts.parameters())
+
+
+def test_weights_of_another_dtype_are_for_another_backend(mesh):
+    """As under autocast, when Transformers computes experts in the weights' dtype."""
+    experts = work.experts_of(8, slice(None)).bfloat16()
+    experts.forward = Dispatch(Told, experts, mesh["ep"], mesh["tp"])
+    x, ids, weights, _ = work.layer_inputs(5, None, seed=0)
+    want = work.experts_of(8, slice(None))(x, ids, weights)
+    got = experts(x, ids, weights)
+    assert got.dtype == x.dtype
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(("rows", "block", "kept"), [(64, 16, 48), (64, 0, 40), (1, 16, 16)])
+def test_of_what_is_gathered_a_rank_keeps_its_share_and_a_quarter(rows, block, kept):
+    two_ranks = mock.Mock(spec=Gather, layer=SimpleNamespace(num_ranks=2))
+    assert Gather.rows_to_keep(two_ranks, rows, block) == kept
+
+
+def test_layers_of_a_call_have_as_many_tokens_and_ask_once(mesh):
+    group = mesh["ep"].get_group()
+    with calling(Call(None)):
+        assert most_tokens(0, group, "layer 0") == 1
+        with pytest.raises(RuntimeError, match="as many tokens in every layer of a forward, but here 0 became 4"):
+            most_tokens(4, group, "layer 1")
+    assert most_tokens(4, group, "another call") == 4
 
 
 def test_a_call_takes_the_exchange_that_began_before_the_router(mesh):

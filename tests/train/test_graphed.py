@@ -234,6 +234,15 @@ def test_shapes_without_end_and_no_memory_to_spare_end_the_recording(caplog, mon
     assert step.replayed == 3
 
 
+@pytest.mark.parametrize(("free", "fits"), [(59, False), (60, True)])
+def test_a_recording_leaves_room_for_two_steps(free, fits, monkeypatch):
+    """A step takes 50 of bytes beyond the 20 that stay, and PyTorch has 40 in reserve."""
+    memory = {"mem_get_info": (free, 999), "memory_reserved": 60, "memory_allocated": 20, "max_memory_allocated": 70}
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert graphed._has_room() == fits
+
+
 def test_weights_frozen_later_are_another_step():
     module = nn.Linear(3, 1)
     step = lenient(module, run)

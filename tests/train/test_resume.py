@@ -21,7 +21,7 @@ from expertmesh.checkpoint.publish import checkpoints, verify
 from expertmesh.train.folder import save_final
 from expertmesh.weights import files
 from expertmesh.weights.files import DamagedError
-from tests.distributed.ranks import on_ranks
+from tests.distributed.ranks import on_ranks, on_the_same_ranks
 from tests.models import load_ours
 from tests.weights.test_files import cut_short
 
@@ -183,8 +183,8 @@ def test_two_ranks_with_expert_parallelism_go_on_bit_for_bit_and_so_does_another
     load_ours("qwen3_moe").save_pretrained(tmp_path / "source")
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     whole = on_ranks(2, train_on_ranks, tmp_path / "whole", {"ep_size": 2}, None)
-    again = on_ranks(2, train_on_ranks, tmp_path / "again", {"ep_size": 2}, checkpoint)
-    plain = on_ranks(2, train_on_ranks, tmp_path / "plain", {}, checkpoint)
+    resumed = [(tmp_path / "again", {"ep_size": 2}, checkpoint), (tmp_path / "plain", {}, checkpoint)]
+    again, plain = on_the_same_ranks(2, train_on_ranks, resumed)
     assert whole[0][0] == again[0][0]
     assert_same(whole[0][1], again[0][1])
     assert whole[0][0] == pytest.approx(plain[0][0], rel=1e-5)

@@ -171,6 +171,16 @@ def test_exports_of_several_variants_lie_beside_each_other(tmp_path):
     assert read(tmp_path) == "plain" and {*os.listdir(tmp_path)} == {*plain, "model.fp16.safetensors", SUMS}
 
 
+def test_an_export_may_have_folders_and_an_empty_one_is_no_export_that_was_cut_short(tmp_path):
+    for word in ("old", "new"):
+        with replacing(tmp_path) as staging:
+            (staging / "inner").mkdir()
+            (staging / "inner" / "notes").write_text(word)
+    (tmp_path / WHOLE).mkdir()
+    verify_sums(tmp_path)
+    assert (tmp_path / "inner" / "notes").read_text() == "new"
+
+
 def test_a_link_in_the_place_of_a_file_is_replaced_not_followed(tmp_path):
     cache = tmp_path / "cache"
     cache.write_text("somebody else's")

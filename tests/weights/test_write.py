@@ -11,9 +11,10 @@ from transformers.distributed import DistributedConfig
 
 import expertmesh
 from expertmesh.bench.tiny import FAMILIES
+from expertmesh.parallel import ranks
 from expertmesh.weights.read import load_weights
-from expertmesh.weights.write import INDEX, _split, save_sharded, write_model
-from tests.distributed.ranks import on_ranks
+from expertmesh.weights.write import INDEX, WEIGHTS, _own_tensors, _split, save_sharded, write_model
+from tests.distributed.ranks import on_the_same_ranks
 from tests.models import load_ours, saved
 
 LAYOUTS = [
@@ -76,12 +77,15 @@ def write_and_read(rank: int, source: Path, folder: Path, layouts: list[dict]) -
     return wrong
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
-def test_four_ranks_write_what_one_process_writes(family, tmp_path):
-    assert on_ranks(4, write_and_read, saved(family), tmp_path, LAYOUTS) == [[]] * 4
-    for number in range(len(LAYOUTS)):
-        assert len(list((tmp_path / str(number)).glob("*.safetensors"))) > 4
-        assert_same_checkpoint(tmp_path / str(number), saved(family))
+def test_four_ranks_write_what_one_process_writes(tmp_path):
+    families = ["qwen3_moe", "gpt_oss", "nemotron_h"]
+    several = [(saved(family), tmp_path / family, LAYOUTS) for family in families]
+    assert on_the_same_ranks(4, write_and_read, several) == [[[]] * 4] * len(families)
+    for family in families:
+        for number in range(len(LAYOUTS)):
+            written = tmp_path / family / str(number)
+            assert len(list(written.glob("*.safetensors"))) > 4
+            assert_same_checkpoint(written, saved(family))
 
 
 def test_files_of_an_earlier_save_go(tmp_path):
@@ -98,6 +102,18 @@ def test_the_index_says_of_the_whole_what_transformers_says(tmp_path):
         save(model, tmp_path / save.__name__, max_shard_size="20KB")
         found.append(json.loads((tmp_path / save.__name__ / INDEX).read_text())["metadata"])
     assert found[0] == found[1]
+
+
+def test_what_ranks_do_not_share_they_write_in_turn(monkeypatch):
+    """Each tensor once, and of its bytes no rank has more than the others by more than one weight."""
+    model, shares = load_ours("qwen3_moe"), []
+    monkeypatch.setattr(ranks, "world_size", lambda group=None: 4)
+    for rank in range(4):
+        monkeypatch.setattr(ranks, "rank", lambda group=None, rank=rank: rank)
+        shares.append({key: value.nbytes for key, value in _own_tensors(model)})
+    assert sorted(key for share in shares for key in share) == sorted(load_file(saved("qwen3_moe") / WEIGHTS))
+    sizes = [sum(share.values()) for share in shares]
+    assert max(sizes) - min(sizes) <= max(value.nbytes for value in model.parameters())
 
 
 def test_a_file_has_the_bytes_that_are_allowed_or_one_tensor():

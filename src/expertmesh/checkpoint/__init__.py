@@ -1,1 +1,1 @@
-"""Checkpoints to resume from: published whole and checked (publish.py), saved and loaded (state.py)."""
+"""Checkpoints: published whole and checked (publish.py), saved and loaded (state.py; by a Trainer: train/resume.py)."""
