@@ -58,8 +58,8 @@ def measure(model: Any, arm: str, batch: int, seq: int, repeats: int, states: An
             torch.cuda.synchronize()
         times.append((time.perf_counter() - begin) * 1e3)
     ms = statistics.median(times[WARM_UP:])
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-    return {"step_ms": ms, "tokens_per_second": batch * seq / ms * 1e3, "peak_gib": peak}
+    peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None
+    return {"step_ms": round(ms, 2), "tokens_per_second": round(batch * seq / ms * 1e3), "peak_gib": peak}
 
 
 def main() -> None:

@@ -37,7 +37,9 @@ DOCUMENTS = {14: 9, "sft-packed": 2}
 
 
 class Case(NamedTuple):
-    """What a row measured: layers None are the work's own. optimizer "sgd" has no states; ms None: not to compare."""
+    """What a row measured: layers None are the work's own. optimizer "sgd" has no states; ms None: not to compare.
+    released: gradients do not stand.
+    """
 
     work: str
     layers: int
@@ -50,6 +52,7 @@ class Case(NamedTuple):
     optimizer: str
     full: bool
     ms: float | None
+    released: bool = False
 
 
 def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | None:
@@ -57,7 +60,7 @@ def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | No
     arm, loop, ranks = row.get("arm", ""), row.get("loop"), result["gpus"]
     if not arm.startswith("expertmesh") or "-no-" in arm or "-push" in arm or name in OLDER or "step_ms" not in row:
         return None
-    if not row.get("peak_gib") or loop == "trainer-padded":
+    if not row.get("peak_gib") or loop in ("trainer-padded", "lora", "lora-experts", "dpo"):
         return None
     spread = ranks > 1 and (loop is not None or "-ep" in arm or "-gather" in arm)
     eager = (ranks > 1 and "-graph" not in arm and arm != "expertmesh-trainer") or (loop and arm == "expertmesh")
@@ -75,7 +78,14 @@ def cases() -> Iterator[tuple[str, dict[str, Any], Case]]:
     for path in sorted(RESULTS.glob("h200*.json")):
         result = json.loads(path.read_text())
         for row in result.get("rows", []):
-            case = case_of(path.stem, result, row)
+            if "states" in result:  # of gradient_release.py
+                row = {"work": "qwen3-30b-a3b", "layers": result["layers"], "seq": result["seq"]} | row
+                case = Case(
+                    row["work"], row["layers"], row["batch"], row["seq"], 1, 1, result["recompute"], 1,
+                    f"adamw-{result['states']}", True, row["step_ms"], row["arm"] == "running",
+                )  # fmt: skip
+            else:
+                case = case_of(path.stem, result, row)
             if case is not None:
                 yield path.stem, row, case
 
@@ -92,6 +102,7 @@ def planned(case: Case) -> tuple[float, float]:
         recompute=case.recompute,
         optimizer=case.optimizer,
         documents=case.documents,
+        released=case.released,
     )
     found = trace(job, GPU.memory)
     return memory_of(job, found).peak / GIB, speed_of(job, found, GPU, steps=case.full).step * 1e3

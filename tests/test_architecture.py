@@ -93,9 +93,9 @@ def test_a_file_is_short_enough_to_read_in_one_sitting(path):
     assert lines(path) <= 400
 
 
-@pytest.mark.parametrize(("outside", "limit"), [(OUTSIDE_CORE, 11_858), (OUTSIDE_CORE - {"train"}, 15_085)])
+@pytest.mark.parametrize(("outside", "limit"), [(OUTSIDE_CORE, 13_150), (OUTSIDE_CORE - {"train"}, 16_610)])
 def test_the_core_stays_under_its_limit_without_train_and_with_it(outside, limit):
-    """Nearly half of it are kernels, among them those of four families tuned by hand."""
+    """Two fifths are kernels. Gradient release, low-memory states and adapters on experts are 1,290 lines of it."""
     assert sum(lines(path) for path in FILES if room(path) not in outside) <= limit
 
 

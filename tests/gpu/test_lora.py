@@ -9,7 +9,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from expertmesh.bench.rows import relative_error
 from expertmesh.moe.experts import experts_forward
 from expertmesh.moe.lora import factor_of
 
@@ -84,5 +83,6 @@ def test_no_further_from_float32_than_whole_weights(layout, tokens):
     inputs = [tensor.cuda() for tensor in (x, ids, weights)], [factor.cuda() for factor in factors], dout.cuda()
     ours, theirs = (run(module, way, *inputs[0], *inputs[1:]) for way in (native, whole))
     for name, mine, other, truth in zip("out x weights A B A B".split(), ours, theirs, exact, strict=True):
-        bound = max(1.5 * relative_error(other.cpu(), truth), 2e-3)
-        assert relative_error(mine.cpu(), truth) <= bound, name
+        error, theirs_error = ((found.detach().cpu().float() - truth.detach()).norm() for found in (mine, other))
+        most = 1.5 if tokens > 100 else 3.0  # the error of a few numbers is chance
+        assert error <= max(most * theirs_error, 2e-3 * truth.detach().norm()), name

@@ -191,8 +191,8 @@ class _Up(torch.autograd.Function):
         dx_MH = dw_up = dA = dB = None
         du_SR = None if up_B is None else thin_rows(dh_SJ, up_B, group, gathered=False)
         if ctx.needs_input_grad[0]:
-            dx_SH = grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, None, _low(du_SR, up_A))
-            dx_MH = combine(dx_SH, group.position_TK)
+            low = _low(du_SR, up_A)  # the product's S rows have no name, so that they are freed at once
+            dx_MH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, None, low), group.position_TK)
         with ctx.exchange.waits:
             wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
             if ctx.needs_input_grad[2]:

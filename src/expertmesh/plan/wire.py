@@ -23,7 +23,7 @@ class Alone(Dispatch):
 
     def __init__(self, experts: Any, num_ranks: int, watch: Watch, near: bool) -> None:
         self.transport = PlannedGather if near else PlannedAllToAll
-        self.experts, self._slices, self.group, self.rank = experts, False, None, 0
+        self.experts, self.slices, self.group, self.rank = experts, False, None, 0
         self.num_ranks, self.num_local_experts = num_ranks, experts.num_experts
         self.waits, self.watch = nullcontext(), watch
 

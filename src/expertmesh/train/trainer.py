@@ -79,6 +79,8 @@ class Trainer(ResumableTrainer):
         self._one_row_pays = False  # whether steps that are not recorded also take batches as one row
         if cuda_graph is True:
             self._records()
+        if self.args.dataloader_pin_memory:  # a copy of the next batch would wait for the step that is under way
+            self.accelerator.dataloader_config.non_blocking = True
         self.args.logging_nan_inf_filter = False  # it hides a nan, and waits for every microbatch
         self.load = RouterLoad(self.model)
         self.add_callback(MetricsFile(self.args.output_dir or ".", self.load))
