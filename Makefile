@@ -18,7 +18,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
-WORKERS ?= 2
+WORKERS ?= 3
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -qq
 READY = $(VENV)/.ready
 SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
