@@ -42,6 +42,12 @@ def test_adapters_need_neither_gradients_nor_states_of_frozen_weights(planned):
     assert "optimizer states" in whole and "optimizer states" not in adapters
 
 
+def test_small_states_and_gradients_that_do_not_stand_are_planned(planned):
+    keys = ["train.optim_states=8bit", "train.gradient_release=running"]
+    _, said, _ = planned(tiny_config("qwen3_moe", **SMALL), "--no-layouts", *keys)
+    assert "adamw-8bit, gradients released" in said
+
+
 def test_a_run_that_does_not_fit_exits_with_1(planned):
     config = config_of(WORKS["qwen3-30b-a3b"], 4)
     code, said, _ = planned(config, "--gpu", "rtx-4090", "--no-layouts")
@@ -56,6 +62,7 @@ def test_a_run_that_does_not_fit_exits_with_1(planned):
         (["--gpus", "2", "parallel.tp_size=2"], "tensor parallelism"),
         (["train.bf16=true"], "autocast"),
         (["train.optim=lion_32bit"], "train.optim"),
+        (["train.gradient_release=exact"], "`running`"),
         (["model.nam=x"], "model.nam"),
     ],
 )

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, initialization
 from expertmesh import AutoModelForCausalLM, backends, waiting
 from expertmesh.bench.tiny import FAMILIES as FAMILIES_OF_TINY_MODELS
 from expertmesh.bench.tiny import tiny_config
+from expertmesh.memory.states import STATES, bytes_kept
 from expertmesh.parallel.setup import DistributedSetup
-from expertmesh.plan.memory import Job, memory_of, trace
+from expertmesh.plan.memory import OPTIMIZERS, Job, memory_of, model_of, trace
 
 SEQ = 128
 #: so wide that positions and ids, which a recomputed layer keeps past autograd, hardly count
@@ -105,8 +106,18 @@ def test_states_are_counted_by_the_bytes_of_an_optimizer():
     config = tiny_config("qwen3_moe")
     found = trace(Job(config, seq=32), 140 * 2**30)
     elements = sum(elements for elements, _, _ in found.parameters.values())
-    for optimizer, size in {"adamw": 4, "adamw-fp32-master": 12, "adamw-8bit": 2 + 8 / 256, "sgd": 0}.items():
+    for optimizer, size in {"adamw": 4, "adamw-float32": 12, "adamw-8bit": 2 + 8 / 256, "sgd": 0}.items():
         assert memory_of(Job(config, optimizer=optimizer), found).pieces["optimizer states"] == int(elements * size)
+
+
+@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_low_memory_states_are_counted_as_adamw_counts_them(states, dtype):
+    job = Job(tiny_config("qwen3_moe", hidden_size=512, moe_intermediate_size=256), 1, 32, dtype=dtype)
+    parameters = list(model_of(job).parameters())
+    real = bytes_kept(parameters, states) - sum(p.nbytes for p in parameters)
+    planned = sum(p.numel() * OPTIMIZERS[f"adamw-{states}"](p.element_size()) for p in parameters)
+    assert planned == pytest.approx(real, rel=0.03)
 
 
 def test_modules_for_multi_token_prediction_of_a_checkpoint_count_as_weights():

@@ -87,7 +87,9 @@ def named(layout: "Layout") -> str:
     job = layout.job
     words = [f"{job.batch} x {job.seq} tokens"]
     words += [f"ep_size {job.ep_size}", f"{job.world_size // job.dp_replicate_size} shards"] * (job.world_size > 1)
-    return ", ".join([*words, *["layers recomputed"] * job.recompute, job.optimizer])
+    return ", ".join(
+        [*words, *["layers recomputed"] * job.recompute, job.optimizer, *["gradients released"] * job.released]
+    )
 
 
 def _gib(pieces: dict[str, int]) -> list[str]:

@@ -25,7 +25,8 @@ GIB = 2**30
 #: bytes of optimizer states for a parameter of so many bytes
 OPTIMIZERS = {
     "adamw": lambda size: 2 * size,
-    "adamw-fp32-master": lambda size: 12 if size < 4 else 8,
+    "adamw-float32": lambda size: 12 if size < 4 else 8,
+    "adamw-24bit": lambda size: (3 if size < 4 else 2) + 2 * 4 / 256,
     "adamw-8bit": lambda _: 2 + 2 * 4 / 256,  # two moments, and a float32 scale for each block of 256
     "sgd": lambda _: 0,
 }

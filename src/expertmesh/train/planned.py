@@ -44,6 +44,10 @@ def job_of(config: Config, gpus: int) -> Job:
         raise ConfigError("train.bf16: a plan does not know autocast. Set model.dtype to bfloat16 instead.")
     if train.optim not in OPTIMS:
         raise ConfigError(f"train.optim: a plan does not know {train.optim!r}, only {', '.join(OPTIMS)}.")
+    if train.gradient_release == "exact":
+        raise ConfigError(
+            "train.gradient_release: plan with `running`. `exact` needs as much memory, and twice the computing."
+        )
     model = load_model_config(config)
     own = model.dtype if isinstance(model.dtype, torch.dtype) else torch.bfloat16
     own = torch.float32 if config.model.name == "demo" else own  # as load_model has it
@@ -55,7 +59,8 @@ def job_of(config: Config, gpus: int) -> Job:
         ep_size=parallel.ep_size,
         dp_replicate_size=parallel.dp_replicate_size,
         recompute=train.activation_checkpointing,
-        optimizer=OPTIMS[train.optim],
+        optimizer=f"adamw-{train.optim_states}" if train.optim_states else OPTIMS[train.optim],
+        released=train.gradient_release is not None,
         dtype=own if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
         fused=config.model.fused,
         attention=config.model.attn_implementation,
