@@ -154,6 +154,7 @@ def test_whole_steps_on_several_gpus(tmp_path):
         assert 0 < phases <= 1.5 * row["step_ms"] and row["tokens_per_second_per_gpu"] > 0
 
 
+@pytest.mark.slow
 def test_forward_and_backward_alone_of_some_layers_of_nemotron(tmp_path):
     options = ["--work", "nemotron-3-nano", "--layers", "7", "--no-update", "--routings", "random-init"]
     arms = ["--arms", "stock", "expertmesh-ep-recompute"]

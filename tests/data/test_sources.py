@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from expertmesh.data import hold_out, load_dataset
 from expertmesh.data.formats import detect_format
+from expertmesh.data.sources import Unreachable
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
@@ -213,6 +214,20 @@ def test_an_empty_folder_and_a_missing_split_are_errors(tmp_path):
 def test_an_id_that_cannot_be_reached_says_what_to_do():
     text = error_of("nobody/nothing-of-that-name")
     assert "no file or folder here" in text and "demo:chat" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(ConnectionError("all is dark"), Unreachable), (RuntimeError("that failed"), ValueError)]
+)
+def test_the_hub_is_unreachable_only_without_a_connection_and_the_deepest_cause_is_named(monkeypatch, error, kind):
+    def load(*args, **kwargs):
+        raise error from OSError("the deepest cause")
+
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(ValueError, match="failed: the deepest cause. Check") as found:
+        load_dataset("someone/rows")
+    assert type(found.value) is kind
 
 
 def test_an_unknown_built_in_dataset_lists_the_known_ones():

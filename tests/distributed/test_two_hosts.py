@@ -57,6 +57,7 @@ def losses(folder: Path) -> list[tuple[float, float]]:
     return [(r["loss"], r["grad_norm"]) for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
 
 
+@pytest.mark.slow
 def test_two_hosts_train_what_one_host_trains(hosts, tmp_path):
     settings = {"log__logging_steps": 1, "data__eval_fraction": 0, "parallel__ep_size": 2}
     running = [

@@ -27,7 +27,9 @@ def loss_and_gradients(model, ids, called=None, **inputs):
     }
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gpt_oss", "granitemoe"))]
+)
 def test_compiled_layers_equal_eager_and_compile_once_for_all_lengths(family):
     eager, compiled = load_ours(family).train(), load_ours(family).train()
     for layer in compiled.model.layers[-1:]:
