@@ -10,7 +10,7 @@ import torch
 from expertmesh.backends import opaque
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.experts import NAME, is_experts
-from expertmesh.moe.lora import inside_adapters
+from expertmesh.moe.lora import FastParamWrapper, inside_adapters
 from expertmesh.twins import Fast, untouched, watched
 
 
@@ -39,7 +39,7 @@ class FastMoEBlock(Fast):
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         experts, options = self.experts, {}
-        inner, seen = inside_adapters(experts)
+        inner, seen = inside_adapters(experts) if isinstance(experts, FastParamWrapper) else (experts, False)
         dispatch = vars(inner).get("forward")
         if isinstance(dispatch, Dispatch):
             options["exchange"] = dispatch.start(x_TH)
