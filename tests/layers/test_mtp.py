@@ -172,6 +172,7 @@ def test_other_ways_to_call_give_the_same(family, way):
     compare(ours, *want, loss)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same():
     ours, inputs = load("deepseek_v3").train(), batch()
     want = ours(**inputs).loss.detach()
