@@ -91,7 +91,7 @@ def test_a_checkpoint_of_something_else_is_refused(change, message, tmp_path):
         load_weights(ours("qwen3_moe"), tmp_path)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_files_come_one_by_one_and_experts_of_a_layer_lie_in_two(family, tmp_path):
     """So transformers' own Trainer resumes."""
     transformers.AutoModelForCausalLM.from_pretrained(saved(family)).save_pretrained(tmp_path, max_shard_size="20KB")
