@@ -71,6 +71,12 @@ def test_a_room_imports_only_from_rooms_below_it(path):
     assert not above, f"{path.relative_to(PACKAGE)} is in {here} and imports from above it: {'; '.join(above)}"
 
 
+def test_the_page_of_rooms_lists_them_in_this_order():
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    listed = [name.removesuffix(".py") for name in re.findall(r"^\| `(\w+(?:\.py)?)` \|", page, re.MULTILINE)]
+    assert listed == [name for name in ROOMS if name != "nemo"]
+
+
 def test_every_way_to_import_is_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
     file = tmp_path / "kernels" / "x.py"

@@ -114,8 +114,6 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten._to_copy.default and kwargs.get("device") == args[0].device:
-            kwargs = {"dtype": kwargs.get("dtype")}  # autograd names device and layout on meta alone
         wide = kwargs.get("out_dtype") is not None or any(isinstance(x, torch.dtype) for x in args)
         if wide and func.overloadpacket in (aten.mm, aten.addmm):  # meta tensors have no such product
             a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
