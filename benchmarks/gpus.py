@@ -249,10 +249,10 @@ def rows_of(arm: str, batches: list[int], options: Any, device: torch.device) ->
             except torch.OutOfMemoryError:
                 row["failed"] = "out of memory"
             finally:
+                model.zero_grad(set_to_none=True)  # first: closing would copy gradients that the recording holds
                 if recorded:
                     recorded.close()
                 optimizer = recorded = None
-                model.zero_grad(set_to_none=True)
                 free()
             yield row
             if "failed" in row:
