@@ -8,7 +8,7 @@ An id outside [0, E) means "not mine", among them E, Transformers' expert-parall
 behind every expert's, no kernel computes them, and `position` holds -1 for them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -24,8 +24,8 @@ class Grouping:
     position_TK: the inverse, in which sorted row (t, k) stands, or -1 if nobody here computes it.
     bounds: where each expert's rows begin, and the last one's end [E + 1]; offsets_E: where they end.
     tiles: (expert [M], first row [M]) of each row tile of the Triton GEMMs and how many [1] of the M entries are used;
-    None on the PyTorch path. block: rows per tile. weight_S: the routing weights in sorted order, float32, if
-    `group_by_expert` was given them.
+    None where products of these rows are PyTorch's. block: rows per tile. weight_S: the routing weights in sorted
+    order, float32, if `group_by_expert` was given them.
     """
 
     slot_S: torch.Tensor
@@ -35,10 +35,10 @@ class Grouping:
     tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     block: int = 0
     weight_S: torch.Tensor | None = None
-    offsets_E: torch.Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "offsets_E", self.bounds[1:])
+    @property
+    def offsets_E(self) -> torch.Tensor:
+        return self.bounds[1:]
 
 
 def group_by_expert(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None) -> Grouping:
