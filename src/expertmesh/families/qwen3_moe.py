@@ -45,6 +45,7 @@ class FastQKNormAttention(FastAttention):
 
     @staticmethod
     def why_not(attention: Any) -> str | None:
-        if all(can_merge(norm) and norm.scale == "rounded" for norm in (attention.q_norm, attention.k_norm)):
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        if can_merge(q_norm, k_norm) and q_norm.scale == k_norm.scale == "rounded":
             return None
         return "its q/k-norms are not fused RMSNorms of Llama's kind"

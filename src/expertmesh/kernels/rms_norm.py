@@ -35,7 +35,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     x: [..., H] in any float dtype; weight: [H]. Returns [..., H] in x's dtype (with "rounded": in the dtype that x and
     weight promote to, as in Transformers). Must equal the RMSNorm class of the model that uses this scale.
     """
-    _check(x, weight, scale)
+    assert weight.shape == x.shape[-1:]
     if use_triton(x):
         return _RMSNorm.apply(x, None, weight, eps, scale, False)
     return rms_norm_reference(x, weight, eps, scale=scale)
@@ -49,8 +49,7 @@ def add_rms_norm(
     For a residual connection around what the norm feeds. x, residual: [..., H], same shape; weight: [H]. The sum is
     rounded to the dtype that x and residual promote to and then normed.
     """
-    _check(x, weight, scale)
-    assert residual is None or x.shape == residual.shape
+    assert weight.shape == x.shape[-1:] and (residual is None or x.shape == residual.shape)
     if use_triton(x):
         return _RMSNorm.apply(x, residual, weight, eps, scale, True)
     return add_rms_norm_reference(x, residual, weight, eps, scale=scale)
@@ -103,11 +102,6 @@ def gated_norm_backward(
     dx, dweight = _launch_backward(x, gate, weight_W.contiguous(), dy, dgate_TW, eps, "float32", groups)
     assert dweight is not None
     return dx, dweight
-
-
-def _check(x: torch.Tensor, weight: torch.Tensor, scale: str) -> None:
-    assert weight.shape == x.shape[-1:], "the width of x"
-    assert scale in ("rounded", "float32", "one_plus")
 
 
 def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -> None:

@@ -13,15 +13,11 @@ class FastRMSNorm(Fast):
     scale: Scale = "rounded"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.get_eps(), scale=self.scale)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, scale=self.scale)
 
     def with_residual(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(s), s) of s = x + residual, or x: `s` goes around what the norm feeds."""
-        return add_rms_norm(x, residual, self.weight, self.get_eps(), scale=self.scale)
-
-    def get_eps(self) -> float:
-        """What is added to the mean square."""
-        return self.variance_epsilon
+        return add_rms_norm(x, residual, self.weight, self.variance_epsilon, scale=self.scale)
 
 
 class FastFloat32RMSNorm(FastRMSNorm):
@@ -36,11 +32,11 @@ class FastOnePlusRMSNorm(FastRMSNorm):
     stands_for = ("forward", "_norm")
     scale: Scale = "one_plus"
 
-    def get_eps(self) -> float:
-        """These classes have it under another name."""
-        return self.eps
+    variance_epsilon = property(lambda self: self.eps)
 
 
-def can_merge(norm: nn.Module) -> bool:
-    """Whether a layer may compute this norm, by its `scale`, itself instead of calling it: an RMSNorm nobody hooked."""
-    return isinstance(norm, FastRMSNorm) and untouched(norm)
+def can_merge(*norms: nn.Module) -> bool:
+    """Whether a layer may compute these norms, by their `scale`, itself instead of calling them: RMSNorms nobody
+    hooked.
+    """
+    return all([isinstance(norm, FastRMSNorm) for norm in norms]) and untouched(*norms)
