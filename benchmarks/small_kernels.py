@@ -17,8 +17,14 @@ from shared import DEVICE, DTYPE, Result, attempt, forward_backward, interpreted
 
 from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
 from expertmesh.kernels.clip import scale_, scale_reference_, squared_sum, squared_sum_reference
-from expertmesh.kernels.combine import combine, combine_reference, unsort, unsort_reference
-from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
+from expertmesh.kernels.grouping import (
+    combine,
+    combine_reference,
+    group_by_expert,
+    group_by_expert_reference,
+    unsort,
+    unsort_reference,
+)
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.mla_rope import mla_rope, mla_rope_reference
 from expertmesh.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
 from expertmesh.kernels.clip import scale_, squared_sum
-from expertmesh.kernels.combine import unsort, unsort_reference
-from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
+from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference, unsort, unsort_reference
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.rms_norm import (
     add_rms_norm,

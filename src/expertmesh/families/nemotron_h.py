@@ -10,7 +10,7 @@ mixer of a layer, one of
                 back from the latent width                                                       here
   router        sigmoid, correction bias, limited groups in one kernel                           moe/router.py
   MLP           relu^2 in one kernel (dense and shared experts)                                  layers/mlp.py
-norms           float32 weight                                                                   layers/norm.py
+norms           float32 weight                                                                   layers/decoder.py
 head            loss from hidden states, no logits                                               layers/head.py
 mtp             loaded, trained, saved                                                           mtp.py
 """
@@ -22,9 +22,8 @@ from torch import nn
 
 from expertmesh.backends import opaque
 from expertmesh.families.rules import fingerprint
-from expertmesh.layers.decoder import add_block
+from expertmesh.layers.decoder import add_block, can_merge
 from expertmesh.layers.mamba2 import FastMamba2Mixer
-from expertmesh.layers.norm import can_merge
 from expertmesh.moe.block import FastSharedMoEBlock, add_scaled, stock_block
 from expertmesh.twins import Fast, cache_of, untouched
 

@@ -16,7 +16,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_for
 
 from expertmesh.kernels.rope import qk_norm_rope
 from expertmesh.layers.attention import FastAttention
-from expertmesh.layers.norm import can_merge
+from expertmesh.layers.decoder import can_merge
 
 
 class FastQKNormAttention(FastAttention):

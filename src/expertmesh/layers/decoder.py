@@ -1,7 +1,8 @@
-"""Fast twins of pre-norm decoder layers: the residual add after attention and the norm behind it are one kernel.
+"""Fast twins of RMSNorms, and of pre-norm decoder layers, whose residual adds are part of other kernels.
 
-The second residual add happens in the experts' last kernel, where the block allows it (moe/block.py). In backward the
-kernel of each norm also adds the gradient of the residual connection around it.
+The add after attention and the norm behind it are one kernel. The second add happens in the experts' last kernel, where
+the block allows it (moe/block.py). In backward the kernel of each norm also adds the gradient of the residual
+connection around it.
 """
 
 from typing import Any
@@ -10,9 +11,44 @@ import torch
 from torch import nn
 
 from expertmesh.backends import tell_once
-from expertmesh.layers.norm import can_merge
+from expertmesh.kernels.rms_norm import Scale, add_rms_norm, rms_norm
 from expertmesh.moe.block import FastMoEBlock, add_scaled
 from expertmesh.twins import Fast, cache_of, untouched
+
+
+class FastRMSNorm(Fast):
+    """`weight * x_hat.to(dtype)`: Llama, Qwen, DeepSeek, Mixtral …"""
+
+    scale: Scale = "rounded"
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, scale=self.scale)
+
+    def with_residual(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(s), s) of s = x + residual, or x: `s` goes around what the norm feeds."""
+        return add_rms_norm(x, residual, self.weight, self.variance_epsilon, scale=self.scale)
+
+
+class FastFloat32RMSNorm(FastRMSNorm):
+    """`(weight * x_hat).to(dtype)` in float32: GPT-OSS, Nemotron."""
+
+    scale: Scale = "float32"
+
+
+class FastOnePlusRMSNorm(FastRMSNorm):
+    """`((1 + weight) * x_hat).to(dtype)` in float32: Qwen3-Next, Qwen3.5."""
+
+    stands_for = ("forward", "_norm")
+    scale: Scale = "one_plus"
+
+    variance_epsilon = property(lambda self: self.eps)
+
+
+def can_merge(*norms: nn.Module) -> bool:
+    """Whether a layer may compute these norms, by their `scale`, itself instead of calling them: RMSNorms nobody
+    hooked.
+    """
+    return all([isinstance(norm, FastRMSNorm) for norm in norms]) and untouched(*norms)
 
 
 class FastDecoderLayer(Fast):

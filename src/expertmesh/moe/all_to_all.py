@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from expertmesh.kernels.combine import combine
+from expertmesh.kernels.grouping import combine
 from expertmesh.moe.exchange import Exchange, Gradients, Outputs
 from expertmesh.moe.replay import kept
 

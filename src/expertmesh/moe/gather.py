@@ -66,8 +66,9 @@ class Gather(Exchange):
         return out_TH if residual is None else torch.ops.aten._unsafe_view(out_TH, residual.shape)
 
     def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
-        (dout_MH,) = self._link.all_gather([_padded(dout_TH, self._rows)], copy=not self._made_here)
-        return dout_MH
+        if self._num_tokens < self._rows:
+            dout_TH = _padded(dout_TH, self._rows)
+        return self._link.all_gather([dout_TH], copy=not self._made_here)[0]
 
     def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
         parts = [part for part in (dx_MH, dweight_MK) if part is not None]
