@@ -16,7 +16,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_for
 
 from expertmesh.kernels.rope import qk_norm_rope
 from expertmesh.layers.attention import FastAttention
-from expertmesh.layers.decoder import can_merge
+from expertmesh.layers.decoder import FastRMSNorm
+from expertmesh.twins import untouched
 
 
 class FastQKNormAttention(FastAttention):
@@ -46,6 +47,6 @@ class FastQKNormAttention(FastAttention):
     @staticmethod
     def why_not(attention: Any) -> str | None:
         q_norm, k_norm = attention.q_norm, attention.k_norm
-        if can_merge(q_norm, k_norm) and q_norm.scale == k_norm.scale == "rounded":
+        if untouched(q_norm, k_norm, kind=FastRMSNorm) and q_norm.scale == k_norm.scale == "rounded":
             return None
         return "its q/k-norms are not fused RMSNorms of Llama's kind"

@@ -52,7 +52,8 @@ def add_rms_norm(
     assert weight.shape == x.shape[-1:] and (residual is None or x.shape == residual.shape)
     if use_triton(x):
         return _RMSNorm.apply(x, residual, weight, eps, scale, True)
-    return add_rms_norm_reference(x, residual, weight, eps, scale=scale)
+    total = x if residual is None else residual + x
+    return rms_norm_reference(total, weight, eps, scale=scale), total
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded") -> torch.Tensor:
@@ -64,14 +65,6 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, sca
     if scale == "float32":
         return (weight.float() * x_hat).to(x.dtype)
     return (x_hat * (1.0 + weight.float())).to(x.dtype)
-
-
-def add_rms_norm_reference(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The specification of `add_rms_norm`: a decoder layer's residual add, then the norm."""
-    total = x if residual is None else residual + x
-    return rms_norm_reference(total, weight, eps, scale=scale), total
 
 
 def gated_norm_reference(

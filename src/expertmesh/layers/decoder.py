@@ -24,10 +24,6 @@ class FastRMSNorm(Fast):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, scale=self.scale)
 
-    def with_residual(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(s), s) of s = x + residual, or x: `s` goes around what the norm feeds."""
-        return add_rms_norm(x, residual, self.weight, self.variance_epsilon, scale=self.scale)
-
 
 class FastFloat32RMSNorm(FastRMSNorm):
     """`(weight * x_hat).to(dtype)` in float32: GPT-OSS, Nemotron."""
@@ -44,13 +40,6 @@ class FastOnePlusRMSNorm(FastRMSNorm):
     variance_epsilon = property(lambda self: self.eps)
 
 
-def can_merge(*norms: nn.Module) -> bool:
-    """Whether a layer may compute these norms, by their `scale`, itself instead of calling them: RMSNorms nobody
-    hooked.
-    """
-    return all([isinstance(norm, FastRMSNorm) for norm in norms]) and untouched(*norms)
-
-
 class FastDecoderLayer(Fast):
     """Must equal `Qwen3MoeDecoderLayer.forward`, `MixtralDecoderLayer.forward` and `GptOssDecoderLayer.forward`."""
 
@@ -59,16 +48,16 @@ class FastDecoderLayer(Fast):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         first, second = self.input_layernorm, self.post_attention_layernorm
-        if args or not can_merge(first, second):  # replaced or hooked after fusing: call them
+        if args or not untouched(first, second, kind=FastRMSNorm):  # replaced or hooked after fusing: call them
             tell_once(
                 f"{type(self).__name__} runs Transformers' code: a norm was changed, or arguments came by position."
             )
             return super().forward(hidden_states, *args, **kwargs)
-        normed, hidden_states = first.with_residual(hidden_states)
+        normed, residual = add_rms_norm(hidden_states, None, first.weight, first.variance_epsilon, scale=first.scale)
         mixed = self._mix(normed, kwargs)
         if self.residual_multiplier != 1:
             mixed = mixed * self.residual_multiplier
-        normed, residual = second.with_residual(mixed, hidden_states)
+        normed, residual = add_rms_norm(mixed, residual, second.weight, second.variance_epsilon, scale=second.scale)
         return add_block(getattr(self, self.block_name), normed, residual, self.residual_multiplier)
 
     def _mix(self, normed: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -78,7 +67,7 @@ class FastDecoderLayer(Fast):
 
     @staticmethod
     def why_not(layer: Any) -> str | None:
-        fits = can_merge(layer.input_layernorm, layer.post_attention_layernorm)
+        fits = untouched(layer.input_layernorm, layer.post_attention_layernorm, kind=FastRMSNorm)
         return None if fits else "the norms before and behind its attention are no fused RMSNorms"
 
 
