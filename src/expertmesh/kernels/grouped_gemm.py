@@ -43,14 +43,25 @@ def grouped_gemm(
     """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias.
 
     low: u_s · B_e is added. own: never by quack. Rows behind the last expert's are not written: no reader of a
-    `Grouping` looks at them.
+    `Grouping` looks at them. Without tiles it is the specification: one matrix product per expert, or `F.grouped_mm` on
+    a GPU without Triton.
     """
-    if group.tiles is None:
-        return grouped_gemm_reference(a_SK, w_EKN, group, bias_EN, low)
-    if bias_EN is None and low is None and not own and quack.takes(a_SK, w_EKN):
-        return quack.grouped_gemm(a_SK, w_EKN, group)
+    if group.tiles is not None:
+        if bias_EN is None and low is None and not own and quack.takes(a_SK, w_EKN):
+            return quack.grouped_gemm(a_SK, w_EKN, group)
+        y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
+        launch_rows(a_SK, w_EKN, bias_EN, group, y_SN, low=low)
+        return y_SN
+    if low is not None:
+        return grouped_gemm(a_SK, w_EKN, group, bias_EN).add_(grouped_gemm(*low, group))
+    if a_SK.is_cuda:
+        y_SN = F.grouped_mm(a_SK, w_EKN, offs=group.offsets_E)
+        return y_SN if bias_EN is None else y_SN + rows_of_experts(bias_EN, group)
     y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
-    launch_rows(a_SK, w_EKN, bias_EN, group, y_SN, low=low)
+    for expert, (begin, end) in enumerate(pairwise(group.bounds.tolist())):
+        torch.mm(a_SK[begin:end], w_EKN[expert], out=y_SN[begin:end])
+        if bias_EN is not None:
+            y_SN[begin:end] += bias_EN[expert]
     return y_SN
 
 
@@ -102,27 +113,6 @@ def up_again(
     more_SJ = h_SJ.new_empty(group.block + missing, h_SJ.shape[1])
     launch_rows(x_TH, w_EHJ, bias_EJ, group, more_SJ, None, act, low)
     return more_SJ
-
-
-def grouped_gemm_reference(
-    a_SK: torch.Tensor,
-    w_EKN: torch.Tensor,
-    group: Grouping,
-    bias_EN: torch.Tensor | None = None,
-    low: LowRank | None = None,
-) -> torch.Tensor:
-    """The specification of `grouped_gemm`: one matrix product per expert, or `F.grouped_mm` on a GPU without Triton."""
-    if low is not None:
-        return grouped_gemm_reference(a_SK, w_EKN, group, bias_EN).add_(grouped_gemm_reference(*low, group))
-    if a_SK.is_cuda:
-        y_SN = F.grouped_mm(a_SK, w_EKN, offs=group.offsets_E)
-        return y_SN if bias_EN is None else y_SN + rows_of_experts(bias_EN, group)
-    y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
-    for expert, (begin, end) in enumerate(pairwise(group.bounds.tolist())):
-        torch.mm(a_SK[begin:end], w_EKN[expert], out=y_SN[begin:end])
-        if bias_EN is not None:
-            y_SN[begin:end] += bias_EN[expert]
-    return y_SN
 
 
 def rows_of_experts(bias_EN: torch.Tensor, group: Grouping) -> torch.Tensor:

@@ -31,11 +31,21 @@ def grouped_wgrad(
 
     g: [T, G], one row per token; c: [S, C] in sorted order, finite up to the end of the last expert's last row tile.
     Sums in float32, result in g's dtype and in the memory layout of w, plain or transposed, so that autograd need not
-    copy. own: never by quack.
+    copy. own: never by quack. Without tiles it is the specification: one product per expert, or `F.grouped_mm` on a GPU
+    without Triton.
     """
     gathered_first = w_EGC.stride(2) == 1
     if group.tiles is None:
-        return grouped_wgrad_reference(g_TG, c_SC, group, gathered_first, scale)
+        g_SG = g_TG.index_select(0, group.token_S)
+        a, b = (g_SG, c_SC) if gathered_first else (c_SC, g_SG)
+        if a.is_cuda:
+            dw = F.grouped_mm(a.t(), b, offs=group.offsets_E)
+        else:
+            dw = a.new_empty(len(group.bounds) - 1, a.shape[1], b.shape[1])
+            for expert, (begin, end) in enumerate(pairwise(group.bounds.tolist())):  # no rows: the product is zeros
+                torch.mm(a[begin:end].t(), b[begin:end], out=dw[expert])
+        dw = dw if scale == 1 else dw.mul_(scale)
+        return dw if gathered_first else dw.transpose(1, 2)
     if not own and quack.takes(c_SC, w_EGC):
         return quack.wgrad(g_TG, c_SC, group, w_EGC, scale)
     num_experts, num_g, num_c = w_EGC.shape
@@ -52,26 +62,11 @@ def grouped_wgrad(
     return dw if gathered_first else dw.transpose(1, 2)
 
 
-def grouped_wgrad_reference(
-    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, gathered_first: bool, scale: float
-) -> torch.Tensor:
-    """The specification of `grouped_wgrad`: one product per expert, or `F.grouped_mm` on a GPU without Triton."""
-    g_SG = g_TG.index_select(0, group.token_S)
-    a, b = (g_SG, c_SC) if gathered_first else (c_SC, g_SG)
-    if a.is_cuda:
-        dw = F.grouped_mm(a.t(), b, offs=group.offsets_E)
-    else:
-        dw = a.new_empty(len(group.bounds) - 1, a.shape[1], b.shape[1])
-        for expert, (begin, end) in enumerate(pairwise(group.bounds.tolist())):  # no rows: the product is zeros
-            torch.mm(a[begin:end].t(), b[begin:end], out=dw[expert])
-    dw = dw if scale == 1 else dw.mul_(scale)
-    return dw if gathered_first else dw.transpose(1, 2)
-
-
 def grouped_sum(a_SN: torch.Tensor, group: Grouping, dtype: torch.dtype | None = None, tile: int = 1) -> torch.Tensor:
     """db [E, N]: the sum of a [S, N] over each expert's rows, in float32, returned in a's dtype or another.
 
-    tile: on Triton a may have one row for each tile of so many of an expert's rows.
+    tile: on Triton a may have one row for each tile of so many of an expert's rows. Without tiles it is the
+    specification: differences of the running sum at the experts' ends.
     """
     if group.tiles is not None:
         num_experts, num_columns = len(group.bounds) - 1, a_SN.shape[1]
@@ -82,11 +77,6 @@ def grouped_sum(a_SN: torch.Tensor, group: Grouping, dtype: torch.dtype | None =
         )
         return sums_EN
     assert tile == 1
-    return grouped_sum_reference(a_SN, group)
-
-
-def grouped_sum_reference(a_SN: torch.Tensor, group: Grouping) -> torch.Tensor:
-    """The specification of `grouped_sum`: differences of the running sum at the experts' ends."""
     running = F.pad(a_SN.double().cumsum(0), (0, 0, 1, 0))
     return running[group.bounds.long()].diff(dim=0).to(a_SN.dtype)
 
