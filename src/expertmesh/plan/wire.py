@@ -13,6 +13,7 @@ from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.exchange import Exchange, Outputs
 from expertmesh.moe.gather import Gather
 from expertmesh.moe.links import Mailboxes
+from expertmesh.plan.links import Group
 from expertmesh.plan.trace import Watch
 
 
@@ -21,10 +22,11 @@ class Alone(Dispatch):
 
     waits: Any
 
-    def __init__(self, experts: Any, num_ranks: int, watch: Watch, near: bool) -> None:
+    def __init__(self, experts: Any, ranks: Group, watch: Watch, near: bool, tp_mesh: Any = None) -> None:
         self.transport = PlannedGather if near else PlannedAllToAll
-        self.experts, self.slices, self.group, self.rank = experts, False, None, 0
-        self.num_ranks, self.num_local_experts = num_ranks, experts.num_experts
+        self.experts, self.slices, self.tp_mesh = experts, tp_mesh is not None, tp_mesh
+        self.group, self.rank, self.ranks = None, 0, ranks
+        self.num_ranks, self.num_local_experts = ranks.size, experts.num_experts
         self.waits, self.watch = nullcontext(), watch
 
 
@@ -76,7 +78,7 @@ class PlannedAllToAll(Exchange):
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> tuple:
         tokens, top_k, ranks = *ids_TK.shape, self.layer.num_ranks
         rows = max(1, round(tokens * ranks * (1 - (1 - 1 / ranks) ** top_k)))
-        self.tokens, self.rows, self.wire = tokens, rows, (ranks - 1) / ranks
+        self.tokens, self.rows = tokens, rows
         self.layer.watch.share = tokens / rows
         self._sends(x_TH, 2 * top_k * 4)
         return x_TH.new_empty(rows, x_TH.shape[1]), ids_TK.new_empty(rows, top_k), weight_TK.new_empty(rows, top_k)
@@ -103,4 +105,4 @@ class PlannedAllToAll(Exchange):
 
     def _sends(self, rows: torch.Tensor, more: int = 0) -> None:
         size = self.rows * (rows.shape[1] * rows.itemsize + more)
-        self.layer.watch.add("wire", 0.0, size * self.wire)
+        self.layer.watch.sends("", self.layer.ranks.pairs(size))
