@@ -79,9 +79,13 @@ class PlannedAllToAll(Exchange):
         tokens, top_k, ranks = *ids_TK.shape, self.layer.num_ranks
         rows = max(1, round(tokens * ranks * (1 - (1 - 1 / ranks) ** top_k)))
         self.tokens, self.rows = tokens, rows
-        self.layer.watch.share = tokens / rows
+        self.pairs = tokens * top_k
+        self.layer.watch.share = 1.0
         self._sends(x_TH, 2 * top_k * 4)
         return x_TH.new_empty(rows, x_TH.shape[1]), ids_TK.new_empty(rows, top_k), weight_TK.new_empty(rows, top_k)
+
+    def rows_here(self) -> int:
+        return self.pairs
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
         sums = made.sums()
