@@ -126,4 +126,4 @@ def unit_of(name: str, small: bool) -> str:
     number = name.partition("layers.")[2].partition(".")[0]
     if number.isdigit():
         return f"layers {int(number) // (LAYERS_AT_ONCE if small else 1)}"
-    return name.rpartition(".")[0] if "embed" in name else "tail"
+    return name.rpartition(".")[0] if "embed_tokens" in name else "tail"  # others are in no plan for FSDP

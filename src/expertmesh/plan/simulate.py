@@ -23,7 +23,7 @@ from expertmesh.plan.links import Group, Sent, group_of
 from expertmesh.plan.memory import Job, memory_of, model_of, trace
 from expertmesh.plan.ranks import lay_out, rank_of
 from expertmesh.plan.shards import Share
-from expertmesh.plan.speed import speed_of
+from expertmesh.plan.speed import COMPONENTS, speed_of
 from expertmesh.plan.trace import Trace
 
 WHAT = {", FSDP": "weights and gradients", "": "tokens of experts", ", TP": "tensor parallelism"}
@@ -43,8 +43,8 @@ class Simulation:
     @property
     def seconds_hidden(self) -> float:
         """Of a step, what weights and gradients take on the way: at best all of it passes beside the computing."""
-        speed = self.plan.layout.speed
-        return sum(seconds for name, seconds in speed.seconds.items() if "weights" in name)
+        seconds = self.plan.layout.speed.seconds
+        return sum(seconds.get(COMPONENTS[f"{link}, FSDP"], 0.0) for link in Sent._fields)
 
 
 def simulate(job: Job, gpu: GPU, micro_batches: int = 1, rank: int = 0) -> Simulation:
