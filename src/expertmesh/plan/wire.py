@@ -4,6 +4,7 @@ They allocate what a rank's exchange allocates (moe/gather.py, moe/all_to_all.py
 Experts are balanced: every rank of the group gets its share of the rows.
 """
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -77,7 +78,9 @@ class PlannedAllToAll(Exchange):
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> tuple:
         tokens, top_k, ranks = *ids_TK.shape, self.layer.num_ranks
-        rows = max(1, round(tokens * ranks * (1 - (1 - 1 / ranks) ** top_k)))
+        others = (ranks - 1) * self.layer.num_local_experts  # of which a rank that gets no row has all K
+        missed = math.comb(others, top_k) / math.comb(ranks * self.layer.num_local_experts, top_k)
+        rows = max(1, round(tokens * ranks * (1 - missed)))
         self.tokens, self.rows = tokens, rows
         self.pairs = tokens * top_k
         self.layer.watch.share = 1.0
