@@ -22,10 +22,13 @@ from expertmesh.plan.simulate import Simulation, simulate
 MODELS = Path(__file__).resolve().parent / "models"
 GPU = GPUS["h100-80gb"]
 SHARED = {"seq": 4096, "ep_size": 64, "recompute": True, "mtp": True}
-JOBS = {
-    "nemotron-3-ultra-550b": {"world_size": 128, "batch": 2},
-    "deepseek-v3": {"world_size": 256, "batch": 2},
-}
+JOBS: list[tuple[str, dict[str, Any]]] = [
+    ("nemotron-3-ultra-550b", {"world_size": 128, "batch": 2}),
+    ("nemotron-3-ultra-550b", {"world_size": 128, "batch": 2, "optimizer": "adamw-8bit", "released": True}),
+    ("deepseek-v3", {"world_size": 256, "batch": 2}),
+]
+HELD = ("parameters", "gradients", "optimizer states")
+SHOWN = ("ep_size", "batch", "seq", "optimizer", "released", "recompute", "per_node")
 #: NeMo AutoModel's report of June 2026 (GiB, tokens/s on each GPU); DeepSeek V3's has pipelines of 4 stages and no GiB
 PUBLISHED = {"nemotron-3-ultra-550b": (58.2, 815), "deepseek-v3": (None, 1002)}
 
@@ -39,7 +42,7 @@ def row_of(model: str, found: Simulation) -> dict[str, Any]:
         "model": model,
         "parameters": found.parameters,
         "ranks": job.world_size,
-        **{name: getattr(job, name) for name in ("ep_size", "batch", "seq", "optimizer", "recompute", "per_node")},
+        **{name: getattr(job, name) for name in SHOWN},
         "network_gb_per_s": GPU.network / 1e9,
         "held_bytes": found.held,
         "pieces_gib": {name: round(size / GIB, 2) for name, size in memory.pieces.items()},
@@ -65,10 +68,11 @@ def beside_published(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[A
     lines: dict[str, Callable[[dict[str, Any]], Any]] = {
         "parameters": lambda row: f"{row['parameters'] / 1e9:.1f}B",
         "GPUs, `ep_size`": lambda row: f"{row['ranks']}, {row['ep_size']}",
+        "optimizer": lambda row: row["optimizer"] + ", gradients released" * row["released"],
         "tokens of a GPU in a step": lambda row: f"{row['batch']} x {row['seq']}",
         **{
             f"{name} of a GPU, GiB": lambda row, name=name: f"{row['held_bytes'][name] / GIB:.1f}"
-            for name in ("parameters", "gradients", "optimizer states")
+            for name in HELD
         },
         "weights that FSDP gathered, at the peak, GiB": lambda row: row["pieces_gib"]["gathered weights"],
         "allocated at the peak, GiB": lambda row: row["peak_gib"],
@@ -86,7 +90,7 @@ def beside_published(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[A
 def main() -> None:
     options = parser(__doc__).parse_args()
     result = Result(options, hardware="simulated", gpus=0, gpu=GPU.name)
-    for model, sizes in JOBS.items():
+    for model, sizes in JOBS:
         config = AutoConfig.from_pretrained(MODELS / model)
         job = Job(config, **SHARED, **sizes)
         if options.tiny:
