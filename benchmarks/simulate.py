@@ -70,10 +70,7 @@ def beside_published(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[A
         "GPUs, `ep_size`": lambda row: f"{row['ranks']}, {row['ep_size']}",
         "optimizer": lambda row: row["optimizer"] + ", gradients released" * row["released"],
         "tokens of a GPU in a step": lambda row: f"{row['batch']} x {row['seq']}",
-        **{
-            f"{name} of a GPU, GiB": lambda row, name=name: f"{row['held_bytes'][name] / GIB:.1f}"
-            for name in HELD
-        },
+        **{f"{name} of a GPU, GiB": lambda row, name=name: f"{row['held_bytes'][name] / GIB:.1f}" for name in HELD},
         "weights that FSDP gathered, at the peak, GiB": lambda row: row["pieces_gib"]["gathered weights"],
         "allocated at the peak, GiB": lambda row: row["peak_gib"],
         "the same, published for NeMo AutoModel": lambda row: row["published"][0] or "",

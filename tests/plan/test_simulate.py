@@ -106,8 +106,7 @@ def test_a_slow_network_makes_a_step_longer_and_nothing_else():
     fast, slow = (simulate(job, replace(H100, network=rate)) for rate in (40e9, 1e9))
     assert fast.sent == slow.sent and fast.sent["weights and gradients"].network > 0
     by = {
-        name: slow.plan.layout.speed.seconds[name] / seconds
-        for name, seconds in fast.plan.layout.speed.seconds.items()
+        name: slow.plan.layout.speed.seconds[name] / seconds for name, seconds in fast.plan.layout.speed.seconds.items()
     }
     assert all(factor == pytest.approx(40 if name.startswith("network") else 1) for name, factor in by.items())
     assert 0 < slow.seconds_hidden < slow.plan.layout.speed.step
@@ -122,7 +121,9 @@ def planned_traffic(sizes):
     """Bytes that a plan says a rank sends, by what they are for, as `traffic.sent`."""
     job = Job(tiny_config("qwen3_moe", **traffic.SMALL), seq=traffic.SEQ, world_size=4, per_node=1, **sizes)
     work = trace(replace(job, dtype=torch.float32), 2**40).work
-    return {what: sum(work[link + (what and f", {what}")].bytes for link in Sent._fields) for what in ("", "FSDP", "TP")}
+    return {
+        what: sum(work[link + (what and f", {what}")].bytes for link in Sent._fields) for what in ("", "FSDP", "TP")
+    }
 
 
 @pytest.mark.parametrize("sizes", [{}, {"dp_replicate_size": 2}, {"tp_size": 2}], ids=str)

@@ -17,7 +17,7 @@ SMALL = {"num_hidden_layers": 2, "mlp_only_layers": []}
 
 
 class Bytes(TorchDispatchMode):
-    """Counts what this rank sends to others. place: among the ranks of an all-to-all. copies: of shards there are two."""
+    """Counts what this rank sends. place: among the ranks of an all-to-all. copies: of shards there are two."""
 
     def __init__(self, place: int, copies: bool) -> None:
         super().__init__()

@@ -75,9 +75,8 @@ def group_by_expert_reference(
     position = torch.where(flat < num_experts, position, -1).to(torch.int32)
     weight_S = None if weight_TK is None else weight_TK.detach().reshape(-1)[slot_S].float()
     slot_S = slot_S.to(torch.int32)
-    sorted_S = slot_S, slot_S // ids_TK.shape[1], weight_S
-    slot_S, token_S, weight_S = (x_S if x_S is None else x_S[:num_rows] for x_S in sorted_S)
-    return Grouping(slot_S, token_S, position.view(ids_TK.shape), bounds, weight_S=weight_S)
+    slot_S, weight_S = slot_S[:num_rows], None if weight_S is None else weight_S[:num_rows]
+    return Grouping(slot_S, slot_S // ids_TK.shape[1], position.view(ids_TK.shape), bounds, weight_S=weight_S)
 
 
 def or_none(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -105,9 +104,7 @@ def _int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
     return [piece if len(piece) == size else piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
 
 
-def _group_triton(
-    ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None, here: int | None
-) -> Grouping:
+def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None, here: int | None) -> Grouping:
     num_rows, top_k, device = ids_TK.numel(), ids_TK.shape[1], ids_TK.device
     here = num_rows if here is None else here
     bins = triton.next_power_of_2(num_experts)

@@ -26,11 +26,11 @@ class Group(NamedTuple):
         return Sent(total - far, far)
 
     def pairs(self, size: float) -> Sent:
-        """The same where every rank sends `size` bytes, equally many to each of all ranks; nothing is sent to itself."""
+        """The same where a rank has `size` bytes, equally many for each of all ranks, itself included."""
         each = size / self.size
         return Sent(each * (self.near - 1), each * (self.size - self.near))
 
 
 def group_of(ranks: Sequence[int], per_node: int) -> Group:
-    """The group of these ranks, seen from the first, where nodes have so many GPUs and ranks fill one after the other."""
+    """The group of these ranks, seen from the first, where ranks fill nodes of so many GPUs one after the other."""
     return Group(len(ranks), sum(rank // per_node == ranks[0] // per_node for rank in ranks))

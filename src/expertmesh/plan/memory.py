@@ -118,7 +118,7 @@ def model_of(job: Job) -> Any:
 
 def trace(job: Job, memory: int, shares: dict[str, Share] | None = None) -> Trace:
     """One forward and backward of the job on a rank whose GPU has so many bytes. shares: of all parameters, if not
-    by rule (simulate.py). Raises ValueError for a model that cannot be traced, and for sizes that do not fit each other.
+    by rule (simulate.py). Raises ValueError for a model that cannot be traced, and for sizes that do not fit.
     """
     if job.tp_size == 1:
         return _trace(model_of(job), job, memory, shares)
@@ -134,7 +134,10 @@ def _trace(model: Any, job: Job, memory: int, shares: dict[str, Share] | None) -
     cut_experts(model, job.ep_size)
     if job.ep_size > 1:
         near = job.ep_size <= NEAR and job.per_node % job.ep_size == 0
-        ranks, tp_mesh = group_of(range(job.ep_size), job.per_node), model._device_mesh["tp"] if job.tp_size > 1 else None
+        ranks, tp_mesh = (
+            group_of(range(job.ep_size), job.per_node),
+            model._device_mesh["tp"] if job.tp_size > 1 else None,
+        )
         for module in filter(is_experts, model.modules()):
             module.forward = Alone(module, ranks, watch, near, tp_mesh)
     if job.recompute:

@@ -1,17 +1,15 @@
 """A step on any number of ranks, found on one machine: the real layout, among ranks that do not exist, and a trace.
 
-The model is laid out by the code that lays it out in training (parallel/, Transformers' meshes, FSDP2, expert and tensor
-parallelism), on the meta device under a fake process group. What a rank holds and what FSDP sends are read from the
-shards and groups that come out; activations and tokens between ranks are those of the traced step (memory.py).
+The model is laid out by the code that lays it out in training (parallel/, Transformers' meshes, FSDP2, expert and
+tensor parallelism), on the meta device under a fake process group. What a rank holds and what FSDP sends are read from
+the shards and groups that come out; activations and tokens between ranks are those of the traced step (memory.py).
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import initialization
 
 from expertmesh.parallel.clip import local

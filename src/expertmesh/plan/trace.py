@@ -71,7 +71,7 @@ class Watch(TorchDispatchMode):
     that run. share: of the rows of experts those that are not padding.
     """
 
-    def __init__(self, trace: Trace, keys: float, tp: Group = Group()) -> None:
+    def __init__(self, trace: Trace, keys: float, tp: Group) -> None:
         super().__init__()
         self.trace, self.keys, self.tp, self.share = trace, keys, tp, 1.0
         self._by: dict[str, int] = defaultdict(int)
