@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from plans import beside_measured
+from simulate import beside_published
 
 from expertmesh.bench.arms import LIBRARIES
 
@@ -349,10 +350,16 @@ def plans() -> str:
     return f"{said}\n\n{table(header, cells)}"
 
 
+def simulated(name: str) -> str:
+    """What simulated ranks hold and send, beside what was published (simulate.py)."""
+    result = load(name)
+    return f"{table(*beside_published(result['rows']))}\n\n{source(result)}"
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "loops": loops, "arms_of_loops": arms_of_loops, "steps": steps, "worth": worth, "proof": proof,
     "components": components, "trace": trace, "exchanges": exchanges, "published": published, "rows": rows,
-    "plans": plans, "kernels": kernels, "small_kernels": small_kernels, "cpu": cpu,
+    "plans": plans, "simulated": simulated, "kernels": kernels, "small_kernels": small_kernels, "cpu": cpu,
 }  # fmt: skip
 
 

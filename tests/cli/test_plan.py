@@ -48,6 +48,19 @@ def test_small_states_and_gradients_that_do_not_stand_are_planned(planned):
     assert "adamw-8bit, gradients released" in said
 
 
+def test_ranks_that_do_not_exist_are_simulated(planned):
+    keys = ["parallel.ep_size=4", "parallel.tp_size=2", "--simulate", "8", "--per-node", "2", "--network", "12.5"]
+    code, said, errors = planned(tiny_config("qwen3_moe", **SMALL), *keys)
+    assert code == 0 and "fastest first" not in said and "tp_size 2" in said
+    for line in (
+        "laid out by the real code for 8 ranks, 2 on a node",
+        "shards of a GPU",
+        "tensor parallelism",
+        "network",
+    ):
+        assert line in said
+
+
 def test_a_run_that_does_not_fit_exits_with_1(planned):
     config = config_of(WORKS["qwen3-30b-a3b"], 4)
     code, said, _ = planned(config, "--gpu", "rtx-4090", "--no-layouts")
@@ -59,7 +72,9 @@ def test_a_run_that_does_not_fit_exits_with_1(planned):
     [
         (["--gpu", "h200x"], "did you mean 'h200'"),
         (["--gpus", "2", "parallel.ep_size=3"], "ep_size=3"),
-        (["--gpus", "2", "parallel.tp_size=2"], "tensor parallelism"),
+        (["--gpus", "3", "parallel.tp_size=2"], "tp_size=2"),
+        (["--simulate", "2", "parallel.tp_size=4"], "tp_size=4"),
+        (["--simulate", "2", "lora={}"], "no adapters"),
         (["train.bf16=true"], "autocast"),
         (["train.optim=lion_32bit"], "train.optim"),
         (["train.gradient_release=exact"], "`running`"),

@@ -390,7 +390,7 @@ def exchanges(rank: int, folder: Path, case: Case) -> dict[str, int]:
     count, real = {"counts": 0, "rows": 0}, dist.all_to_all_single
 
     def counting(output: torch.Tensor, rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        count["counts" if rows.ndim == 1 else "rows"] += 1
+        count["counts" if rows.dtype == torch.int64 else "rows"] += 1
         return real(output, rows, *args, **kwargs)
 
     dist.all_to_all_single = counting

@@ -38,3 +38,20 @@ def test_grouping_kernel_equals_the_stable_sort(kind, tokens, k, experts):
         covered[row:end] += 1
         assert (ids.reshape(-1)[want.slot_S[row:end].long()] == e).all()
     assert (covered[:computed] == 1).all() and (covered[computed:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_rows_of_others_take_no_room_where_it_is_known_how_many_are_here(kind):
+    torch.manual_seed(0)
+    ids, weight = ROUTINGS[kind](65, 8, 16), torch.rand(65, 8)
+    every = group_by_expert_reference(ids, 16, weight)
+    here = max(1, int(every.offsets_E[-1]))
+    want = group_by_expert_reference(ids, 16, weight, here)
+    with backends.interpreted():
+        got = group_by_expert(ids, 16, weight, here)
+    for name in ("slot_S", "token_S", "weight_S"):
+        assert len(getattr(got, name)) == here
+        assert torch.equal(getattr(got, name), getattr(want, name))
+        assert torch.equal(getattr(got, name), getattr(every, name)[:here])
+    assert torch.equal(got.position_TK, every.position_TK) and torch.equal(got.bounds, every.bounds)
+    assert int(got.tiles[2]) <= len(got.tiles[0])

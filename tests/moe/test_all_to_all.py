@@ -22,21 +22,21 @@ def loops(ids_TK: torch.Tensor, num_ranks: int, experts_per_rank: int) -> Routes
     tokens: list[int] = []
     rows: list[list[int]] = []
     position_TR = torch.full((num_tokens, num_ranks), -1, dtype=torch.int32)
-    count_R = torch.zeros(num_ranks, dtype=torch.int64)
+    counts_R2 = torch.zeros(num_ranks, 2, dtype=torch.int64)
     for rank in range(num_ranks):
         for token, ids in enumerate(ids_TK.tolist()):
             local = [i - rank * experts_per_rank if i // experts_per_rank == rank else experts_per_rank for i in ids]
             if min(local) < experts_per_rank:
                 position_TR[token, rank] = len(tokens)
-                count_R[rank] += 1
+                counts_R2[rank] += torch.tensor([1, sum(i < experts_per_rank for i in local)])
                 tokens.append(token)
                 rows.append(local)
     ids_NK = torch.tensor(rows, dtype=torch.int32).view(-1, top_k)
-    return Routes(torch.tensor(tokens, dtype=torch.int64), position_TR, ids_NK, count_R)
+    return Routes(torch.tensor(tokens, dtype=torch.int64), position_TR, ids_NK, counts_R2)
 
 
 def real(routes: Routes) -> Routes:
-    return routes.first(int(routes.count_R.sum()))
+    return routes.first(int(routes.counts_R2[:, 0].sum()))
 
 
 def choices(num_tokens: int, top_k: int, num_experts: int, seed: int = 0) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_routes_equal_their_loops(sizes):
     want = loops(ids_TK, num_ranks, experts_per_rank)
     made = routes_of(ids_TK, num_ranks, experts_per_rank)
     got = real(made)
-    for name in ("token_N", "position_TR", "ids_NK", "count_R"):
+    for name in ("token_N", "position_TR", "ids_NK", "counts_R2"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=0, atol=0)
     # rows behind the real ones point at a token that exists and ask no expert for anything
     assert (made.ids_NK[len(got.ids_NK) :] == experts_per_rank).all()
@@ -84,7 +84,7 @@ def test_a_dispatch_played_on_one_process_computes_every_pair_once(tokens_per_ra
     partial = [torch.full((len(r.token_N), width), float("nan")) for r in routes]
     for source, (x, w, r) in enumerate(zip(rows, weights, routes, strict=True)):
         for n, token in enumerate(r.token_N):
-            rank = int((r.count_R.cumsum(0) <= n).sum())
+            rank = int((r.counts_R2[:, 0].cumsum(0) <= n).sum())
             local = [(k, int(e)) for k, e in enumerate(r.ids_NK[n]) if e < experts_per_rank]
             made = [w[token, k] * (x[token] @ experts[rank * experts_per_rank + e]) for k, e in local]
             partial[source][n] = torch.stack(made).sum(0)

@@ -1,20 +1,14 @@
 """What a plan says of memory is what a real step keeps, and what real shards are."""
 
-import sys
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import PreTrainedModel, initialization
 
-from expertmesh import AutoModelForCausalLM, backends, waiting
+from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.tiny import FAMILIES as FAMILIES_OF_TINY_MODELS
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.memory.states import STATES, bytes_kept
-from expertmesh.parallel.setup import DistributedSetup
 from expertmesh.plan.memory import OPTIMIZERS, Job, memory_of, model_of, trace
 
 SEQ = 128
@@ -63,36 +57,6 @@ def test_what_a_plan_says_is_kept_is_what_autograd_saves(family, recompute):
     real = saved_bytes(model, ids)
     planned = trace(Job(config, seq=SEQ, recompute=recompute, dtype=torch.float32), 140 * 2**30)
     assert sum(planned.kept.values()) == pytest.approx(real, rel=0.05), planned.kept
-
-
-LAYOUTS = ({}, {"ep_size": 2}, {"ep_size": 4}, {"ep_size": 2, "dp_replicate_size": 2}, {"dp_replicate_size": 4})
-
-
-@pytest.fixture
-def four_ranks(monkeypatch):
-    """This process is the first of four ranks, of which the others do not exist."""
-    monkeypatch.setattr(waiting, "_backends", lambda group: [])
-    monkeypatch.setattr(sys.modules["expertmesh.fuse"], "refuse_differences", lambda *_: None)
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=4, MASTER_ADDR="127.0.0.1", MASTER_PORT=1).items():
-        monkeypatch.setenv(name, str(value))
-    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
-def test_what_a_plan_says_a_rank_holds_is_what_the_real_layout_gives_it(family, four_ranks):
-    for sizes in LAYOUTS:
-        layout, _, meshes = PreTrainedModel.prepare_distribute_model(DistributedSetup(**sizes).to_transformers())
-        with initialization.no_init_weights(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
-            model = AutoModelForCausalLM.from_config(tiny_config(family))
-        model = model.maybe_distribute_model(model, layout, meshes)
-        real = {
-            name: (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
-            for name, parameter in model.named_parameters()
-        }
-        planned = trace(Job(tiny_config(family), seq=32, world_size=4, **sizes), 140 * 2**30).parameters
-        assert {name: elements for name, (elements, _, _) in planned.items()} == real, sizes
 
 
 def test_gradients_that_are_released_never_stand_together():

@@ -1,5 +1,6 @@
 """`expertmesh plan`: whether a run fits a kind of GPU, how fast it will be, and which layouts are faster."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -7,10 +8,12 @@ import typer
 if TYPE_CHECKING:
     from expertmesh.plan import Plan
     from expertmesh.plan.layouts import Layout
+    from expertmesh.plan.simulate import Simulation
 
 GIB = 2**30
 SHOWN = 10  # layouts
 SMALLEST = 0.005 * GIB  # what is shown of a piece
+SIMULATE = "Lay the model out for so many ranks by the real code, and plan from the shards that one holds."
 GPU = "Kind of GPU: h200, h100-80gb, b200, a100-80gb or rtx-4090."
 
 
@@ -25,6 +28,9 @@ def plan(
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs; without it parallel.nproc, or 1.")] = None,
     gpu: Annotated[str, typer.Option(help=GPU)] = "h200",
+    simulate: Annotated[int | None, typer.Option(min=1, help=SIMULATE, show_default=False)] = None,
+    per_node: Annotated[int, typer.Option(min=1, help="With --simulate: GPUs of a node.")] = 8,
+    network: Annotated[float, typer.Option(min=0.1, help="GB/s that a GPU sends to other nodes.")] = 40.0,
     layouts: Annotated[bool, typer.Option(help="Look for faster layouts, which takes a minute or two.")] = True,
 ) -> None:
     """Say what each GPU of a run needs, piece by piece, how long a step takes, and which layouts fit, fastest first.
@@ -34,12 +40,16 @@ def plan(
     """
     from expertmesh.plan.layouts import search
     from expertmesh.train.config import ConfigError, is_override, load_config
-    from expertmesh.train.planned import plan_of
+    from expertmesh.train.planned import gpu_of, plan_of, simulation_of
 
     files = [argument for argument in arguments or [] if not is_override(argument)]
     if len(files) > 1:
         raise ConfigError(f"One configuration file is expected, and here are {len(files)}: {', '.join(files)}.")
     config = load_config(files[0] if files else None, [word for word in arguments or [] if is_override(word)])
+    if simulate:
+        simulation = simulation_of(config, simulate, replace(gpu_of(gpu), network=network * 1e9), per_node)
+        typer.echo("\n".join([*simulated(simulation), "", *report(simulation.plan)]))
+        raise typer.Exit(0 if simulation.plan.fits else 1)
     found = plan_of(config, gpus or config.parallel.nproc or 1, gpu)
     typer.echo("\n".join(report(found)))
     if layouts:
@@ -71,6 +81,25 @@ def report(found: "Plan") -> list[str]:
     return lines
 
 
+def simulated(found: "Simulation") -> list[str]:
+    """The lines of what real shards say."""
+    job, speed = found.plan.layout.job, found.plan.layout.speed
+    least = speed.step - found.seconds_hidden
+    return [
+        f"{found.parameters / 1e9:.1f}B parameters, laid out by the real code for {job.world_size} ranks, "
+        f"{job.per_node} on a node",
+        "",
+        "shards of a GPU                    GiB",
+        *_gib(found.held),
+        "",
+        "sent by a GPU in a step        GB: NVLink   network",
+        *(f"  {name:<28} {sent.wire / 1e9:>9.2f} {sent.network / 1e9:>9.2f}" for name, sent in found.sent.items()),
+        "",
+        f"a step takes {speed.step:.2f} s if nothing overlaps, {least:.2f} s if what FSDP sends is hidden: "
+        f"{speed.tokens_per_second:,.0f} to {speed.tokens / least:,.0f} tokens/s on each GPU",
+    ]
+
+
 def ranked(found: "list[Layout]") -> list[str]:
     """The lines of the fastest layouts."""
     if not found:
@@ -86,7 +115,9 @@ def named(layout: "Layout") -> str:
     """A layout in words."""
     job = layout.job
     words = [f"{job.batch} x {job.seq} tokens"]
-    words += [f"ep_size {job.ep_size}", f"{job.world_size // job.dp_replicate_size} shards"] * (job.world_size > 1)
+    shards = job.world_size // job.dp_replicate_size // job.tp_size
+    words += [f"ep_size {job.ep_size}", f"{shards} shards"] * (job.world_size > 1)
+    words += [f"tp_size {job.tp_size}"] * (job.tp_size > 1)
     return ", ".join(
         [*words, *["layers recomputed"] * job.recompute, job.optimizer, *["gradients released"] * job.released]
     )

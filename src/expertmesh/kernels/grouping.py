@@ -50,19 +50,20 @@ class Grouping:
         return self.bounds[1:]
 
 
-def group_by_expert(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None) -> Grouping:
+def group_by_expert(
+    ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None, num_rows: int | None = None
+) -> Grouping:
     """Sort the S = T·K routed rows by expert.
 
     ids_TK: integer tensor [T, K]; ids outside [0, num_experts) mark rows to skip. weight_TK: routing weights, any float
-    type, to be sorted along (without gradient).
+    type, to be sorted along (without gradient). num_rows: S, if it is known how many are not skipped.
     """
-    if use_triton(ids_TK):
-        return _group_triton(ids_TK, num_experts, weight_TK)
-    return group_by_expert_reference(ids_TK, num_experts, weight_TK)
+    group = _group_triton if use_triton(ids_TK) else group_by_expert_reference
+    return group(ids_TK, num_experts, weight_TK, num_rows)
 
 
 def group_by_expert_reference(
-    ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None
+    ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None, num_rows: int | None = None
 ) -> Grouping:
     """The specification of `group_by_expert`, in PyTorch: a stable sort."""
     flat = or_none(ids_TK.reshape(-1), num_experts)
@@ -74,6 +75,7 @@ def group_by_expert_reference(
     position = torch.where(flat < num_experts, position, -1).to(torch.int32)
     weight_S = None if weight_TK is None else weight_TK.detach().reshape(-1)[slot_S].float()
     slot_S = slot_S.to(torch.int32)
+    slot_S, weight_S = slot_S[:num_rows], None if weight_S is None else weight_S[:num_rows]
     return Grouping(slot_S, slot_S // ids_TK.shape[1], position.view(ids_TK.shape), bounds, weight_S=weight_S)
 
 
@@ -102,13 +104,14 @@ def _int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
     return [piece if len(piece) == size else piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
 
 
-def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None) -> Grouping:
+def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None, here: int | None) -> Grouping:
     num_rows, top_k, device = ids_TK.numel(), ids_TK.shape[1], ids_TK.device
+    here = num_rows if here is None else here
     bins = triton.next_power_of_2(num_experts)
     sort_block = _sort_block(num_rows)
     num_blocks = max(1, triton.cdiv(num_rows, sort_block))
-    block = _block_rows(num_rows // num_experts)
-    max_tiles = triton.cdiv(num_rows, block) + num_experts
+    block = _block_rows(here // num_experts)
+    max_tiles = triton.cdiv(here, block) + num_experts
     slot_S, token_S, position_S, bounds, tile_expert, tile_row, num_tiles, counts = _int32(
         device, num_rows, num_rows, num_rows, 1 + num_experts, max_tiles, max_tiles, 1, num_blocks * bins
     )
@@ -123,7 +126,8 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
         BLOCK=sort_block, TILE=block, TILES=tiles_of_block, BINS=bins, PART=part, num_warps=8,
     )  # fmt: skip
     tiles = tile_expert, tile_row, num_tiles
-    return Grouping(slot_S, token_S, position_S.view(ids_TK.shape), bounds, tiles, block, weight_S)
+    weight_S = None if weight_S is None else weight_S[:here]
+    return Grouping(slot_S[:here], token_S[:here], position_S.view(ids_TK.shape), bounds, tiles, block, weight_S)
 
 
 @launched

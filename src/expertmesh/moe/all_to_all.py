@@ -33,9 +33,9 @@ class AllToAll(Exchange):
         packed: list[torch.Tensor] = []
         num_experts, top_k = self.layer.num_local_experts, weight_TK.shape[1]
 
-        def decide() -> tuple[torch.Tensor, Routes, list[int], list[int]]:
+        def decide() -> tuple[torch.Tensor, Routes, list[int], list[int], int]:
             routes = routes_of(ids_TK, self.layer.num_ranks, num_experts)
-            both = torch.stack([routes.count_R, torch.zeros_like(routes.count_R)])  # to each rank, from each rank
+            both = torch.stack([routes.counts_R2, torch.zeros_like(routes.counts_R2)])  # to each rank, from each rank
             dist.all_to_all_single(both[1], both[0], group=self.layer.group)
             if both.is_cuda:
                 on_device, arrived = both, torch.cuda.Event()
@@ -44,17 +44,20 @@ class AllToAll(Exchange):
                 arrived.record()
                 packed.extend(self._pack(x_TH, weight_TK, routes))  # the device's work while counts travel
                 arrived.synchronize()
-            send, recv = both.tolist()
-            return ids_TK, routes.first(sum(send)), send, recv
+            (send, _), (recv, pairs) = both.transpose(1, 2).tolist()
+            return ids_TK, routes.first(sum(send)), send, recv, sum(pairs)
 
         # what the backward and a recompute repeat
-        self._ids_TK, self._routes, self._send, self._recv = kept(decide)
+        self._ids_TK, self._routes, self._send, self._recv, self._pairs = kept(decide)
         self._weight_dtype = weight_TK.dtype
         x_NH, meta_NK2 = packed or self._pack(x_TH, weight_TK, self._routes)
         meta_MK2, x_MH = self._exchange(self._send, self._recv, meta_NK2, x_NH)
         if not sum(self._recv):
             meta_MK2[:, :top_k] = num_experts  # the row of zeros has no expert here
         return x_MH, meta_MK2[:, :top_k].long(), meta_MK2[:, top_k:].contiguous().view(torch.float32)
+
+    def rows_here(self) -> int:
+        return max(1, self._pairs)
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
         (back_NH,) = self._exchange(self._recv, self._send, made.sums())
@@ -100,13 +103,13 @@ class Routes(NamedTuple):
 
     token_N: the token of each row, int64. position_TR: the row of token t for rank r, -1 if r has none of its experts,
     int32. ids_NK: expert ids as the destination numbers its own, E/R ("not mine") for pairs of other ranks, int32.
-    count_R: rows for each rank, int64.
+    counts_R2: rows for each rank, and pairs of a token and an expert in them, int64.
     """
 
     token_N: torch.Tensor
     position_TR: torch.Tensor
     ids_NK: torch.Tensor
-    count_R: torch.Tensor
+    counts_R2: torch.Tensor
 
     def first(self, num_rows: int) -> "Routes":
         """The same without what lies behind the real rows."""
@@ -121,13 +124,14 @@ def routes_of(ids_TK: torch.Tensor, num_ranks: int, experts_per_rank: int) -> Ro
     """The `Routes` of tokens that chose the global experts ids_TK [T, K].
 
     Only the device knows how many rows there are. So here N = T·min(R, K), the most there can be, and who has learned
-    the true number, Σ count_R, cuts the rows behind it.
+    the true number cuts the rows behind it.
     """
     num_tokens, top_k = ids_TK.shape
     device = ids_TK.device
     owner_TK = ids_TK // experts_per_rank
     ranks = torch.arange(num_ranks, device=device)
-    sent_RT = (owner_TK[None] == ranks[:, None, None]).any(-1)
+    pairs_RT = (owner_TK[None] == ranks[:, None, None]).sum(-1)
+    sent_RT = pairs_RT > 0
     end_RT = sent_RT.view(-1).cumsum(0)  # how many rows end here or before, in the order of the rows
     position_RT = torch.where(sent_RT, end_RT.view(sent_RT.shape) - 1, -1)
     # row n is the first place where n + 1 rows have ended; behind the real rows this is R·T, a rank that nobody is
@@ -136,4 +140,5 @@ def routes_of(ids_TK: torch.Tensor, num_ranks: int, experts_per_rank: int) -> Ro
     rank_N, token_N = place_N // max(num_tokens, 1), place_N % max(num_tokens, 1)
     mine_NK = owner_TK[token_N] == rank_N[:, None]
     ids_NK = torch.where(mine_NK, ids_TK[token_N] - rank_N[:, None] * experts_per_rank, experts_per_rank)
-    return Routes(token_N, position_RT.t().contiguous().to(torch.int32), ids_NK.to(torch.int32), sent_RT.sum(1))
+    counts_R2 = torch.stack([sent_RT.sum(1), pairs_RT.sum(1)], dim=1)
+    return Routes(token_N, position_RT.t().contiguous().to(torch.int32), ids_NK.to(torch.int32), counts_R2)

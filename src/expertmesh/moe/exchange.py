@@ -55,8 +55,12 @@ class Exchange:
         """
         return x_TH, ids_TK, weight_TK
 
+    def rows_here(self) -> int | None:
+        """How many of the M·K pairs this rank computes, at least 1; None if the host does not know."""
+        return None
+
     def rows_to_keep(self, num_rows: int, block: int) -> int | None:
-        """For how many of the rows [S = M·K] there is room until the backward; what has none is computed again. None:
+        """For how many of the rows [S] there is room until the backward; what has none is computed again. None:
         for all.
         """
         return None

@@ -169,8 +169,8 @@ class _Up(torch.autograd.Function):
         exchange: Exchange,
     ):  # fmt: skip
         x_MH, ids_MK, weight_MK = exchange.dispatch(x_TH, ids_TK, weight_TK)
-        group = group_by_expert(ids_MK, w_up.shape[0], weight_MK)
-        keep = exchange.rows_to_keep(ids_MK.numel(), group.block)
+        group = group_by_expert(ids_MK, w_up.shape[0], weight_MK, exchange.rows_here())
+        keep = exchange.rows_to_keep(group.slot_S.numel(), group.block)
         u_SR = None if up_A is None else thin_rows(x_MH, up_A, group, gathered=True)
         h_SJ, a_SI, ctx.in_turns = up_act(x_MH, w_up, b_up, group, act, _low(u_SR, up_B), keep)
         v_SR = None if down_A is None else thin_rows(a_SI, down_A, group, gathered=False)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 from transformers.distributed import fsdp as stock_fsdp
 
+from expertmesh.backends import memory_of
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.experts import NAME, is_experts, runs_here
 from expertmesh.moe.lora import takes_adapters
@@ -89,14 +90,17 @@ def train_together(model: Any, reshard_experts: bool) -> None:
     reshard_experts: free gathered experts after their forward.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        if getattr(module, "_is_expert_parallel", False):
+        if getattr(module, "_is_expert_parallel", False) and isinstance(module, FSDPModule):
             module.set_reshard_after_forward(reshard_experts)
-        state = vars(module._get_fsdp_state())  # torch 2.11 has one unit there, or None
-        for unit in filter(None, state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")])):
+        for unit in units_of(module):
             _limit_waits(unit, f"the weights of {name or type(model).__name__}")
     model.base_model.register_forward_pre_hook(partial(_before_training, model, set(model.modules())))
+
+
+def units_of(module: nn.Module) -> list[Any]:
+    """FSDP's groups of parameters that are gathered together, at this module."""
+    state = vars(module._get_fsdp_state()) if isinstance(module, FSDPModule) else {}
+    return list(filter(None, state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")])))  # torch 2.11 has one
 
 
 def _limit_waits(unit: Any, place: str) -> None:
@@ -176,8 +180,5 @@ def _dense_is_small(model: nn.Module, experts: list[Any]) -> bool:
     """Whether all parameters outside the experts, whole, take less than `SMALL` of the device's memory."""
     of_experts = {parameter for expert in experts for parameter in expert.parameters()}
     dense = sum(p.numel() * p.element_size() for p in model.parameters() if p not in of_experts)
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return dense < SMALL * memory
+    memory = memory_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return dense < SMALL * (memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -13,7 +13,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class GPU:
     """memory: bytes that CUDA reports. flops: of dense bfloat16 products per second. copies: bytes read and written per
-    second. wire: bytes per second that it sends to others of its node. measured: on this GPU; else assumed.
+    second. wire: bytes per second that it sends to others of its node; network: to other nodes, which is assumed: four
+    fifths of 400 Gbit/s, an adapter for each GPU. measured: the others, on this GPU; else assumed.
     """
 
     name: str
@@ -22,6 +23,7 @@ class GPU:
     copies: float
     wire: float
     measured: bool = False
+    network: float = 40e9
 
 
 GPUS = {

@@ -50,10 +50,10 @@ def search(job: Job, gpu: GPU) -> list[Layout]:
 
 
 def ep_sizes(job: Job) -> list[int]:
-    """Sizes that divide the experts and the ranks of a replica."""
+    """Sizes that divide the experts and the ranks of a replica, and that tp_size divides."""
     counts = [next(module.parameters()).shape[0] for module in model_of(job).modules() if is_experts(module)]
     replica = job.world_size // job.dp_replicate_size
-    sizes = [size for size in range(1, replica + 1) if replica % size == 0]
+    sizes = [size for size in range(1, replica + 1) if replica % size == 0 and (size == 1 or size % job.tp_size == 0)]
     return [size for size in sizes if size == 1 or (counts and all(count % size == 0 for count in counts))]
 
 

@@ -16,8 +16,11 @@ from transformers import PreTrainedConfig
 
 from expertmesh.auto import AutoModelForCausalLM
 from expertmesh.moe.experts import is_experts
+from expertmesh.parallel.clip import local
 from expertmesh.parallel.setup import NEAR, DistributedSetup
-from expertmesh.plan.shards import Gradients, spread, unit_of
+from expertmesh.plan.links import group_of
+from expertmesh.plan.ranks import lay_out, rank_of
+from expertmesh.plan.shards import Gradients, Share, cut_experts, spread
 from expertmesh.plan.trace import Trace, Watch, quiet, watched
 from expertmesh.plan.wire import Alone
 
@@ -56,6 +59,7 @@ class Job:
     world_size: int = 1
     ep_size: int = 1
     dp_replicate_size: int = 1
+    tp_size: int = 1
     recompute: bool = False
     optimizer: str = "adamw"
     released: bool = False
@@ -74,6 +78,7 @@ class Job:
             world_size=self.world_size,
             ep_size=self.ep_size,
             dp_replicate_size=self.dp_replicate_size,
+            tp_size=self.tp_size,
             activation_checkpointing=self.recompute,
         )
 
@@ -111,40 +116,50 @@ def model_of(job: Job) -> Any:
     return (job.adapt(model) if job.adapt else model).train()
 
 
-def trace(job: Job, memory: int) -> Trace:
-    """One forward and backward of the job on a rank whose GPU has so many bytes. Raises ValueError for a model that
-    cannot be traced, and for sizes that do not fit each other.
+def trace(job: Job, memory: int, shares: dict[str, Share] | None = None) -> Trace:
+    """One forward and backward of the job on a rank whose GPU has so many bytes. shares: of all parameters, if not
+    by rule (simulate.py). Raises ValueError for a model that cannot be traced, and for sizes that do not fit.
     """
-    model = model_of(job)
+    if job.tp_size == 1:
+        return _trace(model_of(job), job, memory, shares)
+    with rank_of(job.tp_size):  # tensor parallelism is real, among ranks that do not exist
+        model = lay_out(model_of(job), DistributedSetup(tp_size=job.tp_size), memory)
+        return _trace(model, job, memory, shares)
+
+
+def _trace(model: Any, job: Job, memory: int, shares: dict[str, Share] | None) -> Trace:
     found = Trace()
-    watch = Watch(found, mean_keys(job.seq // job.documents))
-    shares, near = spread(model, job, memory), job.ep_size <= NEAR and job.per_node % job.ep_size == 0
+    watch = Watch(found, mean_keys(job.seq // job.documents), group_of(range(job.tp_size), job.per_node))
+    shares = shares or spread(model, job, memory)
+    cut_experts(model, job.ep_size)
     if job.ep_size > 1:
+        near = job.ep_size <= NEAR and job.per_node % job.ep_size == 0
+        ranks, tp_mesh = (
+            group_of(range(job.ep_size), job.per_node),
+            model._device_mesh["tp"] if job.tp_size > 1 else None,
+        )
         for module in filter(is_experts, model.modules()):
-            module.forward = Alone(module, job.ep_size, watch, near)
+            module.forward = Alone(module, ranks, watch, near, tp_mesh)
     if job.recompute:
         model.activation_checkpointing_enable()
         model.enable_input_require_grads() if job.adapt else None
     gradients = Gradients(watch, job)
     units: dict[str, int] = defaultdict(int)  # bytes that FSDP gathers together and frees again
     for name, parameter in model.named_parameters():
-        share, size = shares[name], parameter.element_size()
-        held = share.elements(parameter.shape)
-        found.parameters[name] = held, size, parameter.requires_grad
-        watch.disown(parameter)
-        watch.take("parameters", held * size)
-        unit = unit_of(name, share.kept)
+        share, whole = shares[name], local(parameter)
+        size = whole.element_size()
+        found.parameters[name] = share.elements, size, parameter.requires_grad
+        watch.disown(whole)
+        watch.take("parameters", share.elements * size)
         if share.kept:
-            watch.take("gathered weights", parameter.nbytes)
+            watch.take("gathered weights", whole.nbytes)
         elif share.gathered:
-            units[unit] += parameter.nbytes
-        if share.gathered:
-            times = (2 if share.kept else 3) if parameter.requires_grad else (1 if share.kept else 2)
-            watch.add("wire, FSDP", 0.0, times * parameter.nbytes * (share.ranks - 1) / share.ranks)
+            units[share.unit] += whole.nbytes
+        watch.sends(", FSDP", *share.sends(whole.nbytes, parameter.requires_grad))
         if parameter.requires_grad:
             if job.accumulates:
-                watch.take("gradients", held * size)
-            parameter.register_post_accumulate_grad_hook(gradients.of(unit, share))
+                watch.take("gradients", share.elements * size)
+            parameter.register_post_accumulate_grad_hook(gradients.of(share))
     for buffer in model.buffers():
         watch.own(buffer, "parameters")
     watch.take("gathered weights", sum(sorted(units.values())[-2:]))  # a layer's, and the next one's, which come then

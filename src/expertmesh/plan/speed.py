@@ -32,7 +32,6 @@ SHARES = {
     "optimizer and clipping": (1.0, 0.8),
 }
 LAUNCH = 2e-6  # seconds
-WIRE = "wire"
 #: kind of work -> what it is called in a plan
 COMPONENTS = {
     "dense": "dense products",
@@ -45,12 +44,18 @@ COMPONENTS = {
     "scan": "Mamba2",
     "wire": "wire: tokens of experts",
     "wire, FSDP": "wire: weights and gradients",
+    "wire, TP": "wire: tensor parallelism",
+    "network": "network: tokens of experts",
+    "network, FSDP": "network: weights, gradients",
+    "network, TP": "network: tensor parallelism",
 }
 
 
 @dataclass(frozen=True)
 class Speed:
-    """seconds: of one optimizer step, by component. tokens: of one rank in it."""
+    """seconds: of one optimizer step, by component. tokens: of one rank in it (of a batch that
+    tp_size ranks share, its part).
+    """
 
     seconds: dict[str, float]
     tokens: int
@@ -75,13 +80,14 @@ def speed_of(job: Job, found: Trace, gpu: GPU, micro_batches: int = 1, steps: bo
     if steps:
         kind = "optimizer and clipping"
         seconds[kind] = seconds_of(kind, Work(0.0, _optimizer_bytes(job, found), 2), gpu)
-    return Speed(seconds, job.batch * job.seq * micro_batches)
+    return Speed(seconds, job.batch * job.seq * micro_batches // job.tp_size)
 
 
 def seconds_of(kind: str, work: Work, gpu: GPU) -> float:
     """The time of one kind of work."""
-    if kind.startswith(WIRE):
-        return work.bytes / gpu.wire
+    link = kind.partition(",")[0]
+    if link in ("wire", "network"):
+        return work.bytes / getattr(gpu, link)
     rate, copies = SHARES[kind]
     return work.flops / (rate * gpu.flops) + work.bytes / (copies * gpu.copies) + work.times * LAUNCH
 

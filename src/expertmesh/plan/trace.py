@@ -18,11 +18,15 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
+from expertmesh.plan.links import Group, Sent
 from expertmesh.plan.pieces import piece_of_caller
 
 #: kernels that multiply: where among their arguments rows, weights [E, ...] and bounds [E + 1] of experts are, the kind
@@ -32,6 +36,8 @@ PRODUCTS = {
     "grouped_wgrad._grouped_wgrad_kernel": (2, 3, 4, "experts, backward"),
 }
 SINKS = {"sink_kernels.sink_over_keys": 2.0, "sink_kernels.sink_over_queries": 4.0}  # products of a query with a key
+#: collectives of tensor parallelism, and how often a ring passes the whole tensor
+COLLECTIVES = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
 aten = torch.ops.aten
 
 
@@ -61,11 +67,13 @@ class Trace:
 
 
 class Watch(TorchDispatchMode):
-    """Counts storages as they come and go, and operations. share: of the rows of experts those that are not padding."""
+    """Counts storages as they come and go, and operations. keys: that a token sees. tp: the ranks of the collectives
+    that run. share: of the rows of experts those that are not padding.
+    """
 
-    def __init__(self, trace: Trace, keys: float) -> None:
+    def __init__(self, trace: Trace, keys: float, tp: Group) -> None:
         super().__init__()
-        self.trace, self.keys, self.share = trace, keys, 1.0
+        self.trace, self.keys, self.tp, self.share = trace, keys, tp, 1.0
         self._by: dict[str, int] = defaultdict(int)
         self._storages: dict[int, tuple[Any, str, int]] = {}
         self.live = self.most = 0
@@ -112,8 +120,19 @@ class Watch(TorchDispatchMode):
         """Note one operation."""
         self.trace.work[kind] = self.trace.work[kind].and_also(flops, size)
 
+    def sends(self, what: str, *sent: Sent) -> None:
+        """Note exchanges."""
+        for one in sent:
+            for kind, size in one._asdict().items():
+                if size:
+                    self.add(kind + what, 0.0, size)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if DTensor in types:  # what it does with the tensors of this rank comes here again
+            return NotImplemented
         kwargs = kwargs or {}
+        if FakeTensor in types:  # it asks for a shape
+            return func(*args, **kwargs)
         wide = kwargs.get("out_dtype") is not None or any(isinstance(x, torch.dtype) for x in args)
         if wide and func.overloadpacket in (aten.mm, aten.addmm):  # meta tensors have no such product
             a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
@@ -135,6 +154,9 @@ class Watch(TorchDispatchMode):
                 2.0 * made[0].numel() * a.shape[-1],
                 sum(x.nbytes for x in (*given, *made)),
             )
+        elif name in COLLECTIVES:
+            whole = max(x.nbytes for x in (*given, *made))
+            self.sends(", TP", *[self.tp.ring(whole)] * COLLECTIVES[name])
         elif name not in ("empty", "empty_like", "new_empty", "empty_strided") and (fresh or name.endswith("_")):
             self.add("memory", 0.0, sum(_touched(x) for x in (*given, *made)))
         return out
@@ -193,6 +215,7 @@ def watched(watch: Watch, memory: int) -> Iterator[None]:
             mock.patch.object(flash_attention, "takes", lambda *_: True),
             mock.patch.object(flash_attention, "flash_attention", attend),
             mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", sdpa),
+            mock.patch.object(dist, "all_reduce", lambda *_, **__: None),  # of norms' gradients, by tensor parallelism
             mock.patch.object(torch, "is_autocast_enabled", lambda *_: False),  # they do not know meta tensors
             mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
             watch,

@@ -4,6 +4,7 @@ They allocate what a rank's exchange allocates (moe/gather.py, moe/all_to_all.py
 Experts are balanced: every rank of the group gets its share of the rows.
 """
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +14,7 @@ from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.exchange import Exchange, Outputs
 from expertmesh.moe.gather import Gather
 from expertmesh.moe.links import Mailboxes
+from expertmesh.plan.links import Group
 from expertmesh.plan.trace import Watch
 
 
@@ -21,10 +23,11 @@ class Alone(Dispatch):
 
     waits: Any
 
-    def __init__(self, experts: Any, num_ranks: int, watch: Watch, near: bool) -> None:
+    def __init__(self, experts: Any, ranks: Group, watch: Watch, near: bool, tp_mesh: Any = None) -> None:
         self.transport = PlannedGather if near else PlannedAllToAll
-        self.experts, self.slices, self.group, self.rank = experts, False, None, 0
-        self.num_ranks, self.num_local_experts = num_ranks, experts.num_experts
+        self.experts, self.slices, self.tp_mesh = experts, tp_mesh is not None, tp_mesh
+        self.group, self.rank, self.ranks = None, 0, ranks
+        self.num_ranks, self.num_local_experts = ranks.size, experts.num_experts
         self.waits, self.watch = nullcontext(), watch
 
 
@@ -75,11 +78,17 @@ class PlannedAllToAll(Exchange):
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> tuple:
         tokens, top_k, ranks = *ids_TK.shape, self.layer.num_ranks
-        rows = max(1, round(tokens * ranks * (1 - (1 - 1 / ranks) ** top_k)))
-        self.tokens, self.rows, self.wire = tokens, rows, (ranks - 1) / ranks
-        self.layer.watch.share = tokens / rows
+        others = (ranks - 1) * self.layer.num_local_experts  # of which a rank that gets no row has all K
+        missed = math.comb(others, top_k) / math.comb(ranks * self.layer.num_local_experts, top_k)
+        rows = max(1, round(tokens * ranks * (1 - missed)))
+        self.tokens, self.rows = tokens, rows
+        self.pairs = tokens * top_k
+        self.layer.watch.share = 1.0
         self._sends(x_TH, 2 * top_k * 4)
         return x_TH.new_empty(rows, x_TH.shape[1]), ids_TK.new_empty(rows, top_k), weight_TK.new_empty(rows, top_k)
+
+    def rows_here(self) -> int:
+        return self.pairs
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
         sums = made.sums()
@@ -103,4 +112,4 @@ class PlannedAllToAll(Exchange):
 
     def _sends(self, rows: torch.Tensor, more: int = 0) -> None:
         size = self.rows * (rows.shape[1] * rows.itemsize + more)
-        self.layer.watch.add("wire", 0.0, size * self.wire)
+        self.layer.watch.sends("", self.layer.ranks.pairs(size))

@@ -1,5 +1,6 @@
 """The plan of a run from its configuration: what `expertmesh plan` prints."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from expertmesh.plan import Plan, plan
 from expertmesh.plan.gpus import GPU, GPUS
 from expertmesh.plan.memory import Job
+from expertmesh.plan.simulate import Simulation, simulate
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import known
 from expertmesh.train.inputs import load_model_config, lora
@@ -29,6 +31,17 @@ def plan_of(config: Config, gpus: int, gpu: str) -> Plan:
         raise ConfigError(str(error)) from error
 
 
+def simulation_of(config: Config, ranks: int, gpu: GPU, per_node: int) -> Simulation:
+    """The plan of this run on so many ranks, from the shards of the real layout. Raises ConfigError as `plan_of`."""
+    if config.lora is not None:
+        raise ConfigError("lora: a simulation lays the whole model out and knows no adapters. Leave it out, or plan.")
+    job = replace(job_of(config, ranks), per_node=per_node)
+    try:
+        return simulate(job, gpu, config.train.gradient_accumulation_steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def gpu_of(name: str) -> GPU:
     """The GPU of this name. Raises ConfigError for an unknown one."""
     known("--gpu", name, list(GPUS))
@@ -38,8 +51,6 @@ def gpu_of(name: str) -> GPU:
 def job_of(config: Config, gpus: int) -> Job:
     """The `Job` of a run. Raises ConfigError for settings that a plan does not know."""
     train, parallel = config.train, config.parallel
-    if parallel.tp_size > 1:
-        raise ConfigError("parallel.tp_size: a plan does not know tensor parallelism. Set it to 1.")
     if train.bf16:
         raise ConfigError("train.bf16: a plan does not know autocast. Set model.dtype to bfloat16 instead.")
     if train.optim not in OPTIMS:
@@ -58,6 +69,7 @@ def job_of(config: Config, gpus: int) -> Job:
         world_size=gpus,
         ep_size=parallel.ep_size,
         dp_replicate_size=parallel.dp_replicate_size,
+        tp_size=parallel.tp_size,
         recompute=train.activation_checkpointing,
         optimizer=f"adamw-{train.optim_states}" if train.optim_states else OPTIMS[train.optim],
         released=train.gradient_release is not None,

@@ -1,0 +1,116 @@
+"""A step on any number of ranks, found on one machine: the real layout, among ranks that do not exist, and a trace.
+
+The model is laid out by the code that lays it out in training (parallel/, Transformers' meshes, FSDP2, expert and
+tensor parallelism), on the meta device under a fake process group. What a rank holds and what FSDP sends are read from
+the shards and groups that come out; activations and tokens between ranks are those of the traced step (memory.py).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from transformers import initialization
+
+from expertmesh.parallel.clip import local
+from expertmesh.parallel.layout import units_of
+from expertmesh.plan import Plan
+from expertmesh.plan.gpus import GPU
+from expertmesh.plan.layouts import Layout
+from expertmesh.plan.links import Group, Sent, group_of
+from expertmesh.plan.memory import Job, memory_of, model_of, trace
+from expertmesh.plan.ranks import lay_out, rank_of
+from expertmesh.plan.shards import Share
+from expertmesh.plan.speed import COMPONENTS, speed_of
+from expertmesh.plan.trace import Trace
+
+WHAT = {", FSDP": "weights and gradients", "": "tokens of experts", ", TP": "tensor parallelism"}
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A plan by real shards. parameters: of the whole model. held: bytes on this rank of "parameters", "gradients" and
+    "optimizer states" if all stand at once. sent: by this rank in a step, by what it is for.
+    """
+
+    plan: Plan
+    parameters: int
+    held: dict[str, int]
+    sent: dict[str, Sent]
+
+    @property
+    def seconds_hidden(self) -> float:
+        """Of a step, what weights and gradients take on the way: at best all of it passes beside the computing."""
+        seconds = self.plan.layout.speed.seconds
+        return sum(seconds.get(COMPONENTS[f"{link}, FSDP"], 0.0) for link in Sent._fields)
+
+
+def simulate(job: Job, gpu: GPU, micro_batches: int = 1, rank: int = 0) -> Simulation:
+    """The plan of a job for one of its ranks; the first holds the most.
+
+    Raises ValueError as `trace`, and if the layout does not fit the model.
+    """
+    shares, total = real_shares(job, gpu.memory, rank)
+    found = trace(job, gpu.memory, shares)
+    layout = Layout(job, memory_of(job, found), speed_of(job, found, gpu, micro_batches))
+    learning = sum(elements * size for elements, size, learns in found.parameters.values() if learns)
+    held = {
+        "parameters": sum(elements * size for elements, size, _ in found.parameters.values()),
+        "gradients": 0 if job.released else learning,
+        "optimizer states": layout.memory.pieces["optimizer states"],
+    }
+    return Simulation(Plan(gpu, layout, micro_batches), total, held, _sent(found, micro_batches))
+
+
+def real_shares(job: Job, memory: int, rank: int = 0) -> tuple[dict[str, Share], int]:
+    """What the real layout leaves on a rank: {name: share}; and how many parameters the model has."""
+    if job.world_size == 1:
+        model = model_of(job)
+        return {name: Share(parameter.numel(), name) for name, parameter in model.named_parameters()}, _count(model)
+    with rank_of(job.world_size, rank):
+        with initialization.no_init_weights(), initialization.meta_device_safe_creation_ops():
+            model = model_of(job)
+        total = _count(model)
+        return shares_of(lay_out(model, job.setup(), memory), job.per_node), total
+
+
+def shares_of(model: nn.Module, per_node: int) -> dict[str, Share]:
+    """The shares of a model that is laid out: {name: share}."""
+    found = {}
+    for name, module in model.named_modules():
+        for number, unit in enumerate(units_of(module)):
+            # the outermost module keeps what it gathered, unless it was told otherwise
+            kept = unit.post_forward_mesh_info is None or module is model
+            found |= {id(one.sharded_param): (f"{name} {number}", unit.mesh_info, kept) for one in unit.fsdp_params}
+    shares = {}
+    for name, parameter in model.named_parameters():
+        elements = local(parameter).numel()
+        if id(parameter) not in found:  # experts that are whole on their rank
+            shares[name] = Share(elements, name)
+            continue
+        unit, mesh, kept = found[id(parameter)]
+        group, copies = (
+            _group_of(getattr(mesh, f"{kind}_process_group", None), per_node) for kind in ("shard", "replicate")
+        )
+        shares[name] = Share(elements, unit, group, copies, group.size > 1, kept and group.size > 1)
+    return shares
+
+
+def _group_of(group: Any, per_node: int) -> Group:
+    if group is None:
+        return Group()
+    ranks = dist.get_process_group_ranks(group)
+    first = ranks.index(dist.get_rank())
+    return group_of(ranks[first:] + ranks[:first], per_node)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _sent(found: Trace, micro_batches: int) -> dict[str, Sent]:
+    sent = {
+        name: Sent(*(micro_batches * found.work[link + what].bytes for link in Sent._fields))
+        for what, name in WHAT.items()
+    }
+    return {name: one for name, one in sent.items() if any(one)}
