@@ -31,6 +31,7 @@ from expertmesh.parallel.setup import current_world_size
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
 from expertmesh.train.folder import check_folder, check_room, save_final, starting_point
+from expertmesh.train.forecast import BesidePlan, foretell
 from expertmesh.train.inputs import Inputs, gather, loading_part, lora, origin
 from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.launch import join, layout
@@ -72,7 +73,9 @@ def build(config: Config) -> SFTTrainer:
         sections = config.model_dump(exclude={"save": {"output_dir"}}).items()
         told = {f"{name}.{key}": value for name, keys in sections for key, value in (keys or {}).items()}
         refuse_differences("the configuration", told)
-    inputs, model = gather(config), load_model(config)
+    inputs = gather(config)
+    plan = foretell(config, current_world_size()) if _is_first() else None
+    model = load_model(config)
     if config.moe.freeze_router:
         for _, router in routers(model):
             router.requires_grad_(False)
@@ -96,6 +99,8 @@ def build(config: Config) -> SFTTrainer:
         ) from error
     for quiet in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(quiet)
+    if plan is not None:
+        trainer.add_callback(BesidePlan(plan, trainer))
     _check_prepared(trainer, inputs, config)
     return trainer
 
