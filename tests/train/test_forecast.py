@@ -38,7 +38,10 @@ def test_what_cannot_be_planned_runs_and_a_line_says_why(tmp_path, on, capsys):
     config = load_config(None, tiny_run(tmp_path))
     assert foretell(config, 1) is None and capsys.readouterr().err == ""  # no GPU
     on("NVIDIA L40S")
-    assert foretell(config, 1) is None and "No plan: no rates are known of NVIDIA L40S" in capsys.readouterr().err
+    assert (
+        foretell(config, 1) is None
+        and "No plan: no rates are known of this machine's NVIDIA L40S" in capsys.readouterr().err
+    )
     on()
     config.train.bf16 = True
     assert foretell(config, 1) is None and "No plan: train.bf16" in capsys.readouterr().err

@@ -33,14 +33,19 @@ def plan(
     configuration.
     """
     from expertmesh.plan.layouts import search
+    from expertmesh.train.choice import choose, open_keys, values, written
     from expertmesh.train.config import ConfigError, is_override, load_config
-    from expertmesh.train.planned import plan_of
+    from expertmesh.train.planned import gpu_of, plan_of
 
     files = [argument for argument in arguments or [] if not is_override(argument)]
     if len(files) > 1:
         raise ConfigError(f"One configuration file is expected, and here are {len(files)}: {', '.join(files)}.")
     config = load_config(files[0] if files else None, [word for word in arguments or [] if is_override(word)])
-    found = plan_of(config, gpus or config.parallel.nproc or 1, gpu)
+    ranks = gpus or config.parallel.nproc or 1
+    if keys := open_keys(config):
+        config = choose(config, ranks, gpu_of(gpu))
+        typer.echo(f"auto: {written({key: values(config)[key] for key in keys})}\n")
+    found = plan_of(config, ranks, gpu)
     typer.echo("\n".join(report(found)))
     if layouts:
         typer.echo("\n".join(ranked(search(found.layout.job, found.gpu))))

@@ -51,12 +51,14 @@ def gpu_here() -> GPU | None:
     for kind, gpu in GPUS.items():
         if {word for word in kind.split("-") if not word.endswith("gb")} <= words and "mig" not in words:
             return replace(gpu, memory=memory)
-    raise ConfigError(f"no rates are known of {name}, only of {', '.join(GPUS)}.")
+    raise ConfigError(f"no rates are known of this machine's {name}, only of {', '.join(GPUS)}.")
 
 
 def job_of(config: Config, gpus: int) -> Job:
     """The `Job` of a run. Raises ConfigError for settings that a plan does not know."""
     train, parallel = config.train, config.parallel
+    batch, ep_size = train.per_device_train_batch_size, parallel.ep_size
+    assert isinstance(batch, int) and isinstance(ep_size, int), "what is `auto` is chosen before (choice.py)"
     if parallel.tp_size > 1:
         raise ConfigError("parallel.tp_size: a plan does not know tensor parallelism. Set it to 1.")
     if train.bf16:
@@ -74,10 +76,10 @@ def job_of(config: Config, gpus: int) -> Job:
     own = torch.float32 if config.model.name == "demo" else own  # as load_model has it
     job = Job(
         model,
-        batch=train.per_device_train_batch_size,
+        batch=batch,
         seq=config.data.max_length,
         world_size=gpus,
-        ep_size=parallel.ep_size,
+        ep_size=ep_size,
         dp_replicate_size=parallel.dp_replicate_size,
         recompute=train.activation_checkpointing,
         optimizer=f"adamw-{train.optim_states}" if train.optim_states else OPTIMS[train.optim],

@@ -28,10 +28,11 @@ from expertmesh import backends, data
 from expertmesh.parallel import ranks
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import current_world_size
+from expertmesh.train.choice import settle
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
 from expertmesh.train.folder import check_folder, check_room, save_final, starting_point
-from expertmesh.train.forecast import BesidePlan, foretell
+from expertmesh.train.forecast import BesidePlan, foretell, naming_what_fits
 from expertmesh.train.inputs import Inputs, gather, loading_part, lora, origin
 from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.launch import join, layout
@@ -59,7 +60,9 @@ def run(config: Config) -> Result:
     """Trains as the configuration says. Raises ConfigError for what cannot be run, NonFiniteError for a bad step."""
     check_folder(config)
     with alone(config.save.output_dir, ranks.ALONE) if _is_first() else nullcontext():  # before a model is loaded
-        return train(config, build(config))
+        config = settle(config, current_world_size())
+        with naming_what_fits(config, current_world_size()):
+            return train(config, build(config))
 
 
 def build(config: Config) -> SFTTrainer:
