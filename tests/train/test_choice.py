@@ -7,7 +7,7 @@ from expertmesh import backends, cli
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.plan.gpus import GPUS
 from expertmesh.plan.layouts import layout_of
-from expertmesh.train import run
+from expertmesh.train import launch, run
 from expertmesh.train.choice import ROOM, changed, choose, next_setting, open_keys, settle
 from expertmesh.train.config import ConfigError, load_config
 from expertmesh.train.planned import job_of, plan_of
@@ -75,6 +75,16 @@ def test_without_a_gpu_auto_is_an_error_except_for_one_rank_s_experts(config, mo
     monkeypatch.setattr(backends, "gpu", lambda: ("NVIDIA L40S", 48 * 2**30))
     with pytest.raises(ConfigError, match=r"parallel.ep_size: `auto` .* NVIDIA L40S, only of h200.* Set a number"):
         settle(config(parallel="auto"), 2)
+
+
+def test_ranks_are_told_what_was_chosen_for_them(config, monkeypatch):
+    given = config(parallel="auto")
+    commands = []
+    monkeypatch.setattr(backends, "gpu", lambda: ("NVIDIA H200", 2048 * MIB))
+    monkeypatch.setattr(launch, "launch", lambda command, *_: commands.append(command) or 0)
+    words = [f"model.name={given.model.name}", "parallel=auto", "parallel.nproc=2", "data.max_length=64"]
+    assert cli.run(["train", *words, f"save.output_dir={given.save.output_dir}"]) == 0
+    assert commands[0][-1] in ("parallel.ep_size=1", "parallel.ep_size=2")
 
 
 def test_a_run_goes_on_with_what_it_chose(tmp_path, monkeypatch, capsys):

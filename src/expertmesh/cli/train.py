@@ -74,4 +74,5 @@ def train(
         again = " ".join(["expertmesh train", *(arguments or []), "save.resume_from_checkpoint=auto"])
         typer.echo(f"Stopped, with a checkpoint in {result.output_dir}. To go on: {again}", err=True)
         raise typer.Exit(result.exit_code)
-    typer.echo(f"Done: the model is in {result.final}, metrics and plots are in {result.output_dir}.", err=True)
+    model = f"the model is in {result.final}, " if result.final else "the model was not saved, "
+    typer.echo(f"Done: {model}metrics and plots are in {result.output_dir}.", err=True)

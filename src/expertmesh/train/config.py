@@ -59,6 +59,8 @@ class ModelSection(Section):
     """Precision of the weights; `auto` is the checkpoint's own on a GPU and float32 on a CPU."""
     attn_implementation: Name | None = None
     """Attention backend, by transformers' name (`sdpa`, `flash_attention_2`, `eager`, ...); unset is its choice."""
+    random_weights: bool = False
+    """Whether to begin with new weights, made on the device; of `name` only config.json and tokenizer are read."""
     trust_remote_code: bool = False
     """Whether to run Python code that comes with the checkpoint."""
     fused: bool | dict[str, bool] = True
@@ -182,6 +184,8 @@ class SaveSection(Section):
 
     output_dir: Name = "runs/expertmesh"
     """Folder of the run: its configuration, metrics, plots, checkpoint-<step>/ and the finished model in final/."""
+    final: bool = True
+    """Whether the trained model is written to final/; without it a run leaves metrics, and checkpoints if asked."""
     save_steps: Count | None = None
     """Optimizer steps between two checkpoints; unset saves when the run is interrupted, and the finished model."""
     save_total_limit: Count | None = 2

@@ -88,7 +88,9 @@ def job_of(config: Config, gpus: int) -> Job:
         fused=config.model.fused,
         attention=config.model.attn_implementation,
         adapt=_adapted(config) if config.lora or config.moe.freeze_router else None,
-        mtp=config.model.fused is not False and (getattr(model, "num_nextn_predict_layers", 0) or 0) > 0,
+        mtp=config.model.fused is not False
+        and not config.model.random_weights
+        and (getattr(model, "num_nextn_predict_layers", 0) or 0) > 0,
         accumulates=train.gradient_accumulation_steps > 1,
     )
     try:
