@@ -12,6 +12,7 @@ from expertmesh.train.choice import ROOM, changed, choose, next_setting, open_ke
 from expertmesh.train.config import ConfigError, load_config
 from expertmesh.train.planned import job_of, plan_of
 from tests.train.runs import tiny_run
+from tests.train.test_launch import pids, start, wait_until_gone
 
 MIB = 2**20
 AUTO = {"parallel": "auto", "train__per_device_train_batch_size": "auto"}
@@ -133,3 +134,31 @@ def test_out_of_memory_ends_in_one_paragraph_with_what_fits(tmp_path, monkeypatc
     assert "The GPU ran out of memory (CUDA out of memory). By its plan the run needs 1.2 of 1.2 GiB" in paragraph
     line = paragraph.partition("This fits: ")[2]
     assert line.startswith("train.") and f"Plan: this fits: {line}" in said and "Traceback" not in said
+
+
+ONE_IS_FULL = """
+ready()
+import torch
+from expertmesh import backends, cli
+from expertmesh.train import run
+backends.gpu = lambda: ("NVIDIA H200", 1200 * 2**20)
+load = run.load_model
+def load_model(config):
+    if rank == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    return load(config)
+run.load_model = load_model
+sys.argv[1:] = {words}
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_out_of_memory_on_one_rank_ends_all(tmp_path):
+    words = ["train", *tiny_run(tmp_path / "run", parallel__ep_size=2, train__per_device_train_batch_size=256)]
+    ranks = start(ONE_IS_FULL.format(words=words), 2, tmp_path)
+    all_pids = pids(tmp_path, 2)
+    said = "".join(ranks.communicate(timeout=200))
+    assert ranks.returncode == 1 and wait_until_gone(all_pids)
+    assert said.count("expertmesh: error: The GPU ran out of memory") == 1 and "Traceback" not in said
+    assert said.count("This fits: train.") == 1
