@@ -231,7 +231,7 @@ def test_examples_and_masks_of_any_kind(kind, tmp_path):
     assert relative_error(loss, theirs) <= CPU_TOLERANCE
     error, where = worst_error(found, want)
     assert error <= CPU_TOLERANCE, where
-    assert made[1]._tokens == 48
+    assert made[1].tokens == 48
 
 
 def test_a_batch_that_is_no_mapping_reaches_one_s_own_loss(tmp_path):

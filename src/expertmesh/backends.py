@@ -76,6 +76,12 @@ def memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
+def gpu() -> tuple[str, int] | None:
+    """Name and bytes of memory of this machine's first GPU, None without one. It is asked, and not used."""
+    found = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return found and (found.name, found.total_memory)
+
+
 def use_triton(x: torch.Tensor) -> bool:
     """True when a kernel function should run its Triton path for `x`: a CUDA tensor, and Triton is installed; and
     while kernels are watched.

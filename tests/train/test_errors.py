@@ -62,8 +62,17 @@ def test_what_is_told_to_be_installed_is_on_an_index():
     assert install("wandb", "matplotlib") == "`pip install wandb 'matplotlib>=3.9'`"
 
 
-def test_out_of_memory_names_the_settings_to_change():
-    told = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."))
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=str,
+)
+def test_out_of_memory_names_the_settings_to_change(error):
+    told = explain(error)
     assert told is not None
     for key in (
         "train.per_device_train_batch_size",

@@ -30,6 +30,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str] | tuple[Any, dict[str, Any]]] = 
     "model.revision": ("v2", dict.fromkeys(["model.revision", "config.revision", "tokenizer.revision"], "v2")),
     "model.dtype": ("bfloat16", {"model.dtype": "bfloat16"}),
     "model.attn_implementation": ("eager", {"model.attn_implementation": "eager"}),
+    "model.random_weights": (True, {"made anew": True}),
     "model.trust_remote_code": (
         True,
         dict.fromkeys([f"{part}.trust_remote_code" for part in ("model", "config", "tokenizer")], True),
@@ -81,6 +82,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str] | tuple[Any, dict[str, Any]]] = 
     "log.eval_steps": (4, {"args.eval_steps": 4, "args.eval_strategy": "steps"}),
     "log.report_to": ("tensorboard", {"args.report_to": ["tensorboard"]}),
     "save.output_dir": ("{tmp}/other", {"args.output_dir": "{tmp}/other", "written to": ["other"]}),
+    "save.final": (False, {"room for it": False}),
     "save.save_steps": (2, {"args.save_steps": 2, "args.save_strategy": "steps"}),
     "save.save_total_limit": (4, {"args.save_total_limit": 4}),
     "save.resume_from_checkpoint": ("{tmp}/checkpoint-3", {"resumed": "{tmp}/checkpoint-3"}),
@@ -102,7 +104,13 @@ def parts():
 
 def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:
     """What `expertmesh train` asks of the libraries before its first step, by name."""
-    found: dict[str, Any] = {"data": [], "seeds of data": [], "launched": None, "layout.ep_size": None}
+    found: dict[str, Any] = {
+        "data": [],
+        "seeds of data": [],
+        "launched": None,
+        "layout.ep_size": None,
+        "room for it": False,
+    }
     tokenizer, model = parts()
     model.requires_grad_(True)
 
@@ -115,6 +123,10 @@ def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:
             return answer
 
         return from_pretrained
+
+    def from_config(config, **options):
+        found["made anew"] = True
+        return asked("model", model)(config, **options)
 
     def read(name, config, *, split):
         found["data"].append((name, config, split))
@@ -148,7 +160,7 @@ def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:
     load_model = run.load_model
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(expertmesh.AutoModelForCausalLM, "from_pretrained", asked("model", model))
-        patched.setattr(expertmesh.AutoModelForCausalLM, "from_config", asked("model", model))
+        patched.setattr(expertmesh.AutoModelForCausalLM, "from_config", from_config)
         patched.setattr(inputs.AutoConfig, "from_pretrained", asked("config", model.config))
         patched.setattr(inputs.AutoTokenizer, "from_pretrained", asked("tokenizer", tokenizer))
         patched.setitem(inputs.INTEGRATION_TO_CALLBACK, "tensorboard", lambda: None)  # as if it were installed
@@ -165,6 +177,7 @@ def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:
             patched.setattr(run, "join", lambda minutes: found.update({"minutes to start": minutes}))
             patched.setattr(DistributedSetup, "join", lambda _: None)
             patched.setattr(run, "refuse_differences", lambda *_: None)
+        patched.setattr(run, "check_room", lambda *_: found.update({"room for it": True}))
         patched.setattr(run, "environment", lambda _: {})
         patched.setattr(run, "_check_prepared", lambda *_: None)  # nothing was
         (folder / "run.yaml").write_text("model: {name: org/model}\ndata: {name: org/rows}\n")

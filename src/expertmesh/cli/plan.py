@@ -39,6 +39,7 @@ def plan(
     configuration.
     """
     from expertmesh.plan.layouts import search
+    from expertmesh.train.choice import choose, open_keys, values, written
     from expertmesh.train.config import ConfigError, is_override, load_config
     from expertmesh.train.planned import gpu_of, plan_of, simulation_of
 
@@ -46,11 +47,15 @@ def plan(
     if len(files) > 1:
         raise ConfigError(f"One configuration file is expected, and here are {len(files)}: {', '.join(files)}.")
     config = load_config(files[0] if files else None, [word for word in arguments or [] if is_override(word)])
+    ranks = simulate or gpus or config.parallel.nproc or 1
+    if keys := open_keys(config):
+        config = choose(config, ranks, gpu_of(gpu))
+        typer.echo(f"auto: {written({key: values(config)[key] for key in keys})}\n")
     if simulate:
         simulation = simulation_of(config, simulate, replace(gpu_of(gpu), network=network * 1e9), per_node)
         typer.echo("\n".join([*simulated(simulation), "", *report(simulation.plan)]))
         raise typer.Exit(0 if simulation.plan.fits else 1)
-    found = plan_of(config, gpus or config.parallel.nproc or 1, gpu)
+    found = plan_of(config, ranks, gpu)
     typer.echo("\n".join(report(found)))
     if layouts:
         typer.echo("\n".join(ranked(search(found.layout.job, found.gpu))))

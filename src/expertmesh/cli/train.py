@@ -33,10 +33,17 @@ def train(
         raise ConfigError(f"One configuration file is expected, and here are {len(files)}: {', '.join(files)}.")
     config = load_config(files[0] if files else None, overrides)
     if dry_run:
+        from expertmesh import backends
+        from expertmesh.train.choice import open_keys, settle
         from expertmesh.train.inputs import gather
+        from expertmesh.train.launch import default_nproc
 
         not_here: list[str] = []
         gather(config, not_here)
+        if open_keys(config) and backends.gpu() is None:
+            not_here.append("what is `auto`, which is chosen for a GPU, and there is none here.")
+        else:
+            config = settle(config, config.parallel.nproc or default_nproc())
         for sentence in not_here:
             typer.echo(f"Not looked at: {sentence}", err=True)
         typer.echo(config.to_yaml(), nl=False)
@@ -46,13 +53,16 @@ def train(
 
     if not is_rank() and (nproc := config.parallel.nproc or default_nproc()) > 1:
         from expertmesh.parallel.ranks import ALONE
+        from expertmesh.train.choice import open_keys, settle, values
         from expertmesh.train.inputs import check_settings
         from expertmesh.weights.files import alone
 
         check_settings(config)
         with alone(config.save.output_dir, ALONE):  # now: `launch` begins to write there
             pass
-        command = [sys.executable, "-m", "expertmesh", "train", *(arguments or [])]
+        found = values(settle(config, nproc))  # now: ranks would all plan
+        chosen = [f"{key}={found[key]}" for key in open_keys(config)]
+        command = [sys.executable, "-m", "expertmesh", "train", *(arguments or []), *chosen]
         raise typer.Exit(launch(command, nproc, Path(config.save.output_dir) / "logs"))
 
     from expertmesh.train.run import run
@@ -64,4 +74,5 @@ def train(
         again = " ".join(["expertmesh train", *(arguments or []), "save.resume_from_checkpoint=auto"])
         typer.echo(f"Stopped, with a checkpoint in {result.output_dir}. To go on: {again}", err=True)
         raise typer.Exit(result.exit_code)
-    typer.echo(f"Done: the model is in {result.final}, metrics and plots are in {result.output_dir}.", err=True)
+    model = f"the model is in {result.final}, " if result.final else "the model was not saved, "
+    typer.echo(f"Done: {model}metrics and plots are in {result.output_dir}.", err=True)

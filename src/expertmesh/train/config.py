@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from expertmesh.train.errors import ConfigError, in_short
+from expertmesh.train.errors import ConfigError
+from expertmesh.train.reading import parse, read
 
 
 def _name(text: str) -> str:
@@ -27,6 +28,10 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a number is wanted, not yes or no")
     return value
+
+
+def _spelled_out(section: Any) -> Any:
+    return {"ep_size": "auto"} if section == "auto" else section
 
 
 Name = Annotated[str, AfterValidator(_name)]
@@ -54,6 +59,8 @@ class ModelSection(Section):
     """Precision of the weights; `auto` is the checkpoint's own on a GPU and float32 on a CPU."""
     attn_implementation: Name | None = None
     """Attention backend, by transformers' name (`sdpa`, `flash_attention_2`, `eager`, ...); unset is its choice."""
+    random_weights: bool = False
+    """Whether to begin with new weights, made on the device; of `name` only config.json and tokenizer are read."""
     trust_remote_code: bool = False
     """Whether to run Python code that comes with the checkpoint."""
     fused: bool | dict[str, bool] = True
@@ -88,8 +95,8 @@ class TrainSection(Section):
     """Optimizer steps of the whole run; give this or `num_train_epochs`."""
     num_train_epochs: Annotated[Size, Field(gt=0, le=1e6)] | None = None
     """Passes over the training data; 1 where neither this nor `max_steps` is given."""
-    per_device_train_batch_size: Count = 8
-    """Sequences per microbatch in training, on each rank that has a batch of its own."""
+    per_device_train_batch_size: Count | Literal["auto"] = 8
+    """Sequences per microbatch in training, on each rank that has a batch of its own; `auto`: the plan's fastest."""
     per_device_eval_batch_size: Count = 8
     """Sequences per microbatch in evaluation, on each such rank."""
     gradient_accumulation_steps: Count = 1
@@ -125,8 +132,8 @@ class ParallelSection(Section):
 
     nproc: Annotated[Count, Field(le=1024)] | None = None
     """Ranks that `expertmesh train` starts on this machine; unset is one for each GPU, or one without a GPU."""
-    ep_size: Count = 1
-    """Ranks that share out the experts of every layer; costs no data parallelism."""
+    ep_size: Count | Literal["auto"] = 1
+    """Ranks that share out the experts of every layer; costs no data parallelism; `auto`: the plan's fastest."""
     tp_size: Count = 1
     """Ranks that share one batch and split attention and dense layers."""
     dp_replicate_size: Count = 1
@@ -177,6 +184,8 @@ class SaveSection(Section):
 
     output_dir: Name = "runs/expertmesh"
     """Folder of the run: its configuration, metrics, plots, checkpoint-<step>/ and the finished model in final/."""
+    final: bool = True
+    """Whether the trained model is written to final/; without it a run leaves metrics, and checkpoints if asked."""
     save_steps: Count | None = None
     """Optimizer steps between two checkpoints; unset saves when the run is interrupted, and the finished model."""
     save_total_limit: Count | None = 2
@@ -193,7 +202,10 @@ class Config(Section):
     model: ModelSection
     data: DataSection
     train: TrainSection = Field(default_factory=TrainSection)
-    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    parallel: Annotated[ParallelSection, BeforeValidator(_spelled_out, ParallelSection | Literal["auto"])] = Field(
+        default_factory=ParallelSection
+    )
+    """How it is spread over GPUs; `auto` is `{ep_size: auto}`."""
     lora: LoraSection | None = None
     """Low-rank adapters instead of all weights; `{}` takes the defaults, unset trains all weights."""
     moe: MoeSection = Field(default_factory=MoeSection)
@@ -282,7 +294,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Raises `ConfigError` where the file cannot be read, a key does not exist, or a value does not fit.
     """
-    tree = copy.deepcopy(DEMO) if path is None else _read(Path(path))
+    tree = copy.deepcopy(DEMO) if path is None else read(Path(path))
     for override in overrides:
         _override(tree, override)
     try:
@@ -307,43 +319,6 @@ def known_keys() -> Iterator[tuple[str, str]]:
             yield f"{name}.{key}", leaf.description or ""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once, and what looks like a date is text: no key is a date."""
-
-    yaml_implicit_resolvers = {
-        first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node, deep=False):
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
-                raise yaml.YAMLError(f"`{name}` stands in line {lines[name]} and again in line {line}")
-            lines[name] = line
-        return super().construct_mapping(node, deep)
-
-
-def _load(text: str, source: object, fix: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also of 5,000 digits, or of 5,000 brackets
-        raise ConfigError(f"{source} is not valid YAML: {in_short(error)}. {fix}") from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"Cannot read the configuration {path}: {why}. Give the path of a YAML file.") from None
-    tree = _load(text, path, "Correct that line.")
-    if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
-        raise ConfigError(f"{path} holds no sections. Begin it with `model:`, and `  name: ...` on the next line.")
-    return tree
-
-
 def _override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals:
@@ -352,10 +327,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
     for parent in parents:
         if tree.get(parent) is None:
             tree[parent] = {}
+        tree[parent] = _spelled_out(tree[parent]) if parent == "parallel" else tree[parent]
         tree = tree[parent]
         if not isinstance(tree, dict):
             raise ConfigError(f"{override!r} sets a key below `{parent}`, which is {tree!r} and holds no keys.")
-    tree[leaf] = _load(text, f"The value in {_short(override)}", f"Quote it, as in '{dotted}=\"...\"'.")
+    tree[leaf] = parse(text, f"The value in {_short(override)}", f"Quote it, as in '{dotted}=\"...\"'.")
 
 
 def _sentences(error: ValidationError) -> Iterator[str]:

@@ -26,12 +26,6 @@ def explain(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
         return f"{error.name} is not installed: {install(error.name)} adds it."
-    if type(error).__name__ == "OutOfMemoryError":
-        return (
-            f"The GPU ran out of memory ({text.split('.')[0]}). In this order: halve train.per_device_train_batch_size "
-            "and double train.gradient_accumulation_steps (or leave that at 1 and set train.gradient_release=running), "
-            "set train.activation_checkpointing=true, lower data.max_length, or train adapters only with lora={}."
-        )
     if is_disk_full(error):
         return (
             "The disk is full. Free room on it, or set save.output_dir to another one; a run that has saved a "
@@ -39,6 +33,12 @@ def explain(error: Exception) -> str | None:
         )
     if type(error).__module__.startswith("expertmesh."):
         return text
+    if is_out_of_memory(error):
+        return (
+            f"The GPU ran out of memory ({text.split('.')[0]}). In this order: halve train.per_device_train_batch_size "
+            "and double train.gradient_accumulation_steps (or leave that at 1 and set train.gradient_release=running), "
+            "set train.activation_checkpointing=true, lower data.max_length, or train adapters only with lora={}."
+        )
     named = isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError)
     if named or isinstance(error, ValueError | OSError):
         return f"{text} (EXPERTMESH_DEBUG=1 shows where this comes from.)"
@@ -87,6 +87,12 @@ def handling(handler: Callable[[int, Any], None]) -> dict[int, Any]:
     """Let `handler` answer the signals that end a run, and return what answered before; who ignored one still does."""
     numbers = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory is full: told by PyTorch's allocator, CUDA or a library of it."""
+    words = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -177,7 +177,7 @@ def check_model(config: Config, model_config: PreTrainedConfig, tokenizer: Any =
         _check_skeleton(config, model_config)
     if config.moe.router_aux_loss_coef and not hasattr(text, "output_router_logits"):
         raise ConfigError(f"moe.router_aux_loss_coef: {name} has no router logits to weigh. Remove the key.")
-    if name != "demo" and Path(name).is_dir():
+    if name != "demo" and Path(name).is_dir() and not config.model.random_weights:
         _check_files(Path(name))
 
 

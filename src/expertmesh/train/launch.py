@@ -81,6 +81,7 @@ def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
     from expertmesh.parallel.setup import DistributedSetup
 
     sizes = config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"})
+    sizes |= {"ep_size": 1} if sizes["ep_size"] == "auto" else {}  # one that fits is chosen when the run starts
     with refusing("parallel"):
         setup = DistributedSetup(**sizes, world_size=num_ranks)
     return setup if num_ranks > 1 else None

@@ -1,10 +1,12 @@
 """The plan of a run from its configuration: what `expertmesh plan` prints."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from expertmesh import backends
 from expertmesh.plan import Plan, plan
 from expertmesh.plan.gpus import GPU, GPUS
 from expertmesh.plan.memory import Job
@@ -19,12 +21,12 @@ OPTIMS = {"adamw_torch_fused": "adamw", "adamw_torch": "adamw", "adamw_8bit": "a
 OPTIMS |= {"adamw_bnb_8bit": "adamw-8bit", "adamw_torch_8bit": "adamw-8bit", "sgd": "sgd"}
 
 
-def plan_of(config: Config, gpus: int, gpu: str) -> Plan:
+def plan_of(config: Config, gpus: int, gpu: GPU | str) -> Plan:
     """The plan of this run on so many GPUs of a kind of `GPUS`; of the model only its config.json is read.
 
     Raises ConfigError for settings that cannot be planned, or do not fit each other.
     """
-    kind, job = gpu_of(gpu), job_of(config, gpus)
+    kind, job = gpu_of(gpu) if isinstance(gpu, str) else gpu, job_of(config, gpus)
     try:
         return plan(job, kind, config.train.gradient_accumulation_steps)
     except ValueError as error:
@@ -48,9 +50,27 @@ def gpu_of(name: str) -> GPU:
     return GPUS[name]
 
 
+def gpu_here() -> GPU | None:
+    """This machine's GPU, of a kind of `GPUS`, with the memory that it has; None without a GPU.
+
+    Raises ConfigError for another kind.
+    """
+    found = backends.gpu()
+    if found is None:
+        return None
+    name, memory = found
+    words = set(re.split(r"\W+", name.lower()))
+    for kind, gpu in GPUS.items():
+        if {word for word in kind.split("-") if not word.endswith("gb")} <= words and "mig" not in words:
+            return replace(gpu, memory=memory)
+    raise ConfigError(f"no rates are known of this machine's {name}, only of {', '.join(GPUS)}.")
+
+
 def job_of(config: Config, gpus: int) -> Job:
     """The `Job` of a run. Raises ConfigError for settings that a plan does not know."""
     train, parallel = config.train, config.parallel
+    batch, ep_size = train.per_device_train_batch_size, parallel.ep_size
+    assert isinstance(batch, int) and isinstance(ep_size, int), "what is `auto` is chosen before (choice.py)"
     if train.bf16:
         raise ConfigError("train.bf16: a plan does not know autocast. Set model.dtype to bfloat16 instead.")
     if train.optim not in OPTIMS:
@@ -60,14 +80,16 @@ def job_of(config: Config, gpus: int) -> Job:
             "train.gradient_release: plan with `running`. `exact` needs as much memory, and twice the computing."
         )
     model = load_model_config(config)
+    if hasattr(model, "auto_map"):
+        raise ConfigError("model.trust_remote_code: a plan does not run code that comes with a checkpoint.")
     own = model.dtype if isinstance(model.dtype, torch.dtype) else torch.bfloat16
     own = torch.float32 if config.model.name == "demo" else own  # as load_model has it
     job = Job(
         model,
-        batch=train.per_device_train_batch_size,
+        batch=batch,
         seq=config.data.max_length,
         world_size=gpus,
-        ep_size=parallel.ep_size,
+        ep_size=ep_size,
         dp_replicate_size=parallel.dp_replicate_size,
         tp_size=parallel.tp_size,
         recompute=train.activation_checkpointing,
@@ -77,7 +99,9 @@ def job_of(config: Config, gpus: int) -> Job:
         fused=config.model.fused,
         attention=config.model.attn_implementation,
         adapt=_adapted(config) if config.lora or config.moe.freeze_router else None,
-        mtp=config.model.fused is not False and (getattr(model, "num_nextn_predict_layers", 0) or 0) > 0,
+        mtp=config.model.fused is not False
+        and not config.model.random_weights
+        and (getattr(model, "num_nextn_predict_layers", 0) or 0) > 0,
         accumulates=train.gradient_accumulation_steps > 1,
     )
     try:

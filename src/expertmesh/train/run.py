@@ -6,7 +6,7 @@ metrics.jsonl  every logged record
 plots/         loss.png, router.png
 checkpoint-*/  to resume from
 logs/          what ranks other than the first have to say, where there are several
-final/         the model in Hugging Face's format with its tokenizer (with LoRA: the adapter)
+final/         the model in Hugging Face's format with its tokenizer (with LoRA: the adapter), by `save.final`
 """
 
 import json
@@ -28,10 +28,12 @@ from expertmesh import backends, data
 from expertmesh.parallel import ranks
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import current_world_size
+from expertmesh.train.choice import settle
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
 from expertmesh.train.folder import check_folder, check_room, save_final, starting_point
-from expertmesh.train.inputs import Inputs, gather, loading_part, lora, origin
+from expertmesh.train.forecast import BesidePlan, foretell, naming_what_fits
+from expertmesh.train.inputs import Inputs, gather, load_model_config, loading_part, lora, origin
 from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.launch import join, layout
 from expertmesh.train.metrics import read_metrics
@@ -46,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Result:
-    """What a run left behind. `exit_code` is 0, or 75 / 130 after SIGTERM / Ctrl-C (then `final` is None)."""
+    """What a run left behind. `exit_code` is 0, or 75 / 130 after SIGTERM / Ctrl-C. `final` is None if not saved."""
 
     output_dir: Path
     exit_code: int = 0
@@ -58,7 +60,9 @@ def run(config: Config) -> Result:
     """Trains as the configuration says. Raises ConfigError for what cannot be run, NonFiniteError for a bad step."""
     check_folder(config)
     with alone(config.save.output_dir, ranks.ALONE) if _is_first() else nullcontext():  # before a model is loaded
-        return train(config, build(config))
+        config = settle(config, current_world_size())
+        with naming_what_fits(config, current_world_size()):
+            return train(config, build(config))
 
 
 def build(config: Config) -> SFTTrainer:
@@ -72,7 +76,9 @@ def build(config: Config) -> SFTTrainer:
         sections = config.model_dump(exclude={"save": {"output_dir"}}).items()
         told = {f"{name}.{key}": value for name, keys in sections for key, value in (keys or {}).items()}
         refuse_differences("the configuration", told)
-    inputs, model = gather(config), load_model(config)
+    inputs = gather(config)
+    plan = foretell(config, current_world_size()) if _is_first() else None
+    model = load_model(config)
     if config.moe.freeze_router:
         for _, router in routers(model):
             router.requires_grad_(False)
@@ -96,6 +102,8 @@ def build(config: Config) -> SFTTrainer:
         ) from error
     for quiet in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(quiet)
+    if plan is not None:
+        trainer.add_callback(BesidePlan(plan, trainer))
     _check_prepared(trainer, inputs, config)
     return trainer
 
@@ -104,7 +112,8 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
     """Trains what `build` made, evaluates, and writes the folder of the run."""
     output_dir = Path(config.save.output_dir)
     with alone(output_dir):
-        check_room(trainer.model, output_dir)
+        if config.save.final:
+            check_room(trainer.model, output_dir)
         checkpoint = starting_point(config)
         progress, interrupt = ProgressLine(), Interrupt()
         trainer.add_callback(interrupt)
@@ -117,8 +126,9 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
                 trainer.train(resume_from_checkpoint=checkpoint)
             if interrupt.exit_code is not None:
                 return Result(output_dir, interrupt.exit_code)
-            final = output_dir / "final"  # saved first, so that no later error loses the trained model
-            save_final(trainer.model, trainer.processing_class, final)
+            final = output_dir / "final" if config.save.final else None
+            if final is not None:  # first, so that no later error loses the trained model
+                save_final(trainer.model, trainer.processing_class, final)
             metrics = _evaluate(trainer)
         finally:
             progress.stop()
@@ -139,8 +149,8 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
         options["distributed_setup"] = setup
         if setup.tp_size > 1 and not on_gpu:
             raise ConfigError("parallel.tp_size: Accelerate shares out batches so among GPUs only. Set it to 1.")
-    if section.name == "demo":
-        return auto.from_config(data.demo_config(), **options)
+    if section.name == "demo" or section.random_weights:
+        return _with_random_weights(config, options)
     if on_gpu and setup is None:
         options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, not through the CPU's memory
     try:
@@ -153,6 +163,18 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
             f"model.name: weights of {section.name} have other shapes than its config.json says (as reported above). "
             "Take the config.json that belongs to them."
         ) from error
+
+
+def _with_random_weights(config: Config, options: dict[str, Any]) -> transformers.PreTrainedModel:
+    """A new model, drawn on the device that trains it."""
+    section = config.model
+    model_config = data.demo_config() if section.name == "demo" else load_model_config(config)
+    if options["dtype"] == "auto":
+        options["dtype"] = model_config.dtype or torch.bfloat16
+    on_device = torch.cuda.is_available() and "distributed_setup" not in options
+    with torch.device("cuda", torch.cuda.current_device()) if on_device else nullcontext():
+        make = expertmesh.AutoModelForCausalLM.from_config
+        return make(model_config, trust_remote_code=section.trust_remote_code, **options)
 
 
 def training_arguments(config: Config):

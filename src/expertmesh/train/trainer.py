@@ -86,7 +86,8 @@ class Trainer(ResumableTrainer):
         self.add_callback(MetricsFile(self.args.output_dir or ".", self.load))
         self._record = StepRecord()
         self._ahead = _Ahead(iter(()))
-        self._tokens: torch.Tensor | int = 0
+        self.tokens: torch.Tensor | int = 0  # of this rank since `train` began, without padding
+        self._told_tokens = 0.0  # of them, at the last record
         self._since: float | None = None  # start of the count of tokens, plus all pauses since
 
     def get_train_dataloader(self):
@@ -115,12 +116,12 @@ class Trainer(ResumableTrainer):
         for batch in named:
             mask, ids = _padding_mask(batch), batch.get("input_ids")
             # no .item() here: the sum stays on the device until the next record is logged
-            self._tokens = self._tokens + (mask.sum() if mask is not None else 0 if ids is None else ids.numel())
+            self.tokens = self.tokens + (mask.sum() if mask is not None else 0 if ids is None else ids.numel())
         return batches, num_items
 
     def train(self, *args: Any, **kwargs: Any):
         self._plan = None  # arguments may have changed
-        self._tokens = 0
+        self.tokens = self._told_tokens = 0
         if self.gradient_release is not None:
             refuse_to_release(self)
         try:
@@ -333,11 +334,11 @@ class Trainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a record of training, not of evaluation
             logs |= self.load.window()
-            tokens = float(self._tokens)  # the device has been waited for: so the time is that of the work
+            tokens = float(self.tokens)  # the device has been waited for: so the time is that of the work
             now = time.perf_counter()
             seconds = 0.0 if self._since is None else now - self._since
-            logs["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
-            self._tokens, self._since = 0, now
+            logs["tokens_per_second"] = round((tokens - self._told_tokens) / max(seconds, 1e-9), 1)
+            self._told_tokens, self._since = tokens, now
         super().log(logs, start_time)
 
 
