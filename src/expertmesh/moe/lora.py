@@ -154,6 +154,11 @@ def is_wrapper(module: Any) -> bool:
     return type(module).__name__ == "ParamWrapper" and hasattr(module, "parameter_name")
 
 
+def is_adapted_linear(module: Any) -> bool:
+    """Whether it is PEFT's wrapper around a linear layer that has LoRA adapters."""
+    return type(module).__name__ == "Linear" and hasattr(module, "lora_A") and hasattr(module, "lora_variant")
+
+
 #: kinds of parameters, by what the first of these finds in their names
 _KINDS = {
     "routed experts": r"\bexperts\.",
