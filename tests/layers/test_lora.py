@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from expertmesh.bench.tiny import tiny_model
-from expertmesh.layers.lora import FastLoraLinear, adopt_linears, linears, places_of_linears
+from expertmesh.layers.lora import FastLoraLinear, adopt_linears, linears
 from tests.models import load_ours, load_stock
 
 PEFT_LINEAR = peft.tuners.lora.Linear
