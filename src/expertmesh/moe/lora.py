@@ -8,7 +8,9 @@ to the whole weight: twice the weights' memory, and a gradient of their size. In
 experts.py computes with them. All else stays PEFT's: names, saving and loading, merging, which adapters are active.
 """
 
+import importlib
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -159,6 +161,51 @@ def is_adapted_linear(module: Any) -> bool:
     return type(module).__name__ == "Linear" and hasattr(module, "lora_A") and hasattr(module, "lora_variant")
 
 
+#: options of a LoraConfig that PEFT refuses on parameters, which experts are
+_NOT_ON_EXPERTS = "lora_dropout lora_bias use_dora velora_config kasa_config layers_to_transform".split()
+
+
+def reach_experts() -> None:
+    """Make `target_modules="all-linear"` reach the routed experts of fused models of every family, if PEFT is imported.
+
+    PEFT knows some families from Transformers 4, where experts were linear layers. Stock models see no difference.
+    """
+    if "peft" not in sys.modules:
+        return
+    peft: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
+    stock = peft.convert_peft_config_for_transformers
+    if stock.__module__ == __name__:
+        return
+
+    def convert(peft_config: Any, model: Any, conversions: Any) -> None:
+        all_linear = str(getattr(peft_config, "target_modules", None)).lower() == "all-linear"
+        stock(peft_config, model=model, conversions=conversions)
+        if all_linear and getattr(model, "in_fused_model", False) and peft_config.peft_type == "LORA":
+            _add_experts(peft_config, model)
+
+    peft.convert_peft_config_for_transformers = convert
+
+
+def _add_experts(config: Any, model: nn.Module) -> None:
+    targets, first = set(config.target_parameters or ()), not any(hasattr(m, "base_layer") for m in model.modules())
+    routers = [p for name, p in model.named_parameters() if re.search(_KINDS["routers"], name)]
+    if first and not any(router.requires_grad for router in routers):  # PEFT has frozen nothing yet: the user has
+        targets.discard("gate.weight")
+    if isinstance(config.target_modules, str):  # a family that PEFT does not know
+        refused = [name for name in _NOT_ON_EXPERTS if getattr(config, name, None)]
+        if refused or config.init_lora_weights not in (True, False, "gaussian"):
+            refused = refused or ["init_lora_weights"]
+            tell_once(f"all-linear leaves the routed experts as they are: adapters on them take no {refused[0]}.")
+        else:
+            targets |= _weights_of_experts(model)
+    config.target_parameters = targets
+
+
+def _weights_of_experts(model: nn.Module) -> set[str]:
+    """Their names, as target_parameters takes them."""
+    return {f"experts.{n}" for m in model.modules() if is_experts(m) for n in WEIGHTS & m._parameters.keys()}
+
+
 #: kinds of parameters, by what the first of these finds in their names
 _KINDS = {
     "routed experts": r"\bexperts\.",
@@ -178,9 +225,8 @@ def tell_what_trains(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             trained[next(kind for kind, part in _KINDS.items() if re.search(part, name))] += parameter.numel()
-    counts = ", ".join(f"{kind} {trained[kind]:,}" for kind in _KINDS if trained[kind])
+    counts = ", ".join(f"{kind} {trained[kind]:,}" for kind in _KINDS if trained[kind] or kind == "routers")
     line = f"expertmesh: {type(model).__name__} trains {trained.total():,} parameters: {counts}."
-    weights = {f"experts.{n}" for m in model.modules() if is_experts(m) for n in WEIGHTS & m._parameters.keys()}
-    if weights and not trained["routed experts"]:
+    if (weights := _weights_of_experts(model)) and not trained["routed experts"]:
         line += f" The routed experts stay as they are; LoraConfig(target_parameters={sorted(weights)}) adapts them."
     logger().info(line)
