@@ -196,10 +196,10 @@ class FusedModel(ReadsQuantized):
         chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
         return attention.NAME if chosen == "sdpa" and _is_causal_text(self) else chosen
 
-    def modules(self) -> Iterator[nn.Module]:
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As in PyTorch. PEFT asks for them before it adds adapters."""
         reach_experts()
-        return super().modules()
+        return super().named_modules(*args, **kwargs)
 
     @property
     def loss_function(self) -> Any:

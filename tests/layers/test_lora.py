@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from expertmesh import backends
 from expertmesh.layers.lora import FastLoraLinear, adopt_linears, linears
 from tests.models import load_ours, load_stock
 
@@ -119,7 +120,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_no_product_of_low_rank_stays_peft_s_and_is_said_once(kind, peft_forwards, capsys):
+def test_what_is_no_product_of_low_rank_stays_peft_s_and_is_said_once(kind, peft_forwards, capsys, monkeypatch):
+    monkeypatch.setattr(backends, "_told", set())
     options, said = OTHERS[kind]
     stock, ours = pair(*[options] * kind.startswith("two"), **options)
     x = torch.randn(5, 24)

@@ -180,7 +180,8 @@ def all_linear(family, **options):
         ("gpt_oss", {"lora_dropout": 0.1}, "routers 0"),
     ],
 )
-def test_all_linear_reaches_the_experts_and_a_line_says_once_what_trains(family, options, routers, capsys):
+def test_all_linear_reaches_the_experts_and_a_line_says_once_what_trains(family, options, routers, capsys, monkeypatch):
+    monkeypatch.setattr(backends, "_told", set())
     model = all_linear(family, **options)
     told = capsys.readouterr().err
     reached = "lora_dropout" not in options  # which PEFT refuses on parameters

@@ -8,7 +8,6 @@ to the whole weight: twice the weights' memory, and a gradient of their size. In
 experts.py computes with them. All else stays PEFT's: names, saving and loading, merging, which adapters are active.
 """
 
-import importlib
 import re
 import sys
 from collections import Counter
@@ -166,39 +165,43 @@ _NOT_ON_EXPERTS = "lora_dropout lora_bias use_dora velora_config kasa_config lay
 
 
 def reach_experts() -> None:
-    """Make `target_modules="all-linear"` reach the routed experts of fused models of every family, if PEFT is imported.
+    """Let PEFT look at what `_complete` makes of a configuration for a fused model; once PEFT is imported."""
+    lora: Any = getattr(sys.modules.get("peft.tuners.lora.model"), "LoraModel", None)
+    if lora is None or lora._check_new_adapter_config.__module__ == __name__:
+        return
+    stock = lora._check_new_adapter_config
 
-    PEFT knows some families from Transformers 4, where experts were linear layers. Stock models see no difference.
+    def check(self: Any, config: Any) -> None:
+        if getattr(self.model, "in_fused_model", False):
+            _complete(config, self.model)
+        stock(self, config)
+
+    lora._check_new_adapter_config = check
+
+
+def _complete(config: Any, model: nn.Module) -> None:
+    """`target_modules="all-linear"` reaches the routed experts of every family; PEFT knows those that Transformers 4
+    had. Routers that alone are frozen get no adapters.
     """
-    if "peft" not in sys.modules:
-        return
-    peft: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
-    stock = peft.convert_peft_config_for_transformers
-    if stock.__module__ == __name__:
-        return
-
-    def convert(peft_config: Any, model: Any, conversions: Any) -> None:
-        all_linear = str(getattr(peft_config, "target_modules", None)).lower() == "all-linear"
-        stock(peft_config, model=model, conversions=conversions)
-        if all_linear and getattr(model, "in_fused_model", False) and peft_config.peft_type == "LORA":
-            _add_experts(peft_config, model)
-
-    peft.convert_peft_config_for_transformers = convert
-
-
-def _add_experts(config: Any, model: nn.Module) -> None:
-    targets, first = set(config.target_parameters or ()), not any(hasattr(m, "base_layer") for m in model.modules())
-    routers = [p for name, p in model.named_parameters() if re.search(_KINDS["routers"], name)]
-    if first and not any(router.requires_grad for router in routers):  # PEFT has frozen nothing yet: the user has
+    targets, routers, others = set(config.target_parameters or ()), [], []
+    for name, parameter in model.named_parameters():
+        (routers if re.search(_KINDS["routers"], name) else others).append(parameter.requires_grad)
+    if any(others) and not any(routers):
         targets.discard("gate.weight")
-    if isinstance(config.target_modules, str):  # a family that PEFT does not know
-        refused = [name for name in _NOT_ON_EXPERTS if getattr(config, name, None)]
-        if refused or config.init_lora_weights not in (True, False, "gaussian"):
-            refused = refused or ["init_lora_weights"]
+    split = (getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1) > 1
+    if str(config.target_modules).lower() == "all-linear":
+        refused = [name for name in _NOT_ON_EXPERTS if getattr(config, name, None)] + ["tp_size"] * split
+        refused += ["init_lora_weights"] * (config.init_lora_weights not in (True, False, "gaussian"))
+        if refused:
             tell_once(f"all-linear leaves the routed experts as they are: adapters on them take no {refused[0]}.")
         else:
             targets |= _weights_of_experts(model)
-    config.target_parameters = targets
+    if split and any(target.rpartition(".")[2] in WEIGHTS for target in targets):
+        raise ValueError(
+            f"PEFT cannot put adapters on experts that tensor parallelism splits ({', '.join(sorted(targets))}). Set "
+            f"tp_size to 1, with ep_size for more GPUs, or adapt linear layers alone by target_modules."
+        )
+    config.target_parameters = targets or config.target_parameters
 
 
 def _weights_of_experts(model: nn.Module) -> set[str]:
