@@ -30,6 +30,7 @@ from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_no
 from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
 from expertmesh.layers.mtp import MTP, loss_with_predictions, promise_what_is_kept, record_inputs, were_saved
 from expertmesh.moe import experts as fast_experts
+from expertmesh.moe.lora import reach_experts
 from expertmesh.moe.replay import keep_routing
 from expertmesh.moe.router import aux_loss_share
 from expertmesh.parallel import ranks
@@ -194,6 +195,11 @@ class FusedModel(ReadsQuantized):
             requested_attention = sinks.NAME
         chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
         return attention.NAME if chosen == "sdpa" and _is_causal_text(self) else chosen
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As in PyTorch. PEFT asks for them before it adds adapters."""
+        reach_experts()
+        return super().named_modules(*args, **kwargs)
 
     @property
     def loss_function(self) -> Any:

@@ -113,6 +113,11 @@ VALUES = [
     ("data.max_length=129", "more than the 128 positions"),
     ("lora={target_modules: [no_proj]}", "lora.target_modules"),
     ("lora={target_parameters: [experts.no_proj]}", "no parameter was matched"),
+    ("lora={target_modules: [q_proj, no_proj]}", "lora.target_modules: no_proj matched nothing"),
+    (
+        "lora={target_parameters: [experts.down_proj, experts.no_proj]}",
+        "lora.target_parameters: experts.no_proj matched",
+    ),
     ("lora={target_modules: []}", "`lora.target_modules`"),
     ("save.output_dir=/proc/run", "nothing can be written in /proc"),
     ("save.output_dir=''", "`save.output_dir` cannot be ''"),

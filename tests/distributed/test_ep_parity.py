@@ -263,11 +263,12 @@ def test_adapters_are_rank_0s_and_get_the_gradients_of_one_process_in_a_loop_by_
     experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     fine = [(Case({}), attention), (Case({"ep_size": 2}, fused=False), attention), (Case({}), experts)]
     fine += [(Case({"ep_size": 2, "dispatch": way}, recompute=True), experts) for way in ("all_to_all", "gather")]
-    refused = Case({"ep_size": 2}, fused=False), experts
-    for *grads, said in on_ranks(2, work.adapters, saved("qwen3_moe"), [*fine, refused]):
+    refused = [(Case({"ep_size": 2}, fused=False), experts), (Case({"tp_size": 2}), experts)]
+    for *grads, said, of_tp in on_ranks(2, work.adapters, saved("qwen3_moe"), [*fine, *refused]):
         for got, (_, targets) in zip(grads, fine, strict=True):
             assert work.worst(got, adapted("qwen3_moe", targets))[0] <= TOLERANCE
         assert said.startswith("model.layers.0.mlp.experts") and "need tp_size=1 and 'expertmesh'" in said
+        assert "tensor parallelism splits (experts.down_proj, experts.gate_up_proj). Set tp_size to 1" in of_tp
 
 
 @pytest.mark.slow

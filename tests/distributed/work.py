@@ -245,8 +245,8 @@ def adapters(rank: int, folder: Path, cases: list[tuple[Case, dict[str, list[str
     results: list[Any] = []
     for case, targets in cases:
         model, setup = load(folder, case)
-        adapt(model, rank, **targets)
         try:
+            adapt(model, rank, **targets)
             for _ in range(2):
                 loss_of(model, setup, rank).backward()
         except ValueError as error:

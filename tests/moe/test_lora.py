@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 
 import peft
 import pytest
@@ -165,18 +166,49 @@ def test_what_runs_elsewhere_is_left_to_peft():
     assert not got[2]
 
 
-@pytest.mark.parametrize(("family", "reached"), [("qwen3_moe", True), ("gpt_oss", False)])
-def test_a_line_says_once_what_trains_and_whether_all_linear_reached_the_experts(family, reached, capsys):
-    model = adapt(load_ours(family), family, target_modules="all-linear", target_parameters=None)
-    capsys.readouterr()
+def all_linear(family, **options):
+    return adapt(load_ours(family), target_modules="all-linear", target_parameters=None, **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "routers"),
+    [
+        ("qwen3_moe", {}, "routers 3"),
+        ("gpt_oss", {}, "routers 0"),
+        ("qwen2_moe", {}, "routers 0"),
+        ("nemotron_h", {"exclude_modules": ["out_proj"]}, "routers 0"),
+        ("gpt_oss", {"lora_dropout": 0.1}, "routers 0"),
+    ],
+)
+def test_all_linear_reaches_the_experts_and_a_line_says_once_what_trains(family, options, routers, capsys, monkeypatch):
+    monkeypatch.setattr(backends, "_told", set())
+    model = all_linear(family, **options)
+    told = capsys.readouterr().err
+    reached = "lora_dropout" not in options  # which PEFT refuses on parameters
+    assert (
+        "all-linear leaves the routed experts as they are: adapters on them take no lora_dropout" in told
+    ) != reached
     for _ in range(2):
         step(model, **batch(model))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if " trains " in line]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert f"trains {trained:,} parameters: " in line and "attention 2," in line
-    assert ("routed experts 11,264" in line) == reached
+    assert f"trains {trained:,} parameters: " in line and routers in line and "attention" in line
+    assert (re.search(r"routed experts \d", line) is not None) == reached
     advice = "LoraConfig(target_parameters=['experts.down_proj', 'experts.gate_up_proj'])"
     assert (advice in line) != reached
+
+
+def test_all_linear_leaves_a_frozen_router_and_stock_models_alone():
+    """Frozen before the adapters come, that is: PEFT freezes all."""
+    model = load_ours("qwen3_moe")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith("mlp.gate.weight"))
+    names = {
+        name for name, _ in peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).named_parameters()
+    }
+    assert not any(".gate.lora" in name for name in names) and any(".experts.lora" in name for name in names)
+    stock = adapt(load_stock("gpt_oss"), target_modules="all-linear", target_parameters=None)
+    assert not any("experts.lora" in name or "experts.base_layer.lora" in name for name, _ in stock.named_parameters())
 
 
 # --- the products, in every layout, in PyTorch and in Triton

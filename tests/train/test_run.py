@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import expertmesh
+from expertmesh.adapters.layouts import read_adapter, skeleton
 from expertmesh.train.config import ConfigError, load_config
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.routing import routers
@@ -189,7 +190,19 @@ def test_lora_trains_the_adapter_alone(tmp_path):
     assert len(adapter) == 2 * 4 * 3  # A and B, of q k v o, in three layers
     assert not (result.final / "model.safetensors").exists()
     settings = json.loads((result.final / "adapter_config.json").read_text())
-    assert (settings["r"], settings["lora_alpha"]) == (4, 8)
+    assert (settings["r"], settings["lora_alpha"]) == (4, 8) and "lora_B_layout" not in settings
+
+
+def test_all_linear_reaches_experts_leaves_a_frozen_router_and_records_the_layout(tmp_path):
+    """An adapter of a base with unsloth in its name would not be read without."""
+    result = run(configured(tmp_path, lora="{r: 4, target_modules: all-linear}", moe__freeze_router="true"))
+    names = load_file(result.final / "adapter_model.safetensors").keys()
+    assert not any(".gate.lora" in name for name in names) and any(".experts.lora_B" in name for name in names)
+    settings = json.loads((result.final / "adapter_config.json").read_text())
+    assert settings["lora_B_layout"] == "rank_major"
+    (result.final / "README.md").write_text("unsloth")
+    base = skeleton(transformers.AutoConfig.from_pretrained(settings["base_model_name_or_path"]))
+    assert read_adapter(result.final, base).layout == "rank-major"
 
 
 def test_the_configuration_reaches_the_trainer(tmp_path):

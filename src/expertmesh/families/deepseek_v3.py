@@ -20,6 +20,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import eager_attention
 
 from expertmesh.kernels.mla_rope import mla_rope, rotated
 from expertmesh.layers.attention import FastAttention
+from expertmesh.layers.lora import linears
 
 
 class FastLatentAttention(FastAttention):
@@ -32,13 +33,13 @@ class FastLatentAttention(FastAttention):
         self, hidden_states: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], past: Any, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, seq = hidden_states.shape[:-1]
-        if self.q_lora_rank is None:
-            q = self.q_proj(hidden_states)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        first = self.q_proj if self.q_lora_rank is None else self.q_a_proj
+        q, latents = linears(hidden_states, first, self.kv_a_proj_with_mqa)
+        if self.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.view(batch, seq, -1, self.qk_head_dim)
         widths = [self.kv_lora_rank, self.qk_rope_head_dim]
-        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(widths, dim=-1)
+        latent, k_rope = latents.split(widths, dim=-1)
         latent = self.kv_a_layernorm(latent)
 
         cached = None

@@ -17,6 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_for
 from expertmesh.kernels.rope import qk_norm_rope
 from expertmesh.layers.attention import FastAttention
 from expertmesh.layers.decoder import FastRMSNorm
+from expertmesh.layers.lora import linears
 from expertmesh.twins import untouched
 
 
@@ -30,15 +31,16 @@ class FastQKNormAttention(FastAttention):
         self, hidden_states: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], past: Any, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         query, key = qk_norm_rope(
-            self.q_proj(hidden_states).view(heads),
-            self.k_proj(hidden_states).view(heads),
+            query.view(heads),
+            key.view(heads),
             self.q_norm.weight,
             self.k_norm.weight,
             *turn,
             self.q_norm.variance_epsilon,
         )
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        value = value.view(heads).transpose(1, 2)
         if past is not None:
             key, value = past.update(key, value, self.layer_idx, kwargs=kwargs)
         kwargs["sliding_window"] = self.sliding_window

@@ -18,6 +18,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
 from expertmesh.layers.attention import NAME
+from expertmesh.layers.lora import adopt_linears, places_of_linears
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
 from expertmesh.layers.sinks import NAME as SINKS
@@ -53,6 +54,7 @@ class FastBaseModel(Fast):
     _sinks = False  # whether attention has sinks
     _told_what_trains = False
     _experts_at: Any = ()  # where experts stand, and later adapters around them
+    _linears_at: Any = ()  # and linear layers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cls: Any = type(self)
@@ -61,6 +63,7 @@ class FastBaseModel(Fast):
                 return cls.__stock__.forward(self, *args, **kwargs)
         refuse_undivided(self)
         adopt_adapters(self._experts_at)
+        adopt_linears(self._linears_at)
         inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, call_of(self)
         if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.predicts:
             raise ValueError(_NO_MTP)
@@ -226,7 +229,7 @@ def fuse_base(model: Any) -> None:
     mixers: set[Any] = {type(module) for module in base.modules() if keeps_state(module)}
     base._mamba2 = any(issubclass(mixer, FastMamba2Mixer) for mixer in mixers)
     base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
-    base._experts_at = places_of_experts(model)
+    base._experts_at, base._linears_at = places_of_experts(model), places_of_linears(model)
     base._sinks = any(hasattr(module, "sinks") for module in base.modules())
 
 

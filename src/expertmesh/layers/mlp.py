@@ -7,6 +7,7 @@ from torch import nn
 from transformers.activations import ReLUSquaredActivation, SiLUActivation
 
 from expertmesh.kernels.activation import relu2, swiglu
+from expertmesh.layers.lora import linears
 from expertmesh.twins import Fast, untouched
 
 
@@ -16,7 +17,7 @@ class FastSwiGLU(Fast):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.why_not(self) is not None:  # its activation was replaced or hooked after fusing: call it
             return super().forward(x)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*linears(x, self.gate_proj, self.up_proj)))
 
     @staticmethod
     def why_not(mlp: Any) -> str | None:

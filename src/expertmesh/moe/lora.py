@@ -9,6 +9,7 @@ experts.py computes with them. All else stays PEFT's: names, saving and loading,
 """
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -154,6 +155,60 @@ def is_wrapper(module: Any) -> bool:
     return type(module).__name__ == "ParamWrapper" and hasattr(module, "parameter_name")
 
 
+def is_adapted_linear(module: Any) -> bool:
+    """Whether it is PEFT's wrapper around a linear layer that has LoRA adapters."""
+    return type(module).__name__ == "Linear" and hasattr(module, "lora_A") and hasattr(module, "lora_variant")
+
+
+#: options of a LoraConfig that PEFT refuses on parameters, which experts are
+_NOT_ON_EXPERTS = "lora_dropout lora_bias use_dora velora_config kasa_config layers_to_transform".split()
+
+
+def reach_experts() -> None:
+    """Let PEFT look at what `_complete` makes of a configuration for a fused model; once PEFT is imported."""
+    lora: Any = getattr(sys.modules.get("peft.tuners.lora.model"), "LoraModel", None)
+    if lora is None or lora._check_new_adapter_config.__module__ == __name__:
+        return
+    stock = lora._check_new_adapter_config
+
+    def check(self: Any, config: Any) -> None:
+        if getattr(self.model, "in_fused_model", False):
+            _complete(config, self.model)
+        stock(self, config)
+
+    lora._check_new_adapter_config = check
+
+
+def _complete(config: Any, model: nn.Module) -> None:
+    """`target_modules="all-linear"` reaches the routed experts of every family; PEFT knows those that Transformers 4
+    had. Routers that alone are frozen get no adapters.
+    """
+    targets, routers, others = set(config.target_parameters or ()), [], []
+    for name, parameter in model.named_parameters():
+        (routers if re.search(_KINDS["routers"], name) else others).append(parameter.requires_grad)
+    if any(others) and not any(routers):
+        targets.discard("gate.weight")
+    split = (getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1) > 1
+    if str(config.target_modules).lower() == "all-linear":
+        refused = [name for name in _NOT_ON_EXPERTS if getattr(config, name, None)] + ["tp_size"] * split
+        refused += ["init_lora_weights"] * (config.init_lora_weights not in (True, False, "gaussian"))
+        if refused:
+            tell_once(f"all-linear leaves the routed experts as they are: adapters on them take no {refused[0]}.")
+        else:
+            targets |= _weights_of_experts(model)
+    if split and any(target.rpartition(".")[2] in WEIGHTS for target in targets):
+        raise ValueError(
+            f"PEFT cannot put adapters on experts that tensor parallelism splits ({', '.join(sorted(targets))}). Set "
+            f"tp_size to 1, with ep_size for more GPUs, or adapt linear layers alone by target_modules."
+        )
+    config.target_parameters = targets or config.target_parameters
+
+
+def _weights_of_experts(model: nn.Module) -> set[str]:
+    """Their names, as target_parameters takes them."""
+    return {f"experts.{n}" for m in model.modules() if is_experts(m) for n in WEIGHTS & m._parameters.keys()}
+
+
 #: kinds of parameters, by what the first of these finds in their names
 _KINDS = {
     "routed experts": r"\bexperts\.",
@@ -173,9 +228,8 @@ def tell_what_trains(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             trained[next(kind for kind, part in _KINDS.items() if re.search(part, name))] += parameter.numel()
-    counts = ", ".join(f"{kind} {trained[kind]:,}" for kind in _KINDS if trained[kind])
+    counts = ", ".join(f"{kind} {trained[kind]:,}" for kind in _KINDS if trained[kind] or kind == "routers")
     line = f"expertmesh: {type(model).__name__} trains {trained.total():,} parameters: {counts}."
-    weights = {f"experts.{n}" for m in model.modules() if is_experts(m) for n in WEIGHTS & m._parameters.keys()}
-    if weights and not trained["routed experts"]:
+    if (weights := _weights_of_experts(model)) and not trained["routed experts"]:
         line += f" The routed experts stay as they are; LoraConfig(target_parameters={sorted(weights)}) adapts them."
     logger().info(line)

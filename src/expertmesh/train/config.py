@@ -154,7 +154,7 @@ class LoraSection(Section):
     dropout: Annotated[Size, Field(lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: Annotated[list[Name], Field(min_length=1)] | Name = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    """Linear modules that get an adapter, by the end of their name, or `all-linear`; the default is attention."""
+    """Linear modules that get an adapter, by the end of their name, or `all-linear`, experts included."""
     target_parameters: list[Name] = []
     """Weights of routed experts that get an adapter, by the end of their name, as `experts.down_proj`."""
 

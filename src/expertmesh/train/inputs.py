@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
@@ -210,9 +211,30 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
 
                 with refusing(f"lora.target_modules: {name} cannot get such adapters"), warnings.catch_warnings():
                     warnings.filterwarnings("error", ".* were set but no (module|parameter) was matched")
-                    peft.get_peft_model(model, adapter)
+                    adapted = peft.get_peft_model(model, adapter)
+                _refuse_unmatched(name, adapter, adapted)
     finally:
         transformers.logging.set_verbosity(level)
+
+
+def _refuse_unmatched(name: str, adapter: Any, adapted: Any) -> None:
+    """Raises ConfigError if a name among the targets matches nothing; PEFT minds only if none of them does."""
+    found, linears = set(), set()
+    for path, module in adapted.named_modules():
+        plain = path.replace(".base_layer", "").removeprefix("base_model.model.")
+        if isinstance(module, nn.Linear) and ".lora_" not in path:
+            linears.add(plain.rpartition(".")[2])
+        if hasattr(module, "base_layer"):
+            found |= {plain, f"{plain}.{getattr(module, 'parameter_name', '')}"}
+    named = [] if isinstance(adapter.target_modules, str) else sorted(adapter.target_modules or ())
+    named += sorted(adapter.target_parameters or ())
+    lost = [target for target in named if not any(f".{path}".endswith(f".{target}") for path in found)]
+    if lost:
+        key = "target_modules" if lost[0] in (adapter.target_modules or ()) else "target_parameters"
+        raise ConfigError(
+            f"lora.{key}: {', '.join(lost)} matched nothing in {name}. Its linear layers are called "
+            f"{', '.join(sorted(linears))}."
+        )
 
 
 def _check_files(folder: Path) -> None:

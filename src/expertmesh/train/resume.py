@@ -6,6 +6,7 @@ experts have others on disk. Here a checkpoint appears whole, with the SHA-256 o
 is loaded from it, and holds the optimizer by parameter name, so that another layout can read it.
 """
 
+import json
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ import transformers
 from accelerate.utils import is_peft_model
 from transformers.trainer_callback import TrainerState
 
+from expertmesh.adapters.files import CONFIG
 from expertmesh.checkpoint import optimizer as optimizer_state
 from expertmesh.checkpoint.publish import checkpoints, is_complete, newest_complete, prune, publishing, verify
 from expertmesh.parallel import ranks
@@ -181,12 +183,19 @@ class ResumableTrainer(transformers.Trainer):
 
 @contextmanager
 def replacing_adapter(folder: str | Path, group: Any = None) -> Iterator[Path]:
-    """`replacing` for an adapter: PEFT writes file by file, and goes on in the model card that it finds."""
+    """`replacing` for an adapter: PEFT writes file by file, and goes on in the model card that it finds.
+
+    How lora_B of experts is laid out is recorded, as Unsloth does: its shape does not tell.
+    """
     with replacing(folder, group) as staging:
         card = Path(folder, "README.md")
         if ranks.rank(group) == 0 and card.is_file():
             shutil.copy(card, staging)
         yield staging
+        for path in Path(staging).rglob(CONFIG) if ranks.rank(group) == 0 else ():
+            settings = json.loads(path.read_text())
+            if settings.get("target_parameters"):  # tools have written lora_B of experts in two layouts
+                path.write_text(json.dumps(settings | {"lora_B_layout": "rank_major"}, indent=2, sort_keys=True))
 
 
 def refuse_to_replace(output_dir: str, checkpoint: str | None) -> None:
