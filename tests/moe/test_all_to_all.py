@@ -61,7 +61,7 @@ def test_routes_equal_their_loops(sizes):
 def test_every_pair_is_carried_by_one_row_of_its_own_token():
     ids_TK = choices(9, 3, 8)
     routes = routes_of(ids_TK, 4, 2)
-    row_TK = routes.rows_of(ids_TK // 2)
+    row_TK = routes.position_TR.long().gather(1, (ids_TK // 2).long())
     assert (routes.token_N[row_TK] == torch.arange(9)[:, None]).all()
     local = routes.ids_NK[row_TK, torch.arange(3)]
     assert (local == ids_TK % 2).all()

@@ -73,7 +73,8 @@ class AllToAll(Exchange):
             needed = [grad for grad in (dweight_MK, dx_MH) if grad is not None]
             back = iter(self._exchange(self._recv, self._send, *needed))
             if dweight_MK is not None:
-                row_TK = self._routes.rows_of(self._ids_TK // self.layer.num_local_experts)
+                owner_TK = (self._ids_TK // self.layer.num_local_experts).long()
+                row_TK = self._routes.position_TR.long().gather(1, owner_TK)
                 dweight_TK = next(back).gather(0, row_TK).to(self._weight_dtype)
             if dx_MH is not None:
                 dx_TH = combine(next(back), self._routes.position_TR)
@@ -114,10 +115,6 @@ class Routes(NamedTuple):
     def first(self, num_rows: int) -> "Routes":
         """The same without what lies behind the real rows."""
         return self._replace(token_N=self.token_N[:num_rows], ids_NK=self.ids_NK[:num_rows])
-
-    def rows_of(self, rank_TK: torch.Tensor) -> torch.Tensor:
-        """row_TK, int64: the rows of the tokens for these ranks."""
-        return self.position_TR.long().gather(1, rank_TK.long())
 
 
 def routes_of(ids_TK: torch.Tensor, num_ranks: int, experts_per_rank: int) -> Routes:
