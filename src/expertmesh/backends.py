@@ -79,7 +79,7 @@ def memory_of(device: torch.device) -> int:
 def gpu() -> tuple[str, int] | None:
     """Name and bytes of memory of this machine's first GPU, None without one. It is asked, and not used."""
     found = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    return found and (found.name, found.total_memory)
+    return (found.name, found.total_memory) if found else None
 
 
 def use_triton(x: torch.Tensor) -> bool:

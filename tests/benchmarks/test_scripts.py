@@ -127,6 +127,20 @@ def test_gradient_release(rows):
     assert all(row["step_ms"] > 0 and row["tokens_per_second"] > 0 for row in found)
 
 
+def test_a_whole_model_on_one_gpu_needs_no_weights_and_no_network(rows, tmp_path):
+    """The keys of examples/one-gpu-full.yaml, on a tiny model and files that every machine has."""
+    keys = [
+        "data.max_length=32",
+        "train.per_device_train_batch_size=8",
+        "train.max_steps=6",
+        "train.learning_rate=0.01",
+    ]
+    (row,) = rows("train_run", "--folder", str(tmp_path), "--keys", *keys)
+    assert (row["loop"], row["arm"], row["batch"], row["seq"]) == ("train", "running", 8, 32) and row["step_ms"] > 0
+    assert len(row["losses"]) == 6 and row["losses"][-1] < row["losses"][0]
+    assert not list((tmp_path / "model").glob("*.safetensors")) and not (tmp_path / "run" / "final").exists()
+
+
 def on_two_ranks(script: str, out: Path, *options: str) -> dict:
     """The result that two processes write."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -61,6 +61,13 @@ def test_ranks_that_do_not_exist_are_simulated(planned):
         assert line in said
 
 
+def test_what_is_left_to_the_plan_is_chosen_first(planned):
+    config = tiny_config("qwen3_moe", num_hidden_layers=1, mlp_only_layers=[])
+    code, said, _ = planned(config, "parallel=auto", "--gpus", "2", "--no-layouts")
+    size = said.splitlines()[0].partition("auto: parallel.ep_size=")[2]
+    assert code == 0 and size in ("1", "2") and f"ep_size {size}, 2 shards" in said
+
+
 def test_a_run_that_does_not_fit_exits_with_1(planned):
     config = config_of(WORKS["qwen3-30b-a3b"], 4)
     code, said, _ = planned(config, "--gpu", "rtx-4090", "--no-layouts")

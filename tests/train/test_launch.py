@@ -224,3 +224,4 @@ def test_sizes_that_do_not_fit_the_ranks_are_an_error_of_the_configuration():
     assert launching.layout(config, 6).ep_size == 3
     assert launching.layout(load_config(None, ["parallel.timeout_minutes=7"]), 2).timeout_minutes == 7
     assert launching.layout(load_config(None), 1) is None
+    assert launching.layout(load_config(None, ["parallel=auto"]), 4).ep_size == 1  # until it is chosen

@@ -1,6 +1,6 @@
 """A model's folder without weights, and real text, of what every machine has: for runs that may not download anything.
 
-    python scripts/offline_inputs.py FOLDER [--work qwen3-30b-a3b] [--layers 48]
+    python benchmarks/offline_inputs.py FOLDER [--work qwen3-30b-a3b] [--layers 48]
     expertmesh train examples/one-gpu-full.yaml model.name=FOLDER/model data.name=FOLDER/text.jsonl data.packing=false
 
 FOLDER/model: config.json with a published model's widths (expertmesh.bench.works), and the built-in tokenizer. Its
