@@ -79,11 +79,11 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         without a setup, which draws in another order). Only with `mtp_loss_weight` are modules for
         multi-token prediction made. `quantization_config=`: an `ExpertsQuantConfig`, drawn as with a setup.
         """
-        quantization = kwargs.pop("quantization_config", None)
         fused, setup, mtp_weight = _take_ours(kwargs)
+        quantization = kwargs.pop("quantization_config", None)
         maker: Any = super() if fused is not False else transformers.AutoModelForCausalLM
-        if quantization is not None and (not isinstance(quantization, ExpertsQuantConfig) or setup is not None):
-            raise ValueError("from_config takes an ExpertsQuantConfig as quantization_config, and no setup with it.")
+        if quantization is not None and not isinstance(quantization, ExpertsQuantConfig):
+            raise ValueError("from_config takes an ExpertsQuantConfig as quantization_config, and no other.")
         if fused is not False or setup is not None:  # a layout is noted there, too
             config = _own_copy(config, kwargs)
         with loading(fused, mtp="no" if mtp_weight is None else "new"):
@@ -94,10 +94,10 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
                 layout, device, meshes = PreTrainedModel.prepare_distribute_model(_join(setup, fused))
             with initialization.no_init_weights(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
                 model = maker.from_config(config, **kwargs)
-            if quantization is None:
-                model = model.maybe_distribute_model(model, layout, meshes)
-            else:
+            if quantization is not None:
                 pack(model, quantization)
+            if setup is not None:
+                model = model.maybe_distribute_model(model, layout, meshes)
             initialise_shards(model, device or torch.device("cpu"))
             return _finish(model, fused, setup, mtp_weight)
 

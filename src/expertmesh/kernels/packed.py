@@ -54,9 +54,10 @@ class Packed(torch.Tensor):
         _, dtype, transposed, _ = rest
         (E, out, half), inner = codes.shape, 2 * codes.shape[2]
         shape, strides = ((E, inner, out), (1, inner)) if transposed else ((E, out, inner), (inner, 1))
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, (out * inner, *strides), dtype=dtype, device=codes.device, requires_grad=False
-        )
+        with torch.inference_mode(False):  # there autograd takes no view of it that was made by Python
+            return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, shape, (out * inner, *strides), dtype=dtype, device=codes.device, requires_grad=False
+            )
 
     def __init__(
         self,
