@@ -52,7 +52,7 @@ class Packed(torch.Tensor):
     def __new__(cls, codes: torch.Tensor, scales: torch.Tensor, *rest: Any) -> "Packed":
         """codes, scales, format, dtype, transposed, buffer: as the attributes."""
         _, dtype, transposed, _ = rest
-        (E, out, half), inner = codes.shape, 2 * codes.shape[2]
+        (E, out, _), inner = codes.shape, 2 * codes.shape[2]
         shape, strides = ((E, inner, out), (1, inner)) if transposed else ((E, out, inner), (inner, 1))
         with torch.inference_mode(False):  # there autograd takes no view of it that was made by Python
             return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -113,7 +113,9 @@ class Packed(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         self = args[0]
         if func in _OF_EACH:

@@ -30,6 +30,7 @@ from expertmesh.train.errors import in_short, install, known, refusing
 from expertmesh.train.folder import check_folder
 from expertmesh.train.routing import routers
 from expertmesh.train.talks import check_rows
+from expertmesh.weights.four_bit import check_packable
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +206,9 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
                     model.set_attn_implementation(attention)
             if config.moe.freeze_router and not any(routers(model)):
                 raise ConfigError(f"moe.freeze_router: {type(model).__name__} has no routers. Remove the key.")
+            if config.quantization is not None:
+                with refusing(f"quantization.experts: {name}"):
+                    check_packable(model, config.quantization.experts)
             if (adapter := lora(config)) is not None:
                 import peft
 

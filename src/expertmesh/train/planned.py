@@ -40,6 +40,8 @@ def job_of(config: Config, gpus: int) -> Job:
     train, parallel = config.train, config.parallel
     if parallel.tp_size > 1:
         raise ConfigError("parallel.tp_size: a plan does not know tensor parallelism. Set it to 1.")
+    if config.quantization is not None:
+        raise ConfigError("quantization: a plan does not know experts in 4 bits. Remove the section to plan.")
     if train.bf16:
         raise ConfigError("train.bf16: a plan does not know autocast. Set model.dtype to bfloat16 instead.")
     if train.optim not in OPTIMS:

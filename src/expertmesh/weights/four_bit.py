@@ -38,7 +38,8 @@ class ExpertsQuantConfig(QuantizationConfigMixin):
         """stored: the quantization_config of a checkpoint that is kept, and which is saved again."""
         if format not in FORMATS:
             raise ValueError(f"There is no format {format!r} for experts in 4 bits: choose one of {sorted(FORMATS)}.")
-        self.format, self.quant_method, self._stored = format, quant_method, stored
+        self.format, self._stored = format, stored
+        self.quant_method: Any = quant_method
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json gets."""
@@ -66,6 +67,16 @@ def pack(model: Any, quantization: ExpertsQuantConfig) -> None:
     quantizer.preprocess_model(model)
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
+
+
+def check_packable(model: nn.Module, format: str) -> None:
+    """Raise ValueError if a model, which may be stock and on the meta device, has no experts to put into this format,
+    or some that do not fit it."""
+    found = [(m, m._parameters[name]) for m in model.modules() if is_experts(m) for name in WEIGHTS & {*m._parameters}]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no experts that could be kept in 4 bits")
+    for experts, weight in found:
+        Packed.like(weight, format, experts.is_transposed, DecodeBuffer())
 
 
 @register_quantizer(METHOD)
@@ -127,7 +138,9 @@ class ExpertsQuantizer(HfQuantizer):
 
 
 class _Pack(ConversionOps):
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, torch.Tensor]:
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, **_: Any
+    ) -> dict[str, torch.Tensor]:
         """{name: weights, or a list with them} as packed weights like those that stand in the model."""
         ((name, value),) = input_dict.items()
         weight = value[0] if isinstance(value, list) else value
@@ -140,7 +153,7 @@ class _Pack(ConversionOps):
         return {name: nn.Parameter(held, requires_grad=False)}
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[Any, str, torch.Tensor]]:
+def _weights(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """(experts, name of a weight, the weight) of a model. Raises ValueError if some experts cannot run here."""
     for module in model.modules():
         if not is_experts(module):

@@ -16,7 +16,7 @@ from expertmesh.kernels.packed import Packed
 
 @torch.no_grad()
 def initialise_shards(model: PreTrainedModel, device: Any) -> None:
-    """Give a sharded or packed model on the meta device weights drawn by Transformers' rules, the same under every layout.
+    """Give a sharded or packed model on the meta device weights by Transformers' rules, the same under every layout.
 
     Every rank draws all weights from rank 0's seed, one layer at a time, and keeps its own part.
     """
