@@ -42,7 +42,7 @@ def pair(family="qwen3_moe", format="nf4", targets=None):
     pack(held, ExpertsQuantConfig(format))
     whole = copy.deepcopy(held)
     for experts, name, weight in packed_weights(whole):
-        experts._parameters[name] = torch.nn.Parameter(weight.dequantized(), requires_grad=False)
+        experts._parameters[name] = torch.nn.Parameter(weight.decode().clone(), requires_grad=False)
     options = {"target_modules": "all-linear"} if targets is None else {}
     return [adapt(model, family, **options) for model in (held, whole)]
 
@@ -138,9 +138,9 @@ def test_a_packed_weight_is_moved_cast_and_pickled_and_refuses_the_rest(tmp_path
     again = torch.load(tmp_path / "weight", weights_only=False)
     for other in (again, weight.to("meta"), weight.bfloat16(), weight.transpose(1, 2).transpose(1, 2)):
         assert isinstance(other, Packed) and other.shape == weight.shape and other.stride() == weight.stride()
-    assert torch.equal(again.dequantized(), weight.dequantized())
-    assert torch.equal(plain(weight.transpose(1, 2)), weight.dequantized().transpose(1, 2))
-    assert weight.bfloat16().dequantized().dtype == torch.bfloat16 and "nf4" in repr(weight)
+    assert torch.equal(again.decode().clone(), weight.decode().clone())
+    assert torch.equal(plain(weight.transpose(1, 2)), weight.decode().clone().transpose(1, 2))
+    assert weight.bfloat16().decode().dtype == torch.bfloat16 and "nf4" in repr(weight)
     for wrong in (lambda: weight + 1, lambda: held.merge_and_unload(), lambda: weight[0]):
         with pytest.raises(ValueError, match="Experts' weights are kept in 4 bits, where aten"):
             wrong()

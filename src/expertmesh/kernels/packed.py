@@ -22,19 +22,13 @@ class DecodeBuffer:
         self.numel = 0
         self._made: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
-    def room_for(self, numel: int) -> None:
-        """Say how large a stack is that will be decoded."""
-        self.numel = max(self.numel, numel)
-
     def take(self, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         """Memory of this shape on the device and in the dtype of `like`: the same in every call."""
-        made = self._made.get((like.device, like.dtype))
-        if made is None or len(made) < shape.numel():
-            self.room_for(shape.numel())
+        if (like.device, like.dtype) not in self._made:
             with torch.inference_mode(False):  # to be written in training, too
                 made = torch.empty(self.numel, dtype=like.dtype, device=like.device)
             self._made[like.device, like.dtype] = made
-        return made[: shape.numel()].view(shape)
+        return self._made[like.device, like.dtype][: shape.numel()].view(shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"numel": self.numel, "_made": {}}  # a copied or pickled model makes its own
@@ -49,27 +43,17 @@ class Packed(torch.Tensor):
     """
 
     @staticmethod
-    def __new__(cls, codes: torch.Tensor, scales: torch.Tensor, *rest: Any) -> "Packed":
-        """codes, scales, format, dtype, transposed, buffer: as the attributes."""
-        _, dtype, transposed, _ = rest
+    def __new__(cls, codes, scales, format: str, dtype: torch.dtype, transposed: bool, buffer: DecodeBuffer) -> Any:
+        """codes, scales, format, buffer: as the attributes. dtype: of what is decoded."""
         (E, out, _), inner = codes.shape, 2 * codes.shape[2]
         shape, strides = ((E, inner, out), (1, inner)) if transposed else ((E, out, inner), (inner, 1))
         with torch.inference_mode(False):  # there autograd takes no view of it that was made by Python
-            return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls, shape, (out * inner, *strides), dtype=dtype, device=codes.device, requires_grad=False
             )
-
-    def __init__(
-        self,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        format: str,
-        dtype: torch.dtype,
-        transposed: bool,
-        buffer: DecodeBuffer,
-    ) -> None:
         self.codes, self.scales, self.format, self.transposed, self.buffer = codes, scales, format, transposed, buffer
-        buffer.room_for(self.numel())
+        buffer.numel = max(buffer.numel, self.numel())
+        return self
 
     @classmethod
     def like(cls, weight: torch.Tensor, format: str, transposed: bool, buffer: DecodeBuffer) -> "Packed":
@@ -77,19 +61,11 @@ class Packed(torch.Tensor):
         shape = tuple(weight.transpose(1, 2).shape if transposed else weight.shape)
         return cls(*four_bit.empty(format, shape, weight.device), format, weight.dtype, transposed, buffer)
 
-    def decode(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The weight, in `out` [E, out, in], or in the model's buffer, where the next one overwrites it."""
-        if out is None:
-            out = self.buffer.take(self._stored_shape(), self)
-        four_bit.decode(self.codes, self.scales, self.format, out)
+    def decode(self) -> torch.Tensor:
+        """The weight, in the model's buffer, where the next one overwrites it."""
+        shape = torch.Size((*self.codes.shape[:2], 2 * self.codes.shape[2]))
+        out = four_bit.decode(self.codes, self.scales, self.format, self.buffer.take(shape, self))
         return out.transpose(1, 2) if self.transposed else out
-
-    def dequantized(self) -> torch.Tensor:
-        """The weight as an ordinary tensor."""
-        return self.decode(torch.empty(self._stored_shape(), dtype=self.dtype, device=self.device))
-
-    def _stored_shape(self) -> torch.Size:
-        return torch.Size((*self.codes.shape[:2], 2 * self.codes.shape[2]))
 
     def requires_grad_(self, requires_grad: bool = True) -> "Packed":
         """As of a tensor, but it can only be False."""
@@ -113,18 +89,16 @@ class Packed(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        self = args[0]
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, self = dict(kwargs or {}), args[0]
         if func in _OF_EACH:
             dtype = kwargs.pop("dtype", None) or self.dtype
             return self._with(*(func(part, *args[1:], **kwargs) for part in (self.codes, self.scales)), dtype)
         if func is aten.transpose.int and {axis % 3 for axis in args[1:]} == {1, 2}:
             return self._with(self.codes, self.scales, self.dtype, flip=True)
-        if func is aten.copy_.default and isinstance(self, Packed):
-            self._write(args[1])
+        if func is aten.copy_.default and not isinstance(args[1], Packed):
+            weight = args[1].transpose(1, 2) if self.transposed else args[1]
+            four_bit.encode(weight, self.format, self.codes, self.scales)
             return self
         raise ValueError(
             f"Experts' weights are kept in 4 bits, where {func} is not known. They are for adapters to be trained on, "
@@ -132,25 +106,9 @@ class Packed(torch.Tensor):
             f"quantization."
         )
 
-    def _write(self, weight: torch.Tensor) -> None:
-        if isinstance(weight, Packed):
-            same = weight.format == self.format and weight.transposed == self.transposed
-            assert same, "packed weights of two kinds"
-            self.codes.copy_(weight.codes)
-            self.scales.copy_(weight.scales)
-        else:
-            stored = weight.transpose(1, 2) if self.transposed else weight
-            four_bit.encode(stored, self.format, self.codes, self.scales)
-
 
 #: what is done to a packed weight by doing it to its codes and to its scales
-_OF_EACH = {
-    aten.detach.default,
-    aten.alias.default,
-    aten.clone.default,
-    aten.empty_like.default,
-    aten._to_copy.default,
-}
+_OF_EACH = {getattr(aten, name).default for name in ("detach", "alias", "clone", "empty_like", "_to_copy")}
 
 
 def plain(weight: torch.Tensor) -> torch.Tensor:

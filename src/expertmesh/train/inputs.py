@@ -25,12 +25,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from expertmesh import data
 from expertmesh.fuse import loading
+from expertmesh.kernels.packed import DecodeBuffer, Packed
+from expertmesh.moe.experts import is_experts
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import in_short, install, known, refusing
 from expertmesh.train.folder import check_folder
 from expertmesh.train.routing import routers
 from expertmesh.train.talks import check_rows
-from expertmesh.weights.four_bit import check_packable
 
 log = logging.getLogger(__name__)
 
@@ -207,8 +208,8 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
             if config.moe.freeze_router and not any(routers(model)):
                 raise ConfigError(f"moe.freeze_router: {type(model).__name__} has no routers. Remove the key.")
             if config.quantization is not None:
-                with refusing(f"quantization.experts: {name}"):
-                    check_packable(model, config.quantization.experts)
+                with refusing(f"quantization.experts: {name} cannot have its experts in 4 bits"):
+                    _check_packable(model, config.quantization.experts)
             if (adapter := lora(config)) is not None:
                 import peft
 
@@ -217,6 +218,15 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
                     peft.get_peft_model(model, adapter)
     finally:
         transformers.logging.set_verbosity(level)
+
+
+def _check_packable(model: Any, format: str) -> None:
+    found = [(experts, weight) for experts in model.modules() if is_experts(experts) for weight in experts.parameters()]
+    if not found:
+        raise ValueError("it has none")
+    for experts, weight in found:
+        if weight.ndim == 3:
+            Packed.like(weight, format, experts.is_transposed, DecodeBuffer())
 
 
 def _check_files(folder: Path) -> None:

@@ -69,16 +69,6 @@ def pack(model: Any, quantization: ExpertsQuantConfig) -> None:
     model.hf_quantizer = quantizer
 
 
-def check_packable(model: nn.Module, format: str) -> None:
-    """Raise ValueError if a model, which may be stock and on the meta device, has no experts to put into this format,
-    or some that do not fit it."""
-    found = [(m, m._parameters[name]) for m in model.modules() if is_experts(m) for name in WEIGHTS & {*m._parameters}]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no experts that could be kept in 4 bits")
-    for experts, weight in found:
-        Packed.like(weight, format, experts.is_transposed, DecodeBuffer())
-
-
 @register_quantizer(METHOD)
 class ExpertsQuantizer(HfQuantizer):
     """What Transformers asks of a quantizer when it loads, trains and saves a model."""
@@ -104,7 +94,8 @@ class ExpertsQuantizer(HfQuantizer):
                 f"{type(model).__name__} has no experts that this library computes, so nothing can be kept in 4 bits: "
                 f"load it by expertmesh.AutoModelForCausalLM with its experts fused, or without quantization."
             )
-        for experts, name, weight in found:
+        while found:  # so that each is freed when it is packed
+            experts, name, weight = found.pop()
             held = Packed.like(weight, self.quantization_config.format, experts.is_transposed, buffer)
             if not weight.is_meta:
                 held.copy_(weight)
@@ -138,9 +129,7 @@ class ExpertsQuantizer(HfQuantizer):
 
 
 class _Pack(ConversionOps):
-    def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], model: Any = None, **_: Any
-    ) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> Any:  # type: ignore[override]
         """{name: weights, or a list with them} as packed weights like those that stand in the model."""
         ((name, value),) = input_dict.items()
         weight = value[0] if isinstance(value, list) else value
@@ -148,8 +137,7 @@ class _Pack(ConversionOps):
         if isinstance(weight, Packed):
             held = Packed(weight.codes, weight.scales, place.format, place.dtype, place.transposed, place.buffer)
         else:
-            held = Packed.like(weight, place.format, place.transposed, place.buffer)
-            held.copy_(weight)
+            held = Packed.like(weight, place.format, place.transposed, place.buffer).copy_(weight)
         return {name: nn.Parameter(held, requires_grad=False)}
 
 

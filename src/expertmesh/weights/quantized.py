@@ -109,13 +109,6 @@ class Kept:
     def __init__(self, blocks: Any, scales: Any, format: str):
         self.blocks, self.scales, self.format = blocks, scales, format
 
-    def get_shape(self) -> list[int]:
-        E, O, groups, half = self.blocks.get_shape()  # noqa: E741
-        return [E, O, 2 * groups * half]
-
-    def get_dtype(self) -> str:
-        return "BF16"
-
     def __getitem__(self, index: Any) -> torch.Tensor:
         assert index is ..., "packed weights are read as a whole: no rank has a part of them"
         blocks, scales = self.blocks[...], self.scales[...]
