@@ -89,10 +89,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         with loading(fused, mtp="no" if mtp_weight is None else "new"):
             if setup is None and quantization is None:
                 return _finish(maker.from_config(config, **kwargs), fused, setup, mtp_weight)
-            layout, meshes = None, None
-            device: Any = torch.get_default_device()
-            if setup is not None:
-                layout, device, meshes = PreTrainedModel.prepare_distribute_model(_join(setup, fused))
+            prepare, here = PreTrainedModel.prepare_distribute_model, (None, torch.get_default_device(), None)
+            layout, device, meshes = here if setup is None else prepare(_join(setup, fused))
             with initialization.no_init_weights(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
                 model = maker.from_config(config, **kwargs)
             if quantization is not None:

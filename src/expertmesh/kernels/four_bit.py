@@ -44,8 +44,7 @@ FORMATS = {
 
 def empty(format: str, shape: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, scales) for weights [E, out, in], not written yet. Raises ValueError if `in` is not whole blocks."""
-    size = FORMATS[format].size
-    *outer, inner = shape
+    (*outer, inner), size = shape, FORMATS[format].size
     if inner % size:
         raise ValueError(
             f"Experts with rows of {inner} weights cannot be packed in {format}, which takes blocks of {size}: load "

@@ -42,6 +42,12 @@ class Packed(torch.Tensor):
     ValueError.
     """
 
+    codes: torch.Tensor
+    scales: torch.Tensor
+    format: str
+    transposed: bool
+    buffer: DecodeBuffer
+
     @staticmethod
     def __new__(cls, codes, scales, format: str, dtype: torch.dtype, transposed: bool, buffer: DecodeBuffer) -> Any:
         """codes, scales, format, buffer: as the attributes. dtype: of what is decoded."""
@@ -89,7 +95,7 @@ class Packed(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func, types, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs, self = dict(kwargs or {}), args[0]
         if func in _OF_EACH:
             dtype = kwargs.pop("dtype", None) or self.dtype

@@ -205,8 +205,7 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
     """
     if any(isinstance(weight, Packed) for weight in model.parameters()):
         raise ValueError(
-            "Experts in 4 bits are held whole by one process: leave distributed_setup out, or load the model without "
-            "quantization."
+            "Experts in 4 bits are held whole by one process: leave distributed_setup out, or quantization."
         )
     heads = getattr(model.config.get_text_config(), "num_key_value_heads", None) or 1
     if get_kv_heads_per_rank(model.tp_plan, heads, layout.tp_size) is None:

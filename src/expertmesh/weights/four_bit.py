@@ -11,7 +11,6 @@ unpacked. A checkpoint whose experts are in 4 bits already, as GPT-OSS's in MXFP
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -75,6 +74,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     quantization_config: ExpertsQuantConfig
     is_trainable = True  # adapters, that is
+    quantized_element_size: Any = 4.25 / 8  # in either format
 
     def is_serializable(self, **_: Any) -> bool:
         """A model is saved as it is, packed."""
@@ -107,12 +107,6 @@ class ExpertsQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         """Whether this is a weight of experts."""
         return isinstance(model.get_parameter_or_buffer(param_name), Packed)
-
-    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """Bytes of a weight."""
-        if not isinstance(param, Packed):
-            return param.element_size()
-        return (param.codes.nbytes + param.scales.nbytes) / param.numel()
 
     def get_quantize_ops(self) -> ConversionOps:
         """What is done to a stack of weights that was read."""

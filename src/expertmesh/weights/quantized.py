@@ -115,7 +115,7 @@ class Kept:
         return Packed(blocks.flatten(-2), scales, self.format, torch.bfloat16, False, DecodeBuffer())
 
 
-def _read_packed(tensors: Tensors, read: Callable[[Any, Any], Any]) -> Tensors:
+def _read_packed(read: Callable[[Any, Any], Any], tensors: Tensors) -> Tensors:
     for name in [name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")]:
         if f"{name}_scales" not in tensors:
             raise ValueError(f"The checkpoint holds {name}_blocks without {name}_scales: it is cut short.")
@@ -123,12 +123,11 @@ def _read_packed(tensors: Tensors, read: Callable[[Any, Any], Any]) -> Tensors:
     return tensors
 
 
-def _read_mxfp4(stored: dict[str, Any], tensors: Tensors) -> Tensors:
-    return _read_packed(tensors, MXFP4)
-
-
 #: how to read what a quant_method stores; each takes the checkpoint's quantization_config and its tensors
-READERS: dict[str, Callable[[dict[str, Any], Tensors], Tensors]] = {"fp8": _read_fp8, "mxfp4": _read_mxfp4}
+READERS: dict[str, Callable[[dict[str, Any], Tensors], Tensors]] = {
+    "fp8": _read_fp8,
+    "mxfp4": lambda stored, tensors: _read_packed(MXFP4, tensors),
+}
 
 
 class ReadsQuantized(Fast):
@@ -172,19 +171,19 @@ class ReadsQuantized(Fast):
             raise ValueError(f"{name} is quantized ({source}): it cannot stay on the disk. Change device_map.")
         asked = getattr(load_config.hf_quantizer, "quantization_config", None)
         if asked is not None and asked.kept_from(stored):
-            with opened(files) as tensors:
-                return load(model, _read_packed(tensors, partial(Kept, format=asked.format)), files, load_config)
-        dtype = str(load_config.dtype).removeprefix("torch.")
-        backends.logger().info(
-            f"expertmesh: {name} is quantized ({source}). Its weights become {dtype} while they are read, to be "
-            f"trained; give quantization_config= to keep them quantized."
-            if asked is None
-            else f"expertmesh: {name} is quantized ({source}). Its experts become {asked.format} while they are read, "
-            f"all other weights {dtype}."
-        )
-        model._dequantized_from = source
+            read = partial(_read_packed, partial(Kept, format=asked.format))
+        else:
+            read, dtype = partial(READERS[method], stored), str(load_config.dtype).removeprefix("torch.")
+            backends.logger().info(
+                f"expertmesh: {name} is quantized ({source}). Its weights become {dtype} while they are read, to be "
+                f"trained; give quantization_config= to keep them quantized."
+                if asked is None
+                else f"expertmesh: {name} is quantized ({source}). Its experts become {asked.format} while they are "
+                f"read, all other weights {dtype}."
+            )
+            model._dequantized_from = source
         with opened(files) as tensors:
-            return load(model, READERS[method](stored, tensors), files, load_config)
+            return load(model, read(tensors), files, load_config)
 
 
 def tell_saved(model: Any, folder: Any) -> None:
