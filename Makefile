@@ -28,8 +28,8 @@ SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 OLDEST := $(shell sed -n 's/^OLDEST = "\(.*\)"/\1/p' src/expertmesh/backends.py)
 OLDEST_VENV = $(VENV)-oldest
 OLDEST_READY = $(OLDEST_VENV)/.ready
-OLDEST_TESTS = tests/test_{backends,fuse,parity,interface,export,trainers}.py tests/families tests/weights/test_read.py \
-	tests/layers/test_{attention,head,lora,mamba2,mla,mtp,rope,rows,sinks,twins}.py tests/moe/test_{lora,router}.py tests/train/test_routing.py \
+OLDEST_TESTS = tests/test_{backends,fuse,parity,interface,export,trainers}.py tests/families tests/weights/test_{four_bit,read}.py \
+	tests/layers/test_{attention,head,lora,mamba2,mla,mtp,rope,rows,sinks,twins}.py tests/moe/test_{four_bit,lora,router}.py tests/train/test_routing.py \
 	tests/distributed/test_ep_parity.py::test_gradients_on_two_ranks
 OLDEST_LEAVES = not triton and not compiled
 

@@ -10,6 +10,7 @@ _HOMES = {
     "AutoModelForCausalLM": "expertmesh.auto",
     "fuse": "expertmesh.fuse",
     "DistributedSetup": "expertmesh.parallel.setup",
+    "ExpertsQuantConfig": "expertmesh.weights.four_bit",
     "create_distributed_setup_from_config": "expertmesh.parallel.nemo_keys",
     "AdamW": "expertmesh.memory.adamw",
     "GradientRelease": "expertmesh.memory.release",

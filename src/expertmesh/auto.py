@@ -17,6 +17,7 @@ from expertmesh.fuse import fuse, fused_class, loading
 from expertmesh.parallel.nemo_keys import as_setup
 from expertmesh.parallel.setup import AUTO, DistributedSetup
 from expertmesh.weights.files import verify_sums
+from expertmesh.weights.four_bit import ExpertsQuantConfig, pack
 from expertmesh.weights.init import initialise_shards
 
 _STOCK: Any = transformers.AutoModelForCausalLM._model_mapping
@@ -76,19 +77,26 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         With a setup, no rank ever holds more than its part and one whole layer, and the weights depend on rank 0's
         torch seed alone: they are the same under every layout and on one process (but not those of the same seed
         without a setup, which draws in another order). Only with `mtp_loss_weight` are modules for
-        multi-token prediction made.
+        multi-token prediction made. `quantization_config=`: an `ExpertsQuantConfig`, drawn as with a setup.
         """
         fused, setup, mtp_weight = _take_ours(kwargs)
+        quantization = kwargs.pop("quantization_config", None)
         maker: Any = super() if fused is not False else transformers.AutoModelForCausalLM
+        if quantization is not None and not isinstance(quantization, ExpertsQuantConfig):
+            raise ValueError("from_config takes an ExpertsQuantConfig as quantization_config, and no other.")
         if fused is not False or setup is not None:  # a layout is noted there, too
             config = _own_copy(config, kwargs)
         with loading(fused, mtp="no" if mtp_weight is None else "new"):
-            if setup is None:
+            if setup is None and quantization is None:
                 return _finish(maker.from_config(config, **kwargs), fused, setup, mtp_weight)
-            layout, device, meshes = PreTrainedModel.prepare_distribute_model(_join(setup, fused))
+            prepare, here = PreTrainedModel.prepare_distribute_model, (None, torch.get_default_device(), None)
+            layout, device, meshes = here if setup is None else prepare(_join(setup, fused))
             with initialization.no_init_weights(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
                 model = maker.from_config(config, **kwargs)
-            model = model.maybe_distribute_model(model, layout, meshes)
+            if quantization is not None:
+                pack(model, quantization)
+            if setup is not None:
+                model = model.maybe_distribute_model(model, layout, meshes)
             initialise_shards(model, device or torch.device("cpu"))
             return _finish(model, fused, setup, mtp_weight)
 

@@ -40,6 +40,7 @@ from expertmesh.parallel.setup import refuse_unfit_shards
 from expertmesh.records import Call, call_of, calling
 from expertmesh.twins import has_cache, refuse_replicas, twin
 from expertmesh.weights.files import replacing
+from expertmesh.weights.four_bit import ExpertsQuantizer
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
 from expertmesh.weights.read import glance, to_model_names
 from expertmesh.weights.write import is_sharded, save_sharded, with_copies
@@ -287,7 +288,7 @@ class FusedModel(ReadsQuantized):
         for name in model._frozen:  # which Transformers' loading undoes, unless it shards
             model.get_parameter(name).requires_grad_(False)
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        if complete and not load_config.is_quantized:  # tied weights are no longer among them
+        if complete and not _by_others(load_config):  # tied weights are no longer among them
             _refuse_missing(loading_info.missing_keys, source)
         return loading_info
 
@@ -329,13 +330,18 @@ class FusedBaseModel(FastBaseModel, FusedModel):
 def _settle_mtp(model: Any, loading_info: Any, load_config: Any) -> None:
     """Keep the modules for multi-token prediction that the checkpoint has; drop them if it has none."""
     missing, unexpected = loading_info.missing_keys, loading_info.unexpected_keys
-    source, quantized = load_config.pretrained_model_name_or_path, load_config.is_quantized
+    source, quantized = load_config.pretrained_model_name_or_path, _by_others(load_config)
     if not were_saved(model, missing, unexpected, source, quantized):
         loading_info.missing_keys = {key for key in loading_info.missing_keys if not model._mtp.owns(key)}
         removed = model._mtp.remove_from(model)
         model._mtp = None
         model._fusions = [replace(row, count=row.count - count_of(row.name, removed)) for row in model._fusions]
     print_report(model, model._fusions)
+
+
+def _by_others(load_config: Any) -> bool:
+    """Whether a model is loaded by a quantizer that is not ours, with tensors that the model has not."""
+    return load_config.is_quantized and not isinstance(load_config.hf_quantizer, ExpertsQuantizer)
 
 
 def _lost_experts(model: nn.Module, loading_info: Any) -> set[str]:

@@ -95,6 +95,28 @@ def test_the_arms_get_the_trainers_and_the_arguments_they_stand_for(monkeypatch)
     assert sum("expertmesh has no DPOTrainer" in line for line in said) == 1
 
 
+def test_experts_in_4_bits_are_an_arm_of_loops_with_adapters(monkeypatch):
+    own = loops.loop_config
+
+    def whole_blocks(*arguments):
+        config = own(*arguments)
+        config.hidden_size = config.moe_intermediate_size = 64
+        return config
+
+    monkeypatch.setattr(loops, "loop_config", whole_blocks)
+    arms = ("expertmesh", "expertmesh-4bit")
+    result, said = tiny(loops=("trainer", "lora-experts"), arms=arms, repeats=1)
+    assert not result["failed"]
+    assert [(row["loop"], row["arm"]) for row in result["rows"]] == [
+        ("trainer", "expertmesh"),
+        *(("lora-experts", arm) for arm in arms),
+    ]
+    assert all(loss == pytest.approx(8, rel=0.2) for row in result["rows"] for loss in row["losses"])
+    assert any("experts in 4 bits are frozen" in line for line in said)
+    with pytest.raises(ConfigError, match="expertmesh-4bit is an arm of people's loops: add --loop"):
+        tiny(arms=arms)
+
+
 def test_an_arm_that_fails_is_noted_and_the_others_run(monkeypatch):
     def broken(loop, arm, *arguments):
         if arm.name == "stock":

@@ -68,9 +68,11 @@ def test_an_unknown_key_names_the_nearest_one(key, nearest):
         (["train.optim=sgd", "train.optim_states=8bit"], "of AdamW, not of `train.optim` sgd"),
         (["lora={}", "train.optim_states=24bit"], "LoRA's weights are float32"),
         (["model.dtype=float32", "train.optim_states=24bit"], "the weights are float32"),
+        (["quantization.experts=nf4"], "freezes the experts in 4 bits: add `lora`"),
+        (["quantization.experts=nf4", "lora={}", "model.fused={experts: false}"], "experts that are fused: change"),
     ],
 )
-def test_states_that_cannot_be_kept_are_an_error(keys, message):
+def test_settings_that_exclude_each_other_are_an_error(keys, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, keys)
 
@@ -187,7 +189,7 @@ def test_the_resolved_configuration_loads_as_itself(tmp_path):
 
 def test_every_key_has_a_sentence():
     keys = dict(known_keys())
-    assert len(keys) <= 53
+    assert len(keys) <= 54
     for key, sentence in keys.items():
         assert sentence.endswith(".") and len(sentence) > 10, key
     assert "train.learning_rate" in keys and "lora.r" in keys

@@ -76,6 +76,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str] | tuple[Any, dict[str, Any]]] = 
     "lora.dropout": (0.25, {"lora.lora_dropout": 0.25}, "lora={}"),
     "lora.target_modules": ("[q_proj]", {"lora.target_modules": {"q_proj"}}, "lora={}"),
     "lora.target_parameters": ("[experts.down_proj]", {"lora.target_parameters": ["experts.down_proj"]}, "lora={}"),
+    "quantization.experts": ("mxfp4", {"model.quantization_config": expertmesh.ExpertsQuantConfig("mxfp4")}, "lora={}"),
     "moe.router_aux_loss_coef": (0.125, {"args.router_aux_loss_coef": 0.125}),
     "moe.freeze_router": (True, {"routers learn": False}),
     "log.logging_steps": (3, {"args.logging_steps": 3}),
@@ -99,7 +100,8 @@ class Begun(Exception):
 @functools.cache
 def parts():
     """(tokenizer, model), of which no run trains a step."""
-    return demo_tokenizer(), tiny_model("qwen3_moe", vocab_size=VOCABULARY, max_position_embeddings=2048)
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 2048, "moe_intermediate_size": 32}
+    return demo_tokenizer(), tiny_model("qwen3_moe", **sizes)
 
 
 def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:

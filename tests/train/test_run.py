@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import expertmesh
 from expertmesh.adapters.layouts import read_adapter, skeleton
 from expertmesh.train.config import ConfigError, load_config
+from expertmesh.train.launch import layout
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.routing import routers
 from expertmesh.train.run import build, run, train
@@ -203,6 +204,19 @@ def test_all_linear_reaches_experts_leaves_a_frozen_router_and_records_the_layou
     (result.final / "README.md").write_text("unsloth")
     base = skeleton(transformers.AutoConfig.from_pretrained(settings["base_model_name_or_path"]))
     assert read_adapter(result.final, base).layout == "rank-major"
+
+
+def test_adapters_train_on_the_demo_s_experts_in_4_bits(tmp_path):
+    adapters = "{r: 4, target_modules: [q_proj], target_parameters: [experts.gate_up_proj, experts.down_proj]}"
+    changes = {"model__name": "demo", "lora": adapters, "quantization__experts": "mxfp4", "train__max_steps": 2}
+    result = run(configured(tmp_path / "run", **changes))
+    adapter = load_file(result.final / "adapter_model.safetensors")
+    assert any("experts" in name and "lora_B" in name and weight.any() for name, weight in adapter.items())
+    assert not (result.final / "model.safetensors").exists()
+    with pytest.raises(ConfigError, match="held whole by one process. Set parallel.nproc to 1"):
+        layout(configured(tmp_path, **changes), 2)
+    with pytest.raises(ConfigError, match="rows of 16 weights cannot be packed in mxfp4"):
+        run(configured(tmp_path / "unfit", **changes | {"model__name": checkpoint()}))
 
 
 def test_the_configuration_reaches_the_trainer(tmp_path):

@@ -16,6 +16,7 @@ from expertmesh import backends
 from expertmesh.auto import AutoModelForCausalLM
 from expertmesh.fuse import FUSIONS
 from expertmesh.train.errors import ConfigError, install
+from expertmesh.weights.four_bit import ExpertsQuantConfig
 
 WITHOUT = "expertmesh-no-"
 #: packages whose kernels come before ours where they are installed -> what `backends` is asked about each
@@ -26,6 +27,7 @@ LIBRARIES = {"quack-kernels": "has_quack", "flash-attn-4": "has_flash_attention"
 class Arm:
     """One arm. `compiled`: torch.compile on each decoder layer. `flash`: Transformers' own integration of
     flash-attn-4. `without`: the one fusion or library that is off. `trainer`: trained by our trainer (`--loop`).
+    `four_bit`: experts in 4 bits below adapters (`--loop`), drawn in another order than the other arms' weights.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Arm:
     flash: bool = False
     without: str | None = None
     trainer: bool = False
+    four_bit: bool = False
 
 
 ARMS = {
@@ -46,6 +49,7 @@ ARMS = {
         Arm("stock-flash-attn-4", flash=True),
         Arm("expertmesh", ours=True),
         Arm("expertmesh-trainer", ours=True, trainer=True),
+        Arm("expertmesh-4bit", ours=True, four_bit=True),
         *(
             Arm(f"{WITHOUT}{name}", ours=True, without=name)
             for name in (*(fusion for fusion in FUSIONS if fusion != "liger"), *LIBRARIES)
@@ -92,7 +96,7 @@ def fusions_of(config: PreTrainedConfig) -> list[Any]:
 def model_of(
     arm: Arm, config: PreTrainedConfig, dtype: torch.dtype, device: str, attention: str | None = None
 ) -> Iterator[PreTrainedModel]:
-    """A model of this arm, ready to train; the same weights in every arm.
+    """A model of this arm, ready to train; the same weights in every arm, but for experts in 4 bits.
 
     Liger patches whole modules of Transformers, so the model of its arm works only inside this context. On exit
     Transformers is as it was.
@@ -103,6 +107,8 @@ def model_of(
     options: dict[str, Any] = {"attn_implementation": attention} if attention and not own_attention else {}
     if arm.without and arm.without not in LIBRARIES:
         options["fused"] = {arm.without: False}
+    if arm.four_bit:
+        options["quantization_config"] = ExpertsQuantConfig("mxfp4" if config.model_type == "gpt_oss" else "nf4")
     torch.manual_seed(0)
     with _patched_by_liger(config.model_type, arm.liger), _hidden(arm.without):
         with torch.device(device):

@@ -123,6 +123,8 @@ def why_not(loop: Loop, arm: Arm) -> str | None:
     """Why this loop has no such arm; None if it has."""
     if arm.trainer and loop.trainer == "DPOTrainer":
         return "expertmesh has no DPOTrainer of its own; TRL's runs in the arm expertmesh."
+    if arm.four_bit and not loop.lora:
+        return "experts in 4 bits are frozen: the loops lora, lora-experts and dpo train adapters."
     return None
 
 

@@ -26,7 +26,7 @@ from expertmesh.bench import loops, profile, steps
 from expertmesh.bench.arms import ARMS, DEFAULT, LIBRARIES, WITHOUT, Arm, fusions_of, model_of, nearest, why_not
 from expertmesh.bench.flops import forward_flops, step_flops
 from expertmesh.bench.gate import ROUTINGS, busiest, set_routing
-from expertmesh.bench.loops import LOOPS, OWN_TRAINER
+from expertmesh.bench.loops import LOOPS
 from expertmesh.bench.origin import origin
 from expertmesh.bench.proof import Proof
 from expertmesh.bench.works import WORKS, config_of, top_k_and_experts
@@ -132,8 +132,9 @@ def refuse(options: BenchOptions, device: str) -> None:
 def _refuse_loops(options: BenchOptions, device: str) -> None:
     """Raises ConfigError for options that --loop excludes, or that need it."""
     if not options.loops:
-        if OWN_TRAINER in (options.arms or ()):
-            raise ConfigError(f"{OWN_TRAINER} is an arm of people's loops: add --loop {', '.join(LOOPS)}.")
+        for name in options.arms or ():
+            if ARMS[name].trainer or ARMS[name].four_bit:
+                raise ConfigError(f"{name} is an arm of people's loops: add --loop {', '.join(LOOPS)}.")
         if current_world_size() > 1:
             raise ConfigError("On several ranks the bench runs people's loops only: add --loop trainer.")
         return
@@ -202,7 +203,7 @@ class _Bench:
         with self._noting_failure(arm, what):
             config = loops.loop_config(self.work, options.layers, options.tiny)
             with loops.loop_model(arm, config, self.dtype, self.device, self.attention) as model:
-                if current_world_size() == 1:
+                if current_world_size() == 1 and not arm.four_bit:
                     self._same_weights(arm, model, "random-init")
                 found = loops.measure(loop, arm, model, batch, options.seq, self.warmup, self.repeats)
             row = {"work": self.name, "loop": name, "arm": arm.name, "layers": config.num_hidden_layers}

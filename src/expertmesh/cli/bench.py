@@ -12,7 +12,8 @@ WORK_HELP = "Models by name, with commas: qwen3-30b-a3b, nemotron-3-nano, gpt-os
 ARMS_HELP = (
     "Sides, with commas: stock, stock-compiled (each layer by torch.compile), stock-liger, expertmesh, "
     "stock-flash-attn-4, expertmesh-no-NAME (one fusion or library off), and with --loop expertmesh-trainer (by our "
-    "trainer). Default: the first four that run here, with --loop all that train as people would."
+    "trainer) and, for adapters, expertmesh-4bit (experts in 4 bits). Default: the first four that run here, with "
+    "--loop all that train as people would."
 )
 LOOP_HELP = (
     "Whole steps of people's own trainers, with commas: trainer, trainer-padded, lora, lora-experts (transformers."

@@ -27,6 +27,7 @@ from expertmesh.kernels.grouped_wgrad import grouped_sum
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched
 from expertmesh.kernels.low_rank import LowRank, add_low_rank, rank_of
+from expertmesh.kernels.packed import plain
 
 
 def down_dact(
@@ -49,7 +50,7 @@ def down_dact(
     the end of its last row tile, are zero: `grouped_wgrad` reads them.
     """
     assert group.weight_S is not None
-    w_EHI = w_down_EIH.transpose(1, 2)
+    w_EHI = plain(w_down_EIH).transpose(1, 2)
     if act.kind == "custom" or group.tiles is None:
         assert not in_turns, "only quack makes such h, for activations of the kernel"
         return down_dact_by_pytorch(dout_TH, w_EHI, h_SJ, group, act, has_bias, low)

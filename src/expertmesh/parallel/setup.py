@@ -22,6 +22,7 @@ from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 from transformers.distributed.utils import _ensure_torch_distributed
 
 from expertmesh import waiting as limits
+from expertmesh.kernels.packed import Packed
 from expertmesh.moe.dispatch import TRANSPORTS
 from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.layout import train_together
@@ -200,8 +201,12 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
 
     tp_size must divide the heads, ep_size the experts. And where a checkpoint keeps one tensor per expert,
     Transformers' loader crashes on a rank that gets none of them (it stacks an empty list) while the others wait; all
-    other empty shards work.
+    other empty shards work. Experts in 4 bits fit no layout.
     """
+    if any(isinstance(weight, Packed) for weight in model.parameters()):
+        raise ValueError(
+            "Experts in 4 bits are held whole by one process: leave distributed_setup out, or quantization."
+        )
     heads = getattr(model.config.get_text_config(), "num_key_value_heads", None) or 1
     if get_kv_heads_per_rank(model.tp_plan, heads, layout.tp_size) is None:
         raise ValueError(

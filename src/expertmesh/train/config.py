@@ -1,4 +1,4 @@
-"""The configuration of a run: eight short YAML sections, one sentence per key.
+"""The configuration of a run: nine short YAML sections, one sentence per key.
 
 The sentences are the only documentation of a key: the CLI help, the JSON Schema (`expertmesh schema`) and the docs are
 made from them. A key that does not exist is an error that names the nearest one; nothing given is ever ignored.
@@ -12,40 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from expertmesh.train.errors import ConfigError
 from expertmesh.train.reading import parse, read
-
-
-def _name(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise ValueError("it is empty, or has characters that cannot be printed")
-    return str(Path(text).expanduser()) if text.startswith("~") else text
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is wanted, not yes or no")
-    return value
+from expertmesh.train.section import Count, Name, Section, Size, number
 
 
 def _spelled_out(section: Any) -> Any:
     return {"ep_size": "auto"} if section == "auto" else section
-
-
-Name = Annotated[str, AfterValidator(_name)]
-"""A word or a path; `~` is the home folder."""
-Count = Annotated[int, BeforeValidator(_number), Field(gt=0)]
-Size = Annotated[float, BeforeValidator(_number), Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Keys of one part of a configuration; a key that is not among them is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class ModelSection(Section):
@@ -123,7 +98,7 @@ class TrainSection(Section):
     """Whether to record steps once and replay them, faster where the CPU is the limit; `auto`: where that pays."""
     gradient_release: Literal["running", "exact"] | None = None
     """Update weights within backward, keeping no gradients; clip by a `running` norm, or `exact` at twice the work."""
-    seed: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**32)] = 42
+    seed: Annotated[int, BeforeValidator(number), Field(ge=0, lt=2**32)] = 42
     """Seed of weights, data order and dropout; the same seed on the same machine gives the same run."""
 
 
@@ -157,6 +132,13 @@ class LoraSection(Section):
     """Linear modules that get an adapter, by the end of their name, or `all-linear`, experts included."""
     target_parameters: list[Name] = []
     """Weights of routed experts that get an adapter, by the end of their name, as `experts.down_proj`."""
+
+
+class QuantizationSection(Section):
+    """Frozen weights in fewer bits, below adapters."""
+
+    experts: Literal["nf4", "mxfp4"]
+    """Weights of routed experts in 4 bits: `nf4`, or `mxfp4`, in which GPT-OSS is published and stays as it is."""
 
 
 class MoeSection(Section):
@@ -208,6 +190,8 @@ class Config(Section):
     """How it is spread over GPUs; `auto` is `{ep_size: auto}`."""
     lora: LoraSection | None = None
     """Low-rank adapters instead of all weights; `{}` takes the defaults, unset trains all weights."""
+    quantization: QuantizationSection | None = None
+    """Experts in 4 bits below adapters; unset keeps the model's dtype."""
     moe: MoeSection = Field(default_factory=MoeSection)
     log: LogSection = Field(default_factory=LogSection)
     save: SaveSection = Field(default_factory=SaveSection)
@@ -232,6 +216,11 @@ class Config(Section):
             raise ValueError(f"`train.optim_states: 24bit` extends bfloat16, and {weights} are float32: take `8bit`.")
         if self.train.gradient_release is not None:
             self._can_release()
+        if self.quantization is not None and self.lora is None:
+            raise ValueError("`quantization.experts` freezes the experts in 4 bits: add `lora`, or remove it.")
+        fused = self.model.fused if isinstance(self.model.fused, dict) else {"experts": self.model.fused}
+        if self.quantization is not None and not fused.get("experts", True):
+            raise ValueError("`quantization.experts` is for experts that are fused: change `model.fused`.")
         return self
 
     def _can_release(self) -> None:

@@ -26,6 +26,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from expertmesh import data
 from expertmesh.fuse import loading
+from expertmesh.kernels.packed import DecodeBuffer, Packed
+from expertmesh.moe.experts import is_experts
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import in_short, install, known, refusing
 from expertmesh.train.folder import check_folder
@@ -206,6 +208,9 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
                     model.set_attn_implementation(attention)
             if config.moe.freeze_router and not any(routers(model)):
                 raise ConfigError(f"moe.freeze_router: {type(model).__name__} has no routers. Remove the key.")
+            if config.quantization is not None:
+                with refusing(f"quantization.experts: {name} cannot have its experts in 4 bits"):
+                    _check_packable(model, config.quantization.experts)
             if (adapter := lora(config)) is not None:
                 import peft
 
@@ -235,6 +240,15 @@ def _refuse_unmatched(name: str, adapter: Any, adapted: Any) -> None:
             f"lora.{key}: {', '.join(lost)} matched nothing in {name}. Its linear layers are called "
             f"{', '.join(sorted(linears))}."
         )
+
+
+def _check_packable(model: Any, format: str) -> None:
+    found = [(experts, weight) for experts in model.modules() if is_experts(experts) for weight in experts.parameters()]
+    if not found:
+        raise ValueError("it has none")
+    for experts, weight in found:
+        if weight.ndim == 3:
+            Packed.like(weight, format, experts.is_transposed, DecodeBuffer())
 
 
 def _check_files(folder: Path) -> None:

@@ -80,6 +80,11 @@ def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
     """How `config` lays the model out over `num_ranks`, None for one. Raises ConfigError if its sizes do not fit."""
     from expertmesh.parallel.setup import DistributedSetup
 
+    if config.quantization is not None and num_ranks > 1:
+        raise ConfigError(
+            "quantization.experts: experts in 4 bits are held whole by one process. Set parallel.nproc to 1, or remove "
+            "the section."
+        )
     sizes = config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"})
     sizes |= {"ep_size": 1} if sizes["ep_size"] == "auto" else {}  # one that fits is chosen when the run starts
     with refusing("parallel"):

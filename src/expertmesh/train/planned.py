@@ -71,6 +71,8 @@ def job_of(config: Config, gpus: int) -> Job:
     train, parallel = config.train, config.parallel
     batch, ep_size = train.per_device_train_batch_size, parallel.ep_size
     assert isinstance(batch, int) and isinstance(ep_size, int), "what is `auto` is chosen before (choice.py)"
+    if config.quantization is not None:
+        raise ConfigError("quantization: a plan does not know experts in 4 bits. Remove the section to plan.")
     if train.bf16:
         raise ConfigError("train.bf16: a plan does not know autocast. Set model.dtype to bfloat16 instead.")
     if train.optim not in OPTIMS:

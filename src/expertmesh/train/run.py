@@ -145,6 +145,8 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
         options["dtype"] = "float32"
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
+    if config.quantization is not None:
+        options["quantization_config"] = expertmesh.ExpertsQuantConfig(config.quantization.experts)
     if (setup := layout(config, current_world_size())) is not None:
         options["distributed_setup"] = setup
         if setup.tp_size > 1 and not on_gpu:

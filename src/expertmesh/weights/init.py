@@ -1,4 +1,4 @@
-"""Random weights for a sharded model, the same whatever the layout."""
+"""Random weights for a sharded or packed model, the same whatever the layout."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,10 +11,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed.sharding_utils import DtensorShardOperation
 
+from expertmesh.kernels.packed import Packed
+
 
 @torch.no_grad()
 def initialise_shards(model: PreTrainedModel, device: Any) -> None:
-    """Give a sharded model on the meta device weights drawn by Transformers' rules, the same under every layout.
+    """Give a sharded or packed model on the meta device weights by Transformers' rules, the same under every layout.
 
     Every rank draws all weights from rank 0's seed, one layer at a time, and keeps its own part.
     """
@@ -40,17 +42,20 @@ def _initialise(module: nn.Module, owner: PreTrainedModel, whole: bool) -> None:
 
 @contextlib.contextmanager
 def _in_full(module: nn.Module, recurse: bool) -> Iterator[None]:
-    """Inside, sharded parameters are whole and empty; what is written to them ends up in the shards."""
+    """Inside, sharded and packed parameters are whole and empty; what is written to them ends up in these."""
     shards: list[tuple[nn.Module, str, Any]] = [
         (part, name, param)
         for part in (module.modules() if recurse else [module])
         for name, param in part._parameters.items()
-        if isinstance(param, DTensor)
+        if isinstance(param, DTensor | Packed)
     ]
     for part, name, param in shards:
         part._parameters[name] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device=param.device))
     yield
     for part, name, param in shards:
         full: Any = part._parameters[name]
-        param.to_local().copy_(DtensorShardOperation(param).shard_tensor(full))
+        if isinstance(param, Packed):
+            param.copy_(full)
+        else:
+            param.to_local().copy_(DtensorShardOperation(param).shard_tensor(full))
         part._parameters[name] = param

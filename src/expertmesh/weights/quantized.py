@@ -10,13 +10,17 @@ A further method of quantization is a function in `READERS`.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from expertmesh import backends
+from expertmesh.kernels import four_bit
+from expertmesh.kernels.packed import DecodeBuffer, Packed
 from expertmesh.twins import Fast
+from expertmesh.weights.four_bit import METHOD, ExpertsQuantConfig
 from expertmesh.weights.read import opened
 
 Tensors = dict[str, Any]  # by name: slices of safetensors, or what can be indexed like them
@@ -62,36 +66,12 @@ def _read_fp8(stored: dict[str, Any], tensors: Tensors) -> Tensors:
     return tensors
 
 
-_FLOATS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.bfloat16)
-_PAIRS = torch.stack([_FLOATS.repeat(16), _FLOATS.repeat_interleave(16)], dim=1)  # the two 4-bit floats of every byte
-
-
-def unpacked(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The bfloat16 weights [.., 32] that bytes [.., 16] and exponents [..] of MXFP4 stand for."""
-    power = torch.exp2(scales.float() - 127).bfloat16()
-    return _PAIRS.to(blocks.device)[blocks.int()].flatten(-2) * power[..., None]
-
-
 def packed(weight_EIO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(blocks, scales) of MXFP4, as `MXFP4` has them, that are nearest to experts' weights; exact where they can be.
-
-    Of the two exponents that could hold the largest of 32 weights, the one with the smaller squared error is taken.
-    """
-    E, I, O = weight_EIO.shape  # noqa: E741
-    blocks = torch.empty(E, O, I // 32, 16, dtype=torch.uint8)
-    scales = torch.empty(E, O, I // 32, dtype=torch.uint8)
-    floats = _FLOATS[:8].float()
-    for expert, weight_IO in enumerate(weight_EIO):  # all at once would be several times as large as the weights
-        groups = weight_IO.t().float().unflatten(1, (-1, 32))
-        low = groups.abs().amax(-1, keepdim=True).clamp_min(2.0**-125).log2().floor() - 2
-        exponents = torch.stack([low, low + 1])
-        codes = torch.bucketize(groups.abs() * torch.exp2(-exponents), (floats[1:] + floats[:-1]) / 2)
-        errors = (floats[codes] * torch.exp2(exponents) - groups.abs()).square().sum(-1, keepdim=True)
-        second = errors[1] < errors[0]
-        codes = torch.where(second, codes[1], codes[0]) + 8 * (groups < 0)
-        blocks[expert] = (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
-        scales[expert] = (low + 127 + second)[..., 0].to(torch.uint8)
-    return blocks, scales
+    """(blocks, scales) of MXFP4, as `MXFP4` has them, that are nearest to experts' weights; exact where they can be."""
+    weight_EOI = weight_EIO.transpose(1, 2)
+    codes, scales = four_bit.empty("mxfp4", tuple(weight_EOI.shape), torch.device("cpu"))
+    four_bit.encode(weight_EOI, "mxfp4", codes, scales)
+    return codes.unflatten(-1, (-1, 16)), scales
 
 
 class MXFP4:
@@ -116,21 +96,38 @@ class MXFP4:
         groups = slice(left // 32, -(-right // 32))
         for expert in range(len(result)):
             at = slice(first + expert, first + expert + 1), slice(top, bottom), groups
-            weights = unpacked(self.blocks[at], self.scales[at])
-            result[expert] = weights[0].flatten(-2)[:, left % 32 :][:, : right - left].t()
+            codes, scales = self.blocks[at].flatten(-2), self.scales[at]
+            weights = result.new_empty(*codes.shape[:2], 32 * scales.shape[2])
+            four_bit.decode_reference(codes, scales, "mxfp4", weights)
+            result[expert] = weights[0, :, left % 32 :][:, : right - left].t()
         return result
 
 
-def _read_mxfp4(stored: dict[str, Any], tensors: Tensors) -> Tensors:
+class Kept:
+    """Experts' weights in 4 bits [E, O, I] that stay so: `Packed` when they are read. blocks, scales: as of `MXFP4`."""
+
+    def __init__(self, blocks: Any, scales: Any, format: str):
+        self.blocks, self.scales, self.format = blocks, scales, format
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        assert index is ..., "packed weights are read as a whole: no rank has a part of them"
+        blocks, scales = self.blocks[...], self.scales[...]
+        return Packed(blocks.flatten(-2), scales, self.format, torch.bfloat16, False, DecodeBuffer())
+
+
+def _read_packed(read: Callable[[Any, Any], Any], tensors: Tensors) -> Tensors:
     for name in [name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")]:
         if f"{name}_scales" not in tensors:
             raise ValueError(f"The checkpoint holds {name}_blocks without {name}_scales: it is cut short.")
-        tensors[name] = MXFP4(tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales"))
+        tensors[name] = read(tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales"))
     return tensors
 
 
 #: how to read what a quant_method stores; each takes the checkpoint's quantization_config and its tensors
-READERS: dict[str, Callable[[dict[str, Any], Tensors], Tensors]] = {"fp8": _read_fp8, "mxfp4": _read_mxfp4}
+READERS: dict[str, Callable[[dict[str, Any], Tensors], Tensors]] = {
+    "fp8": _read_fp8,
+    "mxfp4": lambda stored, tensors: _read_packed(MXFP4, tensors),
+}
 
 
 class ReadsQuantized(Fast):
@@ -139,13 +136,19 @@ class ReadsQuantized(Fast):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, but weights that `READERS` can read unquantized are, unless `quantization_config=` says
-        how to keep them."""
-        config = kwargs.get("config")
-        if isinstance(config, PreTrainedConfig) and kwargs.get("quantization_config") is None:
+        how to keep them; with an `ExpertsQuantConfig` all but experts are, and what is in 4 bits already is kept."""
+        config, asked = kwargs.get("config"), kwargs.get("quantization_config")
+        if isinstance(config, PreTrainedConfig) and (asked is None or isinstance(asked, ExpertsQuantConfig)):
             kwargs["config"] = config = copy.deepcopy(config)
             stored: Any = getattr(config, "quantization_config", None)
             method = stored.get("quant_method") if isinstance(stored, dict) else None
-            if method in READERS and (method != "fp8" or stored.get("weight_block_size")):
+            if method == METHOD and asked is None:
+                asked = ExpertsQuantConfig.from_dict(stored)
+            if asked is not None and method is not None and asked.kept_from(stored):
+                asked = ExpertsQuantConfig(asked.format, stored=stored)
+            if asked is not None:
+                kwargs["quantization_config"] = asked
+            if method == METHOD or (method in READERS and (method != "fp8" or stored.get("weight_block_size"))):
                 del config.quantization_config
                 config._stored_quantization = stored  # for `_load_pretrained_model`
                 config.dtype = config.dtype or torch.bfloat16
@@ -166,14 +169,21 @@ class ReadsQuantized(Fast):
             raise ValueError(f"{name} is quantized ({source}), and only safetensors files of it can be read.")
         if "disk" in (load_config.device_map or {}).values():
             raise ValueError(f"{name} is quantized ({source}): it cannot stay on the disk. Change device_map.")
-        dtype = str(load_config.dtype).removeprefix("torch.")
-        backends.logger().info(
-            f"expertmesh: {name} is quantized ({source}). Its weights become {dtype} while they are read, to be "
-            f"trained; give quantization_config= to keep them quantized."
-        )
-        model._dequantized_from = source
+        asked = getattr(load_config.hf_quantizer, "quantization_config", None)
+        if asked is not None and asked.kept_from(stored):
+            read = partial(_read_packed, partial(Kept, format=asked.format))
+        else:
+            read, dtype = partial(READERS[method], stored), str(load_config.dtype).removeprefix("torch.")
+            backends.logger().info(
+                f"expertmesh: {name} is quantized ({source}). Its weights become {dtype} while they are read, to be "
+                f"trained; give quantization_config= to keep them quantized."
+                if asked is None
+                else f"expertmesh: {name} is quantized ({source}). Its experts become {asked.format} while they are "
+                f"read, all other weights {dtype}."
+            )
+            model._dequantized_from = source
         with opened(files) as tensors:
-            return load(model, READERS[method](stored, tensors), files, load_config)
+            return load(model, read(tensors), files, load_config)
 
 
 def tell_saved(model: Any, folder: Any) -> None:
