@@ -73,13 +73,13 @@ def beside_published(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[A
         **{f"{name} of a GPU, GiB": lambda row, name=name: f"{row['held_bytes'][name] / GIB:.1f}" for name in HELD},
         "weights that FSDP gathered, at the peak, GiB": lambda row: row["pieces_gib"]["gathered weights"],
         "allocated at the peak, GiB": lambda row: row["peak_gib"],
-        "the same, published for NeMo AutoModel": lambda row: row["published"][0] or "",
+        "published for NeMo AutoModel, GiB": lambda row: row["published"][0] or "",
         "needed, with fragmentation and CUDA, GiB": lambda row: row["needed_gib"],
         "weights and gradients sent, NVLink + network, GB": lambda row: sent(row, "weights and gradients"),
         "tokens of experts sent, NVLink + network, GB": lambda row: sent(row, "tokens of experts"),
         "step, s": lambda row: to(*row["step_s"]),
         "tokens/s of a GPU": lambda row: to(*row["tokens_per_second_per_gpu"]),
-        "the same, published for NeMo AutoModel ": lambda row: f"{row['published'][1]:,}",
+        "published for NeMo AutoModel, tokens/s": lambda row: f"{row['published'][1]:,}",
     }
     return ["", *(row["model"] for row in rows)], [[name, *map(line, rows)] for name, line in lines.items()]
 

@@ -55,6 +55,12 @@ def test_pairs_that_see_each_other(script):
     assert seen([10]) == 50 and seen([6, 4]) == 26 and seen([10], window=2) == 18 and seen([10], window=10) == 50
 
 
+def test_simulated_ranks(rows):
+    found = rows("simulate")
+    assert [row["ranks"] for row in found] == [16] * 3
+    assert all(row["sent_gb"] and row["step_s"][0] <= row["step_s"][1] for row in found)
+
+
 def test_adapters_on_experts(rows):
     found = rows("adapters")
     assert [row["arm"] for row in found] == ["expertmesh", "expertmesh-triton", "native", "whole"] * 2

@@ -60,9 +60,7 @@ class Exchange:
         return None
 
     def rows_to_keep(self, num_rows: int, block: int) -> int | None:
-        """For how many of the rows [S] there is room until the backward; what has none is computed again. None:
-        for all.
-        """
+        """For how many of the rows [S] there is room until the backward; the others are computed again. None: all."""
         return None
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:

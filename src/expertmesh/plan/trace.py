@@ -29,7 +29,7 @@ from expertmesh.kernels import flash_attention
 from expertmesh.plan.links import Group, Sent
 from expertmesh.plan.pieces import piece_of_caller
 
-#: kernels that multiply: where among their arguments rows, weights [E, ...] and bounds [E + 1] of experts are, the kind
+#: kernels that multiply: where among their arguments rows, weights [E, …] and experts' bounds [E+1] stand; the kind
 PRODUCTS = {
     "grouped_gemm._rows_kernel": (5, 6, 3, "experts"),
     "grouped_down._down_dact_kernel": (6, 7, 3, "experts, backward"),
@@ -171,7 +171,7 @@ class Watch(TorchDispatchMode):
             token, weights, bounds, kind = PRODUCTS[name]
             rows = len(tensors[4] if tensors[token] is None else tensors[token]) * self.share
             if not constants.get("AGAIN"):  # as a rule there are no such rows
-                self.add(kind, 2.0 * rows * tensors[weights].numel() / (len(tensors[bounds]) - 1), size)
+                self.add(kind, 2.0 * rows * tensors[weights].numel() / (tensors[bounds].numel() - 1), size)
         elif name in SINKS:
             batch, seq, heads, width = next(x.shape for x in tensors if x.ndim == 4)
             keys = min(self.keys, constants.get("WINDOW") or self.keys)
@@ -232,8 +232,7 @@ def quiet() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with mock.patch.object(backends, "_told", set()):  # so that the same is still said of that one
-            yield
+        yield
     finally:
         log.setLevel(level)
 
