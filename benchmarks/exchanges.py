@@ -19,8 +19,7 @@ import torch.distributed as dist
 from gpus import RanksResult, begin
 from shared import median_ms, parser
 
-from expertmesh.kernels.combine import combine
-from expertmesh.kernels.grouping import group_by_expert
+from expertmesh.kernels.grouping import combine, group_by_expert
 from expertmesh.moe.exchange import Outputs
 from expertmesh.moe.links import Collectives, link_of
 

@@ -2,14 +2,16 @@
 
     torchrun --nproc-per-node 4 benchmarks/gpus.py --work qwen3-30b-a3b --out benchmarks/results/NAME.json
 
-Every arm has the same weights and tokens: forward, backward, clipping (PyTorch's or ours) and fused AdamW, whose states
-have the weights' dtype and whose learning rate is 0; `--no-update` leaves clipping and AdamW out. An arm is `stock` or
+Every arm has the same weights and tokens: forward, backward, clipping and AdamW, whose states have the weights' dtype
+and whose learning rate is 0; `--no-update` leaves clipping and AdamW out. Stock clips and updates by PyTorch's (with
+experts on several meshes it clips by ours), ours by `expertmesh.AdamW`, which clips as it steps. An arm is `stock` or
 `expertmesh`, and what is added to it:
 
 -ep         all ranks share the experts; -ep-half: half of the ranks, FSDP2 over the rest. Without it: FSDP2 alone
 -compiled   each decoder layer is compiled (stock)
 -recompute  the activations of each layer are recomputed (ours)
 -graph      forward and backward are one CUDA graph (ours)
+-8bit       AdamW's states have 8 bits (ours)
 
 `ARM:1,2` has batch sizes of its own. `--trace` adds where the milliseconds of a step went. Without GPUs it is a tiny
 model, to try the script.
@@ -33,7 +35,7 @@ from transformers import AutoModelForCausalLM as StockAuto
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from expertmesh import AutoModelForCausalLM
+from expertmesh import AdamW, AutoModelForCausalLM
 from expertmesh.bench.flops import step_flops
 from expertmesh.bench.gate import set_routing
 from expertmesh.bench.works import NEMOTRON_3_NANO, WORKS, config_of, top_k_and_experts
@@ -122,8 +124,10 @@ def tokens(config: Any, batch: int, seq: int, device: torch.device) -> torch.Ten
     return torch.randint(0, config.vocab_size, (batch, seq), generator=generator).to(device)
 
 
-def adamw(model: Any) -> torch.optim.Optimizer:
-    """Fused AdamW; parameters of different meshes cannot be updated by one call."""
+def adamw(arm: str, model: Any) -> torch.optim.Optimizer:
+    """Ours, or PyTorch's fused, which cannot update parameters of different meshes by one call."""
+    if not arm.startswith("stock"):
+        return AdamW(model.parameters(), lr=0.0, max_grad_norm=1.0, states="8bit" if "-8bit" in arm else None)
     groups: dict[Any, list] = {}
     for parameter in model.parameters():
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
@@ -144,7 +148,7 @@ def milliseconds(start: Any, end: Any) -> float:
 
 
 def step(model: Any, recorded: Any, optimizer: Any, clip: Any, ids: torch.Tensor, device: torch.device) -> list[Any]:
-    """One step; the marks around its phases. optimizer None: forward and backward alone."""
+    """One step; the marks around its phases. optimizer None: forward and backward alone; clip None: it clips itself."""
     marks = [mark(device)]
     model.zero_grad(set_to_none=True)
     if recorded:
@@ -155,7 +159,8 @@ def step(model: Any, recorded: Any, optimizer: Any, clip: Any, ids: torch.Tensor
         loss.backward()
     marks.append(mark(device))
     if optimizer is not None:
-        clip(model.parameters(), 1.0)
+        if clip is not None:
+            clip(model.parameters(), 1.0)
         marks.append(mark(device))
         optimizer.step()
         marks.append(mark(device))
@@ -228,7 +233,8 @@ def rows_of(arm: str, batches: list[int], options: Any, device: torch.device) ->
     config = config_of(WORKS[options.work], layers, tiny=not on_gpu)
     model = build(arm, config, device)
     # PyTorch's own cannot clip over the meshes of Transformers' expert parallelism
-    clip = torch.nn.utils.clip_grad_norm_ if arm in ("stock", "stock-compiled") else clip_grad_norm
+    stock_clip = clip_grad_norm if "-ep" in arm else torch.nn.utils.clip_grad_norm_
+    clip = stock_clip if arm.startswith("stock") else None
     for routing in sorted(options.routings, key=ROUTINGS.index):
         set_routing(model, routing, top_k_and_experts(config)[0])
         for batch in batches:
@@ -236,17 +242,17 @@ def rows_of(arm: str, batches: list[int], options: Any, device: torch.device) ->
             row |= {"seq": options.seq, "routing": routing}
             recorded = GraphedStep(model) if "-graph" in arm else None
             try:
-                optimizer = adamw(model) if options.update else None
+                optimizer = adamw(arm, model) if options.update else None
                 row |= measure(model, recorded, optimizer, clip, config, batch, options.seq, device)
                 if options.trace and on_gpu:
                     row["trace"] = trace(model, recorded, tokens(config, batch, options.seq, device))
             except torch.OutOfMemoryError:
                 row["failed"] = "out of memory"
             finally:
+                model.zero_grad(set_to_none=True)  # first: closing would copy gradients that the recording holds
                 if recorded:
                     recorded.close()
                 optimizer = recorded = None
-                model.zero_grad(set_to_none=True)
                 free()
             yield row
             if "failed" in row:

@@ -64,12 +64,12 @@ def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | No
         return None
     spread = ranks > 1 and (loop is not None or "-ep" in arm or "-gather" in arm)
     eager = (ranks > 1 and "-graph" not in arm and arm != "expertmesh-trainer") or (loop and arm == "expertmesh")
-    update = loop is not None or bool(row.get("optimizer_ms"))
     ms = row["forward_backward_ms"] if "forward_backward_ms" in row else row["step_ms"]
     documents = DOCUMENTS.get(loop or row.get("documents"), 1)
+    optimizer = "adamw-8bit" if "-8bit" in arm else "adamw" if loop or row.get("optimizer_ms") else "sgd"
     return Case(
         row["work"], row["layers"], row["batch"], row["seq"], ranks, ranks if spread else 1, "recompute" in arm,
-        documents, "adamw" if update else "sgd", loop is not None, None if eager else ms,
+        documents, optimizer, loop is not None, None if eager else ms,
     )  # fmt: skip
 
 

@@ -17,11 +17,17 @@ from shared import DEVICE, DTYPE, Result, attempt, forward_backward, interpreted
 
 from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
 from expertmesh.kernels.clip import scale_, scale_reference_, squared_sum, squared_sum_reference
-from expertmesh.kernels.combine import combine, combine_reference, unsort, unsort_reference
-from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference
+from expertmesh.kernels.grouping import (
+    combine,
+    combine_reference,
+    group_by_expert,
+    group_by_expert_reference,
+    unsort,
+    unsort_reference,
+)
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.mla_rope import mla_rope, mla_rope_reference
-from expertmesh.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from expertmesh.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference, rotary, rotary_reference
 from expertmesh.kernels.router import Routing, route, route_reference
 from expertmesh.kernels.router_logits import router_logits
@@ -62,7 +68,7 @@ def cases(tokens: int, hidden: int, vocab: int) -> Iterator[tuple[str, Callable,
     x, residual, weight = leaf(tokens, hidden), leaf(tokens, hidden), leaf(hidden)
     norm = lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_reference(x, w, EPS)
     yield "rms_norm", *norm, (x, weight), 2 * row, 3 * row
-    added = lambda x, r, w: add_rms_norm(x, r, w, EPS), lambda x, r, w: add_rms_norm_reference(x, r, w, EPS)
+    added = lambda x, r, w: add_rms_norm(x, r, w, EPS), lambda x, r, w: (rms_norm_reference(x + r, w, EPS), x + r)
     yield "add_rms_norm", *added, (x, residual, weight), 4 * row, 4 * row
     width, q_heads, k_heads = 128, 32, 4
     q, k = leaf(1, tokens, q_heads, width), leaf(1, tokens, k_heads, width)

@@ -66,14 +66,19 @@ def has_cache(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in CACHES)
 
 
-def untouched(module: nn.Module) -> bool:
-    """Whether a call of this module runs the forward of PyTorch, Transformers or a twin, and nobody watches it, so that
-    a kernel may stand for it.
+def untouched(*modules: nn.Module, kind: type = nn.Module) -> bool:
+    """Whether calls of these run the forward of PyTorch, Transformers or a twin, and nobody watches them, so that a
+    kernel may stand for them; and whether they are of this kind.
 
     Transformers' parallelism replaces the forward of instances; users and frameworks put hooks and other classes.
     """
-    known = type(module).__module__.startswith(("torch.", "transformers."))
-    return known and "forward" not in vars(module) and not watched(module)
+    for m in modules:
+        known = isinstance(m, kind) and type(m).__module__.startswith(("torch.", "transformers."))
+        if not known or "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks:
+            return False
+        if m._backward_hooks or m._backward_pre_hooks:
+            return False
+    return True
 
 
 def watched(module: nn.Module) -> bool:

@@ -4,9 +4,9 @@ Groups of ranks have the timeout that they were made with, of hours where Transf
 take long, and so may preparing data. The exchanges of a step are made `waiting`, with a patience of minutes.
 """
 
-from contextlib import ContextDecorator
+from collections.abc import Callable
 from datetime import timedelta
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class RanksError(RuntimeError):
     """Ranks that should do the same at the same time do not; on every rank that notices."""
 
 
-class waiting(ContextDecorator):
+class waiting:
     """Within, or in a function that this decorates, ranks of these groups exchange something at `place`. If a rank does
     not come, a RanksError says who waited, and where. May be entered any number of times.
 
@@ -47,6 +47,22 @@ class waiting(ContextDecorator):
                 f"stands (py-spy dump --pid). If it only needs longer, raise timeout_minutes, now "
                 f"{patience.total_seconds() / 60:g}."
             ) from None
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            for backend, usual, more in self._backends:  # as __enter__, which would be a call more: steps make many
+                backend._set_default_timeout(min(usual, patience + more))
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:
+                self.__exit__(None, error, None)
+                raise
+            for backend, usual, _ in self._backends:
+                backend._set_default_timeout(usual)
+            return result
+
+        return limited
 
 
 @cache

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expertmesh.kernels import clip, tensor_lists
-from expertmesh.kernels.clip import scale_, scale_reference_, squared_sum
+from expertmesh.kernels.clip import Tally, scale_, scale_reference_, squared_sum, tally_
 from expertmesh.parallel.clip import clip_grad_norm
 from tests.kernels.compare import assert_same, on_triton
 
@@ -83,6 +83,28 @@ def test_a_scale_of_one_leaves_every_bit():
     assert torch.equal(ours.view(torch.int32), bits)
 
 
+@pytest.mark.parametrize("options", [{}, {"bound": 2.0}, {"bound": 2.0, "own": True}], ids=["sums", "all's", "own"])
+@pytest.mark.parametrize("size", [2.0, 1e-3], ids=["large", "small"])
+def test_a_tally_judges_by_what_came_before(options, size):
+    running = torch.tensor(3.0) if options else None
+
+    def tally() -> list[torch.Tensor]:
+        so_far, found = Tally(*torch.tensor([4.0, 0.0, 0.0]).unbind()), []
+        for factor in (1.0, 1.0, math.inf):
+            for copies, tensors in ((1, grads[:1]), (2, grads)):
+                tally_(so_far, [x * factor for x in tensors], copies, running=running, **options)
+                found += [x.clone() for x in so_far]
+        return found
+
+    grads = [x * size for x in gradients()]
+    expected = tally()
+    with on_triton():
+        found = tally()
+    torch.testing.assert_close(found[:12], expected[:12])
+    assert found[2] == 0 and found[-1] == expected[-1] == 1 and math.isinf(found[-3])
+    assert size != 2.0 or not options or (found[10] < 0.5) == ("own" in options), "a spike is held down"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_shows(bad):
     x, y = torch.randn(1537), torch.randn(700)
@@ -92,6 +114,17 @@ def test_what_is_not_finite_shows(bad):
         scale_([y], torch.tensor(math.nan))
     torch.testing.assert_close(total, torch.tensor(bad), equal_nan=True)
     assert y.isnan().all()
+
+
+def test_what_stays_is_sent_once(monkeypatch):
+    monkeypatch.setattr(tensor_lists, "MOST", 3)
+    cpu, first = torch.device("cpu"), (1, 2, 3)
+    kept = tensor_lists.once(first, torch.int64, cpu)
+    assert tensor_lists.once((1, 2, 3), torch.int64, cpu) is kept and kept.tolist() == [1, 2, 3]
+    assert tensor_lists.once((1, 2, 3), torch.float64, cpu).dtype == torch.float64
+    for number in range(4):
+        assert tensor_lists.once((number,), torch.int64, cpu).tolist() == [number]
+    assert len(tensor_lists._KNOWN) <= 3, "addresses that never come back do not fill the memory"
 
 
 def test_half_precision_is_squared_and_summed_in_float32():

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from expertmesh.kernels.combine import combine, combine_into, combine_reference, unsort, unsort_reference
+from expertmesh.kernels.grouping import combine, combine_into, combine_reference, unsort, unsort_reference
 from tests.kernels.compare import assert_same, on_triton
 
 

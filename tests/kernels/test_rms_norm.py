@@ -10,12 +10,18 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from expertmesh.kernels.rms_norm import (
     add_rms_norm,
-    add_rms_norm_reference,
     rms_norm,
     rms_norm_reference,
     sum_partials,
 )
 from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads
+
+
+def add_rms_norm_reference(x, residual, weight, eps, *, scale="rounded"):
+    """A decoder layer's residual add, then the norm."""
+    total = x if residual is None else residual + x
+    return rms_norm_reference(total, weight, eps, scale=scale), total
+
 
 SCALES = ["rounded", "float32", "one_plus"]
 STOCK = [

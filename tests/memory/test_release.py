@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import expertmesh
+from expertmesh import backends
 from expertmesh.bench.tiny import tiny_model
 from expertmesh.fuse import fuse
 from expertmesh.memory import release as module
@@ -92,9 +94,9 @@ def test_weights_are_those_of_ordinary_steps_bit_for_bit(kind, monkeypatch):
     standing: list[int] = []
     plain = module.GradientRelease._release
 
-    def watched(self, place):
+    def watched(self, place, parameters):
         standing.append(sum(p.grad.nbytes for p in ours.parameters() if p.grad is not None))
-        plain(self, place)
+        plain(self, place, parameters)
 
     monkeypatch.setattr(module.GradientRelease, "_release", watched)
     norms = zip(released(ours, 3), ordinary(theirs, 3), strict=True)
@@ -292,6 +294,40 @@ def test_the_running_norm_is_saved_with_the_optimizer(monkeypatch):
         its.step()
     assert again.calls == 1, "nothing to measure first"
     assert all(torch.equal(a, b) for a, b in zip(model.weights, again.weights, strict=True))
+
+
+@pytest.mark.parametrize("states", [None, "8bit"])
+def test_a_large_weight_takes_four_launches_and_hardly_another_operation(states, monkeypatch):
+    """What a step of thousands of experts asks of the CPU within backward."""
+    weights = [torch.nn.Parameter(torch.ones(32, 256, dtype=torch.bfloat16)) for _ in range(4)]
+    optimizer = expertmesh.AdamW(weights, **OPTIONS, max_grad_norm=1.0, states=states)
+    release = expertmesh.GradientRelease(optimizer)
+    optimizer.param_groups[0]["running_norm"] = torch.ones(())
+    launches: list[str] = []
+    counts: list[int] = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[-1] += 1
+            return func(*args, **kwargs or {})
+
+    plain = module.GradientRelease._release
+
+    def counted(self, place, parameters):
+        counts.append(0)
+        with Counted():
+            plain(self, place, parameters)
+
+    monkeypatch.setattr(module, "BYTES", 1)
+    monkeypatch.setattr(module.GradientRelease, "_release", counted)
+    monkeypatch.setattr(backends, "watching", (lambda kernel, *_, **__: launches.append(kernel.fn.__name__), 0))
+    for _ in range(2):
+        launches.clear()
+        release.backward(lambda: sum(weight.float().sum() for weight in weights))
+        optimizer.step()
+    each = ["_squared_sum_kernel", "_tally_kernel", "_prepare_kernel", "_adamw_kernel"]
+    assert launches == each * len(weights)
+    assert max(counts[-3:]) <= 4, "of PyTorch's operations, each with a launch or an allocation"
 
 
 LAYOUTS = [{}, {"ep_size": 2}, {"tp_size": 2}, {"dp_replicate_size": 2}]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertmesh.kernels.combine import combine
+from expertmesh.kernels.grouping import combine
 from expertmesh.moe.all_to_all import Routes, routes_of
 
 CASES = {

@@ -6,7 +6,7 @@ decoder layer   residual add + post-attention norm in one kernel                
                 RoPE in one pass                                                here
   router        top-k, then softmax                                             moe/router.py
   experts       transposed, gate and up interleaved, biases, clamped SwiGLU     moe/experts.py
-norms           float32                                                         layers/norm.py
+norms           float32                                                         layers/decoder.py
 head            loss from hidden states, no logits                              layers/head.py
 """
 

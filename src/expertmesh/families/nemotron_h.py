@@ -10,7 +10,7 @@ mixer of a layer, one of
                 back from the latent width                                                       here
   router        sigmoid, correction bias, limited groups in one kernel                           moe/router.py
   MLP           relu^2 in one kernel (dense and shared experts)                                  layers/mlp.py
-norms           float32 weight                                                                   layers/norm.py
+norms           float32 weight                                                                   layers/decoder.py
 head            loss from hidden states, no logits                                               layers/head.py
 mtp             loaded, trained, saved                                                           mtp.py
 """
@@ -22,9 +22,9 @@ from torch import nn
 
 from expertmesh.backends import opaque
 from expertmesh.families.rules import fingerprint
-from expertmesh.layers.decoder import add_block
+from expertmesh.kernels.rms_norm import add_rms_norm
+from expertmesh.layers.decoder import FastRMSNorm, add_block
 from expertmesh.layers.mamba2 import FastMamba2Mixer
-from expertmesh.layers.norm import can_merge
 from expertmesh.moe.block import FastSharedMoEBlock, add_scaled, stock_block
 from expertmesh.twins import Fast, cache_of, untouched
 
@@ -45,9 +45,9 @@ class FastNemotronHBlock(Fast):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         norm = self.norm
-        if args or not can_merge(norm) or norm.weight.dtype != hidden_states.dtype:  # which stock then converts
+        if args or not untouched(norm, kind=FastRMSNorm) or norm.weight.dtype != hidden_states.dtype:  # stock converts
             return super().forward(hidden_states, *args, **kwargs)
-        normed, residual = norm.with_residual(hidden_states)
+        normed, residual = add_rms_norm(hidden_states, None, norm.weight, norm.variance_epsilon, scale=norm.scale)
         if self.block_type == "linear_attention":
             for name in ("position_ids", "use_cache"):
                 kwargs.pop(name, None)

@@ -16,8 +16,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_for
 
 from expertmesh.kernels.rope import qk_norm_rope
 from expertmesh.layers.attention import FastAttention
+from expertmesh.layers.decoder import FastRMSNorm
 from expertmesh.layers.lora import linears
-from expertmesh.layers.norm import can_merge
+from expertmesh.twins import untouched
 
 
 class FastQKNormAttention(FastAttention):
@@ -47,6 +48,7 @@ class FastQKNormAttention(FastAttention):
 
     @staticmethod
     def why_not(attention: Any) -> str | None:
-        if all(can_merge(norm) and norm.scale == "rounded" for norm in (attention.q_norm, attention.k_norm)):
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        if untouched(q_norm, k_norm, kind=FastRMSNorm) and q_norm.scale == k_norm.scale == "rounded":
             return None
         return "its q/k-norms are not fused RMSNorms of Llama's kind"

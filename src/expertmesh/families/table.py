@@ -12,14 +12,14 @@ from torch import nn
 
 from expertmesh.families import deepseek_v3, gpt_oss, nemotron_h, qwen3_moe
 from expertmesh.families.rules import Rule
-from expertmesh.layers import decoder, mlp, norm, rope
+from expertmesh.layers import decoder, mlp, rope
 from expertmesh.moe import block, router
 
 RULES = (
-    Rule("rms_norm", norm.FastRMSNorm, "qwen3_moe.Qwen3MoeRMSNorm", "d52135d2b29b"),
-    Rule("rms_norm", norm.FastFloat32RMSNorm, "gpt_oss.GptOssRMSNorm", "21c61ba6112f"),
-    Rule("rms_norm", norm.FastFloat32RMSNorm, "nemotron_h.NemotronHRMSNorm", "3b70f5568fad"),
-    Rule("rms_norm", norm.FastOnePlusRMSNorm, "qwen3_next.Qwen3NextRMSNorm", "6230aed131b0"),
+    Rule("rms_norm", decoder.FastRMSNorm, "qwen3_moe.Qwen3MoeRMSNorm", "d52135d2b29b"),
+    Rule("rms_norm", decoder.FastFloat32RMSNorm, "gpt_oss.GptOssRMSNorm", "21c61ba6112f"),
+    Rule("rms_norm", decoder.FastFloat32RMSNorm, "nemotron_h.NemotronHRMSNorm", "3b70f5568fad"),
+    Rule("rms_norm", decoder.FastOnePlusRMSNorm, "qwen3_next.Qwen3NextRMSNorm", "6230aed131b0"),
     Rule("swiglu", mlp.FastSwiGLU, "qwen3_moe.Qwen3MoeMLP", "22d9f641d2af"),
     Rule("swiglu", mlp.FastReLU2MLP, "nemotron_h.NemotronHMLP", "d4bf579a3de9"),
     Rule("router", router.FastSoftmaxRouter, "qwen3_moe.Qwen3MoeTopKRouter", "c08afa010190"),

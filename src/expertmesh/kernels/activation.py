@@ -47,20 +47,13 @@ class Activation:
     limit: float = float("inf")
     fn: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def split(self, h_SJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gate and up columns of a gated h, as views [S, I]."""
-        if self.interleaved:
-            return h_SJ[..., ::2], h_SJ[..., 1::2]
-        gate, up = h_SJ.chunk(2, dim=-1)
-        return gate, up
-
     def forward(self, h_SJ: torch.Tensor) -> torch.Tensor:
         """a [S, I] of h [S, J]; equals the HF module's `_apply_gate` (gated) or `act_fn`."""
+        if self.kind in ("silu", "clamped"):
+            gate, up = (h_SJ[..., ::2], h_SJ[..., 1::2]) if self.interleaved else h_SJ.chunk(2, dim=-1)
         if self.kind == "silu":
-            gate, up = self.split(h_SJ)
             return F.silu(gate) * up
         if self.kind == "clamped":
-            gate, up = self.split(h_SJ)
             gate = gate.clamp(max=self.limit)
             return (up.clamp(-self.limit, self.limit) + 1) * (gate * torch.sigmoid(gate * self.alpha))
         if self.kind == "relu2":

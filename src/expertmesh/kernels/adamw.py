@@ -21,7 +21,7 @@ from expertmesh.backends import tl, triton
 from expertmesh.kernels import block_quant, tensor_lists
 from expertmesh.kernels.block_quant import decode, encode, joined, largest, parted, rounded, words
 from expertmesh.kernels.launch import launched
-from expertmesh.kernels.tensor_lists import base, chunk_of, elements, store
+from expertmesh.kernels.tensor_lists import base, chunk_of, elements, moving_base, store
 
 OPTIONS = {"BLOCK": 1024, "num_warps": 4}
 BLOCK_OPTIONS = {"BLOCK": 1024, "num_warps": 4}  # with moments in 8 bits; a whole number of blocks
@@ -80,7 +80,7 @@ def adamw_reference_(
         used = [x.to(wide).contiguous() for x in _floats(update)]
         if scale is not None:
             used[1] = used[1] * scale.to(weight.device, non_blocking=True)
-        if isinstance(lr, torch.Tensor) and not lr.is_cpu:
+        if _is_there(lr):
             lr = lr.to(weight.device, torch.float32)
         found = None if found_inf is None else (found_inf != 0).to(weight.device, torch.float32)
         step += 1
@@ -136,31 +136,45 @@ def _launch(
     number = {key: i for i, key in enumerate(groups)}
     counts = [update.weight.numel() for update in updates]
     rows = [
-        [
-            *(x.data_ptr() for x in update[:5]),
-            number[id(update.options)],
-            *(0 if x is None else x.data_ptr() for x in (update.master, *(update.scales or (None, None)))),
-            update.stream,
-            update.first,
-        ]
-        for update in updates
+        (
+            *(x.data_ptr() for x in (u.grad, u.weight, u.exp_avg, u.exp_avg_sq, u.step)),
+            number[id(u.options)],
+            *(0 if x is None else x.data_ptr() for x in (u.master, *(u.scales or (None, None)))),
+            u.stream,
+            u.first,
+        )
+        for u in updates
     ]
-    of_chunk, table, options = tensor_lists.on_device(counts, rows, device, [_numbers(g) for g in groups.values()])
-    for row, group in zip(options, groups.values(), strict=True):
-        if isinstance(group["lr"], torch.Tensor) and not group["lr"].is_cpu:
-            row[0].copy_(group["lr"], non_blocking=True)
+    of_chunk, table, chunks = tensor_lists.walk(counts, rows, device)
+    options = _options(list(groups.values()), device)
     shared = torch.empty(len(updates), SHARED, dtype=torch.float32, device=device)
     _prepare_kernel[(len(updates),)](table, options, updates[0].step, scale, found_inf, shared, num_warps=1)
-    if len(of_chunk):
+    if chunks:
         constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, "SIZE": size}
         constants |= BLOCK_OPTIONS if size else OPTIONS
         like = *updates[0][:5], updates[0].master
-        _adamw_kernel[(len(of_chunk),)](of_chunk, table, shared, *like, **constants)
+        _adamw_kernel[(chunks,)](of_chunk, table, shared, *like, **constants)
+
+
+def _options(groups: list[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
+    """[groups, 8] in float64"""
+    numbers = tuple(number for group in groups for number in _numbers(group))
+    options = tensor_lists.once(numbers, torch.float64, device).view(len(groups), -1)
+    rates = {i: group["lr"] for i, group in enumerate(groups) if _is_there(group["lr"])}
+    options = options.clone() if rates else options
+    for i, lr in rates.items():
+        options[i, 0].copy_(lr, non_blocking=True)
+    return options
+
+
+def _is_there(lr: Any) -> bool:
+    """Whether a learning rate is on another device than the CPU's."""
+    return isinstance(lr, torch.Tensor) and not lr.is_cpu
 
 
 def _numbers(group: Mapping[str, Any]) -> list[float]:
     lr, betas = group["lr"], [float(beta) for beta in group["betas"]]
-    lr = float(lr) if not isinstance(lr, torch.Tensor) or lr.is_cpu else math.nan  # another device's: put in there
+    lr = math.nan if _is_there(lr) else float(lr)  # `_options` puts it in
     logs = [math.log(beta) if beta else -math.inf for beta in betas]
     return [lr, *betas, *logs, group["eps"], group["weight_decay"], -1.0 if group["maximize"] else 1.0]
 
@@ -201,7 +215,7 @@ def _adamw_kernel(
     tensor, row, start, count = chunk_of(of_chunk, table, 14, CHUNK)
     shared += tensor * 10
     if tl.load(shared + 9) == 0.0:
-        weight, grad = base(tl.load(row + 3), start, weight_like), base(tl.load(row + 4), start, grad_like)
+        weight, grad = base(tl.load(row + 4), start, weight_like), moving_base(of_chunk, row, start, grad_like)
         avg, square = base(tl.load(row + 5), start, avg_like), base(tl.load(row + 6), start, square_like)
         master = weight
         if master_like is not None:

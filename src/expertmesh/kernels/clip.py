@@ -1,13 +1,62 @@
 """Norm and scaling of all gradients, each in one pass over memory and one launch: what clipping is made of."""
 
+from typing import NamedTuple
+
 import torch
 
-from expertmesh.backends import tl
+from expertmesh.backends import tl, use_triton
 from expertmesh.kernels import tensor_lists
 from expertmesh.kernels.launch import launched
-from expertmesh.kernels.tensor_lists import base, chunk_of, elements, store
+from expertmesh.kernels.tensor_lists import chunk_of, elements, moving_base, store
 
 OPTIONS = {"BLOCK": 4096, "num_warps": 8}
+
+
+class Tally(NamedTuple):
+    """What is known of gradients so far, float32 scalars on their device: the sum of their squares, and by it what
+    gradients are multiplied by to be clipped, and 1 where they are not finite, else 0."""
+
+    squares: torch.Tensor
+    scale: torch.Tensor
+    found_inf: torch.Tensor
+
+
+def tally_(
+    tally: Tally,
+    tensors: list[torch.Tensor],
+    copies: int = 1,
+    bound: float | None = None,
+    running: torch.Tensor | None = None,
+    own: bool = False,
+) -> None:
+    """Adds the squares of tensors that so many ranks have, and judges by the sum, in two launches and without a sync.
+
+    The scale is that of `clip_factor` for the norm `running` (float32 scalar), of the sum where that is larger and the
+    gradient this rank's `own`, and a norm of at most `bound`; None: it is not asked for.
+    """
+    for part in _parts(tensors):
+        if use_triton(part):
+            options = {"OWN": own, "BLOCK": 1024, "num_warps": 4}
+            with torch.cuda.device_of(part):
+                _tally_kernel[(1,)](part, len(part), float(copies), bound, running, *tally, **options)
+        else:
+            tally_reference_(tally, part, copies, bound, running, own)
+
+
+def tally_reference_(
+    tally: Tally, part: torch.Tensor, copies: int, bound: float | None, running: torch.Tensor | None, own: bool
+) -> None:
+    """The specification of `tally_`, behind sums of squares."""
+    tally.squares.add_(part.sum() / copies)
+    tally.found_inf.copy_(1.0 - torch.isfinite(tally.squares).float())
+    if bound is not None and running is not None:
+        norm = torch.maximum(running, tally.squares.sqrt()) if own else running
+        tally.scale.copy_(clip_factor(norm, bound))
+
+
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """What gradients of this norm are multiplied by, as `torch.nn.utils.clip_grad_norm_` does."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def squared_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -15,17 +64,23 @@ def squared_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
 
     tensors: any shapes, strides and float dtypes of up to 32 bits, all on one device. Squared and summed in float32.
     """
+    sums = [part.sum() for part in _parts(tensors)]
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
+
+
+def _parts(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Sums of squares, in float32, of which there are many."""
     together, others = tensor_lists.launches([tensor] for tensor in tensors)
-    sums = [squared_sum_reference([tensors[i] for i in others])] if others or not together else []
+    parts = [squared_sum_reference([tensors[i] for i in others])[None]] if others or not together else []
     for (device, _, aligned), members in together.items():
-        of_chunk, table, like = _walk([tensors[i] for i in members], device)
-        partial = torch.empty(len(of_chunk), dtype=torch.float32, device=device)
-        if len(of_chunk):
+        way, like = _walk([tensors[i] for i in members], device)
+        partial = torch.empty(way.chunks, dtype=torch.float32, device=device)
+        if way.chunks:
             constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, **OPTIONS}
             with torch.cuda.device_of(partial):
-                _squared_sum_kernel[(len(of_chunk),)](of_chunk, table, partial, like, **constants)
-        sums.append(partial.sum())
-    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
+                _squared_sum_kernel[(way.chunks,)](way.of_chunk, way.table, partial, like, **constants)
+        parts.append(partial)
+    return parts
 
 
 def squared_sum_reference(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -43,11 +98,11 @@ def scale_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
     """
     together, others = tensor_lists.launches([tensor] for tensor in tensors)
     for (device, _, aligned), members in together.items():
-        of_chunk, table, like = _walk([tensors[i] for i in members], device)
-        if len(of_chunk):
+        way, like = _walk([tensors[i] for i in members], device)
+        if way.chunks:
             constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, **OPTIONS}
             with torch.cuda.device_of(like):
-                _scale_kernel[(len(of_chunk),)](of_chunk, table, scale, like, **constants)
+                _scale_kernel[(way.chunks,)](way.of_chunk, way.table, scale, like, **constants)
     scale_reference_([tensors[i] for i in others], scale)
 
 
@@ -57,10 +112,9 @@ def scale_reference_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
         torch._foreach_mul_(tensors, scale)
 
 
-def _walk(tensors: list[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _walk(tensors: list[torch.Tensor], device: torch.device) -> tuple[tensor_lists.Walk, torch.Tensor]:
     counts, rows = [x.numel() for x in tensors], [[x.data_ptr()] for x in tensors]
-    of_chunk, table, _ = tensor_lists.on_device(counts, rows, device)
-    return of_chunk, table, tensors[0]
+    return tensor_lists.walk(counts, rows, device), tensors[0]
 
 
 @launched
@@ -68,7 +122,7 @@ def _squared_sum_kernel(
     of_chunk, table, partial, like, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
     tensor, row, start, count = chunk_of(of_chunk, table, 4, CHUNK)
-    x, lane = base(tl.load(row + 3), start, like), tl.arange(0, BLOCK)
+    x, lane = moving_base(of_chunk, row, start, like), tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     whole = count // BLOCK * BLOCK  # without a mask loads are wide
     for begin in range(0, whole, BLOCK):
@@ -85,7 +139,7 @@ def _scale_kernel(of_chunk, table, scale, like, ALIGNED: tl.constexpr, CHUNK: tl
     factor = tl.load(scale)
     if factor != 1.0:  # also where it is nan
         tensor, row, start, count = chunk_of(of_chunk, table, 4, CHUNK)
-        x, lane = base(tl.load(row + 3), start, like), tl.arange(0, BLOCK)
+        x, lane = moving_base(of_chunk, row, start, like), tl.arange(0, BLOCK)
         whole = count // BLOCK * BLOCK
         for begin in range(0, whole, BLOCK):
             at = elements(x, begin + lane, ALIGNED)
@@ -93,3 +147,20 @@ def _scale_kernel(of_chunk, table, scale, like, ALIGNED: tl.constexpr, CHUNK: tl
         if whole < count:
             rest, mask = elements(x, whole + lane, ALIGNED), whole + lane < count
             store(rest, tl.load(rest, mask=mask).to(tl.float32) * factor, mask)
+
+
+@launched
+def _tally_kernel(
+    part, count, copies, bound, running, squares, scale, found_inf, OWN: tl.constexpr, BLOCK: tl.constexpr
+):
+    total, lane = tl.zeros((BLOCK,), tl.float32), tl.arange(0, BLOCK)
+    for begin in range(0, count, BLOCK):
+        total += tl.load(part + begin + lane, mask=begin + lane < count, other=0.0)
+    sum_so_far = tl.load(squares) + tl.div_rn(tl.sum(total, axis=0), copies)
+    tl.store(squares, sum_so_far)
+    tl.store(found_inf, tl.where(tl.abs(sum_so_far) < float("inf"), 0.0, 1.0))
+    if bound is not None and running is not None:
+        norm = tl.load(running)
+        if OWN:
+            norm = tl.maximum(norm, tl.sqrt_rn(sum_so_far))
+        tl.store(scale, tl.minimum(tl.div_rn(1.0, norm + 1e-6) * bound, 1.0))

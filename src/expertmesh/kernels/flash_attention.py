@@ -36,9 +36,9 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     device, width = query.device.type, query.shape[-1]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     return (
-        backends.has_flash_attention(device)
+        (width, value.shape[-1]) in WIDTHS
+        and backends.has_flash_attention(device)
         and not backends.in_one_graph()
-        and (width, value.shape[-1]) in WIDTHS
         and dtype in DTYPES
         and query.shape[2] == key.shape[2]
         and query.shape[2] >= LENGTH

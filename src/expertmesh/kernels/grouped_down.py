@@ -10,7 +10,7 @@ arXiv:2512.14080) and of the bias cost no pass of their own: each tile sums its 
 
 import torch
 
-from expertmesh.backends import tl, triton, use_triton
+from expertmesh.backends import tl, triton
 from expertmesh.kernels.activation import Activation, activate_backward
 from expertmesh.kernels.grouped_gemm import (
     gathered_tile,
@@ -50,10 +50,10 @@ def down_dact(
     """
     assert group.weight_S is not None
     w_EHI = w_down_EIH.transpose(1, 2)
-    if act.kind == "custom" or not use_triton(dout_TH):
+    if act.kind == "custom" or group.tiles is None:
         assert not in_turns, "only quack makes such h, for activations of the kernel"
         return down_dact_by_pytorch(dout_TH, w_EHI, h_SJ, group, act, has_bias, low)
-    assert group.tiles is not None and dout_TH.stride(1) == 1
+    assert dout_TH.stride(1) == 1
     num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
     config = tile_config(dout_TH, group.block, stages=4)
     if has_bias:  # sums take registers
@@ -91,7 +91,7 @@ def down_dact_by_pytorch(
     """The specification of `down_dact`, which runs where Triton is missing or the activation is not its own."""
     assert group.weight_S is not None
     da_SI = grouped_gemm(dout_TH.index_select(0, group.token_S), w_EHI, group, own=True, low=low)
-    mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.offsets_E[-1])[:, None]
+    mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.bounds[-1])[:, None]
     da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
     weight_S1 = group.weight_S[:, None].to(da_SI.dtype)
     a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
@@ -108,7 +108,7 @@ def _as_pairs(h_SJ: torch.Tensor) -> torch.Tensor:
 
 @launched
 def _down_dact_kernel(
-    tile_expert, tile_row, num_tiles, offsets, taken, dout, token, w, low_u, low_b, h, more, weight, dh, wa, dweight,
+    tile_expert, tile_row, num_tiles, bounds, taken, dout, token, w, low_u, low_b, h, more, weight, dh, wa, dweight,
     db, num_experts, num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
     LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr,
     DESCRIPTOR: tl.constexpr, PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -120,7 +120,7 @@ def _down_dact_kernel(
         # tiles are taken as programs get done; which of them computes one does not change it
         next_item = PROGRAMS + tl.atomic_add(taken, 1)
         tile, expert, begin, first = tile_at(item, tile_expert, tile_row, width, BN)
-        end = tl.load(offsets + expert)
+        end = tl.load(bounds + expert + 1)
         dout_rows = row_pointers(dout, token, begin + tl.arange(0, BM), end, stride_d)
         inner = tl.arange(0, BK)
         da = tl.zeros((BM, BN), tl.float32)
@@ -163,7 +163,7 @@ def _down_dact_kernel(
             if number + 1 < PIECES:
                 gate, up = next_gate, next_up
         tl.store(dweight + (first // BN).to(tl.int64) * num_rows + row, partial, mask=in_group)
-        if end == tl.load(offsets + num_experts - 1):
+        if end == tl.load(bounds + num_experts):
             behind = (row >= end) & (row < num_rows)
             _store_zeros(wa, row, behind, first, width, BN)
             if LAYOUT == "halves":

@@ -15,14 +15,14 @@ descriptors, where the GPU has one (from Hopper on), by pointers elsewhere. The 
 Transformers' weights need no copy.
 """
 
-from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from expertmesh.backends import TensorDescriptor, tell_once, tl, triton, use_triton
+from expertmesh.backends import TensorDescriptor, tell_once, tl, triton
 from expertmesh.kernels import quack
 from expertmesh.kernels.activation import Activation, activate
 from expertmesh.kernels.grouping import Grouping
@@ -43,14 +43,25 @@ def grouped_gemm(
     """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias.
 
     low: u_s · B_e is added. own: never by quack. Rows behind the last expert's are not written: no reader of a
-    `Grouping` looks at them.
+    `Grouping` looks at them. Without tiles it is the specification: one matrix product per expert, or `F.grouped_mm` on
+    a GPU without Triton.
     """
-    if bias_EN is None and low is None and not own and quack.takes(a_SK, w_EKN):
-        return quack.grouped_gemm(a_SK, w_EKN, group)
-    if not use_triton(a_SK):
-        return grouped_gemm_reference(a_SK, w_EKN, group, bias_EN, low)
+    if group.tiles is not None:
+        if bias_EN is None and low is None and not own and quack.takes(a_SK, w_EKN):
+            return quack.grouped_gemm(a_SK, w_EKN, group)
+        y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
+        launch_rows(a_SK, w_EKN, bias_EN, group, y_SN, low=low)
+        return y_SN
+    if low is not None:
+        return grouped_gemm(a_SK, w_EKN, group, bias_EN).add_(grouped_gemm(*low, group))
+    if a_SK.is_cuda:
+        y_SN = F.grouped_mm(a_SK, w_EKN, offs=group.offsets_E)
+        return y_SN if bias_EN is None else y_SN + rows_of_experts(bias_EN, group)
     y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
-    launch_rows(a_SK, w_EKN, bias_EN, group, y_SN, low=low)
+    for expert, (begin, end) in enumerate(pairwise(group.bounds.tolist())):
+        torch.mm(a_SK[begin:end], w_EKN[expert], out=y_SN[begin:end])
+        if bias_EN is not None:
+            y_SN[begin:end] += bias_EN[expert]
     return y_SN
 
 
@@ -68,15 +79,15 @@ def up_act(
 
     low: as in `grouped_gemm`. keep: by the fused kernel, h has only this many rows, a multiple of `group.block`.
     """
-    if keep is None and low is None and quack.takes_up(x_TH, w_EHJ, bias_EJ, group, act):
-        return *quack.up_act(x_TH, w_EHJ, group, act), act.gated
-    if act.kind == "custom" or not use_triton(x_TH):
-        if use_triton(x_TH):
+    if act.kind == "custom" or group.tiles is None:
+        if group.tiles is not None:
             tell_once(
                 "experts with an activation of their own gather their rows and run it in PyTorch, not in the kernel."
             )
         h_SJ = grouped_gemm(x_TH.index_select(0, group.token_S), w_EHJ, group, bias_EJ, own=True, low=low)
         return h_SJ, act.forward(h_SJ), False
+    if keep is None and low is None and quack.takes_up(x_TH, w_EHJ, bias_EJ, group, act):
+        return *quack.up_act(x_TH, w_EHJ, group, act), act.gated
     num_rows = group.slot_S.numel()
     h_SJ = x_TH.new_empty(min(num_rows, keep or num_rows), w_EHJ.shape[2])
     a_SI = x_TH.new_empty(num_rows, w_EHJ.shape[2] // (2 if act.gated else 1))
@@ -102,33 +113,6 @@ def up_again(
     more_SJ = h_SJ.new_empty(group.block + missing, h_SJ.shape[1])
     launch_rows(x_TH, w_EHJ, bias_EJ, group, more_SJ, None, act, low)
     return more_SJ
-
-
-def grouped_gemm_reference(
-    a_SK: torch.Tensor,
-    w_EKN: torch.Tensor,
-    group: Grouping,
-    bias_EN: torch.Tensor | None = None,
-    low: LowRank | None = None,
-) -> torch.Tensor:
-    """The specification of `grouped_gemm`: one matrix product per expert, or `F.grouped_mm` on a GPU without Triton."""
-    if low is not None:
-        return grouped_gemm_reference(a_SK, w_EKN, group, bias_EN).add_(grouped_gemm_reference(*low, group))
-    if a_SK.is_cuda:
-        y_SN = F.grouped_mm(a_SK, w_EKN, offs=group.offsets_E)
-        return y_SN if bias_EN is None else y_SN + rows_of_experts(bias_EN, group)
-    y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
-    for expert, rows in segments(group):
-        torch.mm(a_SK[rows], w_EKN[expert], out=y_SN[rows])
-        if bias_EN is not None:
-            y_SN[rows] += bias_EN[expert]
-    return y_SN
-
-
-def segments(group: Grouping) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of every expert. It reads the offsets, so it is for the CPU only."""
-    ends = group.offsets_E.tolist()
-    return enumerate(map(slice, [0, *ends], ends))
 
 
 def rows_of_experts(bias_EN: torch.Tensor, group: Grouping) -> torch.Tensor:
@@ -172,7 +156,7 @@ def over_tiles(
     assert group.tiles is not None
     programs = processors(x.device)
     constants = dict(BM=group.block, DESCRIPTOR=by_descriptor(x.device), PRECISION=dot_precision(x.dtype))
-    kernel[(programs,)](*group.tiles, group.offsets_E, *inputs, PROGRAMS=programs, **constants, **flags, **config)
+    kernel[(programs,)](*group.tiles, group.bounds, *inputs, PROGRAMS=programs, **constants, **flags, **config)
 
 
 @cache
@@ -318,7 +302,7 @@ def add_bias(acc, bias, expert, column, num_columns):
 
 @launched
 def _rows_kernel(
-    tile_expert, tile_row, num_tiles, offsets, x, token, w, bias, low_u, low_b, y, a_out, num_experts, first_row,
+    tile_expert, tile_row, num_tiles, bounds, x, token, w, bias, low_u, low_b, y, a_out, num_experts, first_row,
     num_rows, width, num_inner, stride_x, alpha, limit,
     GATHER: tl.constexpr, LAYOUT: tl.constexpr, KIND: tl.constexpr, TRANSPOSED: tl.constexpr, DESCRIPTOR: tl.constexpr,
     PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -332,17 +316,17 @@ def _rows_kernel(
     num_columns = SIDES * WIDE * width
     work = tl.load(num_tiles) * tl.cdiv(width, BN)
     if AGAIN:  # as a rule there are no such rows
-        work = tl.where(tl.load(offsets + num_experts - 1) > first_row + BM, work, 0)
+        work = tl.where(tl.load(bounds + num_experts) > first_row + BM, work, 0)
     # flattened: the loads of the next tile are under way while this one's result is stored
     for item in tl.range(tl.program_id(0), work, PROGRAMS, flatten=not GATHER):
         tile, expert, begin, first = tile_at(item, tile_expert, tile_row, width, BN)
         end_inner, end_row = num_inner, first_row + num_rows
         if AGAIN:
-            missing = tl.minimum(tl.load(offsets + expert), begin + BM) > first_row + BM
+            missing = tl.minimum(tl.load(bounds + expert + 1), begin + BM) > first_row + BM
             end_inner, end_row = tl.where(missing, num_inner, 0), tl.where(missing, end_row, 0)
         row = begin + tl.arange(0, BM)
         if GATHER:
-            x_rows = row_pointers(x, token, row, tl.load(offsets + expert), stride_x)
+            x_rows = row_pointers(x, token, row, tl.load(bounds + expert + 1), stride_x)
         acc = tl.zeros((BM, WIDE * BN), tl.float32)
         up = acc
         for k in range(0, end_inner, BK):
@@ -361,7 +345,7 @@ def _rows_kernel(
                 up = tl.dot(rows, w_up, up, input_precision=PRECISION)
         column = WIDE * first + tl.arange(0, WIDE * BN)
         if low_u is not None:
-            mine, last = row < tl.load(offsets + expert), WIDE * width
+            mine, last = row < tl.load(bounds + expert + 1), WIDE * width
             acc = add_low_rank(acc, low_u, low_b, expert, row, mine, column, last, num_columns, RANK, PRECISION)
             if SIDES == 2:
                 low_up = low_b + width
@@ -371,7 +355,7 @@ def _rows_kernel(
             if SIDES == 2:
                 up = add_bias(up, bias, 2 * expert + 1, column, width)
         row = row.to(tl.int64)[:, None]
-        inside = row < tl.load(offsets + expert)
+        inside = row < tl.load(bounds + expert + 1)
         kind = y.dtype.element_ty
         kept = (inside & (row < end_row) if GATHER else inside) & (column < WIDE * width)[None, :]
         at = y + (row - first_row if AGAIN else row) * num_columns + column[None, :]

@@ -7,12 +7,14 @@ One operand of the product is read through the token index instead of from a per
 order. An expert without rows gets zeros: its gradient is written, not skipped.
 """
 
+from itertools import pairwise
+
 import torch
 from torch.nn import functional as F
 
-from expertmesh.backends import tl, triton, use_triton
+from expertmesh.backends import tl, triton
 from expertmesh.kernels import quack
-from expertmesh.kernels.grouped_gemm import THIN, by_descriptor, dot_precision, matrix_tile, segments, tiles_of, wide
+from expertmesh.kernels.grouped_gemm import THIN, by_descriptor, dot_precision, matrix_tile, tiles_of, wide
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched
 
@@ -29,20 +31,30 @@ def grouped_wgrad(
 
     g: [T, G], one row per token; c: [S, C] in sorted order, finite up to the end of the last expert's last row tile.
     Sums in float32, result in g's dtype and in the memory layout of w, plain or transposed, so that autograd need not
-    copy. own: never by quack.
+    copy. own: never by quack. Without tiles it is the specification: one product per expert, or `F.grouped_mm` on a GPU
+    without Triton.
     """
+    gathered_first = w_EGC.stride(2) == 1
+    if group.tiles is None:
+        g_SG = g_TG.index_select(0, group.token_S)
+        a, b = (g_SG, c_SC) if gathered_first else (c_SC, g_SG)
+        if a.is_cuda:
+            dw = F.grouped_mm(a.t(), b, offs=group.offsets_E)
+        else:
+            dw = a.new_empty(len(group.bounds) - 1, a.shape[1], b.shape[1])
+            for expert, (begin, end) in enumerate(pairwise(group.bounds.tolist())):  # no rows: the product is zeros
+                torch.mm(a[begin:end].t(), b[begin:end], out=dw[expert])
+        dw = dw if scale == 1 else dw.mul_(scale)
+        return dw if gathered_first else dw.transpose(1, 2)
     if not own and quack.takes(c_SC, w_EGC):
         return quack.wgrad(g_TG, c_SC, group, w_EGC, scale)
     num_experts, num_g, num_c = w_EGC.shape
-    gathered_first = w_EGC.stride(2) == 1
-    if not use_triton(g_TG):
-        return grouped_wgrad_reference(g_TG, c_SC, group, gathered_first, scale)
     assert g_TG.stride(1) == 1
     dw = g_TG.new_empty(num_experts, *((num_g, num_c) if gathered_first else (num_c, num_g)))
     config = wgrad_config(g_TG, group.block, num_c)
     grid = (num_experts * triton.cdiv(num_g, config["BG"]) * triton.cdiv(num_c, config["BC"]),)
     _grouped_wgrad_kernel[grid](
-        g_TG, tiles_of(c_SC, config["BK"], config["BC"]), group.token_S, dw, group.offsets_E,
+        g_TG, tiles_of(c_SC, config["BK"], config["BC"]), group.token_S, dw, group.bounds,
         num_g, num_c, g_TG.stride(0), scale,
         GATHERED_FIRST=gathered_first, DESCRIPTOR=by_descriptor(g_TG.device), PRECISION=dot_precision(g_TG.dtype),
         EVEN=num_g % config["BG"] == 0, **config,
@@ -50,45 +62,23 @@ def grouped_wgrad(
     return dw if gathered_first else dw.transpose(1, 2)
 
 
-def grouped_wgrad_reference(
-    g_TG: torch.Tensor, c_SC: torch.Tensor, group: Grouping, gathered_first: bool, scale: float
-) -> torch.Tensor:
-    """The specification of `grouped_wgrad`: one product per expert, or `F.grouped_mm` on a GPU without Triton."""
-    g_SG = g_TG.index_select(0, group.token_S)
-    a, b = (g_SG, c_SC) if gathered_first else (c_SC, g_SG)
-    if a.is_cuda:
-        dw = F.grouped_mm(a.t(), b, offs=group.offsets_E)
-    else:
-        dw = a.new_empty(group.offsets_E.numel(), a.shape[1], b.shape[1])
-        for expert, rows in segments(group):  # no rows: the product is zeros
-            torch.mm(a[rows].t(), b[rows], out=dw[expert])
-    dw = dw if scale == 1 else dw.mul_(scale)
-    return dw if gathered_first else dw.transpose(1, 2)
-
-
 def grouped_sum(a_SN: torch.Tensor, group: Grouping, dtype: torch.dtype | None = None, tile: int = 1) -> torch.Tensor:
     """db [E, N]: the sum of a [S, N] over each expert's rows, in float32, returned in a's dtype or another.
 
-    tile: on Triton a may have one row for each tile of so many of an expert's rows.
+    tile: on Triton a may have one row for each tile of so many of an expert's rows. Without tiles it is the
+    specification: differences of the running sum at the experts' ends.
     """
-    if use_triton(a_SN):
-        num_experts, num_columns = group.offsets_E.numel(), a_SN.shape[1]
+    if group.tiles is not None:
+        num_experts, num_columns = len(group.bounds) - 1, a_SN.shape[1]
         sums_EN = a_SN.new_empty(num_experts, num_columns, dtype=dtype)
         grid, bins = (num_experts, triton.cdiv(num_columns, 64)), triton.next_power_of_2(num_experts)
         _grouped_sum_kernel[grid](
-            a_SN, sums_EN, group.offsets_E, num_experts, num_columns, TILE=tile, BINS=bins, BR=64, BN=64
+            a_SN, sums_EN, group.bounds, num_experts, num_columns, TILE=tile, BINS=bins, BR=64, BN=64
         )
         return sums_EN
     assert tile == 1
-    return grouped_sum_reference(a_SN, group)
-
-
-def grouped_sum_reference(a_SN: torch.Tensor, group: Grouping) -> torch.Tensor:
-    """The specification of `grouped_sum`: differences of the running sum at the experts' ends."""
     running = F.pad(a_SN.double().cumsum(0), (0, 0, 1, 0))
-    ends_E = group.offsets_E.long()
-    begins_E = F.pad(ends_E[:-1], (1, 0))
-    return (running[ends_E] - running[begins_E]).to(a_SN.dtype)
+    return running[group.bounds.long()].diff(dim=0).to(a_SN.dtype)
 
 
 def wgrad_config(x: torch.Tensor, block_rows: int, num_c: int) -> dict[str, int]:
@@ -108,14 +98,13 @@ def wgrad_config(x: torch.Tensor, block_rows: int, num_c: int) -> dict[str, int]
 
 @launched
 def _grouped_wgrad_kernel(
-    g, c, token, dw, offsets, num_g, num_c, stride_g, scale,
+    g, c, token, dw, bounds, num_g, num_c, stride_g, scale,
     GATHERED_FIRST: tl.constexpr, DESCRIPTOR: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     tiles_g, tiles_c = tl.cdiv(num_g, BG), tl.cdiv(num_c, BC)
     expert, tile = tl.program_id(0) // (tiles_g * tiles_c), tl.program_id(0) % (tiles_g * tiles_c)
-    end = tl.load(offsets + expert)
-    begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    begin, end = tl.load(bounds + expert), tl.load(bounds + expert + 1)
     first_c = (tile // tiles_g) * BC
     column_g = (tile % tiles_g) * BG + tl.arange(0, BG)
     g_columns = g + column_g[None, :]
@@ -148,14 +137,14 @@ def _grouped_wgrad_kernel(
 
 @launched
 def _grouped_sum_kernel(
-    a, sums, offsets, num_experts, num_columns,
+    a, sums, bounds, num_experts, num_columns,
     TILE: tl.constexpr, BINS: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     bin = tl.arange(0, BINS)
-    ends = tl.load(offsets + bin, mask=bin < num_experts, other=0)
-    begins = tl.load(offsets + bin - 1, mask=(bin > 0) & (bin < num_experts), other=0)
+    begins = tl.load(bounds + bin, mask=bin < num_experts, other=0)
+    ends = tl.load(bounds + bin + 1, mask=bin < num_experts, other=0)
     tiles = (ends - begins + TILE - 1) // TILE
     begin = tl.sum(tl.where(bin < expert, tiles, 0), axis=0)
     end = begin + tl.sum(tl.where(bin == expert, tiles, 0), axis=0)

@@ -35,7 +35,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     x: [..., H] in any float dtype; weight: [H]. Returns [..., H] in x's dtype (with "rounded": in the dtype that x and
     weight promote to, as in Transformers). Must equal the RMSNorm class of the model that uses this scale.
     """
-    _check(x, weight, scale)
+    assert weight.shape == x.shape[-1:]
     if use_triton(x):
         return _RMSNorm.apply(x, None, weight, eps, scale, False)
     return rms_norm_reference(x, weight, eps, scale=scale)
@@ -49,11 +49,11 @@ def add_rms_norm(
     For a residual connection around what the norm feeds. x, residual: [..., H], same shape; weight: [H]. The sum is
     rounded to the dtype that x and residual promote to and then normed.
     """
-    _check(x, weight, scale)
-    assert residual is None or x.shape == residual.shape
+    assert weight.shape == x.shape[-1:] and (residual is None or x.shape == residual.shape)
     if use_triton(x):
         return _RMSNorm.apply(x, residual, weight, eps, scale, True)
-    return add_rms_norm_reference(x, residual, weight, eps, scale=scale)
+    total = x if residual is None else residual + x
+    return rms_norm_reference(total, weight, eps, scale=scale), total
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded") -> torch.Tensor:
@@ -65,14 +65,6 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, sca
     if scale == "float32":
         return (weight.float() * x_hat).to(x.dtype)
     return (x_hat * (1.0 + weight.float())).to(x.dtype)
-
-
-def add_rms_norm_reference(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The specification of `add_rms_norm`: a decoder layer's residual add, then the norm."""
-    total = x if residual is None else residual + x
-    return rms_norm_reference(total, weight, eps, scale=scale), total
 
 
 def gated_norm_reference(
@@ -103,11 +95,6 @@ def gated_norm_backward(
     dx, dweight = _launch_backward(x, gate, weight_W.contiguous(), dy, dgate_TW, eps, "float32", groups)
     assert dweight is not None
     return dx, dweight
-
-
-def _check(x: torch.Tensor, weight: torch.Tensor, scale: str) -> None:
-    assert weight.shape == x.shape[-1:], "the width of x"
-    assert scale in ("rounded", "float32", "one_plus")
 
 
 def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -> None:

@@ -10,7 +10,6 @@ sin and, if normed, what the projections made anyway.
 Letters: B batch, S sequence, T = B·S tokens, N heads (of q or of k), D head width, R turned width.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def rotary(
             f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [1 or {q.shape[0]}, {q.shape[2]}, R], "
             f"R even and at most the heads' width, {q.shape[-1]}."
         )
-    return _rotary(_turned if use_triton(q) else _turned_reference, q, k, cos, sin, interleaved, half)
+    return _rotary(use_triton(q), q, k, cos, sin, interleaved, half)
 
 
 def rotary_reference(
@@ -53,28 +52,25 @@ def rotary_reference(
     half: bool = False,
 ) -> Pair:  # fmt: skip
     """The specification of `rotary`: what those families compute, operation by operation."""
-    return _rotary(_turned_reference, q, k, cos, sin, interleaved, half)
+    return _rotary(False, q, k, cos, sin, interleaved, half)
 
 
 def _rotary(
-    turn: Callable, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool,
+    by_kernel: bool, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool,
     half: bool,
 ) -> Pair:  # fmt: skip
     R = cos.shape[-1] * (2 if half else 1)
     if interleaved:
         cos, sin = cos[..., : R // 2], sin[..., : R // 2]
-
-    def turned(x: torch.Tensor) -> torch.Tensor:
+    turned = []
+    for x in (q.transpose(1, 2), k.transpose(1, 2)):
         dtype = x.dtype if interleaved or half else torch.promote_types(x.dtype, cos.dtype)
-        return turn(x.transpose(1, 2), cos, sin, R, interleaved, dtype).transpose(1, 2)
-
-    return turned(q), turned(k)
-
-
-def _turned(
-    x_BSND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, R: int, interleaved: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    return _RoPE.apply([dtype], cos, sin, R, interleaved, 0.0, x_BSND)[0]
+        if by_kernel:
+            (x,) = _RoPE.apply([dtype], cos, sin, R, interleaved, 0.0, x)
+        else:
+            x = _turned_reference(x, cos, sin, R, interleaved, dtype)
+        turned.append(x.transpose(1, 2))
+    return turned[0], turned[1]
 
 
 def _turned_reference(
@@ -118,9 +114,8 @@ def qk_norm_rope_reference(
     sin: torch.Tensor, eps: float,
 ) -> Pair:  # fmt: skip
     """The specification: Qwen3MoeAttention's operations, one by one."""
-    q = rms_norm_reference(q, q_weight, eps).transpose(1, 2)
-    k = rms_norm_reference(k, k_weight, eps).transpose(1, 2)
-    return rotary_reference(q, k, cos, sin)
+    q, k = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
+    return _rotary(False, q.transpose(1, 2), k.transpose(1, 2), cos, sin, False, False)
 
 
 @triton.jit

@@ -64,7 +64,14 @@ def route_reference(
         logits
     )
     if ids_TK is None:
-        ids_TK = torch.topk(_choice_scores(scores.detach(), routing, bias_E), routing.top_k, dim=-1).indices
+        choice = scores.detach() if bias_E is None else scores.detach() + bias_E
+        if routing.num_groups > 1:
+            grouped = choice.view(choice.shape[0], routing.num_groups, -1)
+            group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+            best = torch.topk(group_scores, routing.top_groups, dim=-1).indices
+            allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
+            choice = grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(1)
+        ids_TK = torch.topk(choice, routing.top_k, dim=-1).indices
     weights = scores.gather(1, ids_TK)
     if routing.kind == "topk_softmax":
         weights = weights.softmax(-1)
@@ -74,18 +81,6 @@ def route_reference(
             total = total.clamp(min=routing.min_sum)
         weights = weights / (total + (1e-20 if routing.kind == "sigmoid" else 0.0))
     return (weights * routing.scale).to(weight_dtype), ids_TK
-
-
-def _choice_scores(scores: torch.Tensor, routing: Routing, bias_E: torch.Tensor | None) -> torch.Tensor:
-    if bias_E is not None:
-        scores = scores + bias_E
-    if routing.num_groups > 1:
-        grouped = scores.view(scores.shape[0], routing.num_groups, -1)
-        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
-        best = torch.topk(group_scores, routing.top_groups, dim=-1).indices
-        allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
-        scores = grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(1)
-    return scores
 
 
 def kernel_supports(routing: Routing, num_experts: int) -> bool:

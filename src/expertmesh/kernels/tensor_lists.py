@@ -3,17 +3,20 @@
 PyTorch's foreach functions pass addresses as arguments, which fit a few dozen tensors, in launches of a few hundred
 blocks: too few to keep the memory of a large GPU busy. Here every `CHUNK` elements of every tensor are a program.
 
-The table is made anew at each step, as gradients move, and copied without a wait. In kernels `like` is any pointer of
-the type that an address stands for.
+A table is made anew at each step, as gradients move, and copied without a wait. A tensor that has a launch for itself,
+as a large weight within backward, needs none: what moves is an argument of its kernel, and what stays, a row, is copied
+once (`once`). In kernels `like` is any pointer of the type that an address stands for.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from expertmesh.backends import tl, triton, use_triton
 
 CHUNK = 2**15  # elements of a program
+MOST = 2**12  # rows and options that are remembered
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.uint8)
 
 
@@ -43,30 +46,51 @@ def _same_order(tensors: Sequence[torch.Tensor]) -> bool:
     return dense and all(x.stride() == strides for x in tensors)
 
 
-def on_device(
-    counts: Sequence[int], rows: Sequence[Sequence[int]], device: torch.device, numbers: Sequence[Sequence[float]] = ()
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(tensor of each chunk [chunks], table [tensors, 3 + columns], numbers in float64), by one copy without a wait.
+class Walk(NamedTuple):
+    """A way through tensors, for a launch of as many programs as there are chunks. of_chunk: each one's tensor; None of
+    a single one. table: [tensors, 3 + columns]; a row begins with elements, first chunk and number of chunks."""
 
-    A row begins with elements, first chunk and number of chunks; counts: the elements. rows: what follows.
+    of_chunk: torch.Tensor | None
+    table: torch.Tensor
+    chunks: int
+
+
+def walk(counts: Sequence[int], rows: Sequence[Sequence[int]], device: torch.device) -> Walk:
+    """Through tensors of so many elements, by one copy without a wait, or none.
+
+    rows: what follows in the table. The first column is the address that moves; of a single tensor it is not in the
+    table: its kernel has it as the argument `like`.
     """
     chunks = [-(-count // CHUNK) for count in counts]
+    if len(counts) == 1:
+        return Walk(None, once((counts[0], 0, chunks[0], 0, *rows[0][1:]), torch.int64, device), chunks[0])
     table, first = [], 0
     for count, of_tensor, row in zip(counts, chunks, rows, strict=True):
         table.append([count, first, of_tensor, *row])
         first += of_tensor
-    ints, floats = torch.tensor(table), torch.tensor(numbers, dtype=torch.float64)
-    sent = _sent(torch.cat([floats.flatten().view(torch.int64), ints.flatten()]), device)
-    size = floats.numel()
-    floats, ints = sent[:size].view(torch.float64).view(floats.shape), sent[size:].view(ints.shape)
-    return torch.repeat_interleave(ints[:, 2].contiguous(), output_size=first), ints, floats
+    sent = _sent(torch.tensor(table), device)
+    return Walk(torch.repeat_interleave(sent[:, 2].contiguous(), output_size=first), sent, first)
+
+
+def once(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers of 64 bits on a device, copied there when a stream first asks for them. Nobody writes over them."""
+    on_cuda = device.type == "cuda"
+    if on_cuda and torch.cuda.is_current_stream_capturing():  # a graph outlives what is remembered here
+        return _sent(torch.tensor(numbers, dtype=dtype), device)
+    key = numbers, dtype, device, torch.cuda.current_stream(device) if on_cuda else None
+    found = _KNOWN.get(key)
+    if found is None:
+        if len(_KNOWN) >= MOST:
+            _KNOWN.clear()
+        found = _KNOWN[key] = _sent(torch.tensor(numbers, dtype=dtype), device)
+    return found
 
 
 def _sent(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return table
     if torch.cuda.is_current_stream_capturing():
-        pinned = _GRAPHS.take(table)
+        pinned = _GRAPHS.take(table.view(torch.int64)).view(table.dtype)
     else:
         _GRAPHS.reserve(table.numel())
         pinned = table.pin_memory()  # PyTorch gives this memory out again only when the copy has been made
@@ -94,12 +118,15 @@ class _Pinned:
 
 
 _GRAPHS = _Pinned()
+_KNOWN: dict[tuple, torch.Tensor] = {}
 
 
 @triton.jit
 def chunk_of(of_chunk, table, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
     """This program's tensor, its row of the table, where in the tensor the chunk begins and how long it is."""
-    tensor = tl.load(of_chunk + tl.program_id(0))
+    tensor = 0
+    if of_chunk is not None:
+        tensor = tl.load(of_chunk + tl.program_id(0))
     row = table + tensor * COLUMNS
     start = (tl.program_id(0) - tl.load(row + 1)) * CHUNK  # int64: a stack of experts may have more than 2**31 elements
     return tensor, row, start, tl.minimum(tl.load(row) - start, CHUNK).to(tl.int32)
@@ -109,6 +136,15 @@ def chunk_of(of_chunk, table, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
 def base(address, start, like):
     """Where in memory a chunk begins, as a pointer like `like`."""
     return address.to(like.dtype) + start
+
+
+@triton.jit
+def moving_base(of_chunk, row, start, like):
+    """`base` of the address that moves, the first column of a row."""
+    if of_chunk is None:
+        return like + start
+    else:
+        return base(tl.load(row + 3), start, like)
 
 
 @triton.jit

@@ -10,9 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from expertmesh.backends import use_triton
 from expertmesh.kernels.activation import Activation
-from expertmesh.kernels.grouped_gemm import grouped_gemm_reference, launch_rows
+from expertmesh.kernels.grouped_gemm import grouped_gemm, launch_rows
 from expertmesh.kernels.grouped_wgrad import grouped_wgrad
 from expertmesh.kernels.grouping import Grouping
 
@@ -23,8 +22,8 @@ def thin_rows(x: torch.Tensor, factor_ERK: torch.Tensor, group: Grouping, gather
     On Triton rows behind the last expert's are zero: `thin_wgrad` may read them.
     """
     factor_EKR = factor_ERK.transpose(1, 2)
-    if not use_triton(x):
-        return grouped_gemm_reference(x.index_select(0, group.token_S) if gathered else x, factor_EKR, group)
+    if group.tiles is None:
+        return grouped_gemm(x.index_select(0, group.token_S) if gathered else x, factor_EKR, group)
     u_SR = x.new_zeros(group.slot_S.numel(), factor_EKR.shape[2])
     by_index = (u_SR, Activation("none", gated=False)) if gathered else ()
     launch_rows(x, factor_EKR, None, group, u_SR, *by_index)

@@ -1,7 +1,8 @@
-"""Fast twins of pre-norm decoder layers: the residual add after attention and the norm behind it are one kernel.
+"""Fast twins of RMSNorms, and of pre-norm decoder layers, whose residual adds are part of other kernels.
 
-The second residual add happens in the experts' last kernel, where the block allows it (moe/block.py). In backward the
-kernel of each norm also adds the gradient of the residual connection around it.
+The add after attention and the norm behind it are one kernel. The second add happens in the experts' last kernel, where
+the block allows it (moe/block.py). In backward the kernel of each norm also adds the gradient of the residual
+connection around it.
 """
 
 from typing import Any
@@ -10,62 +11,81 @@ import torch
 from torch import nn
 
 from expertmesh.backends import tell_once
-from expertmesh.layers.norm import can_merge
+from expertmesh.kernels.rms_norm import Scale, add_rms_norm, rms_norm
 from expertmesh.moe.block import FastMoEBlock, add_scaled
 from expertmesh.twins import Fast, cache_of, untouched
+
+
+class FastRMSNorm(Fast):
+    """`weight * x_hat.to(dtype)`: Llama, Qwen, DeepSeek, Mixtral …"""
+
+    scale: Scale = "rounded"
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, scale=self.scale)
+
+
+class FastFloat32RMSNorm(FastRMSNorm):
+    """`(weight * x_hat).to(dtype)` in float32: GPT-OSS, Nemotron."""
+
+    scale: Scale = "float32"
+
+
+class FastOnePlusRMSNorm(FastRMSNorm):
+    """`((1 + weight) * x_hat).to(dtype)` in float32: Qwen3-Next, Qwen3.5."""
+
+    stands_for = ("forward", "_norm")
+    scale: Scale = "one_plus"
+
+    variance_epsilon = property(lambda self: self.eps)
 
 
 class FastDecoderLayer(Fast):
     """Must equal `Qwen3MoeDecoderLayer.forward`, `MixtralDecoderLayer.forward` and `GptOssDecoderLayer.forward`."""
 
+    block_name = "mlp"
+    residual_multiplier = 1.0  # of what is added to the residual
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        norm = self.post_attention_layernorm
-        if args or not can_merge(norm):  # a norm replaced or hooked after fusing: call it
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        if args or not untouched(first, second, kind=FastRMSNorm):  # replaced or hooked after fusing: call them
             tell_once(
-                f"{type(self).__name__} runs Transformers' code: its norm was changed, or arguments came by position."
+                f"{type(self).__name__} runs Transformers' code: a norm was changed, or arguments came by position."
             )
             return super().forward(hidden_states, *args, **kwargs)
-        first = self.input_layernorm
-        if can_merge(first):
-            normed, hidden_states = first.with_residual(hidden_states)
-        else:
-            normed = first(hidden_states)
-        normed, residual = norm.with_residual(self._mix(normed, **kwargs), hidden_states)
-        return self._feed_forward(normed, residual)
+        normed, residual = add_rms_norm(hidden_states, None, first.weight, first.variance_epsilon, scale=first.scale)
+        mixed = self._mix(normed, kwargs)
+        if self.residual_multiplier != 1:
+            mixed = mixed * self.residual_multiplier
+        normed, residual = add_rms_norm(mixed, residual, second.weight, second.variance_epsilon, scale=second.scale)
+        return add_block(getattr(self, self.block_name), normed, residual, self.residual_multiplier)
 
-    def _mix(self, normed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def _mix(self, normed: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """What is added to the residual before the second norm."""
         required = {"attention_mask": None, "position_embeddings": None}
         return self.self_attn(hidden_states=normed, **required | kwargs)[0]
 
-    def _feed_forward(self, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return add_block(self.mlp, normed, residual)
-
     @staticmethod
     def why_not(layer: Any) -> str | None:
-        fits = can_merge(layer.post_attention_layernorm)
-        return None if fits else "the norm behind its attention is not a fused RMSNorm"
+        fits = untouched(layer.input_layernorm, layer.post_attention_layernorm, kind=FastRMSNorm)
+        return None if fits else "the norms before and behind its attention are no fused RMSNorms"
 
 
 class FastHybridDecoderLayer(FastDecoderLayer):
     """Must equal `Qwen3NextDecoderLayer.forward`: linear attention or full attention."""
 
-    def _mix(self, normed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def _mix(self, normed: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         if self.block_type == "full_attention":
-            return super()._mix(normed, **kwargs)
+            return super()._mix(normed, kwargs)
         for name in ("position_embeddings", "position_ids"):
             kwargs.pop(name, None)
         return self.linear_attn(normed, cache_of(kwargs), **kwargs)
 
 
 class FastGraniteDecoderLayer(FastDecoderLayer):
-    """Must equal `GraniteMoeDecoderLayer.forward`: what is added to the residual is scaled."""
+    """Must equal `GraniteMoeDecoderLayer.forward`: it sets its `residual_multiplier`."""
 
-    def _mix(self, normed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return super()._mix(normed, **kwargs) * self.residual_multiplier
-
-    def _feed_forward(self, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return add_block(self.block_sparse_moe, normed, residual, self.residual_multiplier)
+    block_name = "block_sparse_moe"
 
 
 def add_block(block: nn.Module, normed: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

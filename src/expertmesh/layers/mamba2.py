@@ -30,7 +30,7 @@ class FastMamba2Mixer(Fast):
         cache = cache if cache is not None else cache_of(kwargs)
         bounds = kwargs.pop("document_bounds", None)
         start_BS = None if bounds is None else bounds.start
-        if touched := not all(map(untouched, (self.conv1d, self.norm, self.act))):
+        if touched := not untouched(self.conv1d, self.norm, self.act):
             tell_once(
                 f"{type(self).__name__} runs Transformers' code: somebody put hooks on its parts, or replaced them."
             )

@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from expertmesh import backends
 from expertmesh.kernels.adamw import Update, adamw_
+from expertmesh.kernels.clip import clip_factor
 from expertmesh.memory import states as low_memory
-from expertmesh.parallel.clip import clip_factor, grad_norm, local
+from expertmesh.parallel.clip import grad_norm, local
 
 #: options by which PyTorch's optimizers choose among their implementations: an optimizer's own, not a checkpoint's
 IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")

@@ -1,7 +1,8 @@
 """Gradient release: weights are updated within backward, as soon as their gradients are complete, which then are freed.
 
-So all gradients never stand beside the optimizer's states: for n weights that is n gradients less. A small weight waits
-until `BYTES` of gradients are there, as a launch for each norm would be slow; experts go at once.
+So all gradients never stand beside the optimizer's states: for n weights that is n gradients less. Small weights wait
+until `BYTES` of gradients are there, as a launch for each norm would be slow; experts go at once, each by four launches
+of its own, for which next to nothing is made anew.
 
 Autograd runs a post-accumulate hook once per backward and weight, after its last use, tied or not. FSDP2 runs it after
 the reduce-scatter, on that stream and on the shard that the optimizer has. There the update runs as well, behind the
@@ -28,8 +29,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from expertmesh import backends
+from expertmesh.kernels.clip import Tally, clip_factor, tally_
 from expertmesh.memory.adamw import AdamW
-from expertmesh.parallel.clip import add_squares, clip_factor, local, norm_of_all, num_copies
+from expertmesh.parallel.clip import local, norm_of_all, num_copies
 from expertmesh.waiting import waiting
 
 BYTES = 2**26  # of gradients that may wait for others, on each stream
@@ -84,7 +86,7 @@ class GradientRelease:
         self._start: torch.Tensor | None = None  # 0 where the losses of all ranks are finite, else nan
         self._active = False
         self._groups: dict[nn.Parameter, dict[str, Any]] = {}
-        self._squares: dict[Any, torch.Tensor] = {}  # of each stream
+        self._tallies: dict[Any, Tally] = {}  # of each stream
         self._pending: dict[Any, dict[nn.Parameter, int]] = {}
         self._done: set[nn.Parameter] = set()
         self._hooks: dict[nn.Parameter, Any] = {}
@@ -187,12 +189,12 @@ class GradientRelease:
 
     def _pass(self, step: Callable[[], T], measuring: bool = False) -> T:
         """A forward and backward whose gradients are released."""
-        self._start, self._squares, self._pending, self._done = None, {}, {}, set()
+        self._start, self._tallies, self._pending, self._done = None, {}, {}, set()
         self._active, self.measuring = True, measuring
         try:
             result = step()
-            for place in list(self._pending):
-                self._release(place)
+            for place, pending in self._pending.items():
+                self._release(place, list(pending))
             return result
         except BaseException:
             for parameter in self._groups:
@@ -205,8 +207,8 @@ class GradientRelease:
         """Of all gradients that were released, on all ranks."""
         assert self._start is not None, "check(loss) comes before backward"
         total = self._start.clone()
-        for squares in self._squares.values():
-            total += squares.to(total.device, non_blocking=True)
+        for tally in self._tallies.values():
+            total += tally.squares.to(total.device, non_blocking=True)
         return norm_of_all(total)
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
@@ -222,38 +224,38 @@ class GradientRelease:
             )
         grad = local(parameter.grad)
         place = torch.cuda.current_stream(grad.device) if grad.is_cuda else grad.device
+        if grad.nbytes >= BYTES:
+            return self._release(place, [parameter])
         pending = self._pending.setdefault(place, {})
         pending[parameter] = grad.nbytes
         if sum(pending.values()) >= BYTES:
-            self._release(place)
+            self._release(place, list(self._pending.pop(place)))
 
     @torch.no_grad()
-    def _release(self, place: Any) -> None:
-        """Update what waits, on the stream that is current here, and free its gradients."""
-        parameters = list(self._pending.pop(place))
+    def _release(self, place: Any, parameters: list[nn.Parameter]) -> None:
+        """Update these weights, on the stream that is current here, and free their gradients."""
         self._done.update(parameters)
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if self._known is None:
-            assert self._start is not None, "check(loss) comes before backward"
-            if place not in self._squares:
-                self._squares[place] = self._start.to(grads[0].device, copy=True)
-            add_squares(self._squares[place], grads)
+        scale, found_inf = self._known or self._judge(place, [p.grad for p in parameters if p.grad is not None])
         if not self.measuring:
-            scale, found_inf = self._known or self._judge(self._squares[place], grads)
             self.optimizer.update([(p, self._groups[p]) for p in parameters], scale, found_inf)
             torch.autograd.graph.increment_version(parameters)  # kernels do not, and a saved weight must be the old one
         for parameter in parameters:
             parameter.grad = None
 
-    def _judge(self, squares: torch.Tensor, grads: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(scale, found_inf) by earlier steps, and by the squares so far."""
-        found_inf, bound = 1.0 - torch.isfinite(squares).float(), self.max_grad_norm
-        if bound is None:
-            return None, found_inf
-        norm = self.optimizer.param_groups[0][RUNNING].to(squares.device, non_blocking=True)
-        if all(num_copies(grad) == 1 for grad in grads):
-            norm = torch.maximum(norm, squares.sqrt())
-        return clip_factor(norm, bound), found_inf
+    def _judge(self, place: Any, grads: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(scale, found_inf) by earlier steps, and by the squares so far, these included."""
+        if place not in self._tallies:
+            assert self._start is not None, "check(loss) comes before backward"
+            self._tallies[place] = Tally(*self._start.to(grads[0].device).repeat(3).unbind())
+        tally = self._tallies[place]
+        pieces: dict[int, list[torch.Tensor]] = {}
+        for grad in grads:
+            pieces.setdefault(num_copies(grad), []).append(local(grad))
+        clips = not self.measuring and self.max_grad_norm is not None
+        running = self.optimizer.param_groups[0][RUNNING].to(tally.squares.device, non_blocking=True) if clips else None
+        for copies, tensors in pieces.items():
+            tally_(tally, tensors, copies, self.max_grad_norm, running, own=pieces.keys() == {1})
+        return tally.scale if clips else None, tally.found_inf
 
     def _refuse_standing(self) -> None:
         if any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):

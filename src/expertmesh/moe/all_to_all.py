@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from expertmesh.kernels.combine import combine
+from expertmesh.kernels.grouping import combine
 from expertmesh.moe.exchange import Exchange, Gradients, Outputs
 from expertmesh.moe.replay import kept
 
@@ -51,29 +51,29 @@ class AllToAll(Exchange):
         self._ids_TK, self._routes, self._send, self._recv = kept(decide)
         self._weight_dtype = weight_TK.dtype
         x_NH, meta_NK2 = packed or self._pack(x_TH, weight_TK, self._routes)
-        meta_MK2 = self._exchange(meta_NK2, self._send, self._recv)
-        x_MH = self._exchange(x_NH, self._send, self._recv)
+        meta_MK2, x_MH = self._exchange(self._send, self._recv, meta_NK2, x_NH)
         if not sum(self._recv):
             meta_MK2[:, :top_k] = num_experts  # the row of zeros has no expert here
         return x_MH, meta_MK2[:, :top_k].long(), meta_MK2[:, top_k:].contiguous().view(torch.float32)
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-        back_NH = self._exchange(made.sums(), self._recv, self._send)
+        (back_NH,) = self._exchange(self._recv, self._send, made.sums())
         out_TH = combine(back_NH, self._routes.position_TR)
         return out_TH if residual is None else residual + out_TH.view(residual.shape)
 
     def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
-        return self._exchange(dout_TH[self._routes.token_N], self._send, self._recv)
+        return self._exchange(self._send, self._recv, dout_TH[self._routes.token_N])[0]
 
     def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
         def exchange() -> Gradients:
             dx_TH = dweight_TK = None
+            needed = [grad for grad in (dweight_MK, dx_MH) if grad is not None]
+            back = iter(self._exchange(self._recv, self._send, *needed))
             if dweight_MK is not None:
                 row_TK = self._routes.rows_of(self._ids_TK // self.layer.num_local_experts)
-                back_NK = self._exchange(dweight_MK, self._recv, self._send)
-                dweight_TK = back_NK.gather(0, row_TK).to(self._weight_dtype)
+                dweight_TK = next(back).gather(0, row_TK).to(self._weight_dtype)
             if dx_MH is not None:
-                dx_TH = combine(self._exchange(dx_MH, self._recv, self._send), self._routes.position_TR)
+                dx_TH = combine(next(back), self._routes.position_TR)
             return dx_TH, dweight_TK
 
         return exchange
@@ -84,13 +84,14 @@ class AllToAll(Exchange):
         weight_NK = torch.where(mine_NK, weight_TK[routes.token_N].float(), 0)
         return x_TH[routes.token_N], torch.cat([routes.ids_NK, weight_NK.view(torch.int32)], dim=1)
 
-    def _exchange(self, rows: torch.Tensor, send: list[int], recv: list[int]) -> torch.Tensor:
-        """What comes from the ranks, so many rows from each, for the first of these that go to them; if nothing comes,
-        one row of zeros.
+    def _exchange(self, send: list[int], recv: list[int], *tables: torch.Tensor) -> list[torch.Tensor]:
+        """For each table what comes from the ranks, so many rows from each, for the first of its rows that go to them;
+        if nothing comes, one row of zeros.
         """
-        num_rows, width = sum(recv), rows.shape[1]
-        came = rows.new_empty(num_rows, width) if num_rows else rows.new_zeros(1, width)
-        dist.all_to_all_single(came[:num_rows], rows[: sum(send)].contiguous(), recv, send, self.layer.group)
+        num_rows, came = sum(recv), []
+        for rows in tables:
+            came.append(rows.new_empty(num_rows, rows.shape[1]) if num_rows else rows.new_zeros(1, rows.shape[1]))
+            dist.all_to_all_single(came[-1][:num_rows], rows[: sum(send)].contiguous(), recv, send, self.layer.group)
         return came
 
 

@@ -30,6 +30,7 @@ class FastMoEBlock(Fast):
 
     probed = False
     router_name = "gate"
+    _shared: Any = None  # hidden states → the output of a shared expert or None; it is added to the experts' sum
 
     @opaque(stock_block)
     def forward(
@@ -48,7 +49,7 @@ class FastMoEBlock(Fast):
             ours = is_experts(inner) and untouched(inner) and inner.config._experts_implementation == NAME
             takes_residual = ours and not seen
         _, weight_TK, ids_TK = getattr(self, self.router_name)(x_TH)
-        shared = self._shared(hidden_states)
+        shared = None if self._shared is None else self._shared(hidden_states)
         if shared is not None:
             residual = add_scaled(residual, shared, scale)
         if takes_residual and residual.dtype == x_TH.dtype:
@@ -60,10 +61,6 @@ class FastMoEBlock(Fast):
     def why_not(block: Any) -> str | None:
         noisy = getattr(block, "jitter_noise", 0) > 0
         return "its inputs get noise in training (router_jitter_noise)" if noisy else None
-
-    def _shared(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """The output of a shared expert, which is added to the experts' sum."""
-        return None
 
 
 class FastRouterMoEBlock(FastMoEBlock):

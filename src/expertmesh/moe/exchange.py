@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from expertmesh.kernels.combine import combine
+from expertmesh.kernels.grouping import combine
 
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
 

@@ -28,11 +28,10 @@ from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_f
 
 from expertmesh.backends import opaque
 from expertmesh.kernels.activation import Activation
-from expertmesh.kernels.combine import combine, unsort
 from expertmesh.kernels.grouped_down import down_dact
 from expertmesh.kernels.grouped_gemm import grouped_gemm, up_act, up_again
 from expertmesh.kernels.grouped_wgrad import grouped_wgrad
-from expertmesh.kernels.grouping import Grouping, group_by_expert, or_none
+from expertmesh.kernels.grouping import Grouping, combine, group_by_expert, or_none, unsort
 from expertmesh.kernels.low_rank import LowRank
 from expertmesh.kernels.thin import thin_rows, thin_wgrad
 from expertmesh.moe.exchange import LOCAL, Exchange, Outputs

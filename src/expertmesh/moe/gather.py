@@ -28,7 +28,7 @@ class Gather(Exchange):
     ep_implementation = "expertmesh-gather"
 
     def __init__(self, layer: Any, x_TH: torch.Tensor, ahead: bool = False) -> None:
-        super().__init__(layer)
+        self.layer, self.waits = layer, layer.waits
         self._link, self._num_tokens = link_of(layer.group, layer.waits.place), len(x_TH)
         self._rows = kept(lambda: most_tokens(len(x_TH), layer.group, layer.waits.place))
         self._sent: Sent | None = None
@@ -61,12 +61,14 @@ class Gather(Exchange):
             (out_TH,) = self._link.reduce_scatter([made.sums()])
             if residual_TH is not None:
                 out_TH[: self._num_tokens] += residual_TH
-        out_TH = _first(out_TH, self._num_tokens)
+        if self._num_tokens < self._rows:
+            out_TH = out_TH[: self._num_tokens].clone()  # no view, of which FSDP warns
         return out_TH if residual is None else torch.ops.aten._unsafe_view(out_TH, residual.shape)
 
     def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
-        (dout_MH,) = self._link.all_gather([_padded(dout_TH, self._rows)], copy=not self._made_here)
-        return dout_MH
+        if self._num_tokens < self._rows:
+            dout_TH = _padded(dout_TH, self._rows)
+        return self._link.all_gather([dout_TH], copy=not self._made_here)[0]
 
     def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
         parts = [part for part in (dx_MH, dweight_MK) if part is not None]
@@ -78,7 +80,7 @@ class Gather(Exchange):
         def wait() -> Gradients:
             if parts:
                 join_side_stream(parts[0].device, sums)
-            left = iter(_first(part, self._num_tokens) for part in sums)
+            left = iter(sums if self._num_tokens == self._rows else [x[: self._num_tokens].clone() for x in sums])
             return None if dx_MH is None else next(left), None if dweight_MK is None else next(left)
 
         return wait
@@ -114,8 +116,3 @@ def _padded(x: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:
     out = x.new_full((rows, *x.shape[1:]), value)
     out[: len(x)] = x
     return out
-
-
-def _first(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """The first rows of x; no view, of which FSDP warns."""
-    return x if len(x) == rows else x[:rows].clone()

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from expertmesh import backends
-from expertmesh.kernels.combine import combine_into
+from expertmesh.kernels.grouping import combine_into
 from expertmesh.moe.exchange import Outputs
 from expertmesh.waiting import hosts, waiting
 

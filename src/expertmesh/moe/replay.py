@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 Decision = TypeVar("Decision")
 
-_current: ContextVar["_Region | None"] = ContextVar("routing_region", default=None)
+current: ContextVar["Region | None"] = ContextVar("routing_region", default=None)
 
 
-class _Region:
+class Region:
     """One run, first or repeated, of a checkpointed function; the runs of one call share the list of choices."""
 
     def __init__(self, choices: list[Any], replay: bool) -> None:
@@ -26,25 +26,31 @@ class _Region:
 
     def __enter__(self) -> None:
         self.position = 0
-        self._tokens.append(_current.set(self))
+        self._tokens.append(current.set(self))
 
     def __exit__(self, *_: object) -> None:
-        _current.reset(self._tokens.pop())
+        current.reset(self._tokens.pop())
+
+    def known(self) -> Any:
+        """In a recompute the forward's next choice; else None, and it is to be put among the `choices`."""
+        if not self.replay:
+            return None
+        self.position += 1
+        return self.choices[self.position - 1]
 
 
-def keep_routing() -> tuple[_Region, _Region]:
+def keep_routing() -> tuple[Region, Region]:
     """(forward context, recompute context) for one call of `torch.utils.checkpoint.checkpoint`."""
     choices: list[Any] = []
-    return _Region(choices, replay=False), _Region(choices, replay=True)
+    return Region(choices, replay=False), Region(choices, replay=True)
 
 
 def kept(decide: Callable[[], Decision]) -> Decision:
     """`decide()`; in a recompute what it returned in the forward, without calling it again."""
-    region = _current.get()
-    if region is None:
-        return decide()
-    if region.replay:
-        region.position += 1
-        return region.choices[region.position - 1]
-    region.choices.append(decide())
-    return region.choices[-1]
+    region = current.get()
+    known = None if region is None else region.known()
+    if known is None:
+        known = decide()
+        if region is not None:
+            region.choices.append(known)
+    return known

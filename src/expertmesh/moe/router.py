@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from expertmesh.backends import opaque
 from expertmesh.kernels.router import Routing, kernel_supports, route
 from expertmesh.kernels.router_logits import router_logits
-from expertmesh.moe.replay import kept
+from expertmesh.moe.replay import current
 from expertmesh.twins import Fast
 
 
@@ -28,19 +28,16 @@ def _first_time(
     return logits_TE, *route(logits_TE, routing, bias_E, None, weight_dtype)
 
 
-@opaque(_first_time)  # `kept` reads a context variable, which no graph can
+@opaque(_first_time)  # it reads a context variable, which no graph can
 def routed(
     logits_TE: torch.Tensor, routing: Routing, weight_dtype: torch.dtype, bias_E: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a router returns, of its logits: (logits, weights, ids); in a recompute with the ids of the forward."""
-    made: list[torch.Tensor] = []
-
-    def choose() -> torch.Tensor:
-        made.extend(route(logits_TE, routing, bias_E, None, weight_dtype))
-        return made[1]
-
-    ids_TK = kept(choose)
-    weight_TK = made[0] if made else route(logits_TE, routing, bias_E, ids_TK, weight_dtype)[0]
+    region = current.get()
+    known_TK = None if region is None else region.known()
+    weight_TK, ids_TK = route(logits_TE, routing, bias_E, known_TK, weight_dtype)
+    if region is not None and known_TK is None:
+        region.choices.append(ids_TK)
     return logits_TE, weight_TK, ids_TK
 
 

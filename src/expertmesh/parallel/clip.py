@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from expertmesh.kernels.clip import scale_, squared_sum
+from expertmesh.kernels.clip import clip_factor, scale_, squared_sum
 from expertmesh.waiting import waiting
 
 
@@ -60,11 +60,6 @@ def norm_of_all(total: torch.Tensor) -> torch.Tensor:
         with waiting("the norm of the gradients", world):
             dist.all_reduce(total)
     return total.sqrt()
-
-
-def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """What gradients of this norm are multiplied by, as `torch.nn.utils.clip_grad_norm_` does."""
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
