@@ -268,7 +268,7 @@ def test_adapters_are_rank_0s_and_get_the_gradients_of_one_process_in_a_loop_by_
         for got, (_, targets) in zip(grads, fine, strict=True):
             assert work.worst(got, adapted("qwen3_moe", targets))[0] <= TOLERANCE
         assert said.startswith("model.layers.0.mlp.experts") and "need tp_size=1 and 'expertmesh'" in said
-        assert "tensor parallelism splits (experts.down_proj, experts.gate_up_proj). Set tp_size to 1" in of_tp
+        assert "tensor parallelism splits (experts.down_proj, experts.gate_up_proj): set tp_size to 1" in of_tp
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from expertmesh.moe.experts import experts_forward
 from expertmesh.moe.lora import factor_of
+from tests.layers import test_lora as linear_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -86,3 +87,17 @@ def test_no_further_from_float32_than_whole_weights(layout, tokens):
         error, theirs_error = ((found.detach().cpu().float() - truth.detach()).norm() for found in (mine, other))
         most = 1.5 if tokens > 100 else 3.0  # the error of a few numbers is chance
         assert error <= max(most * theirs_error, 2e-3 * truth.detach().norm()), name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("tokens", [1, 700])
+def test_linear_layers_are_as_near_to_float32_as_peft_is(tokens, autocast):
+    stock, ours = (model.cuda() for model in linear_layers.pair(dtype=torch.bfloat16))
+    x = torch.randn(tokens, 24, device="cuda").bfloat16()
+    exact = linear_layers.step(copy.deepcopy(stock).float(), x.float())
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        theirs, mine = linear_layers.step(stock, x), linear_layers.step(ours, x)
+    for name, value in exact.items():
+        assert mine[name].dtype == theirs[name].dtype
+        errors = [(run[name].float() - value).norm() / value.norm() for run in (theirs, mine)]
+        assert errors[1] <= max(1.5 * errors[0], 2**-8), name

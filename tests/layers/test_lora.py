@@ -49,7 +49,7 @@ def step(model, x, seed=0):
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()
     out = model(x)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype))
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out))
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {"out": out.detach(), "x": x.grad} | grads
 
@@ -113,7 +113,7 @@ def test_a_step_saves_x_once_and_what_the_adapters_make_of_it():
 
 OTHERS = {
     "DoRA": ({"use_dora": True}, "DoRA or another variant"),
-    "biases": ({"lora_bias": True, "target_modules": ["k_proj"]}, "they have biases"),
+    "biases": ({"lora_bias": True, "target_modules": ["k_proj"]}, "or have biases"),
     "the layer's bias": ({"bias": "lora_only"}, "the layer's own weight or bias trains"),
     "two, with dropout": ({"lora_dropout": 0.4}, "several are active, with dropout"),
 }

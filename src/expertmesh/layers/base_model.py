@@ -18,12 +18,13 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
 from expertmesh.layers.attention import NAME
-from expertmesh.layers.lora import adopt_linears, places_of_linears
+from expertmesh.layers.lora import adopt_linears
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look, placeholder
 from expertmesh.layers.sinks import NAME as SINKS
 from expertmesh.moe.experts import NAME as EXPERTS
-from expertmesh.moe.lora import adopt_adapters, places_of_experts, tell_what_trains
+from expertmesh.moe.experts import is_experts
+from expertmesh.moe.lora import adopt_adapters, places_of, tell_what_trains
 from expertmesh.parallel.layout import refuse_undivided
 from expertmesh.records import Call, call_of, calling
 from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
@@ -229,7 +230,7 @@ def fuse_base(model: Any) -> None:
     mixers: set[Any] = {type(module) for module in base.modules() if keeps_state(module)}
     base._mamba2 = any(issubclass(mixer, FastMamba2Mixer) for mixer in mixers)
     base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
-    base._experts_at, base._linears_at = places_of_experts(model), places_of_linears(model)
+    base._experts_at, base._linears_at = places_of(model, is_experts), places_of(model, lambda m: type(m) is nn.Linear)
     base._sinks = any(hasattr(module, "sinks") for module in base.modules())
 
 

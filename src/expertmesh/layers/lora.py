@@ -2,11 +2,10 @@
 
     y_n = x · W_nᵀ + s · (x · A_nᵀ) · B_nᵀ        n of q, k and v; of gate and up; or one layer alone
 
-PEFT computes this one operation after the other, each a pass over y, in float32 where it keeps adapters so. In a fused
-model its `lora.Linear` becomes a `FastLoraLinear` at the next forward, as moe/lora.py does for experts. Here all
-x · A_nᵀ are one thin product; the base's GEMM adds itself to u_n · B_nᵀ, and in backward the input's gradients add
-themselves up. x and u are saved, and the base's weights get no gradient. What is more than products of low rank on a
-frozen layer (DoRA, trained biases, mixed batches) stays PEFT's own, which a line says once.
+PEFT computes this one operation after the other, in float32 where it keeps adapters so. In a fused model its
+`lora.Linear` becomes a `FastLoraLinear` at the next forward, as moe/lora.py does for experts. Here all x · A_nᵀ = u are
+one thin product, the base's GEMM adds itself to u_n · B_nᵀ, and the input's gradients add themselves up; x and u are
+saved. What is more than products of low rank on a frozen layer stays PEFT's own, which a line says once.
 """
 
 from collections.abc import Sequence
@@ -18,16 +17,15 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from expertmesh.backends import tell_once
-from expertmesh.moe.lora import is_adapted_linear
 from expertmesh.twins import Fast, traced, twin, untouched, watched
 
 
 class Factors(NamedTuple):
-    """What adapters add to a layer: Σ scale · x · Aᵀ · Bᵀ, A [r, in] and B [out, r], of dropout(x) if that is given."""
+    """What adapters add to a layer: scale · x · Aᵀ · Bᵀ, A [r, in] and B [out, r], of dropout(x) if that is given."""
 
-    a: list[torch.Tensor]
-    b: list[torch.Tensor]
-    scales: list[float]
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
     dropout: nn.Module | None
 
 
@@ -47,19 +45,19 @@ class FastLoraLinear(Fast):
         if (why := self._why_not(names, drops, x)) is not None:
             tell_once(f"PEFT computes adapters of some linear layers one operation after the other: {why}.")
             return None
-        weights = [[part[n].weight for n in names] for part in (self.lora_A, self.lora_B)]
-        return Factors(*weights, [self.scaling[n] for n in names], drops[0] if drops else None)
+        pairs = [(self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n]) for n in names]
+        if len(pairs) > 1:
+            pairs = [(torch.cat([a for a, _, _ in pairs]), torch.cat([b * scale for _, b, scale in pairs], 1), 1.0)]
+        return Factors(*pairs[0], drops[0] if drops else None)
 
     def _why_not(self, names: list[str], drops: list[nn.Module], x: torch.Tensor) -> str | None:
         base = self.base_layer
         parts = [base, *(part[n] for n in names for part in (self.lora_A, self.lora_B, self.lora_dropout))]
         own = list(base.parameters())
-        if any(n in self.lora_variant for n in names):
-            return "they are DoRA or another variant"
-        if type(base) is not nn.Linear or not all(map(untouched, parts)):
+        if any(n in self.lora_variant or self.lora_B[n].bias is not None for n in names):
+            return "they are DoRA or another variant, or have biases (lora_bias)"
+        if type(base) is not nn.Linear or not untouched(*parts):
             return "a layer or an adapter is no plain nn.Linear, or has a hook"
-        if any(self.lora_B[n].bias is not None for n in names):
-            return "they have biases (lora_bias)"
         if any(weight.requires_grad for weight in own):
             return "the layer's own weight or bias trains, too"
         if any(isinstance(weight, DTensor) for part in parts for weight in part.parameters()):
@@ -78,19 +76,13 @@ def linears(x: torch.Tensor, *layers: Any) -> list[torch.Tensor]:
     return _run(x, layers, factors)
 
 
-def places_of_linears(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where linear layers stand that adapters may come around: (parent, name)."""
-    children = ((parent, *child) for parent in model.modules() for child in parent.named_children())
-    return [(parent, name) for parent, name, child in children if type(child) is nn.Linear]
-
-
 def adopt_linears(places: Sequence[tuple[nn.Module, str]]) -> None:
     """Make PEFT's wrappers fast that by now stand in the places of linear layers."""
     for parent, name in places:
         wrapper: Any = parent._modules.get(name)
-        if type(wrapper) is not nn.Linear and is_adapted_linear(wrapper) and not isinstance(wrapper, Fast):
-            stock: Any = type(wrapper)
-            wrapper.__class__ = twin(stock, FastLoraLinear)
+        stock: Any = type(wrapper)
+        if stock is not nn.Linear and stock.__name__ == "Linear" and hasattr(wrapper, "lora_variant"):
+            wrapper.__class__ = twin(getattr(stock, "__stock__", stock), FastLoraLinear)
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
@@ -99,19 +91,12 @@ def _dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _run(x: torch.Tensor, layers: Sequence[Any], factors: Sequence[Factors]) -> list[torch.Tensor]:
-    x, dropout = x.to(_dtype(x)), factors[0].dropout
-    bases = [layer.base_layer for layer in layers]
-    a_RK = torch.cat([a for f in factors for a in f.a]).to(x.dtype)
-    of_one = [len(f.b) == 1 for f in factors]  # its scale goes into products
-    b = [
-        f.b[0] if one else torch.cat([b * s for b, s in zip(f.b, f.scales, strict=True)], 1)
-        for f, one in zip(factors, of_one, strict=True)
-    ]
-    scales = [f.scales[0] if one else 1.0 for f, one in zip(factors, of_one, strict=True)]
-    weights, biases, b_NR = [base.weight for base in bases], [base.bias for base in bases], [f.to(x.dtype) for f in b]
+def _run(x: torch.Tensor, layers: Sequence[Any], factors: Sequence[Any]) -> list[torch.Tensor]:
+    x, dropout, bases = x.to(_dtype(x)), factors[0].dropout, [layer.base_layer for layer in layers]
+    a_RK = torch.cat([f.a for f in factors]).to(x.dtype)
+    tensors = [*[base.weight for base in bases], *[base.bias for base in bases], *[f.b.to(x.dtype) for f in factors]]
     dropped = None if dropout is None else dropout(x)
-    return list(_LoraLinears.apply(x, dropped, a_RK, scales, *weights, *biases, *b_NR))
+    return list(_LoraLinears.apply(x, dropped, a_RK, [f.scale for f in factors], *tensors))
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -122,16 +107,15 @@ class _LoraLinears(torch.autograd.Function):
         count = len(scales)
         weights, biases, factors = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         x_TK = x.reshape(-1, x.shape[-1])
-        low_TK = x_TK if dropped is None else dropped.view_as(x_TK)
+        low_TK = x_TK if dropped is None else dropped.reshape(x_TK.shape)
         u_TR = low_TK @ a_RK.t()
-        ctx.scales, ctx.drops, outs = scales, dropped is not None, []
+        ctx.scales, ctx.drops, ctx.shape, outs = scales, dropped is not None, x.shape, []
         ctx.ranks = [b_NR.shape[1] for b_NR in factors]
-        for weight, bias, b_NR, u, scale in zip(
-            weights, biases, factors, u_TR.split(ctx.ranks, 1), scales, strict=True
-        ):
+        us = u_TR.split(ctx.ranks, 1)
+        for weight, bias, b_NR, u, scale in zip(weights, biases, factors, us, scales, strict=True):
             start = x.new_empty(len(x_TK), len(weight)) if bias is None else bias
             y_TN = torch.addmm(start, u, b_NR.t(), beta=bias is not None, alpha=scale)
-            outs.append(y_TN.addmm_(x_TK, weight.t()).view(*x.shape[:-1], -1))
+            outs.append(y_TN.addmm_(x_TK, weight.t()).view(*x.shape[:-1], len(weight)))
         ctx.save_for_backward(x_TK, low_TK, u_TR, a_RK, *weights, *factors)
         return tuple(outs)
 
@@ -141,18 +125,17 @@ class _LoraLinears(torch.autograd.Function):
         x_TK, low_TK, u_TR, a_RK, *tensors = ctx.saved_tensors
         weights, factors, count = tensors[: len(dys)], tensors[len(dys) :], len(dys)
         need_x, need_dropped, need_a, _, *need = ctx.needs_input_grad
-        du_TR, dfactors, shape = torch.empty_like(u_TR), [], dys[0].shape[:-1]
-        dy_TN = [dy.reshape(len(x_TK), -1) for dy in dys]
+        du_TR, dfactors = torch.empty_like(u_TR), []
+        dy_TN = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         for dy, b_NR, u, du, scale, needed in zip(
             dy_TN, factors, u_TR.split(ctx.ranks, 1), du_TR.split(ctx.ranks, 1), ctx.scales, need[-count:], strict=True
         ):
             torch.addmm(du, dy, b_NR, beta=0, alpha=scale, out=du)
-            start = torch.empty_like(b_NR)
-            dfactors.append(torch.addmm(start, dy.t(), u, beta=0, alpha=scale) if needed else None)
+            dfactors.append((dy.t() @ u).mul_(scale) if needed else None)
         da_RK = du_TR.t() @ low_TK if need_a else None
-        dlow_TK = du_TR @ a_RK if need_x or need_dropped else None
-        dx_TK = None if ctx.drops else dlow_TK
+        dlow_TK: Any = du_TR @ a_RK if need_x or need_dropped else None
+        dx_TK: Any = None if ctx.drops else dlow_TK
         for dy, weight in zip(dy_TN, weights, strict=True) if need_x else ():
             dx_TK = dy @ weight if dx_TK is None else dx_TK.addmm_(dy, weight)
-        dx = dx_TK.view(*shape, -1) if need_x else None
-        return dx, dlow_TK.view(*shape, -1) if need_dropped else None, da_RK, None, *[None] * (2 * count), *dfactors
+        dx, dlow = dx_TK.view(ctx.shape) if need_x else None, dlow_TK.view(ctx.shape) if need_dropped else None
+        return dx, dlow, da_RK, None, *[None] * (2 * count), *dfactors

@@ -11,7 +11,7 @@ experts.py computes with them. All else stays PEFT's: names, saving and loading,
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,10 +119,10 @@ def _by_expert(weight: torch.Tensor, is_b: bool, num_experts: int, mine: slice) 
     return weight.view(num_experts, -1, weight.shape[1])[mine]
 
 
-def places_of_experts(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the experts of a model stand: (parent, name)."""
+def places_of(model: nn.Module, fits: Callable[[Any], bool]) -> list[tuple[nn.Module, str]]:
+    """Where the modules of a model stand that `fits`, and that adapters may come around: (parent, name)."""
     children = ((parent, *child) for parent in model.modules() for child in parent.named_children())
-    return [(parent, name) for parent, name, child in children if is_experts(child)]
+    return [(parent, name) for parent, name, child in children if fits(child)]
 
 
 def adopt_adapters(places: Iterable[tuple[nn.Module, str]]) -> None:
@@ -155,11 +155,6 @@ def is_wrapper(module: Any) -> bool:
     return type(module).__name__ == "ParamWrapper" and hasattr(module, "parameter_name")
 
 
-def is_adapted_linear(module: Any) -> bool:
-    """Whether it is PEFT's wrapper around a linear layer that has LoRA adapters."""
-    return type(module).__name__ == "Linear" and hasattr(module, "lora_A") and hasattr(module, "lora_variant")
-
-
 #: options of a LoraConfig that PEFT refuses on parameters, which experts are
 _NOT_ON_EXPERTS = "lora_dropout lora_bias use_dora velora_config kasa_config layers_to_transform".split()
 
@@ -172,7 +167,7 @@ def reach_experts() -> None:
     stock = lora._check_new_adapter_config
 
     def check(self: Any, config: Any) -> None:
-        if getattr(self.model, "in_fused_model", False):
+        if config.peft_type == "LORA" and getattr(self.model, "in_fused_model", False):
             _complete(config, self.model)
         stock(self, config)
 
@@ -180,14 +175,10 @@ def reach_experts() -> None:
 
 
 def _complete(config: Any, model: nn.Module) -> None:
-    """`target_modules="all-linear"` reaches the routed experts of every family; PEFT knows those that Transformers 4
-    had. Routers that alone are frozen get no adapters.
-    """
-    targets, routers, others = set(config.target_parameters or ()), [], []
-    for name, parameter in model.named_parameters():
-        (routers if re.search(_KINDS["routers"], name) else others).append(parameter.requires_grad)
-    if any(others) and not any(routers):
-        targets.discard("gate.weight")
+    """all-linear reaches routed experts, also of families that PEFT does not know; frozen routers get no adapters."""
+    targets, trained = set(config.target_parameters or ()), [n for n, p in model.named_parameters() if p.requires_grad]
+    if trained and not any(re.search(_KINDS["routers"], n) for n in trained) and not config.inference_mode:
+        targets.discard("gate.weight")  # the user froze them: PEFT freezes all
     split = (getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1) > 1
     if str(config.target_modules).lower() == "all-linear":
         refused = [name for name in _NOT_ON_EXPERTS if getattr(config, name, None)] + ["tp_size"] * split
@@ -198,8 +189,8 @@ def _complete(config: Any, model: nn.Module) -> None:
             targets |= _weights_of_experts(model)
     if split and any(target.rpartition(".")[2] in WEIGHTS for target in targets):
         raise ValueError(
-            f"PEFT cannot put adapters on experts that tensor parallelism splits ({', '.join(sorted(targets))}). Set "
-            f"tp_size to 1, with ep_size for more GPUs, or adapt linear layers alone by target_modules."
+            f"PEFT cannot put adapters on experts that tensor parallelism splits ({', '.join(sorted(targets))}): set "
+            f"tp_size to 1 (ep_size spreads experts), or adapt linear layers alone by target_modules."
         )
     config.target_parameters = targets or config.target_parameters
 
