@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from expertmesh.kernels.levels import Policy
     from expertmesh.plan import Plan
     from expertmesh.plan.layouts import Layout
 
@@ -87,9 +88,14 @@ def named(layout: "Layout") -> str:
     job = layout.job
     words = [f"{job.batch} x {job.seq} tokens"]
     words += [f"ep_size {job.ep_size}", f"{job.world_size // job.dp_replicate_size} shards"] * (job.world_size > 1)
-    return ", ".join(
-        [*words, *["layers recomputed"] * job.recompute, job.optimizer, *["gradients released"] * job.released]
-    )
+    return ", ".join([*words, *_recomputed(job.recompute), job.optimizer, *["gradients released"] * job.released])
+
+
+def _recomputed(policy: "Policy") -> list[str]:
+    if policy in (True, "full", False):
+        return ["layers recomputed"] * bool(policy)
+    level, layers = next(iter(policy.items())) if isinstance(policy, dict) else (policy, None)
+    return [f"recompute {level}" + (f" in {layers} layers" if layers else "")]
 
 
 def _gib(pieces: dict[str, int]) -> list[str]:

@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from expertmesh.auto import AutoModelForCausalLM
+from expertmesh.kernels.levels import Policy
 from expertmesh.moe.experts import is_experts
-from expertmesh.parallel.setup import NEAR, DistributedSetup
+from expertmesh.parallel.setup import NEAR, DistributedSetup, recompute
 from expertmesh.plan.shards import Gradients, spread, unit_of
 from expertmesh.plan.trace import Trace, Watch, quiet, watched
 from expertmesh.plan.wire import Alone
@@ -44,7 +45,7 @@ CONTEXT = 1.0 * GIB
 class Job:
     """What is trained, and how. batch: rows of seq tokens in a micro-batch of this rank, each of so many `documents` of
     equal length. optimizer: one of `OPTIMIZERS`. released: the optimizer steps a parameter as soon as its gradient is
-    there, so that gradients never stand together. recompute: every layer's activations are computed again. adapt: what
+    there, so that gradients never stand together. recompute: as a setup's `activation_checkpointing`. adapt: what
     becomes of the model before it is trained (PEFT's `get_peft_model`, say). accumulates: a step has several
     micro-batches, so that gradients stand from the first on. mtp: the
     checkpoint has modules for multi-token prediction, which stay as they are. per_node: GPUs of a machine.
@@ -56,7 +57,7 @@ class Job:
     world_size: int = 1
     ep_size: int = 1
     dp_replicate_size: int = 1
-    recompute: bool = False
+    recompute: Policy = False
     optimizer: str = "adamw"
     released: bool = False
     dtype: torch.dtype = torch.bfloat16
@@ -122,9 +123,10 @@ def trace(job: Job, memory: int) -> Trace:
     if job.ep_size > 1:
         for module in filter(is_experts, model.modules()):
             module.forward = Alone(module, job.ep_size, watch, near)
-    if job.recompute:
-        model.activation_checkpointing_enable()
-        model.enable_input_require_grads() if job.adapt else None
+    with quiet():
+        recompute(model, job.recompute)
+    if job.recompute and job.adapt:
+        model.enable_input_require_grads()
     gradients = Gradients(watch, job)
     units: dict[str, int] = defaultdict(int)  # bytes that FSDP gathers together and frees again
     for name, parameter in model.named_parameters():

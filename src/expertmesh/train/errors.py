@@ -30,7 +30,8 @@ def explain(error: Exception) -> str | None:
         return (
             f"The GPU ran out of memory ({text.split('.')[0]}). In this order: halve train.per_device_train_batch_size "
             "and double train.gradient_accumulation_steps (or leave that at 1 and set train.gradient_release=running), "
-            "set train.activation_checkpointing=true, lower data.max_length, or train adapters only with lora={}."
+            "set train.activation_checkpointing=experts or, at more cost, train.activation_checkpointing=true, lower "
+            "data.max_length, or train adapters only with lora={}."
         )
     if is_disk_full(error):
         return (
