@@ -1,6 +1,8 @@
 """What a plan says of memory is what a real step keeps, and what real shards are."""
 
+import re
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,8 +15,9 @@ from transformers import PreTrainedModel, initialization
 from expertmesh import AutoModelForCausalLM, backends, waiting
 from expertmesh.bench.tiny import FAMILIES as FAMILIES_OF_TINY_MODELS
 from expertmesh.bench.tiny import tiny_config
+from expertmesh.bench.works import WORKS, config_of
 from expertmesh.memory.states import STATES, bytes_kept
-from expertmesh.parallel.setup import DistributedSetup
+from expertmesh.parallel.setup import DistributedSetup, recompute
 from expertmesh.plan.memory import OPTIMIZERS, Job, memory_of, model_of, trace
 
 SEQ = 128
@@ -52,17 +55,29 @@ def saved_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_plan_says_is_kept_is_what_autograd_saves(family, recompute):
-    config = tiny_config(family, **FAMILIES[family])
+def test_what_a_plan_says_is_kept_is_what_autograd_saves(family):
+    config, less = tiny_config(family, **FAMILIES[family]), []
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    if recompute:
-        model.activation_checkpointing_enable()
     ids = torch.randint(3, 256, (1, SEQ), generator=torch.Generator().manual_seed(0))
-    real = saved_bytes(model, ids)
-    planned = trace(Job(config, seq=SEQ, recompute=recompute, dtype=torch.float32), 140 * 2**30)
-    assert sum(planned.kept.values()) == pytest.approx(real, rel=0.05), planned.kept
+    for policy in (False, "light", {"experts": 2}, True):
+        recompute(model, policy)
+        real = saved_bytes(model, ids)
+        planned = trace(Job(config, seq=SEQ, recompute=policy, dtype=torch.float32), 140 * 2**30)
+        assert sum(planned.kept.values()) == pytest.approx(real, rel=0.05), planned.kept
+        less.append(real)
+    assert less == sorted(less, reverse=True) and len({*less}) == 4
+
+
+def test_what_a_layer_of_qwen3_keeps_of_a_token_is_what_the_docs_say():
+    """docs/plan.md: bytes of a token in a layer of Qwen3-30B-A3B."""
+    text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
+    said = {level: int(size.replace(",", "")) for level, size in re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", text, re.M)}
+    for level in ("none", "light", "experts", "full"):
+        policy = level if level in ("light", "experts") else level == "full"
+        jobs = [Job(config_of(WORKS["qwen3-30b-a3b"], layers), seq=4096, recompute=policy) for layers in (1, 2)]
+        one, two = (sum(trace(job, 140 * 2**30).kept.values()) for job in jobs)
+        assert (two - one) / 4096 == pytest.approx(said[level], abs=1), level
 
 
 LAYOUTS = ({}, {"ep_size": 2}, {"ep_size": 4}, {"ep_size": 2, "dp_replicate_size": 2}, {"dp_replicate_size": 4})
