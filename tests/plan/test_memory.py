@@ -70,8 +70,8 @@ def test_what_a_plan_says_is_kept_is_what_autograd_saves(family):
 
 
 def test_what_a_layer_of_qwen3_keeps_of_a_token_is_what_the_docs_say():
-    """docs/plan.md: bytes of a token in a layer of Qwen3-30B-A3B."""
-    text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
+    """docs/train.md: bytes of a token in a layer of Qwen3-30B-A3B."""
+    text = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
     said = {level: int(size.replace(",", "")) for level, size in re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", text, re.M)}
     for level in ("none", "light", "experts", "full"):
         policy = level if level in ("light", "experts") else level == "full"

@@ -8,22 +8,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertmesh.backends import logger
-from expertmesh.families.deepseek_v3 import FastLatentAttention
-from expertmesh.families.qwen3_moe import FastQKNormAttention
 from expertmesh.kernels.levels import Policy, levels_of
 from expertmesh.kernels.recompute import keep_less
-from expertmesh.layers.mlp import FastReLU2MLP, FastSwiGLU
-from expertmesh.layers.norm import FastRMSNorm
-from expertmesh.moe.experts import is_experts, runs_here
 from expertmesh.moe.replay import keep_routing
 
-#: what comes again without a product: outputs of these twins
-PIECES: dict[str, tuple[type, ...]] = {
-    "norms": (FastRMSNorm,),
-    "q/k-norm and RoPE": (FastQKNormAttention,),
-    "keys": (FastLatentAttention,),
-    "activations of dense MLPs": (FastSwiGLU, FastReLU2MLP),
-}
+LIGHT = {"rms_norm", "qk_norm_rope", "mla_rope", "swiglu"}  # fusions whose outputs come again without a product
 
 
 def without_policy(checkpointed: Any) -> tuple[Any, Any]:
@@ -49,17 +38,15 @@ def set_levels(model: Any, policy: Policy, checkpointed: Any, every_n_layers: in
     if every_n_layers != 1:
         raise ValueError("recompute and every_n_layers both say which layers: leave one of them out.")
     layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    levels = levels_of(policy, len(layers))
-    found = [word for word, kinds in PIECES.items() if any(isinstance(module, kinds) for module in model.modules())]
-    ours = any(is_experts(module) and runs_here(module) for module in model.modules())
-    if not layers or ("light" in levels and not found) or ("experts" in levels and not ours):
+    levels, on = levels_of(policy, len(layers)), {row.name for row in model.fusion_report() if row.on}
+    pieces = {"light": sorted(on & LIGHT), "experts": sorted(on & {*LIGHT, "experts"}), "full": ["all"]}
+    if ("light" in levels and not pieces["light"]) or ("experts" in levels and "experts" not in on):
         raise ValueError(
-            f"{type(model).__name__} has {'no experts' if found else 'nothing'} of ours that activation_checkpointing="
-            f"{policy!r} recomputes: set it to true, or leave the fusions on."
+            f"{type(model).__name__} has no fusion that activation_checkpointing={policy!r} recomputes: set it to "
+            f"true, or leave the fusions on."
         )
     for layer, level in zip(layers, levels, strict=True):
         layer.gradient_checkpointing = level != "none"
         layer._gradient_checkpointing_func = checkpointed if level == "full" else functools.partial(keep_less, level)
-    again = {"light": ", ".join(found), "experts": f"{', '.join(found)}, the experts' up-projection", "full": "all"}
-    counts = [f"{count} layers {again[level]}" for level, count in Counter(levels).items() if level != "none"]
+    counts = [f"{', '.join(pieces[level])} in {n} layers" for level, n in Counter(levels).items() if level != "none"]
     logger().info(f"expertmesh: recomputed in the backward: {'; '.join(counts) or 'nothing'}.")

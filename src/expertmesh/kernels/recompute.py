@@ -6,6 +6,7 @@ In the backward the first that reads it makes it again, by the same kernel from 
 stands until the last has read it. A recipe's inputs may be recipes themselves. Routing is always kept.
 """
 
+import operator
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
@@ -88,10 +89,6 @@ class _Layer:
 _layer: ContextVar[_Layer | None] = ContextVar("layer", default=None)
 
 
-def _unpack(packed: Packed) -> torch.Tensor:
-    return packed()
-
-
 def again(
     outputs: tuple[torch.Tensor, ...], make: Callable[..., tuple], *inputs: torch.Tensor | None, level: str = "light"
 ) -> None:
@@ -119,7 +116,7 @@ def keep_less(level: str, function: Callable[..., Any], *args: Any) -> Any:
     layer = _Layer(level)
     token = _layer.set(layer)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(layer.pack, _unpack):
+        with torch.autograd.graph.saved_tensors_hooks(layer.pack, operator.call):
             return function(*args)
     finally:
         _layer.reset(token)
