@@ -26,7 +26,7 @@ def plan(
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs; without it parallel.nproc, or 1.")] = None,
     gpu: Annotated[str, typer.Option(help=GPU)] = "h200",
-    layouts: Annotated[bool, typer.Option(help="Look for faster layouts, which takes a minute or two.")] = True,
+    layouts: Annotated[bool, typer.Option(help="Look for faster layouts, which takes a few minutes.")] = True,
 ) -> None:
     """Say what each GPU of a run needs, piece by piece, how long a step takes, and which layouts fit, fastest first.
 
