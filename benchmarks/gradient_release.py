@@ -3,7 +3,8 @@
     python benchmarks/gradient_release.py --layers 8 --batch 4 --out benchmarks/results/h200_gradient_release.json
 
 Qwen3-30B-A3B's widths, random weights, S=4096; forward, backward, clipping to 1.0 and AdamW, whose states have the
-weights' dtype, or are kept as `--states` says. Arms: `ordinary` clips by the norm of the standing gradients; `running`
+weights' dtype, or are kept as `--states` says. `--recompute` alone recomputes whole layers; `light`, `experts` or, in
+the first n layers, `experts=n` recompute less. Arms: `ordinary` clips by the norm of the standing gradients; `running`
 and `exact` are those of `GradientRelease`. Each starts from the same weights. The peak is that of the timed steps.
 Without a GPU it is a tiny model.
 """
@@ -19,6 +20,7 @@ from shared import DEVICE, DTYPE, Result, parser
 
 import expertmesh
 from expertmesh.bench.works import WORKS, config_of
+from expertmesh.parallel.setup import recompute
 
 ARMS = "ordinary", "running", "exact"
 WARM_UP = 3
@@ -62,13 +64,21 @@ def measure(model: Any, arm: str, batch: int, seq: int, repeats: int, states: An
     return {"step_ms": round(ms, 2), "tokens_per_second": round(batch * seq / ms * 1e3), "peak_gib": peak}
 
 
+def policy_of(text: str) -> str | dict[str, int]:
+    """A level, or `level=n`, as `activation_checkpointing` takes it."""
+    level, several, number = text.partition("=")
+    return {level: int(number)} if several else level
+
+
 def main() -> None:
     options = parser(__doc__, repeats=10)
     options.add_argument("--layers", type=int, default=8)
     options.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     options.add_argument("--seq", type=int, default=4096)
     options.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    options.add_argument("--recompute", action="store_true", help="layers are recomputed in the backward")
+    options.add_argument(
+        "--recompute", nargs="?", const=True, default=False, type=policy_of, help="light, experts, ..."
+    )
     options.add_argument("--states", choices=("8bit", "24bit", "float32"))
     options = options.parse_args()
     seq = 64 if options.tiny else options.seq
@@ -79,8 +89,7 @@ def main() -> None:
             config = config_of(WORKS["qwen3-30b-a3b"], options.layers, options.tiny)
             with torch.device(DEVICE):
                 model = expertmesh.AutoModelForCausalLM.from_config(config, dtype=DTYPE).train()
-            if options.recompute:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute(model, options.recompute)
             result.add({"arm": arm, "batch": batch} | measure(model, arm, batch, seq, options.repeats, options.states))
             del model
             gc.collect()

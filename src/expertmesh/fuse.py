@@ -22,6 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.families import mtp as mtp_modules
+from expertmesh.families.recompute import set_levels, without_policy
 from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report, switched_on
 from expertmesh.families.table import has_sinks
 from expertmesh.layers import attention, sinks
@@ -31,7 +32,6 @@ from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
 from expertmesh.layers.mtp import MTP, loss_with_predictions, promise_what_is_kept, record_inputs, were_saved
 from expertmesh.moe import experts as fast_experts
 from expertmesh.moe.lora import reach_experts
-from expertmesh.moe.replay import keep_routing
 from expertmesh.moe.router import aux_loss_share
 from expertmesh.parallel import ranks
 from expertmesh.parallel.layout import lean_layout
@@ -293,11 +293,15 @@ class FusedModel(ReadsQuantized):
         return loading_info
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
-        """As in Transformers, and the experts chosen in the forward are kept for the recompute."""
-        options = getattr(gradient_checkpointing_func, "keywords", {})
-        if options.get("use_reentrant") is False and "context_fn" not in options:
-            gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, context_fn=keep_routing)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        """As in Transformers, and the experts chosen in the forward are kept for the recompute.
+
+        `activation_checkpointing_enable({"recompute": policy})` recomputes less than whole layers, a policy as in
+        `levels_of`. Raises ValueError for one that does not fit.
+        """
+        policy, func = without_policy(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, func, **kwargs)
+        if policy is not None and enable:
+            set_levels(self, policy, func, **kwargs)
 
 
 def _forward_of(stock: Any) -> Any:

@@ -85,9 +85,9 @@ def one(family: str) -> tuple[int, ...]:
 def test_gradients_on_two_ranks(tmp_path):
     layout = {"ep_size": 2}
     gather = layout | {"dispatch": "gather"}
-    cases = [Case(layout), Case(layout, recompute=True), Case({}), Case(gather)]
+    cases = [Case(layout), Case(layout, recompute=True), Case({}, recompute={"experts": 1}), Case(gather)]
     forced = {
-        family: [Case(layout, force=few(family)), Case(gather, recompute=True, force=few(family))]
+        family: [Case(layout, force=few(family)), Case(gather, recompute="experts", force=few(family))]
         + [Case(layout, force=one(family), recompute=True)]
         for family in FAMILIES
     }
@@ -100,7 +100,7 @@ def test_gradients_on_two_ranks(tmp_path):
     ids=" ".join,
 )
 def test_gradients_on_four_ranks(tmp_path, families):
-    several = [Case({"ep_size": 2}), Case({"tp_size": 2, "ep_size": 4}, recompute=True)]
+    several = [Case({"ep_size": 2}), Case({"tp_size": 2, "ep_size": 4}, recompute="experts")]
     several += [Case({"ep_size": 4, "dispatch": "gather"}, recompute=True)]
     more = {
         "qwen3_moe": [Case({"ep_size": 4}, force=few("qwen3_moe")), Case({"ep_size": 2, "reshard_experts": False})],
@@ -262,7 +262,8 @@ def test_adapters_are_rank_0s_and_get_the_gradients_of_one_process_in_a_loop_by_
     attention = {"target_modules": ["q_proj", "v_proj"]}
     experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     fine = [(Case({}), attention), (Case({"ep_size": 2}, fused=False), attention), (Case({}), experts)]
-    fine += [(Case({"ep_size": 2, "dispatch": way}, recompute=True), experts) for way in ("all_to_all", "gather")]
+    ways = {"all_to_all": True, "gather": "experts"}
+    fine += [(Case({"ep_size": 2, "dispatch": way}, recompute), experts) for way, recompute in ways.items()]
     refused = [(Case({"ep_size": 2}, fused=False), experts), (Case({"tp_size": 2}), experts)]
     for *grads, said, of_tp in on_ranks(2, work.adapters, saved("qwen3_moe"), [*fine, *refused]):
         for got, (_, targets) in zip(grads, fine, strict=True):

@@ -48,13 +48,13 @@ class Case:
     """One run of a layout. force: the expert ids that every token gets, or None for the router's own."""
 
     setup: dict[str, Any]
-    recompute: bool = False
+    recompute: Any = False
     force: tuple[int, ...] | None = None
     fused: bool = True
 
     def __str__(self) -> str:
         sizes = " ".join(f"{k.removesuffix('_size')}{v}" for k, v in self.setup.items())
-        return f"{sizes or 'fsdp'}{' recompute' * self.recompute}{f' force {self.force}' if self.force else ''}"
+        return f"{sizes or 'fsdp'}{' recompute' * bool(self.recompute)}{f' force {self.force}' if self.force else ''}"
 
 
 def batches(dp_size: int) -> list[torch.Tensor]:

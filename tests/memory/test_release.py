@@ -81,6 +81,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Callable[[Any], None]]] = {
     "tied": ({"tie_word_embeddings": True}, lambda model: None),
     "frozen": ({}, frozen),
     "recomputed": ({}, recomputed),
+    "pieces recomputed": ({}, lambda model: model.activation_checkpointing_enable({"recompute": {"experts": 2}})),
 }
 
 

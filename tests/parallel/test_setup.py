@@ -9,6 +9,7 @@ from torch.nn.parallel import replicate
 
 from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.tiny import tiny_config
+from expertmesh.kernels.levels import is_policy
 from expertmesh.nemo import NeMoAutoModelForCausalLM
 from expertmesh.parallel import nemo_keys
 from expertmesh.parallel.clip import clip_grad_norm
@@ -137,7 +138,7 @@ def test_the_section_of_a_nemo_script():
         ({"strategy": "ddp"}, "dp_replicate_size"),
         ({"strategy": "megatron_fsdp"}, "strategy must be 'fsdp2'"),
         ({"sequence_parallel": True}, "sequence_parallel=True"),
-        ({"activation_checkpointing": "selective"}, "activation_checkpointing must be true or false"),
+        ({"activation_checkpointing": "selective"}, "activation_checkpointing must be true, false, light"),
         ({"timeout_minutes": 0}, "timeout_minutes must be a number of minutes above 0, not 0"),
         ({"moe": {"lm_head_precision": "float32"}}, "moe.lm_head_precision='float32'"),
     ],
@@ -167,7 +168,7 @@ def test_any_section_is_a_setup_of_proper_values_or_a_value_error_that_names_a_k
             assert any(str(key) in str(error) for key in (*section, "world_size")), (section, error)
             continue
         made += 1
-        assert {type(getattr(setup, name)) for name in ("activation_checkpointing", "reshard_experts")} == {bool}
+        assert type(setup.reshard_experts) is bool and is_policy(setup.activation_checkpointing)
         assert all(type(getattr(setup, name)) is int for name in ("ep_size", "tp_size", "dp_size", "world_size"))
     assert made > 10
     for section in ([], 3, "fsdp2", {1}):

@@ -7,9 +7,9 @@ import torch
 
 from expertmesh.bench.flops import forward_flops
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.plan import plan
+from expertmesh.plan import layouts, plan
 from expertmesh.plan.gpus import GPUS
-from expertmesh.plan.layouts import ep_sizes, search
+from expertmesh.plan.layouts import ep_sizes, layout_of, search
 from expertmesh.plan.memory import CONTEXT, Job, trace
 from expertmesh.plan.speed import speed_of
 
@@ -20,14 +20,20 @@ QWEN = Job(tiny_config("qwen3_moe", num_hidden_layers=1, mlp_only_layers=[]), se
 def test_layouts_fit_and_the_fastest_comes_first():
     small = replace(H200, memory=int(CONTEXT) + 42 * 2**20)
     found = search(QWEN, small)
-    assert {layout.job.ep_size for layout in found} == {1, 2} and {layout.job.recompute for layout in found} == {
-        False,
-        True,
-    }
+    assert {layout.job.ep_size for layout in found} == {1, 2} and not any(layout.job.recompute for layout in found)
     assert all(layout.fits(small) for layout in found)
     speeds = [layout.speed.tokens_per_second for layout in found]
     assert speeds == sorted(speeds, reverse=True) and speeds[0] > speeds[-1]
     assert search(QWEN, replace(H200, memory=int(CONTEXT))) == []
+
+
+def test_layers_recompute_as_little_as_fits(monkeypatch):
+    monkeypatch.setattr(layouts, "MOST_ROWS", 1)
+    job = replace(QWEN, config=tiny_config("qwen3_moe", mlp_only_layers=[]), seq=1024, world_size=1)
+    for policy in ({"experts": 2}, True):
+        least = layout_of(replace(job, recompute=policy), H200).memory.needed
+        (found,) = search(replace(job, optimizer="adamw-8bit"), replace(H200, memory=least))
+        assert found.job.recompute == policy
 
 
 def test_only_sizes_that_divide_experts_and_ranks_are_tried():

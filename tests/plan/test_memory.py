@@ -1,5 +1,7 @@
 """What a plan says of memory is what a real step keeps, and what real shards are."""
 
+import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -8,7 +10,9 @@ import torch
 from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.tiny import FAMILIES as FAMILIES_OF_TINY_MODELS
 from expertmesh.bench.tiny import tiny_config
+from expertmesh.bench.works import WORKS, config_of
 from expertmesh.memory.states import STATES, bytes_kept
+from expertmesh.parallel.setup import recompute
 from expertmesh.plan.memory import OPTIMIZERS, Job, memory_of, model_of, trace
 
 SEQ = 128
@@ -46,17 +50,29 @@ def saved_bytes(model: torch.nn.Module, ids: torch.Tensor) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_plan_says_is_kept_is_what_autograd_saves(family, recompute):
-    config = tiny_config(family, **FAMILIES[family])
+def test_what_a_plan_says_is_kept_is_what_autograd_saves(family):
+    config, less = tiny_config(family, **FAMILIES[family]), []
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-    if recompute:
-        model.activation_checkpointing_enable()
     ids = torch.randint(3, 256, (1, SEQ), generator=torch.Generator().manual_seed(0))
-    real = saved_bytes(model, ids)
-    planned = trace(Job(config, seq=SEQ, recompute=recompute, dtype=torch.float32), 140 * 2**30)
-    assert sum(planned.kept.values()) == pytest.approx(real, rel=0.05), planned.kept
+    for policy in (False, "light", {"experts": 2}, True):
+        recompute(model, policy)
+        real = saved_bytes(model, ids)
+        planned = trace(Job(config, seq=SEQ, recompute=policy, dtype=torch.float32), 140 * 2**30)
+        assert sum(planned.kept.values()) == pytest.approx(real, rel=0.05), planned.kept
+        less.append(real)
+    assert less == sorted(less, reverse=True) and len({*less}) == 4
+
+
+def test_what_a_layer_of_qwen3_keeps_of_a_token_is_what_the_docs_say():
+    """docs/train.md: bytes of a token in a layer of Qwen3-30B-A3B."""
+    text = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+    said = {level: int(size.replace(",", "")) for level, size in re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", text, re.M)}
+    for level in ("none", "light", "experts", "full"):
+        policy = level if level in ("light", "experts") else level == "full"
+        jobs = [Job(config_of(WORKS["qwen3-30b-a3b"], layers), seq=4096, recompute=policy) for layers in (1, 2)]
+        one, two = (sum(trace(job, 140 * 2**30).kept.values()) for job in jobs)
+        assert (two - one) / 4096 == pytest.approx(said[level], abs=1), level
 
 
 def test_gradients_that_are_released_never_stand_together():

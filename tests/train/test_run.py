@@ -243,6 +243,15 @@ def test_the_configuration_reaches_the_trainer(tmp_path):
     assert trainer.model.is_activation_checkpointing
 
 
+def test_layers_recompute_what_the_configuration_says_or_it_is_refused(tmp_path):
+    trainer = build(configured(tmp_path, train__activation_checkpointing="{experts: 1}", lora="{r: 4}"))
+    trainer.train()
+    levels = [module._gradient_checkpointing_func.args[0] for module in trainer.model.model.model.layers]
+    assert levels[:2] == ["experts", "light"] and not trainer.args.gradient_checkpointing
+    with pytest.raises(ConfigError, match=r"train\.activation_checkpointing='light' needs a fused model"):
+        build(configured(tmp_path / "stock", train__activation_checkpointing="light", model__fused="false"))
+
+
 @pytest.mark.parametrize(("every", "evaluated"), [(3, [3, 4]), (2, [2, 4])])
 def test_the_finished_model_is_evaluated_and_not_twice(tmp_path, every, evaluated):
     result = run(configured(tmp_path, log__eval_steps=every, log__logging_steps=10))  # no record lies between

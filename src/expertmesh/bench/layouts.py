@@ -101,7 +101,7 @@ def _compare(path: str, rank: int, setup: DistributedSetup, want: dict[str, Any]
     dist.all_reduce(total)
     gradients = {name: _whole(p.grad) for name, p in model.named_parameters()}
     error, where = worst_error(gradients, want["gradients"])
-    name = f"fsdp {setup.fsdp_size}, ep {setup.ep_size}{', recomputed' * setup.activation_checkpointing}"
+    name = f"fsdp {setup.fsdp_size}, ep {setup.ep_size}{', recomputed' * bool(setup.activation_checkpointing)}"
     return [
         Row(name, "loss", relative_error(total, want["loss"]), CPU_TOLERANCE),
         Row(name, "gradients", error, CPU_TOLERANCE, where),

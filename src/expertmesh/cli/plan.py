@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from expertmesh.kernels.levels import Policy
     from expertmesh.plan import Plan
     from expertmesh.plan.layouts import Layout
     from expertmesh.plan.simulate import Simulation
@@ -31,7 +32,7 @@ def plan(
     simulate: Annotated[int | None, typer.Option(min=1, help=SIMULATE, show_default=False)] = None,
     per_node: Annotated[int, typer.Option(min=1, help="With --simulate: GPUs of a node.")] = 8,
     network: Annotated[float, typer.Option(min=0.1, help="GB/s that a GPU sends to other nodes.")] = 40.0,
-    layouts: Annotated[bool, typer.Option(help="Look for faster layouts, which takes a minute or two.")] = True,
+    layouts: Annotated[bool, typer.Option(help="Look for faster layouts, which takes a few minutes.")] = True,
 ) -> None:
     """Say what each GPU of a run needs, piece by piece, how long a step takes, and which layouts fit, fastest first.
 
@@ -123,9 +124,14 @@ def named(layout: "Layout") -> str:
     shards = job.world_size // job.dp_replicate_size // job.tp_size
     words += [f"ep_size {job.ep_size}", f"{shards} shards"] * (job.world_size > 1)
     words += [f"tp_size {job.tp_size}"] * (job.tp_size > 1)
-    return ", ".join(
-        [*words, *["layers recomputed"] * job.recompute, job.optimizer, *["gradients released"] * job.released]
-    )
+    return ", ".join([*words, *_recomputed(job.recompute), job.optimizer, *["gradients released"] * job.released])
+
+
+def _recomputed(policy: "Policy") -> list[str]:
+    if policy in (True, "full", False):
+        return ["layers recomputed"] * bool(policy)
+    level, layers = next(iter(policy.items())) if isinstance(policy, dict) else (policy, None)
+    return [f"recompute {level}" + (f" in {layers} layers" if layers else "")]
 
 
 def _gib(pieces: dict[str, int]) -> list[str]:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched
+from expertmesh.kernels.recompute import again
 from expertmesh.kernels.rms_norm import channels_last
 
 #: elements per program, and warps: two or one 16-byte loads of bfloat16 per thread and tensor
@@ -111,7 +112,9 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     Must equal `act_fn(gate) * up` of a Transformers MLP with hidden_act "silu".
     """
     assert gate.shape == up.shape and gate.dtype == up.dtype
-    return _Dense.apply("silu", gate, up) if use_triton(gate) else swiglu_reference(gate, up)
+    a = _Dense.apply("silu", gate, up) if use_triton(gate) else swiglu_reference(gate, up)
+    again((a,), lambda gate, up: (swiglu(gate, up),), gate, up)
+    return a
 
 
 def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -121,7 +124,9 @@ def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def relu2(x: torch.Tensor) -> torch.Tensor:
     """relu(x)^2, differentiable; x: [..., W], any strides. Must equal "relu2" of Transformers' ACT2FN."""
-    return _Dense.apply("relu2", x) if use_triton(x) else F.relu(x).square()
+    a = _Dense.apply("relu2", x) if use_triton(x) else F.relu(x).square()
+    again((a,), lambda x: (relu2(x),), x)
+    return a
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched
+from expertmesh.kernels.recompute import again
 from expertmesh.kernels.rms_norm import channels_last
 from expertmesh.kernels.rope import rotation_strides
 
@@ -37,9 +38,15 @@ def mla_rope(
     assert kv.shape[:3] == (B, S, N) and kv.shape[-1] > D - R and k_rope.shape == (B, S, R) and R % 2 == 0
     assert cos.shape == sin.shape and cos.shape in ((B, S, R), (1, S, R))
     if use_triton(q):
-        query, key, value = _MLARope.apply(q, kv, k_rope, cos, sin)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return mla_rope_reference(q, kv, k_rope, cos, sin)
+        query, key, value = (x.transpose(1, 2) for x in _MLARope.apply(q, kv, k_rope, cos, sin))
+    else:
+        query, key, value = mla_rope_reference(q, kv, k_rope, cos, sin)
+
+    def keys(kv: torch.Tensor, *more: torch.Tensor) -> tuple[torch.Tensor]:  # of q nothing is kept but `query`
+        return (mla_rope(kv.new_zeros(B, S, N, D), kv, *more)[1],)
+
+    again((key,), keys, kv, k_rope, cos, sin)
+    return query, key, value
 
 
 def mla_rope_reference(

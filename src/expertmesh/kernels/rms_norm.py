@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched, processors
+from expertmesh.kernels.recompute import again
 
 Scale = Literal["rounded", "float32", "one_plus"]
 """How the weight is applied; x_hat is always computed in float32.
@@ -37,8 +38,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     """
     assert weight.shape == x.shape[-1:]
     if use_triton(x):
-        return _RMSNorm.apply(x, None, weight, eps, scale, False)
-    return rms_norm_reference(x, weight, eps, scale=scale)
+        y = _RMSNorm.apply(x, None, weight, eps, scale, False)
+    else:
+        y = rms_norm_reference(x, weight, eps, scale=scale)
+    again((y,), lambda x, weight: (rms_norm(x, weight, eps, scale=scale),), x, weight)
+    return y
 
 
 def add_rms_norm(
@@ -51,9 +55,12 @@ def add_rms_norm(
     """
     assert weight.shape == x.shape[-1:] and (residual is None or x.shape == residual.shape)
     if use_triton(x):
-        return _RMSNorm.apply(x, residual, weight, eps, scale, True)
-    total = x if residual is None else residual + x
-    return rms_norm_reference(total, weight, eps, scale=scale), total
+        y, total = _RMSNorm.apply(x, residual, weight, eps, scale, True)
+    else:
+        total = x if residual is None else residual + x
+        y = rms_norm_reference(total, weight, eps, scale=scale)
+    again((y,), lambda total, weight: (rms_norm(total, weight, eps, scale=scale),), total, weight)
+    return y, total
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded") -> torch.Tensor:

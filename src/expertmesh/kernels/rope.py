@@ -10,6 +10,7 @@ sin and, if normed, what the projections made anyway.
 Letters: B batch, S sequence, T = B·S tokens, N heads (of q or of k), D head width, R turned width.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched, processors
+from expertmesh.kernels.recompute import again
 from expertmesh.kernels.rms_norm import channels_last, rms_norm_reference, sum_partials
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -101,12 +103,16 @@ def qk_norm_rope(
     assert D % 2 == 0 and cos.shape == sin.shape and cos.shape in ((1, S, D), (B, S, D)), "whole, even-width heads turn"
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ValueError("qk_norm_rope gives cos and sin no gradient: detach them.")
-    if not use_triton(q):
-        return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps)
-    q_dtype, k_dtype = (torch.promote_types(x.dtype, w.dtype) for x, w in ((q, q_weight), (k, k_weight)))
-    dtypes = [torch.promote_types(q_dtype, cos.dtype), torch.promote_types(k_dtype, cos.dtype)]
-    q_out, k_out = _RoPE.apply(dtypes, cos, sin, D, False, eps, q, k, q_weight, k_weight)
-    return q_out.transpose(1, 2), k_out.transpose(1, 2)
+    inputs = q, k, q_weight, k_weight, cos, sin
+    if use_triton(q):
+        q_dtype, k_dtype = (torch.promote_types(x.dtype, w.dtype) for x, w in ((q, q_weight), (k, k_weight)))
+        dtypes = [torch.promote_types(q_dtype, cos.dtype), torch.promote_types(k_dtype, cos.dtype)]
+        q_out, k_out = _RoPE.apply(dtypes, cos, sin, D, False, eps, q, k, q_weight, k_weight)
+        turned = q_out.transpose(1, 2), k_out.transpose(1, 2)
+    else:
+        turned = qk_norm_rope_reference(*inputs, eps)
+    again(turned, partial(qk_norm_rope, eps=eps), *inputs)
+    return turned
 
 
 def qk_norm_rope_reference(

@@ -33,6 +33,7 @@ from expertmesh.kernels.grouped_gemm import grouped_gemm, up_act, up_again
 from expertmesh.kernels.grouped_wgrad import grouped_wgrad
 from expertmesh.kernels.grouping import Grouping, combine, group_by_expert, or_none, unsort
 from expertmesh.kernels.low_rank import LowRank
+from expertmesh.kernels.recompute import again
 from expertmesh.kernels.thin import thin_rows, thin_wgrad
 from expertmesh.moe.exchange import LOCAL, Exchange, Outputs
 from expertmesh.twins import untouched
@@ -172,7 +173,9 @@ class _Up(torch.autograd.Function):
         group = group_by_expert(ids_MK, w_up.shape[0], weight_MK, exchange.rows_here())
         keep = exchange.rows_to_keep(group.slot_S.numel(), group.block)
         u_SR = None if up_A is None else thin_rows(x_MH, up_A, group, gathered=True)
-        h_SJ, a_SI, ctx.in_turns = up_act(x_MH, w_up, b_up, group, act, _low(u_SR, up_B), keep)
+        made = x_MH, w_up, b_up, u_SR, up_B
+        h_SJ, a_SI, ctx.in_turns = _activated(group, act, keep, *made)
+        again((h_SJ,), functools.partial(_activated, group, act, keep), *made, level="experts")
         v_SR = None if down_A is None else thin_rows(a_SI, down_A, group, gathered=False)
         ctx.act, ctx.scale, ctx.exchange = act, scale, exchange
         ctx.tiles, ctx.block = group.tiles, group.block
@@ -251,6 +254,10 @@ class _Down(torch.autograd.Function):
         up.from_down = dh_SJ, x_MH, w_up, group, dweight_MK, db_up, u_SR, up_A, up_B
         no_values = h_SJ.new_zeros(()).expand(h_SJ.shape)  # zeros: anomaly detection looks for nan
         return no_values, None, dw_down, db_down, dA, dB, dout if need_residual else None, None, None
+
+
+def _activated(group: Grouping, act: Activation, keep: int | None, x_MH, w_up, b_up, u_SR, up_B):
+    return up_act(x_MH, w_up, b_up, group, act, _low(u_SR, up_B), keep)
 
 
 def _low(u_SR: torch.Tensor | None, b_ERN: torch.Tensor | None) -> LowRank | None:

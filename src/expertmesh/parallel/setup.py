@@ -22,6 +22,7 @@ from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 from transformers.distributed.utils import _ensure_torch_distributed
 
 from expertmesh import waiting as limits
+from expertmesh.kernels.levels import POLICIES, Policy, is_policy
 from expertmesh.kernels.packed import Packed
 from expertmesh.moe.dispatch import TRANSPORTS
 from expertmesh.moe.experts import is_experts
@@ -31,6 +32,7 @@ from expertmesh.parallel.ranks import refuse_differences
 STRATEGY = "fsdp2"
 AUTO = "auto"
 NEAR = 8  # ranks up to which "auto" gathers
+WHOLE = (True, "full")  # activation checkpointing as Transformers has it
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class DistributedSetup:
     tp_size: ranks that share one batch and split attention and dense layers.
     dp_size: ranks with a batch of their own; by default all ranks / tp_size.
     dp_replicate_size: copies of the model (HSDP); each is sharded over dp_size / dp_replicate_size ranks.
-    activation_checkpointing: recompute every layer in the backward instead of keeping its activations.
+    activation_checkpointing: what layers recompute in the backward instead of keeping it. True or "full": all; "light":
+        what takes no product (norms, RoPE behind norms, dense activations); "experts": the experts' up-projection, too;
+        {"experts": n}: the first n layers that, the others what is one less; False: nothing.
     reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
         has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
     dispatch: how tokens reach experts on other ranks. "auto": where groups lie on GPUs of one node, "gather" up to an
@@ -60,7 +64,7 @@ class DistributedSetup:
     tp_size: int = 1
     dp_size: int | None = None
     dp_replicate_size: int = 1
-    activation_checkpointing: bool = False
+    activation_checkpointing: Policy = False
     reshard_experts: bool = True
     dispatch: str = AUTO
     timeout_minutes: float = 5.0
@@ -135,8 +139,7 @@ class DistributedSetup:
 
     def apply_to(self, model: Any) -> None:
         """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
-        if self.activation_checkpointing:
-            model.activation_checkpointing_enable()
+        recompute(model, self.activation_checkpointing)
         if current_world_size() > 1:
             limits.patience = timedelta(minutes=self.timeout_minutes)
             train_together(model, self.reshard_experts)
@@ -164,6 +167,19 @@ class DistributedSetup:
         return "\n".join(lines)
 
 
+def recompute(model: Any, policy: Policy) -> None:
+    """Let a model recompute in its backward what `activation_checkpointing` says. Raises ValueError where it cannot."""
+    if policy in WHOLE:
+        model.activation_checkpointing_enable()
+    elif policy:
+        if not hasattr(model, "fusion_report"):
+            raise ValueError(
+                f"activation_checkpointing={policy!r} needs a fused model, and {type(model).__name__} is none: set it "
+                f"to true."
+            )
+        model.activation_checkpointing_enable({"recompute": policy})
+
+
 def current_world_size() -> int:
     """How many ranks this run has."""
     if dist.is_available() and dist.is_initialized():
@@ -189,7 +205,8 @@ _COUNT = (lambda x: type(x) is int and 1 <= x <= 10**6, "a whole number from 1 t
 # field of a `DistributedSetup` -> (whether a value fits, what fits in words)
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys("world_size ep_size tp_size dp_size dp_replicate_size".split(), _COUNT),
-    **dict.fromkeys(("activation_checkpointing", "reshard_experts"), (lambda x: type(x) is bool, "true or false")),
+    "activation_checkpointing": (is_policy, POLICIES),
+    "reshard_experts": (lambda x: type(x) is bool, "true or false"),
     "timeout_minutes": (lambda x: type(x) in (int, float) and 0 < x <= 10**6, "a number of minutes above 0"),
     "dispatch": (lambda x: is_one_of(x, (AUTO, *TRANSPORTS)), f"one of {', '.join((AUTO, *TRANSPORTS))}"),
     "strategy": (lambda x: x == STRATEGY, f"{STRATEGY!r} (with dp_replicate_size each rank has a copy, as in DDP)"),

@@ -1,13 +1,18 @@
 """Which layouts of a job fit a GPU, the fastest first."""
 
-from collections.abc import Iterator
+import contextlib
+import math
 from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertmesh.moe.experts import is_experts
+from expertmesh.parallel.setup import recompute
 from expertmesh.plan.gpus import GPU
 from expertmesh.plan.memory import Job, Memory, memory_of, model_of, trace
 from expertmesh.plan.speed import Speed, speed_of
-from expertmesh.plan.trace import Trace
+from expertmesh.plan.trace import Trace, quiet
 
 SMALL_STATES = "adamw-8bit"
 MOST_ROWS = 64  # of a micro-batch
@@ -37,15 +42,19 @@ def _layout(job: Job, found: Trace, gpu: GPU, micro_batches: int = 1) -> Layout:
 
 
 def search(job: Job, gpu: GPU) -> list[Layout]:
-    """Layouts that fit, by tokens per second: every ep_size, with and without recomputation, by the job's optimizer and
-    a smaller one, micro-batches of 1, 2, 4, ... rows. Steps have one micro-batch.
+    """Layouts that fit, by tokens per second: every ep_size, micro-batches of 1, 2, 4, ... rows, by the job's optimizer
+    and a smaller one, recomputing as little as fits. Steps have one micro-batch.
     """
-    found = [
-        layout
-        for ep_size in ep_sizes(job)
-        for recompute in (False, True)
-        for layout in _batches(replace(job, ep_size=ep_size, recompute=recompute, accumulates=False), gpu)
-    ]
+    found: list[Layout] = []
+    for ep_size in ep_sizes(job):
+        one = replace(job, ep_size=ep_size, accumulates=False)
+        num_layers, levels = _levels(one)
+        tried: dict[tuple[int, str], Layout] = {}  # (rows, optimizer) -> the last that was tried
+        for level in levels:
+            lacking = [rows for (rows, _), layout in tried.items() if not layout.fits(gpu)]
+            if lacking or not tried:
+                _batches(replace(one, recompute=level), gpu, min(lacking, default=1), tried, num_layers)
+        found += [layout for layout in tried.values() if layout.fits(gpu)]
     return sorted(found, key=lambda layout: -layout.speed.tokens_per_second)
 
 
@@ -57,15 +66,42 @@ def ep_sizes(job: Job) -> list[int]:
     return [size for size in sizes if size == 1 or (counts and all(count % size == 0 for count in counts))]
 
 
-def _batches(job: Job, gpu: GPU) -> Iterator[Layout]:
-    rows, before = 1, 0.0
+def _levels(job: Job) -> tuple[int, list[Any]]:
+    """How many layers the job's model has, and what it can recompute, the least first."""
+    model, levels = model_of(job), list[Any]()
+    for level in (False, "light", "experts", True):
+        with quiet(), contextlib.suppress(ValueError):  # it has nothing for this level
+            recompute(model, level)
+            levels.append(level)
+    return sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules()), levels
+
+
+def _batches(job: Job, gpu: GPU, rows: int, tried: dict[tuple[int, str], Layout], num_layers: int) -> None:
+    """Try the job with micro-batches from so many rows on, as long as that pays. What fitted before recomputes less and
+    stays.
+    """
+    before = 0.0
     while rows <= MOST_ROWS:
-        job = replace(job, batch=rows)
-        found = trace(job, gpu.memory)
-        jobs = [replace(job, optimizer=name) for name in dict.fromkeys((job.optimizer, SMALL_STATES))]
-        fitting = [layout for layout in (_layout(one, found, gpu) for one in jobs) if layout.fits(gpu)]
-        yield from fitting
-        best = max((layout.speed.tokens_per_second for layout in fitting), default=0.0)
-        if best < GAIN * before or not fitting:
+        found, best = trace(replace(job, batch=rows), gpu.memory), 0.0
+        for name in dict.fromkeys((job.optimizer, SMALL_STATES)):
+            layout, less = _layout(replace(job, batch=rows, optimizer=name), found, gpu), tried.get((rows, name))
+            if less is None or not less.fits(gpu):
+                tried[rows, name] = (less and layout.fits(gpu) and _partly(less, layout, num_layers, gpu)) or layout
+            best = max(best, layout.speed.tokens_per_second if layout.fits(gpu) else 0.0)
+        if best < GAIN * before or not best:
             return
         rows, before = 2 * rows, best
+
+
+def _partly(less: Layout, more: Layout, num_layers: int, gpu: GPU) -> Layout | None:
+    """Between a layout that does not fit and one that recomputes more and fits: the first layers like this one, the
+    others like the first. What a layer saves is the same for all; where that misses, a few layers more are tried.
+    """
+    lack = less.memory.needed - gpu.memory
+    first = max(1, math.ceil(num_layers * lack / (less.memory.needed - more.memory.needed)))
+    level = "full" if more.job.recompute is True else str(more.job.recompute)
+    for number in range(first, min(first + 3, num_layers)):
+        layout = layout_of(replace(more.job, recompute={level: number}), gpu)
+        if layout.fits(gpu):
+            return layout
+    return None

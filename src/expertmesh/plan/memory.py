@@ -15,9 +15,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from expertmesh.auto import AutoModelForCausalLM
+from expertmesh.kernels.levels import Policy
 from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.clip import local
-from expertmesh.parallel.setup import NEAR, DistributedSetup
+from expertmesh.parallel.setup import NEAR, DistributedSetup, recompute
 from expertmesh.plan.links import group_of
 from expertmesh.plan.ranks import lay_out, rank_of
 from expertmesh.plan.shards import Gradients, Share, cut_experts, spread
@@ -47,7 +48,7 @@ CONTEXT = 1.0 * GIB
 class Job:
     """What is trained, and how. batch: rows of seq tokens in a micro-batch of this rank, each of so many `documents` of
     equal length. optimizer: one of `OPTIMIZERS`. released: the optimizer steps a parameter as soon as its gradient is
-    there, so that gradients never stand together. recompute: every layer's activations are computed again. adapt: what
+    there, so that gradients never stand together. recompute: as a setup's `activation_checkpointing`. adapt: what
     becomes of the model before it is trained (PEFT's `get_peft_model`, say). accumulates: a step has several
     micro-batches, so that gradients stand from the first on. mtp: the
     checkpoint has modules for multi-token prediction, which stay as they are. per_node: GPUs of a machine.
@@ -60,7 +61,7 @@ class Job:
     ep_size: int = 1
     dp_replicate_size: int = 1
     tp_size: int = 1
-    recompute: bool = False
+    recompute: Policy = False
     optimizer: str = "adamw"
     released: bool = False
     dtype: torch.dtype = torch.bfloat16
@@ -140,9 +141,10 @@ def _trace(model: Any, job: Job, memory: int, shares: dict[str, Share] | None) -
         )
         for module in filter(is_experts, model.modules()):
             module.forward = Alone(module, ranks, watch, near, tp_mesh)
-    if job.recompute:
-        model.activation_checkpointing_enable()
-        model.enable_input_require_grads() if job.adapt else None
+    with quiet():
+        recompute(model, job.recompute)
+    if job.recompute and job.adapt:
+        model.enable_input_require_grads()
     gradients = Gradients(watch, job)
     units: dict[str, int] = defaultdict(int)  # bytes that FSDP gathers together and frees again
     for name, parameter in model.named_parameters():

@@ -17,6 +17,7 @@ from expertmesh.train.planned import gpu_here, job_of, plan_of
 
 BATCH, EP_SIZE = "train.per_device_train_batch_size", "parallel.ep_size"
 ACCUMULATION, RECOMPUTE = "train.gradient_accumulation_steps", "train.activation_checkpointing"
+LEVELS = "experts", True  # of recomputing
 ROOM = 0.95  # of a GPU's memory for what is chosen here: plans are within 5 % of what was measured
 SHORTEST = 256  # tokens of a row that is still proposed
 
@@ -97,7 +98,9 @@ def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str 
 
     for kind in _kinds(config):
         found = []
-        for recompute in [{}] if config.train.activation_checkpointing else [{}, {RECOMPUTE: True}]:
+        for recompute in (
+            [{}] if config.train.activation_checkpointing else [{}, *({RECOMPUTE: level} for level in LEVELS)]
+        ):
             steps = [kind | fewer | recompute for fewer in _fewer_rows(config, "train.gradient_release" in kind)]
             if fitting(steps[-1]) is not None:
                 found.append(next(filter(None, map(fitting, steps))))

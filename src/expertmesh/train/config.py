@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from expertmesh.kernels.levels import Policy, checked
 from expertmesh.train.errors import ConfigError
 from expertmesh.train.reading import parse, read
 from expertmesh.train.section import Count, Name, Section, Size, number
@@ -92,8 +93,8 @@ class TrainSection(Section):
     """States of AdamW: `8bit` (4 bytes a bfloat16 weight, with itself), `24bit` (5) or `float32` (14); unset is 6."""
     bf16: bool = False
     """Mixed precision: float32 weights, bfloat16 matrix products (autocast)."""
-    activation_checkpointing: bool = False
-    """Whether to recompute activations in the backward pass: less memory, about a quarter slower."""
+    activation_checkpointing: Annotated[Policy, AfterValidator(checked)] = False
+    """What to recompute: all (`true`), what takes no product (`light`), one of `experts`, or {level: layers}."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Whether to record steps once and replay them, faster where the CPU is the limit; `auto`: where that pays."""
     gradient_release: Literal["running", "exact"] | None = None

@@ -27,7 +27,7 @@ import expertmesh
 from expertmesh import backends, data
 from expertmesh.parallel import ranks
 from expertmesh.parallel.ranks import refuse_differences
-from expertmesh.parallel.setup import current_world_size
+from expertmesh.parallel.setup import WHOLE, current_world_size, recompute
 from expertmesh.train.choice import settle
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
@@ -82,6 +82,10 @@ def build(config: Config) -> SFTTrainer:
     if config.moe.freeze_router:
         for _, router in routers(model):
             router.requires_grad_(False)
+    try:
+        recompute(model, policy if (policy := config.train.activation_checkpointing) not in WHOLE else False)
+    except ValueError as error:
+        raise ConfigError(f"train.{error}") from error
     try:
         trainer = SFTTrainer(
             model=model,
@@ -189,10 +193,11 @@ def training_arguments(config: Config):
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
         **settings.model_dump(
-            exclude={"max_steps", "num_train_epochs", "cuda_graph", "gradient_release", "optim_states"}
+            exclude=set("max_steps num_train_epochs cuda_graph gradient_release optim_states".split())
+            | {"activation_checkpointing"}
         ),
         optim_args=settings.optim_states and f"states={settings.optim_states}",
-        gradient_checkpointing=settings.activation_checkpointing,  # the old name, by which TRL switches it on
+        gradient_checkpointing=settings.activation_checkpointing in WHOLE,  # the old name, by which TRL switches it on
         use_cpu=not torch.cuda.is_available()  # else it takes ranks on CPUs for one process, and refuses bf16
         and (current_world_size() > 1 or not torch.accelerator.is_available()),
         dataloader_pin_memory=torch.cuda.is_available(),

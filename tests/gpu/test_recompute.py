@@ -1,0 +1,42 @@
+"""On a GPU: what a layer recomputes comes again bit for bit, and a model keeps as much less as its plan says."""
+
+import pytest
+import torch
+
+from expertmesh import AutoModelForCausalLM
+from expertmesh.bench.works import WORKS, config_of
+from expertmesh.plan.memory import Job, trace
+from tests.kernels.test_recompute import assert_pieces_come_again
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_piece_comes_again_bit_for_bit(dtype):
+    assert_pieces_come_again("cuda", dtype)
+
+
+def test_loss_gradients_and_memory_of_a_model():
+    config = config_of(WORKS["qwen3-30b-a3b"], 2)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+        ids = torch.randint(3, config.vocab_size, (1, 4096))
+    found = {}
+    torch.use_deterministic_algorithms(True, warn_only=True)  # flash-attn-4 adds up by atomics
+    try:
+        for level in (False, "light", "experts"):
+            if level:
+                model.activation_checkpointing_enable({"recompute": level})
+            before = torch.cuda.memory_allocated()
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            kept = torch.cuda.memory_allocated() - before
+            loss.backward()
+            found[level] = kept, [loss.detach(), *(p.grad for p in model.parameters())]
+            model.zero_grad()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for level in ("light", "experts"):
+        planned = [sum(trace(Job(config, recompute=one), 140 * 2**30).kept.values()) for one in (False, level)]
+        assert found[False][0] - found[level][0] == pytest.approx(planned[0] - planned[1], rel=0.05)
+        assert all(torch.equal(a, b) for a, b in zip(found[False][1], found[level][1], strict=True))
