@@ -63,8 +63,8 @@ def test_what_is_given_stays(config):
 
 def test_where_nothing_fits_the_error_says_what_does(config):
     with pytest.raises(ConfigError, match=r"nothing that fits 1 x h200\. This does: lora={}"):
-        choose(config(train__per_device_train_batch_size="auto"), 1, with_memory(1150))
-    assert needed(config(train__per_device_train_batch_size=1, lora="{}"), GPUS["h200"]) <= ROOM * 1150 * MIB
+        choose(config(train__per_device_train_batch_size="auto"), 1, with_memory(1128))
+    assert needed(config(train__per_device_train_batch_size=1, lora="{}"), GPUS["h200"]) <= ROOM * 1128 * MIB
     with pytest.raises(ConfigError, match="Take more GPUs"):
         choose(config(train__per_device_train_batch_size="auto"), 1, with_memory(1000))
 

@@ -17,8 +17,8 @@ from expertmesh.train.planned import gpu_here, job_of, plan_of
 
 BATCH, EP_SIZE = "train.per_device_train_batch_size", "parallel.ep_size"
 ACCUMULATION, RECOMPUTE = "train.gradient_accumulation_steps", "train.activation_checkpointing"
-LEVELS = "experts", True  # of recomputing
-ROOM = 0.95  # of a GPU's memory for what is chosen here: plans are within 5 % of what was measured
+LEVELS = {}, {RECOMPUTE: "experts"}, {RECOMPUTE: True}
+ROOM = 0.97  # of a GPU's memory for what is chosen here; plans count 6 % for fragmentation besides
 SHORTEST = 256  # tokens of a row that is still proposed
 
 
@@ -50,7 +50,7 @@ def settle(config: Config, num_ranks: int) -> Config:
 
 
 def choose(config: Config, num_ranks: int, gpu: GPU) -> Config:
-    """The configuration with a number for each key that is `auto`: the fastest that leaves 5 % of such a GPU's memory.
+    """The configuration with a number for each key that is `auto`: the fastest that leaves 3 % of such a GPU's memory.
 
     Micro-batches of 1, 2, 4, ... rows are tried, and sizes that divide experts and ranks. Raises ConfigError if nothing
     fits, and says what would.
