@@ -261,12 +261,11 @@ def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_
 
 
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """total = a.T @ b (first) or total += a.T @ b, with total in float32 whatever the dtype of a and b."""
-    beta = 0 if first else 1
-    if backends.on_gpu(a) and a.dtype != total.dtype:
-        torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=beta, out=total)
-    else:  # CPUs have no GEMM from bfloat16 to float32
-        total.addmm_(a.t().to(total.dtype), b.to(total.dtype), beta=beta)
+    """total = a.T @ b (first) or total += a.T @ b, in total's dtype whatever that of a and b."""
+    beta, wide = 0 if first else 1, a.dtype != total.dtype
+    if wide and not backends.on_gpu(a):  # CPUs have no GEMM from bfloat16 to float32
+        a, b, wide = a.to(total.dtype), b.to(total.dtype), False
+    torch.addmm(total, a.t(), b, **({"out_dtype": total.dtype} if wide else {}), beta=beta, out=total)
 
 
 def scaled(x: torch.Tensor | Product | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
