@@ -103,7 +103,7 @@ def encode(x, scales, random, SIZE: tl.constexpr, SIGNED: tl.constexpr):
     share = times(x, inverse, SIZE)
     if SIGNED:
         bits = (share * (1.875 * tl_TINY)).to(tl.uint32, bitcast=True) + (random << 4)
-        return (((bits >> 20) & 0x7F) | ((bits >> 24) & 0xFFFFFF80)).to(tl.uint8)
+        return (((bits << 4) | (bits & 0x80000000)) >> 24).to(tl.uint8)  # bits between sign and code are 0
     else:
         bits = (share * (1.9375 * tl_TINY)).to(tl.uint32, bitcast=True) + random
         return tl.maximum(bits >> 19, tl.minimum(x.to(tl.uint32, bitcast=True), 1)).to(tl.uint8)
@@ -112,12 +112,12 @@ def encode(x, scales, random, SIZE: tl.constexpr, SIGNED: tl.constexpr):
 @triton.jit
 def decode(codes, scales, SIZE: tl.constexpr, SIGNED: tl.constexpr):
     """`dequantize` of codes [BLOCK] by scales [BLOCK // SIZE]."""
-    q = codes.to(tl.uint32)
-    if SIGNED:
-        bits = ((q & 0x7F) << 20) | ((q & 0x80) << 24)
+    if SIGNED:  # the sign comes five times, and once it is wanted
+        bits = (codes.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
         return times(bits.to(tl.float32, bitcast=True) * (1.0 / (1.875 * tl_TINY)), scales, SIZE)
     else:
-        return times((q << 19).to(tl.float32, bitcast=True) * (1.0 / (1.9375 * tl_TINY)), scales, SIZE)
+        bits = codes.to(tl.uint32) << 19
+        return times(bits.to(tl.float32, bitcast=True) * (1.0 / (1.9375 * tl_TINY)), scales, SIZE)
 
 
 @triton.jit
@@ -158,13 +158,14 @@ def joined(weight, remainder):
 
 @triton.jit
 def rounded(x, random):
-    """`round_stochastic`, still in float32."""
-    return ((x.to(tl.int32, bitcast=True) + (random & 0xFFFF).to(tl.int32)) & -65536).to(tl.float32, bitcast=True)
+    """`round_stochastic`"""
+    bits = x.to(tl.uint32, bitcast=True) + (random & 0xFFFF)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def parted(x, random):
-    """`split`, the weight still in float32."""
-    bits = (x.to(tl.int32, bitcast=True) + (random & 0xFF).to(tl.int32)) & -256
-    weight = (bits + 32768) & -65536
-    return weight.to(tl.float32, bitcast=True), ((bits - weight) >> 8).to(tl.int8)
+    """`split`"""
+    bits = x.to(tl.int32, bitcast=True) + (random & 0xFF).to(tl.int32)
+    high = (bits + 32768) >> 16
+    return high.to(tl.int16).to(tl.bfloat16, bitcast=True), ((bits >> 8) - (high << 8)).to(tl.int8)

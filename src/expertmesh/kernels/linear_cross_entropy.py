@@ -6,8 +6,11 @@
 Rows go through in chunks. As the loss is the last operation of a step, forward already computes the gradients: a
 chunk's logits are made once (6 N H V operations in all), a row kernel turns them in place into their gradients, and two
 GEMMs use these up. The gradients are kept unscaled (so float16 does not underflow); the weight's is summed in float32
-over the chunks. Backward only multiplies by `grad_output / count`. The pass over a row that finds its logsumexp also
-finds, on request, what training logs of the predictions (`Statistics`).
+over the chunks. Backward only multiplies by `grad_output / count`. Of few rows the logits' gradients are smaller than
+the weight's: they are kept, and backward makes it of them (`Product`), so that it stands once.
+
+The pass over a row that finds its logsumexp also finds, on request, what training logs of the predictions
+(`Statistics`).
 
 Letters: N rows (tokens), H hidden, V vocabulary.
 """
@@ -36,6 +39,13 @@ class Statistics(NamedTuple):
     correct: torch.Tensor
 
 
+class Product(NamedTuple):
+    """The weight's gradient, `dlogits.T @ hidden`, before it is made: [N, V] and [N, H]."""
+
+    dlogits: torch.Tensor
+    hidden: torch.Tensor
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -56,7 +66,8 @@ def linear_cross_entropy(
     and weight are cast as `F.linear` would. Those of this call join `statistics`.
 
     through: (logits, wanted, gradient, saved): a tensor that stands for the logits in autograd's graph gets the
-    gradient `gradient(parts, scale, *saved)`; parts are those of hidden, weight and bias, if `wanted`, but for scale.
+    gradient `gradient(parts, scale, *saved)`; parts are those of hidden, weight and bias, if `wanted`, but for scale
+    (`scaled`).
     Must equal transformers' `ForCausalLMLoss` on those logits. A label outside [0, V) that is not `ignore_index` is a
     ValueError on the CPU; on a GPU, where raising would mean waiting, it makes the loss nan.
     """
@@ -250,18 +261,21 @@ def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_
 
 
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """total = a.T @ b (first) or total += a.T @ b, with total in float32 whatever the dtype of a and b."""
-    beta = 0 if first else 1
-    if backends.on_gpu(a) and a.dtype != total.dtype:
-        torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=beta, out=total)
-    else:  # CPUs have no GEMM from bfloat16 to float32
-        total.addmm_(a.t().to(total.dtype), b.to(total.dtype), beta=beta)
+    """total = a.T @ b (first) or total += a.T @ b, in total's dtype whatever that of a and b."""
+    beta, wide = 0 if first else 1, a.dtype != total.dtype
+    if wide and not backends.on_gpu(a):  # CPUs have no GEMM from bfloat16 to float32
+        a, b, wide = a.to(total.dtype), b.to(total.dtype), False
+    torch.addmm(total, a.t(), b, **({"out_dtype": total.dtype} if wide else {}), beta=beta, out=total)
 
 
-def scaled(x: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+def scaled(x: torch.Tensor | Product | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """x * scale, multiplied in float32 (scale is [1]: a 0-dim tensor would first be rounded to x's dtype)."""
     if x is None:
         return None
+    if isinstance(x, Product):
+        hidden = scaled(x.hidden, scale, dtype)
+        assert hidden is not None
+        return x.dlogits.t() @ hidden
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not use_triton(x):
         return torch.mul(x, scale, out=out)
@@ -284,10 +298,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels = labels.contiguous()
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         dhidden = torch.empty_like(hidden) if wanted[0] else None
-        empty = torch.empty if N else torch.zeros  # the first chunk overwrites it, if there is one
-        dweight = empty(V, H, dtype=sum_dtype, device=hidden.device) if wanted[1] else None
-        dbias = torch.zeros(V, dtype=sum_dtype, device=hidden.device) if wanted[2] else None
         rows = chunk_rows(N, V, hidden.dtype, hidden.device)
+        empty = torch.empty if N else torch.zeros  # the first chunk overwrites it, if there is one
+        later = min(rows, H) >= N and hidden.dtype != torch.float16  # whose range unscaled numbers need
+        single = rows >= N and hidden.dtype == torch.bfloat16  # a sum of one, which needs no wider dtype
+        dtype = hidden.dtype if single else sum_dtype
+        dweight = empty(V, H, dtype=dtype, device=hidden.device) if wanted[1] and not later else None
+        dbias = torch.zeros(V, dtype=sum_dtype, device=hidden.device) if wanted[2] else None
         width = -(-V // 16) * 16  # rows start aligned for GEMMs and wide loads, whatever V is
         buffer = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device)[:, :V]
         out = torch.empty(N, 3 if statistics else 1, dtype=torch.float32, device=hidden.device)
@@ -312,7 +329,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             count = torch.as_tensor(num_items_in_batch)  # a number stays on the CPU: dividing by it needs no copy
             count = count.to(total.device) if count.device.type != "cpu" else count
         ctx.gradient = gradient
-        ctx.save_for_backward(dhidden, dweight, dbias, count, labelled, *saved)
+        of_weight = (buffer[:N], hidden) if wanted[1] and later else (dweight, None)
+        ctx.save_for_backward(dhidden, *of_weight, dbias, count, labelled, *saved)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else weight.dtype
         ctx.mark_non_differentiable(*others)
         return total / count, *others
@@ -320,10 +338,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        (*grads, count, labelled), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        (dhidden, dweight, factor, dbias, count, labelled), saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        grads: Any = dhidden, dweight if factor is None else Product(dweight, factor), dbias
         # nothing to learn from: the loss is nan where it is divided by 0, but gradients are zero, as in PyTorch
         scale = (grad_output / count).masked_fill(labelled == 0, 0.0).reshape(1)
         if ctx.gradient is not None:
-            return None, None, None, ctx.gradient(tuple(grads), scale, *saved), *[None] * (3 + len(saved))
+            return None, None, None, ctx.gradient(grads, scale, *saved), *[None] * (3 + len(saved))
         grads = [scaled(grad, scale, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
         return *grads, *[None] * 4

@@ -186,10 +186,10 @@ class DeferredGradient(_Deferred):
     """The loss' gradient of deferred logits: factor · (softmax(logits) - onehot(targets)), 0 where there is no target.
 
     parts: the gradients of the head's hidden states (of those rows that `rows` names, or all), weight and bias that
-    follow from it, but for `factor`; None for what does not learn.
+    follow from it, but for `factor` (`scaled` multiplies by it); None for what does not learn.
     """
 
-    parts: tuple[torch.Tensor | None, ...]
+    parts: tuple[Any, ...]
     factor: torch.Tensor  # [1], float32
     targets: torch.Tensor
     rows: torch.Tensor | None

@@ -144,15 +144,18 @@ def compute(
     b_up = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
     b_down = experts.down_proj_bias if experts.has_bias else None
     w_down = experts.down_proj
-    if not experts.is_transposed:
-        w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
     scale = 1 / getattr(experts, "grad_divisor", 1)
     factors = vars(experts).get("low_rank", {})  # of adapters, set for this call (lora.py)
     low_up = factors.get("gate_up_proj" if experts.has_gate else "up_proj", (None, None))
     low_down = factors.get("down_proj", (None, None))
+    turned = lambda w: w if experts.is_transposed else w.transpose(1, 2)  # noqa: E731
+    # `_Up`'s backward makes a gradient as large. w_down's own has gone to its weight by then, as autograd sees w_down
+    # behind `_Up` alone
+    seen = turned(w_down.detach() if w_up.requires_grad else w_down)
     h_SJ, a_SI, routed = _Up.apply(
-        x_TH.contiguous(), weight_TK, w_up, b_up, *low_up, w_down, b_down, *low_down, ids_TK, act, scale, exchange
+        x_TH.contiguous(), weight_TK, turned(w_up), b_up, *low_up, seen, b_down, *low_down, ids_TK, act, scale, exchange
     )
+    w_down = turned(w_down)
     return _Down.apply(h_SJ, a_SI, w_down, b_down, *low_down, residual, routed, exchange)
 
 
