@@ -17,7 +17,7 @@ from expertmesh.train.planned import gpu_here, job_of, plan_of
 
 BATCH, EP_SIZE = "train.per_device_train_batch_size", "parallel.ep_size"
 ACCUMULATION, RECOMPUTE = "train.gradient_accumulation_steps", "train.activation_checkpointing"
-LEVELS = {}, {RECOMPUTE: "experts"}, {RECOMPUTE: True}
+LEVELS: tuple[dict[str, Any], ...] = {}, {RECOMPUTE: "experts"}, {RECOMPUTE: True}
 ROOM = 0.97  # of a GPU's memory for what is chosen here; plans count 6 % for fragmentation besides
 SHORTEST = 256  # tokens of a row that is still proposed
 
