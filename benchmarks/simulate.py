@@ -91,7 +91,7 @@ def main() -> None:
         config = AutoConfig.from_pretrained(MODELS / model)
         job = Job(config, **SHARED, **sizes)
         if options.tiny:
-            job = Job(tiny_config(config.model_type), seq=64, world_size=16, ep_size=4)
+            job = Job(tiny_config(config.model_type), seq=64, world_size=8, ep_size=4)
         result.add(row_of(model, simulate(job, GPU)))
 
 

@@ -57,7 +57,7 @@ def test_pairs_that_see_each_other(script):
 
 def test_simulated_ranks(rows):
     found = rows("simulate")
-    assert [row["ranks"] for row in found] == [16] * 3
+    assert [row["ranks"] for row in found] == [8] * 3
     assert all(row["sent_gb"] and row["step_s"][0] <= row["step_s"][1] for row in found)
 
 
