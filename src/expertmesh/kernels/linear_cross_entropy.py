@@ -265,7 +265,8 @@ def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bo
     beta, wide = 0 if first else 1, a.dtype != total.dtype
     if wide and not backends.on_gpu(a):  # CPUs have no GEMM from bfloat16 to float32
         a, b, wide = a.to(total.dtype), b.to(total.dtype), False
-    torch.addmm(total, a.t(), b, **({"out_dtype": total.dtype} if wide else {}), beta=beta, out=total)
+    options: Any = {"out_dtype": total.dtype} if wide else {}
+    torch.addmm(total, a.t(), b, beta=beta, out=total, **options)
 
 
 def scaled(x: torch.Tensor | Product | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
