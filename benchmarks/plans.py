@@ -38,7 +38,7 @@ DOCUMENTS = {14: 9, "sft-packed": 2}
 
 class Case(NamedTuple):
     """What a row measured: layers None are the work's own. optimizer "sgd" has no states; ms None: not to compare.
-    released: gradients do not stand.
+    recompute: the policy as JSON. released: gradients do not stand.
     """
 
     work: str
@@ -47,7 +47,7 @@ class Case(NamedTuple):
     seq: int
     ranks: int
     ep_size: int
-    recompute: bool
+    recompute: str
     documents: int
     optimizer: str
     full: bool
@@ -67,9 +67,10 @@ def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | No
     ms = row["forward_backward_ms"] if "forward_backward_ms" in row else row["step_ms"]
     documents = DOCUMENTS.get(loop or row.get("documents"), 1)
     optimizer = "adamw-8bit" if "-8bit" in arm else "adamw" if loop or row.get("optimizer_ms") else "sgd"
+    recompute = json.dumps("recompute" in arm)
     return Case(
-        row["work"], row["layers"], row["batch"], row["seq"], ranks, ranks if spread else 1, "recompute" in arm,
-        documents, optimizer, loop is not None, None if eager else ms,
+        row["work"], row["layers"], row["batch"], row["seq"], ranks, ranks if spread else 1, recompute, documents,
+        optimizer, loop is not None, None if eager else ms,
     )  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any], Case]]:
             if "states" in result:  # of gradient_release.py
                 row = {"work": "qwen3-30b-a3b", "layers": result["layers"], "seq": result["seq"]} | row
                 case = Case(
-                    row["work"], row["layers"], row["batch"], row["seq"], 1, 1, result["recompute"], 1,
+                    row["work"], row["layers"], row["batch"], row["seq"], 1, 1, json.dumps(result["recompute"]), 1,
                     f"adamw-{result['states']}", True, row["step_ms"], row["arm"] == "running",
                 )  # fmt: skip
             else:
@@ -99,7 +100,7 @@ def planned(case: Case) -> tuple[float, float]:
         seq=case.seq,
         world_size=case.ranks,
         ep_size=case.ep_size,
-        recompute=case.recompute,
+        recompute=json.loads(case.recompute),
         optimizer=case.optimizer,
         documents=case.documents,
         released=case.released,

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from expertmesh import Trainer
+from expertmesh.parallel.setup import recompute
 from expertmesh.train import graphed
 from expertmesh.train.buckets import Buckets, fused_base, one_row
 from expertmesh.train.graphed import WARM_UP, GraphedStep
@@ -27,12 +28,11 @@ def gradients(model):
     return {name: weight.grad.cpu() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("policy", [False, "experts", True])
 @pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
-def test_replays_compute_what_any_step_does(family, recompute):
+def test_replays_compute_what_any_step_does(family, policy):
     model, other = (load_ours(family).cuda().train() for _ in range(2))
-    if recompute:
-        model.activation_checkpointing_enable()
+    recompute(model, policy)
     with contextlib.closing(GraphedStep(model)) as step:
         for seed in range(WARM_UP + 3):
             ids = torch.randint(3, 128, (2, 33), generator=torch.Generator().manual_seed(seed)).cuda()
