@@ -76,7 +76,7 @@ def real_shares(job: Job, memory: int, rank: int = 0) -> tuple[dict[str, Share],
 
 def shares_of(model: nn.Module, per_node: int) -> dict[str, Share]:
     """The shares of a model that is laid out: {name: share}."""
-    found: dict[str, Share] = {}
+    found: dict[int, tuple[str, Any, bool]] = {}
     for name, module in model.named_modules():
         for number, unit in enumerate(units_of(module)):
             # the outermost module keeps what it gathered, unless it was told otherwise
