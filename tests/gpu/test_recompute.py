@@ -23,20 +23,23 @@ def test_loss_gradients_and_memory_of_a_model():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
         ids = torch.randint(3, config.vocab_size, (1, 4096))
     found = {}
-    torch.use_deterministic_algorithms(True, warn_only=True)  # flash-attn-4 adds up by atomics
-    try:
-        for level in (False, "light", "experts"):
-            if level:
-                model.activation_checkpointing_enable({"recompute": level})
-            before = torch.cuda.memory_allocated()
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            kept = torch.cuda.memory_allocated() - before
-            loss.backward()
-            found[level] = kept, [loss.detach(), *(p.grad for p in model.parameters())]
-            model.zero_grad()
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for level in (False, "none again", "light", "experts"):
+        if level in ("light", "experts"):
+            model.activation_checkpointing_enable({"recompute": level})
+        before = torch.cuda.memory_allocated()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        kept = torch.cuda.memory_allocated() - before
+        loss.backward()
+        found[level] = kept, loss.item(), [p.grad.float() for p in model.parameters()]
+        model.zero_grad()
+
+    def apart(level):
+        """How far gradients are from those of the first step, by their norms."""
+        pairs = zip(found[level][2], found[False][2], strict=True)
+        return max((a - b).norm() / b.norm() for a, b in pairs).item()
+
     for level in ("light", "experts"):
         planned = [sum(trace(Job(config, recompute=one), 140 * 2**30).kept.values()) for one in (False, level)]
         assert found[False][0] - found[level][0] == pytest.approx(planned[0] - planned[1], rel=0.05)
-        assert all(torch.equal(a, b) for a, b in zip(found[False][1], found[level][1], strict=True))
+        assert found[level][1] == found[False][1]
+        assert apart(level) <= 2 * apart("none again"), level  # flash-attn-4's backward adds up by atomics

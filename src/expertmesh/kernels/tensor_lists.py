@@ -114,7 +114,7 @@ class _Pinned:
             raise RuntimeError("Take a step before you capture one in a CUDA graph, as PyTorch's optimizers ask too.")
         taken, self._free = self._free[:size], self._free[size:]
         self._taken.append(taken)
-        return taken.copy_(table)
+        return taken.view(table.shape).copy_(table)
 
 
 _GRAPHS = _Pinned()
