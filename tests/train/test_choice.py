@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 
 from expertmesh import backends, cli
 from expertmesh.bench.tiny import tiny_config
@@ -116,7 +117,7 @@ def test_the_next_setting_fits_and_changes_as_little_as_it_can(config, mib, chan
     assert needed(config, gpu) > gpu.memory
     line = next_setting(config, 1, gpu, gpu.memory)
     assert all(key in line for key in proposed), line
-    keys = dict(word.split("=") for word in line.split())
+    keys = {key: yaml.safe_load(value) for key, value in (word.split("=") for word in line.split())}
     assert needed(changed(config, keys), gpu) <= gpu.memory
     rows, steps = keys.get("train.per_device_train_batch_size", 16), keys.get("train.gradient_accumulation_steps", 1)
     assert int(rows) * int(steps) == 16 or "train.gradient_release" in line or changes

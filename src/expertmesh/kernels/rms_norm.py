@@ -11,7 +11,7 @@ own, so it is deterministic.
 Letters: T rows, H width of what is normed, W = G·H width of rows of G groups.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ rounded: `weight * x_hat.to(x.dtype)` (Llama, Qwen3, Mixtral, DeepSeek, OLMoE);
 float32: `(weight.float() * x_hat).to(x.dtype)` (Nemotron-H, GPT-OSS);
 one_plus: `((1 + weight.float()) * x_hat).to(x.dtype)` (Gemma, Qwen3-Next, Qwen3.5).
 """
+SCALES = get_args(Scale)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded") -> torch.Tensor:
@@ -36,7 +37,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     x: [..., H] in any float dtype; weight: [H]. Returns [..., H] in x's dtype (with "rounded": in the dtype that x and
     weight promote to, as in Transformers). Must equal the RMSNorm class of the model that uses this scale.
     """
-    assert weight.shape == x.shape[-1:]
+    assert weight.shape == x.shape[-1:], "the width of x"
+    assert scale in SCALES
     if use_triton(x):
         y = _RMSNorm.apply(x, None, weight, eps, scale, False)
     else:
@@ -53,7 +55,9 @@ def add_rms_norm(
     For a residual connection around what the norm feeds. x, residual: [..., H], same shape; weight: [H]. The sum is
     rounded to the dtype that x and residual promote to and then normed.
     """
-    assert weight.shape == x.shape[-1:] and (residual is None or x.shape == residual.shape)
+    assert weight.shape == x.shape[-1:], "the width of x"
+    assert scale in SCALES
+    assert residual is None or x.shape == residual.shape
     if use_triton(x):
         y, total = _RMSNorm.apply(x, residual, weight, eps, scale, True)
     else:

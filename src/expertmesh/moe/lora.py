@@ -179,7 +179,7 @@ def _complete(config: Any, model: nn.Module) -> None:
     targets, trained = set(config.target_parameters or ()), [n for n, p in model.named_parameters() if p.requires_grad]
     if trained and not any(re.search(_KINDS["routers"], n) for n in trained) and not config.inference_mode:
         targets.discard("gate.weight")  # the user froze them: PEFT freezes all
-    split = (getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1) > 1
+    split = (getattr(getattr(getattr(model, "config", None), "distributed_config", None), "tp_size", None) or 1) > 1
     if str(config.target_modules).lower() == "all-linear":
         refused = [name for name in _NOT_ON_EXPERTS if getattr(config, name, None)] + ["tp_size"] * split
         refused += ["init_lora_weights"] * (config.init_lora_weights not in (True, False, "gaussian"))

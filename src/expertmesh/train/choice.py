@@ -98,9 +98,7 @@ def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str 
 
     for kind in _kinds(config):
         found = []
-        for recompute in (
-            [{}] if config.train.activation_checkpointing else [{}, *({RECOMPUTE: level} for level in LEVELS)]
-        ):
+        for recompute in LEVELS[:1] if config.train.activation_checkpointing else LEVELS:
             steps = [kind | fewer | recompute for fewer in _fewer_rows(config, "train.gradient_release" in kind)]
             if fitting(steps[-1]) is not None:
                 found.append(next(filter(None, map(fitting, steps))))
