@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from expertmesh.backends import opaque
 from expertmesh.kernels.levels import LEVELS
 
-Packed = Any  # called without arguments, it gives the tensor
+Saved = Any  # called without arguments, it gives the tensor
 
 
 class _Kept(NamedTuple):
@@ -72,10 +72,10 @@ class _Layer:
         self.level, self.recipes = LEVELS.index(level), WeakIdKeyDictionary()
         self.around = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
-    def keep(self, x: torch.Tensor) -> Packed:
+    def keep(self, x: torch.Tensor) -> Saved:
         return _Kept(x, x._version) if self.around is None else partial(self.around[1], self.around[0](x))
 
-    def pack(self, x: torch.Tensor) -> Packed:
+    def pack(self, x: torch.Tensor) -> Saved:
         plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout is torch.strided
         recipe, *output = self.recipes.get(x.untyped_storage(), (None,)) if plain else (None,)
         if recipe is None or output[1:] != [x._version, x.dtype]:
