@@ -110,7 +110,7 @@ def test_an_attribute_that_is_set_later_counts(family):
     stock, ours = load_stock(family), load_ours(family)
     for model in (stock, ours):
         for module in model.modules():
-            for name in ("eps", "variance_epsilon"):
+            for name in ("eps", "epsilon", "variance_epsilon", "norm_eps", "layer_norm_eps"):
                 if hasattr(module, name):
                     setattr(module, name, 1.0)
     ids = torch.arange(3, 19)[None]

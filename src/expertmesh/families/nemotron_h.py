@@ -47,7 +47,8 @@ class FastNemotronHBlock(Fast):
         norm = self.norm
         if args or not untouched(norm, kind=FastRMSNorm) or norm.weight.dtype != hidden_states.dtype:  # stock converts
             return super().forward(hidden_states, *args, **kwargs)
-        normed, residual = add_rms_norm(hidden_states, None, norm.weight, norm.epsilon, scale=norm.scale)
+        eps = getattr(norm, norm.eps_name)
+        normed, residual = add_rms_norm(hidden_states, None, norm.weight, eps, scale=norm.scale)
         if self.block_type == "linear_attention":
             for name in ("position_ids", "use_cache"):
                 kwargs.pop(name, None)

@@ -5,7 +5,6 @@ the block allows it (moe/block.py). In backward the kernel of each norm also add
 connection around it.
 """
 
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ class FastRMSNorm(Fast):
     """`weight * x_hat.to(dtype)`: Llama, Qwen, DeepSeek, Mixtral …"""
 
     scale: Scale = "rounded"
-    epsilon = property(attrgetter("variance_epsilon"))
+    eps_name = "variance_epsilon"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.epsilon, scale=self.scale)
+        return rms_norm(hidden_states, self.weight, getattr(self, self.eps_name), scale=self.scale)
 
 
 class FastFloat32RMSNorm(FastRMSNorm):
@@ -38,7 +37,7 @@ class FastOnePlusRMSNorm(FastRMSNorm):
 
     stands_for = ("forward", "_norm")
     scale: Scale = "one_plus"
-    epsilon = property(attrgetter("eps"))
+    eps_name = "eps"
 
 
 class FastDecoderLayer(Fast):
@@ -54,11 +53,13 @@ class FastDecoderLayer(Fast):
                 f"{type(self).__name__} runs Transformers' code: a norm was changed, or arguments came by position."
             )
             return super().forward(hidden_states, *args, **kwargs)
-        normed, residual = add_rms_norm(hidden_states, None, first.weight, first.epsilon, scale=first.scale)
+        eps = getattr(first, first.eps_name)
+        normed, residual = add_rms_norm(hidden_states, None, first.weight, eps, scale=first.scale)
         mixed = self._mix(normed, kwargs)
         if self.residual_multiplier != 1:
             mixed = mixed * self.residual_multiplier
-        normed, residual = add_rms_norm(mixed, residual, second.weight, second.epsilon, scale=second.scale)
+        eps = getattr(second, second.eps_name)
+        normed, residual = add_rms_norm(mixed, residual, second.weight, eps, scale=second.scale)
         return add_block(getattr(self, self.block_name), normed, residual, self.residual_multiplier)
 
     def _mix(self, normed: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
