@@ -190,3 +190,23 @@ def test_exchanges_alone(tmp_path):
         ("c10d", "all-to-all"), ("NCCL", "gather"), ("NCCL", "scatter"), ("this GPU alone", "combine"),
     }  # fmt: skip
     assert all(row["us"] > 0 for row in rows)
+
+
+def test_what_stands_when_memory_is_highest(rows):
+    found = rows("peak_memory")
+    assert [row["arm"] for row in found] == ["expertmesh", "stock"] * (len(found) // 2) and len(found) >= 6
+    assert all(row["planned_gib"] > 0 for row in found[::2])
+
+
+def test_experts_in_4_bits(rows):
+    found = rows("four_bit", "--formats", "nf4", "--batch", "1", "--layers", "1")
+    assert [(row["format"], row["batch"]) for row in found] == [("nf4", 1)]
+    assert len(found[0]["losses"]) == 3 and found[0]["step_ms"] > 0
+
+
+def test_quality_trains_by_small_states_and_released_gradients(script, tmp_path):
+    quality = script("quality")
+    quality.text_tokens(tmp_path, 64, tiny=True)
+    row = quality.run(tmp_path, True, "8bit", "running", 0, 3, 2)
+    assert row["arm"] == "8bit-running" and [point["step"] for point in row["curve"]] == [1, 2, 3]
+    assert 0 < row["held_out_loss"] < 9

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from expertmesh.kernels.packed import Packed
 from expertmesh.weights.four_bit import pack
 from tests.moe.test_four_bit import WIDTHS, config, packed_weights
 from tests.weights.test_mxfp4 import OPENAI, published  # noqa: F401  a fixture
-from tests.weights.test_quantized import FP8_CONFIG, edit_config, quantized
+from tests.weights.test_quantized import write_fp8
 
 IDS = torch.arange(3, 15)[None]
 
@@ -108,18 +107,8 @@ def test_gpt_oss_stays_in_mxfp4_to_the_bit_and_stock_reads_what_is_saved(publish
 
 
 def test_block_fp8_is_packed_from_what_it_stands_for(folders, tmp_path):
-    source = folders["deepseek_v3"]
-    stored, exact = {}, {}
-    for name, weight in load_file(source / "model.safetensors").items():
-        if "_proj" in name:
-            stored[name], stored[f"{name}_scale_inv"], exact[name] = quantized(weight)
-        else:
-            stored[name] = exact[name] = weight
-    for kind, tensors in (("fp8", stored), ("exact", exact)):
-        shutil.copytree(source, tmp_path / kind, ignore=shutil.ignore_patterns("SHA256SUMS"))
-        save_file(tensors, tmp_path / kind / "model.safetensors", {"format": "pt"})
-    edit_config(tmp_path / "fp8", FP8_CONFIG)
-    assert_same(load(tmp_path / "fp8", "nf4"), load(tmp_path / "exact", "nf4"))
+    fp8, exact = write_fp8(folders["deepseek_v3"], tmp_path / "fp8", tmp_path / "exact")
+    assert_same(load(fp8, "nf4"), load(exact, "nf4"))
 
 
 def test_new_weights_are_packed_as_they_are_drawn():

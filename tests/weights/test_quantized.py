@@ -47,18 +47,22 @@ def quantized(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[tor
 def checkpoints(mtp: bool) -> tuple[Path, Path]:
     """(a tiny DeepSeek V3 in block FP8, the same values in float32). Do not write into them."""
     source = saved_with_mtp("deepseek_v3") if mtp else saved("deepseek_v3")
-    folders = [Path(_FOLDERS.name, f"{kind}-{mtp}") for kind in ("fp8", "exact")]
+    return write_fp8(source, Path(_FOLDERS.name, f"fp8-{mtp}"), Path(_FOLDERS.name, f"exact-{mtp}"))
+
+
+def write_fp8(source: Path, fp8: Path, same: Path) -> tuple[Path, Path]:
+    """Both folders, with the checkpoint `source` in block FP8, and with what that stands for."""
     stored, exact = {}, {}
     for name, weight in load_file(source / "model.safetensors").items():
         if "_proj" in name:
             stored[name], stored[f"{name}_scale_inv"], exact[name] = quantized(weight)
         else:
             stored[name] = exact[name] = weight
-    for folder, weights in zip(folders, (stored, exact), strict=True):
+    for folder, weights in ((fp8, stored), (same, exact)):
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("SHA256SUMS"))
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    edit_config(folders[0], FP8_CONFIG)
-    return folders[0], folders[1]
+    edit_config(fp8, FP8_CONFIG)
+    return fp8, same
 
 
 def edit_config(folder: Path, changes: dict) -> None:

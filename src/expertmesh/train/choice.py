@@ -92,7 +92,7 @@ def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str 
     def fitting(keys: dict[str, Any]) -> tuple[float, dict[str, Any]] | None:
         try:
             layout = plan_of(changed(config, keys), num_ranks, gpu).layout
-        except Exception:  # keys that do not go together, or cannot be planned: they are not proposed
+        except ValueError:  # keys that do not go together, or cannot be planned: they are not proposed
             return None
         return (layout.speed.tokens_per_second, keys) if layout.memory.needed <= limit else None
 
