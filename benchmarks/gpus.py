@@ -10,8 +10,10 @@ experts on several meshes it clips by ours), ours by `expertmesh.AdamW`, which c
 -ep         all ranks share the experts; -ep-half: half of the ranks, FSDP2 over the rest. Without it: FSDP2 alone
 -compiled   each decoder layer is compiled (stock)
 -recompute  the activations of each layer are recomputed (ours)
+-experts    less is: the experts' up-projections, and what takes no product (ours)
 -graph      forward and backward are one CUDA graph (ours)
 -8bit       AdamW's states have 8 bits (ours)
+-released   a gradient is used up within backward, clipped by the norms of earlier steps (ours, not recorded)
 
 `ARM:1,2` has batch sizes of its own. `--trace` adds where the milliseconds of a step went. Without GPUs it is a tiny
 model, to try the script.
@@ -35,7 +37,7 @@ from transformers import AutoModelForCausalLM as StockAuto
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from expertmesh import AdamW, AutoModelForCausalLM
+from expertmesh import AdamW, AutoModelForCausalLM, GradientRelease
 from expertmesh.bench.flops import step_flops
 from expertmesh.bench.gate import set_routing
 from expertmesh.bench.works import NEMOTRON_3_NANO, WORKS, config_of, top_k_and_experts
@@ -87,7 +89,10 @@ def build(arm: str, config: Any, device: torch.device) -> Any:
         model = type(model).maybe_distribute_model(model, setup, meshes)
         model.to_empty(device=device)
     else:
-        setup = {"ep_size": ep_size, "activation_checkpointing": "-recompute" in arm}
+        setup = {
+            "ep_size": ep_size,
+            "activation_checkpointing": "experts" if "-experts" in arm else "-recompute" in arm,
+        }
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, distributed_setup=setup)
     fill(model, config, device)
     if "-compiled" in arm:
@@ -147,12 +152,16 @@ def milliseconds(start: Any, end: Any) -> float:
     return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
 
 
-def step(model: Any, recorded: Any, optimizer: Any, clip: Any, ids: torch.Tensor, device: torch.device) -> list[Any]:
-    """One step; the marks around its phases. optimizer None: forward and backward alone; clip None: it clips itself."""
+def step(model: Any, runner: Any, optimizer: Any, clip: Any, ids: torch.Tensor, device: torch.device) -> list[Any]:
+    """One step; the marks around its phases. `runner` does forward and backward in one, else they are two phases.
+    optimizer None: forward and backward alone; clip None: it clips itself.
+    """
     marks = [mark(device)]
     model.zero_grad(set_to_none=True)
-    if recorded:
-        recorded(input_ids=ids, labels=ids)
+    if isinstance(runner, GradientRelease):
+        runner.backward(lambda: model(input_ids=ids, labels=ids).loss)
+    elif runner:
+        runner(input_ids=ids, labels=ids)
     else:
         loss = model(input_ids=ids, labels=ids).loss
         marks.append(mark(device))
@@ -168,22 +177,22 @@ def step(model: Any, recorded: Any, optimizer: Any, clip: Any, ids: torch.Tensor
 
 
 def measure(
-    model: Any, recorded: Any, optimizer: Any, clip: Any, config: Any, batch: int, seq: int, device: torch.device,
+    model: Any, runner: Any, optimizer: Any, clip: Any, config: Any, batch: int, seq: int, device: torch.device,
     warmup: int = 2, repeats: int = 5,
 ) -> dict[str, Any]:  # fmt: skip
     """Medians of steps one behind the other, each up to where the next begins."""
-    ids, on_gpu = tokens(config, batch, seq, device), device.type == "cuda"
+    ids, on_gpu, recorded = tokens(config, batch, seq, device), device.type == "cuda", isinstance(runner, GraphedStep)
     for number in range(warmup + WARM_UP if recorded else warmup):
         if on_gpu and recorded and number == WARM_UP:  # the recording, whose memory all replays keep
             torch.cuda.reset_peak_memory_stats()
-        step(model, recorded, optimizer, clip, ids, device)
+        step(model, runner, optimizer, clip, ids, device)
     if on_gpu and not recorded:
         torch.cuda.reset_peak_memory_stats()
-    steps = [step(model, recorded, optimizer, clip, ids, device) for _ in range(repeats)]
+    steps = [step(model, runner, optimizer, clip, ids, device) for _ in range(repeats)]
     steps.append([mark(device)])
     if on_gpu:
         torch.cuda.synchronize()
-    names = PHASES if not recorded else ("forward_backward_ms", *PHASES[2:])
+    names = PHASES if not runner else ("forward_backward_ms", *PHASES[2:])
     parts = {
         name: statistics.median(milliseconds(marks[at], marks[at + 1]) for marks in steps[:-1])
         for at, name in enumerate(names[: len(steps[0]) - 1])
@@ -198,13 +207,15 @@ def measure(
     }
 
 
-def trace(model: Any, recorded: Any, ids: torch.Tensor) -> dict[str, float]:
+def trace(model: Any, runner: Any, ids: torch.Tensor) -> dict[str, float]:
     """Where the milliseconds of one step went on this GPU: a kernel computed; only rows, weights or gradients travelled
     or ranks met; nothing ran.
     """
     model.zero_grad(set_to_none=True)
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        recorded(input_ids=ids, labels=ids) if recorded else model(input_ids=ids, labels=ids).loss.backward()
+        runner(input_ids=ids, labels=ids) if isinstance(runner, GraphedStep) else model(
+            input_ids=ids, labels=ids
+        ).loss.backward()
         torch.cuda.synchronize()
     spans = [
         (event.time_range.start, event.time_range.end, any(name in event.name for name in EXCHANGES))
@@ -240,19 +251,23 @@ def rows_of(arm: str, batches: list[int], options: Any, device: torch.device) ->
         for batch in batches:
             row = {"work": options.work, "arm": arm, "layers": config.num_hidden_layers, "batch": batch}
             row |= {"seq": options.seq, "routing": routing}
-            recorded = GraphedStep(model) if "-graph" in arm else None
+            runner = None
             try:
                 optimizer = adamw(arm, model) if options.update else None
-                row |= measure(model, recorded, optimizer, clip, config, batch, options.seq, device)
+                if "-graph" in arm:
+                    runner = GraphedStep(model)
+                elif "-released" in arm:
+                    runner = GradientRelease(optimizer, "running")
+                row |= measure(model, runner, optimizer, clip, config, batch, options.seq, device)
                 if options.trace and on_gpu:
-                    row["trace"] = trace(model, recorded, tokens(config, batch, options.seq, device))
+                    row["trace"] = trace(model, runner, tokens(config, batch, options.seq, device))
             except torch.OutOfMemoryError:
                 row["failed"] = "out of memory"
             finally:
                 model.zero_grad(set_to_none=True)  # first: closing would copy gradients that the recording holds
-                if recorded:
-                    recorded.close()
-                optimizer = recorded = None
+                if runner:
+                    runner.close()
+                optimizer = runner = None
                 free()
             yield row
             if "failed" in row:
