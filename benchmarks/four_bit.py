@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from shared import DEVICE, DTYPE, Result, interpreted, median_ms, parser
+from shared import DEVICE, DTYPE, Result, interpreted, median_ms, parser, policy_of
 from transformers import PreTrainedConfig
 
 from expertmesh import AutoModelForCausalLM, ExpertsQuantConfig
@@ -22,6 +22,7 @@ from expertmesh.bench import loops
 from expertmesh.bench.arms import ARMS
 from expertmesh.bench.works import WORKS, config_of, expert_widths, top_k_and_experts
 from expertmesh.kernels import four_bit
+from expertmesh.parallel.setup import recompute
 
 MODELS = {"qwen3-30b-a3b": (48, {}), "gpt-oss-20b": (24, {}), "gpt-oss-120b": (36, {"num_local_experts": 128})}
 TINY = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 64}
@@ -66,8 +67,7 @@ def train(options: Any, format: str, batch: int) -> dict[str, Any]:
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, **quantization).train()
     made = round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None
-    if options.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute(model, options.recompute)
     loop = replace(loops.LOOPS[options.loop], lora=True, experts=True)
     arm = ARMS["expertmesh-trainer" if options.own_trainer else "expertmesh"]
     seq, warmup = (32, 1) if options.tiny else (options.seq, loops.WARMUP)
@@ -85,7 +85,7 @@ def main() -> None:
     options.add_argument("--formats", nargs="+", default=["nf4"], choices=["nf4", "mxfp4", "bf16"])
     options.add_argument("--loop", choices=["lora-experts", "sft-packed"], default="lora-experts")
     options.add_argument("--own-trainer", action="store_true", help="ours instead of transformers' or TRL's")
-    options.add_argument("--recompute", action="store_true", help="layers are recomputed in the backward")
+    options.add_argument("--recompute", nargs="?", const=True, default=False, type=policy_of, help="light, experts...")
     options = options.parse_args()
     result = Result(options, ("triton", "transformers", "trl", "peft"))
     config = config_for(options.model, options.layers, options.tiny)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from shared import DEVICE, DTYPE, Result, parser
+from shared import DEVICE, DTYPE, Result, parser, policy_of
 
 import expertmesh
 from expertmesh.bench.works import WORKS, config_of
@@ -62,12 +62,6 @@ def measure(model: Any, arm: str, batch: int, seq: int, repeats: int, states: An
     ms = statistics.median(times[WARM_UP:])
     peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None
     return {"step_ms": round(ms, 2), "tokens_per_second": round(batch * seq / ms * 1e3), "peak_gib": peak}
-
-
-def policy_of(text: str) -> str | dict[str, int]:
-    """A level, or `level=n`, as `activation_checkpointing` takes it."""
-    level, several, number = text.partition("=")
-    return {level: int(number)} if several else level
 
 
 def main() -> None:

@@ -133,3 +133,9 @@ def medians_ms(
         rows.append((elapsed / queued, cpu / queued))
     device, host = zip(*rows[warmup:], strict=True)
     return statistics.median(device), statistics.median(host)
+
+
+def policy_of(text: str) -> str | dict[str, int]:
+    """A level, or `level=n`, as `activation_checkpointing` takes it."""
+    level, several, number = text.partition("=")
+    return {level: int(number)} if several else level
