@@ -58,19 +58,24 @@ class Case(NamedTuple):
 def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | None:
     """The case of a row, None for one that a plan does not describe: other code than ours, or rows of padding."""
     arm, loop, ranks = row.get("arm", ""), row.get("loop"), result["gpus"]
-    if not arm.startswith("expertmesh") or "-no-" in arm or "-push" in arm or name in OLDER or "step_ms" not in row:
+    released = "-released" in arm
+    if not arm.startswith("expertmesh") or "-no-" in arm or "-push" in arm or name in OLDER:
         return None
-    if not row.get("peak_gib") or loop in ("trainer-padded", "lora", "lora-experts", "dpo"):
+    if (
+        not {"step_ms", "work"} <= set(row)
+        or not row.get("peak_gib")
+        or loop in ("trainer-padded", "lora", "lora-experts", "dpo")
+    ):
         return None
     spread = ranks > 1 and (loop is not None or "-ep" in arm or "-gather" in arm)
     eager = (ranks > 1 and "-graph" not in arm and arm != "expertmesh-trainer") or (loop and arm == "expertmesh")
     ms = row["forward_backward_ms"] if "forward_backward_ms" in row else row["step_ms"]
     documents = DOCUMENTS.get(loop or row.get("documents"), 1)
     optimizer = "adamw-8bit" if "-8bit" in arm else "adamw" if loop or row.get("optimizer_ms") else "sgd"
-    recompute = json.dumps("recompute" in arm)
+    recompute = json.dumps("experts" if "-experts" in arm else "-recompute" in arm)
     return Case(
         row["work"], row["layers"], row["batch"], row["seq"], ranks, ranks if spread else 1, recompute, documents,
-        optimizer, loop is not None, None if eager else ms,
+        optimizer, loop is not None, None if eager else ms, released,
     )  # fmt: skip
 
 

@@ -299,13 +299,14 @@ def published(*names: str) -> str:
 # Parts of a step
 
 
-def rows(name: str, *columns: str) -> str:
-    """Every row that has times, with all its columns, or with these."""
-    result = load(name)
-    timed = [row for row in result["rows"] if any(key.endswith(("ms", "_s")) or key == "failed" for key in row)]
+def rows(names: str, *columns: str) -> str:
+    """Every row that has times, with all its columns, or with these. names: a result, or several joined by "+"."""
+    results = [load(name) for name in names.split("+")]
+    all_rows = [row for result in results for row in result["rows"]]
+    timed = [row for row in all_rows if any(key.endswith(("ms", "_s")) or key == "failed" for key in row)]
     keys = columns or list(dict.fromkeys(key for row in timed for key in row))
     cells = [[row.get(key, "") for key in keys] for row in timed]
-    return f"{table([key.replace('_', ' ') for key in keys], cells)}\n\n{source(result)}"
+    return "\n\n".join([table([key.replace("_", " ") for key in keys], cells), *map(source, results)])
 
 
 def kernels(name: str) -> str:
