@@ -34,7 +34,7 @@ def test_docs_and_readme_show_the_committed_results(tables):
 def test_every_table_is_between_marks_and_every_result_on_a_page(tables):
     text = "".join(page.read_text() for page in tables.PAGES)
     assert text.count("<!-- table: ") == text.count("<!-- end of table -->") == len(tables.BLOCK.findall(text)) > 30
-    named = {word for _, directive, _ in tables.BLOCK.findall(text) for word in directive.split()}
+    named = {word for _, directive, _ in tables.BLOCK.findall(text) for word in re.split("[ +]", directive)}
     assert not {path.stem for path in RESULTS} - named
     assert not {name for name in tables.TABLES if name not in named}
 
