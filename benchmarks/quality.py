@@ -2,111 +2,157 @@
 
     python benchmarks/quality.py --out benchmarks/results/h200_quality.json
 
-A Qwen3-MoE of 47 million bfloat16 weights (32 experts, 4 of them for each token) learns the sources of Python's
-standard library; one file of twenty is held out. Arms: AdamW's states in float32, 24 or 8 bits, each with gradients
-that stand until the optimizer's step, and released within backward (`running`). Arms of a seed have the same first
-weights and the same batches. Runs are processes, `--workers` at a time.
+A Qwen3-MoE of 28 million bfloat16 weights (32 experts, 4 of them for each token) learns the Python sources of the
+standard library, PyTorch and Transformers, no row twice; every 20th row is held out. Arms: AdamW's states in float32,
+24 or 8 bits, each with gradients that stand until the optimizer's step, and released within backward (`running`). Arms
+of a seed have the same first weights and the same batches. On a GPU a whole step is one CUDA graph, and `--together`
+arms train at the same time, each on its own stream. `arms` of the result compares losses with those of `float32`.
 """
 
 import math
-import random
+import statistics
 import sysconfig
-import zlib
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from shared import DEVICE, DTYPE, Result, parser
-from transformers import Qwen3MoeConfig
 
 import expertmesh
 from expertmesh.data import demo_tokenizer
 from expertmesh.data.tokenizer import VOCABULARY
+from expertmesh.memory import release as gradient_release
+from expertmesh.train.graphed import GraphedStep
 
 STATES, RELEASES, SEEDS = ("float32", "24bit", "8bit"), (None, "running"), (0, 1, 2)
-PEAK_LR, WARM_UP, MAX_NORM, WEIGHT_DECAY = 1e-3, 100, 1.0, 0.1
-SIZES = {"hidden_size": 384, "moe_intermediate_size": 192, "num_hidden_layers": 6, "num_experts": 32,
-         "num_experts_per_tok": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
-TINY = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "num_experts": 4,
-        "num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
-CURVE_POINTS = 20
+PEAK_LR, WARM_UP, MAX_NORM, WEIGHT_DECAY = 5e-4, 100, 1.0, 0.1
+SIZES = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 4, "num_experts": 32,
+         "num_experts_per_tok": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
+TINY = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_experts": 8,
+        "num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
+FOLDERS = [Path(sysconfig.get_paths()["stdlib"]), *(Path(each.__file__).parent for each in (torch, transformers))]
+HELD_OUT = 20  # of so many rows one
+CURVE_POINTS, CURVE_ROWS, EVAL_ROWS = 10, 128, 64  # losses on the way, each of so many rows; rows of a forward
+Training = Generator[None, None, dict[str, Any]]  # goes on to the next step, and returns its row
 
 
-def text_tokens(folder: Path, seq: int, tiny: bool) -> None:
-    """Writes rows of tokens [rows, seq] as train.pt and held-out.pt: files behind one another, each with an end."""
-    tokenizer = demo_tokenizer()
-    rows: dict[str, list[int]] = {"train": [], "held-out": []}
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts]
-    for path in files[:16] if tiny else files:
-        name = path.relative_to(library).as_posix()
-        try:
-            text = path.read_text("utf-8")
-        except UnicodeDecodeError:  # tests of other encodings
-            continue
-        part = "held-out" if zlib.crc32(name.encode()) % (4 if tiny else 20) == 0 else "train"
-        rows[part] += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    for part, tokens in rows.items():
-        whole = len(tokens) // seq
-        torch.save(torch.tensor(tokens[: whole * seq], dtype=torch.int32).view(whole, seq), folder / f"{part}.pt")
+def text(rows: int, seq: int) -> torch.Tensor:
+    """Rows of tokens [rows, seq]: files behind one another, each with an end. Raises ValueError for too little text."""
+    files = [path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))
+             if "site-packages" not in path.relative_to(folder).parts]  # fmt: skip
+    tokenizer, tokens = demo_tokenizer(), list[int]()
+    for first in range(0, len(files), 256):
+        texts = [path.read_text("utf-8", errors="replace") for path in files[first : first + 256]]
+        for ids in tokenizer(texts)["input_ids"]:
+            tokens += [*ids, tokenizer.eos_token_id]
+        if len(tokens) >= rows * seq:
+            return torch.tensor(tokens[: rows * seq]).view(rows, seq)
+    raise ValueError(f"{len(files)} files have {len(tokens)} tokens, and {rows * seq} are to be learned: fewer steps.")
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate of a step: linear warm-up, then a cosine to a tenth."""
+    """The learning rate of a step: linear warm-up, then a cosine to 0."""
     if step < WARM_UP:
         return PEAK_LR * (step + 1) / WARM_UP
-    return PEAK_LR * (0.55 + 0.45 * math.cos(math.pi * (step - WARM_UP) / max(steps - WARM_UP, 1)))
+    return PEAK_LR * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(steps - WARM_UP, 1)))
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, rows: torch.Tensor, batch: int) -> float:
+def held_out_loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """The mean over all tokens, a scalar on the device."""
     model.eval()
-    losses = [model(input_ids=ids, labels=ids, use_cache=False).loss.float() * len(ids) for ids in rows.split(batch)]
+    losses = [
+        len(ids) * model(input_ids=ids, labels=ids, use_cache=False).loss.float() for ids in rows.split(EVAL_ROWS)
+    ]
     model.train()
-    return round(sum(loss.item() for loss in losses) / len(rows), 5)
+    return torch.stack(losses).sum() / len(rows)
 
 
-def run(
-    folder: Path, tiny: bool, states: str, release: str | None, seed: int, steps: int, batch: int
-) -> dict[str, Any]:
-    """The row of one run: held-out loss at the end, and both losses on the way."""
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(**(TINY if tiny else SIZES), vocab_size=VOCABULARY, rope_theta=1e4)
-    with torch.device(DEVICE):
-        model = expertmesh.AutoModelForCausalLM.from_config(config, dtype=DTYPE).train()
-    train, held_out = (torch.load(folder / f"{part}.pt").long().to(DEVICE) for part in ("train", "held-out"))
-    rows = [row for _ in range(steps * batch // len(train) + 1) for row in torch.randperm(len(train)).tolist()]
-    optimizer = expertmesh.AdamW(
-        model.parameters(),
-        lr=PEAK_LR,
-        betas=(0.9, 0.95),
-        weight_decay=WEIGHT_DECAY,
-        max_grad_norm=MAX_NORM,
-        states=states,
-    )
-    released = expertmesh.GradientRelease(optimizer, release) if release else None
-    curve, every = [], max(steps // CURVE_POINTS, 1)
-    for step in range(steps):
-        ids = train[rows[step * batch : (step + 1) * batch]]
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps)
-        forward = lambda ids=ids: model(input_ids=ids, labels=ids, use_cache=False).loss  # noqa: E731
+def whole_step(model: Any, optimizer: expertmesh.AdamW, release: str | None) -> Callable[..., torch.Tensor]:
+    """A function of a batch that does forward, backward and update, and leaves no gradient."""
+    released = expertmesh.GradientRelease(optimizer, release) if release else None  # type: ignore[arg-type]
+    running = torch.zeros((), device=DEVICE)  # in one place, where a graph reads it and writes it
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
         if released:
-            loss = released.backward(forward)
+            loss = released.backward(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+            (group,) = optimizer.param_groups
+            running.copy_(group[gradient_release.RUNNING])
+            group[gradient_release.RUNNING] = running
         else:
-            loss = forward()
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % every == 0:
-            point = held_out_loss(model, held_out[: 4 * batch], batch)
-            curve.append({"step": step + 1, "train": round(loss.item(), 5), "held_out": point})
+        return loss.detach()
+
+    return step
+
+
+def training(data: torch.Tensor, sizes: dict, states: str, release: str | None, seed: int, batch: int) -> Training:
+    """Trains one arm on all rows of data that are not held out, a step each time it is asked."""
+    torch.manual_seed(seed)
+    config = transformers.Qwen3MoeConfig(
+        **sizes, vocab_size=VOCABULARY, rope_theta=1e4, initializer_range=sizes["hidden_size"] ** -0.5
+    )
+    with torch.device(DEVICE):
+        model = expertmesh.AutoModelForCausalLM.from_config(config, dtype=DTYPE).train()
+    # experts are updated within backward one by one, as those of large models are
+    gradient_release.BYTES = min(weight.nbytes for weight in model.parameters() if weight.ndim == 3)
+    lr = torch.zeros((), device=DEVICE)
+    options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_NORM}
+    run = whole_step(model, expertmesh.AdamW(model.parameters(), lr=lr, states=states, **options), release)
+    step_on = GraphedStep(model, run) if DEVICE == "cuda" else run
+    is_held_out = torch.arange(len(data), device=DEVICE) % HELD_OUT == 0
+    held_out, train = data[is_held_out], data[~is_held_out]
+    batches = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(DEVICE).split(batch)
+    curve, since, summed, begin = [], 0, torch.zeros((), device=DEVICE), time.perf_counter()
+    for step, rows in enumerate(batches, 1):
+        lr.fill_(rate(step - 1, len(batches)))
+        summed += step_on(ids=train[rows])
+        if step * CURVE_POINTS // len(batches) > (step - 1) * CURVE_POINTS // len(batches):
+            curve.append((step, summed / (step - since), held_out_loss(model, held_out[:CURVE_ROWS])))
+            since, summed = step, torch.zeros_like(summed)
+        yield
+    final = round(held_out_loss(model, held_out).item(), 5)
+    if isinstance(step_on, GraphedStep):
+        step_on.close()
+    names = "step", "train", "held_out"
+    points = [dict(zip(names, (step, *(round(x.item(), 5) for x in losses)), strict=True)) for step, *losses in curve]
     row = {"arm": states + (f"-{release}" if release else ""), "states": states, "release": release, "seed": seed}
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return row | {"parameters": size, "held_out_loss": held_out_loss(model, held_out, batch), "curve": curve}
+    row |= {"parameters": sum(p.numel() for p in model.parameters()), "seconds": round(time.perf_counter() - begin, 1)}
+    return row | {"held_out_loss": final, "curve": points}
+
+
+def together(runs: list[Training]) -> Iterator[dict[str, Any]]:
+    """The rows of runs that take their steps in turn, each on a stream of its own."""
+    on = {run: torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else nullcontext() for run in runs}
+    while on:
+        for run, stream in list(on.items()):
+            try:
+                with stream:
+                    next(run)
+            except StopIteration as end:
+                del on[run]
+                yield end.value
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each arm the mean over seeds, and by how many percent it is above that of float32 with standing gradients."""
+    base = {row["seed"]: row["held_out_loss"] for row in rows if row["arm"] == STATES[0]}
+    found = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        losses = {row["seed"]: row["held_out_loss"] for row in rows if row["arm"] == arm}
+        above = [round(100 * (loss / base[seed] - 1), 3) for seed, loss in losses.items()]
+        mean = statistics.mean(losses.values())
+        percent = round(100 * (mean / statistics.mean(base[seed] for seed in losses) - 1), 3)
+        found.append({"arm": arm, "held_out_loss": round(mean, 5), "percent_above": percent, "of_seeds": above})
+    return found
 
 
 def main() -> None:
@@ -115,23 +161,23 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=16, help="rows of a step")
     options.add_argument("--seq", type=int, default=512)
     options.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    options.add_argument("--workers", type=int, default=9)
-    options.add_argument("--folder", default="/tmp/quality", help="of the tokens")
+    options.add_argument("--together", type=int, default=6, help="arms that train at the same time")
     options = options.parse_args()
     if options.tiny:
         options.steps, options.batch, options.seq, options.seeds = 10, 2, 64, [0]
-    folder = Path(options.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text_tokens(folder, options.seq, options.tiny)
-    result = Result(options, steps=options.steps, batch=options.batch, seq=options.seq)
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        job = folder, options.tiny
-        pool.submit(run, *job, STATES[0], None, 0, 2, options.batch).result()  # compiles for all
-        arms = list(product(options.seeds, STATES, RELEASES))
-        random.Random(0).shuffle(arms)  # a worker's runs are of all kinds
-        runs = [pool.submit(run, *job, states, how, seed, options.steps, options.batch) for seed, states, how in arms]
-        for finished in runs:
-            result.add(finished.result())
+    torch.set_num_threads(1)
+    data = text(math.ceil(options.steps * options.batch / (1 - 1 / HELD_OUT)), options.seq).to(DEVICE)
+    result = Result(options, steps=options.steps, batch=options.batch, seq=options.seq, peak_lr=PEAK_LR)
+    for seed in options.seeds:
+        arms = list(product(STATES, RELEASES))
+        for first in range(0, len(arms), options.together):
+            some = arms[first : first + options.together]
+            sizes = TINY if options.tiny else SIZES
+            for row in together([training(data, sizes, *arm, seed, options.batch) for arm in some]):
+                result.add(row)
+    result.content["arms"] = compared(result.content["rows"])
+    result.save()
+    print(*result.content["arms"], sep="\n")
 
 
 if __name__ == "__main__":

@@ -206,9 +206,29 @@ def test_experts_in_4_bits(rows):
     assert len(found[0]["losses"]) == 3 and found[0]["step_ms"] > 0
 
 
-def test_quality_trains_by_small_states_and_released_gradients(script, tmp_path):
+def test_quality_trains_by_small_states_and_released_gradients(script, tmp_path, monkeypatch):
     quality = script("quality")
-    quality.text_tokens(tmp_path, 64, tiny=True)
-    row = quality.run(tmp_path, True, "8bit", "running", 0, 3, 2)
-    assert row["arm"] == "8bit-running" and [point["step"] for point in row["curve"]] == [1, 2, 3]
-    assert 0 < row["held_out_loss"] < 9
+    (tmp_path / "some.py").write_text("print(1)\n" * 2000)
+    monkeypatch.setattr(quality, "FOLDERS", [tmp_path])
+    data = quality.text(40, 64)
+    assert data.shape == (40, 64) and data.max() < quality.VOCABULARY
+    arms = [("float32", None), ("8bit", "running")]
+    rows = list(quality.together([quality.training(data, quality.TINY, *arm, 0, 2) for arm in arms]))
+    assert [row["arm"] for row in rows] == ["float32", "8bit-running"]
+    for row in rows:
+        assert [point["step"] for point in row["curve"]][-3:] == [16, 18, 19]  # the 38 rows that are not held out
+        assert 0 < row["held_out_loss"] < 9
+    with pytest.raises(ValueError, match="fewer steps"):
+        quality.text(2000, 64)
+
+
+def test_quality_compares_losses_with_those_of_standing_gradients_and_float32(script):
+    quality = script("quality")
+    losses = {("float32", 0): 2.0, ("float32", 1): 3.0, ("8bit", 0): 2.02, ("8bit", 1): 2.98}
+    rows = [{"arm": arm, "seed": seed, "held_out_loss": loss} for (arm, seed), loss in losses.items()]
+    assert quality.compared(rows) == [
+        {"arm": "float32", "held_out_loss": 2.5, "percent_above": 0.0, "of_seeds": [0.0, 0.0]},
+        {"arm": "8bit", "held_out_loss": 2.5, "percent_above": 0.0, "of_seeds": [1.0, -0.667]},
+    ]
+    assert [quality.rate(step, 2000) for step in (0, 99)] == [quality.PEAK_LR / 100, quality.PEAK_LR]
+    assert quality.rate(1999, 2000) < quality.PEAK_LR / 1000
