@@ -124,7 +124,8 @@ def named(layout: "Layout") -> str:
     shards = job.world_size // job.dp_replicate_size // job.tp_size
     words += [f"ep_size {job.ep_size}", f"{shards} shards"] * (job.world_size > 1)
     words += [f"tp_size {job.tp_size}"] * (job.tp_size > 1)
-    return ", ".join([*words, *_recomputed(job.recompute), job.optimizer, *["gradients released"] * job.released])
+    released = ["gradients released" + (", clipped exactly" if job.released == "exact" else "")] if job.released else []
+    return ", ".join([*words, *_recomputed(job.recompute), job.optimizer, *released])
 
 
 def _recomputed(policy: "Policy") -> list[str]:

@@ -48,10 +48,10 @@ CONTEXT = 1.0 * GIB
 class Job:
     """What is trained, and how. batch: rows of seq tokens in a micro-batch of this rank, each of so many `documents` of
     equal length. optimizer: one of `OPTIMIZERS`. released: the optimizer steps a parameter as soon as its gradient is
-    there, so that gradients never stand together. recompute: as a setup's `activation_checkpointing`. adapt: what
-    becomes of the model before it is trained (PEFT's `get_peft_model`, say). accumulates: a step has several
-    micro-batches, so that gradients stand from the first on. mtp: the
-    checkpoint has modules for multi-token prediction, which stay as they are. per_node: GPUs of a machine.
+    there, so that gradients never stand together; "exact": after a first backward for their norm. recompute: as a
+    setup's `activation_checkpointing`. adapt: what becomes of the model before it is trained (PEFT's `get_peft_model`,
+    say). accumulates: a step has several micro-batches, so that gradients stand from the first on. mtp: the checkpoint
+    has modules for multi-token prediction, which stay as they are. per_node: GPUs of a machine.
     """
 
     config: PreTrainedConfig
@@ -63,7 +63,7 @@ class Job:
     tp_size: int = 1
     recompute: Policy = False
     optimizer: str = "adamw"
-    released: bool = False
+    released: bool | str = False
     dtype: torch.dtype = torch.bfloat16
     documents: int = 1
     fused: Any = True
@@ -72,6 +72,11 @@ class Job:
     mtp: bool = False
     per_node: int = 8
     accumulates: bool = False
+
+    @property
+    def passes(self) -> int:
+        """Forwards and backwards of a micro-batch."""
+        return 2 if self.released == "exact" else 1
 
     def setup(self) -> DistributedSetup:
         """The layout. Raises ValueError for sizes that do not fit each other."""

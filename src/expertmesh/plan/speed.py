@@ -32,6 +32,7 @@ SHARES = {
     "optimizer and clipping": (1.0, 0.8),
 }
 LAUNCH = 2e-6  # seconds
+FIRST = "a first pass, for the norm"  # the price of `gradient_release: exact`
 #: kind of work -> what it is called in a plan
 COMPONENTS = {
     "dense": "dense products",
@@ -77,6 +78,8 @@ def speed_of(job: Job, found: Trace, gpu: GPU, micro_batches: int = 1, steps: bo
     for kind, work in found.work.items():
         name = COMPONENTS[kind]
         seconds[name] = seconds.get(name, 0.0) + micro_batches * seconds_of(kind, work, gpu)
+    if job.passes > 1:
+        seconds[FIRST] = (job.passes - 1) * sum(seconds.values())
     if steps:
         kind = "optimizer and clipping"
         seconds[kind] = seconds_of(kind, Work(0.0, _optimizer_bytes(job, found), 2), gpu)
