@@ -22,7 +22,7 @@ from expertmesh.parallel.setup import NEAR, DistributedSetup, recompute
 from expertmesh.plan.links import group_of
 from expertmesh.plan.ranks import lay_out, rank_of
 from expertmesh.plan.shards import Gradients, Share, cut_experts, spread
-from expertmesh.plan.trace import Trace, Watch, quiet, watched
+from expertmesh.plan.trace import Trace, Watch, Work, quiet, watched
 from expertmesh.plan.wire import Alone
 
 GIB = 2**30
@@ -92,11 +92,13 @@ class Job:
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank. pieces: those that stand when the peak is reached, by what they are for. kept: activations
-    that wait for the backward, by piece. peak is what PyTorch allocates, needed what the GPU must have.
+    that wait for the backward, by piece; host: others, in memory of the host. peak is what PyTorch allocates, needed
+    what the GPU must have.
     """
 
     pieces: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -178,6 +180,7 @@ def _trace(model: Any, job: Job, memory: int, shares: dict[str, Share] | None) -
             loss = model(input_ids=ids, labels=ids).loss
             stands = watch.standing()
             found.kept = {p: n - constant.get(p, 0) for p, n in stands.items() if n > constant.get(p, 0)}
+            found.forward = dict(found.work)
             loss.backward()
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
@@ -196,4 +199,5 @@ def memory_of(job: Job, found: Trace) -> Memory:
     """The memory of a traced step, by the job's optimizer."""
     states = OPTIMIZERS[job.optimizer]
     size = sum(elements * states(size) for elements, size, learns in found.parameters.values() if learns)
-    return Memory({"optimizer states": int(size)} | found.peak, found.kept)
+    host = int(found.forward.get("host", Work()).bytes)
+    return Memory({"optimizer states": int(size)} | found.peak, found.kept, host)
