@@ -292,6 +292,15 @@ class FusedModel(ReadsQuantized):
             _refuse_missing(loading_info.missing_keys, source)
         return loading_info
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """As in Transformers; what `offload` copies goes beside the computing (memory/offload.py)."""
+        options = activation_checkpointing_kwargs or {}
+        if offload and every_n_layers == 1 and "recompute" not in options:
+            options, offload = options | {"recompute": "offload"}, False
+        super().activation_checkpointing_enable(options or None, every_n_layers, offload)
+
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
         """As in Transformers, and the experts chosen in the forward are kept for the recompute.
 

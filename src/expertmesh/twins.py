@@ -72,13 +72,16 @@ def untouched(*modules: nn.Module, kind: type = nn.Module) -> bool:
 
     Transformers' parallelism replaces the forward of instances; users and frameworks put hooks and other classes.
     """
-    for m in modules:
-        known = isinstance(m, kind) and type(m).__module__.startswith(("torch.", "transformers."))
-        if not known or "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks:
-            return False
-        if m._backward_hooks or m._backward_pre_hooks:
+    for module in modules:
+        cls: Any = type(module)
+        if not isinstance(module, kind) or not _is_known(cls) or "forward" in vars(module) or watched(module):
             return False
     return True
+
+
+@functools.cache
+def _is_known(cls: Any) -> bool:
+    return cls.__module__.startswith(("torch.", "transformers."))
 
 
 def watched(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from expertmesh import cli
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.bench.works import WORKS, config_of
 from expertmesh.plan import layouts
+from expertmesh.plan.speed import FIRST
 
 #: a few megabytes
 SMALL = {"hidden_size": 1024, "moe_intermediate_size": 256, "vocab_size": 8192}
@@ -48,6 +49,12 @@ def test_small_states_and_gradients_that_do_not_stand_are_planned(planned):
     assert "adamw-8bit, gradients released" in said
 
 
+def test_the_price_of_exact_clipping_is_said(planned):
+    for how in ("running", "exact"):
+        _, said, _ = planned(tiny_config("qwen3_moe", **SMALL), "--no-layouts", f"train.gradient_release={how}")
+        assert ("gradients released, clipped exactly" in said) == (how == "exact") == (FIRST in said)
+
+
 def test_ranks_that_do_not_exist_are_simulated(planned):
     keys = ["parallel.ep_size=4", "parallel.tp_size=2", "--simulate", "8", "--per-node", "2", "--network", "12.5"]
     code, said, errors = planned(tiny_config("qwen3_moe", **SMALL), *keys)
@@ -84,7 +91,6 @@ def test_a_run_that_does_not_fit_exits_with_1(planned):
         (["--simulate", "2", "lora={}"], "no adapters"),
         (["train.bf16=true"], "autocast"),
         (["train.optim=lion_32bit"], "train.optim"),
-        (["train.gradient_release=exact"], "`running`"),
         (["model.nam=x"], "model.nam"),
     ],
 )

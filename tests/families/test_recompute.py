@@ -9,9 +9,10 @@ import transformers
 from expertmesh import AutoModelForCausalLM, fuse
 from expertmesh.bench.tiny import tiny_config, tiny_model
 from expertmesh.kernels.recompute import keep_less
+from expertmesh.memory.offload import Offload
 from expertmesh.parallel.setup import DistributedSetup, recompute
 
-POLICIES = "light", "experts", {"experts": 1}, {"full": 1}
+POLICIES = "light", "experts", {"experts": 1}, {"full": 1}, "offload", {"offload": 1}
 
 
 def step(model: torch.nn.Module, packed: bool = True) -> list[torch.Tensor]:
@@ -59,12 +60,15 @@ def test_the_first_layers_have_the_level_and_others_the_one_below():
         functions = [
             layer.gradient_checkpointing and layer._gradient_checkpointing_func for layer in model.model.layers
         ]
-        return [f.args[0] if f and f.func is keep_less else "full" if f else "none" for f in functions]
+        kinds = {Offload: "offload", functools.partial: "full", bool: "none"}
+        return [f.args[0] if getattr(f, "func", None) is keep_less else kinds[type(f)] for f in functions]
 
     model.activation_checkpointing_enable({"recompute": {"full": 2}})
     assert levels() == ["full", "full", "experts"]
     model.activation_checkpointing_enable({"recompute": {"light": 1}})
     assert levels() == ["light", "none", "none"]
+    model.activation_checkpointing_enable({"recompute": {"offload": 1}})
+    assert levels() == ["offload", "full", "full"]
     DistributedSetup(activation_checkpointing={"experts": 1}).apply_to(model)
     assert levels() == ["experts", "light", "light"]
     model.gradient_checkpointing_enable()  # as ever

@@ -8,6 +8,7 @@ from expertmesh.bench.works import WORKS, config_of
 from expertmesh.plan.memory import Job, trace
 from tests.kernels.test_recompute import assert_pieces_come_again
 
+LEVELS = "light", "experts", "full", "offload"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
@@ -23,8 +24,8 @@ def test_loss_gradients_and_memory_of_a_model():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
         ids = torch.randint(3, config.vocab_size, (1, 4096))
     found = {}
-    for level in (False, "none again", "light", "experts"):
-        if level in ("light", "experts"):
+    for level in (False, "none again", *LEVELS):
+        if level in LEVELS:
             model.activation_checkpointing_enable({"recompute": level})
         before = torch.cuda.memory_allocated()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -38,7 +39,7 @@ def test_loss_gradients_and_memory_of_a_model():
         pairs = zip(found[level][2], found[False][2], strict=True)
         return max((a - b).norm() / b.norm() for a, b in pairs).item()
 
-    for level in ("light", "experts"):
+    for level in LEVELS:
         planned = [sum(trace(Job(config, recompute=one), 140 * 2**30).kept.values()) for one in (False, level)]
         assert found[False][0] - found[level][0] == pytest.approx(planned[0] - planned[1], rel=0.05)
         assert found[level][1] == found[False][1]

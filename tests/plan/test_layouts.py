@@ -11,7 +11,7 @@ from expertmesh.plan import layouts, plan
 from expertmesh.plan.gpus import GPUS
 from expertmesh.plan.layouts import ep_sizes, layout_of, search
 from expertmesh.plan.memory import CONTEXT, Job, trace
-from expertmesh.plan.speed import speed_of
+from expertmesh.plan.speed import FIRST, INPUTS, speed_of
 
 H200 = GPUS["h200"]
 QWEN = Job(tiny_config("qwen3_moe", num_hidden_layers=1, mlp_only_layers=[]), seq=64, world_size=2)
@@ -58,6 +58,24 @@ def test_a_layer_that_is_recomputed_takes_less_memory_and_more_time():
     once, again = (trace(replace(job, recompute=recompute), H200.memory) for recompute in (False, True))
     assert sum(again.kept.values()) < 0.8 * sum(once.kept.values())
     assert speed_of(job, again, H200).step > speed_of(job, once, H200).step
+
+
+def test_copies_to_the_host_take_time_where_they_are_slower_than_layers():
+    job = replace(QWEN, config=tiny_config("qwen3_moe"), batch=8, world_size=1, recompute="offload")
+    fast, slow = (layout_of(job, replace(H200, host=rate)) for rate in (50e9, 1e7))
+    assert fast.speed.seconds[INPUTS] == 0 < slow.speed.seconds[INPUTS]
+    copied = (2 * fast.memory.host - 8 * 64 * 32 * 2) / 1e7  # all but the last come back
+    computed = fast.speed.step - fast.speed.seconds["optimizer and clipping"]
+    assert slow.speed.seconds[INPUTS] == pytest.approx(copied - computed)
+
+
+def test_exact_clipping_takes_a_forward_and_backward_more_and_no_memory():
+    job = replace(QWEN, world_size=2, ep_size=2)
+    running, exact = (layout_of(replace(job, released=how), H200) for how in ("running", "exact"))
+    assert exact.memory == running.memory
+    optimizer = running.speed.seconds["optimizer and clipping"]
+    assert exact.speed.seconds[FIRST] == pytest.approx(running.speed.step - optimizer)
+    assert exact.speed.step == pytest.approx(2 * running.speed.step - optimizer)
 
 
 def test_tokens_go_once_to_every_rank_that_needs_them():

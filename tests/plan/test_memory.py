@@ -11,6 +11,7 @@ from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.tiny import FAMILIES as FAMILIES_OF_TINY_MODELS
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.bench.works import WORKS, config_of
+from expertmesh.kernels.levels import LEVELS
 from expertmesh.memory.states import STATES, bytes_kept
 from expertmesh.parallel.setup import recompute
 from expertmesh.plan.memory import OPTIMIZERS, Job, memory_of, model_of, trace
@@ -68,8 +69,8 @@ def test_what_a_layer_of_qwen3_keeps_of_a_token_is_what_the_docs_say():
     """docs/train.md: bytes of a token in a layer of Qwen3-30B-A3B."""
     text = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
     said = {level: int(size.replace(",", "")) for level, size in re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", text, re.M)}
-    for level in ("none", "light", "experts", "full"):
-        policy = level if level in ("light", "experts") else level == "full"
+    for level in LEVELS:
+        policy = False if level == "none" else level
         jobs = [Job(config_of(WORKS["qwen3-30b-a3b"], layers), seq=4096, recompute=policy) for layers in (1, 2)]
         one, two = (sum(trace(job, 140 * 2**30).kept.values()) for job in jobs)
         assert (two - one) / 4096 == pytest.approx(said[level], abs=1), level

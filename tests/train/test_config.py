@@ -106,6 +106,7 @@ def test_an_override_wins_over_the_file_and_leaves_the_demo_as_it_is(tmp_path):
         (["data.eval_split=test", "data.eval_fraction=0.1"], "both set: remove one"),
         (["train.max_steps"], "neither a file nor an override"),
         (["model.name.x=1"], "holds no keys"),
+        (["train.activation_checkpointing=offload", "train.cuda_graph=true"], "leave `train.cuda_graph` at `auto`"),
         (["train.activation_checkpointing={experts: 0}"], "cannot be {'experts': 0}: it must be true, false, light"),
         (["train={max_steps: [}"], "not valid YAML"),
         (["model.fused={experts: perhaps}"], "`model.fused` cannot be"),

@@ -76,7 +76,7 @@ def test_out_of_memory_names_the_settings_to_change(error):
     assert told is not None
     for key in (
         "train.per_device_train_batch_size",
-        "train.activation_checkpointing=true",
+        "train.activation_checkpointing=experts",
         "data.max_length",
         "lora={}",
     ):

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from expertmesh import backends, cli
+from expertmesh.plan.speed import FIRST
 from expertmesh.train.config import ConfigError, load_config
-from expertmesh.train.forecast import foretell
+from expertmesh.train.forecast import foretell, lines
 from expertmesh.train.metrics import read_metrics
-from expertmesh.train.planned import gpu_here
+from expertmesh.train.planned import gpu_here, plan_of
 from tests.train.runs import tiny_run
 
 GIB = 2**30
@@ -32,6 +33,12 @@ def test_the_plan_comes_first_and_stands_beside_ten_steps(tmp_path, on, capsys):
     (record,) = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "planned/step_ms" in record]
     assert record["step"] == 10 and record["measured/step_ms"] > 0
     assert record["measured/tokens_per_second"] < record["planned/tokens_per_second"]
+
+
+def test_a_run_says_what_exact_clipping_costs_it(tmp_path):
+    for how in ("running", "exact"):
+        _, time = lines(plan_of(load_config(None, tiny_run(tmp_path, train__gradient_release=how)), 1, "h200"))
+        assert (FIRST in time) == (how == "exact"), time
 
 
 def test_what_cannot_be_planned_runs_and_a_line_says_why(tmp_path, on, capsys):

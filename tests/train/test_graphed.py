@@ -407,6 +407,11 @@ def test_a_run_without_a_single_replay_says_so(tmp_path, on_cpu, caplog):
         ({}, "NVIDIA GPU, and this run is on cpu"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=1"),
         ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
+        ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}}, "host memory"),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"recompute": "offload"}},
+            "host memory",
+        ),
         ({"torch_empty_cache_steps": 2}, "torch_empty_cache_steps"),
     ],
 )

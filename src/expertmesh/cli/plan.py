@@ -79,6 +79,7 @@ def report(found: "Plan") -> list[str]:
         "",
         "kept from forward to backward      GiB",
         *_gib(memory.kept),
+        *_offloaded(found),
         "",
         "step, predicted                     ms",
         *(f"  {name:<28} {seconds * 1e3:>9.1f}" for name, seconds in speed.seconds.items()),
@@ -124,7 +125,8 @@ def named(layout: "Layout") -> str:
     shards = job.world_size // job.dp_replicate_size // job.tp_size
     words += [f"ep_size {job.ep_size}", f"{shards} shards"] * (job.world_size > 1)
     words += [f"tp_size {job.tp_size}"] * (job.tp_size > 1)
-    return ", ".join([*words, *_recomputed(job.recompute), job.optimizer, *["gradients released"] * job.released])
+    released = ["gradients released" + (", clipped exactly" if job.released == "exact" else "")] if job.released else []
+    return ", ".join([*words, *_recomputed(job.recompute), job.optimizer, *released])
 
 
 def _recomputed(policy: "Policy") -> list[str]:
@@ -132,6 +134,13 @@ def _recomputed(policy: "Policy") -> list[str]:
         return ["layers recomputed"] * bool(policy)
     level, layers = next(iter(policy.items())) if isinstance(policy, dict) else (policy, None)
     return [f"recompute {level}" + (f" in {layers} layers" if layers else "")]
+
+
+def _offloaded(found: "Plan") -> list[str]:
+    size, rate = found.layout.memory.host, found.gpu.host
+    return (
+        [f"  {'in host memory, pinned':<28} {size / GIB:>9.2f}   {size / rate * 1e3:,.0f} ms each way"] if size else []
+    )
 
 
 def _gib(pieces: dict[str, int]) -> list[str]:

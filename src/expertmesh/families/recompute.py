@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from expertmesh.backends import logger
 from expertmesh.kernels.levels import Policy, levels_of
 from expertmesh.kernels.recompute import keep_less
+from expertmesh.memory.offload import Offload
 from expertmesh.moe.replay import keep_routing
 
 LIGHT = {"rms_norm", "qk_norm_rope", "mla_rope", "swiglu"}  # fusions whose outputs come again without a product
@@ -23,7 +24,7 @@ def without_policy(checkpointed: Any) -> tuple[Any, Any]:
     policy = options.pop("recompute", None)
     if policy is not None:
         if checkpointed.func is not checkpoint:
-            raise ValueError("recompute and offload: leave one of them out, or recompute whole layers.")
+            raise ValueError("recompute and offload: leave one of them out; {'recompute': 'offload'} does both.")
         checkpointed = functools.partial(checkpoint, **{"use_reentrant": False} | options)
     if options.get("use_reentrant", policy is None) is False and "context_fn" not in options:
         checkpointed = functools.partial(checkpointed, context_fn=keep_routing)
@@ -40,13 +41,15 @@ def set_levels(model: Any, policy: Policy, checkpointed: Any, every_n_layers: in
     layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     levels, on = levels_of(policy, len(layers)), {row.name for row in model.fusion_report() if row.on}
     pieces = {"light": sorted(on & LIGHT), "experts": sorted(on & {*LIGHT, "experts"}), "full": ["all"]}
+    pieces["offload"] = ["all, from inputs in host memory"]
     if ("light" in levels and not pieces["light"]) or ("experts" in levels and "experts" not in on):
         raise ValueError(
             f"{type(model).__name__} has no fusion that activation_checkpointing={policy!r} recomputes: set it to "
             f"true, or leave the fusions on."
         )
+    whole = {"full": checkpointed, "offload": Offload(checkpointed)}
     for layer, level in zip(layers, levels, strict=True):
         layer.gradient_checkpointing = level != "none"
-        layer._gradient_checkpointing_func = checkpointed if level == "full" else functools.partial(keep_less, level)
+        layer._gradient_checkpointing_func = whole.get(level) or functools.partial(keep_less, level)
     counts = [f"{', '.join(pieces[level])} in {n} layers" for level, n in Counter(levels).items() if level != "none"]
     logger().info(f"expertmesh: recomputed in the backward: {'; '.join(counts) or 'nothing'}.")

@@ -4,6 +4,7 @@ none      nothing
 light     what takes a pass over memory and no product: outputs of norms, of RoPE behind norms, of dense activations
 experts   and the up-projection of routed experts: one of their six products runs twice; no exchange does
 full      all but the layer's input, by torch.utils.checkpoint
+offload   the same, and the input waits in host memory
 """
 
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 Policy = bool | str | dict[str, int]
 """A level, True for "full", False for "none"; or {level: n}: that of the first n layers, others have the one below."""
 
-LEVELS = ("none", "light", "experts", "full")
-POLICIES = "true, false, light, experts, full, or one of these three for the first n layers, as {'experts': n}"
+LEVELS = ("none", "light", "experts", "full", "offload")
+POLICIES = "true, false, light, experts, full, offload, or one of these four for the first n layers, as {'experts': n}"
 
 
 def is_policy(policy: Any) -> bool:
@@ -34,5 +35,5 @@ def checked(policy: Any) -> Any:
 def levels_of(policy: Policy, count: int) -> list[str]:
     """The level of each of `count` layers. Raises ValueError as `checked`."""
     level, first = next(iter(checked(policy).items())) if isinstance(policy, dict) else (checked(policy), count)
-    at = len(LEVELS) - 1 if level is True else LEVELS.index(level or "none")
+    at = LEVELS.index("full" if level is True else level or "none")
     return [LEVELS[at if number < first else at - 1] for number in range(count)]

@@ -38,7 +38,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     weight promote to, as in Transformers). Must equal the RMSNorm class of the model that uses this scale.
     """
     assert weight.shape == x.shape[-1:], "the width of x"
-    assert scale in SCALES
+    assert scale in SCALES, f"there is no scale {scale!r}, only {SCALES}"
     if use_triton(x):
         y = _RMSNorm.apply(x, None, weight, eps, scale, False)
     else:
@@ -56,7 +56,7 @@ def add_rms_norm(
     rounded to the dtype that x and residual promote to and then normed.
     """
     assert weight.shape == x.shape[-1:], "the width of x"
-    assert scale in SCALES
+    assert scale in SCALES, f"there is no scale {scale!r}, only {SCALES}"
     assert residual is None or x.shape == residual.shape
     if use_triton(x):
         y, total = _RMSNorm.apply(x, residual, weight, eps, scale, True)

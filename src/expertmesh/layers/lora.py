@@ -51,19 +51,19 @@ class FastLoraLinear(Fast):
         return Factors(*pairs[0], drops[0] if drops else None)
 
     def _why_not(self, names: list[str], drops: list[nn.Module], x: torch.Tensor) -> str | None:
-        base = self.base_layer
-        parts = [base, *(part[n] for n in names for part in (self.lora_A, self.lora_B, self.lora_dropout))]
-        own = list(base.parameters())
-        if any(n in self.lora_variant or self.lora_B[n].bias is not None for n in names):
+        base, variants, parts = self.base_layer, self.lora_variant, (self.lora_A, self.lora_B, self.lora_dropout)
+        adapters = [part[n] for part in parts for n in names]
+        if any(n in variants for n in names) or any(adapter.bias is not None for adapter in adapters[: 2 * len(names)]):
             return "they are DoRA or another variant, or have biases (lora_bias)"
-        if type(base) is not nn.Linear or not untouched(*parts):
+        if type(base) is not nn.Linear or not untouched(base, *adapters):
             return "a layer or an adapter is no plain nn.Linear, or has a hook"
+        own = [base.weight] if base.bias is None else [base.weight, base.bias]  # asked at every layer: no parameters()
         if any(weight.requires_grad for weight in own):
             return "the layer's own weight or bias trains, too"
-        if any(isinstance(weight, DTensor) for part in parts for weight in part.parameters()):
+        if any(isinstance(one, DTensor) for one in (*own, *(adapter.weight for adapter in adapters[: 2 * len(names)]))):
             return "a layer is split over ranks"
-        if any(weight.dtype != _dtype(x) for weight in own):
-            return f"the layer's weights are {own[0].dtype}, and it computes in {_dtype(x)}"
+        if any(weight.dtype != (dtype := _dtype(x)) for weight in own):
+            return f"the layer's weights are {own[0].dtype}, and it computes in {dtype}"
         return "several are active, with dropout" if drops and len(names) > 1 else None
 
 

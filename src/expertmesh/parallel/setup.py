@@ -45,7 +45,8 @@ class DistributedSetup:
     dp_replicate_size: copies of the model (HSDP); each is sharded over dp_size / dp_replicate_size ranks.
     activation_checkpointing: what layers recompute in the backward instead of keeping it. True or "full": all; "light":
         what takes no product (norms, RoPE behind norms, dense activations); "experts": the experts' up-projection, too;
-        {"experts": n}: the first n layers that, the others what is one less; False: nothing.
+        "offload": all, from inputs that wait in host memory; {"experts": n}: the first n layers that, the others what
+        is one less; False: nothing.
     reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
         has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
     dispatch: how tokens reach experts on other ranks. "auto": where groups lie on GPUs of one node, "gather" up to an

@@ -2,7 +2,8 @@
 
 An H200's figures are measured (benchmarks/results: `ceilings` of the runs, h200_x2_exchanges.json). Those of the others
 are assumed: its share of what the data sheet promises (78 % of dense bfloat16, 87 % of the memory's bandwidth, two
-thirds of one direction of NVLink), and for a card without NVLink what PCIe 4.0 gives to a pair.
+thirds of one direction of NVLink), and for a card without NVLink what PCIe 4.0 gives to a pair. `host` is assumed of
+all: four fifths of PCIe 5.0, or 4.0, with 16 lanes.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ GIB = 2**30
 class GPU:
     """memory: bytes that CUDA reports. flops: of dense bfloat16 products per second. copies: bytes read and written per
     second. wire: bytes per second that it sends to others of its node; network: to other nodes, which is assumed: four
-    fifths of 400 Gbit/s, an adapter for each GPU. measured: the others, on this GPU; else assumed.
+    fifths of 400 Gbit/s, an adapter for each GPU. host: bytes per second to or from pinned memory of the host.
+    measured: the others, on this GPU; else assumed.
     """
 
     name: str
@@ -24,12 +26,13 @@ class GPU:
     wire: float
     measured: bool = False
     network: float = 40e9
+    host: float = 50e9
 
 
 GPUS = {
     "h200": GPU("h200", int(139.8 * GIB), 775e12, 4.2e12, 300e9, measured=True),
     "h100-80gb": GPU("h100-80gb", int(79.1 * GIB), 775e12, 2.9e12, 300e9),
     "b200": GPU("b200", int(178.0 * GIB), 1750e12, 7.0e12, 600e9),
-    "a100-80gb": GPU("a100-80gb", int(79.2 * GIB), 243e12, 1.77e12, 200e9),
-    "rtx-4090": GPU("rtx-4090", int(23.5 * GIB), 129e12, 0.88e12, 20e9),
+    "a100-80gb": GPU("a100-80gb", int(79.2 * GIB), 243e12, 1.77e12, 200e9, host=25e9),
+    "rtx-4090": GPU("rtx-4090", int(23.5 * GIB), 129e12, 0.88e12, 20e9, host=25e9),
 }

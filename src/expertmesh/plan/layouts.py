@@ -69,7 +69,7 @@ def ep_sizes(job: Job) -> list[int]:
 def _levels(job: Job) -> tuple[int, list[Any]]:
     """How many layers the job's model has, and what it can recompute, the least first."""
     model, levels = model_of(job), list[Any]()
-    for level in (False, "light", "experts", True):
+    for level in (False, "light", "experts", True, "offload"):
         with quiet(), contextlib.suppress(ValueError):  # it has nothing for this level
             recompute(model, level)
             levels.append(level)

@@ -22,7 +22,7 @@ from expertmesh.parallel.setup import NEAR, DistributedSetup, recompute
 from expertmesh.plan.links import group_of
 from expertmesh.plan.ranks import lay_out, rank_of
 from expertmesh.plan.shards import Gradients, Share, cut_experts, spread
-from expertmesh.plan.trace import Trace, Watch, quiet, watched
+from expertmesh.plan.trace import Trace, Watch, Work, quiet, watched
 from expertmesh.plan.wire import Alone
 
 GIB = 2**30
@@ -48,10 +48,10 @@ CONTEXT = 1.0 * GIB
 class Job:
     """What is trained, and how. batch: rows of seq tokens in a micro-batch of this rank, each of so many `documents` of
     equal length. optimizer: one of `OPTIMIZERS`. released: the optimizer steps a parameter as soon as its gradient is
-    there, so that gradients never stand together. recompute: as a setup's `activation_checkpointing`. adapt: what
-    becomes of the model before it is trained (PEFT's `get_peft_model`, say). accumulates: a step has several
-    micro-batches, so that gradients stand from the first on. mtp: the
-    checkpoint has modules for multi-token prediction, which stay as they are. per_node: GPUs of a machine.
+    there, so that gradients never stand together; "exact": after a first backward for their norm. recompute: as a
+    setup's `activation_checkpointing`. adapt: what becomes of the model before it is trained (PEFT's `get_peft_model`,
+    say). accumulates: a step has several micro-batches, so that gradients stand from the first on. mtp: the checkpoint
+    has modules for multi-token prediction, which stay as they are. per_node: GPUs of a machine.
     """
 
     config: PreTrainedConfig
@@ -63,7 +63,7 @@ class Job:
     tp_size: int = 1
     recompute: Policy = False
     optimizer: str = "adamw"
-    released: bool = False
+    released: bool | str = False
     dtype: torch.dtype = torch.bfloat16
     documents: int = 1
     fused: Any = True
@@ -72,6 +72,11 @@ class Job:
     mtp: bool = False
     per_node: int = 8
     accumulates: bool = False
+
+    @property
+    def passes(self) -> int:
+        """Forwards and backwards of a micro-batch."""
+        return 2 if self.released == "exact" else 1
 
     def setup(self) -> DistributedSetup:
         """The layout. Raises ValueError for sizes that do not fit each other."""
@@ -87,11 +92,13 @@ class Job:
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank. pieces: those that stand when the peak is reached, by what they are for. kept: activations
-    that wait for the backward, by piece. peak is what PyTorch allocates, needed what the GPU must have.
+    that wait for the backward, by piece; host: others, in memory of the host. peak is what PyTorch allocates, needed
+    what the GPU must have.
     """
 
     pieces: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -173,6 +180,7 @@ def _trace(model: Any, job: Job, memory: int, shares: dict[str, Share] | None) -
             loss = model(input_ids=ids, labels=ids).loss
             stands = watch.standing()
             found.kept = {p: n - constant.get(p, 0) for p, n in stands.items() if n > constant.get(p, 0)}
+            found.forward = dict(found.work)
             loss.backward()
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
@@ -191,4 +199,5 @@ def memory_of(job: Job, found: Trace) -> Memory:
     """The memory of a traced step, by the job's optimizer."""
     states = OPTIMIZERS[job.optimizer]
     size = sum(elements * states(size) for elements, size, learns in found.parameters.values() if learns)
-    return Memory({"optimizer states": int(size)} | found.peak, found.kept)
+    host = int(found.forward.get("host", Work()).bytes)
+    return Memory({"optimizer states": int(size)} | found.peak, found.kept, host)

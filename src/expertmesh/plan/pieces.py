@@ -15,6 +15,7 @@ PIECES = {
     "head": "head",
     "mamba2": "Mamba2",
     "wire": "dispatch",
+    "offload": "layer inputs",
 }
 #: the same by a word in the name of a module's class
 MODULES = {

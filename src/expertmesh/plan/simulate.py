@@ -42,7 +42,8 @@ class Simulation:
     def seconds_hidden(self) -> float:
         """Of a step, what weights and gradients take on the way: at best all of it passes beside the computing."""
         seconds = self.plan.layout.speed.seconds
-        return sum(seconds.get(COMPONENTS[f"{link}, FSDP"], 0.0) for link in Sent._fields)
+        once = sum(seconds.get(COMPONENTS[f"{link}, FSDP"], 0.0) for link in Sent._fields)
+        return self.plan.layout.job.passes * once
 
 
 def simulate(job: Job, gpu: GPU, micro_batches: int = 1, rank: int = 0) -> Simulation:
@@ -59,7 +60,7 @@ def simulate(job: Job, gpu: GPU, micro_batches: int = 1, rank: int = 0) -> Simul
         "gradients": 0 if job.released else learning,
         "optimizer states": layout.memory.pieces["optimizer states"],
     }
-    return Simulation(Plan(gpu, layout, micro_batches), total, held, _sent(found, micro_batches))
+    return Simulation(Plan(gpu, layout, micro_batches), total, held, _sent(found, job.passes * micro_batches))
 
 
 def real_shares(job: Job, memory: int, rank: int = 0) -> tuple[dict[str, Share], int]:

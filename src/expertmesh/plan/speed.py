@@ -32,6 +32,9 @@ SHARES = {
     "optimizer and clipping": (1.0, 0.8),
 }
 LAUNCH = 2e-6  # seconds
+INPUTS = "layer inputs, not hidden"  # the copies of `activation_checkpointing: offload`
+COPIES = ("host", "host, backward")
+FIRST = "a first pass, for the norm"  # the price of `gradient_release: exact`
 #: kind of work -> what it is called in a plan
 COMPONENTS = {
     "dense": "dense products",
@@ -75,8 +78,14 @@ def speed_of(job: Job, found: Trace, gpu: GPU, micro_batches: int = 1, steps: bo
     """The time of a step of so many traced micro-batches. steps: clipping and the optimizer are in it."""
     seconds: dict[str, float] = {}
     for kind, work in found.work.items():
+        if kind in COPIES:
+            continue
         name = COMPONENTS[kind]
         seconds[name] = seconds.get(name, 0.0) + micro_batches * seconds_of(kind, work, gpu)
+    if "host" in found.work:
+        seconds[INPUTS] = micro_batches * _not_hidden(found, gpu)
+    if job.passes > 1:
+        seconds[FIRST] = (job.passes - 1) * sum(seconds.values())
     if steps:
         kind = "optimizer and clipping"
         seconds[kind] = seconds_of(kind, Work(0.0, _optimizer_bytes(job, found), 2), gpu)
@@ -86,10 +95,21 @@ def speed_of(job: Job, found: Trace, gpu: GPU, micro_batches: int = 1, steps: bo
 def seconds_of(kind: str, work: Work, gpu: GPU) -> float:
     """The time of one kind of work."""
     link = kind.partition(",")[0]
-    if link in ("wire", "network"):
+    if link in ("wire", "network", "host"):
         return work.bytes / getattr(gpu, link)
     rate, copies = SHARES[kind]
     return work.flops / (rate * gpu.flops) + work.bytes / (copies * gpu.copies) + work.times * LAUNCH
+
+
+def _not_hidden(found: Trace, gpu: GPU) -> float:
+    """How much longer inputs of layers take to the host and back than the forward and the backward beside them."""
+
+    def seconds(work: dict[str, Work], copies: bool) -> float:
+        return sum(seconds_of(kind, one, gpu) for kind, one in work.items() if (kind in COPIES) == copies)
+
+    forward, out = (seconds(found.forward, copies) for copies in (False, True))
+    both, copied = (seconds(found.work, copies) for copies in (False, True))
+    return max(0.0, out - forward) + max(0.0, copied - out - (both - forward))
 
 
 def _optimizer_bytes(job: Job, found: Trace) -> float:

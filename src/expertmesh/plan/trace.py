@@ -57,13 +57,15 @@ class Work(NamedTuple):
 class Trace:
     """One step. parameters: {name: (elements on this rank, bytes of one, whether it learns)}. kept: bytes by piece that
     stand from the forward to the backward. peak: bytes by piece at the moment when most stand, parameters and gradients
-    included, optimizer states not. work: by kind, "dense", "experts", "attention", "memory" and so on.
+    included, optimizer states not. work: by kind, "dense", "experts", "attention", "memory" and so on; forward: what of
+    it was done before the backward.
     """
 
     parameters: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
     work: dict[str, Work] = field(default_factory=lambda: defaultdict(Work))
+    forward: dict[str, Work] = field(default_factory=dict)
 
 
 class Watch(TorchDispatchMode):
@@ -176,6 +178,8 @@ class Watch(TorchDispatchMode):
             batch, seq, heads, width = next(x.shape for x in tensors if x.ndim == 4)
             keys = min(self.keys, constants.get("WINDOW") or self.keys)
             self.add("attention", SINKS[name] * 2 * batch * seq * heads * keys * width, size)
+        elif name == "offload._copy":
+            self.add("host, backward" if constants["back"] else "host", 0.0, size)
         else:
             self.add("scan" if name.startswith("ssd") else "memory", 0.0, size)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from expertmesh import backends
-from expertmesh.parallel.setup import DistributedSetup
+from expertmesh.kernels.levels import Policy
+from expertmesh.parallel.setup import WHOLE, DistributedSetup
 from expertmesh.plan.gpus import GPU
 from expertmesh.plan.layouts import GAIN, MOST_ROWS, Layout, ep_sizes, layout_of
 from expertmesh.train.config import Config, ConfigError, load_config
@@ -17,7 +18,7 @@ from expertmesh.train.planned import gpu_here, job_of, plan_of
 
 BATCH, EP_SIZE = "train.per_device_train_batch_size", "parallel.ep_size"
 ACCUMULATION, RECOMPUTE = "train.gradient_accumulation_steps", "train.activation_checkpointing"
-LEVELS: tuple[dict[str, Any], ...] = {}, {RECOMPUTE: "experts"}, {RECOMPUTE: True}
+LEVELS: tuple[dict[str, Any], ...] = {}, {RECOMPUTE: "experts"}, {RECOMPUTE: True}, {RECOMPUTE: "offload"}
 ROOM = 0.97  # of a GPU's memory for what is chosen here; plans count 6 % for fragmentation besides
 SHORTEST = 256  # tokens of a row that is still proposed
 
@@ -98,7 +99,7 @@ def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str 
 
     for kind in _kinds(config):
         found = []
-        for recompute in LEVELS[:1] if config.train.activation_checkpointing else LEVELS:
+        for recompute in _levels(config.train.activation_checkpointing):
             steps = [kind | fewer | recompute for fewer in _fewer_rows(config, "train.gradient_release" in kind)]
             if fitting(steps[-1]) is not None:
                 found.append(next(filter(None, map(fitting, steps))))
@@ -159,6 +160,11 @@ def _kinds(config: Config) -> Iterator[dict[str, Any]]:
             yield small | {"data.max_length": length}
     if config.lora is None and find_spec("peft"):
         yield {"lora": {}}
+
+
+def _levels(policy: Policy) -> tuple[dict[str, Any], ...]:
+    """What to recompute instead, the least first: what is set stays, but layers that are recomputed may offload."""
+    return (*LEVELS[:1], *LEVELS[-1:]) if policy in WHOLE else LEVELS[:1] if policy else LEVELS
 
 
 def _fewer_rows(config: Config, released: bool) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from expertmesh.kernels.levels import Policy, checked
+from expertmesh.kernels.levels import Policy, checked, levels_of
 from expertmesh.train.errors import ConfigError
 from expertmesh.train.reading import parse, read
 from expertmesh.train.section import Count, Name, Section, Size, number
@@ -94,7 +94,7 @@ class TrainSection(Section):
     bf16: bool = False
     """Mixed precision: float32 weights, bfloat16 matrix products (autocast)."""
     activation_checkpointing: Annotated[Policy, AfterValidator(checked)] = False
-    """What to recompute: all (`true`), what takes no product (`light`), one of `experts`, or {level: layers}."""
+    """Recompute all (`true`; `offload`: from host memory), no product (`light`), `experts`, or {level: layers}."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Whether to record steps once and replay them, faster where the CPU is the limit; `auto`: where that pays."""
     gradient_release: Literal["running", "exact"] | None = None
@@ -207,6 +207,11 @@ class Config(Section):
             raise ValueError(
                 "`train.cuda_graph` records steps of one batch: leave it at `auto`, or remove "
                 "`train.gradient_accumulation_steps`."
+            )
+        if self.train.cuda_graph is True and "offload" in levels_of(self.train.activation_checkpointing, 1):
+            raise ValueError(
+                "`train.activation_checkpointing: offload` copies to host memory, for which a recorded step has no "
+                "place: leave `train.cuda_graph` at `auto`, or set the other to true."
             )
         if self.train.optim_states and self.train.optim not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(

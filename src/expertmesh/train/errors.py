@@ -37,7 +37,8 @@ def explain(error: Exception) -> str | None:
         return (
             f"The GPU ran out of memory ({text.split('.')[0]}). In this order: halve train.per_device_train_batch_size "
             "and double train.gradient_accumulation_steps (or leave that at 1 and set train.gradient_release=running), "
-            "set train.activation_checkpointing=true, lower data.max_length, or train adapters only with lora={}."
+            "set train.activation_checkpointing=experts (true and offload keep less), lower data.max_length, or "
+            "train adapters only with lora={}."
         )
     named = isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError)
     if named or isinstance(error, ValueError | OSError):

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from expertmesh import backends
+from expertmesh.memory.offload import Offload
 from expertmesh.moe import links
 from expertmesh.moe.gather import Gather
 from expertmesh.waiting import meet
@@ -265,8 +266,9 @@ def why_not(trainer: Any) -> str | None:
     dispatch = (
         layout.ep_implementation if layout is not None and (layout.ep_size or 1) > 1 else Gather.ep_implementation
     )
-    repeats = [getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}) for m in model.modules()]
-    repeats.append(args.activation_checkpointing_kwargs or {})
+    asked = args.activation_checkpointing_kwargs or {}
+    again = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+    offloads = asked.get("offload") or "offload" in str(asked.get("recompute"))
     reasons = {
         f"it needs an NVIDIA GPU, and this run is on {args.device}. Start it on one": args.device.type != "cuda",
         "gradients are accumulated over several microbatches. Set gradient_accumulation_steps=1 and raise "
@@ -277,7 +279,11 @@ def why_not(trainer: Any) -> str | None:
         is not None,
         "float16's loss scaler decides by values. Train in bfloat16": trainer.accelerator.scaler is not None,
         "layers are recomputed inside of another backward. Set activation_checkpointing_kwargs={'use_reentrant': "
-        "False}": any(options.get("use_reentrant") for options in repeats),
+        "False}": any(
+            options.get("use_reentrant") for options in (asked, *(getattr(f, "keywords", {}) for f in again))
+        ),
+        "inputs of layers go to host memory. Recompute them without offloading": offloads
+        or any(isinstance(f, Offload) for f in again),
         "torch_empty_cache_steps frees memory. Leave it unset": args.torch_empty_cache_steps is not None,
         "on several GPUs it needs a model that is laid out as it is loaded. Pass distributed_setup= to "
         "from_pretrained": args.n_gpu > 1 or (args.world_size > 1 and not trainer.is_sharded),

@@ -77,10 +77,6 @@ def job_of(config: Config, gpus: int) -> Job:
         raise ConfigError("train.bf16: a plan does not know autocast. Set model.dtype to bfloat16 instead.")
     if train.optim not in OPTIMS:
         raise ConfigError(f"train.optim: a plan does not know {train.optim!r}, only {', '.join(OPTIMS)}.")
-    if train.gradient_release == "exact":
-        raise ConfigError(
-            "train.gradient_release: plan with `running`. `exact` needs as much memory, and twice the computing."
-        )
     model = load_model_config(config)
     if hasattr(model, "auto_map"):
         raise ConfigError("model.trust_remote_code: a plan does not run code that comes with a checkpoint.")
@@ -96,7 +92,7 @@ def job_of(config: Config, gpus: int) -> Job:
         tp_size=parallel.tp_size,
         recompute=train.activation_checkpointing,
         optimizer=f"adamw-{train.optim_states}" if train.optim_states else OPTIMS[train.optim],
-        released=train.gradient_release is not None,
+        released=train.gradient_release or False,
         dtype=own if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
         fused=config.model.fused,
         attention=config.model.attn_implementation,
