@@ -35,6 +35,7 @@ from expertmesh.moe.lora import reach_experts
 from expertmesh.moe.router import aux_loss_share
 from expertmesh.parallel import ranks
 from expertmesh.parallel.layout import lean_layout
+from expertmesh.parallel.peft import reach_layouts
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import refuse_unfit_shards
 from expertmesh.records import Call, call_of, calling
@@ -200,6 +201,7 @@ class FusedModel(ReadsQuantized):
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As in PyTorch. PEFT asks for them before it adds adapters."""
         reach_experts()
+        reach_layouts()
         return super().named_modules(*args, **kwargs)
 
     @property

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from expertmesh import cli
 from expertmesh.train.metrics import read_metrics
 from tests.cli.test_verbs import process
-from tests.train.runs import tiny_run
+from tests.train.runs import checkpoint, tiny_run
 
 TWO = {"parallel__nproc": 2, "parallel__ep_size": 2, "train__per_device_train_batch_size": 2}
 ALIKE = {"log__logging_steps": 1, "moe__router_aux_loss_coef": 0}  # balance is weighed over each rank's own tokens
@@ -60,6 +62,27 @@ def test_sigterm_saves_once_for_all_ranks_and_the_run_goes_on(tmp_path):
     more = {**endless, "parallel__nproc": 1, "parallel__ep_size": 1, "train__max_steps": reached + 2}
     assert cli.run(["train", *tiny_run(tmp_path, **more, save__resume_from_checkpoint="auto")]) == 0
     assert [record["step"] for record in steps(tmp_path)] == list(range(1, reached + 3))
+
+
+def test_adapters_over_experts_in_4_bits_go_on_on_two_ranks_from_a_checkpoint_of_one(tmp_path):
+    changes = ALIKE | {
+        "model__name": checkpoint(hidden_size=64, moe_intermediate_size=64),
+        "lora": "{r: 4, target_modules: all-linear}",
+        "quantization__experts": "nf4",
+        "save__save_steps": 2,
+    }
+    assert cli.run(["train", *tiny_run(tmp_path / "one", **changes)]) == 0
+    shutil.copytree(tmp_path / "one" / "checkpoint-2", tmp_path / "two" / "checkpoint-2")
+    run = process("train", *tiny_run(tmp_path / "two", **changes, **TWO, save__resume_from_checkpoint="auto"))
+    said = "".join(run.communicate(timeout=240))
+    assert run.returncode == 0, said
+    one, two = ([r["loss"] for r in steps(tmp_path / folder)] for folder in ("one", "two"))
+    assert len(one) == 4 and two == pytest.approx(one[2:], rel=1e-5)
+    alone, together = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert alone.keys() == together.keys() and any(".experts." in name for name in alone)
+    for name, weight in alone.items():
+        assert (together[name] - weight).abs().max() <= 1e-5, name
+    assert (tmp_path / "two" / "checkpoint-4" / "optimizer").is_dir()
 
 
 @pytest.mark.slow

@@ -12,12 +12,12 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="expertmesh-runs-")
 
 
 @functools.cache
-def checkpoint() -> Path:
-    """A folder with a tiny model and its tokenizer. Do not write into it."""
+def checkpoint(**sizes: int) -> Path:
+    """A folder with a tiny model, of such sizes, and its tokenizer. Do not write into it."""
     tokenizer = demo_tokenizer()
-    folder = Path(_FOLDER.name, "model")
+    folder = Path(_FOLDER.name, "-".join(["model", *map(str, sizes.values())]))
     tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    tiny_model("qwen3_moe", vocab_size=len(tokenizer), **tokens).save_pretrained(folder)
+    tiny_model("qwen3_moe", vocab_size=len(tokenizer), **tokens, **sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

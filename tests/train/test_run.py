@@ -213,8 +213,8 @@ def test_adapters_train_on_the_demo_s_experts_in_4_bits(tmp_path):
     adapter = load_file(result.final / "adapter_model.safetensors")
     assert any("experts" in name and "lora_B" in name and weight.any() for name, weight in adapter.items())
     assert not (result.final / "model.safetensors").exists()
-    with pytest.raises(ConfigError, match="held whole by one process. Set parallel.nproc to 1"):
-        layout(configured(tmp_path, **changes), 2)
+    with pytest.raises(ConfigError, match="cannot split experts in 4 bits. Set parallel.tp_size to 1"):
+        layout(configured(tmp_path, **changes, parallel__tp_size=2), 2)
     with pytest.raises(ConfigError, match="rows of 16 weights cannot be packed in mxfp4"):
         run(configured(tmp_path / "unfit", **changes | {"model__name": checkpoint()}))
 

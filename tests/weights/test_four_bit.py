@@ -2,6 +2,7 @@
 
 import gc
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from expertmesh import AutoModelForCausalLM, ExpertsQuantConfig
 from expertmesh.bench.tiny import tiny_model
 from expertmesh.kernels import four_bit
 from expertmesh.kernels.packed import Packed
+from expertmesh.parallel.setup import refuse_unfit_shards
 from expertmesh.weights.four_bit import pack
 from tests.moe.test_four_bit import WIDTHS, config, packed_weights
 from tests.weights.test_mxfp4 import OPENAI, published  # noqa: F401  a fixture
@@ -132,8 +134,8 @@ def test_what_cannot_be_is_refused_by_name(folders, tmp_path):
         ),
     ):
         alone = entry(distributed_setup={"ep_size": 1})  # which is a process with the whole model
-        with pytest.raises(ValueError, match="held whole by one process: leave distributed_setup out"):
-            type(alone).maybe_distribute_model(alone, None, object())
+        with pytest.raises(ValueError, match="cannot be split by tp_size=2: set it to 1. ep_size spreads them"):
+            refuse_unfit_shards(alone, SimpleNamespace(tp_size=2))
         with pytest.raises(ValueError, match="only where this library computes them"):
             entry(fused=False)
     with pytest.raises(ValueError, match="cannot be offloaded to the CPU or the disk: change device_map"):

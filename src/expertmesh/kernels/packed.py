@@ -4,11 +4,14 @@
 PEFT, Trainer and `named_parameters` find what they look for. What it holds is codes and scales (four_bit.py). A product
 of ours calls `plain`, which decodes the whole stack into a `DecodeBuffer` that all layers of a model share. The next
 `plain` overwrites that, so nothing may keep it: autograd saves the packed weight, and a backward decodes again.
+
+Spread over ranks it is a DTensor whose local tensor is a `Packed` of this rank's experts.
 """
 
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from expertmesh.kernels import four_bit
 
@@ -38,8 +41,8 @@ class Packed(torch.Tensor):
     """Weights [E, out, in] of experts, or [E, in, out] if `transposed`, in 4 bits. It has no gradient.
 
     codes, scales: as in four_bit.py, of [E, out, in]. `copy_` of a weight into it encodes. What it knows beyond that is
-    to be detached, cloned, moved, transposed, and to take another dtype for what is decoded. All else raises
-    ValueError.
+    to be detached, cloned, moved, transposed, split by experts, and to take another dtype for what is decoded. All else
+    raises ValueError.
     """
 
     codes: torch.Tensor
@@ -102,14 +105,18 @@ class Packed(torch.Tensor):
             return self._with(*(func(part, *args[1:], **kwargs) for part in (self.codes, self.scales)), dtype)
         if func is aten.transpose.int and {axis % 3 for axis in args[1:]} == {1, 2}:
             return self._with(self.codes, self.scales, self.dtype, flip=True)
+        if func is aten.view.default and torch.Size(args[1]) == self.shape:
+            return self._with(self.codes, self.scales, self.dtype)
+        if func is aten.split.Tensor and not any(args[2:]) and not kwargs:  # along the experts, for ranks
+            parts = zip(self.codes.split(args[1]), self.scales.split(args[1]), strict=True)
+            return [self._with(*part, self.dtype) for part in parts]
         if func is aten.copy_.default and not isinstance(args[1], Packed):
             weight = args[1].transpose(1, 2) if self.transposed else args[1]
             four_bit.encode(weight, self.format, self.codes, self.scales)
             return self
         raise ValueError(
-            f"Experts' weights are kept in 4 bits, where {func} is not known. They are for adapters to be trained on, "
-            f"in one process that holds the whole model; to merge, shard or change them, load the model without "
-            f"quantization."
+            f"Experts' weights are kept in 4 bits, where {func} is not known. They are for adapters to be trained on; "
+            f"to merge or change them, load the model without quantization."
         )
 
 
@@ -120,3 +127,19 @@ _OF_EACH = {getattr(aten, name).default for name in ("detach", "alias", "clone",
 def plain(weight: torch.Tensor) -> torch.Tensor:
     """The weight itself, or what a packed one stands for, to be used at once."""
     return weight.decode() if isinstance(weight, Packed) else weight
+
+
+def packed_in(weight: Any) -> Packed | None:
+    """The packed weight that a parameter is, or of which it holds this rank's experts; None of any other parameter."""
+    held = weight._local_tensor if isinstance(weight, DTensor) else weight
+    return held if isinstance(held, Packed) else None
+
+
+def parts_of(weight: Any) -> list[torch.Tensor]:
+    """[codes, scales] of a packed parameter, spread over ranks as it is."""
+    held: Any = packed_in(weight)
+    if not isinstance(weight, DTensor):
+        return [held.codes, held.scales]
+    return [
+        DTensor.from_local(x, weight.device_mesh, weight.placements, run_check=False) for x in (held.codes, held.scales)
+    ]

@@ -17,6 +17,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed import fsdp as stock_fsdp
 
 from expertmesh.backends import memory_of
+from expertmesh.kernels.packed import packed_in
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.experts import NAME, is_experts, runs_here
 from expertmesh.moe.lora import takes_adapters
@@ -36,26 +37,30 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
     (`experts.grad_divisor`). Replicated experts (HSDP) and those of other backends stay with FSDP. A `Dispatch` of ours
     becomes the forward of its experts, in the place of Transformers' wrapper.
 
+    Experts in 4 bits stay outside FSDP under every layout: a rank keeps those that expert parallelism gives it, whole.
+
     If all dense weights together are `SMALL`, they are gathered once per step, several layers at a time, and kept for
     the backward: otherwise small layers wait for the CPU. So are float32 routers, which Transformers 5.24 makes units
     of their own in a bfloat16 model, as FSDP wants one dtype per unit.
     """
-    if (layout.ep_size or 1) == 1:
+    experts = [module for module in model.modules() if is_experts(module)]
+    spread, packed = (layout.ep_size or 1) > 1, any(packed_in(p) is not None for p in model.parameters())
+    if not spread and not packed:
         yield
         return
-    experts = [module for module in model.modules() if is_experts(module)]
-    whole = layout.efsdp_size == 1 and layout.dp_replicate_size == 1 and all(map(runs_here, experts))
+    whole = spread and layout.efsdp_size == 1 and layout.dp_replicate_size == 1 and all(map(runs_here, experts))
     ours = {id(module) for module in experts} if whole else set()
     layers = _layers_to_stay(model)
-    small = _dense_is_small(model, experts)
+    small = spread and _dense_is_small(model, experts)
     later: dict[str, list[tuple[Any, dict[str, Any]]]] = {"parts": [], "layers": []}  # parts first: they are in layers
 
     def fully_shard(module: Any, **options: Any) -> Any:
         if id(module) in ours:
             module.set_gradient_divide_factor = partial(setattr, module, "grad_divisor")  # Transformers calls it next
             return module
-        if whole:  # their parameters are made anew when they are spread, which is before this
-            options["ignored_params"] = {parameter for expert in experts for parameter in expert.parameters()}
+        if whole or packed:  # their parameters are made anew when they are spread, which is before this
+            of_experts = {parameter for expert in experts for parameter in expert.parameters()}
+            options["ignored_params"] = {p for p in of_experts if whole or packed_in(p) is not None}
         if small and not is_experts(module):
             options["reshard_after_forward"] = False
             if id(module) in layers:

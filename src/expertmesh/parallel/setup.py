@@ -219,11 +219,12 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
 
     tp_size must divide the heads, ep_size the experts. And where a checkpoint keeps one tensor per expert,
     Transformers' loader crashes on a rank that gets none of them (it stacks an empty list) while the others wait; all
-    other empty shards work. Experts in 4 bits fit no layout.
+    other empty shards work. Tensor parallelism would cut through the blocks of experts in 4 bits.
     """
-    if any(isinstance(weight, Packed) for weight in model.parameters()):
+    packed = any(isinstance(weight, Packed) for weight in model.parameters())
+    if packed and layout.tp_size > 1:
         raise ValueError(
-            "Experts in 4 bits are held whole by one process: leave distributed_setup out, or quantization."
+            f"Experts in 4 bits cannot be split by tp_size={layout.tp_size}: set it to 1. ep_size spreads them."
         )
     heads = getattr(model.config.get_text_config(), "num_key_value_heads", None) or 1
     if get_kv_heads_per_rank(model.tp_plan, heads, layout.tp_size) is None:
@@ -236,6 +237,8 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
     replica = layout.fsdp_size * layout.tp_size
 
     def fits(num_experts: int, ep_size: int) -> bool:
+        if packed:  # FSDP leaves them whole
+            return num_experts % ep_size == 0
         sharding = replica // ep_size if ep_size > 1 else layout.fsdp_size
         held, rest = divmod(num_experts, ep_size)
         covered = -(-held // sharding) * (sharding - 1)  # by all shards but the last, which gets what is left

@@ -80,10 +80,10 @@ def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
     """How `config` lays the model out over `num_ranks`, None for one. Raises ConfigError if its sizes do not fit."""
     from expertmesh.parallel.setup import DistributedSetup
 
-    if config.quantization is not None and num_ranks > 1:
+    if config.quantization is not None and config.parallel.tp_size > 1:
         raise ConfigError(
-            "quantization.experts: experts in 4 bits are held whole by one process. Set parallel.nproc to 1, or remove "
-            "the section."
+            "quantization.experts: tensor parallelism cannot split experts in 4 bits. Set parallel.tp_size to 1; "
+            "parallel.ep_size spreads them."
         )
     sizes = config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"})
     sizes |= {"ep_size": 1} if sizes["ep_size"] == "auto" else {}  # one that fits is chosen when the run starts

@@ -17,10 +17,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from expertmesh.kernels.four_bit import FORMATS
-from expertmesh.kernels.packed import DecodeBuffer, Packed
+from expertmesh.kernels.packed import DecodeBuffer, Packed, packed_in
 from expertmesh.moe.experts import is_experts, runs_here, why_not
 from expertmesh.moe.lora import WEIGHTS
-from expertmesh.weights.write import with_copies
+from expertmesh.weights.write import in_parts, with_copies
 
 METHOD = "expertmesh_4bit"  # in config.json
 
@@ -106,7 +106,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         """Whether this is a weight of experts."""
-        return isinstance(model.get_parameter_or_buffer(param_name), Packed)
+        return packed_in(model.get_parameter_or_buffer(param_name)) is not None
 
     def get_quantize_ops(self) -> ConversionOps:
         """What is done to a stack of weights that was read."""
@@ -114,12 +114,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """(the model's tensors, of packed weights blocks and scales as in files of GPT-OSS; {})"""
-        state = with_copies(model, None) or model.state_dict()
-        for name in [name for name, tensor in state.items() if isinstance(tensor, Packed)]:
-            held = state.pop(name)
-            state[f"{name}_blocks"] = held.codes.unflatten(-1, (held.scales.shape[-1], -1))
-            state[f"{name}_scales"] = held.scales
-        return state, {}
+        return in_parts(with_copies(model, None) or model.state_dict()), {}
 
 
 class _Pack(ConversionOps):
@@ -127,7 +122,8 @@ class _Pack(ConversionOps):
         """{name: weights, or a list with them} as packed weights like those that stand in the model."""
         ((name, value),) = input_dict.items()
         weight = value[0] if isinstance(value, list) else value
-        place = model.get_parameter(name)
+        place = packed_in(model.get_parameter(name))
+        assert place is not None
         if isinstance(weight, Packed):
             held = Packed(weight.codes, weight.scales, place.format, place.dtype, place.transposed, place.buffer)
         else:

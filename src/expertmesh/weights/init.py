@@ -57,5 +57,5 @@ def _in_full(module: nn.Module, recurse: bool) -> Iterator[None]:
         if isinstance(param, Packed):
             param.copy_(full)
         else:
-            param.to_local().copy_(DtensorShardOperation(param).shard_tensor(full))
+            param._local_tensor.copy_(DtensorShardOperation(param).shard_tensor(full))
         part._parameters[name] = param

@@ -109,9 +109,15 @@ class Kept:
     def __init__(self, blocks: Any, scales: Any, format: str):
         self.blocks, self.scales, self.format = blocks, scales, format
 
+    def get_shape(self) -> list[int]:
+        *outer, groups, size = self.blocks.get_shape()
+        return [*outer, 2 * groups * size]
+
     def __getitem__(self, index: Any) -> torch.Tensor:
-        assert index is ..., "packed weights are read as a whole: no rank has a part of them"
-        blocks, scales = self.blocks[...], self.scales[...]
+        """Of `...`, or as of `BlockFP8` with whole experts."""
+        experts = slice(None) if index is ... else index[0]
+        assert index is ... or [slice(0, n) for n in self.get_shape()[1:]] == [*index[1:]], "ranks have whole experts"
+        blocks, scales = self.blocks[experts], self.scales[experts]
         return Packed(blocks.flatten(-2), scales, self.format, torch.bfloat16, False, DecodeBuffer())
 
 

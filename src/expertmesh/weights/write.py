@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from expertmesh.kernels.packed import packed_in, parts_of
 from expertmesh.layers.mtp import promise_what_is_kept
 from expertmesh.parallel import ranks
 from expertmesh.weights.files import replacing
@@ -145,7 +146,16 @@ def _saved_state(model: PreTrainedModel) -> dict[str, Any]:
     # on meta tensors Transformers compares the parameters themselves: sharded ones have no storage to compare
     shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in state.items()}
     saved = {name: state[name] for name in remove_tied_weights_from_state_dict(shapes, model)}
-    return saved | {copy: state[name] for copy, name in _copies(model).items()}
+    return in_parts(saved | {copy: state[name] for copy, name in _copies(model).items()})
+
+
+def in_parts(state: dict[str, Any]) -> dict[str, Any]:
+    """`state` with blocks and scales, as in files of GPT-OSS, in the place of packed weights."""
+    for name in [name for name, tensor in state.items() if packed_in(tensor) is not None]:
+        codes, scales = parts_of(state.pop(name))
+        state[f"{name}_blocks"] = codes.unflatten(-1, (scales.shape[-1], -1))
+        state[f"{name}_scales"] = scales
+    return state
 
 
 def with_copies(model: PreTrainedModel, state: dict[str, Any] | None) -> dict[str, Any] | None:

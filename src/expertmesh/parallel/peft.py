@@ -1,0 +1,42 @@
+"""What PEFT is told of models that are spread over ranks."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from expertmesh.kernels.packed import Packed
+
+
+def reach_layouts() -> None:
+    """Let PEFT ask `_sizes` for those of a layer, and `_written` for what it saves; once it is imported."""
+    layer: Any = sys.modules.get("peft.tuners.lora.layer")
+    model: Any = sys.modules.get("peft.peft_model")
+    if model is None or isinstance(model.get_peft_model_state_dict, partial):
+        return
+    layer._get_in_out_features = partial(_sizes, layer._get_in_out_features)
+    model.get_peft_model_state_dict = partial(_written, model.get_peft_model_state_dict)
+
+
+def _sizes(stock: Callable[[nn.Module], Any], module: nn.Module) -> Any:
+    """(inputs, outputs) of a layer, which computes with its whole weight if FSDP shards that in several copies of the
+    model; PEFT takes it for one that tensor parallelism splits."""
+    mesh = getattr(getattr(module, "weight", None), "device_mesh", None)
+    if isinstance(module, nn.Linear) and mesh is not None and "tp" not in (mesh.mesh_dim_names or ()):
+        return module.in_features, module.out_features
+    return stock(module)
+
+
+def _written(stock: Callable[..., Any], model: Any, state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """The tensors of an adapter. PEFT would gather all weights of a model that is spread over ranks, on each of them:
+    here what it may write, which is what trains, embeddings and head."""
+    if state_dict is None and hasattr(model, "get_input_embeddings"):
+        ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
+        small = {id(parameter) for end in ends for parameter in end.parameters()}
+        spread = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, DTensor | Packed)]
+        left = {name for name, parameter in spread if not parameter.requires_grad and id(parameter) not in small}
+        state_dict = {name: tensor for name, tensor in model.state_dict().items() if name not in left}
+    return stock(model, state_dict, *args, **kwargs)
