@@ -32,11 +32,6 @@ NUMBER = int | float | None
 Named = dict[str, nn.Parameter]
 
 
-def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write the optimizer's state into `folder/optimizer`; every rank writes its shards."""
-    write_optimizer(folder, *state_of(model, optimizer))
-
-
 def is_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     """Whether all the optimizer's parameters are the model's; layer-wise optimizers show placeholders."""
     known = set(model.parameters())

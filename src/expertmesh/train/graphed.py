@@ -262,19 +262,17 @@ def why_not(trainer: Any) -> str | None:
     """Why steps of a transformers.Trainer cannot be recorded, as it is set up, and what to change; or None."""
     args, model = trainer.args, trainer.model
     layout = getattr(getattr(model, "config", None), "distributed_config", None)
-    dispatch = (
-        layout.ep_implementation if layout is not None and (layout.ep_size or 1) > 1 else Gather.ep_implementation
-    )
+    dispatch = Gather.ep_implementation
+    if layout is not None and (layout.ep_size or 1) > 1:
+        dispatch = layout.ep_implementation
+    released = getattr(trainer, "gradient_release", None) is not None
     repeats = [getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}) for m in model.modules()]
     repeats.append(args.activation_checkpointing_kwargs or {})
     reasons = {
         f"it needs an NVIDIA GPU, and this run is on {args.device}. Start it on one": args.device.type != "cuda",
         "gradients are accumulated over several microbatches. Set gradient_accumulation_steps=1 and raise "
         "per_device_train_batch_size": args.gradient_accumulation_steps > 1,
-        "weights are updated within backward, and a replay is of gradients alone. Leave gradient_release out": getattr(
-            trainer, "gradient_release", None
-        )
-        is not None,
+        "weights are updated within backward, and a replay is of gradients alone. Leave gradient_release out": released,
         "float16's loss scaler decides by values. Train in bfloat16": trainer.accelerator.scaler is not None,
         "layers are recomputed inside of another backward. Set activation_checkpointing_kwargs={'use_reentrant': "
         "False}": any(options.get("use_reentrant") for options in repeats),

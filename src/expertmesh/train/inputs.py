@@ -1,4 +1,4 @@
-"""What a run needs beside weights, looked at before these are loaded, which takes minutes with 30 billion of them.
+"""What a run needs apart from weights, looked at before these are loaded, which takes minutes with 30 billion of them.
 
 Settings are tried out on one weight, the model is built without memory (on the meta device), every row is looked at and
 one conversation of each shape is rendered. `expertmesh train --dry-run` stops behind that.
@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
 
 
 def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
-    """Tokenizer and rows of a run, once all that it needs beside weights was looked at. Raises ConfigError.
+    """Tokenizer and rows of a run, once all that it needs apart from weights was looked at. Raises ConfigError.
 
     What the Hub has, where the Hub cannot be reached, goes by name into `unreachable` if that is given.
     """
