@@ -50,7 +50,8 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{name}/{key}"] = _laid_out(value, _simple(value)).contiguous()
+                placements = tuple(map(_plain, getattr(value, "placements", ())))
+                tensors[f"{name}/{key}"] = _laid_out(value, placements).contiguous()
             elif isinstance(value, NUMBER):
                 numbers.setdefault(name, {})[key] = value
             else:
@@ -177,12 +178,8 @@ def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimiz
     return tensors
 
 
-def _simple(x: Any) -> tuple[Any, ...]:
-    """Its placements, with contiguous shards for the strided ones of FSDP2 over EP and TP: files have no strides."""
-    return tuple(map(_plain, getattr(x, "placements", ())))
-
-
 def _plain(placement: Any) -> Any:
+    """With contiguous shards for the strided ones of FSDP2 over EP and TP: files have no strides."""
     return placement if placement.is_replicate() else Shard(placement.dim)  # Shard(d) and _StridedShard(d)
 
 
