@@ -24,18 +24,14 @@ from torch.nn.attention import varlen
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-
-def _without_triton(fn: Any = None, **_: Any) -> Any:
-    """Stands in for `triton.jit`: kernels keep their names, and nothing calls them."""
-    return fn if fn is not None else _without_triton
-
-
 # CPU-only platforms have no Triton wheel; kernel files still import, so that their PyTorch references run
 triton: Any = (
     importlib.import_module("triton")
     if HAS_TRITON
     else SimpleNamespace(
-        jit=_without_triton, cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << max(n - 1, 0).bit_length()
+        jit=lambda kernel: kernel,  # nothing calls it
+        cdiv=lambda a, b: -(-a // b),
+        next_power_of_2=lambda n: 1 << max(n - 1, 0).bit_length(),
     )
 )
 tl: Any = importlib.import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
@@ -74,6 +70,12 @@ def memory_of(device: torch.device) -> int:
     if watching is not None:
         return watching[1]
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which products of x are computed: its own dtype, or autocast's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def gpu() -> tuple[str, int] | None:
@@ -138,12 +140,12 @@ def has_quack(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """True when attention over documents runs without a mask on this device in this dtype: on a CPU, and where
-    PyTorch's `varlen_attn` does, which is FlashAttention, so Ampere or newer."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return device.type == "cpu"
-    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+def has_varlen(x: torch.Tensor) -> bool:
+    """True when attention over documents runs without a mask for queries x: on a CPU, and where PyTorch's `varlen_attn`
+    does, which is FlashAttention, so in 16 bits on Ampere or newer."""
+    if not x.is_cuda or product_dtype(x) not in (torch.bfloat16, torch.float16):
+        return x.is_cpu
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 #: what PyTorch's `varlen_attn` must be told where keys have fewer heads than queries: nothing in 2.11, later a flag

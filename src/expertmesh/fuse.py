@@ -266,8 +266,8 @@ class FusedModel(ReadsQuantized):
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
         """As in Transformers, which crashes on some ranks and leaves others waiting if a shard would be empty."""
         if mesh_manager is not None:
-            told = model.config.to_dict()
-            refuse_differences("the model's configuration", {key: told[key] for key in told if key[0] != "_"})
+            values = model.config.to_dict()
+            refuse_differences("the model's configuration", {key: values[key] for key in values if key[0] != "_"})
             refuse_unfit_shards(model, distributed_config)
         with lean_layout(model, distributed_config):
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)

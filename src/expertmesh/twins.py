@@ -99,17 +99,8 @@ def traced() -> bool:
 @functools.cache
 def twin(stock: Any, fast: Any) -> Any:
     """The subclass of the HF class `stock` that runs the mixin `fast`; one per pair."""
-    return type(
-        stock.__name__,
-        (fast, stock),
-        {
-            "__module__": stock.__module__,
-            "__qualname__": stock.__qualname__,
-            "__doc__": stock.__doc__,
-            "__stock__": stock,
-            "__fast__": fast,
-        },
-    )
+    kept = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(stock.__name__, (fast, stock), kept | {"__stock__": stock, "__fast__": fast})
 
 
 def _rebuild(stock: Any, fast: Any) -> Any:

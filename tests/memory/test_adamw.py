@@ -12,7 +12,7 @@ from transformers import default_data_collator
 
 import expertmesh
 from expertmesh.bench.tiny import tiny_model
-from expertmesh.checkpoint.optimizer import load_optimizer, save_optimizer
+from expertmesh.checkpoint.optimizer import load_optimizer, state_of, write_optimizer
 from expertmesh.memory import adamw
 from expertmesh.parallel.clip import grad_norm
 from tests.kernels.compare import on_triton
@@ -155,7 +155,7 @@ def test_sharded_checkpoints_move_too(tmp_path, loads_ours):
     stock = lambda model: torch.optim.AdamW(groups(model), **OPTIONS)  # noqa: E731
     saved, loaded = (stock(first), mine(second)) if loads_ours else (mine(first), stock(second))
     run(saved, first, range(3))
-    save_optimizer(tmp_path, first, saved)
+    write_optimizer(tmp_path, *state_of(first, saved))
     second.load_state_dict(first.state_dict())
     load_optimizer(tmp_path, second, loaded)
     assert all(bool(group["fused"]) == loads_ours for group in loaded.param_groups), "its own way, not the checkpoint's"

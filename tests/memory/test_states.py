@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import expertmesh
-from expertmesh.checkpoint.optimizer import load_optimizer, save_optimizer
+from expertmesh.checkpoint.optimizer import load_optimizer, state_of, write_optimizer
 from expertmesh.kernels.block_quant import dequantize, join
 from expertmesh.memory import states as low_memory
 from expertmesh.parallel import ranks
@@ -191,7 +191,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(states, through, tmp_path):
         if through == "a state dict":
             other.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
         else:
-            save_optimizer(tmp_path, model, optimizer)
+            write_optimizer(tmp_path, *state_of(model, optimizer))
             load_optimizer(tmp_path, other_model, other)
     run(optimizer, model, range(2, 4))
     run(other, other_model, range(2, 4))
@@ -262,7 +262,7 @@ def layouts(rank: int, folder: str) -> None:
         assert equal(everything(alone, one), everything(sharded, two))
         place = Path(folder, states)
         place.mkdir(exist_ok=True)
-        save_optimizer(place, sharded, two)
+        write_optimizer(place, *state_of(sharded, two))
         ranks.barrier()  # rank 0 writes the last file
         again = Model()
         alone_again = make(again)

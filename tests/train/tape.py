@@ -95,7 +95,7 @@ def set_sync_debug_mode(mode: str) -> None:
 
 def instead_of_cuda(monkeypatch: Any) -> None:
     """From now on a recording is a tape."""
-    monkeypatch.setattr(backends, "has_varlen", lambda device, dtype: False)  # on a CPU it reads documents' lengths
+    monkeypatch.setattr(backends, "has_varlen", lambda x: False)  # on a CPU it reads documents' lengths
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_sync_debug_mode)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: "default")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

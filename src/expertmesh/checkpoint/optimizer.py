@@ -32,11 +32,6 @@ NUMBER = int | float | None
 Named = dict[str, nn.Parameter]
 
 
-def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write the optimizer's state into `folder/optimizer`; every rank writes its shards."""
-    write_optimizer(folder, *state_of(model, optimizer))
-
-
 def is_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     """Whether all the optimizer's parameters are the model's; layer-wise optimizers show placeholders."""
     known = set(model.parameters())
@@ -55,7 +50,8 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{name}/{key}"] = _laid_out(value, _simple(value)).contiguous()
+                placements = tuple(map(_plain, getattr(value, "placements", ())))
+                tensors[f"{name}/{key}"] = _laid_out(value, placements).contiguous()
             elif isinstance(value, NUMBER):
                 numbers.setdefault(name, {})[key] = value
             else:
@@ -182,12 +178,8 @@ def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimiz
     return tensors
 
 
-def _simple(x: Any) -> tuple[Any, ...]:
-    """Its placements, with contiguous shards for the strided ones of FSDP2 over EP and TP: files have no strides."""
-    return tuple(map(_plain, getattr(x, "placements", ())))
-
-
 def _plain(placement: Any) -> Any:
+    """With contiguous shards for the strided ones of FSDP2 over EP and TP: files have no strides."""
     return placement if placement.is_replicate() else Shard(placement.dim)  # Shard(d) and _StridedShard(d)
 
 

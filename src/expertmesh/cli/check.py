@@ -96,14 +96,14 @@ def _serves(adapter: Path, server: str | None, base: str | None, layout: str | N
     known("--serve", server, SERVERS)
     known_layout(layout)
     with naming_the_fix(), quiet():
-        told, count, source = lost(adapter, base_model(base_of(adapter, base)), server, layout)
-    for one in told:
+        lacking, count, source = lost(adapter, base_model(base_of(adapter, base)), server, layout)
+    for one in lacking:
         typer.echo(f"{one.path} {one.why}.")
-    applied = count - len({one.path for one in told})
-    typer.echo(f"{server}, by its {source}: {applied} of {count} adapted modules have a slot, {len(told)} do not.")
-    if told:
+    applied = count - len({one.path for one in lacking})
+    typer.echo(f"{server}, by its {source}: {applied} of {count} adapted modules have a slot, {len(lacking)} do not.")
+    if lacking:
         typer.echo(f"`expertmesh adapter {adapter} --for {server}` writes it as {server} reads it, where it can.")
-    return 1 if told else 0
+    return 1 if lacking else 0
 
 
 def _refuse_nonsense(model: str, device: str, ranks: int) -> None:

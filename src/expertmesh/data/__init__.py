@@ -1,6 +1,6 @@
 """Training text: where it comes from, which shapes it may have, how it is split, and what is supervised in it."""
 
-from expertmesh.data.labels import IGNORED, REMEDY, check_supervised
+from expertmesh.data.labels import IGNORED, REMEDY
 from expertmesh.data.sources import Unreachable, hold_out, load_dataset
 from expertmesh.data.tokenizer import DEMO_FOLDER, demo_config, demo_tokenizer
 
@@ -9,7 +9,6 @@ __all__ = [
     "IGNORED",
     "REMEDY",
     "Unreachable",
-    "check_supervised",
     "demo_config",
     "demo_tokenizer",
     "hold_out",

@@ -33,13 +33,12 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 
     query: [B, NQ, S, D], key: [B, NK, S, D], value: [B, NK, S, V].
     """
-    device, width = query.device.type, query.shape[-1]
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    width = query.shape[-1]
     return (
         (width, value.shape[-1]) in WIDTHS
-        and backends.has_flash_attention(device)
+        and backends.has_flash_attention(query.device.type)
         and not backends.in_one_graph()
-        and dtype in DTYPES
+        and backends.product_dtype(query) in DTYPES
         and query.shape[2] == key.shape[2]
         and query.shape[2] >= LENGTH
         and (width == value.shape[-1] or query.shape[1] == key.shape[1])  # its backward has not both
@@ -66,10 +65,8 @@ def flash_attention(
     _keep_compiled()
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    dtype = backends.product_dtype(query)
+    query, key, value = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     options = {"softmax_scale": scale, "causal": True, "learnable_sink": sinks}
     if documents is None:
         return flash_attn_func(query, key, value, **options)[0]

@@ -76,10 +76,7 @@ def linear_cross_entropy(
             f"Expected hidden [N, H], weight [V, H] and labels [N]; got {tuple(hidden.shape)}, {tuple(weight.shape)} "
             f"and {tuple(labels.shape)}: flatten batch and sequence, and shift the labels, before the call."
         )
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
+    hidden, weight, bias = in_product_dtype(hidden, weight, bias)
     learn = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
     logits, wanted, gradient, saved = through or (None, learn, None, ())
     wanted = [torch.is_grad_enabled() and want for want in wanted]
@@ -284,6 +281,11 @@ def scaled(x: torch.Tensor | Product | None, scale: torch.Tensor, dtype: torch.d
         tuning = TUNING["scale"]
         _scale_kernel[(triton.cdiv(x.numel(), tuning["BLOCK"]),)](x, scale, out, x.numel(), **tuning)
     return out
+
+
+def in_product_dtype(*tensors: Any) -> Any:
+    """The tensors, or None, in the dtypes in which `F.linear` computes with them."""
+    return (None if x is None else x.to(backends.product_dtype(x)) for x in tensors)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -64,19 +64,17 @@ def _rotary(
     R = cos.shape[-1] * (2 if half else 1)
     if interleaved:
         cos, sin = cos[..., : R // 2], sin[..., : R // 2]
-    turned = []
-    for x in (q.transpose(1, 2), k.transpose(1, 2)):
-        dtype = x.dtype if interleaved or half else torch.promote_types(x.dtype, cos.dtype)
-        if by_kernel:
-            (x,) = _RoPE.apply([dtype], cos, sin, R, interleaved, 0.0, x)
-        else:
-            x = _turned_reference(x, cos, sin, R, interleaved, dtype)
-        turned.append(x.transpose(1, 2))
-    return turned[0], turned[1]
+    heads = q.transpose(1, 2), k.transpose(1, 2)
+    dtypes = [x.dtype if interleaved or half else torch.promote_types(x.dtype, cos.dtype) for x in heads]
+    if by_kernel:
+        turned = _RoPE.apply(dtypes, cos, sin, R, interleaved, 0.0, *heads)
+    else:
+        turned = [_turned_reference(*each, cos, sin, R, interleaved) for each in zip(heads, dtypes, strict=True)]
+    return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
 
 def _turned_reference(
-    x_BSND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, R: int, interleaved: bool, dtype: torch.dtype
+    x_BSND: torch.Tensor, dtype: torch.dtype, cos: torch.Tensor, sin: torch.Tensor, R: int, interleaved: bool
 ) -> torch.Tensor:
     turn, rest = x_BSND.split([R, x_BSND.shape[3] - R], dim=-1)
     a, b = (turn[..., ::2].float(), turn[..., 1::2].float()) if interleaved else turn.chunk(2, dim=-1)
@@ -189,11 +187,11 @@ def _turn(
     INTERLEAVED: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of heads: those of q, then those of k, if there are any."""
+    """One program per tile of heads: those of q, then those of k."""
     tile = tl.program_id(0)
     q_tiles = tl.cdiv(T * NQ, ROWS)
     rotation = cos_ptr, sin_ptr, rot_stride_b, rot_stride_s
-    if NK == 0 or tile < q_tiles:
+    if tile < q_tiles:
         _turn_tile(
             tile, (q_ptr, q_weight_ptr, q_out_ptr, q_stride_b, q_stride_s, q_stride_n), rotation, T, S, eps,
             NQ, D, R, SECOND, INTERLEAVED, BACK, ROWS, BLOCK, BLOCK_REST,
@@ -282,7 +280,7 @@ def rotation_strides(cos: torch.Tensor) -> tuple[int, int]:
 
 
 class _RoPE(torch.autograd.Function):
-    """Heads [B, S, N, D] → the same turned, contiguous, in `dtypes`: x alone, or q and k, given weights of norms."""
+    """Heads of q and k [B, S, N, D] → the same turned, contiguous, in `dtypes`; given weights, normed before."""
 
     @staticmethod
     def forward(
@@ -312,14 +310,15 @@ def _launch(
     heads: list[torch.Tensor], weights: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor,
     dtypes: list[torch.dtype], back: bool, R: int, interleaved: bool, eps: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    (B, S, NQ, D), NK = heads[0].shape, heads[1].shape[2] if weights else 0
+    (B, S, NQ, D), NK = heads[0].shape, heads[1].shape[2]
+    assert heads[1].shape == (B, S, NK, D), "heads of q and k are as wide"
     assert B * S * max(NQ, NK) < 2**31, "heads are counted in 32 bits"
     outs = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in zip(heads, dtypes, strict=True))
     tuning = (NORM_TUNING if weights else TUNING)["backward" if back else "forward"]
     if outs[0].numel():
         _turn[(sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK)),)](
-            heads[0], heads[-1], *(weights or (None, None)), cos, sin, outs[0], outs[-1], B * S, S,
-            *heads[0].stride()[:3], *heads[-1].stride()[:3], *rotation_strides(cos), eps,
+            *heads, *(weights or (None, None)), cos, sin, *outs, B * S, S,
+            *heads[0].stride()[:3], *heads[1].stride()[:3], *rotation_strides(cos), eps,
             NQ=NQ, NK=NK, D=D, R=R, SECOND=cos.shape[-1] - R // 2, INTERLEAVED=interleaved, BACK=back,
             BLOCK=triton.next_power_of_2(R // 2), BLOCK_REST=triton.next_power_of_2(max(1, D - R)), **tuning,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from expertmesh.backends import VARLEN_GQA
+from expertmesh.backends import VARLEN_GQA, product_dtype
 from expertmesh.kernels.documents import document_of
 
 
@@ -36,11 +36,8 @@ def varlen_attention(
     cu_seqlens: [documents + 1] int32, where each begins among the T tokens, and T; max_length: that of the longest.
     """
     B, _, S, D = query.shape
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    missing = D - value.shape[-1]
-    query, key, value = (x.transpose(1, 2).reshape(B * S, -1, x.shape[-1]) for x in (query, key, value))
+    missing, dtype = D - value.shape[-1], product_dtype(query)
+    query, key, value = (x.to(dtype).transpose(1, 2).reshape(B * S, -1, x.shape[-1]) for x in (query, key, value))
     value = F.pad(value, (0, missing)) if missing else value
     out: Any  # torch's function returns a tuple if asked for more
     if query.is_cuda:

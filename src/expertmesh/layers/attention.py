@@ -41,7 +41,7 @@ def attend(
         causal = module.is_causal if is_causal is None else is_causal
         if causal and flash_attention.takes(query, key, value):
             return flash_attention.flash_attention(query, key, value, scaling, documents=documents), None
-        if documents is not None and _has_varlen(query) and takes(query, value):
+        if documents is not None and backends.has_varlen(query) and takes(query, value):
             return varlen_attention(query, key, value, *documents, scaling), None
     if documents is not None:
         backends.tell_once(
@@ -52,12 +52,6 @@ def attend(
     return sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs
     )
-
-
-def _has_varlen(query: torch.Tensor) -> bool:
-    device = query.device
-    autocast = torch.is_autocast_enabled(device.type)
-    return backends.has_varlen(device, torch.get_autocast_dtype(device.type) if autocast else query.dtype)
 
 
 AttentionInterface.register(NAME, attend)

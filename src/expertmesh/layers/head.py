@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
-from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy, scaled
+from expertmesh.kernels.linear_cross_entropy import Statistics, in_product_dtype, linear_cross_entropy, scaled
+from expertmesh.parallel.layout import units_of
 from expertmesh.records import current
 from expertmesh.twins import Fast, traced, untouched
 
@@ -69,9 +70,7 @@ def _heads() -> weakref.WeakSet[nn.Module]:
 
 def _reshards(unit: Any) -> bool:
     """Whether FSDP frees the unit's whole weights after its forward."""
-    state = unit._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # one only, before PyTorch 2.13
-    return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
+    return any(group.post_forward_mesh_info is not None for group in units_of(unit))
 
 
 _LATE = (
@@ -274,10 +273,8 @@ def deferred_logits(hidden: Any, weight: Any, bias: Any, sharded: bool = False, 
     sharded: FSDP gathers the weight and frees it after the backward; or, with `keep`, after the forward, and then the
     logits keep a copy as long as they live.
     """
-    device, given = hidden.device.type, weight
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    given = weight
+    hidden, weight, bias = in_product_dtype(hidden, weight, bias)
     sharded &= given is weight  # else it is a copy already
     copies = [None if x is None else x.detach().clone() for x in (weight, bias)] if sharded and keep else None
     return _Head.apply(hidden, weight, bias, copies and (hidden, *copies), sharded and not keep)

@@ -13,6 +13,7 @@ from transformers import masking_utils
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
+from expertmesh.backends import product_dtype
 from expertmesh.kernels.documents import Bounds
 from expertmesh.kernels.sink_attention import Padding, padding_of, sink_attention, takes, visible
 from expertmesh.layers.rows import documents_or_mask
@@ -35,8 +36,7 @@ def attend_with_sinks(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As the `eager_attention_forward` of Transformers' GPT-OSS; no weights are returned where the kernels ran."""
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    dtype = product_dtype(value)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     documents, padding = documents_or_mask(attention_mask, documents, module)
     if isinstance(padding, torch.Tensor):

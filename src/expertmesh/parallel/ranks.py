@@ -45,8 +45,8 @@ def refuse_differences(of_what: str, values: Mapping[str, Any]) -> None:
         for number, one in enumerate(everyone):
             ranks_with.setdefault(one.get(key, "nothing"), []).append(number)
         if len(ranks_with) > 1:
-            told = "; ".join(f"{value} on {', '.join(map(str, numbers))}" for value, numbers in ranks_with.items())
-            raise RanksError(f"The ranks differ in {of_what}: {key} is {told}. Start all ranks with the same.")
+            found = "; ".join(f"{value} on {', '.join(map(str, numbers))}" for value, numbers in ranks_with.items())
+            raise RanksError(f"The ranks differ in {of_what}: {key} is {found}. Start all ranks with the same.")
 
 
 @contextmanager
@@ -57,10 +57,10 @@ def together(group: Any = None) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    told = gathered(None if error is None else f"{type(error).__name__}: {error}", group)
+    errors = gathered(None if error is None else f"{type(error).__name__}: {error}", group)
     if error is not None:
         raise error
-    if failed := [f"rank {number}: {what}" for number, what in enumerate(told) if what is not None]:
+    if failed := [f"rank {number}: {what}" for number, what in enumerate(errors) if what is not None]:
         raise RanksError("; ".join(failed))
 
 

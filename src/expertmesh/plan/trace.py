@@ -231,14 +231,16 @@ def watched(watch: Watch, memory: int) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within: nothing is said of fusions; that is for a model that is going to run."""
-    log = backends.logger()
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Within: nothing is said, by us or Transformers, of a model that is not going to run."""
+    logs = backends.logger(), logging.getLogger("transformers")
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _on_meta(things: Iterable[Any]) -> list[torch.Tensor]:

@@ -16,8 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from expertmesh.kernels.levels import Policy, checked, levels_of
 from expertmesh.train.errors import ConfigError
-from expertmesh.train.reading import parse, read
-from expertmesh.train.section import Count, Name, Section, Size, number
+from expertmesh.train.sections import Count, Name, Section, Size, number, parse, read
 
 
 def _spelled_out(section: Any) -> Any:

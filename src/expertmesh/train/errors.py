@@ -1,4 +1,4 @@
-"""What can go wrong in a run, and how it is told: one paragraph that names the fix. Imports nothing heavy."""
+"""What can go wrong in a run, and how it is said: one paragraph that names the fix. Imports nothing heavy."""
 
 import difflib
 import errno
@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75: EX_TEMPFAIL, "put me in the queue again"
-if hasattr(signal, "SIGHUP"):  # the terminal was closed; Windows has none
-    EXIT_CODES[signal.SIGHUP] = 75
+#: 75: EX_TEMPFAIL, "put me in the queue again"; SIGHUP: the terminal was closed
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGHUP: 75, signal.SIGINT: 130}
 OPTIONAL = ("trl", "peft", "datasets", "matplotlib", "tensorboard")
 
 

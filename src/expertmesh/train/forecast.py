@@ -1,4 +1,4 @@
-"""What `expertmesh train` says of its plan: before weights are read, beside ten measured steps, when memory ends."""
+"""What `expertmesh train` says of its plan: before weights are read, after ten measured steps, when memory ends."""
 
 import copy
 import statistics
@@ -61,9 +61,9 @@ def naming_what_fits(config: Config, num_ranks: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_out_of_memory(error) or (told := _what_fits(config, num_ranks)) is None:
+        if not is_out_of_memory(error) or (advice := _what_fits(config, num_ranks)) is None:
             raise
-        raise NoRoomError(f"The GPU ran out of memory ({in_short(error).split('.')[0]}). {told}") from error
+        raise NoRoomError(f"The GPU ran out of memory ({in_short(error).split('.')[0]}). {advice}") from error
 
 
 def _what_fits(config: Config, num_ranks: int) -> str | None:
@@ -91,8 +91,8 @@ def lines(found: Plan) -> list[str]:
     ]
 
 
-class BesidePlan(TrainerCallback):
-    """After ten steps: their median time, tokens and memory, beside what was planned. Goes into metrics.jsonl, too."""
+class MeasuredSteps(TrainerCallback):
+    """After ten steps: their median time, tokens and memory, and what was planned. Goes into metrics.jsonl, too."""
 
     def __init__(self, plan: Plan, trainer: Any) -> None:
         self.plan, self.trainer = plan, trainer
@@ -116,12 +116,12 @@ class BesidePlan(TrainerCallback):
         planned = {"step_ms": speed.step * 1e3, "tokens_per_second": speed.tokens_per_second}
         if torch.cuda.is_available():
             measured["peak_gib"], planned["peak_gib"] = torch.cuda.max_memory_allocated() / GIB, memory.peak / GIB
-        told = [
+        parts = [
             f"{measured[key]:{form}} {unit} (planned {planned[key]:{form}})"
             for key, form, unit in UNITS
             if key in measured
         ]
-        backends.logger().info(f"Step {state.global_step}: {', '.join(told)}.")
+        backends.logger().info(f"Step {state.global_step}: {', '.join(parts)}.")
         logs = {f"measured/{key}": round(x, 2) for key, x in measured.items()}
         logs |= {f"planned/{key}": round(x, 2) for key, x in planned.items()}
         self.trainer.callback_handler.on_log(args, state, copy.copy(control), logs)  # it clears `should_log`

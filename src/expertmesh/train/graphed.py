@@ -263,27 +263,24 @@ def why_not(trainer: Any) -> str | None:
     """Why steps of a transformers.Trainer cannot be recorded, as it is set up, and what to change; or None."""
     args, model = trainer.args, trainer.model
     layout = getattr(getattr(model, "config", None), "distributed_config", None)
-    dispatch = (
-        layout.ep_implementation if layout is not None and (layout.ep_size or 1) > 1 else Gather.ep_implementation
-    )
+    dispatch = Gather.ep_implementation
+    if layout is not None and (layout.ep_size or 1) > 1:
+        dispatch = layout.ep_implementation
+    released = getattr(trainer, "gradient_release", None) is not None
     asked = args.activation_checkpointing_kwargs or {}
     again = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+    repeats = [asked, *(getattr(function, "keywords", {}) for function in again)]
     offloads = asked.get("offload") or "offload" in str(asked.get("recompute"))
+    offloads = offloads or any(isinstance(function, Offload) for function in again)
     reasons = {
         f"it needs an NVIDIA GPU, and this run is on {args.device}. Start it on one": args.device.type != "cuda",
         "gradients are accumulated over several microbatches. Set gradient_accumulation_steps=1 and raise "
         "per_device_train_batch_size": args.gradient_accumulation_steps > 1,
-        "weights are updated within backward, and a replay is of gradients alone. Leave gradient_release out": getattr(
-            trainer, "gradient_release", None
-        )
-        is not None,
+        "weights are updated within backward, and a replay is of gradients alone. Leave gradient_release out": released,
         "float16's loss scaler decides by values. Train in bfloat16": trainer.accelerator.scaler is not None,
         "layers are recomputed inside of another backward. Set activation_checkpointing_kwargs={'use_reentrant': "
-        "False}": any(
-            options.get("use_reentrant") for options in (asked, *(getattr(f, "keywords", {}) for f in again))
-        ),
-        "inputs of layers go to host memory. Recompute them without offloading": offloads
-        or any(isinstance(f, Offload) for f in again),
+        "False}": any(options.get("use_reentrant") for options in repeats),
+        "inputs of layers go to host memory. Recompute them without offloading": offloads,
         "torch_empty_cache_steps frees memory. Leave it unset": args.torch_empty_cache_steps is not None,
         "on several GPUs it needs a model that is laid out as it is loaded. Pass distributed_setup= to "
         "from_pretrained": args.n_gpu > 1 or (args.world_size > 1 and not trainer.is_sharded),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from expertmesh.data import check_supervised
+from expertmesh.data import REMEDY
 from expertmesh.parallel import ranks
 from expertmesh.train.errors import few
 
@@ -53,10 +53,10 @@ class NonFiniteError(FloatingPointError):
 
 
 class KeepRows:
-    """A collator around a collator: takes the row numbers out of the examples and puts them beside the batch.
+    """A collator around a collator: takes the row numbers out of the examples and adds them to the batch.
 
     Batches are still on the CPU here, so that reading values costs no synchronization. drop_masks: leave out masks
-    without padding. one_row: lays the batch out as one row, which is put beside it. Examples or batches that are no
+    without padding. one_row: lays the batch out as one row, which is added to it. Examples or batches that are no
     mappings pass unchanged.
     """
 
@@ -125,7 +125,7 @@ class StepRecord:
         grad_norm = torch.as_tensor(grad_norm)
         has_labels, grad_finite, *loss_finite = self.signs.tolist()
         if not has_labels:
-            check_supervised(torch.cat([batch["labels"][..., 1:].flatten() for batch in self.batches]), f"step {step}")
+            raise ValueError(f"All labels of step {step} are masked: there is nothing to learn from. {REMEDY}")
         if all(loss_finite) and grad_finite:
             return
         what = "gradient" if all(loss_finite) else "loss"

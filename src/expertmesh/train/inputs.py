@@ -1,4 +1,4 @@
-"""What a run needs beside weights, looked at before these are loaded, which takes minutes with 30 billion of them.
+"""What a run needs apart from weights, looked at before these are loaded, which takes minutes with 30 billion of them.
 
 Settings are tried out on one weight, the model is built without memory (on the meta device), every row is looked at and
 one conversation of each shape is rendered. `expertmesh train --dry-run` stops behind that.
@@ -28,6 +28,7 @@ from expertmesh import data
 from expertmesh.fuse import loading
 from expertmesh.kernels.packed import DecodeBuffer, Packed
 from expertmesh.moe.experts import is_experts
+from expertmesh.plan.trace import quiet
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import in_short, install, known, refusing
 from expertmesh.train.folder import check_folder
@@ -50,7 +51,7 @@ class Inputs(NamedTuple):
 
 
 def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
-    """Tokenizer and rows of a run, once all that it needs beside weights was looked at. Raises ConfigError.
+    """Tokenizer and rows of a run, once all that it needs apart from weights was looked at. Raises ConfigError.
 
     What the Hub has, where the Hub cannot be reached, goes by name into `unreachable` if that is given.
     """
@@ -197,29 +198,25 @@ def _positions(text: PreTrainedConfig) -> int | None:
 
 
 def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
-    name, attention, level = config.model.name, config.model.attn_implementation, transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # the model itself will say it again
-    try:
-        with torch.device("meta"):
-            with refusing(f"model.name: no causal language model can be made from the config.json of {name}"):
-                model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
-            if attention is not None and "/" not in attention:  # which is a kernel of the Hub
-                with refusing(f"model.attn_implementation: {name} cannot be run with {attention!r} here"):
-                    model.set_attn_implementation(attention)
-            if config.moe.freeze_router and not any(routers(model)):
-                raise ConfigError(f"moe.freeze_router: {type(model).__name__} has no routers. Remove the key.")
-            if config.quantization is not None:
-                with refusing(f"quantization.experts: {name} cannot have its experts in 4 bits"):
-                    _check_packable(model, config.quantization.experts)
-            if (adapter := lora(config)) is not None:
-                import peft
+    name, attention = config.model.name, config.model.attn_implementation
+    with quiet(), torch.device("meta"):
+        with refusing(f"model.name: no causal language model can be made from the config.json of {name}"):
+            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
+        if attention is not None and "/" not in attention:  # which is a kernel of the Hub
+            with refusing(f"model.attn_implementation: {name} cannot be run with {attention!r} here"):
+                model.set_attn_implementation(attention)
+        if config.moe.freeze_router and not any(routers(model)):
+            raise ConfigError(f"moe.freeze_router: {type(model).__name__} has no routers. Remove the key.")
+        if config.quantization is not None:
+            with refusing(f"quantization.experts: {name} cannot have its experts in 4 bits"):
+                _check_packable(model, config.quantization.experts)
+        if (adapter := lora(config)) is not None:
+            import peft
 
-                with refusing(f"lora.target_modules: {name} cannot get such adapters"), warnings.catch_warnings():
-                    warnings.filterwarnings("error", ".* were set but no (module|parameter) was matched")
-                    adapted = peft.get_peft_model(model, adapter)
-                _refuse_unmatched(name, adapter, adapted)
-    finally:
-        transformers.logging.set_verbosity(level)
+            with refusing(f"lora.target_modules: {name} cannot get such adapters"), warnings.catch_warnings():
+                warnings.filterwarnings("error", ".* were set but no (module|parameter) was matched")
+                adapted = peft.get_peft_model(model, adapter)
+            _refuse_unmatched(name, adapter, adapted)
 
 
 def _refuse_unmatched(name: str, adapter: Any, adapted: Any) -> None:

@@ -30,7 +30,7 @@ from expertmesh.weights.files import DamagedError, alone, replacing
 from expertmesh.weights.read import load_weights, weight_files
 
 log = logging.getLogger(__name__)
-# arguments that may differ among ranks: where files are, and what is told about the run
+# arguments that may differ among ranks: where files are, and what is said of the run
 _OWN = re.compile("dir$|rank|hub|report_to|run_name|project|trackio|tqdm|log_level|log_on|workers|pin_memory|prefetch")
 
 
@@ -146,7 +146,7 @@ class ResumableTrainer(transformers.Trainer):
         if self._has_other_format or not optimizer_state.is_of(self.model, self._torch_optimizer):
             return super()._save_optimizer_and_scheduler(output_dir)
         Path(output_dir).mkdir(exist_ok=True)
-        optimizer_state.save_optimizer(Path(output_dir), self.model, self._torch_optimizer)
+        optimizer_state.write_optimizer(Path(output_dir), *optimizer_state.state_of(self.model, self._torch_optimizer))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
 
@@ -213,13 +213,13 @@ def refuse_different_ranks(trainer: transformers.Trainer, checkpoint: Any) -> No
 
     A rank with fewer batches or another learning rate would be found out when the others wait for it, or never.
     """
-    told = {name: value for name, value in trainer.args.to_dict().items() if not _OWN.search(name)}
+    values = {name: value for name, value in trainer.args.to_dict().items() if not _OWN.search(name)}
     data = trainer.train_dataset
     trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
-    told["rows of training data"] = len(data) if isinstance(data, Sized) else "unknown"
-    told["trained parameters"] = f"{len(trained)} tensors, {sum(trained)} numbers"
-    told["checkpoint"] = Path(str(checkpoint)).name
-    refuse_differences("what they train, or how", told)
+    values["rows of training data"] = len(data) if isinstance(data, Sized) else "unknown"
+    values["trained parameters"] = f"{len(trained)} tensors, {sum(trained)} numbers"
+    values["checkpoint"] = Path(str(checkpoint)).name
+    refuse_differences("what they train, or how", values)
 
 
 def _step_of(checkpoint: Path) -> int:

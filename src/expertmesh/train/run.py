@@ -32,7 +32,7 @@ from expertmesh.train.choice import settle
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
 from expertmesh.train.folder import check_folder, check_room, save_final, starting_point
-from expertmesh.train.forecast import BesidePlan, foretell, naming_what_fits
+from expertmesh.train.forecast import MeasuredSteps, foretell, naming_what_fits
 from expertmesh.train.inputs import Inputs, gather, load_model_config, loading_part, lora, origin
 from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.launch import join, layout
@@ -74,8 +74,8 @@ def build(config: Config) -> SFTTrainer:
         join(config.parallel.start_timeout_minutes)
         setup.join()
         sections = config.model_dump(exclude={"save": {"output_dir"}}).items()
-        told = {f"{name}.{key}": value for name, keys in sections for key, value in (keys or {}).items()}
-        refuse_differences("the configuration", told)
+        values = {f"{name}.{key}": value for name, keys in sections for key, value in (keys or {}).items()}
+        refuse_differences("the configuration", values)
     inputs = gather(config)
     plan = foretell(config, current_world_size()) if _is_first() else None
     model = load_model(config)
@@ -107,7 +107,7 @@ def build(config: Config) -> SFTTrainer:
     for quiet in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(quiet)
     if plan is not None:
-        trainer.add_callback(BesidePlan(plan, trainer))
+        trainer.add_callback(MeasuredSteps(plan, trainer))
     _check_prepared(trainer, inputs, config)
     return trainer
 

@@ -87,7 +87,7 @@ class Trainer(ResumableTrainer):
         self._record = StepRecord()
         self._ahead = _Ahead(iter(()))
         self.tokens: torch.Tensor | int = 0  # of this rank since `train` began, without padding
-        self._told_tokens = 0.0  # of them, at the last record
+        self._logged_tokens = 0.0  # of them, at the last record
         self._since: float | None = None  # start of the count of tokens, plus all pauses since
 
     def get_train_dataloader(self):
@@ -121,7 +121,7 @@ class Trainer(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any):
         self._plan = None  # arguments may have changed
-        self.tokens = self._told_tokens = 0
+        self.tokens = self._logged_tokens = 0
         if self.gradient_release is not None:
             refuse_to_release(self)
         try:
@@ -257,13 +257,13 @@ class Trainer(ResumableTrainer):
         `optim_args="states=8bit"` is our AdamW's `states`.
         """
         cls, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
-        told = dict(pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
+        given = dict(pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
         if cls is not torch.optim.AdamW or args.deepspeed_plugin or args.device.type not in ("cuda", "cpu"):
-            if "states" in told:
+            if "states" in given:
                 raise ValueError(f"optim_args: states= is of expertmesh's AdamW, not of {cls.__name__}: remove it.")
             return cls, options
         backends.logger().info("optim=%s: expertmesh's AdamW, which clips as it steps.", args.optim.value)
-        return AdamW, options | ({"states": told["states"]} if "states" in told else {})
+        return AdamW, options | ({"states": given["states"]} if "states" in given else {})
 
     def _clip_grad_norm(self, model):
         return self._clip_to(self.args.max_grad_norm, model)
@@ -337,8 +337,8 @@ class Trainer(ResumableTrainer):
             tokens = float(self.tokens)  # the device has been waited for: so the time is that of the work
             now = time.perf_counter()
             seconds = 0.0 if self._since is None else now - self._since
-            logs["tokens_per_second"] = round((tokens - self._told_tokens) / max(seconds, 1e-9), 1)
-            self._told_tokens, self._since = tokens, now
+            logs["tokens_per_second"] = round((tokens - self._logged_tokens) / max(seconds, 1e-9), 1)
+            self._logged_tokens, self._since = tokens, now
         super().log(logs, start_time)
 
 

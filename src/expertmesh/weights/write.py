@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -36,7 +37,6 @@ from expertmesh.parallel import ranks
 from expertmesh.weights.files import replacing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -59,7 +59,9 @@ def files_of(model: PreTrainedModel, max_shard_size: int | str = "5GB") -> Itera
 
     Every rank must exhaust it: it gathers.
     """
-    return _split(_own_tensors(model), _bytes(max_shard_size))
+    size = max_shard_size
+    limit = size if isinstance(size, int) else convert_file_size_to_int(size.upper())  # a small b is a bit to it
+    return _split(_own_tensors(model), limit)
 
 
 def write_model(
@@ -255,12 +257,3 @@ def _split(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[
         size += value.nbytes
     if file:
         yield file
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    number, unit = size[:-2], size[-2:].upper()
-    if unit not in UNITS or not number.isdecimal():
-        raise ValueError(f"max_shard_size is {size!r}: give bytes as a number, or KB, MB or GB, as in '5GB'.")
-    return int(number) * UNITS[unit]
