@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from the files in benchmarks/results, and the two pictures.
+"""Writes the tables of README.md and docs/ from the files in benchmarks/results, and the three pictures.
 
     python benchmarks/tables.py        # needs expertmesh, and matplotlib for the pictures
 
@@ -14,6 +14,7 @@ after a new result.
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,18 @@ def cpu(name: str) -> str:
     return f"{table(header, cells)}\n\n{source(result)}"
 
 
+def quality(name: str) -> str:
+    """Held-out losses by arm, means over the seeds, beside those of float32 states with standing gradients."""
+    result = load(name)
+    cells = [
+        [row["arm"], row["held_out_loss"], f"{row['percent_above']:+.3f} %"]
+        + [" ".join(f"{percent:+.3f}" for percent in row["of_seeds"])]
+        for row in result["arms"]
+    ]
+    header = ["arm", "held-out loss", "above float32", "of each seed, %"]
+    return f"{table(header, cells)}\n\n{source(result)}"
+
+
 def plans() -> str:
     """What `expertmesh plan` says beside what was measured (plans.py), the rows that differ most first."""
     said, header, cells = beside_measured()
@@ -360,7 +373,8 @@ def simulated(name: str) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "loops": loops, "arms_of_loops": arms_of_loops, "steps": steps, "worth": worth, "proof": proof,
     "components": components, "trace": trace, "exchanges": exchanges, "published": published, "rows": rows,
-    "plans": plans, "simulated": simulated, "kernels": kernels, "small_kernels": small_kernels, "cpu": cpu,
+    "quality": quality, "plans": plans, "simulated": simulated, "kernels": kernels, "small_kernels": small_kernels,
+    "cpu": cpu,
 }  # fmt: skip
 
 
@@ -381,6 +395,23 @@ def pictures(folder: Path) -> None:
     (profiles,) = result["profiles"].values()
     parts = {arm: {row["component"]: row["ms"] for row in found["components"]} for arm, found in profiles.items()}
     bars(parts, "One step by component", "ms of device time", folder / "profile.png")
+    curves(load("h200_quality"), folder / "quality.png")
+
+
+def curves(result: dict, path: Path) -> None:
+    """Held-out losses on the way, means over the seeds, one line per arm."""
+    from expertmesh.train.plots import FAINT, INK, figure, save
+
+    page, axes = figure(7.2, 4.0)
+    for arm in (found["arm"] for found in result["arms"]):
+        seeds = [row["curve"] for row in result["rows"] if row["arm"] == arm]
+        losses = [statistics.mean(point["held_out"] for point in points) for points in zip(*seeds, strict=True)]
+        axes.plot([point["step"] for point in seeds[0]], losses, linewidth=1.2, marker=".", label=arm)
+    axes.set(xlabel="steps", ylabel="held-out loss")
+    axes.set_title("AdamW's states, and gradients released (running)", loc="left", fontweight="bold", color=INK)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.legend(frameon=False)
+    save(page, path)
 
 
 if __name__ == "__main__":
