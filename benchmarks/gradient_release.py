@@ -3,10 +3,10 @@
     python benchmarks/gradient_release.py --layers 8 --batch 4 --out benchmarks/results/h200_gradient_release.json
 
 Qwen3-30B-A3B's widths, random weights, S=4096; forward, backward, clipping to 1.0 and AdamW, whose states have the
-weights' dtype, or are kept as `--states` says. `--recompute` alone recomputes whole layers; `light`, `experts` or, in
-the first n layers, `experts=n` recompute less. Arms: `ordinary` clips by the norm of the standing gradients; `running`
-and `exact` are those of `GradientRelease`. Each starts from the same weights. The peak is that of the timed steps.
-Without a GPU it is a tiny model.
+weights' dtype, or are kept as `--states` says, with `--offload` on the host. `--recompute` alone recomputes whole
+layers; `light`, `experts` or, in the first n layers, `experts=n` recompute less. Arms: `ordinary` clips by the norm of
+the standing gradients; `running` and `exact` are those of `GradientRelease`. Each starts from the same weights. The
+peak is that of the timed steps. Without a GPU it is a tiny model.
 """
 
 import gc
@@ -26,9 +26,9 @@ ARMS = "ordinary", "running", "exact"
 WARM_UP = 3
 
 
-def step_of(model: Any, arm: str, states: Any) -> Callable[[torch.Tensor], None]:
+def step_of(model: Any, arm: str, kept: dict[str, Any]) -> Callable[[torch.Tensor], None]:
     """A whole training step on a batch of token ids."""
-    optimizer = expertmesh.AdamW(model.parameters(), lr=1e-5, max_grad_norm=1.0, states=states)
+    optimizer = expertmesh.AdamW(model.parameters(), lr=1e-5, max_grad_norm=1.0, **kept)
     release = None if arm == "ordinary" else expertmesh.GradientRelease(optimizer, arm)
 
     def step(ids: torch.Tensor) -> None:
@@ -45,9 +45,9 @@ def step_of(model: Any, arm: str, states: Any) -> Callable[[torch.Tensor], None]
     return step
 
 
-def measure(model: Any, arm: str, batch: int, seq: int, repeats: int, states: Any) -> dict[str, Any]:
+def measure(model: Any, arm: str, batch: int, seq: int, repeats: int, kept: dict[str, Any]) -> dict[str, Any]:
     """The row of an arm: the median of `repeats` steps, each waited for."""
-    step, on_gpu, times = step_of(model, arm, states), DEVICE == "cuda", []
+    step, on_gpu, times = step_of(model, arm, kept), DEVICE == "cuda", []
     tokens = torch.randint(3, model.config.vocab_size, (WARM_UP + repeats, batch, seq), device=DEVICE)
     for number, ids in enumerate(tokens):
         if on_gpu:
@@ -74,9 +74,11 @@ def main() -> None:
         "--recompute", nargs="?", const=True, default=False, type=policy_of, help="light, experts, ..."
     )
     options.add_argument("--states", choices=("8bit", "24bit", "float32"))
+    options.add_argument("--offload", action="store_true", help="states of large weights in memory of the host")
     options = options.parse_args()
     seq = 64 if options.tiny else options.seq
-    result = Result(options, layers=options.layers, seq=seq, recompute=options.recompute, states=options.states)
+    kept = {"states": options.states, "offload": options.offload}
+    result = Result(options, layers=options.layers, seq=seq, recompute=options.recompute, **kept)
     for batch in options.batch:
         for arm in options.arms:
             torch.manual_seed(0)
@@ -84,7 +86,7 @@ def main() -> None:
             with torch.device(DEVICE):
                 model = expertmesh.AutoModelForCausalLM.from_config(config, dtype=DTYPE).train()
             recompute(model, options.recompute)
-            result.add({"arm": arm, "batch": batch} | measure(model, arm, batch, seq, options.repeats, options.states))
+            result.add({"arm": arm, "batch": batch} | measure(model, arm, batch, seq, options.repeats, kept))
             del model
             gc.collect()
 

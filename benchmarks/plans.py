@@ -38,7 +38,7 @@ DOCUMENTS = {14: 9, "sft-packed": 2}
 
 class Case(NamedTuple):
     """What a row measured: layers None are the work's own. optimizer "sgd" has no states; ms None: not to compare.
-    recompute: the policy as JSON. released: gradients do not stand.
+    recompute: the policy as JSON. released: gradients do not stand; "exact": clipped so. offloaded: states on the host.
     """
 
     work: str
@@ -52,7 +52,8 @@ class Case(NamedTuple):
     optimizer: str
     full: bool
     ms: float | None
-    released: bool = False
+    released: bool | str = False
+    offloaded: bool = False
 
 
 def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | None:
@@ -88,7 +89,8 @@ def cases() -> Iterator[tuple[str, dict[str, Any], Case]]:
                 row = {"work": "qwen3-30b-a3b", "layers": result["layers"], "seq": result["seq"]} | row
                 case = Case(
                     row["work"], row["layers"], row["batch"], row["seq"], 1, 1, json.dumps(result["recompute"]), 1,
-                    f"adamw-{result['states']}", True, row["step_ms"], row["arm"] == "running",
+                    f"adamw-{result['states']}" if result["states"] else "adamw", True, row["step_ms"],
+                    row["arm"] if row["arm"] != "ordinary" else False, result.get("offload", False),
                 )  # fmt: skip
             else:
                 case = case_of(path.stem, result, row)
@@ -109,6 +111,7 @@ def planned(case: Case) -> tuple[float, float]:
         optimizer=case.optimizer,
         documents=case.documents,
         released=case.released,
+        offloaded=case.offloaded,
     )
     found = trace(job, GPU.memory)
     return memory_of(job, found).peak / GIB, speed_of(job, found, GPU, steps=case.full).step * 1e3

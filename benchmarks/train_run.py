@@ -69,6 +69,7 @@ def main() -> None:
             raise SystemExit(code)
         config = load_config(folder / "run" / "config.yaml")
         settings = {"recompute": config.train.activation_checkpointing, "states": config.train.optim_states}
+        settings["offload"] = config.train.optim_offload
         result = Result(options, layers=layers, seq=config.data.max_length, **settings)
         result.add(row_of(config, layers))
 

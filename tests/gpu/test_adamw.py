@@ -173,6 +173,27 @@ def test_more_than_two_billion_elements_are_all_reached():
     )
 
 
+@pytest.mark.parametrize("states", [None, "8bit", "24bit", "float32"])
+def test_states_on_the_host_step_as_those_on_the_gpu(states):
+    torch.manual_seed(0)
+    weight = torch.randn(9, 2048, 2048, device="cuda").bfloat16()  # 72 MiB
+    ours, theirs = torch.nn.Parameter(weight), torch.nn.Parameter(weight.clone())
+    away, here = (expertmesh.AdamW([p], **OPTIONS, states=states, offload=p is ours) for p in (ours, theirs))
+    for step in range(3):
+        theirs.grad = torch.randn_like(theirs)
+        ours.grad = theirs.grad.clone()
+        before = torch.cuda.memory_allocated()
+        with no_waiting() if step else contextlib.nullcontext():
+            away.step()
+        assert torch.cuda.memory_allocated() - before < 2**24, "the states are not on the GPU"
+        here.step()
+    assert torch.equal(ours, theirs)
+    kept = away.state_dict()["state"][0]
+    for key, value in here.state[theirs].items():
+        if torch.is_tensor(value) and value.ndim:
+            assert kept[key].is_pinned() and torch.equal(kept[key], value.cpu()), key
+
+
 @pytest.mark.parametrize("states", ["8bit", "24bit", "float32"])
 def test_low_memory_states_step_as_on_a_cpu_without_waiting_and_in_a_graph(states):
     """Rows of whole and of half blocks, of several chunks, and what keeps float32 states."""

@@ -308,7 +308,9 @@ def test_whoever_says_otherwise_gets_another_optimizer(tmp_path, capsys):
 def test_a_word_chooses_its_states(tmp_path):
     run = trainer(tmp_path, optim_args="states=8bit")
     assert logged(run) == pytest.approx(logged(trainer(tmp_path)), rel=0.05)
-    assert run._torch_optimizer.states == "8bit"
+    assert run._torch_optimizer.states == "8bit" and not run._torch_optimizer.offload
+    run = trainer(tmp_path, optim_args="states=8bit,offload=true")
+    assert run.create_optimizer().offload
     with pytest.raises(ValueError, match="states= is of expertmesh's AdamW, not of Adafactor"):
         trainer(tmp_path, optim="adafactor", optim_args="states=8bit").create_optimizer()
 

@@ -243,6 +243,43 @@ def test_what_is_refused():
             expertmesh.AdamW([weight], states=states)
 
 
+@pytest.mark.parametrize("states", [None, *low_memory.STATES])
+def test_states_on_the_host_step_save_and_load_as_others(states, tmp_path, monkeypatch):
+    monkeypatch.setattr(low_memory, "LARGE", 2**13)  # the matrix and the experts
+
+    def make(offload: bool, model: Model) -> expertmesh.AdamW:
+        return expertmesh.AdamW(model.parameters(), **OPTIONS, states=states, offload=offload)
+
+    models = [Model() for _ in range(4)]
+    here, away, loaded, resumed = (make(number > 0, model) for number, model in enumerate(models))
+    run(here, models[0], range(3))
+    run(away, models[1], range(3))
+    assert equal(everything(models[0], here), everything(models[1], away))
+    for model in models[2:]:
+        model.load_state_dict(models[0].state_dict())
+    loaded.load_state_dict(copy.deepcopy(here.state_dict()))
+    save_optimizer(tmp_path, models[1], away)
+    load_optimizer(tmp_path, models[3], resumed)
+    here.load_state_dict(copy.deepcopy(away.state_dict()))
+    for optimizer, model in zip((here, away, loaded, resumed), models, strict=True):
+        run(optimizer, model, range(3, 5))
+        assert equal(everything(model, optimizer), everything(models[0], here))
+
+
+@pytest.mark.parametrize("states", [None, "8bit", "24bit"])
+def test_states_of_large_weights_lie_on_the_host_wherever_the_weights_do(states, monkeypatch):
+    monkeypatch.setattr(low_memory, "LARGE", 2**13)
+    model = Model().to("meta")
+    optimizer = expertmesh.AdamW(model.parameters(), states=states, offload=True)
+    for name in ("matrix", "experts", "norm")[: None if states is None else 2]:
+        parameter = model.get_parameter(name)
+        state = {key: x for key, x in optimizer.prepare(parameter).items() if torch.is_tensor(x)}
+        assert state.pop("step").is_meta and state
+        place = torch.device(optimizer.place(parameter)["device"])
+        assert place.type == ("meta" if name == "norm" else "cpu") and {x.device for x in state.values()} == {place}
+    assert pickle.loads(pickle.dumps(optimizer)).offload
+
+
 # --- ranks
 
 
@@ -260,6 +297,8 @@ def layouts(rank: int, folder: str) -> None:
         run(one, alone, range(3))
         run(two, sharded, range(3))
         assert equal(everything(alone, one), everything(sharded, two))
+        with pytest.raises(ValueError, match="GPU that is alone"):
+            expertmesh.AdamW(sharded.parameters(), offload=True)
         place = Path(folder, states)
         place.mkdir(exist_ok=True)
         write_optimizer(place, *state_of(sharded, two))

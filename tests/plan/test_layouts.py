@@ -64,7 +64,7 @@ def test_copies_to_the_host_take_time_where_they_are_slower_than_layers():
     job = replace(QWEN, config=tiny_config("qwen3_moe"), batch=8, world_size=1, recompute="offload")
     fast, slow = (layout_of(job, replace(H200, host=rate)) for rate in (50e9, 1e7))
     assert fast.speed.seconds[INPUTS] == 0 < slow.speed.seconds[INPUTS]
-    copied = (2 * fast.memory.host - 8 * 64 * 32 * 2) / 1e7  # all but the last come back
+    copied = (2 * fast.memory.host["layer inputs"] - 8 * 64 * 32 * 2) / 1e7  # all but the last come back
     computed = fast.speed.step - fast.speed.seconds["optimizer and clipping"]
     assert slow.speed.seconds[INPUTS] == pytest.approx(copied - computed)
 

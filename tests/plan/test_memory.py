@@ -1,6 +1,7 @@
 """What a plan says of memory is what a real step keeps, and what real shards are."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -12,9 +13,13 @@ from expertmesh.bench.tiny import FAMILIES as FAMILIES_OF_TINY_MODELS
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.bench.works import WORKS, config_of
 from expertmesh.kernels.levels import LEVELS
+from expertmesh.memory import states as states_of_adamw
 from expertmesh.memory.states import STATES, bytes_kept
 from expertmesh.parallel.setup import recompute
+from expertmesh.plan.gpus import GPUS
 from expertmesh.plan.memory import OPTIMIZERS, Job, memory_of, model_of, trace
+from expertmesh.plan.speed import STATES as STATES_OVER_PCIE
+from expertmesh.plan.speed import speed_of
 
 SEQ = 128
 #: so wide that positions and ids, which a recomputed layer keeps past autograd, hardly count
@@ -89,6 +94,19 @@ def test_states_are_counted_by_the_bytes_of_an_optimizer():
     elements = sum(elements for elements, _, _ in found.parameters.values())
     for optimizer, size in {"adamw": 4, "adamw-float32": 12, "adamw-8bit": 2 + 8 / 256, "sgd": 0}.items():
         assert memory_of(Job(config, optimizer=optimizer), found).pieces["optimizer states"] == int(elements * size)
+
+
+def test_states_of_large_weights_lie_on_the_host_and_their_way_takes_time(monkeypatch):
+    job = Job(tiny_config("qwen3_moe"), seq=32, optimizer="adamw-8bit", released="running")
+    away, found = replace(job, offloaded=True), trace(job, 140 * 2**30)
+    assert memory_of(away, found) == memory_of(job, found), "no weight is large enough"
+    monkeypatch.setattr(states_of_adamw, "LARGE", 2048)
+    all_here, here = memory_of(job, found), memory_of(away, found)
+    far, kind = here.host["optimizer states"], "optimizer and clipping"
+    assert 0 < far < all_here.pieces["optimizer states"]
+    assert here.pieces["optimizer states"] + far == pytest.approx(all_here.pieces["optimizer states"], abs=99)
+    once, apart = (speed_of(one, found, GPUS["h200"]).seconds for one in (job, away))
+    assert apart[STATES_OVER_PCIE] == pytest.approx(far / GPUS["h200"].host, rel=0.01) and apart[kind] < once[kind]
 
 
 @pytest.mark.parametrize("states", STATES)

@@ -60,6 +60,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], str] | tuple[Any, dict[str, Any]]] = 
     "train.max_grad_norm": (0.125, {"args.max_grad_norm": 0.125}),
     "train.optim": ("sgd", {"args.optim": "sgd"}),
     "train.optim_states": ("8bit", {"args.optim_args": "states=8bit"}),
+    "train.optim_offload": (True, {"args.optim_args": "offload=true"}),
     "train.bf16": (True, {"args.bf16": True}),
     "train.activation_checkpointing": (True, {"args.gradient_checkpointing": True}),
     "train.cuda_graph": (False, {"cuda_graph": False}),

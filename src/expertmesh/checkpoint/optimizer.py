@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
-from expertmesh.memory.adamw import IMPLEMENTATION
+from expertmesh.memory.adamw import IMPLEMENTATION, AdamW
 from expertmesh.parallel import ranks
 from expertmesh.parallel.clip import local
 
@@ -45,6 +45,8 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     Groups are told by their parameters' names: another layout may have other groups, as one for each mesh.
     """
     names = {parameter: name for name, parameter in _named(model, optimizer).items()}
+    if isinstance(optimizer, AdamW):
+        optimizer.settle()
     tensors: dict[str, Any] = {}
     numbers: dict[str, dict[str, NUMBER]] = {}
     for parameter, name in names.items():
@@ -166,7 +168,8 @@ def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimiz
         if not shape:  # the step count: PyTorch keeps it beside the parameter if its kernel reads it there
             tensors[path] = torch.empty((), dtype=dtype, device=parameter.device if on_device[parameter] else "cpu")
         elif not isinstance(parameter, DTensor):
-            tensors[path] = torch.empty(shape, dtype=dtype, device=parameter.device)
+            place = optimizer.place(parameter) if isinstance(optimizer, AdamW) else {"device": parameter.device}
+            tensors[path] = torch.empty(shape, dtype=dtype, **place)
         elif shape[:-1] == parameter.shape[:-1]:  # of its shape, or with something of each block of a row
             mesh, placements = parameter.device_mesh, tuple(map(_plain, _placements(parameter, shape)))
             tensors[path] = empty_dtensor(*shape, dtype=dtype, device_mesh=mesh, placements=placements)

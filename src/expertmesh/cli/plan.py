@@ -126,7 +126,8 @@ def named(layout: "Layout") -> str:
     words += [f"ep_size {job.ep_size}", f"{shards} shards"] * (job.world_size > 1)
     words += [f"tp_size {job.tp_size}"] * (job.tp_size > 1)
     released = ["gradients released" + (", clipped exactly" if job.released == "exact" else "")] if job.released else []
-    return ", ".join([*words, *_recomputed(job.recompute), job.optimizer, *released])
+    where = [job.optimizer + ", states on the host" * job.offloaded]
+    return ", ".join([*words, *_recomputed(job.recompute), *where, *released])
 
 
 def _recomputed(policy: "Policy") -> list[str]:
@@ -137,10 +138,9 @@ def _recomputed(policy: "Policy") -> list[str]:
 
 
 def _offloaded(found: "Plan") -> list[str]:
-    size, rate = found.layout.memory.host, found.gpu.host
-    return (
-        [f"  {'in host memory, pinned':<28} {size / GIB:>9.2f}   {size / rate * 1e3:,.0f} ms each way"] if size else []
-    )
+    host, rate = found.layout.memory.host, found.gpu.host
+    lines = [f"  {name:<28} {n / GIB:>9.2f}   {n / rate * 1e3:,.0f} ms each way over PCIe" for name, n in host.items()]
+    return ["", "in pinned memory of the host       GiB", *lines] if host else []
 
 
 def _gib(pieces: dict[str, int]) -> list[str]:

@@ -34,6 +34,10 @@ class AdamW(torch.optim.AdamW):
     None as PyTorch. `bytes_per_parameter` is what a parameter and its states take. State of any of the four, and
     PyTorch's, can be loaded, and becomes this one's at the next step; with "8bit" and "24bit" PyTorch cannot read it.
 
+    offload: the states of weights of 64 MiB and more lie in pinned memory of the host, where the kernel reads and
+    writes them at the speed of PCIe, for a GPU that is alone: sharded weights are refused. `settle()` waits for what it
+    writes there, which `state_dict()` does by itself.
+
     Its ways to compute a step, `fused`, `foreach` and `capturable`, are accepted, and
     mean nothing: the step never waits for the device, and CUDA graphs can capture it (with a learning rate that changes
     as a tensor). Raises ValueError for amsgrad, for sparse or complex parameters, and for states that
@@ -45,19 +49,33 @@ class AdamW(torch.optim.AdamW):
     _clip: tuple[torch.Tensor, float] | None = None
 
     def __init__(
-        self, params: Any, *args: Any, max_grad_norm: float | None = None, states: str | None = None, **kwargs: Any
+        self,
+        params: Any,
+        *args: Any,
+        max_grad_norm: float | None = None,
+        states: str | None = None,
+        offload: bool = False,
+        **kwargs: Any,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be greater than 0, not {max_grad_norm}; None does not clip.")
         if kwargs.get("differentiable"):
             raise ValueError("This AdamW cannot be differentiated through: use torch.optim.AdamW.")
-        self.max_grad_norm, self.states = max_grad_norm, states
+        self.max_grad_norm, self.states, self.offload = max_grad_norm, states, offload
         # what PyTorch calls fused keeps the count of steps beside the parameter, as here
         super().__init__(params, *args, **kwargs | {"foreach": None, "fused": True})
         low_memory.refuse(self._parameters(), states)
+        if offload and any(
+            isinstance(p, DTensor) or (p.is_cuda and not backends.HAS_TRITON) for p in self._parameters()
+        ):
+            raise ValueError(
+                "offload=True is for a GPU that is alone, by a kernel of Triton's: these weights are sharded, so their "
+                "states are shared out already, or Triton is missing. Leave it out."
+            )
         kept = "moments in the weights' dtype" if states is None else f'states="{states}"'
         what = f"AdamW keeps {kept}: {self.bytes_per_parameter:.2f} bytes a parameter, with its weight."
-        backends.logger().info(what)
+        on_host = sum(p.nbytes for p in self._parameters() if low_memory.form_of(p, states, offload).host)
+        backends.logger().info(what + f" Those of {on_host / 2**30:.1f} GiB of weights are on the host." * offload)
 
     @property
     def bytes_per_parameter(self) -> float:
@@ -69,29 +87,41 @@ class AdamW(torch.optim.AdamW):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"max_grad_norm": self.max_grad_norm, "states": self.states}
+        own = {"max_grad_norm": self.max_grad_norm, "states": self.states, "offload": self.offload}
+        return super().__getstate__() | own
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As PyTorch's."""
         super().add_param_group(param_group)
         _refuse_amsgrad(self.param_groups[-1])
 
+    def state_dict(self) -> dict[str, Any]:
+        """As PyTorch's."""
+        self.settle()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As PyTorch's, of any `torch.optim.AdamW`; how a step is computed stays this optimizer's choice."""
         for group in state_dict["param_groups"]:
             _refuse_amsgrad(group)
         own = [{key: group[key] for key in IMPLEMENTATION} for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        # PyTorch would put all of it beside the weights
+        super().load_state_dict({**state_dict, "state": {}} if self.offload else state_dict)
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, self._parameters(), strict=True):
             saved = state_dict["state"].get(number, {})
-            if self.states is None and low_memory.is_plain(saved):
+            if self.states is None and low_memory.is_plain(saved) and not self.offload:
                 continue
-            for key, value in saved.items():  # which PyTorch has cast to the weight's dtype
-                if isinstance(value, torch.Tensor) and value.dtype != self.state[parameter][key].dtype:
-                    self.state[parameter][key] = value.to(parameter.device, copy=True)
+            state = self.state[parameter]
+            for key, value in saved.items():
+                if not isinstance(value, torch.Tensor):
+                    state[key] = value
+                elif self.offload and value.ndim:
+                    state[key] = torch.empty_like(value, **self.place(parameter)).copy_(value)
+                elif key not in state or value.dtype != state[key].dtype:  # PyTorch has cast it to the weight's dtype
+                    state[key] = value.to(parameter.device, copy=True)
 
     def clip_next(self, norm: torch.Tensor, max_norm: float) -> None:
         """The gradients' norm is already known: the next step clips to `max_norm` by it and measures nothing itself.
@@ -121,6 +151,15 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         """The step of some parameters alone, each with its group; scale and found_inf are those of `adamw_`."""
         adamw_([self._update(parameter, group) for parameter, group in pairs], scale, found_inf)
+
+    def place(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """Where tensors of the parameter's state lie, as options of `torch.empty`."""
+        return low_memory.place_of(parameter, self._form(parameter))
+
+    def settle(self) -> None:
+        """States on the host are what the last step made of them, for code of the host."""
+        if self.offload and torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def prepare(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The state of a parameter, made if there is none yet."""
@@ -157,7 +196,7 @@ class AdamW(torch.optim.AdamW):
     def _form(self, parameter: nn.Parameter) -> low_memory.Form:
         forms = self.__dict__.setdefault("_forms", {})
         if parameter not in forms:
-            forms[parameter] = low_memory.form_of(parameter, self.states)
+            forms[parameter] = low_memory.form_of(parameter, self.states, self.offload)
         return forms[parameter]
 
     def _number(self, parameter: nn.Parameter) -> int:

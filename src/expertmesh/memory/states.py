@@ -9,6 +9,8 @@ None        in the weight's dtype    rounded to the nearest                    6
 Weights in float32 are stepped as they are. A block is a part of a row (the last dimension) on one rank. So codes and
 scales are sharded like their parameter, and move to another layout as they are, bit for bit. What has fewer than
 `SMALL` elements, or rows that no block divides, keeps "float32" states: norms, biases, sinks.
+
+On the host: states of weights of `LARGE` bytes lie in its pinned memory, where the GPU's kernel reads and writes them.
 """
 
 import math
@@ -25,6 +27,7 @@ from expertmesh.parallel.clip import local
 
 STATES = ("8bit", "24bit", "float32")
 SMALL = 4096
+LARGE = 2**26
 SIZES = (256, 128, 64, 32)  # of a block: the first one that divides a row
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REST, MASTER = "remainder", "master"  # of a weight, beside it, and in its place
@@ -35,28 +38,35 @@ class Form(NamedTuple):
     """How the state of one parameter is kept on this rank. size: of a block, 0 where moments are floats of `dtype`.
 
     master: the dtype of what is kept of the weight itself, None for nothing. first: the place of this rank's first
-    element in the whole tensor.
+    element in the whole tensor. host: it lies in memory of the host.
     """
 
     size: int
     dtype: torch.dtype | None
     master: torch.dtype | None
     first: int
+    host: bool = False
 
 
-def form_of(parameter: torch.Tensor, states: str | None) -> Form:
+def form_of(parameter: torch.Tensor, states: str | None, offload: bool = False) -> Form:
     """The form that `states` asks for; the same one on every rank. `parameter` may be on the meta device."""
+    host = offload and is_large(parameter.nbytes) and parameter.is_contiguous()
     if states is None:
-        return Form(0, parameter.dtype, None, 0)
+        return Form(0, parameter.dtype, None, 0, host)
     narrow = parameter.dtype == torch.bfloat16
     size = 0 if states == "float32" or parameter.numel() < SMALL else _block(parameter)
     if not size:
-        return Form(0, torch.float32, torch.float32 if narrow else None, 0)
+        return Form(0, torch.float32, torch.float32 if narrow else None, 0, host)
     first = 0
     if isinstance(parameter, DTensor):
         _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
         first = sum(at * step for at, step in zip(offset, _strides(parameter.shape), strict=True))
-    return Form(size, None, torch.int8 if narrow and states == "24bit" else None, first)
+    return Form(size, None, torch.int8 if narrow and states == "24bit" else None, first, host)
+
+
+def is_large(size: int) -> bool:
+    """Whether the states of a weight of so many bytes go to the host where any do."""
+    return size >= LARGE
 
 
 def refuse(parameters: Iterable[torch.Tensor], states: str | None) -> None:
@@ -84,22 +94,28 @@ def bytes_kept(parameters: Iterable[torch.Tensor], states: str | None) -> int:
 
 
 def create(parameter: nn.Parameter, state: dict[str, Any], form: Form, stream: int) -> None:
-    """The state before the first step, beside the parameter."""
+    """The state before the first step, beside the parameter or, but for the count of steps, on the host."""
+    place = place_of(parameter, form)
     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
     if not form.size:
         for key in MOMENTS:
-            state[key] = torch.zeros_like(parameter, dtype=form.dtype, memory_format=torch.preserve_format)
+            state[key] = torch.zeros_like(parameter, dtype=form.dtype, memory_format=torch.preserve_format, **place)
         if form.master:
-            state[MASTER] = parameter.detach().to(form.master, memory_format=torch.preserve_format)
+            state[MASTER] = torch.empty_like(parameter, dtype=form.master, **place).copy_(parameter.detach())
         return
     state[STREAM] = stream
     weight = local(parameter)
     for key in MOMENTS:
-        state[f"{key}_8bit"] = torch.zeros_like(parameter, dtype=torch.uint8)
-        scales = weight.new_zeros(*weight.shape[:-1], weight.shape[-1] // form.size, dtype=torch.float32)
+        state[f"{key}_8bit"] = torch.zeros_like(parameter, dtype=torch.uint8, **place)
+        scales = weight.new_zeros((*weight.shape[:-1], weight.shape[-1] // form.size), dtype=torch.float32, **place)
         state[f"{key}_scale"] = _like(parameter, scales, parameter.shape[-1] // form.size)
     if form.master:
-        state[REST] = torch.zeros_like(parameter, dtype=form.master)
+        state[REST] = torch.zeros_like(parameter, dtype=form.master, **place)
+
+
+def place_of(parameter: torch.Tensor, form: Form) -> dict[str, Any]:
+    """Where its state lies, as options of `torch.empty`."""
+    return {"device": "cpu", "pin_memory": parameter.is_cuda} if form.host else {"device": parameter.device}
 
 
 def convert(parameter: nn.Parameter, state: dict[str, Any], form: Form, stream: int) -> None:

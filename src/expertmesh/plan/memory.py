@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from expertmesh.auto import AutoModelForCausalLM
 from expertmesh.kernels.levels import Policy
+from expertmesh.memory.states import is_large
 from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.clip import local
 from expertmesh.parallel.setup import NEAR, DistributedSetup, recompute
@@ -48,7 +49,8 @@ CONTEXT = 1.0 * GIB
 class Job:
     """What is trained, and how. batch: rows of seq tokens in a micro-batch of this rank, each of so many `documents` of
     equal length. optimizer: one of `OPTIMIZERS`. released: the optimizer steps a parameter as soon as its gradient is
-    there, so that gradients never stand together; "exact": after a first backward for their norm. recompute: as a
+    there, so that gradients never stand together; "exact": after a first backward for their norm. offloaded: states of
+    large weights lie in memory of the host. recompute: as a
     setup's `activation_checkpointing`. adapt: what becomes of the model before it is trained (PEFT's `get_peft_model`,
     say). accumulates: a step has several micro-batches, so that gradients stand from the first on. mtp: the checkpoint
     has modules for multi-token prediction, which stay as they are. per_node: GPUs of a machine.
@@ -64,6 +66,7 @@ class Job:
     recompute: Policy = False
     optimizer: str = "adamw"
     released: bool | str = False
+    offloaded: bool = False
     dtype: torch.dtype = torch.bfloat16
     documents: int = 1
     fused: Any = True
@@ -77,6 +80,10 @@ class Job:
     def passes(self) -> int:
         """Forwards and backwards of a micro-batch."""
         return 2 if self.released == "exact" else 1
+
+    def on_host(self, size: int) -> bool:
+        """Whether the states of a weight of so many bytes lie there."""
+        return self.offloaded and is_large(size)
 
     def setup(self) -> DistributedSetup:
         """The layout. Raises ValueError for sizes that do not fit each other."""
@@ -92,13 +99,13 @@ class Job:
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank. pieces: those that stand when the peak is reached, by what they are for. kept: activations
-    that wait for the backward, by piece; host: others, in memory of the host. peak is what PyTorch allocates, needed
-    what the GPU must have.
+    that wait for the backward, by piece. host: what lies in pinned memory of the host, by what it is. peak is what
+    PyTorch allocates, needed what the GPU must have.
     """
 
     pieces: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
-    host: int = 0
+    host: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -197,7 +204,13 @@ def mean_keys(seq: int) -> float:
 
 def memory_of(job: Job, found: Trace) -> Memory:
     """The memory of a traced step, by the job's optimizer."""
-    states = OPTIMIZERS[job.optimizer]
-    size = sum(elements * states(size) for elements, size, learns in found.parameters.values() if learns)
-    host = int(found.forward.get("host", Work()).bytes)
-    return Memory({"optimizer states": int(size)} | found.peak, found.kept, host)
+    host = {"layer inputs": found.forward.get("host", Work()).bytes, "optimizer states": 0.0}
+    here = 0.0
+    for elements, size, learns in found.parameters.values():
+        states = learns * elements * OPTIMIZERS[job.optimizer](size)
+        if job.on_host(elements * size):
+            host["optimizer states"] += states
+        else:
+            here += states
+    away = {name: int(size) for name, size in host.items() if size}
+    return Memory({"optimizer states": int(here)} | found.peak, found.kept, away)

@@ -33,6 +33,7 @@ SHARES = {
 }
 LAUNCH = 2e-6  # seconds
 INPUTS = "layer inputs, not hidden"  # the copies of `activation_checkpointing: offload`
+STATES = "states over PCIe"
 COPIES = ("host", "host, backward")
 FIRST = "a first pass, for the norm"  # the price of `gradient_release: exact`
 #: kind of work -> what it is called in a plan
@@ -88,7 +89,10 @@ def speed_of(job: Job, found: Trace, gpu: GPU, micro_batches: int = 1, steps: bo
         seconds[FIRST] = (job.passes - 1) * sum(seconds.values())
     if steps:
         kind = "optimizer and clipping"
-        seconds[kind] = seconds_of(kind, Work(0.0, _optimizer_bytes(job, found), 2), gpu)
+        here, host = _optimizer_bytes(job, found)
+        seconds[kind] = seconds_of(kind, Work(0.0, here, 2), gpu)
+        if job.offloaded:
+            seconds[STATES] = host / gpu.host
     return Speed(seconds, job.batch * job.seq * micro_batches // job.tp_size)
 
 
@@ -112,7 +116,14 @@ def _not_hidden(found: Trace, gpu: GPU) -> float:
     return max(0.0, out - forward) + max(0.0, copied - out - (both - forward))
 
 
-def _optimizer_bytes(job: Job, found: Trace) -> float:
-    """Read and written: weights and states; read twice, once by clipping: gradients."""
-    learning = [(elements, size) for elements, size, learns in found.parameters.values() if learns]
-    return sum(elements * (4 * size + 2 * OPTIMIZERS[job.optimizer](size)) for elements, size in learning)
+def _optimizer_bytes(job: Job, found: Trace) -> tuple[float, float]:
+    """(of the GPU's memory, of the host's). Read and written: weights and states; read twice, once by clipping:
+    gradients. What is read from the host goes the other way at the same time as what is written there.
+    """
+    here = host = 0.0
+    for elements, size, learns in found.parameters.values():
+        states = learns * elements * OPTIMIZERS[job.optimizer](size)
+        far = job.on_host(elements * size)
+        here += learns * 4 * elements * size + (0 if far else 2 * states)
+        host += states if far else 0
+    return here, host

@@ -87,7 +87,7 @@ def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str 
     """Keys to add to a command so that its run needs at most so many bytes by the plan; None if none do.
 
     First what leaves a step's numbers as they are (fewer rows at once, recomputed layers), then 8-bit states, released
-    gradients, shorter rows, adapters. Of each kind it is the fastest.
+    gradients, states on the host of one GPU, shorter rows, adapters. Of each kind it is the fastest.
     """
 
     def fitting(keys: dict[str, Any]) -> tuple[float, dict[str, Any]] | None:
@@ -97,7 +97,7 @@ def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str 
             return None
         return (layout.speed.tokens_per_second, keys) if layout.memory.needed <= limit else None
 
-    for kind in _kinds(config):
+    for kind in _kinds(config, num_ranks):
         found = []
         for recompute in _levels(config.train.activation_checkpointing):
             steps = [kind | fewer | recompute for fewer in _fewer_rows(config, "train.gradient_release" in kind)]
@@ -145,7 +145,7 @@ def _as_before(config: Config, num_ranks: int) -> Config:
     return changed(config, {key: before[key] for key in keys})
 
 
-def _kinds(config: Config) -> Iterator[dict[str, Any]]:
+def _kinds(config: Config, num_ranks: int) -> Iterator[dict[str, Any]]:
     """What else than rows and recomputing is changed."""
     train, small = config.train, dict[str, Any]()
     yield small
@@ -155,6 +155,8 @@ def _kinds(config: Config) -> Iterator[dict[str, Any]]:
     if ours and train.gradient_release is None and train.cuda_graph is not True:
         small = small | {"train.gradient_release": "running"}
         yield (small := small | ({ACCUMULATION: 1} if train.gradient_accumulation_steps > 1 else {}))
+    if ours and num_ranks == 1 and not train.optim_offload:
+        yield small | {"train.optim_offload": True}
     for length in (config.data.max_length // 2, config.data.max_length // 4):
         if length >= SHORTEST:
             yield small | {"data.max_length": length}

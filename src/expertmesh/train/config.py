@@ -90,6 +90,8 @@ class TrainSection(Section):
     """Optimizer, by transformers' name."""
     optim_states: Literal["8bit", "24bit", "float32"] | None = None
     """States of AdamW: `8bit` (4 bytes a bfloat16 weight, with itself), `24bit` (5) or `float32` (14); unset is 6."""
+    optim_offload: bool = False
+    """Keep AdamW's states of large weights in memory of the host, which costs a step the way over PCIe; on one GPU."""
     bf16: bool = False
     """Mixed precision: float32 weights, bfloat16 matrix products (autocast)."""
     activation_checkpointing: Annotated[Policy, AfterValidator(checked)] = False
@@ -212,9 +214,12 @@ class Config(Section):
                 "`train.activation_checkpointing: offload` copies to host memory, for which a recorded step has no "
                 "place: leave `train.cuda_graph` at `auto`, or set the other to true."
             )
-        if self.train.optim_states and self.train.optim not in ("adamw_torch", "adamw_torch_fused"):
+        for key in ("optim_states", "optim_offload"):
+            if getattr(self.train, key) and self.train.optim not in ("adamw_torch", "adamw_torch_fused"):
+                raise ValueError(f"`train.{key}` is of AdamW, not of `train.optim` {self.train.optim}: remove one.")
+        if self.train.optim_offload and (self.parallel.nproc or 1) > 1:
             raise ValueError(
-                f"`train.optim_states` are of AdamW, not of `train.optim` {self.train.optim}: remove one of the two."
+                "`train.optim_offload` is for a GPU that is alone: set `parallel.nproc` to 1, or remove it."
             )
         if self.train.optim_states == "24bit" and (self.lora or self.model.dtype == "float32"):
             weights = "LoRA's weights" if self.lora else "the weights"

@@ -93,6 +93,7 @@ def job_of(config: Config, gpus: int) -> Job:
         recompute=train.activation_checkpointing,
         optimizer=f"adamw-{train.optim_states}" if train.optim_states else OPTIMS[train.optim],
         released=train.gradient_release or False,
+        offloaded=train.optim_offload,
         dtype=own if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
         fused=config.model.fused,
         attention=config.model.attn_implementation,

@@ -188,15 +188,17 @@ def training_arguments(config: Config):
     from trl import SFTConfig
 
     settings, save, logs = config.train, config.save, config.log
+    words = [f"states={settings.optim_states}"] * bool(settings.optim_states)
+    words += ["offload=true"] * settings.optim_offload
     return SFTConfig(
         output_dir=save.output_dir,
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
         **settings.model_dump(
-            exclude=set("max_steps num_train_epochs cuda_graph gradient_release optim_states".split())
+            exclude=set("max_steps num_train_epochs cuda_graph gradient_release optim_states optim_offload".split())
             | {"activation_checkpointing"}
         ),
-        optim_args=settings.optim_states and f"states={settings.optim_states}",
+        optim_args=",".join(words) or None,
         gradient_checkpointing=settings.activation_checkpointing in WHOLE,  # the old name, by which TRL switches it on
         use_cpu=not torch.cuda.is_available()  # else it takes ranks on CPUs for one process, and refuses bf16
         and (current_world_size() > 1 or not torch.accelerator.is_available()),

@@ -254,16 +254,17 @@ class Trainer(ResumableTrainer):
     def get_optimizer_cls_and_kwargs(args, model=None):
         """As in transformers, with expertmesh's AdamW for PyTorch's, which DeepSpeed knows by its class.
 
-        `optim_args="states=8bit"` is our AdamW's `states`.
+        `optim_args="states=8bit,offload=true"` are our AdamW's `states` and `offload`.
         """
         cls, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
         given = dict(pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
         if cls is not torch.optim.AdamW or args.deepspeed_plugin or args.device.type not in ("cuda", "cpu"):
-            if "states" in given:
-                raise ValueError(f"optim_args: states= is of expertmesh's AdamW, not of {cls.__name__}: remove it.")
+            for name in given.keys() & {"states", "offload"}:
+                raise ValueError(f"optim_args: {name}= is of expertmesh's AdamW, not of {cls.__name__}: remove it.")
             return cls, options
         backends.logger().info("optim=%s: expertmesh's AdamW, which clips as it steps.", args.optim.value)
-        return AdamW, options | ({"states": given["states"]} if "states" in given else {})
+        own = {"states": given.get("states"), "offload": given.get("offload", "false").lower() == "true"}
+        return AdamW, options | own
 
     def _clip_grad_norm(self, model):
         return self._clip_to(self.args.max_grad_norm, model)
