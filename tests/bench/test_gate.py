@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from expertmesh.bench.arms import ARMS, model_of
-from expertmesh.bench.gate import LARGEST_SHARE, routers, set_routing, zipf_shares
+from expertmesh.bench.gate import LARGEST_SHARE, set_routing, zipf_shares
 from expertmesh.bench.works import WORKS, config_of, top_k_and_experts
+from expertmesh.train.routing import routers
 
 
 def choices(name, arm, routing, **changes):
@@ -15,11 +16,11 @@ def choices(name, arm, routing, **changes):
     with model_of(ARMS[arm], config, torch.float32, "cpu") as model:
         set_routing(model, routing, top_k)
         seen = {}
-        for place, router in routers(model).items():
+        for place, router in routers(model):
             router.register_forward_hook(lambda module, args, output, place=place: seen.update({place: output[2]}))
         ids = torch.randint(0, config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(3))
         model(input_ids=ids, labels=ids).loss.backward()
-        return seen, [float(router.weight.grad.norm()) for router in routers(model).values()]
+        return seen, [float(router.weight.grad.norm()) for _, router in routers(model)]
 
 
 @pytest.mark.parametrize("name", WORKS)
@@ -48,7 +49,7 @@ def test_skewed_routing_follows_the_stated_law():
     )
     with model_of(ARMS["stock"], config, torch.float32, "cpu") as model:
         set_routing(model, "skewed", top_k)
-        (router,) = routers(model).values()
+        ((_, router),) = routers(model)
         x_TH = torch.randn(8192, 256, generator=torch.Generator().manual_seed(0))
         loads = torch.bincount(router(x_TH)[2].flatten(), minlength=experts) / len(x_TH)
     shares = torch.tensor(zipf_shares(experts, top_k))

@@ -30,10 +30,10 @@ def test_a_run_prints_a_table_and_writes_json_and_pictures(tmp_path, capsys, mon
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--work", "qwen3-30b"], "Did you mean 'qwen3-30b-a3b'?"),
-        (["--arms", "stock,expertmsh"], "Did you mean 'expertmesh'?"),
-        (["--arms", "expertmesh-no-routers"], "Did you mean 'expertmesh-no-router'?"),
-        (["--routing", "zipf,balanced"], "There is no routing 'zipf'"),
+        (["--work", "qwen3-30b"], "did you mean 'qwen3-30b-a3b'?"),
+        (["--arms", "stock,expertmsh"], "did you mean 'expertmesh'?"),
+        (["--arms", "expertmesh-no-routers"], "did you mean 'expertmesh-no-router'?"),
+        (["--routing", "zipf,balanced"], "--routing: there is no 'zipf'"),
         (["--routing", "balanced", "--batch", "1", "--seq", "33"], "change --batch or --seq"),
         (["--batch", "1,many"], "--batch takes numbers"),
         (["--packed"], "--seq 32 is not divisible"),
@@ -41,7 +41,7 @@ def test_a_run_prints_a_table_and_writes_json_and_pictures(tmp_path, capsys, mon
         (["--arms", "stock-flash-attn-4"], "flash-attn-4 is not installed, or this is no Hopper GPU"),
         (["--arms", "expertmesh-no-qk_norm_rope", "--work", "gpt-oss-20b"], "is off for gpt_oss anyway"),
         (["--device", "gpu"], "--device is cpu or cuda"),
-        (["--loop", "sft-pack"], "Did you mean 'sft-packed'?"),
+        (["--loop", "sft-pack"], "did you mean 'sft-packed'?"),
         (["--loop", "trainer", "--packed", "--seq", "64"], "--loop sft-packed has packed rows"),
         (["--loop", "trainer", "--step"], "Leave --step out with --loop"),
         (["--loop", "trainer", "--profile"], "Leave --profile out with --loop"),

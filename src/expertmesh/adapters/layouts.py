@@ -192,11 +192,11 @@ class _Reader:
         recorded = self.config.get("lora_B_layout")
         if recorded is not None and recorded not in RECORDED:
             raise self.refused(f"{CONFIG} says lora_B_layout={recorded!r}, which is not known here")
-        told = RECORDED.get(recorded or "", self.layout)
-        if self.layout not in (None, told):
-            raise self.refused(f"{CONFIG} says that lora_B is {told}, and you say {self.layout}. Leave out --layout")
-        if told is not None or 1 in (E, r):
-            return told or RANK_MAJOR
+        layout = RECORDED.get(recorded or "", self.layout)
+        if self.layout not in (None, layout):
+            raise self.refused(f"{CONFIG} says that lora_B is {layout}, and you say {self.layout}. Leave out --layout")
+        if layout is not None or 1 in (E, r):
+            return layout or RANK_MAJOR
         card = self.adapter.folder / "README.md"
         texts = json.dumps(self.config), card.read_text(errors="replace") if card.is_file() else ""
         if any("unsloth" in text.lower() for text in texts):

@@ -261,9 +261,9 @@ def prove(
     load: Any = AutoModelForCausalLM if dequantized else stock  # stock does not read all that ours reads quantized
     reader = load if None in dtypes.values() else stock
     merged, info = reader.from_pretrained(export, output_loading_info=True, dtype="auto")
-    told = [*info["missing_keys"], *info["mismatched_keys"]]
-    if told:
-        raise NotEqualError(f"Stock Transformers does not find {told[0]} in the merged model. Nothing was written.")
+    missing = [*info["missing_keys"], *info["mismatched_keys"]]
+    if missing:
+        raise NotEqualError(f"Stock Transformers does not find {missing[0]} in the merged model. Nothing was written.")
     tokens = _tokens(merged.config.get_text_config().vocab_size)
     found = {name: (value.dtype, _digest(value)) for name, value in merged.state_dict().items()}
     need, free = 4 * sum(p.numel() for p in merged.parameters()), _free_memory()

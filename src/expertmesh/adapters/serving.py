@@ -83,7 +83,7 @@ def refuse_multimodal(model: PreTrainedModel) -> None:
 
 
 def _joined(parts: list[Change], shape: torch.Size) -> Change:
-    """One product for what several add to parts of a parameter: their ranks beside each other."""
+    """One product for what several add to parts of a parameter: their ranks side by side."""
     if len(parts) == 1 and parts[0].rows == slice(None):
         return parts[0]
     out = shape[-1] if parts[0].transposed else shape[-2]
@@ -107,9 +107,9 @@ def _for_peft(changes: dict[str, Change], model: PreTrainedModel) -> tuple[list[
     pairs = []
     for name, change in changes.items():
         module = name.rpartition(".")[0]
-        beside = [n for n, _ in model.get_submodule(module).named_parameters(recurse=False)]
-        beside = [n for n in beside if f"{module}.{n}" in changes]
-        depth = len(beside) - 1 - beside.index(name.rpartition(".")[2])
+        adapted = [n for n, _ in model.get_submodule(module).named_parameters(recurse=False)]
+        adapted = [n for n in adapted if f"{module}.{n}" in changes]
+        depth = len(adapted) - 1 - adapted.index(name.rpartition(".")[2])
         pairs.append(Pair(module + depth * ".base_layer", *_flat(change), change.scaling))
     ranks = {name.replace(".", r"\."): change.A.shape[-2] for name, change in changes.items()}
     alphas = {key: rank * pair.scaling for (key, rank), pair in zip(ranks.items(), pairs, strict=True)}

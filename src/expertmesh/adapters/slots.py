@@ -98,14 +98,14 @@ def lost(folder: Path, model: PreTrainedModel, server: str, layout: str | None =
     refuse_multimodal(model)
     adapter, rules = read_adapter(folder, model, layout), rules_of(server, model)
     paths = list(adapter.pairs)
-    told = [Lost(name, _whole(server)) for name in adapter.replaced]
+    dropped = [Lost(name, _whole(server)) for name in adapter.replaced]
     non_gated = any(is_experts(module) and not module.has_gate for module in model.modules())
     family = model.config.model_type
-    told += [Lost(path, why) for path in paths if (why := _why(path, server, rules, adapter, family, non_gated))]
-    told += _incomplete(paths, server, rules, model)
-    done = {one.path for one in told}
-    told += [one for one in _scalings(server, adapter) if one.path not in done]
-    return told, len(paths) + len(adapter.replaced), rules.source
+    dropped += [Lost(path, why) for path in paths if (why := _why(path, server, rules, adapter, family, non_gated))]
+    dropped += _incomplete(paths, server, rules, model)
+    done = {one.path for one in dropped}
+    dropped += [one for one in _scalings(server, adapter) if one.path not in done]
+    return dropped, len(paths) + len(adapter.replaced), rules.source
 
 
 def rewrite(
@@ -130,10 +130,10 @@ def rewrite(
                 )
                 eps = max(torch.finfo(part.B.dtype).eps for part in again.changes[name])
                 assert (was - is_now).abs().max() <= 4 * eps * was.abs().max(), f"{name} was written wrong"
-            if reader in SERVERS and (told := lost(staging, model, reader)[0]):
+            if reader in SERVERS and (dropped := lost(staging, model, reader)[0]):
                 raise AdapterError(
-                    f"{reader} would not apply all of {folder}: {told[0].path} {told[0].why} ({len(told)} such). Merge "
-                    f"the adapter (`expertmesh merge`), or train it without them."
+                    f"{reader} would not apply all of {folder}: {dropped[0].path} {dropped[0].why} ({len(dropped)} "
+                    f"such). Merge the adapter (`expertmesh merge`), or train it without them."
                 )
     except BaseException:
         if not existed:
@@ -182,14 +182,14 @@ def _why(path: str, server: str, rules: Rules, adapter: Adapter, family: str, no
 
 
 def _incomplete(paths: list[str], server: str, rules: Rules, model: PreTrainedModel) -> list[Lost]:
-    """What a server needs beside what is there, and stops without."""
-    there, told = set(paths), []
+    """What a server needs with what is there, and stops without."""
+    there, dropped = set(paths), []
     for path in paths:
         parent, _, leaf = path.rpartition(".")
         if server == "sglang" and leaf in FUSED[0] and not {f"{parent}.q_proj", f"{parent}.v_proj"} <= there:
-            told.append(Lost(path, "stands without its q_proj or v_proj, which SGLang fuses and stops without"))
+            dropped.append(Lost(path, "stands without its q_proj or v_proj, which SGLang fuses and stops without"))
         if server == "vllm" and rules.stacked and leaf == "experts" and f"{path}.base_layer" not in there:
-            told.append(Lost(path, "stands alone: vLLM takes experts.base_layer for gate and up beside it, and stops"))
+            dropped.append(Lost(path, "stands alone: vLLM takes experts.base_layer for gate and up as well, and stops"))
     groups: dict[str, set[tuple[int, str]]] = {}
     for path in paths:
         if found := re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)", path):
@@ -198,20 +198,20 @@ def _incomplete(paths: list[str], server: str, rules: Rules, model: PreTrainedMo
         experts: Any = next(m for m in model.modules() if is_experts(m))
         wanted, names = 3 if experts.has_gate else 2, {name for _, name in pairs}
         if len(names) != wanted or len(pairs) != wanted * experts.num_experts:
-            told.append(Lost(module, f"lacks projections of some experts: vLLM wants all {wanted} of all experts"))
-    return told
+            dropped.append(Lost(module, f"lacks projections of some experts: vLLM wants all {wanted} of all experts"))
+    return dropped
 
 
 def _scalings(server: str, adapter: Adapter) -> list[Lost]:
     """Pairs that a server multiplies by another number than they were trained with, or whose rank it refuses."""
-    config, told = adapter.config, []
+    config, dropped = adapter.config, []
     r, alpha = config["r"], config["lora_alpha"]
     served = alpha / math.sqrt(r) if config.get("use_rslora") and server == "vllm" else alpha / r
     for path, (rank, trained) in adapter.pairs.items():
         expert = re.search(r"\.experts\.\d+\.", path)
         own = alpha / r if expert else served  # vLLM's pack_moe
         if server == "sglang" and rank != r:
-            told.append(Lost(path, f"has rank {rank}, where SGLang takes r={r} for all and stops"))
+            dropped.append(Lost(path, f"has rank {rank}, where SGLang takes r={r} for all and stops"))
         elif not math.isclose(own, trained, rel_tol=1e-6):
-            told.append(Lost(path, f"was trained with the scaling {trained:g} and would be served with {own:g}"))
-    return told
+            dropped.append(Lost(path, f"was trained with the scaling {trained:g} and would be served with {own:g}"))
+    return dropped

@@ -26,7 +26,7 @@ def keeps_apart(model: Any, batch: str) -> bool:
     return bool(on) if batch == "left" else batch == "packed" and bool(on & {"mamba2", "sink_attention"})
 
 
-def can_be_told(module: nn.Module) -> bool:
+def keeps_documents(module: nn.Module) -> bool:
     """Whether a module can keep packed documents apart. A mixer with a state can only if it has a twin."""
     known = isinstance(module, Fast) or any(rule.matches(type(module)) for rule in RULES if rule.fusion == "mamba2")
     return known or not keeps_state(module)

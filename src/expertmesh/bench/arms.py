@@ -4,7 +4,6 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 from unittest import mock
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from expertmesh import backends
 from expertmesh.auto import AutoModelForCausalLM
 from expertmesh.fuse import FUSIONS
-from expertmesh.train.errors import ConfigError, install
+from expertmesh.train.errors import install
 from expertmesh.weights.four_bit import ExpertsQuantConfig
 
 WITHOUT = "expertmesh-no-"
@@ -57,14 +56,6 @@ ARMS = {
     )
 }
 DEFAULT = ("stock", "stock-compiled", "stock-liger", "expertmesh")
-
-
-def nearest(name: str, known: Any, what: str) -> str:
-    """`name` if it is one of `known`, else a ConfigError that names the nearest."""
-    if name in known:
-        return name
-    hint = "".join(f" Did you mean {near!r}?" for near in get_close_matches(name, known, 1, 0))
-    raise ConfigError(f"There is no {what} {name!r}.{hint} Known: {', '.join(known)}.")
 
 
 def why_not(arm: Arm, config: PreTrainedConfig, device: str) -> str | None:

@@ -20,18 +20,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from expertmesh.train.routing import routers
+
 ROUTINGS = ("random-init", "skewed", "balanced")
 LARGEST_SHARE = 0.4
 
 
-def routers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The routers of a model by name; each holds `weight` [E, H] and returns (logits [T, E], weights, ids [T, K])."""
-    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("Router")}
-
-
 def set_routing(model: PreTrainedModel, routing: str, top_k: int) -> None:
-    """Make a freshly initialised model route as one of `ROUTINGS` says, in place."""
-    for number, router in enumerate(routers(model).values()):
+    """Make a freshly initialised model route as one of `ROUTINGS` says, in place. Each router holds `weight` [E, H] and
+    returns (logits [T, E], weights, ids [T, K])."""
+    for number, (_, router) in enumerate(routers(model)):
         if routing == "skewed":
             weight: Any = router.weight
             weight.data.copy_(skewed(weight.data, top_k, seed=number))
@@ -59,7 +57,7 @@ def busiest(model: PreTrainedModel, inputs: dict[str, Any]) -> float:
         counts = torch.bincount(ids_TK.flatten(), minlength=logits_TE.shape[-1]).float()
         loads.append(counts.max() / counts.mean())
 
-    hooks = [router.register_forward_hook(look) for router in routers(model).values()]
+    hooks = [router.register_forward_hook(look) for _, router in routers(model)]
     model.base_model(**inputs)
     for hook in hooks:
         hook.remove()

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
 
-from expertmesh.bench.apart import can_be_told, documents_apart, keeps_apart
+from expertmesh.bench.apart import documents_apart, keeps_apart, keeps_documents
 from expertmesh.bench.export import differing_tensors, export_rows
 from expertmesh.bench.rows import Row, relative_error, rms_errors, worst_error
 from expertmesh.bench.tiny import FAMILIES, tiny_model
@@ -270,7 +270,7 @@ def noise(outcome: Outcome, exact: Outcome) -> dict[str, tuple[float, str]]:
 
 def applicable(case: Case, model: PreTrainedModel) -> bool:
     """Whether the model has what the case tests; packed documents also need mixers that can keep them apart."""
-    if case.batch == "packed" and not all(map(can_be_told, model.modules())):
+    if case.batch == "packed" and not all(map(keeps_documents, model.modules())):
         return False
     if case.routing and not router_weights(model):
         return False

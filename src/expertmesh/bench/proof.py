@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from expertmesh.bench.arms import ARMS, Arm, model_of
-from expertmesh.bench.gate import routers
 from expertmesh.bench.steps import release
 from expertmesh.bench.works import Work, config_of
+from expertmesh.train.routing import routers
 
 
 class Proof:
@@ -67,7 +67,7 @@ class Proof:
 @torch.no_grad()
 def _prepare(model: PreTrainedModel) -> None:
     """Makes weights exact in bfloat16, and routing clear: near-ties that flip in bfloat16 would hide other errors."""
-    for router in routers(model).values():
+    for _, router in routers(model):
         weight: Any = router.weight
         torch.nn.init.normal_(weight, std=0.3)
     for parameter in model.parameters():

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from expertmesh.bench import loops, profile, steps
-from expertmesh.bench.arms import ARMS, DEFAULT, LIBRARIES, WITHOUT, Arm, fusions_of, model_of, nearest, why_not
+from expertmesh.bench.arms import ARMS, DEFAULT, LIBRARIES, WITHOUT, Arm, fusions_of, model_of, why_not
 from expertmesh.bench.flops import forward_flops, step_flops
 from expertmesh.bench.gate import ROUTINGS, busiest, set_routing
 from expertmesh.bench.loops import LOOPS
@@ -31,7 +31,7 @@ from expertmesh.bench.origin import origin
 from expertmesh.bench.proof import Proof
 from expertmesh.bench.works import WORKS, config_of, top_k_and_experts
 from expertmesh.parallel.setup import current_world_size
-from expertmesh.train.errors import ConfigError
+from expertmesh.train.errors import ConfigError, known
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ def _silence(line: str) -> None:
 def refuse(options: BenchOptions, device: str) -> None:
     """Raises ConfigError for names and numbers that cannot be run."""
     for work in options.works:
-        nearest(work, WORKS, "work")
+        known("--work", work, list(WORKS))
     for arm in options.arms or ():
-        nearest(arm, ARMS, "arm")
+        known("--arms", arm, list(ARMS))
     for routing in options.routings:
-        nearest(routing, ROUTINGS, "routing")
+        known("--routing", routing, ROUTINGS)
     for loop in options.loops:
-        nearest(loop, LOOPS, "loop")
+        known("--loop", loop, list(LOOPS))
     _refuse_loops(options, device)
     for work in options.works if "balanced" in options.routings else ():
         top_k, experts = top_k_and_experts(config_of(WORKS[work], options.layers, options.tiny))

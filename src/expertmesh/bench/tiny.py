@@ -5,10 +5,10 @@ router, so a wrong expert or a wrong routing weight would hardly show; `tiny_mod
 (std 0.2) and moves every bias, norm and router correction off its neutral value.
 """
 
-import difflib
-
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from expertmesh.train.errors import known
 
 COMMON = {
     "vocab_size": 128,
@@ -144,10 +144,7 @@ FAMILIES: dict[str, dict] = {
 
 def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
     """The tiny configuration of one family of `FAMILIES`; `changes` override single keys."""
-    if model_type not in FAMILIES:
-        near = difflib.get_close_matches(model_type, FAMILIES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"There is no tiny model of {model_type!r}.{hint} Known families: {', '.join(FAMILIES)}.")
+    known("a tiny model", model_type, list(FAMILIES))
     return AutoConfig.for_model(model_type, **COMMON | FAMILIES[model_type] | changes)
 
 

@@ -29,8 +29,9 @@ _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(incomplete|deleted)")
 def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator[Path]:
     """Yield an empty directory; what is in it when the block ends becomes `output_dir/checkpoint-<step>`.
 
-    Every rank of `group` (None: all) enters and writes its own files. After an error nothing is published. Raises
-    FileExistsError if there is such a checkpoint already: a published one is never replaced.
+    Every rank of `group` (None: all) enters and writes its own files. After an error nothing is published.
+    What killed saves and deletions left there is removed. Raises FileExistsError if there is such a checkpoint already:
+    a published one is never replaced.
     """
     output_dir = Path(output_dir).expanduser()
     target, staging = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.incomplete"
@@ -41,7 +42,10 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
                 f"{target} exists, and a published checkpoint is never replaced. Resume from it, save to another "
                 f"folder, or move it away if it is not needed."
             )
-        remove_leftovers(output_dir)
+        for path in output_dir.iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                log.warning("%s is removed: a save or a deletion did not finish.", path)
+                remove(path)
 
     with staged(staging, begin, partial(publish, staging, target, MANIFEST), group):
         yield staging
@@ -112,11 +116,3 @@ def prune(output_dir: str | Path, keep: int, protect: Sequence[str | Path] = ())
             os.rename(path, doomed)
             sync(path.parent)
             remove(doomed)
-
-
-def remove_leftovers(output_dir: str | Path) -> None:
-    """Delete what killed saves and deletions left behind. Call it on one rank, while nothing is being saved there."""
-    for path in Path(output_dir).iterdir() if Path(output_dir).is_dir() else ():
-        if _LEFTOVER.fullmatch(path.name):
-            log.warning("%s is removed: a save or a deletion did not finish.", path)
-            remove(path)

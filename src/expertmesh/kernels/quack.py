@@ -24,14 +24,14 @@ ACTIVATIONS = {"silu": "swiglu", "relu2": "relu_sq"}  # quack's names
 
 class Tile(NamedTuple):
     """What a block of threads computes at once; whether two groups of warps take turns at products and epilogues; how
-    many neighbours below and beside one another share what they read.
+    many neighbours below and to the right of one another share what they read.
     """
 
     rows: int
     columns: int
     pingpong: bool
     below: int
-    beside: int
+    right: int
 
     @property
     def dynamic(self) -> bool:
@@ -137,6 +137,6 @@ def config(tile: Tile) -> Any:
     """quack's configuration of a tile: it keeps plans by its identity, so one must outlive its calls."""
     from quack.gemm_config import GemmConfig
 
-    rows, columns, pingpong, below, beside = tile
-    cluster = {"cluster_m": below, "cluster_n": beside}
+    rows, columns, pingpong, below, right = tile
+    cluster = {"cluster_m": below, "cluster_n": right}
     return GemmConfig(tile_m=rows, tile_n=columns, pingpong=pingpong, is_dynamic_persistent=tile.dynamic, **cluster)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from expertmesh.backends import tell_once
+from expertmesh.backends import product_dtype, tell_once
 from expertmesh.twins import Fast, traced, twin, untouched, watched
 
 
@@ -62,7 +62,7 @@ class FastLoraLinear(Fast):
             return "the layer's own weight or bias trains, too"
         if any(isinstance(one, DTensor) for one in (*own, *(adapter.weight for adapter in adapters[: 2 * len(names)]))):
             return "a layer is split over ranks"
-        if any(weight.dtype != (dtype := _dtype(x)) for weight in own):
+        if any(weight.dtype != (dtype := product_dtype(x)) for weight in own):
             return f"the layer's weights are {own[0].dtype}, and it computes in {dtype}"
         return "several are active, with dropout" if drops and len(names) > 1 else None
 
@@ -85,14 +85,8 @@ def adopt_linears(places: Sequence[tuple[nn.Module, str]]) -> None:
             wrapper.__class__ = twin(getattr(stock, "__stock__", stock), FastLoraLinear)
 
 
-def _dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which a linear layer computes with x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def _run(x: torch.Tensor, layers: Sequence[Any], factors: Sequence[Any]) -> list[torch.Tensor]:
-    x, dropout, bases = x.to(_dtype(x)), factors[0].dropout, [layer.base_layer for layer in layers]
+    x, dropout, bases = x.to(product_dtype(x)), factors[0].dropout, [layer.base_layer for layer in layers]
     a_RK = torch.cat([f.a for f in factors]).to(x.dtype)
     tensors = [*[base.weight for base in bases], *[base.bias for base in bases], *[f.b.to(x.dtype) for f in factors]]
     dropped = None if dropout is None else dropout(x)
