@@ -120,7 +120,7 @@ def qk_norm_rope_reference(
     """The specification: Qwen3MoeAttention's operations, one by one."""
     normed = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
     dtypes = [torch.promote_types(x.dtype, cos.dtype) for x in normed]
-    turned = [_turned_reference(x, cos, sin, cos.shape[-1], False, d) for x, d in zip(normed, dtypes, strict=True)]
+    turned = [_turned_reference(x, d, cos, sin, cos.shape[-1], False) for x, d in zip(normed, dtypes, strict=True)]
     return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
 
