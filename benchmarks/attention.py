@@ -35,8 +35,8 @@ from expertmesh.bench.steps import documents
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents, document_bounds, document_of
 from expertmesh.kernels.sink_attention import sink_attention, visible
-from expertmesh.layers.attention import attend
-from expertmesh.layers.rows import look, placeholder
+from expertmesh.layers.attention import attend, placeholder
+from expertmesh.layers.rows import look
 
 WINDOW = 128
 FLASH_ATTN_4 = DEVICE == "cuda" and importlib.util.find_spec("flash_attn") is not None

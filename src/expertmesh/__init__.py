@@ -15,7 +15,7 @@ _HOMES = {
     "AdamW": "expertmesh.memory.adamw",
     "GradientRelease": "expertmesh.memory.release",
     "clip_grad_norm": "expertmesh.parallel.clip",
-    "keep_routing": "expertmesh.moe.replay",
+    "keep_routing": "expertmesh.moe.router",
     "Trainer": "expertmesh.train.trainer",
     "SFTTrainer": "expertmesh.train.sft",
 }

@@ -1,8 +1,8 @@
 """The only place that asks what is installed and which device this is.
 
-Every other file asks here: kernels call `use_triton(x)` to choose between their Triton and PyTorch paths, `doctor`
-prints `table()`. Triton is imported here once, so that a kernel file can be read (and its reference run) where Triton
-is missing.
+Every other file asks here: kernels call `use_triton(x)` to choose between their Triton and PyTorch paths, or are made
+of both by `either`; `doctor` prints `table()`. Triton is imported here once, so that a kernel file can be read (and its
+reference run) where Triton is missing.
 """
 
 import contextlib
@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, wraps
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from packaging.version import Version
 from torch.nn.attention import varlen
 
+P = ParamSpec("P")
+R = TypeVar("R")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # CPU-only platforms have no Triton wheel; kernel files still import, so that their PyTorch references run
@@ -91,6 +93,18 @@ def use_triton(x: torch.Tensor) -> bool:
     if watching is not None:
         return True
     return HAS_TRITON and (x.is_cuda or _interpreting) and not in_one_graph()
+
+
+def either(kernel: Callable[P, R], reference: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs one of these two, as `use_triton` says of its first argument, a tensor."""
+
+    @wraps(reference)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        x: Any = args[0]  # as `use_triton`, which would be a call more: a layer makes many
+        by_kernel = watching is not None or (HAS_TRITON and (x.is_cuda or _interpreting) and not in_one_graph())
+        return (kernel if by_kernel else reference)(*args, **kwargs)
+
+    return run
 
 
 def in_one_graph() -> bool:
@@ -214,13 +228,13 @@ def version_of(package: str) -> str | None:
         return None
 
 
-_FLASH_ATTENTION = version_of("flash-attn-4") is not None  # the module's parent may be another package's: flash-attn
+FLASH_ATTENTION = version_of("flash-attn-4") is not None  # the module's parent may be another package's: flash-attn
 
 
 @torch.compiler.assume_constant_result
 def has_flash_attention(device: str) -> bool:
     """True when flash-attn-4 is installed and devices of this type are Hopper GPUs, on which it was measured."""
-    return _FLASH_ATTENTION and device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    return FLASH_ATTENTION and device == "cuda" and torch.cuda.get_device_capability()[0] == 9
 
 
 def library_of(fusion: str) -> str | None:

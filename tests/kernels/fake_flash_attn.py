@@ -54,6 +54,7 @@ def install(monkeypatch) -> list[dict]:
         module = types.ModuleType(name)
         module.__dict__.update(functions, __spec__=importlib.machinery.ModuleSpec(name, None))
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(backends, "FLASH_ATTENTION", True)
     monkeypatch.setattr(backends, "has_flash_attention", lambda device: True)
     monkeypatch.setattr(flash_attention, "LENGTH", 2)
     monkeypatch.setattr(flash_attention, "_keep_compiled", lambda: None)

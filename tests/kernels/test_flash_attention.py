@@ -147,13 +147,13 @@ def test_autocast_decides_the_dtype(calls):
     [(True, "cuda", 9, True), (False, "cuda", 9, False), (True, "cpu", 9, False), (True, "cuda", 10, False)],
 )
 def test_it_is_there_on_hopper_where_it_is_installed(installed, device, major, there, monkeypatch):
-    monkeypatch.setattr(backends, "_FLASH_ATTENTION", installed)
+    monkeypatch.setattr(backends, "FLASH_ATTENTION", installed)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
     assert backends.has_flash_attention(device) == there
 
 
 def test_the_question_is_a_constant_to_torch_compile(monkeypatch):
-    monkeypatch.setattr(backends, "_FLASH_ATTENTION", True)
+    monkeypatch.setattr(backends, "FLASH_ATTENTION", True)
 
     def asks(x):
         return x + 1 if backends.has_flash_attention(x.device.type) else x - 1

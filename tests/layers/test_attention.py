@@ -14,8 +14,7 @@ from expertmesh.bench.tiny import tiny_model
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask
-from expertmesh.layers.attention import attend
-from expertmesh.layers.rows import placeholder
+from expertmesh.layers.attention import attend, placeholder
 from tests.kernels import fake_flash_attn
 from tests.kernels.compare import assert_same, outputs_and_grads
 from tests.kernels.test_flash_attention import SHAPES, leaves

@@ -15,7 +15,7 @@ from expertmesh.bench.tiny import COMMON, FAMILIES, YARN, randomise
 from expertmesh.families import deepseek_v3
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask
-from expertmesh.layers.rows import placeholder
+from expertmesh.layers.attention import placeholder
 
 # other factors for the two kinds of scaling than those of the tiny model, where one of them is neutral
 SCALED = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}

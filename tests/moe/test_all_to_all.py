@@ -36,7 +36,8 @@ def loops(ids_TK: torch.Tensor, num_ranks: int, experts_per_rank: int) -> Routes
 
 
 def real(routes: Routes) -> Routes:
-    return routes.first(int(routes.counts_R2[:, 0].sum()))
+    sent = slice(int(routes.counts_R2[:, 0].sum()))
+    return routes._replace(token_N=routes.token_N[sent], ids_NK=routes.ids_NK[sent])
 
 
 def choices(num_tokens: int, top_k: int, num_experts: int, seed: int = 0) -> torch.Tensor:

@@ -11,7 +11,7 @@ from expertmesh.backends import logger
 from expertmesh.kernels.levels import Policy, levels_of
 from expertmesh.kernels.recompute import keep_less
 from expertmesh.memory.offload import Offload
-from expertmesh.moe.replay import keep_routing
+from expertmesh.moe.router import keep_routing
 
 LIGHT = {"rms_norm", "qk_norm_rope", "mla_rope", "swiglu"}  # fusions whose outputs come again without a product
 

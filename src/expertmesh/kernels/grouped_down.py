@@ -27,7 +27,7 @@ from expertmesh.kernels.grouped_wgrad import grouped_sum
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched
 from expertmesh.kernels.low_rank import LowRank, add_low_rank, rank_of
-from expertmesh.kernels.packed import plain
+from expertmesh.kernels.packed import Packed
 
 
 def down_dact(
@@ -44,13 +44,13 @@ def down_dact(
     """(dh [S, J], weight·a [S, I], dweight [P, S] float32, db [E, J] if `has_bias`) from the gradient dout [T, H] of
     the combined output.
 
-    w_down_EIH: the down-projections. more_SJ: what `up_again` returned, the rows behind those of h. in_turns: gate and
+    w_down_EIH: the down-projections. more_SJ: of an h that lacks rows the others, from `up_again`. in_turns: gate and
     up columns alternate in h, though not in the weights, nor in dh. low: what adapters add to dā. `dweight` leaves out
     the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to
     the end of its last row tile, are zero: `grouped_wgrad` reads them.
     """
     assert group.weight_S is not None
-    w_EHI = plain(w_down_EIH).transpose(1, 2)
+    w_EHI = (w_down_EIH.decode() if isinstance(w_down_EIH, Packed) else w_down_EIH).transpose(1, 2)
     if act.kind == "custom" or group.tiles is None:
         assert not in_turns, "only quack makes such h, for activations of the kernel"
         return down_dact_by_pytorch(dout_TH, w_EHI, h_SJ, group, act, has_bias, low)

@@ -28,7 +28,7 @@ from expertmesh.kernels.activation import Activation, activate
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched, processors
 from expertmesh.kernels.low_rank import LowRank, add_low_rank, rank_of
-from expertmesh.kernels.packed import plain
+from expertmesh.kernels.packed import Packed
 
 THIN = 64  # columns up to which a product reads its rows once, in tiles of its own
 
@@ -47,7 +47,7 @@ def grouped_gemm(
     `Grouping` looks at them. Without tiles it is the specification: one matrix product per expert, or `F.grouped_mm` on
     a GPU without Triton.
     """
-    w_EKN = plain(w_EKN)
+    w_EKN = w_EKN.decode() if isinstance(w_EKN, Packed) else w_EKN
     if group.tiles is not None:
         if bias_EN is None and low is None and not own and quack.takes(a_SK, w_EKN):
             return quack.grouped_gemm(a_SK, w_EKN, group)
@@ -81,7 +81,7 @@ def up_act(
 
     low: as in `grouped_gemm`. keep: by the fused kernel, h has only this many rows, a multiple of `group.block`.
     """
-    w_EHJ = plain(w_EHJ)
+    w_EHJ = w_EHJ.decode() if isinstance(w_EHJ, Packed) else w_EHJ
     if act.kind == "custom" or group.tiles is None:
         if group.tiles is not None:
             tell_once(
@@ -106,15 +106,13 @@ def up_again(
     act: Activation,
     h_SJ: torch.Tensor,
     low: LowRank | None = None,
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """The rows of h that an `up_act` with `keep` did not store, and the `group.block` rows before them, in as far as
-    tiles that end behind h have them; None if h has them all.
+    tiles that end behind h have them.
     """
-    missing = group.slot_S.numel() - len(h_SJ)
-    if not missing:
-        return None
-    more_SJ = h_SJ.new_empty(group.block + missing, h_SJ.shape[1])
-    launch_rows(x_TH, plain(w_EHJ), bias_EJ, group, more_SJ, None, act, low)
+    w_EHJ = w_EHJ.decode() if isinstance(w_EHJ, Packed) else w_EHJ
+    more_SJ = h_SJ.new_empty(group.block + group.slot_S.numel() - len(h_SJ), h_SJ.shape[1])
+    launch_rows(x_TH, w_EHJ, bias_EJ, group, more_SJ, None, act, low)
     return more_SJ
 
 

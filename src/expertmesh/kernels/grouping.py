@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
-from expertmesh.backends import tl, triton, use_triton
+from expertmesh.backends import either, tl, triton, use_triton
 from expertmesh.kernels.launch import launched
 
 
@@ -50,22 +50,14 @@ class Grouping:
         return self.bounds[1:]
 
 
-def group_by_expert(
+def group_by_expert_reference(
     ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None, num_rows: int | None = None
 ) -> Grouping:
-    """Sort the S = T·K routed rows by expert.
+    """Sort the S = T·K routed rows by expert; the specification, a stable sort.
 
     ids_TK: integer tensor [T, K]; ids outside [0, num_experts) mark rows to skip. weight_TK: routing weights, any float
     type, to be sorted along (without gradient). num_rows: S, if it is known how many are not skipped.
     """
-    group = _group_triton if use_triton(ids_TK) else group_by_expert_reference
-    return group(ids_TK, num_experts, weight_TK, num_rows)
-
-
-def group_by_expert_reference(
-    ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None, num_rows: int | None = None
-) -> Grouping:
-    """The specification of `group_by_expert`, in PyTorch: a stable sort."""
     flat = or_none(ids_TK.reshape(-1), num_experts)
     expert_S, slot_S = torch.sort(flat, stable=True)
     ends = torch.arange(-1, num_experts, device=flat.device)
@@ -104,8 +96,10 @@ def _int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
     return [piece if len(piece) == size else piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
 
 
-def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None, here: int | None) -> Grouping:
-    num_rows, top_k, device = ids_TK.numel(), ids_TK.shape[1], ids_TK.device
+def _group_triton(
+    ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None, num_rows: int | None = None
+) -> Grouping:
+    here, num_rows, top_k, device = num_rows, ids_TK.numel(), ids_TK.shape[1], ids_TK.device
     here = num_rows if here is None else here
     bins = triton.next_power_of_2(num_experts)
     sort_block = _sort_block(num_rows)
@@ -128,6 +122,9 @@ def _group_triton(ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tenso
     tiles = tile_expert, tile_row, num_tiles
     weight_S = None if weight_S is None else weight_S[:here]
     return Grouping(slot_S[:here], token_S[:here], position_S.view(ids_TK.shape), bounds, tiles, block, weight_S)
+
+
+group_by_expert = either(_group_triton, group_by_expert_reference)
 
 
 @launched
@@ -197,20 +194,42 @@ def _place_kernel(
             tl.store(weight_sorted + where, tl.load(weight + row, mask=valid, other=0.0).to(tl.float32), mask=valid)
 
 
-def combine(
+def combine_reference(
     y_SH: torch.Tensor,
     position_TK: torch.Tensor,
     weight_TK: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out [T, H] in y's dtype. position -1 contributes nothing; weight None means 1. A residual of T rows in any shape
-    [..., H] is added, and gives out its shape. Sums in float32, rounded once.
+    [..., H] is added, and gives out its shape. Sums in float32, rounded once. The specification: each token's bag of
+    rows, summed (no [T, K, H] tensor is made).
     """
-    if use_triton(y_SH):
-        out = y_SH.new_empty((len(position_TK), y_SH.shape[1]) if residual is None else residual.shape)
-        _launch([out], 0, y_SH, position_TK, weight_TK, residual)
-        return out
-    return combine_reference(y_SH, position_TK, weight_TK, residual)
+    wide = torch.promote_types(y_SH.dtype, torch.float32)
+    mine_TK = position_TK >= 0
+    ends_T = mine_TK.sum(1).cumsum(0)
+    out_TH = F.embedding_bag(
+        position_TK[mine_TK],
+        y_SH.to(wide),
+        torch.cat([ends_T.new_zeros(1), ends_T]),
+        mode="sum",
+        per_sample_weights=None if weight_TK is None else weight_TK[mine_TK].to(wide),
+        include_last_offset=True,
+    ).to(y_SH.dtype)
+    return out_TH if residual is None else residual + out_TH.view(residual.shape)
+
+
+def _combine_triton(
+    y_SH: torch.Tensor,
+    position_TK: torch.Tensor,
+    weight_TK: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    out = y_SH.new_empty((len(position_TK), y_SH.shape[1]) if residual is None else residual.shape)
+    _launch([out], 0, y_SH, position_TK, weight_TK, residual)
+    return out
+
+
+combine = either(_combine_triton, combine_reference)
 
 
 def combine_into(
@@ -257,43 +276,24 @@ def _launch(
     )  # fmt: skip
 
 
-def combine_reference(
-    y_SH: torch.Tensor,
-    position_TK: torch.Tensor,
-    weight_TK: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The specification of `combine`: each token's bag of rows, summed (no [T, K, H] tensor is made)."""
-    wide = torch.promote_types(y_SH.dtype, torch.float32)
-    mine_TK = position_TK >= 0
-    ends_T = mine_TK.sum(1).cumsum(0)
-    out_TH = F.embedding_bag(
-        position_TK[mine_TK],
-        y_SH.to(wide),
-        torch.cat([ends_T.new_zeros(1), ends_T]),
-        mode="sum",
-        per_sample_weights=None if weight_TK is None else weight_TK[mine_TK].to(wide),
-        include_last_offset=True,
-    ).to(y_SH.dtype)
-    return out_TH if residual is None else residual + out_TH.view(residual.shape)
-
-
-def unsort(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[T, K] in `dtype`: sorted row position(t, k), summed in float32 over the P parts; 0 at position -1."""
-    if use_triton(value_PS):
-        out_TK = torch.empty(position_TK.shape, dtype=dtype, device=value_PS.device)
-        (parts, rows), count = value_PS.shape, position_TK.numel()
-        if count:
-            grid = (triton.cdiv(count, 512),)
-            _unsort_kernel[grid](value_PS, position_TK, out_TK, count, rows, PARTS=parts, BLOCK=512)
-        return out_TK
-    return unsort_reference(value_PS, position_TK, dtype)
-
-
 def unsort_reference(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The specification of `unsort`."""
+    """[T, K] in `dtype`: sorted row position(t, k), summed in float32 over the P parts; 0 at position -1. The
+    specification.
+    """
     value_S = value_PS.sum(0)
     return torch.where(position_TK >= 0, value_S[position_TK.clamp(min=0).long()], 0).to(dtype)
+
+
+def _unsort_triton(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    out_TK = torch.empty(position_TK.shape, dtype=dtype, device=value_PS.device)
+    (parts, rows), count = value_PS.shape, position_TK.numel()
+    if count:
+        grid = (triton.cdiv(count, 512),)
+        _unsort_kernel[grid](value_PS, position_TK, out_TK, count, rows, PARTS=parts, BLOCK=512)
+    return out_TK
+
+
+unsort = either(_unsort_triton, unsort_reference)
 
 
 @launched

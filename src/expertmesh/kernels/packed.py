@@ -2,8 +2,8 @@
 
 `Packed` takes the parameter's place: its shape, dtype and device are those of the weight that it stands for, so that
 PEFT, Trainer and `named_parameters` find what they look for. What it holds is codes and scales (four_bit.py). A product
-of ours calls `plain`, which decodes the whole stack into a `DecodeBuffer` that all layers of a model share. The next
-`plain` overwrites that, so nothing may keep it: autograd saves the packed weight, and a backward decodes again.
+of ours calls `decode`, which writes the whole stack into a `DecodeBuffer` that all layers of a model share. The next
+`decode` overwrites that, so nothing may keep it: autograd saves the packed weight, and a backward decodes again.
 
 Spread over ranks it is a DTensor whose local tensor is a `Packed` of this rank's experts.
 """
@@ -122,11 +122,6 @@ class Packed(torch.Tensor):
 
 #: what is done to a packed weight by doing it to its codes and to its scales
 _OF_EACH = {getattr(aten, name).default for name in ("detach", "alias", "clone", "empty_like", "_to_copy")}
-
-
-def plain(weight: torch.Tensor) -> torch.Tensor:
-    """The weight itself, or what a packed one stands for, to be used at once."""
-    return weight.decode() if isinstance(weight, Packed) else weight
 
 
 def packed_in(weight: Any) -> Packed | None:

@@ -118,8 +118,10 @@ def qk_norm_rope_reference(
     sin: torch.Tensor, eps: float,
 ) -> Pair:  # fmt: skip
     """The specification: Qwen3MoeAttention's operations, one by one."""
-    q, k = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
-    return _rotary(False, q.transpose(1, 2), k.transpose(1, 2), cos, sin, False, False)
+    normed = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
+    dtypes = [torch.promote_types(x.dtype, cos.dtype) for x in normed]
+    turned = [_turned_reference(x, d, cos, sin, cos.shape[-1], False) for x, d in zip(normed, dtypes, strict=True)]
+    return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
 
 @triton.jit

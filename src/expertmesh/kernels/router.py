@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from expertmesh.backends import tl, triton, use_triton
+from expertmesh.backends import either, tl, triton
 from expertmesh.kernels.launch import launched
 
 
@@ -34,23 +34,6 @@ class Routing:
     min_sum: float = 0.0
 
 
-def route(
-    logits_TE: torch.Tensor,
-    routing: Routing,
-    bias_E: torch.Tensor | None = None,
-    ids_TK: torch.Tensor | None = None,
-    weight_dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights [T, K] in weight_dtype, ids [T, K] int64) of router logits [T, E].
-
-    bias_E: added to the scores for the choice only. ids_TK: take this choice instead of the best K. Math in
-    float32. On the Triton path the number of groups and of experts per group must be powers of two (or one group).
-    """
-    if use_triton(logits_TE):
-        return _Route.apply(logits_TE, bias_E, ids_TK, routing, weight_dtype)
-    return route_reference(logits_TE, routing, bias_E, ids_TK, weight_dtype)
-
-
 def route_reference(
     logits_TE: torch.Tensor,
     routing: Routing,
@@ -58,7 +41,12 @@ def route_reference(
     ids_TK: torch.Tensor | None = None,
     weight_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The specification of `route`, op for op as Transformers' routers do it."""
+    """(weights [T, K] in weight_dtype, ids [T, K] int64) of router logits [T, E]. The specification, op for op as
+    Transformers' routers do it.
+
+    bias_E: added to the scores for the choice only. ids_TK: take this choice instead of the best K. Math in
+    float32. On the Triton path the number of groups and of experts per group must be powers of two (or one group).
+    """
     logits = logits_TE.float()
     scores = {"softmax": lambda x: x.softmax(-1), "sigmoid": torch.sigmoid, "topk_softmax": lambda x: x}[routing.kind](
         logits
@@ -91,7 +79,7 @@ def kernel_supports(routing: Routing, num_experts: int) -> bool:
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TE, bias_E, ids_TK, routing: Routing, weight_dtype: torch.dtype):
+    def forward(ctx: Any, logits_TE, routing: Routing, bias_E, ids_TK, weight_dtype: torch.dtype):
         logits_TE, given = logits_TE.contiguous(), ids_TK is not None
         weights = logits_TE.new_empty(len(logits_TE), routing.top_k, dtype=weight_dtype)
         if not given:
@@ -109,6 +97,13 @@ class _Route(torch.autograd.Function):
         dlogits = torch.empty_like(logits_TE)
         _launch(ctx.routing, logits_TE, None, ids_TK, dweights.contiguous(), dlogits, True)
         return dlogits, None, None, None, None
+
+
+def _route_triton(logits_TE, routing: Routing, bias_E=None, ids_TK=None, weight_dtype=torch.float32) -> Any:
+    return _Route.apply(logits_TE, routing, bias_E, ids_TK, weight_dtype)
+
+
+route = either(_route_triton, route_reference)
 
 
 def _launch(

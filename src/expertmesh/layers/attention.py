@@ -15,10 +15,30 @@ from expertmesh import backends
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
-from expertmesh.layers.rows import documents_or_mask
 from expertmesh.twins import Fast, cache_of
 
 NAME = "expertmesh"
+
+
+def placeholder(documents: Documents | None, device: torch.device) -> torch.Tensor:
+    """The mask that says: causal, within `documents` if there are any. Its last size is 1 if there are, so that a layer
+    that did not get them knows."""
+    return torch.empty(1, 1, 0, int(documents is not None), dtype=torch.bool, device=device)
+
+
+def documents_or_mask(mask: Any, documents: Documents | None, layer: Any) -> tuple[Documents | None, Any]:
+    """(documents, None) where the mask is a `placeholder`, else (None, mask).
+
+    Raises RuntimeError if the placeholder speaks of documents and they did not reach this layer.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[2] != 0:
+        return None, mask
+    if documents is None and mask.shape[3]:
+        raise RuntimeError(
+            f"{type(layer).__name__} was not told of the documents in its rows, because Transformers did not pass them "
+            f"on: give each document a row of its own (packing=False), and please report this model."
+        )
+    return documents, None
 
 
 def attend(
@@ -39,7 +59,7 @@ def attend(
     if plain and getattr(module, "in_fused_model", False):
         is_causal = kwargs.get("is_causal")
         causal = module.is_causal if is_causal is None else is_causal
-        if causal and flash_attention.takes(query, key, value):
+        if causal and backends.FLASH_ATTENTION and flash_attention.takes(query, key, value):
             return flash_attention.flash_attention(query, key, value, scaling, documents=documents), None
         if documents is not None and backends.has_varlen(query) and takes(query, value):
             return varlen_attention(query, key, value, *documents, scaling), None

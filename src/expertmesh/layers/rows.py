@@ -10,8 +10,8 @@ one wait for the device at most.
                                      documents; hidden states get padding back after the last layer
 
 Transformers makes a mask [B, 1, S, S] of this, for which SDPA has no fast kernel. Here an empty tensor stands in its
-place (`placeholder`), which Transformers passes on because it has four dimensions, and `documents` travel beside it as
-a keyword. Everything else (a cache, masks of the user's own, compilation) is left to Transformers.
+place (`placeholder`, attention.py), which Transformers passes on because it has four dimensions, and `documents` travel
+beside it as a keyword. Everything else (a cache, masks of the user's own, compilation) is left to Transformers.
 """
 
 from dataclasses import dataclass
@@ -21,27 +21,6 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from expertmesh.kernels.documents import Documents
-
-
-def placeholder(documents: Documents | None, device: torch.device) -> torch.Tensor:
-    """The mask that says: causal, within `documents` if there are any. Its last size is 1 if there are, so that a layer
-    that did not get them knows."""
-    return torch.empty(1, 1, 0, int(documents is not None), dtype=torch.bool, device=device)
-
-
-def documents_or_mask(mask: Any, documents: Documents | None, layer: Any) -> tuple[Documents | None, Any]:
-    """(documents, None) where the mask is a `placeholder`, else (None, mask).
-
-    Raises RuntimeError if the placeholder speaks of documents and they did not reach this layer.
-    """
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[2] != 0:
-        return None, mask
-    if documents is None and mask.shape[3]:
-        raise RuntimeError(
-            f"{type(layer).__name__} was not told of the documents in its rows, because Transformers did not pass them "
-            f"on: give each document a row of its own (packing=False), and please report this model."
-        )
-    return documents, None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from expertmesh.backends import product_dtype
 from expertmesh.kernels.documents import Bounds
 from expertmesh.kernels.sink_attention import Padding, padding_of, sink_attention, takes, visible
-from expertmesh.layers.rows import documents_or_mask
+from expertmesh.layers.attention import documents_or_mask
 
 NAME = "expertmesh-sinks"
 

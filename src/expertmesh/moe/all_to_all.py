@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from expertmesh.kernels.grouping import combine
 from expertmesh.moe.exchange import Exchange, Gradients, Outputs
-from expertmesh.moe.replay import kept
+from expertmesh.moe.router import kept
 
 
 class AllToAll(Exchange):
@@ -45,10 +45,12 @@ class AllToAll(Exchange):
                 packed.extend(self._pack(x_TH, weight_TK, routes))  # the device's work while counts travel
                 arrived.synchronize()
             (send, _), (recv, pairs) = both.transpose(1, 2).tolist()
-            return ids_TK, routes.first(sum(send)), send, recv, sum(pairs)
+            sent = slice(sum(send))  # behind them are no real rows
+            routes = routes._replace(token_N=routes.token_N[sent], ids_NK=routes.ids_NK[sent])
+            return ids_TK, routes, send, recv, max(1, sum(pairs))
 
         # what the backward and a recompute repeat
-        self._ids_TK, self._routes, self._send, self._recv, self._pairs = kept(decide)
+        self._ids_TK, self._routes, self._send, self._recv, self.rows_here = kept(decide)
         self._weight_dtype = weight_TK.dtype
         x_NH, meta_NK2 = packed or self._pack(x_TH, weight_TK, self._routes)
         meta_MK2, x_MH = self._exchange(self._send, self._recv, meta_NK2, x_NH)
@@ -56,11 +58,9 @@ class AllToAll(Exchange):
             meta_MK2[:, :top_k] = num_experts  # the row of zeros has no expert here
         return x_MH, meta_MK2[:, :top_k].long(), meta_MK2[:, top_k:].contiguous().view(torch.float32)
 
-    def rows_here(self) -> int:
-        return max(1, self._pairs)
-
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-        (back_NH,) = self._exchange(self._recv, self._send, made.sums())
+        sums_MH = made.y if made.position_MK is None else combine(made.y, made.position_MK, made.weight_MK)
+        (back_NH,) = self._exchange(self._recv, self._send, sums_MH)
         out_TH = combine(back_NH, self._routes.position_TR)
         return out_TH if residual is None else residual + out_TH.view(residual.shape)
 
@@ -111,10 +111,6 @@ class Routes(NamedTuple):
     position_TR: torch.Tensor
     ids_NK: torch.Tensor
     counts_R2: torch.Tensor
-
-    def first(self, num_rows: int) -> "Routes":
-        """The same without what lies behind the real rows."""
-        return self._replace(token_N=self.token_N[:num_rows], ids_NK=self.ids_NK[:num_rows])
 
 
 def routes_of(ids_TK: torch.Tensor, num_ranks: int, experts_per_rank: int) -> Routes:

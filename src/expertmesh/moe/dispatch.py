@@ -66,25 +66,29 @@ class Dispatch(EPImplementation):
             x_TH, ids_TK, weight_TK = (_my_rows(x, self.tp_mesh) for x in (x_TH, ids_TK, weight_TK))
         inside = None if self.slices else residual
         exchange = exchange or self.transport(self, x_TH)
-        spread = {name: weight for name, weight in experts._parameters.items() if isinstance(weight, DTensor)}
-        experts._parameters.update({name: _Local.apply(weight) for name, weight in spread.items()})
-        try:
-            with self.waits:
-                ours = experts.config._experts_implementation == NAME and x_TH.dtype == experts.down_proj.dtype
-                act = activation_of(experts) if ours else None
-                if act is not None:
-                    out = compute(experts, act, x_TH, ids_TK, weight_TK, inside, exchange)
-                else:
-                    x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
-                    ids_MK = or_none(ids_MK, self.num_local_experts)  # as other backends expect
-                    y_MH = self.experts_forward(x_MH, ids_MK, weight_MK)
-                    out = _Combine.apply(y_MH.to(x_TH.dtype), inside, exchange)
-        finally:
-            experts._parameters.update(spread)
+        ours = experts.config._experts_implementation == NAME and x_TH.dtype == experts.down_proj.dtype
+        act = activation_of(experts) if ours else None
+        with self.waits:
+            if act is not None:
+                out = compute(experts, act, x_TH, ids_TK, weight_TK, inside, exchange)
+            else:
+                x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
+                y_MH = self._by_others(x_MH, ids_MK, weight_MK)
+                out = _Combine.apply(y_MH.to(x_TH.dtype), inside, exchange)
         if not self.slices:
             return out
         out = _all_rows(out, self.tp_mesh, hidden_states.shape)
         return out if residual is None else residual + out.view(residual.shape)
+
+    def _by_others(self, x_MH: torch.Tensor, ids_MK: torch.Tensor, weight_MK: torch.Tensor) -> torch.Tensor:
+        """Sums [M, H] by another backend, which finds this rank's part of the weights in the place of the whole."""
+        held = self.experts._parameters
+        spread = {name: weight for name, weight in held.items() if isinstance(weight, DTensor)}
+        held.update({name: weight.to_local() for name, weight in spread.items()})
+        try:
+            return self.experts_forward(x_MH, or_none(ids_MK, self.num_local_experts), weight_MK)
+        finally:
+            held.update(spread)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -116,21 +120,6 @@ class _Combine(torch.autograd.Function):
         with ctx.exchange.waits:
             dy_MH = ctx.exchange.combine_backward(dout.flatten(0, -2)) if ctx.needs_input_grad[0] else None
         return dy_MH, dout if ctx.needs_input_grad[1] else None, None
-
-
-class _Local(torch.autograd.Function):
-    """This rank's part of a DTensor; the gradient has the same layout, which `to_local` would derive anew each time."""
-
-    @staticmethod
-    def forward(ctx: Any, whole: Any) -> torch.Tensor:
-        ctx.spec = whole._spec
-        return whole._local_tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        if torch.is_grad_enabled():  # to be differentiated again, which what made it refuses
-            return DTensor.from_local(grad, ctx.spec.mesh, ctx.spec.placements, run_check=False)
-        return DTensor(grad, ctx.spec, requires_grad=False)  # type: ignore[call-arg]
 
 
 def _my_rows(x: torch.Tensor, tp_mesh: Any) -> torch.Tensor:

@@ -18,17 +18,13 @@ Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class Outputs(NamedTuple):
-    """What experts made of their M rows: y [S, H] in the order of the experts, with positions and weights [M, K] that
-    `combine` takes; or their sums y [M, H] alone.
+    """What experts made of their M rows: y [S, H] in the order of the experts, with positions and weights [M, K], of
+    which `combine` makes the sums; or these y [M, H] alone.
     """
 
     y: torch.Tensor
     position_MK: torch.Tensor | None = None
     weight_MK: torch.Tensor | None = None
-
-    def sums(self) -> torch.Tensor:
-        """One row for each of the M [M, H]."""
-        return self.y if self.position_MK is None else combine(self.y, self.position_MK, self.weight_MK)
 
 
 class Exchange:
@@ -40,6 +36,7 @@ class Exchange:
     """
 
     ep_implementation: str  # the transport's name in Transformers
+    rows_here: int | None = None  # how many of the dispatched pairs this rank computes, at least 1, if the host knows
 
     def __init__(self, layer: Any = None, x_TH: torch.Tensor | None = None, ahead: bool = False) -> None:
         """layer: the `Dispatch` that is called with the tokens x. ahead: its router has not chosen yet, and the tokens
@@ -55,12 +52,10 @@ class Exchange:
         """
         return x_TH, ids_TK, weight_TK
 
-    def rows_here(self) -> int | None:
-        """How many of the M·K pairs this rank computes, at least 1; None if the host does not know."""
-        return None
-
     def rows_to_keep(self, num_rows: int, block: int) -> int | None:
-        """For how many of the rows [S] there is room until the backward; the others are computed again. None: all."""
+        """Asked without `rows_here`: for how many of the rows [S] there is room until the backward; the others are
+        computed again. None: all.
+        """
         return None
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:

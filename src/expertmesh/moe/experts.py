@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation
 
 from expertmesh.backends import opaque
@@ -144,50 +145,58 @@ def compute(
     b_up = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
     b_down = experts.down_proj_bias if experts.has_bias else None
     w_down = experts.down_proj
-    scale = 1 / getattr(experts, "grad_divisor", 1)
+    scale, transposed = 1 / getattr(experts, "grad_divisor", 1), experts.is_transposed
     factors = vars(experts).get("low_rank", {})  # of adapters, set for this call (lora.py)
     low_up = factors.get("gate_up_proj" if experts.has_gate else "up_proj", (None, None))
     low_down = factors.get("down_proj", (None, None))
-    turned = lambda w: w if experts.is_transposed else w.transpose(1, 2)  # noqa: E731
+    parts = [w._local_tensor if isinstance(w, DTensor) else w for w in (w_up, b_up, w_down, b_down)]
     # `_Up`'s backward makes a gradient as large. w_down's own has gone to its weight by then, as autograd sees w_down
     # behind `_Up` alone
-    seen = turned(w_down.detach() if w_up.requires_grad else w_down)
+    seen = None if w_up.requires_grad else w_down
     h_SJ, a_SI, routed = _Up.apply(
-        x_TH.contiguous(), weight_TK, turned(w_up), b_up, *low_up, seen, b_down, *low_down, ids_TK, act, scale, exchange
-    )
-    w_down = turned(w_down)
+        x_TH.contiguous(), weight_TK, w_up, b_up, *low_up, seen, b_down, *low_down, ids_TK, act, scale, parts,
+        transposed, exchange,
+    )  # fmt: skip
     return _Down.apply(h_SJ, a_SI, w_down, b_down, *low_down, residual, routed, exchange)
 
 
 class _Up(torch.autograd.Function):
-    """(h [S, J], activation(h) [S, I], (group, weights [M, K], v [S, R])) of the dispatched rows; gradients come for h
-    only. h may lack rows.
+    """(h [S, J], activation(h) [S, I], (group, weights [M, K], v [S, R], w_down, b_down)) of the dispatched rows;
+    gradients come for h only. h may lack rows.
 
-    Weights are [E, in, out] views; their gradients come back in the same shape, times `scale`. Of adapters the factors
-    are A [E, R, in] and B [E, R, out], or None: u = x · Aᵀ and v = activation(h) · Aᵀ.
+    parts: of both weights and biases what this rank holds. Products take weights as [E, in, out] views; gradients come
+    back as the weights are, times `scale`. Of adapters the factors are A [E, R, in] and B [E, R, out], or None:
+    u = x · Aᵀ and v = activation(h) · Aᵀ.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x_TH, weight_TK, w_up, b_up, up_A, up_B, w_down, b_down, down_A, down_B, ids_TK, act, scale,
-        exchange: Exchange,
+        parts: list, transposed: bool, exchange: Exchange,
     ):  # fmt: skip
+        ctx.specs = [getattr(w, "_spec", None) for w in (w_up, b_up)]
+        w_up, b_up, w_down, b_down = parts
+        if not transposed:
+            w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
         x_MH, ids_MK, weight_MK = exchange.dispatch(x_TH, ids_TK, weight_TK)
-        group = group_by_expert(ids_MK, w_up.shape[0], weight_MK, exchange.rows_here())
-        keep = exchange.rows_to_keep(group.slot_S.numel(), group.block)
+        group = group_by_expert(ids_MK, w_up.shape[0], weight_MK, exchange.rows_here)
+        keep = None if exchange.rows_here else exchange.rows_to_keep(group.slot_S.numel(), group.block)
         u_SR = None if up_A is None else thin_rows(x_MH, up_A, group, gathered=True)
-        made = x_MH, w_up, b_up, u_SR, up_B
-        h_SJ, a_SI, ctx.in_turns = _activated(group, act, keep, *made)
-        again((h_SJ,), functools.partial(_activated, group, act, keep), *made, level="experts")
+        low = None if u_SR is None else LowRank(u_SR, up_B)
+        h_SJ, a_SI, ctx.in_turns = up_act(x_MH, w_up, b_up, group, act, low, keep)
+        again(
+            (h_SJ,), lambda x, w, b, *low: up_act(x, w, b, group, act, LowRank(*low) if low else None, keep),
+            x_MH, w_up, b_up, *(low or ()), level="experts",
+        )  # fmt: skip
         v_SR = None if down_A is None else thin_rows(a_SI, down_A, group, gathered=False)
-        ctx.act, ctx.scale, ctx.exchange = act, scale, exchange
+        ctx.act, ctx.scale, ctx.transposed, ctx.exchange = act, scale, transposed, exchange
         ctx.tiles, ctx.block = group.tiles, group.block
         weights = w_up, b_up, up_A, up_B, w_down, b_down, down_A, down_B
         rows = group.slot_S, group.token_S, group.position_TK, group.bounds, group.weight_S
         ctx.save_for_backward(x_MH, h_SJ, weight_MK, ids_MK, *weights, u_SR, v_SR, *rows)
         ctx.mark_non_differentiable(a_SI)
         ctx.set_materialize_grads(False)
-        return h_SJ, a_SI, (group, weight_MK, v_SR)
+        return h_SJ, a_SI, (group, weight_MK, v_SR, w_down, b_down)
 
     @staticmethod
     @once_differentiable
@@ -196,17 +205,21 @@ class _Up(torch.autograd.Function):
         dx_MH = dw_up = dA = dB = None
         du_SR = None if up_B is None else thin_rows(dh_SJ, up_B, group, gathered=False)
         if ctx.needs_input_grad[0]:
-            low = _low(du_SR, up_A)  # the product's S rows have no name, so that they are freed at once
+            low = None if du_SR is None else LowRank(du_SR, up_A)
+            # the product's S rows have no name, so that they are freed at once
             dx_MH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, None, low), group.position_TK)
         with ctx.exchange.waits:
             wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
             if ctx.needs_input_grad[2]:
                 dw_up = grouped_wgrad(x_MH, dh_SJ, group, w_up, ctx.scale)
+                dw_up = _spread(dw_up if ctx.transposed else dw_up.transpose(1, 2), ctx.specs[0])
+            if db_up is not None:
+                db_up = _spread(db_up * ctx.scale, ctx.specs[1])
             if du_SR is not None and ctx.needs_input_grad[4]:
                 dA = thin_wgrad(x_MH, du_SR, up_A, group, gathered=True)
             if ctx.needs_input_grad[5]:
                 dB = thin_wgrad(dh_SJ, u_SR, up_B, group, gathered=False)
-            return *wait(), dw_up, db_up, dA, dB, *[None] * 8
+            return *wait(), dw_up, db_up, dA, dB, *[None] * 10
 
 
 class _Down(torch.autograd.Function):
@@ -214,8 +227,9 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, down_A, down_B, residual, routed: tuple, exchange: Exchange):
-        ctx.up, (group, weight_MK, v_SR) = h_SJ.grad_fn, routed
-        y_SH = grouped_gemm(a_SI, w_down, group, b_down, _low(v_SR, down_B))
+        ctx.up, ctx.specs = h_SJ.grad_fn, [getattr(w, "_spec", None) for w in (w_down, b_down)]
+        group, weight_MK, v_SR, w_down, b_down = routed
+        y_SH = grouped_gemm(a_SI, w_down, group, b_down, None if v_SR is None else LowRank(v_SR, down_B))
         return exchange.combine(Outputs(y_SH, group.position_TK, weight_MK), residual)
 
     @staticmethod
@@ -235,36 +249,38 @@ class _Down(torch.autograd.Function):
         with up.exchange.waits:
             dout_MH = up.exchange.combine_backward(dout.reshape(-1, dout.shape[-1]))
 
-        more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ, _low(u_SR, up_B))
+        more_SJ = None
+        if len(h_SJ) < len(slot_S):
+            low = None if u_SR is None else LowRank(u_SR, up_B)
+            more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ, low)
         dv_SR = None if down_B is None else thin_rows(dout_MH, down_B, group, gathered=True)  # times weight: later
+        low = None if dv_SR is None else LowRank(dv_SR, down_A)
         dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
-            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.in_turns, _low(dv_SR, down_A)
+            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.in_turns, low
         )
         dweight_MK = dw_down = db_down = dA = dB = None
-        if need_weight:
+        if need_weight and b_down is None:
+            dweight_MK = unsort(dweight_PS, group.position_TK, weight_MK.dtype)
+        elif need_weight:
             dweight_MK = _per_slot(dweight_PS, group, dout_MH, ids_MK, b_down, weight_MK.dtype)
         if need_w_down:
-            dw_down = grouped_wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale).transpose(1, 2)
+            dw_down = grouped_wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale)
+            dw_down = _spread(dw_down.transpose(1, 2) if up.transposed else dw_down, ctx.specs[0])
         if need_b_down:
-            db_down = _bias_down_grad(dout_MH, weight_MK, ids_MK, b_down) * up.scale
+            db_down = _spread(_bias_down_grad(dout_MH, weight_MK, ids_MK, b_down) * up.scale, ctx.specs[1])
         if dv_SR is not None and need_A:
             dA = thin_wgrad(wa_SI, dv_SR, down_A, group, gathered=False)
         if need_B:
             wv_SR = v_SR * weight_S[:, None].to(v_SR.dtype)
             dB = thin_wgrad(dout_MH, wv_SR, down_B, group, gathered=True)
-        if db_up is not None:
-            db_up = db_up * up.scale
         up.from_down = dh_SJ, x_MH, w_up, group, dweight_MK, db_up, u_SR, up_A, up_B
         no_values = h_SJ.new_zeros(()).expand(h_SJ.shape)  # zeros: anomaly detection looks for nan
         return no_values, None, dw_down, db_down, dA, dB, dout if need_residual else None, None, None
 
 
-def _activated(group: Grouping, act: Activation, keep: int | None, x_MH, w_up, b_up, u_SR, up_B):
-    return up_act(x_MH, w_up, b_up, group, act, _low(u_SR, up_B), keep)
-
-
-def _low(u_SR: torch.Tensor | None, b_ERN: torch.Tensor | None) -> LowRank | None:
-    return None if u_SR is None or b_ERN is None else LowRank(u_SR, b_ERN)
+def _spread(grad: torch.Tensor, spec: Any) -> torch.Tensor:
+    """The gradient of a weight of which this rank holds a part; `from_local` would derive its layout anew."""
+    return grad if spec is None else DTensor(grad, spec, requires_grad=False)  # type: ignore[call-arg]
 
 
 def _per_slot(
@@ -272,13 +288,11 @@ def _per_slot(
     group: Grouping,
     dout_TH: torch.Tensor,
     ids_TK: torch.Tensor,
-    b_down_EH: torch.Tensor | None,
+    b_down_EH: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Routing-weight gradients [T, K] from parts of sorted rows [P, S]; the down bias adds ⟨dout_t, b_e⟩, one dense
     product."""
-    if b_down_EH is None:
-        return unsort(dweight_PS, group.position_TK, dtype)
     dweight_TK = unsort(dweight_PS, group.position_TK, torch.float32)
     dot_TE = (dout_TH @ b_down_EH.t()).float()
     dot_TK = dot_TE.gather(1, ids_TK.clamp(0, b_down_EH.shape[0] - 1))

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from expertmesh.kernels.grouping import combine
 from expertmesh.moe.exchange import Exchange, Gradients, Outputs
 from expertmesh.moe.links import Mailboxes, Sent, join_side_stream, link_of, on_side_stream
-from expertmesh.moe.replay import kept
+from expertmesh.moe.router import kept
 from expertmesh.records import current
 from expertmesh.waiting import hosts, waiting
 
@@ -58,7 +59,8 @@ class Gather(Exchange):
         if self._made_here and isinstance(self._link, Mailboxes):
             out_TH = self._link.combine_scatter(made, residual_TH)
         else:
-            (out_TH,) = self._link.reduce_scatter([made.sums()])
+            sums_MH = made.y if made.position_MK is None else combine(made.y, made.position_MK, made.weight_MK)
+            (out_TH,) = self._link.reduce_scatter([sums_MH])
             if residual_TH is not None:
                 out_TH[: self._num_tokens] += residual_TH
         if self._num_tokens < self._rows:

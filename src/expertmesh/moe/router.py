@@ -1,16 +1,22 @@
 """Fast twins of Transformers' routers: the same logits, then one kernel for weights and ids.
 
 Each returns what the HF router returns, (router_logits [T, E], weights [T, K], ids [T, K]), in the same dtypes. On
-the CPU the kernel's place is taken by its PyTorch reference. Inside a checkpointed layer the choice is recorded, and
-replayed when the layer is recomputed (moe/replay.py).
+the CPU the kernel's place is taken by its PyTorch reference.
+
+A router run again in the backward can flip near-ties: the recomputed layer then sends tokens to other experts than the
+forward did, which breaks activation checkpointing ("recomputed tensors have different metadata") or, worse, the
+gradients. So the choice of experts is recorded when a checkpointed layer first runs and replayed when it is recomputed.
+`keep_routing` goes in as the `context_fn` of `torch.utils.checkpoint.checkpoint(use_reentrant=False)`; a fused model
+does that by itself when `activation_checkpointing_enable()` is called.
 
 To add a router, write a class here; families/table.py says which HF code it equals. Its formula is a `Routing` of
 kernels/router.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar, Token
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -18,8 +24,50 @@ from torch.nn import functional as F
 from expertmesh.backends import opaque
 from expertmesh.kernels.router import Routing, kernel_supports, route
 from expertmesh.kernels.router_logits import router_logits
-from expertmesh.moe.replay import current
 from expertmesh.twins import Fast
+
+Decision = TypeVar("Decision")
+
+_region: ContextVar["Region | None"] = ContextVar("routing_region", default=None)
+
+
+class Region:
+    """One run, first or repeated, of a checkpointed function; the runs of one call share the list of choices."""
+
+    def __init__(self, choices: list[Any], replay: bool) -> None:
+        self.choices, self.replay, self.position = choices, replay, 0
+        self._tokens: list[Token] = []
+
+    def __enter__(self) -> None:
+        self.position = 0
+        self._tokens.append(_region.set(self))
+
+    def __exit__(self, *_: object) -> None:
+        _region.reset(self._tokens.pop())
+
+    def known(self) -> Any:
+        """In a recompute the forward's next choice; else None, and it is to be put among the `choices`."""
+        if not self.replay:
+            return None
+        self.position += 1
+        return self.choices[self.position - 1]
+
+
+def keep_routing() -> tuple[Region, Region]:
+    """(forward context, recompute context) for one call of `torch.utils.checkpoint.checkpoint`."""
+    choices: list[Any] = []
+    return Region(choices, replay=False), Region(choices, replay=True)
+
+
+def kept(decide: Callable[[], Decision]) -> Decision:
+    """`decide()`; in a recompute what it returned in the forward, without calling it again."""
+    region = _region.get()
+    known = None if region is None else region.known()
+    if known is None:
+        known = decide()
+        if region is not None:
+            region.choices.append(known)
+    return known
 
 
 def _first_time(
@@ -33,7 +81,7 @@ def routed(
     logits_TE: torch.Tensor, routing: Routing, weight_dtype: torch.dtype, bias_E: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a router returns, of its logits: (logits, weights, ids); in a recompute with the ids of the forward."""
-    region = current.get()
+    region = _region.get()
     known_TK = None if region is None else region.known()
     weight_TK, ids_TK = route(logits_TE, routing, bias_E, known_TK, weight_dtype)
     if region is not None and known_TK is None:

@@ -111,7 +111,7 @@ def units_of(module: nn.Module) -> list[Any]:
 def _limit_waits(unit: Any, place: str) -> None:
     """Make the collectives of an FSDP unit `waiting`, once: a unit of several modules comes here several times."""
     groups = [getattr(unit.mesh_info, f"{kind}_process_group", None) for kind in ("shard", "replicate")]
-    for name in ("unshard", "wait_for_unshard", "post_backward"):
+    for name in ("unshard", "post_backward"):  # where they begin, and with backends that raise end
         if name not in vars(unit):
             setattr(unit, name, waiting(place, *filter(None, groups))(getattr(unit, name)))
 

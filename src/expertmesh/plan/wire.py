@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from expertmesh.kernels.grouping import combine
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.exchange import Exchange, Outputs
 from expertmesh.moe.gather import Gather
@@ -82,16 +83,13 @@ class PlannedAllToAll(Exchange):
         missed = math.comb(others, top_k) / math.comb(ranks * self.layer.num_local_experts, top_k)
         rows = max(1, round(tokens * ranks * (1 - missed)))
         self.tokens, self.rows = tokens, rows
-        self.pairs = tokens * top_k
+        self.rows_here = tokens * top_k
         self.layer.watch.share = 1.0
         self._sends(x_TH, 2 * top_k * 4)
         return x_TH.new_empty(rows, x_TH.shape[1]), ids_TK.new_empty(rows, top_k), weight_TK.new_empty(rows, top_k)
 
-    def rows_here(self) -> int:
-        return self.pairs
-
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-        sums = made.sums()
+        sums = made.y if made.position_MK is None else combine(made.y, made.position_MK, made.weight_MK)
         self._sends(sums)
         back, out = torch.empty_like(sums), sums.new_empty(self.tokens, sums.shape[1])
         del back
