@@ -56,7 +56,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, *args, **kwargs | {"foreach": None, "fused": True})
         low_memory.refuse(self._parameters(), states)
         kept = "moments in the weights' dtype" if states is None else f'states="{states}"'
-        what = f"AdamW keeps {kept}: {self.bytes_per_parameter:.2f} bytes a parameter, with its weight."
+        what = f"{type(self).__name__} keeps {kept}: {self.bytes_per_parameter:.2f} bytes a parameter, with its weight."
         backends.logger().info(what)
 
     @property
