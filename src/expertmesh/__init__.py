@@ -13,6 +13,7 @@ _HOMES = {
     "ExpertsQuantConfig": "expertmesh.weights.four_bit",
     "create_distributed_setup_from_config": "expertmesh.parallel.nemo_keys",
     "AdamW": "expertmesh.memory.adamw",
+    "Muon": "expertmesh.memory.muon",
     "GradientRelease": "expertmesh.memory.release",
     "clip_grad_norm": "expertmesh.parallel.clip",
     "keep_routing": "expertmesh.moe.router",

@@ -53,6 +53,7 @@ def arguments(kind: str, folder: Path, batch_size: int) -> dict[str, Any]:
         )
         | (TRL if kind in SFT else {})
         | (AT_ONCE if kind == "released" else {})
+        | ({"optim_args": "matrices=muon"} if kind == "muon" else {})
     )
 
 

@@ -258,7 +258,7 @@ def test_states_on_the_host_step_save_and_load_as_others(states, tmp_path, monke
     for model in models[2:]:
         model.load_state_dict(models[0].state_dict())
     loaded.load_state_dict(copy.deepcopy(here.state_dict()))
-    save_optimizer(tmp_path, models[1], away)
+    write_optimizer(tmp_path, *state_of(models[1], away))
     load_optimizer(tmp_path, models[3], resumed)
     here.load_state_dict(copy.deepcopy(away.state_dict()))
     for optimizer, model in zip((here, away, loaded, resumed), models, strict=True):

@@ -15,13 +15,13 @@ from expertmesh import AutoModelForCausalLM, Trainer
 from expertmesh.bench.tiny import tiny_config, tiny_model
 from expertmesh.data import demo_tokenizer
 from expertmesh.moe import links
+from expertmesh.moe.router import routers
 from expertmesh.train import graphed
 from expertmesh.train.balance import BIAS, BalanceRouters
 from expertmesh.train.buckets import Bucket, Buckets, one_row
 from expertmesh.train.config import ConfigError, load_config
 from expertmesh.train.graphed import MOST, WARM_UP, GraphedStep
 from expertmesh.train.metrics import read_metrics
-from expertmesh.train.routing import routers
 from expertmesh.train.run import run as run_recipe
 from tests.distributed.ranks import on_ranks
 from tests.models import load_ours

@@ -19,10 +19,10 @@ from expertmesh.bench.tiny import tiny_model
 from expertmesh.cli.train import train as command
 from expertmesh.data import demo_tokenizer
 from expertmesh.data.tokenizer import VOCABULARY
+from expertmesh.moe.router import routers
 from expertmesh.parallel.setup import DistributedSetup
 from expertmesh.train import inputs, launch, run
 from expertmesh.train.config import known_keys
-from expertmesh.train.routing import routers
 
 #: key: (its value, what is seen then and not without it, what else is set in both runs)
 ROWS: dict[str, tuple[Any, dict[str, Any], str] | tuple[Any, dict[str, Any]]] = {

@@ -8,7 +8,8 @@ import torch
 
 from expertmesh.bench.parity import top_k_of
 from expertmesh.bench.tiny import FAMILIES, tiny_model
-from expertmesh.train.routing import RouterLoad, layer_metrics, routers
+from expertmesh.moe.router import routers
+from expertmesh.train.routing import RouterLoad, layer_metrics
 
 
 def test_metrics_of_a_known_load():

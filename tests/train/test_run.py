@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import expertmesh
 from expertmesh.adapters.layouts import read_adapter, skeleton
+from expertmesh.moe.router import routers
 from expertmesh.train.config import ConfigError, load_config
 from expertmesh.train.launch import layout
 from expertmesh.train.metrics import read_metrics
-from expertmesh.train.routing import routers
 from expertmesh.train.run import build, run, train
 from expertmesh.weights.files import DamagedError
 from tests.train.runs import checkpoint, data_file, tiny_run

@@ -73,7 +73,7 @@ class AdamW(torch.optim.AdamW):
                 "states are shared out already, or Triton is missing. Leave it out."
             )
         kept = "moments in the weights' dtype" if states is None else f'states="{states}"'
-        what = f"AdamW keeps {kept}: {self.bytes_per_parameter:.2f} bytes a parameter, with its weight."
+        what = f"{type(self).__name__} keeps {kept}: {self.bytes_per_parameter:.2f} bytes a parameter, with its weight."
         on_host = sum(p.nbytes for p in self._parameters() if low_memory.form_of(p, states, offload).host)
         backends.logger().info(what + f" Those of {on_host / 2**30:.1f} GiB of weights are on the host." * offload)
 

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from expertmesh import backends
 from expertmesh.kernels.clip import Tally, clip_factor, tally_
 from expertmesh.memory.adamw import AdamW
+from expertmesh.memory.muon import Muon
 from expertmesh.parallel.clip import local, norm_of_all, num_copies
 from expertmesh.waiting import waiting
 
@@ -69,7 +70,7 @@ class GradientRelease:
         clipping: Literal["running", "exact"] = "running",
         max_grad_norm: float | None = None,
     ) -> None:
-        if not isinstance(optimizer, AdamW):
+        if not isinstance(optimizer, AdamW) or isinstance(optimizer, Muon):
             raise ValueError(f"Gradients are released to an expertmesh.AdamW, not to {type(optimizer).__name__}.")
         if clipping not in ("running", "exact"):
             raise ValueError(f"clipping is 'running' or 'exact', not {clipping!r}.")

@@ -120,6 +120,8 @@ def place_of(parameter: torch.Tensor, form: Form) -> dict[str, Any]:
 
 def convert(parameter: nn.Parameter, state: dict[str, Any], form: Form, stream: int) -> None:
     """Bring a state of any form, as another AdamW or another layout kept it, into this one, through float32."""
+    if not {"exp_avg", "exp_avg_8bit"} & state.keys():
+        raise ValueError(f"This state ({', '.join(state)}) is another optimizer's: AdamW cannot go on from it.")
     old = dict(state)
     weight = local(parameter)
     if MASTER in old:

@@ -19,7 +19,10 @@ from contextvars import ContextVar, Token
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
 
 from expertmesh.backends import opaque
 from expertmesh.kernels.router import Routing, kernel_supports, route
@@ -68,6 +71,25 @@ def kept(decide: Callable[[], Decision]) -> Decision:
         if region is not None:
             region.choices.append(known)
     return known
+
+
+def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The routers of a model as (name, module), in the order of the layers.
+
+    They are the modules of which transformers records `router_logits`; a model that declares none has no routers.
+    """
+    targets: list[OutputRecorder] = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+            for target in recorded if isinstance(recorded, list) else [recorded]:
+                targets.append(target if isinstance(target, OutputRecorder) else OutputRecorder(target))
+    for name, module in model.named_modules():
+        for target in targets:
+            of_class = isinstance(target.target_class, type) and isinstance(module, target.target_class)
+            if of_class and (target.layer_name is None or f".{target.layer_name}." in f".{name}."):
+                yield name, module
+                break
 
 
 def _first_time(

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from expertmesh.train.routing import RouterLoad, routers
+from expertmesh.moe.router import routers
+from expertmesh.train.routing import RouterLoad
 
 BIAS = "e_score_correction_bias"
 

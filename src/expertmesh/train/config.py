@@ -87,7 +87,7 @@ class TrainSection(Section):
     max_grad_norm: Size = 1.0
     """Largest norm of the whole gradient, larger ones are scaled down; 0 never clips."""
     optim: Name = "adamw_torch_fused"
-    """Optimizer, by transformers' name."""
+    """Optimizer, by transformers' name, or `muon`: Muon for hidden matrices, also of experts, AdamW for the rest."""
     optim_states: Literal["8bit", "24bit", "float32"] | None = None
     """States of AdamW: `8bit` (4 bytes a bfloat16 weight, with itself), `24bit` (5) or `float32` (14); unset is 6."""
     optim_offload: bool = False
@@ -102,6 +102,13 @@ class TrainSection(Section):
     """Update weights within backward, keeping no gradients; clip by a `running` norm, or `exact` at twice the work."""
     seed: Annotated[int, BeforeValidator(number), Field(ge=0, lt=2**32)] = 42
     """Seed of weights, data order and dropout; the same seed on the same machine gives the same run."""
+
+    def optimizer(self) -> tuple[str, str | None]:
+        """`optim` and `optim_args` of TrainingArguments, which do not know Muon."""
+        is_muon = self.optim == "muon"
+        words = [f"states={self.optim_states}"] * bool(self.optim_states) + ["offload=true"] * self.optim_offload
+        words += ["matrices=muon"] * is_muon
+        return "adamw_torch_fused" if is_muon else self.optim, ",".join(words) or None
 
 
 class ParallelSection(Section):
@@ -214,8 +221,13 @@ class Config(Section):
                 "`train.activation_checkpointing: offload` copies to host memory, for which a recorded step has no "
                 "place: leave `train.cuda_graph` at `auto`, or set the other to true."
             )
-        for key in ("optim_states", "optim_offload"):
-            if getattr(self.train, key) and self.train.optim not in ("adamw_torch", "adamw_torch_fused"):
+        if self.train.optim == "muon" and (self.lora or self.train.optim_states in ("8bit", "24bit")):
+            key = "lora" if self.lora else "train.optim_states"
+            raise ValueError(
+                f"`train.optim: muon` is for whole matrices and float states: change it, or remove `{key}`."
+            )
+        for key, known in {"optim_states": {"muon"}, "optim_offload": set()}.items():
+            if getattr(self.train, key) and self.train.optim not in {"adamw_torch", "adamw_torch_fused"} | known:
                 raise ValueError(f"`train.{key}` is of AdamW, not of `train.optim` {self.train.optim}: remove one.")
         if self.train.optim_offload and (self.parallel.nproc or 1) > 1:
             raise ValueError(

@@ -28,11 +28,11 @@ from expertmesh import data
 from expertmesh.fuse import loading
 from expertmesh.kernels.packed import DecodeBuffer, Packed
 from expertmesh.moe.experts import is_experts
+from expertmesh.moe.router import routers
 from expertmesh.plan.trace import quiet
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import in_short, install, known, refusing
 from expertmesh.train.folder import check_folder
-from expertmesh.train.routing import routers
 from expertmesh.train.talks import check_rows
 
 log = logging.getLogger(__name__)
@@ -92,12 +92,12 @@ class _Settings(transformers.TrainingArguments):
 def check_settings(config: Config) -> None:
     """Raises ConfigError for a folder, optimizer, schedule, tracker or fusion that cannot be used here."""
     optim, schedule = config.train.optim, config.train.lr_scheduler_type
-    known("train.optim", optim, [name.value for name in OptimizerNames])
+    known("train.optim", optim, [*(name.value for name in OptimizerNames), "muon"])
     known("train.lr_scheduler_type", schedule, [name.value for name in transformers.SchedulerType])
     for name in config.log.report_to:
         known("log.report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
     with refusing(f"train.optim: {optim} cannot be used here"):
-        arguments = _Settings(optim=optim, learning_rate=config.train.learning_rate)
+        arguments = _Settings(optim=config.train.optimizer()[0], learning_rate=config.train.learning_rate)
         make, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = make([torch.zeros(1, requires_grad=True)], **options)
     if config.train.optim_states == "24bit" and config.model.dtype == "auto" and not torch.cuda.is_available():

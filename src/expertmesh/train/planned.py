@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from expertmesh import backends
+from expertmesh.moe.router import routers
 from expertmesh.plan import Plan, plan
 from expertmesh.plan.gpus import GPU, GPUS
 from expertmesh.plan.memory import Job
@@ -14,7 +15,6 @@ from expertmesh.plan.simulate import Simulation, simulate
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import known
 from expertmesh.train.inputs import load_model_config, lora
-from expertmesh.train.routing import routers
 
 #: optimizers by transformers' names -> by plan/memory.py's
 OPTIMS = {"adamw_torch_fused": "adamw", "adamw_torch": "adamw", "adamw_8bit": "adamw-8bit"}

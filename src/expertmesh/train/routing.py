@@ -14,34 +14,15 @@ Metrics of one layer, from its counts c_E:
                 steps and layers above 0.25 that rank computes rows again in the backward ("gather")
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.utils.output_capturing import OutputRecorder
 
-
-def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The routers of a model as (name, module), in the order of the layers.
-
-    They are the modules of which transformers records `router_logits`; a model that declares none has no routers.
-    """
-    targets: list[OutputRecorder] = []
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-            for target in recorded if isinstance(recorded, list) else [recorded]:
-                targets.append(target if isinstance(target, OutputRecorder) else OutputRecorder(target))
-    for name, module in model.named_modules():
-        for target in targets:
-            of_class = isinstance(target.target_class, type) and isinstance(module, target.target_class)
-            if of_class and (target.layer_name is None or f".{target.layer_name}." in f".{name}."):
-                yield name, module
-                break
+from expertmesh.moe.router import routers
 
 
 class RouterLoad:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 import expertmesh
 from expertmesh import backends, data
+from expertmesh.moe.router import routers
 from expertmesh.parallel import ranks
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import WHOLE, current_world_size, recompute
@@ -38,7 +39,6 @@ from expertmesh.train.interrupt import Interrupt
 from expertmesh.train.launch import join, layout
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.progress import ProgressLine
-from expertmesh.train.routing import routers
 from expertmesh.train.sft import SFTTrainer
 from expertmesh.train.talks import count_unlearned, nothing_learned
 from expertmesh.weights.files import alone
@@ -188,17 +188,17 @@ def training_arguments(config: Config):
     from trl import SFTConfig
 
     settings, save, logs = config.train, config.save, config.log
-    words = [f"states={settings.optim_states}"] * bool(settings.optim_states)
-    words += ["offload=true"] * settings.optim_offload
+    optim, optim_args = settings.optimizer()
     return SFTConfig(
         output_dir=save.output_dir,
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
         **settings.model_dump(
-            exclude=set("max_steps num_train_epochs cuda_graph gradient_release optim_states optim_offload".split())
-            | {"activation_checkpointing"}
+            exclude=set("max_steps num_train_epochs cuda_graph gradient_release".split())
+            | set("optim optim_states optim_offload activation_checkpointing".split())
         ),
-        optim_args=",".join(words) or None,
+        optim=optim,
+        optim_args=optim_args,
         gradient_checkpointing=settings.activation_checkpointing in WHOLE,  # the old name, by which TRL switches it on
         use_cpu=not torch.cuda.is_available()  # else it takes ranks on CPUs for one process, and refuses bf16
         and (current_world_size() > 1 or not torch.accelerator.is_available()),

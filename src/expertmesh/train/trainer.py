@@ -22,6 +22,7 @@ import transformers
 
 from expertmesh import backends
 from expertmesh.memory.adamw import AdamW
+from expertmesh.memory.muon import Muon
 from expertmesh.memory.release import GradientRelease
 from expertmesh.parallel import ranks
 from expertmesh.parallel.clip import clip_grad_norm, grad_norm
@@ -254,17 +255,25 @@ class Trainer(ResumableTrainer):
     def get_optimizer_cls_and_kwargs(args, model=None):
         """As in transformers, with expertmesh's AdamW for PyTorch's, which DeepSpeed knows by its class.
 
-        `optim_args="states=8bit,offload=true"` are our AdamW's `states` and `offload`.
+        `optim_args="states=8bit,offload=true"` are our AdamW's `states` and `offload`; with "matrices=muon" it is our
+        Muon, made of the model.
         """
         cls, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
         given = dict(pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
+        ours: dict[str, Any] = {key: given[key] for key in ("states", "offload", "matrices") if key in given}
         if cls is not torch.optim.AdamW or args.deepspeed_plugin or args.device.type not in ("cuda", "cpu"):
-            for name in given.keys() & {"states", "offload"}:
-                raise ValueError(f"optim_args: {name}= is of expertmesh's AdamW, not of {cls.__name__}: remove it.")
+            for key in ours:
+                raise ValueError(f"optim_args: {key}= is of expertmesh's AdamW, not of {cls.__name__}: remove it.")
             return cls, options
-        backends.logger().info("optim=%s: expertmesh's AdamW, which clips as it steps.", args.optim.value)
-        own = {"states": given.get("states"), "offload": given.get("offload", "false").lower() == "true"}
-        return AdamW, options | own
+        if "offload" in ours:
+            ours["offload"] = ours["offload"].lower() == "true"
+        if (matrices := ours.pop("matrices", None)) not in (None, "muon"):
+            raise ValueError(f"optim_args: matrices= is muon or left out, not {matrices!r}.")
+        own = Muon if matrices else AdamW
+        backends.logger().info("optim=%s: expertmesh's %s, which clips as it steps.", args.optim.value, own.__name__)
+        if matrices:  # a factory, in transformers' terms
+            return (lambda: Muon), options | ours | {"weight_decay": args.weight_decay}
+        return AdamW, options | ours
 
     def _clip_grad_norm(self, model):
         return self._clip_to(self.args.max_grad_norm, model)
