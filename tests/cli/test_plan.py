@@ -87,6 +87,7 @@ def test_a_run_that_does_not_fit_exits_with_1(planned):
         (["--gpu", "h200x"], "did you mean 'h200'"),
         (["--gpus", "2", "parallel.ep_size=3"], "ep_size=3"),
         (["--gpus", "3", "parallel.tp_size=2"], "tp_size=2"),
+        (["--gpus", "2", "train.optim_offload=true"], "a GPU that is alone"),
         (["--simulate", "2", "parallel.tp_size=4"], "tp_size=4"),
         (["--simulate", "2", "lora={}"], "no adapters"),
         (["train.bf16=true"], "autocast"),

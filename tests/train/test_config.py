@@ -67,7 +67,6 @@ def test_an_unknown_key_names_the_nearest_one(key, nearest):
     [
         (["train.optim=sgd", "train.optim_states=8bit"], "of AdamW, not of `train.optim` sgd"),
         (["train.optim=sgd", "train.optim_offload=true"], "of AdamW, not of `train.optim` sgd"),
-        (["parallel.nproc=2", "train.optim_offload=true"], "for a GPU that is alone"),
         (["lora={}", "train.optim_states=24bit"], "LoRA's weights are float32"),
         (["model.dtype=float32", "train.optim_states=24bit"], "the weights are float32"),
         (["quantization.experts=nf4"], "freezes the experts in 4 bits: add `lora`"),

@@ -93,7 +93,7 @@ class Offload:
 
     def _wait(self, here: _Here) -> None:
         if here.copied is not None:
-            torch.get_device_module(here.x.device).current_stream().wait_event(here.copied)
+            torch.get_device_module(here.x.device).current_stream(here.x.device).wait_event(here.copied)
         if here.x._version != here.version:
             raise RuntimeError(
                 f"The input {tuple(here.x.shape)} of a layer, which goes to host memory, was changed in place: change "
@@ -107,8 +107,8 @@ class Offload:
             backends.watching[0](self._copy, x, back=x is target)
             return None
         device: Any = torch.get_device_module(x.device)
-        self._copies = self._copies or device.Stream()
-        self._copies.wait_stream(device.current_stream())
+        self._copies = self._copies or (torch.cuda.Stream(x.device) if x.is_cuda else device.Stream())
+        self._copies.wait_stream(device.current_stream(x.device))
         with device.stream(self._copies):
             target.copy_(source, non_blocking=True)
         return self._copies.record_event()

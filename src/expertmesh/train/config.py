@@ -229,10 +229,6 @@ class Config(Section):
         for key, known in {"optim_states": {"muon"}, "optim_offload": set()}.items():
             if getattr(self.train, key) and self.train.optim not in {"adamw_torch", "adamw_torch_fused"} | known:
                 raise ValueError(f"`train.{key}` is of AdamW, not of `train.optim` {self.train.optim}: remove one.")
-        if self.train.optim_offload and (self.parallel.nproc or 1) > 1:
-            raise ValueError(
-                "`train.optim_offload` is for a GPU that is alone: set `parallel.nproc` to 1, or remove it."
-            )
         if self.train.optim_states == "24bit" and (self.lora or self.model.dtype == "float32"):
             weights = "LoRA's weights" if self.lora else "the weights"
             raise ValueError(f"`train.optim_states: 24bit` extends bfloat16, and {weights} are float32: take `8bit`.")

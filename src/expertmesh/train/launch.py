@@ -85,6 +85,10 @@ def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
             "quantization.experts: tensor parallelism cannot split experts in 4 bits. Set parallel.tp_size to 1; "
             "parallel.ep_size spreads them."
         )
+    if config.train.optim_offload and num_ranks > 1:
+        raise ConfigError(
+            "train.optim_offload: it is for a GPU that is alone. Set parallel.nproc to 1, or remove the key."
+        )
     sizes = config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"})
     sizes |= {"ep_size": 1} if sizes["ep_size"] == "auto" else {}  # one that fits is chosen when the run starts
     with refusing("parallel"):

@@ -15,6 +15,7 @@ from expertmesh.plan.simulate import Simulation, simulate
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import known
 from expertmesh.train.inputs import load_model_config, lora
+from expertmesh.train.launch import layout
 
 #: optimizers by transformers' names -> by plan/memory.py's
 OPTIMS = {"adamw_torch_fused": "adamw", "adamw_torch": "adamw", "adamw_8bit": "adamw-8bit"}
@@ -77,6 +78,7 @@ def job_of(config: Config, gpus: int) -> Job:
         raise ConfigError("train.bf16: a plan does not know autocast. Set model.dtype to bfloat16 instead.")
     if train.optim not in OPTIMS:
         raise ConfigError(f"train.optim: a plan does not know {train.optim!r}, only {', '.join(OPTIMS)}.")
+    layout(config, gpus)
     model = load_model_config(config)
     if hasattr(model, "auto_map"):
         raise ConfigError("model.trust_remote_code: a plan does not run code that comes with a checkpoint.")
@@ -103,10 +105,6 @@ def job_of(config: Config, gpus: int) -> Job:
         and (getattr(model, "num_nextn_predict_layers", 0) or 0) > 0,
         accumulates=train.gradient_accumulation_steps > 1,
     )
-    try:
-        job.setup()
-    except ValueError as error:
-        raise ConfigError(f"parallel: {error}") from error
     return job
 
 
