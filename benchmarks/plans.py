@@ -3,7 +3,8 @@
     python benchmarks/plans.py     # any machine, a minute or two; then python benchmarks/tables.py
 
 A row of one GPU without a loop is a forward and backward; one of a loop is a whole step of our trainer. Steps that the
-CPU slowed down (eager ones on several GPUs, transformers' own Trainer) are compared by their memory alone.
+CPU slowed down (eager ones on several GPUs, transformers' own Trainer) are compared by their memory alone, and so are
+those with adapters on experts, whose thin products a plan takes for faster than they are.
 """
 
 import json
@@ -12,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from expertmesh.bench import loops
 from expertmesh.bench.works import WORKS, config_of
 from expertmesh.plan.gpus import GPUS
 from expertmesh.plan.memory import GIB, Job, memory_of, trace
@@ -34,11 +36,15 @@ FITTED = {
 OLDER = {"h200_x4_qwen3_30b_step", "h200_x4_nemotron_3_nano_step", "h200_x2_nemotron_3_nano"}
 #: rows of documents attend as this many of equal length (works' rows of 14, and those of loop_rows.documents)
 DOCUMENTS = {14: 9, "sft-packed": 2}
+#: of four_bit.py: formats -> the plan's; models that are no work of their own
+FORMATS = {"bf16": None, "nf4": "nf4", "mxfp4": "mxfp4"}
+MODELS: dict[str, tuple[str, dict[str, int]]] = {"gpt-oss-120b": ("gpt-oss-20b", {"num_local_experts": 128})}
 
 
 class Case(NamedTuple):
     """What a row measured: layers None are the work's own. optimizer "sgd" has no states; ms None: not to compare.
     recompute: the policy as JSON. released: gradients do not stand; "exact": clipped so. offloaded: states on the host.
+    adapters: on attention and experts, which may be in 4 bits of the format `experts`.
     """
 
     work: str
@@ -54,6 +60,8 @@ class Case(NamedTuple):
     ms: float | None
     released: bool | str = False
     offloaded: bool = False
+    adapters: bool = False
+    experts: str | None = None
 
 
 def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | None:
@@ -62,21 +70,23 @@ def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | No
     released = "-released" in arm
     if not arm.startswith("expertmesh") or "-no-" in arm or "-push" in arm or name in OLDER:
         return None
-    if (
-        not {"step_ms", "work"} <= set(row)
-        or not row.get("peak_gib")
-        or loop in ("trainer-padded", "lora", "lora-experts", "dpo")
-    ):
+    if "step_ms" not in row or not row.get("peak_gib") or loop in ("trainer-padded", "lora", "dpo"):
         return None
+    if "format" in row:  # of four_bit.py
+        return Case(
+            row["model"], row["layers"], row["batch"], row["seq"], 1, 1, json.dumps(row["recompute"]),
+            DOCUMENTS.get(loop, 1), "adamw", True, None, adapters=True, experts=FORMATS[row["format"]],
+        )  # fmt: skip
     spread = ranks > 1 and (loop is not None or "-ep" in arm or "-gather" in arm)
     eager = (ranks > 1 and "-graph" not in arm and arm != "expertmesh-trainer") or (loop and arm == "expertmesh")
     ms = row["forward_backward_ms"] if "forward_backward_ms" in row else row["step_ms"]
     documents = DOCUMENTS.get(loop or row.get("documents"), 1)
     optimizer = "adamw-8bit" if "-8bit" in arm else "adamw" if loop or row.get("optimizer_ms") else "sgd"
     recompute = json.dumps("experts" if "-experts" in arm else "-recompute" in arm)
+    adapters, experts = loop == "lora-experts", "nf4" if arm == "expertmesh-4bit" else None
     return Case(
         row["work"], row["layers"], row["batch"], row["seq"], ranks, ranks if spread else 1, recompute, documents,
-        optimizer, loop is not None, None if eager else ms, released,
+        optimizer, loop is not None, None if eager or adapters else ms, released, adapters, experts,
     )  # fmt: skip
 
 
@@ -101,8 +111,9 @@ def cases() -> Iterator[tuple[str, dict[str, Any], Case]]:
 @cache
 def planned(case: Case) -> tuple[float, float]:
     """(GiB, ms) that a plan says."""
+    work, changes = MODELS.get(case.work, (case.work, {}))
     job = Job(
-        config_of(WORKS[case.work], case.layers),
+        config_of(WORKS[work], case.layers, **changes),
         batch=case.batch,
         seq=case.seq,
         world_size=case.ranks,
@@ -112,6 +123,8 @@ def planned(case: Case) -> tuple[float, float]:
         documents=case.documents,
         released=case.released,
         offloaded=case.offloaded,
+        adapt=loops.adapted if case.adapters else None,
+        experts=case.experts,
     )
     found = trace(job, GPU.memory)
     return memory_of(job, found).peak / GIB, speed_of(job, found, GPU, steps=case.full).step * 1e3
@@ -120,6 +133,7 @@ def planned(case: Case) -> tuple[float, float]:
 def compared(name: str, row: dict[str, Any], case: Case) -> dict[str, Any]:
     """A row with what was planned."""
     gib, ms = planned(case._replace(ms=None))
+    row = row | {"work": case.work, "arm": " ".join(filter(None, [row["arm"], row.get("format")]))}
     return {
         "file": name,
         **{key: row.get(key) for key in ("work", "loop", "arm", "layers", "batch", "seq")},

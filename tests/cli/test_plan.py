@@ -43,6 +43,16 @@ def test_adapters_need_neither_gradients_nor_states_of_frozen_weights(planned):
     assert "optimizer states" in whole and "optimizer states" not in adapters
 
 
+def test_experts_in_4_bits_are_planned_and_simulated(planned):
+    pytest.importorskip("peft")
+    keys = ["lora.target_modules=all-linear", "quantization.experts=nf4", "parallel.ep_size=2"]
+    for places in (("--gpus", "2", "--no-layouts"), ("--simulate", "2")):
+        code, said, errors = planned(
+            tiny_config("qwen3_moe", **SMALL | {"moe_intermediate_size": 2048}), *keys, *places
+        )
+        assert code == 0 and errors == "" and "decoded experts" in said
+
+
 def test_small_states_and_gradients_that_do_not_stand_are_planned(planned):
     keys = ["train.optim_states=8bit", "train.gradient_release=running"]
     _, said, _ = planned(tiny_config("qwen3_moe", **SMALL), "--no-layouts", *keys)
@@ -89,7 +99,7 @@ def test_a_run_that_does_not_fit_exits_with_1(planned):
         (["--gpus", "3", "parallel.tp_size=2"], "tp_size=2"),
         (["--gpus", "2", "train.optim_offload=true"], "a GPU that is alone"),
         (["--simulate", "2", "parallel.tp_size=4"], "tp_size=4"),
-        (["--simulate", "2", "lora={}"], "no adapters"),
+        (["lora={}", "quantization.experts=nf4"], "rows of 32 weights cannot be packed in nf4"),
         (["train.bf16=true"], "autocast"),
         (["train.optim=lion_32bit"], "train.optim"),
         (["model.nam=x"], "model.nam"),

@@ -214,18 +214,29 @@ def _trainer(
         options["data_collator"] = transformers.DataCollatorForLanguageModeling(demo_tokenizer(), mlm=False)
     made_of: Any = model
     if loop.lora:
-        from peft import LoraConfig, get_peft_model
-
-        targets: dict[str, Any] = {"target_modules": ATTENTION, "target_parameters": EXPERTS if loop.experts else None}
-        adapters = LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM", **targets)
         torch.manual_seed(0)  # they start at random
         if source == "trl":
-            options["peft_config"] = adapters
+            options["peft_config"] = adapters(loop.experts)
         else:
-            made_of = get_peft_model(model, adapters)
+            made_of = adapted(model, loop.experts)
     config = "TrainingArguments" if source == "transformers" else loop.trainer.replace("Trainer", "Config")
     options["args"] = getattr(import_module(source), config)(**settings)
     return getattr(import_module("expertmesh" if arm.trainer else source), loop.trainer)(made_of, **options)
+
+
+def adapters(experts: bool) -> Any:
+    """PEFT's configuration of a loop with adapters: on attention, and on the routed experts."""
+    from peft import LoraConfig
+
+    targets: dict[str, Any] = {"target_modules": ATTENTION, "target_parameters": EXPERTS if experts else None}
+    return LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM", **targets)
+
+
+def adapted(model: Any, experts: bool = True) -> Any:
+    """The model with such adapters."""
+    from peft import get_peft_model
+
+    return get_peft_model(model, adapters(experts))
 
 
 class _Watch(TrainerCallback):

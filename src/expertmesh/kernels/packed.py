@@ -19,22 +19,22 @@ aten = torch.ops.aten
 
 
 class DecodeBuffer:
-    """Memory for the largest stack of experts' weights of a model; made at the first use."""
+    """Memory for the largest stack of experts' weights of a model; made at the first use, and anew for a larger one."""
 
     def __init__(self) -> None:
-        self.numel = 0
         self._made: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
     def take(self, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         """Memory of this shape on the device and in the dtype of `like`: the same in every call."""
-        if (like.device, like.dtype) not in self._made:
+        made = self._made.get((like.device, like.dtype))
+        if made is None or len(made) < shape.numel():
             with torch.inference_mode(False):  # to be written in training, too
-                made = torch.empty(self.numel, dtype=like.dtype, device=like.device)
+                made = torch.empty(shape.numel(), dtype=like.dtype, device=like.device)
             self._made[like.device, like.dtype] = made
-        return self._made[like.device, like.dtype][: shape.numel()].view(shape)
+        return made[: shape.numel()].view(shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"numel": self.numel, "_made": {}}  # a copied or pickled model makes its own
+        return {"_made": {}}  # a copied or pickled model makes its own
 
 
 class Packed(torch.Tensor):
@@ -61,7 +61,6 @@ class Packed(torch.Tensor):
                 cls, shape, (out * inner, *strides), dtype=dtype, device=codes.device, requires_grad=False
             )
         self.codes, self.scales, self.format, self.transposed, self.buffer = codes, scales, format, transposed, buffer
-        buffer.numel = max(buffer.numel, self.numel())
         return self
 
     @classmethod

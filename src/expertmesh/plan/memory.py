@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from expertmesh.auto import AutoModelForCausalLM
 from expertmesh.kernels.levels import Policy
+from expertmesh.kernels.packed import Packed
 from expertmesh.memory.states import is_large
 from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.clip import local
@@ -25,6 +26,7 @@ from expertmesh.plan.ranks import lay_out, rank_of
 from expertmesh.plan.shards import Gradients, Share, cut_experts, spread
 from expertmesh.plan.trace import Trace, Watch, Work, quiet, watched
 from expertmesh.plan.wire import Alone
+from expertmesh.weights.four_bit import ExpertsQuantConfig, pack
 
 GIB = 2**30
 #: bytes of optimizer states for a parameter of so many bytes
@@ -52,8 +54,9 @@ class Job:
     there, so that gradients never stand together; "exact": after a first backward for their norm. offloaded: states of
     large weights lie in memory of the host. recompute: as a
     setup's `activation_checkpointing`. adapt: what becomes of the model before it is trained (PEFT's `get_peft_model`,
-    say). accumulates: a step has several micro-batches, so that gradients stand from the first on. mtp: the checkpoint
-    has modules for multi-token prediction, which stay as they are. per_node: GPUs of a machine.
+    say). experts: the format of routed experts that are in 4 bits. accumulates: a step has several micro-batches, so
+    that gradients stand from the first on. mtp: the checkpoint has modules for multi-token prediction, which stay as
+    they are. per_node: GPUs of a machine.
     """
 
     config: PreTrainedConfig
@@ -72,6 +75,7 @@ class Job:
     fused: Any = True
     attention: str | None = None
     adapt: Any = None
+    experts: str | None = None
     mtp: bool = False
     per_node: int = 8
     accumulates: bool = False
@@ -119,7 +123,17 @@ class Memory:
 
 
 def model_of(job: Job) -> Any:
-    """The model, whole, without memory. Raises ValueError for one that Transformers cannot make so."""
+    """The model as it trains, whole, without memory. Raises ValueError for one that Transformers cannot make so."""
+    return adapted(job, base_of(job))
+
+
+def adapted(job: Job, model: Any) -> Any:
+    """The model with what becomes of it behind its layout."""
+    return (job.adapt(model) if job.adapt else model).train()
+
+
+def base_of(job: Job) -> Any:
+    """The model as it is loaded. Raises ValueError as `model_of`."""
     with torch.device("meta"), quiet():
         options: dict[str, Any] = {"attn_implementation": job.attention} if job.attention else {}
         options |= {"mtp_loss_weight": 1.0} if job.mtp else {}
@@ -128,7 +142,9 @@ def model_of(job: Job) -> Any:
             model.mtp_loss_weight = None
             for parameter in model._mtp.parameters_of(model):
                 parameter.requires_grad_(False)
-    return (job.adapt(model) if job.adapt else model).train()
+        if job.experts:
+            pack(model, ExpertsQuantConfig(job.experts))
+    return model
 
 
 def trace(job: Job, memory: int, shares: dict[str, Share] | None = None) -> Trace:
@@ -138,8 +154,8 @@ def trace(job: Job, memory: int, shares: dict[str, Share] | None = None) -> Trac
     if job.tp_size == 1:
         return _trace(model_of(job), job, memory, shares)
     with rank_of(job.tp_size):  # tensor parallelism is real, among ranks that do not exist
-        model = lay_out(model_of(job), DistributedSetup(tp_size=job.tp_size), memory)
-        return _trace(model, job, memory, shares)
+        model = lay_out(base_of(job), DistributedSetup(tp_size=job.tp_size), memory)
+        return _trace(adapted(job, model), job, memory, shares)
 
 
 def _trace(model: Any, job: Job, memory: int, shares: dict[str, Share] | None) -> Trace:
@@ -162,11 +178,16 @@ def _trace(model: Any, job: Job, memory: int, shares: dict[str, Share] | None) -
     gradients = Gradients(watch, job)
     units: dict[str, int] = defaultdict(int)  # bytes that FSDP gathers together and frees again
     for name, parameter in model.named_parameters():
-        share, whole = shares[name], local(parameter)
-        size = whole.element_size()
+        share, whole, size = shares[name], local(parameter), parameter.element_size()
+        parts = [whole]
+        if isinstance(whole, Packed):
+            parts = [whole.codes, whole.scales]
+            size = sum(part.nbytes for part in parts) / whole.numel()
+            watch.own(whole.buffer.take(whole.shape, whole), "decoded experts")
         found.parameters[name] = share.elements, size, parameter.requires_grad
-        watch.disown(whole)
-        watch.take("parameters", share.elements * size)
+        for part in parts:
+            watch.disown(part)
+        watch.take("parameters", int(share.elements * size))
         if share.kept:
             watch.take("gathered weights", whole.nbytes)
         elif share.gathered:

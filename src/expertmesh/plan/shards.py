@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expertmesh.kernels.packed import Packed
 from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.clip import local
 from expertmesh.parallel.layout import LAYERS_AT_ONCE, SMALL
@@ -47,7 +48,8 @@ def spread(model: Any, job: "Job", memory: int) -> dict[str, Share]:
     """What FSDP does with every parameter, by rule: {name: share}."""
     setup, ep, per_node = job.setup(), job.ep_size, job.per_node
     of_experts = {id(parameter) for module in _experts_of(model) for parameter in module.parameters()}
-    dense = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in of_experts)
+    more = added(model)
+    dense = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in of_experts | more)
     small = ep > 1 and dense < SMALL * memory
     replica = setup.fsdp_size * job.tp_size
     copies = group_of(range(0, job.world_size, replica), per_node)
@@ -56,7 +58,11 @@ def spread(model: Any, job: "Job", memory: int) -> dict[str, Share]:
     shares: dict[str, Share] = {}
     for name, parameter in model.named_parameters():
         held = local(parameter)
-        if id(parameter) in of_experts:
+        if id(parameter) in more:
+            shares[name] = whole(name, parameter, job)
+        elif isinstance(held, Packed):
+            shares[name] = Share(held.numel() // ep, name)
+        elif id(parameter) in of_experts:
             held = parameter if ep > 1 else held  # they are whole then, whatever tp_size is
             rows = -(-held.shape[0] // ep // group_of_experts.size)
             elements = rows * held.shape[1:].numel()
@@ -70,13 +76,30 @@ def spread(model: Any, job: "Job", memory: int) -> dict[str, Share]:
     return shares
 
 
+def added(model: Any) -> set[int]:
+    """The ids of the parameters that PEFT added, which are on every rank."""
+    found = set()
+    for module in model.modules():
+        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        if isinstance(inner, torch.nn.Module):
+            found |= {id(p) for p in module.parameters()} - {id(p) for p in inner.parameters()}
+    return found
+
+
+def whole(name: str, parameter: torch.Tensor, job: "Job") -> Share:
+    """The share of a parameter that every rank has, and of which all average the gradient."""
+    return Share(local(parameter).numel(), name, copies=group_of(range(job.world_size), job.per_node))
+
+
 def cut_experts(model: Any, ep_size: int) -> None:
     """Leave of the model's experts those of one rank."""
     for module in _experts_of(model) if ep_size > 1 else ():
         held = {name: parameter for name, parameter in module.named_parameters()}
         module.num_experts = next(iter(held.values())).shape[0] // ep_size
         for name, parameter in held.items():
-            part = local(parameter).new_empty(parameter.shape[0] // ep_size, *parameter.shape[1:])
+            here = local(parameter)
+            rows = parameter.shape[0] // ep_size
+            part = here.split(rows)[0] if isinstance(here, Packed) else here.new_empty(rows, *parameter.shape[1:])
             setattr(module, name, torch.nn.Parameter(part, parameter.requires_grad))
 
 

@@ -8,6 +8,7 @@ the shards and groups that come out; activations and tokens between ranks are th
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import initialization
@@ -18,9 +19,9 @@ from expertmesh.plan import Plan
 from expertmesh.plan.gpus import GPU
 from expertmesh.plan.layouts import Layout
 from expertmesh.plan.links import Group, Sent, group_of
-from expertmesh.plan.memory import Job, memory_of, model_of, trace
+from expertmesh.plan.memory import Job, adapted, base_of, memory_of, model_of, trace
 from expertmesh.plan.ranks import lay_out, rank_of
-from expertmesh.plan.shards import Share
+from expertmesh.plan.shards import Share, added, whole
 from expertmesh.plan.speed import COMPONENTS, speed_of
 from expertmesh.plan.trace import Trace
 
@@ -54,9 +55,9 @@ def simulate(job: Job, gpu: GPU, micro_batches: int = 1, rank: int = 0) -> Simul
     shares, total = real_shares(job, gpu.memory, rank)
     found = trace(job, gpu.memory, shares)
     layout = Layout(job, memory_of(job, found), speed_of(job, found, gpu, micro_batches))
-    learning = sum(elements * size for elements, size, learns in found.parameters.values() if learns)
+    learning = int(sum(elements * size for elements, size, learns in found.parameters.values() if learns))
     held = {
-        "parameters": sum(elements * size for elements, size, _ in found.parameters.values()),
+        "parameters": int(sum(elements * size for elements, size, _ in found.parameters.values())),
         "gradients": 0 if job.released else learning,
         "optimizer states": layout.memory.pieces["optimizer states"],
     }
@@ -70,12 +71,14 @@ def real_shares(job: Job, memory: int, rank: int = 0) -> tuple[dict[str, Share],
         return {name: Share(parameter.numel(), name) for name, parameter in model.named_parameters()}, _count(model)
     with rank_of(job.world_size, rank):
         with initialization.no_init_weights(), initialization.meta_device_safe_creation_ops():
-            model = model_of(job)
+            model = base_of(job)
         total = _count(model)
-        return shares_of(lay_out(model, job.setup(), memory), job.per_node), total
+        with torch.device("meta"):
+            model = adapted(job, lay_out(model, job.setup(), memory))
+        return shares_of(model, job), total
 
 
-def shares_of(model: nn.Module, per_node: int) -> dict[str, Share]:
+def shares_of(model: nn.Module, job: Job) -> dict[str, Share]:
     """The shares of a model that is laid out: {name: share}."""
     found: dict[int, tuple[str, Any, bool]] = {}
     for name, module in model.named_modules():
@@ -83,9 +86,12 @@ def shares_of(model: nn.Module, per_node: int) -> dict[str, Share]:
             # the outermost module keeps what it gathered, unless it was told otherwise
             kept = unit.post_forward_mesh_info is None or module is model
             found |= {id(one.sharded_param): (f"{name} {number}", unit.mesh_info, kept) for one in unit.fsdp_params}
-    shares = {}
+    shares, more, per_node = {}, added(model), job.per_node
     for name, parameter in model.named_parameters():
         elements = local(parameter).numel()
+        if id(parameter) in more:
+            shares[name] = whole(name, parameter, job)
+            continue
         if id(parameter) not in found:  # experts that are whole on their rank
             shares[name] = Share(elements, name)
             continue

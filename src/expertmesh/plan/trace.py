@@ -61,7 +61,7 @@ class Trace:
     it was done before the backward.
     """
 
-    parameters: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
+    parameters: dict[str, tuple[int, float, bool]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
     work: dict[str, Work] = field(default_factory=lambda: defaultdict(Work))

@@ -36,8 +36,6 @@ def plan_of(config: Config, gpus: int, gpu: GPU | str) -> Plan:
 
 def simulation_of(config: Config, ranks: int, gpu: GPU, per_node: int) -> Simulation:
     """The plan of this run on so many ranks, from the shards of the real layout. Raises ConfigError as `plan_of`."""
-    if config.lora is not None:
-        raise ConfigError("lora: a simulation lays the whole model out and knows no adapters. Leave it out, or plan.")
     job = replace(job_of(config, ranks), per_node=per_node)
     try:
         return simulate(job, gpu, config.train.gradient_accumulation_steps)
@@ -72,8 +70,6 @@ def job_of(config: Config, gpus: int) -> Job:
     train, parallel = config.train, config.parallel
     batch, ep_size = train.per_device_train_batch_size, parallel.ep_size
     assert isinstance(batch, int) and isinstance(ep_size, int), "what is `auto` is chosen before (choice.py)"
-    if config.quantization is not None:
-        raise ConfigError("quantization: a plan does not know experts in 4 bits. Remove the section to plan.")
     if train.bf16:
         raise ConfigError("train.bf16: a plan does not know autocast. Set model.dtype to bfloat16 instead.")
     if train.optim not in OPTIMS:
@@ -99,6 +95,7 @@ def job_of(config: Config, gpus: int) -> Job:
         dtype=own if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
         fused=config.model.fused,
         attention=config.model.attn_implementation,
+        experts=config.quantization.experts if config.quantization else None,
         adapt=_adapted(config) if config.lora or config.moe.freeze_router else None,
         mtp=config.model.fused is not False
         and not config.model.random_weights
