@@ -64,7 +64,7 @@ def form_of(parameter: torch.Tensor, states: str | None, offload: bool = False) 
     return Form(size, None, torch.int8 if narrow and states == "24bit" else None, first, host)
 
 
-def is_large(size: int) -> bool:
+def is_large(size: float) -> bool:
     """Whether the states of a weight of so many bytes go to the host where any do."""
     return size >= LARGE
 

@@ -85,7 +85,7 @@ class Job:
         """Forwards and backwards of a micro-batch."""
         return 2 if self.released == "exact" else 1
 
-    def on_host(self, size: int) -> bool:
+    def on_host(self, size: float) -> bool:
         """Whether the states of a weight of so many bytes lie there."""
         return self.offloaded and is_large(size)
 
