@@ -1,12 +1,14 @@
 """On a GPU: AdamW equals PyTorch's fused one, never waits, and is captured in a CUDA graph."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 import expertmesh
+from tests.models import load_ours
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -228,3 +230,20 @@ def test_low_memory_states_step_as_on_a_cpu_without_waiting_and_in_a_graph(state
                 torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-6)
         assert (a.cpu() != b).float().mean() < 0.01
         torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=2**-6, atol=2e-3)
+
+
+def test_muon_never_waits_and_steps_as_on_a_cpu():
+    torch.manual_seed(0)
+    theirs = load_ours("qwen3_moe")
+    ours = copy.deepcopy(theirs).cuda()
+    before = {name: weight.detach().clone() for name, weight in theirs.named_parameters()}
+    mine, other = (expertmesh.Muon(model, lr=1e-2, max_grad_norm=1.0) for model in (ours, theirs))
+    for step in range(3):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            b.grad = torch.randn(b.shape)
+            a.grad = b.grad.cuda()
+        other.step()
+        with no_waiting() if step else contextlib.nullcontext():
+            mine.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (a.cpu() - b).norm() < 0.1 * (b - before[name]).norm(), name  # products in bfloat16

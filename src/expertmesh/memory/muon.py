@@ -34,25 +34,18 @@ ADJUSTMENTS = ("match_rms_adamw", "original")
 class Muon(AdamW):
     """`expertmesh.AdamW` whose groups with `muon: True`, the `hidden_matrices` of the model, are stepped by Muon.
 
-    model: laid out over ranks already. lr and weight_decay (of matrices, not of norms and biases) are of all weights,
-    all other arguments AdamW's. adjust_lr_fn: "match_rms_adamw", so that updates are as large as AdamW's and its
-    learning rates can stay, or "original", as `torch.optim.Muon` names them. It clips and refuses steps as AdamW.
+    model: laid out over ranks already. lr, a number, and weight_decay (of matrices, not of norms and biases) are of all
+    weights, all other arguments AdamW's. adjust_lr_fn: "match_rms_adamw", so that updates are as large as AdamW's and
+    its learning rates can stay, or "original", as `torch.optim.Muon` names them. It clips and refuses steps as AdamW.
 
     A hidden matrix has its momentum alone as state, in the weight's dtype, or with states="float32" in float32 beside
     a float32 copy of a bfloat16 weight. Raises ValueError for 8-bit states, adapters, and models without a matrix.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        adjust_lr_fn: str = ADJUSTMENTS[0],
-        states: str | None = None,
-        **adamw: Any,
-    ) -> None:
+        self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95,
+        nesterov: bool = True, adjust_lr_fn: str = ADJUSTMENTS[0], states: str | None = None, **adamw: Any,
+    ) -> None:  # fmt: skip
         if states not in (None, "float32"):
             raise ValueError(f'Muon keeps no states="{states}": take "float32", or None.')
         if adjust_lr_fn not in ADJUSTMENTS:
@@ -75,10 +68,8 @@ class Muon(AdamW):
         groups = [group for group in groups if group["params"]]
         super().__init__(groups, lr=lr, weight_decay=weight_decay, states=states, **adamw)
         share = _size(groups[0]["params"]) / _size(self._parameters())
-        what = (
-            f"Muon steps {len(groups[0]['params'])} weights, {share:.1%} of this rank's parameters; AdamW the others."
-        )
-        backends.logger().info(what)
+        what = "Muon steps %d weights, %.1f %% of this rank's parameters; AdamW the others."
+        backends.logger().info(what, len(groups[0]["params"]), 100 * share)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As AdamW's, of another `Muon` of this model."""
@@ -96,11 +87,9 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def update(
-        self,
-        pairs: Iterable[tuple[nn.Parameter, Mapping[str, Any]]],
-        scale: torch.Tensor | None = None,
+        self, pairs: Iterable[tuple[nn.Parameter, Mapping[str, Any]]], scale: torch.Tensor | None = None,
         found_inf: torch.Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """As AdamW's."""
         pairs = list(pairs)
         super().update([(p, group) for p, group in pairs if not group.get("muon")], scale, found_inf)
@@ -109,12 +98,9 @@ class Muon(AdamW):
                 self._step_hidden(parameter, group, scale, found_inf)
 
     def _step_hidden(
-        self,
-        parameter: nn.Parameter,
-        group: Mapping[str, Any],
-        scale: torch.Tensor | None,
+        self, parameter: nn.Parameter, group: Mapping[str, Any], scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         state, grad = self._prepare_hidden(parameter), parameter.grad
         if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
             grad = grad.redistribute(placements=parameter.placements)
@@ -169,9 +155,8 @@ def orthogonal_of(update: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor
     if not isinstance(parameter, DTensor) or _is_whole(parameter):
         return orthogonal(update)
     mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
-    piece = DTensor.from_local(
-        update.bfloat16(), mesh, placements, run_check=False, shape=shape, stride=parameter.stride()
-    )
+    update, stride = update.bfloat16(), parameter.stride()
+    piece = DTensor.from_local(update, mesh, placements, run_check=False, shape=shape, stride=stride)
     with waiting("the momentum of a matrix", *mesh.get_all_groups()):
         whole = piece.full_tensor()
     on_all = DTensor.from_local(orthogonal(whole), mesh, [Replicate()] * mesh.ndim, run_check=False)
