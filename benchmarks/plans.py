@@ -86,7 +86,7 @@ def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | No
     adapters, experts = loop == "lora-experts", "nf4" if arm == "expertmesh-4bit" else None
     return Case(
         row["work"], row["layers"], row["batch"], row["seq"], ranks, ranks if spread else 1, recompute, documents,
-        optimizer, loop is not None, None if eager or adapters else ms, released, adapters, experts,
+        optimizer, loop is not None, None if eager or adapters else ms, released, adapters=adapters, experts=experts,
     )  # fmt: skip
 
 
