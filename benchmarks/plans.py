@@ -20,20 +20,17 @@ from expertmesh.plan.speed import speed_of
 RESULTS = Path(__file__).resolve().parent / "results"
 OUT = Path(__file__).resolve().parent / "plans.json"
 GPU = GPUS["h200"]
-#: (file, work, loop, batch, arm) of the rows that the constants of plan/speed.py were fitted to; memory has none to fit
+#: (work, layers, batch, ranks, whole steps) that the constants of plan/speed.py were fitted to; memory has none to fit
 FITTED = {
-    ("h200_qwen3_8_layers", "qwen3-30b-a3b", None, 1, "expertmesh"),
-    ("h200_qwen3_8_layers", "qwen3-30b-a3b", None, 4, "expertmesh"),
-    ("h200_profile", "qwen3-30b-a3b", None, 4, "expertmesh"),
-    ("h200_deepseek_profile", "deepseek-v3", None, 1, "expertmesh"),
-    ("h200_nemotron_3_nano", "nemotron-3-nano", None, 1, "expertmesh"),
-    ("h200_loops", "qwen3-30b-a3b", "trainer", 1, "expertmesh-trainer"),
-    ("h200_x2_qwen3_30b_later", "qwen3-30b-a3b", None, 1, "expertmesh-gather-graph"),
+    ("qwen3-30b-a3b", 8, 1, 1, False),
+    ("qwen3-30b-a3b", 8, 4, 1, False),
+    ("deepseek-v3", 2, 1, 1, False),
+    ("nemotron-3-nano", 13, 1, 1, False),
+    ("qwen3-30b-a3b", 8, 1, 1, True),
+    ("qwen3-30b-a3b", 48, 1, 2, False),
 }
 #: measured before a rank kept only its share of the rows that its experts might get
 OLDER = {"h200_x4_qwen3_30b_step", "h200_x4_nemotron_3_nano_step", "h200_x2_nemotron_3_nano"}
-#: rows of documents attend as this many of equal length (works' rows of 14, and those of loop_rows.documents)
-DOCUMENTS = {14: 9, "sft-packed": 2}
 
 
 class Case(NamedTuple):
@@ -59,24 +56,19 @@ class Case(NamedTuple):
 def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | None:
     """The case of a row, None for one that a plan does not describe: other code than ours, or rows of padding."""
     arm, loop, ranks = row.get("arm", ""), row.get("loop"), result["gpus"]
-    released = "-released" in arm
-    if not arm.startswith("expertmesh") or "-no-" in arm or "-push" in arm or name in OLDER:
+    if not arm.startswith("expertmesh") or "-no-" in arm or "-push" in arm or name in OLDER or "step_ms" not in row:
         return None
-    if (
-        not {"step_ms", "work"} <= set(row)
-        or not row.get("peak_gib")
-        or loop in ("trainer-padded", "lora", "lora-experts", "dpo")
-    ):
+    if "work" not in row or not row.get("peak_gib") or loop in ("trainer-padded", "lora", "lora-experts", "dpo"):
         return None
     spread = ranks > 1 and (loop is not None or "-ep" in arm or "-gather" in arm)
     eager = (ranks > 1 and "-graph" not in arm and arm != "expertmesh-trainer") or (loop and arm == "expertmesh")
     ms = row["forward_backward_ms"] if "forward_backward_ms" in row else row["step_ms"]
-    documents = DOCUMENTS.get(loop or row.get("documents"), 1)
+    documents = 2 if loop == "sft-packed" else 1  # they attend as so many of equal length
     optimizer = "adamw-8bit" if "-8bit" in arm else "adamw" if loop or row.get("optimizer_ms") else "sgd"
     recompute = json.dumps("experts" if "-experts" in arm else "-recompute" in arm)
     return Case(
         row["work"], row["layers"], row["batch"], row["seq"], ranks, ranks if spread else 1, recompute, documents,
-        optimizer, loop is not None, None if eager else ms, released,
+        optimizer, loop is not None, None if eager else ms, "-released" in arm,
     )  # fmt: skip
 
 
@@ -128,7 +120,7 @@ def compared(name: str, row: dict[str, Any], case: Case) -> dict[str, Any]:
         "planned_gib": round(gib, 2),
         "ms": case.ms,
         "planned_ms": None if case.ms is None else round(ms, 1),
-        "fitted": (name, case.work, row.get("loop"), case.batch, row["arm"]) in FITTED,
+        "fitted": case.documents == 1 and (case.work, case.layers, case.batch, case.ranks, case.full) in FITTED,
     }
 
 
