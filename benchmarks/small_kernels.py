@@ -217,12 +217,10 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
         return dx, dgate, dweight
 
     if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        theirs = mamba_libraries(sizes) if DEVICE == "cuda" else {"conv": {}, "scan": {}, "norm": {}}
+        theirs = mamba_libraries(sizes) if DEVICE == "cuda" else {"scan": {}, "norm": {}}
         pair = lambda *a: causal_conv.conv_forward(*a, start), conv
         reference: Callable = lambda *a: causal_conv.causal_conv_reference(*a, start)  # noqa: E731
-        yield case(
-            "conv", pair, reference, theirs["conv"], (leaf(*rows, channels), *weights), 2 * channels, 3 * channels
-        )
+        yield case("conv", pair, reference, {}, (leaf(*rows, channels), *weights), 2 * channels, 3 * channels)
         inputs = leaf(*rows, channels, scale=0.3), leaf(*rows, sizes.H), *small
         widths = channels + inner + sizes.H, 2 * channels + inner + 2 * sizes.H
         pair = lambda *a: ssd_forward(*a, start, sizes, DT_LIMIT), scan
@@ -242,11 +240,8 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
 
 
 def mamba_libraries(sizes: Sizes) -> dict[str, dict[str, Callable]]:
-    """Functions of fla-core and mamba_ssm where they are installed, for each kernel."""
-    found: dict[str, dict[str, Callable]] = {"conv": {}, "scan": {}, "norm": {}}
-    if find_spec("fla"):
-        theirs = import_module("fla.modules.conv").causal_conv1d
-        found["conv"]["fla"] = lambda x, weight, bias: theirs(x, weight, bias, activation="silu")[0]
+    """Functions of mamba_ssm where it is installed, for each kernel."""
+    found: dict[str, dict[str, Callable]] = {"scan": {}, "norm": {}}
     if find_spec("mamba_ssm"):
         ops = "mamba_ssm.ops.triton"
         combined = import_module(f"{ops}.ssd_combined").mamba_chunk_scan_combined
@@ -277,7 +272,7 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 def main() -> None:
     options = parser(__doc__, cases=True).parse_args()
-    result = Result(options, ("triton", "liger-kernel", "fla-core", "mamba-ssm"), dtype=str(DTYPE))
+    result = Result(options, ("triton", "liger-kernel", "mamba-ssm"), dtype=str(DTYPE))
     time_cases(result, cases(options.tiny), options)
 
 

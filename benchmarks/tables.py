@@ -161,18 +161,8 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def chosen(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """(the words, those that "only:NAME,NAME" lists)."""
-    only = [name for word in words if word.startswith("only:") for name in word.removeprefix("only:").split(",")]
-    return [word for word in words if not word.startswith("only:")], only
-
-
-def worth(*words: str) -> str:
-    """The time of a step without each fusion over that with all. Of results that share a work the last one counts.
-
-    "only:NAME,NAME" leaves out the other fusions.
-    """
-    names, only = chosen(words)
+def worth(*names: str) -> str:
+    """The time of a step without each fusion over that with all. Of results that share a work the last one counts."""
     results, last = [load(name) for name in names], {}
     for result in results:
         last |= {row["work"]: result for row in result["rows"]}
@@ -183,11 +173,7 @@ def worth(*words: str) -> str:
         if row["arm"].startswith(WITHOUT):
             place = row["work"], row["batch"]
             found.setdefault(row["arm"].removeprefix(WITHOUT), {})[place] = f"{row['step_ms'] / whole[place]:.3f}"
-    cells = [
-        [f"`{name}`", *(times.get(place, "") for place in whole)]
-        for name, times in found.items()
-        if not only or name in only
-    ]
+    cells = [[f"`{name}`", *(times.get(place, "") for place in whole)] for name, times in found.items()]
     header = ["without", *(f"{work}, {batch} x {rows[0]['seq']}" for work, batch in whole)]
     return "\n\n".join([table(header, cells), *map(source, results)])
 
@@ -256,13 +242,12 @@ def rows(names: str, *columns: str) -> str:
     return "\n\n".join([table([key.replace("_", " ") for key in keys], cells), *map(source, results)])
 
 
-def cases(*words: str) -> str:
-    """Forward and backward of each case of `shared.time_cases`, or of "only:NAME,NAME", with a column for each
-    implementation; where only the whole was timed, that.
+def cases(name: str) -> str:
+    """Forward and backward of each case of `shared.time_cases`, with a column for each implementation; where only the
+    whole was timed, that.
     """
-    (name,), only = chosen(words)
     result = load(name)
-    timed = [row for row in result["rows"] if "failed" not in row and (not only or row["kernel"] in only)]
+    timed = [row for row in result["rows"] if "failed" not in row]
     cells: dict[tuple[str, str], dict[str, float]] = {}
     for row in timed:
         cells.setdefault((row["kernel"], row["pass"]), {"floor": row["floor_ms"]})[row["implementation"]] = row["ms"]
