@@ -1,20 +1,27 @@
-"""The experts of one Qwen3-30B-A3B layer alone: stock's grouped_mm backend and ours, forward and backward.
+"""The experts of one Qwen3-30B-A3B layer alone: stock's grouped_mm backend and ours, without and with adapters.
 
     python benchmarks/experts.py --out benchmarks/results/h200_experts.json
+    python benchmarks/experts.py --only adapters --out benchmarks/results/h200_adapters.json
 
 Random hidden states, bfloat16, 128 experts, top-8, widths 2,048 and 768; routing random or skewed by Zipf's law.
-`expertmesh-triton` is ours without quack-kernels. FLOPs: 2·S·H·3I forward (up and down products of S = T·K rows), twice
-that backward. Medians of rows of five calls, as layers follow each other, each row behind 20 ms of memory writes.
+`expertmesh-triton` is ours without quack-kernels.
+
+experts    the weights are trained
+adapters   they are frozen; adapters of rank 16 in float32, as products of low rank (`expertmesh`) and as the sum of
+           whole weights that PEFT makes (`whole`); `without`: no adapters
+kernel     each grouped Triton kernel
+
+The floor counts 2·S·H·3I FLOPs in the forward (up and down products of S = T·K rows), twice that in the backward, half
+of it if weights are frozen. Medians of rows of five calls, as layers follow each other, each row behind 20 ms of memory
+writes.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-from shared import DEVICE, DTYPE, Result, forward_backward, median_ms, parser
+from shared import DEVICE, DTYPE, FLOP_PER_MS, Case, Result, parser, time_cases
 from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -24,8 +31,10 @@ from expertmesh.kernels import grouped_down, grouped_gemm, grouped_wgrad
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouping import group_by_expert
 from expertmesh.moe.experts import experts_forward
+from expertmesh.moe.lora import factor_of
 
 QUEUED, LEAD = 5, 20
+NAMES, RANK = ("gate_up_proj", "down_proj"), 16
 
 
 def routing(tokens: int, experts: int, top_k: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,78 +46,102 @@ def routing(tokens: int, experts: int, top_k: int, kind: str) -> tuple[torch.Ten
     return weights.to(DTYPE), ids
 
 
-def by_triton(*inputs: Any) -> torch.Tensor:
-    """Ours without quack-kernels."""
-    with mock.patch.object(backends, "has_quack", lambda _: False):
-        return experts_forward(*inputs)
+def by_triton(fn: Callable) -> Callable:
+    """`fn` without quack-kernels."""
+
+    def run(*inputs: Any) -> Any:
+        with mock.patch.object(backends, "has_quack", lambda _: False):
+            return fn(*inputs)
+
+    return run
 
 
-ARMS: dict[str, Callable] = {
-    "stock": grouped_mm_experts_forward, "expertmesh": experts_forward, "expertmesh-triton": by_triton,
-}  # fmt: skip
+def native(module: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *adapters: torch.Tensor) -> Any:
+    """By products of low rank, the making of the factors included."""
+    experts = len(module.down_proj)
+    sides = [
+        factor_of(adapter, bool(n % 2), 1.0 + n % 2, experts, slice(None), DTYPE) for n, adapter in enumerate(adapters)
+    ]
+    module.low_rank = {NAMES[0]: sides[:2], NAMES[1]: sides[2:]}
+    try:
+        return experts_forward(module, x, ids, weights)
+    finally:
+        del module.low_rank
 
 
-def layers(module: Any, sizes: tuple[int, ...], top_k: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """A row for each number of tokens, routing and arm."""
-    experts, hidden, width = len(module.down_proj), module.down_proj.shape[1], module.down_proj.shape[2]
-    for tokens, kind, arm in itertools.product(sizes, ("random", "zipf"), ARMS):
-        torch.manual_seed(0)
-        weights, ids = routing(tokens, experts, top_k, kind)
+def whole(module: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *adapters: torch.Tensor) -> Any:
+    """W + 2 · B · A first, in PEFT's one operation."""
+    kept = {name: module._parameters.pop(name) for name in NAMES}
+    for name, a, b in zip(NAMES, adapters[::2], adapters[1::2], strict=True):
+        experts = len(kept[name])
+        rows, columns = b.view(len(b), -1, experts).permute(2, 0, 1), a.view(experts, -1, a.shape[1])
+        vars(module)[name] = torch.baddbmm(kept[name], rows.to(DTYPE), columns.to(DTYPE), alpha=2.0)
+    try:
+        return experts_forward(module, x, ids, weights)
+    finally:
+        for name, weight in kept.items():
+            del vars(module)[name]
+            module._parameters[name] = weight
+
+
+def layer_cases(module: Any, sizes: tuple[int, ...], top_k: int) -> Iterator[Case]:
+    experts, hidden, width = module.down_proj.shape
+    sides = (RANK * experts, hidden), (2 * width, RANK * experts), (RANK * experts, width), (hidden, RANK * experts)
+
+    def arm(fn: Callable, ids: torch.Tensor, adapters: bool = False) -> Callable:
+        return lambda x, weights, *rest: fn(module, x, ids, weights, *(rest if adapters else ()))
+
+    for tokens in sizes:
+        flops = 2 * tokens * top_k * hidden * 3 * width / FLOP_PER_MS
         x = torch.randn(tokens, hidden, device=DEVICE).to(DTYPE).requires_grad_()
-        leaves = x, weights.requires_grad_(), *module.parameters()
-        run = partial(lambda fn, ids, x, weights, *_: fn(module, x, ids, weights), ARMS[arm], ids)
-        both_ms = forward_backward(run, leaves, repeats, QUEUED, LEAD)["both"][0]
-        with torch.no_grad():
-            forward_ms = median_ms(lambda run=run, leaves=leaves: run(*leaves), repeats, QUEUED, LEAD)
-        flops = 2 * tokens * top_k * hidden * 3 * width
-        yield {
-            "arm": arm, "tokens": tokens, "routing": kind,
-            "forward_ms": round(forward_ms, 3), "both_ms": round(both_ms, 3),
-            "forward_tflops": round(flops / forward_ms / 1e9, 1),
-            "both_tflops": round(3 * flops / both_ms / 1e9, 1),
-        }  # fmt: skip
+        for kind in ("random", "zipf"):
+            weights, ids = routing(tokens, experts, top_k, kind)
+            arms = {"stock": grouped_mm_experts_forward, "expertmesh": experts_forward}
+            found = {name: arm(fn, ids) for name, fn in arms.items()}
+            found["expertmesh-triton"] = by_triton(found["expertmesh"])
+            inputs = x, weights.requires_grad_(), *module.requires_grad_().parameters()
+            yield Case(f"experts, {kind} {tokens}", found, inputs, (flops, 2 * flops))
+        weights, ids = routing(tokens, experts, top_k, "random")
+        module.requires_grad_(False)
+        adapters = [(torch.randn(side, device=DEVICE) * 0.02).requires_grad_() for side in sides]
+        found = {"expertmesh": arm(native, ids, True), "whole": arm(whole, ids, True)}
+        found["without"] = arm(experts_forward, ids)
+        yield Case(f"adapters, {tokens}", found, (x, weights.requires_grad_(), *adapters), (flops, flops))
 
 
-def kernels(module: Any, tokens: int, top_k: int) -> dict[str, tuple[Callable[[], Any], int]]:
-    """Each grouped Triton kernel of a layer: name -> (run, FLOPs). Tensors of the right shape stand for gradients."""
+def kernel_cases(module: Any, tokens: int, top_k: int) -> Iterator[Case]:
+    """Each grouped Triton kernel of a layer. Tensors of the right shape stand for gradients."""
     w_up_EHJ, w_down_EIH = module.gate_up_proj.detach().transpose(1, 2), module.down_proj.detach().transpose(1, 2)
     experts, hidden, _ = w_up_EHJ.shape
     weights, ids = routing(tokens, experts, top_k, "random")
     group, act = group_by_expert(ids, experts, weights), Activation("silu")
     x_TH, dout_TH = (torch.randn(tokens, hidden, device=DEVICE).to(DTYPE) for _ in range(2))
     h_SJ, a_SI, _ = grouped_gemm.up_act(x_TH, w_up_EHJ, None, group, act)
-    small = 2 * a_SI.numel() * hidden
-    wgrad = grouped_wgrad.grouped_wgrad
-    return {
-        "up_act": (lambda: grouped_gemm.up_act(x_TH, w_up_EHJ, None, group, act), 2 * small),
-        "down": (lambda: grouped_gemm.grouped_gemm(a_SI, w_down_EIH, group), small),
-        "down_dact": (lambda: grouped_down.down_dact(dout_TH, w_down_EIH, h_SJ, group, act), small),
-        "up_dgrad": (lambda: grouped_gemm.grouped_gemm(h_SJ, w_up_EHJ.transpose(1, 2), group), 2 * small),
-        "up_wgrad": (lambda: wgrad(x_TH, h_SJ, group, w_up_EHJ), 2 * small),
-        "down_wgrad": (lambda: wgrad(dout_TH, a_SI, group, w_down_EIH.transpose(1, 2)), small),
-    }
+    wgrad, gemm = grouped_wgrad.grouped_wgrad, grouped_gemm.grouped_gemm
+    small = 2 * a_SI.numel() * hidden / FLOP_PER_MS
+    for name, run, floor in (
+        ("up_act", lambda: grouped_gemm.up_act(x_TH, w_up_EHJ, None, group, act), 2 * small),
+        ("down", lambda: gemm(a_SI, w_down_EIH, group), small),
+        ("down_dact", lambda: grouped_down.down_dact(dout_TH, w_down_EIH, h_SJ, group, act), small),
+        ("up_dgrad", lambda: gemm(h_SJ, w_up_EHJ.transpose(1, 2), group), 2 * small),
+        ("up_wgrad", lambda: wgrad(x_TH, h_SJ, group, w_up_EHJ), 2 * small),
+        ("down_wgrad", lambda: wgrad(dout_TH, a_SI, group, w_down_EIH.transpose(1, 2)), small),
+    ):
+        yield Case(f"kernel {name}", {"expertmesh": by_triton(run)}, (), (floor, 0))
 
 
 def main() -> None:
-    options = parser(__doc__, repeats=9).parse_args()
+    options = parser(__doc__, repeats=9, cases=True).parse_args()
     experts, hidden, width, top_k = (4, 16, 8, 2) if options.tiny else (128, 2048, 768, 8)
+    sizes = (16, 24) if options.tiny else (4096, 16384)
     config = Qwen3MoeConfig(num_experts=experts, hidden_size=hidden, moe_intermediate_size=width)
-    torch.manual_seed(0)
     with torch.device(DEVICE):
         module = Qwen3MoeExperts(config).to(DTYPE)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    result = Result(options, ("triton", "transformers", "quack-kernels"), kernels={})
-    for row in layers(module, (16, 24) if options.tiny else (4096, 16384), top_k, options.repeats):
-        result.add(row)
-    with mock.patch.object(backends, "has_quack", lambda _: False):
-        measured = {
-            name: (median_ms(run, options.repeats, QUEUED, LEAD), flops)
-            for name, (run, flops) in kernels(module, 24 if options.tiny else 16384, top_k).items()
-        }
-    for name, (ms, flops) in measured.items():
-        result.content["kernels"][name] = {"ms": round(ms, 3), "tflops": round(flops / ms / 1e9, 1)}
-        result.save()
+    result = Result(options, ("triton", "transformers", "quack-kernels", "peft"))
+    for cases in (layer_cases(module, sizes, top_k), kernel_cases(module, sizes[-1], top_k)):
+        time_cases(result, cases, options, QUEUED, LEAD)
 
 
 if __name__ == "__main__":

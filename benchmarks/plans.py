@@ -22,72 +22,53 @@ from expertmesh.plan.speed import speed_of
 RESULTS = Path(__file__).resolve().parent / "results"
 OUT = Path(__file__).resolve().parent / "plans.json"
 GPU = GPUS["h200"]
-#: (file, work, loop, batch, arm) of the rows that the constants of plan/speed.py were fitted to; memory has none to fit
+#: (work, layers, batch, ranks, whole steps) that the constants of plan/speed.py were fitted to; memory has none to fit
 FITTED = {
-    ("h200_qwen3_8_layers", "qwen3-30b-a3b", None, 1, "expertmesh"),
-    ("h200_qwen3_8_layers", "qwen3-30b-a3b", None, 4, "expertmesh"),
-    ("h200_profile", "qwen3-30b-a3b", None, 4, "expertmesh"),
-    ("h200_deepseek_profile", "deepseek-v3", None, 1, "expertmesh"),
-    ("h200_nemotron_3_nano", "nemotron-3-nano", None, 1, "expertmesh"),
-    ("h200_loops", "qwen3-30b-a3b", "trainer", 1, "expertmesh-trainer"),
-    ("h200_x2_qwen3_30b_later", "qwen3-30b-a3b", None, 1, "expertmesh-gather-graph"),
+    ("qwen3-30b-a3b", 8, 1, 1, False),
+    ("qwen3-30b-a3b", 8, 4, 1, False),
+    ("deepseek-v3", 2, 1, 1, False),
+    ("nemotron-3-nano", 13, 1, 1, False),
+    ("qwen3-30b-a3b", 8, 1, 1, True),
+    ("qwen3-30b-a3b", 48, 1, 2, False),
 }
 #: measured before a rank kept only its share of the rows that its experts might get
 OLDER = {"h200_x4_qwen3_30b_step", "h200_x4_nemotron_3_nano_step", "h200_x2_nemotron_3_nano"}
-#: rows of documents attend as this many of equal length (works' rows of 14, and those of loop_rows.documents)
-DOCUMENTS = {14: 9, "sft-packed": 2}
-#: of four_bit.py: formats -> the plan's; models that are no work of their own
-FORMATS = {"bf16": None, "nf4": "nf4", "mxfp4": "mxfp4"}
+#: models that are no work of their own
 MODELS: dict[str, tuple[str, dict[str, int]]] = {"gpt-oss-120b": ("gpt-oss-20b", {"num_local_experts": 128})}
 
 
 class Case(NamedTuple):
-    """What a row measured: layers None are the work's own. optimizer "sgd" has no states; ms None: not to compare.
-    recompute: the policy as JSON. released: gradients do not stand; "exact": clipped so. offloaded: states on the host.
-    adapters: on attention and experts, which may be in 4 bits of the format `experts`.
+    """What a row measured. layers None are the work's own. job: what `Job` takes, as JSON. full: a whole step. ms None:
+    not to compare.
     """
 
     work: str
     layers: int
-    batch: int
-    seq: int
-    ranks: int
-    ep_size: int
-    recompute: str
-    documents: int
-    optimizer: str
+    job: str
     full: bool
     ms: float | None
-    released: bool | str = False
-    offloaded: bool = False
-    adapters: bool = False
-    experts: str | None = None
 
 
 def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | None:
     """The case of a row, None for one that a plan does not describe: other code than ours, or rows of padding."""
     arm, loop, ranks = row.get("arm", ""), row.get("loop"), result["gpus"]
-    released = "-released" in arm
-    if not arm.startswith("expertmesh") or "-no-" in arm or "-push" in arm or name in OLDER:
+    if not arm.startswith("expertmesh") or "-no-" in arm or "-push" in arm or name in OLDER or "step_ms" not in row:
         return None
-    if "step_ms" not in row or not row.get("peak_gib") or loop in ("trainer-padded", "lora", "dpo"):
+    if not row.get("peak_gib") or loop in ("trainer-padded", "lora", "dpo"):
         return None
-    if "format" in row:  # of four_bit.py
-        return Case(
-            row["model"], row["layers"], row["batch"], row["seq"], 1, 1, json.dumps(row["recompute"]),
-            DOCUMENTS.get(loop, 1), "adamw", True, None, adapters=True, experts=FORMATS[row["format"]],
-        )  # fmt: skip
+    job = {"batch": row["batch"], "seq": row["seq"], "world_size": ranks, "released": "-released" in arm}
+    job["documents"] = 2 if loop == "sft-packed" else 1  # they attend as so many of equal length
+    if "format" in row:
+        experts = None if row["format"] == "bf16" else row["format"]
+        job |= {"recompute": row["recompute"], "adapters": True, "experts": experts}
+        return Case(row["model"], row["layers"], json.dumps(job), True, None)
     spread = ranks > 1 and (loop is not None or "-ep" in arm or "-gather" in arm)
     eager = (ranks > 1 and "-graph" not in arm and arm != "expertmesh-trainer") or (loop and arm == "expertmesh")
-    ms = row["forward_backward_ms"] if "forward_backward_ms" in row else row["step_ms"]
-    documents = DOCUMENTS.get(loop or row.get("documents"), 1)
-    optimizer = "adamw-8bit" if "-8bit" in arm else "adamw" if loop or row.get("optimizer_ms") else "sgd"
-    recompute = json.dumps("experts" if "-experts" in arm else "-recompute" in arm)
-    adapters, experts = loop == "lora-experts", "nf4" if arm == "expertmesh-4bit" else None
-    return Case(
-        row["work"], row["layers"], row["batch"], row["seq"], ranks, ranks if spread else 1, recompute, documents,
-        optimizer, loop is not None, None if eager or adapters else ms, released, adapters=adapters, experts=experts,
-    )  # fmt: skip
+    job["optimizer"] = "adamw-8bit" if "-8bit" in arm else "adamw" if loop or row.get("optimizer_ms") else "sgd"
+    job |= {"ep_size": ranks if spread else 1, "recompute": "experts" if "-experts" in arm else "-recompute" in arm}
+    job |= {"adapters": loop == "lora-experts", "experts": "nf4" if arm == "expertmesh-4bit" else None}
+    ms = None if eager or job["adapters"] else row.get("forward_backward_ms", row["step_ms"])
+    return Case(row["work"], row["layers"], json.dumps(job), loop is not None, ms)
 
 
 def cases() -> Iterator[tuple[str, dict[str, Any], Case]]:
@@ -95,13 +76,12 @@ def cases() -> Iterator[tuple[str, dict[str, Any], Case]]:
     for path in sorted(RESULTS.glob("h200*.json")):
         result = json.loads(path.read_text())
         for row in result.get("rows", []):
-            if "states" in result:  # of gradient_release.py
+            if "states" in result:  # of train_run.py
                 row = {"work": "qwen3-30b-a3b", "layers": result["layers"], "seq": result["seq"]} | row
-                case = Case(
-                    row["work"], row["layers"], row["batch"], row["seq"], 1, 1, json.dumps(result["recompute"]), 1,
-                    f"adamw-{result['states']}" if result["states"] else "adamw", True, row["step_ms"],
-                    row["arm"] if row["arm"] != "ordinary" else False, result.get("offload", False),
-                )  # fmt: skip
+                job = {"batch": row["batch"], "seq": row["seq"], "recompute": result["recompute"]}
+                job |= {"optimizer": f"adamw-{result['states']}" if result["states"] else "adamw"}
+                job |= {"released": row["arm"] != "ordinary" and row["arm"], "offloaded": result.get("offload", False)}
+                case = Case(row["work"], row["layers"], json.dumps(job), True, row["step_ms"])
             else:
                 case = case_of(path.stem, result, row)
             if case is not None:
@@ -109,40 +89,31 @@ def cases() -> Iterator[tuple[str, dict[str, Any], Case]]:
 
 
 @cache
-def planned(case: Case) -> tuple[float, float]:
-    """(GiB, ms) that a plan says."""
-    work, changes = MODELS.get(case.work, (case.work, {}))
-    job = Job(
-        config_of(WORKS[work], case.layers, **changes),
-        batch=case.batch,
-        seq=case.seq,
-        world_size=case.ranks,
-        ep_size=case.ep_size,
-        recompute=json.loads(case.recompute),
-        optimizer=case.optimizer,
-        documents=case.documents,
-        released=case.released,
-        offloaded=case.offloaded,
-        adapt=loops.adapted if case.adapters else None,
-        experts=case.experts,
-    )
-    found = trace(job, GPU.memory)
-    return memory_of(job, found).peak / GIB, speed_of(job, found, GPU, steps=case.full).step * 1e3
+def planned(work: str, layers: int, job: str, full: bool) -> tuple[float, float]:
+    """(GiB, ms) that a plan says of a case."""
+    work, widths = MODELS.get(work, (work, {}))
+    options = {"optimizer": "adamw"} | json.loads(job)
+    adapt = loops.adapted if options.pop("adapters", False) else None
+    asked = Job(config_of(WORKS[work], layers, **widths), adapt=adapt, **options)
+    found = trace(asked, GPU.memory)
+    return memory_of(asked, found).peak / GIB, speed_of(asked, found, GPU, steps=full).step * 1e3
 
 
 def compared(name: str, row: dict[str, Any], case: Case) -> dict[str, Any]:
     """A row with what was planned."""
-    gib, ms = planned(case._replace(ms=None))
+    job, (gib, ms) = json.loads(case.job), planned(*case[:-1])
+    ranks = job.get("world_size", 1)
+    place = case.work, case.layers, job["batch"], ranks, case.full
     row = row | {"work": case.work, "arm": " ".join(filter(None, [row["arm"], row.get("format")]))}
     return {
         "file": name,
         **{key: row.get(key) for key in ("work", "loop", "arm", "layers", "batch", "seq")},
-        "gpus": case.ranks,
+        "gpus": ranks,
         "peak_gib": row["peak_gib"],
         "planned_gib": round(gib, 2),
         "ms": case.ms,
         "planned_ms": None if case.ms is None else round(ms, 1),
-        "fitted": (name, case.work, row.get("loop"), case.batch, row["arm"]) in FITTED,
+        "fitted": job.get("documents", 1) == 1 and place in FITTED,
     }
 
 

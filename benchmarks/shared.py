@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: their options, the result file, and how a call is timed."""
+"""What the scripts of this folder share: options, result file, how a call is timed, and the table of several arms."""
 
 import argparse
 import contextlib
@@ -7,8 +7,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,17 +17,20 @@ from expertmesh.bench.origin import origin, write
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
+BYTES_PER_MS, FLOP_PER_MS = 4.25e9, 788e9  # what floors count with: one H200's copy, and product of 8192 x 8192
 FLUSH_BYTES = 2**28  # more than an L2 cache holds
 FLUSHES_PER_MS = 16  # on an H200; fewer fit into a millisecond where memory is slower
 
 
-def parser(doc: str | None, repeats: int = 20) -> argparse.ArgumentParser:
-    """The options of every script; `doc` is the script's docstring."""
+def parser(doc: str | None, repeats: int = 20, cases: bool = False) -> argparse.ArgumentParser:
+    """The options of every script; `doc` is the script's docstring, `cases`: it times cases."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--out", help="write the JSON here as well")
     found.add_argument("--commit", default="", help="default: that of the working tree")
     found.add_argument("--repeats", type=int, default=repeats, help="timed calls")
     found.add_argument("--tiny", action="store_true", help="small sizes, to try the script; its times mean nothing")
+    if cases:
+        found.add_argument("--only", default="", help="with commas: cases whose names begin with one of these")
     return found
 
 
@@ -73,6 +76,46 @@ def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE).requires_grad_()
 
 
+class Case(NamedTuple):
+    """One operation, and functions that compute it: ours by names that begin with "expertmesh", and others.
+
+    floors: least milliseconds of forward and backward on one H200; a backward of 0 is not compared. whole: only the
+    sum of both is, because some arm makes its gradients in the forward.
+    """
+
+    name: str
+    arms: dict[str, Callable]
+    inputs: Sequence[torch.Tensor]
+    floors: tuple[float, float]
+    whole: bool = False
+
+
+def time_cases(result: Result, cases: Iterable[Case], options: Any, queued: int = 1, lead: int = 1) -> None:
+    """Adds a row per case, arm and pass to `result`; of "--only" names, those that begin with one of them."""
+    only = tuple(filter(None, options.only.split(",")))
+    with interpreted():
+        for case in cases:
+            if not only or case.name.startswith(only):
+                for row in _rows(case, options.repeats, queued, lead):
+                    result.add(row)
+                if DEVICE == "cuda":
+                    torch.compiler.reset()
+
+
+def _rows(case: Case, repeats: int, queued: int, lead: int) -> Iterator[dict[str, Any]]:
+    for arm, fn in case.arms.items():
+        row = {"kernel": case.name, "implementation": arm}
+        args = fn, case.inputs, repeats, queued, lead
+        found = attempt(lambda args=args: forward_backward(*args), arm.startswith("expertmesh"))
+        if "failed" in found:
+            yield row | found
+            continue
+        for (what, (ms, cpu_ms)), floor in zip(found.items(), [*case.floors, sum(case.floors)], strict=False):
+            if what == "both" or not case.whole:
+                times = {"pass": what, "ms": round(ms, 4), "cpu_ms": round(cpu_ms, 4)}
+                yield row | times | {"floor_ms": round(floor, 4), "share_of_floor": round(floor / ms, 3)}
+
+
 def forward_backward(
     fn: Callable, inputs: Sequence[torch.Tensor], repeats: int, queued: int = 1, lead: int = 1
 ) -> dict[str, tuple[float, float]]:
@@ -97,11 +140,6 @@ def forward_backward(
         kept = []
         times["both"] = medians_ms(lambda: backward(outputs(), False), repeats, queued, lead)
     return times
-
-
-def median_ms(run: Callable[[], Any], repeats: int, queued: int = 1, lead: int = 1) -> float:
-    """Milliseconds of a call on the device, as `medians_ms`."""
-    return medians_ms(run, repeats, queued, lead)[0]
 
 
 def medians_ms(
@@ -133,9 +171,3 @@ def medians_ms(
         rows.append((elapsed / queued, cpu / queued))
     device, host = zip(*rows[warmup:], strict=True)
     return statistics.median(device), statistics.median(host)
-
-
-def policy_of(text: str) -> str | dict[str, int]:
-    """A level, or `level=n`, as `activation_checkpointing` takes it."""
-    level, several, number = text.partition("=")
-    return {level: int(number)} if several else level

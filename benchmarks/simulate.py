@@ -38,10 +38,8 @@ def row_of(model: str, found: Simulation) -> dict[str, Any]:
     layout = found.plan.layout
     job, memory, speed = layout.job, layout.memory, layout.speed
     least = speed.step - found.seconds_hidden
-    return {
-        "model": model,
-        "parameters": found.parameters,
-        "ranks": job.world_size,
+    row = {"model": model, "parameters": found.parameters, "ranks": job.world_size}
+    return row | {
         **{name: getattr(job, name) for name in SHOWN},
         "network_gb_per_s": GPU.network / 1e9,
         "held_bytes": found.held,
@@ -59,11 +57,8 @@ def row_of(model: str, found: Simulation) -> dict[str, Any]:
 def beside_published(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """A table's header and rows: what was simulated of each model, and what was published."""
 
-    def to(low: float, high: float) -> str:
-        return f"{low:,} to {high:,}"
-
-    def sent(row: dict[str, Any], name: str) -> str:
-        return " + ".join(f"{size:,}" for size in row["sent_gb"][name])
+    def sent(name: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: " + ".join(f"{size:,}" for size in row["sent_gb"][name])
 
     lines: dict[str, Callable[[dict[str, Any]], Any]] = {
         "parameters": lambda row: f"{row['parameters'] / 1e9:.1f}B",
@@ -75,10 +70,10 @@ def beside_published(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[A
         "allocated at the peak, GiB": lambda row: row["peak_gib"],
         "published for NeMo AutoModel, GiB": lambda row: row["published"][0] or "",
         "needed, with fragmentation and CUDA, GiB": lambda row: row["needed_gib"],
-        "weights and gradients sent, NVLink + network, GB": lambda row: sent(row, "weights and gradients"),
-        "tokens of experts sent, NVLink + network, GB": lambda row: sent(row, "tokens of experts"),
-        "step, s": lambda row: to(*row["step_s"]),
-        "tokens/s of a GPU": lambda row: to(*row["tokens_per_second_per_gpu"]),
+        "weights and gradients sent, NVLink + network, GB": sent("weights and gradients"),
+        "tokens of experts sent, NVLink + network, GB": sent("tokens of experts"),
+        "step, s": lambda row: "{:,} to {:,}".format(*row["step_s"]),
+        "tokens/s of a GPU": lambda row: "{:,} to {:,}".format(*row["tokens_per_second_per_gpu"]),
         "published for NeMo AutoModel, tokens/s": lambda row: f"{row['published'][1]:,}",
     }
     return ["", *(row["model"] for row in rows)], [[name, *map(line, rows)] for name, line in lines.items()]

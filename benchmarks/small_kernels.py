@@ -1,213 +1,279 @@
-"""Our small kernels alone: each one's time beside its floor, PyTorch, torch.compile and Liger.
+"""Our small kernels and Mamba2's alone: each one's time beside its floor, PyTorch, torch.compile and other libraries.
 
     python benchmarks/small_kernels.py --out benchmarks/results/h200_small_kernels.json
-    python benchmarks/small_kernels.py --only rope,swiglu       # these kernels
+    python benchmarks/small_kernels.py --only mamba2 --out benchmarks/results/h200_mamba.json
 
-A row per kernel, implementation and pass. The floor is the bytes that must move at the 4.25 TB/s that one H200 copies
-with, for the loss its three matrix products at 788 TFLOP/s. `cpu_ms` is what the CPU needs to launch a call. With
-TRITON_INTERPRET=1 `--tiny` runs our kernels on the CPU.
+A row per kernel, implementation and pass. The floor is the bytes that must move, for the loss its matrix products.
+`cpu_ms` is what the CPU needs to launch a call. Mamba2 has 4 x 4,096 tokens at Nemotron-3-Nano widths; its `mixer` is
+all that a layer does between its projections. With TRITON_INTERPRET=1 `--tiny` runs our kernels on the CPU.
 """
 
-import importlib.util
+import os
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from shared import DEVICE, DTYPE, Result, attempt, forward_backward, interpreted, leaf, parser
+from shared import BYTES_PER_MS, DEVICE, DTYPE, FLOP_PER_MS, Case, Result, leaf, parser, time_cases
 
+from expertmesh.kernels import causal_conv, clip, four_bit, grouping, rms_norm
 from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
-from expertmesh.kernels.clip import scale_, scale_reference_, squared_sum, squared_sum_reference
-from expertmesh.kernels.grouping import (
-    combine,
-    combine_reference,
-    group_by_expert,
-    group_by_expert_reference,
-    unsort,
-    unsort_reference,
-)
+from expertmesh.kernels.documents import document_starts
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
 from expertmesh.kernels.mla_rope import mla_rope, mla_rope_reference
-from expertmesh.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference, rotary, rotary_reference
 from expertmesh.kernels.router import Routing, route, route_reference
 from expertmesh.kernels.router_logits import router_logits
+from expertmesh.kernels.ssd import Sizes, split, ssd_forward, ssd_reference
+from expertmesh.kernels.ssd_backward import ssd_backward
 from expertmesh.memory.adamw import AdamW
 
-BYTES_PER_MS = 4.25e9
-FLOP_PER_MS = 788e9
 EPS = 1e-6
 EXPERTS, TOP_K = 128, 8
+DT_LIMIT = 0.001, float("inf")
 #: bytes of an element that clipping and a step of AdamW must move: gradient (twice), weight and states
 UPDATES = {None: 16, "8bit": 12 + 16 / 256, "24bit": 14 + 16 / 256, "float32": 30}
 
 
-def liger() -> dict[str, Callable]:
-    """Liger's function for each kernel of ours that it has a counterpart for; empty without a GPU or without Liger."""
-    if DEVICE == "cpu" or importlib.util.find_spec("liger_kernel") is None:
+def arms(ours: Callable, reference: Callable, **others: Callable) -> dict[str, Callable]:
+    """Ours, PyTorch's plain and compiled, and those of other libraries, which need a GPU."""
+    found = {"expertmesh": ours, "torch": reference}
+    return found | {"torch.compile": torch.compile(reference), **others} if DEVICE == "cuda" else found
+
+
+def liger(name: str, **options: Any) -> dict[str, Callable]:
+    """{"liger": its function of this name}; nothing where it is not installed."""
+    if find_spec("liger_kernel") is None:
         return {}
-    from liger_kernel.transformers import functional as f
-
-    def heads(q, k, q_weight, k_weight, cos, sin):
-        q, k = (f.liger_rms_norm(x, w, EPS, in_place=False) for x, w in ((q, q_weight), (k, k_weight)))
-        return f.liger_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-
-    return {
-        "rms_norm": lambda x, w: f.liger_rms_norm(x, w, EPS, in_place=False),
-        "add_rms_norm": lambda x, r, w: f.liger_fused_add_rms_norm(x, r, w, EPS, in_place=False),
-        "qk_norm_rope": heads,
-        "rope": lambda q, k, cos, sin: f.liger_rope(q.clone(), k.clone(), cos, sin),  # it works in place
-        "swiglu": f.liger_swiglu,
-        "linear_cross_entropy": lambda h, w, y: f.liger_fused_linear_cross_entropy(h, w, y),
-        "linear_cross_entropy, frozen weight": lambda h, w, y: f.liger_fused_linear_cross_entropy(h, w, y),
-    }
+    fn = getattr(import_module("liger_kernel.transformers.functional"), f"liger_{name}")
+    return {"liger": lambda *inputs: fn(*inputs, **options)}
 
 
-def cases(tokens: int, hidden: int, vocab: int) -> Iterator[tuple[str, Callable, Callable, tuple, float, float]]:
-    """(name, kernel, reference, inputs, forward floor in ms, backward floor in ms)."""
+def norm_cases(tokens: int, hidden: int) -> Iterator[Case]:
     row = tokens * hidden * 2 / BYTES_PER_MS  # one pass over [T, H] in bfloat16
     x, residual, weight = leaf(tokens, hidden), leaf(tokens, hidden), leaf(hidden)
-    norm = lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_reference(x, w, EPS)
-    yield "rms_norm", *norm, (x, weight), 2 * row, 3 * row
-    added = lambda x, r, w: add_rms_norm(x, r, w, EPS), lambda x, r, w: (rms_norm_reference(x + r, w, EPS), x + r)
-    yield "add_rms_norm", *added, (x, residual, weight), 4 * row, 4 * row
+    theirs, stock = {"eps": EPS, "in_place": False}, rms_norm.rms_norm_reference
+    norm = lambda x, w: rms_norm.rms_norm(x, w, EPS), lambda x, w: stock(x, w, EPS)
+    yield Case("rms_norm", arms(*norm, **liger("rms_norm", **theirs)), (x, weight), (2 * row, 3 * row))
+    added = lambda x, r, w: rms_norm.add_rms_norm(x, r, w, EPS), lambda x, r, w: (stock(x + r, w, EPS), x + r)
+    found = arms(*added, **liger("fused_add_rms_norm", **theirs))
+    yield Case("add_rms_norm", found, (x, residual, weight), (4 * row, 4 * row))
+    up = leaf(tokens, 3 * hidden), leaf(tokens, 3 * hidden)
+    yield Case("swiglu", arms(swiglu, swiglu_reference, **liger("swiglu")), up, (9 * row, 15 * row))
+    squared = arms(relu2, lambda x: torch.relu(x).square())
+    yield Case("relu2", squared, (leaf(tokens, 2 * hidden),), (4 * row, 6 * row))
+
+
+def rope_cases(tokens: int) -> Iterator[Case]:
+    """Qwen3's heads; and DeepSeek V3's, 128 wide without and 64 with position, of as many tokens as a GPU holds."""
     width, q_heads, k_heads = 128, 32, 4
     q, k = leaf(1, tokens, q_heads, width), leaf(1, tokens, k_heads, width)
-    angle = torch.randn(1, tokens, width, device=x.device)
+    angle = torch.randn(1, tokens, width, device=DEVICE)
     cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
     head_pass, rotation = (tokens * n * width * 2 / BYTES_PER_MS for n in (q_heads + k_heads, 2))
     both = lambda *inputs: qk_norm_rope(*inputs, EPS), lambda *inputs: qk_norm_rope_reference(*inputs, EPS)
-    normed = q, k, leaf(width), leaf(width), cos, sin
-    yield "qk_norm_rope", *both, normed, 2 * head_pass + rotation, 3 * head_pass + rotation
-    turned = (q.detach().transpose(1, 2).requires_grad_(), k.detach().transpose(1, 2).requires_grad_(), cos, sin)
-    yield "rope", rotary, rotary_reference, turned, 2 * head_pass + rotation, 2 * head_pass + rotation
-    yield latent_case(min(tokens, 4096))  # as many as a GPU holds of DeepSeek V3's widths
-    yield "swiglu", swiglu, swiglu_reference, (leaf(tokens, 3 * hidden), leaf(tokens, 3 * hidden)), 9 * row, 15 * row
-    yield from routing_cases(tokens, hidden)
-    gemm = 2 * tokens * hidden * vocab / FLOP_PER_MS
-    labels = torch.randint(0, vocab, (tokens,), device=x.device)
-    loss = linear_cross_entropy, linear_cross_entropy_reference
-    yield "linear_cross_entropy", *loss, (x, leaf(vocab, hidden, scale=0.02), labels), gemm, 2 * gemm
-    frozen = leaf(vocab, hidden, scale=0.02).detach()
-    yield "linear_cross_entropy, frozen weight", *loss, (x, frozen, labels), gemm, gemm
+    floors = 2 * head_pass + rotation, 3 * head_pass + rotation
+    norms, turns = liger("rms_norm", eps=EPS, in_place=False), liger("rope")
+
+    def heads(q, k, q_weight, k_weight, cos, sin):
+        q, k = (norms["liger"](x, w).transpose(1, 2) for x, w in ((q, q_weight), (k, k_weight)))
+        return turns["liger"](q, k, cos, sin)
+
+    found = arms(*both, **{"liger": heads} if norms else {})
+    yield Case("qk_norm_rope", found, (q, k, leaf(width), leaf(width), cos, sin), floors)
+    turned = q.detach().transpose(1, 2).requires_grad_(), k.detach().transpose(1, 2).requires_grad_(), cos, sin
+    theirs = {name: lambda q, k, *by, fn=fn: fn(q.clone(), k.clone(), *by) for name, fn in turns.items()}
+    floors = 2 * head_pass + rotation, 2 * head_pass + rotation  # Liger's works in place, hence the clones
+    yield Case("rope", arms(rotary, rotary_reference, **theirs), turned, floors)
+    tokens, heads, nope, rope = min(tokens, 4096), 128, 128, 64
+    inputs = leaf(1, tokens, heads, nope + rope), leaf(1, tokens, heads, 2 * nope), leaf(1, tokens, rope)
+    by = cos[:, :tokens, :rope].contiguous(), sin[:, :tokens, :rope].contiguous()
+    row, small = (tokens * n * 2 / BYTES_PER_MS for n in (heads, 3 * rope))  # an element of each head; cos, sin, k_rope
+    floors = (3 * (nope + rope) + nope) * row + small, (3 * (nope + rope) + 3 * nope) * row + small
+    latent = (lambda *x: mla_rope(*x, *by)), (lambda *x: mla_rope_reference(*x, *by))
+    yield Case("mla_rope", arms(*latent), inputs, floors)
 
 
-def latent_case(tokens: int) -> tuple[str, Callable, Callable, tuple, float, float]:
-    """As `cases`, with DeepSeek V3's 128 heads: 128 wide without and 64 with position, values 128."""
-    heads, nope, rope = 128, 128, 64
-    q, kv, k_rope = leaf(1, tokens, heads, nope + rope), leaf(1, tokens, heads, 2 * nope), leaf(1, tokens, rope)
-    angle = torch.randn(1, tokens, rope, device=q.device)
-    rotation = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
-    row = tokens * heads * 2 / BYTES_PER_MS  # one element of every head
-    small = 3 * tokens * rope * 2 / BYTES_PER_MS  # cos, sin, k_rope
-    return (
-        "mla_rope",
-        lambda *x: mla_rope(*x, *rotation),
-        lambda *x: mla_rope_reference(*x, *rotation),
-        (q, kv, k_rope),
-        (3 * (nope + rope) + nope) * row + small,  # the values stay where they are
-        (3 * (nope + rope) + nope + 2 * nope) * row + small,
-    )
-
-
-def routing_cases(tokens: int, hidden: int) -> Iterator[tuple[str, Callable, Callable, tuple, float, float]]:
-    """As `cases`; what has no backward gets 0 as its floor."""
-    rows = tokens * TOP_K
-    logits, routing = leaf(tokens, EXPERTS), Routing("softmax", TOP_K, normalize=True)
+def routing_cases(tokens: int, hidden: int) -> Iterator[Case]:
+    rows, logits, routing = tokens * TOP_K, leaf(tokens, EXPERTS), Routing("softmax", TOP_K, normalize=True)
     weights, ids = (x.detach() for x in route_reference(logits, routing))
-    logit_pass = tokens * EXPERTS * 2 / BYTES_PER_MS
-    row = tokens * hidden * 2 / BYTES_PER_MS
-    products = router_logits, lambda x, w: torch.nn.functional.linear(x.float(), w.float())
+    logit_pass, row = (tokens * n * 2 / BYTES_PER_MS for n in (EXPERTS, hidden))
+    products = arms(router_logits, lambda x, w: torch.nn.functional.linear(x.float(), w.float()))
     inputs = leaf(tokens, hidden), leaf(EXPERTS, hidden, scale=0.02)
-    yield "router_logits", *products, inputs, row + 2 * logit_pass, 2 * row + 2 * logit_pass
-    yield "relu2", relu2, lambda x: torch.relu(x).square(), (leaf(tokens, 2 * hidden),), 4 * row, 6 * row
-    router = (
-        lambda x: route(x, routing, weight_dtype=x.dtype)[0],
-        lambda x: route_reference(x, routing, weight_dtype=x.dtype)[0],
-    )
-    yield "route", *router, (logits,), logit_pass + rows * 10 / BYTES_PER_MS, 2 * logit_pass + rows * 10 / BYTES_PER_MS
-    sort = (
-        lambda ids, weights: group_by_expert(ids, EXPERTS, weights).position_TK,
-        lambda ids, weights: group_by_expert_reference(ids, EXPERTS, weights).position_TK,
-    )
-    yield "group_by_expert", *sort, (ids, weights), rows * (8 + 4 + 4 * 4) / BYTES_PER_MS, 0.0
-    position = group_by_expert_reference(ids, EXPERTS).position_TK
-    y = leaf(rows, hidden).detach()
-    yield (
-        "combine",
-        combine,
-        combine_reference,
-        (y, position, weights),
-        (rows + tokens) * hidden * 2 / BYTES_PER_MS,
-        0.0,
-    )
-    parts = torch.randn(6, rows, device=y.device)
-    back = lambda p, at: unsort(p, at, y.dtype), lambda p, at: unsort_reference(p, at, y.dtype)
-    yield "unsort", *back, (parts, position), rows * (6 * 4 + 4 + 2) / BYTES_PER_MS, 0.0
-    grad, s = leaf(16 * tokens, hidden).detach(), torch.tensor(1.001, device=y.device)
-    yield "squared_sum", lambda g: squared_sum([g]), lambda g: squared_sum_reference([g]), (grad,), 16 * row, 0.0
+    yield Case("router_logits", products, inputs, (row + 2 * logit_pass, 2 * row + 2 * logit_pass))
+    router = arms(*(lambda x, fn=fn: fn(x, routing, weight_dtype=x.dtype)[0] for fn in (route, route_reference)))
+    chosen = rows * 10 / BYTES_PER_MS
+    yield Case("route", router, (logits,), (logit_pass + chosen, 2 * logit_pass + chosen))
+    group = grouping.group_by_expert, grouping.group_by_expert_reference
+    sort = (lambda i, w, fn=fn: fn(i, EXPERTS, w).position_TK for fn in group)
+    yield Case("group_by_expert", arms(*sort), (ids, weights), (rows * (8 + 4 + 4 * 4) / BYTES_PER_MS, 0))
+    position, y = group[1](ids, EXPERTS).position_TK, leaf(rows, hidden).detach()
+    summed = (rows + tokens) * hidden * 2 / BYTES_PER_MS
+    yield Case("combine", arms(grouping.combine, grouping.combine_reference), (y, position, weights), (summed, 0))
+    back = (lambda p, at, fn=fn: fn(p, at, y.dtype) for fn in (grouping.unsort, grouping.unsort_reference))
+    parts = torch.randn(6, rows, device=DEVICE)
+    yield Case("unsort", arms(*back), (parts, position), (rows * (6 * 4 + 4 + 2) / BYTES_PER_MS, 0))
+
+
+def loss_cases(tokens: int, hidden: int, vocab: int) -> Iterator[Case]:
+    gemm = 2 * tokens * hidden * vocab / FLOP_PER_MS
+    labels = torch.randint(0, vocab, (tokens,), device=DEVICE)
+    both = arms(linear_cross_entropy, linear_cross_entropy_reference, **liger("fused_linear_cross_entropy"))
+    x, weight = leaf(tokens, hidden), leaf(vocab, hidden, scale=0.02)
+    yield Case("linear_cross_entropy", both, (x, weight, labels), (gemm, 2 * gemm), True)
+    yield Case("linear_cross_entropy, frozen weight", both, (x, weight.detach(), labels), (gemm, gemm), True)
+
+
+def optimizer_cases(count: int) -> Iterator[Case]:
+    """Of one tensor of `count` elements: the parts of clipping, and clipping and AdamW beside PyTorch's, whose moments
+    have the weight's dtype.
+    """
+    grad, s, row = leaf(count).detach(), torch.tensor(1.001, device=DEVICE), count * 2 / BYTES_PER_MS
+    norm = (lambda g, fn=fn: fn([g]) for fn in (clip.squared_sum, clip.squared_sum_reference))
+    yield Case("squared_sum", arms(*norm), (grad,), (row, 0))
+    scaled = (lambda g, fn=fn: fn([g], s) or g for fn in (clip.scale_, clip.scale_reference_))
+    yield Case("scale_", arms(*scaled), (grad,), (2 * row, 0))
     for states, moved in UPDATES.items():
-        weight = torch.nn.Parameter(leaf(16 * tokens, hidden).detach().bfloat16())
-        yield update_case(weight, row, states, moved)
-    yield "scale_", lambda g: scale_([g], s) or g, lambda g: scale_reference_([g], s) or g, (grad,), 32 * row, 0.0
+        weight = torch.nn.Parameter(leaf(count).detach().bfloat16())
+        weight.grad = torch.randn_like(weight)
+        ours = AdamW([weight], lr=1e-5, max_grad_norm=1.0, states=states)
+        stock = torch.optim.AdamW([weight], lr=1e-5, fused=True)
+
+        def stock_step(weight: Any = weight, stock: Any = stock) -> torch.Tensor:
+            torch.nn.utils.clip_grad_norm_([weight], 1.0)
+            return stock.step() or weight
+
+        name = "clip and adamw" + (f" {states}" if states else "")
+        both = arms(lambda ours=ours, weight=weight: ours.step() or weight, stock_step)
+        yield Case(name, both, (), (moved / 2 * row, 0))
 
 
-def update_case(
-    weight: torch.nn.Parameter, row: float, states: str | None, moved: float
-) -> tuple[str, Callable, Callable, tuple, float, float]:
-    """As `cases`: clipping and AdamW, beside PyTorch's with moments in the weight's dtype."""
-    weight.grad = torch.randn_like(weight)
-    ours = AdamW([weight], lr=1e-5, max_grad_norm=1.0, states=states)
-    stock = torch.optim.AdamW([weight], lr=1e-5, fused=True)
-
-    def ours_step() -> torch.Tensor:
-        ours.step()
-        return weight
-
-    def stock_step() -> torch.Tensor:
-        torch.nn.utils.clip_grad_norm_([weight], 1.0)
-        stock.step()
-        return weight
-
-    name = "clip and adamw" + (f" {states}" if states else "")
-    return name, ours_step, stock_step, (), 16 * moved / 2 * row, 0.0
+def decode_cases(experts: int, up: int, hidden: int) -> Iterator[Case]:
+    """A layer's stack of weights in 4 bits, decoded, beside a copy of as many bytes as are written."""
+    out = torch.empty(experts, up, hidden, dtype=DTYPE, device=DEVICE)
+    for format in ("nf4", "mxfp4"):
+        codes, scales = four_bit.empty(format, tuple(out.shape), torch.device(DEVICE))
+        codes.random_(0, 256)
+        scales.fill_(1)
+        decoded = lambda c=codes, s=scales, f=format: four_bit.decode(c, s, f, out)  # noqa: E731
+        floor = (codes.nbytes + scales.nbytes + out.nbytes) / BYTES_PER_MS
+        yield Case(f"decode {format}", {"expertmesh": decoded, "copy": out.clone}, (), (floor, 0))
 
 
-def rows(sizes: tuple[int, int, int], repeats: int, only: list[str]) -> Iterator[dict[str, Any]]:
-    theirs = liger()
-    for name, kernel, reference, inputs, *floors in cases(*sizes):
-        if only and name not in only:
-            continue
-        arms = {"expertmesh": kernel, "torch": reference}
-        if DEVICE == "cuda":
-            arms["torch.compile"] = torch.compile(reference)
-        if name in theirs:
-            arms["liger"] = theirs[name]
-        for arm, fn in arms.items():
-            row = {"kernel": name, "implementation": arm}
-            args = fn, inputs, repeats
-            found = attempt(lambda args=args: forward_backward(*args), arm == "expertmesh")
-            if "failed" in found:
-                yield row | found
-                continue
-            for (what, (ms, cpu_ms)), floor in zip(found.items(), [*floors, sum(floors)], strict=False):
-                # a loss that makes its gradients in the forward has no backward to compare: only the sum says something
-                if what == "both" or not name.startswith("linear"):
-                    times = {"pass": what, "ms": round(ms, 4), "cpu_ms": round(cpu_ms, 4)}
-                    yield row | times | {"floor_ms": round(floor, 4), "share_of_floor": round(floor / ms, 3)}
-        if DEVICE == "cuda":
-            torch.compiler.reset()
+class Kernels(torch.autograd.Function):
+    """y = forward(*inputs), gradients = backward(dy, *inputs): a pair of kernels as one function."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Callable, backward: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.kernels = backward
+        return forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple:
+        return None, None, *ctx.kernels(dy, *ctx.saved_tensors)
+
+
+def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
+    """packed: rows of eight documents. The floor counts each tensor of the interface once; dt is as a trained model has
+    it, between 0.001 and 0.1.
+    """
+    rows, inner = (sizes.B, sizes.S), sizes.H * sizes.P
+    channels = inner + 2 * sizes.G * sizes.N
+    weights = leaf(channels, 4, scale=0.5), leaf(channels)
+    A = -torch.arange(1, sizes.H + 1, device=DEVICE, dtype=torch.float32)
+    small = A.requires_grad_(), leaf(sizes.H), (leaf(sizes.H) - 4).detach().requires_grad_()
+    cuts = torch.arange(1, 8, device=DEVICE) * (sizes.S // 8) + 5
+    document = (torch.arange(sizes.S, device=DEVICE)[:, None] >= cuts).sum(1)
+    start = document_starts(document.expand(sizes.B, -1)) if packed else None
+    options, mark = Mamba2Options(sizes.P, sizes.G, DT_LIMIT, EPS), ", packed" if packed else ""
+
+    def floors(forward: int, backward: int) -> tuple[float, float]:
+        byte = 2 * sizes.B * sizes.S / BYTES_PER_MS
+        return forward * byte, backward * byte
+
+    def case(name: str, pair: tuple, reference: Callable, theirs: dict, inputs: tuple, *widths: int) -> Case:
+        found = {"expertmesh": lambda *leaves: Kernels.apply(*pair, *leaves), "torch": reference}
+        return Case(f"mamba2 {name}{mark}", found if packed else found | theirs, inputs, floors(*widths))
+
+    def conv(dy, x, weight, bias):
+        dx = torch.empty_like(x)
+        return dx, *causal_conv.conv_backward(x, weight, bias, start, dy, dx)
+
+    def scan(dy, xbc, dt, A, D, bias):
+        dxbc, ddt = torch.empty_like(xbc), torch.empty_like(dt)
+        dA, dbias, dD = ssd_backward(xbc, dt, A, D, bias, start, sizes, DT_LIMIT, dy, dxbc, ddt)
+        return dxbc, ddt, dA, dD, dbias
+
+    def scan_reference(xbc, dt, A, D, bias):
+        x, B, C = split(xbc, sizes)
+        return ssd_reference(x, dt, A, B, C, D, bias, dt_limit=DT_LIMIT, start_BS=start).flatten(2)
+
+    def norm(dy, x, gate, weight):
+        dgate = torch.empty_like(gate)
+        dx, dweight = rms_norm.gated_norm_backward(x, gate, weight, EPS, sizes.G, dy, dgate)
+        return dx, dgate, dweight
+
+    if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        theirs = mamba_libraries(sizes) if DEVICE == "cuda" else {"scan": {}, "norm": {}}
+        pair = lambda *a: causal_conv.conv_forward(*a, start), conv
+        reference: Callable = lambda *a: causal_conv.causal_conv_reference(*a, start)  # noqa: E731
+        yield case("conv", pair, reference, {}, (leaf(*rows, channels), *weights), 2 * channels, 3 * channels)
+        inputs = leaf(*rows, channels, scale=0.3), leaf(*rows, sizes.H), *small
+        widths = channels + inner + sizes.H, 2 * channels + inner + 2 * sizes.H
+        pair = lambda *a: ssd_forward(*a, start, sizes, DT_LIMIT), scan
+        yield case("scan", pair, scan_reference, theirs["scan"], inputs, *widths)
+        pair = lambda *a: rms_norm.gated_norm_forward(*a, EPS, sizes.G), norm
+        reference = lambda *a: rms_norm.gated_norm_reference(*a, EPS, sizes.G)  # noqa: E731
+        inputs = leaf(*rows, inner), leaf(*rows, inner), leaf(inner)
+        if not packed:  # it is the same
+            yield case("norm", pair, reference, theirs["norm"], inputs, 3 * inner, 5 * inner)
+    projected = inner + channels + sizes.H
+    mixer = {
+        name: lambda x, *w, fn=fn: fn(x, Mamba2Weights(*w), options, start)
+        for name, fn in (("expertmesh", mamba2), ("torch", mamba2_reference))
+    }
+    inputs = leaf(*rows, projected), *weights, *small, leaf(inner)
+    yield Case(f"mamba2 mixer{mark}", mixer, inputs, floors(projected + inner, 2 * projected + inner))
+
+
+def mamba_libraries(sizes: Sizes) -> dict[str, dict[str, Callable]]:
+    """Functions of mamba_ssm where it is installed, for each kernel."""
+    found: dict[str, dict[str, Callable]] = {"scan": {}, "norm": {}}
+    if find_spec("mamba_ssm"):
+        ops = "mamba_ssm.ops.triton"
+        combined = import_module(f"{ops}.ssd_combined").mamba_chunk_scan_combined
+        gated = import_module(f"{ops}.layernorm_gated").rmsnorm_fn
+
+        def scan(xbc, dt, A, D, bias):
+            x, B, C = split(xbc, sizes)
+            options = {"dt_bias": bias, "dt_softplus": True, "dt_limit": DT_LIMIT}
+            return combined(x, dt, A, B, C, 128, D=D, **options).flatten(2)
+
+        options = {"eps": EPS, "group_size": sizes.H * sizes.P // sizes.G, "norm_before_gate": False}
+        found["scan"]["mamba_ssm"] = scan
+        found["norm"]["mamba_ssm"] = lambda x, gate, w: gated(x, w, None, z=gate, **options)
+    return found
+
+
+def cases(tiny: bool) -> Iterator[Case]:
+    tokens, hidden, vocab = (8, 64, 512) if tiny else (16384, 2048, 151936)
+    yield from norm_cases(tokens, hidden)
+    yield from rope_cases(tokens)
+    yield from routing_cases(tokens, hidden)
+    yield from loss_cases(tokens, hidden, vocab)
+    yield from optimizer_cases(16 * tokens * hidden)
+    yield from decode_cases(*((4, 64, 64) if tiny else (EXPERTS, 1536, hidden)))
+    for packed in (False, True):
+        yield from mamba_cases(Sizes(1, 136, 2, 16, 1, 16) if tiny else Sizes(4, 4096, 64, 64, 8, 128), packed)
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--only", default="", help="these kernels, by name")
-    options = options.parse_args()
-    tokens, hidden, vocab = (8, 64, 512) if options.tiny else (16384, 2048, 151936)
-    sizes = {"tokens": tokens, "hidden": hidden, "vocab": vocab}
-    result = Result(options, ("triton", "liger-kernel"), sizes=sizes)
-    with interpreted():
-        for row in rows((tokens, hidden, vocab), options.repeats, [name for name in options.only.split(",") if name]):
-            result.add(row)
+    options = parser(__doc__, cases=True).parse_args()
+    result = Result(options, ("triton", "liger-kernel", "mamba-ssm"), dtype=str(DTYPE))
+    time_cases(result, cases(options.tiny), options)
 
 
 if __name__ == "__main__":

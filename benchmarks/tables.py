@@ -23,28 +23,24 @@ from plans import beside_measured
 from simulate import beside_published
 
 from expertmesh.bench.arms import LIBRARIES
+from expertmesh.bench.pictures import bars
+from expertmesh.train.plots import figure, save
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(<!-- table: ([^>]*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 WITHOUT = "expertmesh-no-"
-#: NVIDIA on NeMo AutoModel and stock Transformers 5, June 2026, 8 x H100 80GB, 1 x 4096 tokens per GPU, as reports
-#: quote the figures; each pair is stock, NeMo
-PUBLISHED = {
-    "qwen3-30b-a3b": {"tokens": (3075, 11340), "gib": (68.2, 48.1), "ms": (582 + 758, 194 + 178)},
-    "nemotron-3-nano": {"tokens": (4583, 15421), "gib": (62.1, 42.5), "ms": (283 + 611, 109 + 157)},
-}
 
 
 def filled(text: str) -> str:
     """A page with its tables made anew."""
-    return BLOCK.sub(lambda found: f"{found[1]}\n{block(found[2])}\n\n{found[3]}", text)
 
+    def block(found: re.Match) -> str:
+        kind, *words = found[2].split()
+        return f"{found[1]}\n{TABLES[kind](*words)}\n\n{found[3]}"
 
-def block(directive: str) -> str:
-    kind, *words = directive.split()
-    return TABLES[kind](*words)
+    return BLOCK.sub(block, text)
 
 
 def load(name: str) -> dict[str, Any]:
@@ -91,21 +87,20 @@ def loops(name: str) -> str:
     for (work, _, loop, batch, seq), arms in places(result).items():
         best = best_stock(arms)
         stock, ours, trained = (arms.get(arm) for arm in ("stock", "expertmesh", "expertmesh-trainer"))
-        failed = {row["arm"]: row["error"] for row in result["failed"]
-                  if (row["work"], row["what"]) == (work, f"{loop}, {batch} x {seq}")}  # fmt: skip
-
-        def ms(arm: str, arms: dict = arms, failed: dict = failed) -> Any:
-            out_of_memory = failed.get(arm, "").startswith("OutOfMemoryError")
-            why = "" if arm not in failed else "out of memory" if out_of_memory else "failed"
-            return arms[arm]["step_ms"] if arm in arms else why
+        ms = {
+            row["arm"]: "out of memory" if row["error"].startswith("OutOfMemoryError") else "failed"
+            for row in result["failed"]
+            if (row["work"], row["what"]) == (work, f"{loop}, {batch} x {seq}")
+        }
+        ms |= {arm: row["step_ms"] for arm, row in arms.items()}  # fmt: skip
 
         def times(row: dict | None, mine: tuple = (ours, trained)) -> str:
             return " / ".join(f"{row['step_ms'] / own['step_ms']:.2f}x" for own in mine if row and own)
 
         named = "" if best is None else f"{best['step_ms']} ({best['arm'].removeprefix('stock-')})"
         memory = ["" if row is None else row["peak_gib"] for row in (stock, best, ours or trained)]
-        cells.append([loop, f"{batch} x {seq}", ms("stock"), named, ms("expertmesh"), ms("expertmesh-trainer"),
-                      times(stock), times(best), *memory])  # fmt: skip
+        own = [ms.get(arm, "") for arm in ("expertmesh", "expertmesh-trainer")]
+        cells.append([loop, f"{batch} x {seq}", ms.get("stock", ""), named, *own, times(stock), times(best), *memory])
     header = ["loop", "rows", "stock ms", "best stock arm ms", "ours ms", "our trainer ms", "against stock"]
     header += ["against best", "peak GiB: stock", "best", "ours"]
     return f"{table(header, cells)}\n\n{source(result)}"
@@ -115,12 +110,10 @@ def arms_of_loops(name: str) -> str:
     """All arms, with how far their steps are apart and what they lost."""
     result = load(name)
     cells = [
-        [row["work"], loop, f"{batch} x {seq}", arm, row["step_ms"]]
-        + [f"{min(row['steps_ms'])} to {max(row['steps_ms'])}"]
-        + [f"{row['tokens_per_second']:,}", row["peak_gib"], row.get("reserved_gib", "")]
-        + [" ".join(f"{loss:.3f}" for loss in row["losses"])]
-        for (_, _, loop, batch, seq), arms in places(result).items()
-        for arm, row in arms.items()
+        [row["work"], row["loop"], f"{row['batch']} x {row['seq']}", row["arm"], row["step_ms"]]
+        + [f"{min(row['steps_ms'])} to {max(row['steps_ms'])}", f"{row['tokens_per_second']:,}", row["peak_gib"]]
+        + [row.get("reserved_gib", ""), " ".join(f"{loss:.3f}" for loss in row["losses"])]
+        for row in result["rows"]
     ]
     header = ["model", "loop", "rows", "arm", "step ms", "of all steps", "tokens/s", "peak GiB", "reserved", "losses"]
     return f"{table(header, cells)}\n\n{source(result)}"
@@ -130,19 +123,11 @@ def arms_of_loops(name: str) -> str:
 
 #: header of a column: key of the rows; columns that a result lacks are left out
 COLUMNS = {
-    "forward ms": "forward_ms",
-    "backward ms": "backward_ms",
-    "clip ms": "clip_ms",
-    "AdamW ms": "optimizer_ms",
-    "step ms": "step_ms",
-    "tokens/s": "tokens_per_second_per_gpu",
-    "against stock": "against_stock",
-    "peak GiB": "peak_gib",
-    "TFLOP/s": "tflops_per_gpu",
-    "% of GEMM": "percent_of_gemm",
-    "host syncs": "host_syncs",
+    "forward ms": "forward_ms", "backward ms": "backward_ms", "clip ms": "clip_ms", "AdamW ms": "optimizer_ms",
+    "step ms": "step_ms", "tokens/s": "tokens_per_second_per_gpu", "against stock": "against_stock",
+    "peak GiB": "peak_gib", "TFLOP/s": "tflops_per_gpu", "% of GEMM": "percent_of_gemm", "host syncs": "host_syncs",
     "launches": "launches",
-}
+}  # fmt: skip
 
 
 def steps(name: str, *without: str) -> str:
@@ -176,18 +161,8 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def chosen(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """(the words, those that "only:NAME,NAME" lists)."""
-    only = [name for word in words if word.startswith("only:") for name in word.removeprefix("only:").split(",")]
-    return [word for word in words if not word.startswith("only:")], only
-
-
-def worth(*words: str) -> str:
-    """The time of a step without each fusion over that with all. Of results that share a work the last one counts.
-
-    "only:NAME,NAME" leaves out the other fusions.
-    """
-    names, only = chosen(words)
+def worth(*names: str) -> str:
+    """The time of a step without each fusion over that with all. Of results that share a work the last one counts."""
     results, last = [load(name) for name in names], {}
     for result in results:
         last |= {row["work"]: result for row in result["rows"]}
@@ -198,11 +173,7 @@ def worth(*words: str) -> str:
         if row["arm"].startswith(WITHOUT):
             place = row["work"], row["batch"]
             found.setdefault(row["arm"].removeprefix(WITHOUT), {})[place] = f"{row['step_ms'] / whole[place]:.3f}"
-    cells = [
-        [f"`{name}`", *(times.get(place, "") for place in whole)]
-        for name, times in found.items()
-        if not only or name in only
-    ]
+    cells = [[f"`{name}`", *(times.get(place, "") for place in whole)] for name, times in found.items()]
     header = ["without", *(f"{work}, {batch} x {rows[0]['seq']}" for work, batch in whole)]
     return "\n\n".join([table(header, cells), *map(source, results)])
 
@@ -246,116 +217,47 @@ def _times(ms: float, floor: float) -> str:
     return f"{ms / floor:.2f}" if floor else ""
 
 
-# Several GPUs
-
-
-def trace(name: str) -> str:
-    result = load(name)
-    rows = [[row["arm"], f"{row['batch']} x {row['seq']}", *row["trace"].values()] for row in result["rows"]
-            if "trace" in row]  # fmt: skip
-    return f"{table(['arm', 'batch', 'a kernel computes', 'only exchanges', 'nothing'], rows)}\n\n{source(result)}"
-
-
-def exchanges(two: str, four: str) -> str:
-    """The same exchanges between two and between four GPUs, side by side."""
-    results = load(two), load(four)
-    further = {(row["link"], row["exchange"]): row for row in results[1]["exchanges"]}
-    rows = []
-    for row in results[0]["exchanges"]:
-        both = row, further[row["link"], row["exchange"]]
-        rows.append([row["link"], row["exchange"], *(r.get(key, "") for r in both for key in ("us", "gb_per_second"))])
-    header = ["by", "exchange", "2 GPUs µs", "GB/s", "4 GPUs µs", "GB/s"]
-    return "\n\n".join([table(header, rows), *map(source, results)])
-
-
-def forward_backward(row: dict) -> float:
-    """Milliseconds; a recorded step has one figure for both."""
-    return row.get("forward_backward_ms") or row["forward_ms"] + row["backward_ms"]
-
-
-def published(*names: str) -> str:
-    """Stock and the faster side, as NVIDIA published them and as we measured them."""
-    rows = []
-    for result in map(load, names):
-        work = result["rows"][0]["work"]
-        measured = {("NeMo AutoModel, 8 x H100, published", "balanced; stock its own"): PUBLISHED[work]}
-        for routing in ("balanced", "random-init"):
-            arms = {row["arm"]: row for row in result["rows"] if (row["batch"], row["routing"]) == (1, routing)}
-            both = arms["stock"], arms["expertmesh-ep-graph"]
-            measured[f"expertmesh, {result['gpus']} x H200", routing] = {
-                "tokens": tuple(row["tokens_per_second_per_gpu"] for row in both),
-                "gib": tuple(row["peak_gib"] for row in both),
-                "ms": tuple(forward_backward(row) for row in both),
-            }
-        for (who, routing), found in measured.items():
-            (slow, fast), (more, less), (long, short) = found["tokens"], found["gib"], found["ms"]
-            rows.append(
-                [work, who, routing, f"{slow:,} → {fast:,}", f"{fast / slow:.2f}x", f"{more} → {less}"]
-                + [f"{100 * (1 - less / more):.0f} %", f"{long:.0f} → {short:.0f}", f"{long / short:.2f}x"]
-            )
-    header = ["model", "measured", "routing", "tokens/s per GPU", "times tokens/s", "peak GiB", "less memory"]
-    return table([*header, "forward + backward ms", "times faster"], rows)
-
-
 # Parts of a step
 
 
+def named_rows(result: dict, key: str) -> list[dict]:
+    """The rows by this key; where they have names, with those in a column."""
+    found = result[key]
+    return [{key[:-1]: f"`{name}`"} | row for name, row in found.items()] if isinstance(found, dict) else found
+
+
 def rows(names: str, *columns: str) -> str:
-    """Every row that has times, with all its columns, or with these. names: a result, or several joined by "+"."""
+    """Every row that has times, with all its columns, or those that have the last of these, with these.
+
+    names: a file, or several joined by "+", or FILE:KEY of one that has rows by another key, or by their names.
+    """
+    names, _, key = names.partition(":")
     results = [load(name) for name in names.split("+")]
-    all_rows = [row for result in results for row in result["rows"]]
-    timed = [row for row in all_rows if any(key.endswith(("ms", "_s")) or key == "failed" for key in row)]
+    found = [row | row.get("trace", {}) for result in results for row in named_rows(result, key or "rows")]
+    timed = [row for row in found if any(key.endswith(("ms", "_s", "us")) or key == "failed" for key in row)]
     keys = columns or list(dict.fromkeys(key for row in timed for key in row))
-    cells = [[row.get(key, "") for key in keys] for row in timed]
+    cells = [
+        [row.get(key, "") for key in keys] for row in (found if columns else timed) if keys[-1] in row or not columns
+    ]
     return "\n\n".join([table([key.replace("_", " ") for key in keys], cells), *map(source, results)])
 
 
-def kernels(name: str) -> str:
-    """Our grouped kernels."""
+def cases(name: str) -> str:
+    """Forward and backward of each case of `shared.time_cases`, with a column for each implementation; where only the
+    whole was timed, that.
+    """
     result = load(name)
-    cells = [[f"`{kernel}`", ours["ms"], ours["tflops"]] for kernel, ours in result["kernels"].items()]
-    return f"{table(['kernel', 'ms', 'TFLOP/s'], cells)}\n\n{source(result)}"
-
-
-def small_kernels(*words: str) -> str:
-    """Forward and backward of each kernel, or of "only:NAME,NAME"; the loss is timed as a whole."""
-    (name,), only = chosen(words)
-    result, arms = load(name), ["expertmesh", "liger", "torch.compile", "torch"]
+    timed = [row for row in result["rows"] if "failed" not in row]
     cells: dict[tuple[str, str], dict[str, float]] = {}
-    for row in result["rows"]:
-        if "failed" not in row and (row["pass"] != "both" or row["kernel"].startswith("linear")):
-            times = cells.setdefault((row["kernel"], row["pass"]), {"floor": row["floor_ms"]})
-            times[row["implementation"]] = row["ms"]
+    for row in timed:
+        cells.setdefault((row["kernel"], row["pass"]), {"floor": row["floor_ms"]})[row["implementation"]] = row["ms"]
+    arms = list(dict.fromkeys(row["implementation"] for row in timed))
     found = [
         [kernel, what, ms["floor"], *(ms.get(arm, "") for arm in arms)]
         for (kernel, what), ms in cells.items()
-        if not only or kernel in only
+        if what != "both" or (kernel, "forward") not in cells
     ]
     return f"{table(['kernel', 'pass', 'floor ms', *arms], found)}\n\n{source(result)}"
-
-
-def cpu(name: str) -> str:
-    result = load(name)
-    stock = next(row for row in result["rows"] if row["arm"] == "stock")
-    keys = ("arm", "forward_ms", "backward_ms", "both_ms", "both_shortest_ms")
-    cells = [
-        [*(row[key] for key in keys), f"{row['tokens_per_second']:,}", f"{stock['both_ms'] / row['both_ms']:.2f}x"]
-        for row in result["rows"]
-    ]
-    header = ["arm", "forward ms", "backward ms", "both, median ms", "shortest ms", "tokens/s", "against stock"]
-    return f"{table(header, cells)}\n\n{source(result)}"
-
-
-def quality(name: str) -> str:
-    """Held-out losses by arm, means over the seeds, beside those of float32 states with standing gradients."""
-    result = load(name)
-    cells = [
-        [row["arm"], row["held_out_loss"], f"{row['percent_above']:+.3f} %"]
-        + [" ".join(f"{percent:+.3f}" for percent in row["of_seeds"])]
-        for row in result["arms"]
-    ]
-    header = ["arm", "held-out loss", "above float32", "of each seed, %"]
-    return f"{table(header, cells)}\n\n{source(result)}"
 
 
 def plans() -> str:
@@ -371,17 +273,13 @@ def simulated(name: str) -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    "loops": loops, "arms_of_loops": arms_of_loops, "steps": steps, "worth": worth, "proof": proof,
-    "components": components, "trace": trace, "exchanges": exchanges, "published": published, "rows": rows,
-    "quality": quality, "plans": plans, "simulated": simulated, "kernels": kernels, "small_kernels": small_kernels,
-    "cpu": cpu,
-}  # fmt: skip
+    made.__name__: made
+    for made in (loops, arms_of_loops, steps, worth, proof, components, rows, cases, plans, simulated)
+}
 
 
 def pictures(folder: Path) -> None:
     """The front page's: whole steps in people's loops; the profile's: one step by component."""
-    from expertmesh.bench.pictures import bars
-
     names = {"trainer": "Trainer", "sft-packed": "SFTTrainer, packed", "trainer-padded": "Trainer, padded"}
     result, times = load("h200_loops"), {}
     for (_, _, loop, batch, _), arms in places(result).items():
@@ -400,16 +298,13 @@ def pictures(folder: Path) -> None:
 
 def curves(result: dict, path: Path) -> None:
     """Held-out losses on the way, means over the seeds, one line per arm."""
-    from expertmesh.train.plots import FAINT, INK, figure, save
-
     page, axes = figure(7.2, 4.0)
     for arm in (found["arm"] for found in result["arms"]):
         seeds = [row["curve"] for row in result["rows"] if row["arm"] == arm]
         losses = [statistics.mean(point["held_out"] for point in points) for points in zip(*seeds, strict=True)]
         axes.plot([point["step"] for point in seeds[0]], losses, linewidth=1.2, marker=".", label=arm)
     axes.set(xlabel="steps", ylabel="held-out loss")
-    axes.set_title("AdamW's states, and gradients released (running)", loc="left", fontweight="bold", color=INK)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_title("AdamW's states, and gradients released (running)", loc="left", fontweight="bold")
     axes.legend(frameon=False)
     save(page, path)
 

@@ -1,32 +1,56 @@
 """A run of `expertmesh train` as a row: its step, memory and losses, beside what its plan said.
 
     python benchmarks/train_run.py --out benchmarks/results/h200_train_30b.json
-    python benchmarks/train_run.py --keys train.per_device_train_batch_size=2 --out ...
+    python benchmarks/train_run.py --keys train.per_device_train_batch_size=2 train.gradient_release=exact --out ...
+    python benchmarks/train_run.py --folder runs/offline --inputs-only      # writes the model's folder and the text
+    python benchmarks/train_run.py --work gpt-oss-20b --layers 36 --widths '{"num_local_experts": 128}' --keys ...
 
-examples/one-gpu-full.yaml with Qwen3-30B-A3B's widths, random weights, and text that every machine has
-(offline_inputs.py), each row cut to 4,096 tokens; `--keys` change it. The step is the median of the wall clock between
-records, without the first steps, which compile. The folder of the run stays in `--folder`.
+examples/one-gpu-full.yaml with Qwen3-30B-A3B's widths, random weights, and text that every machine has: the sources of
+this Python's standard library, each row cut to 4,096 tokens. `--keys` change it. The built-in tokenizer's vocabulary is
+smaller than the model's. The step is the median of the wall clock between records, without the first steps, which
+compile. The folder of the run stays in `--folder`.
 """
 
+import json
 import statistics
+import sysconfig
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from offline_inputs import write_model, write_text
 from shared import Result, parser
 
 from expertmesh import cli
+from expertmesh.bench.works import WORKS, config_of
+from expertmesh.data import demo_tokenizer
 from expertmesh.train.config import Config, load_config
 from expertmesh.train.metrics import read_metrics
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "one-gpu-full.yaml"
-WORK = "qwen3-30b-a3b"
+LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
 WARM_UP = 3  # steps
 
 
-def row_of(config: Config, layers: int) -> dict[str, Any]:
+def write_inputs(folder: Path, work: str, layers: int, widths: dict[str, int], tiny: bool) -> None:
+    """model/config.json with a published model's widths or these, a tokenizer, and text.jsonl, rows of as many
+    characters as are more than 4,096 tokens.
+    """
+    tokenizer = demo_tokenizer()
+    tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    changes = tokens | ({"vocab_size": len(tokenizer)} if tiny else {}) | widths
+    config_of(WORKS[work], layers, tiny, dtype="bfloat16", **changes).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    library = Path(sysconfig.get_path("stdlib"))
+    sources = [path for path in sorted(library.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(library).parts)]
+    text = "".join(path.read_text("utf-8", errors="ignore") for path in sources)
+    characters, limit = (400, 24) if tiny else (20_000, None)
+    starts = range(0, len(text) - characters + 1, characters)[:limit]
+    lines = [json.dumps({"text": text[i : i + characters]}) + "\n" for i in starts]
+    (folder / "text.jsonl").write_text("".join(lines))
+
+
+def row_of(config: Config, work: str, layers: int) -> dict[str, Any]:
     """What the metrics of a finished run say. The arm is how gradients are released."""
     records = read_metrics(Path(config.save.output_dir) / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
@@ -36,33 +60,28 @@ def row_of(config: Config, layers: int) -> dict[str, Any]:
     planned = {key.replace("/", "_"): beside[key] for key in ("planned/step_ms", "planned/peak_gib") if key in beside}
     batch, seq = config.train.per_device_train_batch_size, config.data.max_length
     assert isinstance(batch, int)
-    return {
-        "work": WORK,
-        "loop": "train",
-        "arm": config.train.gradient_release or "ordinary",
-        "layers": layers,
-        "batch": batch,
-        "seq": seq,
-        "step_ms": round(seconds * 1e3, 2),
-        "tokens_per_second": round(batch * seq / seconds),
-        "peak_gib": beside.get("measured/peak_gib"),
-        **planned,
-        "losses": [round(record["loss"], 4) for record in steps],
-    }
+    arm = config.train.gradient_release or "ordinary"
+    row = {"work": work, "loop": "train", "arm": arm, "layers": layers, "batch": batch, "seq": seq}
+    row |= {"step_ms": round(seconds * 1e3, 2), "tokens_per_second": round(batch * seq / seconds)}
+    losses = [round(record["loss"], 4) for record in steps]
+    return row | {"peak_gib": beside.get("measured/peak_gib"), **planned, "losses": losses}
 
 
 def main() -> None:
     """Make the inputs, train, and write the row."""
     options = parser(__doc__)
+    options.add_argument("--work", choices=WORKS, default="qwen3-30b-a3b")
     options.add_argument("--layers", type=int, default=48)
+    options.add_argument("--widths", type=json.loads, default={}, help="JSON of what the model has instead")
     options.add_argument("--keys", nargs="*", default=[], help="keys of the configuration, as key.sub=value")
     options.add_argument("--folder", type=Path, help="default: one that is removed")
+    options.add_argument("--inputs-only", action="store_true")
     options = options.parse_args()
     with tempfile.TemporaryDirectory() as made:
-        folder = options.folder or Path(made)
-        layers = 1 if options.tiny else options.layers
-        write_model(folder / "model", WORK, layers, options.tiny)
-        write_text(folder / "text.jsonl", *((400, 24) if options.tiny else (20_000, None)))
+        folder, layers = options.folder or Path(made), 1 if options.tiny else options.layers
+        write_inputs(folder, options.work, layers, options.widths, options.tiny)
+        if options.inputs_only:
+            return
         keys = [f"model.name={folder}/model", f"data.name={folder}/text.jsonl", "data.packing=false"]
         keys += ["log.logging_steps=1", f"save.output_dir={folder}/run", *options.keys]
         if code := cli.run(["train", str(EXAMPLE), *keys]):
@@ -71,7 +90,7 @@ def main() -> None:
         settings = {"recompute": config.train.activation_checkpointing, "states": config.train.optim_states}
         settings["offload"] = config.train.optim_offload
         result = Result(options, layers=layers, seq=config.data.max_length, **settings)
-        result.add(row_of(config, layers))
+        result.add(row_of(config, options.work, layers))
 
 
 if __name__ == "__main__":

@@ -105,6 +105,10 @@ def test_the_core_stays_under_its_limit_without_train_and_with_it(outside, limit
     assert sum(lines(path) for path in FILES if room(path) not in outside) <= limit
 
 
+def test_benchmarks_stay_under_their_limit():
+    assert sum(lines(path) for path in (PACKAGE.parents[1] / "benchmarks").glob("*.py")) <= 2_000
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_what_is_public_is_documented(path):
     tree = ast.parse(path.read_text())

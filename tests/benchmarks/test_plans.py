@@ -8,7 +8,7 @@ import pytest
 COMMITTED = json.loads((Path(__file__).parents[2] / "benchmarks" / "plans.json").read_text())
 QUICK = [
     ("h200_newest", "qwen3-30b-a3b", 1),
-    ("h200_nemotron_3_nano", "nemotron-3-nano", 4),
+    ("h200_nemotron_3_nano_mamba_ssm", "nemotron-3-nano", 4),
     ("h200_gpt_oss_20b", "gpt-oss-20b", 1),
     ("h200_x2_qwen3_30b", "qwen3-30b-a3b", 4),
     ("h200_lora_48_4bit", "qwen3-30b-a3b", 4),
@@ -20,14 +20,15 @@ def off(planned, measured):
 
 
 def test_committed_predictions_are_close_to_what_was_measured():
-    assert len(COMMITTED) >= 50 and {row["gpus"] for row in COMMITTED} == {1, 2}
+    same = "work", "loop", "arm", "layers", "batch", "seq", "gpus"
+    assert len({tuple(row[key] for key in same) for row in COMMITTED}) >= 30
+    assert {row["gpus"] for row in COMMITTED} == {1, 2}
     works = {"qwen3-30b-a3b", "nemotron-3-nano", "gpt-oss-20b", "gpt-oss-120b", "deepseek-v3"}
     assert {row["work"] for row in COMMITTED} == works
     assert {"expertmesh-4bit", "expertmesh-trainer nf4", "expertmesh mxfp4"} <= {row["arm"] for row in COMMITTED}
     assert max(off(row["planned_gib"], row["peak_gib"]) for row in COMMITTED) <= 0.05
     checks = [off(row["planned_ms"], row["ms"]) for row in COMMITTED if row["ms"] and not row["fitted"]]
-    # not close: packed Nemotron, and all layers on one GPU by gradient release, twice
-    assert len(checks) >= 30 and sum(error > 0.15 for error in checks) <= 3
+    assert len(checks) >= 20 and max(checks) <= 0.15
 
 
 def test_every_measurement_that_a_plan_describes_is_compared(script):

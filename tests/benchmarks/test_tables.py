@@ -34,7 +34,8 @@ def test_docs_and_readme_show_the_committed_results(tables):
 def test_every_table_is_between_marks_and_every_result_on_a_page(tables):
     text = "".join(page.read_text() for page in tables.PAGES)
     assert text.count("<!-- table: ") == text.count("<!-- end of table -->") == len(tables.BLOCK.findall(text)) > 30
-    named = {word for _, directive, _ in tables.BLOCK.findall(text) for word in re.split("[ +]", directive)}
+    directives = [directive for _, directive, _ in tables.BLOCK.findall(text)]
+    named = {word.partition(":")[0] for directive in directives for word in re.split("[ +]", directive)}
     assert not {path.stem for path in RESULTS} - named
     assert not {name for name in tables.TABLES if name not in named}
 
@@ -75,7 +76,7 @@ def test_results_of_the_bench_make_tables(tables, tmp_path, monkeypatch):
     assert "qwen3-30b-a3b, 1 layers, random-init routing" in steps and "-no-" not in steps
     assert "| expertmesh | 2 x 32 |" in steps and "| clip ms | AdamW ms | step ms |" in steps and "| 1.00x |" in steps
     assert "| expertmesh |" not in tables.steps("some", "expertmesh")
-    assert "| `router` |" in tables.worth("some") and "| `experts` |" not in tables.worth("only:router", "some")
+    assert "| `router` |" in tables.worth("some") and "| `experts` |" in tables.worth("some")
     assert "| loss head |" in tables.components("some", "expertmesh") and "| **all** |" in tables.components(
         "some", "stock"
     )
@@ -113,7 +114,19 @@ def test_loops_stand_beside_the_best_arm_of_stock(tables, tmp_path, monkeypatch)
     assert "commit `cccccccccc`" in text and tables.arms_of_loops("some").count("| trainer |") == 5
 
 
-def test_our_kernels_make_a_table(tables, written):
-    written(rows=[], kernels={"down": {"ms": 0.75, "tflops": 550.0}, "up_act": {"ms": 1.5, "tflops": 540.0}})
-    text = tables.kernels("some")
-    assert "| kernel | ms | TFLOP/s |\n" in text and "| `down` | 0.75 | 550.0 |" in text
+def test_rows_by_another_key_and_those_that_have_a_column_make_a_table(tables, written):
+    written(rows=[{"arm": "a", "step_ms": 3}, {"arm": "b", "step_ms": 4, "trace": {"idle_ms": 1}}],
+            kernels={"down": {"ms": 0.75, "tflops": 550.0}, "up_act": {"ms": 1.5, "tflops": 540.0}})  # fmt: skip
+    text = tables.rows("some:kernels")
+    assert "| kernel | ms | tflops |\n" in text and "| `down` | 0.75 | 550.0 |" in text
+    assert "| b | 1 |" in tables.rows("some", "arm", "idle_ms") and "| a |" not in tables.rows("some", "arm", "idle_ms")
+
+
+def test_cases_have_a_column_for_each_implementation(tables, written):
+    timed = [("up", "torch", "forward", 2.0), ("up", "torch", "both", 3.0), ("up", "ours", "forward", 1.0),
+             ("loss", "ours", "both", 5.0)]  # fmt: skip
+    written(
+        rows=[dict(zip(("kernel", "implementation", "pass", "ms"), row, strict=True), floor_ms=0.5) for row in timed]
+    )
+    assert tables.cases("some").startswith("| kernel | pass | floor ms | torch | ours |")
+    assert "| up | forward | 0.5 | 2.0 | 1.0 |\n| loss | both | 0.5 |  | 5.0 |" in tables.cases("some")

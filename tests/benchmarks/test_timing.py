@@ -47,16 +47,6 @@ def test_an_error_is_a_row_but_not_of_ours(script):
         attempt(refuse, ours=True)
 
 
-def test_a_step_of_the_cpu_script(script, clock, monkeypatch):
-    cpu = script("cpu")
-    monkeypatch.setattr(cpu, "time", clock)
-    models = {arm: Ticking(clock, [*WARM_UP, *MEASURED]) for arm in ("stock", "expertmesh")}
-    found = cpu.measure(models, torch.ones(1, 4), rounds=5)
-    row = cpu.row("stock", found["stock"], 1, batch=2, seq=50)
-    assert (row["forward_ms"], row["backward_ms"], row["both_ms"]) == MEDIANS
-    assert row["both_shortest_ms"] == 6.0 and row["tokens_per_second"] == 2 * 50 * 100
-
-
 @pytest.mark.parametrize("updates", [True, False])
 def test_a_step_on_several_gpus(script, clock, monkeypatch, updates):
     """Clipping and the optimizer are in the step and its tokens/s, and not in the FLOPs of forward and backward."""

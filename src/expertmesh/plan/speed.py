@@ -2,13 +2,13 @@
 
 A product takes its FLOPs at a share of the GPU's GEMM rate, and its bytes at a share of its copy rate; everything else
 its bytes, and a launch. These shares are the only constants, one pair for each kind of work, fitted by hand to these
-rows of benchmarks/results; all other rows are checks (docs/plan.md):
+configurations; rows of benchmarks/results that measured others are checks (docs/plan.md):
 
-    h200_qwen3_8_layers, h200_profile    Qwen3, batch 1 and 4, and its components
-    h200_deepseek_profile                DeepSeek V3's components, batch 1
-    h200_nemotron_3_nano                 Nemotron 3, batch 1 (the scan)
-    h200_loops                           Qwen3, our trainer, batch 1 (the optimizer)
-    h200_x2_qwen3_30b_later              Qwen3, two GPUs, batch 1 (the wire)
+    Qwen3, 8 layers, batch 1 and 4, and its components (h200_profile)
+    DeepSeek V3's components, batch 1 (h200_deepseek_profile)
+    Nemotron 3, batch 1 (the scan)
+    Qwen3, 8 layers, our trainer, batch 1 (the optimizer)
+    Qwen3, 48 layers on two GPUs, batch 1 (the wire)
 
 They hold for a step that the CPU does not slow down, as recorded ones (docs/cuda-graphs.md), with balanced experts.
 """
