@@ -1,15 +1,18 @@
 """What a plan says of adapters and of experts in 4 bits: bytes of the real model, and of real shards."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from expertmesh import AutoModelForCausalLM, ExpertsQuantConfig
 from expertmesh.bench.loops import adapted
+from expertmesh.bench.works import WORKS, config_of
 from expertmesh.kernels.packed import packed_in
 from expertmesh.plan.gpus import GPUS
-from expertmesh.plan.memory import Job, memory_of, model_of, trace
+from expertmesh.plan.memory import GIB, Job, memory_of, model_of, trace
 from expertmesh.plan.shards import spread
 from expertmesh.plan.simulate import real_shares, simulate
 from tests.moe.test_four_bit import config
@@ -69,6 +72,18 @@ def test_the_rules_of_ranks_are_what_the_real_layout_does_with_adapters_behind_i
                 assert share.elements == whole[name] and share.copies.size == 4
             elif ".experts." in name and "bias" not in name and format is not None:
                 assert share.elements == whole[name] // ep and not share.gathered
+
+
+@pytest.mark.slow
+def test_the_page_of_adapters_has_what_is_planned():
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    rows = re.findall(r"^\| (\S+) \| (bf16|nf4|mxfp4) \| ([\d.]+) \| \d+ GB", page, re.MULTILINE)
+    assert len(rows) == 4
+    for model, format, gib in rows:
+        layers = {"qwen3-30b-a3b": 48, "gpt-oss-20b": 24}[model]
+        experts = None if format == "bf16" else format
+        job = Job(config_of(WORKS[model], layers), seq=4096, recompute=True, adapt=adapted, experts=experts)
+        assert memory_of(job, trace(job, H100.memory)).needed / GIB == pytest.approx(float(gib), rel=0.01)
 
 
 def test_a_rank_with_half_of_the_experts_holds_and_decodes_half():
