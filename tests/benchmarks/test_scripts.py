@@ -67,7 +67,8 @@ def test_simulated_ranks(rows):
     assert all(row["sent_gb"] and row["step_s"][0] <= row["step_s"][1] for row in found)
 
 
-def test_experts(rows):
+def test_experts(rows, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # by the references: the interpreter takes minutes
     arms = arms_of(rows("experts"))
     layer = ["stock", "expertmesh", "expertmesh-triton"]
     for tokens in (16, 24):
