@@ -265,12 +265,14 @@ def test_adapters_are_rank_0s_and_get_the_gradients_of_one_process_in_a_loop_by_
     fine = [(Case({}), attention), (Case({"ep_size": 2}, fused=False), attention), (Case({}), experts)]
     ways = {"all_to_all": True, "gather": "experts"}
     fine += [(Case({"ep_size": 2, "dispatch": way}, recompute), experts) for way, recompute in ways.items()]
+    one_batch = [(Case({"tp_size": 2, "ep_size": 2}), experts)]  # of which each rank sends a half to the experts
     refused = [(Case({"ep_size": 2}, fused=False), experts), (Case({"tp_size": 2}), experts)]
-    for *grads, said, of_tp in on_ranks(2, work.adapters, saved("qwen3_moe"), [*fine, *refused]):
+    for *grads, of_one, said, of_tp in on_ranks(2, work.adapters, saved("qwen3_moe"), [*fine, *one_batch, *refused]):
         for got, (_, targets) in zip(grads, fine, strict=True):
             assert work.worst(got, adapted("qwen3_moe", targets))[0] <= TOLERANCE
-        assert said.startswith("model.layers.0.mlp.experts") and "need tp_size=1 and 'expertmesh'" in said
-        assert "tensor parallelism splits (experts.down_proj, experts.gate_up_proj): set tp_size to 1" in of_tp
+        assert work.worst(of_one, adapted("qwen3_moe", experts, 1))[0] <= TOLERANCE
+        assert said.startswith("model.layers.0.mlp.experts") and "need 'expertmesh'" in said
+        assert "tensor parallelism splits (experts.down_proj, experts.gate_up_proj): set ep_size to tp_size" in of_tp
 
 
 @pytest.mark.slow

@@ -145,9 +145,19 @@ def inside_adapters(module: Any) -> tuple[Any, bool]:
 
 
 def takes_adapters(experts: Any) -> bool:
-    """Whether these experts, which are spread over ranks, can have adapters: not if ranks share out tokens (tp)."""
+    """Whether these experts, which are spread over ranks, can have adapters: those that our products compute."""
     dispatch = vars(experts).get("forward")
-    return isinstance(dispatch, Dispatch) and not dispatch.slices and runs_here(experts)
+    return isinstance(dispatch, Dispatch) and runs_here(experts)
+
+
+def senders(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Of experts' adapters how many ranks, of one tensor-parallel group, each send a part of the same batch to them."""
+    found: dict[nn.Parameter, int] = {}
+    for wrapper in filter(is_wrapper, model.modules()):
+        dispatch = vars(wrapper.get_base_layer()).get("forward")  # type: ignore[operator]
+        if isinstance(dispatch, Dispatch):
+            found |= dict.fromkeys(wrapper.parameters(), dispatch.tp_mesh.size())
+    return found
 
 
 def is_wrapper(module: Any) -> bool:
@@ -179,7 +189,8 @@ def _complete(config: Any, model: nn.Module) -> None:
     targets, trained = set(config.target_parameters or ()), [n for n, p in model.named_parameters() if p.requires_grad]
     if trained and not any(re.search(_KINDS["routers"], n) for n in trained) and not config.inference_mode:
         targets.discard("gate.weight")  # the user froze them: PEFT freezes all
-    split = (getattr(getattr(getattr(model, "config", None), "distributed_config", None), "tp_size", None) or 1) > 1
+    layout = getattr(getattr(model, "config", None), "distributed_config", None)
+    split = (getattr(layout, "tp_size", None) or 1) > 1 and (getattr(layout, "ep_size", None) or 1) == 1
     if str(config.target_modules).lower() == "all-linear":
         refused = [name for name in _NOT_ON_EXPERTS if getattr(config, name, None)] + ["tp_size"] * split
         refused += ["init_lora_weights"] * (config.init_lora_weights not in (True, False, "gaussian"))
@@ -190,7 +201,7 @@ def _complete(config: Any, model: nn.Module) -> None:
     if split and any(target.rpartition(".")[2] in WEIGHTS for target in targets):
         raise ValueError(
             f"PEFT cannot put adapters on experts that tensor parallelism splits ({', '.join(sorted(targets))}): set "
-            f"tp_size to 1 (ep_size spreads experts), or adapt linear layers alone by target_modules."
+            f"ep_size to tp_size or a multiple, so that a rank holds whole experts, or tp_size to 1."
         )
     config.target_parameters = targets or config.target_parameters
 

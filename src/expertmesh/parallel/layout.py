@@ -20,7 +20,7 @@ from expertmesh.backends import memory_of
 from expertmesh.kernels.packed import packed_in
 from expertmesh.moe.dispatch import Dispatch
 from expertmesh.moe.experts import NAME, is_experts, runs_here
-from expertmesh.moe.lora import takes_adapters
+from expertmesh.moe.lora import senders, takes_adapters
 from expertmesh.waiting import meet, waiting
 
 SMALL = 1 / 30  # of a device's memory
@@ -129,14 +129,15 @@ def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.
         return
     meet("the beginning of a forward")
     world: Any = dist.group.WORLD
+    parts = senders(model)
     for place, module in model.named_modules():
         if module in laid_out:
             continue
         experts = getattr(module, "base_layer", None)
         if getattr(experts, "_is_expert_parallel", False) and not takes_adapters(experts):
             raise ValueError(
-                f"{place}: adapters on experts that are spread over ranks (ep_size > 1) need tp_size=1 and {NAME!r}'s "
-                f"own experts. Set that, or ep_size to 1, or adapt attention alone by target_modules."
+                f"{place}: adapters on experts that are spread over ranks (ep_size > 1) need {NAME!r}'s own experts. "
+                f"Set that, or ep_size to 1, or adapt attention alone by target_modules."
             )
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad or hasattr(parameter, _AVERAGED):
@@ -144,6 +145,8 @@ def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.
             if not isinstance(parameter, DTensor):
                 with waiting(place, world):
                     dist.broadcast(parameter.data, 0)
+                if parts.get(parameter, 1) > 1:  # each of so many ranks has a part of a batch, not a batch
+                    parameter.register_hook(partial(torch.mul, other=parts[parameter]))
                 parameter.register_post_accumulate_grad_hook(waiting(place, world)(_average))
             elif parameter.device_mesh.size() < world.size():
                 raise ValueError(

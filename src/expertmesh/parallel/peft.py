@@ -12,12 +12,16 @@ from expertmesh.kernels.packed import Packed
 
 
 def reach_layouts() -> None:
-    """Let PEFT ask `_sizes` for those of a layer, and `_written` for what it saves; once it is imported."""
+    """Let PEFT ask `_sizes` for a layer's, `_split` for how tensor parallelism splits it, `_written` for what it saves;
+    once it is imported."""
     layer: Any = sys.modules.get("peft.tuners.lora.layer")
+    lora: Any = sys.modules.get("peft.tuners.lora.model")
     model: Any = sys.modules.get("peft.peft_model")
     if model is None or isinstance(model.get_peft_model_state_dict, partial):
         return
     layer._get_in_out_features = partial(_sizes, layer._get_in_out_features)
+    if hasattr(lora, "get_tp_plan_and_mesh"):
+        lora.get_tp_plan_and_mesh = partial(_split, lora.get_tp_plan_and_mesh)
     model.get_peft_model_state_dict = partial(_written, model.get_peft_model_state_dict)
 
 
@@ -28,6 +32,12 @@ def _sizes(stock: Callable[[nn.Module], Any], module: nn.Module) -> Any:
     if isinstance(module, nn.Linear) and mesh is not None and "tp" not in (mesh.mesh_dim_names or ()):
         return module.in_features, module.out_features
     return stock(module)
+
+
+def _split(stock: Callable[..., Any], model: Any, name: str) -> Any:
+    """(plan, mesh) of a layer or parameter. Experts are whole on their ranks, also under tensor parallelism, and so are
+    their adapters."""
+    return (None, None) if ".experts." in name else stock(model, name)
 
 
 def _written(stock: Callable[..., Any], model: Any, state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
