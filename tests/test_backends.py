@@ -28,7 +28,7 @@ def said(monkeypatch):
     """What the log says."""
     lines = []
     monkeypatch.setattr(backends.logger(), "warning", lines.append)
-    monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_said", set())
     return lines
 
 

@@ -271,7 +271,7 @@ def logger() -> logging.Logger:
     return log
 
 
-_told: set[str] = set()
+_said: set[str] = set()
 
 
 def tell_once(message: str) -> None:
@@ -281,6 +281,6 @@ def tell_once(message: str) -> None:
 
 
 def _tell_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
+    if message not in _said:
+        _said.add(message)
         logger().warning(f"expertmesh: {message}")

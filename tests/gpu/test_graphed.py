@@ -107,7 +107,7 @@ def test_rows_of_changing_lengths_are_replayed_by_default_and_logged_as_any_othe
 def test_replayed_buckets_give_the_gradients_of_the_batch_as_it_came(family, collator):
     model, other = (load_ours(family).cuda().train() for _ in range(2))
     base, buckets = fused_base(model), Buckets()
-    base.told = True
+    base.bucketed = True
     with contextlib.closing(GraphedStep(model)) as step:
         for seed in range(WARM_UP + 4):
             generator = torch.Generator().manual_seed(seed)

@@ -85,7 +85,7 @@ def test_flash_attention_4_is_as_exact_as_the_reference_and_never_waits(
     documents = None
     if packed:
         told = torch.tensor([0, 300, 1, length - 301, length], device="cuda").cumsum(0).int()
-        documents = document_bounds(document_of(told, 2, length))._replace(told=Documents(told, length))
+        documents = document_bounds(document_of(told, 2, length))._replace(given=Documents(told, length))
 
     def reference(query, key, value, sinks):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -99,7 +99,7 @@ def test_flash_attention_4_is_as_exact_as_the_reference_and_never_waits(
     allowed = relative_errors(outputs_and_grads(reference, *inputs), exact)
     got = outputs_and_grads(ours, *inputs)  # compiles
     errors = relative_errors(got, exact)
-    assert ran == [documents and documents.told] and [x.dtype for x in got] == [torch.bfloat16] * 4 + [dtype]
+    assert ran == [documents and documents.given] and [x.dtype for x in got] == [torch.bfloat16] * 4 + [dtype]
     assert all(a <= 1.5 * b + 2e-3 for a, b in zip(errors, allowed, strict=True)), (errors, allowed)
     torch.cuda.set_sync_debug_mode("error")
     try:

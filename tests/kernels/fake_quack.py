@@ -10,7 +10,7 @@ def segments(bounds):
     return [slice(a, b) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
 
 
-def in_turns(x):
+def alternating(x):
     """The halves of the columns, one of each in turn."""
     return torch.stack(x.chunk(2, dim=1), dim=2).flatten(1)
 
@@ -52,7 +52,7 @@ def gemm_act(a, b, *, activation, concat_layout, dynamic_scheduler, tuned, confi
     assert not tuned and b.stride(1) == 1 and concat_layout == (("B",) if activation == "swiglu" else None)
     assert dynamic_scheduler == config.is_dynamic_persistent
     h = rows_of(a, b, cu_seqlens_m, A_idx)
-    h = in_turns(h) if concat_layout else h
+    h = alternating(h) if concat_layout else h
     return h, activated(h, activation)
 
 

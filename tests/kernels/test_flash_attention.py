@@ -82,7 +82,7 @@ def test_packed_documents_do_not_see_each_other(shape, documents, calls):
 def test_nor_with_sinks_if_it_was_told_where_they_begin(documents, calls):
     inputs = [*leaves(), torch.randn(4).bfloat16().requires_grad_()]
     bounds = document_bounds(document_of(documents.cu_seqlens, 2, 7))
-    got = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, documents=bounds._replace(told=documents)), *inputs)
+    got = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, documents=bounds._replace(given=documents)), *inputs)
     assert [call["documents"] for call in calls] == [3]
     exact = (x.detach().float().requires_grad_() for x in inputs)
     want = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, documents=bounds), *exact)
@@ -93,7 +93,7 @@ def test_nor_with_sinks_if_it_was_told_where_they_begin(documents, calls):
 def test_windows_padding_and_documents_of_unknown_length_with_sinks_stay_ours(documents, calls):
     inputs = [*leaves(), torch.randn(4).bfloat16().requires_grad_()]
     bounds = document_bounds(document_of(documents.cu_seqlens, 2, 7))
-    told, padding = bounds._replace(told=documents), padding_of(torch.ones(2, 7))
+    told, padding = bounds._replace(given=documents), padding_of(torch.ones(2, 7))
     for options in ({"window": 3}, {"documents": bounds}, {"window": 3, "documents": told}, {"padding": padding}):
         sink_attention(*inputs, 0.3, **options)
     assert not calls

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from expertmesh import backends
-from expertmesh.layers.lora import FastLoraLinear, adopt_linears, linears
+from expertmesh.layers.lora import FastLoraLinear, fuse_adapted_linears, linears
 from tests.models import load_ours, load_stock
 
 PEFT_LINEAR = peft.tuners.lora.Linear
@@ -39,7 +39,7 @@ def pair(*more, dtype=torch.float32, **options):
         stock.base_model.set_adapter(list(stock.peft_config))
     ours = copy.deepcopy(stock)
     base = ours.base_model.model
-    adopt_linears([(base, name) for name, child in base.named_children()])
+    fuse_adapted_linears([(base, name) for name, child in base.named_children()])
     return stock, ours
 
 
@@ -121,7 +121,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_is_no_product_of_low_rank_stays_peft_s_and_is_said_once(kind, peft_forwards, capsys, monkeypatch):
-    monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_said", set())
     options, said = OTHERS[kind]
     stock, ours = pair(*[options] * kind.startswith("two"), **options)
     x = torch.randn(5, 24)

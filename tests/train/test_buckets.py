@@ -55,11 +55,11 @@ BATCHES = {
 def loss_and_gradients(model, base=None, **batch):
     model.zero_grad()
     if base is not None:
-        base.told = True
+        base.bucketed = True
     loss = model(**batch, num_items_in_batch=torch.tensor(29)).loss
     loss.backward()
     if base is not None:
-        base.told = False
+        base.bucketed = False
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -94,7 +94,7 @@ def test_batches_of_changing_lengths_are_replayed_from_one_bucket(family, monkey
     model, other = (load_ours(family, fused=plain).train() for _ in range(2))
     model.set_experts_implementation("batched_mm")
     base, buckets = fused_base(model), Buckets()
-    base.told = True
+    base.bucketed = True
     step = GraphedStep(model)
     for seed in range(WARM_UP + 4):
         batch = padded(seed) if seed % 2 else packed(seed)

@@ -31,11 +31,11 @@ class Documents(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Where each token's document begins and ends in its row: [B, S] int32 each; and the same as it was told, if so."""
+    """Where each token's document begins and ends in its row: [B, S] int32 each; and the lengths, if given."""
 
     start: torch.Tensor
     end: torch.Tensor
-    told: Documents | None = None
+    given: Documents | None = None
 
 
 def document_bounds(number_BS: torch.Tensor) -> Bounds:

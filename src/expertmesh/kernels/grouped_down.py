@@ -38,21 +38,21 @@ def down_dact(
     act: Activation,
     has_bias: bool = False,
     more_SJ: torch.Tensor | None = None,
-    in_turns: bool = False,
+    alternating: bool = False,
     low: LowRank | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dh [S, J], weight·a [S, I], dweight [P, S] float32, db [E, J] if `has_bias`) from the gradient dout [T, H] of
     the combined output.
 
-    w_down_EIH: the down-projections. more_SJ: of an h that lacks rows the others, from `up_again`. in_turns: gate and
-    up columns alternate in h, though not in the weights, nor in dh. low: what adapters add to dā. `dweight` leaves out
-    the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to
+    w_down_EIH: the down-projections. more_SJ: of an h that lacks rows the others, from `up_again`. alternating: gate
+    and up columns alternate in h, though not in the weights, nor in dh. low: what adapters add to dā. `dweight` leaves
+    out the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to
     the end of its last row tile, are zero: `grouped_wgrad` reads them.
     """
     assert group.weight_S is not None
     w_EHI = (w_down_EIH.decode() if isinstance(w_down_EIH, Packed) else w_down_EIH).transpose(1, 2)
     if act.kind == "custom" or group.tiles is None:
-        assert not in_turns, "only quack makes such h, for activations of the kernel"
+        assert not alternating, "only quack makes such h, for activations of the kernel"
         return down_dact_by_pytorch(dout_TH, w_EHI, h_SJ, group, act, has_bias, low)
     assert dout_TH.stride(1) == 1
     num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
@@ -65,7 +65,7 @@ def down_dact(
     dweight_PS = torch.empty(triton.cdiv(width, config["BN"]), num_rows, dtype=torch.float32, device=dout_TH.device)
     # and likewise one of dh per row tile
     db_MJ = dweight_PS.new_empty(group.tiles[0].numel(), h_SJ.shape[1]) if has_bias else None
-    pairs = act.interleaved or in_turns
+    pairs = act.interleaved or alternating
     over_tiles(
         _down_dact_kernel, config, dout_TH, group,
         torch.zeros(1, dtype=torch.int32, device=dout_TH.device), dout_TH, group.token_S, w_tiles,

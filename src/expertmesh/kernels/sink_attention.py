@@ -68,10 +68,10 @@ def sink_attention(
     window: a query sees itself and the window - 1 tokens before it. documents: and none before its own document.
     padding: nobody sees those keys; a query that sees none gives 0.
     """
-    start, end, told = documents or (None, None, None)
-    plain = window is None and padding is None and (start is None or told is not None)
+    start, end, given = documents or (None, None, None)
+    plain = window is None and padding is None and (start is None or given is not None)
     if plain and flash_attention.takes(query, key, value):
-        return flash_attention.flash_attention(query, key, value, scale, sinks, told)
+        return flash_attention.flash_attention(query, key, value, scale, sinks, given)
     query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
     if use_triton(query):
         return _apply(query, key, value, sinks, start, end, *(padding or (None, None)), scale, window)

@@ -18,13 +18,13 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
 from expertmesh.layers.attention import NAME, placeholder
-from expertmesh.layers.lora import adopt_linears
+from expertmesh.layers.lora import fuse_adapted_linears
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look
 from expertmesh.layers.sinks import NAME as SINKS
 from expertmesh.moe.experts import NAME as EXPERTS
 from expertmesh.moe.experts import is_experts
-from expertmesh.moe.lora import adopt_adapters, places_of, tell_what_trains
+from expertmesh.moe.lora import fuse_adapted_experts, places_of, tell_what_trains
 from expertmesh.parallel.layout import refuse_undivided
 from expertmesh.records import Call, call_of, calling
 from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
@@ -47,13 +47,13 @@ class FastBaseModel(Fast):
     """
 
     #: set by our Trainer: documents are where `cu_seq_lens_q` says, a mask beside it is for the auxiliary loss alone
-    told = False
+    bucketed = False
     _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
     _replicate_for_data_parallel = refuse_replicas
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
     _stateful: Any = None  # the class of such mixers that are not ours
     _sinks = False  # whether attention has sinks
-    _told_what_trains = False
+    _announced = False
     _experts_at: Any = ()  # where experts stand, and later adapters around them
     _linears_at: Any = ()  # and linear layers
 
@@ -63,13 +63,13 @@ class FastBaseModel(Fast):
             with nullcontext() if torch.compiler.is_dynamo_compiling() else as_stock(self):
                 return cls.__stock__.forward(self, *args, **kwargs)
         refuse_undivided(self)
-        adopt_adapters(self._experts_at)
-        adopt_linears(self._linears_at)
+        fuse_adapted_experts(self._experts_at)
+        fuse_adapted_linears(self._linears_at)
         inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, call_of(self)
         if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.predicts:
             raise ValueError(_NO_MTP)
-        if self.training and torch.is_grad_enabled() and not self._told_what_trains:
-            self._told_what_trains = True
+        if self.training and torch.is_grad_enabled() and not self._announced:
+            self._announced = True
             tell_what_trains(call.model)
         with calling(call):
             apart = self._prepare(inputs, call)
@@ -87,23 +87,23 @@ class FastBaseModel(Fast):
             inputs["use_cache"] = False  # with one our kernels do not run
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
         mask = inputs.get("attention_mask")
-        told: list[Any] = [inputs.get(name) for name in ("position_ids", "seq_idx")]
-        if _has_axes(told[0]):
-            told = [told[0][0], told[1]] if len(told[0]) == 4 else [None, _number(told[0], mask)]
-        if not all(x is None or _is_of_rows(x, shape) for x in told):
+        marks: list[Any] = [inputs.get(name) for name in ("position_ids", "seq_idx")]
+        if _has_axes(marks[0]):
+            marks = [marks[0][0], marks[1]] if len(marks[0]) == 4 else [None, _number(marks[0], mask)]
+        if not all(x is None or _is_of_rows(x, shape) for x in marks):
             return None
-        documents, apart = _given(inputs) if mask is None or self.told else None, None
-        if documents is None and told[1] is None and inputs.get("cu_seq_lens_q") is not None:
-            told[1] = document_of(inputs["cu_seq_lens_q"], *shape)  # beside a mask, or without a greatest length
+        documents, apart = _given(inputs) if mask is None or self.bucketed else None, None
+        if documents is None and marks[1] is None and inputs.get("cu_seq_lens_q") is not None:
+            marks[1] = document_of(inputs["cu_seq_lens_q"], *shape)  # beside a mask, or without a greatest length
         if mask is not None and not _is_of_rows(mask, shape):  # of the user's own, which only attention goes by
             stateful = self._mamba2 or self._stateful is not None
-            if stateful and any(x is not None for x in told) and look(shape, None, *told).count > shape[0]:
+            if stateful and any(x is not None for x in marks) and look(shape, None, *marks).count > shape[0]:
                 self._refuse_leaks(inputs)
             return None
         if documents is not None:
             inputs["attention_mask"] = None
-        elif mask is not None or any(x is not None for x in told):
-            found = look(shape, mask, told[0], told[1], call.targets)
+        elif mask is not None or any(x is not None for x in marks):
+            found = look(shape, mask, marks[0], marks[1], call.targets)
             call.labelled = found.labelled
             if found.padded:
                 if not self._takes_apart(inputs, found, call):
@@ -201,7 +201,7 @@ class FastBaseModel(Fast):
             inputs["seq_idx"] = number_BS.int()
         if self._mamba2 or self._sinks:
             bounds = document_bounds(number_BS)
-            inputs["document_bounds"] = bounds._replace(told=documents if shape[0] == 1 else None)
+            inputs["document_bounds"] = bounds._replace(given=documents if shape[0] == 1 else None)
 
 
 @contextmanager

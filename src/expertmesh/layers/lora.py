@@ -76,7 +76,7 @@ def linears(x: torch.Tensor, *layers: Any) -> list[torch.Tensor]:
     return _run(x, layers, factors)
 
 
-def adopt_linears(places: Sequence[tuple[nn.Module, str]]) -> None:
+def fuse_adapted_linears(places: Sequence[tuple[nn.Module, str]]) -> None:
     """Make PEFT's wrappers fast that by now stand in the places of linear layers."""
     for parent, name in places:
         wrapper: Any = parent._modules.get(name)

@@ -183,7 +183,7 @@ class _Up(torch.autograd.Function):
         keep = None if exchange.rows_here else exchange.rows_to_keep(group.slot_S.numel(), group.block)
         u_SR = None if up_A is None else thin_rows(x_MH, up_A, group, gathered=True)
         low = None if u_SR is None else LowRank(u_SR, up_B)
-        h_SJ, a_SI, ctx.in_turns = up_act(x_MH, w_up, b_up, group, act, low, keep)
+        h_SJ, a_SI, ctx.alternating = up_act(x_MH, w_up, b_up, group, act, low, keep)
         again(
             (h_SJ,), lambda x, w, b, *low: up_act(x, w, b, group, act, LowRank(*low) if low else None, keep),
             x_MH, w_up, b_up, *(low or ()), level="experts",
@@ -256,7 +256,7 @@ class _Down(torch.autograd.Function):
         dv_SR = None if down_B is None else thin_rows(dout_MH, down_B, group, gathered=True)  # times weight: later
         low = None if dv_SR is None else LowRank(dv_SR, down_A)
         dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
-            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.in_turns, low
+            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.alternating, low
         )
         dweight_MK = dw_down = db_down = dA = dB = None
         if need_weight and b_down is None:

@@ -125,7 +125,7 @@ def places_of(model: nn.Module, fits: Callable[[Any], bool]) -> list[tuple[nn.Mo
     return [(parent, name) for parent, name, child in children if fits(child)]
 
 
-def adopt_adapters(places: Iterable[tuple[nn.Module, str]]) -> None:
+def fuse_adapted_experts(places: Iterable[tuple[nn.Module, str]]) -> None:
     """Make PEFT's wrappers fast that by now stand in the places of experts."""
     for parent, name in places:
         wrapper: Any = parent._modules.get(name)

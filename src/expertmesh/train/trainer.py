@@ -219,13 +219,13 @@ class Trainer(ResumableTrainer):
         base = fused_base(self.model)
         weight = getattr(self.accelerator.unwrap_model(model), "mtp_loss_weight", None)  # Python, which may change
         if base is not None:
-            base.told = bucketed
+            base.bucketed = bucketed
         try:
             step = self._graphed if few else self._graphed.eager
             return step(n=num_items_in_batch, weight=weight, **batch)
         finally:
             if base is not None:
-                base.told = False
+                base.bucketed = False
 
     def _into_bucket(self, inputs: Mapping[str, Any], row: Row | None) -> tuple[Mapping[str, Any], bool, bool]:
         """The batch of the step, whether it was put into a bucket, and whether its tokens are few enough to record it.
