@@ -46,8 +46,8 @@ def down_dact(
 
     w_down_EIH: the down-projections. more_SJ: of an h that lacks rows the others, from `up_again`. alternating: gate
     and up columns alternate in h, though not in the weights, nor in dh. low: what adapters add to dā. `dweight` leaves
-    out the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to
-    the end of its last row tile, are zero: `grouped_wgrad` reads them.
+    out the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up
+    to the end of its last row tile, are zero: `grouped_wgrad` reads them.
     """
     assert group.weight_S is not None
     w_EHI = (w_down_EIH.decode() if isinstance(w_down_EIH, Packed) else w_down_EIH).transpose(1, 2)
