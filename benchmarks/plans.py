@@ -3,8 +3,7 @@
     python benchmarks/plans.py     # any machine, a minute or two; then python benchmarks/tables.py
 
 A row of one GPU without a loop is a forward and backward; one of a loop is a whole step of our trainer. Steps that the
-CPU slowed down (eager ones on several GPUs, transformers' own Trainer) are compared by their memory alone, and so are
-those with adapters on experts, whose thin products a plan takes for faster than they are.
+CPU slowed down (eager ones on several GPUs, transformers' own Trainer) are compared by their memory alone.
 """
 
 import json
@@ -30,6 +29,7 @@ FITTED = {
     ("nemotron-3-nano", 13, 1, 1, False),
     ("qwen3-30b-a3b", 8, 1, 1, True),
     ("qwen3-30b-a3b", 48, 1, 2, False),
+    ("qwen3-30b-a3b with adapters", 8, 4, 1, True),
 }
 #: measured before a rank kept only its share of the rows that its experts might get
 OLDER = {"h200_x4_qwen3_30b_step", "h200_x4_nemotron_3_nano_step", "h200_x2_nemotron_3_nano"}
@@ -61,13 +61,14 @@ def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | No
     if "format" in row:
         experts = None if row["format"] == "bf16" else row["format"]
         job |= {"recompute": row["recompute"], "adapters": True, "experts": experts}
-        return Case(row["model"], row["layers"], json.dumps(job), True, None)
+        ms = row["step_ms"] if arm == "expertmesh-trainer" else None
+        return Case(row["model"], row["layers"], json.dumps(job), True, ms)
     spread = ranks > 1 and (loop is not None or "-ep" in arm or "-gather" in arm)
     eager = (ranks > 1 and "-graph" not in arm and arm != "expertmesh-trainer") or (loop and arm == "expertmesh")
     job["optimizer"] = "adamw-8bit" if "-8bit" in arm else "adamw" if loop or row.get("optimizer_ms") else "sgd"
     job |= {"ep_size": ranks if spread else 1, "recompute": "experts" if "-experts" in arm else "-recompute" in arm}
     job |= {"adapters": loop == "lora-experts", "experts": "nf4" if arm == "expertmesh-4bit" else None}
-    ms = None if eager or job["adapters"] else row.get("forward_backward_ms", row["step_ms"])
+    ms = None if eager else row.get("forward_backward_ms", row["step_ms"])
     return Case(row["work"], row["layers"], json.dumps(job), loop is not None, ms)
 
 
@@ -103,7 +104,7 @@ def compared(name: str, row: dict[str, Any], case: Case) -> dict[str, Any]:
     """A row with what was planned."""
     job, (gib, ms) = json.loads(case.job), planned(*case[:-1])
     ranks = job.get("world_size", 1)
-    place = case.work, case.layers, job["batch"], ranks, case.full
+    place = case.work + " with adapters" * job.get("adapters", False), case.layers, job["batch"], ranks, case.full
     row = row | {"work": case.work, "arm": " ".join(filter(None, [row["arm"], row.get("format")]))}
     return {
         "file": name,

@@ -149,7 +149,7 @@ class Watch(TorchDispatchMode):
             self.own(tensor, piece_of_caller())
         given = _on_meta(tree_leaves((args, kwargs)))
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm", "baddbmm"):
+        if name.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
             a = given[-2] if "out" not in kwargs else given[-3]
             self.add(
                 "head" if piece_of_caller() == "head" else "dense",
@@ -172,6 +172,8 @@ class Watch(TorchDispatchMode):
         if name in PRODUCTS:
             token, weights, bounds, kind = PRODUCTS[name]
             rows = len(tensors[4] if tensors[token] is None else tensors[token]) * self.share
+            if constants.get("RANK"):  # with adapters it is never quack's
+                kind = "experts, adapters"
             if not constants.get("AGAIN"):  # as a rule there are no such rows
                 self.add(kind, 2.0 * rows * tensors[weights].numel() / (tensors[bounds].numel() - 1), size)
         elif name in SINKS:
