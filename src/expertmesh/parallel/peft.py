@@ -35,18 +35,21 @@ def _sizes(stock: Callable[[nn.Module], Any], module: nn.Module) -> Any:
 
 
 def _split(stock: Callable[..., Any], model: Any, name: str) -> Any:
-    """(plan, mesh) of a layer or parameter. Experts are whole on their ranks, also under tensor parallelism, and so are
-    their adapters."""
-    return (None, None) if ".experts." in name else stock(model, name)
+    """(plan, mesh) of a layer or parameter. Experts of a fused model are whole on their ranks, also under tensor
+    parallelism, and so are their adapters."""
+    whole = getattr(model, "in_fused_model", False) and name.rpartition(".")[0].endswith(".experts")
+    return (None, None) if whole else stock(model, name)
 
 
 def _written(stock: Callable[..., Any], model: Any, state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
     """The tensors of an adapter. PEFT would gather all weights of a model that is spread over ranks, on each of them:
-    here what it may write, which is what trains, embeddings and head."""
+    here what it may write, which is adapters, frozen ones too, what else trains, embeddings and head."""
     if state_dict is None and hasattr(model, "get_input_embeddings"):
         ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
         small = {id(parameter) for end in ends for parameter in end.parameters()}
         spread = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, DTensor | Packed)]
-        left = {name for name, parameter in spread if not parameter.requires_grad and id(parameter) not in small}
+        own = getattr(getattr(model, "base_model", None), "prefix", "lora_"), "modules_to_save."
+        frozen = [(n, p) for n, p in spread if not p.requires_grad and not any(part in n for part in own)]
+        left = {name for name, parameter in frozen if id(parameter) not in small}
         state_dict = {name: tensor for name, tensor in model.state_dict().items() if name not in left}
     return stock(model, state_dict, *args, **kwargs)
