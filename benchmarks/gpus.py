@@ -41,7 +41,7 @@ from expertmesh import AdamW, AutoModelForCausalLM, GradientRelease
 from expertmesh.bench.flops import step_flops
 from expertmesh.bench.gate import set_routing
 from expertmesh.bench.works import NEMOTRON_3_NANO, WORKS, config_of, top_k_and_experts
-from expertmesh.parallel.clip import clip_grad_norm, grad_norm
+from expertmesh.parallel.clip import clip_grad_norm
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 
 ARMS = "stock stock-ep stock-compiled expertmesh expertmesh-ep expertmesh-ep-half expertmesh-ep-graph".split()
@@ -170,8 +170,6 @@ def step(model: Any, runner: Any, optimizer: Any, clip: Any, ids: torch.Tensor, 
     if optimizer is not None:
         if clip is not None:
             clip(model.parameters(), 1.0)
-        elif isinstance(runner, GraphedStep):
-            optimizer.clip_next(grad_norm(model.parameters(), runner.measured), 1.0)
         marks.append(mark(device))
         optimizer.step()
         marks.append(mark(device))

@@ -16,9 +16,6 @@ from expertmesh.train import graphed
 
 
 class Stream:
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
     def wait_stream(self, other: Any) -> None:
         pass
 

@@ -204,7 +204,7 @@ def join_side_stream(device: torch.device, made: Sequence[torch.Tensor] = ()) ->
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """Of high priority: its barriers, one block each, must not wait behind whole waves of a matrix product."""
-    return torch.cuda.Stream(device, priority=-2)
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class DeviceMemory:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,8 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from expertmesh.kernels.clip import clip_factor, scale_, squared_sum
 from expertmesh.waiting import waiting
-
-LARGE = 2**26  # bytes of a gradient that is measured by itself
 
 
 @torch.no_grad()
@@ -38,63 +35,12 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: 
 
 
 @torch.no_grad()
-def grad_norm(parameters: Iterable[nn.Parameter], measured: "Measured | None" = None) -> torch.Tensor:
-    """As `clip_grad_norm`, which measures by it: the norm of all gradients, which stay as they are.
-
-    measured: what is known of some of these parameters' gradients already.
-    """
-    parameters, known = list(parameters), {} if measured is None else measured.squares
+def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """As `clip_grad_norm`, which measures by it: the norm of all gradients, which stay as they are."""
+    parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     total = torch.zeros((), device=grads[0].device if grads else parameters[0].device if parameters else None)
-    for squares in known.values():
-        total += squares
-    return norm_of_all(add_squares(total, (p.grad for p in parameters if p.grad is not None and p not in known)))
-
-
-class Measured:
-    """Measures large gradients of one backward as they come, where what computes leaves room, as it waits for others:
-
-        with Measured(parameters) as measured:
-            loss.backward()
-        norm = grad_norm(parameters, measured)
-
-    A CUDA graph may be recorded of it: a replay measures anew. squares: this rank's part in the squared norm of each.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.squares: dict[torch.Tensor, torch.Tensor] = {}
-        self._parameters = list(parameters)
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> "Measured":
-        self._hooks = [p.register_post_accumulate_grad_hook(self._measure) for p in self._parameters if p.requires_grad]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for device in {squares.device for squares in self.squares.values() if squares.is_cuda}:
-            torch.cuda.current_stream(device).wait_stream(_last_stream(device))
-
-    @torch.no_grad()
-    def _measure(self, parameter: torch.Tensor) -> None:
-        """A gradient is complete, or has grown."""
-        grad = parameter.grad
-        if grad is None or local(grad).nbytes < LARGE:
-            return
-        if not grad.is_cuda:
-            self.squares[parameter] = squared_sum([local(grad)]) / num_copies(grad)
-            return
-        last = _last_stream(grad.device)
-        last.wait_stream(torch.cuda.current_stream(grad.device))
-        with torch.cuda.stream(last):
-            self.squares[parameter] = squared_sum([local(grad)]) / num_copies(grad)
-
-
-@cache
-def _last_stream(device: torch.device) -> torch.cuda.Stream:
-    """Of the lowest priority there is, PyTorch's default."""
-    return torch.cuda.Stream(device)
+    return norm_of_all(add_squares(total, grads))
 
 
 def add_squares(total: torch.Tensor, grads: Iterable[torch.Tensor]) -> torch.Tensor:

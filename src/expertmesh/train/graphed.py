@@ -28,7 +28,6 @@ from expertmesh import backends
 from expertmesh.memory.offload import Offload
 from expertmesh.moe import links
 from expertmesh.moe.gather import Gather
-from expertmesh.parallel.clip import Measured
 from expertmesh.waiting import meet
 
 WARM_UP = 3  # eager calls of a shape, which compile kernels and make buffers and streams; the last is the rehearsal
@@ -65,10 +64,9 @@ class GraphedStep:
     def __init__(self, model: Any, run: Callable[..., torch.Tensor] | None = None, strict: bool = True) -> None:
         self.model, self.run, self.strict = model, run or self._forward_backward, strict
         self.replayed = 0  # steps
-        self.measured: Measured | None = None  # of the last step's gradients, if it was replayed
         self.gave_up = False
         self._most = MOST
-        self._stream = torch.cuda.Stream(priority=-1)
+        self._stream = torch.cuda.Stream()
         self._pool: Any = None
         self._seen: Counter[tuple[int, ...]] = Counter()
         self._recorded: dict[tuple[int, ...], _Recorded] = {}
@@ -77,7 +75,6 @@ class GraphedStep:
     def __call__(self, **batch: Any) -> torch.Tensor:
         for module in self._sharded:  # an evaluation leaves weights gathered: a replay would neither see nor renew them
             module.reshard()
-        self.measured = None
         fresh = all(parameter.grad is None for parameter in self.model.parameters())
         modes = self.model.training, *(parameter.requires_grad for parameter in self.model.parameters())
         (shapes,) = meet(BEGINNING, _shape_of(modes, batch) if fresh else ACCUMULATING)
@@ -93,7 +90,6 @@ class GraphedStep:
                 return self.eager(**batch)
             self._recorded[shapes] = recorded
         self.replayed += 1
-        self.measured = self._recorded[shapes].measured
         return self._recorded[shapes].replay(batch)
 
     def close(self) -> None:
@@ -176,8 +172,7 @@ class _Recorded:
         # other threads look after collectives meanwhile
         with torch.cuda.graph(self.graph, step._pool, step._stream, capture_error_mode="thread_local"):
             links.settle()  # a replay always begins with the same mailbox, whichever was the last
-            with Measured(step.model.parameters()) as self.measured:
-                self.loss = step.run(**self.batch).detach()
+            self.loss = step.run(**self.batch).detach()
             links.settle()
         _broken.remove(self.graph)
         self.gradients = [(p, _not_owned(p.grad)) for p in step.model.parameters() if p.grad is not None]

@@ -283,7 +283,7 @@ class Trainer(ResumableTrainer):
         if self._release is not None:
             return self._release.grad_norm
         if (optimizer := self._own_adamw) is not None:
-            norm = grad_norm(model.parameters(), None if self._graphed is None else self._graphed.measured)
+            norm = grad_norm(model.parameters())
             optimizer.clip_next(norm, max_norm)
             return norm
         if self.is_sharded:
