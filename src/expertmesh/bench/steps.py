@@ -157,6 +157,7 @@ def release() -> None:
     """Give memory of what is no longer referenced back to the GPU, so that the next peak is its own."""
     gc.collect()
     if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()  # which are a stream's: a recorded step has a stream of its own
         torch.cuda.empty_cache()
 
 
