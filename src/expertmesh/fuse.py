@@ -173,7 +173,7 @@ class FusedModel(ReadsQuantized):
 
     def fusion_report(self) -> list[Fusion]:
         """For each fusion: on, and by what; or off, and why."""
-        return list(self._fusions)
+        return [replace(row, count=count_of(row.name, self)) if row.on else row for row in self._fusions]
 
     def _fuse_modules(self) -> None:
         backends.warn_if_untested()
@@ -183,7 +183,7 @@ class FusedModel(ReadsQuantized):
             # a stock model that has this configuration, and so the names of our experts and attention, lacks the mark
             module.in_fused_model = True  # type: ignore[assignment]
         if self._mtp is None or _loading.get().mtp != "saved":  # else `_settle_mtp` prints it
-            print_report(self, self._fusions)
+            print_report(self, self.fusion_report())
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Transformers' choice, except that ours is the default."""
@@ -226,8 +226,6 @@ class FusedModel(ReadsQuantized):
         copies = self._mtp.copies if self._mtp is not None else {}
         own = {key: value for key, value in state_dict.items() if key not in copies} if copies else state_dict
         state, self._waiting = to_model_names(self, {**self._waiting, **own} if self._waiting else own, strict)
-        if self._waiting:
-            hook: Any = self.register_forward_pre_hook(lambda *_: _refuse_part(self, hook))
         return super().load_state_dict(state, strict, assign)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -318,6 +316,11 @@ class FusedModel(ReadsQuantized):
 def _forward_of(stock: Any) -> Any:
     @functools.wraps(stock.forward)  # Trainer and generate read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._waiting:
+            raise ValueError(
+                f"Only some experts of a layer were loaded: {min(self._waiting)} has come, others of its layer have "
+                f"not. Take a complete checkpoint of this model."
+            )
         if backends.in_one_graph():
             if self.mtp_loss_weight is not None and self.training:
                 torch._dynamo.graph_break(msg=_NO_MTP)
@@ -348,10 +351,11 @@ def _settle_mtp(model: Any, loading_info: Any, load_config: Any) -> None:
     source, quantized = load_config.pretrained_model_name_or_path, _by_others(load_config)
     if not were_saved(model, missing, unexpected, source, quantized):
         loading_info.missing_keys = {key for key in loading_info.missing_keys if not model._mtp.owns(key)}
-        removed = model._mtp.remove_from(model)
+        for place in model._mtp.places:
+            parent, _, name = place.rpartition(".")
+            delattr(model.get_submodule(parent), name)
         model._mtp = None
-        model._fusions = [replace(row, count=row.count - count_of(row.name, removed)) for row in model._fusions]
-    print_report(model, model._fusions)
+    print_report(model, model.fusion_report())
 
 
 def _by_others(load_config: Any) -> bool:
@@ -363,9 +367,8 @@ def _lost_experts(model: nn.Module, loading_info: Any) -> set[str]:
     """Which weights of experts or routers a checkpoint lacks, or has in the wrong shape."""
     experts = [name for name, module in model.named_modules() if fast_experts.is_experts(module)]
     blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
-    broken = {*loading_info.missing_keys, *loading_info.conversion_errors}
-    broken |= {key if isinstance(key, str) else key[0] for key in loading_info.mismatched_keys}
-    return {key for key in broken if blocks and key.startswith(blocks)}
+    broken = {*loading_info.missing_and_mismatched(), *loading_info.conversion_errors}
+    return {key for key in broken if key.startswith(blocks)}
 
 
 def _refuse_missing(weights: set[str], source: Any) -> None:
@@ -376,15 +379,6 @@ def _refuse_missing(weights: set[str], source: Any) -> None:
             f"Training would start them at random. Download or convert the checkpoint again; its index "
             f"(model.safetensors.index.json) must list every weight of every layer."
         )
-
-
-def _refuse_part(model: Any, hook: Any) -> None:
-    if model._waiting:
-        raise ValueError(
-            f"Only some experts of a layer were loaded: {min(model._waiting)} has come, others of its layer have not. "
-            f"Take a complete checkpoint of this model."
-        )
-    hook.remove()
 
 
 def _use_liger(model: PreTrainedModel) -> None:

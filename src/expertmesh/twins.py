@@ -73,24 +73,16 @@ def untouched(*modules: nn.Module, kind: type = nn.Module) -> bool:
     Transformers' parallelism replaces the forward of instances; users and frameworks put hooks and other classes.
     """
     for m in modules:
-        cls: Any = type(m)
-        if not isinstance(m, kind) or not _is_known(cls) or "forward" in vars(m):
-            return False
-        # as `watched`, which would be a call more: a layer asks often
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        known = isinstance(m, kind) and type(m).__module__.startswith(("torch.", "transformers."))
+        if not known or "forward" in vars(m) or watched(m):
             return False
     return True
 
 
-@functools.cache
-def _is_known(cls: Any) -> bool:
-    return cls.__module__.startswith(("torch.", "transformers."))
-
-
 def watched(module: nn.Module) -> bool:
     """Whether somebody put a hook on it."""
-    m = module
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
 
 
 def traced() -> bool:

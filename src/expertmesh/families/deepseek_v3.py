@@ -1,13 +1,4 @@
-"""DeepSeek V3 (R1, V3.1, Kimi K2; GLM-4.7-Flash runs the same code): which of its modules are fused.
-
-decoder layer   residual add + post-attention norm in one kernel                             layers/decoder.py
-  block         residual and shared experts are added where the experts' rows are summed     moe/block.py
-  attention     MLA: RoPE of queries and keys, and keys put together, in one kernel          here
-  router        sigmoid, groups, top-k, normalisation and scale in one kernel                moe/router.py
-  experts       SwiGLU, gate and up concatenated, no bias                                    moe/experts.py
-  dense MLP     SwiGLU (first layers, shared experts)                                        layers/mlp.py
-head            loss from hidden states, no logits                                           layers/head.py
-modules for multi-token prediction                                                           mtp.py
+"""DeepSeek V3 (R1, V3.1, Kimi K2; GLM-4.7-Flash runs the same code): latent attention (MLA).
 
 The attention stays the one that the user chose. On the way of "sdpa" queries and keys are 192 wide and values 128: on
 Hopper and newer cuDNN takes that as it is, before Hopper PyTorch's memory-efficient kernel; never a matrix of S x S.

@@ -1,14 +1,4 @@
-"""GPT-OSS (20B, 120B).
-
-decoder layer   residual add + post-attention norm in one kernel                layers/decoder.py
-  block         residual add behind the experts in their last kernel            moe/block.py
-  attention     sinks, full and sliding by turns: our kernels                   layers/sinks.py
-                RoPE in one pass                                                here
-  router        top-k, then softmax                                             moe/router.py
-  experts       transposed, gate and up interleaved, biases, clamped SwiGLU     moe/experts.py
-norms           float32                                                         layers/decoder.py
-head            loss from hidden states, no logits                              layers/head.py
-"""
+"""GPT-OSS (20B, 120B): attention with sinks, full and sliding by turns."""
 
 from typing import Any
 

@@ -1,18 +1,7 @@
 """Nemotron 3 (Nano 30B-A3B, Super, Ultra), and the Mamba2 mixer that it shares with other hybrid models.
 
-decoder layer   one norm, one mixer of four kinds, one residual connection around both; the norm's
-                backward also adds the gradient of that connection                               here
-mixer of a layer, one of
-  Mamba2        convolution, scan and gated norm in Triton; packed documents kept apart          layers/mamba2.py
-  attention     no RoPE, no q/k-norm; packed documents by variable length                       layers/attention.py
-  experts       relu^2, not gated; in Super and Ultra in a latent width, which is all that travels between ranks
-  block         residual and shared expert are added where the experts' rows are summed, or where these are projected
-                back from the latent width                                                       here
-  router        sigmoid, correction bias, limited groups in one kernel                           moe/router.py
-  MLP           relu^2 in one kernel (dense and shared experts)                                  layers/mlp.py
-norms           float32 weight                                                                   layers/decoder.py
-head            loss from hidden states, no logits                                               layers/head.py
-mtp             loaded, trained, saved                                                           mtp.py
+A layer has one norm, one mixer (Mamba2, attention, experts or MLP), and a residual connection around both, whose
+gradient the norm's backward adds.
 """
 
 from typing import Any
@@ -22,7 +11,6 @@ from torch import nn
 
 from expertmesh.backends import opaque
 from expertmesh.families.rules import fingerprint
-from expertmesh.kernels.rms_norm import add_rms_norm
 from expertmesh.layers.decoder import FastRMSNorm, add_block
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.moe.block import FastSharedMoEBlock, add_scaled, stock_block
@@ -47,8 +35,7 @@ class FastNemotronHBlock(Fast):
         norm = self.norm
         if args or not untouched(norm, kind=FastRMSNorm) or norm.weight.dtype != hidden_states.dtype:  # stock converts
             return super().forward(hidden_states, *args, **kwargs)
-        eps = getattr(norm, norm.eps_name)
-        normed, residual = add_rms_norm(hidden_states, None, norm.weight, eps, scale=norm.scale)
+        normed, residual = norm.of_sum(hidden_states)
         if self.block_type == "linear_attention":
             for name in ("position_ids", "use_cache"):
                 kwargs.pop(name, None)

@@ -56,8 +56,10 @@ def fingerprint(cls: type, names: tuple[str, ...] = ("forward",)) -> str | None:
     return hashlib.sha1(text.encode()).hexdigest()[:12]
 
 
-def _normalized(node: ast.AST) -> str:
+def _normalized(node: Any) -> str:
     """The tree as text, without what does not compute and without fields that vary between Python versions."""
+    if not isinstance(node, ast.AST):
+        return repr(CACHES[0] if node in CACHES else node)
     if isinstance(node, ast.FunctionDef):
         node.decorator_list, node.returns = [], None
         if isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant):
@@ -69,11 +71,7 @@ def _normalized(node: ast.AST) -> str:
     fields = []
     for name, value in ast.iter_fields(node):
         values = value if isinstance(value, list) else [value]
-        parts = [_normalized(v) if isinstance(v, ast.AST) else repr(_today(v)) for v in values if v is not None]
+        parts = [_normalized(v) for v in values if v is not None]
         if parts and name not in ("ctx", "type_comment", "type_params", "kind", "lineno"):
             fields.append(f"{name}={','.join(parts)}")
     return f"{type(node).__name__}({';'.join(fields)})"
-
-
-def _today(value: Any) -> Any:
-    return CACHES[0] if isinstance(value, str) and value in CACHES else value

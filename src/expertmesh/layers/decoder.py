@@ -25,6 +25,10 @@ class FastRMSNorm(Fast):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden_states, self.weight, getattr(self, self.eps_name), scale=self.scale)
 
+    def of_sum(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the norm of x + residual, x + residual), in one kernel."""
+        return add_rms_norm(x, residual, self.weight, getattr(self, self.eps_name), scale=self.scale)
+
 
 class FastFloat32RMSNorm(FastRMSNorm):
     """`(weight * x_hat).to(dtype)` in float32: GPT-OSS, Nemotron."""
@@ -53,13 +57,11 @@ class FastDecoderLayer(Fast):
                 f"{type(self).__name__} runs Transformers' code: a norm was changed, or arguments came by position."
             )
             return super().forward(hidden_states, *args, **kwargs)
-        eps = getattr(first, first.eps_name)
-        normed, residual = add_rms_norm(hidden_states, None, first.weight, eps, scale=first.scale)
+        normed, residual = first.of_sum(hidden_states)
         mixed = self._mix(normed, kwargs)
         if self.residual_multiplier != 1:
             mixed = mixed * self.residual_multiplier
-        eps = getattr(second, second.eps_name)
-        normed, residual = add_rms_norm(mixed, residual, second.weight, eps, scale=second.scale)
+        normed, residual = second.of_sum(mixed, residual)
         return add_block(getattr(self, self.block_name), normed, residual, self.residual_multiplier)
 
     def _mix(self, normed: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:

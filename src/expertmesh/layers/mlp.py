@@ -14,28 +14,27 @@ from expertmesh.twins import Fast, untouched
 class FastSwiGLU(Fast):
     """down_proj(silu(gate_proj(x)) * up_proj(x))."""
 
+    activations: tuple[type, ...] = (SiLUActivation, nn.SiLU)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.why_not(self) is not None:  # its activation was replaced or hooked after fusing: call it
             return super().forward(x)
-        return self.down_proj(swiglu(*linears(x, self.gate_proj, self.up_proj)))
+        return self.down_proj(self._activated(x))
 
-    @staticmethod
-    def why_not(mlp: Any) -> str | None:
-        if isinstance(mlp.act_fn, (SiLUActivation, nn.SiLU)) and untouched(mlp.act_fn):
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        return swiglu(*linears(x, self.gate_proj, self.up_proj))
+
+    @classmethod
+    def why_not(cls, mlp: Any) -> str | None:
+        if untouched(mlp.act_fn) and isinstance(mlp.act_fn, cls.activations):
             return None
-        return f"its activation is {type(mlp.act_fn).__name__}, not SiLU that nobody hooked"
+        return f"its activation is {type(mlp.act_fn).__name__}, not {cls.activations[0].__name__} that nobody hooked"
 
 
-class FastReLU2MLP(Fast):
+class FastReLU2MLP(FastSwiGLU):
     """down_proj(relu(up_proj(x))^2)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.why_not(self) is not None:
-            return super().forward(x)
-        return self.down_proj(relu2(self.up_proj(x)))
+    activations = (ReLUSquaredActivation,)
 
-    @staticmethod
-    def why_not(mlp: Any) -> str | None:
-        if isinstance(mlp.act_fn, ReLUSquaredActivation) and untouched(mlp.act_fn):
-            return None
-        return f"its activation is {type(mlp.act_fn).__name__}, not relu^2 that nobody hooked"
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        return relu2(self.up_proj(x))

@@ -86,15 +86,6 @@ class MTP:
         """The modules' own parameters."""
         return (parameter for name, parameter in model.named_parameters() if self.owns(name))
 
-    def remove_from(self, model: nn.Module) -> list[nn.Module]:
-        """Take the modules out of the model; returns them and all that is in them."""
-        removed: list[nn.Module] = []
-        for place in self.places:
-            parent, _, name = place.rpartition(".")
-            removed += model.get_submodule(place).modules()
-            delattr(model.get_submodule(parent), name)
-        return removed
-
 
 def were_saved(model: Any, missing: set[str], unexpected: set[str], source: Any, quantized: bool = False) -> bool:
     """Whether the checkpoint that a model was just loaded from has weights for its MTP modules.
