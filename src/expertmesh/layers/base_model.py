@@ -66,11 +66,12 @@ class FastBaseModel(Fast):
         fuse_adapted_experts(self._experts_at)
         fuse_adapted_linears(self._linears_at)
         inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, call_of(self)
-        if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.predicts:
-            raise ValueError(_NO_MTP)
-        if self.training and torch.is_grad_enabled() and not self._announced:
-            self._announced = True
-            tell_what_trains(call.model)
+        if self.training and torch.is_grad_enabled():
+            if self._mtp_loss_weight is not None and not call.predicts:
+                raise ValueError(_NO_MTP)
+            if not self._announced:
+                self._announced = True
+                tell_what_trains(call.model)
         with calling(call):
             apart = self._prepare(inputs, call)
             outputs = super().forward(**inputs)
@@ -86,30 +87,33 @@ class FastBaseModel(Fast):
         if self._mamba2 and inputs.get("use_cache") is None and (training or call.targets is not None):
             inputs["use_cache"] = False  # with one our kernels do not run
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
-        mask = inputs.get("attention_mask")
-        marks: list[Any] = [inputs.get(name) for name in ("position_ids", "seq_idx")]
-        if _has_axes(marks[0]):
-            marks = [marks[0][0], marks[1]] if len(marks[0]) == 4 else [None, _number(marks[0], mask)]
-        if not all(x is None or _is_of_rows(x, shape) for x in marks):
+        mask, positions, numbers = (inputs.get(name) for name in ("attention_mask", "position_ids", "seq_idx"))
+        if _has_axes(positions):
+            positions, numbers = (positions[0], numbers) if len(positions) == 4 else (None, _number(positions, mask))
+        if not all(x is None or _is_of_rows(x, shape) for x in (positions, numbers)):
             return None
-        documents, apart = _given(inputs) if mask is None or self.bucketed else None, None
-        if documents is None and marks[1] is None and inputs.get("cu_seq_lens_q") is not None:
-            marks[1] = document_of(inputs["cu_seq_lens_q"], *shape)  # beside a mask, or without a greatest length
+        told, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
+        documents, apart = None, None
+        if told is not None and longest is not None and (mask is None or self.bucketed):
+            documents = Documents(told.int(), int(longest))
+        elif told is not None and numbers is None:
+            numbers = document_of(told, *shape)
+        marked = positions is not None or numbers is not None
         if mask is not None and not _is_of_rows(mask, shape):  # of the user's own, which only attention goes by
             stateful = self._mamba2 or self._stateful is not None
-            if stateful and any(x is not None for x in marks) and look(shape, None, *marks).count > shape[0]:
+            if stateful and marked and look(shape, None, positions, numbers).count > shape[0]:
                 self._refuse_leaks(inputs)
             return None
         if documents is not None:
             inputs["attention_mask"] = None
-        elif mask is not None or any(x is not None for x in marks):
-            found = look(shape, mask, marks[0], marks[1], call.targets)
+        elif mask is not None or marked:
+            found = look(shape, mask, positions, numbers, call.targets)
             call.labelled = found.labelled
-            if found.padded:
+            if not found.keep.all():
                 if not self._takes_apart(inputs, found, call):
                     return None
                 inputs["use_cache"] = False
-                apart = Apart.of(found.keep, device)
+                apart = Apart(shape, found.keep.flatten().nonzero().flatten().to(device, non_blocking=True))
                 positions = inputs.get("position_ids")
                 positions = found.positions(device) if positions is None else positions.expand(shape)
                 inputs["position_ids"] = positions
@@ -281,9 +285,3 @@ def _has_windows(config: Any, length: int) -> bool:
         return False
     sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return any(size is not None and size < length for size in sizes)
-
-
-def _given(inputs: dict[str, Any]) -> Documents | None:
-    """The documents that a collator tells of, as for FlashAttention."""
-    cu_seqlens, max_length = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
-    return None if cu_seqlens is None or max_length is None else Documents(cu_seqlens.int(), int(max_length))

@@ -97,15 +97,15 @@ def were_saved(model: Any, missing: set[str], unexpected: set[str], source: Any,
     mtp: MTP = model._mtp
     names = {name for name in model.state_dict() if mtp.owns(name)}
     lost = sorted(names & missing)
-    if quantized and 0 < len(lost) < len(names):
+    if 0 < len(lost) < len(names):
+        if not quantized:
+            raise ValueError(
+                f"The checkpoint {source!r} has only a part of the weights for multi-token prediction: "
+                f"{', '.join(lost[:3])} {'is' if len(lost) == 1 else 'are'} missing. Download or convert it again, or "
+                f"load it with num_nextn_predict_layers=0, which leaves these modules out."
+            )
         backends.logger().warning(
             f"The modules for multi-token prediction are left out: {source!r} holds them less quantized than the model."
-        )
-    elif 0 < len(lost) < len(names):
-        raise ValueError(
-            f"The checkpoint {source!r} has only a part of the weights for multi-token prediction: "
-            f"{', '.join(lost[:3])} {'is' if len(lost) == 1 else 'are'} missing. Download or convert it again, or load "
-            f"it with num_nextn_predict_layers=0, which leaves these modules out."
         )
     mtp.copies = {on_disk: name for on_disk, name in mtp.copies.items() if on_disk in unexpected}
     return not lost
@@ -127,9 +127,6 @@ def record_inputs(call: Call) -> Iterator[None]:
         yield
         return
 
-    def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call.embeds, call.position_ids = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
-
     def embedded(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         call.embeds = output
 
@@ -137,15 +134,16 @@ def record_inputs(call: Call) -> Iterator[None]:
         cache_of(kwargs := dict(kwargs))
         call.layer_inputs[module] = kwargs | {"use_cache": False}
 
-    def end(module: nn.Module, args: tuple, output: Any) -> None:
-        call.hidden = output[0]
+    def end(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        call.hidden, call.position_ids = output[0], kwargs.get("position_ids")
+        if kwargs.get("inputs_embeds") is not None:
+            call.embeds = kwargs["inputs_embeds"]
 
     base, likes = call.model.base_model, {like for depth in call.model._mtp.depths for _, like in depth}
     hooks = [
-        base.register_forward_pre_hook(begin, with_kwargs=True),
         call.model.get_input_embeddings().register_forward_hook(embedded),
         *(like.register_forward_pre_hook(layer, with_kwargs=True) for like in likes),
-        base.register_forward_hook(end),
+        base.register_forward_hook(end, with_kwargs=True),
     ]
     try:
         yield
