@@ -2,8 +2,7 @@
 
 Nothing is renamed, wrapped or copied. Modules whose code is recognised become instances of a subclass that computes the
 same faster (families/); experts run on the "expertmesh" backend of Transformers' own registry; and the model's class
-becomes a subclass of itself, which defers the logits and weights the router's auxiliary loss (`FusedModel`). Loading,
-saving, generation, PEFT and Trainer see the HF model they know.
+becomes a subclass of itself (`FusedModel`). Loading, saving, generation, PEFT and Trainer see the HF model they know.
 """
 
 import copy
@@ -24,7 +23,6 @@ from expertmesh import backends
 from expertmesh.families import mtp as mtp_modules
 from expertmesh.families.recompute import set_levels, without_policy
 from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report, switched_on
-from expertmesh.families.table import has_sinks
 from expertmesh.layers import attention, sinks
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
 from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
@@ -91,7 +89,7 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
             if _wants("experts"):
                 instance.set_experts_implementation(fast_experts.NAME)
             chosen = model.config._attn_implementation
-            if chosen == "eager" and _wants("sink_attention") and has_sinks(stock):  # Transformers' default there
+            if chosen == "eager" and _has_our_sinks(model):  # Transformers' default there
                 instance.set_attn_implementation(sinks.NAME)
             elif chosen == "sdpa" and _is_causal_text(model):
                 instance.set_attn_implementation(attention.NAME)
@@ -119,6 +117,10 @@ def loading(fused: bool | dict[str, bool], mtp: str = "no", complete: bool = Fal
 
 def _wants(fusion: str) -> bool:
     return fusion in _loading.get().fusions
+
+
+def _has_our_sinks(model: PreTrainedModel) -> bool:
+    return _wants("sink_attention") and model.config.model_type == "gpt_oss"
 
 
 def _is_causal_text(model: PreTrainedModel) -> bool:
@@ -193,7 +195,7 @@ class FusedModel(ReadsQuantized):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Transformers' choice, but ours for "sdpa", and for attention with sinks, which is eager by default."""
-        if requested_attention is None and _wants("sink_attention") and has_sinks(type(self)):
+        if requested_attention is None and _has_our_sinks(self):
             requested_attention = sinks.NAME
         chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
         return attention.NAME if chosen == "sdpa" and _is_causal_text(self) else chosen

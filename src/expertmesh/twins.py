@@ -1,8 +1,7 @@
 """What every fast twin of a Transformers class has in common.
 
-A twin is made on the fly: a subclass of the HF class, with the HF class' name and module kept, whose `forward` comes
-from a `Fast` mixin. Instances are converted by `module.__class__ = twin`: parameters, hooks, names and isinstance tests
-stay.
+A twin is made on the fly: a subclass of the HF class, of the same name and module, whose `forward` comes from a `Fast`
+mixin. Instances are converted by `module.__class__ = twin`: parameters, hooks, names and isinstance tests stay.
 """
 
 import functools
@@ -39,10 +38,7 @@ class Fast(_Stock):
 
 
 def refuse_replicas(module: nn.Module) -> NoReturn:
-    """A fused module's `_replicate_for_data_parallel`, by which nn.DataParallel copies it before its first forward.
-
-    transformers.Trainer wraps a model so when one process sees several GPUs. Raises ValueError.
-    """
+    """A fused module's `_replicate_for_data_parallel`, by which nn.DataParallel copies it. Raises ValueError."""
     gpus = max(2, torch.cuda.device_count())
     raise ValueError(
         f"{type(module).__name__} would be copied to {gpus} GPUs in every forward, as one process sees them all and "
@@ -67,10 +63,8 @@ def has_cache(kwargs: dict[str, Any]) -> bool:
 
 
 def untouched(*modules: nn.Module, kind: type = nn.Module) -> bool:
-    """Whether calls of these run the forward of PyTorch, Transformers or a twin, and nobody watches them, so that a
-    kernel may stand for them; and whether they are of this kind.
-
-    Transformers' parallelism replaces the forward of instances; users and frameworks put hooks and other classes.
+    """Whether calls of these, of this kind, run the forward of PyTorch, Transformers or a twin, and nobody watches them,
+    so that a kernel may stand for them. Parallelism replaces the forward of instances; users put hooks and classes.
     """
     for m in modules:
         known = isinstance(m, kind) and type(m).__module__.startswith(("torch.", "transformers."))

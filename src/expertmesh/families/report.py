@@ -101,10 +101,9 @@ def _apply(model: Any, fusion: str) -> Fusion:
     if verified:
         return _on(fusion, "; ".join(reasons), max(verified, key=("table", "probe").index))
     if not reasons:
-        meant = (getattr(module, "__fast__", None) for module in model.modules() if _is_meant(module, fusion))
-        reasons[
-            " beside ".join([NOT_NEEDED, *dict.fromkeys(_FUSION_OF[fast] for fast in meant if fast in _FUSION_OF)])
-        ] = None
+        fasts = [getattr(module, "__fast__", None) for module in model.modules() if _is_meant(module, fusion)]
+        others = dict.fromkeys(_FUSION_OF[fast] for fast in fasts if fast in _FUSION_OF)
+        reasons[" beside ".join([NOT_NEEDED, *others])] = None
     return Fusion(fusion, reason="; ".join(reasons))
 
 
@@ -151,9 +150,8 @@ def _experts(model: Any) -> Fusion:
     chosen = model.config.get_text_config()._experts_implementation
     if chosen != fast_experts.NAME:
         return Fusion("experts", reason=f"experts_implementation={chosen!r} was asked for")
-    modules = [m for m in model.modules() if fast_experts.is_experts(m)]
-    reasons = {reason for m in modules if (reason := fast_experts.why_not(m)) is not None}
-    if reasons:
+    modules = filter(fast_experts.is_experts, model.modules())
+    if reasons := {reason for m in modules if (reason := fast_experts.why_not(m)) is not None}:
         return Fusion("experts", reason=f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}")
     return _on("experts")
 

@@ -1,8 +1,8 @@
 """How a family says which of its classes have fast twins.
 
-A rule names the HF code it replaces by a fingerprint of that code. Families share code: one fingerprint covers the
-RMSNorm of fifty families. A fingerprint does not see what cannot change a result: comments, annotations, decorators,
-and the cache's name, which Transformers changed in 5.24. Code that no fingerprint knows is probed (probe.py).
+A rule names the HF code it replaces, which families share, by a fingerprint of it. That does not see what cannot change a
+result: comments, annotations, decorators, and the cache's name, which Transformers changed in 5.24. Code that no
+fingerprint knows is probed (probe.py).
 """
 
 import ast

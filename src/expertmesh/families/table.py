@@ -5,8 +5,6 @@ the model's output embedding (report.py). Twins of attention and of layers look 
 come after the norms; attention that no family knows gets a fast RoPE, which comes last.
 """
 
-from typing import Any
-
 from expertmesh.families import deepseek_v3, gpt_oss, nemotron_h, qwen3_moe
 from expertmesh.families.rules import Rule
 from expertmesh.layers import decoder, mlp, rope
@@ -53,8 +51,3 @@ RULES = (
     Rule("rope", rope.FastRoPE, "qwen3_next.Qwen3NextAttention", "046be360974c"),
     Rule("rope", rope.FastInterleavedRoPE, "ernie4_5_moe.Ernie4_5_MoeAttention", "ab37fa6b6172"),
 )
-
-
-def has_sinks(model_class: Any) -> bool:
-    """Whether this Transformers class has the causal attention with sinks that a rule replaces."""
-    return model_class.config_class.model_type == "gpt_oss"

@@ -29,10 +29,6 @@ from expertmesh.parallel.layout import refuse_undivided
 from expertmesh.records import Call, call_of, calling
 from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
 
-_LEAK = (
-    "Several documents lie in a row, and {who} of {model} would let one see another: {why}. Give each document a row "
-    "of its own (packing=False, padding_free=False), or {instead}."
-)
 _NO_MTP = (
     "mtp_loss_weight is set, but the model was called without labels: a loss made elsewhere (by TRL's trainers, label "
     "smoothing, a head of your own) leaves multi-token prediction untrained. Call the model with labels, take "
@@ -143,15 +139,14 @@ class FastBaseModel(Fast):
 
     def _takes_apart(self, inputs: dict[str, Any], found: Found, call: Call) -> bool:
         """Whether padding can be left out. Where it cannot, rows stay as Transformers has them."""
-        length, caching = found.keep.shape[1], inputs.get("use_cache")
+        length, config, caching = found.keep.shape[1], self.config, inputs.get("use_cache")
         if caching is None:
-            caching = getattr(self.config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
-        of_images = _has_axes(inputs.get("position_ids")) or self.config.get_text_config() is not self.config
-        whole = call.predicts or of_images or caching or inputs.get("output_attentions")
-        whole = whole or found.labelled_padding or not found.count
-        noisy = self.training and getattr(self.config, "router_jitter_noise", 0)  # drawn for each token, padding or not
-        windows_shift = _has_windows(self.config, length) and found.has_holes
-        if not (whole or noisy or windows_shift) and self._stateful is None and self._attends_by(length) != "masks":
+            caching = getattr(config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
+        of_images = _has_axes(inputs.get("position_ids")) or config.get_text_config() is not config
+        whole = call.predicts or of_images or caching or inputs.get("output_attentions") or found.labelled_padding
+        noisy = self.training and getattr(config, "router_jitter_noise", 0)  # drawn for each token, padding or not
+        windows_shift = _has_windows(config, length) and found.has_holes
+        if found.count and not (whole or noisy or windows_shift) and self.takes_documents(length):
             return True
         if found.count > int(found.keep.any(1).sum()):
             raise ValueError(
@@ -176,7 +171,10 @@ class FastBaseModel(Fast):
             who, why = "attention", "the masks of attn_implementation='eager' do not know documents"
             instead = "leave attn_implementation and the fusion sink_attention as they are by default"
         if who is not None:
-            raise ValueError(_LEAK.format(who=who, model=type(self).__name__, why=why, instead=instead))
+            raise ValueError(
+                f"Several documents lie in a row, and {who} of {type(self).__name__} would let one see another: {why}. "
+                f"Give each document a row of its own (packing=False, padding_free=False), or {instead}."
+            )
         if inputs.get("use_cache") is None:
             inputs["use_cache"] = False  # nobody goes on from a cache of several documents
 

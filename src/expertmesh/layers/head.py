@@ -55,9 +55,8 @@ class FastHead(Fast):
 
 @functools.cache
 def _heads() -> weakref.WeakSet[nn.Module]:
-    """Heads that deferred logits. Optimizers change weights in place, but many, PyTorch's fused ones among them, past
-    autograd's count of such changes; so changes of heads are counted here.
-    """
+    """Heads that deferred logits, whose changes are counted: many optimizers, PyTorch's fused ones among them, change
+    weights past autograd's count."""
     heads = weakref.WeakSet[nn.Module]()
 
     def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -310,31 +309,28 @@ def causal_lm_loss(
     if scale != 1:
         hidden, bias = hidden * scale, None if bias is None else bias * scale
 
-    names = "versions", "call", "steps", "scale"
-    attributes = {name: getattr(known, name) for name in names} | {"ignore_index": ignore_index}
-    shape, dtype = logits.shape, logits.dtype
+    attributes: dict[str, Any] = {name: getattr(known, name) for name in ("versions", "call", "steps", "scale")}
+    attributes |= {"shape": logits.shape, "dtype": logits.dtype, "ignore_index": ignore_index}
 
     def gradient(parts: tuple, factor: torch.Tensor, *saved: Any) -> torch.Tensor:
-        of_loss = {"parts": parts, "factor": factor, "targets": saved[3], "rows": saved[4]}
-        return DeferredGradient._of(shape, dtype, made_of=saved[:3], **attributes, **of_loss)
+        *made_of, targets, rows = saved
+        of_loss = {"parts": parts, "factor": factor, "targets": targets, "rows": rows}
+        return DeferredGradient._of(made_of=made_of, **attributes, **of_loss)
 
     found: list[Statistics] = []
-    loss = linear_cross_entropy(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        num_items_in_batch=num_items_in_batch,
-        ignore_index=ignore_index,
-        statistics=found if counts else None,
-        # what is saved autograd drops after the backward, and sees to it that nobody changes it before
-        through=(
-            logits,
-            [want and logits.requires_grad for want in known.wanted],
-            gradient,
-            (*known.made_of, all_targets, rows),
-        ),
-    )
+    wanted = [want and logits.requires_grad for want in known.wanted]
+    saved = (
+        *known.made_of,
+        all_targets,
+        rows,
+    )  # autograd drops them after the backward; until then nobody changes them
+    options: dict[str, Any] = {
+        "num_items_in_batch": num_items_in_batch,
+        "statistics": found if counts else None,
+        "bias": bias,
+    }
+    options |= {"ignore_index": ignore_index, "through": (logits, wanted, gradient, saved)}
+    loss = linear_cross_entropy(hidden, weight, targets, **options)
     known.statistics = found[0] if found else None
     return loss
 
