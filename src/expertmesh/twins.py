@@ -63,8 +63,8 @@ def has_cache(kwargs: dict[str, Any]) -> bool:
 
 
 def untouched(*modules: nn.Module, kind: type = nn.Module) -> bool:
-    """Whether calls of these, of this kind, run the forward of PyTorch, Transformers or a twin, and nobody watches them,
-    so that a kernel may stand for them. Parallelism replaces the forward of instances; users put hooks and classes.
+    """Whether calls of these, of this kind, run the forward of PyTorch, Transformers or a twin, and nobody watches
+    them, so that a kernel may stand for them. Parallelism replaces instances' forward; users put hooks and classes.
     """
     for m in modules:
         known = isinstance(m, kind) and type(m).__module__.startswith(("torch.", "transformers."))

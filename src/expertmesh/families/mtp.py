@@ -32,6 +32,7 @@ def _deepseek_v3(model: Any) -> MTP:
     for _ in range(config.num_nextn_predict_layers):
         place = f"model.layers.{len(layers)}"
         block = type(like)(config, len(layers))
+        block.shared_head = nn.Module()
         make_module([block], like.input_layernorm, "shared_head.norm")
         layers.append(block)
         mtp.depths.append([(block, like)])

@@ -1,10 +1,9 @@
 """Whether a twin equals code that no fingerprint knows: found out by running both.
 
-A later Transformers rewrites forwards without changing what they compute; a new family has its own. So a tiny stock
-model is made of the family's classes and the user's own flags (few layers, few experts, narrow, float32, on the CPU),
-and beside it one whose modules of the class in question are the twin's. The twin holds if both give the same logits
-and the same gradient of every parameter, for whole rows, padding, packed documents, and a cache. Among several that do,
-the one nearest in bfloat16 is taken: norms differ only in where they round. It takes a fraction of a second a class.
+A tiny stock model is made of the family's classes and the user's own flags (few layers, few experts, narrow, float32,
+on the CPU), and beside it one whose modules of the class in question are the twin's. The twin holds if both give the
+same logits and the same gradient of every parameter, for whole rows, padding, packed documents, and a cache. Among
+several that do, the one nearest in bfloat16 is taken: norms differ only in where they round.
 """
 
 import copy

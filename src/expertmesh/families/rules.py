@@ -1,7 +1,7 @@
 """How a family says which of its classes have fast twins.
 
-A rule names the HF code it replaces, which families share, by a fingerprint of it. That does not see what cannot change a
-result: comments, annotations, decorators, and the cache's name, which Transformers changed in 5.24. Code that no
+A rule names the HF code it replaces, which families share, by a fingerprint of it. That does not see what cannot change
+a result: comments, annotations, decorators, and the cache's name, which Transformers changed in 5.24. Code that no
 fingerprint knows is probed (probe.py).
 """
 

@@ -1,7 +1,7 @@
 """Causal attention of fused models, and what the twins of attention modules share.
 
-`NAME` is registered as an attention implementation and stands for "sdpa", Transformers' default, in fused models: the
-same numbers, but it takes packed documents beside the mask (rows.py), and goes to flash-attn-4 where that is installed.
+The implementation `NAME` stands for "sdpa", Transformers' default, in fused models: the same numbers, but it takes packed
+documents beside the mask (rows.py), and goes to flash-attn-4 where that is installed.
 """
 
 from typing import Any
@@ -21,8 +21,7 @@ NAME = "expertmesh"
 
 
 def placeholder(documents: Documents | None, device: torch.device) -> torch.Tensor:
-    """The mask that says: causal, within `documents` if there are any. Its last size is 1 if there are, so that a layer
-    that did not get them knows."""
+    """The mask that says: causal, within `documents` if there are any, of which its last size tells layers."""
     return torch.empty(1, 1, 0, int(documents is not None), dtype=torch.bool, device=device)
 
 
@@ -57,9 +56,12 @@ def attend(
     documents, mask = documents_or_mask(attention_mask, documents, module)
     plain = mask is None and position_bias is None and dropout == 0 and kwargs.get("softcap") is None
     if plain and getattr(module, "in_fused_model", False):
-        is_causal = kwargs.get("is_causal")
-        causal = module.is_causal if is_causal is None else is_causal
-        if causal and backends.FLASH_ATTENTION and flash_attention.takes(query, key, value):
+        asked = kwargs.get("is_causal")
+        if (
+            (module.is_causal if asked is None else asked)
+            and backends.FLASH_ATTENTION
+            and flash_attention.takes(query, key, value)
+        ):
             return flash_attention.flash_attention(query, key, value, scaling, documents=documents), None
         if documents is not None and backends.has_varlen(query) and takes(query, value):
             return varlen_attention(query, key, value, *documents, scaling), None

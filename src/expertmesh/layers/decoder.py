@@ -1,8 +1,7 @@
 """Fast twins of RMSNorms, and of pre-norm decoder layers, whose residual adds are part of other kernels.
 
 The add after attention and the norm behind it are one kernel. The second add happens in the experts' last kernel, where
-the block allows it (moe/block.py). In backward the kernel of each norm also adds the gradient of the residual
-connection around it.
+the block allows it. In backward the kernel of each norm also adds the gradient of the residual connection around it.
 """
 
 from typing import Any
@@ -53,16 +52,12 @@ class FastDecoderLayer(Fast):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         first, second = self.input_layernorm, self.post_attention_layernorm
         if args or not untouched(first, second, kind=FastRMSNorm):  # replaced or hooked after fusing: call them
-            tell_once(
-                f"{type(self).__name__} runs Transformers' code: a norm was changed, or arguments came by position."
-            )
+            tell_once(f"{type(self).__name__} runs Transformers' code: a norm was changed, or arguments had no names.")
             return super().forward(hidden_states, *args, **kwargs)
         normed, residual = first.of_sum(hidden_states)
-        mixed = self._mix(normed, kwargs)
-        if self.residual_multiplier != 1:
-            mixed = mixed * self.residual_multiplier
-        normed, residual = second.of_sum(mixed, residual)
-        return add_block(getattr(self, self.block_name), normed, residual, self.residual_multiplier)
+        mixed, scale = self._mix(normed, kwargs), self.residual_multiplier
+        normed, residual = second.of_sum(mixed if scale == 1 else mixed * scale, residual)
+        return add_block(getattr(self, self.block_name), normed, residual, scale)
 
     def _mix(self, normed: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """What is added to the residual before the second norm."""

@@ -1,9 +1,8 @@
 """Fast twin of the Mamba2 mixer: what stands between its two projections is one function (kernels/mamba2.py).
 
-In packed rows neither the convolution nor the state may reach into the next document. The base model finds out once
-where documents begin (base_model.py) and hands it to the mixers as a keyword that Transformers' layers pass on, so that
-recomputed layers know it too; Transformers' own mixer refuses such rows or, told by position_ids only, mixes them up.
-With a cache, that is in generation, Transformers' code runs.
+In packed rows neither the convolution nor the state may reach into the next document. Where these begin the base model
+tells by a keyword that layers pass on, so that recomputed layers know it too. With a cache, that is in generation,
+Transformers' code runs.
 """
 
 from typing import Any
@@ -31,9 +30,7 @@ class FastMamba2Mixer(Fast):
         bounds = kwargs.pop("document_bounds", None)
         start_BS = None if bounds is None else bounds.start
         if touched := not untouched(self.conv1d, self.norm, self.act):
-            tell_once(
-                f"{type(self).__name__} runs Transformers' code: somebody put hooks on its parts, or replaced them."
-            )
+            tell_once(f"{type(self).__name__} runs Transformers' code: its parts have hooks, or were replaced.")
         if cache is not None or touched:
             if start_BS is not None:
                 kwargs["seq_idx"] = start_BS  # Transformers needs mamba-ssm for these rows, or raises
@@ -41,14 +38,8 @@ class FastMamba2Mixer(Fast):
         dtype = hidden_states.dtype
         if attention_mask is not None:
             hidden_states = (hidden_states * attention_mask.unsqueeze(-1)).to(dtype)
-        weights = Mamba2Weights(
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            -torch.exp(self.A_log.float()),
-            self.D,
-            self.dt_bias,
-            self.norm.weight,
-        )
+        conv, A = self.conv1d, -torch.exp(self.A_log.float())
+        weights = Mamba2Weights(conv.weight.squeeze(1), conv.bias, A, self.D, self.dt_bias, self.norm.weight)
         options = Mamba2Options(self.head_dim, self.n_groups, self.time_step_limit, self.norm.variance_epsilon)
         mixed = mamba2_reference if in_one_graph() else mamba2
         y = mixed(self.in_proj(hidden_states), weights, options, start_BS, attention_mask)

@@ -7,9 +7,8 @@ embedding of token t+k, runs a decoder layer, and predicts token t+k+1 with the 
     h^k  = norm(layer(h'))
     loss = main loss + mtp_loss_weight * mean over k of CE(head(h^k_t), token_{t+k+1})
 
-A module is made of the family's own decoder layers (`MTPBlock`), so that its attention and experts are fused and
-sharded like all others. In training `record_inputs` keeps what the main model computes anyway (embeddings, hidden
-states, masks), and `loss_with_predictions` adds the losses; in evaluation and generation nothing of this runs.
+A module is made of the family's own decoder layers, fused and sharded like all others. In training `record_inputs`
+keeps what the main model computes anyway, and `loss_with_predictions` adds the losses; else nothing of this runs.
 """
 
 import contextlib
@@ -30,10 +29,7 @@ from expertmesh.twins import Fast, cache_of, twin
 
 
 class MTPBlock(Fast):
-    """Twin of a decoder layer that may begin a module (joins its two inputs) and may end it (last norm).
-
-    Without either it is its HF class.
-    """
+    """Twin of a decoder layer that may begin a module (joins its two inputs) and may end it (last norm)."""
 
     begins = False
     end_norm: str | None = None
@@ -42,16 +38,14 @@ class MTPBlock(Fast):
         """hidden_states [B, S, H]; if it begins a module also, by position, the embeddings [B, S, H] to join."""
         if self.begins:
             embeds, *args = args  # type: ignore[assignment]
-            joined = torch.cat([self.enorm(embeds), self.hnorm(hidden_states)], dim=-1)
-            hidden_states = self.eh_proj(joined)
+            hidden_states = self.eh_proj(torch.cat([self.enorm(embeds), self.hnorm(hidden_states)], dim=-1))
         hidden_states = super().forward(hidden_states, *args, **kwargs)
         return hidden_states if self.end_norm is None else self.get_submodule(self.end_norm)(hidden_states)
 
 
 def make_module(blocks: list[Any], norm: Any, end: str) -> None:
     """Make an MTP module of these decoder layers. The first joins hidden states and embeddings; behind the last comes a
-    norm named `end` ("a" or "a.b"). All its norms are copies of `norm`, whose weights are still those it was made with.
-    Weights get the names that they have in checkpoints."""
+    norm named `end` ("a" or "a.b"), as in checkpoints. All norms are copies of `norm`, which is as it was made."""
     first, last = blocks[0], blocks[-1]
     for block in {first, last}:
         stock: Any = type(block)
@@ -60,9 +54,7 @@ def make_module(blocks: list[Any], norm: Any, end: str) -> None:
     first.eh_proj = nn.Linear(2 * len(norm.weight), len(norm.weight), bias=False)
     first.begins, last.end_norm = True, end
     holder, _, name = end.rpartition(".")
-    if holder:
-        last.add_module(holder, nn.Module())
-    last.get_submodule(holder).add_module(name, last_norm)
+    setattr(last.get_submodule(holder), name, last_norm)
 
 
 @dataclass
@@ -87,16 +79,15 @@ class MTP:
         return (parameter for name, parameter in model.named_parameters() if self.owns(name))
 
 
-def were_saved(model: Any, missing: set[str], unexpected: set[str], source: Any, quantized: bool = False) -> bool:
-    """Whether the checkpoint that a model was just loaded from has weights for its MTP modules.
+def settle(model: Any, loaded: Any, source: Any, quantized: bool = False) -> None:
+    """Keep the MTP modules, and those of their `copies`, that the checkpoint has; drop the modules if it has none.
 
-    missing, unexpected: keys that only the model has, and that only the checkpoint has. `copies` keeps those that the
-    checkpoint has. Raises ValueError if it has only a part of the modules. A model that stays quantized cannot be
-    trained, so modules that its checkpoint holds less quantized are left out.
+    loaded: Transformers' record of the keys that only one of both has. Raises ValueError for a part of the modules; of
+    a model that stays `quantized`, and so is not trained, they are dropped.
     """
     mtp: MTP = model._mtp
     names = {name for name in model.state_dict() if mtp.owns(name)}
-    lost = sorted(names & missing)
+    lost = sorted(names & loaded.missing_keys)
     if 0 < len(lost) < len(names):
         if not quantized:
             raise ValueError(
@@ -107,8 +98,13 @@ def were_saved(model: Any, missing: set[str], unexpected: set[str], source: Any,
         backends.logger().warning(
             f"The modules for multi-token prediction are left out: {source!r} holds them less quantized than the model."
         )
-    mtp.copies = {on_disk: name for on_disk, name in mtp.copies.items() if on_disk in unexpected}
-    return not lost
+    mtp.copies = {on_disk: name for on_disk, name in mtp.copies.items() if on_disk in loaded.unexpected_keys}
+    if lost:
+        loaded.missing_keys -= names
+        for place in mtp.places:
+            parent, _, name = place.rpartition(".")
+            delattr(model.get_submodule(parent), name)
+        model._mtp = None
 
 
 def promise_what_is_kept(model: Any) -> None:

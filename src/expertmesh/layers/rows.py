@@ -9,9 +9,9 @@ one wait for the device at most.
     attention_mask [B, S]            rows are taken apart: tokens that are no padding become one row of      one
                                      documents; hidden states get padding back after the last layer
 
-Transformers makes a mask [B, 1, S, S] of this, for which SDPA has no fast kernel. Here an empty tensor stands in its
-place (`placeholder`, attention.py), which Transformers passes on because it has four dimensions, and `documents` travel
-beside it as a keyword. Everything else (a cache, masks of the user's own, compilation) is left to Transformers.
+Transformers makes a mask [B, 1, S, S] of this, for which SDPA has no fast kernel. Here an empty tensor of four
+dimensions, which Transformers passes on, stands in its place (`placeholder`, attention.py), and `documents` travel as a
+keyword. Everything else (a cache, masks of the user's own, compilation) is left to Transformers.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """Attention with sinks (GPT-OSS) on our kernels: what Transformers has no SDPA for, and runs eagerly by default.
 
-`NAME` is registered as an attention implementation. It replaces a model's default, never one that the user asked for.
-Beside causality and windows it knows documents (rows.py) and padding. Where the kernels do not apply, as with a cache
-that holds tokens, Transformers' eager attention runs with Transformers' mask.
+The implementation `NAME` replaces a model's default, never one that the user asked for. It knows windows, documents and
+padding. Where the kernels do not apply, as with a cache that holds tokens, Transformers' eager attention runs.
 """
 
 from typing import Any
