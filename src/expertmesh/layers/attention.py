@@ -1,7 +1,7 @@
 """Causal attention of fused models, and what the twins of attention modules share.
 
-The implementation `NAME` stands for "sdpa", Transformers' default, in fused models: the same numbers, but it takes packed
-documents beside the mask (rows.py), and goes to flash-attn-4 where that is installed.
+The implementation `NAME` stands for "sdpa", Transformers' default, in fused models: the same numbers, but it takes
+packed documents beside the mask (rows.py), and goes to flash-attn-4 where that is installed.
 """
 
 from typing import Any
@@ -49,19 +49,15 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     documents: Documents | None = None,
-    position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' `sdpa_attention_forward`, within `documents` where the mask is a `placeholder`."""
     documents, mask = documents_or_mask(attention_mask, documents, module)
-    plain = mask is None and position_bias is None and dropout == 0 and kwargs.get("softcap") is None
+    plain = mask is None and dropout == 0 and kwargs.get("position_bias") is None and kwargs.get("softcap") is None
     if plain and getattr(module, "in_fused_model", False):
-        asked = kwargs.get("is_causal")
-        if (
-            (module.is_causal if asked is None else asked)
-            and backends.FLASH_ATTENTION
-            and flash_attention.takes(query, key, value)
-        ):
+        causal = kwargs.get("is_causal")
+        causal = module.is_causal if causal is None else causal
+        if causal and backends.FLASH_ATTENTION and flash_attention.takes(query, key, value):
             return flash_attention.flash_attention(query, key, value, scaling, documents=documents), None
         if documents is not None and backends.has_varlen(query) and takes(query, value):
             return varlen_attention(query, key, value, *documents, scaling), None
@@ -71,9 +67,7 @@ def attend(
             f"bfloat16 or float16 on Ampere or newer, and no dropout, softcap or position bias."
         )
         mask = document_mask(documents.cu_seqlens, query.shape[0], query.shape[2])
-    return sdpa_attention_forward(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs
-    )
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register(NAME, attend)
