@@ -29,11 +29,8 @@ class FastLatentAttention(FastAttention):
         if self.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.view(batch, seq, -1, self.qk_head_dim)
-        widths = [self.kv_lora_rank, self.qk_rope_head_dim]
-        latent, k_rope = latents.split(widths, dim=-1)
-        latent = self.kv_a_layernorm(latent)
-
-        cached = None
+        latent, k_rope = latents.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent, cached = self.kv_a_layernorm(latent), None
         if past is not None:  # it keeps latents and rotated positions, as stock does
             turned = rotated(k_rope[:, None], *turn)
             cached = past.update(latent[:, None], turned, self.layer_idx, kwargs=kwargs)

@@ -62,13 +62,10 @@ class FastNemotronHMoEBlock(FastSharedMoEBlock):
         x_TH = hidden_states.flatten(0, -2)
         _, weight_TK, ids_TK = self.gate(x_TH)
         y_TL = self.experts(self.fc1_latent_proj(x_TH), ids_TK, weight_TK)
-        out_TH = _add_projected(total_TH, y_TL, self.fc2_latent_proj, scale)
+        proj = self.fc2_latent_proj
+        plain = type(proj) is nn.Linear and proj.bias is None and untouched(proj)
+        if plain and total_TH.dtype == y_TL.dtype == proj.weight.dtype:
+            out_TH = total_TH.addmm_(y_TL, proj.weight.t(), alpha=scale)  # nobody else keeps the total
+        else:
+            out_TH = add_scaled(total_TH, proj(y_TL), scale)
         return torch.ops.aten._unsafe_view(out_TH, residual.shape)  # no view, of which FSDP warns
-
-
-def _add_projected(total_TH: torch.Tensor, y_TL: torch.Tensor, proj: Any, scale: float) -> torch.Tensor:
-    """total + scale · proj(y); without a bias, adapter or hook the product adds into total, which nobody else keeps."""
-    plain = type(proj) is nn.Linear and proj.bias is None and untouched(proj)
-    if plain and total_TH.dtype == y_TL.dtype == proj.weight.dtype:
-        return total_TH.addmm_(y_TL, proj.weight.t(), alpha=scale)
-    return add_scaled(total_TH, proj(y_TL), scale)

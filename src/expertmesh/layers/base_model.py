@@ -5,7 +5,6 @@ call the base model itself. So what a forward needs is set up here: documents an
 the call (records.py).
 """
 
-import functools
 import inspect
 import re
 from collections.abc import Iterator
@@ -48,8 +47,11 @@ class FastBaseModel(Fast):
     _replicate_for_data_parallel = refuse_replicas
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
     _stateful: Any = None  # the class of such mixers that are not ours
+    _stateful_told = False  # whether these pass documents on to their kernels, which refuse what they cannot do
     _sinks = False  # whether attention has sinks
     _announced = False
+    _names: Any = ()  # of the arguments
+    _makes_masks = False  # whether by the functions that pass on what has four dimensions
     _experts_at: Any = ()  # where experts stand, and later adapters around them
     _linears_at: Any = ()  # and linear layers
 
@@ -61,7 +63,7 @@ class FastBaseModel(Fast):
         refuse_undivided(self)
         fuse_adapted_experts(self._experts_at)
         fuse_adapted_linears(self._linears_at)
-        inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, call_of(self)
+        inputs, call = dict(zip(self._names, args, strict=False)) | kwargs, call_of(self)
         if self.training and torch.is_grad_enabled():
             if self._mtp_loss_weight is not None and not call.predicts:
                 raise ValueError(_NO_MTP)
@@ -134,8 +136,7 @@ class FastBaseModel(Fast):
             return "flash"
         chosen = self.config._attn_implementation
         own = chosen == SINKS or (chosen == NAME and not _has_windows(self.config, length))
-        cls: Any = type(self)
-        return "documents" if own and _makes_masks(cls) else "masks"
+        return "documents" if own and self._makes_masks else "masks"
 
     def _takes_apart(self, inputs: dict[str, Any], found: Found, call: Call) -> bool:
         """Whether padding can be left out. Where it cannot, rows stay as Transformers has them."""
@@ -164,7 +165,7 @@ class FastBaseModel(Fast):
             why, instead = "a mask of your own speaks to attention alone", "leave attention_mask out"
         elif self._mamba2 and inputs.get("use_cache"):
             who, why, instead = "Mamba2", "a cache keeps one state for a row", "set use_cache=False"
-        elif self._stateful is not None and not _knows_documents(self._stateful):
+        elif self._stateful is not None and not self._stateful_told:
             who, why = self._stateful.__name__, "its state passes from one token to the next"
             instead = "train a model whose mixers can be told"
         elif self._sinks and self.config._attn_implementation == "eager":
@@ -229,9 +230,13 @@ def fuse_base(model: Any) -> None:
     if base is not model:
         stock: Any = type(base)
         base.__class__ = twin(stock, FastBaseModel)
+    cls: Any = type(base).__stock__
+    base._names = list(inspect.signature(cls.forward).parameters)[1:]
+    base._makes_masks = "create_causal_mask" in inspect.getsource(cls)
     mixers: set[Any] = {type(module) for module in base.modules() if keeps_state(module)}
     base._mamba2 = any(issubclass(mixer, FastMamba2Mixer) for mixer in mixers)
     base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
+    base._stateful_told = base._stateful is not None and "cu_seq_lens_q" in inspect.getsource(base._stateful)
     base._experts_at, base._linears_at = places_of(model, is_experts), places_of(model, lambda m: type(m) is nn.Linear)
     base._sinks = any(hasattr(module, "sinks") for module in base.modules())
 
@@ -241,23 +246,6 @@ def keeps_state(module: nn.Module) -> bool:
     name = type(module).__name__
     has_conv = any(isinstance(child, nn.Conv1d) for child in module.children())
     return has_conv or re.search(r"(Lightning|Linear)Attention|DeltaNet|DeltaAttention|Mamba\w*Mixer", name) is not None
-
-
-@functools.cache
-def _knows_documents(mixer: Any) -> bool:
-    """Whether the code of Transformers' mixer passes documents on to its kernels, which refuse what they cannot do."""
-    return "cu_seq_lens_q" in inspect.getsource(mixer)
-
-
-@functools.cache
-def _makes_masks(base: Any) -> bool:
-    """Whether the HF class leaves its masks to the functions that pass on what has four dimensions."""
-    return "create_causal_mask" in inspect.getsource(base.__stock__)
-
-
-@functools.cache
-def _names(cls: Any) -> list[str]:
-    return list(inspect.signature(cls.__stock__.forward).parameters)[1:]
 
 
 def _is_of_rows(x: Any, shape: tuple[int, int]) -> bool:
