@@ -210,19 +210,13 @@ class DeferredGradient(_Deferred):
 
 def _product(func: Any, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[float | None, torch.dtype]:
     """(factor, dtype) of an operation that multiplies x by a number or converts it; factor None if it does more."""
-    if func is aten._to_copy.default and kwargs.get("dtype") is not None:
-        stays = {
-            "dtype": kwargs["dtype"],
-            "device": x.device,
-            "layout": x.layout,
-        }  # autograd names them, converting back
-        return None if any(value and value != stays.get(name) for name, value in kwargs.items()) else 1.0, stays[
-            "dtype"
-        ]
-    number = args[1] if len(args) == 2 and not kwargs and func in (aten.mul.Tensor, aten.div.Tensor) else None
-    if not isinstance(number, int | float) or not math.isfinite(number) or number == 0:
-        return None, x.dtype
-    return number if func is aten.mul.Tensor else 1 / number, x.dtype
+    dtype, number = kwargs.get("dtype") or x.dtype, args[1] if len(args) == 2 and not kwargs else None
+    if func is aten._to_copy.default and "dtype" in kwargs:
+        stays = {"dtype": dtype, "device": x.device, "layout": x.layout}  # autograd names them when it converts back
+        return None if any(value and value != stays.get(name) for name, value in kwargs.items()) else 1.0, dtype
+    if func not in (aten.mul.Tensor, aten.div.Tensor) or not isinstance(number, int | float) or number == 0:
+        return None, dtype
+    return (number if func is aten.mul.Tensor else 1 / number) if math.isfinite(number) else None, dtype
 
 
 class _Head(torch.autograd.Function):
