@@ -10,12 +10,17 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
+from expertmesh.kernels.mla_rope import mla_rope, rotated
+from expertmesh.kernels.rope import qk_norm_rope
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
-from expertmesh.twins import Fast, cache_of
+from expertmesh.layers.decoder import FastRMSNorm
+from expertmesh.layers.lora import linears
+from expertmesh.twins import Fast, cache_of, untouched
 
 NAME = "expertmesh"
 
@@ -77,8 +82,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # for what is no placeholder
 class FastAttention(Fast):
     """Causal attention whose queries, keys and values a subclass makes, by the implementation that the user chose.
 
-    eager: its family's own implementation. heads: (hidden states, position embeddings, cache or None, the forward's
-    keywords, which go on to the implementation) → queries, keys and values [B, N, S, D], those of the cache included.
+    heads: (hidden states, position embeddings, cache or None, the forward's keywords, which go on to the
+    implementation) → queries, keys and values [B, N, S, D], those of the cache included.
     """
 
     def forward(
@@ -93,7 +98,75 @@ class FastAttention(Fast):
         if self.why_not(self) is not None:  # what its kernel stands for was replaced or hooked after fusing: call it
             return super().forward(hidden_states, position_embeddings, attention_mask, past, **kwargs)
         query, key, value = self.heads(hidden_states, position_embeddings, past, kwargs)
-        chosen = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
+        chosen = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = chosen(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*out.shape[:2], -1).contiguous()), weights
+
+
+class FastQKNormAttention(FastAttention):
+    """Must equal `Qwen3MoeAttention.forward` of Transformers."""
+
+    stands_for = ("forward", "apply_rotary_pos_emb", "rotate_half")
+
+    def heads(
+        self, hidden_states: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], past: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        query, key = qk_norm_rope(
+            query.view(heads),
+            key.view(heads),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            *turn,
+            self.q_norm.variance_epsilon,
+        )
+        value = value.view(heads).transpose(1, 2)
+        if past is not None:
+            key, value = past.update(key, value, self.layer_idx, kwargs=kwargs)
+        kwargs["sliding_window"] = self.sliding_window
+        return query, key, value
+
+    @staticmethod
+    def why_not(attention: Any) -> str | None:
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        if untouched(q_norm, k_norm, kind=FastRMSNorm) and q_norm.scale == k_norm.scale == "rounded":
+            return None
+        return "its q/k-norms are not fused RMSNorms of Llama's kind"
+
+
+class FastLatentAttention(FastAttention):
+    """Must equal `DeepseekV3Attention.forward` of Transformers: latent attention (MLA).
+
+    On the way of "sdpa" queries and keys are 192 wide and values 128: on Hopper and newer cuDNN takes that as it is,
+    before Hopper PyTorch's memory-efficient kernel; never a matrix of S x S.
+    """
+
+    stands_for = ("forward", "expand_kv", "apply_rotary_pos_emb_interleave")
+
+    def heads(
+        self, hidden_states: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], past: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch, seq = hidden_states.shape[:-1]
+        first = self.q_proj if self.q_lora_rank is None else self.q_a_proj
+        q, latents = linears(hidden_states, first, self.kv_a_proj_with_mqa)
+        if self.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        q = q.view(batch, seq, -1, self.qk_head_dim)
+        latent, k_rope = latents.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent, cached = self.kv_a_layernorm(latent), None
+        if past is not None:  # it keeps latents and rotated positions, as stock does
+            turned = rotated(k_rope[:, None], *turn)
+            cached = past.update(latent[:, None], turned, self.layer_idx, kwargs=kwargs)
+        if cached is None or cached[0].shape[2] == seq:  # all keys are of these tokens
+            kv = self.kv_b_proj(latent).view(batch, seq, -1, self.qk_nope_head_dim + self.v_head_dim)
+            query, key, value = mla_rope(q, kv, k_rope, *turn)
+        else:
+            query = rotated(q.transpose(1, 2), *turn)
+            key, value = self.expand_kv(*cached)
+        return query, key, value
+
+    @staticmethod
+    def why_not(attention: Any) -> str | None:
+        return None if attention.config.rope_interleave else "its RoPE turns halves, not pairs (rope_interleave=False)"
