@@ -8,7 +8,7 @@ becomes a subclass of itself (`FusedModel`). Loading, saving, generation, PEFT a
 import copy
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -329,7 +329,8 @@ def _forward_of(stock: Any) -> Any:
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
         predicts = defer and self.mtp_loss_weight is not None
         call = Call(self, targets, defer, kwargs.pop("count_predictions", False), predicts)
-        with aux_loss_share(self, kwargs), record_inputs(call), calling(call):
+        recording = record_inputs(call) if predicts else nullcontext()
+        with aux_loss_share(self, kwargs), recording, calling(call):
             return stock.forward(self, *args, **kwargs)
 
     return forward

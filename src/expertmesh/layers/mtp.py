@@ -118,10 +118,7 @@ def promise_what_is_kept(model: Any) -> None:
 
 @contextlib.contextmanager
 def record_inputs(call: Call) -> Iterator[None]:
-    """Within: if the call `predicts`, forward hooks record in it what the MTP modules take from the main model."""
-    if not call.predicts:
-        yield
-        return
+    """Within: forward hooks record in a call that `predicts` what the MTP modules take from the main model."""
 
     def embedded(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         call.embeds = output

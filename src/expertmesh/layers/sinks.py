@@ -14,8 +14,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from expertmesh.backends import product_dtype
 from expertmesh.kernels.documents import Bounds
+from expertmesh.kernels.rope import rotary
 from expertmesh.kernels.sink_attention import Padding, padding_of, sink_attention, takes, visible
 from expertmesh.layers.attention import documents_or_mask
+from expertmesh.layers.rope import FastRoPE
 
 NAME = "expertmesh-sinks"
 
@@ -49,23 +51,33 @@ def attend_with_sinks(
     return eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)
 
 
-def padding_or_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    attention_mask: torch.Tensor | None = None,
-    **asked: Any,
-) -> torch.Tensor | Padding | None:
+def padding_or_mask(**asked: Any) -> torch.Tensor | Padding | None:
     """What our kernels need to know of rows that were not taken apart, or Transformers' eager mask."""
-    whole = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
+    offset, mask = asked["q_offset"], asked["attention_mask"]
+    whole = isinstance(offset, int) and offset == asked["kv_offset"] == 0 and asked["q_length"] == asked["kv_length"]
     if not whole or asked["use_vmap"] or not asked["allow_is_causal_skip"]:
-        return masking_utils.eager_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **asked
-        )
-    return None if attention_mask is None else padding_of(attention_mask[:, :kv_length])
+        return masking_utils.eager_mask(**asked)
+    return None if mask is None else padding_of(mask[:, : asked["kv_length"]])
 
 
 AttentionInterface.register(NAME, attend_with_sinks)
 masking_utils.AttentionMaskInterface.register(NAME, padding_or_mask)
+
+
+class FastSinkAttention(FastRoPE):
+    """`GptOssAttention` with its own RoPE in one kernel; its attention is `attend_with_sinks`."""
+
+    probed = True
+    stands_for = ("forward", "apply_rotary_pos_emb", "_apply_rotary_emb", "eager_attention_forward")
+
+    @classmethod
+    def turn(
+        cls, stock: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert unsqueeze_dim == 1, "heads before positions"
+        return rotary(q, k, cos, sin, half=True)
+
+    @staticmethod
+    def why_not(attention: Any) -> str | None:
+        chosen = attention.config._attn_implementation
+        return None if chosen == NAME else f"attn_implementation={chosen!r} was asked for"
