@@ -23,6 +23,8 @@ from expertmesh.layers.lora import linears
 from expertmesh.twins import Fast, cache_of, untouched
 
 NAME = "expertmesh"
+Turn = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the positions
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values
 
 
 def placeholder(documents: Documents | None, device: torch.device) -> torch.Tensor:
@@ -87,12 +89,7 @@ class FastAttention(Fast):
     """
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        *cache: Any,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, position_embeddings: Turn, attention_mask: Any, *cache: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         past = cache[0] if cache else cache_of(kwargs)
         if self.why_not(self) is not None:  # what its kernel stands for was replaced or hooked after fusing: call it
@@ -109,20 +106,11 @@ class FastQKNormAttention(FastAttention):
 
     stands_for = ("forward", "apply_rotary_pos_emb", "rotate_half")
 
-    def heads(
-        self, hidden_states: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], past: Any, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+    def heads(self, hidden_states: torch.Tensor, turn: Turn, past: Any, kwargs: dict[str, Any]) -> Heads:
+        heads, weights = (*hidden_states.shape[:-1], -1, self.head_dim), (self.q_norm.weight, self.k_norm.weight)
         query, key, value = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-        query, key = qk_norm_rope(
-            query.view(heads),
-            key.view(heads),
-            self.q_norm.weight,
-            self.k_norm.weight,
-            *turn,
-            self.q_norm.variance_epsilon,
-        )
-        value = value.view(heads).transpose(1, 2)
+        query, key, value = query.view(heads), key.view(heads), value.view(heads).transpose(1, 2)
+        query, key = qk_norm_rope(query, key, *weights, *turn, self.q_norm.variance_epsilon)
         if past is not None:
             key, value = past.update(key, value, self.layer_idx, kwargs=kwargs)
         kwargs["sliding_window"] = self.sliding_window
@@ -145,9 +133,7 @@ class FastLatentAttention(FastAttention):
 
     stands_for = ("forward", "expand_kv", "apply_rotary_pos_emb_interleave")
 
-    def heads(
-        self, hidden_states: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], past: Any, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, hidden_states: torch.Tensor, turn: Turn, past: Any, kwargs: dict[str, Any]) -> Heads:
         batch, seq = hidden_states.shape[:-1]
         first = self.q_proj if self.q_lora_rank is None else self.q_a_proj
         q, latents = linears(hidden_states, first, self.kv_a_proj_with_mqa)

@@ -84,7 +84,7 @@ class FastBaseModel(Fast):
         training = self.training and torch.is_grad_enabled()
         if self._mamba2 and inputs.get("use_cache") is None and (training or call.targets is not None):
             inputs["use_cache"] = False  # with one our kernels do not run
-        shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
+        shape, device = tuple(tokens.shape[:2]), tokens.device
         mask, positions, numbers = (inputs.get(name) for name in ("attention_mask", "position_ids", "seq_idx"))
         if _has_axes(positions):
             positions, numbers = (positions[0], numbers) if len(positions) == 4 else (None, _number(positions, mask))
@@ -179,9 +179,7 @@ class FastBaseModel(Fast):
         if inputs.get("use_cache") is None:
             inputs["use_cache"] = False  # nobody goes on from a cache of several documents
 
-    def _say(
-        self, inputs: dict[str, Any], documents: Documents | None, shape: tuple[int, int], device: torch.device
-    ) -> None:
+    def _say(self, inputs: dict[str, Any], documents: Documents | None, shape: tuple[int, int], device: Any) -> None:
         """Tell the layers of the documents, each in the way it understands."""
         way = self._attends_by(shape[1])
         if way == "documents":

@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_map_only
 
 from expertmesh.kernels.documents import Documents
 
+Mark = torch.Tensor | None
+
 
 @dataclass(frozen=True)
 class Found:
@@ -58,13 +60,7 @@ class Found:
         return Documents(self.cu_seqlens.to(device, non_blocking=True), int(self.cu_seqlens.diff().max()))
 
 
-def look(
-    shape: tuple[int, int],
-    mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    numbers: torch.Tensor | None,
-    targets: torch.Tensor | None = None,
-) -> Found:
+def look(shape: tuple[int, int], mask: Mark, positions: Mark, numbers: Mark, targets: Mark = None) -> Found:
     """Ask the device, once, what rows of this shape [B, S] hold.
 
     mask: 0 where a token is padding. positions: [B or 1, S]. numbers: of documents, as `seq_idx`, [B or 1, S]. Without
