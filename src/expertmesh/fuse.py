@@ -223,6 +223,8 @@ class FusedModel(ReadsQuantized):
         copies = self._mtp.copies if self._mtp is not None else {}
         own = {key: value for key, value in state_dict.items() if key not in copies} if copies else state_dict
         state, self._waiting = to_model_names(self, {**self._waiting, **own} if self._waiting else own, strict)
+        if self._waiting:
+            hook: Any = self.register_forward_pre_hook(lambda *_: _refuse_part(self, hook))
         return super().load_state_dict(state, strict, assign)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -310,11 +312,6 @@ class FusedModel(ReadsQuantized):
 def _forward_of(stock: Any) -> Any:
     @functools.wraps(stock.forward)  # Trainer and generate read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._waiting:
-            raise ValueError(
-                f"Only some experts of a layer were loaded: {min(self._waiting)} has come, others of its layer have "
-                f"not. Take a complete checkpoint of this model."
-            )
         if backends.in_one_graph():
             if self.mtp_loss_weight is not None and self.training:
                 torch._dynamo.graph_break(msg=_NO_MTP)
@@ -361,6 +358,15 @@ def _refuse_missing(weights: set[str], source: Any) -> None:
             f"Training would start them at random. Download or convert the checkpoint again; its index "
             f"(model.safetensors.index.json) must list every weight of every layer."
         )
+
+
+def _refuse_part(model: Any, hook: Any) -> None:
+    if model._waiting:
+        raise ValueError(
+            f"Only some experts of a layer were loaded: {min(model._waiting)} has come, others of its layer have not. "
+            f"Take a complete checkpoint of this model."
+        )
+    hook.remove()
 
 
 def _use_liger(model: PreTrainedModel) -> None:

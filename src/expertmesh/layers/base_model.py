@@ -84,8 +84,10 @@ class FastBaseModel(Fast):
         training = self.training and torch.is_grad_enabled()
         if self._mamba2 and inputs.get("use_cache") is None and (training or call.targets is not None):
             inputs["use_cache"] = False  # with one our kernels do not run
-        shape, device = tuple(tokens.shape[:2]), tokens.device
-        mask, positions, numbers = (inputs.get(name) for name in ("attention_mask", "position_ids", "seq_idx"))
+        shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
+        mask: Any = inputs.get("attention_mask")
+        positions: Any = inputs.get("position_ids")
+        numbers: Any = inputs.get("seq_idx")
         if _has_axes(positions):
             positions, numbers = (positions[0], numbers) if len(positions) == 4 else (None, _number(positions, mask))
         if not all(x is None or _is_of_rows(x, shape) for x in (positions, numbers)):
@@ -107,11 +109,11 @@ class FastBaseModel(Fast):
         elif mask is not None or marked:
             found = look(shape, mask, positions, numbers, call.targets)
             call.labelled = found.labelled
-            if not found.keep.all():
+            if found.padded:
                 if not self._takes_apart(inputs, found, call):
                     return None
                 inputs["use_cache"] = False
-                apart = Apart(shape, found.keep.flatten().nonzero().flatten().to(device, non_blocking=True))
+                apart = Apart.of(found.keep, device)
                 positions = inputs.get("position_ids")
                 positions = found.positions(device) if positions is None else positions.expand(shape)
                 inputs["position_ids"] = positions

@@ -40,6 +40,11 @@ class Found:
     labelled_padding: bool
 
     @property
+    def padded(self) -> bool:
+        """Whether there is any padding."""
+        return not bool(self.keep.all())
+
+    @property
     def has_holes(self) -> bool:
         """Whether padding lies between the tokens of some row."""
         begins = torch.diff(self.keep.int(), prepend=torch.zeros(len(self.keep), 1, dtype=torch.int)) == 1
@@ -101,6 +106,12 @@ class Apart:
 
     shape: tuple[int, int]
     index: torch.Tensor
+
+    @classmethod
+    def of(cls, keep: torch.Tensor, device: torch.device) -> "Apart":
+        """From `Found.keep`."""
+        index = keep.flatten().nonzero().flatten()
+        return cls((keep.shape[0], keep.shape[1]), index.to(device, non_blocking=True))
 
     def take(self, x: Any) -> Any:
         """[1, T, …] of a tensor [B, S, …]; anything else as it is."""
