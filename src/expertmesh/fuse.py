@@ -23,7 +23,7 @@ from expertmesh import backends
 from expertmesh.families import mtp as mtp_modules
 from expertmesh.families.recompute import set_levels, without_policy
 from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report, switched_on
-from expertmesh.layers import attention, sinks
+from expertmesh.layers import attention
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
 from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
 from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
@@ -89,7 +89,7 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
                 instance.set_experts_implementation(fast_experts.NAME)
             chosen = model.config._attn_implementation
             if chosen == "eager" and _has_our_sinks(model):  # Transformers' default there
-                instance.set_attn_implementation(sinks.NAME)
+                instance.set_attn_implementation(attention.SINKS)
             elif chosen == "sdpa" and _is_causal_text(model):
                 instance.set_attn_implementation(attention.NAME)
             forget_packed_names(model)
@@ -192,7 +192,7 @@ class FusedModel(ReadsQuantized):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Transformers' choice, but ours for "sdpa", and for attention with sinks, which is eager by default."""
         if requested_attention is None and _has_our_sinks(self):
-            requested_attention = sinks.NAME
+            requested_attention = attention.SINKS
         chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
         return attention.NAME if chosen == "sdpa" and _is_causal_text(self) else chosen
 

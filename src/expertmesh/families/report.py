@@ -63,11 +63,9 @@ class Fusion:
 
 
 def _on(name: str, reason: str = "", verified: str = "table") -> Fusion:
-    if not torch.cuda.is_available():
-        by = "PyTorch (no GPU here)"
-    else:
-        own = "Triton" if backends.HAS_TRITON else "PyTorch (no Triton here)"
-        by = ", ".join(filter(None, [backends.library_of(name), own]))
+    own = "Triton" if backends.HAS_TRITON else "PyTorch (no Triton here)"
+    on_gpu = torch.cuda.is_available()
+    by = ", ".join(filter(None, [backends.library_of(name), own])) if on_gpu else "PyTorch (no GPU here)"
     return Fusion(name, True, by, reason, verified=verified)
 
 

@@ -7,7 +7,7 @@ come after the norms; attention that no family knows gets a fast RoPE, which com
 
 from expertmesh.families import nemotron_h
 from expertmesh.families.rules import Rule
-from expertmesh.layers import attention, decoder, mlp, rope, sinks
+from expertmesh.layers import attention, decoder, mlp, rope
 from expertmesh.moe import block, router
 
 RULES = (
@@ -27,7 +27,7 @@ RULES = (
     Rule("router", router.FastSigmoidRouter, "deepseek_v3.DeepseekV3TopkRouter", "49e4c6d91651"),
     Rule("mla_rope", attention.FastLatentAttention, "deepseek_v3.DeepseekV3Attention", "58dcfce7b057"),
     Rule("mla_rope", attention.FastLatentAttention, "glm4_moe_lite.Glm4MoeLiteAttention", "58dcfce7b057"),
-    Rule("sink_attention", sinks.FastSinkAttention, "gpt_oss.GptOssAttention", "fd662928bacc"),
+    Rule("sink_attention", attention.FastSinkAttention, "gpt_oss.GptOssAttention", "fd662928bacc"),
     Rule("qk_norm_rope", attention.FastQKNormAttention, "qwen3_moe.Qwen3MoeAttention", "ab01336ffc67"),
     Rule("mamba2", nemotron_h.FastGatedMamba2Mixer, "nemotron_h.NemotronHMamba2Mixer", "9a702f2272e8"),
     Rule("mamba2", nemotron_h.FastGatedMamba2Mixer, "granitemoehybrid.GraniteMoeHybridMambaLayer", "9a702f2272e8"),

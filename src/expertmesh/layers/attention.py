@@ -1,28 +1,36 @@
 """Causal attention of fused models, and what the twins of attention modules share.
 
 The implementation `NAME` stands for "sdpa", Transformers' default, in fused models: the same numbers, but it takes
-packed documents beside the mask (rows.py), and goes to flash-attn-4 where that is installed.
+packed documents beside the mask (rows.py), and goes to flash-attn-4 where that is installed. `SINKS` is attention with
+sinks (GPT-OSS) on our kernels, for which Transformers has no SDPA: it replaces the default, which is eager, and never
+what the user asked for. It knows windows, documents and padding; where the kernels do not apply, as with a cache that
+holds tokens, Transformers' eager attention runs.
 """
 
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Documents
+from expertmesh.kernels.documents import Bounds, Documents
 from expertmesh.kernels.mla_rope import mla_rope, rotated
-from expertmesh.kernels.rope import qk_norm_rope
+from expertmesh.kernels.rope import qk_norm_rope, rotary
+from expertmesh.kernels.sink_attention import Padding, padding_of, sink_attention, visible
+from expertmesh.kernels.sink_attention import takes as takes_sinks
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
 from expertmesh.layers.decoder import FastRMSNorm
 from expertmesh.layers.lora import linears
+from expertmesh.layers.rope import FastRoPE
 from expertmesh.twins import Fast, cache_of, untouched
 
-NAME = "expertmesh"
+NAME, SINKS = "expertmesh", "expertmesh-sinks"
 Turn = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the positions
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values
 
@@ -77,8 +85,48 @@ def attend(
     return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
+def attend_with_sinks(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | Padding | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    documents: Any = None,
+    document_bounds: Bounds | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As the `eager_attention_forward` of Transformers' GPT-OSS; no weights are returned where the kernels ran."""
+    dtype = backends.product_dtype(value)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    documents, padding = documents_or_mask(attention_mask, documents, module)
+    if isinstance(padding, torch.Tensor):
+        return gpt_oss.eager_attention_forward(module, query, key, value, padding, scaling, dropout, **kwargs)
+    bounds = None if documents is None else document_bounds
+    if dropout == 0 and s_aux is not None and takes_sinks(query) and getattr(module, "in_fused_model", False):
+        return sink_attention(query, key, value, s_aux, scaling, sliding_window, bounds, padding), None
+    start, seen = bounds and bounds.start, padding and padding.seen
+    mask = visible(query.shape[2], query.device, sliding_window, start, seen)[:, None]
+    mask = query.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(dtype).min)
+    return gpt_oss.eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)
+
+
+def padding_or_mask(**asked: Any) -> torch.Tensor | Padding | None:
+    """What our kernels need to know of rows that were not taken apart, or Transformers' eager mask."""
+    offset, mask = asked["q_offset"], asked["attention_mask"]
+    whole = isinstance(offset, int) and offset == asked["kv_offset"] == 0 and asked["q_length"] == asked["kv_length"]
+    if not whole or asked["use_vmap"] or not asked["allow_is_causal_skip"]:
+        return masking_utils.eager_mask(**asked)
+    return None if mask is None else padding_of(mask[:, : asked["kv_length"]])
+
+
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # for what is no placeholder
+AttentionInterface.register(SINKS, attend_with_sinks)
+masking_utils.AttentionMaskInterface.register(NAME, masking_utils.sdpa_mask)  # for what is no placeholder
+masking_utils.AttentionMaskInterface.register(SINKS, padding_or_mask)
 
 
 class FastAttention(Fast):
@@ -156,3 +204,22 @@ class FastLatentAttention(FastAttention):
     @staticmethod
     def why_not(attention: Any) -> str | None:
         return None if attention.config.rope_interleave else "its RoPE turns halves, not pairs (rope_interleave=False)"
+
+
+class FastSinkAttention(FastRoPE):
+    """`GptOssAttention` with its own RoPE in one kernel; its attention is `attend_with_sinks`."""
+
+    probed = True
+    stands_for = ("forward", "apply_rotary_pos_emb", "_apply_rotary_emb", "eager_attention_forward")
+
+    @classmethod
+    def turn(
+        cls, stock: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert unsqueeze_dim == 1, "heads before positions"
+        return rotary(q, k, cos, sin, half=True)
+
+    @staticmethod
+    def why_not(attention: Any) -> str | None:
+        chosen = attention.config._attn_implementation
+        return None if chosen == SINKS else f"attn_implementation={chosen!r} was asked for"

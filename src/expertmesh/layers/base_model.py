@@ -16,11 +16,10 @@ from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
-from expertmesh.layers.attention import NAME, placeholder
+from expertmesh.layers.attention import NAME, SINKS, placeholder
 from expertmesh.layers.lora import fuse_adapted_linears
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look
-from expertmesh.layers.sinks import NAME as SINKS
 from expertmesh.moe.experts import NAME as EXPERTS
 from expertmesh.moe.experts import is_experts
 from expertmesh.moe.lora import fuse_adapted_experts, places_of, tell_what_trains
