@@ -313,17 +313,10 @@ def causal_lm_loss(
 
     found: list[Statistics] = []
     wanted = [want and logits.requires_grad for want in known.wanted]
-    saved = (
-        *known.made_of,
-        all_targets,
-        rows,
-    )  # autograd drops them after the backward; until then nobody changes them
-    options: dict[str, Any] = {
-        "num_items_in_batch": num_items_in_batch,
-        "statistics": found if counts else None,
-        "bias": bias,
-    }
-    options |= {"ignore_index": ignore_index, "through": (logits, wanted, gradient, saved)}
+    # what is saved autograd drops after the backward, and sees to it that nobody changes it before
+    through = logits, wanted, gradient, (*known.made_of, all_targets, rows)
+    options: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "bias": bias}
+    options |= {"statistics": found if counts else None, "through": through}
     loss = linear_cross_entropy(hidden, weight, targets, **options)
     known.statistics = found[0] if found else None
     return loss
