@@ -52,12 +52,10 @@ def probe(stock: Any, config: Any, cls: type, rules: list[Rule], done: dict[Any,
     said = json.dumps(small.to_dict(), sort_keys=True, default=str)
     key = (stock, said, attention, cls, *rules, *done.items())
     if key not in _found:
-        errors: dict[Rule, float] = {}
         with _undisturbed():
             model, expected = _stock_model(stock, small)
-            for rule in rules if model is not None else ():
-                if (error := _error(model, expected, attention, cls, rule, done)) is not None:
-                    errors[rule] = error
+            tried = {rule: _error(model, expected, attention, cls, rule, done) for rule in rules if model is not None}
+        errors = {rule: error for rule, error in tried.items() if error is not None}
         _found[key] = min(errors, key=errors.__getitem__, default=None)
     return _found[key]
 
