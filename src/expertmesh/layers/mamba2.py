@@ -20,11 +20,7 @@ class FastMamba2Mixer(Fast):
     stands_for = ("forward", "apply_mask_to_padding_states", "causal_conv1d_fn", "mamba2_chunk_scan")
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        cache: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, cache: Any = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         cache = cache if cache is not None else cache_of(kwargs)
         bounds = kwargs.pop("document_bounds", None)
@@ -38,8 +34,8 @@ class FastMamba2Mixer(Fast):
         dtype = hidden_states.dtype
         if attention_mask is not None:
             hidden_states = (hidden_states * attention_mask.unsqueeze(-1)).to(dtype)
-        conv, A = self.conv1d, -torch.exp(self.A_log.float())
-        weights = Mamba2Weights(conv.weight.squeeze(1), conv.bias, A, self.D, self.dt_bias, self.norm.weight)
+        conv, decay = self.conv1d, -torch.exp(self.A_log.float())
+        weights = Mamba2Weights(conv.weight.squeeze(1), conv.bias, decay, self.D, self.dt_bias, self.norm.weight)
         options = Mamba2Options(self.head_dim, self.n_groups, self.time_step_limit, self.norm.variance_epsilon)
         mixed = mamba2_reference if in_one_graph() else mamba2
         y = mixed(self.in_proj(hidden_states), weights, options, start_BS, attention_mask)
