@@ -20,14 +20,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
-from expertmesh.families import mtp as mtp_modules
 from expertmesh.families.recompute import set_levels, without_policy
 from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report, switched_on
 from expertmesh.layers import attention
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
 from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
 from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
-from expertmesh.layers.mtp import MTP, loss_with_predictions, promise_what_is_kept, record_inputs, settle
+from expertmesh.layers.mtp import MTP, add_modules, loss_with_predictions, promise_what_is_kept, record_inputs, settle
 from expertmesh.moe import experts as fast_experts
 from expertmesh.moe.lora import reach_experts
 from expertmesh.moe.router import aux_loss_share
@@ -155,7 +154,7 @@ class FusedModel(ReadsQuantized):
         super().__init__(config, *args, **kwargs)
         self._frozen = [name for name, weight in self.named_parameters() if not weight.requires_grad]
         if _loading.get().mtp != "no":
-            self._mtp = mtp_modules.add_modules(self)
+            self._mtp = add_modules(self)
         self._fuse_modules()
 
     @property
