@@ -7,7 +7,7 @@ come after the norms; attention that no family knows gets a fast RoPE, which com
 
 from expertmesh.families import nemotron_h
 from expertmesh.families.rules import Rule
-from expertmesh.layers import attention, decoder, mlp, rope
+from expertmesh.layers import attention, decoder, rope
 from expertmesh.moe import block, router
 
 RULES = (
@@ -15,8 +15,8 @@ RULES = (
     Rule("rms_norm", decoder.FastFloat32RMSNorm, "gpt_oss.GptOssRMSNorm", "21c61ba6112f"),
     Rule("rms_norm", decoder.FastFloat32RMSNorm, "nemotron_h.NemotronHRMSNorm", "3b70f5568fad"),
     Rule("rms_norm", decoder.FastOnePlusRMSNorm, "qwen3_next.Qwen3NextRMSNorm", "6230aed131b0"),
-    Rule("swiglu", mlp.FastSwiGLU, "qwen3_moe.Qwen3MoeMLP", "22d9f641d2af"),
-    Rule("swiglu", mlp.FastReLU2MLP, "nemotron_h.NemotronHMLP", "d4bf579a3de9"),
+    Rule("swiglu", decoder.FastSwiGLU, "qwen3_moe.Qwen3MoeMLP", "22d9f641d2af"),
+    Rule("swiglu", decoder.FastReLU2MLP, "nemotron_h.NemotronHMLP", "d4bf579a3de9"),
     Rule("router", router.FastSoftmaxRouter, "qwen3_moe.Qwen3MoeTopKRouter", "c08afa010190"),
     Rule("router", router.FastNormalizedSoftmaxRouter, "qwen3_5_moe.Qwen3_5MoeTopKRouter", "4466b6818575"),
     Rule("router", router.FastMixtralRouter, "mixtral.MixtralTopKRouter", "c2255326ddf6"),

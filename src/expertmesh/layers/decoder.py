@@ -1,4 +1,4 @@
-"""Fast twins of RMSNorms, and of pre-norm decoder layers, whose residual adds are part of other kernels.
+"""Fast twins of RMSNorms, of dense MLPs, and of pre-norm decoder layers, whose residual adds are part of other kernels.
 
 The add after attention and the norm behind it are one kernel. The second add happens in the experts' last kernel, where
 the block allows it. In backward the kernel of each norm also adds the gradient of the residual connection around it.
@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ReLUSquaredActivation, SiLUActivation
 
 from expertmesh.backends import tell_once
+from expertmesh.kernels.activation import relu2, swiglu
 from expertmesh.kernels.rms_norm import Scale, add_rms_norm, rms_norm
+from expertmesh.layers.lora import linears
 from expertmesh.moe.block import FastMoEBlock, add_scaled
 from expertmesh.twins import Fast, cache_of, untouched
 
@@ -41,6 +44,35 @@ class FastOnePlusRMSNorm(FastRMSNorm):
     stands_for = ("forward", "_norm")
     scale: Scale = "one_plus"
     eps_name = "eps"
+
+
+class FastSwiGLU(Fast):
+    """down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
+    activations: tuple[type, ...] = (SiLUActivation, nn.SiLU)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.why_not(self) is not None:  # its activation was replaced or hooked after fusing: call it
+            return super().forward(x)
+        return self.down_proj(self._activated(x))
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        return swiglu(*linears(x, self.gate_proj, self.up_proj))
+
+    @classmethod
+    def why_not(cls, mlp: Any) -> str | None:
+        if untouched(mlp.act_fn) and isinstance(mlp.act_fn, cls.activations):
+            return None
+        return f"its activation is {type(mlp.act_fn).__name__}, not {cls.activations[0].__name__} that nobody hooked"
+
+
+class FastReLU2MLP(FastSwiGLU):
+    """down_proj(relu(up_proj(x))^2)."""
+
+    activations = (ReLUSquaredActivation,)
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        return relu2(self.up_proj(x))
 
 
 class FastDecoderLayer(Fast):
