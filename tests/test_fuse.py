@@ -16,13 +16,12 @@ import expertmesh
 from expertmesh import AutoModelForCausalLM, fuse
 from expertmesh.bench.rows import relative_error
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.families.rules import Rule, fingerprint
-from expertmesh.families.table import RULES
+from expertmesh.families.table import RULES, Rule
 from expertmesh.fuse import FUSIONS
 from expertmesh.kernels import flash_attention
 from expertmesh.layers import attention
 from expertmesh.moe import experts
-from expertmesh.twins import Fast
+from expertmesh.twins import Fast, fingerprint
 
 
 def _report(model):

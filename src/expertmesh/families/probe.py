@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import local_torch_dtype
 
-from expertmesh.families.rules import Rule
+from expertmesh.families.table import Rule
 from expertmesh.twins import twin
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ from torch import nn
 
 from expertmesh import backends
 from expertmesh.families.probe import probe
-from expertmesh.families.rules import Rule
-from expertmesh.families.table import RULES
+from expertmesh.families.table import RULES, Rule
 from expertmesh.layers.head import FastHead, why_not_head
 from expertmesh.moe import experts as fast_experts
 from expertmesh.twins import Fast, twin

@@ -2,13 +2,34 @@
 
 The experts themselves and the head need no rule: experts enter through Transformers' `ExpertsInterface`, the head is
 the model's output embedding (report.py). Twins of attention and of layers look at the norms inside a module, so they
-come after the norms; attention that no family knows gets a fast RoPE, which comes last.
+come after the norms; attention that no family knows gets a fast RoPE, which comes last. Families share code; code that
+no rule knows is probed (probe.py).
 """
 
-from expertmesh.families import nemotron_h
-from expertmesh.families.rules import Rule
-from expertmesh.layers import attention, decoder, rope
+from dataclasses import dataclass
+from typing import Any
+
+from expertmesh.layers import attention, decoder, mamba2
 from expertmesh.moe import block, router
+from expertmesh.twins import fingerprint
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose code has the fingerprint `code` become twins of the mixin `fast`, if the switch `fusion` is on.
+
+    like: an HF class, as "model_type.Class", that has this code: for readers, and for the test that keeps it true.
+    """
+
+    fusion: str
+    fast: Any
+    like: str
+    code: str
+
+    def matches(self, cls: type) -> bool:
+        """Whether the class runs exactly the code this rule replaces."""
+        return fingerprint(cls, self.fast.stands_for) == self.code
+
 
 RULES = (
     Rule("rms_norm", decoder.FastRMSNorm, "qwen3_moe.Qwen3MoeRMSNorm", "d52135d2b29b"),
@@ -29,10 +50,10 @@ RULES = (
     Rule("mla_rope", attention.FastLatentAttention, "glm4_moe_lite.Glm4MoeLiteAttention", "58dcfce7b057"),
     Rule("sink_attention", attention.FastSinkAttention, "gpt_oss.GptOssAttention", "fd662928bacc"),
     Rule("qk_norm_rope", attention.FastQKNormAttention, "qwen3_moe.Qwen3MoeAttention", "ab01336ffc67"),
-    Rule("mamba2", nemotron_h.FastGatedMamba2Mixer, "nemotron_h.NemotronHMamba2Mixer", "9a702f2272e8"),
-    Rule("mamba2", nemotron_h.FastGatedMamba2Mixer, "granitemoehybrid.GraniteMoeHybridMambaLayer", "9a702f2272e8"),
-    Rule("add_norm", nemotron_h.FastNemotronHBlock, "nemotron_h.NemotronHBlock", "38a8c88270bc"),
-    Rule("add_norm", nemotron_h.FastNemotronHMoEBlock, "nemotron_h.NemotronHMoE", "583798ea34f9"),
+    Rule("mamba2", mamba2.FastMamba2Mixer, "nemotron_h.NemotronHMamba2Mixer", "9a702f2272e8"),
+    Rule("mamba2", mamba2.FastMamba2Mixer, "granitemoehybrid.GraniteMoeHybridMambaLayer", "9a702f2272e8"),
+    Rule("add_norm", decoder.FastNemotronHBlock, "nemotron_h.NemotronHBlock", "38a8c88270bc"),
+    Rule("add_norm", decoder.FastNemotronHMoEBlock, "nemotron_h.NemotronHMoE", "583798ea34f9"),
     Rule("add_norm", decoder.FastDecoderLayer, "qwen3_moe.Qwen3MoeDecoderLayer", "332212b51843"),
     Rule("add_norm", decoder.FastDecoderLayer, "mixtral.MixtralDecoderLayer", "1ecb9b7e2686"),
     Rule("add_norm", decoder.FastDecoderLayer, "gpt_oss.GptOssDecoderLayer", "f8a0d99a6bba"),
@@ -47,7 +68,7 @@ RULES = (
     Rule("add_norm", block.FastSharedMoEBlock, "ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock", "8604e692394b"),
     Rule("add_norm", block.FastSharedMLPMoEBlock, "hunyuan_v1_moe.HunYuanMoEV1Moe", "b732303f7ebf"),
     Rule("add_norm", block.FastGatedSharedMoEBlock, "qwen2_moe.Qwen2MoeSparseMoeBlock", "72d5edaac713"),
-    Rule("rope", rope.FastRoPE, "mixtral.MixtralAttention", "799063ae4b15"),
-    Rule("rope", rope.FastRoPE, "qwen3_next.Qwen3NextAttention", "046be360974c"),
-    Rule("rope", rope.FastInterleavedRoPE, "ernie4_5_moe.Ernie4_5_MoeAttention", "ab37fa6b6172"),
+    Rule("rope", attention.FastRoPE, "mixtral.MixtralAttention", "799063ae4b15"),
+    Rule("rope", attention.FastRoPE, "qwen3_next.Qwen3NextAttention", "046be360974c"),
+    Rule("rope", attention.FastInterleavedRoPE, "ernie4_5_moe.Ernie4_5_MoeAttention", "ab37fa6b6172"),
 )

@@ -7,6 +7,9 @@ what the user asked for. It knows windows, documents and padding; where the kern
 holds tokens, Transformers' eager attention runs.
 """
 
+import functools
+import inspect
+import types
 from typing import Any
 
 import torch
@@ -27,10 +30,10 @@ from expertmesh.kernels.sink_attention import takes as takes_sinks
 from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
 from expertmesh.layers.decoder import FastRMSNorm
 from expertmesh.layers.lora import linears
-from expertmesh.layers.rope import FastRoPE
 from expertmesh.twins import Fast, cache_of, untouched
 
 NAME, SINKS = "expertmesh", "expertmesh-sinks"
+_ROPE = "apply_rotary_pos_emb"
 Turn = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the positions
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values
 
@@ -204,6 +207,51 @@ class FastLatentAttention(FastAttention):
     @staticmethod
     def why_not(attention: Any) -> str | None:
         return None if attention.config.rope_interleave else "its RoPE turns halves, not pairs (rope_interleave=False)"
+
+
+class FastRoPE(Fast):
+    """HF's forward with a kernel for RoPE of halves, of the whole width of a head (Mixtral) or a part (GLM).
+
+    Only the name `apply_rotary_pos_emb` stands for another function in it. So one rule serves the attention of all
+    families with the same RoPE, whatever else they do.
+    """
+
+    stands_for: tuple[str, ...] = (_ROPE, "rotate_half")
+    probed = False
+    _interleaved = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__stock__" in vars(cls):  # a twin is made
+            stock = inspect.unwrap(cls.__stock__.forward)  # type: ignore[attr-defined]
+            scope = stock.__globals__ | {_ROPE: functools.partial(cls.turn, stock.__globals__[_ROPE])}
+            del scope["__name__"]  # by which torch.compile would look the names up in the HF module
+            forward = types.FunctionType(stock.__code__, scope, None, stock.__defaults__, stock.__closure__)
+            forward.__kwdefaults__ = stock.__kwdefaults__
+            cls.forward = functools.wraps(stock)(forward)
+
+    @classmethod
+    def turn(
+        cls, stock: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What runs in place of `stock`, the function of this name in the HF class' module."""
+        if (
+            unsqueeze_dim != 1 or cos.ndim != 3 or not backends.use_triton(q)
+        ):  # heads elsewhere than in the kernel's layout
+            return stock(q, k, cos, sin, unsqueeze_dim)
+        return rotary(q, k, cos, sin, cls._interleaved)
+
+    @staticmethod
+    def why_not(attention: Any) -> str | None:
+        names = inspect.unwrap(type(attention).forward).__code__.co_names
+        others = [name for name in names if "rotary_pos_emb" in name and name != _ROPE]
+        return f"its forward also calls {others[0]}" if others else None
+
+
+class FastInterleavedRoPE(FastRoPE):
+    """The same for RoPE of even and odd elements (ERNIE 4.5)."""
+
+    _interleaved = True
 
 
 class FastSinkAttention(FastRoPE):

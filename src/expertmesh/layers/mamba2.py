@@ -11,11 +11,12 @@ import torch
 
 from expertmesh.backends import in_one_graph, tell_once
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
-from expertmesh.twins import Fast, cache_of, untouched
+from expertmesh.twins import Fast, cache_of, fingerprint, untouched
 
 
 class FastMamba2Mixer(Fast):
-    """Must equal `NemotronHMamba2Mixer.forward` of Transformers, document by document."""
+    """Must equal `NemotronHMamba2Mixer.forward` of Transformers, document by document, with the norm inside:
+    `NemotronHRMSNormGated`, and all its namesakes."""
 
     stands_for = ("forward", "apply_mask_to_padding_states", "causal_conv1d_fn", "mamba2_chunk_scan")
 
@@ -43,7 +44,9 @@ class FastMamba2Mixer(Fast):
 
     @staticmethod
     def why_not(mixer: Any) -> str | None:
-        sizes = mixer.head_dim, mixer.ssm_state_size
+        sizes, norm = (mixer.head_dim, mixer.ssm_state_size), type(mixer.norm)
+        if fingerprint(norm) != "64ad4957826b":
+            return f"its norm {norm.__name__} runs code of its own"
         if any(size < 16 or size & (size - 1) for size in sizes):
             return f"its head and state widths {sizes} are not powers of two from 16 on"
         if mixer.activation != "silu" or mixer.conv_kernel_size != 4:
