@@ -81,8 +81,8 @@ def untouched(*modules: nn.Module, kind: type = nn.Module) -> bool:
 
 def watched(module: nn.Module) -> bool:
     """Whether somebody put a hook on it."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks)
+    m = module
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def traced() -> bool:

@@ -8,7 +8,7 @@ the call (records.py).
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -213,14 +213,11 @@ def as_stock(base: Any) -> Iterator[None]:
     ours = {"_experts_implementation": {EXPERTS: "grouped_mm"}, "_attn_implementation": {NAME: "sdpa", SINKS: "eager"}}
     stock = [(module, "__class__", type(module).__stock__) for module in base.modules() if isinstance(module, Fast)]
     stock += [(config, name, theirs.get(getattr(config, name), getattr(config, name))) for name, theirs in ours.items()]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in stock]
-    try:
-        for change in stock:
-            setattr(*change)
+    with ExitStack() as undo:
+        for owner, name, value in stock:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
         yield
-    finally:
-        for change in before:
-            setattr(*change)
 
 
 def fuse_base(model: Any) -> None:
