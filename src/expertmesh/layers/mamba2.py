@@ -44,9 +44,10 @@ class FastMamba2Mixer(Fast):
 
     @staticmethod
     def why_not(mixer: Any) -> str | None:
-        sizes, norm = (mixer.head_dim, mixer.ssm_state_size), type(mixer.norm)
+        norm: Any = type(mixer.norm)
         if fingerprint(norm) != "64ad4957826b":
             return f"its norm {norm.__name__} runs code of its own"
+        sizes = mixer.head_dim, mixer.ssm_state_size
         if any(size < 16 or size & (size - 1) for size in sizes):
             return f"its head and state widths {sizes} are not powers of two from 16 on"
         if mixer.activation != "silu" or mixer.conv_kernel_size != 4:
