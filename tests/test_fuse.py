@@ -16,13 +16,12 @@ import expertmesh
 from expertmesh import AutoModelForCausalLM, fuse
 from expertmesh.bench.rows import relative_error
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.families.rules import Rule, fingerprint
-from expertmesh.families.table import RULES
+from expertmesh.families.table import RULES, Rule
 from expertmesh.fuse import FUSIONS
 from expertmesh.kernels import flash_attention
-from expertmesh.layers import sinks
+from expertmesh.layers import attention
 from expertmesh.moe import experts
-from expertmesh.twins import Fast
+from expertmesh.twins import Fast, fingerprint
 
 
 def _report(model):
@@ -164,7 +163,7 @@ def test_a_stock_model_made_from_a_fused_ones_configuration_runs_stock_code(fami
     assert model.config is config is model.model.config is model.model.layers[0].self_attn.config
     copied = copy.deepcopy(model)
     monkeypatch.setattr(experts, "experts_forward", mock.Mock(side_effect=AssertionError("ours")))
-    monkeypatch.setattr(sinks, "sink_attention", mock.Mock(side_effect=AssertionError("ours")))
+    monkeypatch.setattr(attention, "sink_attention", mock.Mock(side_effect=AssertionError("ours")))
     monkeypatch.setattr(flash_attention, "takes", lambda *_: True)
     monkeypatch.setattr(flash_attention, "flash_attention", mock.Mock(side_effect=AssertionError("ours")))
     seen = torch.ones_like(ids)

@@ -75,9 +75,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         """As Transformers', plus `fused`, `distributed_setup` and `mtp_loss_weight`.
 
         With a setup, no rank ever holds more than its part and one whole layer, and the weights depend on rank 0's
-        torch seed alone: they are the same under every layout and on one process (but not those of the same seed
-        without a setup, which draws in another order). Only with `mtp_loss_weight` are modules for
-        multi-token prediction made. `quantization_config=`: an `ExpertsQuantConfig`, drawn as with a setup.
+        torch seed alone, whatever the layout (without a setup the same seed draws in another order). Only with
+        `mtp_loss_weight` are its modules made. `quantization_config=`: an `ExpertsQuantConfig`, drawn as with a setup.
         """
         fused, setup, mtp_weight = _take_ours(kwargs)
         quantization = kwargs.pop("quantization_config", None)
@@ -102,11 +101,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
 
 
 def _own_copy(config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConfig:
-    """The caller's configuration, to be written into: models note their experts implementation there.
-
-    So a stock model that is made from the caller's object afterwards stays stock, and "grouped_mm", which a stock model
-    made before has noted there as its default, does not count as asked for.
-    """
+    """A copy of the caller's configuration, as models note their experts implementation there: others made from it stay
+    stock, and "grouped_mm", which a stock model has noted there as its default, does not count as asked for."""
     config = copy.deepcopy(config)
     if "experts_implementation" not in kwargs and config._experts_implementation == "grouped_mm":
         config._experts_implementation = None

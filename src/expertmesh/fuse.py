@@ -2,14 +2,13 @@
 
 Nothing is renamed, wrapped or copied. Modules whose code is recognised become instances of a subclass that computes the
 same faster (families/); experts run on the "expertmesh" backend of Transformers' own registry; and the model's class
-becomes a subclass of itself, which defers the logits and weights the router's auxiliary loss (`FusedModel`). Loading,
-saving, generation, PEFT and Trainer see the HF model they know.
+becomes a subclass of itself (`FusedModel`). Loading, saving, generation, PEFT and Trainer see the HF model they know.
 """
 
 import copy
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,15 +20,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
-from expertmesh.families import mtp as mtp_modules
 from expertmesh.families.recompute import set_levels, without_policy
 from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report, switched_on
-from expertmesh.families.table import has_sinks
-from expertmesh.layers import attention, sinks
+from expertmesh.layers import attention
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
 from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
 from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
-from expertmesh.layers.mtp import MTP, loss_with_predictions, promise_what_is_kept, record_inputs, were_saved
+from expertmesh.layers.mtp import MTP, add_modules, loss_with_predictions, promise_what_is_kept, record_inputs, settle
 from expertmesh.moe import experts as fast_experts
 from expertmesh.moe.lora import reach_experts
 from expertmesh.moe.router import aux_loss_share
@@ -51,9 +48,8 @@ from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 class Loading:
     """How models are made.
 
-    fusions: those that are on. mtp: which models get modules for multi-token prediction: none ("no"), those whose
-    configuration has them ("new"), or those whose checkpoint has their weights as well ("saved"). complete: whether a
-    checkpoint that lacks weights is refused.
+    mtp: which get modules for multi-token prediction: none ("no"), those whose configuration has them ("new"), or whose
+    checkpoint has their weights as well ("saved"). complete: whether a checkpoint that lacks weights is refused.
     """
 
     fusions: frozenset[str] = frozenset(FUSIONS)
@@ -91,13 +87,12 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
             if _wants("experts"):
                 instance.set_experts_implementation(fast_experts.NAME)
             chosen = model.config._attn_implementation
-            if chosen == "eager" and _wants("sink_attention") and has_sinks(stock):  # Transformers' default there
-                instance.set_attn_implementation(sinks.NAME)
+            if chosen == "eager" and _has_our_sinks(model):  # Transformers' default there
+                instance.set_attn_implementation(attention.SINKS)
             elif chosen == "sdpa" and _is_causal_text(model):
                 instance.set_attn_implementation(attention.NAME)
             forget_packed_names(model)
-            has_head = model.base_model is not model
-            instance.__class__ = fused_class(stock) if has_head else twin(stock, FusedBaseModel)
+            instance.__class__ = twin(stock, FusedBaseModel if model.base_model is model else FusedModel)
             instance._fuse_modules()
         else:
             _use_liger(model)
@@ -121,6 +116,10 @@ def _wants(fusion: str) -> bool:
     return fusion in _loading.get().fusions
 
 
+def _has_our_sinks(model: PreTrainedModel) -> bool:
+    return _wants("sink_attention") and model.config.model_type == "gpt_oss"
+
+
 def _is_causal_text(model: PreTrainedModel) -> bool:
     """Whether all attention of this model is causal and over text, and leaves its masks to Transformers."""
     config = model.config
@@ -133,10 +132,8 @@ def has_fast_experts(cls: Any) -> bool:
 
 
 def fused_class(stock: Any) -> Any:
-    """The subclass of a Transformers model class whose instances are fused when they are made; the class itself if it
-    has no pluggable experts.
-
-    Name and module stay the HF class': weight conversion, `architectures` in config.json and the loss go by them.
+    """The subclass of a Transformers model class whose instances are fused when they are made, of the same name and
+    module, by which weight conversion and the loss go; the class itself if it has no pluggable experts.
     """
     return twin(stock, FusedModel) if has_fast_experts(stock) else stock
 
@@ -157,7 +154,7 @@ class FusedModel(ReadsQuantized):
         super().__init__(config, *args, **kwargs)
         self._frozen = [name for name, weight in self.named_parameters() if not weight.requires_grad]
         if _loading.get().mtp != "no":
-            self._mtp = mtp_modules.add_modules(self)
+            self._mtp = add_modules(self)
         self._fuse_modules()
 
     @property
@@ -173,7 +170,7 @@ class FusedModel(ReadsQuantized):
 
     def fusion_report(self) -> list[Fusion]:
         """For each fusion: on, and by what; or off, and why."""
-        return list(self._fusions)
+        return [replace(row, count=count_of(row.name, self)) if row.on else row for row in self._fusions]
 
     def _fuse_modules(self) -> None:
         backends.warn_if_untested()
@@ -182,8 +179,8 @@ class FusedModel(ReadsQuantized):
         for module in self.modules():
             # a stock model that has this configuration, and so the names of our experts and attention, lacks the mark
             module.in_fused_model = True  # type: ignore[assignment]
-        if self._mtp is None or _loading.get().mtp != "saved":  # else `_settle_mtp` prints it
-            print_report(self, self._fusions)
+        if self._mtp is None or _loading.get().mtp != "saved":  # else when it is loaded
+            print_report(self, self.fusion_report())
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Transformers' choice, except that ours is the default."""
@@ -193,8 +190,8 @@ class FusedModel(ReadsQuantized):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Transformers' choice, but ours for "sdpa", and for attention with sinks, which is eager by default."""
-        if requested_attention is None and _wants("sink_attention") and has_sinks(type(self)):
-            requested_attention = sinks.NAME
+        if requested_attention is None and _has_our_sinks(self):
+            requested_attention = attention.SINKS
         chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
         return attention.NAME if chosen == "sdpa" and _is_causal_text(self) else chosen
 
@@ -219,9 +216,8 @@ class FusedModel(ReadsQuantized):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch, and weights under the names they have on disk are converted as `from_pretrained` does.
 
-        Transformers' Trainer resumes through here: without it experts, which most families save one by one, would
-        keep their old weights. Raises ValueError if some weights of an expert are missing; with strict=False they may
-        come with the next call, before the next forward.
+        Transformers' Trainer resumes through here. Raises ValueError if some weights of an expert are missing; with
+        strict=False they may come with the next call, before the next forward.
         """
         copies = self._mtp.copies if self._mtp is not None else {}
         own = {key: value for key, value in state_dict.items() if key not in copies} if copies else state_dict
@@ -231,17 +227,16 @@ class FusedModel(ReadsQuantized):
         return super().load_state_dict(state, strict, assign)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers; call it on every rank. Of a sharded model each rank writes its part, and none gathers it.
+        """As in Transformers; call it on every rank. Of a sharded model each rank writes its part, and none gathers it,
+        but with adapters, a `state_dict` or an upload to the Hub.
 
-        The files appear in the folder when all are written, with SHA256SUMS of the weights, in the place of an older
-        export's. For a model with adapters, a `state_dict` or an upload to the Hub it is Transformers' own, which
-        gathers.
+        The files appear in the folder when all are written, with SHA256SUMS of the weights, in an older export's place.
         """
         defaults = {"push_to_hub": False, "save_original_format": True, "distributed_checkpoint": False}
         asked = {key for key, value in kwargs.items() if value is not defaults.get(key)}
-        special = args or asked - {"max_shard_size", "is_main_process"}
-        if special or getattr(self, "_hf_peft_config_loaded", False) or not is_sharded(self):
-            if len(args) < 2 and not getattr(self, "_hf_peft_config_loaded", False):
+        special, adapted = args or asked - {"max_shard_size", "is_main_process"}, self._hf_peft_config_loaded
+        if special or adapted or not is_sharded(self):
+            if len(args) < 2 and not adapted:
                 kwargs["state_dict"] = with_copies(self, kwargs.get("state_dict"))
             promise_what_is_kept(self)
             writes = ranks.rank() == 0 and (args[0] if args else kwargs.get("is_main_process", True))
@@ -283,7 +278,8 @@ class FusedModel(ReadsQuantized):
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         """As in Transformers, which starts missing weights at random; a `complete` loading refuses them."""
         if model._mtp is not None:
-            _settle_mtp(model, loading_info, load_config)
+            settle(model, loading_info, load_config.pretrained_model_name_or_path, _by_others(load_config))
+            print_report(model, model.fusion_report())
         complete, source = _loading.get().complete, load_config.pretrained_model_name_or_path
         if complete:
             _refuse_missing(_lost_experts(model, loading_info), source)
@@ -304,11 +300,8 @@ class FusedModel(ReadsQuantized):
         super().activation_checkpointing_enable(options or None, every_n_layers, offload)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
-        """As in Transformers, and the experts chosen in the forward are kept for the recompute.
-
-        `activation_checkpointing_enable({"recompute": policy})` recomputes less than whole layers, a policy as in
-        `levels_of`. Raises ValueError for one that does not fit.
-        """
+        """As in Transformers, and the experts chosen in the forward are kept for the recompute, which {"recompute":
+        policy}, as in `levels_of`, makes less than whole layers. Raises ValueError for one that does not fit."""
         policy, func = without_policy(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, func, **kwargs)
         if policy is not None and enable:
@@ -332,7 +325,8 @@ def _forward_of(stock: Any) -> Any:
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
         predicts = defer and self.mtp_loss_weight is not None
         call = Call(self, targets, defer, kwargs.pop("count_predictions", False), predicts)
-        with aux_loss_share(self, kwargs), record_inputs(call), calling(call):
+        recording = record_inputs(call) if predicts else nullcontext()
+        with aux_loss_share(self, kwargs), recording, calling(call):
             return stock.forward(self, *args, **kwargs)
 
     return forward
@@ -340,18 +334,6 @@ def _forward_of(stock: Any) -> Any:
 
 class FusedBaseModel(FastBaseModel, FusedModel):
     """A base model that was fused by itself, without a head."""
-
-
-def _settle_mtp(model: Any, loading_info: Any, load_config: Any) -> None:
-    """Keep the modules for multi-token prediction that the checkpoint has; drop them if it has none."""
-    missing, unexpected = loading_info.missing_keys, loading_info.unexpected_keys
-    source, quantized = load_config.pretrained_model_name_or_path, _by_others(load_config)
-    if not were_saved(model, missing, unexpected, source, quantized):
-        loading_info.missing_keys = {key for key in loading_info.missing_keys if not model._mtp.owns(key)}
-        removed = model._mtp.remove_from(model)
-        model._mtp = None
-        model._fusions = [replace(row, count=row.count - count_of(row.name, removed)) for row in model._fusions]
-    print_report(model, model._fusions)
 
 
 def _by_others(load_config: Any) -> bool:
@@ -363,9 +345,8 @@ def _lost_experts(model: nn.Module, loading_info: Any) -> set[str]:
     """Which weights of experts or routers a checkpoint lacks, or has in the wrong shape."""
     experts = [name for name, module in model.named_modules() if fast_experts.is_experts(module)]
     blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
-    broken = {*loading_info.missing_keys, *loading_info.conversion_errors}
-    broken |= {key if isinstance(key, str) else key[0] for key in loading_info.mismatched_keys}
-    return {key for key in broken if blocks and key.startswith(blocks)}
+    broken = {*loading_info.missing_and_mismatched(), *loading_info.conversion_errors}
+    return {key for key in broken if key.startswith(blocks)}
 
 
 def _refuse_missing(weights: set[str], source: Any) -> None:
@@ -389,9 +370,8 @@ def _refuse_part(model: Any, hook: Any) -> None:
 
 def _use_liger(model: PreTrainedModel) -> None:
     """A model without experts: stock, plus Liger's kernels at its first forward on a GPU."""
-    row = Fusion("liger", True, "liger-kernel, from the first forward on a GPU", count=1)
-    if (reason := why_not_liger(model) if _wants("liger") else "switched off") is None:
+    reason = why_not_liger(model) if _wants("liger") else "switched off"
+    if reason is None:
         model.register_forward_pre_hook(apply_liger_on_gpu)
-    else:
-        row = Fusion("liger", reason=reason)
-    print_report(model, [row])
+    by = "liger-kernel, from the first forward on a GPU"
+    print_report(model, [Fusion("liger", reason=reason) if reason else Fusion("liger", True, by, count=1)])

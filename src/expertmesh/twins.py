@@ -1,11 +1,16 @@
 """What every fast twin of a Transformers class has in common.
 
-A twin is made on the fly: a subclass of the HF class, with the HF class' name and module kept, whose `forward` comes
-from a `Fast` mixin. Instances are converted by `module.__class__ = twin`: parameters, hooks, names and isinstance tests
-stay.
+A twin is made on the fly: a subclass of the HF class, of the same name and module, whose `forward` comes from a `Fast`
+mixin. Instances are converted by `module.__class__ = twin`: parameters, hooks, names and isinstance tests stay. Which
+code a twin equals a fingerprint of that code says.
 """
 
+import ast
 import functools
+import hashlib
+import inspect
+import sys
+import textwrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -39,10 +44,7 @@ class Fast(_Stock):
 
 
 def refuse_replicas(module: nn.Module) -> NoReturn:
-    """A fused module's `_replicate_for_data_parallel`, by which nn.DataParallel copies it before its first forward.
-
-    transformers.Trainer wraps a model so when one process sees several GPUs. Raises ValueError.
-    """
+    """A fused module's `_replicate_for_data_parallel`, by which nn.DataParallel copies it. Raises ValueError."""
     gpus = max(2, torch.cuda.device_count())
     raise ValueError(
         f"{type(module).__name__} would be copied to {gpus} GPUs in every forward, as one process sees them all and "
@@ -67,24 +69,14 @@ def has_cache(kwargs: dict[str, Any]) -> bool:
 
 
 def untouched(*modules: nn.Module, kind: type = nn.Module) -> bool:
-    """Whether calls of these run the forward of PyTorch, Transformers or a twin, and nobody watches them, so that a
-    kernel may stand for them; and whether they are of this kind.
-
-    Transformers' parallelism replaces the forward of instances; users and frameworks put hooks and other classes.
+    """Whether calls of these, of this kind, run the forward of PyTorch, Transformers or a twin, and nobody watches
+    them, so that a kernel may stand for them. Parallelism replaces instances' forward; users put hooks and classes.
     """
     for m in modules:
-        cls: Any = type(m)
-        if not isinstance(m, kind) or not _is_known(cls) or "forward" in vars(m):
-            return False
-        # as `watched`, which would be a call more: a layer asks often
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        known = isinstance(m, kind) and type(m).__module__.startswith(("torch.", "transformers."))
+        if not known or "forward" in vars(m) or watched(m):
             return False
     return True
-
-
-@functools.cache
-def _is_known(cls: Any) -> bool:
-    return cls.__module__.startswith(("torch.", "transformers."))
 
 
 def watched(module: nn.Module) -> bool:
@@ -109,3 +101,47 @@ def twin(stock: Any, fast: Any) -> Any:
 def _rebuild(stock: Any, fast: Any) -> Any:
     cls = twin(stock, fast)
     return cls.__new__(cls)
+
+
+@functools.cache
+def fingerprint(cls: type, names: tuple[str, ...] = ("forward",)) -> str | None:
+    """Hash of these methods of the class and functions of its module, whose order counts. It does not see what cannot
+    change a result: comments, annotations, decorators, and the cache's name, which Transformers changed in 5.24.
+
+    None if one is missing or, where "forward" is not among them, if the class' forward does not call the first.
+    """
+    module = sys.modules.get(cls.__module__)
+    functions: Any = [getattr(cls, name, getattr(module, name, None)) for name in names]
+    if "forward" not in names:
+        forward: Any = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
+        if names[0] not in getattr(forward, "__globals__", ()) or names[0] not in forward.__code__.co_names:
+            return None
+    if None in functions:
+        return None
+    try:
+        sources = [textwrap.dedent(inspect.getsource(inspect.unwrap(function))) for function in functions]
+    except (OSError, TypeError):  # no source file, as in a frozen application: nothing can be recognised
+        return None
+    text = "\n".join(_normalized(ast.parse(source).body[0]) for source in sources)
+    return hashlib.sha1(text.encode()).hexdigest()[:12]
+
+
+def _normalized(node: Any) -> str:
+    """The tree as text, without what does not compute and without fields that vary between Python versions."""
+    if not isinstance(node, ast.AST):
+        return repr(CACHES[0] if node in CACHES else node)
+    if isinstance(node, ast.FunctionDef):
+        node.decorator_list, node.returns = [], None
+        if isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant):
+            del node.body[0]
+    if isinstance(node, ast.arg):
+        node.annotation = None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update":
+        node.keywords = [keyword for keyword in node.keywords if keyword.arg != "kwargs"]  # a cache's, from 5.24 on
+    fields = []
+    for name, value in ast.iter_fields(node):
+        values = value if isinstance(value, list) else [value]
+        parts = [_normalized(v) for v in values if v is not None]
+        if parts and name not in ("ctx", "type_comment", "type_params", "kind", "lineno"):
+            fields.append(f"{name}={','.join(parts)}")
+    return f"{type(node).__name__}({';'.join(fields)})"

@@ -10,8 +10,8 @@ from torch import nn
 from expertmesh.bench.parity import CPU_TOLERANCE, Case, compare_case
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import tiny_model
-from expertmesh.families.nemotron_h import FastNemotronHMoEBlock
 from expertmesh.fuse import fuse
+from expertmesh.layers.decoder import FastNemotronHMoEBlock
 from tests.models import load_ours, load_stock
 
 

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.parity import Case, compare_case
 from expertmesh.bench.tiny import FAMILIES, tiny_config, tiny_model
-from expertmesh.families import probe, rules
-from expertmesh.families.table import RULES
+from expertmesh.families import probe
+from expertmesh.families.table import RULES, Rule
 from expertmesh.fuse import fuse
+from expertmesh.twins import fingerprint
 
 
 @pytest.fixture
@@ -20,12 +21,12 @@ def rewritten(monkeypatch):
 
     def change(cls, forward):
         monkeypatch.setattr(cls, "forward", forward)
-        rules.fingerprint.cache_clear()
+        fingerprint.cache_clear()
         probe._found.clear()
 
     yield change
     monkeypatch.undo()
-    rules.fingerprint.cache_clear()
+    fingerprint.cache_clear()
     probe._found.clear()
 
 
@@ -115,9 +116,9 @@ def test_attention_is_probed_with_positions_and_a_cache(scale, on, rewritten):
 def test_every_twin_that_may_be_probed_is_proven_where_its_table_is_lost(rewritten, monkeypatch):
     """As on the day of a release that rewrites everything: the hand-tuned families keep all they can be proven to."""
     monkeypatch.setattr(
-        rules.Rule,
+        Rule,
         "matches",
-        lambda self, cls: not self.fast.probed and rules.fingerprint(cls, self.fast.stands_for) == self.code,
+        lambda self, cls: not self.fast.probed and fingerprint(cls, self.fast.stands_for) == self.code,
     )
     for family, fusions in {
         "qwen3_moe": "rms_norm swiglu router qk_norm_rope add_norm",

@@ -12,9 +12,9 @@ from transformers import AutoConfig
 from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import COMMON, FAMILIES, YARN, randomise
-from expertmesh.families import deepseek_v3
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.varlen import document_mask
+from expertmesh.layers import attention
 from expertmesh.layers.attention import placeholder
 
 # other factors for the two kinds of scaling than those of the tiny model, where one of them is neutral
@@ -44,8 +44,8 @@ def tokens(rows: int, length: int) -> torch.Tensor:
 def counted(monkeypatch) -> list[torch.Size]:
     """Collects the shapes of queries that went through the kernel's function."""
     seen = []
-    kernel = deepseek_v3.mla_rope
-    monkeypatch.setattr(deepseek_v3, "mla_rope", lambda q, *rest: (seen.append(q.shape), kernel(q, *rest))[1])
+    kernel = attention.mla_rope
+    monkeypatch.setattr(attention, "mla_rope", lambda q, *rest: (seen.append(q.shape), kernel(q, *rest))[1])
     return seen
 
 

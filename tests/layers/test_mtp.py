@@ -9,6 +9,7 @@ import pickle
 import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from expertmesh.bench.rows import relative_error
 from expertmesh.bench.tiny import randomise, tiny_config
 from expertmesh.checkpoint.state import load_checkpoint, save_checkpoint
 from expertmesh.kernels import linear_cross_entropy
-from expertmesh.layers.mtp import were_saved
+from expertmesh.layers.mtp import settle
 from expertmesh.moe.experts import is_experts
 from expertmesh.weights.read import load_weights
 from tests.models import saved as saved_without
@@ -409,12 +410,15 @@ def test_checkpoints_hold_them_and_the_check_command_passes_them_by(family, tmp_
 
 def test_a_quantized_model_does_without_modules_that_are_less_quantized(caplog):
     model = load("deepseek_v3")
-    missing = {"model.layers.3.eh_proj.weight"}
-    assert were_saved(model, set(), set(), "here")
-    assert not were_saved(model, missing, set(), "here", quantized=True)
-    assert "are left out" in caplog.text
+    every = SimpleNamespace(missing_keys=set(), unexpected_keys=set())
+    settle(model, every, "here")
+    assert model._mtp is not None
+    part = SimpleNamespace(missing_keys={"model.layers.3.eh_proj.weight", "model.norm.weight"}, unexpected_keys=set())
     with pytest.raises(ValueError, match="only a part"):
-        were_saved(model, missing, set(), "here")
+        settle(model, part, "here")
+    settle(model, part, "here", quantized=True)
+    assert "are left out" in caplog.text and part.missing_keys == {"model.norm.weight"}
+    assert model._mtp is None and model.state_dict().keys() == stock("deepseek_v3").state_dict().keys()
 
 
 def test_wrong_use_says_what_to_do(tmp_path):

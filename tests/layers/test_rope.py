@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers.models.mixtral import modeling_mixtral
 
-from expertmesh.layers import rope
-from expertmesh.layers.rope import FastRoPE
+from expertmesh.layers import attention
+from expertmesh.layers.attention import FastRoPE
 from tests.kernels.compare import on_triton
 from tests.models import shared_pair
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_next", "ernie4_5_moe"])
 def test_the_kernel_is_called_where_stock_called_its_function(family, monkeypatch):
-    calls, kernel = [], rope.rotary
-    monkeypatch.setattr(rope, "rotary", lambda *args: calls.append(args) or kernel(*args))
+    calls, kernel = [], attention.rotary
+    monkeypatch.setattr(attention, "rotary", lambda *args: calls.append(args) or kernel(*args))
     stock, ours = shared_pair(family)
     ids = torch.arange(9)[None]
     expected = stock(ids).logits

@@ -9,7 +9,7 @@ from expertmesh import AutoModelForCausalLM, fuse
 from expertmesh.bench.parity import CPU_TOLERANCE, Case, compare_case
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.layers import base_model, sinks
+from expertmesh.layers import attention, base_model
 from expertmesh.layers.rows import look
 from tests.kernels.compare import on_triton
 from tests.models import load_ours, load_stock, saved, shared_pair
@@ -22,8 +22,8 @@ POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
 def ran(monkeypatch) -> list[tuple]:
     """Window, documents and padding of every attention that ran on our kernels (or on their reference)."""
     calls: list[tuple] = []
-    kernel = sinks.sink_attention
-    monkeypatch.setattr(sinks, "sink_attention", lambda *args: (calls.append(args[5:]), kernel(*args))[1])
+    kernel = attention.sink_attention
+    monkeypatch.setattr(attention, "sink_attention", lambda *args: (calls.append(args[5:]), kernel(*args))[1])
     return calls
 
 
@@ -50,7 +50,7 @@ def test_it_is_the_default_and_the_report_says_so(ran):
         fuse(load_stock("gpt_oss")),
         AutoModelForCausalLM.from_config(tiny_config("gpt_oss")),
     ):
-        assert model.config._attn_implementation == sinks.NAME and row(model).on
+        assert model.config._attn_implementation == attention.SINKS and row(model).on
         assert row(model).count == model.config.num_hidden_layers
         ran.clear()
         model(input_ids=tokens())
@@ -120,7 +120,7 @@ def test_nobody_waits_to_find_documents_that_were_told(monkeypatch):
 
 def test_dropout_and_unknown_widths_take_the_eager_attention(ran, monkeypatch):
     stock, ours = shared_pair("gpt_oss")
-    monkeypatch.setattr(sinks, "takes", lambda query: False)
+    monkeypatch.setattr(attention, "takes_sinks", lambda query: False)
     for batch in ("plain", "left", "packed"):
         assert not [row for row in compare_case(stock, ours, Case("eager", batch=batch)) if not row.ok]
     model = load_ours("gpt_oss", attention_dropout=0.5).train()

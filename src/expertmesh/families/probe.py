@@ -1,10 +1,9 @@
 """Whether a twin equals code that no fingerprint knows: found out by running both.
 
-A later Transformers rewrites forwards without changing what they compute; a new family has its own. So a tiny stock
-model is made of the family's classes and the user's own flags (few layers, few experts, narrow, float32, on the CPU),
-and beside it one whose modules of the class in question are the twin's. The twin holds if both give the same logits
-and the same gradient of every parameter, for whole rows, padding, packed documents, and a cache. Among several that do,
-the one nearest in bfloat16 is taken: norms differ only in where they round. It takes a fraction of a second a class.
+A tiny stock model is made of the family's classes and the user's own flags (few layers, few experts, narrow, float32,
+on the CPU), and beside it one whose modules of the class in question are the twin's. The twin holds if both give the
+same logits and the same gradient of every parameter, for whole rows, padding, packed documents, and a cache. Among
+several that do, the one nearest in bfloat16 is taken: norms differ only in where they round.
 """
 
 import copy
@@ -16,19 +15,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_utils import local_torch_dtype
 
-from expertmesh.families.rules import Rule
+from expertmesh.families.table import Rule
 from expertmesh.twins import twin
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # of the largest value, in float32
-CASES = ("rows", "padded", "packed", "cached")
 _LISTS = ("layer_types", "layers_block_type", "mlp_layer_types")  # one entry a layer
 #: the most that keys of a tiny configuration say; keys that a family lacks are passed by
 _MOST = {
     1: "topk_group first_k_dense_replace",
     2: "num_experts_per_tok moe_k moe_topk n_group linear_num_key_heads",
-    4: "mamba_num_heads linear_num_value_heads",
+    4: "num_attention_heads mamba_num_heads linear_num_value_heads",
     5: "sliding_window",
     8: "num_experts num_local_experts n_routed_experts moe_num_experts qk_rope_head_dim qk_nope_head_dim v_head_dim "
     "linear_key_head_dim linear_value_head_dim",
@@ -53,12 +52,10 @@ def probe(stock: Any, config: Any, cls: type, rules: list[Rule], done: dict[Any,
     said = json.dumps(small.to_dict(), sort_keys=True, default=str)
     key = (stock, said, attention, cls, *rules, *done.items())
     if key not in _found:
-        errors: dict[Rule, float] = {}
         with _undisturbed():
             model, expected = _stock_model(stock, small)
-            for rule in rules if model is not None else ():
-                if (error := _error(model, expected, attention, cls, rule, done)) is not None:
-                    errors[rule] = error
+            tried = {rule: _error(model, expected, attention, cls, rule, done) for rule in rules if model is not None}
+        errors = {rule: error for rule, error in tried.items() if error is not None}
         _found[key] = min(errors, key=errors.__getitem__, default=None)
     return _found[key]
 
@@ -66,13 +63,8 @@ def probe(stock: Any, config: Any, cls: type, rules: list[Rule], done: dict[Any,
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Whatever is going on around, such as loading onto the meta device: float32 on the CPU, and no number drawn."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    with local_torch_dtype(torch.float32), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
+        yield
 
 
 def _stock_model(stock: Any, small: Any) -> tuple[Any, dict[str, Any]]:
@@ -81,7 +73,7 @@ def _stock_model(stock: Any, small: Any) -> tuple[Any, dict[str, Any]]:
     try:
         model = stock(small)
         _draw(model)
-        expected = {name: _run(model, name) for name in CASES}
+        expected = {name: _run(model, name) for name in ("rows", "padded", "packed", "cached")}
     except _MISFITS as error:
         log.debug("no tiny %s: %s", stock.__name__, error)
         return None, {}
@@ -91,7 +83,7 @@ def _stock_model(stock: Any, small: Any) -> tuple[Any, dict[str, Any]]:
 def _error(
     model: Any, expected: dict[str, Any], attention: str | None, cls: Any, rule: Rule, done: dict[Any, Any]
 ) -> float | None:
-    """How far the rule's twin is off in bfloat16; None if it is wrong, or does not fit the class."""
+    """How far the rule's twin is off in bfloat16; None if it is wrong in float32, or does not fit the class."""
     ours = copy.deepcopy(model)
     ours.config._attn_implementation = attention or model.config._attn_implementation
     _make_fast(ours, done)
@@ -132,8 +124,7 @@ def tiny(config: Any) -> Any:
         name: min(size, value) for name, size in most.items() if isinstance(value := getattr(config, name, None), int)
     }
     if heads and kv_heads:
-        values |= {"num_attention_heads": min(heads, 4)}
-        values |= {"num_key_value_heads": min(heads, 4) if kv_heads == heads else min(kv_heads, 2)}
+        values |= {"num_key_value_heads": min(kv_heads, 4 if kv_heads == heads else 2)}
     for name, value in values.items():
         derived = isinstance(getattr(type(config), name, None), property)  # from other keys
         if hasattr(config, name) and not derived:

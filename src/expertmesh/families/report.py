@@ -9,8 +9,7 @@ from torch import nn
 
 from expertmesh import backends
 from expertmesh.families.probe import probe
-from expertmesh.families.rules import Rule
-from expertmesh.families.table import RULES
+from expertmesh.families.table import RULES, Rule
 from expertmesh.layers.head import FastHead, why_not_head
 from expertmesh.moe import experts as fast_experts
 from expertmesh.twins import Fast, twin
@@ -34,7 +33,7 @@ FUSIONS = {
 #: the reason why a fusion is off in a model that has nothing of the kind
 NOT_NEEDED = "no module of the model needs it"
 _HEAD = "linear_cross_entropy"
-_FASTS = {rule.fast for rule in RULES}
+_FUSION_OF = {rule.fast: rule.fusion for rule in RULES}
 
 
 def switched_on(fused: bool | dict[str, bool]) -> frozenset[str]:
@@ -62,13 +61,11 @@ class Fusion:
     verified: str = ""
 
 
-def _on(name: str, count: int, reason: str = "", verified: str = "table") -> Fusion:
-    if not torch.cuda.is_available():
-        by = "PyTorch (no GPU here)"
-    else:
-        own = "Triton" if backends.HAS_TRITON else "PyTorch (no Triton here)"
-        by = ", ".join(filter(None, [backends.library_of(name), own]))
-    return Fusion(name, True, by, reason, count, verified)
+def _on(name: str, reason: str = "", verified: str = "table") -> Fusion:
+    own = "Triton" if backends.HAS_TRITON else "PyTorch (no Triton here)"
+    on_gpu = torch.cuda.is_available()
+    by = ", ".join(filter(None, [backends.library_of(name), own])) if on_gpu else "PyTorch (no GPU here)"
+    return Fusion(name, True, by, reason, verified=verified)
 
 
 def apply_fusions(model: Any, requested: frozenset[str]) -> list[Fusion]:
@@ -99,10 +96,10 @@ def _apply(model: Any, fusion: str) -> Fusion:
                 module.__class__ = twin(cls, rule.fast)
                 verified.append(how)
     if verified:
-        return _on(fusion, len(verified), "; ".join(reasons), max(verified, key=("table", "probe").index))
+        return _on(fusion, "; ".join(reasons), max(verified, key=("table", "probe").index))
     if not reasons:
-        meant = [module for module in model.modules() if _is_meant(module, fusion)]
-        others = [name for name in dict.fromkeys(rule.fusion for rule in RULES) if count_of(name, meant)]
+        fasts = [getattr(module, "__fast__", None) for module in model.modules() if _is_meant(module, fusion)]
+        others = dict.fromkeys(_FUSION_OF[fast] for fast in fasts if fast in _FUSION_OF)
         reasons[" beside ".join([NOT_NEEDED, *others])] = None
     return Fusion(fusion, reason="; ".join(reasons))
 
@@ -119,7 +116,7 @@ def _rule_for(model: Any, module: nn.Module, fusion: str) -> tuple[Rule | None, 
         return known, "table"
     if not meant:
         return None, ""
-    done = {m.__stock__: m.__fast__ for m in model.modules() if getattr(type(m), "__fast__", None) in _FASTS}
+    done = {m.__stock__: m.__fast__ for m in model.modules() if getattr(m, "__fast__", None) in _FUSION_OF}
     asked = {rule.fast: rule for rule in rules if rule.fast.probed and _may_fit(rule, module)}
     proven = asked and probe(type(model).__stock__, model.config, cls, list(asked.values()), done)
     return (proven, "probe") if proven else (None, f"{cls.__name__} runs code of its own")
@@ -143,26 +140,25 @@ def _fuse_head(model: Any) -> Fusion:
     if (reason := why_not_head(head)) is not None:
         return Fusion(_HEAD, reason=reason)
     head.__class__ = twin(nn.Linear, FastHead)
-    return _on(_HEAD, 1)
+    return _on(_HEAD)
 
 
 def _experts(model: Any) -> Fusion:
     chosen = model.config.get_text_config()._experts_implementation
     if chosen != fast_experts.NAME:
         return Fusion("experts", reason=f"experts_implementation={chosen!r} was asked for")
-    modules = [m for m in model.modules() if fast_experts.is_experts(m)]
-    reasons = {reason for m in modules if (reason := fast_experts.why_not(m)) is not None}
-    if reasons:
+    modules = filter(fast_experts.is_experts, model.modules())
+    if reasons := {reason for m in modules if (reason := fast_experts.why_not(m)) is not None}:
         return Fusion("experts", reason=f"Transformers' grouped_mm runs: {'; '.join(sorted(reasons))}")
-    return _on("experts", len(modules))
+    return _on("experts")
 
 
-def count_of(fusion: str, modules: list[nn.Module]) -> int:
-    """For how many of these modules a fusion is on."""
+def count_of(fusion: str, model: nn.Module) -> int:
+    """For how many modules of a model a fusion is on."""
     if fusion == "experts":
-        return sum(map(fast_experts.is_experts, modules))
-    fasts = {rule.fast for rule in RULES if rule.fusion == fusion}
-    return sum(getattr(module, "__fast__", None) in fasts for module in modules)
+        return sum(map(fast_experts.is_experts, model.modules()))
+    fasts = {fast for fast, name in _FUSION_OF.items() if name == fusion} or {FastHead}
+    return sum(getattr(module, "__fast__", None) in fasts for module in model.modules())
 
 
 _printed: set[tuple] = set()

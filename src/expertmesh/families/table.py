@@ -2,26 +2,42 @@
 
 The experts themselves and the head need no rule: experts enter through Transformers' `ExpertsInterface`, the head is
 the model's output embedding (report.py). Twins of attention and of layers look at the norms inside a module, so they
-come after the norms; attention that no family knows gets a fast RoPE, which comes last.
+come after the norms; attention that no family knows gets a fast RoPE, which comes last. Families share code; code that
+no rule knows is probed (probe.py).
 """
 
-import sys
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from expertmesh.families import deepseek_v3, gpt_oss, nemotron_h, qwen3_moe
-from expertmesh.families.rules import Rule
-from expertmesh.layers import decoder, mlp, rope
+from expertmesh.layers import attention, decoder, mamba2
 from expertmesh.moe import block, router
+from expertmesh.twins import fingerprint
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose code has the fingerprint `code` become twins of the mixin `fast`, if the switch `fusion` is on.
+
+    like: an HF class, as "model_type.Class", that has this code: for readers, and for the test that keeps it true.
+    """
+
+    fusion: str
+    fast: Any
+    like: str
+    code: str
+
+    def matches(self, cls: type) -> bool:
+        """Whether the class runs exactly the code this rule replaces."""
+        return fingerprint(cls, self.fast.stands_for) == self.code
+
 
 RULES = (
     Rule("rms_norm", decoder.FastRMSNorm, "qwen3_moe.Qwen3MoeRMSNorm", "d52135d2b29b"),
     Rule("rms_norm", decoder.FastFloat32RMSNorm, "gpt_oss.GptOssRMSNorm", "21c61ba6112f"),
     Rule("rms_norm", decoder.FastFloat32RMSNorm, "nemotron_h.NemotronHRMSNorm", "3b70f5568fad"),
     Rule("rms_norm", decoder.FastOnePlusRMSNorm, "qwen3_next.Qwen3NextRMSNorm", "6230aed131b0"),
-    Rule("swiglu", mlp.FastSwiGLU, "qwen3_moe.Qwen3MoeMLP", "22d9f641d2af"),
-    Rule("swiglu", mlp.FastReLU2MLP, "nemotron_h.NemotronHMLP", "d4bf579a3de9"),
+    Rule("swiglu", decoder.FastSwiGLU, "qwen3_moe.Qwen3MoeMLP", "22d9f641d2af"),
+    Rule("swiglu", decoder.FastReLU2MLP, "nemotron_h.NemotronHMLP", "d4bf579a3de9"),
     Rule("router", router.FastSoftmaxRouter, "qwen3_moe.Qwen3MoeTopKRouter", "c08afa010190"),
     Rule("router", router.FastNormalizedSoftmaxRouter, "qwen3_5_moe.Qwen3_5MoeTopKRouter", "4466b6818575"),
     Rule("router", router.FastMixtralRouter, "mixtral.MixtralTopKRouter", "c2255326ddf6"),
@@ -30,14 +46,14 @@ RULES = (
     Rule("router", router.FastErnieRouter, "ernie4_5_moe.Ernie4_5_MoeTopKRouter", "47188f81d518"),
     Rule("router", router.FastHunYuanRouter, "hunyuan_v1_moe.HunYuanMoEV1Gate", "ca681c3ae536"),
     Rule("router", router.FastSigmoidRouter, "deepseek_v3.DeepseekV3TopkRouter", "49e4c6d91651"),
-    Rule("mla_rope", deepseek_v3.FastLatentAttention, "deepseek_v3.DeepseekV3Attention", "58dcfce7b057"),
-    Rule("mla_rope", deepseek_v3.FastLatentAttention, "glm4_moe_lite.Glm4MoeLiteAttention", "58dcfce7b057"),
-    Rule("sink_attention", gpt_oss.FastSinkAttention, "gpt_oss.GptOssAttention", "fd662928bacc"),
-    Rule("qk_norm_rope", qwen3_moe.FastQKNormAttention, "qwen3_moe.Qwen3MoeAttention", "ab01336ffc67"),
-    Rule("mamba2", nemotron_h.FastGatedMamba2Mixer, "nemotron_h.NemotronHMamba2Mixer", "9a702f2272e8"),
-    Rule("mamba2", nemotron_h.FastGatedMamba2Mixer, "granitemoehybrid.GraniteMoeHybridMambaLayer", "9a702f2272e8"),
-    Rule("add_norm", nemotron_h.FastNemotronHBlock, "nemotron_h.NemotronHBlock", "38a8c88270bc"),
-    Rule("add_norm", nemotron_h.FastNemotronHMoEBlock, "nemotron_h.NemotronHMoE", "583798ea34f9"),
+    Rule("mla_rope", attention.FastLatentAttention, "deepseek_v3.DeepseekV3Attention", "58dcfce7b057"),
+    Rule("mla_rope", attention.FastLatentAttention, "glm4_moe_lite.Glm4MoeLiteAttention", "58dcfce7b057"),
+    Rule("sink_attention", attention.FastSinkAttention, "gpt_oss.GptOssAttention", "fd662928bacc"),
+    Rule("qk_norm_rope", attention.FastQKNormAttention, "qwen3_moe.Qwen3MoeAttention", "ab01336ffc67"),
+    Rule("mamba2", mamba2.FastMamba2Mixer, "nemotron_h.NemotronHMamba2Mixer", "9a702f2272e8"),
+    Rule("mamba2", mamba2.FastMamba2Mixer, "granitemoehybrid.GraniteMoeHybridMambaLayer", "9a702f2272e8"),
+    Rule("add_norm", decoder.FastNemotronHBlock, "nemotron_h.NemotronHBlock", "38a8c88270bc"),
+    Rule("add_norm", decoder.FastNemotronHMoEBlock, "nemotron_h.NemotronHMoE", "583798ea34f9"),
     Rule("add_norm", decoder.FastDecoderLayer, "qwen3_moe.Qwen3MoeDecoderLayer", "332212b51843"),
     Rule("add_norm", decoder.FastDecoderLayer, "mixtral.MixtralDecoderLayer", "1ecb9b7e2686"),
     Rule("add_norm", decoder.FastDecoderLayer, "gpt_oss.GptOssDecoderLayer", "f8a0d99a6bba"),
@@ -52,16 +68,7 @@ RULES = (
     Rule("add_norm", block.FastSharedMoEBlock, "ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock", "8604e692394b"),
     Rule("add_norm", block.FastSharedMLPMoEBlock, "hunyuan_v1_moe.HunYuanMoEV1Moe", "b732303f7ebf"),
     Rule("add_norm", block.FastGatedSharedMoEBlock, "qwen2_moe.Qwen2MoeSparseMoeBlock", "72d5edaac713"),
-    Rule("rope", rope.FastRoPE, "mixtral.MixtralAttention", "799063ae4b15"),
-    Rule("rope", rope.FastRoPE, "qwen3_next.Qwen3NextAttention", "046be360974c"),
-    Rule("rope", rope.FastInterleavedRoPE, "ernie4_5_moe.Ernie4_5_MoeAttention", "ab37fa6b6172"),
+    Rule("rope", attention.FastRoPE, "mixtral.MixtralAttention", "799063ae4b15"),
+    Rule("rope", attention.FastRoPE, "qwen3_next.Qwen3NextAttention", "046be360974c"),
+    Rule("rope", attention.FastInterleavedRoPE, "ernie4_5_moe.Ernie4_5_MoeAttention", "ab37fa6b6172"),
 )
-
-
-def has_sinks(model_class: Any) -> bool:
-    """Whether this Transformers class has the causal attention with sinks that a rule replaces."""
-    if model_class.config_class.model_type == "gpt_oss":  # however a later release writes it
-        return True
-    found = vars(sys.modules[model_class.__module__]).values()
-    classes = [x for x in found if isinstance(x, type) and issubclass(x, nn.Module)]
-    return any(rule.matches(cls) for rule in RULES if rule.fusion == "sink_attention" for cls in classes)

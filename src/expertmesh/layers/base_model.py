@@ -5,11 +5,10 @@ call the base model itself. So what a forward needs is set up here: documents an
 the call (records.py).
 """
 
-import functools
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
 from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
-from expertmesh.layers.attention import NAME, placeholder
+from expertmesh.layers.attention import NAME, SINKS, placeholder
 from expertmesh.layers.lora import fuse_adapted_linears
 from expertmesh.layers.mamba2 import FastMamba2Mixer
 from expertmesh.layers.rows import Apart, Found, look
-from expertmesh.layers.sinks import NAME as SINKS
 from expertmesh.moe.experts import NAME as EXPERTS
 from expertmesh.moe.experts import is_experts
 from expertmesh.moe.lora import fuse_adapted_experts, places_of, tell_what_trains
@@ -29,10 +27,6 @@ from expertmesh.parallel.layout import refuse_undivided
 from expertmesh.records import Call, call_of, calling
 from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
 
-_LEAK = (
-    "Several documents lie in a row, and {who} of {model} would let one see another: {why}. Give each document a row "
-    "of its own (packing=False, padding_free=False), or {instead}."
-)
 _NO_MTP = (
     "mtp_loss_weight is set, but the model was called without labels: a loss made elsewhere (by TRL's trainers, label "
     "smoothing, a head of your own) leaves multi-token prediction untrained. Call the model with labels, take "
@@ -52,8 +46,11 @@ class FastBaseModel(Fast):
     _replicate_for_data_parallel = refuse_replicas
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
     _stateful: Any = None  # the class of such mixers that are not ours
+    _stateful_told = False  # whether these pass documents on to their kernels, which refuse what they cannot do
     _sinks = False  # whether attention has sinks
     _announced = False
+    _names: Any = ()  # of the arguments
+    _makes_masks = False  # whether by the functions that pass on what has four dimensions
     _experts_at: Any = ()  # where experts stand, and later adapters around them
     _linears_at: Any = ()  # and linear layers
 
@@ -65,12 +62,13 @@ class FastBaseModel(Fast):
         refuse_undivided(self)
         fuse_adapted_experts(self._experts_at)
         fuse_adapted_linears(self._linears_at)
-        inputs, call = dict(zip(_names(cls), args, strict=False)) | kwargs, call_of(self)
-        if self._mtp_loss_weight is not None and self.training and torch.is_grad_enabled() and not call.predicts:
-            raise ValueError(_NO_MTP)
-        if self.training and torch.is_grad_enabled() and not self._announced:
-            self._announced = True
-            tell_what_trains(call.model)
+        inputs, call = dict(zip(self._names, args, strict=False)) | kwargs, call_of(self)
+        if self.training and torch.is_grad_enabled():
+            if self._mtp_loss_weight is not None and not call.predicts:
+                raise ValueError(_NO_MTP)
+            if not self._announced:
+                self._announced = True
+                tell_what_trains(call.model)
         with calling(call):
             apart = self._prepare(inputs, call)
             outputs = super().forward(**inputs)
@@ -86,24 +84,29 @@ class FastBaseModel(Fast):
         if self._mamba2 and inputs.get("use_cache") is None and (training or call.targets is not None):
             inputs["use_cache"] = False  # with one our kernels do not run
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
-        mask = inputs.get("attention_mask")
-        marks: list[Any] = [inputs.get(name) for name in ("position_ids", "seq_idx")]
-        if _has_axes(marks[0]):
-            marks = [marks[0][0], marks[1]] if len(marks[0]) == 4 else [None, _number(marks[0], mask)]
-        if not all(x is None or _is_of_rows(x, shape) for x in marks):
+        mask: Any = inputs.get("attention_mask")
+        positions: Any = inputs.get("position_ids")
+        numbers: Any = inputs.get("seq_idx")
+        if _has_axes(positions):
+            positions, numbers = (positions[0], numbers) if len(positions) == 4 else (None, _number(positions, mask))
+        if not all(x is None or _is_of_rows(x, shape) for x in (positions, numbers)):
             return None
-        documents, apart = _given(inputs) if mask is None or self.bucketed else None, None
-        if documents is None and marks[1] is None and inputs.get("cu_seq_lens_q") is not None:
-            marks[1] = document_of(inputs["cu_seq_lens_q"], *shape)  # beside a mask, or without a greatest length
+        told, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
+        documents, apart = None, None
+        if told is not None and longest is not None and (mask is None or self.bucketed):
+            documents = Documents(told.int(), int(longest))
+        elif told is not None and numbers is None:
+            numbers = document_of(told, *shape)
+        marked = positions is not None or numbers is not None
         if mask is not None and not _is_of_rows(mask, shape):  # of the user's own, which only attention goes by
             stateful = self._mamba2 or self._stateful is not None
-            if stateful and any(x is not None for x in marks) and look(shape, None, *marks).count > shape[0]:
+            if stateful and marked and look(shape, None, positions, numbers).count > shape[0]:
                 self._refuse_leaks(inputs)
             return None
         if documents is not None:
             inputs["attention_mask"] = None
-        elif mask is not None or any(x is not None for x in marks):
-            found = look(shape, mask, marks[0], marks[1], call.targets)
+        elif mask is not None or marked:
+            found = look(shape, mask, positions, numbers, call.targets)
             call.labelled = found.labelled
             if found.padded:
                 if not self._takes_apart(inputs, found, call):
@@ -134,20 +137,18 @@ class FastBaseModel(Fast):
             return "flash"
         chosen = self.config._attn_implementation
         own = chosen == SINKS or (chosen == NAME and not _has_windows(self.config, length))
-        cls: Any = type(self)
-        return "documents" if own and _makes_masks(cls) else "masks"
+        return "documents" if own and self._makes_masks else "masks"
 
     def _takes_apart(self, inputs: dict[str, Any], found: Found, call: Call) -> bool:
         """Whether padding can be left out. Where it cannot, rows stay as Transformers has them."""
-        length, caching = found.keep.shape[1], inputs.get("use_cache")
+        length, config, caching = found.keep.shape[1], self.config, inputs.get("use_cache")
         if caching is None:
-            caching = getattr(self.config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
-        of_images = _has_axes(inputs.get("position_ids")) or self.config.get_text_config() is not self.config
-        whole = call.predicts or of_images or caching or inputs.get("output_attentions")
-        whole = whole or found.labelled_padding or not found.count
-        noisy = self.training and getattr(self.config, "router_jitter_noise", 0)  # drawn for each token, padding or not
-        windows_shift = _has_windows(self.config, length) and found.has_holes
-        if not (whole or noisy or windows_shift) and self._stateful is None and self._attends_by(length) != "masks":
+            caching = getattr(config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
+        of_images = _has_axes(inputs.get("position_ids")) or config.get_text_config() is not config
+        whole = call.predicts or of_images or caching or inputs.get("output_attentions") or found.labelled_padding
+        noisy = self.training and getattr(config, "router_jitter_noise", 0)  # drawn for each token, padding or not
+        windows_shift = _has_windows(config, length) and found.has_holes
+        if found.count and not (whole or noisy or windows_shift) and self.takes_documents(length):
             return True
         if found.count > int(found.keep.any(1).sum()):
             raise ValueError(
@@ -165,20 +166,21 @@ class FastBaseModel(Fast):
             why, instead = "a mask of your own speaks to attention alone", "leave attention_mask out"
         elif self._mamba2 and inputs.get("use_cache"):
             who, why, instead = "Mamba2", "a cache keeps one state for a row", "set use_cache=False"
-        elif self._stateful is not None and not _knows_documents(self._stateful):
+        elif self._stateful is not None and not self._stateful_told:
             who, why = self._stateful.__name__, "its state passes from one token to the next"
             instead = "train a model whose mixers can be told"
         elif self._sinks and self.config._attn_implementation == "eager":
             who, why = "attention", "the masks of attn_implementation='eager' do not know documents"
             instead = "leave attn_implementation and the fusion sink_attention as they are by default"
         if who is not None:
-            raise ValueError(_LEAK.format(who=who, model=type(self).__name__, why=why, instead=instead))
+            raise ValueError(
+                f"Several documents lie in a row, and {who} of {type(self).__name__} would let one see another: {why}. "
+                f"Give each document a row of its own (packing=False, padding_free=False), or {instead}."
+            )
         if inputs.get("use_cache") is None:
             inputs["use_cache"] = False  # nobody goes on from a cache of several documents
 
-    def _say(
-        self, inputs: dict[str, Any], documents: Documents | None, shape: tuple[int, int], device: torch.device
-    ) -> None:
+    def _say(self, inputs: dict[str, Any], documents: Documents | None, shape: tuple[int, int], device: Any) -> None:
         """Tell the layers of the documents, each in the way it understands."""
         way = self._attends_by(shape[1])
         if way == "documents":
@@ -211,14 +213,11 @@ def as_stock(base: Any) -> Iterator[None]:
     ours = {"_experts_implementation": {EXPERTS: "grouped_mm"}, "_attn_implementation": {NAME: "sdpa", SINKS: "eager"}}
     stock = [(module, "__class__", type(module).__stock__) for module in base.modules() if isinstance(module, Fast)]
     stock += [(config, name, theirs.get(getattr(config, name), getattr(config, name))) for name, theirs in ours.items()]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in stock]
-    try:
-        for change in stock:
-            setattr(*change)
+    with ExitStack() as undo:
+        for owner, name, value in stock:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
         yield
-    finally:
-        for change in before:
-            setattr(*change)
 
 
 def fuse_base(model: Any) -> None:
@@ -227,9 +226,13 @@ def fuse_base(model: Any) -> None:
     if base is not model:
         stock: Any = type(base)
         base.__class__ = twin(stock, FastBaseModel)
+    cls: Any = type(base).__stock__
+    base._names = list(inspect.signature(cls.forward).parameters)[1:]
+    base._makes_masks = "create_causal_mask" in inspect.getsource(cls)
     mixers: set[Any] = {type(module) for module in base.modules() if keeps_state(module)}
     base._mamba2 = any(issubclass(mixer, FastMamba2Mixer) for mixer in mixers)
     base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
+    base._stateful_told = base._stateful is not None and "cu_seq_lens_q" in inspect.getsource(base._stateful)
     base._experts_at, base._linears_at = places_of(model, is_experts), places_of(model, lambda m: type(m) is nn.Linear)
     base._sinks = any(hasattr(module, "sinks") for module in base.modules())
 
@@ -239,23 +242,6 @@ def keeps_state(module: nn.Module) -> bool:
     name = type(module).__name__
     has_conv = any(isinstance(child, nn.Conv1d) for child in module.children())
     return has_conv or re.search(r"(Lightning|Linear)Attention|DeltaNet|DeltaAttention|Mamba\w*Mixer", name) is not None
-
-
-@functools.cache
-def _knows_documents(mixer: Any) -> bool:
-    """Whether the code of Transformers' mixer passes documents on to its kernels, which refuse what they cannot do."""
-    return "cu_seq_lens_q" in inspect.getsource(mixer)
-
-
-@functools.cache
-def _makes_masks(base: Any) -> bool:
-    """Whether the HF class leaves its masks to the functions that pass on what has four dimensions."""
-    return "create_causal_mask" in inspect.getsource(base.__stock__)
-
-
-@functools.cache
-def _names(cls: Any) -> list[str]:
-    return list(inspect.signature(cls.__stock__.forward).parameters)[1:]
 
 
 def _is_of_rows(x: Any, shape: tuple[int, int]) -> bool:
@@ -281,9 +267,3 @@ def _has_windows(config: Any, length: int) -> bool:
         return False
     sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return any(size is not None and size < length for size in sizes)
-
-
-def _given(inputs: dict[str, Any]) -> Documents | None:
-    """The documents that a collator tells of, as for FlashAttention."""
-    cu_seqlens, max_length = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
-    return None if cu_seqlens is None or max_length is None else Documents(cu_seqlens.int(), int(max_length))

@@ -1,18 +1,20 @@
-"""Fast twins of RMSNorms, and of pre-norm decoder layers, whose residual adds are part of other kernels.
+"""Fast twins of RMSNorms, of dense MLPs, and of pre-norm decoder layers, whose residual adds are part of other kernels.
 
 The add after attention and the norm behind it are one kernel. The second add happens in the experts' last kernel, where
-the block allows it (moe/block.py). In backward the kernel of each norm also adds the gradient of the residual
-connection around it.
+the block allows it. In backward the kernel of each norm also adds the gradient of the residual connection around it.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ReLUSquaredActivation, SiLUActivation
 
-from expertmesh.backends import tell_once
+from expertmesh.backends import opaque, tell_once
+from expertmesh.kernels.activation import relu2, swiglu
 from expertmesh.kernels.rms_norm import Scale, add_rms_norm, rms_norm
-from expertmesh.moe.block import FastMoEBlock, add_scaled
+from expertmesh.layers.lora import linears
+from expertmesh.moe.block import FastMoEBlock, FastSharedMoEBlock, add_scaled, stock_block
 from expertmesh.twins import Fast, cache_of, untouched
 
 
@@ -24,6 +26,10 @@ class FastRMSNorm(Fast):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden_states, self.weight, getattr(self, self.eps_name), scale=self.scale)
+
+    def of_sum(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the norm of x + residual, x + residual), in one kernel."""
+        return add_rms_norm(x, residual, self.weight, getattr(self, self.eps_name), scale=self.scale)
 
 
 class FastFloat32RMSNorm(FastRMSNorm):
@@ -40,6 +46,35 @@ class FastOnePlusRMSNorm(FastRMSNorm):
     eps_name = "eps"
 
 
+class FastSwiGLU(Fast):
+    """down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
+    activations: tuple[type, ...] = (SiLUActivation, nn.SiLU)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.why_not(self) is not None:  # its activation was replaced or hooked after fusing: call it
+            return super().forward(x)
+        return self.down_proj(self._activated(x))
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        return swiglu(*linears(x, self.gate_proj, self.up_proj))
+
+    @classmethod
+    def why_not(cls, mlp: Any) -> str | None:
+        if untouched(mlp.act_fn) and isinstance(mlp.act_fn, cls.activations):
+            return None
+        return f"its activation is {type(mlp.act_fn).__name__}, not {cls.activations[0].__name__} that nobody hooked"
+
+
+class FastReLU2MLP(FastSwiGLU):
+    """down_proj(relu(up_proj(x))^2)."""
+
+    activations = (ReLUSquaredActivation,)
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        return relu2(self.up_proj(x))
+
+
 class FastDecoderLayer(Fast):
     """Must equal `Qwen3MoeDecoderLayer.forward`, `MixtralDecoderLayer.forward` and `GptOssDecoderLayer.forward`."""
 
@@ -49,18 +84,12 @@ class FastDecoderLayer(Fast):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         first, second = self.input_layernorm, self.post_attention_layernorm
         if args or not untouched(first, second, kind=FastRMSNorm):  # replaced or hooked after fusing: call them
-            tell_once(
-                f"{type(self).__name__} runs Transformers' code: a norm was changed, or arguments came by position."
-            )
+            tell_once(f"{type(self).__name__} runs Transformers' code: a norm was changed, or arguments had no names.")
             return super().forward(hidden_states, *args, **kwargs)
-        eps = getattr(first, first.eps_name)
-        normed, residual = add_rms_norm(hidden_states, None, first.weight, eps, scale=first.scale)
-        mixed = self._mix(normed, kwargs)
-        if self.residual_multiplier != 1:
-            mixed = mixed * self.residual_multiplier
-        eps = getattr(second, second.eps_name)
-        normed, residual = add_rms_norm(mixed, residual, second.weight, eps, scale=second.scale)
-        return add_block(getattr(self, self.block_name), normed, residual, self.residual_multiplier)
+        normed, residual = first.of_sum(hidden_states)
+        mixed, scale = self._mix(normed, kwargs), self.residual_multiplier
+        normed, residual = second.of_sum(mixed if scale == 1 else mixed * scale, residual)
+        return add_block(getattr(self, self.block_name), normed, residual, scale)
 
     def _mix(self, normed: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """What is added to the residual before the second norm."""
@@ -88,6 +117,49 @@ class FastGraniteDecoderLayer(FastDecoderLayer):
     """Must equal `GraniteMoeDecoderLayer.forward`: it sets its `residual_multiplier`."""
 
     block_name = "block_sparse_moe"
+
+
+class FastNemotronHBlock(Fast):
+    """Must equal `NemotronHBlock.forward` of Transformers: one norm, one mixer, one residual connection."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        norm = self.norm
+        if args or not untouched(norm, kind=FastRMSNorm) or norm.weight.dtype != hidden_states.dtype:  # stock converts
+            return super().forward(hidden_states, *args, **kwargs)
+        normed, residual = norm.of_sum(hidden_states)
+        if self.block_type == "linear_attention":
+            for name in ("position_ids", "use_cache"):
+                kwargs.pop(name, None)
+            return residual + self.mixer(normed, cache_of(kwargs), **kwargs)
+        if self.block_type == "full_attention":
+            return residual + self.mixer(hidden_states=normed, **kwargs)[0]
+        return add_block(self.mixer, normed, residual)
+
+
+class FastNemotronHMoEBlock(FastSharedMoEBlock):
+    """Must equal `NemotronHMoE.forward`, whose experts may work in a latent width, as in Super and Ultra.
+
+    Then the residual waits for the projection back from that width, and is added by its matrix product.
+    """
+
+    @opaque(stock_block)
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, scale: float = 1.0
+    ) -> torch.Tensor:
+        if residual is None or self.config.moe_latent_size is None:
+            return super().forward(hidden_states, residual, scale)
+        shared_TH = self.shared_experts(hidden_states).flatten(0, -2)
+        total_TH = add_scaled(residual.flatten(0, -2), shared_TH, scale)
+        x_TH = hidden_states.flatten(0, -2)
+        _, weight_TK, ids_TK = self.gate(x_TH)
+        y_TL = self.experts(self.fc1_latent_proj(x_TH), ids_TK, weight_TK)
+        proj = self.fc2_latent_proj
+        plain = type(proj) is nn.Linear and proj.bias is None and untouched(proj)
+        if plain and total_TH.dtype == y_TL.dtype == proj.weight.dtype:
+            out_TH = total_TH.addmm_(y_TL, proj.weight.t(), alpha=scale)  # nobody else keeps the total
+        else:
+            out_TH = add_scaled(total_TH, proj(y_TL), scale)
+        return torch.ops.aten._unsafe_view(out_TH, residual.shape)  # no view, of which FSDP warns
 
 
 def add_block(block: nn.Module, normed: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

@@ -49,14 +49,14 @@ class FastHead(Fast):
             return super().forward(input)
         _heads().add(self)
         sharded = isinstance(unit, FSDPModule)
-        return deferred_logits(input, self.weight, self.bias, sharded, sharded and _reshards(unit))
+        frees = sharded and any(group.post_forward_mesh_info is not None for group in units_of(unit))  # after forwards
+        return deferred_logits(input, self.weight, self.bias, sharded, frees)
 
 
 @functools.cache
 def _heads() -> weakref.WeakSet[nn.Module]:
-    """Heads that deferred logits. Optimizers change weights in place, but many, PyTorch's fused ones among them, past
-    autograd's count of such changes; so changes of heads are counted here.
-    """
+    """Heads that deferred logits, whose changes are counted: many optimizers, PyTorch's fused ones among them, change
+    weights past autograd's count."""
     heads = weakref.WeakSet[nn.Module]()
 
     def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -66,11 +66,6 @@ def _heads() -> weakref.WeakSet[nn.Module]:
 
     register_optimizer_step_post_hook(count)
     return heads
-
-
-def _reshards(unit: Any) -> bool:
-    """Whether FSDP frees the unit's whole weights after its forward."""
-    return any(group.post_forward_mesh_info is not None for group in units_of(unit))
 
 
 _LATE = (
@@ -97,7 +92,7 @@ class _Deferred(torch.Tensor):
     scale: float
     _computed: list[torch.Tensor]  # empty or one; aliases share it
     _make: Callable[[], torch.Tensor]
-    _later: Callable[..., "_Deferred | None"]  # the result of an operation that need not be computed either
+    _times: Callable[[float, torch.dtype], dict[str, Any] | None]  # what changes in a product; None: it is computed
 
     @classmethod
     def _of(cls, shape: Any, dtype: torch.dtype, **attributes: Any) -> Any:
@@ -134,10 +129,10 @@ class _Deferred(torch.Tensor):
         if isinstance(first, _Deferred):
             if func in (aten.detach.default, aten.alias.default):
                 return first._of(first.shape, first.dtype, **first.__dict__)
-            new_dtype = _new_dtype(func, first, kwargs)
-            later = None if first._computed else first._later(_factor(func, args, kwargs), new_dtype)
-            if later is not None:
-                return later
+            factor, dtype = (None, first.dtype) if first._computed else _product(func, first, args, kwargs)
+            changed = None if factor is None else first._times(factor, dtype)
+            if changed is not None:
+                return first._of(first.shape, dtype, **first.__dict__ | changed | {"_computed": []})
         plain_args, plain_kwargs = tree_map_only(_Deferred, _Deferred.values, (args, kwargs))
         out = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
@@ -152,12 +147,9 @@ class _Deferred(torch.Tensor):
         return copy.deepcopy(self._plain(), memo) if self.is_leaf else super().__deepcopy__(memo)  # which refuses
 
 
-def _of_plain(name: str) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: getattr(self._plain(), name)(*args, **kwargs)
-
-
+# what does not go through PyTorch's dispatcher
 for _name in "numpy tolist data_ptr untyped_storage storage __dlpack__ __reduce_ex__ __repr__".split():
-    setattr(_Deferred, _name, _of_plain(_name))  # what does not go through PyTorch's dispatcher
+    setattr(_Deferred, _name, lambda self, *args, _name=_name, **kwargs: getattr(self._plain(), _name)(*args, **kwargs))
 
 
 class DeferredLogits(_Deferred):
@@ -173,12 +165,10 @@ class DeferredLogits(_Deferred):
 
     _make = _Deferred._logits
 
-    def _later(self, factor: float | None, dtype: torch.dtype | None) -> "DeferredLogits | None":
-        if factor is None and (dtype is None or torch.promote_types(self.dtype, dtype) != dtype):
+    def _times(self, factor: float, dtype: torch.dtype) -> dict[str, Any] | None:
+        if torch.promote_types(self.dtype, dtype) != dtype:
             return None
-        step = (lambda logits: logits.to(dtype)) if factor is None else (lambda logits: logits * factor)
-        changed = {"steps": (*self.steps, step), "scale": self.scale * (factor or 1.0), "_computed": []}
-        return self._of(self.shape, dtype or self.dtype, **self.__dict__ | changed)
+        return {"steps": (*self.steps, lambda logits: logits.to(dtype) * factor), "scale": self.scale * factor}
 
 
 class DeferredGradient(_Deferred):
@@ -201,11 +191,8 @@ class DeferredGradient(_Deferred):
         grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
         return grad.mul_(self.factor).masked_fill_(ignored, 0.0).to(self.dtype).view(self.shape)
 
-    def _later(self, factor: float | None, dtype: torch.dtype | None) -> "DeferredGradient | None":
-        if factor is None and dtype is None:
-            return None
-        changed = {"factor": self.factor * (factor or 1.0), "_computed": []}
-        return self._of(self.shape, dtype or self.dtype, **self.__dict__ | changed)
+    def _times(self, factor: float, dtype: torch.dtype) -> dict[str, Any]:
+        return {"factor": self.factor * factor}
 
     def of_inputs(self, call: dict[str, bool], needed: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...] | None:
         """The gradients of the inputs of this call of a head, if they are what it needs."""
@@ -221,19 +208,15 @@ class DeferredGradient(_Deferred):
         return dhidden if dhidden is None else dhidden.view(hidden.shape), dweight, dbias
 
 
-def _factor(func: Any, args: tuple, kwargs: dict[str, Any]) -> float | None:
-    """What this operation multiplies by, if it does nothing else and that is a number."""
-    number = args[1] if len(args) == 2 and not kwargs and func in (aten.mul.Tensor, aten.div.Tensor) else None
-    if not isinstance(number, int | float) or not math.isfinite(number) or number == 0:
-        return None
-    return number if func is aten.mul.Tensor else 1 / number
-
-
-def _new_dtype(func: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The dtype that this operation converts x to, if it does nothing else."""
-    stays = {"device": x.device, "layout": x.layout}  # autograd names them when it converts a gradient back
-    others = any(value and value != stays.get(name) for name, value in kwargs.items() if name != "dtype")
-    return None if func is not aten._to_copy.default or others else kwargs.get("dtype")
+def _product(func: Any, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[float | None, torch.dtype]:
+    """(factor, dtype) of an operation that multiplies x by a number or converts it; factor None if it does more."""
+    dtype, number = kwargs.get("dtype") or x.dtype, args[1] if len(args) == 2 and not kwargs else None
+    if func is aten._to_copy.default and "dtype" in kwargs:
+        stays = {"dtype": dtype, "device": x.device, "layout": x.layout}  # autograd names them when it converts back
+        return None if any(value and value != stays.get(name) for name, value in kwargs.items()) else 1.0, dtype
+    if func not in (aten.mul.Tensor, aten.div.Tensor) or not isinstance(number, int | float) or number == 0:
+        return None, dtype
+    return (number if func is aten.mul.Tensor else 1 / number) if math.isfinite(number) else None, dtype
 
 
 class _Head(torch.autograd.Function):
@@ -320,31 +303,21 @@ def causal_lm_loss(
     if scale != 1:
         hidden, bias = hidden * scale, None if bias is None else bias * scale
 
-    names = "versions", "call", "steps", "scale"
-    attributes = {name: getattr(known, name) for name in names} | {"ignore_index": ignore_index}
-    shape, dtype = logits.shape, logits.dtype
+    attributes: dict[str, Any] = {name: getattr(known, name) for name in ("versions", "call", "steps", "scale")}
+    attributes |= {"shape": logits.shape, "dtype": logits.dtype, "ignore_index": ignore_index}
 
     def gradient(parts: tuple, factor: torch.Tensor, *saved: Any) -> torch.Tensor:
-        of_loss = {"parts": parts, "factor": factor, "targets": saved[3], "rows": saved[4]}
-        return DeferredGradient._of(shape, dtype, made_of=saved[:3], **attributes, **of_loss)
+        *made_of, targets, rows = saved
+        of_loss = {"parts": parts, "factor": factor, "targets": targets, "rows": rows}
+        return DeferredGradient._of(made_of=made_of, **attributes, **of_loss)
 
     found: list[Statistics] = []
-    loss = linear_cross_entropy(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        num_items_in_batch=num_items_in_batch,
-        ignore_index=ignore_index,
-        statistics=found if counts else None,
-        # what is saved autograd drops after the backward, and sees to it that nobody changes it before
-        through=(
-            logits,
-            [want and logits.requires_grad for want in known.wanted],
-            gradient,
-            (*known.made_of, all_targets, rows),
-        ),
-    )
+    wanted = [want and logits.requires_grad for want in known.wanted]
+    # what is saved autograd drops after the backward, and sees to it that nobody changes it before
+    through = logits, wanted, gradient, (*known.made_of, all_targets, rows)
+    options: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "bias": bias}
+    options |= {"statistics": found if counts else None, "through": through}
+    loss = linear_cross_entropy(hidden, weight, targets, **options)
     known.statistics = found[0] if found else None
     return loss
 

@@ -6,7 +6,6 @@ the process; and the MLP forwards of experts, and so delete their expert-paralle
 """
 
 import importlib
-import inspect
 from typing import Any
 
 from expertmesh.backends import logger
@@ -33,19 +32,17 @@ def apply_liger_on_gpu(model: Any, args: Any) -> None:
 
 def apply_liger(model: Any) -> None:
     """Apply Liger's kernels to this instance, and to nothing else."""
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    apply = MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type]
     options = {"rope": False, "cross_entropy": False}  # these two exist only as patches of the module
     if any(name.endswith(".experts") for name, _ in model.named_modules()):
         options["swiglu"] = False
     if "forward" in vars(model):  # a trainer has put its own loss into this model's forward
         options["fused_linear_cross_entropy"] = False
-    known = inspect.signature(apply).parameters
     modeling = vars(importlib.import_module(type(model).__module__))
     before = dict(modeling)
     try:
-        apply(model=model, **{name: value for name, value in options.items() if name in known})
+        _apply_liger_kernel_to_instance(model, **options)
     finally:
         modeling.update(before)
         for name in modeling.keys() - before.keys():

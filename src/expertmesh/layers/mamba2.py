@@ -1,9 +1,8 @@
 """Fast twin of the Mamba2 mixer: what stands between its two projections is one function (kernels/mamba2.py).
 
-In packed rows neither the convolution nor the state may reach into the next document. The base model finds out once
-where documents begin (base_model.py) and hands it to the mixers as a keyword that Transformers' layers pass on, so that
-recomputed layers know it too; Transformers' own mixer refuses such rows or, told by position_ids only, mixes them up.
-With a cache, that is in generation, Transformers' code runs.
+In packed rows neither the convolution nor the state may reach into the next document. Where these begin the base model
+tells by a keyword that layers pass on, so that recomputed layers know it too. With a cache, that is in generation,
+Transformers' code runs.
 """
 
 from typing import Any
@@ -12,28 +11,23 @@ import torch
 
 from expertmesh.backends import in_one_graph, tell_once
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
-from expertmesh.twins import Fast, cache_of, untouched
+from expertmesh.twins import Fast, cache_of, fingerprint, untouched
 
 
 class FastMamba2Mixer(Fast):
-    """Must equal `NemotronHMamba2Mixer.forward` of Transformers, document by document."""
+    """Must equal `NemotronHMamba2Mixer.forward` of Transformers, document by document, with the norm inside:
+    `NemotronHRMSNormGated`, and all its namesakes."""
 
     stands_for = ("forward", "apply_mask_to_padding_states", "causal_conv1d_fn", "mamba2_chunk_scan")
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        cache: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, cache: Any = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         cache = cache if cache is not None else cache_of(kwargs)
         bounds = kwargs.pop("document_bounds", None)
         start_BS = None if bounds is None else bounds.start
         if touched := not untouched(self.conv1d, self.norm, self.act):
-            tell_once(
-                f"{type(self).__name__} runs Transformers' code: somebody put hooks on its parts, or replaced them."
-            )
+            tell_once(f"{type(self).__name__} runs Transformers' code: its parts have hooks, or were replaced.")
         if cache is not None or touched:
             if start_BS is not None:
                 kwargs["seq_idx"] = start_BS  # Transformers needs mamba-ssm for these rows, or raises
@@ -41,14 +35,8 @@ class FastMamba2Mixer(Fast):
         dtype = hidden_states.dtype
         if attention_mask is not None:
             hidden_states = (hidden_states * attention_mask.unsqueeze(-1)).to(dtype)
-        weights = Mamba2Weights(
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            -torch.exp(self.A_log.float()),
-            self.D,
-            self.dt_bias,
-            self.norm.weight,
-        )
+        conv, decay = self.conv1d, -torch.exp(self.A_log.float())
+        weights = Mamba2Weights(conv.weight.squeeze(1), conv.bias, decay, self.D, self.dt_bias, self.norm.weight)
         options = Mamba2Options(self.head_dim, self.n_groups, self.time_step_limit, self.norm.variance_epsilon)
         mixed = mamba2_reference if in_one_graph() else mamba2
         y = mixed(self.in_proj(hidden_states), weights, options, start_BS, attention_mask)
@@ -56,6 +44,9 @@ class FastMamba2Mixer(Fast):
 
     @staticmethod
     def why_not(mixer: Any) -> str | None:
+        norm: Any = type(mixer.norm)
+        if fingerprint(norm) != "64ad4957826b":
+            return f"its norm {norm.__name__} runs code of its own"
         sizes = mixer.head_dim, mixer.ssm_state_size
         if any(size < 16 or size & (size - 1) for size in sizes):
             return f"its head and state widths {sizes} are not powers of two from 16 on"

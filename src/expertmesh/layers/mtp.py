@@ -7,13 +7,18 @@ embedding of token t+k, runs a decoder layer, and predicts token t+k+1 with the 
     h^k  = norm(layer(h'))
     loss = main loss + mtp_loss_weight * mean over k of CE(head(h^k_t), token_{t+k+1})
 
-A module is made of the family's own decoder layers (`MTPBlock`), so that its attention and experts are fused and
-sharded like all others. In training `record_inputs` keeps what the main model computes anyway (embeddings, hidden
-states, masks), and `loss_with_predictions` adds the losses; in evaluation and generation nothing of this runs.
+A module is made of the family's own decoder layers, fused and sharded like all others. In training `record_inputs`
+keeps what the main model computes anyway, and `loss_with_predictions` adds the losses; else nothing of this runs.
+
+DeepSeek-V3,  `model.layers.N` behind the N layers of the main model: one decoder layer for each depth, with enorm,
+GLM-4.5       hnorm, eh_proj, shared_head.norm, and copies of the embedding and the head
+Nemotron 3    `mtp.layers`: for each depth a layer for each of `mtp_layers_block_type`; enorm, hnorm and eh_proj in the
+              first of them, final_layernorm in the last
 """
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,10 +35,7 @@ from expertmesh.twins import Fast, cache_of, twin
 
 
 class MTPBlock(Fast):
-    """Twin of a decoder layer that may begin a module (joins its two inputs) and may end it (last norm).
-
-    Without either it is its HF class.
-    """
+    """Twin of a decoder layer that may begin a module (joins its two inputs) and may end it (last norm)."""
 
     begins = False
     end_norm: str | None = None
@@ -42,16 +44,14 @@ class MTPBlock(Fast):
         """hidden_states [B, S, H]; if it begins a module also, by position, the embeddings [B, S, H] to join."""
         if self.begins:
             embeds, *args = args  # type: ignore[assignment]
-            joined = torch.cat([self.enorm(embeds), self.hnorm(hidden_states)], dim=-1)
-            hidden_states = self.eh_proj(joined)
+            hidden_states = self.eh_proj(torch.cat([self.enorm(embeds), self.hnorm(hidden_states)], dim=-1))
         hidden_states = super().forward(hidden_states, *args, **kwargs)
         return hidden_states if self.end_norm is None else self.get_submodule(self.end_norm)(hidden_states)
 
 
-def make_module(blocks: list[Any], norm: Any, end: str) -> None:
+def _make_module(blocks: list[Any], norm: Any, end: str) -> None:
     """Make an MTP module of these decoder layers. The first joins hidden states and embeddings; behind the last comes a
-    norm named `end` ("a" or "a.b"). All its norms are copies of `norm`, whose weights are still those it was made with.
-    Weights get the names that they have in checkpoints."""
+    norm named `end` ("a" or "a.b"), as in checkpoints. All norms are copies of `norm`, which is as it was made."""
     first, last = blocks[0], blocks[-1]
     for block in {first, last}:
         stock: Any = type(block)
@@ -60,9 +60,7 @@ def make_module(blocks: list[Any], norm: Any, end: str) -> None:
     first.eh_proj = nn.Linear(2 * len(norm.weight), len(norm.weight), bias=False)
     first.begins, last.end_norm = True, end
     holder, _, name = end.rpartition(".")
-    if holder:
-        last.add_module(holder, nn.Module())
-    last.get_submodule(holder).add_module(name, last_norm)
+    setattr(last.get_submodule(holder), name, last_norm)
 
 
 @dataclass
@@ -86,38 +84,88 @@ class MTP:
         """The modules' own parameters."""
         return (parameter for name, parameter in model.named_parameters() if self.owns(name))
 
-    def remove_from(self, model: nn.Module) -> list[nn.Module]:
-        """Take the modules out of the model; returns them and all that is in them."""
-        removed: list[nn.Module] = []
-        for place in self.places:
-            parent, _, name = place.rpartition(".")
-            removed += model.get_submodule(place).modules()
-            delattr(model.get_submodule(parent), name)
-        return removed
+
+def add_modules(model: Any) -> MTP | None:
+    """Give a model that was just made the MTP modules of its configuration; None if that has none."""
+    make = _MAKERS.get(model.config.model_type)
+    if make is None or not model.config.num_nextn_predict_layers or model.get_output_embeddings() is None:
+        return None
+    mtp = make(model)
+    model._keys_to_ignore_on_load_unexpected |= {re.escape(copy) for copy in mtp.copies}
+    model.init_weights()  # the new ones: all others are marked as done
+    return mtp
 
 
-def were_saved(model: Any, missing: set[str], unexpected: set[str], source: Any, quantized: bool = False) -> bool:
-    """Whether the checkpoint that a model was just loaded from has weights for its MTP modules.
+def _deepseek_v3(model: Any) -> MTP:
+    config, layers = model.config, model.model.layers
+    like, mtp = layers[-1], MTP([], [])
 
-    missing, unexpected: keys that only the model has, and that only the checkpoint has. `copies` keeps those that the
-    checkpoint has. Raises ValueError if it has only a part of the modules. A model that stays quantized cannot be
-    trained, so modules that its checkpoint holds less quantized are left out.
+    for _ in range(config.num_nextn_predict_layers):
+        place = f"model.layers.{len(layers)}"
+        block = type(like)(config, len(layers))
+        block.shared_head = nn.Module()
+        _make_module([block], like.input_layernorm, "shared_head.norm")
+        layers.append(block)
+        mtp.depths.append([(block, like)])
+        mtp.places.append(place)
+        mtp.copies[f"{place}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        mtp.copies[f"{place}.shared_head.head.weight"] = "lm_head.weight"
+    return mtp
+
+
+def _nemotron_h(model: Any) -> MTP:
+    config, layers, kinds = model.config, model.model.layers, model.config.mtp_layers_block_type
+    missing = sorted(set(kinds) - set(config.layers_block_type))
+    if missing:
+        raise ValueError(
+            f"mtp_layers_block_type has {', '.join(missing)}, which is not among the main model's layers_block_type. "
+            f"Load with num_nextn_predict_layers=0 to leave the MTP modules out."
+        )
+    model.mtp = nn.Module()
+    model.mtp.layers = nn.ModuleList()
+    mtp = MTP([], ["mtp"])
+
+    for _ in range(config.num_nextn_predict_layers):
+        likes = [layers[config.layers_block_type.index(kind)] for kind in kinds]
+        blocks = [type(like)(config, like.layer_idx) for like in likes]
+        _make_module(blocks, layers[0].norm, "final_layernorm")
+        model.mtp.layers.extend(blocks)
+        mtp.depths.append(list(zip(blocks, likes, strict=True)))
+    for kind in ("tp", "ep", "fsdp"):  # sharded as the main model's layers are
+        plan = getattr(config, f"base_model_{kind}_plan") or {}
+        getattr(model, f"_{kind}_plan").update({f"mtp.{k}": v for k, v in plan.items() if k.startswith("layers.")})
+    return mtp
+
+
+_MAKERS = {"deepseek_v3": _deepseek_v3, "glm4_moe": _deepseek_v3, "nemotron_h": _nemotron_h}
+
+
+def settle(model: Any, loaded: Any, source: Any, quantized: bool = False) -> None:
+    """Keep the MTP modules, and those of their `copies`, that the checkpoint has; drop the modules if it has none.
+
+    loaded: Transformers' record of the keys that only one of both has. Raises ValueError for a part of the modules; of
+    a model that stays `quantized`, and so is not trained, they are dropped.
     """
     mtp: MTP = model._mtp
     names = {name for name in model.state_dict() if mtp.owns(name)}
-    lost = sorted(names & missing)
-    if quantized and 0 < len(lost) < len(names):
+    lost = sorted(names & loaded.missing_keys)
+    if 0 < len(lost) < len(names):
+        if not quantized:
+            raise ValueError(
+                f"The checkpoint {source!r} has only a part of the weights for multi-token prediction: "
+                f"{', '.join(lost[:3])} {'is' if len(lost) == 1 else 'are'} missing. Download or convert it again, or "
+                f"load it with num_nextn_predict_layers=0, which leaves these modules out."
+            )
         backends.logger().warning(
             f"The modules for multi-token prediction are left out: {source!r} holds them less quantized than the model."
         )
-    elif 0 < len(lost) < len(names):
-        raise ValueError(
-            f"The checkpoint {source!r} has only a part of the weights for multi-token prediction: "
-            f"{', '.join(lost[:3])} {'is' if len(lost) == 1 else 'are'} missing. Download or convert it again, or load "
-            f"it with num_nextn_predict_layers=0, which leaves these modules out."
-        )
-    mtp.copies = {on_disk: name for on_disk, name in mtp.copies.items() if on_disk in unexpected}
-    return not lost
+    mtp.copies = {on_disk: name for on_disk, name in mtp.copies.items() if on_disk in loaded.unexpected_keys}
+    if lost:
+        loaded.missing_keys -= names
+        for place in mtp.places:
+            parent, _, name = place.rpartition(".")
+            delattr(model.get_submodule(parent), name)
+        model._mtp = None
 
 
 def promise_what_is_kept(model: Any) -> None:
@@ -131,13 +179,7 @@ def promise_what_is_kept(model: Any) -> None:
 
 @contextlib.contextmanager
 def record_inputs(call: Call) -> Iterator[None]:
-    """Within: if the call `predicts`, forward hooks record in it what the MTP modules take from the main model."""
-    if not call.predicts:
-        yield
-        return
-
-    def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call.embeds, call.position_ids = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
+    """Within: forward hooks record in a call that `predicts` what the MTP modules take from the main model."""
 
     def embedded(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         call.embeds = output
@@ -146,15 +188,16 @@ def record_inputs(call: Call) -> Iterator[None]:
         cache_of(kwargs := dict(kwargs))
         call.layer_inputs[module] = kwargs | {"use_cache": False}
 
-    def end(module: nn.Module, args: tuple, output: Any) -> None:
-        call.hidden = output[0]
+    def end(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        call.hidden, call.position_ids = output[0], kwargs.get("position_ids")
+        if kwargs.get("inputs_embeds") is not None:
+            call.embeds = kwargs["inputs_embeds"]
 
     base, likes = call.model.base_model, {like for depth in call.model._mtp.depths for _, like in depth}
     hooks = [
-        base.register_forward_pre_hook(begin, with_kwargs=True),
         call.model.get_input_embeddings().register_forward_hook(embedded),
         *(like.register_forward_pre_hook(layer, with_kwargs=True) for like in likes),
-        base.register_forward_hook(end),
+        base.register_forward_hook(end, with_kwargs=True),
     ]
     try:
         yield

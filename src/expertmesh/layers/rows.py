@@ -9,9 +9,9 @@ one wait for the device at most.
     attention_mask [B, S]            rows are taken apart: tokens that are no padding become one row of      one
                                      documents; hidden states get padding back after the last layer
 
-Transformers makes a mask [B, 1, S, S] of this, for which SDPA has no fast kernel. Here an empty tensor stands in its
-place (`placeholder`, attention.py), which Transformers passes on because it has four dimensions, and `documents` travel
-beside it as a keyword. Everything else (a cache, masks of the user's own, compilation) is left to Transformers.
+Transformers makes a mask [B, 1, S, S] of this, for which SDPA has no fast kernel. Here an empty tensor of four
+dimensions, which Transformers passes on, stands in its place (`placeholder`, attention.py), and `documents` travel as a
+keyword. Everything else (a cache, masks of the user's own, compilation) is left to Transformers.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from expertmesh.kernels.documents import Documents
+
+Mark = torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,7 @@ class Found:
         return Documents(self.cu_seqlens.to(device, non_blocking=True), int(self.cu_seqlens.diff().max()))
 
 
-def look(
-    shape: tuple[int, int],
-    mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    numbers: torch.Tensor | None,
-    targets: torch.Tensor | None = None,
-) -> Found:
+def look(shape: tuple[int, int], mask: Mark, positions: Mark, numbers: Mark, targets: Mark = None) -> Found:
     """Ask the device, once, what rows of this shape [B, S] hold.
 
     mask: 0 where a token is padding. positions: [B or 1, S]. numbers: of documents, as `seq_idx`, [B or 1, S]. Without
