@@ -20,7 +20,7 @@ from gpus import RanksResult, begin
 from shared import medians_ms, parser
 
 from expertmesh.kernels.grouping import combine, group_by_expert
-from expertmesh.moe.exchange import Outputs
+from expertmesh.moe.experts import Outputs
 from expertmesh.moe.links import Collectives, link_of
 
 

@@ -30,7 +30,7 @@ from expertmesh.kernels.grouping import combine
 from expertmesh.memory import release as release_module
 from expertmesh.moe import experts, gather, links
 from expertmesh.moe.dispatch import TRANSPORTS, Dispatch
-from expertmesh.moe.exchange import Outputs
+from expertmesh.moe.experts import Outputs
 from expertmesh.moe.links import Mailboxes
 from expertmesh.parallel.clip import clip_grad_norm
 from expertmesh.parallel.setup import DistributedSetup

@@ -13,8 +13,7 @@ from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import COMMON, FAMILIES, YARN, randomise
 from expertmesh.families import deepseek_v3
-from expertmesh.kernels.documents import Documents
-from expertmesh.kernels.varlen import document_mask
+from expertmesh.kernels.documents import Documents, document_mask
 from expertmesh.layers.attention import placeholder
 
 # other factors for the two kinds of scaling than those of the tiny model, where one of them is neutral

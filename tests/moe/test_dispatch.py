@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from expertmesh import waiting
 from expertmesh.kernels.grouping import combine
 from expertmesh.moe.dispatch import Dispatch
-from expertmesh.moe.exchange import Exchange
+from expertmesh.moe.experts import Exchange
 from expertmesh.moe.gather import Gather, most_tokens
 from expertmesh.moe.links import link_of, mailboxes
 from expertmesh.parallel.layout import lean_layout

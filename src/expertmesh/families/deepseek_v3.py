@@ -3,7 +3,7 @@
 decoder layer   residual add + post-attention norm in one kernel                             layers/decoder.py
   block         residual and shared experts are added where the experts' rows are summed     moe/block.py
   attention     MLA: RoPE of queries and keys, and keys put together, in one kernel          here
-  router        sigmoid, groups, top-k, normalisation and scale in one kernel                moe/router.py
+  router        sigmoid, groups, top-k, normalisation and scale in one kernel                moe/block.py
   experts       SwiGLU, gate and up concatenated, no bias                                    moe/experts.py
   dense MLP     SwiGLU (first layers, shared experts)                                        layers/mlp.py
 head            loss from hidden states, no logits                                           layers/head.py

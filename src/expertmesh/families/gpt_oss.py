@@ -4,7 +4,7 @@ decoder layer   residual add + post-attention norm in one kernel                
   block         residual add behind the experts in their last kernel            moe/block.py
   attention     sinks, full and sliding by turns: our kernels                   layers/sinks.py
                 RoPE in one pass                                                here
-  router        top-k, then softmax                                             moe/router.py
+  router        top-k, then softmax                                             moe/block.py
   experts       transposed, gate and up interleaved, biases, clamped SwiGLU     moe/experts.py
 norms           float32                                                         layers/decoder.py
 head            loss from hidden states, no logits                              layers/head.py

@@ -8,7 +8,7 @@ mixer of a layer, one of
   experts       relu^2, not gated; in Super and Ultra in a latent width, which is all that travels between ranks
   block         residual and shared expert are added where the experts' rows are summed, or where these are projected
                 back from the latent width                                                       here
-  router        sigmoid, correction bias, limited groups in one kernel                           moe/router.py
+  router        sigmoid, correction bias, limited groups in one kernel                           moe/block.py
   MLP           relu^2 in one kernel (dense and shared experts)                                  layers/mlp.py
 norms           float32 weight                                                                   layers/decoder.py
 head            loss from hidden states, no logits                                               layers/head.py

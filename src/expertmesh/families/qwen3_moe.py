@@ -3,7 +3,7 @@
 decoder layer   residual add + post-attention norm in one kernel                     layers/decoder.py
   block         residual add behind the experts in their last kernel                 moe/block.py
   attention     q/k-norm + RoPE in one kernel; the attention is the user's choice    here
-  router        softmax, top-k and normalisation in one kernel                       moe/router.py
+  router        softmax, top-k and normalisation in one kernel                       moe/block.py
   experts       SwiGLU, gate and up concatenated, no bias                            moe/experts.py
   dense MLP     SwiGLU (layers named in `mlp_only_layers`)                           layers/mlp.py
 head            loss from hidden states, no logits                                   layers/head.py

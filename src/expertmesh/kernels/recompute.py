@@ -1,22 +1,63 @@
-"""What a layer need not keep for its backward, as it comes again from what the layer keeps anyway.
+"""What layers need not keep for their backward: how much each recomputes, and how.
 
-The functions that make such outputs tell `again`, within the forward of a layer that runs in `keep_less`. Whatever
-autograd then saves of them, for any function (a Linear, an adapter, attention of a library), is replaced by a recipe.
-In the backward the first that reads it makes it again, by the same kernel from the same inputs, so bit for bit; it
-stands until the last has read it. A recipe's inputs may be recipes themselves. Routing is always kept.
+none      nothing
+light     what takes a pass over memory and no product: outputs of norms, of RoPE behind norms, of dense activations
+experts   and the up-projection of routed experts: one of their six products runs twice; no exchange does
+full      all but the layer's input, by torch.utils.checkpoint
+offload   the same, and the input waits in host memory
+
+For light and experts, the functions that make such outputs tell `again`, within the forward of a layer that runs in
+`keep_less`. Whatever autograd then saves of them, for any function (a Linear, an adapter, attention of a library), is
+replaced by a recipe. In the backward the first that reads it makes it again, by the same kernel from the same inputs,
+so bit for bit; it stands until the last has read it. A recipe's inputs may be recipes themselves.
+
+Which experts tokens go to is decided once: a router that runs again can flip near-ties, and the recomputed layer then
+sends tokens elsewhere than the forward did, which breaks checkpointing ("recomputed tensors have different metadata")
+or, worse, the gradients. What is `kept` in a checkpointed layer's forward is replayed when that is recomputed.
+`keep_routing` goes in as the `context_fn` of `torch.utils.checkpoint.checkpoint(use_reentrant=False)`; a fused model
+does that by itself when `activation_checkpointing_enable()` is called.
 """
 
 import operator
 from collections.abc import Callable
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from expertmesh.backends import opaque
-from expertmesh.kernels.levels import LEVELS
+
+Policy = bool | str | dict[str, int]
+"""A level, True for "full", False for "none"; or {level: n}: that of the first n layers, others have the one below."""
+
+LEVELS = ("none", "light", "experts", "full", "offload")
+POLICIES = "true, false, light, experts, full, offload, or one of these four for the first n layers, as {'experts': n}"
+
+
+def is_policy(policy: Any) -> bool:
+    """Whether it is a `Policy`: with levels but "none", and n at least 1."""
+    level, first = policy, 1
+    if type(policy) is dict and len(policy) == 1:
+        ((level, first),) = policy.items()
+    known = type(level) is str and level in LEVELS[1:]
+    return type(policy) is bool or (known and type(first) is int and first > 0)
+
+
+def checked(policy: Any) -> Any:
+    """The policy itself. Raises ValueError for what is none."""
+    if not is_policy(policy):
+        raise ValueError(f"it must be {POLICIES}")
+    return policy
+
+
+def levels_of(policy: Policy, count: int) -> list[str]:
+    """The level of each of `count` layers. Raises ValueError as `checked`."""
+    level, first = next(iter(checked(policy).items())) if isinstance(policy, dict) else (checked(policy), count)
+    at = LEVELS.index("full" if level is True else level or "none")
+    return [LEVELS[at if number < first else at - 1] for number in range(count)]
+
 
 Saved = Any  # called without arguments, it gives the tensor
 
@@ -121,3 +162,47 @@ def keep_less(level: str, function: Callable[..., Any], *args: Any) -> Any:
     finally:
         _layer.reset(token)
         layer.recipes.clear()
+
+
+Decision = TypeVar("Decision")
+
+region: ContextVar["Region | None"] = ContextVar("region", default=None)
+
+
+class Region:
+    """One run, first or repeated, of a checkpointed function; the runs of one call share the list of choices."""
+
+    def __init__(self, choices: list[Any], replay: bool) -> None:
+        self.choices, self.replay, self.position = choices, replay, 0
+        self._tokens: list[Token] = []
+
+    def __enter__(self) -> None:
+        self.position = 0
+        self._tokens.append(region.set(self))
+
+    def __exit__(self, *_: object) -> None:
+        region.reset(self._tokens.pop())
+
+    def known(self) -> Any:
+        """In a recompute the forward's next choice; else None, and it is to be put among the `choices`."""
+        if not self.replay:
+            return None
+        self.position += 1
+        return self.choices[self.position - 1]
+
+
+def keep_routing() -> tuple[Region, Region]:
+    """(forward context, recompute context) for one call of `torch.utils.checkpoint.checkpoint`."""
+    choices: list[Any] = []
+    return Region(choices, replay=False), Region(choices, replay=True)
+
+
+def kept(decide: Callable[[], Decision]) -> Decision:
+    """`decide()`; in a recompute what it returned in the forward, without calling it again."""
+    here = region.get()
+    known = None if here is None else here.known()
+    if known is None:
+        known = decide()
+        if here is not None:
+            here.choices.append(known)
+    return known

@@ -13,8 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Documents
-from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
+from expertmesh.kernels.documents import Documents, document_mask, takes, varlen_attention
 from expertmesh.twins import Fast, cache_of
 
 NAME = "expertmesh"

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from expertmesh.kernels.grouping import combine
-from expertmesh.moe.exchange import Exchange, Gradients, Outputs
-from expertmesh.moe.router import kept
+from expertmesh.kernels.recompute import kept
+from expertmesh.moe.experts import Exchange, Gradients, Outputs
 
 
 class AllToAll(Exchange):

@@ -14,8 +14,7 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 
 from expertmesh.kernels.grouping import or_none
 from expertmesh.moe.all_to_all import AllToAll
-from expertmesh.moe.exchange import Exchange, Outputs
-from expertmesh.moe.experts import NAME, activation_of, compute
+from expertmesh.moe.experts import NAME, Exchange, Outputs, activation_of, compute
 from expertmesh.moe.gather import Gather
 from expertmesh.waiting import waiting
 

@@ -10,7 +10,9 @@ routing weights' gradient comes out of the down-dgrad, so neither the permuted i
 `_Down`'s backward reads what `_Up` saved and leaves in `from_down` what `_Up`'s backward goes on from; what autograd
 brings from one to the other has no values.
 
-Experts on other ranks differ in the `Exchange` alone (exchange.py), by which rows are dispatched and combined.
+Experts on other ranks differ in the `Exchange` alone, by which rows are dispatched and combined. T tokens are this
+rank's own, M rows are those that its experts get. To add a transport, write a subclass of `Exchange` in a file of its
+own, as all_to_all.py and gather.py are, and name it in `TRANSPORTS` (dispatch.py).
 
 All layouts of Transformers' experts modules work: gated (concatenated or interleaved) or not, with biases or not,
 weights [E, out, in] or transposed.
@@ -19,7 +21,9 @@ weights [E, out, in] or transposed.
 import functools
 import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,13 +40,78 @@ from expertmesh.kernels.grouping import Grouping, combine, group_by_expert, or_n
 from expertmesh.kernels.low_rank import LowRank
 from expertmesh.kernels.recompute import again
 from expertmesh.kernels.thin import thin_rows, thin_wgrad
-from expertmesh.moe.exchange import LOCAL, Exchange, Outputs
 from expertmesh.twins import untouched
 
 NAME = "expertmesh"
 
 #: what `use_experts_implementation` says of a class, as far as this backend knows
 _FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+class Outputs(NamedTuple):
+    """What experts made of their M rows: y [S, H] in the order of the experts, with positions and weights [M, K], of
+    which `combine` makes the sums; or these y [M, H] alone.
+    """
+
+    y: torch.Tensor
+    position_MK: torch.Tensor | None = None
+    weight_MK: torch.Tensor | None = None
+
+
+class Exchange:
+    """The exchanges of one call of one layer. It knows what the backward must repeat, and is handed from stage to stage
+    as an argument. This one is for experts that are all here.
+
+    All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`. Each
+    is called within `waits`, which limits how long exchanges over `layer.group` wait; other groups need their own.
+    """
+
+    ep_implementation: str  # the transport's name in Transformers
+    rows_here: int | None = None  # how many of the dispatched pairs this rank computes, at least 1, if the host knows
+
+    def __init__(self, layer: Any = None, x_TH: torch.Tensor | None = None, ahead: bool = False) -> None:
+        """layer: the `Dispatch` that is called with the tokens x. ahead: its router has not chosen yet, and the tokens
+        may leave now.
+        """
+        self.layer, self.waits = layer, nullcontext() if layer is None else layer.waits
+
+    def dispatch(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [M, H], expert ids and routing weights [M, K]; ids outside this rank's 0, 1, … are not computed here. M is
+        at least 1, though no rank may have a token.
+        """
+        return x_TH, ids_TK, weight_TK
+
+    def rows_to_keep(self, num_rows: int, block: int) -> int | None:
+        """Asked without `rows_here`: for how many of the rows [S] there is room until the backward; the others are
+        computed again. None: all.
+        """
+        return None
+
+    def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
+        """The sums of what all ranks made [T, H]; with a residual [..., H] of the same dtype, residual + sums, in its
+        shape and no view.
+        """
+        assert made.position_MK is not None
+        return combine(made.y, made.position_MK, made.weight_MK, residual)
+
+    def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
+        """The gradient [M, H] of this rank's sums. If `combine` was given positions, the next exchange may overwrite
+        it: all that reads it must have been launched by then.
+        """
+        return dout_TH.contiguous()
+
+    def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
+        """Begins to bring the gradients back, those that are needed; what it returns waits for them: (dx [T, H],
+        dweight [T, K]).
+        """
+        return lambda: (dx_MH, dweight_MK)
+
+
+LOCAL = Exchange()
 
 
 def why_not(experts: Any) -> str | None:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from expertmesh.kernels.grouping import combine
-from expertmesh.moe.exchange import Exchange, Gradients, Outputs
+from expertmesh.kernels.recompute import kept
+from expertmesh.moe.experts import Exchange, Gradients, Outputs
 from expertmesh.moe.links import Mailboxes, Sent, join_side_stream, link_of, on_side_stream
-from expertmesh.moe.router import kept
 from expertmesh.records import current
 from expertmesh.waiting import hosts, waiting
 

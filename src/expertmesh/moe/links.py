@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from expertmesh import backends
 from expertmesh.kernels.grouping import combine_into
-from expertmesh.moe.exchange import Outputs
+from expertmesh.moe.experts import Outputs
 from expertmesh.waiting import hosts, waiting
 
 ALIGNMENT = 128  # bytes at which each part of an exchange begins
