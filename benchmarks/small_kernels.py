@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from shared import BYTES_PER_MS, DEVICE, DTYPE, FLOP_PER_MS, Case, Result, leaf, parser, time_cases
 
-from expertmesh.kernels import causal_conv, clip, four_bit, grouping, rms_norm
+from expertmesh.kernels import causal_conv, clip, grouping, rms_norm
+from expertmesh.kernels import packed as four_bit
 from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
 from expertmesh.kernels.documents import document_starts
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
