@@ -4,11 +4,10 @@
 
 A token travels once to each rank that holds some of its experts, with its routing weights and that rank's expert ids.
 There the experts weight and sum their outputs, and one row per (token, rank) comes back; its owner adds up what its
-ranks sent. The backward is the same road reversed: gather and sum change place, and the splits are those of the
-forward, so the host waits exactly once per layer, for the counts, and not at all in backward or in a recompute.
+ranks sent. The backward is the same road reversed, with the splits of the forward: the host waits once per layer, for
+the counts, and not at all in backward or in a recompute.
 
-R ranks hold E experts, rank r the experts r·E/R … (r+1)·E/R - 1. The N rows that tokens become are ordered by rank,
-then by token.
+R ranks hold E experts, each E/R in a row. The N rows that tokens become are ordered by rank, then by token.
 """
 
 from collections.abc import Callable

@@ -56,7 +56,7 @@ class FastMoEBlock(Fast):
         inner, seen = inside_adapters(experts) if isinstance(experts, FastParamWrapper) else (experts, False)
         dispatch = vars(inner).get("forward")
         if isinstance(dispatch, Dispatch):
-            options["exchange"] = dispatch.start(x_TH)
+            options["exchange"] = None if dispatch.slices else dispatch.transport(dispatch, x_TH, ahead=True)
             takes_residual = not seen and not watched(inner)
         else:  # ours alone: no foreign wrapper, no other rank and no hook stands before it
             ours = is_experts(inner) and untouched(inner) and inner.config._experts_implementation == NAME
@@ -207,14 +207,8 @@ class FastSigmoidRouter(Fast):
 
 def sigmoid_routing(router: Any) -> Routing:
     """The `Routing` that a DeepSeek-V3-like router module describes."""
-    return Routing(
-        "sigmoid",
-        router.top_k,
-        router.norm_topk_prob,
-        router.routed_scaling_factor,
-        router.num_group,
-        router.topk_group,
-    )
+    groups = router.num_group, router.topk_group
+    return Routing("sigmoid", router.top_k, router.norm_topk_prob, router.routed_scaling_factor, *groups)
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -222,18 +216,16 @@ def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     They are the modules of which transformers records `router_logits`; a model that declares none has no routers.
     """
-    targets: list[OutputRecorder] = []
+    kinds: list[tuple[type, str]] = []
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-            for target in recorded if isinstance(recorded, list) else [recorded]:
-                targets.append(target if isinstance(target, OutputRecorder) else OutputRecorder(target))
+        recorded = module.can_record_outputs.get("router_logits", []) if isinstance(module, PreTrainedModel) else []
+        for one in recorded if isinstance(recorded, list) else [recorded]:
+            target = one if isinstance(one, OutputRecorder) else OutputRecorder(one)
+            if isinstance(target.target_class, type):
+                kinds.append((target.target_class, f".{target.layer_name}." if target.layer_name else ""))
     for name, module in model.named_modules():
-        for target in targets:
-            of_class = isinstance(target.target_class, type) and isinstance(module, target.target_class)
-            if of_class and (target.layer_name is None or f".{target.layer_name}." in f".{name}."):
-                yield name, module
-                break
+        if any(isinstance(module, kind) and place in f".{name}." for kind, place in kinds):
+            yield name, module
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+from transformers.distributed.parallel_utils import _use_local_dtensor_params
 
 from expertmesh.kernels.grouping import or_none
 from expertmesh.moe.all_to_all import AllToAll
@@ -41,12 +42,6 @@ class Dispatch(EPImplementation):
         self.waits = waiting("some experts", self.group)  # the layout sets its place, their name
         experts.dispatch = self
 
-    def start(self, x_TH: torch.Tensor) -> Exchange | None:
-        """Before the router has chosen: the exchange of a call with these tokens [T, H], which then should come with
-        it. None: a call comes without.
-        """
-        return None if self.slices else self.transport(self, x_TH, ahead=True)
-
     @torch.compiler.disable
     def __call__(
         self,
@@ -58,7 +53,8 @@ class Dispatch(EPImplementation):
     ) -> torch.Tensor:
         """Output [T, H] for hidden_states [T, H], global expert ids [T, K] and routing weights [T, K]; T may be 0.
 
-        residual: [..., H] in the hidden states' dtype, added to the result, which then has its shape.
+        residual: [..., H] in the hidden states' dtype, added to the result, which then has its shape. exchange: one of
+        these tokens that began before the router had chosen, unless this `slices`.
         """
         experts, x_TH, ids_TK, weight_TK = self.experts, hidden_states, top_k_index, top_k_weights
         if self.slices:
@@ -70,24 +66,15 @@ class Dispatch(EPImplementation):
         with self.waits:
             if act is not None:
                 out = compute(experts, act, x_TH, ids_TK, weight_TK, inside, exchange)
-            else:
+            else:  # another backend, which finds this rank's part of the weights in the place of the whole
                 x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
-                y_MH = self._by_others(x_MH, ids_MK, weight_MK)
+                with _use_local_dtensor_params(experts):
+                    y_MH = self.experts_forward(x_MH, or_none(ids_MK, self.num_local_experts), weight_MK)
                 out = _Combine.apply(y_MH.to(x_TH.dtype), inside, exchange)
         if not self.slices:
             return out
         out = _all_rows(out, self.tp_mesh, hidden_states.shape)
         return out if residual is None else residual + out.view(residual.shape)
-
-    def _by_others(self, x_MH: torch.Tensor, ids_MK: torch.Tensor, weight_MK: torch.Tensor) -> torch.Tensor:
-        """Sums [M, H] by another backend, which finds this rank's part of the weights in the place of the whole."""
-        held = self.experts._parameters
-        spread = {name: weight for name, weight in held.items() if isinstance(weight, DTensor)}
-        held.update({name: weight.to_local() for name, weight in spread.items()})
-        try:
-            return self.experts_forward(x_MH, or_none(ids_MK, self.num_local_experts), weight_MK)
-        finally:
-            held.update(spread)
 
 
 class _Dispatch(torch.autograd.Function):

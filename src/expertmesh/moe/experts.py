@@ -4,21 +4,18 @@
     combine' → down-dgrad + activation' → weight gradients → up-dgrad → dispatch'      backward
 
 `_Up` is the forward as far as the activation, `_Down` the rest: two autograd functions, as a checkpointed layer is
-recomputed no further than its last saved tensor, which is `_Up`'s. They save x [M, H], the up-projection's output h
-[S, J] and the routing, and nothing else that grows with S = M·K rows: the activation is recomputed from h, and the
-routing weights' gradient comes out of the down-dgrad, so neither the permuted input nor the experts' outputs are kept.
-`_Down`'s backward reads what `_Up` saved and leaves in `from_down` what `_Up`'s backward goes on from; what autograd
-brings from one to the other has no values.
+recomputed no further than its last saved tensor, which is `_Up`'s. Of T tokens M come to the experts here, as S = M·K
+rows. Saved are x [M, H], the up-projection's output h [S, J] and the routing: the activation is recomputed from h, and
+the routing weights' gradient comes out of the down-dgrad. `_Down`'s backward reads what `_Up` saved and leaves in
+`from_down` what `_Up`'s backward goes on from; what autograd brings from one to the other has no values.
 
-Experts on other ranks differ in the `Exchange` alone, by which rows are dispatched and combined. T tokens are this
-rank's own, M rows are those that its experts get. To add a transport, write a subclass of `Exchange` in a file of its
-own, as all_to_all.py and gather.py are, and name it in `TRANSPORTS` (dispatch.py).
+Experts on other ranks differ in the `Exchange` alone. To add a transport, write a subclass in a file of its own, as
+all_to_all.py and gather.py are, and name it in `TRANSPORTS` (dispatch.py).
 
 All layouts of Transformers' experts modules work: gated (concatenated or interleaved) or not, with biases or not,
 weights [E, out, in] or transposed.
 """
 
-import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -44,8 +41,12 @@ from expertmesh.twins import untouched
 
 NAME = "expertmesh"
 
-#: what `use_experts_implementation` says of a class, as far as this backend knows
-_FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+#: what a later Transformers may say of a class by `use_experts_implementation`, and this backend does not know
+_NEW_FLAGS = sorted(
+    inspect.signature(use_experts_implementation).parameters.keys()
+    - {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+    - {"experts_class", "experts_interface"}
+)
 
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
 
@@ -61,8 +62,8 @@ class Outputs(NamedTuple):
 
 
 class Exchange:
-    """The exchanges of one call of one layer. It knows what the backward must repeat, and is handed from stage to stage
-    as an argument. This one is for experts that are all here.
+    """The exchanges of one call of one layer, which know what the backward must repeat. This one is for experts that
+    are all here.
 
     All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`. Each
     is called within `waits`, which limits how long exchanges over `layer.group` wait; other groups need their own.
@@ -121,15 +122,8 @@ def why_not(experts: Any) -> str | None:
     act_fn = getattr(experts, "act_fn", None)
     if isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters()):
         return f"their activation, {type(act_fn).__name__}, learns"
-    unknown = sorted(name for name in _new_flags() if getattr(experts, name, False))
-    return f"this Transformers says {unknown[0]} of them, which is not known here" if unknown else None
-
-
-@functools.cache
-def _new_flags() -> frozenset[str]:
-    """Flags that a later Transformers has for experts."""
-    known = _FLAGS | {"experts_class", "experts_interface"}
-    return frozenset(inspect.signature(use_experts_implementation).parameters) - known
+    unknown = next((name for name in _NEW_FLAGS if getattr(experts, name, False)), None)
+    return f"this Transformers says {unknown} of them, which is not known here" if unknown else None
 
 
 def is_experts(module: Any) -> bool:
@@ -210,14 +204,12 @@ def compute(
     """As `experts_forward`, with experts of the activation `act`, which rows reach by `exchange`. Tokens, weights of
     the experts and residual have one dtype.
     """
-    w_up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    b_up = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
-    b_down = experts.down_proj_bias if experts.has_bias else None
-    w_down = experts.down_proj
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    w_up, w_down = getattr(experts, up), experts.down_proj
+    b_up, b_down = (getattr(experts, f"{up}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
     scale, transposed = 1 / getattr(experts, "grad_divisor", 1), experts.is_transposed
     factors = vars(experts).get("low_rank", {})  # of adapters, set for this call (lora.py)
-    low_up = factors.get("gate_up_proj" if experts.has_gate else "up_proj", (None, None))
-    low_down = factors.get("down_proj", (None, None))
+    low_up, low_down = factors.get(up, (None, None)), factors.get("down_proj", (None, None))
     parts = [w._local_tensor if isinstance(w, DTensor) else w for w in (w_up, b_up, w_down, b_down)]
     # `_Up`'s backward makes a gradient as large. w_down's own has gone to its weight by then, as autograd sees w_down
     # behind `_Up` alone
@@ -328,10 +320,11 @@ class _Down(torch.autograd.Function):
             dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.alternating, low
         )
         dweight_MK = dw_down = db_down = dA = dB = None
-        if need_weight and b_down is None:
-            dweight_MK = unsort(dweight_PS, group.position_TK, weight_MK.dtype)
-        elif need_weight:
-            dweight_MK = _per_slot(dweight_PS, group, dout_MH, ids_MK, b_down, weight_MK.dtype)
+        if need_weight:
+            dweight_MK = unsort(dweight_PS, group.position_TK, weight_MK.dtype if b_down is None else torch.float32)
+            if b_down is not None:  # adds ⟨dout_m, b_e⟩, one dense product
+                dot_MK = (dout_MH @ b_down.t()).float().gather(1, ids_MK.clamp(0, b_down.shape[0] - 1))
+                dweight_MK = (dweight_MK + torch.where(group.position_TK >= 0, dot_MK, 0)).to(weight_MK.dtype)
         if need_w_down:
             dw_down = grouped_wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale)
             dw_down = _spread(dw_down.transpose(1, 2) if up.transposed else dw_down, ctx.specs[0])
@@ -350,22 +343,6 @@ class _Down(torch.autograd.Function):
 def _spread(grad: torch.Tensor, spec: Any) -> torch.Tensor:
     """The gradient of a weight of which this rank holds a part; `from_local` would derive its layout anew."""
     return grad if spec is None else DTensor(grad, spec, requires_grad=False)  # type: ignore[call-arg]
-
-
-def _per_slot(
-    dweight_PS: torch.Tensor,
-    group: Grouping,
-    dout_TH: torch.Tensor,
-    ids_TK: torch.Tensor,
-    b_down_EH: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Routing-weight gradients [T, K] from parts of sorted rows [P, S]; the down bias adds ⟨dout_t, b_e⟩, one dense
-    product."""
-    dweight_TK = unsort(dweight_PS, group.position_TK, torch.float32)
-    dot_TE = (dout_TH @ b_down_EH.t()).float()
-    dot_TK = dot_TE.gather(1, ids_TK.clamp(0, b_down_EH.shape[0] - 1))
-    return (dweight_TK + torch.where(group.position_TK >= 0, dot_TK, 0)).to(dtype)
 
 
 def _bias_down_grad(
