@@ -54,13 +54,13 @@ class waiting:
             for backend, usual, more in self._backends:  # as __enter__, which would be a call more: steps make many
                 backend._set_default_timeout(min(usual, patience + more))
             try:
-                result = function(*args, **kwargs)
-            except BaseException as error:
+                return function(*args, **kwargs)
+            except RuntimeError as error:
                 self.__exit__(None, error, None)
                 raise
-            for backend, usual, _ in self._backends:
-                backend._set_default_timeout(usual)
-            return result
+            finally:
+                for backend, usual, _ in self._backends:
+                    backend._set_default_timeout(usual)
 
         return limited
 

@@ -22,7 +22,7 @@ import operator
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -59,22 +59,14 @@ def levels_of(policy: Policy, count: int) -> list[str]:
     return [LEVELS[at if number < first else at - 1] for number in range(count)]
 
 
-Saved = Any  # called without arguments, it gives the tensor
-
-
-class _Kept(NamedTuple):
-    """A tensor that stays, and its version: autograd leaves the check that it has not changed to the hooks."""
-
-    tensor: torch.Tensor
-    version: int
-
-    def __call__(self) -> torch.Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                f"A tensor {tuple(self.tensor.shape)} that a layer keeps for its backward was changed in place since "
-                f"its forward: change a copy, or after the backward."
-            )
-        return self.tensor
+def _unchanged(x: torch.Tensor, version: int) -> torch.Tensor:
+    """A tensor that stays: autograd leaves the check that it has not changed to the hooks."""
+    if x._version != version:
+        raise RuntimeError(
+            f"A tensor {tuple(x.shape)} that a layer keeps for its backward was changed in place since its forward: "
+            f"change a copy, or after the backward."
+        )
+    return x
 
 
 class _Recipe:
@@ -84,24 +76,14 @@ class _Recipe:
         self.make, self.inputs, self.readers = make, inputs, 0
         self._made: Any = None
 
-    def __call__(self, index: int) -> torch.Tensor:
+    def __call__(self, index: int, *view: Any) -> torch.Tensor:
+        """A view of an output."""
         made, self.readers = self._made, self.readers - 1
         if made is None:
             with torch.no_grad():
                 made = self.make(*(None if x is None else x() for x in self.inputs))
         self._made = made if self.readers > 0 else None
-        return made[index]
-
-
-class _Piece(NamedTuple):
-    """A view of an output of a recipe."""
-
-    recipe: _Recipe
-    output: int
-    view: tuple[Any, ...]
-
-    def __call__(self) -> torch.Tensor:
-        return self.recipe(self.output).as_strided(*self.view)
+        return made[index].as_strided(*view)
 
 
 class _Layer:
@@ -113,18 +95,18 @@ class _Layer:
         self.level, self.recipes = LEVELS.index(level), WeakIdKeyDictionary()
         self.around = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
-    def keep(self, x: torch.Tensor) -> Saved:
-        return _Kept(x, x._version) if self.around is None else partial(self.around[1], self.around[0](x))
-
-    def pack(self, x: torch.Tensor) -> Saved:
+    def pack(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """What gives this tensor in the backward."""
         plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout is torch.strided
         recipe, *output = self.recipes.get(x.untyped_storage(), (None,)) if plain else (None,)
         if recipe is None or output[1:] != [x._version, x.dtype]:
-            return self.keep(x)
+            if self.around is not None:
+                return partial(self.around[1], self.around[0](x))
+            return partial(_unchanged, x, x._version)
         if not recipe.readers:
             recipe.inputs = [None if one is None else self.pack(one) for one in recipe.inputs]
         recipe.readers += 1
-        return _Piece(recipe, output[0], (x.size(), x.stride(), x.storage_offset()))
+        return partial(recipe, output[0], x.size(), x.stride(), x.storage_offset())
 
 
 _layer: ContextVar[_Layer | None] = ContextVar("layer", default=None)
@@ -173,11 +155,11 @@ class Region:
     """One run, first or repeated, of a checkpointed function; the runs of one call share the list of choices."""
 
     def __init__(self, choices: list[Any], replay: bool) -> None:
-        self.choices, self.replay, self.position = choices, replay, 0
+        self.choices, self.replay = choices, replay
         self._tokens: list[Token] = []
 
     def __enter__(self) -> None:
-        self.position = 0
+        self._next = iter(self.choices)
         self._tokens.append(region.set(self))
 
     def __exit__(self, *_: object) -> None:
@@ -185,10 +167,7 @@ class Region:
 
     def known(self) -> Any:
         """In a recompute the forward's next choice; else None, and it is to be put among the `choices`."""
-        if not self.replay:
-            return None
-        self.position += 1
-        return self.choices[self.position - 1]
+        return next(self._next) if self.replay else None
 
 
 def keep_routing() -> tuple[Region, Region]:

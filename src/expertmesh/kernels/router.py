@@ -3,10 +3,9 @@
     logits [T, E] = float(x) float(w)^T                     `router_logits`, bfloat16 x, bfloat16 or float32 w
 
 Products of two bfloat16 numbers are exact in float32, so a bfloat16 GEMM that sums and writes in float32 computes what
-the float32 GEMM of Transformers does, at a fraction of its time, and x is not kept a second time in float32. A float32
-number is the sum of three bfloat16 numbers, so such a weight goes in as three, side by side in one GEMM. In backward
-the float32 gradient goes in as a sum, too: of three for a float32 gradient of the weight; else of two, 16 bits, of
-which the result, bfloat16, keeps 8.
+the float32 GEMM of Transformers does, at a fraction of its time and memory. A float32 number is the sum of three
+bfloat16 numbers, so such a weight goes in as three, side by side in one GEMM. In backward so does the float32 gradient:
+as three for a float32 gradient of the weight; else as two, 16 bits, of which the result, bfloat16, keeps 8.
 
     softmax       s = softmax(l); ids = top-k of s (+ bias); w = s[ids],         Qwen, OLMoE, Mixtral; ERNIE
                   optionally ÷ max(Σw, min_sum)

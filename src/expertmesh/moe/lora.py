@@ -66,28 +66,18 @@ class FastParamWrapper(Fast):
         if isinstance(dispatch, Dispatch):
             first = dispatch.rank * dispatch.num_local_experts
             mine = slice(first, first + dispatch.num_local_experts)
-        pairs = []
-        for name in names:
-            shared = self.num_experts, mine, dtype
-            factor_a = factor_of(self.lora_A[name].weight, False, 1.0, *shared)
-            pairs.append((factor_a, factor_of(self.lora_B[name].weight, True, self.scaling[name], *shared)))
-        if len(pairs) == 1:
-            return pairs[0]
-        factors_a, factors_b = zip(*pairs, strict=True)
+        shared = self.num_experts, mine, dtype
+        factors_a = [factor_of(self.lora_A[name].weight, False, 1.0, *shared) for name in names]
+        factors_b = [factor_of(self.lora_B[name].weight, True, self.scaling[name], *shared) for name in names]
+        if len(names) == 1:
+            return factors_a[0], factors_b[0]
         return torch.cat(factors_a, 1), torch.cat(factors_b, 1)
 
 
-def factor_of(
-    weight: torch.Tensor, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype
-) -> torch.Tensor:
-    """scale · one of PEFT's factors, A [E·r, in] or B [out, r·E], as [E, R, in or out] of some experts in some dtype;
-    R is r, and rows of zeros up to a multiple of 16. Differentiable in `weight`.
-    """
-    return _Factor.apply(weight, is_b, scale, num_experts, mine, dtype)
-
-
 class _Factor(torch.autograd.Function):
-    """`factor_of`, one pass each way."""
+    """scale · one of PEFT's factors, A [E·r, in] or B [out, r·E], as [E, R, in or out] of some experts in some dtype;
+    R is r, and rows of zeros up to a multiple of 16. One pass each way.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype):
@@ -110,6 +100,9 @@ class _Factor(torch.autograd.Function):
         mine = _by_expert(dweight, *ctx.args)
         torch.mul(dfactor[:, : mine.shape[1]], ctx.scale, out=mine)
         return dweight, *[None] * 5
+
+
+factor_of = _Factor.apply
 
 
 def _by_expert(weight: torch.Tensor, is_b: bool, num_experts: int, mine: slice) -> torch.Tensor:
