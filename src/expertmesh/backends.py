@@ -141,15 +141,14 @@ def opaque(instead: Callable[..., Any]) -> Callable[[Any], Any]:
 
 @cache
 def has_quack(device: torch.device) -> bool:
-    """Whether quack-kernels 0.6 is installed, which kernels/quack.py knows, and this is a Hopper GPU, as its tiles."""
+    """Whether quack-kernels 0.6 is installed, whose interface kernels/quack.py knows, and this is a Hopper GPU."""
     if device.type != "cuda" or not (version_of("quack-kernels") or "").startswith("0.6."):
         return False
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def has_varlen(x: torch.Tensor) -> bool:
-    """True when attention over documents runs without a mask for queries x: on a CPU, and where PyTorch's `varlen_attn`
-    does, which is FlashAttention, so in 16 bits on Ampere or newer."""
+    """Whether attention over documents needs no mask: on CPUs, and by FlashAttention, in 16 bits on Ampere or newer."""
     if not x.is_cuda or product_dtype(x) not in (torch.bfloat16, torch.float16):
         return x.is_cpu
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(x.device) >= (8, 0)

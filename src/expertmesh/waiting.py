@@ -73,10 +73,7 @@ def _backends(group: Any) -> list[tuple[Any, timedelta, timedelta]]:
 
 
 def meet(place: str, *numbers: int) -> list[tuple[int, ...]]:
-    """Wait until every rank is here, and return each of the numbers as all ranks have it.
-
-    All must give as many. The hosts ask each other: no device is waited for.
-    """
+    """Each of the numbers as all ranks have it, once every rank is here with as many. No device is waited for."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [(number,) for number in numbers]
     group = hosts(dist.group.WORLD)  # type: ignore[arg-type]

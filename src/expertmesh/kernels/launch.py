@@ -69,15 +69,11 @@ def _of_tensor(x: torch.Tensor) -> tuple[torch.dtype, int]:
     return x.dtype, x.data_ptr() % 64
 
 
-def _of_descriptor(x: TensorDescriptor) -> tuple:
-    return x.base.dtype, x.base.data_ptr() % 64, *x.block_shape, *x.shape, *x.strides, x.padding
-
-
 #: what decides how an argument of a type is compiled; others are tensors, of any subclass
 _LOOKS: dict[type, Callable[[Any], Any]] = {
     int: lambda number: number,
     bool: lambda flag: (bool, flag),  # True is 1 elsewhere, but not to Triton
     float: lambda number: float,
     type(None): lambda none: None,
-    TensorDescriptor: _of_descriptor,
+    TensorDescriptor: lambda x: (*_of_tensor(x.base), *x.block_shape, *x.shape, *x.strides, x.padding),
 }

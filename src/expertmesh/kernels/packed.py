@@ -170,9 +170,8 @@ class DecodeBuffer:
 class Packed(torch.Tensor):
     """Weights [E, out, in] of experts, or [E, in, out] if `transposed`, in 4 bits. It has no gradient.
 
-    codes, scales: of [E, out, in], as above. `copy_` of a weight into it encodes. What it knows beyond that is
-    to be detached, cloned, moved, transposed, split by experts, and to take another dtype for what is decoded. All else
-    raises ValueError.
+    codes, scales: of [E, out, in], as above. `copy_` of a weight into it encodes. It can be detached, cloned, moved,
+    transposed, split by experts, and take another dtype for what is decoded. All else raises ValueError.
     """
 
     codes: torch.Tensor
@@ -262,8 +261,7 @@ def packed_in(weight: Any) -> Packed | None:
 def parts_of(weight: Any) -> list[torch.Tensor]:
     """[codes, scales] of a packed parameter, spread over ranks as it is."""
     held: Any = packed_in(weight)
-    if not isinstance(weight, DTensor):
-        return [held.codes, held.scales]
-    return [
-        DTensor.from_local(x, weight.device_mesh, weight.placements, run_check=False) for x in (held.codes, held.scales)
-    ]
+    parts = [held.codes, held.scales]
+    if isinstance(weight, DTensor):
+        parts = [DTensor.from_local(x, weight.device_mesh, weight.placements, run_check=False) for x in parts]
+    return parts

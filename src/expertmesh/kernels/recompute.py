@@ -13,16 +13,15 @@ so bit for bit; it stands until the last has read it. A recipe's inputs may be r
 
 Which experts tokens go to is decided once: a router that runs again can flip near-ties, and the recomputed layer then
 sends tokens elsewhere than the forward did, which breaks checkpointing ("recomputed tensors have different metadata")
-or, worse, the gradients. What is `kept` in a checkpointed layer's forward is replayed when that is recomputed.
-`keep_routing` goes in as the `context_fn` of `torch.utils.checkpoint.checkpoint(use_reentrant=False)`; a fused model
-does that by itself when `activation_checkpointing_enable()` is called.
+or, worse, the gradients. What is `kept` in a checkpointed layer's forward is replayed when that is recomputed:
+`keep_routing` is the `context_fn` of `torch.utils.checkpoint.checkpoint(use_reentrant=False)`; fused models pass it.
 """
 
 import operator
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -130,10 +129,7 @@ def again(
 
 @opaque(lambda level, function, *args: function(*args))
 def keep_less(level: str, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, the forward of a layer, which keeps for its backward what its level leaves.
-
-    Compiled code calls it and does not look into it.
-    """
+    """`function(*args)`, a layer's forward, which keeps for its backward what its level leaves; opaque if compiled."""
     if not torch.is_grad_enabled():
         return function(*args)
     layer = _Layer(level)
@@ -145,8 +141,6 @@ def keep_less(level: str, function: Callable[..., Any], *args: Any) -> Any:
         _layer.reset(token)
         layer.recipes.clear()
 
-
-Decision = TypeVar("Decision")
 
 region: ContextVar["Region | None"] = ContextVar("region", default=None)
 
@@ -176,7 +170,7 @@ def keep_routing() -> tuple[Region, Region]:
     return Region(choices, replay=False), Region(choices, replay=True)
 
 
-def kept(decide: Callable[[], Decision]) -> Decision:
+def kept(decide: Callable[[], Any]) -> Any:
     """`decide()`; in a recompute what it returned in the forward, without calling it again."""
     here = region.get()
     known = None if here is None else here.known()

@@ -30,9 +30,7 @@ from expertmesh.kernels.launch import launched
 
 
 def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
-    """Float32 [T, E]; must equal `F.linear(x.float(), weight.float())`, which is what runs wherever the GEMM is not
-    one of plain tensors on a GPU, x bfloat16 and the weight bfloat16 or float32.
-    """
+    """Float32 [T, E], equal to `F.linear(x.float(), weight.float())`, which runs but for plain tensors on a GPU."""
     plain = type(weight_EH) in (torch.Tensor, torch.nn.Parameter) and x_TH.dtype == torch.bfloat16
     plain = plain and weight_EH.dtype in (torch.bfloat16, torch.float32)
     if plain and on_gpu(x_TH) and not torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling():

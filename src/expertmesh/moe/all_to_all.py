@@ -88,9 +88,7 @@ class AllToAll(Exchange):
         return x_TH[routes.token_N], torch.cat([routes.ids_NK, weight_NK.view(torch.int32)], dim=1)
 
     def _exchange(self, send: list[int], recv: list[int], *tables: torch.Tensor) -> list[torch.Tensor]:
-        """For each table what comes from the ranks, so many rows from each, for the first of its rows that go to them;
-        if nothing comes, one row of zeros.
-        """
+        """For each table what comes from the ranks, to which its first rows go; if nothing comes, one row of zeros."""
         num_rows, came = sum(recv), []
         for rows in tables:
             came.append(rows.new_empty(num_rows, rows.shape[1]) if num_rows else rows.new_zeros(1, rows.shape[1]))

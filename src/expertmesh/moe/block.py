@@ -1,11 +1,9 @@
 """Fast twins of Transformers' Mixture-of-Experts blocks and of the routers in them.
 
-The residual add behind a block happens where the experts' rows are summed. What else is added to the experts' sum, a
-shared expert, is added to the residual before.
-
-A router makes the same logits, then one kernel weights and ids. It returns what the HF router returns, (router_logits
-[T, E], weights [T, K], ids [T, K]), in the same dtypes. To add a router, write a class here; families/table.py says
-which HF code it equals. Its formula is a `Routing` of kernels/router.py.
+The residual add behind a block happens where the experts' rows are summed; a shared expert's output is added to the
+residual before. A router makes the same logits, then one kernel weights and ids. It returns what the HF router returns,
+(router_logits [T, E], weights [T, K], ids [T, K]), in the same dtypes. To add one, write a class here, of which the
+formula is a `Routing` of kernels/router.py; families/table.py says which HF code it equals.
 """
 
 from collections.abc import Iterator
@@ -77,9 +75,8 @@ class FastMoEBlock(Fast):
 
 
 class FastRouterMoEBlock(FastMoEBlock):
-    """Must equal `GraniteMoeMoE.forward` and `GptOssMLP.forward`, whose gates are called router.
-
-    GPT-OSS's returns (output, routing weights), but the sum alone where it is given a residual.
+    """Must equal `GraniteMoeMoE.forward` and `GptOssMLP.forward`, whose gates are called router; GPT-OSS's returns
+    (output, routing weights), but the sum alone where it is given a residual.
     """
 
     router_name = "router"
@@ -112,13 +109,8 @@ def add_scaled(residual: torch.Tensor, out: torch.Tensor | tuple[torch.Tensor, .
     return residual + (out if scale == 1 else out * scale)
 
 
-def _first_time(
-    logits_TE: torch.Tensor, routing: Routing, weight_dtype: torch.dtype, bias_E: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return logits_TE, *route(logits_TE, routing, bias_E, None, weight_dtype)
-
-
-@opaque(_first_time)  # it reads a context variable, which no graph can
+# opaque, as it reads a context variable, which no graph can
+@opaque(lambda logits_TE, routing, dtype, bias_E=None: (logits_TE, *route(logits_TE, routing, bias_E, None, dtype)))
 def routed(
     logits_TE: torch.Tensor, routing: Routing, weight_dtype: torch.dtype, bias_E: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -27,10 +27,8 @@ class Dispatch(EPImplementation):
     """The experts of one layer, spread over the ranks of `ep_mesh`; each call makes an exchange by `transport`.
 
     group, rank, num_ranks: the ranks, and this one among them; it holds `num_local_experts`, those of rank 0 are the
-    first. waits: within it the exchanges are made. slices: whether each rank of a tensor-parallel group sends a part.
-
-    The ranks of a tensor-parallel group hold the same tokens: each sends a slice of them, and the results are gathered
-    back over `tp_mesh`. All state lives in the call: two models in one process cannot mix.
+    first. waits: within it the exchanges are made. slices: the ranks of a tensor-parallel group hold the same tokens,
+    each sends a slice, and the results are gathered back over `tp_mesh`. All state lives in the call.
     """
 
     num_local_experts: Any

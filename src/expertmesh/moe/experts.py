@@ -52,9 +52,7 @@ Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class Outputs(NamedTuple):
-    """What experts made of their M rows: y [S, H] in the order of the experts, with positions and weights [M, K], of
-    which `combine` makes the sums; or these y [M, H] alone.
-    """
+    """What experts made: y [S, H], sorted, with positions and weights [M, K] for `combine`; or sums [M, H] alone."""
 
     y: torch.Tensor
     position_MK: torch.Tensor | None = None
@@ -73,29 +71,21 @@ class Exchange:
     rows_here: int | None = None  # how many of the dispatched pairs this rank computes, at least 1, if the host knows
 
     def __init__(self, layer: Any = None, x_TH: torch.Tensor | None = None, ahead: bool = False) -> None:
-        """layer: the `Dispatch` that is called with the tokens x. ahead: its router has not chosen yet, and the tokens
-        may leave now.
-        """
+        """layer: the `Dispatch` that is called with x. ahead: its router has not chosen yet, and x may leave now."""
         self.layer, self.waits = layer, nullcontext() if layer is None else layer.waits
 
     def dispatch(
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [M, H], expert ids and routing weights [M, K]; ids outside this rank's 0, 1, … are not computed here. M is
-        at least 1, though no rank may have a token.
-        """
+        """x [M, H], ids and weights [M, K], M at least 1. Ids outside 0, 1, … of this rank are not computed here."""
         return x_TH, ids_TK, weight_TK
 
     def rows_to_keep(self, num_rows: int, block: int) -> int | None:
-        """Asked without `rows_here`: for how many of the rows [S] there is room until the backward; the others are
-        computed again. None: all.
-        """
+        """Without `rows_here`: of how many rows [S] h is kept for the backward; others are made again. None: all."""
         return None
 
     def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-        """The sums of what all ranks made [T, H]; with a residual [..., H] of the same dtype, residual + sums, in its
-        shape and no view.
-        """
+        """The sums of what all ranks made [T, H]; with a residual of this dtype added, in its shape and no view."""
         assert made.position_MK is not None
         return combine(made.y, made.position_MK, made.weight_MK, residual)
 
@@ -106,9 +96,7 @@ class Exchange:
         return dout_TH.contiguous()
 
     def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
-        """Begins to bring the gradients back, those that are needed; what it returns waits for them: (dx [T, H],
-        dweight [T, K]).
-        """
+        """Begins to bring back the gradients that are needed; the result waits for them: dx [T, H], dweight [T, K]."""
         return lambda: (dx_MH, dweight_MK)
 
 
@@ -137,15 +125,13 @@ def runs_here(experts: Any) -> bool:
 
 
 def activation_of(experts: Any) -> Activation | None:
-    """The `Activation` of an experts module: the known one that computes what its own functions do, or those. None if
-    the module cannot run here (`why_not`).
-    """
+    """The `Activation` of an experts module: a known one, or of its own functions; None if it cannot run here."""
     act_fn: Any = getattr(experts, "act_fn", None)  # GPT-OSS has the gate alone
     constants = float(getattr(experts, "alpha", 1.0)), float(getattr(experts, "limit", math.inf))
     own_gate = getattr(experts._apply_gate, "__func__", experts._apply_gate)
     asked = own_gate, act_fn, isinstance(act_fn, nn.Module) and not untouched(act_fn), constants
     known = vars(experts).get("_known_activation")  # the answer, and the question it belongs to
-    if known is None or any(a is not b and a != b for a, b in zip(known[0], asked, strict=True)):
+    if known is None or known[0] != asked:
         known = asked, None if why_not(experts) else _activation(experts, asked[2], constants)
         experts.__dict__["_known_activation"] = known
     return known[1]
@@ -201,9 +187,7 @@ def compute(
     residual: torch.Tensor | None = None,
     exchange: Exchange = LOCAL,
 ) -> torch.Tensor:
-    """As `experts_forward`, with experts of the activation `act`, which rows reach by `exchange`. Tokens, weights of
-    the experts and residual have one dtype.
-    """
+    """`experts_forward` by the activation `act`, of rows that come by `exchange`. All tensors have one dtype."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     w_up, w_down = getattr(experts, up), experts.down_proj
     b_up, b_down = (getattr(experts, f"{up}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)

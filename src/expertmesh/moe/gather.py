@@ -10,8 +10,7 @@ backward mirrors the forward: a reduce-scatter where that gathers, and the rever
 Rows travel by a link, chosen once for each group and printed. `Collectives` is torch.distributed's, on any backend.
 `Mailboxes` are buffers that every GPU of a node maps of every other: rows travel by copy engines, which take no
 multiprocessor from what computes. A rank writes into the others' mailboxes, all meet at a barrier on the device, and
-each reads its own. There are two mailboxes, used in turn: who passes a barrier knows that all others have read what
-came before the barrier before it. So one barrier per exchange is enough.
+each reads its own. Of two, used in turn, who passes a barrier knows that all have read what came before the previous.
 """
 
 import functools
@@ -161,18 +160,14 @@ class Sent(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a tensor of this rank goes in every rank's box, behind those of the ranks before it; and all of them in
-    this rank's own box [R, n, …].
-    """
+    """Where a tensor of this rank goes in every rank's box; and all ranks' in this rank's own box [R, n, …]."""
 
     to: list[torch.Tensor]
     came: torch.Tensor
 
 
 class Mailboxes:
-    """The same by buffers that all ranks of the group write to. `make(bytes)` makes one, a `DeviceMemory`, on all ranks
-    at the same time.
-    """
+    """The same by buffers that all ranks write to. `make(bytes)` makes one, a `DeviceMemory`, on all ranks at once."""
 
     def __init__(self, group: dist.ProcessGroup, make: Callable[[int], Any]) -> None:
         self.rank, self.size, self.make = group.rank(), group.size(), make
@@ -183,9 +178,7 @@ class Mailboxes:
         self._places: dict[Any, list[_Place]] = {}
 
     def send_ahead(self, part: torch.Tensor) -> Sent:
-        """Begin the next exchange, which must be an `all_gather` of this part and others: it travels beside what is
-        launched until then. All ranks must call it.
-        """
+        """Begin the next exchange of all ranks, an `all_gather` of this part and others, beside what is launched."""
         part = part.contiguous()
         box, (place,) = self._box(1 - self.turn, [part], 1)
         out = self._room_for_all(part)
@@ -314,23 +307,16 @@ class DeviceMemory:
         torch.cuda.synchronize()
         dist.barrier(hosts(group))
         self._own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._handle: Any = symmetric.rendezvous(self._own, group)
-        self._boxes = [self._handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(group.size())]
-
-    def of(self, rank: int) -> torch.Tensor:
-        return self._boxes[rank]
-
-    def barrier(self) -> None:
-        self._handle.barrier()
+        handle: Any = symmetric.rendezvous(self._own, group)
+        boxes = [handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(group.size())]
+        self.of, self.barrier = boxes.__getitem__, handle.barrier
 
 
 _links: dict[dist.ProcessGroup, Collectives | Mailboxes] = {}  # freed when their group is destroyed
 
 
 def link_of(group: dist.ProcessGroup, place: str) -> Collectives | Mailboxes:
-    """The fastest link between the ranks of this group: mailboxes where all are GPUs that map each other's memory, else
-    collectives. The ranks meet when it is first asked for, at `place`.
-    """
+    """The fastest link between the ranks of this group, which meet at `place` when it is first asked for."""
     if group not in _links:
         _opened()
         with waiting(place, hosts(group), group):

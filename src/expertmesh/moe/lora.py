@@ -59,9 +59,7 @@ class FastParamWrapper(Fast):
         return True
 
     def _factors(self, names: list[str], experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [E, R, in] and B [E, R, out] of the experts of this rank; the ranks of several adapters one below another,
-        B with their scales.
-        """
+        """A [E, R, in] and B [E, R, out] of this rank's experts, B with its scale; R of all adapters together."""
         dispatch, mine, dtype = vars(experts).get("forward"), slice(None), self.get_param().dtype
         if isinstance(dispatch, Dispatch):
             first = dispatch.rank * dispatch.num_local_experts
@@ -81,12 +79,10 @@ class _Factor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype):
-        ctx.args, ctx.like = (is_b, num_experts, mine), (weight.shape, weight.dtype)
-        ctx.scale = scale
+        ctx.args, ctx.scale, ctx.like = (is_b, num_experts, mine), scale, (weight.shape, weight.dtype)
         factor = _by_expert(weight, *ctx.args)
         num_local, rank, width = factor.shape
-        missing = -rank % 16
-        out = factor.new_empty(num_local, rank + missing, width, dtype=dtype)
+        out = factor.new_empty(num_local, rank + -rank % 16, width, dtype=dtype)
         torch.mul(factor, scale, out=out[:, :rank])  # one pass, and one rounding
         out[:, rank:] = 0
         return out
@@ -139,8 +135,7 @@ def inside_adapters(module: Any) -> tuple[Any, bool]:
 
 def takes_adapters(experts: Any) -> bool:
     """Whether these experts, which are spread over ranks, can have adapters: those that our products compute."""
-    dispatch = vars(experts).get("forward")
-    return isinstance(dispatch, Dispatch) and runs_here(experts)
+    return isinstance(vars(experts).get("forward"), Dispatch) and runs_here(experts)
 
 
 def senders(model: nn.Module) -> dict[nn.Parameter, int]:
