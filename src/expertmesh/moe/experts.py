@@ -4,10 +4,10 @@
     combine' → down-dgrad + activation' → weight gradients → up-dgrad → dispatch'      backward
 
 `_Up` is the forward as far as the activation, `_Down` the rest: two autograd functions, as a checkpointed layer is
-recomputed no further than its last saved tensor, which is `_Up`'s. Of T tokens M come to the experts here, as S = M·K
-rows. Saved are x [M, H], the up-projection's output h [S, J] and the routing: the activation is recomputed from h, and
-the routing weights' gradient comes out of the down-dgrad. `_Down`'s backward reads what `_Up` saved and leaves in
-`from_down` what `_Up`'s backward goes on from; what autograd brings from one to the other has no values.
+recomputed no further than its last saved tensor, which is `_Up`'s. T tokens are this rank's own, M come to its experts,
+as S = M·K rows. Saved are x [M, H], the up-projection's output h [S, J] and the routing: the activation is recomputed
+from h, and the routing weights' gradient comes out of the down-dgrad. `_Down`'s backward reads what `_Up` saved and
+leaves in `from_down` what `_Up`'s goes on from; what autograd brings from one to the other has no values.
 
 Experts on other ranks differ in the `Exchange` alone. To add a transport, write a subclass in a file of its own, as
 all_to_all.py and gather.py are, and name it in `TRANSPORTS` (dispatch.py).
@@ -60,8 +60,7 @@ class Outputs(NamedTuple):
 
 
 class Exchange:
-    """The exchanges of one call of one layer, which know what the backward must repeat. This one is for experts that
-    are all here.
+    """The exchanges of one call of a layer, which know what its backward repeats. This one: of experts all here.
 
     All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`. Each
     is called within `waits`, which limits how long exchanges over `layer.group` wait; other groups need their own.
@@ -187,7 +186,7 @@ def compute(
     residual: torch.Tensor | None = None,
     exchange: Exchange = LOCAL,
 ) -> torch.Tensor:
-    """`experts_forward` by the activation `act`, of rows that come by `exchange`. All tensors have one dtype."""
+    """`experts_forward` by `act`, of rows that come by `exchange`. x, experts' weights and residual have one dtype."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     w_up, w_down = getattr(experts, up), experts.down_proj
     b_up, b_down = (getattr(experts, f"{up}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)

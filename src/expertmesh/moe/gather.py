@@ -10,7 +10,8 @@ backward mirrors the forward: a reduce-scatter where that gathers, and the rever
 Rows travel by a link, chosen once for each group and printed. `Collectives` is torch.distributed's, on any backend.
 `Mailboxes` are buffers that every GPU of a node maps of every other: rows travel by copy engines, which take no
 multiprocessor from what computes. A rank writes into the others' mailboxes, all meet at a barrier on the device, and
-each reads its own. Of two, used in turn, who passes a barrier knows that all have read what came before the previous.
+each reads its own. There are two, used in turn: who passes a barrier knows that all others have read what came before
+the barrier before it, so one barrier per exchange is enough.
 """
 
 import functools
