@@ -20,8 +20,8 @@ from gpus import RanksResult, begin
 from shared import medians_ms, parser
 
 from expertmesh.kernels.grouping import combine, group_by_expert
-from expertmesh.moe.exchange import Outputs
-from expertmesh.moe.links import Collectives, link_of
+from expertmesh.moe.experts import Outputs
+from expertmesh.moe.gather import Collectives, link_of
 
 
 def exchanges(device: torch.device, tokens: int, width: int, experts: int = 128, top_k: int = 8) -> tuple[dict, int]:

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from shared import BYTES_PER_MS, DEVICE, DTYPE, FLOP_PER_MS, Case, Result, leaf, parser, time_cases
 
-from expertmesh.kernels import causal_conv, clip, four_bit, grouping, rms_norm
+from expertmesh.kernels import causal_conv, clip, grouping, rms_norm
+from expertmesh.kernels import packed as four_bit
 from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
 from expertmesh.kernels.documents import document_starts
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
 from expertmesh.kernels.mla_rope import mla_rope, mla_rope_reference
 from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference, rotary, rotary_reference
-from expertmesh.kernels.router import Routing, route, route_reference
-from expertmesh.kernels.router_logits import router_logits
+from expertmesh.kernels.router import Routing, route, route_reference, router_logits
 from expertmesh.kernels.ssd import Sizes, split, ssd_forward, ssd_reference
 from expertmesh.kernels.ssd_backward import ssd_backward
 from expertmesh.memory.adamw import AdamW

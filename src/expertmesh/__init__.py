@@ -16,7 +16,7 @@ _HOMES = {
     "Muon": "expertmesh.memory.muon",
     "GradientRelease": "expertmesh.memory.release",
     "clip_grad_norm": "expertmesh.parallel.clip",
-    "keep_routing": "expertmesh.moe.router",
+    "keep_routing": "expertmesh.kernels.recompute",
     "Trainer": "expertmesh.train.trainer",
     "SFTTrainer": "expertmesh.train.sft",
 }

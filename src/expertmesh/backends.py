@@ -1,8 +1,7 @@
 """The only place that asks what is installed and which device this is.
 
-Every other file asks here: kernels call `use_triton(x)` to choose between their Triton and PyTorch paths, or are made
-of both by `either`; `doctor` prints `table()`. Triton is imported here once, so that a kernel file can be read (and its
-reference run) where Triton is missing.
+Kernels call `use_triton(x)` to choose between their Triton and PyTorch paths, or are made of both by `either`; `doctor`
+prints `table()`. Triton is imported here once, so that a kernel's reference runs where Triton is missing.
 """
 
 import contextlib
@@ -11,12 +10,10 @@ import importlib.util
 import inspect
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache, wraps
 from types import SimpleNamespace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from packaging.version import Version
@@ -87,9 +84,7 @@ def gpu() -> tuple[str, int] | None:
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """True when a kernel function should run its Triton path for `x`: a CUDA tensor, and Triton is installed; and
-    while kernels are watched.
-    """
+    """Whether a kernel function should run its Triton path for `x`: on a GPU with Triton, and while it is watched."""
     if watching is not None:
         return True
     return HAS_TRITON and (x.is_cuda or _interpreting) and not in_one_graph()
@@ -146,17 +141,14 @@ def opaque(instead: Callable[..., Any]) -> Callable[[Any], Any]:
 
 @cache
 def has_quack(device: torch.device) -> bool:
-    """True when quack-kernels 0.6 is installed, whose interface kernels/quack.py knows, and this is a Hopper GPU, for
-    which tiles were chosen there.
-    """
+    """Whether quack-kernels 0.6 is installed, whose interface kernels/quack.py knows, and this is a Hopper GPU."""
     if device.type != "cuda" or not (version_of("quack-kernels") or "").startswith("0.6."):
         return False
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def has_varlen(x: torch.Tensor) -> bool:
-    """True when attention over documents runs without a mask for queries x: on a CPU, and where PyTorch's `varlen_attn`
-    does, which is FlashAttention, so in 16 bits on Ampere or newer."""
+    """Whether attention over documents needs no mask: on CPUs, and by FlashAttention, in 16 bits on Ampere or newer."""
     if not x.is_cuda or product_dtype(x) not in (torch.bfloat16, torch.float16):
         return x.is_cpu
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(x.device) >= (8, 0)
@@ -191,8 +183,7 @@ def warn_if_untested() -> None:
         )
 
 
-@dataclass(frozen=True)
-class Backend:
+class Backend(NamedTuple):
     """One row of `table()`: a package or device, the version found or None, its users, what its absence costs."""
 
     name: str
@@ -246,26 +237,20 @@ def library_of(fusion: str) -> str | None:
 
 def table() -> list[Backend]:
     """What was found on this machine, one row each; the device is the first row."""
+    found = None
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        gpu = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (sm_{major}{minor})"
-    else:
-        gpu = None
-    device = Backend("GPU", gpu, "Triton kernels", "PyTorch reference on the CPU: correct, for small models")
+        found = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (sm_{major}{minor})"
+    device = Backend("GPU", found, "Triton kernels", "PyTorch reference on the CPU: correct, for small models")
     return [device, *(Backend(name, version_of(name), *use) for name, use in _PACKAGES.items())]
-
-
-class _Stderr(logging.StreamHandler):
-    """Writes to whatever sys.stderr is at that moment: notebooks and test runners replace it."""
-
-    stream = property(lambda self: sys.stderr, lambda self, value: None)  # type: ignore[assignment]
 
 
 def logger() -> logging.Logger:
     """The package's logger: to stderr, from rank 0 only unless somebody configured it otherwise."""
     log = logging.getLogger("expertmesh")
     if not log.handlers:
-        log.addHandler(_Stderr())
+        # to what sys.stderr is at that moment: notebooks and test runners replace it
+        log.addHandler(logging._StderrHandler())  # type: ignore[attr-defined]
         log.propagate = False
         log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     return log

@@ -28,8 +28,8 @@ from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_no
 from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
 from expertmesh.layers.mtp import MTP, add_modules, loss_with_predictions, promise_what_is_kept, record_inputs, settle
 from expertmesh.moe import experts as fast_experts
+from expertmesh.moe.block import aux_loss_share
 from expertmesh.moe.lora import reach_experts
-from expertmesh.moe.router import aux_loss_share
 from expertmesh.parallel import ranks
 from expertmesh.parallel.layout import lean_layout
 from expertmesh.parallel.peft import reach_layouts

@@ -54,13 +54,13 @@ class waiting:
             for backend, usual, more in self._backends:  # as __enter__, which would be a call more: steps make many
                 backend._set_default_timeout(min(usual, patience + more))
             try:
-                result = function(*args, **kwargs)
-            except BaseException as error:
+                return function(*args, **kwargs)
+            except RuntimeError as error:
                 self.__exit__(None, error, None)
                 raise
-            for backend, usual, _ in self._backends:
-                backend._set_default_timeout(usual)
-            return result
+            finally:
+                for backend, usual, _ in self._backends:
+                    backend._set_default_timeout(usual)
 
         return limited
 
@@ -73,10 +73,7 @@ def _backends(group: Any) -> list[tuple[Any, timedelta, timedelta]]:
 
 
 def meet(place: str, *numbers: int) -> list[tuple[int, ...]]:
-    """Wait until every rank is here, and return each of the numbers as all ranks have it.
-
-    All must give as many. The hosts ask each other: no device is waited for.
-    """
+    """Each of the numbers as all ranks have it, once every rank is here with as many. No device is waited for."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [(number,) for number in numbers]
     group = hosts(dist.group.WORLD)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from expertmesh import AutoModelForCausalLM, ExpertsQuantConfig
-from expertmesh.kernels import four_bit as kernel
+from expertmesh.kernels import packed as kernel
 from expertmesh.kernels.packed import Packed, packed_in
 from expertmesh.parallel.setup import DistributedSetup
 from tests.distributed.work import Case, adapt, loss_of, reference

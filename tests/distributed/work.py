@@ -28,10 +28,10 @@ from expertmesh import backends
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.kernels.grouping import combine
 from expertmesh.memory import release as release_module
-from expertmesh.moe import experts, gather, links
+from expertmesh.moe import experts, gather
 from expertmesh.moe.dispatch import TRANSPORTS, Dispatch
-from expertmesh.moe.exchange import Outputs
-from expertmesh.moe.links import Mailboxes
+from expertmesh.moe.experts import Outputs
+from expertmesh.moe.gather import Mailboxes
 from expertmesh.parallel.clip import clip_grad_norm
 from expertmesh.parallel.setup import DistributedSetup
 from expertmesh.records import Call, calling
@@ -529,7 +529,7 @@ def open_memory(folder: Path) -> Callable[[dist.ProcessGroup], Mailboxes]:
 
 def called(module: Any, x: torch.Tensor, ids: Any, weights: Any, residual: Any, ahead: bool) -> torch.Tensor:
     """As a block calls its experts: with a residual, the exchange begun `ahead` of the router."""
-    exchange = module.forward.start(x) if ahead else None
+    exchange = module.forward.transport(module.forward, x, ahead=True) if ahead else None
     return module(x, ids, weights, residual=residual, exchange=exchange)
 
 
@@ -577,9 +577,9 @@ def mailboxes(rank: int, num_cases: int) -> int:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     group = dist.group.WORLD
-    link = links.link_of(group, "a test")
+    link = gather.link_of(group, "a test")
     assert isinstance(link, Mailboxes)
-    collectives, shapes = links.Collectives(group), random.Random(0)
+    collectives, shapes = gather.Collectives(group), random.Random(0)
     torch.manual_seed(rank)
     for _ in range(num_cases):
         rows, width, top_k = shapes.randint(1, 3000), 8 * shapes.randint(1, 300), shapes.randint(1, 10)
@@ -602,7 +602,7 @@ def mailboxes(rank: int, num_cases: int) -> int:
 def never_arrives(rank: int, seconds: float, folder: Path) -> str:
     """What rank 0 says when rank 1 does not come to the experts within the timeout."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
-    hosts = links.hosts(dist.group.WORLD)
+    hosts = gather.hosts(dist.group.WORLD)
     assert gather.most_tokens(3 + rank, dist.group.WORLD, "layer 0") == 4
     told = folder / "told"
     if rank == 1:
@@ -613,7 +613,7 @@ def never_arrives(rank: int, seconds: float, folder: Path) -> str:
     try:
         gather.most_tokens(3, dist.group.WORLD, "layer 1")
     except RuntimeError as error:
-        assert hosts is links.hosts(dist.group.WORLD) and time.monotonic() - begin < 10 * seconds
+        assert hosts is gather.hosts(dist.group.WORLD) and time.monotonic() - begin < 10 * seconds
         return str(error)
     finally:
         told.touch()

@@ -6,8 +6,7 @@ from torch.nn import functional as F
 
 from expertmesh.backends import has_flash_attention
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Documents
-from expertmesh.kernels.varlen import document_mask, varlen_attention
+from expertmesh.kernels.documents import Documents, document_mask, varlen_attention
 from expertmesh.layers import attention
 from tests.kernels.compare import outputs_and_grads
 from tests.models import load_ours

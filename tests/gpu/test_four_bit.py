@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from expertmesh import AutoModelForCausalLM, ExpertsQuantConfig
-from expertmesh.kernels import four_bit
-from expertmesh.kernels.four_bit import FORMATS
+from expertmesh.kernels import packed as four_bit
+from expertmesh.kernels.packed import FORMATS
 from tests.kernels.test_four_bit import SHAPE, packed, same_bits
 from tests.moe.test_four_bit import WIDTHS, config
 

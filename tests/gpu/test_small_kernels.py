@@ -19,7 +19,7 @@ from expertmesh.kernels.rms_norm import (
     rms_norm_reference,
 )
 from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference
-from expertmesh.kernels.router_logits import router_logits
+from expertmesh.kernels.router import router_logits
 from tests.kernels.compare import outputs_and_grads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

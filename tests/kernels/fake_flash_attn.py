@@ -9,7 +9,7 @@ import torch
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.varlen import document_mask
+from expertmesh.kernels.documents import document_mask
 
 
 def install(monkeypatch) -> list[dict]:

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Documents, document_bounds, document_of
+from expertmesh.kernels.documents import Documents, document_bounds, document_of, varlen_attention
 from expertmesh.kernels.sink_attention import padding_of, sink_attention
-from expertmesh.kernels.varlen import varlen_attention
 from tests.kernels import fake_flash_attn
 from tests.kernels.compare import assert_same, outputs_and_grads
 

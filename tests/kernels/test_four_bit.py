@@ -5,8 +5,8 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from expertmesh.kernels import four_bit
-from expertmesh.kernels.four_bit import FORMATS
+from expertmesh.kernels import packed as four_bit
+from expertmesh.kernels.packed import FORMATS
 from tests.kernels.compare import on_triton
 
 SHAPE = 2, 3, 192

@@ -6,9 +6,8 @@ import torch
 from expertmesh.kernels.activation import Activation, relu2, swiglu
 from expertmesh.kernels.grouped_gemm import up_act
 from expertmesh.kernels.grouping import group_by_expert
-from expertmesh.kernels.levels import is_policy, levels_of
 from expertmesh.kernels.mla_rope import mla_rope
-from expertmesh.kernels.recompute import _Layer, _layer, _Piece, again, keep_less
+from expertmesh.kernels.recompute import _Layer, _layer, _Recipe, again, is_policy, keep_less, levels_of
 from expertmesh.kernels.rms_norm import add_rms_norm, rms_norm
 from expertmesh.kernels.rope import qk_norm_rope
 from tests.kernels.compare import on_triton
@@ -51,7 +50,7 @@ def assert_pieces_come_again(device: str, dtype: torch.dtype) -> None:
         _layer.reset(token)
     for name, outputs in made.items():
         for x, piece in zip(outputs, packed[name], strict=True):
-            assert isinstance(piece, _Piece), name
+            assert isinstance(piece.func, _Recipe), name
             back = piece()
             assert torch.equal(back, x) and back.stride() == x.stride() and back.data_ptr() != x.data_ptr(), name
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertmesh.kernels.router_logits import RouterLogits, router_logits
+from expertmesh.kernels.router import RouterLogits, router_logits
 from tests.kernels.compare import error, leaf, outputs_and_grads
 
 

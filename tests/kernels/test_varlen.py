@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
+from expertmesh.kernels.documents import document_mask, takes, varlen_attention
 from tests.kernels.compare import assert_same, leaf, outputs_and_grads
 
 LENGTHS = [[5, 1, 0, 10], [16, 0]]  # of the documents in each row of 16; a table of fixed size ends in empty ones

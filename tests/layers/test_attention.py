@@ -12,8 +12,7 @@ from expertmesh import backends, fuse
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import tiny_model
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Documents
-from expertmesh.kernels.varlen import document_mask
+from expertmesh.kernels.documents import Documents, document_mask
 from expertmesh.layers.attention import attend, placeholder
 from tests.kernels import fake_flash_attn
 from tests.kernels.compare import assert_same, outputs_and_grads

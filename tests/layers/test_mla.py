@@ -12,8 +12,7 @@ from transformers import AutoConfig
 from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import COMMON, FAMILIES, YARN, randomise
-from expertmesh.kernels.documents import Documents
-from expertmesh.kernels.varlen import document_mask
+from expertmesh.kernels.documents import Documents, document_mask
 from expertmesh.layers import attention
 from expertmesh.layers.attention import placeholder
 

@@ -13,9 +13,8 @@ from torch.distributed.tensor import DTensor, Shard
 from expertmesh import waiting
 from expertmesh.kernels.grouping import combine
 from expertmesh.moe.dispatch import Dispatch
-from expertmesh.moe.exchange import Exchange
-from expertmesh.moe.gather import Gather, most_tokens
-from expertmesh.moe.links import link_of, mailboxes
+from expertmesh.moe.experts import Exchange
+from expertmesh.moe.gather import Gather, link_of, mailboxes, most_tokens
 from expertmesh.parallel.layout import lean_layout
 from expertmesh.records import Call, calling
 from tests.distributed import work
@@ -144,14 +143,18 @@ def test_a_call_takes_the_exchange_that_began_before_the_router(mesh):
     experts, transport = work.experts_of(8, slice(None)), mock.Mock(wraps=Told)
     experts.forward = dispatch = Dispatch(transport, experts, mesh["ep"], mesh["tp"])
     x, ids, weights, residual = work.layer_inputs(5, None, seed=0)
-    experts(x, ids, weights, residual=residual, exchange=dispatch.start(x))
+    experts(x, ids, weights, residual=residual, exchange=transport(dispatch, x, ahead=True))
     transport.assert_called_once_with(dispatch, x, ahead=True)
 
 
 def test_nothing_goes_ahead_where_ranks_share_tokens(mesh):
     """Each sends a slice of them, which the call cuts."""
-    tp_mesh = mock.Mock(wraps=mesh["tp"], size=lambda: 2)
-    assert Dispatch(Told, work.experts_of(8, slice(None)), mesh["ep"], tp_mesh).start(None) is None
+    block, transport = load_ours("qwen3_moe").model.layers[0].mlp, mock.Mock(wraps=Told)
+    block.experts.forward = dispatch = Dispatch(transport, block.experts, mesh["ep"], mesh["tp"])
+    x = torch.randn(1, 5, 32)
+    for dispatch.slices, said in ((False, {"ahead": True}), (True, {})):
+        block(x, x)
+        assert transport.call_args.kwargs == said
 
 
 def test_a_layout_makes_it_the_forward_and_leaves_a_dispatch_of_others_where_it_is(mesh):
@@ -166,6 +169,6 @@ def test_a_layout_makes_it_the_forward_and_leaves_a_dispatch_of_others_where_it_
 
 def test_the_link_of_a_mesh_is_asked_once_and_lives_as_long_as_its_group(mesh, monkeypatch):
     group, asked = mesh["ep"].get_group(), []
-    monkeypatch.setattr("expertmesh.moe.links._why_no_mailboxes", lambda group: asked.append(group))
+    monkeypatch.setattr("expertmesh.moe.gather._why_no_mailboxes", lambda group: asked.append(group))
     assert link_of(group, "a test") is link_of(mesh["ep"].get_group(), "a test") and mailboxes() == []
     assert asked == [group]

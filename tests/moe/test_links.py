@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from expertmesh.moe import links
-from expertmesh.moe.links import Collectives, Mailboxes
+from expertmesh.moe import gather as links
+from expertmesh.moe.gather import Collectives, Mailboxes
 
 
 class Group:

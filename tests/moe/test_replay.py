@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expertmesh import AutoModelForCausalLM, keep_routing
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.moe.router import kept
+from expertmesh.kernels.recompute import kept
 
 
 def test_a_recompute_gets_the_recorded_choices_in_order():

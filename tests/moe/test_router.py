@@ -8,7 +8,7 @@ import torch
 from expertmesh import fuse
 from expertmesh.bench.rows import relative_error
 from expertmesh.bench.tiny import tiny_model
-from expertmesh.moe.router import routers
+from expertmesh.moe.block import routers
 from expertmesh.twins import Fast
 
 CASES = [

@@ -9,7 +9,7 @@ from torch.nn.parallel import replicate
 
 from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.kernels.levels import is_policy
+from expertmesh.kernels.recompute import is_policy
 from expertmesh.nemo import NeMoAutoModelForCausalLM
 from expertmesh.parallel import nemo_keys
 from expertmesh.parallel.clip import clip_grad_norm

@@ -12,7 +12,7 @@ from expertmesh import AutoModelForCausalLM, backends
 from expertmesh.bench.tiny import FAMILIES as FAMILIES_OF_TINY_MODELS
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.bench.works import WORKS, config_of
-from expertmesh.kernels.levels import LEVELS
+from expertmesh.kernels.recompute import LEVELS
 from expertmesh.memory import states as states_of_adamw
 from expertmesh.memory.states import STATES, bytes_kept
 from expertmesh.parallel.setup import recompute

@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from expertmesh import Trainer
 from expertmesh.bench.tiny import tiny_model
-from expertmesh.moe.router import routers
+from expertmesh.moe.block import routers
 from expertmesh.train.balance import BalanceRouters
 from expertmesh.train.routing import RouterLoad
 from tests.models import load_ours

@@ -14,8 +14,8 @@ from torch import nn
 from expertmesh import AutoModelForCausalLM, Trainer
 from expertmesh.bench.tiny import tiny_config, tiny_model
 from expertmesh.data import demo_tokenizer
-from expertmesh.moe import links
-from expertmesh.moe.router import routers
+from expertmesh.moe import gather as links
+from expertmesh.moe.block import routers
 from expertmesh.train import graphed
 from expertmesh.train.balance import BIAS, BalanceRouters
 from expertmesh.train.buckets import Bucket, Buckets, one_row

@@ -19,7 +19,7 @@ from expertmesh.bench.tiny import tiny_model
 from expertmesh.cli.train import train as command
 from expertmesh.data import demo_tokenizer
 from expertmesh.data.tokenizer import VOCABULARY
-from expertmesh.moe.router import routers
+from expertmesh.moe.block import routers
 from expertmesh.parallel.setup import DistributedSetup
 from expertmesh.train import inputs, launch, run
 from expertmesh.train.config import known_keys

@@ -8,7 +8,7 @@ import torch
 
 from expertmesh.bench.parity import top_k_of
 from expertmesh.bench.tiny import FAMILIES, tiny_model
-from expertmesh.moe.router import routers
+from expertmesh.moe.block import routers
 from expertmesh.train.routing import RouterLoad, layer_metrics
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import expertmesh
 from expertmesh.adapters.layouts import read_adapter, skeleton
-from expertmesh.moe.router import routers
+from expertmesh.moe.block import routers
 from expertmesh.train.config import ConfigError, load_config
 from expertmesh.train.launch import layout
 from expertmesh.train.metrics import read_metrics

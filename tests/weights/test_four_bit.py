@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from expertmesh import AutoModelForCausalLM, ExpertsQuantConfig
 from expertmesh.bench.tiny import tiny_model
-from expertmesh.kernels import four_bit
+from expertmesh.kernels import packed as four_bit
 from expertmesh.kernels.packed import Packed
 from expertmesh.parallel.setup import refuse_unfit_shards
 from expertmesh.weights.four_bit import pack

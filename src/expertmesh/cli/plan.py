@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from expertmesh.kernels.levels import Policy
+    from expertmesh.kernels.recompute import Policy
     from expertmesh.plan import Plan
     from expertmesh.plan.layouts import Layout
     from expertmesh.plan.simulate import Simulation

@@ -8,10 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertmesh.backends import logger
-from expertmesh.kernels.levels import Policy, levels_of
-from expertmesh.kernels.recompute import keep_less
+from expertmesh.kernels.recompute import Policy, keep_less, keep_routing, levels_of
 from expertmesh.memory.offload import Offload
-from expertmesh.moe.router import keep_routing
 
 LIGHT = {"rms_norm", "qk_norm_rope", "mla_rope", "swiglu"}  # fusions whose outputs come again without a product
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertmesh.layers import attention, decoder, mamba2
-from expertmesh.moe import block, router
+from expertmesh.moe import block
 from expertmesh.twins import fingerprint
 
 
@@ -38,14 +38,14 @@ RULES = (
     Rule("rms_norm", decoder.FastOnePlusRMSNorm, "qwen3_next.Qwen3NextRMSNorm", "6230aed131b0"),
     Rule("swiglu", decoder.FastSwiGLU, "qwen3_moe.Qwen3MoeMLP", "22d9f641d2af"),
     Rule("swiglu", decoder.FastReLU2MLP, "nemotron_h.NemotronHMLP", "d4bf579a3de9"),
-    Rule("router", router.FastSoftmaxRouter, "qwen3_moe.Qwen3MoeTopKRouter", "c08afa010190"),
-    Rule("router", router.FastNormalizedSoftmaxRouter, "qwen3_5_moe.Qwen3_5MoeTopKRouter", "4466b6818575"),
-    Rule("router", router.FastMixtralRouter, "mixtral.MixtralTopKRouter", "c2255326ddf6"),
-    Rule("router", router.FastTopKSoftmaxRouter, "gpt_oss.GptOssTopKRouter", "cab650bd04b3"),
-    Rule("router", router.FastGraniteRouter, "granitemoe.GraniteMoeTopKRouter", "3602d2719735"),
-    Rule("router", router.FastErnieRouter, "ernie4_5_moe.Ernie4_5_MoeTopKRouter", "47188f81d518"),
-    Rule("router", router.FastHunYuanRouter, "hunyuan_v1_moe.HunYuanMoEV1Gate", "ca681c3ae536"),
-    Rule("router", router.FastSigmoidRouter, "deepseek_v3.DeepseekV3TopkRouter", "49e4c6d91651"),
+    Rule("router", block.FastSoftmaxRouter, "qwen3_moe.Qwen3MoeTopKRouter", "c08afa010190"),
+    Rule("router", block.FastNormalizedSoftmaxRouter, "qwen3_5_moe.Qwen3_5MoeTopKRouter", "4466b6818575"),
+    Rule("router", block.FastMixtralRouter, "mixtral.MixtralTopKRouter", "c2255326ddf6"),
+    Rule("router", block.FastTopKSoftmaxRouter, "gpt_oss.GptOssTopKRouter", "cab650bd04b3"),
+    Rule("router", block.FastGraniteRouter, "granitemoe.GraniteMoeTopKRouter", "3602d2719735"),
+    Rule("router", block.FastErnieRouter, "ernie4_5_moe.Ernie4_5_MoeTopKRouter", "47188f81d518"),
+    Rule("router", block.FastHunYuanRouter, "hunyuan_v1_moe.HunYuanMoEV1Gate", "ca681c3ae536"),
+    Rule("router", block.FastSigmoidRouter, "deepseek_v3.DeepseekV3TopkRouter", "49e4c6d91651"),
     Rule("mla_rope", attention.FastLatentAttention, "deepseek_v3.DeepseekV3Attention", "58dcfce7b057"),
     Rule("mla_rope", attention.FastLatentAttention, "glm4_moe_lite.Glm4MoeLiteAttention", "58dcfce7b057"),
     Rule("sink_attention", attention.FastSinkAttention, "gpt_oss.GptOssAttention", "fd662928bacc"),

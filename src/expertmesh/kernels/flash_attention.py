@@ -1,8 +1,8 @@
 """Training's causal attention on Hopper by flash-attn-4, where it is installed: no other file knows its interface.
 
 flash-attn-4 (BSD-3, CuTe-DSL, compiled at the first call) is faster there than the cuDNN kernel that SDPA picks, on
-packed documents than varlen.py, and with sinks than sink_attention.py. Its backward adds up dq, and dk and dv of heads
-that share keys, by atomics: equal inputs give gradients that are equal but for rounding. Who asks PyTorch for
+packed documents than `varlen_attn`, and with sinks than sink_attention.py. Its backward adds up dq, and dk and dv of
+heads that share keys, by atomics: equal inputs give gradients that are equal but for rounding. Who asks PyTorch for
 deterministic algorithms therefore stays with the other kernels. Nothing in a call waits for the device.
 
 Letters: B batch, S row, N heads (NQ of queries, NK of keys), D width of queries and keys, V of values.

@@ -52,16 +52,12 @@ class Kernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        looks = [_LOOKS[type(argument)](argument) for argument in arguments]
+        looks = [_LOOKS.get(type(argument), _of_tensor)(argument) for argument in arguments]
         key = (torch.cuda.current_device(), *looks, *constants, *constants.values())
-        found = self._known.get(key)
-        if found is None:
-            self._first_launch(key, grid, arguments, constants)
-        else:
+        if found := self._known.get(key):
             compiled, rest = found
             compiled[(*grid, 1, 1)](*arguments, *rest)
-
-    def _first_launch(self, key: tuple, grid: tuple, arguments: tuple, constants: dict[str, Any]) -> None:
+            return
         assert not any(isinstance(value, (torch.Tensor, float)) for value in constants.values()), "by position, please"
         compiled = self.jit[grid](*arguments, **constants)
         if len(self._known) >= MOST:
@@ -73,25 +69,11 @@ def _of_tensor(x: torch.Tensor) -> tuple[torch.dtype, int]:
     return x.dtype, x.data_ptr() % 64
 
 
-def _of_descriptor(x: TensorDescriptor) -> tuple:
-    return x.base.dtype, x.base.data_ptr() % 64, *x.block_shape, *x.shape, *x.strides, x.padding
-
-
-class _Looks(dict[type, Callable[[Any], Any]]):
-    """What decides how an argument of a type is compiled; subclasses of tensors are tensors."""
-
-    def __missing__(self, kind: type) -> Callable[[Any], Any]:
-        assert issubclass(kind, torch.Tensor), f"no kernel takes {kind}"
-        self[kind] = _of_tensor
-        return _of_tensor
-
-
-_LOOKS = _Looks(
-    {
-        int: lambda number: number,
-        bool: lambda flag: (bool, flag),  # True is 1 elsewhere, but not to Triton
-        float: lambda number: float,
-        type(None): lambda none: None,
-        TensorDescriptor: _of_descriptor,
-    }
-)
+#: what decides how an argument of a type is compiled; others are tensors, of any subclass
+_LOOKS: dict[type, Callable[[Any], Any]] = {
+    int: lambda number: number,
+    bool: lambda flag: (bool, flag),  # True is 1 elsewhere, but not to Triton
+    float: lambda number: float,
+    type(None): lambda none: None,
+    TensorDescriptor: lambda x: (*_of_tensor(x.base), *x.block_shape, *x.shape, *x.strides, x.padding),
+}

@@ -1,39 +1,71 @@
-"""What a layer need not keep for its backward, as it comes again from what the layer keeps anyway.
+"""What layers need not keep for their backward: how much each recomputes, and how.
 
-The functions that make such outputs tell `again`, within the forward of a layer that runs in `keep_less`. Whatever
-autograd then saves of them, for any function (a Linear, an adapter, attention of a library), is replaced by a recipe.
-In the backward the first that reads it makes it again, by the same kernel from the same inputs, so bit for bit; it
-stands until the last has read it. A recipe's inputs may be recipes themselves. Routing is always kept.
+none      nothing
+light     what takes a pass over memory and no product: outputs of norms, of RoPE behind norms, of dense activations
+experts   and the up-projection of routed experts: one of their six products runs twice; no exchange does
+full      all but the layer's input, by torch.utils.checkpoint
+offload   the same, and the input waits in host memory
+
+For light and experts, the functions that make such outputs tell `again`, within the forward of a layer that runs in
+`keep_less`. Whatever autograd then saves of them, for any function (a Linear, an adapter, attention of a library), is
+replaced by a recipe. In the backward the first that reads it makes it again, by the same kernel from the same inputs,
+so bit for bit; it stands until the last has read it. A recipe's inputs may be recipes themselves.
+
+Which experts tokens go to is decided once: a router that runs again can flip near-ties, and the recomputed layer then
+sends tokens elsewhere than the forward did, which breaks checkpointing ("recomputed tensors have different metadata")
+or, worse, the gradients. What is `kept` in a checkpointed layer's forward is replayed when that is recomputed:
+`keep_routing` is the `context_fn` of `torch.utils.checkpoint.checkpoint(use_reentrant=False)`; fused models pass it.
 """
 
 import operator
 from collections.abc import Callable
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from expertmesh.backends import opaque
-from expertmesh.kernels.levels import LEVELS
 
-Saved = Any  # called without arguments, it gives the tensor
+Policy = bool | str | dict[str, int]
+"""A level, True for "full", False for "none"; or {level: n}: that of the first n layers, others have the one below."""
+
+LEVELS = ("none", "light", "experts", "full", "offload")
+POLICIES = "true, false, light, experts, full, offload, or one of these four for the first n layers, as {'experts': n}"
 
 
-class _Kept(NamedTuple):
-    """A tensor that stays, and its version: autograd leaves the check that it has not changed to the hooks."""
+def is_policy(policy: Any) -> bool:
+    """Whether it is a `Policy`: with levels but "none", and n at least 1."""
+    level, first = policy, 1
+    if type(policy) is dict and len(policy) == 1:
+        ((level, first),) = policy.items()
+    known = type(level) is str and level in LEVELS[1:]
+    return type(policy) is bool or (known and type(first) is int and first > 0)
 
-    tensor: torch.Tensor
-    version: int
 
-    def __call__(self) -> torch.Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                f"A tensor {tuple(self.tensor.shape)} that a layer keeps for its backward was changed in place since "
-                f"its forward: change a copy, or after the backward."
-            )
-        return self.tensor
+def checked(policy: Any) -> Any:
+    """The policy itself. Raises ValueError for what is none."""
+    if not is_policy(policy):
+        raise ValueError(f"it must be {POLICIES}")
+    return policy
+
+
+def levels_of(policy: Policy, count: int) -> list[str]:
+    """The level of each of `count` layers. Raises ValueError as `checked`."""
+    level, first = next(iter(checked(policy).items())) if isinstance(policy, dict) else (checked(policy), count)
+    at = LEVELS.index("full" if level is True else level or "none")
+    return [LEVELS[at if number < first else at - 1] for number in range(count)]
+
+
+def _unchanged(x: torch.Tensor, version: int) -> torch.Tensor:
+    """A tensor that stays: autograd leaves the check that it has not changed to the hooks."""
+    if x._version != version:
+        raise RuntimeError(
+            f"A tensor {tuple(x.shape)} that a layer keeps for its backward was changed in place since its forward: "
+            f"change a copy, or after the backward."
+        )
+    return x
 
 
 class _Recipe:
@@ -43,24 +75,14 @@ class _Recipe:
         self.make, self.inputs, self.readers = make, inputs, 0
         self._made: Any = None
 
-    def __call__(self, index: int) -> torch.Tensor:
+    def __call__(self, index: int, *view: Any) -> torch.Tensor:
+        """A view of an output."""
         made, self.readers = self._made, self.readers - 1
         if made is None:
             with torch.no_grad():
                 made = self.make(*(None if x is None else x() for x in self.inputs))
         self._made = made if self.readers > 0 else None
-        return made[index]
-
-
-class _Piece(NamedTuple):
-    """A view of an output of a recipe."""
-
-    recipe: _Recipe
-    output: int
-    view: tuple[Any, ...]
-
-    def __call__(self) -> torch.Tensor:
-        return self.recipe(self.output).as_strided(*self.view)
+        return made[index].as_strided(*view)
 
 
 class _Layer:
@@ -72,18 +94,18 @@ class _Layer:
         self.level, self.recipes = LEVELS.index(level), WeakIdKeyDictionary()
         self.around = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
-    def keep(self, x: torch.Tensor) -> Saved:
-        return _Kept(x, x._version) if self.around is None else partial(self.around[1], self.around[0](x))
-
-    def pack(self, x: torch.Tensor) -> Saved:
+    def pack(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """What gives this tensor in the backward."""
         plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout is torch.strided
         recipe, *output = self.recipes.get(x.untyped_storage(), (None,)) if plain else (None,)
         if recipe is None or output[1:] != [x._version, x.dtype]:
-            return self.keep(x)
+            if self.around is not None:
+                return partial(self.around[1], self.around[0](x))
+            return partial(_unchanged, x, x._version)
         if not recipe.readers:
             recipe.inputs = [None if one is None else self.pack(one) for one in recipe.inputs]
         recipe.readers += 1
-        return _Piece(recipe, output[0], (x.size(), x.stride(), x.storage_offset()))
+        return partial(recipe, output[0], x.size(), x.stride(), x.storage_offset())
 
 
 _layer: ContextVar[_Layer | None] = ContextVar("layer", default=None)
@@ -107,10 +129,7 @@ def again(
 
 @opaque(lambda level, function, *args: function(*args))
 def keep_less(level: str, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, the forward of a layer, which keeps for its backward what its level leaves.
-
-    Compiled code calls it and does not look into it.
-    """
+    """`function(*args)`, a layer's forward, which keeps for its backward what its level leaves; opaque if compiled."""
     if not torch.is_grad_enabled():
         return function(*args)
     layer = _Layer(level)
@@ -121,3 +140,42 @@ def keep_less(level: str, function: Callable[..., Any], *args: Any) -> Any:
     finally:
         _layer.reset(token)
         layer.recipes.clear()
+
+
+region: ContextVar["Region | None"] = ContextVar("region", default=None)
+
+
+class Region:
+    """One run, first or repeated, of a checkpointed function; the runs of one call share the list of choices."""
+
+    def __init__(self, choices: list[Any], replay: bool) -> None:
+        self.choices, self.replay = choices, replay
+        self._tokens: list[Token] = []
+
+    def __enter__(self) -> None:
+        self._next = iter(self.choices)
+        self._tokens.append(region.set(self))
+
+    def __exit__(self, *_: object) -> None:
+        region.reset(self._tokens.pop())
+
+    def known(self) -> Any:
+        """In a recompute the forward's next choice; else None, and it is to be put among the `choices`."""
+        return next(self._next) if self.replay else None
+
+
+def keep_routing() -> tuple[Region, Region]:
+    """(forward context, recompute context) for one call of `torch.utils.checkpoint.checkpoint`."""
+    choices: list[Any] = []
+    return Region(choices, replay=False), Region(choices, replay=True)
+
+
+def kept(decide: Callable[[], Any]) -> Any:
+    """`decide()`; in a recompute what it returned in the forward, without calling it again."""
+    here = region.get()
+    known = None if here is None else here.known()
+    if known is None:
+        known = decide()
+        if here is not None:
+            here.choices.append(known)
+    return known

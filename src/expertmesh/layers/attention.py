@@ -22,12 +22,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_for
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Bounds, Documents
+from expertmesh.kernels.documents import Bounds, Documents, document_mask, takes, varlen_attention
 from expertmesh.kernels.mla_rope import mla_rope, rotated
 from expertmesh.kernels.rope import qk_norm_rope, rotary
 from expertmesh.kernels.sink_attention import Padding, padding_of, sink_attention, visible
 from expertmesh.kernels.sink_attention import takes as takes_sinks
-from expertmesh.kernels.varlen import document_mask, takes, varlen_attention
 from expertmesh.layers.decoder import FastRMSNorm
 from expertmesh.layers.lora import linears
 from expertmesh.twins import Fast, cache_of, untouched

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from expertmesh import backends
 from expertmesh.memory.adamw import AdamW
+from expertmesh.moe.block import routers
 from expertmesh.moe.experts import is_experts
-from expertmesh.moe.router import routers
 from expertmesh.parallel.clip import local
 from expertmesh.waiting import waiting
 

@@ -4,11 +4,10 @@
 
 A token travels once to each rank that holds some of its experts, with its routing weights and that rank's expert ids.
 There the experts weight and sum their outputs, and one row per (token, rank) comes back; its owner adds up what its
-ranks sent. The backward is the same road reversed: gather and sum change place, and the splits are those of the
-forward, so the host waits exactly once per layer, for the counts, and not at all in backward or in a recompute.
+ranks sent. The backward is the same road reversed, with the splits of the forward: the host waits once per layer, for
+the counts, and not at all in backward or in a recompute.
 
-R ranks hold E experts, rank r the experts r·E/R … (r+1)·E/R - 1. The N rows that tokens become are ordered by rank,
-then by token.
+R ranks hold E experts, each E/R in a row. The N rows that tokens become are ordered by rank, then by token.
 """
 
 from collections.abc import Callable
@@ -18,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from expertmesh.kernels.grouping import combine
-from expertmesh.moe.exchange import Exchange, Gradients, Outputs
-from expertmesh.moe.router import kept
+from expertmesh.kernels.recompute import kept
+from expertmesh.moe.experts import Exchange, Gradients, Outputs
 
 
 class AllToAll(Exchange):
@@ -89,9 +88,7 @@ class AllToAll(Exchange):
         return x_TH[routes.token_N], torch.cat([routes.ids_NK, weight_NK.view(torch.int32)], dim=1)
 
     def _exchange(self, send: list[int], recv: list[int], *tables: torch.Tensor) -> list[torch.Tensor]:
-        """For each table what comes from the ranks, so many rows from each, for the first of its rows that go to them;
-        if nothing comes, one row of zeros.
-        """
+        """For each table what comes from the ranks, to which its first rows go; if nothing comes, one row of zeros."""
         num_rows, came = sum(recv), []
         for rows in tables:
             came.append(rows.new_empty(num_rows, rows.shape[1]) if num_rows else rows.new_zeros(1, rows.shape[1]))

@@ -11,11 +11,11 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+from transformers.distributed.parallel_utils import _use_local_dtensor_params
 
 from expertmesh.kernels.grouping import or_none
 from expertmesh.moe.all_to_all import AllToAll
-from expertmesh.moe.exchange import Exchange, Outputs
-from expertmesh.moe.experts import NAME, activation_of, compute
+from expertmesh.moe.experts import NAME, Exchange, Outputs, activation_of, compute
 from expertmesh.moe.gather import Gather
 from expertmesh.waiting import waiting
 
@@ -27,10 +27,8 @@ class Dispatch(EPImplementation):
     """The experts of one layer, spread over the ranks of `ep_mesh`; each call makes an exchange by `transport`.
 
     group, rank, num_ranks: the ranks, and this one among them; it holds `num_local_experts`, those of rank 0 are the
-    first. waits: within it the exchanges are made. slices: whether each rank of a tensor-parallel group sends a part.
-
-    The ranks of a tensor-parallel group hold the same tokens: each sends a slice of them, and the results are gathered
-    back over `tp_mesh`. All state lives in the call: two models in one process cannot mix.
+    first. waits: within it the exchanges are made. slices: the ranks of a tensor-parallel group hold the same tokens,
+    each sends a slice, and the results are gathered back over `tp_mesh`. All state lives in the call.
     """
 
     num_local_experts: Any
@@ -41,12 +39,6 @@ class Dispatch(EPImplementation):
         self.group, self.rank, self.num_ranks = ep_mesh.get_group(), ep_mesh.get_local_rank(), ep_mesh.size()
         self.waits = waiting("some experts", self.group)  # the layout sets its place, their name
         experts.dispatch = self
-
-    def start(self, x_TH: torch.Tensor) -> Exchange | None:
-        """Before the router has chosen: the exchange of a call with these tokens [T, H], which then should come with
-        it. None: a call comes without.
-        """
-        return None if self.slices else self.transport(self, x_TH, ahead=True)
 
     @torch.compiler.disable
     def __call__(
@@ -59,7 +51,8 @@ class Dispatch(EPImplementation):
     ) -> torch.Tensor:
         """Output [T, H] for hidden_states [T, H], global expert ids [T, K] and routing weights [T, K]; T may be 0.
 
-        residual: [..., H] in the hidden states' dtype, added to the result, which then has its shape.
+        residual: [..., H] in the hidden states' dtype, added to the result, which then has its shape. exchange: one of
+        these tokens that began before the router had chosen, unless this `slices`.
         """
         experts, x_TH, ids_TK, weight_TK = self.experts, hidden_states, top_k_index, top_k_weights
         if self.slices:
@@ -71,24 +64,15 @@ class Dispatch(EPImplementation):
         with self.waits:
             if act is not None:
                 out = compute(experts, act, x_TH, ids_TK, weight_TK, inside, exchange)
-            else:
+            else:  # another backend, which finds this rank's part of the weights in the place of the whole
                 x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
-                y_MH = self._by_others(x_MH, ids_MK, weight_MK)
+                with _use_local_dtensor_params(experts):
+                    y_MH = self.experts_forward(x_MH, or_none(ids_MK, self.num_local_experts), weight_MK)
                 out = _Combine.apply(y_MH.to(x_TH.dtype), inside, exchange)
         if not self.slices:
             return out
         out = _all_rows(out, self.tp_mesh, hidden_states.shape)
         return out if residual is None else residual + out.view(residual.shape)
-
-    def _by_others(self, x_MH: torch.Tensor, ids_MK: torch.Tensor, weight_MK: torch.Tensor) -> torch.Tensor:
-        """Sums [M, H] by another backend, which finds this rank's part of the weights in the place of the whole."""
-        held = self.experts._parameters
-        spread = {name: weight for name, weight in held.items() if isinstance(weight, DTensor)}
-        held.update({name: weight.to_local() for name, weight in spread.items()})
-        try:
-            return self.experts_forward(x_MH, or_none(ids_MK, self.num_local_experts), weight_MK)
-        finally:
-            held.update(spread)
 
 
 class _Dispatch(torch.autograd.Function):

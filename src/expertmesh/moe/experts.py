@@ -4,22 +4,23 @@
     combine' → down-dgrad + activation' → weight gradients → up-dgrad → dispatch'      backward
 
 `_Up` is the forward as far as the activation, `_Down` the rest: two autograd functions, as a checkpointed layer is
-recomputed no further than its last saved tensor, which is `_Up`'s. They save x [M, H], the up-projection's output h
-[S, J] and the routing, and nothing else that grows with S = M·K rows: the activation is recomputed from h, and the
-routing weights' gradient comes out of the down-dgrad, so neither the permuted input nor the experts' outputs are kept.
-`_Down`'s backward reads what `_Up` saved and leaves in `from_down` what `_Up`'s backward goes on from; what autograd
-brings from one to the other has no values.
+recomputed no further than its last saved tensor, which is `_Up`'s. T tokens are this rank's own, M come to its experts,
+as S = M·K rows. Saved are x [M, H], the up-projection's output h [S, J] and the routing: the activation is recomputed
+from h, and the routing weights' gradient comes out of the down-dgrad. `_Down`'s backward reads what `_Up` saved and
+leaves in `from_down` what `_Up`'s goes on from; what autograd brings from one to the other has no values.
 
-Experts on other ranks differ in the `Exchange` alone (exchange.py), by which rows are dispatched and combined.
+Experts on other ranks differ in the `Exchange` alone. To add a transport, write a subclass in a file of its own, as
+all_to_all.py and gather.py are, and name it in `TRANSPORTS` (dispatch.py).
 
 All layouts of Transformers' experts modules work: gated (concatenated or interleaved) or not, with biases or not,
 weights [E, out, in] or transposed.
 """
 
-import functools
 import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,13 +37,69 @@ from expertmesh.kernels.grouping import Grouping, combine, group_by_expert, or_n
 from expertmesh.kernels.low_rank import LowRank
 from expertmesh.kernels.recompute import again
 from expertmesh.kernels.thin import thin_rows, thin_wgrad
-from expertmesh.moe.exchange import LOCAL, Exchange, Outputs
 from expertmesh.twins import untouched
 
 NAME = "expertmesh"
 
-#: what `use_experts_implementation` says of a class, as far as this backend knows
-_FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+#: what a later Transformers may say of a class by `use_experts_implementation`, and this backend does not know
+_NEW_FLAGS = sorted(
+    inspect.signature(use_experts_implementation).parameters.keys()
+    - {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+    - {"experts_class", "experts_interface"}
+)
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+class Outputs(NamedTuple):
+    """What experts made: y [S, H], sorted, with positions and weights [M, K] for `combine`; or sums [M, H] alone."""
+
+    y: torch.Tensor
+    position_MK: torch.Tensor | None = None
+    weight_MK: torch.Tensor | None = None
+
+
+class Exchange:
+    """The exchanges of one call of a layer, which know what its backward repeats. This one: of experts all here.
+
+    All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`. Each
+    is called within `waits`, which limits how long exchanges over `layer.group` wait; other groups need their own.
+    """
+
+    ep_implementation: str  # the transport's name in Transformers
+    rows_here: int | None = None  # how many of the dispatched pairs this rank computes, at least 1, if the host knows
+
+    def __init__(self, layer: Any = None, x_TH: torch.Tensor | None = None, ahead: bool = False) -> None:
+        """layer: the `Dispatch` that is called with x. ahead: its router has not chosen yet, and x may leave now."""
+        self.layer, self.waits = layer, nullcontext() if layer is None else layer.waits
+
+    def dispatch(
+        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [M, H], ids and weights [M, K], M at least 1. Ids outside 0, 1, … of this rank are not computed here."""
+        return x_TH, ids_TK, weight_TK
+
+    def rows_to_keep(self, num_rows: int, block: int) -> int | None:
+        """Without `rows_here`: of how many rows [S] h is kept for the backward; others are made again. None: all."""
+        return None
+
+    def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
+        """The sums of what all ranks made [T, H]; with a residual of this dtype added, in its shape and no view."""
+        assert made.position_MK is not None
+        return combine(made.y, made.position_MK, made.weight_MK, residual)
+
+    def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
+        """The gradient [M, H] of this rank's sums. If `combine` was given positions, the next exchange may overwrite
+        it: all that reads it must have been launched by then.
+        """
+        return dout_TH.contiguous()
+
+    def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
+        """Begins to bring back the gradients that are needed; the result waits for them: dx [T, H], dweight [T, K]."""
+        return lambda: (dx_MH, dweight_MK)
+
+
+LOCAL = Exchange()
 
 
 def why_not(experts: Any) -> str | None:
@@ -52,15 +109,8 @@ def why_not(experts: Any) -> str | None:
     act_fn = getattr(experts, "act_fn", None)
     if isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters()):
         return f"their activation, {type(act_fn).__name__}, learns"
-    unknown = sorted(name for name in _new_flags() if getattr(experts, name, False))
-    return f"this Transformers says {unknown[0]} of them, which is not known here" if unknown else None
-
-
-@functools.cache
-def _new_flags() -> frozenset[str]:
-    """Flags that a later Transformers has for experts."""
-    known = _FLAGS | {"experts_class", "experts_interface"}
-    return frozenset(inspect.signature(use_experts_implementation).parameters) - known
+    unknown = next((name for name in _NEW_FLAGS if getattr(experts, name, False)), None)
+    return f"this Transformers says {unknown} of them, which is not known here" if unknown else None
 
 
 def is_experts(module: Any) -> bool:
@@ -74,15 +124,13 @@ def runs_here(experts: Any) -> bool:
 
 
 def activation_of(experts: Any) -> Activation | None:
-    """The `Activation` of an experts module: the known one that computes what its own functions do, or those. None if
-    the module cannot run here (`why_not`).
-    """
+    """The `Activation` of an experts module: a known one, or of its own functions; None if it cannot run here."""
     act_fn: Any = getattr(experts, "act_fn", None)  # GPT-OSS has the gate alone
     constants = float(getattr(experts, "alpha", 1.0)), float(getattr(experts, "limit", math.inf))
     own_gate = getattr(experts._apply_gate, "__func__", experts._apply_gate)
     asked = own_gate, act_fn, isinstance(act_fn, nn.Module) and not untouched(act_fn), constants
     known = vars(experts).get("_known_activation")  # the answer, and the question it belongs to
-    if known is None or any(a is not b and a != b for a, b in zip(known[0], asked, strict=True)):
+    if known is None or known[0] != asked:
         known = asked, None if why_not(experts) else _activation(experts, asked[2], constants)
         experts.__dict__["_known_activation"] = known
     return known[1]
@@ -138,17 +186,13 @@ def compute(
     residual: torch.Tensor | None = None,
     exchange: Exchange = LOCAL,
 ) -> torch.Tensor:
-    """As `experts_forward`, with experts of the activation `act`, which rows reach by `exchange`. Tokens, weights of
-    the experts and residual have one dtype.
-    """
-    w_up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    b_up = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
-    b_down = experts.down_proj_bias if experts.has_bias else None
-    w_down = experts.down_proj
+    """`experts_forward` by `act`, of rows that come by `exchange`. x, experts' weights and residual have one dtype."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    w_up, w_down = getattr(experts, up), experts.down_proj
+    b_up, b_down = (getattr(experts, f"{up}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
     scale, transposed = 1 / getattr(experts, "grad_divisor", 1), experts.is_transposed
     factors = vars(experts).get("low_rank", {})  # of adapters, set for this call (lora.py)
-    low_up = factors.get("gate_up_proj" if experts.has_gate else "up_proj", (None, None))
-    low_down = factors.get("down_proj", (None, None))
+    low_up, low_down = factors.get(up, (None, None)), factors.get("down_proj", (None, None))
     parts = [w._local_tensor if isinstance(w, DTensor) else w for w in (w_up, b_up, w_down, b_down)]
     # `_Up`'s backward makes a gradient as large. w_down's own has gone to its weight by then, as autograd sees w_down
     # behind `_Up` alone
@@ -259,10 +303,11 @@ class _Down(torch.autograd.Function):
             dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.alternating, low
         )
         dweight_MK = dw_down = db_down = dA = dB = None
-        if need_weight and b_down is None:
-            dweight_MK = unsort(dweight_PS, group.position_TK, weight_MK.dtype)
-        elif need_weight:
-            dweight_MK = _per_slot(dweight_PS, group, dout_MH, ids_MK, b_down, weight_MK.dtype)
+        if need_weight:
+            dweight_MK = unsort(dweight_PS, group.position_TK, weight_MK.dtype if b_down is None else torch.float32)
+            if b_down is not None:  # adds ⟨dout_m, b_e⟩, one dense product
+                dot_MK = (dout_MH @ b_down.t()).float().gather(1, ids_MK.clamp(0, b_down.shape[0] - 1))
+                dweight_MK = (dweight_MK + torch.where(group.position_TK >= 0, dot_MK, 0)).to(weight_MK.dtype)
         if need_w_down:
             dw_down = grouped_wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale)
             dw_down = _spread(dw_down.transpose(1, 2) if up.transposed else dw_down, ctx.specs[0])
@@ -281,22 +326,6 @@ class _Down(torch.autograd.Function):
 def _spread(grad: torch.Tensor, spec: Any) -> torch.Tensor:
     """The gradient of a weight of which this rank holds a part; `from_local` would derive its layout anew."""
     return grad if spec is None else DTensor(grad, spec, requires_grad=False)  # type: ignore[call-arg]
-
-
-def _per_slot(
-    dweight_PS: torch.Tensor,
-    group: Grouping,
-    dout_TH: torch.Tensor,
-    ids_TK: torch.Tensor,
-    b_down_EH: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Routing-weight gradients [T, K] from parts of sorted rows [P, S]; the down bias adds ⟨dout_t, b_e⟩, one dense
-    product."""
-    dweight_TK = unsort(dweight_PS, group.position_TK, torch.float32)
-    dot_TE = (dout_TH @ b_down_EH.t()).float()
-    dot_TK = dot_TE.gather(1, ids_TK.clamp(0, b_down_EH.shape[0] - 1))
-    return (dweight_TK + torch.where(group.position_TK >= 0, dot_TK, 0)).to(dtype)
 
 
 def _bias_down_grad(

@@ -59,44 +59,30 @@ class FastParamWrapper(Fast):
         return True
 
     def _factors(self, names: list[str], experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [E, R, in] and B [E, R, out] of the experts of this rank; the ranks of several adapters one below another,
-        B with their scales.
-        """
+        """A [E, R, in] and B [E, R, out] of this rank's experts, B with its scale; R of all adapters together."""
         dispatch, mine, dtype = vars(experts).get("forward"), slice(None), self.get_param().dtype
         if isinstance(dispatch, Dispatch):
             first = dispatch.rank * dispatch.num_local_experts
             mine = slice(first, first + dispatch.num_local_experts)
-        pairs = []
-        for name in names:
-            shared = self.num_experts, mine, dtype
-            factor_a = factor_of(self.lora_A[name].weight, False, 1.0, *shared)
-            pairs.append((factor_a, factor_of(self.lora_B[name].weight, True, self.scaling[name], *shared)))
-        if len(pairs) == 1:
-            return pairs[0]
-        factors_a, factors_b = zip(*pairs, strict=True)
+        shared = self.num_experts, mine, dtype
+        factors_a = [factor_of(self.lora_A[name].weight, False, 1.0, *shared) for name in names]
+        factors_b = [factor_of(self.lora_B[name].weight, True, self.scaling[name], *shared) for name in names]
+        if len(names) == 1:
+            return factors_a[0], factors_b[0]
         return torch.cat(factors_a, 1), torch.cat(factors_b, 1)
 
 
-def factor_of(
-    weight: torch.Tensor, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype
-) -> torch.Tensor:
-    """scale · one of PEFT's factors, A [E·r, in] or B [out, r·E], as [E, R, in or out] of some experts in some dtype;
-    R is r, and rows of zeros up to a multiple of 16. Differentiable in `weight`.
-    """
-    return _Factor.apply(weight, is_b, scale, num_experts, mine, dtype)
-
-
 class _Factor(torch.autograd.Function):
-    """`factor_of`, one pass each way."""
+    """scale · one of PEFT's factors, A [E·r, in] or B [out, r·E], as [E, R, in or out] of some experts in some dtype;
+    R is r, and rows of zeros up to a multiple of 16. One pass each way.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype):
-        ctx.args, ctx.like = (is_b, num_experts, mine), (weight.shape, weight.dtype)
-        ctx.scale = scale
+        ctx.args, ctx.scale, ctx.like = (is_b, num_experts, mine), scale, (weight.shape, weight.dtype)
         factor = _by_expert(weight, *ctx.args)
         num_local, rank, width = factor.shape
-        missing = -rank % 16
-        out = factor.new_empty(num_local, rank + missing, width, dtype=dtype)
+        out = factor.new_empty(num_local, rank + -rank % 16, width, dtype=dtype)
         torch.mul(factor, scale, out=out[:, :rank])  # one pass, and one rounding
         out[:, rank:] = 0
         return out
@@ -110,6 +96,9 @@ class _Factor(torch.autograd.Function):
         mine = _by_expert(dweight, *ctx.args)
         torch.mul(dfactor[:, : mine.shape[1]], ctx.scale, out=mine)
         return dweight, *[None] * 5
+
+
+factor_of = _Factor.apply
 
 
 def _by_expert(weight: torch.Tensor, is_b: bool, num_experts: int, mine: slice) -> torch.Tensor:
@@ -146,8 +135,7 @@ def inside_adapters(module: Any) -> tuple[Any, bool]:
 
 def takes_adapters(experts: Any) -> bool:
     """Whether these experts, which are spread over ranks, can have adapters: those that our products compute."""
-    dispatch = vars(experts).get("forward")
-    return isinstance(dispatch, Dispatch) and runs_here(experts)
+    return isinstance(vars(experts).get("forward"), Dispatch) and runs_here(experts)
 
 
 def senders(model: nn.Module) -> dict[nn.Parameter, int]:

@@ -22,8 +22,8 @@ from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 from transformers.distributed.utils import _ensure_torch_distributed
 
 from expertmesh import waiting as limits
-from expertmesh.kernels.levels import POLICIES, Policy, is_policy
 from expertmesh.kernels.packed import Packed
+from expertmesh.kernels.recompute import POLICIES, Policy, is_policy
 from expertmesh.moe.dispatch import TRANSPORTS
 from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.layout import train_together

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from expertmesh.auto import AutoModelForCausalLM
-from expertmesh.kernels.levels import Policy
 from expertmesh.kernels.packed import Packed
+from expertmesh.kernels.recompute import Policy
 from expertmesh.memory.states import is_large
 from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.clip import local

@@ -12,9 +12,8 @@ import torch
 
 from expertmesh.kernels.grouping import combine
 from expertmesh.moe.dispatch import Dispatch
-from expertmesh.moe.exchange import Exchange, Outputs
-from expertmesh.moe.gather import Gather
-from expertmesh.moe.links import Mailboxes
+from expertmesh.moe.experts import Exchange, Outputs
+from expertmesh.moe.gather import Gather, Mailboxes
 from expertmesh.plan.links import Group
 from expertmesh.plan.trace import Watch
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from expertmesh.moe.router import routers
+from expertmesh.moe.block import routers
 from expertmesh.train.routing import RouterLoad
 
 BIAS = "e_score_correction_bias"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertmesh import backends
-from expertmesh.kernels.levels import Policy
+from expertmesh.kernels.recompute import Policy
 from expertmesh.parallel.setup import WHOLE, DistributedSetup
 from expertmesh.plan.gpus import GPU
 from expertmesh.plan.layouts import GAIN, MOST_ROWS, Layout, ep_sizes, layout_of

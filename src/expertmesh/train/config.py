@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from expertmesh.kernels.levels import Policy, checked, levels_of
+from expertmesh.kernels.recompute import Policy, checked, levels_of
 from expertmesh.train.errors import ConfigError
 from expertmesh.train.sections import Count, Name, Section, Size, number, parse, read
 

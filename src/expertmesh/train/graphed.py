@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from expertmesh import backends
 from expertmesh.memory.offload import Offload
-from expertmesh.moe import links
+from expertmesh.moe import gather as links
 from expertmesh.moe.gather import Gather
 from expertmesh.waiting import meet
 

@@ -27,8 +27,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from expertmesh import data
 from expertmesh.fuse import loading
 from expertmesh.kernels.packed import DecodeBuffer, Packed
+from expertmesh.moe.block import routers
 from expertmesh.moe.experts import is_experts
-from expertmesh.moe.router import routers
 from expertmesh.plan.trace import quiet
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import in_short, install, known, refusing

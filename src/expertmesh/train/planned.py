@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from expertmesh import backends
-from expertmesh.moe.router import routers
+from expertmesh.moe.block import routers
 from expertmesh.plan import Plan, plan
 from expertmesh.plan.gpus import GPU, GPUS
 from expertmesh.plan.memory import Job

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from expertmesh.moe.router import routers
+from expertmesh.moe.block import routers
 
 
 class RouterLoad:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 import expertmesh
 from expertmesh import backends, data
-from expertmesh.moe.router import routers
+from expertmesh.moe.block import routers
 from expertmesh.parallel import ranks
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import WHOLE, current_world_size, recompute

@@ -16,8 +16,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from expertmesh.kernels.four_bit import FORMATS
-from expertmesh.kernels.packed import DecodeBuffer, Packed, packed_in
+from expertmesh.kernels.packed import FORMATS, DecodeBuffer, Packed, packed_in
 from expertmesh.moe.experts import is_experts, runs_here, why_not
 from expertmesh.moe.lora import WEIGHTS
 from expertmesh.weights.write import in_parts, with_copies

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from expertmesh import backends
-from expertmesh.kernels import four_bit
+from expertmesh.kernels import packed as four_bit
 from expertmesh.kernels.packed import DecodeBuffer, Packed
 from expertmesh.twins import Fast
 from expertmesh.weights.four_bit import METHOD, ExpertsQuantConfig
