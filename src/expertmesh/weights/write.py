@@ -6,7 +6,6 @@ at a time and written by ranks in turn. In host memory a rank keeps one file of 
 """
 
 import json
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
@@ -114,31 +113,36 @@ def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     other tensors are gathered, and go to the rank that has the fewest bytes of them so far."""
     state = _saved_state(model)
     groups, renamings = _groups(model, state)
+
+    def converted(target: str, values: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        conversion, sources = groups[target]
+        transform = deepcopy(conversion)
+        for (name, pattern), value in zip(sources, values, strict=True):
+            transform.add_tensor(target, name, pattern, value)
+        pieces = transform.convert(target, model=model, config=model.config).items()
+        rename = renamings if isinstance(transform, WeightConverter) else []
+        return {apply_renamings(key, rename): value[0] if isinstance(value, list) else value for key, value in pieces}
+
     load = [0] * ranks.world_size()
     for target, (conversion, sources) in groups.items():
         values = [state[name] for name, _ in sources]
-        first = 0
         if _splits_by_expert(conversion, values):
-            (parameter,) = values
-            _, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            first, values = offset[0], [parameter.to_local()]
-            is_mine = len(values[0]) > 0 and _is_first_replica(parameter)
+            (experts,) = values
+            mesh, rows = experts.device_mesh, experts.to_local()
+            at = zip(mesh.get_coordinate(), experts.placements, strict=True)
+            if not len(rows) or any(number for number, placement in at if placement.is_replicate()):
+                continue  # the first of several copies is written
+            _, (first, *_) = compute_local_shape_and_global_offset(experts.shape, mesh, experts.placements)
+            every = converted(target, [torch.empty(experts.shape, device="meta")])  # part by part, in all experts
+            keys = [key for number, key in enumerate(every) if first <= number % len(experts) < first + len(rows)]
+            pieces = dict(zip(keys, converted(target, [rows]).values(), strict=True))
         else:
             writer = load.index(min(load))
             load[writer] += sum(value.nbytes for value in values)
             values = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]  # on all ranks
-            is_mine = writer == ranks.rank()
-        if not is_mine:
-            continue
-        transform = deepcopy(conversion)
-        for (name, pattern), value in zip(sources, values, strict=True):
-            transform.add_tensor(target, name, pattern, value)
-        for key, value in transform.convert(target, model=model, config=model.config).items():
-            if isinstance(transform, WeightConverter):
-                key = apply_renamings(_renumbered(key, transform, first), renamings)
-            yield key, (value[0] if isinstance(value, list) else value).to("cpu", copy=True).contiguous()
+            pieces = converted(target, values) if writer == ranks.rank() else {}
+        for key, value in pieces.items():
+            yield key, value.to("cpu", copy=True).contiguous()
 
 
 def _saved_state(model: PreTrainedModel) -> dict[str, Any]:
@@ -203,20 +207,6 @@ def _groups(
     return groups, renamings
 
 
-def as_saved(model: PreTrainedModel, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A tensor of one parameter's shape, cut and turned as `save_pretrained` does with the parameter, by keys on disk.
-
-    model: may be on the meta device. Keys may differ from an existing checkpoint's by the model's prefix.
-    """
-    groups, renamings = _groups(model, {name: value})
-    ((target, (conversion, [(_, pattern)])),) = groups.items()
-    transform = deepcopy(conversion)
-    transform.add_tensor(target, name, pattern, value)
-    pieces = transform.convert(target, model=model, config=model.config).items()
-    rename = isinstance(transform, WeightConverter)
-    return {apply_renamings(k, renamings) if rename else k: v[0] if isinstance(v, list) else v for k, v in pieces}
-
-
 def _splits_by_expert(conversion: Any, values: list[Any]) -> bool:
     """Whether one sharded tensor becomes one tensor per row, so that every rank can convert the rows it has."""
     operations = getattr(conversion, "operations", ())
@@ -226,23 +216,6 @@ def _splits_by_expert(conversion: Any, values: list[Any]) -> bool:
         and any(isinstance(operation, SplitModulelist) and operation.dim == 0 for operation in operations)
         and all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in values[0].placements)
     )
-
-
-def _is_first_replica(parameter: DTensor) -> bool:
-    coordinates = parameter.device_mesh.get_coordinate()
-    assert coordinates is not None, "every rank is part of every mesh"
-    pairs = zip(coordinates, parameter.placements, strict=True)
-    return all(coordinate == 0 for coordinate, placement in pairs if placement.is_replicate())
-
-
-def _renumbered(key: str, transform: WeightConverter, first: int) -> str:
-    """A rank's rows are numbered from 0 by the conversion: make that the number of the expert."""
-    for pattern in transform.target_patterns if first else ():
-        found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
-        if found and found.groups():
-            return f"{key[: found.start(1)]}{int(found[1]) + first}{key[found.end(1) :]}"
-    assert not first, f"{key} has no expert's number"
-    return key
 
 
 def _split(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
