@@ -164,14 +164,13 @@ def signed_again(checkpoint):
 
 
 def forge_file(name):
-    return lambda checkpoint, ran: torch.save({"world_size": 1, "x": Payload(ran)}, checkpoint / name)
+    return lambda checkpoint, ran: torch.save({"step": 1, "x": Payload(ran)}, checkpoint / name)
 
 
 @pytest.mark.parametrize(
     ("forge", "message"),
     [
         (forge_file("run.pt"), "Weights only load failed"),
-        (forge_file("rank-0.pt"), "Weights only load failed"),
         (forge_file("optimizer/groups.pt"), "Weights only load failed"),
         (forge_file("optimizer/shard-00001-model-00001-of-00001.safetensors"), "header"),
     ],
