@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from expertmesh.adapters import merge as merging
 from expertmesh.adapters.files import Adapter, AdapterError
 from expertmesh.adapters.layouts import EXPERT_MAJOR, RANK_MAJOR, read_adapter, skeleton
-from expertmesh.adapters.merge import NotEqualError, merge
+from expertmesh.adapters.merge import NotEqualError, merge, packed
 from expertmesh.adapters.slots import rewrite
 from expertmesh.bench.export import configurations, layout
-from expertmesh.weights.quantized import packed
 from tests.models import load_stock, saved
 from tests.weights.test_mxfp4 import published, value_of  # noqa: F401 (a fixture)
 from tests.weights.test_quantized import checkpoints
@@ -314,18 +313,18 @@ def test_experts_without_a_pair_keep_their_weights(tmp_path):
 
 def test_a_merge_that_does_not_compute_base_and_adapter_leaves_nothing(tmp_path, monkeypatch):
     folder, _ = adapter_of("qwen3_moe")
-    delta, as_saved = Adapter.delta, merging.as_saved
+    delta, revert = Adapter.delta, merging.revert_weight_conversion
     monkeypatch.setattr(Adapter, "delta", lambda self, name, shape: 1.01 * delta(self, name, shape))
     with pytest.raises(NotEqualError, match="other logits.*Nothing was written"):
         merge(folder, str(saved("qwen3_moe")), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     monkeypatch.setattr(Adapter, "delta", delta)
 
-    def swapped(model, name, value):
-        pieces = as_saved(model, name, value)
+    def swapped(model, state):
+        pieces = revert(model, state)
         return dict(zip(pieces, reversed(pieces.values()), strict=True))
 
-    monkeypatch.setattr(merging, "as_saved", swapped)
+    monkeypatch.setattr(merging, "revert_weight_conversion", swapped)
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").write_text("stays")
     with pytest.raises(NotEqualError, match=r"experts\..* is not what base and adapter give"):

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from torch import nn
@@ -164,14 +165,13 @@ def signed_again(checkpoint):
 
 
 def forge_file(name):
-    return lambda checkpoint, ran: torch.save({"world_size": 1, "x": Payload(ran)}, checkpoint / name)
+    return lambda checkpoint, ran: torch.save({"step": 1, "x": Payload(ran)}, checkpoint / name)
 
 
 @pytest.mark.parametrize(
     ("forge", "message"),
     [
         (forge_file("run.pt"), "Weights only load failed"),
-        (forge_file("rank-0.pt"), "Weights only load failed"),
         (forge_file("optimizer/groups.pt"), "Weights only load failed"),
         (forge_file("optimizer/shard-00001-model-00001-of-00001.safetensors"), "header"),
     ],
@@ -263,6 +263,21 @@ def test_what_could_not_be_read_back_is_refused_at_once(tmp_path):
     model, optimizer = pair()
     with pytest.raises(ValueError, match="`extra`.*not other objects"):
         save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1, extra={"loader": nn.Identity()})
+    assert not list(tmp_path.iterdir())
+
+
+def refused(rank, folder):
+    """Rank 1 alone has what could not be read back."""
+    dist.init_process_group("gloo")
+    model, optimizer = pair()
+    with pytest.raises(ValueError, match="`extra`.*not other objects"):
+        save_checkpoint(
+            folder, model=model, optimizer=optimizer, step=1, extra={"loader": nn.Identity()} if rank else {}
+        )
+
+
+def test_what_could_not_be_read_back_on_one_rank_is_refused_on_all(tmp_path):
+    on_ranks(2, refused, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

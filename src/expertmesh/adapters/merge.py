@@ -28,17 +28,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from expertmesh.adapters.files import Adapter, AdapterError, read_config, read_tensors
 from expertmesh.adapters.layouts import read_adapter, skeleton
 from expertmesh.adapters.serving import write_adapter
 from expertmesh.auto import AutoModelForCausalLM
+from expertmesh.kernels import four_bit
 from expertmesh.weights.files import SUMS, replacing, verify_sums
-from expertmesh.weights.quantized import MXFP4, READERS, BlockFP8, packed
+from expertmesh.weights.quantized import MXFP4, READERS, BlockFP8
 from expertmesh.weights.read import opened, weight_files
-from expertmesh.weights.write import as_saved
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
 
@@ -183,6 +189,14 @@ def write_merged(
     return dtypes, method
 
 
+def packed(weight_EIO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(blocks, scales) of MXFP4, as `MXFP4` has them, that are nearest to experts' weights; exact where they can be."""
+    weight_EOI = weight_EIO.transpose(1, 2)
+    codes, scales = four_bit.empty("mxfp4", tuple(weight_EOI.shape), torch.device("cpu"))
+    four_bit.encode(weight_EOI, "mxfp4", codes, scales)
+    return codes.unflatten(-1, (-1, 16)), scales
+
+
 def _packed(key: str, stored: MXFP4, pieces: "_Pieces") -> dict[str, torch.Tensor]:
     """A tensor in MXFP4: packed anew with its part of the adapter, or as it is."""
     both = (
@@ -238,7 +252,7 @@ class _Pieces:
     def _cut(self, what: str, name: str) -> None:
         whole = self.adapter.replaced[name] if what == "replaced" else self.adapter.delta(name, self.shapes[name])
         keys = sorted(self.of[name], key=dot_natural_key)
-        pieces = {keys[0]: whole} if len(keys) == 1 else as_saved(self.model, name, whole)
+        pieces = {keys[0]: whole} if len(keys) == 1 else revert_weight_conversion(self.model, {name: whole})
         cut = sorted(pieces, key=dot_natural_key)
         if [_tail(key) for key in keys] != [_tail(key) for key in cut]:
             raise AdapterError(f"The base's checkpoint names the weights of {name} in a way that is not known here.")

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from expertmesh.adapters.files import CONFIG, WEIGHTS, Adapter, AdapterError, Change
 from expertmesh.adapters.layouts import place
 from expertmesh.moe.experts import is_experts
-from expertmesh.weights.write import as_saved
 
 SERVERS = ("vllm", "sglang")
 #: families whose classes vLLM marks `is_3d_moe_weight`, by model_type
@@ -135,7 +135,7 @@ def _for_server(
         if is_experts(model.get_submodule(module)):
             experts.add(module)
         else:
-            path = next(iter(as_saved(model, name, torch.empty(model.get_parameter(name).shape, device="meta"))))
+            path = _keys(model, name, model.get_parameter(name).shape)[0]
             embedding = isinstance(model.get_submodule(module), nn.Embedding)
             pairs.append(Pair(path.removesuffix(".weight"), change.A, change.B, change.scaling, embedding))
     pairs += _missing(pairs, model)
@@ -170,12 +170,17 @@ def _padded(pair: Pair, R: int, scaling: float) -> Pair:
     return pair._replace(A=A, B=B, scaling=scaling)
 
 
+def _keys(model: PreTrainedModel, name: str, shape: torch.Size) -> list[str]:
+    """Of the tensors that a parameter becomes on disk."""
+    return list(revert_weight_conversion(model, {name: torch.empty(shape, device="meta")}))
+
+
 def _missing(pairs: list[Pair], model: PreTrainedModel) -> list[Pair]:
     """Zeros for the projections that servers fuse with one that is there."""
     there, added, by_path = {pair.path for pair in pairs}, {}, {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and any(name.endswith(f".{leaf}") for group in FUSED for leaf in group):
-            key = next(iter(as_saved(model, f"{name}.weight", torch.empty(module.weight.shape, device="meta"))))
+            key = _keys(model, f"{name}.weight", module.weight.shape)[0]
             by_path[key.removesuffix(".weight")] = module
     for pair in pairs:
         parent, _, leaf = pair.path.rpartition(".")
@@ -209,7 +214,7 @@ def _per_expert(adapter: Adapter, model: PreTrainedModel, path: str, server: str
     for projection in ("gate", "up", "down") if experts.has_gate else ("up", "down"):
         name, rows = place(experts, projection)
         shape = getattr(experts, name).shape
-        keys = list(as_saved(model, f"{path}.{name}", torch.empty(shape, device="meta")))
+        keys = _keys(model, f"{path}.{name}", shape)
         columns = len(keys) // shape[0]
         if len(keys) < shape[0] or model.config.model_type == "gpt_oss":
             raise AdapterError(

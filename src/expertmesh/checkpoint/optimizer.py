@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -34,8 +33,7 @@ Named = dict[str, nn.Parameter]
 
 def is_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     """Whether all the optimizer's parameters are the model's; layer-wise optimizers show placeholders."""
-    known = set(model.parameters())
-    return all(parameter in known for group in optimizer.param_groups for parameter in group["params"])
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]} <= {*model.parameters()}
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -44,16 +42,15 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
 
     Groups are told by their parameters' names: another layout may have other groups, as one for each mesh.
     """
-    names = {parameter: name for name, parameter in _named(model, optimizer).items()}
+    named = _named(model, optimizer)
     if isinstance(optimizer, AdamW):
         optimizer.settle()
     tensors: dict[str, Any] = {}
     numbers: dict[str, dict[str, NUMBER]] = {}
-    for parameter, name in names.items():
+    for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                placements = tuple(map(_plain, getattr(value, "placements", ())))
-                tensors[f"{name}/{key}"] = _laid_out(value, placements).contiguous()
+                tensors[f"{name}/{key}"] = _laid_out(value, _plain(getattr(value, "placements", ()))).contiguous()
             elif isinstance(value, NUMBER):
                 numbers.setdefault(name, {})[key] = value
             else:
@@ -63,7 +60,8 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
                 )
     groups = optimizer.param_groups
     options = [{key: value for key, value in g.items() if key not in ("params", "param_names")} for g in groups]
-    of = {names[p]: number for number, g in enumerate(groups) for p in g["params"]}
+    number_of = {parameter: number for number, g in enumerate(groups) for parameter in g["params"]}
+    of = {name: number_of[parameter] for name, parameter in named.items()}
     return tensors, {"options": options, "of": of, "numbers": numbers, "tensors": list(tensors)}
 
 
@@ -122,17 +120,13 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     return order
 
 
-def regrouped(state: dict[str, Any], order: list[int]) -> dict[str, Any]:
+def regrouped(state: Any, order: list[int]) -> Any:
     """A scheduler's state for the groups of `load_optimizer`: what it keeps for each group is put in their order."""
-
-    def change(key: str, value: Any) -> Any:
-        if key in PER_GROUP and isinstance(value, list):
-            return [value[number] for number in order]
-        if isinstance(value, list):  # schedulers of a SequentialLR
-            return [regrouped(item, order) if isinstance(item, dict) else item for item in value]
-        return value
-
-    return {key: change(key, value) for key, value in state.items()}
+    if isinstance(state, dict):
+        per_group = {key: value for key, value in state.items() if key in PER_GROUP and isinstance(value, list)}
+        more = {key: [value[number] for number in order] for key, value in per_group.items()}
+        return {key: regrouped(value, order) for key, value in state.items()} | more
+    return [regrouped(item, order) for item in state] if isinstance(state, list) else state  # those of a SequentialLR
 
 
 def _all_ranks(do: Callable, tensors: dict[str, Any], **options: Any) -> None:
@@ -140,7 +134,7 @@ def _all_ranks(do: Callable, tensors: dict[str, Any], **options: Any) -> None:
     BaseException of its own, which no handler expects."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
-        do(tensors, no_dist=not dist.is_initialized(), **options)
+        do(tensors, **options)
     except dcp.CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
 
@@ -155,23 +149,20 @@ def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> Named:
 
 def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Empty state, laid out like the parameters, for everything the checkpoint holds."""
-    on_device = {
-        parameter: bool(group.get("capturable") or group.get("fused"))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    groups = [group for group in optimizer.param_groups if group.get("capturable") or group.get("fused")]
+    on_device = {parameter for group in groups for parameter in group["params"]}
     tensors: dict[str, Any] = {}
     for path, entry in saved.items():
         name, _, key = path.rpartition("/")
         parameter = named[name]
         shape, dtype = entry.size, entry.properties.dtype
         if not shape:  # the step count: PyTorch keeps it beside the parameter if its kernel reads it there
-            tensors[path] = torch.empty((), dtype=dtype, device=parameter.device if on_device[parameter] else "cpu")
+            tensors[path] = torch.empty((), dtype=dtype, device=parameter.device if parameter in on_device else "cpu")
         elif not isinstance(parameter, DTensor):
             place = optimizer.place(parameter) if isinstance(optimizer, AdamW) else {"device": parameter.device}
             tensors[path] = torch.empty(shape, dtype=dtype, **place)
         elif shape[:-1] == parameter.shape[:-1]:  # of its shape, or with something of each block of a row
-            mesh, placements = parameter.device_mesh, tuple(map(_plain, _placements(parameter, shape)))
+            mesh, placements = parameter.device_mesh, _plain(_placements(parameter, shape))
             tensors[path] = empty_dtensor(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
         else:
             raise ValueError(
@@ -181,9 +172,9 @@ def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimiz
     return tensors
 
 
-def _plain(placement: Any) -> Any:
+def _plain(placements: tuple[Any, ...]) -> tuple[Any, ...]:
     """With contiguous shards for the strided ones of FSDP2 over EP and TP: files have no strides."""
-    return placement if placement.is_replicate() else Shard(placement.dim)  # Shard(d) and _StridedShard(d)
+    return tuple(each if each.is_replicate() else Shard(each.dim) for each in placements)
 
 
 def _placements(parameter: Any, shape: torch.Size) -> tuple[Any, ...]:

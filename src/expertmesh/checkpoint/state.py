@@ -1,14 +1,10 @@
 """Save and resume a training from any loop: model, optimizer, scheduler, random numbers, and where the data stands.
 
-    with BackgroundSaver() as saver: ...     # or save_checkpoint, which returns when everything is on the disk
-    if last := newest_complete("run"):
-        resumed = load_checkpoint(last, model=model, optimizer=optimizer, scheduler=scheduler)
-
 A checkpoint is a model directory as `from_pretrained` reads it, and beside it what a training needs:
 
     model*.safetensors, config.json   the weights, written by the ranks that hold them
     optimizer/                        torch.distributed.checkpoint, in safetensors, by parameter name
-    run.pt, rank-<r>.pt               step and scheduler; random numbers and `extra` of every rank
+    run.pt                            step, scheduler, and every rank's random numbers and `extra`
     checkpoint.sha256                 the SHA-256 of all of these
 
 It can be loaded by any number of ranks in any layout. On as many ranks as saved it, the training goes on bit for bit.
@@ -20,6 +16,7 @@ import logging
 import random
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,28 +78,26 @@ def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None
     checkpoint, model = Path(checkpoint).expanduser(), _plain(model)
     verify(checkpoint)
     run = torch.load(checkpoint / "run.pt", weights_only=True)
-    saved = [torch.load(checkpoint / f"rank-{rank}.pt", weights_only=True) for rank in range(run["world_size"])]
     load_weights(model, checkpoint)
     order = None if optimizer is None else load_optimizer(checkpoint, model, optimizer)
     if scheduler is not None:
         if run["scheduler"] is None:
             raise ValueError(f"{checkpoint} was saved without a scheduler: load it without one.")
-        state = run["scheduler"] if order is None else regrouped(run["scheduler"], order)
-        scheduler.load_state_dict(state)
+        scheduler.load_state_dict(run["scheduler"] if order is None else regrouped(run["scheduler"], order))
     ranks.barrier()
-    extras = [part["extra"] for part in saved]
-    if run["world_size"] != ranks.world_size():
-        log.warning("%s is of %d ranks: random numbers start anew.", checkpoint, run["world_size"])
+    extras = [part["extra"] for part in run["ranks"]]
+    if len(extras) != ranks.world_size():
+        log.warning("%s is of %d ranks: random numbers start anew.", checkpoint, len(extras))
         return Resumed(run["step"], None, extras)
-    set_random_state(saved[ranks.rank()]["random"])
+    set_random_state(run["ranks"][ranks.rank()]["random"])
     return Resumed(run["step"], extras[ranks.rank()], extras)
 
 
-class BackgroundSaver:
+class BackgroundSaver(AbstractContextManager):
     """Saves while the training goes on: `save` returns when everything is copied to host memory.
 
-    A save waits for the one before it. An error of a save is raised by the next `save`, by `wait`, or at the end of the
-    `with` block. Make it on all ranks at the same time; a save needs host memory for this rank's weights and state.
+    A save waits for the one before it, and its error is raised by the next `save`, by `wait`, or at the end of the
+    block. Make it on all ranks at the same time; a save needs host memory for this rank's weights and state.
     """
 
     def __init__(self) -> None:
@@ -110,9 +105,6 @@ class BackgroundSaver:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._running: Future[Path] | None = None
-
-    def __enter__(self) -> "BackgroundSaver":
-        return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
         try:
@@ -137,7 +129,7 @@ def random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -145,9 +137,8 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Continue with the random numbers that `random_state` saw coming."""
-    kind, keys, *rest = state["numpy"]
     random.setstate(state["python"])
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -163,25 +154,20 @@ def _plain(model: Any) -> PreTrainedModel:
     return model
 
 
-def _rank_files(step: int, scheduler: Any, extra: dict[str, Any] | None) -> dict[str, bytes]:
-    """This rank's small files, made now: the loop may change what is in them before they are written."""
-    contents: dict[str, Any] = {f"rank-{ranks.rank()}.pt": {"random": random_state(), "extra": extra or {}}}
-    if ranks.rank() == 0:
-        state = None if scheduler is None else scheduler.state_dict()
-        contents["run.pt"] = {"step": step, "world_size": ranks.world_size(), "scheduler": state}
-    files = {}
-    for name, content in contents.items():
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        files[name] = buffer.getvalue()
-        try:
-            torch.load(io.BytesIO(files[name]), weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{name} could not be read back: `extra` and the scheduler's state may hold numbers, text, tensors, "
-                f"lists and dicts, not other objects ({str(error).split('.')[0]})."
-            ) from error
-    return files
+def _run(step: int, scheduler: Any, extra: dict[str, Any] | None) -> bytes:
+    """What run.pt holds, made now: the loop may change what is in it before it is written."""
+    of_ranks = ranks.gathered({"random": random_state(), "extra": extra or {}})
+    state = None if scheduler is None else scheduler.state_dict()
+    buffer = io.BytesIO()
+    torch.save({"step": step, "scheduler": state, "ranks": of_ranks}, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"run.pt could not be read back: `extra` and the scheduler's state may hold numbers, text, tensors, lists "
+            f"and dicts, not other objects ({str(error).split('.')[0]})."
+        ) from error
+    return buffer.getvalue()
 
 
 def _prepared(
@@ -198,7 +184,7 @@ def _prepared(
     """What writes and publishes a checkpoint of this moment. It gathers, unless everything is `staged` in host memory;
     else it must run at once."""
     model = _plain(model)
-    small, weights = _rank_files(step, scheduler, extra), files_of(model)
+    run, weights = _run(step, scheduler, extra), files_of(model)
     state = None
     if staged:
         weights, (tensors, others) = iter(list(weights)), state_of(model, optimizer)
@@ -208,8 +194,8 @@ def _prepared(
         with publishing(directory, step, group) as folder:
             write_model(folder, model, weights, group)
             write_optimizer(folder, *(state or state_of(model, optimizer)), group)
-            for name, content in small.items():
-                (folder / name).write_bytes(content)
+            if ranks.rank(group) == 0:
+                (folder / "run.pt").write_bytes(run)
         if keep is not None and ranks.rank(group) == 0:
             prune(directory, keep)
         return Path(directory).expanduser() / f"checkpoint-{step}"

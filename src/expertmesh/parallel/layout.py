@@ -35,9 +35,8 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
     Experts that lie whole on one rank need no all-gather and no reduce-scatter: FSDP would only copy their gradients
     and divide them. They stay outside FSDP, and the kernel that computes their gradients divides them
     (`experts.grad_divisor`). Replicated experts (HSDP) and those of other backends stay with FSDP. A `Dispatch` of ours
-    becomes the forward of its experts, in the place of Transformers' wrapper.
-
-    Experts in 4 bits stay outside FSDP under every layout: a rank keeps those that expert parallelism gives it, whole.
+    becomes the forward of its experts, in the place of Transformers' wrapper. Experts in 4 bits stay outside FSDP under
+    every layout: a rank keeps those that expert parallelism gives it, whole.
 
     If all dense weights together are `SMALL`, they are gathered once per step, several layers at a time, and kept for
     the backward: otherwise small layers wait for the CPU. So are float32 routers, which Transformers 5.24 makes units
@@ -98,7 +97,11 @@ def train_together(model: Any, reshard_experts: bool) -> None:
         if getattr(module, "_is_expert_parallel", False) and isinstance(module, FSDPModule):
             module.set_reshard_after_forward(reshard_experts)
         for unit in units_of(module):
-            _limit_waits(unit, f"the weights of {name or type(model).__name__}")
+            groups = [getattr(unit.mesh_info, f"{kind}_process_group", None) for kind in ("shard", "replicate")]
+            limited = waiting(f"the weights of {name or type(model).__name__}", *filter(None, groups))
+            for call in ("unshard", "post_backward"):  # where collectives begin, and with backends that raise end
+                if call not in vars(unit):  # a unit of several modules comes several times
+                    setattr(unit, call, limited(getattr(unit, call)))
     model.base_model.register_forward_pre_hook(partial(_before_training, model, set(model.modules())))
 
 
@@ -106,14 +109,6 @@ def units_of(module: nn.Module) -> list[Any]:
     """FSDP's groups of parameters that are gathered together, at this module."""
     state = vars(module._get_fsdp_state()) if isinstance(module, FSDPModule) else {}
     return list(filter(None, state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")])))  # torch 2.11 has one
-
-
-def _limit_waits(unit: Any, place: str) -> None:
-    """Make the collectives of an FSDP unit `waiting`, once: a unit of several modules comes here several times."""
-    groups = [getattr(unit.mesh_info, f"{kind}_process_group", None) for kind in ("shard", "replicate")]
-    for name in ("unshard", "post_backward"):  # where they begin, and with backends that raise end
-        if name not in vars(unit):
-            setattr(unit, name, waiting(place, *filter(None, groups))(getattr(unit, name)))
 
 
 @torch.compiler.disable

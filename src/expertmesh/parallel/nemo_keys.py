@@ -28,11 +28,9 @@ def create_distributed_setup_from_config(
 ) -> DistributedSetup:
     """The `DistributedSetup` of a `distributed` section with NeMo AutoModel's keys, as a dict or keywords.
 
-    Keys: strategy, dp_size, dp_replicate_size, tp_size, ep_size, timeout_minutes, activation_checkpointing (NeMo's bool
-    or "full", or what a `DistributedSetup` takes), moe: {reshard_after_forward: bool}, and dispatch, which NeMo has
-    not. None leaves a key out. NeMo's other
-    keys are accepted at values that ask for what happens anyway. Raises ValueError for any other value of them, and for
-    a key that nobody knows.
+    Keys are a `DistributedSetup`'s, but moe: {reshard_after_forward: bool} for reshard_experts. None leaves a key out.
+    NeMo's other keys are accepted at values that ask for what happens anyway. Raises ValueError for any other value of
+    them, and for a key that nobody knows.
     """
     section = _ours_of({} if config is None else config) | _ours_of(keys)
     section |= {} if world_size is None else {"world_size": world_size}

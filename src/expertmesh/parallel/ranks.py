@@ -21,10 +21,10 @@ def world_size(group: Any = None) -> int:
     return dist.get_world_size(group) if _are_several(group) else 1
 
 
-def barrier(group: Any = None) -> None:
+def barrier() -> None:
     """Wait until every rank is here."""
-    if _are_several(group):
-        dist.barrier(group)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def gathered(value: Any, group: Any = None) -> list[Any]:

@@ -43,18 +43,13 @@ class DistributedSetup:
     tp_size: ranks that share one batch and split attention and dense layers.
     dp_size: ranks with a batch of their own; by default all ranks / tp_size.
     dp_replicate_size: copies of the model (HSDP); each is sharded over dp_size / dp_replicate_size ranks.
-    activation_checkpointing: what layers recompute in the backward instead of keeping it. True or "full": all; "light":
-        what takes no product (norms, RoPE behind norms, dense activations); "experts": the experts' up-projection, too;
-        "offload": all, from inputs that wait in host memory; {"experts": n}: the first n layers that, the others what
-        is one less; False: nothing.
+    activation_checkpointing: what layers recompute in the backward; True, or a policy of kernels/levels.py.
     reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
         has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
     dispatch: how tokens reach experts on other ranks. "auto": where groups lie on GPUs of one node, "gather" up to an
         ep_size of 8, else "all_to_all". "all_to_all": once to each rank that needs them, any number of ranks; the host
-        waits once per layer for the counts. "gather": to all ranks of the expert-parallel group; the host never waits
-        for the device.
+        waits once per layer for the counts. "gather": to all ranks of the expert-parallel group, without that wait.
     timeout_minutes: how long a rank waits for another in a step; then it ends with an error that names the layer.
-        Loading, saving and what else ranks do together may take hours.
     strategy: "fsdp2"; there is no other.
     world_size: ranks; by default those of torch.distributed, else WORLD_SIZE, else 1.
 
@@ -156,16 +151,14 @@ class DistributedSetup:
             "experts": [r % ep for r in range(world)],
             "shard of them": [r % per_replica // ep if ep > 1 else 0 for r in range(world)],
         }
-        rows = {name: values for name, values in rows.items() if name in ("rank", "batch") or any(values)}
-        width = len(str(world - 1))
-        lines = [
-            f"{world} rank{'s' * (world > 1)}: dp_size={self.dp_size} (dp_replicate_size={self.dp_replicate_size} x "
-            f"fsdp {self.fsdp_size}), tp_size={self.tp_size}, ep_size={self.ep_size}"
-        ]
+        text = f"{world} rank{'s' * (world > 1)}: dp_size={self.dp_size} (dp_replicate_size={self.dp_replicate_size} x "
+        text += f"fsdp {self.fsdp_size}), tp_size={tp}, ep_size={ep}"
         for first in range(0, world, 16):
             for name, values in rows.items():
-                lines.append(f"{name:>13}  " + " ".join(f"{v:>{width}}" for v in values[first : first + 16]))
-        return "\n".join(lines)
+                if name in ("rank", "batch") or any(values):
+                    numbers = " ".join(f"{value:>{len(str(world - 1))}}" for value in values[first : first + 16])
+                    text += f"\n{name:>13}  {numbers}"
+        return text
 
 
 def recompute(model: Any, policy: Policy) -> None:
@@ -183,9 +176,7 @@ def recompute(model: Any, policy: Policy) -> None:
 
 def current_world_size() -> int:
     """How many ranks this run has."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _divisors(n: int) -> str:
@@ -237,12 +228,10 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
     replica = layout.fsdp_size * layout.tp_size
 
     def fits(num_experts: int, ep_size: int) -> bool:
-        if packed:  # FSDP leaves them whole
-            return num_experts % ep_size == 0
         sharding = replica // ep_size if ep_size > 1 else layout.fsdp_size
         held, rest = divmod(num_experts, ep_size)
         covered = -(-held // sharding) * (sharding - 1)  # by all shards but the last, which gets what is left
-        return rest == 0 and (not one_by_one or covered < held)
+        return rest == 0 and (packed or not one_by_one or covered < held)  # FSDP leaves packed experts whole
 
     for name, experts in model.named_modules():
         if not is_experts(experts):

@@ -7,7 +7,6 @@ the old export, the new one, or a folder without weights, which nothing loads; t
 `.export.complete`.
 """
 
-import errno
 import fcntl
 import filecmp
 import hashlib
@@ -57,12 +56,12 @@ def alone(folder: str | Path, group: Any = None) -> Iterator[None]:
                 file = stack.enter_context(lock.open("a"))
                 try:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a fork that outlives us does not keep this one
+                except (BlockingIOError, PermissionError):
+                    raise FolderInUseError(
+                        f"Another run writes into {folder}, and two would mix their files. Write into another folder, "
+                        f"or end that run."
+                    ) from None
                 except OSError as error:
-                    if error.errno in (errno.EACCES, errno.EAGAIN):
-                        raise FolderInUseError(
-                            f"Another run writes into {folder}, and two would mix their files. Write into another "
-                            f"folder, or end that run."
-                        ) from None
                     log.warning("%s cannot be locked (%s): let no other run write there.", folder, error)
                 _held.add(lock)
                 stack.callback(_held.discard, lock)

@@ -40,7 +40,6 @@ class ExpertsQuantConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json gets."""
         return dict(self._stored or {"quant_method": self.quant_method, "format": self.format})
 
     def kept_from(self, stored: dict[str, Any]) -> bool:
@@ -58,9 +57,7 @@ class ExpertsQuantConfig(QuantizationConfigMixin):
 
 
 def pack(model: Any, quantization: ExpertsQuantConfig) -> None:
-    """Put the weights of a fused model's experts into 4 bits, one stack after another; on the meta device without
-    values. As loading does it.
-    """
+    """Put the weights of a fused model's experts into 4 bits, as loading does; on the meta device without values."""
     quantizer = ExpertsQuantizer(quantization, pre_quantized=False)
     quantizer.preprocess_model(model)
     quantizer.postprocess_model(model)
@@ -76,7 +73,6 @@ class ExpertsQuantizer(HfQuantizer):
     quantized_element_size: Any = 4.25 / 8  # in either format
 
     def is_serializable(self, **_: Any) -> bool:
-        """A model is saved as it is, packed."""
         return True
 
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
@@ -104,11 +100,9 @@ class ExpertsQuantizer(HfQuantizer):
         model._weight_conversions = []  # saved under the model's own names: packed stacks are not taken apart
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        """Whether this is a weight of experts."""
         return packed_in(model.get_parameter_or_buffer(param_name)) is not None
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What is done to a stack of weights that was read."""
         return _Pack()
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:

@@ -66,14 +66,6 @@ def _read_fp8(stored: dict[str, Any], tensors: Tensors) -> Tensors:
     return tensors
 
 
-def packed(weight_EIO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(blocks, scales) of MXFP4, as `MXFP4` has them, that are nearest to experts' weights; exact where they can be."""
-    weight_EOI = weight_EIO.transpose(1, 2)
-    codes, scales = four_bit.empty("mxfp4", tuple(weight_EOI.shape), torch.device("cpu"))
-    four_bit.encode(weight_EOI, "mxfp4", codes, scales)
-    return codes.unflatten(-1, (-1, 16)), scales
-
-
 class MXFP4:
     """Weights [E, I, O] of experts in MXFP4, packed along I, as a bfloat16 tensor, exact, that is read when indexed.
 
@@ -85,8 +77,8 @@ class MXFP4:
         self.blocks, self.scales = blocks, scales
 
     def get_shape(self) -> list[int]:
-        E, O, groups, _ = self.blocks.get_shape()  # noqa: E741
-        return [E, 32 * groups, O]
+        E, O, groups, size = self.blocks.get_shape()  # noqa: E741
+        return [E, 2 * groups * size, O]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """As of `BlockFP8`; one expert at a time, so that little more than the result is in memory."""
@@ -103,18 +95,14 @@ class MXFP4:
         return result
 
 
-class Kept:
-    """Experts' weights in 4 bits [E, O, I] that stay so: `Packed` when they are read. blocks, scales: as of `MXFP4`."""
+class Kept(MXFP4):
+    """The same, or NF4, that stays so: `Packed` when it is read, of whole experts."""
 
     def __init__(self, blocks: Any, scales: Any, format: str):
-        self.blocks, self.scales, self.format = blocks, scales, format
-
-    def get_shape(self) -> list[int]:
-        *outer, groups, size = self.blocks.get_shape()
-        return [*outer, 2 * groups * size]
+        super().__init__(blocks, scales)
+        self.format = format
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """Of `...`, or as of `BlockFP8` with whole experts."""
         experts = slice(None) if index is ... else index[0]
         assert index is ... or [slice(0, n) for n in self.get_shape()[1:]] == [*index[1:]], "ranks have whole experts"
         blocks, scales = self.blocks[experts], self.scales[experts]
@@ -147,13 +135,13 @@ class ReadsQuantized(Fast):
         if isinstance(config, PreTrainedConfig) and (asked is None or isinstance(asked, ExpertsQuantConfig)):
             kwargs["config"] = config = copy.deepcopy(config)
             stored: Any = getattr(config, "quantization_config", None)
-            method = stored.get("quant_method") if isinstance(stored, dict) else None
+            stored = stored if isinstance(stored, dict) else {}
+            method = stored.get("quant_method")
             if method == METHOD and asked is None:
                 asked = ExpertsQuantConfig.from_dict(stored)
-            if asked is not None and method is not None and asked.kept_from(stored):
-                asked = ExpertsQuantConfig(asked.format, stored=stored)
             if asked is not None:
-                kwargs["quantization_config"] = asked
+                kept = stored if asked.kept_from(stored) else None
+                kwargs["quantization_config"] = ExpertsQuantConfig(asked.format, stored=kept)
             if method == METHOD or (method in READERS and (method != "fp8" or stored.get("weight_block_size"))):
                 del config.quantization_config
                 config._stored_quantization = stored  # for `_load_pretrained_model`
@@ -205,7 +193,7 @@ def tell_saved(model: Any, folder: Any) -> None:
 def forget_packed_names(model: Any) -> None:
     """Of a model that Transformers dequantized: let it be saved under the names of its weights.
 
-    Transformers saves it under those of the packed tensors, which nothing loads.
+    Transformers 5.23 saves it under those of the packed tensors, which nothing loads.
     """
     conversions = getattr(model, "_weight_conversions", None) or ()
     if any(type(op).__name__.endswith("Dequantize") for c in conversions for op in getattr(c, "operations", ())):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -27,8 +27,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from expertmesh.parallel.clip import local
 
-Read = Callable[[Any, Any, int | None], torch.Tensor | None]
-
 
 def to_model_names(
     model: PreTrainedModel, state: Mapping[str, Any], strict: bool = True
@@ -39,16 +37,15 @@ def to_model_names(
     in another file, but not if `strict`, nor if the model has no parameter that is not in `state`. Raises ValueError if
     the tensors of one parameter do not fit together, as when one expert's are missing.
     """
-    targets = model.state_dict()
+    targets = model.state_dict(keep_vars=True)
     foreign = {key: value for key, value in state.items() if key not in targets}
     if not foreign:
         return state, {}
-    groups, unknown = _groups(model, foreign, targets, lambda source, target, index: source)
+    groups, unknown = _groups(model, foreign, targets)
     converted = {key: value for key, value in state.items() if key in targets or key in unknown}
-    tied = _aliases(model)
+    absent = _to_load(model, targets).keys() - {id(targets[name]) for name in (*converted, *groups) if name in targets}
+    is_part = not strict and len(absent) > 0
     waiting: dict[str, Any] = {}
-    found = set().union(*(tied.get(name, {name}) for name in (*converted, *groups)))
-    is_part = not strict and not found.issuperset(set(targets) - set(model._keys_to_ignore_on_save or ()))
     for name, group in groups.items():
         keys = set().union(*group.layer_targets.values())
         try:
@@ -70,18 +67,16 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     if not files:
         raise FileNotFoundError(f"{folder} has no weights (*.safetensors). Name a folder that save_pretrained wrote.")
     with opened(files) as sources, torch.no_grad():
-        targets = model.state_dict()
-        groups, unknown = _groups(model, sources, targets, _read_slice)
-        own = {name: local(x) for name, x in targets.items()}
-        tied = _aliases(model)
-        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-        absent = set(targets) - set(model._keys_to_ignore_on_save or ())
+        targets = model.state_dict(keep_vars=True)
+        groups, unknown = _groups(model, sources, targets)
+        own, absent = {name: local(x) for name, x in targets.items()}, _to_load(model, targets)
         for name, group in groups.items():
             for target, value in _converted(model, name, group, own).items():
                 own[target].copy_(value)
-                absent -= tied.get(target, {target})
+                absent.pop(id(targets[target]), None)
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
         unknown = [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]
-    for what, keys in (("lacks", sorted(absent)), ("has, but the model has not:", sorted(unknown))):
+    for what, keys in (("lacks", sorted(absent.values())), ("has, but the model has not:", sorted(unknown))):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ValueError(
@@ -91,7 +86,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def _groups(
-    model: PreTrainedModel, sources: Mapping[str, Any], targets: dict[str, torch.Tensor], read: Read
+    model: PreTrainedModel, sources: Mapping[str, Any], targets: dict[str, torch.Tensor]
 ) -> tuple[dict[str, Any], list[str]]:
     """(Transformers' conversion for each parameter with its tensors, still unread; keys that belong to no parameter)"""
     transforms = get_model_conversion_mapping(model)
@@ -112,7 +107,7 @@ def _groups(
         else:
             group = groups.setdefault(name, deepcopy(by_pattern[pattern]))
             index = len(group.collected_tensors.get(pattern, ()))
-        group.add_tensor(name, key, pattern or key, partial(read, sources[key], targets[name], index))
+        group.add_tensor(name, key, pattern or key, partial(_read, sources[key], targets[name], index))
     return groups, unknown
 
 
@@ -138,20 +133,19 @@ def _converted(
     return values
 
 
-def _read_slice(source: Any, target: torch.Tensor, index: int | None) -> torch.Tensor | None:
-    """This rank's part of a tensor on disk (a safetensors slice); None if none of it is this rank's."""
+def _read(source: Any, target: torch.Tensor, index: int | None) -> torch.Tensor | None:
+    """This rank's part of a slice of safetensors, None if none of it is this rank's; a tensor in memory as it is."""
+    if isinstance(source, torch.Tensor):
+        return source
     if isinstance(target, DTensor):
-        local = target.to_local()
-        return DtensorShardOperation(target).shard_tensor(source, index, local.device, target.dtype)
+        return DtensorShardOperation(target).shard_tensor(source, index, target.device, target.dtype)
     return source[...].to(target.device, target.dtype)
 
 
-def _aliases(model: PreTrainedModel) -> dict[str, set[str]]:
-    """For every parameter's name, all names of the same parameter (tied weights are saved once)."""
-    names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    return {name: group for group in names.values() for name in group}
+def _to_load(model: PreTrainedModel, targets: dict[str, torch.Tensor]) -> dict[int, str]:
+    """{id of a tensor: one of its names} of what a checkpoint must hold; tied weights are one."""
+    ignored = model._keys_to_ignore_on_save or ()
+    return {id(x): name for name, x in targets.items() if name not in ignored}
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -6,10 +6,8 @@ at a time and written by ranks in turn. In host memory a rank keeps one file of 
 """
 
 import json
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    SplitModulelist,
-    WeightConverter,
-    WeightRenaming,
-    apply_converters,
-    apply_renamings,
-    dot_natural_key,
-)
+from transformers.core_model_loading import WeightConverter, apply_converters, dot_natural_key, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from expertmesh.kernels.packed import packed_in, parts_of
@@ -113,32 +103,33 @@ def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """(key on disk, tensor) of all that this rank writes. Of experts that become one tensor each it has its own rows;
     other tensors are gathered, and go to the rank that has the fewest bytes of them so far."""
     state = _saved_state(model)
-    groups, renamings = _groups(model, state)
+    groups, renamed = _groups(model, state)
+
+    def converted(names: list[str], values: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        if names[0] in renamed:
+            return {renamed[names[0]]: values[0]}
+        return revert_weight_conversion(model, dict(zip(names, values, strict=True)))
+
     load = [0] * ranks.world_size()
-    for target, (conversion, sources) in groups.items():
-        values = [state[name] for name, _ in sources]
-        first = 0
-        if _splits_by_expert(conversion, values):
-            (parameter,) = values
-            _, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            first, values = offset[0], [parameter.to_local()]
-            is_mine = len(values[0]) > 0 and _is_first_replica(parameter)
+    for names in groups:
+        values = [state[name] for name in names]
+        every = converted(names, [torch.empty(value.shape, device="meta") for value in values])
+        if _are_rows(every, values):
+            (experts,) = values
+            mesh, rows = experts.device_mesh, experts.to_local()
+            at = zip(mesh.get_coordinate(), experts.placements, strict=True)
+            if not len(rows) or any(number for number, placement in at if placement.is_replicate()):
+                continue  # the first of several copies is written
+            _, (first, *_) = compute_local_shape_and_global_offset(experts.shape, mesh, experts.placements)
+            keys = [key for number, key in enumerate(every) if first <= number % len(experts) < first + len(rows)]
+            pieces = dict(zip(keys, converted(names, [rows]).values(), strict=True))
         else:
             writer = load.index(min(load))
             load[writer] += sum(value.nbytes for value in values)
             values = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]  # on all ranks
-            is_mine = writer == ranks.rank()
-        if not is_mine:
-            continue
-        transform = deepcopy(conversion)
-        for (name, pattern), value in zip(sources, values, strict=True):
-            transform.add_tensor(target, name, pattern, value)
-        for key, value in transform.convert(target, model=model, config=model.config).items():
-            if isinstance(transform, WeightConverter):
-                key = apply_renamings(_renumbered(key, transform, first), renamings)
-            yield key, (value[0] if isinstance(value, list) else value).to("cpu", copy=True).contiguous()
+            pieces = converted(names, values) if writer == ranks.rank() else {}
+        for key, value in pieces.items():
+            yield key, value.to("cpu", copy=True).contiguous()
 
 
 def _saved_state(model: PreTrainedModel) -> dict[str, Any]:
@@ -178,71 +169,32 @@ def _copies(model: PreTrainedModel) -> dict[str, str]:
     return {} if mtp is None else mtp.copies
 
 
-def _groups(
-    model: PreTrainedModel, state: dict[str, Any]
-) -> tuple[dict[str, tuple[Any, list[tuple[str, str]]]], list[WeightRenaming]]:
-    """Tensors that become tensors of the checkpoint together, as {target: (the conversion that `save_pretrained` would
-    apply, [(name in the model, pattern it matches)])}; and the renamings that come behind conversions."""
-    transforms = getattr(model, "_weight_conversions", None)
-    if transforms is None:  # not from a checkpoint: a prefix that might have been there is not invented
-        known = get_model_conversion_mapping(model, add_legacy=False)
-        transforms = [transform for transform in known if not isinstance(transform, PrefixChange)]
-    reverse = [transform.reverse_transform() for transform in transforms[::-1]]
-    renamings = [transform for transform in reverse if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in reverse if isinstance(transform, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+def _groups(model: PreTrainedModel, state: dict[str, Any]) -> tuple[list[list[str]], dict[str, str]]:
+    """([names of weights that become tensors of the checkpoint together]; {name: key on disk} of those that only get
+    another name: these by one call, as what Transformers makes of some names depends on those before)"""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    converters: Any = [each.reverse_transform() for each in conversions[::-1] if isinstance(each, WeightConverter)]
+    groups: dict[str, list[str]] = {}
+    alone: dict[str, torch.Tensor] = {}
     for name in sorted(state, key=dot_natural_key):
         target, pattern = apply_converters(name, converters)
+        groups.setdefault(target, []).append(name)
         if pattern is None:
-            target = apply_renamings(name, renamings)
-            transform: Any = WeightRenaming(name, target)
-        else:
-            transform = by_pattern[pattern]
-        groups.setdefault(target, (transform, []))[1].append((name, pattern or name))
-    return groups, renamings
+            alone[name] = torch.empty(0)
+    return list(groups.values()), dict(zip(alone, revert_weight_conversion(model, alone), strict=True))
 
 
-def as_saved(model: PreTrainedModel, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A tensor of one parameter's shape, cut and turned as `save_pretrained` does with the parameter, by keys on disk.
-
-    model: may be on the meta device. Keys may differ from an existing checkpoint's by the model's prefix.
-    """
-    groups, renamings = _groups(model, {name: value})
-    ((target, (conversion, [(_, pattern)])),) = groups.items()
-    transform = deepcopy(conversion)
-    transform.add_tensor(target, name, pattern, value)
-    pieces = transform.convert(target, model=model, config=model.config).items()
-    rename = isinstance(transform, WeightConverter)
-    return {apply_renamings(k, renamings) if rename else k: v[0] if isinstance(v, list) else v for k, v in pieces}
-
-
-def _splits_by_expert(conversion: Any, values: list[Any]) -> bool:
-    """Whether one sharded tensor becomes one tensor per row, so that every rank can convert the rows it has."""
-    operations = getattr(conversion, "operations", ())
+def _are_rows(every: dict[str, torch.Tensor], values: list[Any]) -> bool:
+    """Whether these are one tensor for each row of a sharded one, so that every rank can convert the rows it has."""
     return (
         len(values) == 1
         and isinstance(values[0], DTensor)
-        and any(isinstance(operation, SplitModulelist) and operation.dim == 0 for operation in operations)
+        and all(piece.ndim < values[0].ndim for piece in every.values())
+        and len(every) % len(values[0]) == 0
         and all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in values[0].placements)
     )
-
-
-def _is_first_replica(parameter: DTensor) -> bool:
-    coordinates = parameter.device_mesh.get_coordinate()
-    assert coordinates is not None, "every rank is part of every mesh"
-    pairs = zip(coordinates, parameter.placements, strict=True)
-    return all(coordinate == 0 for coordinate, placement in pairs if placement.is_replicate())
-
-
-def _renumbered(key: str, transform: WeightConverter, first: int) -> str:
-    """A rank's rows are numbered from 0 by the conversion: make that the number of the expert."""
-    for pattern in transform.target_patterns if first else ():
-        found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
-        if found and found.groups():
-            return f"{key[: found.start(1)]}{int(found[1]) + first}{key[found.end(1) :]}"
-    assert not first, f"{key} has no expert's number"
-    return key
 
 
 def _split(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
