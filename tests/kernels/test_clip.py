@@ -158,13 +158,3 @@ def test_tiny_gradients_are_scaled_as_by_pytorch(max_norm):
     clip_grad_norm([ours], max_norm)
     torch.nn.utils.clip_grad_norm_([theirs], max_norm)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("shape", [(4,), (5, 4)])
-def test_a_graphs_tables_keep_their_shape_and_numbers(shape):
-    pinned = tensor_lists._Pinned()
-    pinned._free = torch.empty(64, dtype=torch.int64)  # `reserve` pins memory, for which it takes a GPU
-    numbers = torch.rand(shape, dtype=torch.float64)
-    taken = pinned.take(numbers.view(torch.int64)).view(torch.float64)
-    pinned.take(torch.zeros(3, dtype=torch.int64))
-    assert torch.equal(taken, numbers) and pinned._free.numel() == 64 - numbers.numel() - 3

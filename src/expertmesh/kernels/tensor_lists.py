@@ -81,37 +81,8 @@ def _remembered(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.de
 
 
 def _sent(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type != "cuda":
-        return table
-    if torch.cuda.is_current_stream_capturing():
-        pinned = _GRAPHS.take(table.view(torch.int64)).view(table.dtype)
-    else:
-        _GRAPHS.reserve(table.numel())
-        pinned = table.pin_memory()  # PyTorch gives this memory out again only when the copy has been made
-    return pinned.to(device, non_blocking=True)
-
-
-class _Pinned:
-    """Memory for the tables of CUDA graphs, pinned before one is captured and used once: every replay reads it."""
-
-    def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.int64)
-        self._taken: list[torch.Tensor] = []
-
-    def reserve(self, size: int) -> None:
-        if self._free.numel() < 8 * size:
-            self._free = torch.empty(max(2**17, 16 * size), dtype=torch.int64, pin_memory=True)
-
-    def take(self, table: torch.Tensor) -> torch.Tensor:
-        size = table.numel()
-        if size > self._free.numel():
-            raise RuntimeError("Take a step before you capture one in a CUDA graph, as PyTorch's optimizers ask too.")
-        taken, self._free = self._free[:size], self._free[size:]
-        self._taken.append(taken)
-        return taken.view(table.shape).copy_(table)
-
-
-_GRAPHS = _Pinned()
+    # PyTorch gives pinned memory out again only when the copy has been made, and what a CUDA graph copies from never
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 @triton.jit
