@@ -26,7 +26,7 @@ OPTIONS = {"STAGES": 1, "BLOCK": 1024, "num_warps": 4}
 #: instructions, which on an H200 is worth 15 to 20 % of the copy rate
 BLOCK_OPTIONS = {"STAGES": 3, "BLOCK": 1024, "num_warps": 4}
 SHARED = 10  # float32 numbers that the elements of a tensor share
-Scalar = torch.Tensor | None
+Scalar = torch.Tensor | None  # float32, on a device
 
 
 class Update(NamedTuple):
