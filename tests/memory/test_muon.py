@@ -104,7 +104,7 @@ def test_every_matrix_is_stepped_as_by_pytorch_and_the_rest_as_by_adamw(how, nes
 
 def test_its_constants_are_those_of_pytorch():
     defaults = {name: each.default for name, each in inspect.signature(torch.optim.Muon).parameters.items()}
-    assert (defaults["ns_coefficients"], defaults["ns_steps"]) == (muon.COEFFICIENTS, muon.STEPS)
+    assert (defaults["ns_coefficients"], defaults["ns_steps"]) == (muon.COEFFICIENTS, muon.DEFAULT_NS_STEPS)
     assert defaults["eps"] == muon.EPS
     mine = {name: each.default for name, each in inspect.signature(expertmesh.Muon).parameters.items()}
     assert all(mine[name] == defaults[name] for name in ("lr", "weight_decay", "momentum", "nesterov"))
@@ -219,8 +219,14 @@ def test_what_is_refused(tmp_path):
         model.backward(1)
         with pytest.raises(ValueError, match="another optimizer's"):
             second.step()
-    with pytest.raises(ValueError, match="another optimizer's"):
+    with pytest.raises(ValueError, match="different number of parameter groups"):
         expertmesh.Muon(model).load_state_dict(expertmesh.AdamW(model.parameters()).state_dict())
+    for of, to in (makers, makers[::-1]):
+        first, second = of(model), to(model)
+        steps(first, model, range(1))
+        second.load_state_dict(first.state_dict())
+        with pytest.raises(ValueError, match="another optimizer's"):
+            second.step()
 
 
 # --- ranks

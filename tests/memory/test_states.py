@@ -83,12 +83,13 @@ def floats(parameter, state) -> dict[str, torch.Tensor]:
 def test_what_is_kept_is_said_and_counted(states, dtype, bytes_each, capsys):
     with torch.device("meta"):
         weight = nn.Parameter(torch.empty(1024, 2048, dtype=getattr(torch, dtype)))
-    assert low_memory.bytes_kept([weight], states) / weight.numel() == pytest.approx(bytes_each, abs=0.005)
+    form = low_memory.form_of(weight, states)
+    assert low_memory.bytes_kept(weight, form) / weight.numel() == pytest.approx(bytes_each, abs=0.005)
     model = Model(getattr(torch, dtype))
     optimizer = expertmesh.AdamW(model.parameters(), states=states)
     run(optimizer, model, range(1))
     counted = sum(x.nbytes for x in everything(model, optimizer))
-    assert low_memory.bytes_kept(model.parameters(), states) == counted
+    assert sum(low_memory.bytes_kept(p, low_memory.form_of(p, states)) for p in model.parameters()) == counted
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "AdamW keeps" in line)
     numbers = sum(p.numel() for p in model.parameters())
     assert f"{counted / numbers:.2f} bytes a parameter" in line and (states is None or states in line)
@@ -215,7 +216,7 @@ def test_every_state_can_go_on_as_every_other(of, to):
     for parameter, weight in zip(model.parameters(), weights, strict=True):
         state = second.state[parameter]
         assert torch.equal(parameter, weight) and state["step"] == 2
-        assert low_memory.has_form(state, low_memory.form_of(parameter, to), to)
+        assert low_memory.has_form(parameter, state, low_memory.form_of(parameter, to))
         got, want = floats(parameter, state), known[parameter]
         bound = 3e-2 if to in ("8bit", "24bit") else 2e-3 if to is None else 0  # codes, bfloat16, float32
         for key in low_memory.MOMENTS:
@@ -229,7 +230,23 @@ def test_every_state_can_go_on_as_every_other(of, to):
     plain = second.state_dict()
     if to in (None, "float32"):
         torch.optim.AdamW(model.parameters(), **OPTIONS).load_state_dict(plain)
-    assert all(low_memory.is_plain(state) for state in plain["state"].values()) == (to is None)
+    is_plain = [state.keys() == {"step", *low_memory.MOMENTS} for state in plain["state"].values()]
+    assert all(is_plain) == (to is None), "what PyTorch's AdamW reads"
+
+
+def test_moments_are_in_the_dtype_that_weights_have_at_the_step():
+    """Of a model that is cast after its optimizer was made, and of a state that was another dtype's."""
+    model = Model(torch.float32)
+    first = expertmesh.AdamW(model.parameters(), **OPTIONS)
+    run(first, model, range(2))
+    saved = copy.deepcopy(first.state_dict())
+    second = expertmesh.AdamW(model.parameters(), **OPTIONS)
+    model.bfloat16()
+    second.load_state_dict(saved)
+    run(second, model, range(2, 3))
+    for parameter in model.parameters():
+        state = second.state[parameter]
+        assert {state[key].dtype for key in low_memory.MOMENTS} == {torch.bfloat16} and state["step"] == 3
 
 
 def test_what_is_refused():

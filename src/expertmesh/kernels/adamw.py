@@ -5,14 +5,12 @@
 
 Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, in the order in which `torch.optim.AdamW(fused=True)` computes
 it: in float32, each result rounded once. g is the gradient times a scale that stays on the device, so that clipping
-costs no pass of its own.
-
-Low-memory states go through the same kernel: moments in 8 bits (block_quant.py), of which a program holds whole blocks,
-and weights rounded stochastically, or kept more exactly beside the model's.
+costs no pass of its own. Moments may have 8 bits (block_quant.py), of which a program holds whole blocks, and weights
+may be rounded stochastically, or kept more exactly beside the model's.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +26,7 @@ OPTIONS = {"STAGES": 1, "BLOCK": 1024, "num_warps": 4}
 #: instructions, which on an H200 is worth 15 to 20 % of the copy rate
 BLOCK_OPTIONS = {"STAGES": 3, "BLOCK": 1024, "num_warps": 4}
 SHARED = 10  # float32 numbers that the elements of a tensor share
+Scalar = torch.Tensor | None  # float32, on a device
 
 
 class Update(NamedTuple):
@@ -56,7 +55,7 @@ class Update(NamedTuple):
         return self.exp_avg.shape[-1] // self.scales[0].shape[-1] if self.scales else 0
 
 
-def adamw_(updates: Sequence[Update], scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None) -> None:
+def adamw_(updates: Sequence[Update], scale: Scalar = None, found_inf: Scalar = None) -> None:
     """One step in place, without a sync. Gradients are only read, and used `scale` times as large.
 
     scale, found_inf: float32 scalars on a device; where found_inf is not 0 nothing changes, no count of steps either.
@@ -71,9 +70,7 @@ def adamw_(updates: Sequence[Update], scale: torch.Tensor | None = None, found_i
         adamw_reference_([alike[i] for i in others], scale, found_inf)
 
 
-def adamw_reference_(
-    updates: Sequence[Update], scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None
-) -> None:
+def adamw_reference_(updates: Sequence[Update], scale: Scalar = None, found_inf: Scalar = None) -> None:
     """The specification of `adamw_`: PyTorch's fused AdamW, in float32 or wider."""
     for update in updates:
         weight, step, options = update.weight, update.step, update.options
@@ -92,7 +89,7 @@ def adamw_reference_(
         torch._fused_adamw_(
             p, g, m, v, [], [step], lr=lr, beta1=beta1, beta2=beta2, amsgrad=False, found_inf=found, **rest
         )
-        for kept, new in _kept(update, used):
+        for kept, new in _kept(update, *p, *m, *v):
             if found is not None and (update.scales or update.master is not None):  # else PyTorch has left it as it is
                 new = torch.where(found != 0, kept, new)
             kept.copy_(new)  # nothing to do where it is the same memory
@@ -111,29 +108,26 @@ def _floats(update: Update) -> list[torch.Tensor]:
     return [weight, grad, *moments]
 
 
-def _kept(update: Update, used: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(what is kept, its new value) for weight and state, from what `_floats` gave after the step."""
-    weight, _, avg, square = used
-    if not update.scales:
-        kept = [(update.weight, weight), (update.exp_avg, avg), (update.exp_avg_sq, square)]
-        return kept if update.master is None else [*kept, (update.master, weight)]
-    word, other = block_quant.random_words(update.stream, update.step, update.first, weight)
-    avg_sets = block_quant.quantize(avg, update.size, True, word >> 16)
-    square_sets = block_quant.quantize(square, update.size, False, other >> 13)
-    new: dict[str, torch.Tensor] = {"weight": weight}
+def _kept(update: Update, weight: torch.Tensor, *moments: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(what is kept, its new value) of weight and state, from these numbers after the step."""
+    new, master = [weight, *moments], weight
+    if update.scales:
+        word, other = block_quant.random_words(update.stream, update.step, update.first, weight)
+        avg, avg_scale = block_quant.quantize(moments[0], update.size, True, word >> 16)
+        square, square_scale = block_quant.quantize(moments[1], update.size, False, other >> 13)
+        if update.master is not None:
+            weight, master = block_quant.split(weight, word & 0xFF)
+        elif update.weight.dtype == torch.bfloat16:
+            weight = block_quant.round_stochastic(weight, word & 0xFFFF)
+        new = [weight, avg, square, avg_scale, square_scale]
+    yield from zip((update.weight, update.exp_avg, update.exp_avg_sq, *(update.scales or ())), new, strict=True)
     if update.master is not None:
-        new["weight"], rest = block_quant.split(weight, word & 0xFF)
-    elif update.weight.dtype == torch.bfloat16:
-        new["weight"] = block_quant.round_stochastic(weight, word & 0xFFFF)
-    kept = [(update.weight, new["weight"]), (update.exp_avg, avg_sets[0]), (update.exp_avg_sq, square_sets[0])]
-    kept += zip(update.scales, (avg_sets[1], square_sets[1]), strict=True)
-    return kept if update.master is None else [*kept, (update.master, rest)]
+        yield update.master, master
 
 
 def _launch(
-    updates: list[Update], size: int, device: torch.device, aligned: bool, scale: torch.Tensor | None,
-    found_inf: torch.Tensor | None,
-) -> None:  # fmt: skip
+    updates: list[Update], size: int, device: torch.device, aligned: bool, scale: Scalar, found_inf: Scalar
+) -> None:
     groups = {id(update.options): update.options for update in updates}
     number = {key: i for i, key in enumerate(groups)}
     counts = [update.weight.numel() for update in updates]
@@ -159,9 +153,14 @@ def _launch(
 
 
 def _options(groups: list[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
-    """[groups, 8] in float64"""
-    numbers = tuple(number for group in groups for number in _numbers(group))
-    options = tensor_lists.once(numbers, torch.float64, device).view(len(groups), -1)
+    """[groups, 8] in float64, into which learning rates that are on a device are copied there."""
+    numbers: list[float] = []
+    for group in groups:
+        betas = [float(beta) for beta in group["betas"]]
+        logs = [math.log(beta) if beta else -math.inf for beta in betas]
+        lr = math.nan if _is_there(group["lr"]) else float(group["lr"])
+        numbers += [lr, *betas, *logs, group["eps"], group["weight_decay"], -1.0 if group["maximize"] else 1.0]
+    options = tensor_lists.once(tuple(numbers), torch.float64, device).view(len(groups), -1)
     rates = {i: group["lr"] for i, group in enumerate(groups) if _is_there(group["lr"])}
     options = options.clone() if rates else options
     for i, lr in rates.items():
@@ -172,13 +171,6 @@ def _options(groups: list[Mapping[str, Any]], device: torch.device) -> torch.Ten
 def _is_there(lr: Any) -> bool:
     """Whether a learning rate is on another device than the CPU's."""
     return isinstance(lr, torch.Tensor) and not lr.is_cpu
-
-
-def _numbers(group: Mapping[str, Any]) -> list[float]:
-    lr, betas = group["lr"], [float(beta) for beta in group["betas"]]
-    lr = math.nan if _is_there(lr) else float(lr)  # `_options` puts it in
-    logs = [math.log(beta) if beta else -math.inf for beta in betas]
-    return [lr, *betas, *logs, group["eps"], group["weight_decay"], -1.0 if group["maximize"] else 1.0]
 
 
 @launched
@@ -226,75 +218,65 @@ def _adamw_kernel(
         step_size, correction, decay = tl.load(shared), tl.load(shared + 1), tl.load(shared + 2)
         betas = tl.load(shared + 3), tl.load(shared + 4), tl.load(shared + 5), tl.load(shared + 6)
         numbers = step_size, correction, decay, betas, tl.load(shared + 7), tl.load(shared + 8)
-        lane = tl.arange(0, BLOCK)
+        lane, block, scales, place = tl.arange(0, BLOCK), None, None, None
         whole = count // BLOCK * BLOCK  # without a mask loads and stores are wide
         if SIZE:
             block = tl.arange(0, BLOCK // SIZE)
-            avg_scale = base(tl.load(row + 10), start // SIZE, shared)
-            square_scale = base(tl.load(row + 11), start // SIZE, shared)
+            scales = base(tl.load(row + 10), start // SIZE, shared), base(tl.load(row + 11), start // SIZE, shared)
             step = tl.load(tl.load(row + 7).to(step_like.dtype))  # counted already
-            stream, first = tl.load(row + 12), tl.load(row + 13) + start
-            for begin in tl.range(0, whole, BLOCK, num_stages=STAGES):
-                at, of = begin + lane, begin // SIZE + block
-                random = words(stream, step, first, at)
-                _update_blocks(bases, avg_scale + of, square_scale + of, at, None, None, random, numbers, ALIGNED, SIZE)
-            if whole < count:
-                at, of = whole + lane, whole // SIZE + block
-                random, mask, of_mask = words(stream, step, first, at), at < count, of < count // SIZE
-                scales = avg_scale + of, square_scale + of
-                _update_blocks(bases, scales[0], scales[1], at, mask, of_mask, random, numbers, ALIGNED, SIZE)
-        else:
-            for begin in range(0, whole, BLOCK):
-                _update(bases, begin + lane, None, numbers, ALIGNED)
-            if whole < count:
-                _update(bases, whole + lane, whole + lane < count, numbers, ALIGNED)
+            place = tl.load(row + 12), step, tl.load(row + 13) + start
+        for begin in tl.range(0, whole, BLOCK, num_stages=STAGES):
+            _update(bases, scales, place, numbers, begin, lane, block, None, ALIGNED, SIZE)
+        if whole < count:
+            _update(bases, scales, place, numbers, whole, lane, block, count, ALIGNED, SIZE)
 
 
 @triton.jit
-def _update(bases, at, mask, numbers, ALIGNED: tl.constexpr):
-    """One step of the elements `at` [BLOCK] of a chunk."""
+def _update(bases, scales, place, numbers, begin, lane, block, count, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
+    """One step of the elements `lane` [BLOCK] of a chunk behind `begin`, up to `count` if there is one; SIZE: of codes,
+    in whole blocks [BLOCK // SIZE]."""
+    at, mask, of_mask = begin + lane, None, None
+    if SIZE:
+        of = begin // SIZE + block
+        random = words(place[0], place[1], place[2], at)
+        avg_scale_at, square_scale_at = scales[0] + of, scales[1] + of
+    if count is not None:
+        mask = at < count
+        if SIZE:
+            of_mask = of < count // SIZE
     weight_at, grad_at = elements(bases[0], at, ALIGNED), elements(bases[1], at, ALIGNED)
     avg_at, square_at = elements(bases[2], at, ALIGNED), elements(bases[3], at, ALIGNED)
     master_at = elements(bases[4], at, ALIGNED)  # the weight itself, where there is no other
-    weight, avg, square = _step(
-        _once(master_at, mask), _once(grad_at, mask), _once(avg_at, mask), _once(square_at, mask), numbers, True
-    )
-    store(weight_at, weight, mask)
-    store(avg_at, avg, mask)
-    store(square_at, square, mask)
-    if master_at.dtype != weight_at.dtype:
-        store(master_at, weight, mask)
-
-
-@triton.jit
-def _update_blocks(
-    bases, avg_scale_at, square_scale_at, at, mask, of_mask, random, numbers, ALIGNED: tl.constexpr, SIZE: tl.constexpr
-):
-    """As `_update`, of whole blocks of moments in 8 bits."""
-    weight_at, grad_at = elements(bases[0], at, ALIGNED), elements(bases[1], at, ALIGNED)
-    avg_at, square_at = elements(bases[2], at, ALIGNED), elements(bases[3], at, ALIGNED)
-    rest_at = elements(bases[4], at, ALIGNED)
-    weight = _once(weight_at, mask)
-    if rest_at.dtype != weight_at.dtype:
-        weight = joined(weight, tl.load(rest_at, mask=mask, eviction_policy="evict_first"))
-    avg = tl.load(avg_at, mask=mask, eviction_policy="evict_first")
-    square = tl.load(square_at, mask=mask, eviction_policy="evict_first")
-    avg = decode(avg, tl.load(avg_scale_at, mask=of_mask), SIZE, True)
-    square = decode(square, tl.load(square_scale_at, mask=of_mask), SIZE, False)
-    weight, avg, square = _step(weight, _once(grad_at, mask), avg, square, numbers, False)
-    if rest_at.dtype != weight_at.dtype:
-        weight, rest = parted(weight, random[0])
-        tl.store(rest_at, rest, mask=mask, eviction_policy="evict_first")
-    elif weight_at.dtype.element_ty == tl.bfloat16:
-        weight = rounded(weight, random[0])
-    tl.store(weight_at, weight, mask=mask, eviction_policy="evict_first")
-    scale = largest(avg, SIZE)
-    tl.store(avg_scale_at, scale, mask=of_mask)
-    tl.store(avg_at, encode(avg, scale, random[0] >> 16, SIZE, True), mask=mask, eviction_policy="evict_first")
-    scale = largest(square, SIZE)
-    tl.store(square_scale_at, scale, mask=of_mask)
-    square = encode(square, scale, random[1] >> 13, SIZE, False)
-    tl.store(square_at, square, mask=mask, eviction_policy="evict_first")
+    if SIZE:
+        weight = _once(weight_at, mask)
+        if master_at.dtype != weight_at.dtype:
+            weight = joined(weight, tl.load(master_at, mask=mask, eviction_policy="evict_first"))
+        avg = tl.load(avg_at, mask=mask, eviction_policy="evict_first")
+        square = tl.load(square_at, mask=mask, eviction_policy="evict_first")
+        avg = decode(avg, tl.load(avg_scale_at, mask=of_mask), SIZE, True)
+        square = decode(square, tl.load(square_scale_at, mask=of_mask), SIZE, False)
+        weight, avg, square = _step(weight, _once(grad_at, mask), avg, square, numbers, False)
+        if master_at.dtype != weight_at.dtype:
+            weight, rest = parted(weight, random[0])
+            store(master_at, rest, mask)
+        elif weight_at.dtype.element_ty == tl.bfloat16:
+            weight = rounded(weight, random[0])
+        store(weight_at, weight, mask)
+        scale = largest(avg, SIZE)
+        tl.store(avg_scale_at, scale, mask=of_mask)
+        store(avg_at, encode(avg, scale, random[0] >> 16, SIZE, True), mask)
+        scale = largest(square, SIZE)
+        tl.store(square_scale_at, scale, mask=of_mask)
+        store(square_at, encode(square, scale, random[1] >> 13, SIZE, False), mask)
+    else:
+        weight, avg, square = _step(
+            _once(master_at, mask), _once(grad_at, mask), _once(avg_at, mask), _once(square_at, mask), numbers, True
+        )
+        store(weight_at, weight, mask)
+        store(avg_at, avg, mask)
+        store(square_at, square, mask)
+        if master_at.dtype != weight_at.dtype:
+            store(master_at, weight, mask)
 
 
 @triton.jit

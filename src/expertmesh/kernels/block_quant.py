@@ -2,15 +2,13 @@
 
     x = scale L(q) / L(Q),  scale = largest |x| of the block,  L(q) the float whose first bits are q
 
-Moments have a sign, four bits of exponent and three of mantissa, squares one bit of mantissa more in the sign's place,
-and as with every float the smallest are evenly spaced. So a code is a number's own first bits, shifted, with no root
-and no table, and keeps what is 2e-6 of its block's largest; a square that is not 0 never becomes 0. Blockwise as in
-Dettmers et al., https://arxiv.org/abs/2110.02861.
+Moments have a sign, four bits of exponent and three of mantissa, squares one bit of mantissa more in the sign's place.
+So a code is a number's own first bits, shifted, with no root and no table, and keeps what is 2e-6 of its block's
+largest; a square that is not 0 never becomes 0. Blockwise as in Dettmers et al., https://arxiv.org/abs/2110.02861.
 
-Rounding is stochastic, so that the mean of many steps is exact: a change of a moment in one step is smaller than the
-distance of two codes, and rounded to the nearest it would never come. Random numbers are a hash of stream, step and
-the element's place in the whole tensor (Wellons' lowbias32): the same in every run, on every replica, and on a GPU made
-where they are needed. Every kernel's part that has a PyTorch twin names it.
+Rounding is stochastic: a change of a moment in one step is smaller than the distance of two codes. Random numbers are a
+hash of stream, step and the element's place in the whole tensor (Wellons' lowbias32): the same in every run, on every
+replica. Every kernel's part that has a PyTorch twin names it.
 """
 
 import torch
@@ -22,6 +20,7 @@ LEAST = 1.2e-38  # the smallest scale whose inverse float32 can hold
 TINY = 2.0**-112  # under which four bits of an exponent are float32's last ones, and its subnormals ours
 tl_LEAST = tl.constexpr(LEAST)
 tl_TINY = tl.constexpr(TINY)
+SIGNED, SQUARES = (20, 1.875), (19, 1.9375)  # bits of float32 that a code has not, and the largest number of its kind
 
 
 def quantize(x: torch.Tensor, size: int, signed: bool, words: torch.Tensor | None = None) -> tuple:
@@ -30,7 +29,7 @@ def quantize(x: torch.Tensor, size: int, signed: bool, words: torch.Tensor | Non
     words: random numbers, 16 bits of each element if signed, else 19; without, codes are the nearest ones. Nearest
     codes of what codes stand for are these codes, and their scales these scales, bit for bit.
     """
-    shift, top = _code(signed)
+    shift, top = SIGNED if signed else SQUARES
     blocks = x.float().unflatten(-1, (x.shape[-1] // size, size))
     scales = blocks.abs().amax(-1)
     inverse = torch.where(scales >= LEAST, 0.9999998 / scales, 0.0)  # a little less: no code is above the largest
@@ -43,15 +42,10 @@ def quantize(x: torch.Tensor, size: int, signed: bool, words: torch.Tensor | Non
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
     """What `quantize` made codes and scales of, in float32."""
-    shift, top = _code(signed)
+    shift, top = SIGNED if signed else SQUARES
     q = codes.unflatten(-1, (scales.shape[-1], codes.shape[-1] // scales.shape[-1])).int()
     bits = ((q & 0x7F) << shift) | ((q & 0x80) << 24) if signed else q << shift
     return (bits.view(torch.float32) * (1 / (top * TINY)) * scales[..., None]).flatten(-2)
-
-
-def _code(signed: bool) -> tuple[int, float]:
-    """Bits of float32 that a code has not, and the largest number of its kind."""
-    return (20, 1.875) if signed else (19, 1.9375)
 
 
 def round_stochastic(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Norm and scaling of all gradients, each in one pass over memory and one launch: what clipping is made of."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,13 +22,9 @@ class Tally(NamedTuple):
 
 
 def tally_(
-    tally: Tally,
-    tensors: list[torch.Tensor],
-    copies: int = 1,
-    bound: float | None = None,
-    running: torch.Tensor | None = None,
-    own: bool = False,
-) -> None:
+    tally: Tally, tensors: list[torch.Tensor], copies: int = 1, bound: float | None = None,
+    running: torch.Tensor | None = None, own: bool = False,
+) -> None:  # fmt: skip
     """Adds the squares of tensors that so many ranks have, and judges by the sum, in two launches and without a sync.
 
     The scale is that of `clip_factor` for the norm `running` (float32 scalar), of the sum where that is larger and the
@@ -70,17 +66,8 @@ def squared_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def _parts(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Sums of squares, in float32, of which there are many."""
-    together, others = tensor_lists.launches([tensor] for tensor in tensors)
-    parts = [squared_sum_reference([tensors[i] for i in others])[None]] if others or not together else []
-    for (device, _, aligned), members in together.items():
-        way, like = _walk([tensors[i] for i in members], device)
-        partial = torch.empty(way.chunks, dtype=torch.float32, device=device)
-        if way.chunks:
-            constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, **OPTIONS}
-            with torch.cuda.device_of(partial):
-                _squared_sum_kernel[(way.chunks,)](way.of_chunk, way.table, partial, like, **constants)
-        parts.append(partial)
-    return parts
+    parts, others = _walked(_squared_sum_kernel, tensors)
+    return [squared_sum_reference(others)[None], *parts] if others or not parts else parts
 
 
 def squared_sum_reference(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -96,14 +83,7 @@ def scale_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
 
     The product is rounded once, and a scale of 1 reads and writes nothing.
     """
-    together, others = tensor_lists.launches([tensor] for tensor in tensors)
-    for (device, _, aligned), members in together.items():
-        way, like = _walk([tensors[i] for i in members], device)
-        if way.chunks:
-            constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, **OPTIONS}
-            with torch.cuda.device_of(like):
-                _scale_kernel[(way.chunks,)](way.of_chunk, way.table, scale, like, **constants)
-    scale_reference_([tensors[i] for i in others], scale)
+    scale_reference_(_walked(_scale_kernel, tensors, scale)[1], scale)
 
 
 def scale_reference_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
@@ -112,9 +92,21 @@ def scale_reference_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
         torch._foreach_mul_(tensors, scale)
 
 
-def _walk(tensors: list[torch.Tensor], device: torch.device) -> tuple[tensor_lists.Walk, torch.Tensor]:
-    counts, rows = [x.numel() for x in tensors], [[x.data_ptr()] for x in tensors]
-    return tensor_lists.walk(counts, rows, device), tensors[0]
+def _walked(
+    kernel: Any, tensors: list[torch.Tensor], scale: torch.Tensor | None = None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(what each launch of the kernel had beside tensors: the scale, or memory for its sums; those it cannot walk)."""
+    together, others = tensor_lists.launches([tensor] for tensor in tensors)
+    beside = []
+    for (device, _, aligned), members in together.items():
+        counts, rows = [tensors[i].numel() for i in members], [[tensors[i].data_ptr()] for i in members]
+        of_chunk, table, chunks = tensor_lists.walk(counts, rows, device)
+        beside.append(torch.empty(chunks, dtype=torch.float32, device=device) if scale is None else scale)
+        if chunks:
+            constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, **OPTIONS}
+            with torch.cuda.device_of(table):
+                kernel[(chunks,)](of_chunk, table, beside[-1], tensors[members[0]], **constants)
+    return beside, [tensors[i] for i in others]
 
 
 @launched

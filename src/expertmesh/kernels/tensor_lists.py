@@ -4,12 +4,13 @@ PyTorch's foreach functions pass addresses as arguments, which fit a few dozen t
 blocks: too few to keep the memory of a large GPU busy. Here every `CHUNK` elements of every tensor are a program.
 
 A table is made anew at each step, as gradients move, and copied without a wait. A tensor that has a launch for itself,
-as a large weight within backward, needs none: what moves is an argument of its kernel, and what stays, a row, is copied
-once (`once`). In kernels `like` is any pointer of the type that an address stands for.
+as a large weight within backward, needs none: what moves is an argument of its kernel, and its row is copied `once`. In
+kernels `like` is any pointer of the type that an address stands for.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -46,30 +47,24 @@ def _same_order(tensors: Sequence[torch.Tensor]) -> bool:
     return dense and all(x.stride() == strides for x in tensors)
 
 
-class Walk(NamedTuple):
-    """A way through tensors, for a launch of as many programs as there are chunks. of_chunk: each one's tensor; None of
-    a single one. table: [tensors, 3 + columns]; a row begins with elements, first chunk and number of chunks."""
+def walk(
+    counts: Sequence[int], rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor, int]:
+    """A way through tensors of so many elements, by one copy without a wait, or none: (each chunk's tensor, None of a
+    single one; a table; chunks, for as many programs).
 
-    of_chunk: torch.Tensor | None
-    table: torch.Tensor
-    chunks: int
-
-
-def walk(counts: Sequence[int], rows: Sequence[Sequence[int]], device: torch.device) -> Walk:
-    """Through tensors of so many elements, by one copy without a wait, or none.
-
-    rows: what follows in the table. The first column is the address that moves; of a single tensor it is not in the
-    table: its kernel has it as the argument `like`.
+    A row of the table is elements, first chunk, number of chunks, and one of `rows`. The first of those is the address
+    that moves; of a single tensor it is not in the table: its kernel has it as the argument `like`.
     """
     chunks = [-(-count // CHUNK) for count in counts]
     if len(counts) == 1:
-        return Walk(None, once((counts[0], 0, chunks[0], 0, *rows[0][1:]), torch.int64, device), chunks[0])
+        return None, once((counts[0], 0, chunks[0], 0, *rows[0][1:]), torch.int64, device), chunks[0]
     table, first = [], 0
     for count, of_tensor, row in zip(counts, chunks, rows, strict=True):
         table.append([count, first, of_tensor, *row])
         first += of_tensor
     sent = _sent(torch.tensor(table), device)
-    return Walk(torch.repeat_interleave(sent[:, 2].contiguous(), output_size=first), sent, first)
+    return torch.repeat_interleave(sent[:, 2].contiguous(), output_size=first), sent, first
 
 
 def once(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -77,48 +72,17 @@ def once(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -
     on_cuda = device.type == "cuda"
     if on_cuda and torch.cuda.is_current_stream_capturing():  # a graph outlives what is remembered here
         return _sent(torch.tensor(numbers, dtype=dtype), device)
-    key = numbers, dtype, device, torch.cuda.current_stream(device) if on_cuda else None
-    found = _KNOWN.get(key)
-    if found is None:
-        if len(_KNOWN) >= MOST:
-            _KNOWN.clear()
-        found = _KNOWN[key] = _sent(torch.tensor(numbers, dtype=dtype), device)
-    return found
+    return _remembered(numbers, dtype, device, torch.cuda.current_stream(device) if on_cuda else None)
+
+
+@lru_cache(MOST)
+def _remembered(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: Any) -> torch.Tensor:
+    return _sent(torch.tensor(numbers, dtype=dtype), device)
 
 
 def _sent(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type != "cuda":
-        return table
-    if torch.cuda.is_current_stream_capturing():
-        pinned = _GRAPHS.take(table.view(torch.int64)).view(table.dtype)
-    else:
-        _GRAPHS.reserve(table.numel())
-        pinned = table.pin_memory()  # PyTorch gives this memory out again only when the copy has been made
-    return pinned.to(device, non_blocking=True)
-
-
-class _Pinned:
-    """Memory for the tables of CUDA graphs, pinned before one is captured and used once: every replay reads it."""
-
-    def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.int64)
-        self._taken: list[torch.Tensor] = []
-
-    def reserve(self, size: int) -> None:
-        if self._free.numel() < 8 * size:
-            self._free = torch.empty(max(2**17, 16 * size), dtype=torch.int64, pin_memory=True)
-
-    def take(self, table: torch.Tensor) -> torch.Tensor:
-        size = table.numel()
-        if size > self._free.numel():
-            raise RuntimeError("Take a step before you capture one in a CUDA graph, as PyTorch's optimizers ask too.")
-        taken, self._free = self._free[:size], self._free[size:]
-        self._taken.append(taken)
-        return taken.view(table.shape).copy_(table)
-
-
-_GRAPHS = _Pinned()
-_KNOWN: dict[tuple, torch.Tensor] = {}
+    # PyTorch gives pinned memory out again only when the copy has been made, and what a CUDA graph copies from never
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 @triton.jit

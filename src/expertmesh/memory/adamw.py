@@ -12,23 +12,22 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from expertmesh import backends
-from expertmesh.kernels.adamw import Update, adamw_
+from expertmesh.kernels.adamw import Scalar, Update, adamw_
 from expertmesh.kernels.clip import clip_factor
 from expertmesh.memory import states as low_memory
 from expertmesh.parallel.clip import grad_norm, local
 
-#: options by which PyTorch's optimizers choose among their implementations: an optimizer's own, not a checkpoint's
-IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+#: options of a group that are an optimizer's own, not a checkpoint's: PyTorch's implementations, and whose the group is
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "muon")
+Pairs = Iterable[tuple[nn.Parameter, Mapping[str, Any]]]  # parameters, each with its group
 
 
 class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` by one kernel for all parameters on a GPU, on any mix of meshes; on a CPU PyTorch's fused.
 
     max_grad_norm: clip to this norm of all gradients, on all ranks, within the step: gradients are measured in one pass
-    and scaled as they are used. In memory they stay as they are, as they do with float16's `GradScaler`.
-
-    `grad_norm` is the norm that the last step clipped by, a float32 scalar on the device, or None. All other arguments,
-    state and options are PyTorch's.
+    and scaled as they are used. In memory they stay as they are. `grad_norm` is the norm that the last step clipped by,
+    a float32 scalar on the device, or None.
 
     states: "8bit", "24bit" or "float32" keeps moments and weights as states.py says, for bfloat16 and float32 weights;
     None as PyTorch. `bytes_per_parameter` is what a parameter and its states take. State of any of the four, and
@@ -38,10 +37,9 @@ class AdamW(torch.optim.AdamW):
     writes them at the speed of PCIe, for a GPU that is alone: sharded weights are refused. `settle()` waits for what it
     writes there, which `state_dict()` does by itself.
 
-    Its ways to compute a step, `fused`, `foreach` and `capturable`, are accepted, and
-    mean nothing: the step never waits for the device, and CUDA graphs can capture it (with a learning rate that changes
-    as a tensor). Raises ValueError for amsgrad, for sparse or complex parameters, and for states that
-    are not for weights of these dtypes.
+    All other arguments, state and options are PyTorch's; `fused`, `foreach` and `capturable` mean nothing: the step
+    never waits for the device, and CUDA graphs can capture it (with a learning rate that changes as a tensor). Raises
+    ValueError for states that are not for weights of these dtypes, in the step for amsgrad, sparse and complex ones.
     """
 
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf
@@ -49,39 +47,30 @@ class AdamW(torch.optim.AdamW):
     _clip: tuple[torch.Tensor, float] | None = None
 
     def __init__(
-        self,
-        params: Any,
-        *args: Any,
-        max_grad_norm: float | None = None,
-        states: str | None = None,
-        offload: bool = False,
-        **kwargs: Any,
-    ) -> None:
+        self, params: Any, *args: Any, max_grad_norm: float | None = None, states: str | None = None,
+        offload: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be greater than 0, not {max_grad_norm}; None does not clip.")
-        if kwargs.get("differentiable"):
-            raise ValueError("This AdamW cannot be differentiated through: use torch.optim.AdamW.")
         self.max_grad_norm, self.states, self.offload = max_grad_norm, states, offload
         # what PyTorch calls fused keeps the count of steps beside the parameter, as here
         super().__init__(params, *args, **kwargs | {"foreach": None, "fused": True})
         low_memory.refuse(self._parameters(), states)
-        if offload and any(
-            isinstance(p, DTensor) or (p.is_cuda and not backends.HAS_TRITON) for p in self._parameters()
-        ):
+        if offload and any(isinstance(parameter, DTensor) for parameter in self._parameters()):
             raise ValueError(
-                "offload=True is for a GPU that is alone, by a kernel of Triton's: these weights are sharded, so their "
-                "states are shared out already, or Triton is missing. Leave it out."
+                "offload=True is for a GPU that is alone: these weights are sharded, so their states are shared out "
+                "already. Leave it out."
             )
         kept = "moments in the weights' dtype" if states is None else f'states="{states}"'
         what = f"{type(self).__name__} keeps {kept}: {self.bytes_per_parameter:.2f} bytes a parameter, with its weight."
-        on_host = sum(p.nbytes for p in self._parameters() if low_memory.form_of(p, states, offload).host)
+        on_host = sum(p.nbytes for p in self._parameters() if "pin_memory" in self.place(p))
         backends.logger().info(what + f" Those of {on_host / 2**30:.1f} GiB of weights are on the host." * offload)
 
     @property
     def bytes_per_parameter(self) -> float:
         """Bytes of weights and states by the number of parameters, on this rank; gradients come on top."""
         number = sum(local(parameter).numel() for parameter in self._parameters())
-        return low_memory.bytes_kept(self._parameters(), self.states) / max(number, 1)
+        return sum(low_memory.bytes_kept(p, self._form(p)) for p in self._parameters()) / max(number, 1)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -90,11 +79,6 @@ class AdamW(torch.optim.AdamW):
         own = {"max_grad_norm": self.max_grad_norm, "states": self.states, "offload": self.offload}
         return super().__getstate__() | own
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As PyTorch's."""
-        super().add_param_group(param_group)
-        _refuse_amsgrad(self.param_groups[-1])
-
     def state_dict(self) -> dict[str, Any]:
         """As PyTorch's."""
         self.settle()
@@ -102,26 +86,20 @@ class AdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As PyTorch's, of any `torch.optim.AdamW`; how a step is computed stays this optimizer's choice."""
-        for group in state_dict["param_groups"]:
-            _refuse_amsgrad(group)
-        own = [{key: group[key] for key in IMPLEMENTATION} for group in self.param_groups]
-        # PyTorch would put all of it beside the weights
-        super().load_state_dict({**state_dict, "state": {}} if self.offload else state_dict)
+        own = [{key: group[key] for key in IMPLEMENTATION if key in group} for group in self.param_groups]
+        super().load_state_dict({**state_dict, "state": {}})  # PyTorch would cast it to the weights' dtype
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, self._parameters(), strict=True):
-            saved = state_dict["state"].get(number, {})
-            if self.states is None and low_memory.is_plain(saved) and not self.offload:
-                continue
-            state = self.state[parameter]
-            for key, value in saved.items():
-                if not isinstance(value, torch.Tensor):
-                    state[key] = value
-                elif self.offload and value.ndim:
-                    state[key] = torch.empty_like(value, **self.place(parameter)).copy_(value)
-                elif key not in state or value.dtype != state[key].dtype:  # PyTorch has cast it to the weight's dtype
-                    state[key] = value.to(parameter.device, copy=True)
+            for key, value in state_dict["state"].get(number, {}).items():
+                if key == "step":  # PyTorch's foreach AdamW counts on the CPU
+                    value = torch.as_tensor(value, dtype=torch.float32, device=parameter.device)
+                elif isinstance(value, torch.Tensor):
+                    place = self.place(parameter)
+                    on_host = "pin_memory" in place
+                    value = torch.empty_like(value, **place).copy_(value) if on_host else value.to(**place)
+                self.state[parameter][key] = value
 
     def clip_next(self, norm: torch.Tensor, max_norm: float) -> None:
         """The gradients' norm is already known: the next step clips to `max_norm` by it and measures nothing itself.
@@ -143,18 +121,13 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     @torch.no_grad()
-    def update(
-        self,
-        pairs: Iterable[tuple[nn.Parameter, Mapping[str, Any]]],
-        scale: torch.Tensor | None = None,
-        found_inf: torch.Tensor | None = None,
-    ) -> None:
+    def update(self, pairs: Pairs, scale: Scalar = None, found_inf: Scalar = None) -> None:
         """The step of some parameters alone, each with its group; scale and found_inf are those of `adamw_`."""
         adamw_([self._update(parameter, group) for parameter, group in pairs], scale, found_inf)
 
     def place(self, parameter: nn.Parameter) -> dict[str, Any]:
         """Where tensors of the parameter's state lie, as options of `torch.empty`."""
-        return low_memory.place_of(parameter, self._form(parameter))
+        return self._form(parameter).place
 
     def settle(self) -> None:
         """States on the host are what the last step made of them, for code of the host."""
@@ -165,60 +138,60 @@ class AdamW(torch.optim.AdamW):
         """The state of a parameter, made if there is none yet."""
         state, form = self.state[parameter], self._form(parameter)
         if not state:
-            low_memory.create(parameter, state, form, self._number(parameter))
-        elif not low_memory.has_form(state, form, self.states):
-            low_memory.convert(parameter, state, form, self._number(parameter))
-        if state["step"].device != parameter.device or state["step"].dtype != torch.float32:
-            # a checkpoint of PyTorch's foreach AdamW counts on the CPU
-            state["step"] = state["step"].to(parameter.device, torch.float32, non_blocking=True)
+            low_memory.create(parameter, state, form)
+        elif not low_memory.has_form(parameter, state, form):
+            low_memory.convert(parameter, state, form)
         return state
 
     def _update(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> Update:
+        grad, state, form = self._grad(parameter, group), self.prepare(parameter), self._form(parameter)
+        pieces = {key: local(state[key]) for key in form.tensors}
+        avg, square = (pieces[f"{key}_8bit" if form.size else key] for key in form.moments)
+        scales = (pieces["exp_avg_scale"], pieces["exp_avg_sq_scale"]) if form.size else None
+        weight, master = local(parameter), pieces.get(low_memory.MASTER, pieces.get(low_memory.REST))
+        if grad.shape != weight.shape or avg.shape != weight.shape:
+            raise ValueError(
+                f"A weight of shape {tuple(weight.shape)} on this rank has a gradient of {tuple(grad.shape)} and state "
+                f"of {tuple(avg.shape)}: lay the model out over ranks before you build the optimizer."
+            )
+        stream = state.get(low_memory.STREAM, 0)
+        return Update(weight, grad, avg, square, state["step"], group, master, scales, stream, form.first)
+
+    def _grad(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor:
+        """This rank's piece of the parameter's gradient, laid out like it."""
         grad = parameter.grad
         assert grad is not None
-        if grad.layout != torch.strided or not parameter.is_floating_point():
+        if group["amsgrad"] or grad.layout != torch.strided or not parameter.is_floating_point():
             raise ValueError(
-                f"AdamW takes dense gradients of real numbers, not {grad.layout} ones of {parameter.dtype}: "
-                f"use torch.optim.SparseAdam or torch.optim.AdamW for such parameters."
+                f"AdamW takes dense gradients of real numbers without amsgrad, not {grad.layout} ones of "
+                f"{parameter.dtype} with amsgrad={group['amsgrad']}: use torch.optim.SparseAdam or torch.optim.AdamW."
             )
         if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
             grad = grad.redistribute(placements=parameter.placements)  # of a split embedding it is whole on every rank
-        state = self.prepare(parameter)
-        kept = low_memory.tensors_of(state, self._form(parameter))
-        weight, grad, exp_avg = local(parameter), local(grad), kept["exp_avg"]
-        if grad.shape != weight.shape or exp_avg.shape != weight.shape:
-            raise ValueError(
-                f"A weight of shape {tuple(weight.shape)} on this rank has a gradient of {tuple(grad.shape)} and state "
-                f"of {tuple(exp_avg.shape)}: lay the model out over ranks before you build the optimizer."
-            )
-        return Update(weight, grad, step=state["step"], options=group, **kept)
+        return local(grad)
 
     def _form(self, parameter: nn.Parameter) -> low_memory.Form:
-        forms = self.__dict__.setdefault("_forms", {})
-        if parameter not in forms:
-            forms[parameter] = low_memory.form_of(parameter, self.states, self.offload)
-        return forms[parameter]
+        """How its state is kept, found out once for where it lies."""
+        forms, key = self.__dict__.setdefault("_forms", {}), (parameter, parameter.device, parameter.dtype)
+        if key not in forms:
+            of_all = [(p, group) for group in self.param_groups for p in group["params"]]
+            forms |= {(p, p.device, p.dtype): self._form_of(p, n, group) for n, (p, group) in enumerate(of_all)}
+        return forms[key]
 
-    def _number(self, parameter: nn.Parameter) -> int:
-        return next(number for number, other in enumerate(self._parameters()) if other is parameter)
+    def _form_of(self, parameter: nn.Parameter, number: int, group: Mapping[str, Any]) -> low_memory.Form:
+        return low_memory.form_of(parameter, self.states, self.offload, number)
 
     def _scale(self) -> torch.Tensor | None:
         """What gradients are multiplied by."""
         grad_scale = getattr(self, "grad_scale", None)
-        inverse = None if grad_scale is None else 1.0 / grad_scale.float()
+        scale = None if grad_scale is None else 1.0 / grad_scale.float()
         clip, self._clip = self._clip, None
         if clip is None and self.max_grad_norm is not None:
-            norm = grad_norm(p for group in self.param_groups for p in group["params"])
-            clip = norm if inverse is None else norm * inverse.to(norm.device), self.max_grad_norm
-        if clip is None:
-            return inverse
-        self.grad_norm, max_norm = clip
-        if math.isinf(max_norm):
-            return inverse
-        factor = clip_factor(self.grad_norm, max_norm)
-        return factor if inverse is None else factor * inverse.to(factor.device)
-
-
-def _refuse_amsgrad(group: Mapping[str, Any]) -> None:
-    if group.get("amsgrad"):
-        raise ValueError("amsgrad=True is not supported here: leave it out, or use torch.optim.AdamW.")
+            norm = grad_norm(self._parameters())
+            clip = norm if scale is None else norm * scale.to(norm.device), self.max_grad_norm
+        if clip is not None:
+            self.grad_norm, max_norm = clip
+            if not math.isinf(max_norm):
+                factor = clip_factor(self.grad_norm, max_norm)
+                scale = factor if scale is None else factor * scale.to(factor.device)
+        return scale

@@ -2,32 +2,33 @@
 
     M ← M + (1 - μ)(G - M);  U = G + μ (M - G);  W ← W - lr decay W - lr r O(U)
 
-O: five Newton-Schulz steps in bfloat16 towards the orthogonal matrix nearest to U. r: `adjusted`. It is
+O: five Newton-Schulz steps in bfloat16 towards the orthogonal matrix nearest to U. r: by `adjust_lr_fn`. It is
 `torch.optim.Muon` of each matrix (https://kellerjordan.github.io/posts/muon/), which PyTorch has for two dimensions;
 here the matrices of a stack of experts are made orthogonal together, each by itself.
 
-O needs whole matrices. Experts that ranks share out are whole where they are. Other matrices are cut by FSDP and tensor
-parallelism: each rank gathers U in bfloat16, one weight at a time, computes O of all of it, and keeps its piece.
+O needs whole matrices, as ranks have of experts that they share out. Of others, cut by FSDP and tensor parallelism,
+each rank gathers U in bfloat16, one weight at a time, computes O of all of it, and keeps its piece.
 """
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _adjust_lr
 
 from expertmesh import backends
-from expertmesh.memory.adamw import AdamW
+from expertmesh.kernels.adamw import Scalar
+from expertmesh.memory.adamw import AdamW, Pairs
+from expertmesh.memory.states import MASTER, MOMENTS, Form, form_of
 from expertmesh.moe.block import routers
 from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.clip import local
 from expertmesh.waiting import waiting
 
-EPS = 1e-7
-COEFFICIENTS, STEPS = (3.4445, -4.7750, 2.0315), 5  # PyTorch's
-MOMENTUM, MASTER = "momentum_buffer", "master"  # of a weight's state
+COEFFICIENTS = DEFAULT_A, DEFAULT_B, DEFAULT_C
+MOMENTUM = "momentum_buffer"  # of a weight's state
 ADJUSTMENTS = ("match_rms_adamw", "original")
 
 
@@ -55,41 +56,25 @@ class Muon(AdamW):
         if hasattr(model, "peft_config"):
             raise ValueError("Muon is for whole matrices, not for the factors of adapters: train those by AdamW.")
         hidden = hidden_matrices(model)
-        named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        decays = [(weight, weight.ndim > 1 and not name.endswith("bias")) for name, weight in named]
         options = {"muon": True, "momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
-        groups: list[dict[str, Any]] = [
-            {"params": [weight for weight, _ in decays if weight in hidden], **options},
-            {"params": [weight for weight, decay in decays if decay and weight not in hidden]},
-            {"params": [weight for weight, decay in decays if not decay and weight not in hidden], "weight_decay": 0.0},
-        ]
+        groups: list[dict[str, Any]] = [{"params": [], **options}, {"params": []}, {"params": [], "weight_decay": 0.0}]
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                decays = weight.ndim > 1 and not name.endswith("bias")
+                groups[0 if weight in hidden else 1 if decays else 2]["params"].append(weight)
         if not groups[0]["params"]:
             raise ValueError(f"Muon finds no matrix to train in this {type(model).__name__}: take AdamW.")
         groups = [group for group in groups if group["params"]]
         super().__init__(groups, lr=lr, weight_decay=weight_decay, states=states, **adamw)
-        share = _size(groups[0]["params"]) / _size(self._parameters())
-        what = "Muon steps %d weights, %.1f %% of this rank's parameters; AdamW the others."
-        backends.logger().info(what, len(groups[0]["params"]), 100 * share)
+        count = len(groups[0]["params"])
+        backends.logger().info("Muon steps %d weights, AdamW the other %d.", count, len(self._parameters()) - count)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As AdamW's, of another `Muon` of this model."""
-        if [bool(group.get("muon")) for group in (*state_dict["param_groups"], *self.param_groups)].count(True) != 2:
-            raise ValueError("This state is another optimizer's: Muon cannot go on from it.")
-        super().load_state_dict(state_dict)
-
-    @property
-    def bytes_per_parameter(self) -> float:
-        """As AdamW's."""
-        hidden = [weight for group in self.param_groups if group.get("muon") for weight in group["params"]]
-        # what AdamW would keep, less one moment
-        less = sum(local(weight).numel() * self._precision(weight).itemsize for weight in hidden)
-        return super().bytes_per_parameter - less / max(_size(self._parameters()), 1)
+    def _form_of(self, parameter: nn.Parameter, number: int, group: Mapping[str, Any]) -> Form:
+        moments = (MOMENTUM,) if group.get("muon") else MOMENTS
+        return form_of(parameter, self.states, stream=number, moments=moments)
 
     @torch.no_grad()
-    def update(
-        self, pairs: Iterable[tuple[nn.Parameter, Mapping[str, Any]]], scale: torch.Tensor | None = None,
-        found_inf: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+    def update(self, pairs: Pairs, scale: Scalar = None, found_inf: Scalar = None) -> None:
         """As AdamW's."""
         pairs = list(pairs)
         super().update([(p, group) for p, group in pairs if not group.get("muon")], scale, found_inf)
@@ -97,45 +82,22 @@ class Muon(AdamW):
             if group.get("muon"):
                 self._step_hidden(parameter, group, scale, found_inf)
 
-    def _step_hidden(
-        self, parameter: nn.Parameter, group: Mapping[str, Any], scale: torch.Tensor | None,
-        found_inf: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        state, grad = self._prepare_hidden(parameter), parameter.grad
-        if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
-            grad = grad.redistribute(placements=parameter.placements)
+    def _step_hidden(self, parameter: nn.Parameter, group: Mapping[str, Any], scale: Scalar, found_inf: Scalar) -> None:
+        state = self.prepare(parameter)
         buffer, weight = local(state[MOMENTUM]), local(parameter)
-        gradient = local(grad).to(buffer.dtype)  # type: ignore[arg-type]
+        gradient = self._grad(parameter, group).to(buffer.dtype)
         if scale is not None:
             gradient = gradient * scale.to(gradient.device, gradient.dtype)
         momentum = buffer.lerp(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         update, lr = orthogonal_of(update, parameter), float(group["lr"])
         kept = local(state[MASTER]) if MASTER in state else weight
-        ratio = adjusted(group["adjust_lr_fn"], parameter.shape[-2:])
-        stepped = (kept * (1 - lr * group["weight_decay"])).add_(update, alpha=-lr * ratio)
+        adjusted = _adjust_lr(lr, group["adjust_lr_fn"], parameter.shape[-2:])
+        stepped = (kept * (1 - lr * group["weight_decay"])).add_(update, alpha=-adjusted)
         for old, new in ((buffer, momentum), (kept, stepped), (state["step"], state["step"] + 1)):
             old.copy_(new if found_inf is None else torch.where(found_inf.to(old.device) != 0, old, new))
         if kept is not weight:
             weight.copy_(kept)
-
-    def _prepare_hidden(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Its state, made if there is none yet, or brought to this optimizer's precision."""
-        state, dtype = self.state[parameter], self._precision(parameter)
-        if state and MOMENTUM not in state:
-            raise ValueError("This state is another optimizer's: Muon cannot go on from it.")
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)  # PyTorch's Adam asks for it
-            state[MOMENTUM] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-        state[MOMENTUM] = state[MOMENTUM].to(dtype)
-        if dtype == parameter.dtype:
-            state.pop(MASTER, None)
-        elif MASTER not in state:
-            state[MASTER] = parameter.detach().to(dtype)
-        return state
-
-    def _precision(self, parameter: nn.Parameter) -> torch.dtype:
-        return torch.float32 if self.states else parameter.dtype
 
 
 def hidden_matrices(model: Any) -> set[torch.Tensor]:
@@ -152,7 +114,10 @@ def hidden_matrices(model: Any) -> set[torch.Tensor]:
 
 def orthogonal_of(update: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This rank's piece of O(U), in bfloat16. update: its piece of U, laid out like the parameter."""
-    if not isinstance(parameter, DTensor) or _is_whole(parameter):
+    if not isinstance(parameter, DTensor):
+        return orthogonal(update)
+    laid_out: Any = parameter.placements
+    if all(each.is_replicate() or (parameter.ndim == 3 and each.dim == 0) for each in laid_out):  # no matrix is cut
         return orthogonal(update)
     mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
     update, stride = update.bfloat16(), parameter.stride()
@@ -163,28 +128,13 @@ def orthogonal_of(update: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor
     return on_all.redistribute(placements=placements).to_local()
 
 
-def _is_whole(parameter: Any) -> bool:
-    """Whether no matrix of this rank is cut: at most a stack of them is."""
-    return all(each.is_replicate() or (parameter.ndim == 3 and each.dim == 0) for each in parameter.placements)
-
-
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """O of a matrix [A, B], or of each one of a stack [E, A, B], in bfloat16."""
     (a, b, c), add = COEFFICIENTS, torch.addmm if x.ndim == 2 else torch.baddbmm
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.bfloat16().mT if is_tall else x.bfloat16()
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=EPS)
-    for _ in range(STEPS):
+    for _ in range(DEFAULT_NS_STEPS):
         gram = x @ x.mT
         x = add(x, add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
-
-
-def adjusted(how: str, shape: torch.Size) -> float:
-    """What the learning rate of a matrix [A, B] is multiplied by, as `torch.optim.Muon` does."""
-    rows, columns = shape
-    return 0.2 * math.sqrt(max(rows, columns)) if how == ADJUSTMENTS[0] else math.sqrt(max(1, rows / columns))
-
-
-def _size(parameters: Iterable[torch.Tensor]) -> int:
-    return sum(local(parameter).numel() for parameter in parameters)

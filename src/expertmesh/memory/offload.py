@@ -2,8 +2,7 @@
 
 While a layer computes, its input is copied to pinned memory on a stream of its own, and freed where the next layer
 begins. In the backward an input comes one layer ahead, beside the layer behind it. So two inputs stand on the device at
-most, and a copy costs time only where it takes longer than a layer does. What comes back are the same bytes: loss and
-gradients are those of level "full". Transformers' `offload=True` copies on the stream that computes.
+most. Loss and gradients are those of level "full". Transformers' `offload=True` copies on the stream that computes.
 """
 
 import weakref
@@ -14,11 +13,6 @@ import torch
 
 from expertmesh import backends
 from expertmesh.backends import opaque
-
-RECORDED = (
-    "Inputs of layers go to host memory, for which a recorded step has no place: record no steps (cuda_graph=False), "
-    "or recompute layers without offloading (activation_checkpointing=true)."
-)
 
 
 class _Away:
@@ -63,7 +57,10 @@ class Offload:
         if type(x) is not torch.Tensor or not x.is_floating_point() or not x.numel():
             return x
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(RECORDED)
+            raise RuntimeError(
+                "Inputs of layers go to host memory, for which a recorded step has no place: record no steps "
+                "(cuda_graph=False), or recompute layers without offloading (activation_checkpointing=true)."
+            )
         self._settle()
         away = _Away(x, self._last)
         self._here[away] = _Here(x, x._version, self._copy(away.host, x))

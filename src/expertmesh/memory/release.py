@@ -1,21 +1,17 @@
 """Gradient release: weights are updated within backward, as soon as their gradients are complete, which then are freed.
 
-So all gradients never stand beside the optimizer's states: for n weights that is n gradients less. Small weights wait
-until `BYTES` of gradients are there, as a launch for each norm would be slow; experts go at once, each by four launches
-of its own, for which next to nothing is made anew.
+So all gradients never stand beside the optimizer's states. Small weights wait until `BYTES` of gradients are there, as
+a launch for each norm would be slow; experts go at once, each by four launches of its own.
 
 Autograd runs a post-accumulate hook once per backward and weight, after its last use, tied or not. FSDP2 runs it after
 the reduce-scatter, on that stream and on the shard that the optimizer has. There the update runs as well, behind the
 collectives and before the event that the next forward waits for.
 
-Clipping needs the norm of all gradients, of which the last comes when most are gone. Two ways:
-
-- "exact": a first forward and backward adds up the squares and frees gradients, a second one updates. A step costs one
-  forward and backward more.
-- "running": by the norm r of earlier steps. Of a step with norm n it is r ← r (n / r)^(1 - `MEMORY`), a geometric mean
-  that a single spike hardly moves. A gradient that only this rank holds is scaled by max_grad_norm / max(r, m), m: the
-  norm of what this backward has measured here so far; so a spike is held down where it is seen. Others are scaled by
-  max_grad_norm / r, which is the same everywhere. The first step has no r, and is exact.
+Clipping needs the norm of all gradients, of which the last comes when most are gone. "exact" measures it by a forward
+and backward before; "running" takes the norm r of earlier steps, which after a step with norm n is r (n / r)^(1 -
+`MEMORY`). A gradient that only this rank holds is then scaled by max_grad_norm / max(r, m), m: the norm of what this
+backward has measured here so far; so a spike is held down where it is seen. Others by max_grad_norm / r, the same
+everywhere. The first step has no r, and is exact.
 """
 
 import math
@@ -42,14 +38,7 @@ T = TypeVar("T")
 
 
 class GradientRelease:
-    """`loss = release.backward(forward)` runs forward and backward and updates the weights of `optimizer` on the way:
-
-        optimizer = expertmesh.AdamW(model.parameters(), lr=1e-5, max_grad_norm=1.0)
-        release = expertmesh.GradientRelease(optimizer, clipping="running")
-        for batch in batches:
-            loss = release.backward(lambda: model(**batch).loss)
-            optimizer.step()
-            scheduler.step()
+    """`loss = release.backward(forward)` runs forward and backward and updates the weights of `optimizer` on the way.
 
     `optimizer.step()` ends the step, with nothing left to update. Learning rates count as they are in `backward`.
     Gradients are clipped to max_grad_norm, or the optimizer's own where that is smaller, as `clipping` says (both None:
@@ -65,16 +54,13 @@ class GradientRelease:
     """
 
     def __init__(
-        self,
-        optimizer: AdamW,
-        clipping: Literal["running", "exact"] = "running",
-        max_grad_norm: float | None = None,
+        self, optimizer: AdamW, clipping: Literal["running", "exact"] = "running", max_grad_norm: float | None = None
     ) -> None:
         if not isinstance(optimizer, AdamW) or isinstance(optimizer, Muon):
             raise ValueError(f"Gradients are released to an expertmesh.AdamW, not to {type(optimizer).__name__}.")
         if clipping not in ("running", "exact"):
             raise ValueError(f"clipping is 'running' or 'exact', not {clipping!r}.")
-        bounds = [bound for bound in (max_grad_norm, optimizer.max_grad_norm) if bound is not None]
+        bounds = (bound for bound in (max_grad_norm, optimizer.max_grad_norm) if bound is not None)
         self.max_grad_norm = min(bounds, default=None)
         if clipping == "exact" and self.max_grad_norm is None:
             raise ValueError(
@@ -92,15 +78,8 @@ class GradientRelease:
         self._done: set[nn.Parameter] = set()
         self._hooks: dict[nn.Parameter, Any] = {}
         self._before = optimizer.register_step_pre_hook(self._before_step)
-        backends.logger().info("Weights are updated within backward and gradients freed (%s).", self._how())
-
-    def _how(self) -> str:
-        bound = self.max_grad_norm
-        if bound is None:
-            return "never clipped"
-        if self.clipping == "exact":
-            return f"clipped to {bound:g} exactly: a step costs one forward and backward more"
-        return f"clipped to {bound:g} by the running norm of earlier steps; the first exactly, by one more backward"
+        how = "never clipped" if self.max_grad_norm is None else f"clipped to {self.max_grad_norm:g}, {clipping}"
+        backends.logger().info("Weights are updated within backward and gradients freed (%s).", how)
 
     def backward(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Runs `loss = forward()` and `loss.backward()`, twice where a norm is to be known; returns the detached loss.
@@ -132,17 +111,17 @@ class GradientRelease:
         bound, self._known = self.max_grad_norm, None
         running = None if self.clipping == "exact" else groups[0].get(RUNNING)
         if bound is not None and running is None:
-            devices = {p.device.index for p in self._groups if p.is_cuda}
-            with torch.random.fork_rng(devices):
+            with torch.random.fork_rng({p.device.index for p in self._groups if p.is_cuda}):
                 self._pass(step, measuring=True)
             norm = self._norm()
             self._known = clip_factor(norm, bound), 1.0 - torch.isfinite(norm).float()
-            result = self._pass(step)
-        else:
-            result = self._pass(step)
-            norm = self._norm()
+        result = self._pass(step)
+        norm = self._norm() if self._known is None else norm
         if bound is not None and self.clipping == "running":
-            mean = _mean(norm, bound if running is None else running)
+            usable, before = torch.isfinite(norm) & (norm > 0), norm  # the first running norm is that of its step
+            if running is not None:
+                bound = before = running.to(norm.device, non_blocking=True)
+            mean = torch.where(usable, before * (norm / before) ** (1 - MEMORY), bound)
             for group in groups:
                 group[RUNNING] = mean
         self.grad_norm = norm
@@ -179,11 +158,11 @@ class GradientRelease:
                 "released: DistributedDataParallel does it later. Load the model with distributed_setup=, which lays "
                 "it out by FSDP2, or do without gradient release."
             )
-        this = weakref.ref(self)  # a weight that holds what holds it is never freed
+        this = weakref.WeakMethod(self._accumulated)  # a weight that holds what holds it is never freed
 
         def accumulated(parameter: torch.Tensor) -> None:
-            if (release := this()) is not None:
-                release._accumulated(parameter)
+            if (method := this()) is not None:
+                method(parameter)
 
         for parameter in self._groups.keys() - self._hooks.keys():
             self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(accumulated)
@@ -278,12 +257,3 @@ class GradientRelease:
             raise RuntimeError("optimizer.step() without release.backward(forward) before it: nothing was updated.")
         self.optimizer.clip_next(self.grad_norm, math.inf)  # it need not measure what is gone
         self.grad_norm = None
-
-
-def _mean(norm: torch.Tensor, running: torch.Tensor | float) -> torch.Tensor:
-    """The running norm after a step of this norm; after the first step, where a number stands in for none, its norm."""
-    usable = torch.isfinite(norm) & (norm > 0)
-    if not isinstance(running, torch.Tensor):
-        return torch.where(usable, norm, running)
-    running = running.to(norm.device, non_blocking=True)
-    return torch.where(usable, running * (norm / running) ** (1 - MEMORY), running)
