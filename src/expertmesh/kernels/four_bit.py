@@ -4,11 +4,9 @@
 
 NF4 (QLoRA, arXiv:2305.14314, appendix E): the values are quantiles of a normal distribution, the scale is the largest
 magnitude of 64 weights, in bfloat16. MXFP4 (OCP Microscaling Formats 1.0): the values are the floats of 2 bits of
-exponent and 1 of mantissa, the scale is a power of two for 32 weights, of which the exponent, plus 127, is kept. It is
-how GPT-OSS is published, and the layout here is that of its files.
+exponent and 1 of mantissa, the scale is a power of two for 32 weights, of which the exponent, plus 127, is kept.
 
-Codes [E, out, in / 2], the first of two in the lower half; scales [E, out, in / size]. The PyTorch reference stands
-beside the kernel, and both give the same bits.
+Codes [E, out, in / 2], the first of two in the lower half; scales [E, out, in / size]: the layout of GPT-OSS's files.
 """
 
 from functools import cache

@@ -6,14 +6,10 @@
 `_Up` is the forward as far as the activation, `_Down` the rest: two autograd functions, as a checkpointed layer is
 recomputed no further than its last saved tensor, which is `_Up`'s. They save x [M, H], the up-projection's output h
 [S, J] and the routing, and nothing else that grows with S = M·K rows: the activation is recomputed from h, and the
-routing weights' gradient comes out of the down-dgrad, so neither the permuted input nor the experts' outputs are kept.
-`_Down`'s backward reads what `_Up` saved and leaves in `from_down` what `_Up`'s backward goes on from; what autograd
-brings from one to the other has no values.
+routing weights' gradient comes out of the down-dgrad. `_Down`'s backward reads what `_Up` saved and leaves in
+`from_down` what `_Up`'s backward goes on from; what autograd brings from one to the other has no values.
 
 Experts on other ranks differ in the `Exchange` alone (exchange.py), by which rows are dispatched and combined.
-
-All layouts of Transformers' experts modules work: gated (concatenated or interleaved) or not, with biases or not,
-weights [E, out, in] or transposed.
 """
 
 import functools
@@ -30,19 +26,14 @@ from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_f
 from expertmesh.backends import opaque
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouped_down import down_dact
-from expertmesh.kernels.grouped_gemm import grouped_gemm, up_act, up_again
-from expertmesh.kernels.grouped_wgrad import grouped_wgrad
+from expertmesh.kernels.grouped_gemm import grouped_gemm, thin_rows, up_act, up_again
+from expertmesh.kernels.grouped_wgrad import grouped_wgrad, thin_wgrad
 from expertmesh.kernels.grouping import Grouping, combine, group_by_expert, or_none, unsort
-from expertmesh.kernels.low_rank import LowRank
 from expertmesh.kernels.recompute import again
-from expertmesh.kernels.thin import thin_rows, thin_wgrad
 from expertmesh.moe.exchange import LOCAL, Exchange, Outputs
 from expertmesh.twins import untouched
 
 NAME = "expertmesh"
-
-#: what `use_experts_implementation` says of a class, as far as this backend knows
-_FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
 
 
 def why_not(experts: Any) -> str | None:
@@ -59,8 +50,8 @@ def why_not(experts: Any) -> str | None:
 @functools.cache
 def _new_flags() -> frozenset[str]:
     """Flags that a later Transformers has for experts."""
-    known = _FLAGS | {"experts_class", "experts_interface"}
-    return frozenset(inspect.signature(use_experts_implementation).parameters) - known
+    known = "experts_class experts_interface is_concatenated is_transposed has_bias has_gate has_post_expert_norm"
+    return frozenset(inspect.signature(use_experts_implementation).parameters) - set(known.split())
 
 
 def is_experts(module: Any) -> bool:
@@ -82,7 +73,7 @@ def activation_of(experts: Any) -> Activation | None:
     own_gate = getattr(experts._apply_gate, "__func__", experts._apply_gate)
     asked = own_gate, act_fn, isinstance(act_fn, nn.Module) and not untouched(act_fn), constants
     known = vars(experts).get("_known_activation")  # the answer, and the question it belongs to
-    if known is None or any(a is not b and a != b for a, b in zip(known[0], asked, strict=True)):
+    if known is None or known[0] != asked:
         known = asked, None if why_not(experts) else _activation(experts, asked[2], constants)
         experts.__dict__["_known_activation"] = known
     return known[1]
@@ -141,14 +132,12 @@ def compute(
     """As `experts_forward`, with experts of the activation `act`, which rows reach by `exchange`. Tokens, weights of
     the experts and residual have one dtype.
     """
-    w_up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    b_up = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
-    b_down = experts.down_proj_bias if experts.has_bias else None
-    w_down = experts.down_proj
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    w_up, w_down = getattr(experts, up), experts.down_proj
+    b_up, b_down = (getattr(experts, f"{up}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
     scale, transposed = 1 / getattr(experts, "grad_divisor", 1), experts.is_transposed
     factors = vars(experts).get("low_rank", {})  # of adapters, set for this call (lora.py)
-    low_up = factors.get("gate_up_proj" if experts.has_gate else "up_proj", (None, None))
-    low_down = factors.get("down_proj", (None, None))
+    low_up, low_down = (factors.get(name, (None, None)) for name in (up, "down_proj"))
     parts = [w._local_tensor if isinstance(w, DTensor) else w for w in (w_up, b_up, w_down, b_down)]
     # `_Up`'s backward makes a gradient as large. w_down's own has gone to its weight by then, as autograd sees w_down
     # behind `_Up` alone
@@ -164,9 +153,8 @@ class _Up(torch.autograd.Function):
     """(h [S, J], activation(h) [S, I], (group, weights [M, K], v [S, R], w_down, b_down)) of the dispatched rows;
     gradients come for h only. h may lack rows.
 
-    parts: of both weights and biases what this rank holds. Products take weights as [E, in, out] views; gradients come
-    back as the weights are, times `scale`. Of adapters the factors are A [E, R, in] and B [E, R, out], or None:
-    u = x · Aᵀ and v = activation(h) · Aᵀ.
+    parts: of both weights and biases what this rank holds. Gradients come back as the weights are, times `scale`. Of
+    adapters the factors are A [E, R, in] and B [E, R, out], or None: u = x · Aᵀ and v = activation(h) · Aᵀ.
     """
 
     @staticmethod
@@ -180,19 +168,18 @@ class _Up(torch.autograd.Function):
             w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
         x_MH, ids_MK, weight_MK = exchange.dispatch(x_TH, ids_TK, weight_TK)
         group = group_by_expert(ids_MK, w_up.shape[0], weight_MK, exchange.rows_here)
-        keep = None if exchange.rows_here else exchange.rows_to_keep(group.slot_S.numel(), group.block)
+        keep = None if exchange.rows_here else exchange.rows_to_keep(len(group.token_S), group.block)
         u_SR = None if up_A is None else thin_rows(x_MH, up_A, group, gathered=True)
-        low = None if u_SR is None else LowRank(u_SR, up_B)
-        h_SJ, a_SI, ctx.alternating = up_act(x_MH, w_up, b_up, group, act, low, keep)
+        h_SJ, a_SI, ctx.alternating = up_act(x_MH, w_up, b_up, group, act, (u_SR, up_B), keep)
         again(
-            (h_SJ,), lambda x, w, b, *low: up_act(x, w, b, group, act, LowRank(*low) if low else None, keep),
-            x_MH, w_up, b_up, *(low or ()), level="experts",
+            (h_SJ,), lambda x, w, b, *low: up_act(x, w, b, group, act, low, keep),
+            x_MH, w_up, b_up, u_SR, up_B, level="experts",
         )  # fmt: skip
         v_SR = None if down_A is None else thin_rows(a_SI, down_A, group, gathered=False)
         ctx.act, ctx.scale, ctx.transposed, ctx.exchange = act, scale, transposed, exchange
         ctx.tiles, ctx.block = group.tiles, group.block
         weights = w_up, b_up, up_A, up_B, w_down, b_down, down_A, down_B
-        rows = group.slot_S, group.token_S, group.position_TK, group.bounds, group.weight_S
+        rows = group.token_S, group.position_TK, group.bounds, group.weight_S
         ctx.save_for_backward(x_MH, h_SJ, weight_MK, ids_MK, *weights, u_SR, v_SR, *rows)
         ctx.mark_non_differentiable(a_SI)
         ctx.set_materialize_grads(False)
@@ -205,9 +192,8 @@ class _Up(torch.autograd.Function):
         dx_MH = dw_up = dA = dB = None
         du_SR = None if up_B is None else thin_rows(dh_SJ, up_B, group, gathered=False)
         if ctx.needs_input_grad[0]:
-            low = None if du_SR is None else LowRank(du_SR, up_A)
             # the product's S rows have no name, so that they are freed at once
-            dx_MH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, None, low), group.position_TK)
+            dx_MH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, None, (du_SR, up_A)), group.position_TK)
         with ctx.exchange.waits:
             wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
             if ctx.needs_input_grad[2]:
@@ -229,7 +215,7 @@ class _Down(torch.autograd.Function):
     def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, down_A, down_B, residual, routed: tuple, exchange: Exchange):
         ctx.up, ctx.specs = h_SJ.grad_fn, [getattr(w, "_spec", None) for w in (w_down, b_down)]
         group, weight_MK, v_SR, w_down, b_down = routed
-        y_SH = grouped_gemm(a_SI, w_down, group, b_down, None if v_SR is None else LowRank(v_SR, down_B))
+        y_SH = grouped_gemm(a_SI, w_down, group, b_down, (v_SR, down_B))
         return exchange.combine(Outputs(y_SH, group.position_TK, weight_MK), residual)
 
     @staticmethod
@@ -239,35 +225,35 @@ class _Down(torch.autograd.Function):
         if up is None:  # nothing but the residual has a gradient
             return *[None] * 6, dout, None, None
         # a checkpointed layer is recomputed here, exchanges too: they must not come between `dout_MH` and its readers
-        x_MH, h_SJ, weight_MK, ids_MK, *weights, u_SR, v_SR, slot_S, token_S, position, bounds, weight_S = (
-            up.saved_tensors
-        )
+        x_MH, h_SJ, weight_MK, ids_MK, *weights, u_SR, v_SR, token_S, position, bounds, weight_S = up.saved_tensors
         w_up, b_up, up_A, up_B, w_down, b_down, down_A, down_B = weights
-        group = Grouping(slot_S, token_S, position, bounds, up.tiles, up.block, weight_S)
+        group = Grouping(token_S, position, bounds, up.tiles, up.block, weight_S)
         _, _, need_w_down, need_b_down, need_A, need_B, need_residual = ctx.needs_input_grad[:7]
         _, need_weight, _, need_b_up = up.needs_input_grad[:4]
         with up.exchange.waits:
             dout_MH = up.exchange.combine_backward(dout.reshape(-1, dout.shape[-1]))
 
         more_SJ = None
-        if len(h_SJ) < len(slot_S):
-            low = None if u_SR is None else LowRank(u_SR, up_B)
-            more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ, low)
+        if len(h_SJ) < len(token_S):
+            more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ, (u_SR, up_B))
         dv_SR = None if down_B is None else thin_rows(dout_MH, down_B, group, gathered=True)  # times weight: later
-        low = None if dv_SR is None else LowRank(dv_SR, down_A)
         dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
-            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.alternating, low
+            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.alternating, (dv_SR, down_A)
         )
         dweight_MK = dw_down = db_down = dA = dB = None
-        if need_weight and b_down is None:
-            dweight_MK = unsort(dweight_PS, group.position_TK, weight_MK.dtype)
-        elif need_weight:
-            dweight_MK = _per_slot(dweight_PS, group, dout_MH, ids_MK, b_down, weight_MK.dtype)
+        if need_weight:
+            dweight_MK = unsort(dweight_PS, position, weight_MK.dtype if b_down is None else torch.float32)
+            if b_down is not None:  # of the bias comes ⟨dout_t, b_e⟩, one dense product
+                dot_MK = (dout_MH @ b_down.t()).float().gather(1, ids_MK.clamp(0, len(b_down) - 1))
+                dweight_MK = (dweight_MK + torch.where(position >= 0, dot_MK, 0)).to(weight_MK.dtype)
         if need_w_down:
             dw_down = grouped_wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale)
             dw_down = _spread(dw_down.transpose(1, 2) if up.transposed else dw_down, ctx.specs[0])
-        if need_b_down:
-            db_down = _spread(_bias_down_grad(dout_MH, weight_MK, ids_MK, b_down) * up.scale, ctx.specs[1])
+        if need_b_down:  # Σ weight_tk · dout_t over the pairs of each expert, one dense product
+            share_ME = weight_MK.new_zeros(len(ids_MK), len(b_down) + 1, dtype=torch.float32)
+            share_ME.scatter_add_(1, or_none(ids_MK, len(b_down)), weight_MK.float())
+            db_down = share_ME[:, :-1].to(dout_MH.dtype).t() @ dout_MH
+            db_down = _spread(db_down * up.scale, ctx.specs[1])
         if dv_SR is not None and need_A:
             dA = thin_wgrad(wa_SI, dv_SR, down_A, group, gathered=False)
         if need_B:
@@ -281,31 +267,6 @@ class _Down(torch.autograd.Function):
 def _spread(grad: torch.Tensor, spec: Any) -> torch.Tensor:
     """The gradient of a weight of which this rank holds a part; `from_local` would derive its layout anew."""
     return grad if spec is None else DTensor(grad, spec, requires_grad=False)  # type: ignore[call-arg]
-
-
-def _per_slot(
-    dweight_PS: torch.Tensor,
-    group: Grouping,
-    dout_TH: torch.Tensor,
-    ids_TK: torch.Tensor,
-    b_down_EH: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Routing-weight gradients [T, K] from parts of sorted rows [P, S]; the down bias adds ⟨dout_t, b_e⟩, one dense
-    product."""
-    dweight_TK = unsort(dweight_PS, group.position_TK, torch.float32)
-    dot_TE = (dout_TH @ b_down_EH.t()).float()
-    dot_TK = dot_TE.gather(1, ids_TK.clamp(0, b_down_EH.shape[0] - 1))
-    return (dweight_TK + torch.where(group.position_TK >= 0, dot_TK, 0)).to(dtype)
-
-
-def _bias_down_grad(
-    dout_TH: torch.Tensor, weight_TK: torch.Tensor, ids_TK: torch.Tensor, b_down_EH: torch.Tensor
-) -> torch.Tensor:
-    """db [E, H] = Σ weight_tk · dout_t over the pairs of each expert, as one dense product with a [T, E+1] matrix."""
-    spread_TE = weight_TK.new_zeros(ids_TK.shape[0], b_down_EH.shape[0] + 1, dtype=torch.float32)
-    spread_TE.scatter_add_(1, or_none(ids_TK, b_down_EH.shape[0]), weight_TK.float())
-    return spread_TE[:, :-1].to(dout_TH.dtype).t() @ dout_TH
 
 
 def _by_name(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -3,9 +3,8 @@
     LoraConfig(r=16, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
 
 PEFT puts a `ParamWrapper` around an experts module for each of these. In every call it adds B_e · A_e of every expert
-to the whole weight: twice the weights' memory, and a gradient of their size. In a fused model the wrapper becomes a
-`FastParamWrapper` at the next forward. The experts find the factors in `low_rank` for the time of the call, and
-experts.py computes with them. All else stays PEFT's: names, saving and loading, merging, which adapters are active.
+to the whole weight. In a fused model the wrapper becomes a `FastParamWrapper` at the next forward: the experts find the
+factors in `low_rank` for the time of the call, and experts.py computes with them. All else stays PEFT's.
 """
 
 import re
@@ -59,40 +58,27 @@ class FastParamWrapper(Fast):
         return True
 
     def _factors(self, names: list[str], experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [E, R, in] and B [E, R, out] of the experts of this rank; the ranks of several adapters one below another,
-        B with their scales.
-        """
+        """A [E, R, in] and scaled B [E, R, out] of this rank's experts; of several adapters one below another."""
         dispatch, mine, dtype = vars(experts).get("forward"), slice(None), self.get_param().dtype
         if isinstance(dispatch, Dispatch):
             first = dispatch.rank * dispatch.num_local_experts
             mine = slice(first, first + dispatch.num_local_experts)
-        pairs = []
-        for name in names:
-            shared = self.num_experts, mine, dtype
-            factor_a = factor_of(self.lora_A[name].weight, False, 1.0, *shared)
-            pairs.append((factor_a, factor_of(self.lora_B[name].weight, True, self.scaling[name], *shared)))
-        if len(pairs) == 1:
-            return pairs[0]
-        factors_a, factors_b = zip(*pairs, strict=True)
+        shared = self.num_experts, mine, dtype
+        factors_a = [factor_of(self.lora_A[name].weight, False, 1.0, *shared) for name in names]
+        factors_b = [factor_of(self.lora_B[name].weight, True, self.scaling[name], *shared) for name in names]
+        if len(names) == 1:
+            return factors_a[0], factors_b[0]
         return torch.cat(factors_a, 1), torch.cat(factors_b, 1)
 
 
-def factor_of(
-    weight: torch.Tensor, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype
-) -> torch.Tensor:
-    """scale · one of PEFT's factors, A [E·r, in] or B [out, r·E], as [E, R, in or out] of some experts in some dtype;
-    R is r, and rows of zeros up to a multiple of 16. Differentiable in `weight`.
-    """
-    return _Factor.apply(weight, is_b, scale, num_experts, mine, dtype)
-
-
 class _Factor(torch.autograd.Function):
-    """`factor_of`, one pass each way."""
+    """scale · one of PEFT's factors, A [E·r, in] or B [out, r·E], as [E, R, in or out] of some experts in some dtype;
+    R is r, and rows of zeros up to a multiple of 16. One pass each way.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype):
-        ctx.args, ctx.like = (is_b, num_experts, mine), (weight.shape, weight.dtype)
-        ctx.scale = scale
+        ctx.args, ctx.like, ctx.scale = (is_b, num_experts, mine), (weight.shape, weight.dtype), scale
         factor = _by_expert(weight, *ctx.args)
         num_local, rank, width = factor.shape
         missing = -rank % 16
@@ -110,6 +96,9 @@ class _Factor(torch.autograd.Function):
         mine = _by_expert(dweight, *ctx.args)
         torch.mul(dfactor[:, : mine.shape[1]], ctx.scale, out=mine)
         return dweight, *[None] * 5
+
+
+factor_of: Any = _Factor.apply
 
 
 def _by_expert(weight: torch.Tensor, is_b: bool, num_experts: int, mine: slice) -> torch.Tensor:
