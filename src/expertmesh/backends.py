@@ -198,7 +198,7 @@ _PACKAGES = {
     "transformers": ("models, loading, generation, Trainer", "nothing runs"),
     "triton": (
         "experts, routers, norms, RoPE, Mamba2, attention with sinks and the loss on GPUs",
-        "on GPUs the slower F.grouped_mm and PyTorch ops",
+        "PyTorch's operations, which on GPUs are much slower",
     ),
     "flash-attn-4": ("causal attention in training on Hopper GPUs", "cuDNN's; with sinks Triton's"),
     "quack-kernels": ("five of the experts' products on Hopper GPUs", "Triton's"),

@@ -137,11 +137,11 @@ def test_the_counting_sort_equals_a_stable_sort_without_waiting(tokens, top_k, e
     finally:
         torch.cuda.set_sync_debug_mode("default")
     want = group_by_expert_reference(ids, experts, weight)
-    for name in ("slot_S", "token_S", "position_TK", "offsets_E", "weight_S"):
+    for name in ("token_S", "position_TK", "bounds", "weight_S"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     torch.testing.assert_close(back, unsort_reference(parts, got.position_TK, torch.float32))
     expert, row, used = (x.tolist() for x in got.tiles)
-    ends = want.offsets_E.tolist()
+    ends = want.bounds[1:].tolist()
     tiles = [(e, r) for e in range(experts) for r in range(([0] + ends)[e], ends[e], got.block)]
     assert list(zip(expert, row, strict=True))[: used[0]] == tiles
 

@@ -13,6 +13,9 @@ import torch
 from expertmesh.backends import tl, triton
 from expertmesh.kernels.activation import Activation, activate_backward
 from expertmesh.kernels.grouped_gemm import (
+    NO_ADAPTERS,
+    LowRank,
+    add_low_rank,
     gathered_tile,
     grouped_gemm,
     layout,
@@ -26,8 +29,6 @@ from expertmesh.kernels.grouped_gemm import (
 from expertmesh.kernels.grouped_wgrad import grouped_sum
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched
-from expertmesh.kernels.low_rank import LowRank, add_low_rank, rank_of
-from expertmesh.kernels.packed import Packed
 
 
 def down_dact(
@@ -39,23 +40,30 @@ def down_dact(
     has_bias: bool = False,
     more_SJ: torch.Tensor | None = None,
     alternating: bool = False,
-    low: LowRank | None = None,
+    low: LowRank = NO_ADAPTERS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dh [S, J], weight·a [S, I], dweight [P, S] float32, db [E, J] if `has_bias`) from the gradient dout [T, H] of
     the combined output.
 
-    w_down_EIH: the down-projections. more_SJ: of an h that lacks rows the others, from `up_again`. alternating: gate
-    and up columns alternate in h, though not in the weights, nor in dh. low: what adapters add to dā. `dweight` leaves
-    out the down-projection's bias; it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up
-    to the end of its last row tile, are zero: `grouped_wgrad` reads them.
+    more_SJ: of an h that lacks rows the others, from `up_again`. alternating: gate and up columns alternate in h,
+    though not in the weights, nor in dh. low: what adapters add to dā. `dweight` leaves out the down-projection's bias;
+    it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to the end of its last row tile,
+    are zero: `grouped_wgrad` reads them. Without tiles, or for an activation of the module's own, it is the
+    specification.
     """
-    assert group.weight_S is not None
-    w_EHI = (w_down_EIH.decode() if isinstance(w_down_EIH, Packed) else w_down_EIH).transpose(1, 2)
+    w_EHI, weight_S = w_down_EIH.transpose(1, 2), group.weight_S
+    assert weight_S is not None
     if act.kind == "custom" or group.tiles is None:
         assert not alternating, "only quack makes such h, for activations of the kernel"
-        return down_dact_by_pytorch(dout_TH, w_EHI, h_SJ, group, act, has_bias, low)
+        da_SI = grouped_gemm(dout_TH.index_select(0, group.token_S), w_EHI, group, own=True, low=low)
+        mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.bounds[-1])[:, None]
+        da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
+        weight_S1 = weight_S[:, None].to(da_SI.dtype)
+        a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
+        db_EJ = grouped_sum(dh_SJ, group) if has_bias else None
+        return dh_SJ, weight_S1 * a_SI, da_SI.float().mul_(a_SI).sum(-1)[None], db_EJ
     assert dout_TH.stride(1) == 1
-    num_rows, (_, num_inner, width) = group.slot_S.numel(), w_EHI.shape
+    num_rows, (num_experts, num_inner, width) = len(group.token_S), w_EHI.shape
     config = tile_config(dout_TH, group.block, stages=4)
     if has_bias:  # sums take registers
         config["BN"] = min(config["BN"], 128)
@@ -67,37 +75,16 @@ def down_dact(
     db_MJ = dweight_PS.new_empty(group.tiles[0].numel(), h_SJ.shape[1]) if has_bias else None
     pairs = act.interleaved or alternating
     over_tiles(
-        _down_dact_kernel, config, dout_TH, group,
-        torch.zeros(1, dtype=torch.int32, device=dout_TH.device), dout_TH, group.token_S, w_tiles,
-        *(low or (None, None)),
+        _down_dact_kernel, dout_TH, group, low,
+        torch.zeros(1, dtype=torch.int32, device=dout_TH.device), dout_TH, group.token_S, w_tiles, *low,
         _as_pairs(h_SJ) if pairs else h_SJ, _as_pairs(more_SJ) if pairs and more_SJ is not None else more_SJ,
-        group.weight_S, _as_pairs(dh_SJ) if act.interleaved else dh_SJ, wa_SI, dweight_PS, db_MJ,
-        w_EHI.shape[0], num_rows, len(h_SJ), width, num_inner, dout_TH.stride(0), act.alpha, act.limit,
+        weight_S, _as_pairs(dh_SJ) if act.interleaved else dh_SJ, wa_SI, dweight_PS, db_MJ,
+        num_experts, num_rows, len(h_SJ), width, num_inner, dout_TH.stride(0), act.alpha, act.limit,
         LAYOUT=layout(act), H_LAYOUT="pairs" if pairs else layout(act), KIND=act.kind, TRANSPOSED=transposed,
-        EVEN=num_inner % config["BK"] == 0, RANK=rank_of(low),
+        EVEN=num_inner % config["BK"] == 0, **config,
     )  # fmt: skip
     db_EJ = None if db_MJ is None else grouped_sum(db_MJ, group, h_SJ.dtype, tile=group.block)
     return dh_SJ, wa_SI, dweight_PS, db_EJ
-
-
-def down_dact_by_pytorch(
-    dout_TH: torch.Tensor,
-    w_EHI: torch.Tensor,
-    h_SJ: torch.Tensor,
-    group: Grouping,
-    act: Activation,
-    has_bias: bool,
-    low: LowRank | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The specification of `down_dact`, which runs where Triton is missing or the activation is not its own."""
-    assert group.weight_S is not None
-    da_SI = grouped_gemm(dout_TH.index_select(0, group.token_S), w_EHI, group, own=True, low=low)
-    mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.bounds[-1])[:, None]
-    da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
-    weight_S1 = group.weight_S[:, None].to(da_SI.dtype)
-    a_SI, dh_SJ = act.backward(h_SJ, weight_S1 * da_SI)
-    db_EJ = grouped_sum(dh_SJ, group) if has_bias else None
-    return dh_SJ, weight_S1 * a_SI, da_SI.float().mul_(a_SI).sum(-1)[None], db_EJ
 
 
 def _as_pairs(h_SJ: torch.Tensor) -> torch.Tensor:
@@ -167,10 +154,8 @@ def _down_dact_kernel(
         if end == tl.load(bounds + num_experts):
             behind = (row >= end) & (row < num_rows)
             _store_zeros(wa, row, behind, first, width, BN)
-            if LAYOUT == "halves":
-                _store_zeros(dh, row, behind, 2 * first, 2 * width, 2 * BN)
-            else:
-                _store_zeros(dh, row, behind, first, width, BN)
+            SIDES: tl.constexpr = 2 if LAYOUT == "halves" else 1
+            _store_zeros(dh, row, behind, SIDES * first, SIDES * width, SIDES * BN)
         item = next_item
 
 

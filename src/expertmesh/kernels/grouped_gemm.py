@@ -2,17 +2,16 @@
 
     grouped_gemm:  y_s = a_s · W_e(s) (+ b)           the down-projection, and the gradient of the up-projection's input
     up_act:        h_s = x_t(s) · W_e(s) (+ b), a_s = activation(h_s)
+    thin_rows:     u_s = x_s · A_e(s)ᵀ                what adapters make of a row
 
-Rows of x are read by index in the prologue of `up_act`, so no permuted copy of x is ever stored; h (kept for the
-backward) and a leave in the epilogue. How many rows there are is known on the device alone. So that the host need not
-allocate for all that there might be, only the first `keep` rows of h are stored, and the backward computes `up_again`
-what is missing, which is nothing unless this rank got more than its share. `grouped_down` gathers, too, and has the
-activation's gradient in its epilogue; `grouped_wgrad` makes the weights' gradients.
+`up_act` reads rows of x by index, so no permuted copy of x is ever stored; h (kept for the backward) and a leave in the
+epilogue. How many rows there are is known on the device alone. So that the host need not allocate for all that there
+might be, only the first `keep` rows of h are stored, and the backward computes `up_again` what is missing, which is
+nothing unless this rank got more than its share. What adapters add is added where the sums are in registers.
 
 One Triton program per multiprocessor walks over row tiles (`Grouping.tiles`; a tile never spans two experts) times
-column tiles; how many there are is read on the device. What lies contiguous is read by the TMA unit, through tensor
-descriptors, where the GPU has one (from Hopper on), by pointers elsewhere. The transposed and the plain layout of
-Transformers' weights need no copy.
+column tiles. What lies contiguous is read by the TMA unit, through tensor descriptors, where the GPU has one (from
+Hopper on), by pointers elsewhere.
 """
 
 from functools import cache
@@ -20,17 +19,18 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from expertmesh.backends import TensorDescriptor, tell_once, tl, triton
 from expertmesh.kernels import quack
 from expertmesh.kernels.activation import Activation, activate
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched, processors
-from expertmesh.kernels.low_rank import LowRank, add_low_rank, rank_of
 from expertmesh.kernels.packed import Packed
 
 THIN = 64  # columns up to which a product reads its rows once, in tiles of its own
+#: what adapters add to a product: u_s · B_e, u [S, R] and B [E, R, N] contiguous, R a multiple of 16; or nothing
+LowRank = tuple[torch.Tensor | None, torch.Tensor | None]
+NO_ADAPTERS: LowRank = (None, None)
 
 
 def grouped_gemm(
@@ -38,33 +38,27 @@ def grouped_gemm(
     w_EKN: torch.Tensor,
     group: Grouping,
     bias_EN: torch.Tensor | None = None,
-    low: LowRank | None = None,
+    low: LowRank = NO_ADAPTERS,
     own: bool = False,
 ) -> torch.Tensor:
     """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias.
 
-    low: u_s · B_e is added. own: never by quack. Rows behind the last expert's are not written: no reader of a
-    `Grouping` looks at them. Without tiles it is the specification: one matrix product per expert, or `F.grouped_mm` on
-    a GPU without Triton.
+    own: never by quack. Rows behind the last expert's are not written: no reader of a `Grouping` looks at them. Without
+    tiles it is the specification: one matrix product per expert.
     """
     w_EKN = w_EKN.decode() if isinstance(w_EKN, Packed) else w_EKN
-    if group.tiles is not None:
-        if bias_EN is None and low is None and not own and quack.takes(a_SK, w_EKN):
-            return quack.grouped_gemm(a_SK, w_EKN, group)
-        y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
+    fused, (u_SR, b_ERN) = group.tiles is not None, low
+    if fused and bias_EN is None and u_SR is None and not own and quack.takes(a_SK, w_EKN):
+        return quack.grouped_gemm(a_SK, w_EKN, group)
+    y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
+    if fused:
         launch_rows(a_SK, w_EKN, bias_EN, group, y_SN, low=low)
         return y_SN
-    if low is not None:
-        return grouped_gemm(a_SK, w_EKN, group, bias_EN).add_(grouped_gemm(*low, group))
-    if a_SK.is_cuda:
-        y_SN = F.grouped_mm(a_SK, w_EKN, offs=group.offsets_E)
-        return y_SN if bias_EN is None else y_SN + rows_of_experts(bias_EN, group)
-    y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
     for expert, (begin, end) in enumerate(pairwise(group.bounds.tolist())):
         torch.mm(a_SK[begin:end], w_EKN[expert], out=y_SN[begin:end])
         if bias_EN is not None:
             y_SN[begin:end] += bias_EN[expert]
-    return y_SN
+    return y_SN if u_SR is None or b_ERN is None else y_SN.add_(grouped_gemm(u_SR, b_ERN, group))
 
 
 def up_act(
@@ -73,25 +67,23 @@ def up_act(
     bias_EJ: torch.Tensor | None,
     group: Grouping,
     act: Activation,
-    low: LowRank | None = None,
+    low: LowRank = NO_ADAPTERS,
     keep: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """(h [S, J], a [S, I], whether gate and up columns alternate in h though not in the weights) of tokens x [T, H],
     up-projections [E, H, J] (plain or transposed) and biases [E, J].
 
-    low: as in `grouped_gemm`. keep: by the fused kernel, h has only this many rows, a multiple of `group.block`.
+    keep: by the fused kernel, h has only this many rows, a multiple of `group.block`.
     """
     w_EHJ = w_EHJ.decode() if isinstance(w_EHJ, Packed) else w_EHJ
     if act.kind == "custom" or group.tiles is None:
         if group.tiles is not None:
-            tell_once(
-                "experts with an activation of their own gather their rows and run it in PyTorch, not in the kernel."
-            )
+            tell_once("experts with an activation of their own gather rows and run it in PyTorch, not in the kernel.")
         h_SJ = grouped_gemm(x_TH.index_select(0, group.token_S), w_EHJ, group, bias_EJ, own=True, low=low)
         return h_SJ, act.forward(h_SJ), False
-    if keep is None and low is None and quack.takes_up(x_TH, w_EHJ, bias_EJ, group, act):
+    if keep is None and low[0] is None and quack.takes_up(x_TH, w_EHJ, bias_EJ, group, act):
         return *quack.up_act(x_TH, w_EHJ, group, act), act.gated
-    num_rows = group.slot_S.numel()
+    num_rows = len(group.token_S)
     h_SJ = x_TH.new_empty(min(num_rows, keep or num_rows), w_EHJ.shape[2])
     a_SI = x_TH.new_empty(num_rows, w_EHJ.shape[2] // (2 if act.gated else 1))
     launch_rows(x_TH, w_EHJ, bias_EJ, group, h_SJ, a_SI, act, low)
@@ -105,22 +97,27 @@ def up_again(
     group: Grouping,
     act: Activation,
     h_SJ: torch.Tensor,
-    low: LowRank | None = None,
+    low: LowRank = NO_ADAPTERS,
 ) -> torch.Tensor:
     """The rows of h that an `up_act` with `keep` did not store, and the `group.block` rows before them, in as far as
     tiles that end behind h have them.
     """
-    w_EHJ = w_EHJ.decode() if isinstance(w_EHJ, Packed) else w_EHJ
-    more_SJ = h_SJ.new_empty(group.block + group.slot_S.numel() - len(h_SJ), h_SJ.shape[1])
+    more_SJ = h_SJ.new_empty(group.block + len(group.token_S) - len(h_SJ), h_SJ.shape[1])
     launch_rows(x_TH, w_EHJ, bias_EJ, group, more_SJ, None, act, low)
     return more_SJ
 
 
-def rows_of_experts(bias_EN: torch.Tensor, group: Grouping) -> torch.Tensor:
-    """bias [E, N] repeated to the sorted rows [S, N], without asking the device for counts."""
-    row = torch.arange(group.slot_S.numel(), device=bias_EN.device, dtype=torch.int32)
-    expert_S = torch.searchsorted(group.offsets_E, row, right=True).clamp_(max=bias_EN.shape[0] - 1)
-    return bias_EN[expert_S]
+def thin_rows(x: torch.Tensor, factor_ERK: torch.Tensor, group: Grouping, gathered: bool) -> torch.Tensor:
+    """u [S, R]: row s of x [S, K], or if `gathered` its token's of x [T, K], times the factor of its expert.
+
+    On Triton rows behind the last expert's are zero: `thin_wgrad` may read them.
+    """
+    factor_EKR = factor_ERK.transpose(1, 2)
+    if group.tiles is None:
+        return grouped_gemm(x.index_select(0, group.token_S) if gathered else x, factor_EKR, group)
+    u_SR = x.new_zeros(len(group.token_S), factor_EKR.shape[2])
+    launch_rows(x, factor_EKR, None, group, u_SR, *((u_SR, Activation("none", gated=False)) if gathered else ()))
+    return u_SR
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -131,8 +128,8 @@ def dot_precision(dtype: torch.dtype) -> str:
 @cache
 def wide(device: torch.device) -> bool:
     """Whether shared memory holds three or four stages of the large tiles: Hopper and datacentre Blackwell."""
-    properties: Any = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return properties is not None and properties.shared_memory_per_block_optin >= 200 * 1024
+    ask: Any = torch.cuda.get_device_properties
+    return device.type == "cuda" and ask(device).shared_memory_per_block_optin >= 200 * 1024
 
 
 def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3, thin: int = 0) -> dict[str, int]:
@@ -140,24 +137,22 @@ def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3, thin: int = 0
 
     thin: columns of a product that has a few only.
     """
-    if thin:
-        tile = dict(BN=max(16, triton.next_power_of_2(thin)), num_warps=4)
-        return tile | (dict(BK=32, num_stages=2) if x.dtype == torch.float32 else dict(BK=64, num_stages=4))
+    columns = max(16, triton.next_power_of_2(thin)) if thin else 0
     if x.dtype == torch.float32:
-        return dict(BN=64, BK=32, num_warps=4, num_stages=2)
+        return dict(BN=columns or 64, BK=32, num_warps=4, num_stages=2)
+    if columns:
+        return dict(BN=columns, BK=64, num_warps=4, num_stages=4)
     if block_rows == 128 and wide(x.device):
         return dict(BN=256, BK=64, num_warps=8, num_stages=stages)
     return dict(BN=128, BK=64, num_warps=8 if block_rows == 128 else 4, num_stages=3)
 
 
-def over_tiles(
-    kernel: Any, config: dict[str, int], x: torch.Tensor, group: Grouping, *inputs: Any, **flags: Any
-) -> None:
-    """Launch a kernel whose programs walk over row tiles times column tiles."""
-    assert group.tiles is not None
-    programs = processors(x.device)
-    constants = dict(BM=group.block, DESCRIPTOR=by_descriptor(x.device), PRECISION=dot_precision(x.dtype))
-    kernel[(programs,)](*group.tiles, group.bounds, *inputs, PROGRAMS=programs, **constants, **flags, **config)
+def over_tiles(kernel: Any, x: torch.Tensor, group: Grouping, low: LowRank, *inputs: Any, **flags: Any) -> None:
+    """Launch a kernel whose programs walk over row tiles times column tiles. `low` is among the inputs, too."""
+    programs, rank = processors(x.device), 0 if low[1] is None else low[1].shape[1]
+    assert group.tiles is not None and rank % 16 == 0 and all(part is None or part.is_contiguous() for part in low)
+    flags |= dict(BM=group.block, DESCRIPTOR=by_descriptor(x.device), PRECISION=dot_precision(x.dtype), RANK=rank)
+    kernel[(programs,)](*group.tiles, group.bounds, *inputs, PROGRAMS=programs, **flags)
 
 
 @cache
@@ -189,16 +184,12 @@ def tiles_of(x_RC: torch.Tensor, rows: int, columns: int) -> Any:
 
 
 def weight_tiles(w_EKN: torch.Tensor, inner: int, columns: int) -> tuple[Any, bool]:
-    """(descriptor, transposed) for the weights of all experts one below the other; `weight_tile` reads through it.
-
-    Plain and transposed weights are read in place; any other strides (an adapter's sum may have them) cost a copy.
-    """
+    """(descriptor, transposed) for the weights of all experts one below the other; `weight_tile` reads through it."""
+    w_EKN = w_EKN.decode() if isinstance(w_EKN, Packed) else w_EKN
     transposed = w_EKN.stride(2) != 1
     rows_ERC = w_EKN.transpose(1, 2) if transposed else w_EKN
     if not rows_ERC.is_contiguous():
-        tell_once(
-            f"experts' weights have the strides {w_EKN.stride()} and are copied in every step: make them contiguous."
-        )
+        tell_once(f"experts' weights have strides {w_EKN.stride()} and are copied in every step: make them contiguous.")
         rows_ERC = rows_ERC.contiguous()
     return tiles_of(rows_ERC.flatten(0, 1), *((columns, inner) if transposed else (inner, columns))), transposed
 
@@ -211,28 +202,27 @@ def launch_rows(
     y_SN: torch.Tensor,
     a_SI: torch.Tensor | None = None,
     act: Activation | None = None,
-    low: LowRank | None = None,
+    low: LowRank = NO_ADAPTERS,
 ) -> None:
     """Writes y: rows of x [S, K]; or with an activation those of x [T, K] by index, and its values to a. Into y go the
     first rows, or, with an activation but no a, the last.
     """
     num_inner, num_columns = w_EKN.shape[1:]
     act, gathered = act or Activation("none", gated=False), act is not None
-    thin = num_columns if num_columns <= THIN and not act.gated else 0
-    config = tile_config(x, group.block, 4 if gathered else 3, thin)
+    assert not gathered or x.stride(1) == 1
+    thin, again, kind = num_columns <= THIN and not act.gated, gathered and a_SI is None, layout(act)
+    config = tile_config(x, group.block, 4 if gathered else 3, num_columns if thin else 0)
     if act.gated:
         config["BN"] //= 2  # gate and up accumulate side by side
-    assert not gathered or x.stride(1) == 1
-    again = gathered and a_SI is None
-    w_tiles, transposed = weight_tiles(w_EKN, config["BK"], config["BN"] * (2 if layout(act) == "pairs" else 1))
+    w_tiles, transposed = weight_tiles(w_EKN, config["BK"], config["BN"] * (2 if kind == "pairs" else 1))
     over_tiles(
-        _rows_kernel, config, x, group,
+        _rows_kernel, x, group, low,
         x if gathered else tiles_of(x, group.block, config["BK"]), group.token_S if gathered else None, w_tiles,
-        bias_EN, *(low or (None, None)), y_SN, a_SI, w_EKN.shape[0],
-        group.slot_S.numel() - len(y_SN) if again else 0, len(y_SN),
+        bias_EN, *low, y_SN, a_SI, w_EKN.shape[0],
+        len(group.token_S) - len(y_SN) if again else 0, len(y_SN),
         num_columns // 2 if act.gated else num_columns, num_inner, x.stride(0), act.alpha, act.limit,
-        GATHER=gathered, LAYOUT=layout(act), KIND=act.kind, TRANSPOSED=transposed,
-        EVEN=num_inner % config["BK"] == 0, AGAIN=again, RANK=rank_of(low),
+        GATHER=gathered, LAYOUT=kind, KIND=act.kind, TRANSPOSED=transposed,
+        EVEN=num_inner % config["BK"] == 0, AGAIN=again, **config,
     )  # fmt: skip
 
 
@@ -292,6 +282,22 @@ def gathered_tile(rows, k, num_inner, EVEN: tl.constexpr):
         return tl.load(rows + k[None, :])
     else:
         return tl.load(rows + k[None, :], mask=(k < num_inner)[None, :], other=0.0)
+
+
+@triton.jit
+def add_low_rank(
+    acc, u, b, expert, row, inside, column, width, num_columns, RANK: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """acc [BM, BN] plus some rows of u [S, RANK] times columns of an expert's B [RANK, num_columns], `width` of them
+    from some one on.
+    """
+    for first in tl.static_range(0, RANK, 16):  # a second loop would keep the caller's from being flattened
+        inner = first + tl.arange(0, 16)
+        rows = tl.load(u + row.to(tl.int64)[:, None] * RANK + inner[None, :], mask=inside[:, None], other=0.0)
+        at = b + (expert * RANK + inner).to(tl.int64)[:, None] * num_columns + column[None, :]
+        columns = tl.load(at, mask=(column < width)[None, :], other=0.0)
+        acc = tl.dot(rows, columns, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -367,8 +373,6 @@ def _rows_kernel(
             gate = acc
             if LAYOUT == "pairs":
                 gate, up = tl.split(tl.reshape(acc, (BM, BN, 2)))
-            elif LAYOUT == "single":
-                up = acc
             a = activate(gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32), KIND, alpha, limit)
             column = first + tl.arange(0, BN)
             tl.store(a_out + row * width + column[None, :], a.to(kind), mask=inside & (column < width)[None, :])

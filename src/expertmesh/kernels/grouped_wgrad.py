@@ -3,10 +3,11 @@
     grouped_wgrad:  dW_e = scale · Σ_s g_t(s) ⊗ c_s   over the rows s of expert e
     grouped_sum:    db_e = Σ_s a_s
 
-One operand of the product is read through the token index instead of from a permuted copy, the other lies in sorted
-order. An expert without rows gets zeros: its gradient is written, not skipped.
+One operand of the product is read through the token index instead of from a permuted copy. An expert without rows gets
+zeros: its gradient is written, not skipped.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,15 @@ from torch.nn import functional as F
 
 from expertmesh.backends import tl, triton
 from expertmesh.kernels import quack
-from expertmesh.kernels.grouped_gemm import THIN, by_descriptor, dot_precision, matrix_tile, tiles_of, wide
+from expertmesh.kernels.grouped_gemm import (
+    THIN,
+    by_descriptor,
+    dot_precision,
+    matrix_tile,
+    tile_config,
+    tiles_of,
+    wide,
+)
 from expertmesh.kernels.grouping import Grouping
 from expertmesh.kernels.launch import launched
 
@@ -31,19 +40,15 @@ def grouped_wgrad(
 
     g: [T, G], one row per token; c: [S, C] in sorted order, finite up to the end of the last expert's last row tile.
     Sums in float32, result in g's dtype and in the memory layout of w, plain or transposed, so that autograd need not
-    copy. own: never by quack. Without tiles it is the specification: one product per expert, or `F.grouped_mm` on a GPU
-    without Triton.
+    copy. own: never by quack. Without tiles it is the specification: one product per expert.
     """
     gathered_first = w_EGC.stride(2) == 1
     if group.tiles is None:
         g_SG = g_TG.index_select(0, group.token_S)
         a, b = (g_SG, c_SC) if gathered_first else (c_SC, g_SG)
-        if a.is_cuda:
-            dw = F.grouped_mm(a.t(), b, offs=group.offsets_E)
-        else:
-            dw = a.new_empty(len(group.bounds) - 1, a.shape[1], b.shape[1])
-            for expert, (begin, end) in enumerate(pairwise(group.bounds.tolist())):  # no rows: the product is zeros
-                torch.mm(a[begin:end].t(), b[begin:end], out=dw[expert])
+        dw = a.new_empty(len(group.bounds) - 1, a.shape[1], b.shape[1])
+        for expert, (begin, end) in enumerate(pairwise(group.bounds.tolist())):  # no rows: the product is zeros
+            torch.mm(a[begin:end].t(), b[begin:end], out=dw[expert])
         dw = dw if scale == 1 else dw.mul_(scale)
         return dw if gathered_first else dw.transpose(1, 2)
     if not own and quack.takes(c_SC, w_EGC):
@@ -51,7 +56,11 @@ def grouped_wgrad(
     num_experts, num_g, num_c = w_EGC.shape
     assert g_TG.stride(1) == 1
     dw = g_TG.new_empty(num_experts, *((num_g, num_c) if gathered_first else (num_c, num_g)))
-    config = wgrad_config(g_TG, group.block, num_c)
+    exact = g_TG.dtype == torch.float32
+    thin = num_c if num_c <= THIN and not exact else 0
+    config = tile_config(g_TG, 128 if wide(g_TG.device) else 64, thin=thin)
+    config |= {"BG": 64 if exact else 128, "BC": config.pop("BN")}
+    config["BK"] = min(config["BK"], group.block)  # divides a row tile: behind its end nobody promises finite numbers
     grid = (num_experts * triton.cdiv(num_g, config["BG"]) * triton.cdiv(num_c, config["BC"]),)
     _grouped_wgrad_kernel[grid](
         g_TG, tiles_of(c_SC, config["BK"], config["BC"]), group.token_S, dw, group.bounds,
@@ -60,6 +69,15 @@ def grouped_wgrad(
         EVEN=num_g % config["BG"] == 0, **config,
     )  # fmt: skip
     return dw if gathered_first else dw.transpose(1, 2)
+
+
+def thin_wgrad(
+    x: torch.Tensor, du_SR: torch.Tensor, factor_ERK: torch.Tensor, group: Grouping, gathered: bool
+) -> torch.Tensor:
+    """dA [E, R, K] = Σ du_s ⊗ x_s over each expert's rows; x, from which u came, as in `thin_rows`."""
+    if not gathered:
+        group = replace(group, token_S=torch.arange(len(x), dtype=torch.int32, device=x.device))
+    return grouped_wgrad(x, du_SR, group, factor_ERK.transpose(1, 2), own=True).transpose(1, 2)
 
 
 def grouped_sum(a_SN: torch.Tensor, group: Grouping, dtype: torch.dtype | None = None, tile: int = 1) -> torch.Tensor:
@@ -79,21 +97,6 @@ def grouped_sum(a_SN: torch.Tensor, group: Grouping, dtype: torch.dtype | None =
     assert tile == 1
     running = F.pad(a_SN.double().cumsum(0), (0, 0, 1, 0))
     return running[group.bounds.long()].diff(dim=0).to(a_SN.dtype)
-
-
-def wgrad_config(x: torch.Tensor, block_rows: int, num_c: int) -> dict[str, int]:
-    """Tile of dW (gathered and sorted columns), rows contracted at a time, warps and pipeline stages.
-
-    The rows contracted at a time divide a row tile: behind its end nobody promises finite numbers.
-    """
-    if num_c <= THIN and x.dtype != torch.float32:
-        columns = max(16, triton.next_power_of_2(num_c))
-        return dict(BG=128, BC=columns, BK=min(64, block_rows), num_warps=4, num_stages=4)
-    if x.dtype == torch.float32:
-        return dict(BG=64, BC=64, BK=min(32, block_rows), num_warps=4, num_stages=2)
-    if wide(x.device):
-        return dict(BG=128, BC=256, BK=min(64, block_rows), num_warps=8, num_stages=3)
-    return dict(BG=128, BC=128, BK=min(64, block_rows), num_warps=4, num_stages=3)
 
 
 @launched

@@ -1,18 +1,17 @@
 """From tokens to rows sorted by expert, and back: a counting sort of (token, slot) pairs on the device, the tiles that
 the grouped GEMMs walk, and the weighted sum of each token's rows.
 
-T tokens choose K experts each, so S = T·K rows. Sorting by expert makes each expert's rows contiguous. Nothing here
-asks the device for a number: counts stay there, so the CPU never waits. The sort is stable, hence deterministic. It is
-two launches: every block of rows counts its experts; then every block reads all counts and places its own rows.
+T tokens choose K experts each, so S = T·K rows. Nothing here asks the device for a number, so the CPU never waits. The
+sort is stable, hence deterministic: every block of rows counts its experts; then every block reads all counts and
+places its own rows.
 
 An id outside [0, E) means "not mine", among them E, Transformers' expert-parallel sentinel: such rows sort to the tail,
 behind every expert's, no kernel computes them, and `position` holds -1 for them.
 
     out_t = Σ_k weight_tk · y_position(t,k)  (+ residual_t)          combine
 
-The same kernel, without weights, turns the rows of the up-projection's input gradient into the tokens' gradient. Each
-output element is written by one program in a fixed order, in float32: no atomics, no scatter, deterministic. `unsort`
-is the same road for one number per row.
+Without weights it turns the rows of the up-projection's input gradient into the tokens' gradient. Sums are made in one
+order, in float32. `unsort` is the same road for one number per row.
 """
 
 from dataclasses import dataclass
@@ -29,25 +28,18 @@ from expertmesh.kernels.launch import launched
 class Grouping:
     """Rows sorted by expert. All tensors are int32 on the tokens' device.
 
-    slot_S: which flat (token·K + k) stands in sorted row s. token_S: its token, slot_S // K.
-    position_TK: the inverse, in which sorted row (t, k) stands, or -1 if nobody here computes it.
-    bounds: where each expert's rows begin, and the last one's end [E + 1]; offsets_E: where they end.
-    tiles: (expert [M], first row [M]) of each row tile of the Triton GEMMs and how many [1] of the M entries are used;
-    None where products of these rows are PyTorch's. block: rows per tile. weight_S: the routing weights in sorted
-    order, float32, if `group_by_expert` was given them.
+    token_S: which token stands in sorted row s. position_TK: in which sorted row (t, k) stands, or -1 if nobody here
+    computes it. bounds: where each expert's rows begin, and the last one's end [E + 1]. tiles: (expert [M], first row
+    [M]) of each row tile of the Triton GEMMs and how many [1] of the M entries are used; None where products of these
+    rows are PyTorch's. block: rows per tile. weight_S: the routing weights in sorted order, float32.
     """
 
-    slot_S: torch.Tensor
     token_S: torch.Tensor
     position_TK: torch.Tensor
     bounds: torch.Tensor
     tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     block: int = 0
     weight_S: torch.Tensor | None = None
-
-    @property
-    def offsets_E(self) -> torch.Tensor:
-        return self.bounds[1:]
 
 
 def group_by_expert_reference(
@@ -60,33 +52,18 @@ def group_by_expert_reference(
     """
     flat = or_none(ids_TK.reshape(-1), num_experts)
     expert_S, slot_S = torch.sort(flat, stable=True)
-    ends = torch.arange(-1, num_experts, device=flat.device)
-    bounds = torch.searchsorted(expert_S, ends.to(flat.dtype), right=True).to(torch.int32)
-    position = torch.empty_like(slot_S)
-    position[slot_S] = torch.arange(flat.numel(), device=flat.device)
-    position = torch.where(flat < num_experts, position, -1).to(torch.int32)
+    ends = torch.arange(-1, num_experts, device=flat.device, dtype=flat.dtype)
+    bounds = torch.searchsorted(expert_S, ends, right=True, out_int32=True)
+    position = torch.where(flat < num_experts, slot_S.argsort(), -1).to(torch.int32)
+    slot_S = slot_S[:num_rows]
     weight_S = None if weight_TK is None else weight_TK.detach().reshape(-1)[slot_S].float()
-    slot_S = slot_S.to(torch.int32)
-    slot_S, weight_S = slot_S[:num_rows], None if weight_S is None else weight_S[:num_rows]
-    return Grouping(slot_S, slot_S // ids_TK.shape[1], position.view(ids_TK.shape), bounds, weight_S=weight_S)
+    token_S = (slot_S // ids_TK.shape[1]).to(torch.int32)
+    return Grouping(token_S, position.view(ids_TK.shape), bounds, weight_S=weight_S)
 
 
 def or_none(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     """The ids, and num_experts for all outside [0, num_experts)."""
     return torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-
-
-def _block_rows(rows_per_expert: int) -> int:
-    """Rows per GEMM tile: tall tiles reuse weights better, short ones waste less on small groups."""
-    for block in (128, 64, 32):
-        if rows_per_expert >= block:
-            return block
-    return 16
-
-
-def _sort_block(num_rows: int) -> int:
-    """Rows per program of the sort: every program reads the counts of all, so there are at most 512 of them."""
-    return max(512, triton.next_power_of_2(triton.cdiv(num_rows, 512)))
 
 
 def _int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
@@ -99,29 +76,31 @@ def _int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
 def _group_triton(
     ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None, num_rows: int | None = None
 ) -> Grouping:
-    here, num_rows, top_k, device = num_rows, ids_TK.numel(), ids_TK.shape[1], ids_TK.device
-    here = num_rows if here is None else here
+    all_rows, top_k, device = ids_TK.numel(), ids_TK.shape[1], ids_TK.device
+    here = all_rows if num_rows is None else num_rows
     bins = triton.next_power_of_2(num_experts)
-    sort_block = _sort_block(num_rows)
-    num_blocks = max(1, triton.cdiv(num_rows, sort_block))
-    block = _block_rows(here // num_experts)
+    # every program of the sort reads the counts of all, so there are at most 512 of them
+    sort_block = max(512, triton.next_power_of_2(triton.cdiv(all_rows, 512)))
+    num_blocks = max(1, triton.cdiv(all_rows, sort_block))
+    # tall tiles of the GEMMs reuse weights better, short ones waste less on small groups
+    block = next((rows for rows in (128, 64, 32) if here // num_experts >= rows), 16)
     max_tiles = triton.cdiv(here, block) + num_experts
-    slot_S, token_S, position_S, bounds, tile_expert, tile_row, num_tiles, counts = _int32(
-        device, num_rows, num_rows, num_rows, 1 + num_experts, max_tiles, max_tiles, 1, num_blocks * bins
+    token_S, position_S, bounds, tile_expert, tile_row, num_tiles, counts = _int32(
+        device, all_rows, all_rows, 1 + num_experts, max_tiles, max_tiles, 1, num_blocks * bins
     )
-    weight_S = None if weight_TK is None else torch.empty(num_rows, dtype=torch.float32, device=device)
+    weight_S = None if weight_TK is None else torch.empty(all_rows, dtype=torch.float32, device=device)
     ids_S = ids_TK.reshape(-1)
-    _count_kernel[(num_blocks,)](ids_S, counts, num_rows, num_experts, BINS=bins, BLOCK=sort_block, num_warps=4)
+    _count_kernel[(num_blocks,)](ids_S, counts, all_rows, num_experts, BINS=bins, BLOCK=sort_block, num_warps=4)
     # an id is compared with all bins and with the ids of its part: both tables must fit into registers
     part, tiles_of_block = max(16, min(128, 16384 // bins)), triton.next_power_of_2(triton.cdiv(max_tiles, num_blocks))
     _place_kernel[(num_blocks,)](
-        ids_S, counts, None if weight_TK is None else weight_TK.reshape(-1), slot_S, token_S, position_S, weight_S,
-        bounds, tile_expert, tile_row, num_tiles, num_rows, num_experts, top_k,
+        ids_S, counts, None if weight_TK is None else weight_TK.reshape(-1), token_S, position_S, weight_S,
+        bounds, tile_expert, tile_row, num_tiles, all_rows, num_experts, top_k,
         BLOCK=sort_block, TILE=block, TILES=tiles_of_block, BINS=bins, PART=part, num_warps=8,
     )  # fmt: skip
     tiles = tile_expert, tile_row, num_tiles
     weight_S = None if weight_S is None else weight_S[:here]
-    return Grouping(slot_S[:here], token_S[:here], position_S.view(ids_TK.shape), bounds, tiles, block, weight_S)
+    return Grouping(token_S[:here], position_S.view(ids_TK.shape), bounds, tiles, block, weight_S)
 
 
 group_by_expert = either(_group_triton, group_by_expert_reference)
@@ -138,7 +117,7 @@ def _count_kernel(ids, counts, num_rows, num_experts, BINS: tl.constexpr, BLOCK:
 
 @launched
 def _place_kernel(
-    ids, counts, weight, slot, token, position, weight_sorted, bounds, tile_expert, tile_row, num_tiles, num_rows,
+    ids, counts, weight, token, position, weight_sorted, bounds, tile_expert, tile_row, num_tiles, num_rows,
     num_experts, top_k,
     BINS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -187,7 +166,6 @@ def _place_kernel(
         where = start + tl.sum(earlier.to(tl.int32), axis=1)
         place += tl.sum(mine.to(tl.int32), axis=0)
         skipped_place += tl.sum(skipped.to(tl.int32), axis=0)
-        tl.store(slot + where, row, mask=valid)
         tl.store(token + where, row // top_k, mask=valid)
         tl.store(position + row, tl.where(skipped, -1, where), mask=valid)
         if weight is not None:
@@ -218,18 +196,16 @@ def combine_reference(
     return out_TH if residual is None else residual + out_TH.view(residual.shape)
 
 
-def _combine_triton(
+def combine(
     y_SH: torch.Tensor,
     position_TK: torch.Tensor,
     weight_TK: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """As `combine_reference`."""
     out = y_SH.new_empty((len(position_TK), y_SH.shape[1]) if residual is None else residual.shape)
-    _launch([out], 0, y_SH, position_TK, weight_TK, residual)
+    combine_into([out], 0, y_SH, position_TK, weight_TK, residual)
     return out
-
-
-combine = either(_combine_triton, combine_reference)
 
 
 def combine_into(
@@ -244,25 +220,14 @@ def combine_into(
     y's dtype which may lie in other GPUs' memory, all equally far behind the beginning of their storages. A residual of
     at most T/R rows is added to the first of outs[own].
     """
-    if use_triton(y_SH):
-        _launch(outs, own, y_SH, position_TK, weight_TK, residual)
+    if not use_triton(y_SH):
+        pieces = combine_reference(y_SH, position_TK, weight_TK).chunk(len(outs))
+        if residual is not None:
+            rows = residual.reshape(-1, y_SH.shape[1])
+            pieces[own][: len(rows)] += rows
+        for out, piece in zip(outs, pieces, strict=True):
+            out.view(piece.shape).copy_(piece)
         return
-    pieces = position_TK.chunk(len(outs)), [None] * len(outs) if weight_TK is None else weight_TK.chunk(len(outs))
-    for number, (out, position, weight) in enumerate(zip(outs, *pieces, strict=True)):
-        out.copy_(combine_reference(y_SH, position, weight))
-        if residual is not None and number == own:
-            out[: len(residual)] += residual
-
-
-@lru_cache(256)  # few storages and not many tensors in them: those that CUDA graphs read must stay
-def _addresses(device: torch.device, *addresses: int) -> torch.Tensor:
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
-
-
-def _launch(
-    outs: list[torch.Tensor], own: int, y_SH: torch.Tensor, position_TK: torch.Tensor, weight_TK: torch.Tensor | None,
-    residual: torch.Tensor | None,
-) -> None:  # fmt: skip
     (num_tokens, top_k), width = position_TK.shape, y_SH.shape[1]
     addresses = None
     if len(outs) > 1:
@@ -274,6 +239,11 @@ def _launch(
         OUTS=len(outs), ALIGNED=width * y_SH.element_size() % 16 == 0,  # Triton does not see their addresses
         BLOCK=block,
     )  # fmt: skip
+
+
+@lru_cache(256)  # few storages and not many tensors in them: those that CUDA graphs read must stay
+def _addresses(device: torch.device, *addresses: int) -> torch.Tensor:
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
 def unsort_reference(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,13 +1,12 @@
 """Five of the experts' six products by quack-kernels, on Hopper: the only file that knows its interface.
 
 quack (Apache-2.0, CuTe-DSL, compiled at the first call, kept on disk) has grouped products with rows gathered by index.
-What it is worth in a step stands in docs/benchmarks.md. Its up-projection leaves gate and up columns of h in turns,
-whatever the layout of the weights; our `down_dact` reads both.
+Its up-projection leaves gate and up columns of h in turns, whatever the layout of the weights; our `down_dact` reads
+both.
 
 quack's own search would take a minute at the first step. The tiles here won on an H200 at the widths of Qwen3-30B-A3B,
 Nemotron-3-Nano, GPT-OSS-20B and DeepSeek-V3, with rows spread at random and unevenly: of those that win with many rows
-and with few, the one that computes the least beyond a matrix' edges. Where a tile's rows are an expert's, tiles below
-one another share nothing (`below` 1): whole pairs of them would want experts with many rows.
+and with few, the one that computes the least beyond a matrix' edges.
 """
 
 from functools import cache
@@ -25,6 +24,11 @@ ACTIVATIONS = {"silu": "swiglu", "relu2": "relu_sq"}  # quack's names
 class Tile(NamedTuple):
     """What a block of threads computes at once; whether two groups of warps take turns at products and epilogues; how
     many neighbours below and to the right of one another share what they read.
+
+    Except where groups of warps take turns, a block that is done takes the next tile that nobody has: faster, above all
+    where experts are unequal. quack's own `config_supports` refuses this with rows gathered by index on Hopper. It is
+    right all the same: the barrier behind which a block takes its next tile counts the four warps that gather
+    (`make_sched_pipeline` and `num_ab_load_warps` in quack's gemm_sm90.py).
     """
 
     rows: int
@@ -33,19 +37,7 @@ class Tile(NamedTuple):
     below: int
     right: int
 
-    @property
-    def dynamic(self) -> bool:
-        """Whether a block that is done takes the next tile that nobody has, instead of tiles that were its own from the
-        start: faster, above all where experts are unequal, except where groups of warps take turns.
 
-        quack's own `config_supports` refuses this with rows gathered by index on Hopper. It is right all the same: the
-        barrier behind which a block takes its next tile counts the four warps that gather (`make_sched_pipeline` and
-        `num_ab_load_warps` in quack's gemm_sm90.py), so none of them misses a tile.
-        """
-        return not self.pingpong
-
-
-UP = Tile(128, 256, False, 1, 1)
 MANY = 128  # rows of an expert from which on no family's step was slower by more than noise; fewer were not tried
 ROWS = Tile(128, 256, False, 1, 1), Tile(128, 192, True, 1, 2)
 WGRAD = Tile(256, 192, False, 2, 1), Tile(128, 256, False, 2, 1), Tile(128, 192, True, 2, 1)
@@ -69,17 +61,9 @@ def takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 def takes_up(
     x_TH: torch.Tensor, w_up_EHJ: torch.Tensor, bias_EJ: torch.Tensor | None, group: Grouping, act: Activation
 ) -> bool:
-    """Whether quack computes this up-projection of group's rows: many, an activation that it knows, halves of
-    transposed weights, no bias.
-    """
-    return (
-        group.token_S.numel() >= MANY * len(w_up_EHJ)
-        and bias_EJ is None
-        and act.kind in ACTIVATIONS
-        and not act.interleaved
-        and w_up_EHJ.stride(1) == 1
-        and takes(x_TH, w_up_EHJ)
-    )
+    """Whether quack computes this up-projection of group's rows: many, and halves of transposed weights."""
+    known = act.kind in ACTIVATIONS and not act.interleaved and bias_EJ is None and w_up_EHJ.stride(1) == 1
+    return known and len(group.token_S) >= MANY * len(w_up_EHJ) and takes(x_TH, w_up_EHJ)
 
 
 def up_act(
@@ -95,10 +79,18 @@ def up_act(
         cu_seqlens_m=group.bounds,
         A_idx=group.token_S,
         concat_layout=("B",) if act.gated else None,
-        dynamic_scheduler=UP.dynamic,
+        dynamic_scheduler=True,
         tuned=False,
-        config=config(UP),
+        config=_up_config(),
     )
+
+
+@cache
+def _up_config() -> Any:
+    """The first of `ROWS`. quack keeps plans by its identity, so it must outlive its calls."""
+    from quack.gemm_config import GemmConfig
+
+    return GemmConfig(tile_m=128, tile_n=256, pingpong=False, is_dynamic_persistent=True, cluster_m=1, cluster_n=1)
 
 
 def grouped_gemm(a_SK: torch.Tensor, w_EKN: torch.Tensor, group: Grouping) -> torch.Tensor:
@@ -126,17 +118,7 @@ def gemm(tile: Tile, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **opti
     from quack.gemm import gemm as by_quack
 
     rows, columns, pingpong, *cluster = tile
-    taken = torch.zeros(1, dtype=torch.int32, device=out.device) if tile.dynamic else None
-    options |= {"pingpong": pingpong, "persistent": True, "is_dynamic_persistent": tile.dynamic}
+    taken = None if pingpong else torch.zeros(1, dtype=torch.int32, device=out.device)
+    options |= {"pingpong": pingpong, "persistent": True, "is_dynamic_persistent": not pingpong}
     by_quack(a, b, out, None, taken, rows, columns, *cluster, **options)
     return out
-
-
-@cache
-def config(tile: Tile) -> Any:
-    """quack's configuration of a tile: it keeps plans by its identity, so one must outlive its calls."""
-    from quack.gemm_config import GemmConfig
-
-    rows, columns, pingpong, below, right = tile
-    cluster = {"cluster_m": below, "cluster_n": right}
-    return GemmConfig(tile_m=rows, tile_n=columns, pingpong=pingpong, is_dynamic_persistent=tile.dynamic, **cluster)

@@ -3,9 +3,8 @@
     y_n = x · W_nᵀ + s · (x · A_nᵀ) · B_nᵀ        n of q, k and v; of gate and up; or one layer alone
 
 PEFT computes this one operation after the other, in float32 where it keeps adapters so. In a fused model its
-`lora.Linear` becomes a `FastLoraLinear` at the next forward, as moe/lora.py does for experts. Here all x · A_nᵀ = u are
-one thin product, the base's GEMM adds itself to u_n · B_nᵀ, and the input's gradients add themselves up; x and u are
-saved. What is more than products of low rank on a frozen layer stays PEFT's own, which a line says once.
+`lora.Linear` becomes a `FastLoraLinear` at the next forward. All x · A_nᵀ = u are one thin product, the base GEMM adds
+itself to u_n · B_nᵀ, and the input's gradients add themselves up; x and u are saved.
 """
 
 from collections.abc import Sequence
@@ -51,16 +50,15 @@ class FastLoraLinear(Fast):
         return Factors(*pairs[0], drops[0] if drops else None)
 
     def _why_not(self, names: list[str], drops: list[nn.Module], x: torch.Tensor) -> str | None:
-        base, variants, parts = self.base_layer, self.lora_variant, (self.lora_A, self.lora_B, self.lora_dropout)
-        adapters = [part[n] for part in parts for n in names]
-        if any(n in variants for n in names) or any(adapter.bias is not None for adapter in adapters[: 2 * len(names)]):
+        base, sides = self.base_layer, [part[n] for part in (self.lora_A, self.lora_B) for n in names]
+        if any(n in self.lora_variant for n in names) or any(side.bias is not None for side in sides):
             return "they are DoRA or another variant, or have biases (lora_bias)"
-        if type(base) is not nn.Linear or not untouched(base, *adapters):
+        if type(base) is not nn.Linear or not untouched(base, *sides, *(self.lora_dropout[n] for n in names)):
             return "a layer or an adapter is no plain nn.Linear, or has a hook"
         own = [base.weight] if base.bias is None else [base.weight, base.bias]  # asked at every layer: no parameters()
         if any(weight.requires_grad for weight in own):
             return "the layer's own weight or bias trains, too"
-        if any(isinstance(one, DTensor) for one in (*own, *(adapter.weight for adapter in adapters[: 2 * len(names)]))):
+        if any(isinstance(one, DTensor) for one in (*own, *(side.weight for side in sides))):
             return "a layer is split over ranks"
         if any(weight.dtype != (dtype := product_dtype(x)) for weight in own):
             return f"the layer's weights are {own[0].dtype}, and it computes in {dtype}"

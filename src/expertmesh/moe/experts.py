@@ -31,12 +31,10 @@ from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_f
 from expertmesh.backends import opaque
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouped_down import down_dact
-from expertmesh.kernels.grouped_gemm import grouped_gemm, up_act, up_again
-from expertmesh.kernels.grouped_wgrad import grouped_wgrad
+from expertmesh.kernels.grouped_gemm import grouped_gemm, thin_rows, up_act, up_again
+from expertmesh.kernels.grouped_wgrad import grouped_wgrad, thin_wgrad
 from expertmesh.kernels.grouping import Grouping, combine, group_by_expert, or_none, unsort
-from expertmesh.kernels.low_rank import LowRank
 from expertmesh.kernels.recompute import again
-from expertmesh.kernels.thin import thin_rows, thin_wgrad
 from expertmesh.twins import untouched
 
 NAME = "expertmesh"
@@ -208,9 +206,8 @@ class _Up(torch.autograd.Function):
     """(h [S, J], activation(h) [S, I], (group, weights [M, K], v [S, R], w_down, b_down)) of the dispatched rows;
     gradients come for h only. h may lack rows.
 
-    parts: of both weights and biases what this rank holds. Products take weights as [E, in, out] views; gradients come
-    back as the weights are, times `scale`. Of adapters the factors are A [E, R, in] and B [E, R, out], or None:
-    u = x · Aᵀ and v = activation(h) · Aᵀ.
+    parts: of both weights and biases what this rank holds. Gradients come back as the weights are, times `scale`. Of
+    adapters the factors are A [E, R, in] and B [E, R, out], or None: u = x · Aᵀ and v = activation(h) · Aᵀ.
     """
 
     @staticmethod
@@ -224,19 +221,18 @@ class _Up(torch.autograd.Function):
             w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
         x_MH, ids_MK, weight_MK = exchange.dispatch(x_TH, ids_TK, weight_TK)
         group = group_by_expert(ids_MK, w_up.shape[0], weight_MK, exchange.rows_here)
-        keep = None if exchange.rows_here else exchange.rows_to_keep(group.slot_S.numel(), group.block)
+        keep = None if exchange.rows_here else exchange.rows_to_keep(len(group.token_S), group.block)
         u_SR = None if up_A is None else thin_rows(x_MH, up_A, group, gathered=True)
-        low = None if u_SR is None else LowRank(u_SR, up_B)
-        h_SJ, a_SI, ctx.alternating = up_act(x_MH, w_up, b_up, group, act, low, keep)
+        h_SJ, a_SI, ctx.alternating = up_act(x_MH, w_up, b_up, group, act, (u_SR, up_B), keep)
         again(
-            (h_SJ,), lambda x, w, b, *low: up_act(x, w, b, group, act, LowRank(*low) if low else None, keep),
-            x_MH, w_up, b_up, *(low or ()), level="experts",
+            (h_SJ,), lambda x, w, b, *low: up_act(x, w, b, group, act, low, keep),
+            x_MH, w_up, b_up, u_SR, up_B, level="experts",
         )  # fmt: skip
         v_SR = None if down_A is None else thin_rows(a_SI, down_A, group, gathered=False)
         ctx.act, ctx.scale, ctx.transposed, ctx.exchange = act, scale, transposed, exchange
         ctx.tiles, ctx.block = group.tiles, group.block
         weights = w_up, b_up, up_A, up_B, w_down, b_down, down_A, down_B
-        rows = group.slot_S, group.token_S, group.position_TK, group.bounds, group.weight_S
+        rows = group.token_S, group.position_TK, group.bounds, group.weight_S
         ctx.save_for_backward(x_MH, h_SJ, weight_MK, ids_MK, *weights, u_SR, v_SR, *rows)
         ctx.mark_non_differentiable(a_SI)
         ctx.set_materialize_grads(False)
@@ -249,9 +245,8 @@ class _Up(torch.autograd.Function):
         dx_MH = dw_up = dA = dB = None
         du_SR = None if up_B is None else thin_rows(dh_SJ, up_B, group, gathered=False)
         if ctx.needs_input_grad[0]:
-            low = None if du_SR is None else LowRank(du_SR, up_A)
             # the product's S rows have no name, so that they are freed at once
-            dx_MH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, None, low), group.position_TK)
+            dx_MH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, None, (du_SR, up_A)), group.position_TK)
         with ctx.exchange.waits:
             wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
             if ctx.needs_input_grad[2]:
@@ -273,7 +268,7 @@ class _Down(torch.autograd.Function):
     def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, down_A, down_B, residual, routed: tuple, exchange: Exchange):
         ctx.up, ctx.specs = h_SJ.grad_fn, [getattr(w, "_spec", None) for w in (w_down, b_down)]
         group, weight_MK, v_SR, w_down, b_down = routed
-        y_SH = grouped_gemm(a_SI, w_down, group, b_down, None if v_SR is None else LowRank(v_SR, down_B))
+        y_SH = grouped_gemm(a_SI, w_down, group, b_down, (v_SR, down_B))
         return exchange.combine(Outputs(y_SH, group.position_TK, weight_MK), residual)
 
     @staticmethod
@@ -283,24 +278,20 @@ class _Down(torch.autograd.Function):
         if up is None:  # nothing but the residual has a gradient
             return *[None] * 6, dout, None, None
         # a checkpointed layer is recomputed here, exchanges too: they must not come between `dout_MH` and its readers
-        x_MH, h_SJ, weight_MK, ids_MK, *weights, u_SR, v_SR, slot_S, token_S, position, bounds, weight_S = (
-            up.saved_tensors
-        )
+        x_MH, h_SJ, weight_MK, ids_MK, *weights, u_SR, v_SR, token_S, position, bounds, weight_S = up.saved_tensors
         w_up, b_up, up_A, up_B, w_down, b_down, down_A, down_B = weights
-        group = Grouping(slot_S, token_S, position, bounds, up.tiles, up.block, weight_S)
+        group = Grouping(token_S, position, bounds, up.tiles, up.block, weight_S)
         _, _, need_w_down, need_b_down, need_A, need_B, need_residual = ctx.needs_input_grad[:7]
         _, need_weight, _, need_b_up = up.needs_input_grad[:4]
         with up.exchange.waits:
             dout_MH = up.exchange.combine_backward(dout.reshape(-1, dout.shape[-1]))
 
         more_SJ = None
-        if len(h_SJ) < len(slot_S):
-            low = None if u_SR is None else LowRank(u_SR, up_B)
-            more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ, low)
+        if len(h_SJ) < len(token_S):
+            more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ, (u_SR, up_B))
         dv_SR = None if down_B is None else thin_rows(dout_MH, down_B, group, gathered=True)  # times weight: later
-        low = None if dv_SR is None else LowRank(dv_SR, down_A)
         dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
-            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.alternating, low
+            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.alternating, (dv_SR, down_A)
         )
         dweight_MK = dw_down = db_down = dA = dB = None
         if need_weight:
@@ -311,8 +302,11 @@ class _Down(torch.autograd.Function):
         if need_w_down:
             dw_down = grouped_wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale)
             dw_down = _spread(dw_down.transpose(1, 2) if up.transposed else dw_down, ctx.specs[0])
-        if need_b_down:
-            db_down = _spread(_bias_down_grad(dout_MH, weight_MK, ids_MK, b_down) * up.scale, ctx.specs[1])
+        if need_b_down:  # Σ weight_tk · dout_t over the pairs of each expert, one dense product
+            share_ME = weight_MK.new_zeros(len(ids_MK), len(b_down) + 1, dtype=torch.float32)
+            share_ME.scatter_add_(1, or_none(ids_MK, len(b_down)), weight_MK.float())
+            db_down = share_ME[:, :-1].to(dout_MH.dtype).t() @ dout_MH
+            db_down = _spread(db_down * up.scale, ctx.specs[1])
         if dv_SR is not None and need_A:
             dA = thin_wgrad(wa_SI, dv_SR, down_A, group, gathered=False)
         if need_B:
@@ -326,15 +320,6 @@ class _Down(torch.autograd.Function):
 def _spread(grad: torch.Tensor, spec: Any) -> torch.Tensor:
     """The gradient of a weight of which this rank holds a part; `from_local` would derive its layout anew."""
     return grad if spec is None else DTensor(grad, spec, requires_grad=False)  # type: ignore[call-arg]
-
-
-def _bias_down_grad(
-    dout_TH: torch.Tensor, weight_TK: torch.Tensor, ids_TK: torch.Tensor, b_down_EH: torch.Tensor
-) -> torch.Tensor:
-    """db [E, H] = Σ weight_tk · dout_t over the pairs of each expert, as one dense product with a [T, E+1] matrix."""
-    spread_TE = weight_TK.new_zeros(ids_TK.shape[0], b_down_EH.shape[0] + 1, dtype=torch.float32)
-    spread_TE.scatter_add_(1, or_none(ids_TK, b_down_EH.shape[0]), weight_TK.float())
-    return spread_TE[:, :-1].to(dout_TH.dtype).t() @ dout_TH
 
 
 def _by_name(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

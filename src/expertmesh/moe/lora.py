@@ -3,9 +3,8 @@
     LoraConfig(r=16, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
 
 PEFT puts a `ParamWrapper` around an experts module for each of these. In every call it adds B_e · A_e of every expert
-to the whole weight: twice the weights' memory, and a gradient of their size. In a fused model the wrapper becomes a
-`FastParamWrapper` at the next forward. The experts find the factors in `low_rank` for the time of the call, and
-experts.py computes with them. All else stays PEFT's: names, saving and loading, merging, which adapters are active.
+to the whole weight. In a fused model the wrapper becomes a `FastParamWrapper` at the next forward: the experts find the
+factors in `low_rank` for the time of the call, and experts.py computes with them. All else stays PEFT's.
 """
 
 import re
@@ -59,7 +58,7 @@ class FastParamWrapper(Fast):
         return True
 
     def _factors(self, names: list[str], experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [E, R, in] and B [E, R, out] of this rank's experts, B with its scale; R of all adapters together."""
+        """A [E, R, in] and scaled B [E, R, out] of this rank's experts; of several adapters one below another."""
         dispatch, mine, dtype = vars(experts).get("forward"), slice(None), self.get_param().dtype
         if isinstance(dispatch, Dispatch):
             first = dispatch.rank * dispatch.num_local_experts
