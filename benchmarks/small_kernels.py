@@ -213,7 +213,7 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
 
     def norm(dy, x, gate, weight):
         dgate = torch.empty_like(gate)
-        dx, dweight = rms_norm.gated_norm_backward(x, gate, weight, EPS, sizes.G, dy, dgate)
+        dx, dweight = rms_norm.launch_backward(x, gate, weight, dy, dgate, EPS, "float32", sizes.G)
         return dx, dgate, dweight
 
     if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
@@ -225,7 +225,7 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
         widths = channels + inner + sizes.H, 2 * channels + inner + 2 * sizes.H
         pair = lambda *a: ssd_forward(*a, start, sizes, DT_LIMIT), scan
         yield case("scan", pair, scan_reference, theirs["scan"], inputs, *widths)
-        pair = lambda *a: rms_norm.gated_norm_forward(*a, EPS, sizes.G), norm
+        pair = lambda *a: rms_norm.launch_forward(*a, EPS, "float32", sizes.G)[0], norm
         reference = lambda *a: rms_norm.gated_norm_reference(*a, EPS, sizes.G)  # noqa: E731
         inputs = leaf(*rows, inner), leaf(*rows, inner), leaf(inner)
         if not packed:  # it is the same

@@ -5,7 +5,7 @@ import torch
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
 
 from expertmesh.kernels import rms_norm
-from expertmesh.kernels.rms_norm import gated_norm_backward, gated_norm_forward, gated_norm_reference
+from expertmesh.kernels.rms_norm import gated_norm_reference, launch_backward, launch_forward
 from tests.kernels.compare import assert_same, differentiable, leaf, on_triton, outputs_and_grads
 
 
@@ -25,11 +25,14 @@ def kernels(groups):
 
     def backward(dy, x, gate, weight):
         wide = torch.full((*x.shape[:-1], x.shape[-1] + 2), torch.nan)  # dgate is a slice of something wider
-        dx, dweight = gated_norm_backward(x, gate, weight, 1e-5, groups, dy, wide[..., 1:-1])
+        dx, dweight = launch_backward(x, gate, weight, dy, wide[..., 1:-1], 1e-5, "float32", groups)
         assert wide[..., 0].isnan().all() and wide[..., -1].isnan().all()
         return dx, wide[..., 1:-1], dweight
 
-    return differentiable(lambda x, gate, weight: gated_norm_forward(x, gate, weight, 1e-5, groups), backward)
+    def forward(x, gate, weight):
+        return launch_forward(x, gate, weight, 1e-5, "float32", groups)[0]
+
+    return differentiable(forward, backward)
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((2, 37, 96), 4), ((2, 3, 40), 1), ((1, 70, 60), 5)])

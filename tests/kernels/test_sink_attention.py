@@ -78,13 +78,13 @@ def test_documents_packed_into_rows_do_not_see_each_other(lengths, window):
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize(("queries", "keys"), [(16, 64), (64, 16)])
 def test_tiles_of_any_shape_meet_at_the_bounds(queries, keys, window, monkeypatch):
-    monkeypatch.setattr(kernels, "_EXACT", dict(BM=queries, BN=keys))
+    monkeypatch.setattr(kernels, "_EXACT", (queries, keys, 4, 1))
     both(leaves(150, 2, 1, rows=1), window=window, documents=bounds([70, 5, 75], 1, 150))
 
 
 @pytest.mark.parametrize("window", [None, 20, 64])
 def test_padding_on_either_side_and_holes_are_seen_by_nobody(window, monkeypatch):
-    monkeypatch.setattr(kernels, "_EXACT", dict(BM=32, BN=16))
+    monkeypatch.setattr(kernels, "_EXACT", (32, 16, 4, 1))
     seen = torch.ones(4, 90)
     seen[0, :21] = seen[1, 61:] = seen[2, 40:50] = 0
     assert padding_of(seen).whole.tolist() == [0, 61, 40, 90]

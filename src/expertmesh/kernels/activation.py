@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched
 from expertmesh.kernels.recompute import again
-from expertmesh.kernels.rms_norm import channels_last
+from expertmesh.kernels.rms_norm import last_contiguous
 
 #: elements per program, and warps: two or one 16-byte loads of bfloat16 per thread and tensor
 TUNING = {"forward": {"elements": 2048, "num_warps": 4}, "backward": {"elements": 1024, "num_warps": 4}}
@@ -74,15 +74,8 @@ class Activation:
 @triton.jit
 def activate(gate, up, KIND: tl.constexpr, alpha, limit):
     """a = activation(gate, up) in float32; `up` is unused by relu2."""
-    if KIND == "silu":
-        return gate * tl.sigmoid(gate) * up
-    elif KIND == "clamped":
-        g = tl.minimum(gate, limit)
-        u = tl.minimum(tl.maximum(up, -limit), limit)
-        return (u + 1.0) * (g * tl.sigmoid(g * alpha))
-    else:
-        r = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        return r * r
+    a, _, _ = activate_backward(gate, up, up, KIND, alpha, limit)
+    return a
 
 
 @triton.jit
@@ -164,37 +157,32 @@ class _Dense(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kind: str, *inputs: torch.Tensor) -> torch.Tensor:
-        y = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device)
-        _launch_dense(kind, inputs, (y,), back=False)
         ctx.kind = kind
         ctx.save_for_backward(*inputs)
-        return y
+        return _launch_dense(kind, inputs, 1, "forward")[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
-        _launch_dense(ctx.kind, (*inputs, dy), grads, back=True)
-        return None, *grads
+        return None, *_launch_dense(ctx.kind, (*inputs, dy), len(inputs), "backward")
 
 
-def _launch_dense(
-    kind: str, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], back: bool
-) -> None:  # fmt: skip
-    """Over [..., W] inputs and contiguous outputs; all contiguous means one long row."""
+def _launch_dense(kind: str, inputs: tuple[torch.Tensor, ...], outputs: int, direction: str) -> list[torch.Tensor]:
+    """So many contiguous outputs of [..., W] inputs; inputs that are all contiguous are one long row."""
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:outputs]]
     if all(x.is_contiguous() for x in inputs):
         inputs = tuple(x.view(1, -1) for x in inputs)
     else:
-        inputs = tuple(channels_last(x.reshape(-1, x.shape[-1])) for x in inputs)
+        inputs = tuple(last_contiguous(x) for x in inputs)
     gate, up, dy = inputs[0], inputs[1 if kind == "silu" else 0], inputs[-1]
-    T, W = gate.shape
-    tuning = TUNING["backward" if back else "forward"]
+    (T, W), tuning = gate.shape, TUNING[direction]
     block_w = min(tuning["elements"], triton.next_power_of_2(max(1, W)))
     block_t = tuning["elements"] // block_w
     col_blocks = triton.cdiv(W, block_w)
     if T * W:
         _dense[(triton.cdiv(T, block_t) * col_blocks,)](
-            gate, up, dy, outputs[0], outputs[-1], T, W, col_blocks, gate.stride(0), up.stride(0), dy.stride(0),
-            KIND=kind, BACK=back, BLOCK_T=block_t, BLOCK_W=block_w, num_warps=tuning["num_warps"],
+            gate, up, dy, outs[0], outs[-1], T, W, col_blocks, gate.stride(0), up.stride(0), dy.stride(0),
+            KIND=kind, BACK=direction == "backward", BLOCK_T=block_t, BLOCK_W=block_w, num_warps=tuning["num_warps"],
         )  # fmt: skip
+    return outs

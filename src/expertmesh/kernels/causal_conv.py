@@ -61,10 +61,7 @@ def _rows(ptr, row, S, stride, cols, C, NUM: tl.constexpr):
 @triton.jit
 def _position(start_ptr, row, S, PACKED: tl.constexpr):
     """How far the token stands behind its document's start (outside packed rows the zeros before token 0 do it)."""
-    if PACKED:
-        return row - tl.load(start_ptr + row, row < S, other=0)
-    else:
-        return row + 3
+    return row - tl.load(start_ptr + row, row < S, other=0) if PACKED else row
 
 
 @triton.jit

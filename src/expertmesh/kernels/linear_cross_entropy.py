@@ -71,11 +71,7 @@ def linear_cross_entropy(
     Must equal transformers' `ForCausalLMLoss` on those logits. A label outside [0, V) that is not `ignore_index` is a
     ValueError on the CPU; on a GPU, where raising would mean waiting, it makes the loss nan.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"Expected hidden [N, H], weight [V, H] and labels [N]; got {tuple(hidden.shape)}, {tuple(weight.shape)} "
-            f"and {tuple(labels.shape)}: flatten batch and sequence, and shift the labels, before the call."
-        )
+    assert hidden.ndim == weight.ndim == 2 and labels.shape == hidden.shape[:1], "flatten batch and sequence"
     hidden, weight, bias = in_product_dtype(hidden, weight, bias)
     learn = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
     logits, wanted, gradient, saved = through or (None, learn, None, ())
@@ -88,12 +84,7 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    **options: Any,
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None, **options: Any
 ) -> torch.Tensor:
     """The specification: Transformers' `fixed_cross_entropy` on float32 logits, all of them at once."""
     return fixed_cross_entropy(F.linear(hidden, weight, bias).float(), labels, **options)
@@ -118,15 +109,14 @@ def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch
     counts leave a part of the last wave idle. Otherwise chunks are equal.
     """
     memory = backends.memory_of(device)
-    if memory:
-        budget, least = min(5 * 2**28, memory // 64), 1024
+    budget, least = (min(5 * 2**28, memory // 64), 1024) if memory else (2**23, 256)
+    rows = max(least, budget // (vocab_size * dtype.itemsize))
+    if memory and rows >= 2048:
+        rows = rows // 2048 * 2048
     else:
-        budget, least = 2**23, 256
-    most = max(least, budget // (vocab_size * dtype.itemsize))
-    if memory and most >= 2048:
-        return max(1, min(num_rows, most // 2048 * 2048))
-    chunks = max(1, -(-num_rows // most))
-    return max(1, min(num_rows, -(-num_rows // (chunks * 64)) * 64))  # whole GEMM tiles
+        chunks = max(1, -(-num_rows // rows))
+        rows = -(-num_rows // (chunks * 64)) * 64  # whole GEMM tiles
+    return max(1, min(num_rows, rows))
 
 
 #: elements of a row, or of a gradient, at a time, and warps; statistics take more registers

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import use_triton
 from expertmesh.kernels.causal_conv import causal_conv_reference, conv_backward, conv_forward
-from expertmesh.kernels.rms_norm import channels_last, gated_norm_backward, gated_norm_forward, gated_norm_reference
+from expertmesh.kernels.rms_norm import channels_last, gated_norm_reference, launch_backward, launch_forward
 from expertmesh.kernels.ssd import Sizes, split, ssd_forward, ssd_reference
 from expertmesh.kernels.ssd_backward import ssd_backward
 
@@ -53,7 +53,7 @@ def mamba2(
     of Transformers do between in_proj and out_proj, document by document.
     """
     if use_triton(projected) and projected.numel():
-        return _Mamba2.apply(projected, *weights, options, start_BS, mask_BS)
+        return _Mamba2.apply(projected, options, start_BS, mask_BS, *weights)
     return mamba2_reference(projected, weights, options, start_BS, mask_BS)
 
 
@@ -93,32 +93,30 @@ def _masked(x_BSK: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
 class _Mamba2(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, projected: torch.Tensor, conv: torch.Tensor, conv_bias: torch.Tensor | None, A: torch.Tensor,
-        D: torch.Tensor, dt_bias: torch.Tensor, norm: torch.Tensor, options: Mamba2Options,
-        start: torch.Tensor | None, mask: torch.Tensor | None,
+        ctx: Any, projected: torch.Tensor, options: Mamba2Options, start: torch.Tensor | None,
+        mask: torch.Tensor | None, *weights: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
-        projected = channels_last(projected)
-        ctx.sizes = sizes = _sizes(projected, Mamba2Weights(conv, conv_bias, A, D, dt_bias, norm), options)
-        gate, xbc, dt = _parts(projected, sizes)
-        xbc = _masked(conv_forward(xbc, conv, conv_bias, start), mask)
-        scanned = ssd_forward(xbc, dt, A, D, dt_bias, start, sizes, options.dt_limit)
-        ctx.save_for_backward(projected, conv, conv_bias, A, D, dt_bias, norm, start, mask, scanned)
-        ctx.options = options
-        return gated_norm_forward(scanned, gate, norm, options.eps, options.groups)
+        projected, w = channels_last(projected), Mamba2Weights(*weights)  # type: ignore[arg-type]
+        ctx.options, ctx.sizes = options, _sizes(projected, w, options)
+        gate, xbc, dt = _parts(projected, ctx.sizes)
+        xbc = _masked(conv_forward(xbc, w.conv_K4, w.conv_bias_K, start), mask)
+        scanned = ssd_forward(xbc, dt, w.A_H, w.D_H, w.dt_bias_H, start, ctx.sizes, options.dt_limit)
+        ctx.save_for_backward(projected, start, mask, scanned, *weights)
+        return launch_forward(scanned, gate, w.norm_W, options.eps, "float32", options.groups)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        projected, conv, conv_bias, A, D, dt_bias, norm, start, mask, scanned = ctx.saved_tensors
-        sizes, options = ctx.sizes, ctx.options
+        projected, start, mask, scanned, *weights = ctx.saved_tensors
+        w, sizes, options = Mamba2Weights(*weights), ctx.sizes, ctx.options
         dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
         (gate, xbc, dt), (dgate, dxbc, ddt) = (_parts(t, sizes) for t in (projected, dprojected))
-        dscanned, dnorm = gated_norm_backward(scanned, gate, norm, options.eps, options.groups, dy, dgate)
-        xbc_out = _masked(conv_forward(xbc, conv, conv_bias, start), mask)
+        dscanned, dnorm = launch_backward(scanned, gate, w.norm_W, dy, dgate, options.eps, "float32", options.groups)
+        xbc_out = _masked(conv_forward(xbc, w.conv_K4, w.conv_bias_K, start), mask)
         dxbc_out = torch.empty_like(xbc_out)
         dA, d_dt_bias, dD = ssd_backward(
-            xbc_out, dt, A, D, dt_bias, start, sizes, options.dt_limit, dscanned, dxbc_out, ddt
+            xbc_out, dt, w.A_H, w.D_H, w.dt_bias_H, start, sizes, options.dt_limit, dscanned, dxbc_out, ddt
         )
-        dconv, dconv_bias = conv_backward(xbc, conv, conv_bias, start, _masked(dxbc_out, mask), dxbc)
-        small = dA.to(A.dtype), dD.to(D.dtype), d_dt_bias.to(dt_bias.dtype)
-        return dprojected, dconv, dconv_bias, *small, dnorm, None, None, None
+        dconv = conv_backward(xbc, w.conv_K4, w.conv_bias_K, start, _masked(dxbc_out, mask), dxbc)
+        small = dA.to(w.A_H.dtype), dD.to(w.D_H.dtype), d_dt_bias.to(w.dt_bias_H.dtype)
+        return dprojected, None, None, None, *dconv, *small, dnorm

@@ -69,21 +69,15 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat([keep, first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-#: heads of a token per tile, and warps; a program of the forward has one tile, of the backward all tiles of a token
-TUNING = {"forward": {"HEADS": 16, "num_warps": 4}, "backward": {"HEADS": 16, "num_warps": 4}}
-
-
-@triton.jit
-def _copy(source, target, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of WIDTH elements at source [ROWS, 1] to those at target."""
-    cols = tl.arange(0, BLOCK)[None, :]
-    tl.store(target + cols, tl.load(source + cols, mask & (cols < WIDTH), other=0.0), mask & (cols < WIDTH))
+#: heads of a token per tile; a program of the forward has one tile, of the backward all tiles of a token
+HEADS = 16
 
 
 @triton.jit
 def _load(ptr, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of WIDTH elements at ptr [ROWS, 1]."""
     cols = tl.arange(0, BLOCK)[None, :]
-    return tl.load(ptr + cols, mask & (cols < WIDTH), other=0.0).to(tl.float32)
+    return tl.load(ptr + cols, mask & (cols < WIDTH), other=0.0)
 
 
 @triton.jit
@@ -95,7 +89,7 @@ def _store(ptr, x, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _turn(source, target, cos, sin, mask, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """Rotated pairs of rows at source [ROWS, 1] to the halves of those at target."""
-    x = _load(source, mask, 2 * HALF, 2 * BLOCK)
+    x = _load(source, mask, 2 * HALF, 2 * BLOCK).to(tl.float32)
     first, second = tl.split(tl.reshape(x, (x.shape[0], BLOCK, 2)))
     _store(target, first * cos - second * sin, mask, HALF, BLOCK)
     _store(target + HALF, second * cos + first * sin, mask, HALF, BLOCK)
@@ -108,65 +102,72 @@ def _turn_back(target, first, second, cos, sin, mask, HALF: tl.constexpr, BLOCK:
     _store(target, pairs, mask, 2 * HALF, 2 * BLOCK)
 
 
-@launched
-def _forward(
-    q_ptr, kv_ptr, k_rope_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, S,
-    q_stride_b, q_stride_s, q_stride_n, kv_stride_b, kv_stride_s, kv_stride_n, rope_stride_b, rope_stride_s,
-    rot_stride_b, rot_stride_s,
-    N: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-):  # fmt: skip
-    """One program for each token and tile of heads."""
-    token = tl.program_id(0).to(tl.int64)
-    b = token // S
-    s = token - b * S
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
-    mask = head < N
-    every = tl.zeros((1, 1), tl.int32) == 0
-    cos = _load(cos_ptr + b * rot_stride_b + s * rot_stride_s, every, HALF, BLOCK_HALF)
-    sin = _load(sin_ptr + b * rot_stride_b + s * rot_stride_s, every, HALF, BLOCK_HALF)
-    out = (token * N + head) * (P + 2 * HALF)
-    q = q_ptr + b * q_stride_b + s * q_stride_s + head * q_stride_n
-    _copy(q, q_out_ptr + out, mask, P, BLOCK_P)
-    _turn(q + P, q_out_ptr + out + P, cos, sin, mask, HALF, BLOCK_HALF)
-    _copy(kv_ptr + b * kv_stride_b + s * kv_stride_s + head * kv_stride_n, k_out_ptr + out, mask, P, BLOCK_P)
-    k_rope = k_rope_ptr + b * rope_stride_b + s * rope_stride_s + tl.zeros((HEADS, 1), tl.int64)
-    _turn(k_rope, k_out_ptr + out + P, cos, sin, mask, HALF, BLOCK_HALF)
+@triton.jit
+def _halves(ptr, mask, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    return _load(ptr, mask, HALF, BLOCK).to(tl.float32), _load(ptr + HALF, mask, HALF, BLOCK).to(tl.float32)
 
 
 @launched
-def _backward(
-    dq_out_ptr, dk_out_ptr, dv_ptr, cos_ptr, sin_ptr, dq_ptr, dkv_ptr, dk_rope_ptr, S,
-    dq_stride_b, dq_stride_s, dq_stride_n, dk_stride_b, dk_stride_s, dk_stride_n, dv_stride_b, dv_stride_s, dv_stride_n,
-    rot_stride_b, rot_stride_s,
+def _heads(
+    q_ptr, kv_ptr, other_ptr, cos_ptr, sin_ptr, q_out_ptr, kv_out_ptr, dk_rope_ptr, S,
+    q_stride_b, q_stride_s, q_stride_n, kv_stride_b, kv_stride_s, kv_stride_n, other_stride_b, other_stride_s,
+    other_stride_n, rot_stride_b, rot_stride_s,
     N: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, V: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_V: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_V: tl.constexpr, HEADS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """One program for each token: its heads tile by tile; k_rope's gradient is summed over heads at the end."""
+    """Forward, one program for each token and tile of heads: query and key from q, kv and, as `other`, k_rope.
+
+    BACK, one program for each token: dq and dkv from the gradients of query, key and, as `other`, value, tile by tile;
+    k_rope's gradient is summed over heads at the end.
+    """
     token = tl.program_id(0).to(tl.int64)
     b = token // S
     s = token - b * S
     every = tl.zeros((1, 1), tl.int32) == 0
-    cos = _load(cos_ptr + b * rot_stride_b + s * rot_stride_s, every, HALF, BLOCK_HALF)
-    sin = _load(sin_ptr + b * rot_stride_b + s * rot_stride_s, every, HALF, BLOCK_HALF)
+    cos = _load(cos_ptr + b * rot_stride_b + s * rot_stride_s, every, HALF, BLOCK_HALF).to(tl.float32)
+    sin = _load(sin_ptr + b * rot_stride_b + s * rot_stride_s, every, HALF, BLOCK_HALF).to(tl.float32)
     sum1 = tl.zeros((HEADS, BLOCK_HALF), tl.float32)
     sum2 = tl.zeros((HEADS, BLOCK_HALF), tl.float32)
-    for tile in tl.static_range((N + HEADS - 1) // HEADS):
-        head = (tile * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+    for tile in tl.static_range((N + HEADS - 1) // HEADS if BACK else 1):
+        first_head = tile * HEADS if BACK else tl.program_id(1) * HEADS
+        head = (first_head + tl.arange(0, HEADS)).to(tl.int64)[:, None]
         mask = head < N
-        dq_out = dq_out_ptr + b * dq_stride_b + s * dq_stride_s + head * dq_stride_n
-        dk_out = dk_out_ptr + b * dk_stride_b + s * dk_stride_s + head * dk_stride_n
-        dq = dq_ptr + (token * N + head) * (P + 2 * HALF)
-        dkv = dkv_ptr + (token * N + head) * (P + V)
-        _copy(dq_out, dq, mask, P, BLOCK_P)
-        first, second = (_load(dq_out + P, mask, HALF, BLOCK_HALF), _load(dq_out + P + HALF, mask, HALF, BLOCK_HALF))
-        _turn_back(dq + P, first, second, cos, sin, mask, HALF, BLOCK_HALF)
-        _copy(dk_out, dkv, mask, P, BLOCK_P)
-        _copy(dv_ptr + b * dv_stride_b + s * dv_stride_s + head * dv_stride_n, dkv + P, mask, V, BLOCK_V)
-        sum1 += _load(dk_out + P, mask, HALF, BLOCK_HALF)
-        sum2 += _load(dk_out + P + HALF, mask, HALF, BLOCK_HALF)
-    first, second = tl.sum(sum1, axis=0, keep_dims=True), tl.sum(sum2, axis=0, keep_dims=True)
-    _turn_back(dk_rope_ptr + token * (2 * HALF), first, second, cos, sin, every, HALF, BLOCK_HALF)
+        q = q_ptr + b * q_stride_b + s * q_stride_s + head * q_stride_n
+        q_out = q_out_ptr + (token * N + head) * (P + 2 * HALF)
+        _store(q_out, _load(q, mask, P, BLOCK_P), mask, P, BLOCK_P)
+        if BACK:
+            first, second = _halves(q + P, mask, HALF, BLOCK_HALF)
+            _turn_back(q_out + P, first, second, cos, sin, mask, HALF, BLOCK_HALF)
+        else:
+            _turn(q + P, q_out + P, cos, sin, mask, HALF, BLOCK_HALF)
+        kv = kv_ptr + b * kv_stride_b + s * kv_stride_s + head * kv_stride_n
+        other = other_ptr + b * other_stride_b + s * other_stride_s
+        kv_out = kv_out_ptr + (token * N + head) * (P + (V if BACK else 2 * HALF))
+        _store(kv_out, _load(kv, mask, P, BLOCK_P), mask, P, BLOCK_P)
+        if BACK:
+            _store(kv_out + P, _load(other + head * other_stride_n, mask, V, BLOCK_V), mask, V, BLOCK_V)
+            first, second = _halves(kv + P, mask, HALF, BLOCK_HALF)
+            sum1 += first
+            sum2 += second
+        else:
+            _turn(other + tl.zeros_like(head), kv_out + P, cos, sin, mask, HALF, BLOCK_HALF)
+    if BACK:
+        first, second = tl.sum(sum1, axis=0, keep_dims=True), tl.sum(sum2, axis=0, keep_dims=True)
+        _turn_back(dk_rope_ptr + token * (2 * HALF), first, second, cos, sin, every, HALF, BLOCK_HALF)
+
+
+def _launch(
+    inputs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, outs: list[Any], V: int, back: bool
+) -> None:
+    """inputs: q, kv and k_rope, or the gradients of query, key and value."""
+    (B, S, N, D), R = inputs[0].shape, cos.shape[-1]
+    if B * S:
+        _heads[(B * S, 1 if back else triton.cdiv(N, HEADS))](
+            *inputs, cos, sin, *outs, S, *(stride for x in inputs for stride in x.stride()[:3]), *rotation_strides(cos),
+            N=N, P=D - R, HALF=R // 2, V=V, BLOCK_P=triton.next_power_of_2(D - R),
+            BLOCK_HALF=triton.next_power_of_2(R // 2), BLOCK_V=triton.next_power_of_2(V), HEADS=HEADS, BACK=back,
+            num_warps=4,
+        )  # fmt: skip
 
 
 class _MLARope(torch.autograd.Function):
@@ -176,41 +177,24 @@ class _MLARope(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-        (B, S, N, D), R = q.shape, k_rope.shape[-1]
-        P = D - R
         q, kv, k_rope = channels_last(q), channels_last(kv), channels_last(k_rope)
         cos, sin = cos.contiguous(), sin.contiguous()
-        q_out = torch.empty(q.shape, dtype=torch.promote_types(q.dtype, cos.dtype), device=q.device)
-        k_out = torch.empty(q.shape, dtype=kv.dtype, device=q.device)
-        tuning = TUNING["forward"]
-        if B * S:
-            _forward[(B * S, triton.cdiv(N, tuning["HEADS"]))](
-                q, kv, k_rope, cos, sin, q_out, k_out, S, *q.stride()[:3], *kv.stride()[:3], *k_rope.stride()[:2],
-                *rotation_strides(cos), N=N, P=P, HALF=R // 2, BLOCK_P=triton.next_power_of_2(P),
-                BLOCK_HALF=triton.next_power_of_2(R // 2), **tuning,
-            )  # fmt: skip
+        query = torch.empty(q.shape, dtype=torch.promote_types(q.dtype, cos.dtype), device=q.device)
+        key = torch.empty(q.shape, dtype=kv.dtype, device=q.device)
+        value = kv[..., q.shape[-1] - cos.shape[-1] :]
+        _launch([q, kv, k_rope], cos, sin, [query, key, None], value.shape[-1], back=False)
         ctx.save_for_backward(cos, sin)
         ctx.dtypes = q.dtype, kv.dtype, k_rope.dtype
-        return q_out, k_out, kv[..., P:]
+        return query, key, value
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, dq_out: torch.Tensor, dk_out: torch.Tensor, dv: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        (B, S, N, D), R, V = dq_out.shape, cos.shape[-1], dv.shape[-1]
-        P = D - R
-        dq_out, dk_out, dv = channels_last(dq_out), channels_last(dk_out), channels_last(dv)
-        dq, dkv, dk_rope = (
-            torch.empty(shape, dtype=dtype, device=dv.device)
-            for shape, dtype in zip(((B, S, N, D), (B, S, N, P + V), (B, S, R)), ctx.dtypes, strict=True)
-        )
-        if B * S:
-            _backward[(B * S,)](
-                dq_out, dk_out, dv, cos, sin, dq, dkv, dk_rope, S, *dq_out.stride()[:3], *dk_out.stride()[:3],
-                *dv.stride()[:3], *rotation_strides(cos), N=N, P=P, HALF=R // 2, V=V,
-                BLOCK_P=triton.next_power_of_2(P), BLOCK_HALF=triton.next_power_of_2(R // 2),
-                BLOCK_V=triton.next_power_of_2(V), **TUNING["backward"],
-            )  # fmt: skip
-        return dq, dkv, dk_rope, None, None
+        (B, S, N, D), R, V = grads[0].shape, cos.shape[-1], grads[2].shape[-1]
+        shapes = (B, S, N, D), (B, S, N, D - R + V), (B, S, R)
+        outs = [
+            torch.empty(shape, dtype=dtype, device=cos.device) for shape, dtype in zip(shapes, ctx.dtypes, strict=True)
+        ]
+        _launch([channels_last(grad) for grad in grads], cos, sin, outs, V, back=True)
+        return *outs, None, None

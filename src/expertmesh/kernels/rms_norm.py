@@ -37,14 +37,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     x: [..., H] in any float dtype; weight: [H]. Returns [..., H] in x's dtype (with "rounded": in the dtype that x and
     weight promote to, as in Transformers). Must equal the RMSNorm class of the model that uses this scale.
     """
-    assert weight.shape == x.shape[-1:], "the width of x"
-    assert scale in SCALES, f"there is no scale {scale!r}, only {SCALES}"
-    if use_triton(x):
-        y = _RMSNorm.apply(x, None, weight, eps, scale, False)
-    else:
-        y = rms_norm_reference(x, weight, eps, scale=scale)
-    again((y,), lambda x, weight: (rms_norm(x, weight, eps, scale=scale),), x, weight)
-    return y
+    return _normed(x, None, weight, eps, scale, both=False)[0]
 
 
 def add_rms_norm(
@@ -55,11 +48,18 @@ def add_rms_norm(
     For a residual connection around what the norm feeds. x, residual: [..., H], same shape; weight: [H]. The sum is
     rounded to the dtype that x and residual promote to and then normed.
     """
+    assert residual is None or x.shape == residual.shape
+    return _normed(x, residual, weight, eps, scale, both=True)
+
+
+def _normed(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: Scale, both: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     assert weight.shape == x.shape[-1:], "the width of x"
     assert scale in SCALES, f"there is no scale {scale!r}, only {SCALES}"
-    assert residual is None or x.shape == residual.shape
     if use_triton(x):
-        y, total = _RMSNorm.apply(x, residual, weight, eps, scale, True)
+        y = _RMSNorm.apply(x, residual, weight, eps, scale, both)
+        y, total = y if both else (y, x)
     else:
         total = x if residual is None else residual + x
         y = rms_norm_reference(total, weight, eps, scale=scale)
@@ -85,27 +85,6 @@ def gated_norm_reference(
     v = (x.float() * F.silu(gate.float())).unflatten(-1, (groups, -1))
     v = v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps)
     return (weight_W.float() * v.flatten(-2)).to(x.dtype)
-
-
-def gated_norm_forward(
-    x: torch.Tensor, gate: torch.Tensor, weight_W: torch.Tensor, eps: float, groups: int
-) -> torch.Tensor:
-    """y as in the reference, contiguous. x, gate: [..., W], slices of something wider or not."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_forward(x, gate, weight_W.contiguous(), y, None, eps, "float32", groups)
-    return y
-
-
-def gated_norm_backward(
-    x: torch.Tensor, gate: torch.Tensor, weight_W: torch.Tensor, eps: float, groups: int, dy: torch.Tensor,
-    dgate: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Writes dgate (which may be a slice of a wider gradient) and returns (dx, dweight)."""
-    dgate_TW = last_contiguous(dgate)
-    assert dgate_TW.data_ptr() == dgate.data_ptr(), "a copy would be written"
-    dx, dweight = _launch_backward(x, gate, weight_W.contiguous(), dy, dgate_TW, eps, "float32", groups)
-    assert dweight is not None
-    return dx, dweight
 
 
 def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -> None:
@@ -144,8 +123,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     """[..., H] as [T, H] whose last dimension is contiguous; copies only where strides cannot say it."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return channels_last(x.reshape(-1, x.shape[-1]))
 
 
 #: elements per program (rows are not split), elements per thread, and persistent programs per multiprocessor
@@ -274,22 +252,14 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: str,
+        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: Scale,
         both: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        weight = weight.contiguous()
-        dtype, total = x.dtype, None
-        if residual is not None:
-            dtype = torch.promote_types(dtype, residual.dtype)
-            total = torch.empty(x.shape, dtype=dtype, device=x.device)
-        if scale == "rounded":
-            dtype = torch.promote_types(dtype, weight.dtype)
-        y = torch.empty(x.shape, dtype=dtype, device=x.device)
-        _launch_forward(x, residual, weight, y, total, eps, scale)
-        ctx.save_for_backward(x if total is None else total, weight)
+        y, total = launch_forward(x, residual, weight, eps, scale)
+        ctx.save_for_backward(total, weight)
         ctx.eps, ctx.scale = eps, scale
         ctx.set_materialize_grads(False)
-        return (y, x if total is None else total) if both else y
+        return (y, total) if both else y
 
     @staticmethod
     @once_differentiable
@@ -299,50 +269,60 @@ class _RMSNorm(torch.autograd.Function):
         (s, weight), (_, need_residual, need_weight, *_) = ctx.saved_tensors, ctx.needs_input_grad
         dx, dweight = dsum, None
         if dy is not None:
-            dx, dweight = _launch_backward(s, dsum, weight, dy, None, ctx.eps, ctx.scale, weight_grad=need_weight)
+            dx, dweight = launch_backward(s, dsum, weight, dy, None, ctx.eps, ctx.scale, weight_grad=need_weight)
         return dx, dx if need_residual else None, dweight, None, None, None  # autograd converts to the inputs' dtypes
 
 
-def _launch_forward(
-    x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, y: torch.Tensor, total: torch.Tensor | None,
-    eps: float, scale: str, groups: int = 0,
-) -> None:  # fmt: skip
-    """Writes y and, if there is one, total. other: the residual or, with groups, the gate."""
+def launch_forward(
+    x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: Scale, groups: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, sum), contiguous; without a residual the sum is x. other: the residual or, with groups, the gate."""
+    gated, groups, total, dtype = groups > 0, max(1, groups), x, x.dtype
+    if other is not None and not gated:
+        dtype = torch.promote_types(dtype, other.dtype)
+        total = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if scale == "rounded":
+        dtype = torch.promote_types(dtype, weight.dtype)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
     x_TW = last_contiguous(x)
     other_TW = x_TW if other is None else last_contiguous(other)
-    gated, groups = groups > 0, max(1, groups)
     T, H = len(x_TW), x.shape[-1] // groups
     tile = row_tile(H, (GATED_TUNING if gated else TUNING)["forward"])
     if y.numel():
         norm_forward[(triton.cdiv(T, tile["BLOCK_T"]), groups)](
-            x_TW, other_TW, weight, y, y if total is None else total, T, H, x_TW.stride(0), other_TW.stride(0), eps,
-            HAS_RESIDUAL=total is not None, HAS_GATE=gated, GROUPS=groups, SCALE=scale, **tile,
+            x_TW, other_TW, weight.contiguous(), y, y if total is x else total, T, H, x_TW.stride(0),
+            other_TW.stride(0), eps,
+            HAS_RESIDUAL=total is not x, HAS_GATE=gated, GROUPS=groups, SCALE=scale, **tile,
         )  # fmt: skip
+    return y, total
 
 
-def _launch_backward(
-    s: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, dy: torch.Tensor, dgate_TW: torch.Tensor | None,
-    eps: float, scale: str, groups: int = 1, weight_grad: bool = True,
+def launch_backward(
+    s: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, dy: torch.Tensor, dgate: torch.Tensor | None,
+    eps: float, scale: Scale, groups: int = 1, weight_grad: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(dx, dweight), and writes dgate, if there is one. other: the gradient of the sum or the gate."""
+    """(dx, dweight); other: the gradient of the sum, or the gate, whose gradient is written to dgate, which may be a
+    slice of something wider.
+    """
     s_TW, dy_TW = last_contiguous(s), last_contiguous(dy)
     other_TW = dy_TW if other is None else last_contiguous(other)
-    gated = dgate_TW is not None
-    (T, W), H = s_TW.shape, s.shape[-1] // groups
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    gated, dgate_TW = dgate is not None, dx if dgate is None else last_contiguous(dgate)
+    assert dgate is None or dgate_TW.data_ptr() == dgate.data_ptr(), "a copy would be written"
+    (T, W), H = s_TW.shape, s.shape[-1] // groups
     tuning = (GATED_TUNING if gated else TUNING)["backward"]
     tile = row_tile(H, tuning)
     programs = max(1, processors(s.device) * tuning["programs"] // groups)
     programs = max(1, min(programs, triton.cdiv(T, tile["BLOCK_T"])))
     partial = torch.empty(programs if weight_grad else 0, W, dtype=torch.float32, device=s.device)
     norm_backward[(programs, groups)](
-        s_TW, other_TW, weight, dy_TW, dx, dx if dgate_TW is None else dgate_TW, partial, T, H,
-        s_TW.stride(0), other_TW.stride(0), dy_TW.stride(0), W if dgate_TW is None else dgate_TW.stride(0), eps,
+        s_TW, other_TW, weight.contiguous(), dy_TW, dx, dgate_TW, partial, T, H,
+        s_TW.stride(0), other_TW.stride(0), dy_TW.stride(0), dgate_TW.stride(0) if gated else W, eps,
         HAS_DSUM=other is not None and not gated, HAS_GATE=gated, GROUPS=groups, WEIGHT_GRAD=weight_grad, SCALE=scale,
         **tile,
     )  # fmt: skip
     if not weight_grad:
         return dx, None
-    dweight = torch.empty_like(weight)
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     sum_partials(partial, programs, dweight)
     return dx, dweight

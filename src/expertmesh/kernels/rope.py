@@ -11,6 +11,7 @@ Letters: B batch, S sequence, T = B·S tokens, N heads (of q or of k), D head wi
 """
 
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from expertmesh.kernels.rms_norm import channels_last, rms_norm_reference, sum_p
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
-#: heads per tile, and warps
-TUNING = {"forward": {"ROWS": 16, "num_warps": 4}, "backward": {"ROWS": 16, "num_warps": 4}}
-#: with norms; and persistent programs per multiprocessor
-NORM_TUNING = {"forward": {"ROWS": 8, "num_warps": 4}, "backward": {"ROWS": 16, "num_warps": 4, "programs": 5}}
+#: heads per tile, and warps; of the backward of norms also persistent programs per multiprocessor
+TUNING = {
+    "turn": {"ROWS": 16, "num_warps": 4},
+    "norm and turn": {"ROWS": 8, "num_warps": 4},
+    "backward": {"ROWS": 16, "num_warps": 4, "programs": 5},
+}
 
 
 def rotary(
@@ -36,52 +39,31 @@ def rotary(
     """Turned queries [B, Nq, S, D] and keys [B, Nk, S, D], differentiable in both; q and k may have any strides.
 
     cos, sin: [B or 1, S, R], R even and at most D; no gradient. Must equal `apply_rotary_pos_emb` of Transformers'
-    Mixtral and GLM-4 (results in the dtype that x and cos promote to); interleaved, of ERNIE 4.5 (in x's dtype; of cos
-    and sin the first half counts); with `half`, of GPT-OSS (in x's dtype; cos and sin are R / 2 wide, for both halves).
+    Mixtral and GLM-4 (results in the dtype that x and cos promote to); interleaved, of ERNIE 4.5 (in x's dtype; R is D,
+    of cos and sin the first half counts); with `half`, of GPT-OSS (in x's dtype; cos and sin are R / 2 wide, for both).
     The results are transposed views of [B, S, N, D] memory.
     """
     R = cos.shape[-1] * (2 if half else 1)
-    if cos.shape != sin.shape or cos.ndim != 3 or cos.shape[0] not in (1, len(q)) or R % 2 or q.shape[-1] < R:
-        raise ValueError(
-            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [1 or {q.shape[0]}, {q.shape[2]}, R], "
-            f"R even and at most the heads' width, {q.shape[-1]}."
-        )
-    return _rotary(use_triton(q), q, k, cos, sin, interleaved, half)
+    assert cos.shape == sin.shape and cos.ndim == 3 and cos.shape[0] in (1, len(q)), "cos and sin are [B or 1, S, R]"
+    assert R % 2 == 0 and q.shape[-1] >= R, "R is even and at most the heads' width"
+    if not use_triton(q):
+        return rotary_reference(q, k, cos, sin, interleaved, half)
+    if interleaved:
+        cos, sin = cos[..., : R // 2], sin[..., : R // 2]
+    heads = q.transpose(1, 2), k.transpose(1, 2)
+    dtypes = [x.dtype if interleaved or half else torch.promote_types(x.dtype, cos.dtype) for x in heads]
+    q, k = _RoPE.apply(dtypes, cos, sin, R, interleaved, 0.0, *heads)
+    return q.transpose(1, 2), k.transpose(1, 2)
 
 
 def rotary_reference(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False,
     half: bool = False,
 ) -> Pair:  # fmt: skip
-    """The specification of `rotary`: what those families compute, operation by operation."""
-    return _rotary(False, q, k, cos, sin, interleaved, half)
-
-
-def _rotary(
-    by_kernel: bool, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool,
-    half: bool,
-) -> Pair:  # fmt: skip
-    R = cos.shape[-1] * (2 if half else 1)
-    if interleaved:
-        cos, sin = cos[..., : R // 2], sin[..., : R // 2]
-    heads = q.transpose(1, 2), k.transpose(1, 2)
-    dtypes = [x.dtype if interleaved or half else torch.promote_types(x.dtype, cos.dtype) for x in heads]
-    if by_kernel:
-        turned = _RoPE.apply(dtypes, cos, sin, R, interleaved, 0.0, *heads)
-    else:
-        turned = [_turned_reference(*each, cos, sin, R, interleaved) for each in zip(heads, dtypes, strict=True)]
-    return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
-
-
-def _turned_reference(
-    x_BSND: torch.Tensor, dtype: torch.dtype, cos: torch.Tensor, sin: torch.Tensor, R: int, interleaved: bool
-) -> torch.Tensor:
-    turn, rest = x_BSND.split([R, x_BSND.shape[3] - R], dim=-1)
-    a, b = (turn[..., ::2].float(), turn[..., 1::2].float()) if interleaved else turn.chunk(2, dim=-1)
-    (cos_a, cos_b), (sin_a, sin_b) = ((t[:, :, None, : R // 2], t[:, :, None, -R // 2 :]) for t in (cos, sin))
-    turned = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-    whole = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    return torch.cat([whole, rest], dim=-1).to(dtype)
+    """The specification of `rotary`: those families' own functions."""
+    family = "gpt_oss" if half else "ernie4_5_moe" if interleaved else "glm4_moe"
+    stock = import_module(f"transformers.models.{family}.modeling_{family}")
+    return stock.apply_rotary_pos_emb(q, k, cos, sin)
 
 
 def qk_norm_rope(
@@ -93,14 +75,11 @@ def qk_norm_rope(
     q: [B, S, Nq, D] and k: [B, S, Nk, D], the projections' outputs seen by head, any strides; q_weight, k_weight: [D];
     cos, sin: [B or 1, S, D], as the model's rotary embedding gives them (no gradient).
     Returns [B, Nq, S, D] and [B, Nk, S, D] as transposed views of [B, S, N, D] memory, which attention takes without a
-    copy. Must equal `q_norm`, `k_norm` and `apply_rotary_pos_emb` of transformers' Qwen3MoeAttention. Raises ValueError
-    if cos or sin want gradients.
+    copy. Must equal `q_norm`, `k_norm` and `apply_rotary_pos_emb` of transformers' Qwen3MoeAttention.
     """
     B, S, _, D = q.shape
     assert k.shape[:2] == (B, S) and k.shape[3] == D and q_weight.shape == k_weight.shape == (D,)
     assert D % 2 == 0 and cos.shape == sin.shape and cos.shape in ((1, S, D), (B, S, D)), "whole, even-width heads turn"
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        raise ValueError("qk_norm_rope gives cos and sin no gradient: detach them.")
     inputs = q, k, q_weight, k_weight, cos, sin
     if use_triton(q):
         q_dtype, k_dtype = (torch.promote_types(x.dtype, w.dtype) for x, w in ((q, q_weight), (k, k_weight)))
@@ -118,10 +97,9 @@ def qk_norm_rope_reference(
     sin: torch.Tensor, eps: float,
 ) -> Pair:  # fmt: skip
     """The specification: Qwen3MoeAttention's operations, one by one."""
-    normed = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
-    dtypes = [torch.promote_types(x.dtype, cos.dtype) for x in normed]
-    turned = [_turned_reference(x, d, cos, sin, cos.shape[-1], False) for x, d in zip(normed, dtypes, strict=True)]
-    return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
+    stock = import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
+    normed = (rms_norm_reference(x, weight, eps) for x, weight in ((q, q_weight), (k, k_weight)))
+    return stock.apply_rotary_pos_emb(*(x.transpose(1, 2) for x in normed), cos, sin)
 
 
 @triton.jit
@@ -302,10 +280,10 @@ class _RoPE(torch.autograd.Function):
         cos, sin, *normed = ctx.saved_tensors
         outs = [channels_last(dy) for dy in dys]
         if normed:
-            grads = _launch_norm_backward(normed[:2], normed[2:], cos, sin, outs, ctx.options[-1])
+            grads = _launch_norm_backward(normed, cos, sin, outs, ctx.options[-1])
         else:
             grads = _launch(outs, [], cos, sin, ctx.dtypes, True, *ctx.options)
-        return None, None, None, None, None, None, *grads
+        return *[None] * 6, *grads
 
 
 def _launch(
@@ -316,7 +294,7 @@ def _launch(
     assert heads[1].shape == (B, S, NK, D), "heads of q and k are as wide"
     assert B * S * max(NQ, NK) < 2**31, "heads are counted in 32 bits"
     outs = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in zip(heads, dtypes, strict=True))
-    tuning = (NORM_TUNING if weights else TUNING)["backward" if back else "forward"]
+    tuning = TUNING["norm and turn" if weights else "turn"]
     if outs[0].numel():
         _turn[(sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK)),)](
             *heads, *(weights or (None, None)), cos, sin, *outs, B * S, S,
@@ -328,21 +306,20 @@ def _launch(
 
 
 def _launch_norm_backward(
-    heads: list[torch.Tensor], weights: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor,
-    outs: list[torch.Tensor], eps: float,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """Gradients of q, k and both weights from `outs`, those of the turned q and k."""
-    (B, S, NQ, D), NK = heads[0].shape, heads[1].shape[2]
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (*heads, *weights))
-    tuning = dict(NORM_TUNING["backward"])
+    normed: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, outs: list[torch.Tensor], eps: float
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k and both weights, which are `normed`, from `outs`, those of the turned q and k."""
+    (B, S, NQ, D), NK = normed[0].shape, normed[1].shape[2]
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in normed)
+    tuning = dict(TUNING["backward"])
     programs = processors(cos.device) * tuning.pop("programs")
     q_programs, k_programs = (
         max(1, min(programs * N // (NQ + NK), triton.cdiv(B * S * N, tuning["ROWS"]))) for N in (NQ, NK)
     )
     partial = torch.empty(q_programs + k_programs, D, dtype=torch.float32, device=cos.device)
     _norm_backward[(q_programs + k_programs,)](
-        *heads, *weights, cos, sin, *outs, *grads[:2], partial, q_programs, B * S, S,
-        *heads[0].stride()[:3], *heads[1].stride()[:3], *rotation_strides(cos),
+        *normed, cos, sin, *outs, *grads[:2], partial, q_programs, B * S, S,
+        *normed[0].stride()[:3], *normed[1].stride()[:3], *rotation_strides(cos),
         *outs[0].stride()[:3], *outs[1].stride()[:3], eps,
         NQ=NQ, NK=NK, HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), **tuning,
     )  # fmt: skip

@@ -74,7 +74,7 @@ def sink_attention(
         return flash_attention.flash_attention(query, key, value, scale, sinks, given)
     query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
     if use_triton(query):
-        return _apply(query, key, value, sinks, start, end, *(padding or (None, None)), scale, window)
+        return _apply_kernels(query, key, value, sinks, start, end, *(padding or (None, None)), scale, window)
     seen = padding.seen if padding is not None else None
     return sink_attention_reference(query, key, value, sinks, scale, window, start, seen)
 
@@ -114,29 +114,24 @@ def visible(
     return mask if seen is None else mask & seen.bool()[:, None, :]
 
 
-#: (pass, head width up to, windowed): rows of queries and of keys in a tile, warps, pipeline stages
-TUNING: dict[tuple[str, int, bool], dict[str, int]] = {
-    ("forward", 64, False): dict(BM=64, BN=64, num_warps=4, num_stages=2),
-    ("forward", 64, True): dict(BM=64, BN=64, num_warps=4, num_stages=2),
-    ("forward", 128, False): dict(BM=128, BN=64, num_warps=8, num_stages=3),
-    ("forward", 128, True): dict(BM=128, BN=64, num_warps=8, num_stages=2),
-    ("dq", 64, False): dict(BM=128, BN=64, num_warps=8, num_stages=3),
-    ("dq", 64, True): dict(BM=128, BN=64, num_warps=8, num_stages=2),
-    ("dq", 128, False): dict(BM=128, BN=64, num_warps=8, num_stages=2),
-    ("dq", 128, True): dict(BM=64, BN=64, num_warps=4, num_stages=2),
-    ("dkdv", 64, False): dict(BM=64, BN=128, num_warps=8, num_stages=3),
-    ("dkdv", 64, True): dict(BM=64, BN=128, num_warps=8, num_stages=2),
-    ("dkdv", 128, False): dict(BM=64, BN=128, num_warps=8, num_stages=2),
-    ("dkdv", 128, True): dict(BM=64, BN=64, num_warps=4, num_stages=2),
+#: (pass, head width up to): rows of queries and of keys in a tile, warps, pipeline stages; and those with a window
+TUNING: dict[tuple[str, int], tuple[tuple[int, ...], tuple[int, ...]]] = {
+    ("forward", 64): ((64, 64, 4, 2), (64, 64, 4, 2)),
+    ("forward", 128): ((128, 64, 8, 3), (128, 64, 8, 2)),
+    ("dq", 64): ((128, 64, 8, 3), (128, 64, 8, 2)),
+    ("dq", 128): ((128, 64, 8, 2), (64, 64, 4, 2)),
+    ("dkdv", 64): ((64, 128, 8, 3), (64, 128, 8, 2)),
+    ("dkdv", 128): ((64, 128, 8, 2), (64, 64, 4, 2)),
 }
-_EXACT = dict(BM=32, BN=32, num_warps=4, num_stages=1)  # float32
+_EXACT = 32, 32, 4, 1  # float32
 
 
 def _config(name: str, x: torch.Tensor, window: int | None) -> dict[str, Any]:
     """Everything a kernel is compiled for, apart from heads. SPLIT: most of its blocks need no mask."""
     width = x.shape[-1]
-    tuning = _EXACT if x.dtype == torch.float32 else TUNING[name, 64 if width <= 64 else 128, window is not None]
-    split = window is None or window >= 4 * max(tuning["BM"], tuning["BN"])
+    sizes = _EXACT if x.dtype == torch.float32 else TUNING[name, 64 if width <= 64 else 128][window is not None]
+    tuning = dict(zip(("BM", "BN", "num_warps", "num_stages"), sizes, strict=True))
+    split = window is None or window >= 4 * max(sizes[:2])
     reads = dict(DESCRIPTOR=by_descriptor(x.device), PRECISION=dot_precision(x.dtype))
     return dict(D=width, WINDOW=window or 0, SPLIT=split, **reads, **tuning)
 
@@ -158,11 +153,6 @@ def _launch_over_keys(
         q, _tiles(k, config["BN"]), _tiles(v, config["BN"]), *others, *gradients, B * S, S, scale,
         BACKWARD=name == "dq", **flags, **config,
     )  # fmt: skip
-
-
-@torch.compiler.disable  # which cannot trace tensor descriptors
-def _apply(*args: Any) -> torch.Tensor:
-    return _SinkAttention.apply(*args)
 
 
 class _SinkAttention(torch.autograd.Function):
@@ -203,3 +193,6 @@ class _SinkAttention(torch.autograd.Function):
             ctx.scale, **flags, **config,
         )  # fmt: skip
         return dq, dk, dv, dsinks.sum(0).to(sinks.dtype), *[None] * 6
+
+
+_apply_kernels = torch.compiler.disable(_SinkAttention.apply)  # Dynamo cannot trace tensor descriptors
