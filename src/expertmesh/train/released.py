@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from expertmesh.memory.adamw import AdamW
 from expertmesh.memory.release import GradientRelease
 
 
@@ -26,22 +25,10 @@ def refuse_to_release(trainer: Any) -> None:
         "auto_find_batch_size repeats steps, of which half may have been taken. Set a batch size": (
             args.auto_find_batch_size
         ),
-        "exact clipping needs a norm to clip to. Set max_grad_norm, or 'running'": trainer.gradient_release == "exact"
-        and not args.max_grad_norm,
     }
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"Gradients cannot be released: {reason}, or set gradient_release=None.")
-
-
-def release_of(trainer: Any, optimizer: AdamW | None) -> GradientRelease:
-    """The trainer's, made with its optimizer: None where that is not ours."""
-    if optimizer is None:
-        raise ValueError(
-            f"Gradients are released to expertmesh.AdamW, and this run has {type(trainer._torch_optimizer).__name__}. "
-            f"Set optim='adamw_torch_fused' and pass no optimizer, or set gradient_release=None."
-        )
-    return GradientRelease(optimizer, trainer.gradient_release, trainer.args.max_grad_norm or None)
 
 
 @contextmanager

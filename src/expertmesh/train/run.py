@@ -86,24 +86,16 @@ def build(config: Config) -> SFTTrainer:
         recompute(model, policy if (policy := config.train.activation_checkpointing) not in WHOLE else False)
     except ValueError as error:
         raise ConfigError(f"train.{error}") from error
-    try:
-        trainer = SFTTrainer(
-            model=model,
-            args=training_arguments(config),
-            train_dataset=inputs.train_rows,
-            eval_dataset=inputs.eval_rows,
-            processing_class=inputs.tokenizer,
-            peft_config=lora(config),
-            cuda_graph=config.train.cuda_graph,
-            gradient_release=config.train.gradient_release,
-        )
-    except RuntimeError as error:
-        if "assistant_only_loss" not in str(error):
-            raise
-        raise ConfigError(
-            f"data.assistant_only_loss: a conversation of {config.data.name} has no assistant token, so all its labels "
-            f"are masked. Remove conversations without an answer; if all have one: {data.REMEDY}"
-        ) from error
+    trainer = SFTTrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=inputs.train_rows,
+        eval_dataset=inputs.eval_rows,
+        processing_class=inputs.tokenizer,
+        peft_config=lora(config),
+        cuda_graph=config.train.cuda_graph,
+        gradient_release=config.train.gradient_release,
+    )
     for quiet in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(quiet)
     if plan is not None:
@@ -159,16 +151,8 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
         return _with_random_weights(config, options)
     if on_gpu and setup is None:
         options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, not through the CPU's memory
-    try:
-        with loading_part(config, "model", (OSError, SafetensorError)):
-            return auto.from_pretrained(**origin(config), **options)
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ConfigError(
-            f"model.name: weights of {section.name} have other shapes than its config.json says (as reported above). "
-            "Take the config.json that belongs to them."
-        ) from error
+    with loading_part(config, "model", (OSError, SafetensorError)):
+        return auto.from_pretrained(**origin(config), **options)
 
 
 def _with_random_weights(config: Config, options: dict[str, Any]) -> transformers.PreTrainedModel:

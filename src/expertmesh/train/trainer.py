@@ -30,7 +30,7 @@ from expertmesh.train.buckets import Buckets, Row, fused_base, one_row
 from expertmesh.train.graphed import BEGINNING, GraphedStep, why_not, why_not_auto
 from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord
 from expertmesh.train.metrics import MetricsFile
-from expertmesh.train.released import checking, refuse_to_release, release_of
+from expertmesh.train.released import checking, refuse_to_release
 from expertmesh.train.resume import ResumableTrainer
 from expertmesh.train.routing import RouterLoad
 from expertmesh.waiting import hosts, meet, waiting
@@ -165,7 +165,8 @@ class Trainer(ResumableTrainer):
 
     def _released_step(self, model, inputs, num_items_in_batch):
         if self._release is None:
-            self._release = release_of(self, self._own_adamw)
+            bound = self.args.max_grad_norm or None
+            self._release = GradientRelease(self._torch_optimizer, self.gradient_release, bound)
         with checking(self.accelerator, self._release, num_items_in_batch):
             return self._release.run(lambda: self._plain_step(model, copy.copy(inputs), num_items_in_batch))
 
