@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 class SFTTrainer(Trainer, trl.SFTTrainer):
     """TRL's SFTTrainer that stops at a loss or gradient that is not finite and logs the load of the experts.
 
-    All arguments, methods and files are TRL's; what is added is described at `Trainer`. In training the loss comes from
-    the model's own head where that is the same number (`why_not_own_loss`): TRL's makes the logits twice, and waits for
-    the device at every step to read its metrics. These are made with the loss, and read when they are logged.
+    All else is TRL's. In training the loss comes from the model's own head where that is the same number
+    (`why_not_own_loss`): TRL's makes the logits twice, and waits for the device at every step to read its metrics.
+    These are made with the loss, and read when they are logged.
     """
 
     _reads_masks = True  # TRL counts tokens by them
