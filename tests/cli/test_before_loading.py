@@ -150,6 +150,7 @@ ROWS = {
     "tools that are no JSON": (talk(USER, ASSISTANT, tools="[x"), "row 8 has `tools` that are not JSON"),
     "an unknown role": (talk(USER | {"role": "teller"}, ASSISTANT), "has turns of 'teller' (1 turns)"),
     "no assistant": (talk(USER), "1 conversations of"),
+    "an empty answer": (talk(USER, ASSISTANT | {"content": ""}), "1 conversations of"),
     "parts of a text": (talk(USER, ASSISTANT | {"content": [PART, PART]}), None),  # others say "0"
     "calls without content": (talk(USER, CALL, {"role": "tool", "content": "2"}, ASSISTANT), None),
     "calls with null content": (talk(USER, CALL | {"content": None}, ASSISTANT), None),

@@ -9,9 +9,8 @@ from expertmesh.bench.tiny import tiny_config
 from expertmesh.plan.gpus import GPUS
 from expertmesh.plan.layouts import layout_of
 from expertmesh.train import launch, run
-from expertmesh.train.choice import ROOM, changed, choose, next_setting, open_keys, settle
 from expertmesh.train.config import ConfigError, load_config
-from expertmesh.train.planned import job_of, plan_of
+from expertmesh.train.planned import ROOM, changed, choose, job_of, next_setting, open_keys, plan_of, settle
 from tests.train.runs import tiny_run
 from tests.train.test_launch import pids, start, wait_until_gone
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from expertmesh.cli.train import configuration
+
 if TYPE_CHECKING:
     from expertmesh.kernels.recompute import Policy
     from expertmesh.plan import Plan
@@ -40,20 +42,21 @@ def plan(
     configuration.
     """
     from expertmesh.plan.layouts import search
-    from expertmesh.train.choice import choose, open_keys, values, written
-    from expertmesh.train.config import ConfigError, is_override, load_config
-    from expertmesh.train.planned import gpu_of, plan_of, simulation_of
+    from expertmesh.plan.simulate import simulate as simulation_of
+    from expertmesh.train.config import ConfigError
+    from expertmesh.train.planned import choose, gpu_of, job_of, open_keys, plan_of, values, written
 
-    files = [argument for argument in arguments or [] if not is_override(argument)]
-    if len(files) > 1:
-        raise ConfigError(f"One configuration file is expected, and here are {len(files)}: {', '.join(files)}.")
-    config = load_config(files[0] if files else None, [word for word in arguments or [] if is_override(word)])
+    config = configuration(arguments or [])
     ranks = simulate or gpus or config.parallel.nproc or 1
     if keys := open_keys(config):
         config = choose(config, ranks, gpu_of(gpu))
         typer.echo(f"auto: {written({key: values(config)[key] for key in keys})}\n")
     if simulate:
-        simulation = simulation_of(config, simulate, replace(gpu_of(gpu), network=network * 1e9), per_node)
+        job, kind = replace(job_of(config, simulate), per_node=per_node), replace(gpu_of(gpu), network=network * 1e9)
+        try:
+            simulation = simulation_of(job, kind, config.train.gradient_accumulation_steps)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         typer.echo("\n".join([*simulated(simulation), "", *report(simulation.plan)]))
         raise typer.Exit(0 if simulation.plan.fits else 1)
     found = plan_of(config, ranks, gpu)

@@ -1,10 +1,15 @@
 """`expertmesh train`: a fine-tuning run from one YAML file, on all GPUs of a machine or as a rank of a larger run."""
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from expertmesh.train.config import Config
 
 DRY_RUN = "Look at everything that a run needs but the weights, print the resolved configuration, and stop."
 
@@ -25,36 +30,29 @@ def train(
 
     Exit codes: 0 done, 1 failed, 2 wrong configuration, 75 (SIGTERM, SIGHUP) and 130 (Ctrl-C) stopped and saved.
     """
-    from expertmesh.train.config import ConfigError, is_override, load_config
-
-    files = [argument for argument in arguments or [] if not is_override(argument)]
-    overrides = [argument for argument in arguments or [] if is_override(argument)]
-    if len(files) > 1:
-        raise ConfigError(f"One configuration file is expected, and here are {len(files)}: {', '.join(files)}.")
-    config = load_config(files[0] if files else None, overrides)
+    config = configuration(arguments or [])
     if dry_run:
         from expertmesh import backends
-        from expertmesh.train.choice import open_keys, settle
         from expertmesh.train.inputs import gather
-        from expertmesh.train.launch import default_nproc
+        from expertmesh.train.planned import open_keys, settle
 
         not_here: list[str] = []
         gather(config, not_here)
         if open_keys(config) and backends.gpu() is None:
             not_here.append("what is `auto`, which is chosen for a GPU, and there is none here.")
         else:
-            config = settle(config, config.parallel.nproc or default_nproc())
+            config = settle(config, num_ranks(config))
         for sentence in not_here:
             typer.echo(f"Not looked at: {sentence}", err=True)
         typer.echo(config.to_yaml(), nl=False)
         return
 
-    from expertmesh.train.launch import default_nproc, is_rank, launch, leave
+    from expertmesh.train.launch import is_rank, launch, leave
 
-    if not is_rank() and (nproc := config.parallel.nproc or default_nproc()) > 1:
+    if not is_rank() and (nproc := num_ranks(config)) > 1:
         from expertmesh.parallel.ranks import ALONE
-        from expertmesh.train.choice import open_keys, settle, values
         from expertmesh.train.inputs import check_settings
+        from expertmesh.train.planned import open_keys, settle, values
         from expertmesh.weights.files import alone
 
         check_settings(config)
@@ -76,3 +74,26 @@ def train(
         raise typer.Exit(result.exit_code)
     model = f"the model is in {result.final}, " if result.final else "the model was not saved, "
     typer.echo(f"Done: {model}metrics and plots are in {result.output_dir}.", err=True)
+
+
+def configuration(words: Sequence[str]) -> "Config":
+    """What a YAML file, if there is one among the words, and keys of the command line say."""
+    from expertmesh.train.config import Config, ConfigError, load_config
+
+    def is_override(word: str) -> bool:  # else it is a path, which may hold a `=`, too
+        key, equals, _ = word.partition("=")
+        if key.strip().partition(".")[0] in Config.model_fields:
+            return bool(equals)
+        return bool(equals) and re.fullmatch(r"[\w. -]+", key) is not None and not Path(word).is_file()
+
+    files = [word for word in words if not is_override(word)]
+    if len(files) > 1:
+        raise ConfigError(f"One configuration file is expected, and here are {len(files)}: {', '.join(files)}.")
+    return load_config(files[0] if files else None, [word for word in words if is_override(word)])
+
+
+def num_ranks(config: "Config") -> int:
+    """As `parallel.nproc` says, else one for each GPU that this process may use, or one."""
+    import torch
+
+    return config.parallel.nproc or max(1, torch.cuda.device_count())

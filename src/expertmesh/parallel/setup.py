@@ -43,7 +43,7 @@ class DistributedSetup:
     tp_size: ranks that share one batch and split attention and dense layers.
     dp_size: ranks with a batch of their own; by default all ranks / tp_size.
     dp_replicate_size: copies of the model (HSDP); each is sharded over dp_size / dp_replicate_size ranks.
-    activation_checkpointing: what layers recompute in the backward; True, or a policy of kernels/levels.py.
+    activation_checkpointing: what layers recompute in the backward; True, or a policy of kernels/recompute.py.
     reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
         has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
     dispatch: how tokens reach experts on other ranks. "auto": where groups lie on GPUs of one node, "gather" up to an

@@ -3,9 +3,7 @@
     bias_e += rate * sign(mean of c - c_e)      c: rows that each expert got in the step, summed over all ranks
 
 DeepSeek-V3's way (arXiv 2412.19437, section 2.1.2; arXiv 2408.15664), for its routers and others with an
-`e_score_correction_bias`. That bias takes part in the choice of experts, not in their weights, has no gradient, and is
-saved with the model. Stock Transformers never moves it. Off unless asked for: a short fine-tuning on a narrow subject
-is better served by the balance that the model was trained to.
+`e_score_correction_bias`, which takes part in the choice of experts, not in their weights, and has no gradient.
 """
 
 from typing import Any
@@ -36,8 +34,8 @@ class BalanceRouters(TrainerCallback):
                 f"No router of {type(model).__name__} has an {BIAS} to move. Balance its experts by the auxiliary loss "
                 f"instead (router_aux_loss_coef)."
             )
-        biases: dict[str, Any] = {name: getattr(router, BIAS) for name, router in self.routers.items()}
-        self.counts = {name: torch.zeros_like(bias, dtype=torch.long) for name, bias in biases.items()}
+        counts = {name: torch.zeros_like(getattr(r, BIAS), dtype=torch.long) for name, r in self.routers.items()}
+        self.counts: dict[str, torch.Tensor] = counts
         load.count_into(self.counts, self.routers)
 
     @torch.no_grad()

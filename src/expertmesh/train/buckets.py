@@ -7,9 +7,9 @@ rounded up:
     documents    to a multiple of 32, by empty documents at the end
     longest      the length that kernels are given (max_length_q), to a power of two
 
-Loss and gradients stay those of the original batch. `attention_mask` marks the added tokens with 0, for the router's
-auxiliary loss and for token counts. Rows are laid out on the CPU, in the collator (`one_row`). They are filled up on
-the device, without a synchronization, once all ranks know each other's sizes (`Buckets`).
+`attention_mask` marks the added tokens with 0, for the router's auxiliary loss and for token counts. Rows are laid out
+on the CPU, in the collator (`one_row`), and filled up on the device, without a synchronization, once all ranks know
+each other's sizes (`Buckets`).
 """
 
 from collections.abc import Mapping
@@ -50,10 +50,9 @@ class Row(NamedTuple):
 
     def inputs(self) -> dict[str, Any]:
         """As inputs of a model."""
-        names = ("input_ids", "labels", "position_ids")
-        inputs: dict[str, Any] = {name: getattr(self, name) for name in names}
-        inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), self.cu_seqlens)
-        return inputs | dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
+        inputs = {"input_ids": self.input_ids, "labels": self.labels, "position_ids": self.position_ids}
+        bounds = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), self.cu_seqlens)
+        return inputs | bounds | dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
 
 
 def one_row(batch: Mapping[str, Any]) -> Row | None:
@@ -124,7 +123,8 @@ class Buckets:
 
     def of(self, tokens: int, documents: int, longest: int) -> Bucket:
         """The bucket for such a row: of those at hand the smallest that wastes no more than a new one might."""
-        size = _quarters(tokens)
+        step = max(LEAST, 1 << max(tokens.bit_length() - 3, 0))
+        size = -(-tokens // step) * step
         fits = [bucket for bucket in self.made if bucket.tokens <= size and bucket.holds(tokens, documents, longest)]
         if fits:
             return min(fits)
@@ -134,8 +134,3 @@ class Buckets:
         bucket = Bucket(size, max([-(-documents // 32) * 32, *(b.documents for b in self.made)]), longest)
         self.made.append(bucket)
         return bucket
-
-
-def _quarters(tokens: int) -> int:
-    step = max(LEAST, 1 << max(tokens.bit_length() - 3, 0))
-    return -(-tokens // step) * step

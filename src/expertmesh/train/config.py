@@ -6,7 +6,6 @@ made from them. A key that does not exist is an error that names the nearest one
 
 import copy
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -310,14 +309,6 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError(f"{path or 'the command line'}: " + " ".join(_sentences(error))) from None
 
 
-def is_override(word: str) -> bool:
-    """Whether a word of the command line sets a key; else it is a path, which may hold a `=`, too."""
-    key, equals, _ = word.partition("=")
-    if key.strip().partition(".")[0] in Config.model_fields:
-        return bool(equals)
-    return bool(equals) and re.fullmatch(r"[\w. -]+", key) is not None and not Path(word).is_file()
-
-
 def known_keys() -> Iterator[tuple[str, str]]:
     """Every key as (dotted path, its sentence), in order."""
     for name, field in Config.model_fields.items():
@@ -332,9 +323,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} is neither a file nor an override like train.learning_rate=1e-4.")
     *parents, leaf = dotted.strip().split(".")
     for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree[parent] = _spelled_out(tree[parent]) if parent == "parallel" else tree[parent]
+        found = {} if tree.get(parent) is None else tree[parent]
+        tree[parent] = _spelled_out(found) if parent == "parallel" else found
         tree = tree[parent]
         if not isinstance(tree, dict):
             raise ConfigError(f"{override!r} sets a key below `{parent}`, which is {tree!r} and holds no keys.")

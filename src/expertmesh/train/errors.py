@@ -39,8 +39,7 @@ def explain(error: Exception) -> str | None:
             "set train.activation_checkpointing=experts (true and offload keep less), lower data.max_length, or "
             "train adapters only with lora={}."
         )
-    named = isinstance(error, ImportError) and not isinstance(error, ModuleNotFoundError)
-    if named or isinstance(error, ValueError | OSError):
+    if isinstance(error, ImportError | ValueError | OSError) and not isinstance(error, ModuleNotFoundError):
         return f"{text} (EXPERTMESH_DEBUG=1 shows where this comes from.)"
     return None
 

@@ -1,30 +1,26 @@
 """What `expertmesh train` says of its plan: before weights are read, after ten measured steps, when memory ends."""
 
 import copy
-import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from expertmesh import backends
 from expertmesh.plan import Plan
 from expertmesh.plan.gpus import GIB
-from expertmesh.plan.memory import Memory
-from expertmesh.train.choice import ROOM, next_setting
 from expertmesh.train.config import Config
 from expertmesh.train.errors import in_short, is_out_of_memory
-from expertmesh.train.planned import gpu_here, plan_of
+from expertmesh.train.planned import ROOM, gpu_here, next_setting, plan_of
 
 WARM_UP, MEASURED = 3, 10  # steps: the first ones compile, tune and record
 LESS = 0.9  # of what the plan says that a run needs, for settings that are proposed where even that did not fit
 NOTHING = "No other settings fit: take more GPUs, or larger ones."
 SHOWN = 4  # pieces of memory, and of time
-UNITS = ("step_ms", ",.0f", "ms"), ("tokens_per_second", ",.0f", "tokens/s"), ("peak_gib", ".1f", "GiB")
 
 
 def planned(config: Config, num_ranks: int) -> Plan | None:
@@ -71,7 +67,8 @@ def _what_fits(config: Config, num_ranks: int) -> str | None:
     if (plan := planned(config, num_ranks)) is None:
         return None
     memory, gpu = plan.layout.memory, plan.gpu
-    said = f"By its plan the run needs {memory.needed / GIB:.1f} of {gpu.memory / GIB:.1f} GiB ({_pieces(memory)})"
+    pieces = _largest(memory.pieces, 1 / GIB, ".1f")
+    said = f"By its plan the run needs {memory.needed / GIB:.1f} of {gpu.memory / GIB:.1f} GiB ({pieces})"
     limit = ROOM * gpu.memory
     if plan.fits:
         limit = min(limit, LESS * memory.needed)
@@ -84,8 +81,9 @@ def lines(found: Plan) -> list[str]:
     """A plan in two lines: memory and time, the largest pieces of both."""
     memory, speed, gpu = found.layout.memory, found.layout.speed, found.gpu
     rest = f"{found.left / GIB:.1f} are left" if found.fits else f"does not fit, {-found.left / GIB:.1f} lack"
+    pieces = _largest(memory.pieces, 1 / GIB, ".1f")
     return [
-        f"Plan: {memory.needed / GIB:.1f} of {gpu.memory / GIB:.1f} GiB of each {gpu.name}, {rest} ({_pieces(memory)})",
+        f"Plan: {memory.needed / GIB:.1f} of {gpu.memory / GIB:.1f} GiB of each {gpu.name}, {rest} ({pieces})",
         f"Plan: {speed.step * 1e3:,.0f} ms for a step of {speed.tokens:,} tokens on each, "
         f"{speed.tokens_per_second:,.0f} tokens/s ({_largest(speed.seconds, 1e3, '.0f')})",
     ]
@@ -109,26 +107,20 @@ class MeasuredSteps(TrainerCallback):
         if len(self.ends) < MEASURED:
             return
         times, tokens = zip(*self.ends[WARM_UP - 1 :], strict=True)
-        seconds = statistics.median(after - before for before, after in pairwise(times))
+        seconds = float(np.median(np.diff(times)))
         memory, speed = self.plan.layout.memory, self.plan.layout.speed
         rate = float(tokens[-1] - tokens[0]) / (len(tokens) - 1) / seconds
-        measured = {"step_ms": seconds * 1e3, "tokens_per_second": rate}
-        planned = {"step_ms": speed.step * 1e3, "tokens_per_second": speed.tokens_per_second}
-        if torch.cuda.is_available():
-            measured["peak_gib"], planned["peak_gib"] = torch.cuda.max_memory_allocated() / GIB, memory.peak / GIB
-        parts = [
-            f"{measured[key]:{form}} {unit} (planned {planned[key]:{form}})"
-            for key, form, unit in UNITS
-            if key in measured
+        rows = [  # measured, planned
+            ("step_ms", seconds * 1e3, speed.step * 1e3, ",.0f", "ms"),
+            ("tokens_per_second", rate, speed.tokens_per_second, ",.0f", "tokens/s"),
         ]
+        if torch.cuda.is_available():
+            rows.append(("peak_gib", torch.cuda.max_memory_allocated() / GIB, memory.peak / GIB, ".1f", "GiB"))
+        parts = [f"{found:{form}} {unit} (planned {plan:{form}})" for _, found, plan, form, unit in rows]
         backends.logger().info(f"Step {state.global_step}: {', '.join(parts)}.")
-        logs = {f"measured/{key}": round(x, 2) for key, x in measured.items()}
-        logs |= {f"planned/{key}": round(x, 2) for key, x in planned.items()}
+        logs = {f"measured/{key}": round(found, 2) for key, found, *_ in rows}
+        logs |= {f"planned/{key}": round(plan, 2) for key, _, plan, *_ in rows}
         self.trainer.callback_handler.on_log(args, state, copy.copy(control), logs)  # it clears `should_log`
-
-
-def _pieces(memory: Memory) -> str:
-    return _largest(memory.pieces, 1 / GIB, ".1f")
 
 
 def _largest(pieces: Mapping[str, float], scale: float, digits: str) -> str:

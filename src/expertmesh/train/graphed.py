@@ -1,13 +1,11 @@
 """Forward and backward as one CUDA graph, for steps that the GPU runs faster than the CPU can issue them.
 
 A training step is thousands of launches, most of them of the same kernels on the same addresses as in the step before.
-`GraphedStep` records them once for each shape of a batch and then replays them with a single launch. With
-4,096 tokens per GPU and experts spread over ranks the CPU is the limit otherwise.
+`GraphedStep` records them once for each shape of a batch and then replays them with a single launch. Hooks, prints and
+other Python run while recording only; a number that Python passes keeps its value of that time.
 
-A recording holds kernel launches, not Python. Hooks, prints and appends to lists run while recording only. A number
-that Python passes (`mtp_loss_weight`, say) keeps its value of that time. Sums kept in place on the device go on.
-`Trainer` records its steps where that pays. Recording a step that synchronizes with the GPU breaks the CUDA context, so
-the step before is a rehearsal: it runs in PyTorch's sync debug mode, which warns of every synchronization.
+Recording a step that synchronizes with the GPU breaks the CUDA context, so the step before is a rehearsal: it runs in
+PyTorch's sync debug mode, which warns of every synchronization.
 """
 
 import gc
@@ -52,8 +50,7 @@ class GraphedStep:
     from step to step must be a tensor. The first `WARM_UP` batches of a shape run eagerly, the next is recorded, and
     later ones are replayed, for up to `MOST` shapes. All ranks must call it at the same time: a shape is that of all
     ranks' batches together, and if any rank accumulates into gradients, all ranks run the step eagerly.
-    The next replay, of any shape, overwrites gradients. Copy a gradient before the next step if you want to keep it.
-    The memory of the largest recorded step stays reserved.
+    The next replay, of any shape, overwrites gradients.
 
     `close()` drops all recordings. Call it before `destroy_process_group`, which waits for graphs that hold NCCL
     collectives: `with contextlib.closing(GraphedStep(model)) as step`. Raises RuntimeError for a step that cannot be
@@ -283,7 +280,8 @@ def why_not(trainer: Any) -> str | None:
         "inputs of layers go to host memory. Recompute them without offloading": offloads,
         "torch_empty_cache_steps frees memory. Leave it unset": args.torch_empty_cache_steps is not None,
         "on several GPUs it needs a model that is laid out as it is loaded. Pass distributed_setup= to "
-        "from_pretrained": args.n_gpu > 1 or (args.world_size > 1 and not trainer.is_sharded),
+        "from_pretrained": args.n_gpu > 1
+        or (args.world_size > 1 and not trainer.is_distributed_loading_by_transformers),
         "the CPU waits to hear how many rows this dispatch sends. Load the model with dispatch='gather' (GPUs of a "
         "node)": dispatch != Gather.ep_implementation,
     }

@@ -1,13 +1,14 @@
 """Nothing that is not a number reaches a weight.
 
-transformers' Trainer hides a NaN loss by default (`logging_nan_inf_filter`) and steps the optimizer with any gradient.
-Here the losses of an optimizer step and its gradient norm are checked together: one synchronization per step, not one
-per microbatch. Our AdamW reads a flag on the device (`found_inf`) and then changes no weight; the host reads the result
+The losses of an optimizer step and its gradient norm are checked together: one synchronization per step, not one per
+microbatch. Our AdamW reads a flag on the device (`found_inf`) and then changes no weight; the host reads the result
 while it runs. Other optimizers run after the host has read it. The microbatches at fault are saved with the error.
+Where weights are updated within backward the loss is checked before that (`checking`).
 """
 
 import json
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from expertmesh.data import REMEDY
+from expertmesh.memory.release import GradientRelease
 from expertmesh.parallel import ranks
 from expertmesh.train.errors import few
 
@@ -23,20 +25,16 @@ ROW = "__row__"  # column of an example's position in the training data; it neve
 ONE_ROW = "__one_row__"  # nor does the batch as a row of documents
 SHOWN = 24  # tokens of an example that the error text decodes
 
-TRY_WEIGHTS = (
-    "{count} weights held values that are not finite before this step, first {first}: go back to a checkpoint "
-    "before that, or if the run has only begun, check the one it came from with `expertmesh check`."
-)
-TRY_LOSS = (
-    "All weights are finite, so the activations overflowed: lower the learning rate, lengthen the warm-up, clip with "
-    "max_grad_norm, and train in bfloat16 instead of float16. If the same examples fail under another seed, look at "
-    "their text and labels."
-)
-TRY_GRADIENT = (
-    "The losses and all weights are finite, so the backward pass overflowed: lower the learning rate, clip with "
-    "max_grad_norm, and train in bfloat16 instead of float16. If the same examples fail again, switch fusions off "
-    "(`fused=False`) to rule out a kernel, and report it with the saved batch."
-)
+ADVICE = {
+    "weights": "{count} weights held values that are not finite before this step, first {first}: go back to a "
+    "checkpoint before that, or if the run has only begun, check the one it came from with `expertmesh check`.",
+    "loss": "All weights are finite, so the activations overflowed: lower the learning rate, lengthen the warm-up, "
+    "clip with max_grad_norm, and train in bfloat16 instead of float16. If the same examples fail under another seed, "
+    "look at their text and labels.",
+    "gradient": "The losses and all weights are finite, so the backward pass overflowed: lower the learning rate, "
+    "clip with max_grad_norm, and train in bfloat16 instead of float16. If the same examples fail again, switch "
+    "fusions off (`fused=False`) to rule out a kernel, and report it with the saved batch.",
+}
 
 
 class NonFiniteError(FloatingPointError):
@@ -52,21 +50,17 @@ class NonFiniteError(FloatingPointError):
         self.step, self.what, self.rows, self.batch_file = step, what, rows, batch_file
 
 
+@dataclass
 class KeepRows:
     """A collator around a collator: takes the row numbers out of the examples and adds them to the batch.
 
     Batches are still on the CPU here, so that reading values costs no synchronization. drop_masks: leave out masks
-    without padding. one_row: lays the batch out as one row, which is added to it. Examples or batches that are no
-    mappings pass unchanged.
+    without padding. one_row: lays the batch out as one row, which is added to it.
     """
 
-    def __init__(
-        self,
-        collate: Callable[[list[Any]], Any],
-        drop_masks: bool = False,
-        one_row: Callable[[Any], tuple | None] | None = None,
-    ):
-        self.collate, self.drop_masks, self.one_row = collate, drop_masks, one_row
+    collate: Callable[[list[Any]], Any]
+    drop_masks: bool
+    one_row: Callable[[Any], tuple | None] | None
 
     def __call__(self, examples: list[Any]) -> Any:
         rows = [example.pop(ROW, None) if isinstance(example, MutableMapping) else None for example in examples]
@@ -74,8 +68,8 @@ class KeepRows:
         if not isinstance(batch, MutableMapping):
             return batch
         one = None if self.one_row is None else self.one_row(batch)
-        mask = batch.get("attention_mask") if self.drop_masks else None
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.all():
+        mask = padding_mask(batch)
+        if self.drop_masks and mask is not None and mask.all():
             del batch["attention_mask"]
         if one is not None:
             batch[ONE_ROW] = one
@@ -114,10 +108,9 @@ class StepRecord:
     ) -> None:  # fmt: skip
         """Raises NonFiniteError for a loss or gradient norm that is not finite, ValueError without a supervised label.
 
-        Call `look` first. `step` counts optimizer steps from 1, the batch is saved in `folder`, `decode` turns token
-        ids into text, `changed` tells whether a gradient came too late. This is the only place where a training step
-        waits for the device. It waits for the event after `look`, not for later work, so that the host prepares the
-        next step while the optimizer runs.
+        Call `look` first. `step` counts from 1, `decode` turns token ids into text, `changed` tells whether a gradient
+        came too late. This is the only place where a training step waits for the device: for the event after `look`,
+        not for later work, so that the host prepares the next step while the optimizer runs.
         """
         assert self.signs is not None
         if self.copied is not None:
@@ -130,7 +123,12 @@ class StepRecord:
             return
         what = "gradient" if all(loss_finite) else "loss"
         norm, guilty = grad_norm.item(), [i for i, finite in enumerate(loss_finite) if what == "gradient" or not finite]
-        microbatches = [self._as_data(i) for i in guilty]
+        microbatches: list[dict[str, Any]] = []
+        for i in guilty:
+            tokens = {key: self.batches[i][key].tolist() for key in ("input_ids", "labels") if key in self.batches[i]}
+            numbers = self.rows[i]
+            found = {"loss": str(self.losses[i].item()), "rows": None if numbers is None else numbers.tolist()}
+            microbatches.append(found | tokens)
         of_rank = f"-rank-{ranks.rank()}" if ranks.world_size() > 1 else ""  # each has its own batch
         path = Path(folder) / f"nonfinite-step-{step}{of_rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,24 +143,61 @@ class StepRecord:
         origin = "cannot be traced to rows" if rows is None else f"are rows {few(rows)} of the training data"
         ids = self.batches[guilty[0]].get("input_ids")
         begin = f", beginning {decode(ids[0, :SHOWN].tolist())!r}" if decode and ids is not None else ""
+        damaged = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+        advice = ADVICE["weights" if damaged else what].format(count=len(damaged), first=next(iter(damaged), ""))
         when, left = "before the optimizer ran", "No weight was changed"
         if what == "gradient" and changed():
             when, left = "in its backward", "Weights behind it were changed: go back to a checkpoint"
         raise NonFiniteError(
             f"Step {step} was stopped {when}: {symptom}. {left}. Its examples "
-            f"{origin}, saved in {path}{begin}. {_advice(what, model)}",
+            f"{origin}, saved in {path}{begin}. {advice}",
             *(step, what, rows, path),
         )
 
-    def _as_data(self, i: int) -> dict[str, Any]:
-        """Microbatch `i` as plain data."""
-        batch, rows = self.batches[i], self.rows[i]
-        tokens = {key: batch[key].tolist() for key in ("input_ids", "labels") if key in batch}
-        return {"loss": str(self.losses[i].item()), "rows": None if rows is None else rows.tolist(), **tokens}
+
+def padding_mask(batch: Any) -> torch.Tensor | None:
+    """[B, S], nonzero where a token is no padding, if the batch says so; masks of other shapes are for attention."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
-def _advice(what: str, model: nn.Module) -> str:
-    damaged = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-    if damaged:
-        return TRY_WEIGHTS.format(count=len(damaged), first=damaged[0])
-    return TRY_LOSS if what == "loss" else TRY_GRADIENT
+def refuse_to_release(trainer: Any) -> None:
+    """Raise ValueError for what a Trainer is set up to do that cannot be done when gradients are released."""
+    args = trainer.args
+    reasons = {
+        "gradients are accumulated over several microbatches, which keeps them. Set gradient_accumulation_steps=1 and "
+        "raise per_device_train_batch_size": args.gradient_accumulation_steps > 1,
+        "float16's loss scaler looks at gradients after backward. Train in bfloat16": trainer._scales_loss,
+        "DeepSpeed and Accelerate's FSDP update weights by themselves. Load the model with distributed_setup=": (
+            trainer._has_other_format
+        ),
+        "on several GPUs it needs a model that is laid out as it is loaded, as DistributedDataParallel averages "
+        "gradients later. Pass distributed_setup= to from_pretrained": args.n_gpu > 1
+        or (args.world_size > 1 and not trainer.is_distributed_loading_by_transformers),
+        "auto_find_batch_size repeats steps, of which half may have been taken. Set a batch size": (
+            args.auto_find_batch_size
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"Gradients cannot be released: {reason}, or set gradient_release=None.")
+
+
+@contextmanager
+def checking(accelerator: Any, release: GradientRelease, num_items: torch.Tensor | int | None) -> Iterator[None]:
+    """Within, `accelerator.backward(loss)` has the loss checked first. A step without a label counts as not finite."""
+    backward = accelerator.backward
+
+    def checked(loss: torch.Tensor, **options: Any) -> None:
+        seen = loss.detach()
+        if num_items is not None:
+            items = torch.as_tensor(num_items).to(seen.device, non_blocking=True)
+            seen = torch.where(items > 0, seen, torch.nan)
+        release.check(seen)
+        backward(loss, **options)
+
+    accelerator.backward = checked
+    try:
+        yield
+    finally:
+        del accelerator.backward

@@ -6,8 +6,8 @@ one conversation of each shape is rendered. `expertmesh train --dry-run` stops b
 
 import copy
 import dataclasses
-import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +34,7 @@ from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import in_short, install, known, refusing
 from expertmesh.train.folder import check_folder
 from expertmesh.train.talks import check_rows
+from expertmesh.weights.read import weight_files
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +172,7 @@ def check_model(config: Config, model_config: PreTrainedConfig, tokenizer: Any =
         )
     if tokenizer is not None and len(tokenizer) > text.vocab_size:
         log.warning("The tokenizer of %s has %d tokens, and the model only %d.", name, len(tokenizer), text.vocab_size)
-    limit = _positions(text)
-    if limit is not None and config.data.max_length > limit:
+    if config.data.max_length > (limit := _positions(text)):
         raise ConfigError(
             f"data.max_length: {config.data.max_length} tokens are more than the {limit} positions {name} was made "
             "for. Lower it, or raise max_position_embeddings in its config.json."
@@ -185,16 +185,13 @@ def check_model(config: Config, model_config: PreTrainedConfig, tokenizer: Any =
         _check_files(Path(name))
 
 
-def _positions(text: PreTrainedConfig) -> int | None:
-    """How many positions a model has, YaRN's and the like counted; None where its config.json does not say."""
-    limit, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
+def _positions(text: PreTrainedConfig) -> float:
+    """How many positions a model has, YaRN's and the like counted; inf where its config.json does not say."""
+    limit, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
     if not isinstance(limit, int) or limit < 1:
-        return None
-    found = [limit]
-    for scaled in [rope, *rope.values()] if isinstance(rope, Mapping) else []:  # of each kind of layer, in some
-        if isinstance(scaled, Mapping) and isinstance(factor := scaled.get("factor"), int | float):
-            found.append(int(factor * (scaled.get("original_max_position_embeddings") or limit)))
-    return max(found)
+        return math.inf
+    kinds = [scaled for scaled in (rope, *rope.values()) if isinstance(scaled, Mapping) and scaled.get("factor")]
+    return max(limit, *(int(s["factor"] * (s.get("original_max_position_embeddings") or limit)) for s in kinds), 0)
 
 
 def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
@@ -209,7 +206,13 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
             raise ConfigError(f"moe.freeze_router: {type(model).__name__} has no routers. Remove the key.")
         if config.quantization is not None:
             with refusing(f"quantization.experts: {name} cannot have its experts in 4 bits"):
-                _check_packable(model, config.quantization.experts)
+                found = [module for module in model.modules() if is_experts(module)]
+                if not found:
+                    raise ValueError("it has none")
+                for experts in found:
+                    for weight in experts.parameters():
+                        if weight.ndim == 3:
+                            Packed.like(weight, config.quantization.experts, experts.is_transposed, DecodeBuffer())
         if (adapter := lora(config)) is not None:
             import peft
 
@@ -239,29 +242,15 @@ def _refuse_unmatched(name: str, adapter: Any, adapted: Any) -> None:
         )
 
 
-def _check_packable(model: Any, format: str) -> None:
-    found = [(experts, weight) for experts in model.modules() if is_experts(experts) for weight in experts.parameters()]
-    if not found:
-        raise ValueError("it has none")
-    for experts, weight in found:
-        if weight.ndim == 3:
-            Packed.like(weight, format, experts.is_transposed, DecodeBuffer())
-
-
 def _check_files(folder: Path) -> None:
     """Raises ConfigError where weights are missing or cut short. PyTorch's own files only have to be there."""
-    found, index = {path.name for path in folder.glob("*.safetensors")}, folder / SAFE_WEIGHTS_INDEX_NAME
-    if not found and not any(folder.glob("*.bin")):
-        raise ConfigError(
-            f"model.name: the folder {folder} has no weights ({SAFE_WEIGHTS_NAME} or several such files)."
-        )
-    if index.is_file() and SAFE_WEIGHTS_NAME not in found:
-        with refusing(f"model.name: {index} cannot be read"):
-            named = set(map(str, json.loads(index.read_text())["weight_map"].values()))
-        if missing := sorted(named - found):
-            raise ConfigError(f"model.name: {folder} lacks {', '.join(missing)}, which {index.name} names.")
-    for name in sorted(found):
-        path = folder / name
+    with refusing(f"model.name: {folder / SAFE_WEIGHTS_INDEX_NAME} cannot be read"):
+        files = weight_files(folder)
+    if not files and not any(folder.glob("*.bin")):
+        raise ConfigError(f"model.name: the folder {folder} has no weights ({SAFE_WEIGHTS_NAME}, or an index of more).")
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise ConfigError(f"model.name: {folder} lacks {', '.join(missing)}, which {SAFE_WEIGHTS_INDEX_NAME} names.")
+    for path in files:
         with refusing(f"model.name: {path} is damaged, so load or copy it again"), safe_open(path, "pt"):
             pass
 
@@ -274,6 +263,12 @@ def lora(config: Config) -> Any:
 
     names = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
     return LoraConfig(task_type="CAUSAL_LM", **{names.get(key, key): value for key, value in config.lora})
+
+
+def freeze_routers(config: Config, model: nn.Module) -> None:
+    """Keep the model's routers as they are, by `moe.freeze_router`."""
+    for _, router in routers(model) if config.moe.freeze_router else ():
+        router.requires_grad_(False)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 A process that torchrun or Slurm started is a rank already. Otherwise `launch` starts one process for each GPU and
 waits. A rank that fails ends the others at once, and what went wrong is shown once: every rank writes its error into a
 file (TORCHELASTIC_ERROR_FILE, as under torchrun), of which the first is printed. Signals go to all ranks; they answer
-with a checkpoint (interrupt.py). Should this process die, the ranks see the end of their standard input and follow.
+with a checkpoint (callbacks.py). Should this process die, the ranks see the end of their standard input and follow.
 """
 
 import json
@@ -69,13 +69,6 @@ def slurm_variables(task: Mapping[str, str]) -> dict[str, str]:
         ) from None
 
 
-def default_nproc() -> int:
-    """A rank for each GPU that this process may use, else one."""
-    import torch
-
-    return max(1, torch.cuda.device_count())
-
-
 def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
     """How `config` lays the model out over `num_ranks`, None for one. Raises ConfigError if its sizes do not fit."""
     from expertmesh.parallel.setup import DistributedSetup
@@ -105,6 +98,7 @@ def join(minutes: float) -> None:
     if dist.is_initialized():
         return
     rank, size, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(minutes=minutes)
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     found: list[str] = []  # what is wrong, "" if nothing is
 
     def meet() -> str:
@@ -112,8 +106,7 @@ def join(minutes: float) -> None:
             return f"RANK={rank} is none of WORLD_SIZE={size}"
         is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         # PyTorch connects its own store to the same server later
-        options: dict[str, Any] = {"timeout": limit, "wait_for_workers": False, "multi_tenant": True}
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_server, **options)
+        store = dist.TCPStore(address, int(port), size, is_server, limit, wait_for_workers=False, multi_tenant=True)
         _stores.append(store)
         book = dist.PrefixStore(f"expertmesh/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         if book.add(str(rank), 1) > 1:
@@ -128,19 +121,19 @@ def join(minutes: float) -> None:
         try:
             found.append(meet())
         except Exception as error:
-            taken, silent = "another run has that port, or another process RANK=0", f"{SILENT} ({in_short(error)})"
-            found.append(taken if "EADDRINUSE" in str(error) else silent)
+            taken = "another run has that port, or another process RANK=0"
+            found.append(taken if "EADDRINUSE" in str(error) else f"{SILENT} ({in_short(error)})")
 
     # a thread, as a port that is held by somebody who never answers would keep PyTorch waiting without end
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(limit.total_seconds())
     if why := found[0] if found else SILENT:
-        place = " and ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise RanksError(
-            f"Rank {rank} found no others by {place}: {why}. These must name the machine of rank 0 and a free port of "
-            f"it, and there must be one process for each RANK from 0 to {size - 1}. If ranks only need longer than "
-            f"{minutes:g} minutes to start, raise parallel.start_timeout_minutes."
+            f"Rank {rank} found no others by MASTER_ADDR={address} and MASTER_PORT={port}: {why}. These must name the "
+            f"machine of rank 0 and a free port of it, and there must be one process for each RANK from 0 to "
+            f"{size - 1}. If ranks only need longer than {minutes:g} minutes to start, raise "
+            "parallel.start_timeout_minutes."
         )
 
 
@@ -153,15 +146,12 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         errors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-")))
-        port = _free_port()
-        ranks: list[subprocess.Popen] = []
-        received: list[int] = []
+        port, ranks, received = _free_port(), list[subprocess.Popen](), list[int]()
 
         def forward(number: int, _: object) -> None:
             received.append(number)
             for rank in ranks:
-                if rank.poll() is None:
-                    rank.send_signal(number)
+                rank.send_signal(number)
 
         before = handling(forward)
         stack.callback(lambda: [signal.signal(number, handler) for number, handler in before.items()])
@@ -212,7 +202,7 @@ def _report(ranks: list[subprocess.Popen], failed: list[int], errors: Path, logs
         return ranks[rank].returncode > 0, file.stat().st_mtime if file.exists() else float("inf")
 
     first = min(failed, key=moment)
-    code, file = ranks[first].returncode, errors / f"{first}.json"
+    code, file, log = ranks[first].returncode, errors / f"{first}.json", logs / f"rank-{first}.txt"
     if code < 0 and -code in received:
         return 128 - code  # the signal came before the first step, or twice: nothing is saved
     if file.exists():
@@ -221,9 +211,7 @@ def _report(ranks: list[subprocess.Popen], failed: list[int], errors: Path, logs
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         if code == -signal.SIGABRT:
             how += f" (NCCL ends so a rank that waited for another: look at its last lines, and at those in {logs})"
-        log = logs / f"rank-{first}.txt"
-        said = log.read_text().splitlines()[-_SHOWN:] if first else []
-        print("\n".join(said), file=sys.stderr)
+        print("\n".join(log.read_text().splitlines()[-_SHOWN:] if first else []), file=sys.stderr)
         print(f"expertmesh: error: rank {first} {how}; the other ranks were stopped.", file=sys.stderr)
     return code if code > 0 else 1
 
@@ -259,12 +247,9 @@ def _follow_launcher() -> None:
 
 def _kill(ranks: Sequence[subprocess.Popen]) -> None:
     for rank in ranks:
-        if rank.poll() is None:
-            rank.kill()
+        rank.kill()
     for rank in ranks:
-        rank.wait()
-        assert rank.stdin is not None
-        rank.stdin.close()
+        rank.communicate()  # waits, and closes the pipe
 
 
 def _free_port() -> int:

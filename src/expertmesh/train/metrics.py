@@ -1,7 +1,7 @@
 """metrics.jsonl: every record that a run logs, one JSON object per line, always.
 
-Each line has `step`, `time` (seconds since 1970) and what transformers, TRL and our Trainer log (loss, grad_norm,
-learning_rate, tokens_per_second, moe/...). Records of training carry the router metrics layer by layer as `moe_layers`.
+Each line has `step`, `time` (seconds since 1970) and what transformers, TRL and our Trainer log. Records of training
+carry the router metrics layer by layer as `moe_layers`.
 """
 
 import json
@@ -57,19 +57,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
     if lines and not lines[-1].endswith("}"):
         lines.pop()
-    found = [_record(line) for line in lines]
-    damaged = [str(number) for number, record in enumerate(found, 1) if record is None]
+    records, damaged = list[dict[str, Any]](), list[str]()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, TypeError, KeyError):  # no JSON, no record, no step
+            damaged.append(str(number))
     if damaged:
         log.warning("%s is damaged: it is read without line %s.", path, ", ".join(damaged))
-    return [record for record in found if record is not None]
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return records
 
 
 def _plain(value: Any) -> Any:

@@ -46,8 +46,7 @@ def router_heatmap(windows: Sequence[tuple[str, np.ndarray]], path: str | Path) 
         axes.set_xlabel("expert")
         for axis, size in ((axes.xaxis, experts), (axes.yaxis, layers)):
             axis.set_ticks(range(0, size, max(1, size // 16)))
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        axes.spines[:].set_visible(False)
     np.atleast_1d(panels)[0].set_ylabel("MoE layer")
     bar = page.colorbar(image, ax=list(np.atleast_1d(panels)), extend="max", shrink=0.9, pad=0.02)
     bar.set_label("load (1 = even share)")

@@ -1,9 +1,8 @@
 """Saving and resuming for transformers' Trainer, sharded models included.
 
-transformers' own writes a checkpoint file by file under its final name, takes the highest number for the newest, cannot
-resume a model that was sharded when it was made, and looks for weights under the names they have in the model, where
-experts have others on disk. Here a checkpoint appears whole, with the SHA-256 of every file, is checked before anything
-is loaded from it, and holds the optimizer by parameter name, so that another layout can read it.
+transformers' own writes a checkpoint file by file under its final name, cannot resume a model that was sharded when it
+was made, and looks for experts under names that they do not have on disk. Here a checkpoint appears whole, is checked
+before anything is loaded from it, and holds the optimizer by parameter name, so that another layout can read it.
 """
 
 import json
@@ -37,7 +36,6 @@ _OWN = re.compile("dir$|rank|hub|report_to|run_name|project|trackio|tqdm|log_lev
 class ResumableTrainer(transformers.Trainer):
     """transformers.Trainer whose checkpoints are whole, checked, and loadable under another layout.
 
-    The files are transformers', but the optimizer is a folder, sharded, and checkpoint.sha256 stands beside them.
     `train` raises DamagedError for a damaged checkpoint, FileExistsError before the first step if output_dir holds
     checkpoints that the run would come to replace, and FolderInUseError if another run trains there. DeepSpeed and
     Accelerate's FSDP keep their own checkpoints.
@@ -209,10 +207,7 @@ def refuse_to_replace(output_dir: str, checkpoint: str | None) -> None:
 
 
 def refuse_different_ranks(trainer: transformers.Trainer, checkpoint: Any) -> None:
-    """Raise RanksError, on every rank, if ranks differ in arguments, rows of data, parameters, or where they resume.
-
-    A rank with fewer batches or another learning rate would be found out when the others wait for it, or never.
-    """
+    """Raise RanksError, on every rank, if ranks differ in arguments, rows of data, parameters, or where they resume."""
     values = {name: value for name, value in trainer.args.to_dict().items() if not _OWN.search(name)}
     data = trainer.train_dataset
     trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]  # type: ignore[union-attr]

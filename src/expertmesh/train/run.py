@@ -1,12 +1,6 @@
 """A run from its configuration: model, data and trainer are built, trained, evaluated, and written to one folder.
 
-config.yaml    the configuration, every key resolved: `expertmesh train` with it repeats the run
-env.json       versions, hardware, and which fusions were on
-metrics.jsonl  every logged record
-plots/         loss.png, router.png
-checkpoint-*/  to resume from
-logs/          what ranks other than the first have to say, where there are several
-final/         the model in Hugging Face's format with its tokenizer (with LoRA: the adapter), by `save.final`
+docs/train.md says what lies in the folder; `logs/` has what ranks other than the first have to say.
 """
 
 import json
@@ -25,20 +19,18 @@ from safetensors import SafetensorError
 
 import expertmesh
 from expertmesh import backends, data
-from expertmesh.moe.block import routers
 from expertmesh.parallel import ranks
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import WHOLE, current_world_size, recompute
-from expertmesh.train.choice import settle
+from expertmesh.train.callbacks import Interrupt, ProgressLine
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import install
 from expertmesh.train.folder import check_folder, check_room, save_final, starting_point
 from expertmesh.train.forecast import MeasuredSteps, foretell, naming_what_fits
-from expertmesh.train.inputs import Inputs, gather, load_model_config, loading_part, lora, origin
-from expertmesh.train.interrupt import Interrupt
+from expertmesh.train.inputs import Inputs, freeze_routers, gather, load_model_config, loading_part, lora, origin
 from expertmesh.train.launch import join, layout
 from expertmesh.train.metrics import read_metrics
-from expertmesh.train.progress import ProgressLine
+from expertmesh.train.planned import settle
 from expertmesh.train.sft import SFTTrainer
 from expertmesh.train.talks import count_unlearned, nothing_learned
 from expertmesh.weights.files import alone
@@ -67,8 +59,12 @@ def run(config: Config) -> Result:
 
 def build(config: Config) -> SFTTrainer:
     """The trainer of a run, with model, tokenizer and prepared data, before its first step."""
-    if not _is_first():
-        _hush()
+    if not _is_first():  # say only what goes wrong: the rest is rank 0's to say
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        for name in ("expertmesh", "trl"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
     transformers.set_seed(config.train.seed)
     if (setup := layout(config, current_world_size())) is not None:
         join(config.parallel.start_timeout_minutes)
@@ -79,33 +75,22 @@ def build(config: Config) -> SFTTrainer:
     inputs = gather(config)
     plan = foretell(config, current_world_size()) if _is_first() else None
     model = load_model(config)
-    if config.moe.freeze_router:
-        for _, router in routers(model):
-            router.requires_grad_(False)
+    freeze_routers(config, model)
     try:
         recompute(model, policy if (policy := config.train.activation_checkpointing) not in WHOLE else False)
     except ValueError as error:
         raise ConfigError(f"train.{error}") from error
-    try:
-        trainer = SFTTrainer(
-            model=model,
-            args=training_arguments(config),
-            train_dataset=inputs.train_rows,
-            eval_dataset=inputs.eval_rows,
-            processing_class=inputs.tokenizer,
-            peft_config=lora(config),
-            cuda_graph=config.train.cuda_graph,
-            gradient_release=config.train.gradient_release,
-        )
-    except RuntimeError as error:
-        if "assistant_only_loss" not in str(error):
-            raise
-        raise ConfigError(
-            f"data.assistant_only_loss: a conversation of {config.data.name} has no assistant token, so all its labels "
-            f"are masked. Remove conversations without an answer; if all have one: {data.REMEDY}"
-        ) from error
-    for quiet in (transformers.PrinterCallback, transformers.ProgressCallback):
-        trainer.remove_callback(quiet)
+    trainer = SFTTrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=inputs.train_rows,
+        eval_dataset=inputs.eval_rows,
+        processing_class=inputs.tokenizer,
+        peft_config=lora(config),
+        cuda_graph=config.train.cuda_graph,
+        gradient_release=config.train.gradient_release,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # which stands in for the bar that `disable_tqdm` takes away
     if plan is not None:
         trainer.add_callback(MeasuredSteps(plan, trainer))
     _check_prepared(trainer, inputs, config)
@@ -155,62 +140,43 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
         options["distributed_setup"] = setup
         if setup.tp_size > 1 and not on_gpu:
             raise ConfigError("parallel.tp_size: Accelerate shares out batches so among GPUs only. Set it to 1.")
+    device = torch.cuda.current_device() if on_gpu and setup is None else None
     if section.name == "demo" or section.random_weights:
-        return _with_random_weights(config, options)
-    if on_gpu and setup is None:
-        options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, not through the CPU's memory
-    try:
-        with loading_part(config, "model", (OSError, SafetensorError)):
-            return auto.from_pretrained(**origin(config), **options)
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ConfigError(
-            f"model.name: weights of {section.name} have other shapes than its config.json says (as reported above). "
-            "Take the config.json that belongs to them."
-        ) from error
-
-
-def _with_random_weights(config: Config, options: dict[str, Any]) -> transformers.PreTrainedModel:
-    """A new model, drawn on the device that trains it."""
-    section = config.model
-    model_config = data.demo_config() if section.name == "demo" else load_model_config(config)
-    if options["dtype"] == "auto":
-        options["dtype"] = model_config.dtype or torch.bfloat16
-    on_device = torch.cuda.is_available() and "distributed_setup" not in options
-    with torch.device("cuda", torch.cuda.current_device()) if on_device else nullcontext():
-        make = expertmesh.AutoModelForCausalLM.from_config
-        return make(model_config, trust_remote_code=section.trust_remote_code, **options)
+        model_config = data.demo_config() if section.name == "demo" else load_model_config(config)
+        if options["dtype"] == "auto":
+            options["dtype"] = model_config.dtype or torch.bfloat16
+        with nullcontext() if device is None else torch.device("cuda", device):
+            return auto.from_config(model_config, trust_remote_code=section.trust_remote_code, **options)
+    if device is not None:
+        options["device_map"] = {"": device}  # straight to the GPU, not through the CPU's memory
+    with loading_part(config, "model", (OSError, SafetensorError)):
+        return auto.from_pretrained(**origin(config), **options)
 
 
 def training_arguments(config: Config):
     """The TRL arguments that say what `config` says."""
     from trl import SFTConfig
 
-    settings, save, logs = config.train, config.save, config.log
-    optim, optim_args = settings.optimizer()
+    train, log, save, on_gpu = config.train, config.log, config.save, torch.cuda.is_available()
+    ours = "optim optim_states optim_offload activation_checkpointing cuda_graph gradient_release"
+    optim, optim_args = train.optimizer()
     return SFTConfig(
-        output_dir=save.output_dir,
-        max_steps=settings.max_steps or -1,
-        num_train_epochs=settings.num_train_epochs or 1.0,
-        **settings.model_dump(
-            exclude=set("max_steps num_train_epochs cuda_graph gradient_release".split())
-            | set("optim optim_states optim_offload activation_checkpointing".split())
-        ),
+        **train.model_dump(exclude={"max_steps", "num_train_epochs", *ours.split()}),
+        **config.data.model_dump(include={"max_length", "packing", "assistant_only_loss"}),
+        max_steps=train.max_steps or -1,
+        num_train_epochs=train.num_train_epochs or 1.0,
         optim=optim,
         optim_args=optim_args,
-        gradient_checkpointing=settings.activation_checkpointing in WHOLE,  # the old name, by which TRL switches it on
-        use_cpu=not torch.cuda.is_available()  # else it takes ranks on CPUs for one process, and refuses bf16
-        and (current_world_size() > 1 or not torch.accelerator.is_available()),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        max_length=config.data.max_length,
-        packing=config.data.packing,
-        assistant_only_loss=config.data.assistant_only_loss,
+        gradient_checkpointing=train.activation_checkpointing in WHOLE,  # the old name, by which TRL switches it on
+        # else it takes ranks on CPUs for one process, and refuses bf16
+        use_cpu=not on_gpu and (current_world_size() > 1 or not torch.accelerator.is_available()),
+        dataloader_pin_memory=on_gpu,
         router_aux_loss_coef=config.moe.router_aux_loss_coef,
-        logging_steps=logs.logging_steps,
-        report_to=logs.report_to or "none",
-        eval_strategy="steps" if logs.eval_steps else "no",
-        eval_steps=logs.eval_steps,
+        logging_steps=log.logging_steps,
+        report_to=log.report_to or "none",
+        eval_strategy="steps" if log.eval_steps else "no",
+        eval_steps=log.eval_steps,
+        output_dir=save.output_dir,
         save_strategy="steps" if save.save_steps else "no",
         save_steps=save.save_steps or 500,
         save_total_limit=save.save_total_limit,
@@ -240,25 +206,15 @@ def plot(trainer: SFTTrainer, output_dir: Path) -> None:
     from expertmesh.train import plots
 
     plots.loss_curve(read_metrics(output_dir / "metrics.jsonl"), output_dir / "plots" / "loss.png")
-    load = trainer.load
+    load, steps = trainer.load, f"{trainer.args.logging_steps:g} steps"
     if load.first is not None and load.last is not None:
-        steps = trainer.args.logging_steps
-        windows = [(f"first {steps:g} steps", load.first), (f"last {steps:g} steps", load.last)]
+        windows = [(f"first {steps}", load.first), (f"last {steps}", load.last)]
         plots.router_heatmap(windows, output_dir / "plots" / "router.png")
 
 
 def _is_first() -> bool:
     """Whether this is rank 0, which alone prints and writes what is not each rank's own."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _hush() -> None:
-    """Say only what goes wrong: the rest is rank 0's to say."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("expertmesh").setLevel(logging.ERROR)
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
 
 
 def _evaluate(trainer: SFTTrainer) -> dict[str, float]:
@@ -272,12 +228,11 @@ def _evaluate(trainer: SFTTrainer) -> dict[str, float]:
 
 def _check_prepared(trainer: SFTTrainer, inputs: Inputs, config: Config) -> None:
     """Says how many rows lost all their labels when they were cut. Raises ConfigError where none is left."""
-    parts: dict[str, tuple[Any, Any]] = {"training": (inputs.train_rows, trainer.train_dataset)}
-    if inputs.eval_rows is not None:
-        parts["evaluation"] = inputs.eval_rows, trainer.eval_dataset
+    parts: Any = {"training": (inputs.train_rows, trainer.train_dataset)}
+    parts["evaluation"] = inputs.eval_rows, trainer.eval_dataset
     for which, (given, rows) in parts.items():
-        lost = count_unlearned(rows) if config.data.packing else len(given) - len(rows)
-        if lost == len(given):
+        lost = 0 if given is None else count_unlearned(rows) if config.data.packing else len(given) - len(rows)
+        if lost and lost == len(given):
             raise nothing_learned(config, f"the {which} rows of {config.data.name}")
         if lost:
             what = f"{lost} of {len(given)} {which} rows have no token to learn"

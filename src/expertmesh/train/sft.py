@@ -1,8 +1,6 @@
 """SFTTrainer: TRL's, with what trainer.py adds. A file of its own, because TRL is an extra and Trainer does without."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -20,9 +18,9 @@ log = logging.getLogger(__name__)
 class SFTTrainer(Trainer, trl.SFTTrainer):
     """TRL's SFTTrainer that stops at a loss or gradient that is not finite and logs the load of the experts.
 
-    All arguments, methods and files are TRL's; what is added is described at `Trainer`. In training the loss comes from
-    the model's own head where that is the same number (`why_not_own_loss`): TRL's makes the logits twice, and waits for
-    the device at every step to read its metrics. These are made with the loss, and read when they are logged.
+    All else is TRL's. In training the loss comes from the model's own head where that is the same number
+    (`why_not_own_loss`): TRL's makes the logits twice, and waits for the device at every step to read its metrics.
+    These are made with the loss, and read when they are logged.
     """
 
     _reads_masks = True  # TRL counts tokens by them
@@ -83,29 +81,21 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
                 self._total_train_tokens = counted
             return loss
         inputs |= {"use_cache": False, "count_predictions": True}
-        with self._without_aux_loss(inputs):
+        aux_loss, causal_lm = 0.0, self._causal_lm
+        if not self.aux_loss_enabled:
             loss, outputs = transformers.Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
-        aux_loss: Any = 0.0
-        if self.aux_loss_enabled:
+        else:  # the model computes it, and TRL's formula adds it
+            inputs["output_router_logits"] = True
+            coef, causal_lm.router_aux_loss_coef = causal_lm.router_aux_loss_coef, 0.0
+            try:
+                loss, outputs = transformers.Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+            finally:
+                causal_lm.router_aux_loss_coef = coef
             aux_loss = outputs.aux_loss
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
         self._count(inputs, outputs.logits, aux_loss)
         return loss
-
-    @contextmanager
-    def _without_aux_loss(self, inputs: dict[str, Any]) -> Iterator[None]:
-        """Within, the model computes the auxiliary loss but does not add it: TRL's formula does."""
-        if not self.aux_loss_enabled:
-            yield
-            return
-        inputs["output_router_logits"] = True
-        model = self._causal_lm
-        coef, model.router_aux_loss_coef = model.router_aux_loss_coef, 0.0
-        try:
-            yield
-        finally:
-            model.router_aux_loss_coef = coef
 
     @torch.no_grad()
     def _count(self, inputs: dict[str, Any], logits: torch.Tensor, aux_loss: torch.Tensor | float) -> None:

@@ -32,18 +32,20 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, so
         )
     template = _training_template(name, tokenizer) if only else None
     strangers: Counter[str] = Counter()
-    silent, shapes, learns = [], set(), False
+    silent, masked, learns = [], dict[tuple, bool](), False
     for number, row in enumerate(rows):
-        options = _options(row, template)
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        options = {"chat_template": template, "tools": tools, **row.get("chat_template_kwargs", {})}  # as TRL has it
         if talks:
             turns = _turns(row)
             strangers.update(turn["role"] for turn in turns if turn["role"] not in ROLES)
-            if not any(turn["role"] == "assistant" for turn in turns):
-                silent.append(number)
             shape = (*((turn["role"], bool(turn["content"]), bool(turn.get("tool_calls"))) for turn in turns),)
-            if shape not in shapes:
-                shapes.add(shape)
+            if shape not in masked:
                 _render(name, tokenizer, row, options, f"row {number} of {source}")
+                masked[shape] = only and 1 not in _assistant_mask(tokenizer, turns, options)
+            if masked[shape]:
+                silent.append(number)
         learns = learns or _is_learned(config, tokenizer, row, options)
     unknown = [role for role in strangers if not any(f"{q}{role}{q}" in str(tokenizer.chat_template) for q in "'\"")]
     if unknown:
@@ -52,10 +54,10 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, so
             f"data.name: {source} has turns of {counted}, a role that the chat template of {name} lacks. Rename "
             f"it to one of {', '.join(ROLES)}."
         )
-    if silent and only:
+    if silent:
         raise ConfigError(
-            f"data.assistant_only_loss: {len(silent)} conversations of {source} have no turn of the assistant, so all "
-            f"their labels are masked; the first is row {silent[0]}. Remove them."
+            f"data.assistant_only_loss: {len(silent)} conversations of {source} have no token of the assistant, so all "
+            f"their labels are masked; the first is row {silent[0]}. Remove them, or answer there."
         )
     if not learns:
         raise nothing_learned(config, source)
@@ -101,13 +103,6 @@ def _training_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | N
         ) from error
 
 
-def _options(row: dict[str, Any], template: str | None) -> dict[str, Any]:
-    """How TRL calls the template for a row."""
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"chat_template": template, "tools": tools, **row.get("chat_template_kwargs", {})}
-
-
 def _render(name: str, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], options: dict, where: str) -> None:
     with refusing(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
         if "prompt" in row:
@@ -130,5 +125,10 @@ def _is_learned(config: Config, tokenizer: PreTrainedTokenizerBase, row: dict[st
         return len(encode(row["prompt"], **options)["input_ids"]) < length
     if not config.data.assistant_only_loss:
         return True
-    said = encode(row["messages"], return_dict=True, return_assistant_tokens_mask=True, **options)
-    return 1 in said["assistant_masks"][:length]
+    return 1 in _assistant_mask(tokenizer, row["messages"], options)[:length]
+
+
+def _assistant_mask(tokenizer: Any, turns: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
+    """1 for each token that the assistant says."""
+    how = options | {"return_dict": True, "return_assistant_tokens_mask": True}
+    return tokenizer.apply_chat_template(turns, **how)["assistant_masks"]

@@ -4,8 +4,7 @@
 - how evenly the tokens are spread over the experts, in the logs (routing.py)
 - every record in output_dir/metrics.jsonl (metrics.py)
 
-Where that pays, steps are recorded as CUDA graphs (graphed.py). And checkpoints appear whole, are checked before they
-are loaded, and fit another layout (resume.py).
+Where that pays, steps are recorded as CUDA graphs (graphed.py). Checkpoints are those of resume.py.
 """
 
 import copy
@@ -14,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -28,9 +28,8 @@ from expertmesh.parallel import ranks
 from expertmesh.parallel.clip import clip_grad_norm, grad_norm
 from expertmesh.train.buckets import Buckets, Row, fused_base, one_row
 from expertmesh.train.graphed import BEGINNING, GraphedStep, why_not, why_not_auto
-from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord
+from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord, checking, padding_mask, refuse_to_release
 from expertmesh.train.metrics import MetricsFile
-from expertmesh.train.released import checking, refuse_to_release, release_of
 from expertmesh.train.resume import ResumableTrainer
 from expertmesh.train.routing import RouterLoad
 from expertmesh.waiting import hosts, meet, waiting
@@ -54,8 +53,6 @@ class Trainer(ResumableTrainer):
     """
 
     _reads_masks = False  # whether a subclass needs attention_mask also where nothing is padded
-
-    model: Any  # never None once built; a PreTrainedModel, or PEFT's wrapper around one
     processing_class: Any
 
     def __init__(
@@ -115,7 +112,7 @@ class Trainer(ResumableTrainer):
         named = [batch if isinstance(batch, MutableMapping) else {} for batch in batches]
         self._record = StepRecord(named, [batch.pop(ROW, None) for batch in named], num_items)
         for batch in named:
-            mask, ids = _padding_mask(batch), batch.get("input_ids")
+            mask, ids = padding_mask(batch), batch.get("input_ids")
             # no .item() here: the sum stays on the device until the next record is logged
             self.tokens = self.tokens + (mask.sum() if mask is not None else 0 if ids is None else ids.numel())
         return batches, num_items
@@ -143,7 +140,7 @@ class Trainer(ResumableTrainer):
 
     def _waiting(self, place: str) -> AbstractContextManager[None]:
         """Within, collectives of a sharded model have the timeout of a step, not the longer one of loading."""
-        if not self.is_sharded or ranks.world_size() == 1:
+        if not self.is_distributed_loading_by_transformers or ranks.world_size() == 1:
             return nullcontext()
         world: Any = torch.distributed.group.WORLD
         return waiting(f"{place} of step {self.state.global_step + 1}", world, hosts(world))
@@ -160,12 +157,13 @@ class Trainer(ResumableTrainer):
         return loss
 
     def _plain_step(self, model, inputs, num_items_in_batch):
-        self.load.mask = _padding_mask(inputs)
+        self.load.mask = padding_mask(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _released_step(self, model, inputs, num_items_in_batch):
         if self._release is None:
-            self._release = release_of(self, self._own_adamw)
+            bound = self.args.max_grad_norm or None
+            self._release = GradientRelease(self._torch_optimizer, self.gradient_release, bound)
         with checking(self.accelerator, self._release, num_items_in_batch):
             return self._release.run(lambda: self._plain_step(model, copy.copy(inputs), num_items_in_batch))
 
@@ -209,9 +207,8 @@ class Trainer(ResumableTrainer):
                 return self._plain_step(model, batch, n)
 
             self._graphed = GraphedStep(model, run, strict=self.cuda_graph is True)
-        for module in (model, self.optimizer):  # a replay does not call it
-            if callable(getattr(module, "train", None)):
-                module.train()
+        model.train()  # a replay calls neither
+        self.optimizer.train()
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device)
         batch, bucketed, few = self._into_bucket(inputs, row)
@@ -253,10 +250,8 @@ class Trainer(ResumableTrainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
-        """As in transformers, with expertmesh's AdamW for PyTorch's, which DeepSpeed knows by its class.
-
-        `optim_args="states=8bit,offload=true"` are our AdamW's `states` and `offload`; with "matrices=muon" it is our
-        Muon, made of the model.
+        """As in transformers, with our AdamW for PyTorch's, which DeepSpeed knows by its class. `optim_args` may say
+        its `states` and `offload`; with "matrices=muon" it is our Muon, made of the model.
         """
         cls, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
         given = dict(pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
@@ -286,7 +281,7 @@ class Trainer(ResumableTrainer):
             norm = grad_norm(model.parameters())
             optimizer.clip_next(norm, max_norm)
             return norm
-        if self.is_sharded:
+        if self.is_distributed_loading_by_transformers:
             return clip_grad_norm(model.parameters(), max_norm)
         return super()._clip_grad_norm(model) if math.isfinite(max_norm) else None
 
@@ -299,13 +294,8 @@ class Trainer(ResumableTrainer):
     @property
     def _scales_loss(self) -> bool:
         """Whether float16's loss scaler is on, to which transformers' clipping belongs."""
-        scaler = getattr(self.accelerator, "scaler", None)
+        scaler = self.accelerator.scaler
         return scaler is not None and scaler.is_enabled()
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the model was laid out over ranks when it was made (`distributed_setup=`)."""
-        return getattr(self.model, "is_distributed_loading_by_transformers", False)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The last thing that transformers calls before the optimizer, at every step, clipped or not."""
@@ -334,7 +324,7 @@ class Trainer(ResumableTrainer):
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         pause = self.control.should_evaluate or self.control.should_save
-        if (pause or self.control.should_log) and self.is_sharded and ranks.world_size() > 1:
+        if (pause or self.control.should_log) and self.is_distributed_loading_by_transformers:
             meet(f"the end of step {self.state.global_step}")  # what follows may take long
         began = time.perf_counter()
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -352,7 +342,7 @@ class Trainer(ResumableTrainer):
         super().log(logs, start_time)
 
 
-class _Ahead:
+class _Ahead(Iterator[Any]):
     """Yields what `source` does. After `fetch` the next item is there, or the error in its place, which `next` raises.
 
     A step waits for the device once; what the next step learns from is collated before, while the device works.
@@ -360,31 +350,20 @@ class _Ahead:
 
     def __init__(self, source: Iterator[Any]):
         self.source = source
-        self._fetched: list[tuple[Any, Exception | None]] = []
+        self._fetched: list[Future[Any]] = []
 
     def fetch(self) -> None:
         """Get the next item, unless it is there."""
         if not self._fetched:
+            self._fetched.append(Future())
             try:
-                self._fetched.append((next(self.source), None))
+                self._fetched[0].set_result(next(self.source))
             except Exception as error:  # StopIteration among them
-                self._fetched.append((None, error))
-
-    def __iter__(self) -> "_Ahead":
-        return self
+                self._fetched[0].set_exception(error)
 
     def __next__(self) -> Any:
         self.fetch()
-        item, error = self._fetched.pop()
-        if error is not None:
-            raise error
-        return item
-
-
-def _padding_mask(batch: Any) -> torch.Tensor | None:
-    """[B, S], nonzero where a token is no padding, if the batch says so; masks of other shapes are for attention."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        return self._fetched.pop().result()
 
 
 def _numbered(dataset: Any) -> Any:

@@ -1,0 +1,86 @@
+"""What a run does between its steps: it can be stopped, with a checkpoint, and shows on the screen where it is."""
+
+import os
+import signal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from transformers import TrainerCallback
+
+from expertmesh.train.errors import EXIT_CODES, handling
+from expertmesh.waiting import meet
+
+SAID = {"loss": "loss {:.4f}", "eval_loss": "held-out loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+
+
+class Interrupt(TrainerCallback):
+    """A callback, and a context manager around `trainer.train()`: within it the signals ask for checkpoint and stop.
+
+    `exit_code` is None if the run was not stopped. A second signal acts at once. Ranks need not get the signal at the
+    same time, nor all of them: after every step they agree whether to stop.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self._received = 0
+        self._before: dict[int, object] = {}
+        self._terminals: list[int] = []
+
+    def __enter__(self) -> "Interrupt":
+        self._before = handling(self._on_signal)
+        self._terminals = [output for output in (1, 2) if os.isatty(output)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, _: object) -> None:
+        self._received = number
+        self.__exit__()
+        for output in self._terminals if number == signal.SIGHUP else ():  # nobody reads there, and writing is an error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = max(*meet("the end of a step", self._received))  # 0 if no rank received one
+        if received and state.global_step < state.max_steps:
+            self.exit_code = EXIT_CODES[signal.Signals(received)]
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class ProgressLine(TrainerCallback):
+    """Loss, tokens/s and expert balance on stderr: a bar on a terminal, one line per record anywhere else.
+
+    Balance is the mean load of the experts over the load of the busiest one: 100% is even, 1/experts is a collapse.
+    """
+
+    def __init__(self):
+        self.console = Console(stderr=True, highlight=False)
+        said = TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True))
+        columns = BarColumn(16), MofNCompleteColumn(), said, TimeRemainingColumn(compact=True)
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("training", said="")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = logs or {}
+        parts = [text.format(logs[key]) for key, text in SAID.items() if key in logs]
+        if "moe/max_vio" in logs:
+            parts.append(f"expert balance {1 / (1 + logs['moe/max_vio']):.0%}")
+        said = "  ".join(parts)
+        if said and self.console.is_terminal and "eval_loss" not in logs:
+            self.bar.update(self.task, said=said)
+        elif said:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {said}")
+
+    def stop(self) -> None:
+        """Gives the terminal back: to be called at the end, also of a training that ends with an error."""
+        self.bar.stop()
