@@ -79,6 +79,7 @@ class GradientRelease:
         self._hooks: dict[nn.Parameter, Any] = {}
         self._before = optimizer.register_step_pre_hook(self._before_step)
         how = "never clipped" if self.max_grad_norm is None else f"clipped to {self.max_grad_norm:g}, {clipping}"
+        how += ": a step costs one forward and backward more" * (clipping == "exact")
         backends.logger().info("Weights are updated within backward and gradients freed (%s).", how)
 
     def backward(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
