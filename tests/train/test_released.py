@@ -141,7 +141,7 @@ def test_a_step_without_labels_changes_nothing(tmp_path):
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=1"),
         ({"auto_find_batch_size": True}, "Set a batch size"),
         ({"how": "exact", "max_grad_norm": 0.0}, "'running'"),
-        ({"optim": "sgd"}, "to an expertmesh.AdamW, not to SGD"),
+        ({"optim": "sgd"}, "not to SGD: a trainer has ours as optim='adamw_torch_fused'"),
         ({"cuda_graph": True}, "needs an NVIDIA GPU|Leave gradient_release out"),
     ],
     ids=str,

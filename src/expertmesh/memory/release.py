@@ -57,7 +57,11 @@ class GradientRelease:
         self, optimizer: AdamW, clipping: Literal["running", "exact"] = "running", max_grad_norm: float | None = None
     ) -> None:
         if not isinstance(optimizer, AdamW) or isinstance(optimizer, Muon):
-            raise ValueError(f"Gradients are released to an expertmesh.AdamW, not to {type(optimizer).__name__}.")
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"Gradients are released to an expertmesh.AdamW, not to {name}: a trainer has ours as "
+                "optim='adamw_torch_fused'."
+            )
         if clipping not in ("running", "exact"):
             raise ValueError(f"clipping is 'running' or 'exact', not {clipping!r}.")
         bounds = (bound for bound in (max_grad_norm, optimizer.max_grad_norm) if bound is not None)

@@ -149,8 +149,16 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
             return auto.from_config(model_config, trust_remote_code=section.trust_remote_code, **options)
     if device is not None:
         options["device_map"] = {"": device}  # straight to the GPU, not through the CPU's memory
-    with loading_part(config, "model", (OSError, SafetensorError)):
-        return auto.from_pretrained(**origin(config), **options)
+    try:
+        with loading_part(config, "model", (OSError, SafetensorError)):
+            return auto.from_pretrained(**origin(config), **options)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ConfigError(
+            f"model.name: weights of {section.name} have other shapes than its config.json says (as reported above). "
+            "Take the config.json that belongs to them."
+        ) from error
 
 
 def training_arguments(config: Config):
