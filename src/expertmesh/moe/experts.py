@@ -192,7 +192,7 @@ def compute(
     b_up, b_down = (getattr(experts, f"{up}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
     scale, transposed = 1 / getattr(experts, "grad_divisor", 1), experts.is_transposed
     factors = vars(experts).get("low_rank", {})  # of adapters, set for this call (lora.py)
-    low_up, low_down = factors.get(up, (None, None)), factors.get("down_proj", (None, None))
+    low_up, low_down = (factors.get(name, (None, None)) for name in (up, "down_proj"))
     parts = [w._local_tensor if isinstance(w, DTensor) else w for w in (w_up, b_up, w_down, b_down)]
     # `_Up`'s backward makes a gradient as large. w_down's own has gone to its weight by then, as autograd sees w_down
     # behind `_Up` alone
@@ -304,15 +304,18 @@ class _Down(torch.autograd.Function):
         )
         dweight_MK = dw_down = db_down = dA = dB = None
         if need_weight:
-            dweight_MK = unsort(dweight_PS, group.position_TK, weight_MK.dtype if b_down is None else torch.float32)
-            if b_down is not None:  # adds ⟨dout_m, b_e⟩, one dense product
-                dot_MK = (dout_MH @ b_down.t()).float().gather(1, ids_MK.clamp(0, b_down.shape[0] - 1))
-                dweight_MK = (dweight_MK + torch.where(group.position_TK >= 0, dot_MK, 0)).to(weight_MK.dtype)
+            dweight_MK = unsort(dweight_PS, position, weight_MK.dtype if b_down is None else torch.float32)
+            if b_down is not None:  # of the bias comes ⟨dout_t, b_e⟩, one dense product
+                dot_MK = (dout_MH @ b_down.t()).float().gather(1, ids_MK.clamp(0, len(b_down) - 1))
+                dweight_MK = (dweight_MK + torch.where(position >= 0, dot_MK, 0)).to(weight_MK.dtype)
         if need_w_down:
             dw_down = grouped_wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale)
             dw_down = _spread(dw_down.transpose(1, 2) if up.transposed else dw_down, ctx.specs[0])
-        if need_b_down:
-            db_down = _spread(_bias_down_grad(dout_MH, weight_MK, ids_MK, b_down) * up.scale, ctx.specs[1])
+        if need_b_down:  # Σ weight_tk · dout_t over the pairs of each expert, one dense product
+            share_ME = weight_MK.new_zeros(len(ids_MK), len(b_down) + 1, dtype=torch.float32)
+            share_ME.scatter_add_(1, or_none(ids_MK, len(b_down)), weight_MK.float())
+            db_down = share_ME[:, :-1].to(dout_MH.dtype).t() @ dout_MH
+            db_down = _spread(db_down * up.scale, ctx.specs[1])
         if dv_SR is not None and need_A:
             dA = thin_wgrad(wa_SI, dv_SR, down_A, group, gathered=False)
         if need_B:
@@ -326,15 +329,6 @@ class _Down(torch.autograd.Function):
 def _spread(grad: torch.Tensor, spec: Any) -> torch.Tensor:
     """The gradient of a weight of which this rank holds a part; `from_local` would derive its layout anew."""
     return grad if spec is None else DTensor(grad, spec, requires_grad=False)  # type: ignore[call-arg]
-
-
-def _bias_down_grad(
-    dout_TH: torch.Tensor, weight_TK: torch.Tensor, ids_TK: torch.Tensor, b_down_EH: torch.Tensor
-) -> torch.Tensor:
-    """db [E, H] = Σ weight_tk · dout_t over the pairs of each expert, as one dense product with a [T, E+1] matrix."""
-    spread_TE = weight_TK.new_zeros(ids_TK.shape[0], b_down_EH.shape[0] + 1, dtype=torch.float32)
-    spread_TE.scatter_add_(1, or_none(ids_TK, b_down_EH.shape[0]), weight_TK.float())
-    return spread_TE[:, :-1].to(dout_TH.dtype).t() @ dout_TH
 
 
 def _by_name(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

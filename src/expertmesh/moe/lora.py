@@ -3,9 +3,8 @@
     LoraConfig(r=16, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
 
 PEFT puts a `ParamWrapper` around an experts module for each of these. In every call it adds B_e · A_e of every expert
-to the whole weight: twice the weights' memory, and a gradient of their size. In a fused model the wrapper becomes a
-`FastParamWrapper` at the next forward. The experts find the factors in `low_rank` for the time of the call, and
-experts.py computes with them. All else stays PEFT's: names, saving and loading, merging, which adapters are active.
+to the whole weight. In a fused model the wrapper becomes a `FastParamWrapper` at the next forward: the experts find the
+factors in `low_rank` for the time of the call, and experts.py computes with them. All else stays PEFT's.
 """
 
 import re
@@ -59,7 +58,7 @@ class FastParamWrapper(Fast):
         return True
 
     def _factors(self, names: list[str], experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [E, R, in] and B [E, R, out] of this rank's experts, B with its scale; R of all adapters together."""
+        """A [E, R, in] and scaled B [E, R, out] of this rank's experts; of several adapters one below another."""
         dispatch, mine, dtype = vars(experts).get("forward"), slice(None), self.get_param().dtype
         if isinstance(dispatch, Dispatch):
             first = dispatch.rank * dispatch.num_local_experts
@@ -79,10 +78,11 @@ class _Factor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype):
-        ctx.args, ctx.scale, ctx.like = (is_b, num_experts, mine), scale, (weight.shape, weight.dtype)
+        ctx.args, ctx.like, ctx.scale = (is_b, num_experts, mine), (weight.shape, weight.dtype), scale
         factor = _by_expert(weight, *ctx.args)
         num_local, rank, width = factor.shape
-        out = factor.new_empty(num_local, rank + -rank % 16, width, dtype=dtype)
+        missing = -rank % 16
+        out = factor.new_empty(num_local, rank + missing, width, dtype=dtype)
         torch.mul(factor, scale, out=out[:, :rank])  # one pass, and one rounding
         out[:, rank:] = 0
         return out
@@ -98,7 +98,7 @@ class _Factor(torch.autograd.Function):
         return dweight, *[None] * 5
 
 
-factor_of = _Factor.apply
+factor_of: Any = _Factor.apply
 
 
 def _by_expert(weight: torch.Tensor, is_b: bool, num_experts: int, mine: slice) -> torch.Tensor:
