@@ -190,7 +190,7 @@ def compute(
     b_up, b_down = (getattr(experts, f"{up}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
     scale, transposed = 1 / getattr(experts, "grad_divisor", 1), experts.is_transposed
     factors = vars(experts).get("low_rank", {})  # of adapters, set for this call (lora.py)
-    low_up, low_down = factors.get(up, (None, None)), factors.get("down_proj", (None, None))
+    low_up, low_down = (factors.get(name, (None, None)) for name in (up, "down_proj"))
     parts = [w._local_tensor if isinstance(w, DTensor) else w for w in (w_up, b_up, w_down, b_down)]
     # `_Up`'s backward makes a gradient as large. w_down's own has gone to its weight by then, as autograd sees w_down
     # behind `_Up` alone
@@ -295,10 +295,10 @@ class _Down(torch.autograd.Function):
         )
         dweight_MK = dw_down = db_down = dA = dB = None
         if need_weight:
-            dweight_MK = unsort(dweight_PS, group.position_TK, weight_MK.dtype if b_down is None else torch.float32)
-            if b_down is not None:  # adds ⟨dout_m, b_e⟩, one dense product
-                dot_MK = (dout_MH @ b_down.t()).float().gather(1, ids_MK.clamp(0, b_down.shape[0] - 1))
-                dweight_MK = (dweight_MK + torch.where(group.position_TK >= 0, dot_MK, 0)).to(weight_MK.dtype)
+            dweight_MK = unsort(dweight_PS, position, weight_MK.dtype if b_down is None else torch.float32)
+            if b_down is not None:  # of the bias comes ⟨dout_t, b_e⟩, one dense product
+                dot_MK = (dout_MH @ b_down.t()).float().gather(1, ids_MK.clamp(0, len(b_down) - 1))
+                dweight_MK = (dweight_MK + torch.where(position >= 0, dot_MK, 0)).to(weight_MK.dtype)
         if need_w_down:
             dw_down = grouped_wgrad(dout_MH, wa_SI, group, w_down.transpose(1, 2), up.scale)
             dw_down = _spread(dw_down.transpose(1, 2) if up.transposed else dw_down, ctx.specs[0])

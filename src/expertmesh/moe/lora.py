@@ -78,10 +78,11 @@ class _Factor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype):
-        ctx.args, ctx.scale, ctx.like = (is_b, num_experts, mine), scale, (weight.shape, weight.dtype)
+        ctx.args, ctx.like, ctx.scale = (is_b, num_experts, mine), (weight.shape, weight.dtype), scale
         factor = _by_expert(weight, *ctx.args)
         num_local, rank, width = factor.shape
-        out = factor.new_empty(num_local, rank + -rank % 16, width, dtype=dtype)
+        missing = -rank % 16
+        out = factor.new_empty(num_local, rank + missing, width, dtype=dtype)
         torch.mul(factor, scale, out=out[:, :rank])  # one pass, and one rounding
         out[:, rank:] = 0
         return out
@@ -97,7 +98,7 @@ class _Factor(torch.autograd.Function):
         return dweight, *[None] * 5
 
 
-factor_of = _Factor.apply
+factor_of: Any = _Factor.apply
 
 
 def _by_expert(weight: torch.Tensor, is_b: bool, num_experts: int, mine: slice) -> torch.Tensor:
