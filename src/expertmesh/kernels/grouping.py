@@ -196,16 +196,18 @@ def combine_reference(
     return out_TH if residual is None else residual + out_TH.view(residual.shape)
 
 
-def combine(
+def _combine_triton(
     y_SH: torch.Tensor,
     position_TK: torch.Tensor,
     weight_TK: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `combine_reference`."""
     out = y_SH.new_empty((len(position_TK), y_SH.shape[1]) if residual is None else residual.shape)
-    combine_into([out], 0, y_SH, position_TK, weight_TK, residual)
+    _launch([out], 0, y_SH, position_TK, weight_TK, residual)
     return out
+
+
+combine = either(_combine_triton, combine_reference)
 
 
 def combine_into(
@@ -220,14 +222,17 @@ def combine_into(
     y's dtype which may lie in other GPUs' memory, all equally far behind the beginning of their storages. A residual of
     at most T/R rows is added to the first of outs[own].
     """
-    if not use_triton(y_SH):
-        pieces = combine_reference(y_SH, position_TK, weight_TK).chunk(len(outs))
-        if residual is not None:
-            rows = residual.reshape(-1, y_SH.shape[1])
-            pieces[own][: len(rows)] += rows
-        for out, piece in zip(outs, pieces, strict=True):
-            out.view(piece.shape).copy_(piece)
+    if use_triton(y_SH):
+        _launch(outs, own, y_SH, position_TK, weight_TK, residual)
         return
+    pieces = position_TK.chunk(len(outs)), [None] * len(outs) if weight_TK is None else weight_TK.chunk(len(outs))
+    for number, (out, position, weight) in enumerate(zip(outs, *pieces, strict=True)):
+        out.copy_(combine_reference(y_SH, position, weight))
+        if residual is not None and number == own:
+            out[: len(residual)] += residual
+
+
+def _launch(outs, own, y_SH, position_TK, weight_TK, residual) -> None:
     (num_tokens, top_k), width = position_TK.shape, y_SH.shape[1]
     addresses = None
     if len(outs) > 1:

@@ -37,24 +37,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale 
     x: [..., H] in any float dtype; weight: [H]. Returns [..., H] in x's dtype (with "rounded": in the dtype that x and
     weight promote to, as in Transformers). Must equal the RMSNorm class of the model that uses this scale.
     """
-    return _normed(x, None, weight, eps, scale, both=False)[0]
+    return add_rms_norm(x, None, weight, eps, scale=scale, both=False)[0]
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded"
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded",
+    both: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`(rms_norm(s), s)` of s = x + residual, or x, in one pass; the gradients of both outputs meet in one kernel too.
 
     For a residual connection around what the norm feeds. x, residual: [..., H], same shape; weight: [H]. The sum is
-    rounded to the dtype that x and residual promote to and then normed.
+    rounded to the dtype that x and residual promote to and then normed. both: of s, too, a gradient may come.
     """
     assert residual is None or x.shape == residual.shape
-    return _normed(x, residual, weight, eps, scale, both=True)
-
-
-def _normed(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: Scale, both: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
     assert weight.shape == x.shape[-1:], "the width of x"
     assert scale in SCALES, f"there is no scale {scale!r}, only {SCALES}"
     if use_triton(x):
