@@ -73,7 +73,8 @@ def untouched(*modules: nn.Module, kind: type = nn.Module) -> bool:
     them, so that a kernel may stand for them. Parallelism replaces instances' forward; users put hooks and classes.
     """
     for m in modules:
-        if not isinstance(m, kind) or not _is_known(type(m)) or "forward" in vars(m):
+        cls: Any = type(m)
+        if not isinstance(m, kind) or not _is_known(cls) or "forward" in vars(m):
             return False
         # as `watched`, which would be a call more: a layer asks often
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:

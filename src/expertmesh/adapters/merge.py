@@ -41,7 +41,7 @@ from expertmesh.adapters.files import Adapter, AdapterError, read_config, read_t
 from expertmesh.adapters.layouts import read_adapter, skeleton
 from expertmesh.adapters.serving import write_adapter
 from expertmesh.auto import AutoModelForCausalLM
-from expertmesh.kernels import four_bit
+from expertmesh.kernels import packed as four_bit
 from expertmesh.weights.files import SUMS, replacing, verify_sums
 from expertmesh.weights.quantized import MXFP4, READERS, BlockFP8
 from expertmesh.weights.read import opened, weight_files
