@@ -158,7 +158,7 @@ class Payload:
 
 
 def signed_again(checkpoint):
-    """The manifest that its forger would write."""
+    """Writes the manifest anew after a test has changed files, as a forger would."""
     os.remove(checkpoint / MANIFEST)
     files = [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
     (checkpoint / MANIFEST).write_text("".join(f"{sum}  {name}\n" for name, sum in digests(checkpoint, files).items()))
@@ -293,8 +293,23 @@ def test_so_many_checkpoints_stay_and_a_scheduler_that_was_not_saved_is_missed(t
         path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=step, keep=2)
     assert [step for step, _ in checkpoints(tmp_path)] == [2, 3]
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(7)
     with pytest.raises(ValueError, match="saved without a scheduler"):
         load_checkpoint(path, model=model, optimizer=optimizer, scheduler=scheduler)
+    assert (model.lm_head.weight == 7).all(), "nothing was loaded"
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_before_anything_changes(tmp_path):
+    model, optimizer = pair()
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
+    torch.save({"step": 1, "scheduler": None, "world_size": 1}, path / "run.pt")
+    signed_again(path)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(7)
+    with pytest.raises(ValueError, match="of an older format: resume it with the expertmesh that wrote it"):
+        load_checkpoint(path, model=model, optimizer=optimizer)
+    assert (model.lm_head.weight == 7).all()
 
 
 def test_options_come_back_but_for_those_of_the_kernels_and_groups_may_not_join_different_ones(tmp_path):

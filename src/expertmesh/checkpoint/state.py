@@ -4,7 +4,8 @@ A checkpoint is a model directory as `from_pretrained` reads it, and beside it w
 
     model*.safetensors, config.json   the weights, written by the ranks that hold them
     optimizer/                        torch.distributed.checkpoint, in safetensors, by parameter name
-    run.pt                            step, scheduler, and every rank's random numbers and `extra`
+    run.pt                            step, scheduler, and every rank's random numbers and `extra`: a change of what it
+                                      holds needs a refusal of the older ones in `load_checkpoint`
     checkpoint.sha256                 the SHA-256 of all of these
 
 It can be loaded by any number of ranks in any layout. On as many ranks as saved it, the training goes on bit for bit.
@@ -73,16 +74,22 @@ def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None
     """Verify a checkpoint, then load it into a model and optimizer that exist, in place, in any layout.
 
     Raises DamagedError naming every damaged file, FileNotFoundError if the directory is no complete checkpoint, and
-    ValueError if it is another model's or optimizer's. Nothing is changed before everything is verified.
+    ValueError if it is another model's or optimizer's, without a scheduler, or of another format. Before anything
+    changes all files are verified; another optimizer is found out when the weights are loaded already.
     """
-    checkpoint, model = Path(checkpoint).expanduser(), _plain(model)
+    checkpoint, model = Path(checkpoint).expanduser(), _unwrapped(model)
     verify(checkpoint)
     run = torch.load(checkpoint / "run.pt", weights_only=True)
+    if "ranks" not in run:
+        raise ValueError(
+            f"{checkpoint} is of an older format: resume it with the expertmesh that wrote it, or begin a new run with "
+            f"its weights, which from_pretrained reads from there."
+        )
+    if scheduler is not None and run["scheduler"] is None:
+        raise ValueError(f"{checkpoint} was saved without a scheduler: load it without one.")
     load_weights(model, checkpoint)
     order = None if optimizer is None else load_optimizer(checkpoint, model, optimizer)
     if scheduler is not None:
-        if run["scheduler"] is None:
-            raise ValueError(f"{checkpoint} was saved without a scheduler: load it without one.")
         scheduler.load_state_dict(run["scheduler"] if order is None else regrouped(run["scheduler"], order))
     ranks.barrier()
     extras = [part["extra"] for part in run["ranks"]]
@@ -144,7 +151,7 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _plain(model: Any) -> PreTrainedModel:
+def _unwrapped(model: Any) -> PreTrainedModel:
     model = extract_model_from_parallel(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -154,8 +161,10 @@ def _plain(model: Any) -> PreTrainedModel:
     return model
 
 
-def _run(step: int, scheduler: Any, extra: dict[str, Any] | None) -> bytes:
-    """What run.pt holds, made now: the loop may change what is in it before it is written."""
+def _run_file(step: int, scheduler: Any, extra: dict[str, Any] | None) -> bytes:
+    """What run.pt holds, made now: the loop may change what is in it before it is written. All ranks make it, as it
+    gathers, and the first one's is written.
+    """
     of_ranks = ranks.gathered({"random": random_state(), "extra": extra or {}})
     state = None if scheduler is None else scheduler.state_dict()
     buffer = io.BytesIO()
@@ -183,8 +192,8 @@ def _prepared(
 ) -> Callable[[], Path]:
     """What writes and publishes a checkpoint of this moment. It gathers, unless everything is `staged` in host memory;
     else it must run at once."""
-    model = _plain(model)
-    run, weights = _run(step, scheduler, extra), files_of(model)
+    model = _unwrapped(model)
+    run, weights = _run_file(step, scheduler, extra), files_of(model)
     state = None
     if staged:
         weights, (tensors, others) = iter(list(weights)), state_of(model, optimizer)

@@ -18,7 +18,8 @@ from expertmesh.twins import fingerprint
 class Rule:
     """Modules whose code has the fingerprint `code` become twins of the mixin `fast`, if the switch `fusion` is on.
 
-    like: an HF class, as "model_type.Class", that has this code: for readers, and for the test that keeps it true.
+    like: an HF class, as "model_type.Class", that has this code: for readers, and for the test that keeps it true,
+    which imports it from Transformers. Twins that are `probed` are also tried on code that no rule knows.
     """
 
     fusion: str

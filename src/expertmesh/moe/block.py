@@ -2,8 +2,8 @@
 
 The residual add behind a block happens where the experts' rows are summed; a shared expert's output is added to the
 residual before. A router makes the same logits, then one kernel weights and ids. It returns what the HF router returns,
-(router_logits [T, E], weights [T, K], ids [T, K]), in the same dtypes. To add one, write a class here, of which the
-formula is a `Routing` of kernels/router.py; families/table.py says which HF code it equals.
+(router_logits [T, E], weights [T, K], ids [T, K]), in the same dtypes. To add a router, write a class here, of
+which the formula is a `Routing` of kernels/router.py; families/table.py says which HF code it equals.
 """
 
 from collections.abc import Iterator

@@ -60,8 +60,9 @@ class Outputs(NamedTuple):
 class Exchange:
     """The exchanges of one call of a layer, which know what its backward repeats. This one: of experts all here.
 
-    All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`. Each
-    is called within `waits`, which limits how long exchanges over `layer.group` wait; other groups need their own.
+    All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`. They,
+    and what the last one returns, are called within `waits`, which limits how long exchanges over `layer.group` wait;
+    one over another group, as `hosts(group)`, stands within `waiting(layer.waits.place, that_group)`.
     """
 
     ep_implementation: str  # the transport's name in Transformers
@@ -87,13 +88,15 @@ class Exchange:
         return combine(made.y, made.position_MK, made.weight_MK, residual)
 
     def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
-        """The gradient [M, H] of this rank's sums. If `combine` was given positions, the next exchange may overwrite
-        it: all that reads it must have been launched by then.
+        """The gradient [M, H] of this rank's sums: new memory, or, only if `combine` was given positions, memory of the
+        transport that the next exchange overwrites.
         """
         return dout_TH.contiguous()
 
     def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
-        """Begins to bring back the gradients that are needed; the result waits for them: dx [T, H], dweight [T, K]."""
+        """Begins to bring back the gradients that are needed; the result waits for them: dx [T, H], dweight [T, K].
+        Gradients of weights are launched in between, so an exchange that the host waits for belongs into the result.
+        """
         return lambda: (dx_MH, dweight_MK)
 
 

@@ -111,7 +111,7 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, place: str) -> int:
         before, most = call.agreed[group]
         if before != num_tokens:
             raise RuntimeError(
-                f"dispatch='gather' needs as many tokens in every layer of a forward, but here {before} became "
+                f"This dispatch needs as many tokens in every layer of a forward, but here {before} became "
                 f"{num_tokens}. Use dispatch='all_to_all' with this model."
             )
         return most
@@ -130,7 +130,7 @@ def _padded(x: torch.Tensor, rows: int, value: int = 0) -> torch.Tensor:
 
 
 class Collectives:
-    """By torch.distributed. All ranks pass the same shapes, in the same order."""
+    """By torch.distributed; `Mailboxes` do the same. All ranks pass the same shapes, in the same order."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group

@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import nn
 
-#: file of ours -> whose memory it is
+#: stem of a file of ours, as kernels/router.py -> whose memory it is
 PIECES = {
     "rms_norm": "norms",
     "router": "router",
-    "router_logits": "router",
     "experts": "experts",
     "linear_cross_entropy": "head",
     "head": "head",

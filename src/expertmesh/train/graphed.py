@@ -282,8 +282,8 @@ def why_not(trainer: Any) -> str | None:
         "on several GPUs it needs a model that is laid out as it is loaded. Pass distributed_setup= to "
         "from_pretrained": args.n_gpu > 1
         or (args.world_size > 1 and not trainer.is_distributed_loading_by_transformers),
-        "the CPU waits to hear how many rows this dispatch sends. Load the model with dispatch='gather' (GPUs of a "
-        "node)": dispatch != Gather.ep_implementation,
+        "the CPU waits for what this dispatch sends. Load the model with dispatch='gather' (GPUs of a node)": dispatch
+        != Gather.ep_implementation,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
