@@ -11,11 +11,14 @@ Letters: B batch, S sequence, T = B·S tokens, N heads (of q or of k), D head wi
 """
 
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe as ernie
+from transformers.models.glm4_moe import modeling_glm4_moe as glm4
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import launched, processors
@@ -61,9 +64,8 @@ def rotary_reference(
     half: bool = False,
 ) -> Pair:  # fmt: skip
     """The specification of `rotary`: those families' own functions."""
-    family = "gpt_oss" if half else "ernie4_5_moe" if interleaved else "glm4_moe"
-    stock = import_module(f"transformers.models.{family}.modeling_{family}")
-    return stock.apply_rotary_pos_emb(q, k, cos, sin)
+    family = gpt_oss if half else ernie if interleaved else glm4
+    return family.apply_rotary_pos_emb(q, k, cos, sin)
 
 
 def qk_norm_rope(
@@ -97,9 +99,8 @@ def qk_norm_rope_reference(
     sin: torch.Tensor, eps: float,
 ) -> Pair:  # fmt: skip
     """The specification: Qwen3MoeAttention's operations, one by one."""
-    stock = import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
     normed = (rms_norm_reference(x, weight, eps) for x, weight in ((q, q_weight), (k, k_weight)))
-    return stock.apply_rotary_pos_emb(*(x.transpose(1, 2) for x in normed), cos, sin)
+    return qwen3.apply_rotary_pos_emb(*(x.transpose(1, 2) for x in normed), cos, sin)
 
 
 @triton.jit
