@@ -52,12 +52,12 @@ def plain_forward(query, key, value, cu_seqlens, longest, scale, window):
     """FlashAttention's, which knows no sinks."""
     scores, group = scores_of(query, key, cu_seqlens, longest, scale, window)
     out = torch.einsum("hrn,nhd->rhd", scores.softmax(-1), value.repeat_interleave(group, dim=1))
-    return out.contiguous(), scores.logsumexp(-1), torch.zeros(2), torch.zeros(0)
+    return out.contiguous(), scores.logsumexp(-1)
 
 
-def plain_backward(dout, query, key, value, out, lse, cu_seqlens, seed, unused, longest, scale, window):
+def plain_backward(dout, query, key, value, out, lse, cu_seqlens, longest, scale, window):
     """FlashAttention's, step by step: everything it knows of the softmax it has from `lse` and `out`."""
-    assert lse.is_contiguous() and (len(seed), len(unused)) == (2, 0)
+    assert lse.is_contiguous()
     scores, group = scores_of(query, key, cu_seqlens, longest, scale, window)
     p = (scores - lse[..., None]).exp()
     delta = (dout * out).sum(-1).t()

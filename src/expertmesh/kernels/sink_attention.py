@@ -101,43 +101,45 @@ class _WithSinks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query, key, value, sinks, cu_seqlens, longest: int, scale: float, window) -> torch.Tensor:
         ctx.options = longest, scale, window
-        out, lse, *unread = flash_forward(query, key, value, cu_seqlens, *ctx.options)
+        out, lse = flash_forward(query, key, value, cu_seqlens, *ctx.options)
         sink = sinks.to(lse.dtype)[:, None]
         out *= (lse - sink).sigmoid().t()[..., None]  # exp(lse - lse')
-        ctx.save_for_backward(query, key, value, out, torch.logaddexp(lse, sink), sinks, cu_seqlens, *unread)
+        ctx.save_for_backward(query, key, value, out, torch.logaddexp(lse, sink), sinks, cu_seqlens)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse, sinks, *others = ctx.saved_tensors
-        dquery, dkey, dvalue = flash_backward(dout, query, key, value, out, lse, *others, *ctx.options)
+        *inputs, out, lse, sinks, cu_seqlens = ctx.saved_tensors
+        gradients = flash_backward(dout, *inputs, out, lse, cu_seqlens, *ctx.options)
         dsinks = None
         if ctx.needs_input_grad[3]:
             delta = (dout * out).sum(-1, dtype=lse.dtype)
             dsinks = -((sinks.to(lse.dtype) - lse.t()).exp() * delta).sum(0).to(sinks.dtype)
-        return dquery, dkey, dvalue, dsinks, *[None] * 4
+        return *gradients, dsinks, *[None] * 4
 
 
 _with_sinks = torch.compiler.disable(_WithSinks.apply)
 
 
 def flash_forward(query, key, value, cu_seqlens, longest: int, scale: float, window: int | None) -> Any:
-    """out [T, NQ, D], its lse [NQ, T] in float32, and two tensors that without dropout only the signature of
-    `flash_backward` needs."""
-    lengths, before = (cu_seqlens, cu_seqlens, longest, longest), -1 if window is None else window - 1
+    """out [T, NQ, D], and lse [NQ, T] in float32."""
+    lengths, limits = (cu_seqlens, cu_seqlens, longest, longest), _limits(window)
     return torch.ops.aten._flash_attention_forward(
-        query, key, value, *lengths, 0.0, window is None, False,
-        scale=scale, window_size_left=before, window_size_right=0,
-    )[:4]  # fmt: skip
+        query, key, value, *lengths, 0.0, window is None, False, scale=scale, **limits
+    )[:2]
 
 
 def flash_backward(
-    dout, query, key, value, out, lse, cu_seqlens, seed, unused, longest: int, scale: float, window: int | None
+    dout, query, key, value, out, lse, cu_seqlens, longest: int, scale: float, window: int | None
 ) -> Any:
-    """Gradients of query, key and value; one order of additions where PyTorch is asked for deterministic algorithms."""
-    lengths, before = (cu_seqlens, cu_seqlens, longest, longest), -1 if window is None else window - 1
+    """Gradients of query, key and value, in one order of additions where PyTorch is asked for such algorithms."""
+    lengths, limits = (cu_seqlens, cu_seqlens, longest, longest), _limits(window)
+    state = [lse.new_empty(0)] * 2  # dropout's
     return torch.ops.aten._flash_attention_backward(
-        dout, query, key, value, out, lse, *lengths, 0.0, window is None, seed, unused,
-        scale=scale, window_size_left=before, window_size_right=0,
-    )  # fmt: skip
+        dout, query, key, value, out, lse, *lengths, 0.0, window is None, *state, scale=scale, **limits
+    )
+
+
+def _limits(window: int | None) -> dict[str, int]:
+    return {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
