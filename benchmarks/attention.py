@@ -1,15 +1,17 @@
-"""Attention kernels alone, with packed documents and with sinks: ours, Transformers' and flash-attn-4's.
+"""One layer's attention alone, with packed documents and with sinks, by flash-attn-4 and without it.
 
     python benchmarks/attention.py --only packed,documents --out benchmarks/results/h200_packed_attention.json
     python benchmarks/attention.py --only sinks --out benchmarks/results/h200_sink_attention.json
 
 packed     one row of 16,384 tokens that holds 14 documents; unpacked: four rows with as many tokens. `documents` is
            making the mask, or finding the documents, once for all layers of a forward.
-sinks      GPT-OSS: full, with a window of 128, and packed. `expertmesh` is our Triton kernels.
+sinks      GPT-OSS, full and with a window of 128: four rows of 4,096 tokens, or as many in one packed row. Without
+           flash-attn-4 it is PyTorch's FlashAttention-2, corrected.
 
 The floor counts the pairs of query and key that see each other, 2·N·(D + V) each, and 2.5 times that in the backward.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -18,14 +20,12 @@ from unittest import mock
 
 import torch
 from shared import DEVICE, DTYPE, FLOP_PER_MS, Case, Result, parser, time_cases
-from torch.nn.attention.flex_attention import create_block_mask
 from transformers import masking_utils
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from expertmesh.bench.steps import documents
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Documents, document_bounds, document_of
+from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.sink_attention import sink_attention
 from expertmesh.layers.attention import attend, placeholder
 from expertmesh.layers.rows import look
@@ -67,20 +67,20 @@ def seen(lengths: list[int], window: int | None = None) -> float:
     return sum(n * window - window**2 / 2 if window and window < n else n**2 / 2 for n in lengths)
 
 
-def flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-    from flash_attn.cute import flash_attn_func
-
-    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True, **options)[0]
-
-
 def without_flash_attn_4(fn: Callable) -> Callable:
-    """`fn`, with our kernels or PyTorch's where it would take flash-attn-4's."""
+    """`fn`, with PyTorch's kernels where it would take flash-attn-4's."""
 
     def run(*inputs: torch.Tensor) -> Any:
         with mock.patch.object(flash_attention, "WIDTHS", frozenset()):
             return fn(*inputs)
 
     return run
+
+
+def both_ways(fn: Callable) -> dict[str, Callable]:
+    """The arms of a function of ours: with flash-attn-4, where it is installed, and without."""
+    without = {"expertmesh-no-flash-attn-4": without_flash_attn_4(fn)} if FLASH_ATTN_4 else {}
+    return {"expertmesh": fn} | without
 
 
 def packed_cases(tiny: bool) -> Iterator[Case]:
@@ -112,56 +112,28 @@ def packed_cases(tiny: bool) -> Iterator[Case]:
                 return attend(heads.module(), *x, None, **options)[0]
             return attend(heads.module(), *x, placeholder(found, x[0].device), documents=found, **options)[0]
 
-        arms = {"transformers": stock, "expertmesh": ours}
-        if FLASH_ATTN_4:
-            arms["expertmesh-no-flash-attn-4"] = without_flash_attn_4(ours)
-        yield Case(f"packed {work}", arms, heads.tensors(1, tokens), heads.floors(seen(lengths)))
+        yield Case(
+            f"packed {work}",
+            {"transformers": stock} | both_ways(ours),
+            heads.tensors(1, tokens),
+            heads.floors(seen(lengths)),
+        )
         inputs, floors = heads.tensors(4, tokens // 4), heads.floors(4 * seen([tokens // 4]))
         yield Case(f"packed {work}: unpacked", {"expertmesh": ours}, inputs, floors)
 
 
 def sink_cases(tiny: bool) -> Iterator[Case]:
     heads, length, rows = (TINY, 64, 1) if tiny else (SINKS, 4096, 4)
-    for work in ("full", "window", "packed"):
-        packed, window = work == "packed", WINDOW if work == "window" else None
+    for packed in (False, True):
         batch, seq = (1, length * rows) if packed else (rows, length)
-        sink = torch.randn(heads.queries, device=DEVICE).to(DTYPE).requires_grad_()
         lengths = documents(seq, packed)
-        floors = heads.floors(batch * seen(lengths, window))
-        arms = sink_arms(packed, batch, seq, heads, lengths, window)
-        yield Case(f"sinks {work}", arms, [*heads.tensors(batch, seq), sink], floors)
-
-
-def sink_arms(
-    packed: bool, batch: int, seq: int, heads: Heads, lengths: list[int], window: int | None
-) -> dict[str, Callable]:
-    """Functions of query, key, value and sinks; "(no sinks)" in the name of one that ignores them."""
-    scale, module, found, bounds = heads.width**-0.5, heads.module(), None, None
-    if packed:
-        found = Documents(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), max(lengths))
-        bounds = document_bounds(document_of(found.cu_seqlens, batch, seq))
-
-    def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
-        if found is not None:
-            return flash_attention.flash_attention(q, k, v, scale, s, found)
-        limits = dict(window_size=(window - 1, 0)) if window else {}
-        return flash_attn_4(q, k, v, softmax_scale=scale, learnable_sink=s, **limits)
-
-    # ours also where a model would train by flash-attn-4
-    ours = without_flash_attn_4(lambda q, k, v, s: sink_attention(q, k, v, s, scale, window, bounds))
-    arms: dict[str, Callable] = {"expertmesh": ours}
-    if DEVICE == "cuda":
-
-        def sees(b: Any, h: Any, row: Any, key: Any) -> Any:
-            near = (key <= row) & (key > row - window) if window else key <= row
-            return near if bounds is None else near & (key >= bounds.start[b, row])
-
-        blocks = create_block_mask(sees, None if bounds is None else batch, None, seq, seq, device=DEVICE)
-        options = {"scaling": scale}
-        arms["flex, compiled"] = lambda *x: flex_attention_forward(module, *x[:3], blocks, s_aux=x[3], **options)[0]
-    if FLASH_ATTN_4:
-        arms |= {"flash-attn-4": flash, "flash-attn-4 (no sinks)": lambda q, k, v, s: flash(q, k, v, None)}
-    return arms
+        found = Documents(torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), max(lengths)) if packed else None
+        for window in (None, WINDOW):
+            work = " ".join(filter(None, ["sinks", packed and "packed", "window" if window else "full"]))
+            ours = functools.partial(sink_attention, scale=heads.width**-0.5, window=window, documents=found)
+            sink = torch.randn(heads.queries, device=DEVICE).to(DTYPE).requires_grad_()
+            floors = heads.floors(batch * seen(lengths, window))
+            yield Case(work, both_ways(ours), [*heads.tensors(batch, seq), sink], floors)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def test_attention(rows):
     found = rows("attention")
     arms = arms_of(found)
     packed = [f"packed {work}{rows}" for work in ("qwen3-30b-a3b", "deepseek-v3") for rows in ("", ": unpacked")]
-    sinks = [f"sinks {work}" for work in ("full", "window", "packed")]
+    sinks = [f"sinks {work}" for work in ("full", "window", "packed full", "packed window")]
     assert list(arms) == ["documents", *packed, *sinks]
     assert arms["documents"] == arms[packed[0]] == ["transformers", "expertmesh"]
     assert arms["sinks window"] == ["expertmesh"]

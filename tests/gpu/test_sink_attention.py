@@ -1,4 +1,4 @@
-"""Attention with sinks on a GPU, in bfloat16: as near to float32 as eager attention is; no waiting; equal bits."""
+"""Attention with sinks on a GPU, in 16 bits, by each kernel: as near to float32 as eager attention is; no waiting."""
 
 import warnings
 
@@ -7,106 +7,138 @@ import torch
 
 from expertmesh.backends import has_flash_attention
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Documents, document_bounds, document_of
-from expertmesh.kernels.sink_attention import padding_of, sink_attention, sink_attention_reference
+from expertmesh.kernels import sink_attention as kernels
+from expertmesh.kernels.documents import Documents
+from expertmesh.kernels.sink_attention import sink_attention, sink_attention_reference
 from tests.kernels.compare import outputs_and_grads
 from tests.models import load_ours
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+HAS_FLASH_ATTN_4 = torch.cuda.is_available() and has_flash_attention("cuda")
 
 
-def leaves(length: int, heads: int, key_heads: int, width: int, rows: int) -> tuple[torch.Tensor, ...]:
+def leaves(
+    length: int, heads: int, key_heads: int, width: int, rows: int, dtype: torch.dtype = torch.bfloat16
+) -> list[torch.Tensor]:
     """[B, N, S, D] over [B, S, N, D] memory, as projections make it, and sinks."""
     torch.manual_seed(0)
     shapes = [(rows, length, n, width) for n in (heads, key_heads, key_heads)]
-    heads_of = [torch.randn(shape, device="cuda").bfloat16().transpose(1, 2).requires_grad_() for shape in shapes]
-    return *heads_of, torch.randn(heads, device="cuda").bfloat16().requires_grad_()
+    heads_of = [torch.randn(shape, device="cuda").to(dtype).transpose(1, 2).requires_grad_() for shape in shapes]
+    return [*heads_of, torch.randn(heads, device="cuda").to(dtype).requires_grad_()]
+
+
+def documents_of(length: int, rows: int) -> Documents:
+    """Some of them of one token, in rows of which the last is one document."""
+    lengths = [300, 1, 17, 129]
+    cu_seqlens = torch.tensor([0, *lengths, length - sum(lengths), *[length] * (rows - 1)], device="cuda")
+    return Documents(cu_seqlens.cumsum(0).int(), length)
 
 
 def relative_errors(got: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
     return [float((g.double() - e.double()).norm() / e.double().norm()) for g, e in zip(got, exact, strict=True)]
 
 
-SHAPES = {64: (1024, 16, 2, 2), 128: (777, 4, 1, 2), 32: (300, 2, 1, 1)}  # width: length, heads, key heads, rows
+@pytest.fixture(params=["flash-attn-4", "FlashAttention-2"])
+def way(request, monkeypatch) -> list[str]:
+    """The kernel that has to run, by its name; and behind it the names of those that ran."""
+    if request.param == "FlashAttention-2":
+        monkeypatch.setattr(flash_attention, "WIDTHS", frozenset())
+    elif not HAS_FLASH_ATTN_4:
+        pytest.skip("needs flash-attn-4 and a Hopper GPU")
+    names = [request.param]
+    for module, name, kernel in (
+        (flash_attention, "flash_attention", "flash-attn-4"),
+        (kernels, "flash_forward", "FlashAttention-2"),
+    ):
+        known = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *x, known=known, kernel=kernel, **y: (names.append(kernel), known(*x, **y))[1]
+        )
+    return names
+
+
+SHAPES = {  # length, heads, key heads, width, rows
+    "gpt-oss": (1091, 16, 2, 64, 2),
+    "one row": (1024, 64, 8, 64, 1),
+    "wide": (1500, 4, 1, 128, 1),
+}
 CASES = [
-    *((64, window, kind) for window in (None, 128, 600) for kind in ("plain", "packed", "padded")),
-    *((128, None, "plain"), (128, 128, "packed"), (32, None, "packed"), (32, 128, "padded")),
+    *(("gpt-oss", window, packed) for window in (None, 1, 128, 600, 5000) for packed in (False, True)),
+    *(("one row", window, packed) for window in (None, 128) for packed in (False, True)),
+    ("wide", None, True),
+    ("wide", 100, False),
 ]
 
 
-@pytest.mark.parametrize(("width", "window", "kind"), CASES)
-def test_the_kernels_are_as_exact_as_the_reference(width, window, kind, monkeypatch):
-    monkeypatch.setattr(flash_attention, "WIDTHS", frozenset())
-    length, heads, key_heads, rows = SHAPES[width]
-    inputs = leaves(length, heads, key_heads, width, rows)
-    documents = padding = seen = None
-    if kind == "packed":
-        lengths = [n for n in (300, 1, 17, 129) if n < length - 447] or [length // 2]
-        cu_seqlens = torch.tensor([0, *lengths, length - sum(lengths), *[length] * (rows - 1)], device="cuda")
-        documents = document_bounds(document_of(cu_seqlens.cumsum(0).int(), rows, length))
-    if kind == "padded":
-        seen = torch.ones(rows, length, dtype=torch.bool, device="cuda")
-        seen[0, : length // 3] = seen[-1, length - length // 5 :] = False
-        padding = padding_of(seen)
+def compare(inputs: list[torch.Tensor], window: int | None, documents: Documents | None) -> list[torch.Tensor]:
+    """What ours gives, which must be about as exact as the reference in the same dtype."""
+    scale = inputs[0].shape[-1] ** -0.5
 
-    def reference(query, key, value, sinks):
-        start = documents.start if documents is not None else None
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return sink_attention_reference(query, key, value, sinks, width**-0.5, window, start, seen)
-
-    def ours(*x):
-        return sink_attention(*x, width**-0.5, window, documents, padding)
-
-    exact = outputs_and_grads(reference, *(x.detach().float().requires_grad_() for x in inputs))
-    got = outputs_and_grads(ours, *inputs)
-    allowed = relative_errors(outputs_and_grads(reference, *inputs), exact)
-    errors = relative_errors(got, exact)
-    assert all(a <= 1.5 * b + 1e-3 for a, b in zip(errors, allowed, strict=True)), (errors, allowed)
-    again = outputs_and_grads(ours, *inputs)
-    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-
-
-@pytest.mark.skipif(
-    not (torch.cuda.is_available() and has_flash_attention("cuda")), reason="needs flash-attn-4 and a Hopper GPU"
-)
-@pytest.mark.parametrize(
-    ("length", "heads", "key_heads", "width"), [(1024, 64, 8, 64), (1091, 16, 2, 64), (1500, 4, 1, 128)]
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # of the sinks
-@pytest.mark.parametrize("packed", [False, True])
-def test_flash_attention_4_is_as_exact_as_the_reference_and_never_waits(
-    length, heads, key_heads, width, packed, dtype, monkeypatch
-):
-    *inputs, sinks = leaves(length, heads, key_heads, width, 2)
-    inputs.append(sinks.detach().to(dtype).requires_grad_())
-    ran, kernel = [], flash_attention.flash_attention
-    monkeypatch.setattr(flash_attention, "flash_attention", lambda *x: (ran.append(x[-1]), kernel(*x))[1])
-
-    documents = None
-    if packed:
-        told = torch.tensor([0, 300, 1, length - 301, length], device="cuda").cumsum(0).int()
-        documents = document_bounds(document_of(told, 2, length))._replace(given=Documents(told, length))
-
-    def reference(query, key, value, sinks):
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        start = documents and documents.start
-        return sink_attention_reference(query, key, value, sinks, width**-0.5, start=start)
-
-    def ours(*x):
-        return sink_attention(*x, width**-0.5, documents=documents)
+    def reference(*x):
+        return sink_attention_reference(*x, scale, window, documents)
 
     exact = outputs_and_grads(reference, *(x.detach().float().requires_grad_() for x in inputs))
     allowed = relative_errors(outputs_and_grads(reference, *inputs), exact)
-    got = outputs_and_grads(ours, *inputs)  # compiles
+    got = outputs_and_grads(lambda *x: sink_attention(*x, scale, window, documents), *inputs)
     errors = relative_errors(got, exact)
-    assert ran == [documents and documents.given] and [x.dtype for x in got] == [torch.bfloat16] * 4 + [dtype]
+    assert [x.dtype for x in got[1:]] == [x.dtype for x in inputs]
     assert all(a <= 1.5 * b + 2e-3 for a, b in zip(errors, allowed, strict=True)), (errors, allowed)
+    return got
+
+
+@pytest.mark.parametrize(("shape", "window", "packed"), CASES)
+def test_each_kernel_is_as_exact_as_the_reference_and_never_waits(shape, window, packed, way):
+    length, *_, width, rows = SHAPES[shape]
+    inputs, documents = leaves(*SHAPES[shape]), documents_of(length, rows) if packed else None
+    got = compare(inputs, window, documents)
+    assert set(way) == {way[0]} and len(way) == 2
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = outputs_and_grads(ours, *inputs)
+        again = outputs_and_grads(lambda *x: sink_attention(*x, width**-0.5, window, documents), *inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again[0], got[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sinks_may_be_float32_and_heads_float16(dtype, way):
+    *inputs, sinks = leaves(1091, 16, 2, 64, 1, dtype)
+    compare([*inputs, sinks.detach().float().requires_grad_()], 128, None)
+    assert set(way) == {way[0]}
+
+
+@pytest.mark.parametrize(("length", "heads", "key_heads", "width"), [(1, 8, 2, 64), (300, 2, 1, 32), (77, 6, 2, 80)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_short_rows_and_other_widths_run_by_flash_attention_2(length, heads, key_heads, width, window, monkeypatch):
+    ran, kernel = [], kernels.flash_forward
+    monkeypatch.setattr(kernels, "flash_forward", lambda *x: (ran.append(1), kernel(*x))[1])
+    compare(leaves(length, heads, key_heads, width, 3), window, None)
+    assert ran == [1]
+
+
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("packed", [False, True])
+def test_deterministic_algorithms_give_equal_bits(window, packed):
+    inputs = leaves(1091, 16, 2, 64, 2)
+    documents = documents_of(1091, 2) if packed else None
+    torch.use_deterministic_algorithms(True)
+    try:
+        once, again = (
+            outputs_and_grads(lambda *x: sink_attention(*x, 0.125, window, documents), *inputs) for _ in range(2)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_float32_runs_by_the_reference_and_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr(kernels.backends, "tell_once", said.append)
+    inputs = [x.detach().float().requires_grad_() for x in leaves(50, 4, 2, 64, 2)]
+    got = outputs_and_grads(lambda *x: sink_attention(*x, 0.125, 8), *inputs)
+    want = outputs_and_grads(lambda *x: sink_attention_reference(*x, 0.125, 8), *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert len(said) == 1 and "holds all scores" in said[0]
 
 
 @pytest.mark.parametrize("autocast", [False, True])

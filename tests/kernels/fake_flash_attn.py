@@ -24,11 +24,16 @@ def install(monkeypatch) -> list[dict]:
         assert k.shape[:2] == v.shape[:2] == (B, S) and k.shape[2] == v.shape[2] and k.shape[3] == D
         assert q.dtype == k.dtype == v.dtype and not NQ % k.shape[2] and causal and q.stride(-1) == k.stride(-1) == 1
         assert k.shape[2] == NQ or v.shape[3] == D, "GQA backward requires head_dim == head_dim_v"
-        calls.append({"shape": tuple(q.shape), "dtype": q.dtype, "sinks": learnable_sink is not None})
+        calls.append(
+            {"shape": tuple(q.shape), "dtype": q.dtype, "sinks": learnable_sink is not None, "window": window_size}
+        )
         scale = D**-0.5 if softmax_scale is None else softmax_scale
         key, value = (x.float().repeat_interleave(NQ // k.shape[2], dim=2) for x in (k, v))
         scores = torch.einsum("brhd,bnhd->bhrn", q.float(), key) * scale
         unseen = torch.ones(S, S, dtype=torch.bool).triu(1) if seen is None else ~seen
+        if window_size[0] is not None:  # so many keys before the query's own
+            assert window_size[1] == 0
+            unseen = unseen | torch.ones(S, S, dtype=torch.bool).tril(-1 - window_size[0])
         scores = scores.masked_fill(unseen, -math.inf)
         lse = scores.logsumexp(-1)
         if learnable_sink is not None:
@@ -39,12 +44,13 @@ def install(monkeypatch) -> list[dict]:
 
     def flash_attn_varlen_func(
         q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *,
-        softmax_scale=None, causal=False, learnable_sink=None,
+        softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None,
     ):  # fmt: skip
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and cu_seqlens_q[-1] == len(q)
         assert cu_seqlens_q.diff().max() == max_seqlen_q and cu_seqlens_k.diff().max() == max_seqlen_k
         seen = document_mask(cu_seqlens_q, 1, len(q))[0, 0]
         options = {"softmax_scale": softmax_scale, "causal": causal, "learnable_sink": learnable_sink, "seen": seen}
+        options["window_size"] = window_size
         out, lse = flash_attn_func(q[None], k[None], v[None], **options)
         calls[-1]["documents"] = len(cu_seqlens_q) - 1
         return out[0], lse[0]

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Documents, document_bounds, document_of, varlen_attention
-from expertmesh.kernels.sink_attention import padding_of, sink_attention
+from expertmesh.kernels.documents import Documents, varlen_attention
+from expertmesh.kernels.sink_attention import sink_attention
 from tests.kernels import fake_flash_attn
 from tests.kernels.compare import assert_same, outputs_and_grads
 
@@ -51,17 +51,6 @@ def test_it_is_sdpa_with_its_layout_scale_and_gradients(shape, scale, calls):
     assert_same([x.float() for x in got], want, 8e-3)  # bfloat16's last bit
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # of the sinks
-def test_with_sinks_it_is_our_attention_with_sinks(dtype, calls, monkeypatch):
-    inputs = [*leaves(), torch.randn(4).to(dtype).requires_grad_()]
-    got = outputs_and_grads(lambda *x: sink_attention(*x, 0.3), *inputs)
-    assert [call["sinks"] for call in calls] == [True] and got[-1].dtype == dtype
-    monkeypatch.setattr(flash_attention, "WIDTHS", frozenset())
-    want = outputs_and_grads(lambda *x: sink_attention(*x, 0.3), *(x.detach().float().requires_grad_() for x in inputs))
-    assert len(calls) == 1
-    assert_same([x.float() for x in got], want, 1.5e-2)
-
-
 @pytest.fixture
 def documents() -> Documents:
     """Of two rows of 7 tokens."""
@@ -78,24 +67,19 @@ def test_packed_documents_do_not_see_each_other(shape, documents, calls):
     assert_same([x.float() for x in got], want, 8e-3)
 
 
-def test_nor_with_sinks_if_it_was_told_where_they_begin(documents, calls):
-    inputs = [*leaves(), torch.randn(4).bfloat16().requires_grad_()]
-    bounds = document_bounds(document_of(documents.cu_seqlens, 2, 7))
-    got = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, documents=bounds._replace(given=documents)), *inputs)
-    assert [call["documents"] for call in calls] == [3]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # of the sinks
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+def test_with_sinks_it_is_our_attention_with_sinks(window, packed, dtype, documents, calls):
+    inputs = [*leaves(), torch.randn(4).to(dtype).requires_grad_()]
+    told = documents if packed else None
+    got = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, window, told), *inputs)
+    assert [call["sinks"] for call in calls] == [True] and got[-1].dtype == dtype
+    assert [call.get("documents") for call in calls] == [3 if packed else None]
     exact = (x.detach().float().requires_grad_() for x in inputs)
-    want = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, documents=bounds), *exact)
+    want = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, window, told), *exact)
     assert len(calls) == 1
     assert_same([x.float() for x in got], want, 1.5e-2)
-
-
-def test_windows_padding_and_documents_of_unknown_length_with_sinks_stay_ours(documents, calls):
-    inputs = [*leaves(), torch.randn(4).bfloat16().requires_grad_()]
-    bounds = document_bounds(document_of(documents.cu_seqlens, 2, 7))
-    told, padding = bounds._replace(given=documents), padding_of(torch.ones(2, 7))
-    for options in ({"window": 3}, {"documents": bounds}, {"window": 3, "documents": told}, {"padding": padding}):
-        sink_attention(*inputs, 0.3, **options)
-    assert not calls
 
 
 def test_its_compiled_kernels_stay_on_disk_unless_the_user_decides(tmp_path, monkeypatch, caplog):

@@ -1,5 +1,6 @@
-"""Attention with sinks: the reference is Transformers' eager attention, and the kernels equal the reference."""
+"""Attention with sinks: the reference is Transformers' eager attention; FlashAttention, corrected, is the reference."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,9 @@ from torch.nn import functional as F
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from expertmesh.kernels import sink_attention as kernels
-from expertmesh.kernels.documents import document_bounds, document_of
-from expertmesh.kernels.sink_attention import padding_of, sink_attention, visible
-from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads
+from expertmesh.kernels.documents import Documents
+from expertmesh.kernels.sink_attention import sink_attention, visible
+from tests.kernels.compare import assert_same, leaf, outputs_and_grads
 
 
 def leaves(length: int, heads: int = 4, key_heads: int = 2, rows: int = 2, width: int = 16) -> tuple[torch.Tensor, ...]:
@@ -18,51 +19,98 @@ def leaves(length: int, heads: int = 4, key_heads: int = 2, rows: int = 2, width
     return tuple(leaf(*shape) for shape in shapes)
 
 
-def bounds(lengths: list[int], rows: int, length: int):
-    return document_bounds(document_of(torch.tensor([0, *lengths]).cumsum(0).int(), rows, length))
+def documents_of(lengths: list[int]) -> Documents:
+    return Documents(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths))
 
 
-def both(inputs, **options) -> None:
-    def run(*x):
-        return sink_attention(*x, 0.3, **options)
-
-    expected = outputs_and_grads(run, *inputs)
-    with on_triton():
-        got = outputs_and_grads(run, *inputs)
-    assert_same(got, expected, 5e-6)
-
-
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [None, 1, 3, 9, 20])
 def test_the_reference_is_the_eager_attention_of_transformers(window):
     inputs = leaves(9)
-    seen = torch.ones(2, 9, dtype=torch.bool)
-    seen[0, :2] = seen[1, 7:] = False
-    mask = visible(9, torch.device("cpu"), window, None, seen)
-    mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)[:, None]
+    token = torch.arange(9)
+    seen = (token <= token[:, None]) & (token > token[:, None] - (window or 9))
+    assert torch.equal(visible(inputs[0], window, None)[0, 0], seen)
+    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
 
     def eager(query, key, value, sinks):
         module = SimpleNamespace(num_key_value_groups=2, sinks=sinks, training=True)
         return eager_attention_forward(module, query, key, value, mask, scaling=0.3)[0]
 
-    ours = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, window=window, padding=padding_of(seen)), *inputs)
+    ours = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, window=window), *inputs)
     assert_same(ours, outputs_and_grads(eager, *inputs))
 
 
+def scores_of(query, key, cu_seqlens, longest, scale, window):
+    """[NQ, T, T] with -inf where a key is not seen, and how many query heads share a key head."""
+    lengths, group = cu_seqlens.diff(), query.shape[1] // key.shape[1]
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens[-1] == len(query) and longest >= lengths.max()
+    seen = visible(query.transpose(0, 1)[None], window, Documents(cu_seqlens, longest))[0]
+    scores = torch.einsum("rhd,nhd->hrn", query, key.repeat_interleave(group, dim=1)) * scale
+    return scores.masked_fill(~seen, -math.inf), group
+
+
+def plain_forward(query, key, value, cu_seqlens, longest, scale, window):
+    """FlashAttention's, which knows no sinks."""
+    scores, group = scores_of(query, key, cu_seqlens, longest, scale, window)
+    out = torch.einsum("hrn,nhd->rhd", scores.softmax(-1), value.repeat_interleave(group, dim=1))
+    return out.contiguous(), scores.logsumexp(-1)
+
+
+def plain_backward(dout, query, key, value, out, lse, cu_seqlens, longest, scale, window):
+    """FlashAttention's, step by step: everything it knows of the softmax it has from `lse` and `out`."""
+    assert lse.is_contiguous()
+    scores, group = scores_of(query, key, cu_seqlens, longest, scale, window)
+    p = (scores - lse[..., None]).exp()
+    delta = (dout * out).sum(-1).t()
+    dp = torch.einsum("rhd,nhd->hrn", dout, value.repeat_interleave(group, dim=1))
+    ds = p * (dp - delta[..., None]) * scale
+    dquery = torch.einsum("hrn,nhd->rhd", ds, key.repeat_interleave(group, dim=1))
+    dkey, dvalue = (torch.einsum("hrn,rhd->nhd", *x).unflatten(1, (-1, group)).sum(2) for x in ((ds, query), (p, dout)))
+    return dquery, dkey, dvalue
+
+
+@pytest.fixture
+def flash(monkeypatch) -> None:
+    """CPU tensors take the way of FlashAttention-2, whose two kernels are plain PyTorch."""
+    monkeypatch.setattr(kernels, "_is_for_flash_attention_2", lambda *_: True)
+    monkeypatch.setattr(kernels, "flash_forward", plain_forward)
+    monkeypatch.setattr(kernels, "flash_backward", plain_backward)
+
+
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
-@pytest.mark.parametrize(
-    ("length", "window"),
-    [(1, None), (33, None), (96, None), (97, 1), (70, 32), (70, 33), (70, 69), (170, 140), (40, 40), (40, 128)],
-)
-def test_the_kernels_give_the_references_output_and_gradients(length, window, heads):
-    both(leaves(length, *heads, rows=1 if length > 40 else 2), window=window)
+@pytest.mark.parametrize("lengths", [None, [1, 10, 1, 7, 1, 20]])
+@pytest.mark.parametrize("window", [None, 1, 8, 20, 100])
+def test_flash_attention_corrected_is_the_reference(window, lengths, heads, flash):
+    inputs = [x.detach().double().requires_grad_() for x in leaves(20, *heads)]
+    documents = documents_of(lengths) if lengths else None
+    got = outputs_and_grads(lambda *x: sink_attention(*x, 0.3, window, documents), *inputs)
+    want = outputs_and_grads(lambda *x: kernels.sink_attention_reference(*x, 0.3, window, documents), *inputs)
+    assert got[0].is_contiguous()
+    assert_same(got, want, 1e-12)
+
+
+def test_extreme_sinks_take_it_all_or_nothing_and_stay_finite(flash):
+    inputs = [x.detach().double().requires_grad_() for x in leaves(12)[:3]]
+    for logit in (-1e4, 1e4):
+        sinks = torch.full((4,), logit, dtype=torch.float64, requires_grad=True)
+        got = outputs_and_grads(lambda *x: sink_attention(*x, 0.3), *inputs, sinks)
+        want = outputs_and_grads(lambda *x: kernels.sink_attention_reference(*x, 0.3), *inputs, sinks)
+        assert_same(got, want, 1e-12)
+
+
+def test_frozen_sinks_get_no_gradient_and_others_keep_their_dtype(flash):
+    *inputs, sinks = leaves(12)
+    out = sink_attention(*inputs, sinks.detach(), 0.3)
+    assert all(g is not None for g in torch.autograd.grad(out.sum(), inputs))
+    half = sinks.detach().bfloat16().requires_grad_()
+    (gradient,) = torch.autograd.grad(sink_attention(*inputs, half, 0.3).sum(), [half])
+    assert gradient.dtype == torch.bfloat16 and gradient.shape == (4,)
 
 
 @pytest.mark.parametrize("window", [None, 20, 140])
 @pytest.mark.parametrize("lengths", [[[1, 40, 31, 1, 7], [80]], [[1] * 80, [64, 16]]])
 def test_documents_packed_into_rows_do_not_see_each_other(lengths, window):
-    documents = bounds([n for row in lengths for n in row], 2, 80)
+    documents = documents_of([n for row in lengths for n in row])
     inputs = leaves(80, 2, 1)
-    both(inputs, window=window, documents=documents)
 
     def apart(*x):
         rows = []
@@ -75,31 +123,12 @@ def test_documents_packed_into_rows_do_not_see_each_other(lengths, window):
     assert_same(packed, outputs_and_grads(apart, *inputs))
 
 
-@pytest.mark.parametrize("window", [None, 64])
-@pytest.mark.parametrize(("queries", "keys"), [(16, 64), (64, 16)])
-def test_tiles_of_any_shape_meet_at_the_bounds(queries, keys, window, monkeypatch):
-    monkeypatch.setattr(kernels, "_EXACT", (queries, keys, 4, 1))
-    both(leaves(150, 2, 1, rows=1), window=window, documents=bounds([70, 5, 75], 1, 150))
-
-
-@pytest.mark.parametrize("window", [None, 20, 64])
-def test_padding_on_either_side_and_holes_are_seen_by_nobody(window, monkeypatch):
-    monkeypatch.setattr(kernels, "_EXACT", (32, 16, 4, 1))
-    seen = torch.ones(4, 90)
-    seen[0, :21] = seen[1, 61:] = seen[2, 40:50] = 0
-    assert padding_of(seen).whole.tolist() == [0, 61, 40, 90]
-    both(leaves(90, 2, 1, rows=4), window=window, padding=padding_of(seen))
-
-
 def test_a_query_whose_sink_takes_it_all_gives_nothing():
     query, key, value, _ = leaves(8)
-    with on_triton():
-        assert not sink_attention(query, key, value, torch.full((4,), 1e4), 1.0).any()
+    assert not sink_attention(query, key, value, torch.full((4,), 1e4), 1.0).any()
 
 
 def test_without_a_sink_it_is_causal_attention():
     query, key, value, _ = leaves(40)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
-    with on_triton():
-        got = sink_attention(query, key, value, torch.full((4,), -1e4), 0.25)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(sink_attention(query, key, value, torch.full((4,), -1e4), 0.25), expected)

@@ -1,4 +1,4 @@
-"""GPT-OSS's attention: our kernels by default, never against the user's choice, and the same numbers in every use."""
+"""GPT-OSS's attention: FlashAttention by default, never against the user's choice, the same numbers in every use."""
 
 import json
 
@@ -20,7 +20,7 @@ POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
 
 @pytest.fixture
 def ran(monkeypatch) -> list[tuple]:
-    """Window, documents and padding of every attention that ran on our kernels (or on their reference)."""
+    """Window and documents of every attention that ran by FlashAttention (or its reference)."""
     calls: list[tuple] = []
     kernel = attention.sink_attention
     monkeypatch.setattr(attention, "sink_attention", lambda *args: (calls.append(args[5:]), kernel(*args))[1])
@@ -90,7 +90,7 @@ def test_packed_documents_give_what_each_gives_alone(cache, interpreted, ran):
             logits, gradients = run(model, ids, position_ids=POSITIONS, use_cache=cache)
     else:
         logits, gradients = run(model, ids, position_ids=POSITIONS, use_cache=cache)
-    assert all(call[1] is not None and call[2] is None for call in ran) and len(ran) == 2
+    assert all(call[1].cu_seqlens.tolist() == [0, 3, 4, 16] for call in ran) and len(ran) == 2
     begin, expected, summed = 0, [], dict.fromkeys(gradients, torch.tensor(0.0))
     for length in LENGTHS:
         alone, parts = run(model, ids[:, begin : begin + length], first=begin, use_cache=False)
@@ -118,15 +118,24 @@ def test_nobody_waits_to_find_documents_that_were_told(monkeypatch):
     assert torch.equal(told, found) and len(looks) == 1
 
 
-def test_dropout_and_unknown_widths_take_the_eager_attention(ran, monkeypatch):
+def test_dropout_takes_the_eager_attention_within_windows_and_documents(ran, monkeypatch):
     stock, ours = shared_pair("gpt_oss")
-    monkeypatch.setattr(attention, "takes_sinks", lambda query: False)
-    for batch in ("plain", "left", "packed"):
+    dropped: list[float] = []
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p=0.5, **_: (dropped.append(p), x)[1])
+    for layer in ours.model.layers:
+        monkeypatch.setattr(layer.self_attn, "attention_dropout", 0.25)
+    for batch in ("plain", "packed"):
         assert not [row for row in compare_case(stock, ours, Case("eager", batch=batch)) if not row.ok]
-    model = load_ours("gpt_oss", attention_dropout=0.5).train()
-    monkeypatch.undo()
-    once, again = (model(input_ids=tokens(), position_ids=POSITIONS, use_cache=False).logits for _ in range(2))
-    assert not torch.equal(once, again) and not ran
+    assert dropped.count(0.25) == len(ran) == 2 * len(ours.model.layers), "the others are of evaluation"
+
+
+@pytest.mark.parametrize(("padded", "fast"), [("none", True), ("right", True), ("left", False), ("hole", False)])
+def test_only_padding_before_tokens_takes_the_eager_attention(padded, fast, ran):
+    """In evaluation, with a cache, rows are not taken apart."""
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, {"none": slice(0), "right": slice(11, 16), "left": slice(5), "hole": slice(6, 9)}[padded]] = 0
+    logits = [m.eval()(input_ids=tokens(2), attention_mask=mask).logits[mask > 0] for m in shared_pair("gpt_oss")]
+    assert relative_error(logits[1].detach(), logits[0].detach()) <= CPU_TOLERANCE and len(ran) == 2 * fast
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

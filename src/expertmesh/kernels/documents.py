@@ -38,19 +38,6 @@ class Documents(NamedTuple):
     max_length: int
 
 
-class Bounds(NamedTuple):
-    """Where each token's document begins and ends in its row: [B, S] int32 each; and the lengths, if given."""
-
-    start: torch.Tensor
-    end: torch.Tensor
-    given: Documents | None = None
-
-
-def document_bounds(number_BS: torch.Tensor) -> Bounds:
-    """The end is where, in the row reversed, the document starts."""
-    return Bounds(document_starts(number_BS), number_BS.shape[1] - document_starts(number_BS.flip(1)).flip(1))
-
-
 def takes(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the kernel has these head widths: multiples of 8 up to 256, values at most as wide as queries."""
     width = query.shape[-1]

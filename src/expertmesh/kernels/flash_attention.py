@@ -1,9 +1,9 @@
 """Training's causal attention on Hopper by flash-attn-4, where it is installed: no other file knows its interface.
 
 flash-attn-4 (BSD-3, CuTe-DSL, compiled at the first call) is faster there than the cuDNN kernel that SDPA picks, on
-packed documents than `varlen_attn`, and with sinks than sink_attention.py. Its backward adds up dq, and dk and dv of
-heads that share keys, by atomics: equal inputs give gradients that are equal but for rounding. Who asks PyTorch for
-deterministic algorithms therefore stays with the other kernels. Nothing in a call waits for the device.
+packed documents than `varlen_attn`, and takes sinks and windows. Its backward adds up dq, and dk and dv of heads that
+share keys, by atomics: equal inputs give gradients that are equal but for rounding. Who asks PyTorch for deterministic
+algorithms therefore stays with the other kernels. Nothing in a call waits for the device.
 
 Letters: B batch, S row, N heads (NQ of queries, NK of keys), D width of queries and keys, V of values.
 """
@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -56,18 +57,21 @@ def flash_attention(
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
     documents: Documents | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """[B, S, NQ, V] in the inputs' dtype, or autocast's; scale None is 1 / sqrt(D). Differentiable in all tensors.
 
     Shapes as in `takes`, no copy if the last dimension is contiguous; sinks: [NQ], one logit more in each softmax.
-    documents: none sees another.
+    documents: none sees another. window: a query sees itself and the window - 1 tokens before it.
     """
     _keep_compiled()
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     dtype = backends.product_dtype(query)
     query, key, value = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
-    options = {"softmax_scale": scale, "causal": True, "learnable_sink": sinks}
+    options: dict[str, Any] = {"softmax_scale": scale, "causal": True, "learnable_sink": sinks}
+    if window is not None:
+        options["window_size"] = window - 1, 0
     if documents is None:
         return flash_attn_func(query, key, value, **options)[0]
     rows = query.shape[:2]

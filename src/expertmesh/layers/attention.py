@@ -2,9 +2,9 @@
 
 The implementation `NAME` stands for "sdpa", Transformers' default, in fused models: the same numbers, but it takes
 packed documents beside the mask (rows.py), and goes to flash-attn-4 where that is installed. `SINKS` is attention with
-sinks (GPT-OSS) on our kernels, for which Transformers has no SDPA: it replaces the default, which is eager, and never
-what the user asked for. It knows windows, documents and padding; where the kernels do not apply, as with a cache that
-holds tokens, Transformers' eager attention runs.
+sinks (GPT-OSS) by FlashAttention, for which Transformers has no SDPA: it replaces the default, which is eager, never
+what the user asked for. It knows windows and documents; where there is a mask, for a cache that holds tokens or padding
+before tokens, Transformers' eager attention runs.
 """
 
 import functools
@@ -22,14 +22,13 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_for
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Bounds, Documents, document_mask, takes, varlen_attention
+from expertmesh.kernels.documents import Documents, document_mask, takes, varlen_attention
 from expertmesh.kernels.mla_rope import mla_rope, rotated
 from expertmesh.kernels.rope import qk_norm_rope, rotary
-from expertmesh.kernels.sink_attention import Padding, padding_of, sink_attention, visible
-from expertmesh.kernels.sink_attention import takes as takes_sinks
+from expertmesh.kernels.sink_attention import sink_attention, visible
 from expertmesh.layers.decoder import FastRMSNorm
 from expertmesh.layers.lora import linears
-from expertmesh.twins import Fast, cache_of, untouched
+from expertmesh.twins import Fast, cache_of, traced, untouched
 
 NAME, SINKS = "expertmesh", "expertmesh-sinks"
 _ROPE = "apply_rotary_pos_emb"
@@ -92,43 +91,41 @@ def attend_with_sinks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | Padding | None,
+    attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    s_aux: torch.Tensor | None = None,
-    documents: Any = None,
-    document_bounds: Bounds | None = None,
+    s_aux: Any = None,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As the `eager_attention_forward` of Transformers' GPT-OSS; no weights are returned where the kernels ran."""
+    """As the `eager_attention_forward` of Transformers' GPT-OSS; no weights are returned where it did not run."""
     dtype = backends.product_dtype(value)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    documents, padding = documents_or_mask(attention_mask, documents, module)
-    if isinstance(padding, torch.Tensor):
-        return gpt_oss.eager_attention_forward(module, query, key, value, padding, scaling, dropout, **kwargs)
-    bounds = None if documents is None else document_bounds
-    if dropout == 0 and s_aux is not None and takes_sinks(query) and getattr(module, "in_fused_model", False):
-        return sink_attention(query, key, value, s_aux, scaling, sliding_window, bounds, padding), None
-    start, seen = bounds and bounds.start, padding and padding.seen
-    mask = visible(query.shape[2], query.device, sliding_window, start, seen)[:, None]
-    mask = query.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(dtype).min)
+    documents, mask = documents_or_mask(attention_mask, documents, module)
+    if mask is None and dropout == 0 and getattr(module, "in_fused_model", False):
+        return sink_attention(query, key, value, s_aux, scaling, sliding_window, documents), None
+    if mask is None:
+        seen = visible(query, sliding_window, documents)
+        mask = query.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(dtype).min)
     return gpt_oss.eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)
 
 
-def padding_or_mask(**asked: Any) -> torch.Tensor | Padding | None:
-    """What our kernels need to know of rows that were not taken apart, or Transformers' eager mask."""
-    offset, mask = asked["q_offset"], asked["attention_mask"]
-    whole = isinstance(offset, int) and offset == asked["kv_offset"] == 0 and asked["q_length"] == asked["kv_length"]
-    if not whole or asked["use_vmap"] or not asked["allow_is_causal_skip"]:
-        return masking_utils.eager_mask(**asked)
-    return None if mask is None else padding_of(mask[:, : asked["kv_length"]])
+def mask_with_sinks(**asked: Any) -> torch.Tensor | None:
+    """Transformers' eager mask; None for whole rows in which no token comes behind padding, so that causal order hides
+    it. To know that takes a look at the device, which a compiled graph cannot have."""
+    offset, mask, length = asked["q_offset"], asked["attention_mask"], asked["kv_length"]
+    whole = isinstance(offset, int) and offset == asked["kv_offset"] == 0 and asked["q_length"] == length
+    causal = whole and asked["allow_is_causal_skip"] and not asked["use_vmap"]
+    if causal and (mask is None or not (traced() or (mask[:, 1:length] > mask[:, : length - 1]).any())):
+        return None
+    return masking_utils.eager_mask(**asked)
 
 
 AttentionInterface.register(NAME, attend)
 AttentionInterface.register(SINKS, attend_with_sinks)
 masking_utils.AttentionMaskInterface.register(NAME, masking_utils.sdpa_mask)  # for what is no placeholder
-masking_utils.AttentionMaskInterface.register(SINKS, padding_or_mask)
+masking_utils.AttentionMaskInterface.register(SINKS, mask_with_sinks)
 
 
 class FastAttention(Fast):

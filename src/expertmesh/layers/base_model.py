@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
-from expertmesh.kernels.documents import Documents, document_bounds, document_of, document_starts
+from expertmesh.kernels.documents import Documents, document_of, document_starts
 from expertmesh.layers.attention import NAME, SINKS, placeholder
 from expertmesh.layers.lora import fuse_adapted_linears
 from expertmesh.layers.mamba2 import FastMamba2Mixer
@@ -201,9 +201,8 @@ class FastBaseModel(Fast):
             inputs |= dict.fromkeys(("max_length_q", "max_length_k"), documents.max_length)
         if self._stateful is not None:
             inputs["seq_idx"] = number_BS.int()
-        if self._mamba2 or self._sinks:
-            bounds = document_bounds(number_BS)
-            inputs["document_bounds"] = bounds._replace(given=documents if shape[0] == 1 else None)
+        if self._mamba2:
+            inputs["document_starts"] = document_starts(number_BS)
 
 
 @contextmanager

@@ -24,8 +24,7 @@ class FastMamba2Mixer(Fast):
         self, hidden_states: torch.Tensor, cache: Any = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         cache = cache if cache is not None else cache_of(kwargs)
-        bounds = kwargs.pop("document_bounds", None)
-        start_BS = None if bounds is None else bounds.start
+        start_BS = kwargs.pop("document_starts", None)
         if touched := not untouched(self.conv1d, self.norm, self.act):
             tell_once(f"{type(self).__name__} runs Transformers' code: its parts have hooks, or were replaced.")
         if cache is not None or touched:

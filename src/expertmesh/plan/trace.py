@@ -5,7 +5,7 @@ allocations; only kernels are watched instead of launched (`backends.watching`).
 for its backward: layers say it themselves, recomputed ones and adapters, too. A GPU is not needed, nor Triton.
 
 Attention, which on a GPU is a library's, is `_Attention` here: it keeps queries, keys, values, output and the logarithm
-of each row's sum, as flash-attn-4, cuDNN and our kernels do.
+of each row's sum, as flash-attn-4, cuDNN and FlashAttention-2 do.
 """
 
 import logging
@@ -35,7 +35,6 @@ PRODUCTS = {
     "grouped_down._down_dact_kernel": (6, 7, 3, "experts, backward"),
     "grouped_wgrad._grouped_wgrad_kernel": (2, 3, 4, "experts, backward"),
 }
-SINKS = {"sink_kernels.sink_over_keys": 2.0, "sink_kernels.sink_over_queries": 4.0}  # products of a query with a key
 #: collectives of tensor parallelism, and how often a ring passes the whole tensor
 COLLECTIVES = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
 aten = torch.ops.aten
@@ -176,10 +175,6 @@ class Watch(TorchDispatchMode):
                 kind = "experts, adapters"
             if not constants.get("AGAIN"):  # as a rule there are no such rows
                 self.add(kind, 2.0 * rows * tensors[weights].numel() / (tensors[bounds].numel() - 1), size)
-        elif name in SINKS:
-            batch, seq, heads, width = next(x.shape for x in tensors if x.ndim == 4)
-            keys = min(self.keys, constants.get("WINDOW") or self.keys)
-            self.add("attention", SINKS[name] * 2 * batch * seq * heads * keys * width, size)
         elif name == "offload._copy":
             self.add("host, backward" if constants["back"] else "host", 0.0, size)
         else:
@@ -190,26 +185,27 @@ class _Attention(torch.autograd.Function):
     """[B, S, NQ, V] of queries [B, NQ, S, D], keys and values; causal."""
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, watch: Watch) -> torch.Tensor:
+    def forward(ctx: Any, query: Any, key: Any, value: Any, watch: Watch, window: int | None) -> torch.Tensor:
         batch, heads, seq, width = query.shape
         out = query.new_empty(batch, seq, heads, value.shape[-1])
         ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, seq, dtype=torch.float32))
-        ctx.watch, ctx.flops = watch, 2.0 * batch * seq * heads * watch.keys * (width + value.shape[-1])
+        keys = min(watch.keys, window or watch.keys)
+        ctx.watch, ctx.flops = watch, 2.0 * batch * seq * heads * keys * (width + value.shape[-1])
         watch.add("attention", ctx.flops, 0.0)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         ctx.watch.add("attention, backward", 2.5 * ctx.flops, 0.0)
-        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None, None
 
 
 @contextmanager
 def watched(watch: Watch, memory: int) -> Iterator[None]:
     """Within: meta tensors stand for those of a GPU with so many bytes of memory, and `watch` sees what they do."""
 
-    def attend(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-        return _Attention.apply(query, key, value, watch)
+    def attend(query: Any, key: Any, value: Any, *_: Any, window: int | None = None, **__: Any) -> Any:
+        return _Attention.apply(query, key, value, watch, window)
 
     def sdpa(*args: Any, **kwargs: Any) -> Any:
         return attend(*args, **kwargs).transpose(1, 2)
