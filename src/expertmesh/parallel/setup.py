@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -188,21 +189,63 @@ def _or(numbers: Iterable[int]) -> str:
     return f"{', '.join(map(str, first))} or {last}" if first else str(last)
 
 
-def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
-    """By type and value: True is not 1, and nothing is asked of tensors."""
-    return any(value is one or (type(value) is type(one) and value == one) for one in allowed)
-
-
 _COUNT = (lambda x: type(x) is int and 1 <= x <= 10**6, "a whole number from 1 to 1,000,000")
 # field of a `DistributedSetup` -> (whether a value fits, what fits in words)
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys("world_size ep_size tp_size dp_size dp_replicate_size".split(), _COUNT),
     "activation_checkpointing": (is_policy, POLICIES),
-    "reshard_experts": (lambda x: type(x) is bool, "true or false"),
+    "reshard_experts": (lambda x: type(x) is bool, "true or false (a section says moe.reshard_after_forward)"),
     "timeout_minutes": (lambda x: type(x) in (int, float) and 0 < x <= 10**6, "a number of minutes above 0"),
-    "dispatch": (lambda x: is_one_of(x, (AUTO, *TRANSPORTS)), f"one of {', '.join((AUTO, *TRANSPORTS))}"),
-    "strategy": (lambda x: x == STRATEGY, f"{STRATEGY!r} (with dp_replicate_size each rank has a copy, as in DDP)"),
+    "dispatch": (lambda x: type(x) is str and x in (AUTO, *TRANSPORTS), f"one of {', '.join((AUTO, *TRANSPORTS))}"),
+    "strategy": (
+        lambda x: type(x) is str and x == STRATEGY,
+        f"{STRATEGY!r} (with dp_replicate_size each rank has a copy, as in DDP)",
+    ),
 }
+
+_MOE = "moe.reshard_after_forward"
+_OURS = ["strategy", "dp_size", "dp_replicate_size", "tp_size", "ep_size", "timeout_minutes", "dispatch",
+         "activation_checkpointing", _MOE]  # fmt: skip
+# NeMo's other keys, each with the values that ask for what happens anyway
+_THEIRS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("pp_size", "cp_size", "fsdp2_forward_prefetch_depth"), (1,)),
+    **dict.fromkeys(("sequence_parallel", "enable_async_tensor_parallel"), (False,)),
+    **dict.fromkeys(("enable_compile", "enable_fsdp2_prefetch"), (False,)),
+    **dict.fromkeys(("defer_fsdp_grad_sync", "reshard_after_forward"), (True,)),
+    **dict.fromkeys(("moe.ignore_router_for_ac", "moe.wrap_outer_model"), (True,)),
+    "fsdp2_backward_prefetch_depth": (2,),
+    "activation_checkpointing_scope": ("all",),
+    "patch_is_packed_sequence": (False, True),
+}
+
+
+def create_distributed_setup_from_config(
+    config: dict[str, Any] | None = None, world_size: int | None = None, **keys: Any
+) -> DistributedSetup:
+    """The `DistributedSetup` of a `distributed` section with NeMo AutoModel's keys, as a dict or keywords.
+
+    Keys are a `DistributedSetup`'s, but moe: {reshard_after_forward: bool} for reshard_experts. None leaves a key out.
+    NeMo's other keys are accepted at values that ask for what happens anyway. Raises ValueError for all else.
+    """
+    given = _settings({} if config is None else config) | _settings(keys)
+    for key, value in given.items():
+        if key not in (*_OURS, *_THEIRS):
+            near = get_close_matches(key, (*_OURS, *_THEIRS), 1, 0)[0]
+            raise ValueError(
+                f"There is no distributed setting {key!r}; did you mean {near!r}? Settings: {', '.join(_OURS)}."
+            )
+        if key in _THEIRS and repr(value) not in map(repr, _THEIRS[key]):  # to repr True is not 1
+            raise ValueError(f"{key}={value!r} is NeMo AutoModel's and not supported here: leave it out.")
+    section = {key.replace(_MOE, "reshard_experts"): value for key, value in given.items() if key in _OURS}
+    return DistributedSetup(**section | ({} if world_size is None else {"world_size": world_size}))
+
+
+def _settings(section: Any, path: str = "") -> dict[str, Any]:
+    """What has a value, by its path in the section."""
+    if not isinstance(section, dict):
+        raise ValueError(f"{path.rstrip('.') or 'The section'} must be a dict of settings, not {section!r}.")
+    found = {f"{path}{key}": value for key, value in section.items() if value is not None}
+    return found | _settings(found.pop("moe"), "moe.") if "moe" in found else found
 
 
 def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
