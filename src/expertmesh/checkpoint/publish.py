@@ -106,13 +106,11 @@ def prune(output_dir: str | Path, keep: int, protect: Sequence[str | Path] = ())
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, and at least 1 checkpoint must be kept.")
-    complete = [(step, path) for step, path in reversed(checkpoints(output_dir)) if is_complete(path)]
-    protected = {Path(path).resolve() for path in protect}
-    kept = [path for number, (_, path) in enumerate(complete) if number == 0 or path.resolve() in protected]
-    kept += [path for _, path in complete if path not in kept][: max(0, keep - len(kept))]
-    for step, path in complete:
-        if path not in kept:
-            doomed = path.with_name(f".checkpoint-{step}.deleted")  # half deleted it must not look like a checkpoint
-            os.rename(path, doomed)
-            sync(path.parent)
-            remove(doomed)
+    complete = [path for _, path in reversed(checkpoints(output_dir)) if is_complete(path)]
+    protected = {Path(path).resolve() for path in (*complete[:1], *protect)}
+    others = [path for path in complete if path.resolve() not in protected]
+    for path in others[max(0, keep - len(complete) + len(others)) :]:
+        doomed = path.with_name(f".{path.name}.deleted")  # half deleted it must not look like a checkpoint
+        os.rename(path, doomed)
+        sync(path.parent)
+        remove(doomed)

@@ -174,12 +174,12 @@ class AdamW(torch.optim.AdamW):
         """How its state is kept, found out once for where it lies."""
         forms, key = self.__dict__.setdefault("_forms", {}), (parameter, parameter.device, parameter.dtype)
         if key not in forms:
-            of_all = [(p, group) for group in self.param_groups for p in group["params"]]
-            forms |= {(p, p.device, p.dtype): self._form_of(p, n, group) for n, (p, group) in enumerate(of_all)}
+            of_all = [(p, group.get("muon")) for group in self.param_groups for p in group["params"]]
+            for number, (p, muon) in enumerate(of_all):
+                moments = (low_memory.MOMENTUM,) if muon else low_memory.MOMENTS
+                form = low_memory.form_of(p, self.states, self.offload, number, moments)
+                forms[p, p.device, p.dtype] = form
         return forms[key]
-
-    def _form_of(self, parameter: nn.Parameter, number: int, group: Mapping[str, Any]) -> low_memory.Form:
-        return low_memory.form_of(parameter, self.states, self.offload, number)
 
     def _scale(self) -> torch.Tensor | None:
         """What gradients are multiplied by."""

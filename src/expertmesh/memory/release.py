@@ -28,7 +28,7 @@ from expertmesh import backends
 from expertmesh.kernels.clip import Tally, clip_factor, tally_
 from expertmesh.memory.adamw import AdamW
 from expertmesh.memory.muon import Muon
-from expertmesh.parallel.clip import local, norm_of_all, num_copies
+from expertmesh.parallel.clip import local, norm_of_all, pieces
 from expertmesh.waiting import waiting
 
 BYTES = 2**26  # of gradients that may wait for others, on each stream
@@ -233,13 +233,12 @@ class GradientRelease:
             assert self._start is not None, "check(loss) comes before backward"
             self._tallies[place] = Tally(*self._start.to(grads[0].device).repeat(3).unbind())
         tally = self._tallies[place]
-        pieces: dict[int, list[torch.Tensor]] = {}
-        for grad in grads:
-            pieces.setdefault(num_copies(grad), []).append(local(grad))
+        held = pieces(grads)
         clips = not self.measuring and self.max_grad_norm is not None
         running = self.optimizer.param_groups[0][RUNNING].to(tally.squares.device, non_blocking=True) if clips else None
-        for copies, tensors in pieces.items():
-            tally_(tally, tensors, copies, self.max_grad_norm, running, own=pieces.keys() == {1})
+        own = all(copies == 1 for copies, _ in held)
+        for (copies, _), tensors in held.items():
+            tally_(tally, tensors, copies, self.max_grad_norm, running, own)
         return tally.scale if clips else None, tally.found_inf
 
     def _refuse_standing(self) -> None:
