@@ -23,14 +23,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: 
     """
     parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
     norm = grad_norm(parameters)
-    if math.isinf(max_norm):  # to measure only
-        return norm
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_device.setdefault(parameter.grad.device, []).append(local(parameter.grad))
-    for device, tensors in by_device.items():
-        scale_(tensors, clip_factor(norm, max_norm).to(device, non_blocking=True))
+    if not math.isinf(max_norm):
+        scale_([local(p.grad) for p in parameters if p.grad is not None], clip_factor(norm, max_norm))
     return norm
 
 
