@@ -158,7 +158,7 @@ def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimiz
         if not shape:  # the step count: PyTorch keeps it beside the parameter if its kernel reads it there
             tensors[path] = torch.empty((), dtype=dtype, device=parameter.device if parameter in on_device else "cpu")
         elif not isinstance(parameter, DTensor):
-            place = optimizer.place(parameter) if isinstance(optimizer, AdamW) else {"device": parameter.device}
+            place = optimizer.form(parameter).place if isinstance(optimizer, AdamW) else {"device": parameter.device}
             tensors[path] = torch.empty(shape, dtype=dtype, **place)
         elif shape[:-1] == parameter.shape[:-1]:  # of its shape, or with something of each block of a row
             mesh, placements = parameter.device_mesh, _plain(_placements(parameter, shape))

@@ -70,7 +70,6 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def update(self, pairs: Pairs, scale: Scalar = None, found_inf: Scalar = None) -> None:
-        """As AdamW's."""
         pairs = list(pairs)
         super().update([(p, group) for p, group in pairs if not group.get("muon")], scale, found_inf)
         for parameter, group in pairs:

@@ -57,10 +57,9 @@ class GradientRelease:
         self, optimizer: AdamW, clipping: Literal["running", "exact"] = "running", max_grad_norm: float | None = None
     ) -> None:
         if not isinstance(optimizer, AdamW) or isinstance(optimizer, Muon):
-            name = type(optimizer).__name__
             raise ValueError(
-                f"Gradients are released to an expertmesh.AdamW, not to {name}: a trainer has ours as "
-                "optim='adamw_torch_fused'."
+                f"Gradients are released to an expertmesh.AdamW, not to {type(optimizer).__name__}: a trainer has ours "
+                f"as optim='adamw_torch_fused'."
             )
         if clipping not in ("running", "exact"):
             raise ValueError(f"clipping is 'running' or 'exact', not {clipping!r}.")
@@ -87,9 +86,8 @@ class GradientRelease:
         backends.logger().info("Weights are updated within backward and gradients freed (%s).", how)
 
     def backward(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Runs `loss = forward()` and `loss.backward()`, twice where a norm is to be known; returns the detached loss.
-
-        The second forward draws the random numbers of the first.
+        """Runs `loss = forward()` and `loss.backward()`, twice where a norm is to be known, with the same random numbers.
+        Returns the detached loss.
         """
 
         def step() -> torch.Tensor:
@@ -121,7 +119,7 @@ class GradientRelease:
             norm = self._norm()
             self._known = clip_factor(norm, bound), 1.0 - torch.isfinite(norm).float()
         result = self._pass(step)
-        norm = self._norm() if self._known is None else norm
+        self.grad_norm = norm = self._norm() if self._known is None else norm
         if bound is not None and self.clipping == "running":
             usable, before = torch.isfinite(norm) & (norm > 0), norm  # the first running norm is that of its step
             if running is not None:
@@ -129,7 +127,6 @@ class GradientRelease:
             mean = torch.where(usable, before * (norm / before) ** (1 - MEMORY), bound)
             for group in groups:
                 group[RUNNING] = mean
-        self.grad_norm = norm
         return result
 
     def check(self, loss: torch.Tensor) -> None:
@@ -173,7 +170,6 @@ class GradientRelease:
             self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(accumulated)
 
     def _pass(self, step: Callable[[], T], measuring: bool = False) -> T:
-        """A forward and backward whose gradients are released."""
         self._start, self._tallies, self._pending, self._done = None, {}, {}, set()
         self._active, self.measuring = True, measuring
         try:
@@ -189,7 +185,6 @@ class GradientRelease:
             self._active = self.measuring = False
 
     def _norm(self) -> torch.Tensor:
-        """Of all gradients that were released, on all ranks."""
         assert self._start is not None, "check(loss) comes before backward"
         total = self._start.clone()
         for tally in self._tallies.values():

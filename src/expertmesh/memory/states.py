@@ -27,7 +27,7 @@ from expertmesh.parallel.clip import local, num_parts
 
 STATES = ("8bit", "24bit", "float32")
 SMALL = 4096
-LARGE = 2**26
+LARGE = 2**26  # bytes of a weight whose states go to the host where any do
 SIZES = (256, 128, 64, 32)  # of a block: the first one that divides a row
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENTUM = "momentum_buffer"  # Muon's, in their place
@@ -56,7 +56,7 @@ def form_of(
 ) -> Form:
     """The form that `states` asks for; the same one on every rank. `parameter` may be on the meta device."""
     place: dict[str, Any] = {"device": parameter.device}
-    if offload and is_large(parameter.nbytes) and parameter.is_contiguous():
+    if offload and parameter.nbytes >= LARGE and parameter.is_contiguous():
         place = {"device": torch.device("cpu"), "pin_memory": parameter.is_cuda}
     narrow, first = parameter.dtype == torch.bfloat16, 0
     size = _block(parameter) if states in ("8bit", "24bit") and parameter.numel() >= SMALL else 0
@@ -71,11 +71,6 @@ def form_of(
         _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
         first = sum(at * step for at, step in zip(offset, parameter.stride(), strict=True))
     return Form(tensors, moments, size, stream, first, place)
-
-
-def is_large(size: float) -> bool:
-    """Whether the states of a weight of so many bytes go to the host where any do."""
-    return size >= LARGE
 
 
 def refuse(parameters: Iterable[torch.Tensor], states: str | None) -> None:

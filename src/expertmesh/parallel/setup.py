@@ -112,12 +112,17 @@ class DistributedSetup:
                 f"This DistributedSetup is for {self.world_size} ranks, but {ranks} are running. Start "
                 f"{self.world_size} (torchrun --nproc-per-node {self.world_size}), or make the setup for {ranks}."
             )
+        dispatch = self.dispatch
+        if dispatch == AUTO:  # groups are ranks one behind the other
+            per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+            near = torch.cuda.is_available() and per_node % self.ep_size == 0 and self.ep_size <= NEAR
+            dispatch = "gather" if near else "all_to_all"
         return DistributedConfig(
             fsdp_size=self.fsdp_size,
             dp_replicate_size=self.dp_replicate_size,
             tp_size=self.tp_size,
             ep_size=self.ep_size,
-            ep_implementation=ep_implementation or TRANSPORTS[self._dispatch()].ep_implementation,
+            ep_implementation=ep_implementation or TRANSPORTS[dispatch].ep_implementation,
         )
 
     def join(self) -> None:
@@ -125,14 +130,6 @@ class DistributedSetup:
         if current_world_size() > 1:
             _ensure_torch_distributed()
             refuse_differences("distributed_setup", asdict(self))
-
-    def _dispatch(self) -> str:
-        """The dispatch that is asked for, or the one that fits: groups are ranks one behind the other."""
-        if self.dispatch != AUTO:
-            return self.dispatch
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", current_world_size()))
-        near = torch.cuda.is_available() and per_node % self.ep_size == 0 and self.ep_size <= NEAR
-        return "gather" if near else "all_to_all"
 
     def apply_to(self, model: Any) -> None:
         """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
@@ -206,17 +203,14 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 _MOE = "moe.reshard_after_forward"
 _OURS = ["strategy", "dp_size", "dp_replicate_size", "tp_size", "ep_size", "timeout_minutes", "dispatch",
          "activation_checkpointing", _MOE]  # fmt: skip
-# NeMo's other keys, each with the values that ask for what happens anyway
-_THEIRS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("pp_size", "cp_size", "fsdp2_forward_prefetch_depth"), (1,)),
-    **dict.fromkeys(("sequence_parallel", "enable_async_tensor_parallel"), (False,)),
-    **dict.fromkeys(("enable_compile", "enable_fsdp2_prefetch"), (False,)),
-    **dict.fromkeys(("defer_fsdp_grad_sync", "reshard_after_forward"), (True,)),
-    **dict.fromkeys(("moe.ignore_router_for_ac", "moe.wrap_outer_model"), (True,)),
-    "fsdp2_backward_prefetch_depth": (2,),
-    "activation_checkpointing_scope": ("all",),
-    "patch_is_packed_sequence": (False, True),
-}
+# NeMo's other keys, each with the value that asks for what happens anyway
+_THEIRS = {
+    "pp_size": 1, "cp_size": 1, "fsdp2_forward_prefetch_depth": 1, "fsdp2_backward_prefetch_depth": 2,
+    "sequence_parallel": False, "enable_async_tensor_parallel": False, "enable_compile": False,
+    "enable_fsdp2_prefetch": False, "patch_is_packed_sequence": False, "defer_fsdp_grad_sync": True,
+    "reshard_after_forward": True, "moe.ignore_router_for_ac": True, "moe.wrap_outer_model": True,
+    "activation_checkpointing_scope": "all",
+}  # fmt: skip
 
 
 def create_distributed_setup_from_config(
@@ -234,7 +228,7 @@ def create_distributed_setup_from_config(
             raise ValueError(
                 f"There is no distributed setting {key!r}; did you mean {near!r}? Settings: {', '.join(_OURS)}."
             )
-        if key in _THEIRS and repr(value) not in map(repr, _THEIRS[key]):  # to repr True is not 1
+        if key in _THEIRS and repr(value) != repr(_THEIRS[key]):  # to repr True is not 1
             raise ValueError(f"{key}={value!r} is NeMo AutoModel's and not supported here: leave it out.")
     section = {key.replace(_MOE, "reshard_experts"): value for key, value in given.items() if key in _OURS}
     return DistributedSetup(**section | ({} if world_size is None else {"world_size": world_size}))
