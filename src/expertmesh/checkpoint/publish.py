@@ -38,10 +38,7 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
 
     def begin() -> None:
         if os.path.lexists(target):
-            raise FileExistsError(
-                f"{target} exists, and a published checkpoint is never replaced. Resume from it, save to another "
-                f"folder, or move it away if it is not needed."
-            )
+            raise FileExistsError(f"{target} exists: resume from it, save to another folder, or move it away.")
         for path in output_dir.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 log.warning("%s is removed: a save or a deletion did not finish.", path)
@@ -71,9 +68,7 @@ def verify(checkpoint: str | Path) -> None:
     """
     checkpoint = Path(checkpoint)
     if not is_complete(checkpoint):
-        raise FileNotFoundError(
-            f"{checkpoint} has no {MANIFEST}: its save did not finish, or something else wrote it. Take another one."
-        )
+        raise FileNotFoundError(f"{checkpoint} has no {MANIFEST}: its save did not finish. Take another one.")
     sums = listed(checkpoint / MANIFEST)
     modes = {path.relative_to(checkpoint).as_posix(): path.lstat().st_mode for path in checkpoint.rglob("*")}
     files = {name for name, mode in modes.items() if stat.S_ISREG(mode)}

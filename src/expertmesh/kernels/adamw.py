@@ -89,10 +89,8 @@ def adamw_reference_(updates: Sequence[Update], scale: Scalar = None, found_inf:
         torch._fused_adamw_(
             p, g, m, v, [], [step], lr=lr, beta1=beta1, beta2=beta2, amsgrad=False, found_inf=found, **rest
         )
-        for kept, new in _kept(update, *p, *m, *v):
-            if found is not None and (update.scales or update.master is not None):  # else PyTorch has left it as it is
-                new = torch.where(found != 0, kept, new)
-            kept.copy_(new)  # nothing to do where it is the same memory
+        for kept, new in _kept(update, *p, *m, *v):  # copying does nothing where it is the same memory
+            kept.copy_(new if found is None else torch.where(found != 0, kept, new))
         if found is not None:
             step -= found
 

@@ -54,10 +54,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, *args, **kwargs | {"foreach": None, "fused": True})
         low_memory.refuse(self._parameters(), states)
         if offload and any(isinstance(parameter, DTensor) for parameter in self._parameters()):
-            raise ValueError(
-                "offload=True is for a GPU that is alone: these weights are sharded, so their states are shared out "
-                "already. Leave it out."
-            )
+            raise ValueError("offload=True is for a GPU that is alone, and these weights are sharded: leave it out.")
         kept = "moments in the weights' dtype" if states is None else f'states="{states}"'
         what = f"{type(self).__name__} keeps {kept}: {self.bytes_per_parameter:.2f} bytes a parameter, with its weight."
         on_host = sum(p.nbytes for p in self._parameters() if "pin_memory" in self.form(p).place)

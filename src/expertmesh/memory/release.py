@@ -67,7 +67,7 @@ class GradientRelease:
         self.max_grad_norm = min(bounds, default=None)
         if clipping == "exact" and self.max_grad_norm is None:
             raise ValueError(
-                "clipping='exact' runs each step twice, to clip to nothing: set max_grad_norm, or 'running'."
+                "clipping='exact' measures each step, to clip to nothing: set max_grad_norm, or 'running'."
             )
         self.optimizer, self.clipping = optimizer, clipping
         self.grad_norm: torch.Tensor | None = None  # between `backward` and `optimizer.step()`
@@ -86,8 +86,8 @@ class GradientRelease:
         backends.logger().info("Weights are updated within backward and gradients freed (%s).", how)
 
     def backward(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Runs `loss = forward()` and `loss.backward()`, twice where a norm is to be known, with the same random numbers.
-        Returns the detached loss.
+        """Runs `loss = forward()` and `loss.backward()`, twice where a norm is to be known: with the same
+        random numbers. Returns the detached loss.
         """
 
         def step() -> torch.Tensor:
@@ -101,10 +101,7 @@ class GradientRelease:
     def run(self, step: Callable[[], T]) -> T:
         """As `backward`, for a function that goes forward and backward by itself, with `check(loss)` in between."""
         if self.grad_norm is not None:
-            raise RuntimeError(
-                "This is a second backward before optimizer.step(). Gradients that were released cannot accumulate: "
-                "step after each backward, with a larger batch instead, or do without gradient release."
-            )
+            raise RuntimeError("Released gradients cannot accumulate: call optimizer.step() after each backward.")
         groups = self.optimizer.param_groups
         self._groups = {p: group for group in groups for p in group["params"] if p.requires_grad}
         self._refuse_standing()
@@ -247,10 +244,7 @@ class GradientRelease:
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise ValueError("optimizer.step() takes no closure with gradient release: pass it to release.backward().")
         if getattr(self.optimizer, "grad_scale", None) is not None:
-            raise ValueError(
-                "GradScaler cannot be combined with gradient release: it looks at gradients after backward, when "
-                "weights have changed. Train in bfloat16 without it."
-            )
+            raise ValueError("GradScaler looks at gradients after backward, where these are gone: train in bfloat16.")
         self._refuse_standing()
         if self.grad_norm is None:
             raise RuntimeError("optimizer.step() without release.backward(forward) before it: nothing was updated.")

@@ -141,9 +141,7 @@ def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.
                 average = waiting(place, world)(lambda p: dist.all_reduce(p.grad, dist.ReduceOp.AVG))
                 parameter.register_post_accumulate_grad_hook(average)
             elif parameter.device_mesh.size() < world.size():
-                raise ValueError(
-                    f"{place}: nobody averages adapters that tp_size splits over dp_size. Set tp_size to 1."
-                )
+                raise ValueError(f"{place}: nobody averages adapters split by tp_size over dp_size: set tp_size to 1.")
             setattr(parameter, _AVERAGED, True)
 
 

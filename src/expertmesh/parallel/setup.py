@@ -165,10 +165,7 @@ def recompute(model: Any, policy: Policy) -> None:
         model.activation_checkpointing_enable()
     elif policy:
         if not hasattr(model, "fusion_report"):
-            raise ValueError(
-                f"activation_checkpointing={policy!r} needs a fused model, and {type(model).__name__} is none: set it "
-                f"to true."
-            )
+            raise ValueError(f"activation_checkpointing={policy!r} needs a fused model: set it to true for this one.")
         model.activation_checkpointing_enable({"recompute": policy})
 
 
