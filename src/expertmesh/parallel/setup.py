@@ -76,18 +76,16 @@ class DistributedSetup:
         world, tp, replicas = self.world_size, self.tp_size, self.dp_replicate_size
         if world % tp:
             raise ValueError(f"tp_size={tp} does not divide the {world} ranks. Set tp_size to {_divisors(world)}.")
-        if self.dp_size is None:
-            object.__setattr__(self, "dp_size", world // tp)
-        assert self.dp_size is not None
-        if self.dp_size * tp != world:
+        dp = world // tp if self.dp_size is None else self.dp_size
+        object.__setattr__(self, "dp_size", dp)
+        if dp * tp != world:
             raise ValueError(
-                f"dp_size={self.dp_size} x tp_size={tp} is {self.dp_size * tp}, but there are {world} ranks. "
-                f"Leave dp_size out (it then is {world // tp}), or start {self.dp_size * tp} ranks."
+                f"dp_size={dp} x tp_size={tp} is {dp * tp}, but there are {world} ranks. "
+                f"Leave dp_size out (it then is {world // tp}), or start {dp * tp} ranks."
             )
-        if self.dp_size % replicas:
+        if dp % replicas:
             raise ValueError(
-                f"dp_replicate_size={replicas} does not divide dp_size={self.dp_size} (world_size={world} / "
-                f"tp_size={tp}). Set dp_replicate_size to {_divisors(self.dp_size)}."
+                f"dp_replicate_size={replicas} does not divide dp_size={dp}. Set dp_replicate_size to {_divisors(dp)}."
             )
         ranks = self.fsdp_size * tp
         if self.ep_size > 1 and (ranks % self.ep_size or self.ep_size % tp):
