@@ -11,7 +11,7 @@ _HOMES = {
     "fuse": "expertmesh.fuse",
     "DistributedSetup": "expertmesh.parallel.setup",
     "ExpertsQuantConfig": "expertmesh.weights.four_bit",
-    "create_distributed_setup_from_config": "expertmesh.parallel.nemo_keys",
+    "create_distributed_setup_from_config": "expertmesh.parallel.setup",
     "AdamW": "expertmesh.memory.adamw",
     "Muon": "expertmesh.memory.muon",
     "GradientRelease": "expertmesh.memory.release",

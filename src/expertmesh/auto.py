@@ -14,8 +14,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from expertmesh.fuse import fuse, fused_class, loading
-from expertmesh.parallel.nemo_keys import as_setup
-from expertmesh.parallel.setup import AUTO, DistributedSetup
+from expertmesh.parallel.setup import AUTO, DistributedSetup, create_distributed_setup_from_config
 from expertmesh.weights.files import verify_sums
 from expertmesh.weights.four_bit import ExpertsQuantConfig, pack
 from expertmesh.weights.init import initialise_shards
@@ -117,7 +116,9 @@ def _take_ours(kwargs: dict[str, Any]) -> tuple[bool | dict[str, bool], Distribu
         for name in ("distributed_config", "device_map", "device_mesh", "tp_plan", "tp_size"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"distributed_setup says where the model goes; leave {name}= out.")
-        setup = as_setup(setup)
+        setup = create_distributed_setup_from_config(setup) if isinstance(setup, dict) else setup
+        if not isinstance(setup, DistributedSetup):
+            raise TypeError(f"distributed_setup must be a DistributedSetup or a dict, not {type(setup).__name__}.")
     if weight is None:
         return fused, setup, None
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:

@@ -292,7 +292,7 @@ def test_states_of_large_weights_lie_on_the_host_wherever_the_weights_do(states,
         parameter = model.get_parameter(name)
         state = {key: x for key, x in optimizer.prepare(parameter).items() if torch.is_tensor(x)}
         assert state.pop("step").is_meta and state
-        place = torch.device(optimizer.place(parameter)["device"])
+        place = torch.device(optimizer.form(parameter).place["device"])
         assert place.type == ("meta" if name == "norm" else "cpu") and {x.device for x in state.values()} == {place}
     assert pickle.loads(pickle.dumps(optimizer)).offload
 

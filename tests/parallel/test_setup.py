@@ -11,10 +11,9 @@ from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.kernels.recompute import is_policy
 from expertmesh.nemo import NeMoAutoModelForCausalLM
-from expertmesh.parallel import nemo_keys
+from expertmesh.parallel import setup as setups
 from expertmesh.parallel.clip import clip_grad_norm
-from expertmesh.parallel.nemo_keys import create_distributed_setup_from_config
-from expertmesh.parallel.setup import DistributedSetup
+from expertmesh.parallel.setup import DistributedSetup, create_distributed_setup_from_config
 
 LAYOUTS = [
     (sizes, world)
@@ -117,6 +116,7 @@ def test_the_section_of_a_nemo_script():
         "ep_size": 4,
         "dp_replicate_size": 2,
         "sequence_parallel": False,
+        "tp_plan": None,
         "activation_checkpointing": True,
         "moe": {"ignore_router_for_ac": True, "reshard_after_forward": False, "wrap_outer_model": True},
     }
@@ -134,13 +134,17 @@ def test_the_section_of_a_nemo_script():
         ({"moe": {"reshard_after_foward": True}}, "did you mean 'moe.reshard_after_forward'"),
         ({"pp_size": 2}, "pp_size=2 is NeMo AutoModel's and not supported here: leave it out."),
         ({"cp_size": 2}, "cp_size=2"),
-        ({"pipeline": {"pp_schedule": "1f1b"}}, "pipeline={'pp_schedule': '1f1b'}"),
+        ({"pipeline": {"pp_schedule": "1f1b"}}, "There is no distributed setting 'pipeline'"),
         ({"strategy": "ddp"}, "dp_replicate_size"),
         ({"strategy": "megatron_fsdp"}, "strategy must be 'fsdp2'"),
         ({"sequence_parallel": True}, "sequence_parallel=True"),
         ({"activation_checkpointing": "selective"}, "activation_checkpointing must be true, false, light"),
         ({"timeout_minutes": 0}, "timeout_minutes must be a number of minutes above 0, not 0"),
-        ({"moe": {"lm_head_precision": "float32"}}, "moe.lm_head_precision='float32'"),
+        ({"moe": {"lm_head_precision": "float32"}}, "There is no distributed setting 'moe.lm_head_precision'"),
+        (
+            {"moe": {"reshard_after_forward": "no"}},
+            "true or false (a section says moe.reshard_after_forward), not 'no'",
+        ),
     ],
     ids=str,
 )
@@ -158,9 +162,10 @@ STRANGE = [
 
 def test_any_section_is_a_setup_of_proper_values_or_a_value_error_that_names_a_key():
     draw, made = random.Random(0), 0
-    known = [*nemo_keys._OURS, *nemo_keys._NEMO_KEYS]
+    ours = ["moe", *(key for key in setups._OURS if "." not in key)]
+    known = [*ours, *(key for key in setups._THEIRS if "." not in key), "pipeline", "tp_plan"]
     for _ in range(1000):
-        keys = draw.choices([*known, *nemo_keys._OURS * 4, "ep_sise", 3, None, ("a",)], k=draw.randint(1, 3))
+        keys = draw.choices([*known, *ours * 4, "ep_sise", 3, None, ("a",)], k=draw.randint(1, 3))
         section = {key: draw.choice(STRANGE) for key in keys}
         try:
             setup = create_distributed_setup_from_config(section, world_size=draw.choice((8, 8, 8, 2, 10**12, "8")))

@@ -5,7 +5,6 @@ torch's own `get_optimizer_state_dict` takes a step with zero gradients to creat
 says about it, so nothing is stepped, and it stays exactly what was saved.
 """
 
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from expertmesh.memory.adamw import IMPLEMENTATION, AdamW
 from expertmesh.parallel import ranks
-from expertmesh.parallel.clip import local
+from expertmesh.parallel.clip import local, num_parts
 
 FOLDER = "optimizer"  # in a checkpoint
 GROUPS = "groups.pt"  # in FOLDER
@@ -159,7 +158,7 @@ def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimiz
         if not shape:  # the step count: PyTorch keeps it beside the parameter if its kernel reads it there
             tensors[path] = torch.empty((), dtype=dtype, device=parameter.device if parameter in on_device else "cpu")
         elif not isinstance(parameter, DTensor):
-            place = optimizer.place(parameter) if isinstance(optimizer, AdamW) else {"device": parameter.device}
+            place = optimizer.form(parameter).place if isinstance(optimizer, AdamW) else {"device": parameter.device}
             tensors[path] = torch.empty(shape, dtype=dtype, **place)
         elif shape[:-1] == parameter.shape[:-1]:  # of its shape, or with something of each block of a row
             mesh, placements = parameter.device_mesh, _plain(_placements(parameter, shape))
@@ -182,11 +181,10 @@ def _placements(parameter: Any, shape: torch.Size) -> tuple[Any, ...]:
     placements = getattr(parameter, "placements", ()) if shape else ()
     if shape == parameter.shape or not placements:
         return placements
-    across = [not placement.is_replicate() and placement.dim == len(shape) - 1 for placement in placements]
-    parts = math.prod(size for size, is_across in zip(parameter.device_mesh.shape, across, strict=True) if is_across)
-    if shape[-1] % parts == 0:
+    row = len(shape) - 1
+    if shape[-1] % num_parts(parameter, row) == 0:
         return placements
-    return tuple(Replicate() if is_across else each for each, is_across in zip(placements, across, strict=True))
+    return tuple(Replicate() if each.is_replicate() or each.dim == row else each for each in placements)
 
 
 def _laid_out(value: Any, placements: tuple[Any, ...]) -> Any:

@@ -38,10 +38,7 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
 
     def begin() -> None:
         if os.path.lexists(target):
-            raise FileExistsError(
-                f"{target} exists, and a published checkpoint is never replaced. Resume from it, save to another "
-                f"folder, or move it away if it is not needed."
-            )
+            raise FileExistsError(f"{target} exists: resume from it, save to another folder, or move it away.")
         for path in output_dir.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 log.warning("%s is removed: a save or a deletion did not finish.", path)
@@ -71,9 +68,7 @@ def verify(checkpoint: str | Path) -> None:
     """
     checkpoint = Path(checkpoint)
     if not is_complete(checkpoint):
-        raise FileNotFoundError(
-            f"{checkpoint} has no {MANIFEST}: its save did not finish, or something else wrote it. Take another one."
-        )
+        raise FileNotFoundError(f"{checkpoint} has no {MANIFEST}: its save did not finish. Take another one.")
     sums = listed(checkpoint / MANIFEST)
     modes = {path.relative_to(checkpoint).as_posix(): path.lstat().st_mode for path in checkpoint.rglob("*")}
     files = {name for name, mode in modes.items() if stat.S_ISREG(mode)}
@@ -106,13 +101,11 @@ def prune(output_dir: str | Path, keep: int, protect: Sequence[str | Path] = ())
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, and at least 1 checkpoint must be kept.")
-    complete = [(step, path) for step, path in reversed(checkpoints(output_dir)) if is_complete(path)]
-    protected = {Path(path).resolve() for path in protect}
-    kept = [path for number, (_, path) in enumerate(complete) if number == 0 or path.resolve() in protected]
-    kept += [path for _, path in complete if path not in kept][: max(0, keep - len(kept))]
-    for step, path in complete:
-        if path not in kept:
-            doomed = path.with_name(f".checkpoint-{step}.deleted")  # half deleted it must not look like a checkpoint
-            os.rename(path, doomed)
-            sync(path.parent)
-            remove(doomed)
+    complete = [path for _, path in reversed(checkpoints(output_dir)) if is_complete(path)]
+    kept = {Path(path).resolve() for path in (*complete[:1], *protect)}
+    others = [path for path in complete if path.resolve() not in kept]
+    for path in others[max(0, keep - len(complete) + len(others)) :]:
+        doomed = path.with_name(f".{path.name}.deleted")  # half deleted it must not look like a checkpoint
+        os.rename(path, doomed)
+        sync(path.parent)
+        remove(doomed)

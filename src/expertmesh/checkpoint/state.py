@@ -15,7 +15,6 @@ import copy
 import io
 import logging
 import random
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -52,22 +51,36 @@ class Resumed:
 
 
 def save_checkpoint(
-    directory: str | Path,
-    *,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    scheduler: Any = None,
-    extra: dict[str, Any] | None = None,
-    keep: int | None = None,
-) -> Path:
+    directory: str | Path, *, model: Any, optimizer: torch.optim.Optimizer, step: int, scheduler: Any = None,
+    extra: dict[str, Any] | None = None, keep: int | None = None, saver: "BackgroundSaver | None" = None,
+) -> Path:  # fmt: skip
     """Publish `directory/checkpoint-<step>` and return its path. Every rank calls it, on one file system.
 
     model: a Transformers model, sharded or not, in one process or many. extra: what else the loop must remember, as
     the position in its data; each rank its own. keep: how many checkpoints stay, the newest ones; None keeps all.
+    saver: what writes the files when this has returned (`BackgroundSaver.save`).
     Raises FileExistsError if the checkpoint exists, ValueError if `extra` could not be read back.
     """
-    return _prepared(directory, model, optimizer, step, scheduler, extra, keep)()
+    model, path, group = _unwrapped(model), Path(directory).expanduser() / f"checkpoint-{step}", None
+    run, weights, (state, groups) = _run_file(step, scheduler, extra), files_of(model), state_of(model, optimizer)
+    if saver is not None:
+        group, weights = saver.group, iter(list(weights))
+        state, groups = BlockingAsyncStager().stage(state), copy.deepcopy(groups)
+
+    def write() -> Path:
+        with publishing(directory, step, group) as folder:
+            write_model(folder, model, weights, group)
+            write_optimizer(folder, state, groups, group)
+            if ranks.rank(group) == 0:
+                (folder / "run.pt").write_bytes(run)
+        if keep is not None and ranks.rank(group) == 0:
+            prune(directory, keep)
+        return path
+
+    if saver is None:
+        return write()
+    saver.running = saver.pool.submit(write)
+    return path
 
 
 def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None, scheduler: Any = None) -> Resumed:
@@ -109,25 +122,23 @@ class BackgroundSaver(AbstractContextManager):
 
     def __init__(self) -> None:
         # a group of its own: its messages must not meet the training's
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._running: Future[Path] | None = None
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.running: Future[Path] | None = None
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        try:
+        with self.pool:
             if kind is None:
                 self.wait()
-        finally:
-            self._pool.shutdown()
 
     def save(self, directory: str | Path, **options: Any) -> None:
         """As `save_checkpoint`, with its arguments; the files are written after it returns."""
         self.wait()
-        self._running = self._pool.submit(_prepared(directory, **options, staged=True, group=self._group))
+        save_checkpoint(directory, **options, saver=self)
 
     def wait(self) -> Path | None:
         """Wait for the running save, and return the checkpoint's path, or None if nothing was running."""
-        running, self._running = self._running, None
+        running, self.running = self.running, None
         return running.result() if running else None
 
 
@@ -177,36 +188,3 @@ def _run_file(step: int, scheduler: Any, extra: dict[str, Any] | None) -> bytes:
             f"and dicts, not other objects ({str(error).split('.')[0]})."
         ) from error
     return buffer.getvalue()
-
-
-def _prepared(
-    directory: str | Path,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    scheduler: Any = None,
-    extra: dict[str, Any] | None = None,
-    keep: int | None = None,
-    staged: bool = False,
-    group: Any = None,
-) -> Callable[[], Path]:
-    """What writes and publishes a checkpoint of this moment. It gathers, unless everything is `staged` in host memory;
-    else it must run at once."""
-    model = _unwrapped(model)
-    run, weights = _run_file(step, scheduler, extra), files_of(model)
-    state = None
-    if staged:
-        weights, (tensors, others) = iter(list(weights)), state_of(model, optimizer)
-        state = BlockingAsyncStager().stage(tensors), copy.deepcopy(others)
-
-    def write() -> Path:
-        with publishing(directory, step, group) as folder:
-            write_model(folder, model, weights, group)
-            write_optimizer(folder, *(state or state_of(model, optimizer)), group)
-            if ranks.rank(group) == 0:
-                (folder / "run.pt").write_bytes(run)
-        if keep is not None and ranks.rank(group) == 0:
-            prune(directory, keep)
-        return Path(directory).expanduser() / f"checkpoint-{step}"
-
-    return write

@@ -89,10 +89,8 @@ def adamw_reference_(updates: Sequence[Update], scale: Scalar = None, found_inf:
         torch._fused_adamw_(
             p, g, m, v, [], [step], lr=lr, beta1=beta1, beta2=beta2, amsgrad=False, found_inf=found, **rest
         )
-        for kept, new in _kept(update, *p, *m, *v):
-            if found is not None and (update.scales or update.master is not None):  # else PyTorch has left it as it is
-                new = torch.where(found != 0, kept, new)
-            kept.copy_(new)  # nothing to do where it is the same memory
+        for kept, new in _kept(update, *p, *m, *v):  # copying does nothing where it is the same memory
+            kept.copy_(new if found is None else torch.where(found != 0, kept, new))
         if found is not None:
             step -= found
 
@@ -130,17 +128,11 @@ def _launch(
 ) -> None:
     groups = {id(update.options): update.options for update in updates}
     number = {key: i for i, key in enumerate(groups)}
-    counts = [update.weight.numel() for update in updates]
-    rows = [
-        (
-            *(x.data_ptr() for x in (u.grad, u.weight, u.exp_avg, u.exp_avg_sq, u.step)),
-            number[id(u.options)],
-            *(0 if x is None else x.data_ptr() for x in (u.master, *(u.scales or (None, None)))),
-            u.stream,
-            u.first,
-        )
-        for u in updates
-    ]
+    counts, rows = [update.weight.numel() for update in updates], []
+    for u in updates:
+        tensors = u.grad, u.weight, u.exp_avg, u.exp_avg_sq, u.step, u.master, *(u.scales or (None, None))
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        rows.append((*addresses, number[id(u.options)], u.stream, u.first))
     of_chunk, table, chunks = tensor_lists.walk(counts, rows, device)
     options = _options(list(groups.values()), device)
     shared = torch.empty(len(updates), SHARED, dtype=torch.float32, device=device)
@@ -177,7 +169,7 @@ def _is_there(lr: Any) -> bool:
 def _prepare_kernel(table, numbers, like, scale, found_inf, shared):
     """Counts the step of one tensor and writes what its elements share, computed in float64."""
     row = table + tl.program_id(0) * 14
-    of_group = numbers + tl.load(row + 8) * 8
+    of_group = numbers + tl.load(row + 11) * 8
     to = shared + tl.program_id(0) * 10
     lr, beta1, beta2 = tl.load(of_group), tl.load(of_group + 1), tl.load(of_group + 2)
     counter = tl.load(row + 7).to(like.dtype)
@@ -213,7 +205,7 @@ def _adamw_kernel(
         avg, square = base(tl.load(row + 5), start, avg_like), base(tl.load(row + 6), start, square_like)
         master = weight
         if master_like is not None:
-            master = base(tl.load(row + 9), start, master_like)
+            master = base(tl.load(row + 8), start, master_like)
         bases = weight, grad, avg, square, master
         step_size, correction, decay = tl.load(shared), tl.load(shared + 1), tl.load(shared + 2)
         betas = tl.load(shared + 3), tl.load(shared + 4), tl.load(shared + 5), tl.load(shared + 6)
@@ -222,7 +214,7 @@ def _adamw_kernel(
         whole = count // BLOCK * BLOCK  # without a mask loads and stores are wide
         if SIZE:
             block = tl.arange(0, BLOCK // SIZE)
-            scales = base(tl.load(row + 10), start // SIZE, shared), base(tl.load(row + 11), start // SIZE, shared)
+            scales = base(tl.load(row + 9), start // SIZE, shared), base(tl.load(row + 10), start // SIZE, shared)
             step = tl.load(tl.load(row + 7).to(step_like.dtype))  # counted already
             place = tl.load(row + 12), step, tl.load(row + 13) + start
         for begin in tl.range(0, whole, BLOCK, num_stages=STAGES):

@@ -79,7 +79,7 @@ def squared_sum_reference(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def scale_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
-    """Multiplies each tensor in place by `scale`, a float32 scalar on their device, which the host does not wait for.
+    """Multiplies each tensor in place by `scale`, a float32 scalar on any device, which the host does not wait for.
 
     The product is rounded once, and a scale of 1 reads and writes nothing.
     """
@@ -88,8 +88,8 @@ def scale_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
 
 def scale_reference_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
     """The specification of `scale_`."""
-    if tensors:
-        torch._foreach_mul_(tensors, scale)
+    for tensor in tensors:
+        tensor *= scale.to(tensor.device, non_blocking=True)
 
 
 def _walked(
@@ -101,7 +101,8 @@ def _walked(
     for (device, _, aligned), members in together.items():
         counts, rows = [tensors[i].numel() for i in members], [[tensors[i].data_ptr()] for i in members]
         of_chunk, table, chunks = tensor_lists.walk(counts, rows, device)
-        beside.append(torch.empty(chunks, dtype=torch.float32, device=device) if scale is None else scale)
+        beside_it = torch.empty(chunks, dtype=torch.float32, device=device) if scale is None else scale
+        beside.append(beside_it.to(device, non_blocking=True))
         if chunks:
             constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, **OPTIONS}
             with torch.cuda.device_of(table):

@@ -24,27 +24,18 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.uint8)
 def launches(lists: Iterable[Sequence[torch.Tensor]]) -> tuple[dict[tuple, list[int]], list[int]]:
     """Which members of `lists` share a launch, by what they have in common, and which no kernel can walk.
 
-    A member is one tensor or several of the same elements (weight, gradient, ...). It is walked as one piece of memory,
-    so its tensors must lie densely, in the same order of dimensions. In common: device, dtypes, and whether all begin
-    at a multiple of 16 bytes.
+    A member is one tensor or several of the same elements (weight, gradient, ...), walked as one piece of memory: they
+    must be contiguous. In common: device, dtypes, and whether all begin at a multiple of 16 bytes.
     """
     together: dict[tuple, list[int]] = {}
     others: list[int] = []
     for number, tensors in enumerate(lists):
-        if use_triton(tensors[0]) and _same_order(tensors) and all(x.dtype in DTYPES for x in tensors):
+        if use_triton(tensors[0]) and all(x.is_contiguous() and x.dtype in DTYPES for x in tensors):
             aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
             together.setdefault((tensors[0].device, *(x.dtype for x in tensors), aligned), []).append(number)
         else:
             others.append(number)
     return together, others
-
-
-def _same_order(tensors: Sequence[torch.Tensor]) -> bool:
-    if all(x.is_contiguous() for x in tensors):
-        return True
-    strides = tensors[0].stride()
-    dense = torch.empty_like(tensors[0], device="meta").stride() == strides  # kept only where there are no gaps
-    return dense and all(x.stride() == strides for x in tensors)
 
 
 def walk(
@@ -69,14 +60,15 @@ def walk(
 
 def once(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Numbers of 64 bits on a device, copied there when a stream first asks for them. Nobody writes over them."""
-    on_cuda = device.type == "cuda"
-    if on_cuda and torch.cuda.is_current_stream_capturing():  # a graph outlives what is remembered here
-        return _sent(torch.tensor(numbers, dtype=dtype), device)
-    return _remembered(numbers, dtype, device, torch.cuda.current_stream(device) if on_cuda else None)
+    if device.type != "cuda":
+        return _remembered(numbers, dtype, device, None)
+    # a graph outlives what is remembered here
+    send = _remembered.__wrapped__ if torch.cuda.is_current_stream_capturing() else _remembered
+    return send(numbers, dtype, device, torch.cuda.current_stream(device))
 
 
 @lru_cache(MOST)
-def _remembered(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: Any) -> torch.Tensor:
+def _remembered(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device, _stream: Any) -> torch.Tensor:
     return _sent(torch.tensor(numbers, dtype=dtype), device)
 
 

@@ -1,7 +1,4 @@
-"""AdamW that walks all parameters in one launch and clips on the way: a step at the speed of memory.
-
-Drop-in for `torch.optim.AdamW`: same arguments, same state, checkpoints move in both directions.
-"""
+"""AdamW that walks all parameters in one launch and clips on the way: a step at the speed of memory."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -24,22 +21,22 @@ Pairs = Iterable[tuple[nn.Parameter, Mapping[str, Any]]]  # parameters, each wit
 
 class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` by one kernel for all parameters on a GPU, on any mix of meshes; on a CPU PyTorch's fused.
+    Arguments and state are the same: checkpoints move in both directions.
 
     max_grad_norm: clip to this norm of all gradients, on all ranks, within the step: gradients are measured in one pass
     and scaled as they are used. In memory they stay as they are. `grad_norm` is the norm that the last step clipped by,
     a float32 scalar on the device, or None.
 
     states: "8bit", "24bit" or "float32" keeps moments and weights as states.py says, for bfloat16 and float32 weights;
-    None as PyTorch. `bytes_per_parameter` is what a parameter and its states take. State of any of the four, and
-    PyTorch's, can be loaded, and becomes this one's at the next step; with "8bit" and "24bit" PyTorch cannot read it.
+    None as PyTorch. State of any of the four can be loaded, and becomes this one's at the next step; PyTorch cannot
+    read that of "8bit" and "24bit".
 
     offload: the states of weights of 64 MiB and more lie in pinned memory of the host, where the kernel reads and
-    writes them at the speed of PCIe, for a GPU that is alone: sharded weights are refused. `settle()` waits for what it
-    writes there, which `state_dict()` does by itself.
+    writes them at the speed of PCIe, for a GPU that is alone: sharded weights are refused.
 
-    All other arguments, state and options are PyTorch's; `fused`, `foreach` and `capturable` mean nothing: the step
-    never waits for the device, and CUDA graphs can capture it (with a learning rate that changes as a tensor). Raises
-    ValueError for states that are not for weights of these dtypes, in the step for amsgrad, sparse and complex ones.
+    `fused`, `foreach` and `capturable` mean nothing: the step never waits for the device, and CUDA graphs can capture
+    it (with a learning rate that changes as a tensor). Raises ValueError for states that are not for weights of these
+    dtypes, in the step for amsgrad, sparse and complex ones.
     """
 
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf
@@ -57,20 +54,17 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, *args, **kwargs | {"foreach": None, "fused": True})
         low_memory.refuse(self._parameters(), states)
         if offload and any(isinstance(parameter, DTensor) for parameter in self._parameters()):
-            raise ValueError(
-                "offload=True is for a GPU that is alone: these weights are sharded, so their states are shared out "
-                "already. Leave it out."
-            )
+            raise ValueError("offload=True is for a GPU that is alone, and these weights are sharded: leave it out.")
         kept = "moments in the weights' dtype" if states is None else f'states="{states}"'
         what = f"{type(self).__name__} keeps {kept}: {self.bytes_per_parameter:.2f} bytes a parameter, with its weight."
-        on_host = sum(p.nbytes for p in self._parameters() if "pin_memory" in self.place(p))
+        on_host = sum(p.nbytes for p in self._parameters() if "pin_memory" in self.form(p).place)
         backends.logger().info(what + f" Those of {on_host / 2**30:.1f} GiB of weights are on the host." * offload)
 
     @property
     def bytes_per_parameter(self) -> float:
         """Bytes of weights and states by the number of parameters, on this rank; gradients come on top."""
         number = sum(local(parameter).numel() for parameter in self._parameters())
-        return sum(low_memory.bytes_kept(p, self._form(p)) for p in self._parameters()) / max(number, 1)
+        return sum(low_memory.bytes_kept(p, self.form(p)) for p in self._parameters()) / max(number, 1)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -80,7 +74,6 @@ class AdamW(torch.optim.AdamW):
         return super().__getstate__() | own
 
     def state_dict(self) -> dict[str, Any]:
-        """As PyTorch's."""
         self.settle()
         return super().state_dict()
 
@@ -96,7 +89,7 @@ class AdamW(torch.optim.AdamW):
                 if key == "step":  # PyTorch's foreach AdamW counts on the CPU
                     value = torch.as_tensor(value, dtype=torch.float32, device=parameter.device)
                 elif isinstance(value, torch.Tensor):
-                    place = self.place(parameter)
+                    place = self.form(parameter).place
                     on_host = "pin_memory" in place
                     value = torch.empty_like(value, **place).copy_(value) if on_host else value.to(**place)
                 self.state[parameter][key] = value
@@ -111,7 +104,6 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; with a closure, after it, and its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -125,10 +117,6 @@ class AdamW(torch.optim.AdamW):
         """The step of some parameters alone, each with its group; scale and found_inf are those of `adamw_`."""
         adamw_([self._update(parameter, group) for parameter, group in pairs], scale, found_inf)
 
-    def place(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Where tensors of the parameter's state lie, as options of `torch.empty`."""
-        return self._form(parameter).place
-
     def settle(self) -> None:
         """States on the host are what the last step made of them, for code of the host."""
         if self.offload and torch.cuda.is_available():
@@ -136,7 +124,7 @@ class AdamW(torch.optim.AdamW):
 
     def prepare(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The state of a parameter, made if there is none yet."""
-        state, form = self.state[parameter], self._form(parameter)
+        state, form = self.state[parameter], self.form(parameter)
         if not state:
             low_memory.create(parameter, state, form)
         elif not low_memory.has_form(parameter, state, form):
@@ -144,7 +132,7 @@ class AdamW(torch.optim.AdamW):
         return state
 
     def _update(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> Update:
-        grad, state, form = self._grad(parameter, group), self.prepare(parameter), self._form(parameter)
+        grad, state, form = self._grad(parameter, group), self.prepare(parameter), self.form(parameter)
         pieces = {key: local(state[key]) for key in form.tensors}
         avg, square = (pieces[f"{key}_8bit" if form.size else key] for key in form.moments)
         scales = (pieces["exp_avg_scale"], pieces["exp_avg_sq_scale"]) if form.size else None
@@ -158,7 +146,6 @@ class AdamW(torch.optim.AdamW):
         return Update(weight, grad, avg, square, state["step"], group, master, scales, stream, form.first)
 
     def _grad(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor:
-        """This rank's piece of the parameter's gradient, laid out like it."""
         grad = parameter.grad
         assert grad is not None
         if group["amsgrad"] or grad.layout != torch.strided or not parameter.is_floating_point():
@@ -170,19 +157,18 @@ class AdamW(torch.optim.AdamW):
             grad = grad.redistribute(placements=parameter.placements)  # of a split embedding it is whole on every rank
         return local(grad)
 
-    def _form(self, parameter: nn.Parameter) -> low_memory.Form:
+    def form(self, parameter: nn.Parameter) -> low_memory.Form:
         """How its state is kept, found out once for where it lies."""
         forms, key = self.__dict__.setdefault("_forms", {}), (parameter, parameter.device, parameter.dtype)
         if key not in forms:
-            of_all = [(p, group) for group in self.param_groups for p in group["params"]]
-            forms |= {(p, p.device, p.dtype): self._form_of(p, n, group) for n, (p, group) in enumerate(of_all)}
+            of_all = [(p, group.get("muon")) for group in self.param_groups for p in group["params"]]
+            for number, (p, muon) in enumerate(of_all):
+                moments = (low_memory.MOMENTUM,) if muon else low_memory.MOMENTS
+                form = low_memory.form_of(p, self.states, self.offload, number, moments)
+                forms[p, p.device, p.dtype] = form
         return forms[key]
 
-    def _form_of(self, parameter: nn.Parameter, number: int, group: Mapping[str, Any]) -> low_memory.Form:
-        return low_memory.form_of(parameter, self.states, self.offload, number)
-
     def _scale(self) -> torch.Tensor | None:
-        """What gradients are multiplied by."""
         grad_scale = getattr(self, "grad_scale", None)
         scale = None if grad_scale is None else 1.0 / grad_scale.float()
         clip, self._clip = self._clip, None

@@ -21,14 +21,13 @@ from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS,
 from expertmesh import backends
 from expertmesh.kernels.adamw import Scalar
 from expertmesh.memory.adamw import AdamW, Pairs
-from expertmesh.memory.states import MASTER, MOMENTS, Form, form_of
+from expertmesh.memory.states import MASTER, MOMENTUM
 from expertmesh.moe.block import routers
 from expertmesh.moe.experts import is_experts
-from expertmesh.parallel.clip import local
+from expertmesh.parallel.clip import local, num_parts
 from expertmesh.waiting import waiting
 
 COEFFICIENTS = DEFAULT_A, DEFAULT_B, DEFAULT_C
-MOMENTUM = "momentum_buffer"  # of a weight's state
 ADJUSTMENTS = ("match_rms_adamw", "original")
 
 
@@ -69,13 +68,8 @@ class Muon(AdamW):
         count = len(groups[0]["params"])
         backends.logger().info("Muon steps %d weights, AdamW the other %d.", count, len(self._parameters()) - count)
 
-    def _form_of(self, parameter: nn.Parameter, number: int, group: Mapping[str, Any]) -> Form:
-        moments = (MOMENTUM,) if group.get("muon") else MOMENTS
-        return form_of(parameter, self.states, stream=number, moments=moments)
-
     @torch.no_grad()
     def update(self, pairs: Pairs, scale: Scalar = None, found_inf: Scalar = None) -> None:
-        """As AdamW's."""
         pairs = list(pairs)
         super().update([(p, group) for p, group in pairs if not group.get("muon")], scale, found_inf)
         for parameter, group in pairs:
@@ -112,12 +106,9 @@ def hidden_matrices(model: Any) -> set[torch.Tensor]:
     return found - {weight for module in apart if module is not None for weight in module.parameters()}
 
 
-def orthogonal_of(update: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def orthogonal_of(update: torch.Tensor, parameter: Any) -> torch.Tensor:
     """This rank's piece of O(U), in bfloat16. update: its piece of U, laid out like the parameter."""
-    if not isinstance(parameter, DTensor):
-        return orthogonal(update)
-    laid_out: Any = parameter.placements
-    if all(each.is_replicate() or (parameter.ndim == 3 and each.dim == 0) for each in laid_out):  # no matrix is cut
+    if num_parts(parameter) == (num_parts(parameter, 0) if parameter.ndim == 3 else 1):  # no matrix is cut
         return orthogonal(update)
     mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
     update, stride = update.bfloat16(), parameter.stride()

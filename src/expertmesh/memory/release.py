@@ -28,7 +28,7 @@ from expertmesh import backends
 from expertmesh.kernels.clip import Tally, clip_factor, tally_
 from expertmesh.memory.adamw import AdamW
 from expertmesh.memory.muon import Muon
-from expertmesh.parallel.clip import local, norm_of_all, num_copies
+from expertmesh.parallel.clip import local, norm_of_all, pieces
 from expertmesh.waiting import waiting
 
 BYTES = 2**26  # of gradients that may wait for others, on each stream
@@ -57,10 +57,9 @@ class GradientRelease:
         self, optimizer: AdamW, clipping: Literal["running", "exact"] = "running", max_grad_norm: float | None = None
     ) -> None:
         if not isinstance(optimizer, AdamW) or isinstance(optimizer, Muon):
-            name = type(optimizer).__name__
             raise ValueError(
-                f"Gradients are released to an expertmesh.AdamW, not to {name}: a trainer has ours as "
-                "optim='adamw_torch_fused'."
+                f"Gradients are released to an expertmesh.AdamW, not to {type(optimizer).__name__}: a trainer has ours "
+                f"as optim='adamw_torch_fused'."
             )
         if clipping not in ("running", "exact"):
             raise ValueError(f"clipping is 'running' or 'exact', not {clipping!r}.")
@@ -68,7 +67,7 @@ class GradientRelease:
         self.max_grad_norm = min(bounds, default=None)
         if clipping == "exact" and self.max_grad_norm is None:
             raise ValueError(
-                "clipping='exact' runs each step twice, to clip to nothing: set max_grad_norm, or 'running'."
+                "clipping='exact' measures each step, to clip to nothing: set max_grad_norm, or 'running'."
             )
         self.optimizer, self.clipping = optimizer, clipping
         self.grad_norm: torch.Tensor | None = None  # between `backward` and `optimizer.step()`
@@ -87,9 +86,8 @@ class GradientRelease:
         backends.logger().info("Weights are updated within backward and gradients freed (%s).", how)
 
     def backward(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Runs `loss = forward()` and `loss.backward()`, twice where a norm is to be known; returns the detached loss.
-
-        The second forward draws the random numbers of the first.
+        """Runs `loss = forward()` and `loss.backward()`, twice where a norm is to be known: with the same
+        random numbers. Returns the detached loss.
         """
 
         def step() -> torch.Tensor:
@@ -103,10 +101,7 @@ class GradientRelease:
     def run(self, step: Callable[[], T]) -> T:
         """As `backward`, for a function that goes forward and backward by itself, with `check(loss)` in between."""
         if self.grad_norm is not None:
-            raise RuntimeError(
-                "This is a second backward before optimizer.step(). Gradients that were released cannot accumulate: "
-                "step after each backward, with a larger batch instead, or do without gradient release."
-            )
+            raise RuntimeError("Released gradients cannot accumulate: call optimizer.step() after each backward.")
         groups = self.optimizer.param_groups
         self._groups = {p: group for group in groups for p in group["params"] if p.requires_grad}
         self._refuse_standing()
@@ -121,7 +116,7 @@ class GradientRelease:
             norm = self._norm()
             self._known = clip_factor(norm, bound), 1.0 - torch.isfinite(norm).float()
         result = self._pass(step)
-        norm = self._norm() if self._known is None else norm
+        self.grad_norm = norm = self._norm() if self._known is None else norm
         if bound is not None and self.clipping == "running":
             usable, before = torch.isfinite(norm) & (norm > 0), norm  # the first running norm is that of its step
             if running is not None:
@@ -129,7 +124,6 @@ class GradientRelease:
             mean = torch.where(usable, before * (norm / before) ** (1 - MEMORY), bound)
             for group in groups:
                 group[RUNNING] = mean
-        self.grad_norm = norm
         return result
 
     def check(self, loss: torch.Tensor) -> None:
@@ -173,7 +167,6 @@ class GradientRelease:
             self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(accumulated)
 
     def _pass(self, step: Callable[[], T], measuring: bool = False) -> T:
-        """A forward and backward whose gradients are released."""
         self._start, self._tallies, self._pending, self._done = None, {}, {}, set()
         self._active, self.measuring = True, measuring
         try:
@@ -189,7 +182,6 @@ class GradientRelease:
             self._active = self.measuring = False
 
     def _norm(self) -> torch.Tensor:
-        """Of all gradients that were released, on all ranks."""
         assert self._start is not None, "check(loss) comes before backward"
         total = self._start.clone()
         for tally in self._tallies.values():
@@ -233,13 +225,12 @@ class GradientRelease:
             assert self._start is not None, "check(loss) comes before backward"
             self._tallies[place] = Tally(*self._start.to(grads[0].device).repeat(3).unbind())
         tally = self._tallies[place]
-        pieces: dict[int, list[torch.Tensor]] = {}
-        for grad in grads:
-            pieces.setdefault(num_copies(grad), []).append(local(grad))
+        held = pieces(grads)
         clips = not self.measuring and self.max_grad_norm is not None
         running = self.optimizer.param_groups[0][RUNNING].to(tally.squares.device, non_blocking=True) if clips else None
-        for copies, tensors in pieces.items():
-            tally_(tally, tensors, copies, self.max_grad_norm, running, own=pieces.keys() == {1})
+        own = all(copies == 1 for copies, _ in held)
+        for (copies, _), tensors in held.items():
+            tally_(tally, tensors, copies, self.max_grad_norm, running, own)
         return tally.scale if clips else None, tally.found_inf
 
     def _refuse_standing(self) -> None:
@@ -253,10 +244,7 @@ class GradientRelease:
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise ValueError("optimizer.step() takes no closure with gradient release: pass it to release.backward().")
         if getattr(self.optimizer, "grad_scale", None) is not None:
-            raise ValueError(
-                "GradScaler cannot be combined with gradient release: it looks at gradients after backward, when "
-                "weights have changed. Train in bfloat16 without it."
-            )
+            raise ValueError("GradScaler looks at gradients after backward, where these are gone: train in bfloat16.")
         self._refuse_standing()
         if self.grad_norm is None:
             raise RuntimeError("optimizer.step() without release.backward(forward) before it: nothing was updated.")

@@ -12,23 +12,25 @@ scales are sharded like their parameter, and move to another layout as they are,
 pinned memory of the host, where the GPU's kernel reads and writes them.
 """
 
-import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import zeros as zeros_of_ranks
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from expertmesh.kernels.block_quant import dequantize, join, quantize, rest_of
-from expertmesh.parallel.clip import local
+from expertmesh.parallel.clip import local, num_parts
 
 STATES = ("8bit", "24bit", "float32")
 SMALL = 4096
-LARGE = 2**26
+LARGE = 2**26  # bytes of a weight whose states go to the host where any do
 SIZES = (256, 128, 64, 32)  # of a block: the first one that divides a row
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = "momentum_buffer"  # Muon's, in their place
 REST, MASTER = "remainder", "master"  # of a weight, beside it, and in its place
 STREAM = "stream"  # whose random numbers
 
@@ -54,7 +56,7 @@ def form_of(
 ) -> Form:
     """The form that `states` asks for; the same one on every rank. `parameter` may be on the meta device."""
     place: dict[str, Any] = {"device": parameter.device}
-    if offload and is_large(parameter.nbytes) and parameter.is_contiguous():
+    if offload and parameter.nbytes >= LARGE and parameter.is_contiguous():
         place = {"device": torch.device("cpu"), "pin_memory": parameter.is_cuda}
     narrow, first = parameter.dtype == torch.bfloat16, 0
     size = _block(parameter) if states in ("8bit", "24bit") and parameter.numel() >= SMALL else 0
@@ -67,13 +69,8 @@ def form_of(
         tensors[REST] = torch.int8, 1
     if isinstance(parameter, DTensor):
         _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-        first = sum(at * step for at, step in zip(offset, _strides(parameter.shape), strict=True))
+        first = sum(at * step for at, step in zip(offset, parameter.stride(), strict=True))
     return Form(tensors, moments, size, stream, first, place)
-
-
-def is_large(size: float) -> bool:
-    """Whether the states of a weight of so many bytes go to the host where any do."""
-    return size >= LARGE
 
 
 def refuse(parameters: Iterable[torch.Tensor], states: str | None) -> None:
@@ -98,11 +95,14 @@ def create(parameter: nn.Parameter, state: dict[str, Any], form: Form) -> None:
     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
     if form.size:
         state[STREAM] = form.stream
+    zeros: Any = partial(torch.zeros, **form.place)
+    if isinstance(parameter, DTensor):
+        zeros = partial(zeros_of_ranks, device_mesh=parameter.device_mesh, placements=parameter.placements)
     for key, (dtype, share) in form.tensors.items():
         if share == 1:
-            state[key] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format, **form.place)
+            state[key] = torch.zeros_like(parameter, dtype=dtype, **form.place)
         else:
-            state[key] = _of_blocks(parameter, share, **form.place)
+            state[key] = zeros((*parameter.shape[:-1], parameter.shape[-1] // share), dtype=dtype)
     if MASTER in state:
         state[MASTER].copy_(parameter.detach())
 
@@ -112,26 +112,18 @@ def convert(parameter: nn.Parameter, state: dict[str, Any], form: Form) -> None:
     old, weight = dict(state), local(parameter)
     if not all(key in old or f"{key}_8bit" in old for key in form.moments):
         raise ValueError(f"This state ({', '.join(old)}) is another optimizer's: this one cannot go on from it.")
-    if MASTER in old:
-        whole = local(old[MASTER]).float()
-    else:
-        whole = join(weight, local(old[REST])) if REST in old else weight.float()
+    whole = join(weight, local(old[REST])) if REST in old else local(old.get(MASTER, weight)).float()
     state.clear()
     create(parameter, state, form._replace(stream=old.get(STREAM, form.stream)))
-    state["step"].copy_(old["step"])
+    new = {"step": old["step"], MASTER: whole}
+    if REST in state:
+        new[REST] = rest_of(weight, whole)
     for key in form.moments:
-        floats = local(old.pop(key)).float() if key in old else dequantize(*_codes(old, key), key == "exp_avg")
+        new[key] = local(old.pop(key)).float() if key in old else dequantize(*_codes(old, key), key == "exp_avg")
         if form.size:
-            codes, scales = quantize(floats, form.size, key == "exp_avg")
-            local(state[f"{key}_8bit"]).copy_(codes)
-            local(state[f"{key}_scale"]).copy_(scales)
-        else:
-            local(state[key]).copy_(floats)
-        del floats
-    if MASTER in state:
-        local(state[MASTER]).copy_(whole)
-    elif REST in state:
-        local(state[REST]).copy_(rest_of(weight, whole))
+            new[f"{key}_8bit"], new[f"{key}_scale"] = quantize(new.pop(key), form.size, key == "exp_avg")
+    for key in ("step", *form.tensors):
+        local(state[key]).copy_(new[key])
 
 
 def has_form(parameter: torch.Tensor, state: dict[str, Any], form: Form) -> bool:
@@ -155,28 +147,6 @@ def _codes(state: dict[str, Any], key: str) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _block(parameter: torch.Tensor) -> int:
-    row = parameter.shape[-1]
-    if isinstance(parameter, DTensor):
-        placements: Any = parameter.placements  # Shard(d) and _StridedShard(d) have a dim
-        dims = [parameter.ndim if each.is_replicate() else each.dim for each in placements]
-        sizes = zip(dims, parameter.device_mesh.shape, strict=True)
-        parts = math.prod(size for dim, size in sizes if dim == parameter.ndim - 1)
-        row = row // parts if row % parts == 0 else 0
-    fits = (size for size in SIZES if row and row % size == 0)
+    parts = num_parts(parameter, parameter.ndim - 1)
+    fits = (size for size in SIZES if parameter.shape[-1] % (parts * size) == 0)
     return next(fits, 0) if local(parameter).is_contiguous() else 0
-
-
-def _of_blocks(parameter: torch.Tensor, size: int, **place: Any) -> torch.Tensor:
-    """Zeros in float32 for blocks of so many elements, laid out like the parameter."""
-    weight = local(parameter)
-    piece = weight.new_zeros((*weight.shape[:-1], weight.shape[-1] // size), dtype=torch.float32, **place)
-    if not isinstance(parameter, DTensor):
-        return piece
-    shape = torch.Size((*parameter.shape[:-1], parameter.shape[-1] // size))
-    return DTensor.from_local(
-        piece, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=_strides(shape)
-    )
-
-
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()

@@ -23,14 +23,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: 
     """
     parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
     norm = grad_norm(parameters)
-    if math.isinf(max_norm):  # to measure only
-        return norm
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_device.setdefault(parameter.grad.device, []).append(local(parameter.grad))
-    for device, tensors in by_device.items():
-        scale_(tensors, clip_factor(norm, max_norm).to(device, non_blocking=True))
+    if not math.isinf(max_norm):
+        scale_([local(p.grad) for p in parameters if p.grad is not None], clip_factor(norm, max_norm))
     return norm
 
 
@@ -40,21 +34,24 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     total = torch.zeros((), device=grads[0].device if grads else parameters[0].device if parameters else None)
-    return norm_of_all(add_squares(total, grads))
-
-
-def add_squares(total: torch.Tensor, grads: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Adds to `total`, a float32 scalar, this rank's part in the squared norm of gradients that several may hold."""
-    pieces: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
-    for grad in grads:
-        pieces.setdefault((num_copies(grad), grad.device), []).append(local(grad))
-    for (copies, _), tensors in pieces.items():
+    for (copies, _), tensors in pieces(grads).items():
         total += (squared_sum(tensors) / copies).to(total.device, non_blocking=True)
-    return total
+    return norm_of_all(total)
+
+
+def pieces(grads: Iterable[torch.Tensor]) -> dict[tuple[int, torch.device], list[torch.Tensor]]:
+    """This rank's pieces of gradients, by how many ranks hold the same and by where they are."""
+    found: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    for grad in grads:
+        partial = isinstance(grad, DTensor) and any(each.is_partial() for each in grad.placements)
+        assert not partial, "a gradient that is not reduced yet has no norm"
+        found.setdefault((ranks // num_parts(grad), grad.device), []).append(local(grad))
+    return found
 
 
 def norm_of_all(total: torch.Tensor) -> torch.Tensor:
-    """The norm of all gradients from every rank's `add_squares`. All ranks must call it."""
+    """The norm of all gradients from every rank's part of its square, a float32 scalar. All ranks must call it."""
     if dist.is_initialized() and dist.get_world_size() > 1:  # a rank without any gradient comes, too
         world: Any = dist.group.WORLD
         with waiting("the norm of the gradients", world):
@@ -67,11 +64,7 @@ def local(x: torch.Tensor) -> torch.Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def num_copies(grad: torch.Tensor) -> int:
-    """How many ranks hold the same piece of a gradient."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    if not isinstance(grad, DTensor):
-        return ranks
-    assert not any(p.is_partial() for p in grad.placements), "a gradient that is not reduced yet has no norm"
-    sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
-    return ranks // math.prod(size for placement, size in sizes if not placement.is_replicate())
+def num_parts(x: torch.Tensor, dim: int | None = None) -> int:
+    """In how many parts ranks share out a tensor, or one dimension of it."""
+    of_ranks: Any = zip(x.placements, x.device_mesh.shape, strict=True) if isinstance(x, DTensor) else ()
+    return math.prod(size for each, size in of_ranks if not each.is_replicate() and dim in (None, each.dim))

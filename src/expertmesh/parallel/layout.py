@@ -49,9 +49,8 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
         return
     whole = spread and layout.efsdp_size == 1 and layout.dp_replicate_size == 1 and all(map(runs_here, experts))
     ours = {id(module) for module in experts} if whole else set()
-    layers = _layers_to_stay(model)
-    small = spread and _dense_is_small(model, experts)
-    later: dict[str, list[tuple[Any, dict[str, Any]]]] = {"parts": [], "layers": []}  # parts first: they are in layers
+    layers = _layers_to_stay(model) if spread and _dense_is_small(model, experts) else None
+    later: dict[str, list[Any]] = {"parts": [], "layers": []}  # parts first: they are in layers
 
     def fully_shard(module: Any, **options: Any) -> Any:
         if id(module) in ours:
@@ -60,17 +59,15 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
         if whole or packed:  # their parameters are made anew when they are spread, which is before this
             of_experts = {parameter for expert in experts for parameter in expert.parameters()}
             options["ignored_params"] = {p for p in of_experts if whole or packed_in(p) is not None}
-        if small and not is_experts(module):
+        if layers is not None and not is_experts(module):
             options["reshard_after_forward"] = False
             if id(module) in layers:
-                later[layers[id(module)]].append((module, options))
+                later[layers[id(module)]].append(module)
                 return module
-        if module is model:  # the last call
-            for units in filter(None, later.values()):
-                # the first alone: a step begins when it is gathered, and ends when its gradients are reduced
-                for first in (0, *range(1, len(units), LAYERS_AT_ONCE)):
-                    some = units[first : first + LAYERS_AT_ONCE if first else 1]
-                    stock([unit for unit, _ in some], **some[0][1])
+        for units in filter(None, later.values() if module is model else ()):  # the last call
+            # the first alone: a step begins when it is gathered, and ends when its gradients are reduced
+            for first in (0, *range(1, len(units), LAYERS_AT_ONCE)):
+                stock(units[first : first + LAYERS_AT_ONCE if first else 1], **options)
         return stock(module, **options)
 
     model.base_model._divides_gradients = whole
@@ -89,9 +86,8 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
 
 
 def train_together(model: Any, reshard_experts: bool) -> None:
-    """Prepare a model that is laid out for training: FSDP's collectives are `waiting`, ranks meet before each forward.
-
-    reshard_experts: free gathered experts after their forward.
+    """Prepare a model that is laid out for training: FSDP's collectives are `waiting`, ranks meet before each forward,
+    and reshard_experts says whether gathered experts are freed after theirs.
     """
     for name, module in model.named_modules():
         if getattr(module, "_is_expert_parallel", False) and isinstance(module, FSDPModule):
@@ -142,16 +138,11 @@ def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.
                     dist.broadcast(parameter.data, 0)
                 if parts.get(parameter, 1) > 1:  # each of so many ranks has a part of a batch, not a batch
                     parameter.register_hook(partial(torch.mul, other=parts[parameter]))
-                parameter.register_post_accumulate_grad_hook(waiting(place, world)(_average))
+                average = waiting(place, world)(lambda p: dist.all_reduce(p.grad, dist.ReduceOp.AVG))
+                parameter.register_post_accumulate_grad_hook(average)
             elif parameter.device_mesh.size() < world.size():
-                raise ValueError(
-                    f"{place}: nobody averages adapters that tp_size splits over dp_size. Set tp_size to 1."
-                )
+                raise ValueError(f"{place}: nobody averages adapters split by tp_size over dp_size: set tp_size to 1.")
             setattr(parameter, _AVERAGED, True)
-
-
-def _average(parameter: torch.Tensor) -> None:
-    dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
 
 
 def refuse_undivided(model: Any) -> None:
@@ -171,10 +162,11 @@ def _layers_to_stay(model: Any) -> dict[int, str]:
 
     Layers for multi-token prediction are left out: loading a checkpoint that has none removes them.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    mtp = getattr(model, "_mtp", None)
-    children = [(f"{name}.{number}.", layer) for name, module in lists for number, layer in enumerate(module)]
-    stay = [layer for name, layer in children if mtp is None or not mtp.owns(name)]
+    mtp, stay = getattr(model, "_mtp", None), list[nn.Module]()
+    for name, module in model.named_modules():
+        for number, layer in enumerate(module if isinstance(module, nn.ModuleList) else ()):
+            if mtp is None or not mtp.owns(f"{name}.{number}."):
+                stay.append(layer)
     parts = {id(part): "parts" for layer in stay for part in layer.modules()}
     return parts | {id(layer): "layers" for layer in stay}
 
@@ -182,6 +174,6 @@ def _layers_to_stay(model: Any) -> dict[int, str]:
 def _dense_is_small(model: nn.Module, experts: list[Any]) -> bool:
     """Whether all parameters outside the experts, whole, take less than `SMALL` of the device's memory."""
     of_experts = {parameter for expert in experts for parameter in expert.parameters()}
-    dense = sum(p.numel() * p.element_size() for p in model.parameters() if p not in of_experts)
+    dense = sum(p.nbytes for p in model.parameters() if p not in of_experts)
     memory = memory_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return dense < SMALL * (memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

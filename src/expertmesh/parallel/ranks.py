@@ -13,12 +13,12 @@ ALONE = object()  # a group: this process by itself, whatever ranks there are
 
 def rank(group: Any = None) -> int:
     """This process among the group's (None: all)."""
-    return dist.get_rank(group) if _are_several(group) else 0
+    return dist.get_rank(group) if world_size(group) > 1 else 0
 
 
 def world_size(group: Any = None) -> int:
     """How many processes there are."""
-    return dist.get_world_size(group) if _are_several(group) else 1
+    return dist.get_world_size(group) if group is not ALONE and dist.is_initialized() else 1
 
 
 def barrier() -> None:
@@ -30,7 +30,7 @@ def barrier() -> None:
 def gathered(value: Any, group: Any = None) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank."""
     values = [value] * world_size(group)
-    if _are_several(group):
+    if len(values) > 1:
         dist.all_gather_object(values, value, group)
     return values
 
@@ -62,7 +62,3 @@ def together(group: Any = None) -> Iterator[None]:
         raise error
     if failed := [f"rank {number}: {what}" for number, what in enumerate(errors) if what is not None]:
         raise RanksError("; ".join(failed))
-
-
-def _are_several(group: Any) -> bool:
-    return group is not ALONE and dist.is_initialized()

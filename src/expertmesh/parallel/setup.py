@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -75,18 +76,16 @@ class DistributedSetup:
         world, tp, replicas = self.world_size, self.tp_size, self.dp_replicate_size
         if world % tp:
             raise ValueError(f"tp_size={tp} does not divide the {world} ranks. Set tp_size to {_divisors(world)}.")
-        if self.dp_size is None:
-            object.__setattr__(self, "dp_size", world // tp)
-        assert self.dp_size is not None
-        if self.dp_size * tp != world:
+        dp = world // tp if self.dp_size is None else self.dp_size
+        object.__setattr__(self, "dp_size", dp)
+        if dp * tp != world:
             raise ValueError(
-                f"dp_size={self.dp_size} x tp_size={tp} is {self.dp_size * tp}, but there are {world} ranks. "
-                f"Leave dp_size out (it then is {world // tp}), or start {self.dp_size * tp} ranks."
+                f"dp_size={dp} x tp_size={tp} is {dp * tp}, but there are {world} ranks. "
+                f"Leave dp_size out (it then is {world // tp}), or start {dp * tp} ranks."
             )
-        if self.dp_size % replicas:
+        if dp % replicas:
             raise ValueError(
-                f"dp_replicate_size={replicas} does not divide dp_size={self.dp_size} (world_size={world} / "
-                f"tp_size={tp}). Set dp_replicate_size to {_divisors(self.dp_size)}."
+                f"dp_replicate_size={replicas} does not divide dp_size={dp}. Set dp_replicate_size to {_divisors(dp)}."
             )
         ranks = self.fsdp_size * tp
         if self.ep_size > 1 and (ranks % self.ep_size or self.ep_size % tp):
@@ -111,12 +110,17 @@ class DistributedSetup:
                 f"This DistributedSetup is for {self.world_size} ranks, but {ranks} are running. Start "
                 f"{self.world_size} (torchrun --nproc-per-node {self.world_size}), or make the setup for {ranks}."
             )
+        dispatch = self.dispatch
+        if dispatch == AUTO:  # groups are ranks one behind the other
+            per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+            near = torch.cuda.is_available() and per_node % self.ep_size == 0 and self.ep_size <= NEAR
+            dispatch = "gather" if near else "all_to_all"
         return DistributedConfig(
             fsdp_size=self.fsdp_size,
             dp_replicate_size=self.dp_replicate_size,
             tp_size=self.tp_size,
             ep_size=self.ep_size,
-            ep_implementation=ep_implementation or TRANSPORTS[self._dispatch()].ep_implementation,
+            ep_implementation=ep_implementation or TRANSPORTS[dispatch].ep_implementation,
         )
 
     def join(self) -> None:
@@ -124,14 +128,6 @@ class DistributedSetup:
         if current_world_size() > 1:
             _ensure_torch_distributed()
             refuse_differences("distributed_setup", asdict(self))
-
-    def _dispatch(self) -> str:
-        """The dispatch that is asked for, or the one that fits: groups are ranks one behind the other."""
-        if self.dispatch != AUTO:
-            return self.dispatch
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", current_world_size()))
-        near = torch.cuda.is_available() and per_node % self.ep_size == 0 and self.ep_size <= NEAR
-        return "gather" if near else "all_to_all"
 
     def apply_to(self, model: Any) -> None:
         """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
@@ -167,10 +163,7 @@ def recompute(model: Any, policy: Policy) -> None:
         model.activation_checkpointing_enable()
     elif policy:
         if not hasattr(model, "fusion_report"):
-            raise ValueError(
-                f"activation_checkpointing={policy!r} needs a fused model, and {type(model).__name__} is none: set it "
-                f"to true."
-            )
+            raise ValueError(f"activation_checkpointing={policy!r} needs a fused model: set it to true for this one.")
         model.activation_checkpointing_enable({"recompute": policy})
 
 
@@ -188,21 +181,60 @@ def _or(numbers: Iterable[int]) -> str:
     return f"{', '.join(map(str, first))} or {last}" if first else str(last)
 
 
-def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
-    """By type and value: True is not 1, and nothing is asked of tensors."""
-    return any(value is one or (type(value) is type(one) and value == one) for one in allowed)
-
-
 _COUNT = (lambda x: type(x) is int and 1 <= x <= 10**6, "a whole number from 1 to 1,000,000")
 # field of a `DistributedSetup` -> (whether a value fits, what fits in words)
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys("world_size ep_size tp_size dp_size dp_replicate_size".split(), _COUNT),
     "activation_checkpointing": (is_policy, POLICIES),
-    "reshard_experts": (lambda x: type(x) is bool, "true or false"),
+    "reshard_experts": (lambda x: type(x) is bool, "true or false (a section says moe.reshard_after_forward)"),
     "timeout_minutes": (lambda x: type(x) in (int, float) and 0 < x <= 10**6, "a number of minutes above 0"),
-    "dispatch": (lambda x: is_one_of(x, (AUTO, *TRANSPORTS)), f"one of {', '.join((AUTO, *TRANSPORTS))}"),
-    "strategy": (lambda x: x == STRATEGY, f"{STRATEGY!r} (with dp_replicate_size each rank has a copy, as in DDP)"),
+    "dispatch": (lambda x: type(x) is str and x in (AUTO, *TRANSPORTS), f"one of {', '.join((AUTO, *TRANSPORTS))}"),
+    "strategy": (
+        lambda x: type(x) is str and x == STRATEGY,
+        f"{STRATEGY!r} (with dp_replicate_size each rank has a copy, as in DDP)",
+    ),
 }
+
+_MOE = "moe.reshard_after_forward"
+_OURS = ["strategy", "dp_size", "dp_replicate_size", "tp_size", "ep_size", "timeout_minutes", "dispatch",
+         "activation_checkpointing", _MOE]  # fmt: skip
+# NeMo's other keys, each with the value that asks for what happens anyway
+_THEIRS = {
+    "pp_size": 1, "cp_size": 1, "fsdp2_forward_prefetch_depth": 1, "fsdp2_backward_prefetch_depth": 2,
+    "sequence_parallel": False, "enable_async_tensor_parallel": False, "enable_compile": False,
+    "enable_fsdp2_prefetch": False, "patch_is_packed_sequence": False, "defer_fsdp_grad_sync": True,
+    "reshard_after_forward": True, "moe.ignore_router_for_ac": True, "moe.wrap_outer_model": True,
+    "activation_checkpointing_scope": "all",
+}  # fmt: skip
+
+
+def create_distributed_setup_from_config(
+    config: dict[str, Any] | None = None, world_size: int | None = None, **keys: Any
+) -> DistributedSetup:
+    """The `DistributedSetup` of a `distributed` section with NeMo AutoModel's keys, as a dict or keywords.
+
+    Keys are a `DistributedSetup`'s, but moe: {reshard_after_forward: bool} for reshard_experts. None leaves a key out.
+    NeMo's other keys are accepted at values that ask for what happens anyway. Raises ValueError for all else.
+    """
+    given = _settings({} if config is None else config) | _settings(keys)
+    for key, value in given.items():
+        if key not in (*_OURS, *_THEIRS):
+            near = get_close_matches(key, (*_OURS, *_THEIRS), 1, 0)[0]
+            raise ValueError(
+                f"There is no distributed setting {key!r}; did you mean {near!r}? Settings: {', '.join(_OURS)}."
+            )
+        if key in _THEIRS and repr(value) != repr(_THEIRS[key]):  # to repr True is not 1
+            raise ValueError(f"{key}={value!r} is NeMo AutoModel's and not supported here: leave it out.")
+    section = {key.replace(_MOE, "reshard_experts"): value for key, value in given.items() if key in _OURS}
+    return DistributedSetup(**section | ({} if world_size is None else {"world_size": world_size}))
+
+
+def _settings(section: Any, path: str = "") -> dict[str, Any]:
+    """What has a value, by its path in the section."""
+    if not isinstance(section, dict):
+        raise ValueError(f"{path.rstrip('.') or 'The section'} must be a dict of settings, not {section!r}.")
+    found = {f"{path}{key}": value for key, value in section.items() if value is not None}
+    return found | _settings(found.pop("moe"), "moe.") if "moe" in found else found
 
 
 def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:

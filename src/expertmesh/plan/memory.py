@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from expertmesh.auto import AutoModelForCausalLM
 from expertmesh.kernels.packed import Packed
 from expertmesh.kernels.recompute import Policy
-from expertmesh.memory.states import is_large
+from expertmesh.memory import states as low_memory
 from expertmesh.moe.experts import is_experts
 from expertmesh.parallel.clip import local
 from expertmesh.parallel.setup import NEAR, DistributedSetup, recompute
@@ -87,7 +87,7 @@ class Job:
 
     def on_host(self, size: float) -> bool:
         """Whether the states of a weight of so many bytes lie there."""
-        return self.offloaded and is_large(size)
+        return self.offloaded and size >= low_memory.LARGE
 
     def setup(self) -> DistributedSetup:
         """The layout. Raises ValueError for sizes that do not fit each other."""
