@@ -109,7 +109,7 @@ def routing_cases(tokens: int, hidden: int) -> Iterator[Case]:
     group = grouping.group_by_expert, grouping.group_by_expert_reference
     sort = (lambda i, w, fn=fn: fn(i, EXPERTS, w).position_TK for fn in group)
     yield Case("group_by_expert", arms(*sort), (ids, weights), (rows * (8 + 4 + 4 * 4) / BYTES_PER_MS, 0))
-    position, y = group[1](ids, EXPERTS).position_TK, leaf(rows, hidden).detach()
+    position, y = group[1](ids, EXPERTS, weights).position_TK, leaf(rows, hidden).detach()
     summed = (rows + tokens) * hidden * 2 / BYTES_PER_MS
     yield Case("combine", arms(grouping.combine, grouping.combine_reference), (y, position, weights), (summed, 0))
     back = (lambda p, at, fn=fn: fn(p, at, y.dtype) for fn in (grouping.unsort, grouping.unsort_reference))

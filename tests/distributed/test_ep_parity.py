@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from expertmesh.bench import tiny
-from expertmesh.moe.dispatch import TRANSPORTS
+from expertmesh.moe.experts import TRANSPORTS
 from tests.distributed import work
 from tests.distributed.ranks import on_ranks, on_the_same_ranks
 from tests.distributed.work import Case

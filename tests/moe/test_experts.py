@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
 from expertmesh import backends
-from expertmesh.kernels import grouped_gemm, grouped_wgrad
+from expertmesh.kernels import grouped_gemm, grouped_grads
 from expertmesh.moe import experts as moe_experts
 from expertmesh.moe.experts import activation_of, experts_forward
 
@@ -97,7 +97,7 @@ QUICK = {"random": PATHS[:2], "not all here": [PATHS[0], PATHS[3]]}  # paths bes
 def test_experts_equal_transformers(layout, routing, path, nan_memory, monkeypatch):
     torch.manual_seed(0)
     if path == "triton by pointers":  # as on GPUs without a TMA unit
-        for module in (grouped_gemm, grouped_wgrad):
+        for module in (grouped_gemm, grouped_grads):
             monkeypatch.setattr(module, "by_descriptor", lambda device: False)
     if path == "triton with room for few":  # as on a rank that gets more than its share
         up_act = moe_experts.up_act

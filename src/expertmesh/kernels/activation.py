@@ -62,14 +62,6 @@ class Activation:
         assert self.fn is not None
         return self.fn(h_SJ)
 
-    def backward(self, h_SJ: torch.Tensor, da_SI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a [S, I], dh [S, J]) from h and the gradient of a, by autograd on a recomputation of `forward`."""
-        with torch.enable_grad():
-            h_SJ = h_SJ.detach().requires_grad_()
-            a_SI = self.forward(h_SJ)
-        (dh_SJ,) = torch.autograd.grad(a_SI, h_SJ, da_SI)
-        return a_SI.detach(), dh_SJ
-
 
 @triton.jit
 def activate(gate, up, KIND: tl.constexpr, alpha, limit):

@@ -19,8 +19,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from expertmesh.backends import opaque
 from expertmesh.kernels.recompute import region
 from expertmesh.kernels.router import Routing, kernel_supports, route, router_logits
-from expertmesh.moe.dispatch import Dispatch
-from expertmesh.moe.experts import NAME, is_experts
+from expertmesh.moe.experts import NAME, Dispatch, is_experts
 from expertmesh.moe.lora import FastParamWrapper, inside_adapters
 from expertmesh.twins import Fast, untouched, watched
 

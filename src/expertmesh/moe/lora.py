@@ -19,8 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import logger, tell_once
-from expertmesh.moe.dispatch import Dispatch
-from expertmesh.moe.experts import is_experts, runs_here
+from expertmesh.moe.experts import Dispatch, is_experts, runs_here
 from expertmesh.twins import Fast, traced, twin, watched
 
 WEIGHTS = {"gate_up_proj", "up_proj", "down_proj"}
@@ -131,11 +130,6 @@ def inside_adapters(module: Any) -> tuple[Any, bool]:
     while isinstance(module, FastParamWrapper):
         seen, module = seen or watched(module), module.base_layer
     return module, seen
-
-
-def takes_adapters(experts: Any) -> bool:
-    """Whether these experts, which are spread over ranks, can have adapters: those that our products compute."""
-    return isinstance(vars(experts).get("forward"), Dispatch) and runs_here(experts)
 
 
 def senders(model: nn.Module) -> dict[nn.Parameter, int]:
