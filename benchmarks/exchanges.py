@@ -47,7 +47,7 @@ def exchanges(device: torch.device, tokens: int, width: int, experts: int = 128,
             ("mailboxes", "gather"): partial(mailboxes.all_gather, [x]),
             ("mailboxes", "scatter"): partial(mailboxes.reduce_scatter, [xs]),
             ("mailboxes", "gather in place"): partial(mailboxes.all_gather, [x], copy=False),
-            ("mailboxes", "combine"): partial(mailboxes.combine_scatter, y, position, weights, None),
+            ("mailboxes", "combine"): partial(mailboxes.combine, y, position, weights, None),
         }
     return runs, int(needed) * width * x.element_size()
 

@@ -32,8 +32,8 @@ def test_weights_of_any_strides(kind):
     with on_triton():
         group = group_by_expert(ids, EXPERTS, torch.rand(TOKENS, 2))
         rows = torch.randn(2 * TOKENS, INNER)
-        got = module.grouped_gemm(rows, weights, group)
-    want = module.grouped_gemm(rows, weights, group_by_expert(ids, EXPERTS, torch.rand(TOKENS, 2)))
+        got = module.grouped_gemm(rows, module.Weights(weights), group)
+    want = module.grouped_gemm(rows, module.Weights(weights), group_by_expert(ids, EXPERTS, torch.rand(TOKENS, 2)))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 

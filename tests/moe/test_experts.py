@@ -1,6 +1,7 @@
 """One autograd function equals Transformers' grouped_mm experts, in every layout, in PyTorch and in Triton."""
 
 import contextlib
+import inspect
 
 import pytest
 import torch
@@ -169,6 +170,12 @@ def test_backward_keeps_x_and_h_and_nothing_else_of_the_rows_size(path):
     ]
 
 
+def test_transformers_says_nothing_of_experts_that_is_not_known_here():
+    known = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+    said = inspect.signature(use_experts_implementation).parameters.keys()
+    assert said - {"experts_class", "experts_interface"} <= known
+
+
 def test_frozen_experts_cost_no_weight_gradient():
     module = _module()
     module.requires_grad_(False)
@@ -180,7 +187,9 @@ def test_frozen_experts_cost_no_weight_gradient():
 def test_a_recompute_ends_before_the_down_projection(monkeypatch):
     module, ids, weight = _module(), ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)
     made, gemm = [], moe_experts.grouped_gemm
-    monkeypatch.setattr(moe_experts, "grouped_gemm", lambda a, w, *rest: made.append(w.shape[1:]) or gemm(a, w, *rest))
+    monkeypatch.setattr(
+        moe_experts, "grouped_gemm", lambda a, by, group: made.append(by.w.shape[1:]) or gemm(a, by, group)
+    )
     want = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     x = want.detach().clone().requires_grad_()
     experts_forward(module, want, ids, weight).sin().sum().backward()

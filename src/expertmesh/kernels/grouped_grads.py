@@ -19,9 +19,8 @@ from expertmesh.backends import tl, triton
 from expertmesh.kernels import quack
 from expertmesh.kernels.activation import Activation, activate_backward
 from expertmesh.kernels.grouped_gemm import (
-    NO_ADAPTERS,
     THIN,
-    LowRank,
+    Weights,
     add_low_rank,
     by_descriptor,
     dot_precision,
@@ -44,28 +43,27 @@ from expertmesh.kernels.launch import launched
 
 def down_dact(
     dout_TH: torch.Tensor,
-    w_down_EIH: torch.Tensor,
+    by: Weights,
     h_SJ: torch.Tensor,
     group: Grouping,
     act: Activation,
     has_bias: bool = False,
     more_SJ: torch.Tensor | None = None,
     alternating: bool = False,
-    low: LowRank = NO_ADAPTERS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dh [S, J], weight·a [S, I], dweight [P, S] float32, db [E, J] if `has_bias`) from the gradient dout [T, H] of
-    the combined output.
+    the combined output, by the down-projections [E, H, I] and what adapters add to dā.
 
     more_SJ: of an h that lacks rows the others, from `up_again`. alternating: gate and up columns alternate in h,
-    though not in the weights, nor in dh. low: what adapters add to dā. `dweight` leaves out the down-projection's bias;
-    it is the sum of its P parts. Rows of dh and weight·a behind the last expert's, up to the end of its last row tile,
+    though not in the weights, nor in dh. `dweight` leaves out the down-projection's bias; it is the sum of its P parts.
+    Rows of dh and weight·a behind the last expert's, up to the end of its last row tile,
     are zero: `grouped_wgrad` reads them. Without tiles, or for an activation of the module's own, it is the
     specification.
     """
-    w_EHI, weight_S = w_down_EIH.transpose(1, 2), group.weight_S
+    weight_S = group.weight_S
     if act.kind == "custom" or group.tiles is None:
         assert not alternating, "only quack makes such h, for activations of the kernel"
-        da_SI = grouped_gemm(dout_TH.index_select(0, group.token_S), w_EHI, group, own=True, low=low)
+        da_SI = grouped_gemm(dout_TH.index_select(0, group.token_S), by, group, own=True)
         mine_S1 = (torch.arange(len(da_SI), device=da_SI.device) < group.bounds[-1])[:, None]
         da_SI, h_SJ = torch.where(mine_S1, da_SI, 0), torch.where(mine_S1, h_SJ, 0)
         weight_S1 = weight_S[:, None].to(da_SI.dtype)
@@ -77,11 +75,11 @@ def down_dact(
         db_EJ = grouped_sum(dh_SJ, group) if has_bias else None
         return dh_SJ, weight_S1 * a_SI, da_SI.float().mul_(a_SI).sum(-1)[None], db_EJ
     assert dout_TH.stride(1) == 1
-    num_rows, (num_experts, num_inner, width) = len(group.token_S), w_EHI.shape
+    num_rows, (num_experts, num_inner, width) = len(group.token_S), by.w.shape
     config = tile_config(dout_TH, group.block, stages=4)
     if has_bias:  # sums take registers
         config["BN"] = min(config["BN"], 128)
-    w_tiles, transposed = weight_tiles(w_EHI, config["BK"], config["BN"])
+    w_tiles, transposed = weight_tiles(by.w, config["BK"], config["BN"])
     dh_SJ, wa_SI = h_SJ.new_empty(num_rows, h_SJ.shape[1]), dout_TH.new_empty(num_rows, width)
     # one partial sum per column tile: adding them afterwards keeps the result deterministic
     dweight_PS = torch.empty(triton.cdiv(width, config["BN"]), num_rows, dtype=torch.float32, device=dout_TH.device)
@@ -89,8 +87,8 @@ def down_dact(
     db_MJ = dweight_PS.new_empty(group.tiles[0].numel(), h_SJ.shape[1]) if has_bias else None
     pairs = act.interleaved or alternating
     over_tiles(
-        _down_dact_kernel, dout_TH, group, low,
-        torch.zeros(1, dtype=torch.int32, device=dout_TH.device), dout_TH, group.token_S, w_tiles, *low,
+        _down_dact_kernel, dout_TH, group, by,
+        torch.zeros(1, dtype=torch.int32, device=dout_TH.device), dout_TH, group.token_S, w_tiles, by.u, by.b,
         _as_pairs(h_SJ) if pairs else h_SJ, _as_pairs(more_SJ) if pairs and more_SJ is not None else more_SJ,
         weight_S, _as_pairs(dh_SJ) if act.interleaved else dh_SJ, wa_SI, dweight_PS, db_MJ,
         num_experts, num_rows, len(h_SJ), width, num_inner, dout_TH.stride(0), act.alpha, act.limit,

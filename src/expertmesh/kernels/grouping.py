@@ -72,9 +72,7 @@ def _int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
     return [piece if len(piece) == size else piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
 
 
-def _group_triton(
-    ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor, num_rows: int | None = None
-) -> Grouping:
+def _group_triton(ids_TK, num_experts, weight_TK, num_rows=None) -> Grouping:
     all_rows, top_k, device = ids_TK.numel(), ids_TK.shape[1], ids_TK.device
     here = all_rows if num_rows is None else num_rows
     bins = triton.next_power_of_2(num_experts)
@@ -193,12 +191,7 @@ def combine_reference(
     return out_TH if residual is None else residual + out_TH.view(residual.shape)
 
 
-def _combine_triton(
-    y_SH: torch.Tensor,
-    position_TK: torch.Tensor,
-    weight_TK: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _combine_triton(y_SH, position_TK, weight_TK=None, residual=None) -> torch.Tensor:
     out = y_SH.new_empty((len(position_TK), y_SH.shape[1]) if residual is None else residual.shape)
     _launch([out], 0, y_SH, position_TK, weight_TK, residual)
     return out
@@ -207,14 +200,7 @@ def _combine_triton(
 combine = either(_combine_triton, combine_reference)
 
 
-def combine_into(
-    outs: list[torch.Tensor],
-    own: int,
-    y_SH: torch.Tensor,
-    position_TK: torch.Tensor,
-    weight_TK: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-) -> None:
+def combine_into(outs: list[torch.Tensor], own: int, y_SH, position_TK, weight_TK=None, residual=None) -> None:
     """`combine` of tokens of which the first T/R go to outs[0] [T/R, H], the next to outs[1], …, contiguous tensors in
     y's dtype which may lie in other GPUs' memory, all equally far behind the beginning of their storages. A residual of
     at most T/R rows is added to the first of outs[own].
@@ -255,7 +241,7 @@ def unsort_reference(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: t
     return torch.where(position_TK >= 0, value_S[position_TK.clamp(min=0).long()], 0).to(dtype)
 
 
-def _unsort_triton(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _unsort_triton(value_PS, position_TK, dtype) -> torch.Tensor:
     out_TK = torch.empty(position_TK.shape, dtype=dtype, device=value_PS.device)
     (parts, rows), count = value_PS.shape, position_TK.numel()
     if count:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from expertmesh.kernels.grouping import combine
 from expertmesh.kernels.recompute import kept
-from expertmesh.moe.exchange import Exchange, Gradients, Maybe
+from expertmesh.moe.exchange import Exchange, Gradients, Maybe, Rows
 
 
 class AllToAll(Exchange):
@@ -26,9 +26,7 @@ class AllToAll(Exchange):
 
     ep_implementation = "expertmesh"
 
-    def dispatch(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> Rows:
         packed: list[torch.Tensor] = []
         num_experts, top_k = self.layer.num_local_experts, weight_TK.shape[1]
 

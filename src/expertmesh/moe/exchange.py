@@ -13,6 +13,7 @@ import torch
 from expertmesh.kernels.grouping import combine
 
 Maybe = torch.Tensor | None
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x [M, H], ids and weights [M, K]
 Gradients = tuple[Maybe, Maybe]  # of x [T, H] and of routing weights [T, K]
 
 
@@ -32,10 +33,8 @@ class Exchange:
         """layer: the `Dispatch` that is called with x. ahead: its router has not chosen yet, and x may leave now."""
         self.layer, self.waits = layer, nullcontext() if layer is None else layer.waits
 
-    def dispatch(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [M, H], ids and weights [M, K], M at least 1. Ids outside 0, 1, … of this rank are not computed here."""
+    def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> Rows:
+        """What comes to this rank's experts, M at least 1. Ids outside 0, 1, … of this rank are not computed here."""
         return x_TH, ids_TK, weight_TK
 
     def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:

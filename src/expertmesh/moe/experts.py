@@ -16,7 +16,6 @@ All layouts of Transformers' experts modules work: gated (concatenated or interl
 weights [E, out, in] or transposed.
 """
 
-import inspect
 import math
 from functools import partial
 from typing import Any
@@ -27,11 +26,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.distributed.parallel_utils import _use_local_dtensor_params
-from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from expertmesh.backends import opaque
 from expertmesh.kernels.activation import Activation
-from expertmesh.kernels.grouped_gemm import grouped_gemm, thin_rows, up_act, up_again
+from expertmesh.kernels.grouped_gemm import Weights, grouped_gemm, thin_rows, up_act, up_again
 from expertmesh.kernels.grouped_grads import down_dact, grouped_wgrad, thin_wgrad
 from expertmesh.kernels.grouping import Grouping, combine, group_by_expert, or_none, unsort
 from expertmesh.kernels.recompute import again
@@ -45,13 +44,6 @@ NAME = "expertmesh"
 #: how tokens reach experts on other ranks, by the names that `DistributedSetup.dispatch` knows
 TRANSPORTS: dict[str, type[Exchange]] = {"all_to_all": AllToAll, "gather": Gather}
 
-#: what a later Transformers may say of a class by `use_experts_implementation`, and this backend does not know
-_NEW_FLAGS = sorted(
-    inspect.signature(use_experts_implementation).parameters.keys()
-    - {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
-    - {"experts_class", "experts_interface"}
-)
-
 
 def why_not(experts: Any) -> str | None:
     """Why this experts module cannot run on the "expertmesh" backend, or None if it can."""
@@ -60,8 +52,7 @@ def why_not(experts: Any) -> str | None:
     act_fn = getattr(experts, "act_fn", None)
     if isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters()):
         return f"their activation, {type(act_fn).__name__}, learns"
-    unknown = next((name for name in _NEW_FLAGS if getattr(experts, name, False)), None)
-    return f"this Transformers says {unknown} of them, which is not known here" if unknown else None
+    return None
 
 
 def is_experts(module: Any) -> bool:
@@ -178,9 +169,9 @@ class _Up(torch.autograd.Function):
         if exchange.sharers > 1 and group.block:
             keep = max(1, -(-len(group.token_S) * 5 // (4 * exchange.sharers * group.block))) * group.block
         u_SR = None if up_A is None else thin_rows(x_MH, up_A, group, gathered=True)
-        h_SJ, a_SI, ctx.alternating = up_act(x_MH, w_up, b_up, group, act, (u_SR, up_B), keep)
+        h_SJ, a_SI, ctx.alternating = up_act(x_MH, Weights(w_up, b_up, u_SR, up_B), group, act, keep)
         again(
-            (h_SJ,), lambda x, w, b, *low: up_act(x, w, b, group, act, low, keep),
+            (h_SJ,), lambda x, *by: up_act(x, Weights(*by), group, act, keep),
             x_MH, w_up, b_up, u_SR, up_B, level="experts",
         )  # fmt: skip
         v_SR = None if down_A is None else thin_rows(a_SI, down_A, group, gathered=False)
@@ -201,7 +192,8 @@ class _Up(torch.autograd.Function):
         du_SR = None if up_B is None else thin_rows(dh_SJ, up_B, group, gathered=False)
         if ctx.needs_input_grad[0]:
             # the product's S rows have no name, so that they are freed at once
-            dx_MH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, None, (du_SR, up_A)), group.position_TK)
+            by = Weights(w_up.transpose(1, 2), None, du_SR, up_A)
+            dx_MH = combine(grouped_gemm(dh_SJ, by, group), group.position_TK)
         with ctx.exchange.waits:
             wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
             if ctx.needs_input_grad[2]:
@@ -223,7 +215,7 @@ class _Down(torch.autograd.Function):
     def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, down_A, down_B, residual, routed: tuple, exchange: Exchange):
         ctx.up, ctx.specs = h_SJ.grad_fn, [getattr(w, "_spec", None) for w in (w_down, b_down)]
         group, weight_MK, v_SR, w_down, b_down = routed
-        y_SH = grouped_gemm(a_SI, w_down, group, b_down, (v_SR, down_B))
+        y_SH = grouped_gemm(a_SI, Weights(w_down, b_down, v_SR, down_B), group)
         return exchange.combine(y_SH, group.position_TK, weight_MK, residual)
 
     @staticmethod
@@ -243,10 +235,11 @@ class _Down(torch.autograd.Function):
 
         more_SJ = None
         if len(h_SJ) < len(token_S):
-            more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ, (u_SR, up_B))
+            more_SJ = up_again(x_MH, Weights(w_up, b_up, u_SR, up_B), group, up.act, h_SJ)
         dv_SR = None if down_B is None else thin_rows(dout_MH, down_B, group, gathered=True)  # times weight: later
+        by = Weights(w_down.transpose(1, 2), None, dv_SR, down_A)
         dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
-            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.alternating, (dv_SR, down_A)
+            dout_MH, by, h_SJ, group, up.act, need_b_up, more_SJ, up.alternating
         )
         dweight_MK = dw_down = db_down = dA = dB = None
         if need_weight:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from expertmesh import backends
 from expertmesh.kernels.grouping import combine, combine_into
 from expertmesh.kernels.recompute import kept
-from expertmesh.moe.exchange import Exchange, Gradients, Maybe
+from expertmesh.moe.exchange import Exchange, Gradients, Maybe, Rows
 from expertmesh.records import current
 from expertmesh.waiting import hosts, waiting
 
@@ -49,9 +49,7 @@ class Gather(Exchange):
         if ahead and isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
             self._sent = self._link.send_ahead(_padded(x_TH.detach(), self._rows))
 
-    def dispatch(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> Rows:
         layer, sent, self._sent = self.layer, self._sent, None  # this lives until the backward
         parts = [x_TH, ids_TK, weight_TK]
         if self._num_tokens < self._rows:
@@ -63,7 +61,7 @@ class Gather(Exchange):
 
     def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
         residual_TH = None if residual is None else residual.reshape(-1, y_SH.shape[1])
-        out_TH = self._link.combine_scatter(y_SH, position_MK, weight_MK, residual_TH)
+        out_TH = self._link.combine(y_SH, position_MK, weight_MK, residual_TH)
         if self._num_tokens < self._rows:
             out_TH = out_TH[: self._num_tokens].clone()  # no view, of which FSDP warns
         return out_TH if residual is None else torch.ops.aten._unsafe_view(out_TH, residual.shape)
@@ -139,9 +137,7 @@ class Collectives:
             dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
         return outs
 
-    def combine_scatter(
-        self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe
-    ) -> torch.Tensor:
+    def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
         """This rank's rows of the sums of what all ranks' experts made, plus a residual [T, H] of the first T."""
         (out,) = self.reduce_scatter([combine(y_SH, position_MK, weight_MK)])
         if residual is not None:
@@ -215,9 +211,7 @@ class Mailboxes:
         box.barrier()
         return [self._sum(place.came, chunk[self.rank]) for place, chunk in zip(places, chunks, strict=True)]
 
-    def combine_scatter(
-        self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe
-    ) -> torch.Tensor:
+    def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
         """The kernel that combines writes each rank's rows into that rank's mailbox."""
         like = y_SH.new_empty_strided((len(position_MK), y_SH.shape[1]), (0, 0))
         box, (place,) = self.begin([like], self.size)

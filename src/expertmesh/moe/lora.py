@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import logger, tell_once
 from expertmesh.moe.experts import Dispatch, is_experts, runs_here
-from expertmesh.twins import Fast, traced, twin, watched
+from expertmesh.twins import Fast, traced, twin
 
 WEIGHTS = {"gate_up_proj", "up_proj", "down_proj"}
 
@@ -47,8 +47,8 @@ class FastParamWrapper(Fast):
         experts = self.get_base_layer()
         if not runs_here(experts) or traced():
             return False
-        dtype, known = self.get_param().dtype, not any(name in self.lora_variant for name in names)
-        if self.num_experts == 1 or dtype not in (torch.bfloat16, torch.float16, torch.float32) or not known:
+        dtype = self.get_param().dtype
+        if self.num_experts == 1 or dtype not in (torch.bfloat16, torch.float16, torch.float32):
             tell_once(
                 f"PEFT adds the adapters of {self.parameter_name} ({self.num_experts} experts, {dtype}) to the whole "
                 f"weight in every step: this kind is not computed by products of low rank."
@@ -122,14 +122,6 @@ def fuse_adapted_experts(places: Iterable[tuple[nn.Module, str]]) -> None:
                 stock: Any = type(wrapper)
                 wrapper.__class__ = twin(stock, FastParamWrapper)
             wrapper = wrapper.base_layer
-
-
-def inside_adapters(module: Any) -> tuple[Any, bool]:
-    """(what is inside of the `FastParamWrapper`s around it, whether somebody put a hook on one of these)."""
-    seen = False
-    while isinstance(module, FastParamWrapper):
-        seen, module = seen or watched(module), module.base_layer
-    return module, seen
 
 
 def senders(model: nn.Module) -> dict[nn.Parameter, int]:

@@ -54,9 +54,7 @@ class _Link(Mailboxes):
         self._sent(parts, self.size)
         return [part.new_empty(len(part) // self.size, *part.shape[1:]) for part in parts]
 
-    def combine_scatter(
-        self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe
-    ) -> torch.Tensor:
+    def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
         rows = len(position_MK) // self.size
         self.watch.add("wire", 0.0, rows * y_SH.shape[1] * y_SH.itemsize * (self.size - 1))
         return y_SH.new_empty(rows, y_SH.shape[1])
