@@ -109,12 +109,13 @@ def routing_cases(tokens: int, hidden: int) -> Iterator[Case]:
     group = grouping.group_by_expert, grouping.group_by_expert_reference
     sort = (lambda i, w, fn=fn: fn(i, EXPERTS, w).position_TK for fn in group)
     yield Case("group_by_expert", arms(*sort), (ids, weights), (rows * (8 + 4 + 4 * 4) / BYTES_PER_MS, 0))
-    position, y = group[1](ids, EXPERTS, weights).position_TK, leaf(rows, hidden).detach()
+    by_kernel, by_reference = (fn(ids, EXPERTS, weights) for fn in group)
+    position, y = by_reference.position_TK, leaf(rows, hidden).detach()
     summed = (rows + tokens) * hidden * 2 / BYTES_PER_MS
     yield Case("combine", arms(grouping.combine, grouping.combine_reference), (y, position, weights), (summed, 0))
-    back = (lambda p, at, fn=fn: fn(p, at, y.dtype) for fn in (grouping.unsort, grouping.unsort_reference))
+    back = (lambda p, found=found: grouping.unsort(p, found, y.dtype) for found in (by_kernel, by_reference))
     parts = torch.randn(6, rows, device=DEVICE)
-    yield Case("unsort", arms(*back), (parts, position), (rows * (6 * 4 + 4 + 2) / BYTES_PER_MS, 0))
+    yield Case("unsort", arms(*back), (parts,), (rows * (6 * 4 + 4 + 2) / BYTES_PER_MS, 0))
 
 
 def loss_cases(tokens: int, hidden: int, vocab: int) -> Iterator[Case]:

@@ -56,9 +56,8 @@ def down_dact(
 
     more_SJ: of an h that lacks rows the others, from `up_again`. alternating: gate and up columns alternate in h,
     though not in the weights, nor in dh. `dweight` leaves out the down-projection's bias; it is the sum of its P parts.
-    Rows of dh and weight·a behind the last expert's, up to the end of its last row tile,
-    are zero: `grouped_wgrad` reads them. Without tiles, or for an activation of the module's own, it is the
-    specification.
+    Rows of dh and weight·a behind the last expert's, up to the end of its last row tile, are zero: `grouped_wgrad`
+    reads them. Without tiles, or for an activation of the module's own, it is the specification.
     """
     weight_S = group.weight_S
     if act.kind == "custom" or group.tiles is None:

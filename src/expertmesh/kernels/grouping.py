@@ -233,24 +233,19 @@ def _addresses(device: torch.device, *addresses: int) -> torch.Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
-def unsort_reference(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[T, K] in `dtype`: sorted row position(t, k), summed in float32 over the P parts; 0 at position -1. The
-    specification.
+def unsort(value_PS: torch.Tensor, group: Grouping, dtype: torch.dtype) -> torch.Tensor:
+    """[T, K] in `dtype`: sorted row position(t, k), summed in float32 over the P parts; 0 at position -1. Without tiles
+    it is the specification.
     """
-    value_S = value_PS.sum(0)
-    return torch.where(position_TK >= 0, value_S[position_TK.clamp(min=0).long()], 0).to(dtype)
-
-
-def _unsort_triton(value_PS, position_TK, dtype) -> torch.Tensor:
+    position_TK = group.position_TK
+    if group.tiles is None:
+        return torch.where(position_TK >= 0, value_PS.sum(0)[position_TK.clamp(min=0).long()], 0).to(dtype)
     out_TK = torch.empty(position_TK.shape, dtype=dtype, device=value_PS.device)
     (parts, rows), count = value_PS.shape, position_TK.numel()
     if count:
         grid = (triton.cdiv(count, 512),)
         _unsort_kernel[grid](value_PS, position_TK, out_TK, count, rows, PARTS=parts, BLOCK=512)
     return out_TK
-
-
-unsort = either(_unsort_triton, unsort_reference)
 
 
 @launched

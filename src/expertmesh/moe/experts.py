@@ -243,7 +243,7 @@ class _Down(torch.autograd.Function):
         )
         dweight_MK = dw_down = db_down = dA = dB = None
         if need_weight:
-            dweight_MK = unsort(dweight_PS, position, weight_MK.dtype if b_down is None else torch.float32)
+            dweight_MK = unsort(dweight_PS, group, weight_MK.dtype if b_down is None else torch.float32)
             if b_down is not None:  # of the bias comes ⟨dout_t, b_e⟩, one dense product
                 dot_MK = (dout_MH @ b_down.t()).float().gather(1, ids_MK.clamp(0, len(b_down) - 1))
                 dweight_MK = (dweight_MK + torch.where(position >= 0, dot_MK, 0)).to(weight_MK.dtype)
