@@ -48,8 +48,7 @@ class Told(Exchange):
     asked: list[str]
 
     def __init__(self, layer, x_TH, ahead=False):
-        super().__init__(layer)
-        Told.asked, self.ahead = [], ahead
+        self.layer, self.waits, Told.asked = layer, layer.waits, []
 
     @property
     def patient(self):

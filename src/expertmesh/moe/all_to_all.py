@@ -11,7 +11,7 @@ R ranks hold E experts, each E/R in a row. The N rows that tokens become are ord
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ class AllToAll(Exchange):
     """One call's `Exchange`. Where this rank gets no row at all, its experts get one of zeros."""
 
     ep_implementation = "expertmesh"
+
+    def __init__(self, layer: Any, x_TH: torch.Tensor, ahead: bool = False) -> None:
+        self.layer, self.waits = layer, layer.waits
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> Rows:
         packed: list[torch.Tensor] = []

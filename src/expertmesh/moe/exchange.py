@@ -20,18 +20,17 @@ Gradients = tuple[Maybe, Maybe]  # of x [T, H] and of routing weights [T, K]
 class Exchange:
     """The exchanges of one call of a layer, which know what its backward repeats. This one: of experts all here.
 
-    All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`. They,
-    and what the last one returns, are called within `waits`, which limits how long exchanges over `layer.group` wait;
-    one over another group, as `hosts(group)`, stands within `waiting(layer.waits.place, that_group)`.
+    A transport's is made with the `Dispatch` that is called, the x [T, H], and whether this may leave `ahead`, as its
+    router has not chosen yet. All ranks call the same methods in the same order; in a backward `combine_backward`, then
+    `dispatch_backward`. They, and what the last one returns, are called within `waits`, which limits how long exchanges
+    over `layer.group` wait; one over another group stands within `waiting(layer.waits.place, that_group)`.
     """
 
     ep_implementation: str  # the transport's name in Transformers
     rows_here: int | None = None  # how many of the dispatched pairs this rank computes, at least 1, if the host knows
     sharers: int = 1  # else, how many ranks share them: h has room for this one's share and a quarter, if not all
-
-    def __init__(self, layer: Any = None, x_TH: torch.Tensor | None = None, ahead: bool = False) -> None:
-        """layer: the `Dispatch` that is called with x. ahead: its router has not chosen yet, and x may leave now."""
-        self.layer, self.waits = layer, nullcontext() if layer is None else layer.waits
+    layer: Any = None
+    waits: Any = nullcontext()
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> Rows:
         """What comes to this rank's experts, M at least 1. Ids outside 0, 1, … of this rank are not computed here."""

@@ -42,7 +42,7 @@ from expertmesh.waiting import waiting
 
 NAME = "expertmesh"
 #: how tokens reach experts on other ranks, by the names that `DistributedSetup.dispatch` knows
-TRANSPORTS: dict[str, type[Exchange]] = {"all_to_all": AllToAll, "gather": Gather}
+TRANSPORTS: dict[str, Any] = {"all_to_all": AllToAll, "gather": Gather}
 
 
 def why_not(experts: Any) -> str | None:
@@ -280,7 +280,7 @@ class Dispatch(EPImplementation):
 
     num_local_experts: Any
 
-    def __init__(self, transport: type[Exchange], experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
+    def __init__(self, transport: Any, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.transport, self.experts, self.slices = transport, experts, tp_mesh.size() > 1
         self.group, self.rank, self.num_ranks = ep_mesh.get_group(), ep_mesh.get_local_rank(), ep_mesh.size()

@@ -64,8 +64,7 @@ class PlannedGather(Gather):
     """`Gather` where all ranks have equally many tokens."""
 
     def __init__(self, layer: Alone, x_TH: torch.Tensor, ahead: bool = False) -> None:
-        Exchange.__init__(self, layer)
-        self.sharers = layer.num_ranks
+        self.layer, self.waits, self.sharers = layer, layer.waits, layer.num_ranks
         self._link, self._num_tokens, self._rows = _Link(layer.num_ranks, layer.watch), len(x_TH), len(x_TH)
         self._sent = None
         layer.watch.share = 1 / layer.num_ranks
@@ -74,7 +73,8 @@ class PlannedGather(Gather):
 class PlannedAllToAll(Exchange):
     """`AllToAll` of tokens that choose K of all experts at random: as many rows come as go."""
 
-    layer: Alone
+    def __init__(self, layer: Alone, x_TH: torch.Tensor, ahead: bool = False) -> None:
+        self.layer, self.waits = layer, layer.waits
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> tuple:
         tokens, top_k, ranks = *ids_TK.shape, self.layer.num_ranks
