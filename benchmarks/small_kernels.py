@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from shared import BYTES_PER_MS, DEVICE, DTYPE, FLOP_PER_MS, Case, Result, leaf, parser, time_cases
+from torch.nn.functional import silu
 
 from expertmesh.kernels import causal_conv, clip, grouping, rms_norm
 from expertmesh.kernels import packed as four_bit
-from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
+from expertmesh.kernels.activation import relu2, swiglu
 from expertmesh.kernels.documents import document_starts
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
@@ -61,7 +62,7 @@ def norm_cases(tokens: int, hidden: int) -> Iterator[Case]:
     found = arms(*added, **liger("fused_add_rms_norm", **theirs))
     yield Case("add_rms_norm", found, (x, residual, weight), (4 * row, 4 * row))
     up = leaf(tokens, 3 * hidden), leaf(tokens, 3 * hidden)
-    yield Case("swiglu", arms(swiglu, swiglu_reference, **liger("swiglu")), up, (9 * row, 15 * row))
+    yield Case("swiglu", arms(swiglu, lambda gate, up: silu(gate) * up, **liger("swiglu")), up, (9 * row, 15 * row))
     squared = arms(relu2, lambda x: torch.relu(x).square())
     yield Case("relu2", squared, (leaf(tokens, 2 * hidden),), (4 * row, 6 * row))
 

@@ -97,14 +97,9 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     Must equal `act_fn(gate) * up` of a Transformers MLP with hidden_act "silu".
     """
     assert gate.shape == up.shape and gate.dtype == up.dtype
-    a = _Dense.apply("silu", gate, up) if use_triton(gate) else swiglu_reference(gate, up)
+    a = _Dense.apply("silu", gate, up) if use_triton(gate) else F.silu(gate) * up
     again((a,), lambda gate, up: (swiglu(gate, up),), gate, up)
     return a
-
-
-def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The specification: Transformers' two operations."""
-    return F.silu(gate) * up
 
 
 def relu2(x: torch.Tensor) -> torch.Tensor:

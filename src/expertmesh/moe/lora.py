@@ -31,7 +31,7 @@ class FastParamWrapper(Fast):
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
         names = [name for name in active_adapters if name in self.lora_A]
-        if not names or not self._is_native(names):
+        if not names or not self._is_native():
             with super()._activate_lora(active_adapters):
                 yield
             return
@@ -43,7 +43,7 @@ class FastParamWrapper(Fast):
         finally:
             del factors[self.parameter_name]
 
-    def _is_native(self, names: list[str]) -> bool:
+    def _is_native(self) -> bool:
         experts = self.get_base_layer()
         if not runs_here(experts) or traced():
             return False
