@@ -20,7 +20,6 @@ from gpus import RanksResult, begin
 from shared import medians_ms, parser
 
 from expertmesh.kernels.grouping import combine, group_by_expert
-from expertmesh.moe.experts import Outputs
 from expertmesh.moe.gather import Collectives, link_of
 
 
@@ -34,9 +33,9 @@ def exchanges(device: torch.device, tokens: int, width: int, experts: int = 128,
     collectives = Collectives(world)
     needed = sum((ids // (experts // ranks) == other).any(-1).sum() for other in range(ranks) if other != rank)
     (ids,) = collectives.all_gather([ids])
-    position = group_by_expert(ids - rank * experts // ranks, experts // ranks).position_TK
+    weights = torch.rand(ids.shape, device=device)
+    position = group_by_expert(ids - rank * experts // ranks, experts // ranks, weights).position_TK
     y = torch.randn(int(position.max()) + 1, width, device=device).bfloat16()
-    weights = torch.rand(position.shape, device=device)
     runs = {
         ("c10d", "all-to-all"): lambda: dist.all_to_all_single(torch.empty_like(xs), xs),
         ("NCCL", "gather"): partial(collectives.all_gather, [x]),
@@ -48,7 +47,7 @@ def exchanges(device: torch.device, tokens: int, width: int, experts: int = 128,
             ("mailboxes", "gather"): partial(mailboxes.all_gather, [x]),
             ("mailboxes", "scatter"): partial(mailboxes.reduce_scatter, [xs]),
             ("mailboxes", "gather in place"): partial(mailboxes.all_gather, [x], copy=False),
-            ("mailboxes", "combine"): partial(mailboxes.combine_scatter, Outputs(y, position, weights)),
+            ("mailboxes", "combine"): partial(mailboxes.combine, y, position, weights, None),
         }
     return runs, int(needed) * width * x.element_size()
 

@@ -27,8 +27,9 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from expertmesh import backends
-from expertmesh.kernels import grouped_down, grouped_gemm, grouped_wgrad
+from expertmesh.kernels import grouped_gemm, grouped_grads
 from expertmesh.kernels.activation import Activation
+from expertmesh.kernels.grouped_gemm import Weights
 from expertmesh.kernels.grouping import group_by_expert
 from expertmesh.moe.experts import experts_forward
 from expertmesh.moe.lora import factor_of
@@ -116,16 +117,18 @@ def kernel_cases(module: Any, tokens: int, top_k: int) -> Iterator[Case]:
     weights, ids = routing(tokens, experts, top_k, "random")
     group, act = group_by_expert(ids, experts, weights), Activation("silu")
     x_TH, dout_TH = (torch.randn(tokens, hidden, device=DEVICE).to(DTYPE) for _ in range(2))
-    h_SJ, a_SI, _ = grouped_gemm.up_act(x_TH, w_up_EHJ, None, group, act)
-    wgrad, gemm = grouped_wgrad.grouped_wgrad, grouped_gemm.grouped_gemm
+    up, down = Weights(w_up_EHJ), Weights(w_down_EIH)
+    up_back, down_back = Weights(w_up_EHJ.transpose(1, 2)), Weights(w_down_EIH.transpose(1, 2))
+    h_SJ, a_SI, _ = grouped_gemm.up_act(x_TH, up, group, act)
+    wgrad, gemm = grouped_grads.grouped_wgrad, grouped_gemm.grouped_gemm
     small = 2 * a_SI.numel() * hidden / FLOP_PER_MS
     for name, run, floor in (
-        ("up_act", lambda: grouped_gemm.up_act(x_TH, w_up_EHJ, None, group, act), 2 * small),
-        ("down", lambda: gemm(a_SI, w_down_EIH, group), small),
-        ("down_dact", lambda: grouped_down.down_dact(dout_TH, w_down_EIH, h_SJ, group, act), small),
-        ("up_dgrad", lambda: gemm(h_SJ, w_up_EHJ.transpose(1, 2), group), 2 * small),
+        ("up_act", lambda: grouped_gemm.up_act(x_TH, up, group, act), 2 * small),
+        ("down", lambda: gemm(a_SI, down, group), small),
+        ("down_dact", lambda: grouped_grads.down_dact(dout_TH, down_back, h_SJ, group, act), small),
+        ("up_dgrad", lambda: gemm(h_SJ, up_back, group), 2 * small),
         ("up_wgrad", lambda: wgrad(x_TH, h_SJ, group, w_up_EHJ), 2 * small),
-        ("down_wgrad", lambda: wgrad(dout_TH, a_SI, group, w_down_EIH.transpose(1, 2)), small),
+        ("down_wgrad", lambda: wgrad(dout_TH, a_SI, group, down_back.w), small),
     ):
         yield Case(f"kernel {name}", {"expertmesh": by_triton(run)}, (), (floor, 0))
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from shared import BYTES_PER_MS, DEVICE, DTYPE, FLOP_PER_MS, Case, Result, leaf, parser, time_cases
+from torch.nn.functional import silu
 
 from expertmesh.kernels import causal_conv, clip, grouping, rms_norm
 from expertmesh.kernels import packed as four_bit
-from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
+from expertmesh.kernels.activation import relu2, swiglu
 from expertmesh.kernels.documents import document_starts
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
@@ -61,7 +62,7 @@ def norm_cases(tokens: int, hidden: int) -> Iterator[Case]:
     found = arms(*added, **liger("fused_add_rms_norm", **theirs))
     yield Case("add_rms_norm", found, (x, residual, weight), (4 * row, 4 * row))
     up = leaf(tokens, 3 * hidden), leaf(tokens, 3 * hidden)
-    yield Case("swiglu", arms(swiglu, swiglu_reference, **liger("swiglu")), up, (9 * row, 15 * row))
+    yield Case("swiglu", arms(swiglu, lambda gate, up: silu(gate) * up, **liger("swiglu")), up, (9 * row, 15 * row))
     squared = arms(relu2, lambda x: torch.relu(x).square())
     yield Case("relu2", squared, (leaf(tokens, 2 * hidden),), (4 * row, 6 * row))
 
@@ -109,12 +110,13 @@ def routing_cases(tokens: int, hidden: int) -> Iterator[Case]:
     group = grouping.group_by_expert, grouping.group_by_expert_reference
     sort = (lambda i, w, fn=fn: fn(i, EXPERTS, w).position_TK for fn in group)
     yield Case("group_by_expert", arms(*sort), (ids, weights), (rows * (8 + 4 + 4 * 4) / BYTES_PER_MS, 0))
-    position, y = group[1](ids, EXPERTS).position_TK, leaf(rows, hidden).detach()
+    by_kernel, by_reference = (fn(ids, EXPERTS, weights) for fn in group)
+    position, y = by_reference.position_TK, leaf(rows, hidden).detach()
     summed = (rows + tokens) * hidden * 2 / BYTES_PER_MS
     yield Case("combine", arms(grouping.combine, grouping.combine_reference), (y, position, weights), (summed, 0))
-    back = (lambda p, at, fn=fn: fn(p, at, y.dtype) for fn in (grouping.unsort, grouping.unsort_reference))
+    back = (lambda p, found=found: grouping.unsort(p, found, y.dtype) for found in (by_kernel, by_reference))
     parts = torch.randn(6, rows, device=DEVICE)
-    yield Case("unsort", arms(*back), (parts, position), (rows * (6 * 4 + 4 + 2) / BYTES_PER_MS, 0))
+    yield Case("unsort", arms(*back), (parts,), (rows * (6 * 4 + 4 + 2) / BYTES_PER_MS, 0))
 
 
 def loss_cases(tokens: int, hidden: int, vocab: int) -> Iterator[Case]:

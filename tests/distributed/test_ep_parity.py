@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from expertmesh.bench import tiny
-from expertmesh.moe.dispatch import TRANSPORTS
+from expertmesh.moe.experts import TRANSPORTS
 from tests.distributed import work
 from tests.distributed.ranks import on_ranks, on_the_same_ranks
 from tests.distributed.work import Case
@@ -367,11 +367,11 @@ def test_a_layer_of_another_backend_whose_exchange_began_before_the_router(tmp_p
 
 def test_a_token_makes_few_calls_of_ours_on_its_way_through_a_layer():
     """Forward and backward, where kernels are PyTorch's. These numbers only fall: 100 calls in 12 files is the aim."""
-    most = {"all_to_all": 98, "gather": 96}
+    most = {"all_to_all": 96, "gather": 94}
     several = [(saved("qwen3_moe"), Case({"ep_size": 2, "dispatch": dispatch})) for dispatch in most]
     for calls, ranks in zip(most.values(), on_the_same_ranks(2, work.calls_of_ours, several), strict=True):
         for files in ranks:
-            assert sum(files.values()) <= calls and len(files) <= 19, files
+            assert sum(files.values()) <= calls and len(files) <= 17, files
 
 
 def check_layers(num_ranks, several):

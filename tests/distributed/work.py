@@ -29,8 +29,7 @@ from expertmesh.bench.tiny import tiny_config
 from expertmesh.kernels.grouping import combine
 from expertmesh.memory import release as release_module
 from expertmesh.moe import experts, gather
-from expertmesh.moe.dispatch import TRANSPORTS, Dispatch
-from expertmesh.moe.experts import Outputs
+from expertmesh.moe.experts import TRANSPORTS, Dispatch
 from expertmesh.moe.gather import Mailboxes
 from expertmesh.parallel.clip import clip_grad_norm
 from expertmesh.parallel.setup import DistributedSetup
@@ -594,7 +593,7 @@ def mailboxes(rank: int, num_cases: int) -> int:
         routed = torch.randint(-1, 9, parts[1].shape, device="cuda", dtype=torch.int32), parts[1]
         (want,) = collectives.reduce_scatter([combine(y, *routed).float()])
         want[: len(residual)] += residual
-        got = link.combine_scatter(Outputs(y, *routed), residual)
+        got = link.combine(y, *routed, residual)
         torch.testing.assert_close(got.float(), want, atol=0.1, rtol=0.02)
     return num_cases
 

@@ -129,8 +129,8 @@ def test_quack_computes_what_triton_does(name, products, tokens, monkeypatch):
 
 @pytest.mark.parametrize("tokens", [1, 3, 1000, 16384])
 def test_grouping_matches_a_stable_sort(tokens):
-    ids = torch.randint(0, 129, (tokens, 8), device="cuda")
-    got, want = group_by_expert(ids, 128), group_by_expert_reference(ids, 128)
+    ids, weight = torch.randint(0, 129, (tokens, 8), device="cuda"), torch.rand(tokens, 8, device="cuda")
+    got, want = group_by_expert(ids, 128, weight), group_by_expert_reference(ids, 128, weight)
     assert torch.equal(got.bounds, want.bounds) and torch.equal(got.token_S, want.token_S)
     assert torch.equal(got.position_TK, want.position_TK)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
+from expertmesh.kernels.activation import Activation, relu2, swiglu
 from expertmesh.kernels.clip import scale_, squared_sum
-from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference, unsort, unsort_reference
+from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference, unsort
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.rms_norm import (
     add_rms_norm,
@@ -71,10 +71,11 @@ def cases() -> dict[str, tuple[Callable, Callable, tuple[torch.Tensor, ...]]]:
         return run
 
     found["qk_norm_rope 32+4 heads"] = heads(qk_norm_rope), heads(qk_norm_rope_reference), qkv
-    found["swiglu 6144"] = swiglu, swiglu_reference, (leaf(4095, 6144), leaf(4095, 6144))
+    reference = Activation("silu").forward  # of halves
+    found["swiglu 6144"] = swiglu, lambda *x: reference(torch.cat(x, dim=-1)), (leaf(4095, 6144), leaf(4095, 6144))
     found["swiglu halves of 1536"] = (
         lambda x: swiglu(*x.chunk(2, dim=-1)),
-        lambda x: swiglu_reference(*x.chunk(2, dim=-1)),
+        reference,
         (leaf(4095, 1536),),
     )
     found["relu2 3712"] = relu2, lambda x: torch.relu(x).square(), (leaf(4095, 3712),)
@@ -128,18 +129,17 @@ def test_the_counting_sort_equals_a_stable_sort_without_waiting(tokens, top_k, e
     ids = torch.randint(0, experts + 1, (tokens, top_k), device="cuda")  # some are for nobody here
     weight = torch.rand(tokens, top_k, device="cuda").bfloat16()
     parts = torch.randn(3, tokens * top_k, device="cuda")
-    group_by_expert(ids, experts, weight)  # compiles
-    unsort(parts, torch.zeros_like(ids, dtype=torch.int32), torch.float32)
+    unsort(parts, group_by_expert(ids, experts, weight), torch.float32)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         got = group_by_expert(ids, experts, weight)
-        back = unsort(parts, got.position_TK, torch.float32)
+        back = unsort(parts, got, torch.float32)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     want = group_by_expert_reference(ids, experts, weight)
     for name in ("token_S", "position_TK", "bounds", "weight_S"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
-    torch.testing.assert_close(back, unsort_reference(parts, got.position_TK, torch.float32))
+    torch.testing.assert_close(back, unsort(parts, want, torch.float32))
     expert, row, used = (x.tolist() for x in got.tiles)
     ends = want.bounds[1:].tolist()
     tiles = [(e, r) for e in range(experts) for r in range(([0] + ends)[e], ends[e], got.block)]

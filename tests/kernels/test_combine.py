@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from expertmesh.kernels.grouping import combine, combine_into, combine_reference, unsort, unsort_reference
+from expertmesh.kernels.grouping import combine, combine_into, combine_reference, group_by_expert, unsort
 from tests.kernels.compare import assert_same, on_triton
 
 
@@ -43,19 +43,23 @@ def test_pieces_go_where_they_are_wanted_with_a_residual_in_one(outs, width, num
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "top_k", "parts", "skipped"), [(1, 1, 1, 0), (7, 3, 2, 5), (300, 2, 6, 600)])
-def test_unsort_kernel_equals_its_reference_and_gives_skipped_pairs_zero(tokens, top_k, parts, skipped, dtype):
-    value, position = torch.randn(parts, tokens * top_k), positions(tokens, top_k, skipped)
-    value[:, :skipped] = torch.nan  # rows that nobody computes hold anything
-    position = torch.where(position < skipped, -1, position)
+@pytest.mark.parametrize(("tokens", "top_k", "parts", "experts"), [(1, 1, 1, 8), (7, 3, 2, 5), (300, 2, 6, 0)])
+def test_unsort_kernel_equals_its_reference_and_gives_skipped_pairs_zero(tokens, top_k, parts, experts, dtype):
+    """Of the pairs those of 8 experts are here, of which so many are chosen, or an expert that is not."""
+    ids = torch.where(torch.rand(tokens, top_k) < 0.7, torch.randint(0, max(experts, 1), (tokens, top_k)), 8)
+    ids = ids if experts else torch.full_like(ids, 8)
+    want = group_by_expert(ids, 8, torch.rand(ids.shape))
+    value = torch.randn(parts, tokens * top_k)
+    value[:, want.bounds[-1] :] = torch.nan  # rows that nobody computes hold anything
     with on_triton():
-        got = unsort(value, position, dtype)
+        got = unsort(value, group_by_expert(ids, 8, torch.rand(ids.shape)), dtype)
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3  # sums in another order may round to a neighbour
-    assert_same([got], [unsort_reference(value, position, dtype)], tolerance)
-    assert not got[position < 0].any()
+    assert_same([got], [unsort(value, want, dtype)], tolerance)
+    assert not got[ids == 8].any()
 
 
 def test_no_tokens_give_an_empty_result():
-    empty = torch.empty(0, 2, dtype=torch.int32)
+    ids = torch.empty(0, 2, dtype=torch.int64)
     with on_triton():
-        assert unsort(torch.empty(1, 0), empty, torch.float32).shape == (0, 2)
+        group = group_by_expert(ids, 4, torch.empty(0, 2))
+        assert unsort(torch.empty(1, 0), group, torch.float32).shape == (0, 2) and not group.bounds.any()

@@ -30,10 +30,10 @@ def test_weights_of_any_strides(kind):
     torch.manual_seed(0)
     weights, ids = strides(kind), torch.randint(0, EXPERTS, (TOKENS, 2))
     with on_triton():
-        group = group_by_expert(ids, EXPERTS)
+        group = group_by_expert(ids, EXPERTS, torch.rand(TOKENS, 2))
         rows = torch.randn(2 * TOKENS, INNER)
-        got = module.grouped_gemm(rows, weights, group)
-    want = module.grouped_gemm(rows, weights, group_by_expert(ids, EXPERTS))
+        got = module.grouped_gemm(rows, module.Weights(weights), group)
+    want = module.grouped_gemm(rows, module.Weights(weights), group_by_expert(ids, EXPERTS, torch.rand(TOKENS, 2)))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 

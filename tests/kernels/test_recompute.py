@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expertmesh.kernels.activation import Activation, relu2, swiglu
-from expertmesh.kernels.grouped_gemm import up_act
+from expertmesh.kernels.grouped_gemm import Weights, up_act
 from expertmesh.kernels.grouping import group_by_expert
 from expertmesh.kernels.mla_rope import mla_rope
 from expertmesh.kernels.recompute import _Layer, _layer, _Recipe, again, is_policy, keep_less, levels_of
@@ -23,10 +23,10 @@ def pieces(device: str, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, ...
     q, k, heads, (cos, sin) = leaf(1, 3, 32), leaf(1, 3, 16), leaf(8), torch.randn(2, 1, 3, 8, device=device).to(dtype)
     kv, k_rope, wide = leaf(1, 3, 2, 8 + 16), leaf(1, 3, 8), leaf(1, 3, 2, 8 + 8)
     group = group_by_expert(torch.tensor([[0], [1], [0]], device=device), 2, torch.rand(3, 1, device=device))
-    act, inputs = Activation("silu"), (x.view(3, 32), leaf(2, 16, 32).transpose(1, 2), None)
+    act, inputs = Activation("silu"), (x.view(3, 32), leaf(2, 16, 32).transpose(1, 2))
     with torch.no_grad():
-        h = up_act(*inputs, group, act)[0]
-        again((h,), lambda *inputs: up_act(*inputs, group, act), *inputs, level="experts")
+        h = up_act(inputs[0], Weights(inputs[1]), group, act)[0]
+        again((h,), lambda x, w: up_act(x, Weights(w), group, act), *inputs, level="experts")
     return {
         "rms_norm": (rms_norm(x, weight, 1e-6),),
         "add_rms_norm": add_rms_norm(x, residual, weight, 1e-6)[:1],

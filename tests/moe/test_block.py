@@ -8,7 +8,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from expertmesh import backends, fuse
 from expertmesh.layers.decoder import add_block
-from expertmesh.moe import experts
+from expertmesh.moe import exchange, experts
 from expertmesh.moe.block import FastMoEBlock, FastSharedMoEBlock
 from tests.models import load_ours, load_stock
 
@@ -44,7 +44,8 @@ def counting(monkeypatch) -> list[bool]:
         return stock(y_SH, position_TK, weight_TK, residual)
 
     stock = experts.combine
-    monkeypatch.setattr(experts, "combine", combine)
+    for module in (exchange, experts):
+        monkeypatch.setattr(module, "combine", combine)
     return seen
 
 

@@ -11,13 +11,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from expertmesh import waiting
-from expertmesh.kernels.grouping import combine
-from expertmesh.moe.dispatch import Dispatch
-from expertmesh.moe.experts import Exchange
+from expertmesh.moe import experts as moe_experts
+from expertmesh.moe.exchange import Exchange
+from expertmesh.moe.experts import Dispatch
 from expertmesh.moe.gather import Gather, link_of, mailboxes, most_tokens
 from expertmesh.parallel.layout import lean_layout
 from expertmesh.records import Call, calling
 from tests.distributed import work
+from tests.kernels.compare import on_triton
 from tests.models import load_ours
 
 
@@ -47,8 +48,7 @@ class Told(Exchange):
     asked: list[str]
 
     def __init__(self, layer, x_TH, ahead=False):
-        super().__init__(layer)
-        Told.asked, self.ahead = [], ahead
+        self.layer, self.waits, Told.asked = layer, layer.waits, []
 
     @property
     def patient(self):
@@ -58,10 +58,9 @@ class Told(Exchange):
         assert self.patient
         return super().dispatch(x_TH, ids_TK, weight_TK)
 
-    def combine(self, made, residual):
+    def combine(self, *made):
         assert self.patient
-        out = made.y if made.position_MK is None else combine(*made)
-        return out if residual is None else residual + out.view(residual.shape)
+        return super().combine(*made)
 
     def combine_backward(self, dout_TH):
         assert self.patient
@@ -124,10 +123,17 @@ def test_weights_of_another_dtype_are_for_another_backend(mesh):
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(("rows", "block", "kept"), [(64, 16, 48), (64, 0, 40), (1, 16, 16)])
-def test_of_what_is_gathered_a_rank_keeps_its_share_and_a_quarter(rows, block, kept):
-    two_ranks = mock.Mock(spec=Gather, layer=SimpleNamespace(num_ranks=2))
-    assert Gather.rows_to_keep(two_ranks, rows, block) == kept
+@pytest.mark.parametrize(("ranks", "tokens", "kept"), [(2, 20, 48), (8, 1, 16), (1, 20, None)])
+def test_of_what_is_gathered_a_rank_keeps_its_share_and_a_quarter(ranks, tokens, kept, mesh, monkeypatch):
+    experts, up_act, asked = work.experts_of(8, slice(None)), moe_experts.up_act, []
+    experts.forward = Dispatch(Told, experts, mesh["ep"], mesh["tp"])
+    monkeypatch.setattr(Told, "sharers", ranks)
+    monkeypatch.setattr(moe_experts, "up_act", lambda *inputs: asked.append(inputs[-1]) or up_act(*inputs))
+    x, ids, weights, _ = work.layer_inputs(tokens, None, seed=0)
+    assert ids.shape == (tokens, 3)
+    with on_triton():  # in whole tiles of 16 rows
+        assert experts(x, ids, weights).shape == x.shape
+    assert asked == [kept]
 
 
 def test_layers_of_a_call_have_as_many_tokens_and_ask_once(mesh):

@@ -1,6 +1,7 @@
 """One autograd function equals Transformers' grouped_mm experts, in every layout, in PyTorch and in Triton."""
 
 import contextlib
+import inspect
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
 from expertmesh import backends
-from expertmesh.kernels import grouped_gemm, grouped_wgrad
+from expertmesh.kernels import grouped_gemm, grouped_grads
 from expertmesh.moe import experts as moe_experts
 from expertmesh.moe.experts import activation_of, experts_forward
 
@@ -97,7 +98,7 @@ QUICK = {"random": PATHS[:2], "not all here": [PATHS[0], PATHS[3]]}  # paths bes
 def test_experts_equal_transformers(layout, routing, path, nan_memory, monkeypatch):
     torch.manual_seed(0)
     if path == "triton by pointers":  # as on GPUs without a TMA unit
-        for module in (grouped_gemm, grouped_wgrad):
+        for module in (grouped_gemm, grouped_grads):
             monkeypatch.setattr(module, "by_descriptor", lambda device: False)
     if path == "triton with room for few":  # as on a rank that gets more than its share
         up_act = moe_experts.up_act
@@ -169,6 +170,12 @@ def test_backward_keeps_x_and_h_and_nothing_else_of_the_rows_size(path):
     ]
 
 
+def test_transformers_says_nothing_of_experts_that_is_not_known_here():
+    known = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+    said = inspect.signature(use_experts_implementation).parameters.keys()
+    assert said - {"experts_class", "experts_interface"} <= known
+
+
 def test_frozen_experts_cost_no_weight_gradient():
     module = _module()
     module.requires_grad_(False)
@@ -180,7 +187,9 @@ def test_frozen_experts_cost_no_weight_gradient():
 def test_a_recompute_ends_before_the_down_projection(monkeypatch):
     module, ids, weight = _module(), ROUTINGS["random"](), torch.rand(TOKENS, TOP_K)
     made, gemm = [], moe_experts.grouped_gemm
-    monkeypatch.setattr(moe_experts, "grouped_gemm", lambda a, w, *rest: made.append(w.shape[1:]) or gemm(a, w, *rest))
+    monkeypatch.setattr(
+        moe_experts, "grouped_gemm", lambda a, by, group: made.append(by.w.shape[1:]) or gemm(a, by, group)
+    )
     want = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     x = want.detach().clone().requires_grad_()
     experts_forward(module, want, ids, weight).sin().sum().backward()

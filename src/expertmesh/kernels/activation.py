@@ -29,8 +29,8 @@ from expertmesh.kernels.launch import launched
 from expertmesh.kernels.recompute import again
 from expertmesh.kernels.rms_norm import last_contiguous
 
-#: elements per program, and warps: two or one 16-byte loads of bfloat16 per thread and tensor
-TUNING = {"forward": {"elements": 2048, "num_warps": 4}, "backward": {"elements": 1024, "num_warps": 4}}
+#: per program of 4 warps: two or one 16-byte loads of bfloat16 per thread and tensor
+ELEMENTS = {"forward": 2048, "backward": 1024}
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,6 @@ class Activation:
             return torch.square(F.relu(h_SJ))
         assert self.fn is not None
         return self.fn(h_SJ)
-
-    def backward(self, h_SJ: torch.Tensor, da_SI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a [S, I], dh [S, J]) from h and the gradient of a, by autograd on a recomputation of `forward`."""
-        with torch.enable_grad():
-            h_SJ = h_SJ.detach().requires_grad_()
-            a_SI = self.forward(h_SJ)
-        (dh_SJ,) = torch.autograd.grad(a_SI, h_SJ, da_SI)
-        return a_SI.detach(), dh_SJ
 
 
 @triton.jit
@@ -105,14 +97,9 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     Must equal `act_fn(gate) * up` of a Transformers MLP with hidden_act "silu".
     """
     assert gate.shape == up.shape and gate.dtype == up.dtype
-    a = _Dense.apply("silu", gate, up) if use_triton(gate) else swiglu_reference(gate, up)
+    a = _Dense.apply("silu", gate, up) if use_triton(gate) else F.silu(gate) * up
     again((a,), lambda gate, up: (swiglu(gate, up),), gate, up)
     return a
-
-
-def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The specification: Transformers' two operations."""
-    return F.silu(gate) * up
 
 
 def relu2(x: torch.Tensor) -> torch.Tensor:
@@ -176,13 +163,13 @@ def _launch_dense(kind: str, inputs: tuple[torch.Tensor, ...], outputs: int, dir
     else:
         inputs = tuple(last_contiguous(x) for x in inputs)
     gate, up, dy = inputs[0], inputs[1 if kind == "silu" else 0], inputs[-1]
-    (T, W), tuning = gate.shape, TUNING[direction]
-    block_w = min(tuning["elements"], triton.next_power_of_2(max(1, W)))
-    block_t = tuning["elements"] // block_w
+    (T, W), elements = gate.shape, ELEMENTS[direction]
+    block_w = min(elements, triton.next_power_of_2(max(1, W)))
+    block_t = elements // block_w
     col_blocks = triton.cdiv(W, block_w)
     if T * W:
         _dense[(triton.cdiv(T, block_t) * col_blocks,)](
             gate, up, dy, outs[0], outs[-1], T, W, col_blocks, gate.stride(0), up.stride(0), dy.stride(0),
-            KIND=kind, BACK=direction == "backward", BLOCK_T=block_t, BLOCK_W=block_w, num_warps=tuning["num_warps"],
+            KIND=kind, BACK=direction == "backward", BLOCK_T=block_t, BLOCK_W=block_w, num_warps=4,
         )  # fmt: skip
     return outs

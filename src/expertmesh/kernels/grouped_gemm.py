@@ -16,7 +16,7 @@ Hopper on), by pointers elsewhere.
 
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,82 +28,70 @@ from expertmesh.kernels.launch import launched, processors
 from expertmesh.kernels.packed import Packed
 
 THIN = 64  # columns up to which a product reads its rows once, in tiles of its own
-#: what adapters add to a product: u_s · B_e, u [S, R] and B [E, R, N] contiguous, R a multiple of 16; or nothing
-LowRank = tuple[torch.Tensor | None, torch.Tensor | None]
-NO_ADAPTERS: LowRank = (None, None)
 
 
-def grouped_gemm(
-    a_SK: torch.Tensor,
-    w_EKN: torch.Tensor,
-    group: Grouping,
-    bias_EN: torch.Tensor | None = None,
-    low: LowRank = NO_ADAPTERS,
-    own: bool = False,
-) -> torch.Tensor:
-    """y [S, N]: row s of a [S, K] times the weights [E, K, N] (plain or transposed) of its expert, plus its bias.
+class Weights(NamedTuple):
+    """What rows are multiplied by: their experts' w [E, K, N], plain or transposed. What is added: biases [E, N], and
+    for adapters u_s · B_e, u [S, R] and B [E, R, N] contiguous, R a multiple of 16.
+    """
+
+    w: torch.Tensor
+    bias: torch.Tensor | None = None
+    u: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+
+
+def grouped_gemm(a_SK: torch.Tensor, by: Weights, group: Grouping, own: bool = False) -> torch.Tensor:
+    """y [S, N]: row s of a [S, K] by its expert's `Weights`.
 
     own: never by quack. Rows behind the last expert's are not written: no reader of a `Grouping` looks at them. Without
     tiles it is the specification: one matrix product per expert.
     """
-    w_EKN = w_EKN.decode() if isinstance(w_EKN, Packed) else w_EKN
-    fused, (u_SR, b_ERN) = group.tiles is not None, low
+    if isinstance(by.w, Packed):
+        by = by._replace(w=by.w.decode())
+    (w_EKN, bias_EN, u_SR, b_ERN), fused = by, group.tiles is not None
     if fused and bias_EN is None and u_SR is None and not own and quack.takes(a_SK, w_EKN):
         return quack.grouped_gemm(a_SK, w_EKN, group)
     y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
     if fused:
-        launch_rows(a_SK, w_EKN, bias_EN, group, y_SN, low=low)
+        launch_rows(a_SK, by, group, y_SN)
         return y_SN
     for expert, (begin, end) in enumerate(pairwise(group.bounds.tolist())):
         torch.mm(a_SK[begin:end], w_EKN[expert], out=y_SN[begin:end])
         if bias_EN is not None:
             y_SN[begin:end] += bias_EN[expert]
-    return y_SN if u_SR is None or b_ERN is None else y_SN.add_(grouped_gemm(u_SR, b_ERN, group))
+    return y_SN if u_SR is None or b_ERN is None else y_SN.add_(grouped_gemm(u_SR, Weights(b_ERN), group))
 
 
 def up_act(
-    x_TH: torch.Tensor,
-    w_EHJ: torch.Tensor,
-    bias_EJ: torch.Tensor | None,
-    group: Grouping,
-    act: Activation,
-    low: LowRank = NO_ADAPTERS,
-    keep: int | None = None,
+    x_TH: torch.Tensor, by: Weights, group: Grouping, act: Activation, keep: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """(h [S, J], a [S, I], whether gate and up columns alternate in h though not in the weights) of tokens x [T, H],
-    up-projections [E, H, J] (plain or transposed) and biases [E, J].
+    """(h [S, J], a [S, I], whether gate and up columns alternate in h though not in the weights) of tokens x [T, H].
 
     keep: by the fused kernel, h has only this many rows, a multiple of `group.block`.
     """
-    w_EHJ = w_EHJ.decode() if isinstance(w_EHJ, Packed) else w_EHJ
+    if isinstance(by.w, Packed):
+        by = by._replace(w=by.w.decode())
     if act.kind == "custom" or group.tiles is None:
         if group.tiles is not None:
             tell_once("experts with an activation of their own gather rows and run it in PyTorch, not in the kernel.")
-        h_SJ = grouped_gemm(x_TH.index_select(0, group.token_S), w_EHJ, group, bias_EJ, own=True, low=low)
+        h_SJ = grouped_gemm(x_TH.index_select(0, group.token_S), by, group, own=True)
         return h_SJ, act.forward(h_SJ), False
-    if keep is None and low[0] is None and quack.takes_up(x_TH, w_EHJ, bias_EJ, group, act):
-        return *quack.up_act(x_TH, w_EHJ, group, act), act.gated
-    num_rows = len(group.token_S)
-    h_SJ = x_TH.new_empty(min(num_rows, keep or num_rows), w_EHJ.shape[2])
-    a_SI = x_TH.new_empty(num_rows, w_EHJ.shape[2] // (2 if act.gated else 1))
-    launch_rows(x_TH, w_EHJ, bias_EJ, group, h_SJ, a_SI, act, low)
+    if keep is None and by.u is None and quack.takes_up(x_TH, by.w, by.bias, group, act):
+        return *quack.up_act(x_TH, by.w, group, act), act.gated
+    num_rows, num_columns = len(group.token_S), by.w.shape[2]
+    h_SJ = x_TH.new_empty(min(num_rows, keep or num_rows), num_columns)
+    a_SI = x_TH.new_empty(num_rows, num_columns // (2 if act.gated else 1))
+    launch_rows(x_TH, by, group, h_SJ, a_SI, act)
     return h_SJ, a_SI, False
 
 
-def up_again(
-    x_TH: torch.Tensor,
-    w_EHJ: torch.Tensor,
-    bias_EJ: torch.Tensor | None,
-    group: Grouping,
-    act: Activation,
-    h_SJ: torch.Tensor,
-    low: LowRank = NO_ADAPTERS,
-) -> torch.Tensor:
+def up_again(x_TH: torch.Tensor, by: Weights, group: Grouping, act: Activation, h_SJ: torch.Tensor) -> torch.Tensor:
     """The rows of h that an `up_act` with `keep` did not store, and the `group.block` rows before them, in as far as
     tiles that end behind h have them.
     """
     more_SJ = h_SJ.new_empty(group.block + len(group.token_S) - len(h_SJ), h_SJ.shape[1])
-    launch_rows(x_TH, w_EHJ, bias_EJ, group, more_SJ, None, act, low)
+    launch_rows(x_TH, by, group, more_SJ, None, act)
     return more_SJ
 
 
@@ -112,11 +100,11 @@ def thin_rows(x: torch.Tensor, factor_ERK: torch.Tensor, group: Grouping, gather
 
     On Triton rows behind the last expert's are zero: `thin_wgrad` may read them.
     """
-    factor_EKR = factor_ERK.transpose(1, 2)
+    by = Weights(factor_ERK.transpose(1, 2))
     if group.tiles is None:
-        return grouped_gemm(x.index_select(0, group.token_S) if gathered else x, factor_EKR, group)
-    u_SR = x.new_zeros(len(group.token_S), factor_EKR.shape[2])
-    launch_rows(x, factor_EKR, None, group, u_SR, *((u_SR, Activation("none", gated=False)) if gathered else ()))
+        return grouped_gemm(x.index_select(0, group.token_S) if gathered else x, by, group)
+    u_SR = x.new_zeros(len(group.token_S), factor_ERK.shape[1])
+    launch_rows(x, by, group, u_SR, *((u_SR, Activation("none", gated=False)) if gathered else ()))
     return u_SR
 
 
@@ -147,10 +135,10 @@ def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3, thin: int = 0
     return dict(BN=128, BK=64, num_warps=8 if block_rows == 128 else 4, num_stages=3)
 
 
-def over_tiles(kernel: Any, x: torch.Tensor, group: Grouping, low: LowRank, *inputs: Any, **flags: Any) -> None:
-    """Launch a kernel whose programs walk over row tiles times column tiles. `low` is among the inputs, too."""
-    programs, rank = processors(x.device), 0 if low[1] is None else low[1].shape[1]
-    assert group.tiles is not None and rank % 16 == 0 and all(part is None or part.is_contiguous() for part in low)
+def over_tiles(kernel: Any, x: torch.Tensor, group: Grouping, by: Weights, *inputs: Any, **flags: Any) -> None:
+    """Launch a kernel whose programs walk over row tiles times column tiles. The inputs have what `by` holds, too."""
+    programs, rank = processors(x.device), 0 if by.b is None else by.b.shape[1]
+    assert group.tiles is not None and rank % 16 == 0 and all(p is None or p.is_contiguous() for p in by[2:])
     flags |= dict(BM=group.block, DESCRIPTOR=by_descriptor(x.device), PRECISION=dot_precision(x.dtype), RANK=rank)
     kernel[(programs,)](*group.tiles, group.bounds, *inputs, PROGRAMS=programs, **flags)
 
@@ -196,29 +184,27 @@ def weight_tiles(w_EKN: torch.Tensor, inner: int, columns: int) -> tuple[Any, bo
 
 def launch_rows(
     x: torch.Tensor,
-    w_EKN: torch.Tensor,
-    bias_EN: torch.Tensor | None,
+    by: Weights,
     group: Grouping,
     y_SN: torch.Tensor,
     a_SI: torch.Tensor | None = None,
     act: Activation | None = None,
-    low: LowRank = NO_ADAPTERS,
 ) -> None:
     """Writes y: rows of x [S, K]; or with an activation those of x [T, K] by index, and its values to a. Into y go the
     first rows, or, with an activation but no a, the last.
     """
-    num_inner, num_columns = w_EKN.shape[1:]
+    num_experts, num_inner, num_columns = by.w.shape
     act, gathered = act or Activation("none", gated=False), act is not None
     assert not gathered or x.stride(1) == 1
     thin, again, kind = num_columns <= THIN and not act.gated, gathered and a_SI is None, layout(act)
     config = tile_config(x, group.block, 4 if gathered else 3, num_columns if thin else 0)
     if act.gated:
         config["BN"] //= 2  # gate and up accumulate side by side
-    w_tiles, transposed = weight_tiles(w_EKN, config["BK"], config["BN"] * (2 if kind == "pairs" else 1))
+    w_tiles, transposed = weight_tiles(by.w, config["BK"], config["BN"] * (2 if kind == "pairs" else 1))
     over_tiles(
-        _rows_kernel, x, group, low,
+        _rows_kernel, x, group, by,
         x if gathered else tiles_of(x, group.block, config["BK"]), group.token_S if gathered else None, w_tiles,
-        bias_EN, *low, y_SN, a_SI, w_EKN.shape[0],
+        *by[1:], y_SN, a_SI, num_experts,
         len(group.token_S) - len(y_SN) if again else 0, len(y_SN),
         num_columns // 2 if act.gated else num_columns, num_inner, x.stride(0), act.alpha, act.limit,
         GATHER=gathered, LAYOUT=kind, KIND=act.kind, TRANSPOSED=transposed,

@@ -37,13 +37,13 @@ class Grouping:
     token_S: torch.Tensor
     position_TK: torch.Tensor
     bounds: torch.Tensor
+    weight_S: torch.Tensor
     tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     block: int = 0
-    weight_S: torch.Tensor | None = None
 
 
 def group_by_expert_reference(
-    ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None, num_rows: int | None = None
+    ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor, num_rows: int | None = None
 ) -> Grouping:
     """Sort the S = T·K routed rows by expert; the specification, a stable sort.
 
@@ -56,9 +56,8 @@ def group_by_expert_reference(
     bounds = torch.searchsorted(expert_S, ends, right=True, out_int32=True)
     position = torch.where(flat < num_experts, slot_S.argsort(), -1).to(torch.int32)
     slot_S = slot_S[:num_rows]
-    weight_S = None if weight_TK is None else weight_TK.detach().reshape(-1)[slot_S].float()
     token_S = (slot_S // ids_TK.shape[1]).to(torch.int32)
-    return Grouping(token_S, position.view(ids_TK.shape), bounds, weight_S=weight_S)
+    return Grouping(token_S, position.view(ids_TK.shape), bounds, weight_TK.detach().reshape(-1)[slot_S].float())
 
 
 def or_none(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -73,9 +72,7 @@ def _int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
     return [piece if len(piece) == size else piece[:size] for piece, size in zip(pieces, sizes, strict=True)]
 
 
-def _group_triton(
-    ids_TK: torch.Tensor, num_experts: int, weight_TK: torch.Tensor | None = None, num_rows: int | None = None
-) -> Grouping:
+def _group_triton(ids_TK, num_experts, weight_TK, num_rows=None) -> Grouping:
     all_rows, top_k, device = ids_TK.numel(), ids_TK.shape[1], ids_TK.device
     here = all_rows if num_rows is None else num_rows
     bins = triton.next_power_of_2(num_experts)
@@ -88,19 +85,18 @@ def _group_triton(
     token_S, position_S, bounds, tile_expert, tile_row, num_tiles, counts = _int32(
         device, all_rows, all_rows, 1 + num_experts, max_tiles, max_tiles, 1, num_blocks * bins
     )
-    weight_S = None if weight_TK is None else torch.empty(all_rows, dtype=torch.float32, device=device)
+    weight_S = torch.empty(all_rows, dtype=torch.float32, device=device)
     ids_S = ids_TK.reshape(-1)
     _count_kernel[(num_blocks,)](ids_S, counts, all_rows, num_experts, BINS=bins, BLOCK=sort_block, num_warps=4)
     # an id is compared with all bins and with the ids of its part: both tables must fit into registers
     part, tiles_of_block = max(16, min(128, 16384 // bins)), triton.next_power_of_2(triton.cdiv(max_tiles, num_blocks))
     _place_kernel[(num_blocks,)](
-        ids_S, counts, None if weight_TK is None else weight_TK.reshape(-1), token_S, position_S, weight_S,
+        ids_S, counts, weight_TK.reshape(-1), token_S, position_S, weight_S,
         bounds, tile_expert, tile_row, num_tiles, all_rows, num_experts, top_k,
         BLOCK=sort_block, TILE=block, TILES=tiles_of_block, BINS=bins, PART=part, num_warps=8,
     )  # fmt: skip
     tiles = tile_expert, tile_row, num_tiles
-    weight_S = None if weight_S is None else weight_S[:here]
-    return Grouping(token_S[:here], position_S.view(ids_TK.shape), bounds, tiles, block, weight_S)
+    return Grouping(token_S[:here], position_S.view(ids_TK.shape), bounds, weight_S[:here], tiles, block)
 
 
 group_by_expert = either(_group_triton, group_by_expert_reference)
@@ -168,8 +164,7 @@ def _place_kernel(
         skipped_place += tl.sum(skipped.to(tl.int32), axis=0)
         tl.store(token + where, row // top_k, mask=valid)
         tl.store(position + row, tl.where(skipped, -1, where), mask=valid)
-        if weight is not None:
-            tl.store(weight_sorted + where, tl.load(weight + row, mask=valid, other=0.0).to(tl.float32), mask=valid)
+        tl.store(weight_sorted + where, tl.load(weight + row, mask=valid, other=0.0).to(tl.float32), mask=valid)
 
 
 def combine_reference(
@@ -196,12 +191,7 @@ def combine_reference(
     return out_TH if residual is None else residual + out_TH.view(residual.shape)
 
 
-def _combine_triton(
-    y_SH: torch.Tensor,
-    position_TK: torch.Tensor,
-    weight_TK: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _combine_triton(y_SH, position_TK, weight_TK=None, residual=None) -> torch.Tensor:
     out = y_SH.new_empty((len(position_TK), y_SH.shape[1]) if residual is None else residual.shape)
     _launch([out], 0, y_SH, position_TK, weight_TK, residual)
     return out
@@ -210,14 +200,7 @@ def _combine_triton(
 combine = either(_combine_triton, combine_reference)
 
 
-def combine_into(
-    outs: list[torch.Tensor],
-    own: int,
-    y_SH: torch.Tensor,
-    position_TK: torch.Tensor,
-    weight_TK: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-) -> None:
+def combine_into(outs: list[torch.Tensor], own: int, y_SH, position_TK, weight_TK=None, residual=None) -> None:
     """`combine` of tokens of which the first T/R go to outs[0] [T/R, H], the next to outs[1], …, contiguous tensors in
     y's dtype which may lie in other GPUs' memory, all equally far behind the beginning of their storages. A residual of
     at most T/R rows is added to the first of outs[own].
@@ -225,11 +208,10 @@ def combine_into(
     if use_triton(y_SH):
         _launch(outs, own, y_SH, position_TK, weight_TK, residual)
         return
-    pieces = position_TK.chunk(len(outs)), [None] * len(outs) if weight_TK is None else weight_TK.chunk(len(outs))
-    for number, (out, position, weight) in enumerate(zip(outs, *pieces, strict=True)):
-        out.copy_(combine_reference(y_SH, position, weight))
-        if residual is not None and number == own:
-            out[: len(residual)] += residual
+    for out, sums in zip(outs, combine_reference(y_SH, position_TK, weight_TK).chunk(len(outs)), strict=True):
+        out.copy_(sums)
+    if residual is not None:
+        outs[own][: len(residual)] += residual
 
 
 def _launch(outs, own, y_SH, position_TK, weight_TK, residual) -> None:
@@ -251,24 +233,19 @@ def _addresses(device: torch.device, *addresses: int) -> torch.Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
-def unsort_reference(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[T, K] in `dtype`: sorted row position(t, k), summed in float32 over the P parts; 0 at position -1. The
-    specification.
+def unsort(value_PS: torch.Tensor, group: Grouping, dtype: torch.dtype) -> torch.Tensor:
+    """[T, K] in `dtype`: sorted row position(t, k), summed in float32 over the P parts; 0 at position -1. Without tiles
+    it is the specification.
     """
-    value_S = value_PS.sum(0)
-    return torch.where(position_TK >= 0, value_S[position_TK.clamp(min=0).long()], 0).to(dtype)
-
-
-def _unsort_triton(value_PS: torch.Tensor, position_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    position_TK = group.position_TK
+    if group.tiles is None:
+        return torch.where(position_TK >= 0, value_PS.sum(0)[position_TK.clamp(min=0).long()], 0).to(dtype)
     out_TK = torch.empty(position_TK.shape, dtype=dtype, device=value_PS.device)
     (parts, rows), count = value_PS.shape, position_TK.numel()
     if count:
         grid = (triton.cdiv(count, 512),)
         _unsort_kernel[grid](value_PS, position_TK, out_TK, count, rows, PARTS=parts, BLOCK=512)
     return out_TK
-
-
-unsort = either(_unsort_triton, unsort_reference)
 
 
 @launched

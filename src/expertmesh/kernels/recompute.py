@@ -19,7 +19,7 @@ or, worse, the gradients. What is `kept` in a checkpointed layer's forward is re
 
 import operator
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -150,14 +150,12 @@ class Region:
 
     def __init__(self, choices: list[Any], replay: bool) -> None:
         self.choices, self.replay = choices, replay
-        self._tokens: list[Token] = []
 
     def __enter__(self) -> None:
-        self._next = iter(self.choices)
-        self._tokens.append(region.set(self))
+        self._next, self._token = iter(self.choices), region.set(self)
 
     def __exit__(self, *_: object) -> None:
-        region.reset(self._tokens.pop())
+        region.reset(self._token)
 
     def known(self) -> Any:
         """In a recompute the forward's next choice; else None, and it is to be put among the `choices`."""

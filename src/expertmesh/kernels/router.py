@@ -79,13 +79,10 @@ class RouterLogits(torch.autograd.Function):
         return dx, dweight
 
 
-KINDS = ("softmax", "topk_softmax", "sigmoid")
-
-
 @dataclass(frozen=True)
 class Routing:
-    """How logits become weights and ids. kind, one of `KINDS`: how logits become scores, before the choice or after.
-    The fields say what becomes of the weights, by the formulas above; topk_softmax knows neither normalize nor min_sum.
+    """How logits become weights and ids. kind: softmax, topk_softmax or sigmoid. The fields say what becomes of the
+    weights, by the formulas above; topk_softmax knows neither normalize nor min_sum.
     """
 
     kind: str
@@ -171,10 +168,10 @@ route = either(_route_triton, route_reference)
 
 def _launch(
     routing: Routing, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, ids_TK: torch.Tensor,
-    weights_TK: torch.Tensor, dlogits_TE: torch.Tensor | None, given: bool, rows: int = 4,
+    weights_TK: torch.Tensor, dlogits_TE: torch.Tensor | None, given: bool,
 ) -> None:  # fmt: skip
-    assert routing.kind in KINDS, routing.kind
-    num_tokens, num_experts = logits_TE.shape
+    assert routing.kind in ("softmax", "topk_softmax", "sigmoid"), routing.kind
+    (num_tokens, num_experts), rows = logits_TE.shape, 4
     _route_kernel[(triton.cdiv(num_tokens, rows),)](
         logits_TE, bias_E, ids_TK, weights_TK, dlogits_TE, num_tokens, num_experts, routing.scale, routing.min_sum,
         KIND=routing.kind, K=routing.top_k, KP=triton.next_power_of_2(routing.top_k), NORMALIZE=routing.normalize,

@@ -11,14 +11,14 @@ R ranks hold E experts, each E/R in a row. The N rows that tokens become are ord
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from expertmesh.kernels.grouping import combine
 from expertmesh.kernels.recompute import kept
-from expertmesh.moe.experts import Exchange, Gradients, Outputs
+from expertmesh.moe.exchange import Exchange, Gradients, Maybe, Rows
 
 
 class AllToAll(Exchange):
@@ -26,9 +26,10 @@ class AllToAll(Exchange):
 
     ep_implementation = "expertmesh"
 
-    def dispatch(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __init__(self, layer: Any, x_TH: torch.Tensor, ahead: bool = False) -> None:
+        self.layer, self.waits = layer, layer.waits
+
+    def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> Rows:
         packed: list[torch.Tensor] = []
         num_experts, top_k = self.layer.num_local_experts, weight_TK.shape[1]
 
@@ -57,16 +58,15 @@ class AllToAll(Exchange):
             meta_MK2[:, :top_k] = num_experts  # the row of zeros has no expert here
         return x_MH, meta_MK2[:, :top_k].long(), meta_MK2[:, top_k:].contiguous().view(torch.float32)
 
-    def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-        sums_MH = made.y if made.position_MK is None else combine(made.y, made.position_MK, made.weight_MK)
-        (back_NH,) = self._exchange(self._recv, self._send, sums_MH)
+    def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
+        (back_NH,) = self._exchange(self._recv, self._send, combine(y_SH, position_MK, weight_MK))
         out_TH = combine(back_NH, self._routes.position_TR)
         return out_TH if residual is None else residual + out_TH.view(residual.shape)
 
     def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
         return self._exchange(self._send, self._recv, dout_TH[self._routes.token_N])[0]
 
-    def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
+    def dispatch_backward(self, dx_MH: Maybe, dweight_MK: Maybe) -> Callable[[], Gradients]:
         def exchange() -> Gradients:
             dx_TH = dweight_TK = None
             needed = [grad for grad in (dweight_MK, dx_MH) if grad is not None]

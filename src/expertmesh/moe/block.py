@@ -19,9 +19,8 @@ from transformers.utils.output_capturing import OutputRecorder
 from expertmesh.backends import opaque
 from expertmesh.kernels.recompute import region
 from expertmesh.kernels.router import Routing, kernel_supports, route, router_logits
-from expertmesh.moe.dispatch import Dispatch
-from expertmesh.moe.experts import NAME, is_experts
-from expertmesh.moe.lora import FastParamWrapper, inside_adapters
+from expertmesh.moe.experts import NAME, Dispatch, is_experts
+from expertmesh.moe.lora import FastParamWrapper
 from expertmesh.twins import Fast, untouched, watched
 
 
@@ -50,8 +49,10 @@ class FastMoEBlock(Fast):
         if residual is None:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        experts, options = self.experts, {}
-        inner, seen = inside_adapters(experts) if isinstance(experts, FastParamWrapper) else (experts, False)
+        inner = experts = self.experts
+        seen, options = False, {}
+        while isinstance(inner, FastParamWrapper):  # around the experts; a hook on one needs what goes in and comes out
+            seen, inner = seen or watched(inner), inner.base_layer
         dispatch = vars(inner).get("forward")
         if isinstance(dispatch, Dispatch):
             options["exchange"] = None if dispatch.slices else dispatch.transport(dispatch, x_TH, ahead=True)

@@ -9,98 +9,40 @@ as S = M·K rows. Saved are x [M, H], the up-projection's output h [S, J] and th
 from h, and the routing weights' gradient comes out of the down-dgrad. `_Down`'s backward reads what `_Up` saved and
 leaves in `from_down` what `_Up`'s goes on from; what autograd brings from one to the other has no values.
 
-Experts on other ranks differ in the `Exchange` alone. To add a transport, write a subclass in a file of its own, as
-all_to_all.py and gather.py are, and name it in `TRANSPORTS` (dispatch.py).
+Experts that are spread over ranks differ in the `Exchange` alone, which one of `TRANSPORTS` makes for each
+call of their forward, a `Dispatch`.
 
 All layouts of Transformers' experts modules work: gated (concatenated or interleaved) or not, with biases or not,
 weights [E, out, in] or transposed.
 """
 
-import inspect
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
-from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+from transformers.distributed.parallel_utils import _use_local_dtensor_params
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from expertmesh.backends import opaque
 from expertmesh.kernels.activation import Activation
-from expertmesh.kernels.grouped_down import down_dact
-from expertmesh.kernels.grouped_gemm import grouped_gemm, thin_rows, up_act, up_again
-from expertmesh.kernels.grouped_wgrad import grouped_wgrad, thin_wgrad
+from expertmesh.kernels.grouped_gemm import Weights, grouped_gemm, thin_rows, up_act, up_again
+from expertmesh.kernels.grouped_grads import down_dact, grouped_wgrad, thin_wgrad
 from expertmesh.kernels.grouping import Grouping, combine, group_by_expert, or_none, unsort
 from expertmesh.kernels.recompute import again
+from expertmesh.moe.all_to_all import AllToAll
+from expertmesh.moe.exchange import LOCAL, Exchange
+from expertmesh.moe.gather import Gather
 from expertmesh.twins import untouched
+from expertmesh.waiting import waiting
 
 NAME = "expertmesh"
-
-#: what a later Transformers may say of a class by `use_experts_implementation`, and this backend does not know
-_NEW_FLAGS = sorted(
-    inspect.signature(use_experts_implementation).parameters.keys()
-    - {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
-    - {"experts_class", "experts_interface"}
-)
-
-Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
-
-
-class Outputs(NamedTuple):
-    """What experts made: y [S, H], sorted, with positions and weights [M, K] for `combine`; or sums [M, H] alone."""
-
-    y: torch.Tensor
-    position_MK: torch.Tensor | None = None
-    weight_MK: torch.Tensor | None = None
-
-
-class Exchange:
-    """The exchanges of one call of a layer, which know what its backward repeats. This one: of experts all here.
-
-    All ranks call the same methods in the same order; in a backward `combine_backward`, then `dispatch_backward`. They,
-    and what the last one returns, are called within `waits`, which limits how long exchanges over `layer.group` wait;
-    one over another group, as `hosts(group)`, stands within `waiting(layer.waits.place, that_group)`.
-    """
-
-    ep_implementation: str  # the transport's name in Transformers
-    rows_here: int | None = None  # how many of the dispatched pairs this rank computes, at least 1, if the host knows
-
-    def __init__(self, layer: Any = None, x_TH: torch.Tensor | None = None, ahead: bool = False) -> None:
-        """layer: the `Dispatch` that is called with x. ahead: its router has not chosen yet, and x may leave now."""
-        self.layer, self.waits = layer, nullcontext() if layer is None else layer.waits
-
-    def dispatch(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [M, H], ids and weights [M, K], M at least 1. Ids outside 0, 1, … of this rank are not computed here."""
-        return x_TH, ids_TK, weight_TK
-
-    def rows_to_keep(self, num_rows: int, block: int) -> int | None:
-        """Without `rows_here`: of how many rows [S] h is kept for the backward; others are made again. None: all."""
-        return None
-
-    def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-        """The sums of what all ranks made [T, H]; with a residual of this dtype added, in its shape and no view."""
-        assert made.position_MK is not None
-        return combine(made.y, made.position_MK, made.weight_MK, residual)
-
-    def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
-        """The gradient [M, H] of this rank's sums: new memory, or, only if `combine` was given positions, memory of the
-        transport that the next exchange overwrites.
-        """
-        return dout_TH.contiguous()
-
-    def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
-        """Begins to bring back the gradients that are needed; the result waits for them: dx [T, H], dweight [T, K].
-        Gradients of weights are launched in between, so an exchange that the host waits for belongs into the result.
-        """
-        return lambda: (dx_MH, dweight_MK)
-
-
-LOCAL = Exchange()
+#: how tokens reach experts on other ranks, by the names that `DistributedSetup.dispatch` knows
+TRANSPORTS: dict[str, Any] = {"all_to_all": AllToAll, "gather": Gather}
 
 
 def why_not(experts: Any) -> str | None:
@@ -110,8 +52,7 @@ def why_not(experts: Any) -> str | None:
     act_fn = getattr(experts, "act_fn", None)
     if isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters()):
         return f"their activation, {type(act_fn).__name__}, learns"
-    unknown = next((name for name in _NEW_FLAGS if getattr(experts, name, False)), None)
-    return f"this Transformers says {unknown} of them, which is not known here" if unknown else None
+    return None
 
 
 def is_experts(module: Any) -> bool:
@@ -224,11 +165,13 @@ class _Up(torch.autograd.Function):
             w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
         x_MH, ids_MK, weight_MK = exchange.dispatch(x_TH, ids_TK, weight_TK)
         group = group_by_expert(ids_MK, w_up.shape[0], weight_MK, exchange.rows_here)
-        keep = None if exchange.rows_here else exchange.rows_to_keep(len(group.token_S), group.block)
+        keep = None
+        if exchange.sharers > 1 and group.block:
+            keep = max(1, -(-len(group.token_S) * 5 // (4 * exchange.sharers * group.block))) * group.block
         u_SR = None if up_A is None else thin_rows(x_MH, up_A, group, gathered=True)
-        h_SJ, a_SI, ctx.alternating = up_act(x_MH, w_up, b_up, group, act, (u_SR, up_B), keep)
+        h_SJ, a_SI, ctx.alternating = up_act(x_MH, Weights(w_up, b_up, u_SR, up_B), group, act, keep)
         again(
-            (h_SJ,), lambda x, w, b, *low: up_act(x, w, b, group, act, low, keep),
+            (h_SJ,), lambda x, *by: up_act(x, Weights(*by), group, act, keep),
             x_MH, w_up, b_up, u_SR, up_B, level="experts",
         )  # fmt: skip
         v_SR = None if down_A is None else thin_rows(a_SI, down_A, group, gathered=False)
@@ -249,7 +192,8 @@ class _Up(torch.autograd.Function):
         du_SR = None if up_B is None else thin_rows(dh_SJ, up_B, group, gathered=False)
         if ctx.needs_input_grad[0]:
             # the product's S rows have no name, so that they are freed at once
-            dx_MH = combine(grouped_gemm(dh_SJ, w_up.transpose(1, 2), group, None, (du_SR, up_A)), group.position_TK)
+            by = Weights(w_up.transpose(1, 2), None, du_SR, up_A)
+            dx_MH = combine(grouped_gemm(dh_SJ, by, group), group.position_TK)
         with ctx.exchange.waits:
             wait = ctx.exchange.dispatch_backward(dx_MH, dweight_MK)  # behind the weights' gradient, if it can
             if ctx.needs_input_grad[2]:
@@ -271,8 +215,8 @@ class _Down(torch.autograd.Function):
     def forward(ctx: Any, h_SJ, a_SI, w_down, b_down, down_A, down_B, residual, routed: tuple, exchange: Exchange):
         ctx.up, ctx.specs = h_SJ.grad_fn, [getattr(w, "_spec", None) for w in (w_down, b_down)]
         group, weight_MK, v_SR, w_down, b_down = routed
-        y_SH = grouped_gemm(a_SI, w_down, group, b_down, (v_SR, down_B))
-        return exchange.combine(Outputs(y_SH, group.position_TK, weight_MK), residual)
+        y_SH = grouped_gemm(a_SI, Weights(w_down, b_down, v_SR, down_B), group)
+        return exchange.combine(y_SH, group.position_TK, weight_MK, residual)
 
     @staticmethod
     @once_differentiable
@@ -283,7 +227,7 @@ class _Down(torch.autograd.Function):
         # a checkpointed layer is recomputed here, exchanges too: they must not come between `dout_MH` and its readers
         x_MH, h_SJ, weight_MK, ids_MK, *weights, u_SR, v_SR, token_S, position, bounds, weight_S = up.saved_tensors
         w_up, b_up, up_A, up_B, w_down, b_down, down_A, down_B = weights
-        group = Grouping(token_S, position, bounds, up.tiles, up.block, weight_S)
+        group = Grouping(token_S, position, bounds, weight_S, up.tiles, up.block)
         _, _, need_w_down, need_b_down, need_A, need_B, need_residual = ctx.needs_input_grad[:7]
         _, need_weight, _, need_b_up = up.needs_input_grad[:4]
         with up.exchange.waits:
@@ -291,14 +235,15 @@ class _Down(torch.autograd.Function):
 
         more_SJ = None
         if len(h_SJ) < len(token_S):
-            more_SJ = up_again(x_MH, w_up, b_up, group, up.act, h_SJ, (u_SR, up_B))
+            more_SJ = up_again(x_MH, Weights(w_up, b_up, u_SR, up_B), group, up.act, h_SJ)
         dv_SR = None if down_B is None else thin_rows(dout_MH, down_B, group, gathered=True)  # times weight: later
+        by = Weights(w_down.transpose(1, 2), None, dv_SR, down_A)
         dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
-            dout_MH, w_down, h_SJ, group, up.act, need_b_up, more_SJ, up.alternating, (dv_SR, down_A)
+            dout_MH, by, h_SJ, group, up.act, need_b_up, more_SJ, up.alternating
         )
         dweight_MK = dw_down = db_down = dA = dB = None
         if need_weight:
-            dweight_MK = unsort(dweight_PS, position, weight_MK.dtype if b_down is None else torch.float32)
+            dweight_MK = unsort(dweight_PS, group, weight_MK.dtype if b_down is None else torch.float32)
             if b_down is not None:  # of the bias comes ⟨dout_t, b_e⟩, one dense product
                 dot_MK = (dout_MH @ b_down.t()).float().gather(1, ids_MK.clamp(0, len(b_down) - 1))
                 dweight_MK = (dweight_MK + torch.where(position >= 0, dot_MK, 0)).to(weight_MK.dtype)
@@ -325,6 +270,102 @@ def _spread(grad: torch.Tensor, spec: Any) -> torch.Tensor:
     return grad if spec is None else DTensor(grad, spec, requires_grad=False)  # type: ignore[call-arg]
 
 
+class Dispatch(EPImplementation):
+    """The experts of one layer, spread over the ranks of `ep_mesh`; each call makes an exchange by `transport`.
+
+    group, rank, num_ranks: the ranks, and this one among them; it holds `num_local_experts`, those of rank 0 are the
+    first. waits: within it the exchanges are made. slices: the ranks of a tensor-parallel group hold the same tokens,
+    each sends a slice, and the results are gathered back over `tp_mesh`. All state lives in the call.
+    """
+
+    num_local_experts: Any
+
+    def __init__(self, transport: Any, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.transport, self.experts, self.slices = transport, experts, tp_mesh.size() > 1
+        self.group, self.rank, self.num_ranks = ep_mesh.get_group(), ep_mesh.get_local_rank(), ep_mesh.size()
+        self.waits = waiting("some experts", self.group)  # the layout sets its place, their name
+        experts.dispatch = self
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        exchange: Exchange | None = None,
+    ) -> torch.Tensor:
+        """Output [T, H] for hidden_states [T, H], global expert ids [T, K] and routing weights [T, K]; T may be 0.
+
+        residual: [..., H] in the hidden states' dtype, added to the result, which then has its shape. exchange: one of
+        these tokens that began before the router had chosen, unless this `slices`.
+        """
+        experts, x_TH, ids_TK, weight_TK = self.experts, hidden_states, top_k_index, top_k_weights
+        if self.slices:
+            x_TH, ids_TK, weight_TK = (_my_rows(x, self.tp_mesh) for x in (x_TH, ids_TK, weight_TK))
+        inside = None if self.slices else residual
+        exchange = exchange or self.transport(self, x_TH)
+        ours = experts.config._experts_implementation == NAME and x_TH.dtype == experts.down_proj.dtype
+        act = activation_of(experts) if ours else None
+        with self.waits:
+            if act is not None:
+                out = compute(experts, act, x_TH, ids_TK, weight_TK, inside, exchange)
+            else:  # another backend, which finds this rank's part of the weights in the place of the whole
+                x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
+                with _use_local_dtensor_params(experts):
+                    y_MH = self.experts_forward(x_MH, or_none(ids_MK, self.num_local_experts), weight_MK)
+                out = _Combine.apply(y_MH.to(x_TH.dtype), inside, exchange)
+        if not self.slices:
+            return out
+        out = _all_rows(out, self.tp_mesh, hidden_states.shape)
+        return out if residual is None else residual + out.view(residual.shape)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH, weight_TK, ids_TK, exchange: Exchange):
+        ctx.exchange = exchange
+        x_MH, ids_MK, weight_MK = exchange.dispatch(x_TH, ids_TK, weight_TK)
+        ctx.mark_non_differentiable(ids_MK)
+        return x_MH, weight_MK, ids_MK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_MH, dweight_MK, _):
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        with ctx.exchange.waits:
+            wait = ctx.exchange.dispatch_backward(dx_MH if need_x else None, dweight_MK if need_weight else None)
+            return *wait(), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_MH, residual, exchange: Exchange):
+        ctx.exchange, token_M = exchange, torch.arange(len(y_MH), dtype=torch.int32, device=y_MH.device)
+        return exchange.combine(y_MH.contiguous(), token_M[:, None], None, residual)  # sums are their tokens' only rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout):
+        with ctx.exchange.waits:
+            dy_MH = ctx.exchange.combine_backward(dout.flatten(0, -2)).clone() if ctx.needs_input_grad[0] else None
+        return dy_MH, dout if ctx.needs_input_grad[1] else None, None
+
+
+def _my_rows(x: torch.Tensor, tp_mesh: Any) -> torch.Tensor:
+    """This rank's slice of tokens that the whole group holds; backward gathers the slices' gradients."""
+    x = x.to_local() if isinstance(x, DTensor) else x
+    whole = DTensor.from_local(x, tp_mesh, [Replicate()], run_check=False)
+    return whole.redistribute(tp_mesh, [Shard(0)]).to_local()
+
+
+def _all_rows(x: torch.Tensor, tp_mesh: Any, shape: torch.Size) -> torch.Tensor:
+    """The slices of all ranks of the group, in order; uneven and empty ones too."""
+    x = x.contiguous()
+    return DTensor.from_local(x, tp_mesh, [Shard(0)], shape=shape, stride=(shape[1], 1)).full_tensor()
+
+
 def _by_name(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A stock model that has a fused one's configuration runs Transformers' code."""
     ours = getattr(experts, "in_fused_model", False)
@@ -332,3 +373,5 @@ def _by_name(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 ExpertsInterface.register(NAME, _by_name)
+for _transport in TRANSPORTS.values():
+    EPImplementationInterface.register(_transport.ep_implementation, partial(Dispatch, _transport))

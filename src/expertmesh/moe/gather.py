@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from expertmesh import backends
 from expertmesh.kernels.grouping import combine, combine_into
 from expertmesh.kernels.recompute import kept
-from expertmesh.moe.experts import Exchange, Gradients, Outputs
+from expertmesh.moe.exchange import Exchange, Gradients, Maybe, Rows
 from expertmesh.records import current
 from expertmesh.waiting import hosts, waiting
 
@@ -42,16 +42,14 @@ class Gather(Exchange):
     ep_implementation = "expertmesh-gather"
 
     def __init__(self, layer: Any, x_TH: torch.Tensor, ahead: bool = False) -> None:
-        self.layer, self.waits = layer, layer.waits
+        self.layer, self.waits, self.sharers = layer, layer.waits, layer.num_ranks
         self._link, self._num_tokens = link_of(layer.group, layer.waits.place), len(x_TH)
         self._rows = kept(lambda: most_tokens(len(x_TH), layer.group, layer.waits.place))
         self._sent: Sent | None = None
         if ahead and isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
             self._sent = self._link.send_ahead(_padded(x_TH.detach(), self._rows))
 
-    def dispatch(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> Rows:
         layer, sent, self._sent = self.layer, self._sent, None  # this lives until the backward
         parts = [x_TH, ids_TK, weight_TK]
         if self._num_tokens < self._rows:
@@ -61,21 +59,9 @@ class Gather(Exchange):
         # this rank's experts become 0, 1, …; all others', and the padding, something else
         return x_MH, ids_MK.sub_(layer.rank * layer.num_local_experts), weight_MK
 
-    def rows_to_keep(self, num_rows: int, block: int) -> int:
-        """This rank's share and a quarter, in whole blocks: the host cannot know how many its experts get."""
-        block = max(block, 1)
-        return max(1, -(-num_rows * 5 // (4 * self.layer.num_ranks * block))) * block
-
-    def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-        self._made_here = made.position_MK is not None
-        residual_TH = None if residual is None else residual.reshape(-1, made.y.shape[1])
-        if self._made_here and isinstance(self._link, Mailboxes):
-            out_TH = self._link.combine_scatter(made, residual_TH)
-        else:
-            sums_MH = made.y if made.position_MK is None else combine(made.y, made.position_MK, made.weight_MK)
-            (out_TH,) = self._link.reduce_scatter([sums_MH])
-            if residual_TH is not None:
-                out_TH[: self._num_tokens] += residual_TH
+    def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
+        residual_TH = None if residual is None else residual.reshape(-1, y_SH.shape[1])
+        out_TH = self._link.combine(y_SH, position_MK, weight_MK, residual_TH)
         if self._num_tokens < self._rows:
             out_TH = out_TH[: self._num_tokens].clone()  # no view, of which FSDP warns
         return out_TH if residual is None else torch.ops.aten._unsafe_view(out_TH, residual.shape)
@@ -83,9 +69,9 @@ class Gather(Exchange):
     def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
         if self._num_tokens < self._rows:
             dout_TH = _padded(dout_TH, self._rows)
-        return self._link.all_gather([dout_TH], copy=not self._made_here)[0]
+        return self._link.all_gather([dout_TH], copy=False)[0]
 
-    def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Callable[[], Gradients]:
+    def dispatch_backward(self, dx_MH: Maybe, dweight_MK: Maybe) -> Callable[[], Gradients]:
         parts = [part for part in (dx_MH, dweight_MK) if part is not None]
         sums: list[torch.Tensor] = []
         if parts:
@@ -150,6 +136,13 @@ class Collectives:
         for out, part in zip(outs, parts, strict=True):
             dist.reduce_scatter_tensor(out, part.contiguous(), group=self.group)
         return outs
+
+    def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
+        """This rank's rows of the sums of what all ranks' experts made, plus a residual [T, H] of the first T."""
+        (out,) = self.reduce_scatter([combine(y_SH, position_MK, weight_MK)])
+        if residual is not None:
+            out[: len(residual)] += residual
+        return out
 
 
 class Sent(NamedTuple):
@@ -218,14 +211,11 @@ class Mailboxes:
         box.barrier()
         return [self._sum(place.came, chunk[self.rank]) for place, chunk in zip(places, chunks, strict=True)]
 
-    def combine_scatter(self, made: Outputs, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """This rank's rows of the sums of what all ranks' experts made, plus a residual [T, H] of the first T of them:
-        the kernel that combines writes each rank's rows into that rank's mailbox.
-        """
-        assert made.position_MK is not None
-        like = made.y.new_empty_strided((len(made.position_MK), made.y.shape[1]), (0, 0))
+    def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
+        """The kernel that combines writes each rank's rows into that rank's mailbox."""
+        like = y_SH.new_empty_strided((len(position_MK), y_SH.shape[1]), (0, 0))
         box, (place,) = self.begin([like], self.size)
-        combine_into(place.to, self.rank, made.y, made.position_MK, made.weight_MK, residual)
+        combine_into(place.to, self.rank, y_SH, position_MK, weight_MK, residual)
         box.barrier()
         return self._sum(place.came, place.to[self.rank])
 

@@ -19,9 +19,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import logger, tell_once
-from expertmesh.moe.dispatch import Dispatch
-from expertmesh.moe.experts import is_experts, runs_here
-from expertmesh.twins import Fast, traced, twin, watched
+from expertmesh.moe.experts import Dispatch, is_experts, runs_here
+from expertmesh.twins import Fast, traced, twin
 
 WEIGHTS = {"gate_up_proj", "up_proj", "down_proj"}
 
@@ -32,7 +31,7 @@ class FastParamWrapper(Fast):
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
         names = [name for name in active_adapters if name in self.lora_A]
-        if not names or not self._is_native(names):
+        if not names or not self._is_native():
             with super()._activate_lora(active_adapters):
                 yield
             return
@@ -44,12 +43,12 @@ class FastParamWrapper(Fast):
         finally:
             del factors[self.parameter_name]
 
-    def _is_native(self, names: list[str]) -> bool:
+    def _is_native(self) -> bool:
         experts = self.get_base_layer()
         if not runs_here(experts) or traced():
             return False
-        dtype, known = self.get_param().dtype, not any(name in self.lora_variant for name in names)
-        if self.num_experts == 1 or dtype not in (torch.bfloat16, torch.float16, torch.float32) or not known:
+        dtype = self.get_param().dtype
+        if self.num_experts == 1 or dtype not in (torch.bfloat16, torch.float16, torch.float32):
             tell_once(
                 f"PEFT adds the adapters of {self.parameter_name} ({self.num_experts} experts, {dtype}) to the whole "
                 f"weight in every step: this kind is not computed by products of low rank."
@@ -123,19 +122,6 @@ def fuse_adapted_experts(places: Iterable[tuple[nn.Module, str]]) -> None:
                 stock: Any = type(wrapper)
                 wrapper.__class__ = twin(stock, FastParamWrapper)
             wrapper = wrapper.base_layer
-
-
-def inside_adapters(module: Any) -> tuple[Any, bool]:
-    """(what is inside of the `FastParamWrapper`s around it, whether somebody put a hook on one of these)."""
-    seen = False
-    while isinstance(module, FastParamWrapper):
-        seen, module = seen or watched(module), module.base_layer
-    return module, seen
-
-
-def takes_adapters(experts: Any) -> bool:
-    """Whether these experts, which are spread over ranks, can have adapters: those that our products compute."""
-    return isinstance(vars(experts).get("forward"), Dispatch) and runs_here(experts)
 
 
 def senders(model: nn.Module) -> dict[nn.Parameter, int]:

@@ -18,9 +18,8 @@ from transformers.distributed import fsdp as stock_fsdp
 
 from expertmesh.backends import memory_of
 from expertmesh.kernels.packed import packed_in
-from expertmesh.moe.dispatch import Dispatch
-from expertmesh.moe.experts import NAME, is_experts, runs_here
-from expertmesh.moe.lora import senders, takes_adapters
+from expertmesh.moe.experts import NAME, Dispatch, is_experts, runs_here
+from expertmesh.moe.lora import senders
 from expertmesh.waiting import meet, waiting
 
 SMALL = 1 / 30  # of a device's memory
@@ -125,7 +124,8 @@ def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.
         if module in laid_out:
             continue
         experts = getattr(module, "base_layer", None)
-        if getattr(experts, "_is_expert_parallel", False) and not takes_adapters(experts):
+        foreign = not isinstance(getattr(experts, "forward", None), Dispatch) or not runs_here(experts)
+        if foreign and getattr(experts, "_is_expert_parallel", False):
             raise ValueError(
                 f"{place}: adapters on experts that are spread over ranks (ep_size > 1) need {NAME!r}'s own experts. "
                 f"Set that, or ep_size to 1, or adapt attention alone by target_modules."

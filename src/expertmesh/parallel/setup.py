@@ -25,8 +25,7 @@ from transformers.distributed.utils import _ensure_torch_distributed
 from expertmesh import waiting as limits
 from expertmesh.kernels.packed import Packed
 from expertmesh.kernels.recompute import POLICIES, Policy, is_policy
-from expertmesh.moe.dispatch import TRANSPORTS
-from expertmesh.moe.experts import is_experts
+from expertmesh.moe.experts import TRANSPORTS, is_experts
 from expertmesh.parallel.layout import train_together
 from expertmesh.parallel.ranks import refuse_differences
 

@@ -32,8 +32,8 @@ from expertmesh.plan.pieces import piece_of_caller
 #: kernels that multiply: where among their arguments rows, weights [E, …] and experts' bounds [E+1] stand; the kind
 PRODUCTS = {
     "grouped_gemm._rows_kernel": (5, 6, 3, "experts"),
-    "grouped_down._down_dact_kernel": (6, 7, 3, "experts, backward"),
-    "grouped_wgrad._grouped_wgrad_kernel": (2, 3, 4, "experts, backward"),
+    "grouped_grads._down_dact_kernel": (6, 7, 3, "experts, backward"),
+    "grouped_grads._grouped_wgrad_kernel": (2, 3, 4, "experts, backward"),
 }
 #: collectives of tensor parallelism, and how often a ring passes the whole tensor
 COLLECTIVES = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from expertmesh.kernels.grouping import combine
-from expertmesh.moe.dispatch import Dispatch
-from expertmesh.moe.experts import Exchange, Outputs
+from expertmesh.moe.exchange import Exchange, Maybe
+from expertmesh.moe.experts import Dispatch
 from expertmesh.moe.gather import Gather, Mailboxes
 from expertmesh.plan.links import Group
 from expertmesh.plan.trace import Watch
@@ -54,18 +54,17 @@ class _Link(Mailboxes):
         self._sent(parts, self.size)
         return [part.new_empty(len(part) // self.size, *part.shape[1:]) for part in parts]
 
-    def combine_scatter(self, made: Outputs, residual: torch.Tensor | None = None) -> torch.Tensor:
-        assert made.position_MK is not None
-        rows = len(made.position_MK) // self.size
-        self.watch.add("wire", 0.0, rows * made.y.shape[1] * made.y.itemsize * (self.size - 1))
-        return made.y.new_empty(rows, made.y.shape[1])
+    def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
+        rows = len(position_MK) // self.size
+        self.watch.add("wire", 0.0, rows * y_SH.shape[1] * y_SH.itemsize * (self.size - 1))
+        return y_SH.new_empty(rows, y_SH.shape[1])
 
 
 class PlannedGather(Gather):
     """`Gather` where all ranks have equally many tokens."""
 
     def __init__(self, layer: Alone, x_TH: torch.Tensor, ahead: bool = False) -> None:
-        Exchange.__init__(self, layer)
+        self.layer, self.waits, self.sharers = layer, layer.waits, layer.num_ranks
         self._link, self._num_tokens, self._rows = _Link(layer.num_ranks, layer.watch), len(x_TH), len(x_TH)
         self._sent = None
         layer.watch.share = 1 / layer.num_ranks
@@ -74,7 +73,8 @@ class PlannedGather(Gather):
 class PlannedAllToAll(Exchange):
     """`AllToAll` of tokens that choose K of all experts at random: as many rows come as go."""
 
-    layer: Alone
+    def __init__(self, layer: Alone, x_TH: torch.Tensor, ahead: bool = False) -> None:
+        self.layer, self.waits = layer, layer.waits
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> tuple:
         tokens, top_k, ranks = *ids_TK.shape, self.layer.num_ranks
@@ -87,8 +87,8 @@ class PlannedAllToAll(Exchange):
         self._sends(x_TH, 2 * top_k * 4)
         return x_TH.new_empty(rows, x_TH.shape[1]), ids_TK.new_empty(rows, top_k), weight_TK.new_empty(rows, top_k)
 
-    def combine(self, made: Outputs, residual: torch.Tensor | None) -> torch.Tensor:
-        sums = made.y if made.position_MK is None else combine(made.y, made.position_MK, made.weight_MK)
+    def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
+        sums = combine(y_SH, position_MK, weight_MK)
         self._sends(sums)
         back, out = torch.empty_like(sums), sums.new_empty(self.tokens, sums.shape[1])
         del back
@@ -99,7 +99,7 @@ class PlannedAllToAll(Exchange):
         packed = dout_TH.new_empty(self.rows, dout_TH.shape[1])
         return torch.empty_like(packed)
 
-    def dispatch_backward(self, dx_MH: torch.Tensor | None, dweight_MK: torch.Tensor | None) -> Any:
+    def dispatch_backward(self, dx_MH: Maybe, dweight_MK: Maybe) -> Any:
         def first(part: torch.Tensor | None) -> torch.Tensor | None:
             return None if part is None else part.new_empty(self.tokens, part.shape[1])
 
