@@ -16,6 +16,7 @@ All layouts of Transformers' experts modules work: gated (concatenated or interl
 weights [E, out, in] or transposed.
 """
 
+import inspect
 import math
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.distributed.parallel_utils import _use_local_dtensor_params
-from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation
 
 from expertmesh.backends import opaque
 from expertmesh.kernels.activation import Activation
@@ -41,6 +42,12 @@ from expertmesh.twins import untouched
 from expertmesh.waiting import waiting
 
 NAME = "expertmesh"
+#: what a later Transformers may say of a class by `use_experts_implementation`, and this backend does not know
+_NEW_FLAGS = sorted(
+    inspect.signature(use_experts_implementation).parameters.keys()
+    - {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+    - {"experts_class", "experts_interface"}
+)
 #: how tokens reach experts on other ranks, by the names that `DistributedSetup.dispatch` knows
 TRANSPORTS: dict[str, Any] = {"all_to_all": AllToAll, "gather": Gather}
 
@@ -52,7 +59,8 @@ def why_not(experts: Any) -> str | None:
     act_fn = getattr(experts, "act_fn", None)
     if isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters()):
         return f"their activation, {type(act_fn).__name__}, learns"
-    return None
+    unknown = next((name for name in _NEW_FLAGS if getattr(experts, name, False)), None)
+    return f"this Transformers says {unknown} of them, which is not known here" if unknown else None
 
 
 def is_experts(module: Any) -> bool:
