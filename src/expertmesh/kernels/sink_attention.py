@@ -110,8 +110,8 @@ class _WithSinks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *inputs, out, lse, sinks, cu_seqlens = ctx.saved_tensors
-        gradients = flash_backward(dout, *inputs, out, lse, cu_seqlens, *ctx.options)
+        query, key, value, out, lse, sinks, cu_seqlens = ctx.saved_tensors
+        gradients = flash_backward(dout, query, key, value, out, lse, cu_seqlens, *ctx.options)
         dsinks = None
         if ctx.needs_input_grad[3]:
             delta = (dout * out).sum(-1, dtype=lse.dtype)

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
+from transformers.utils.import_utils import is_tracing
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
@@ -28,7 +29,7 @@ from expertmesh.kernels.rope import qk_norm_rope, rotary
 from expertmesh.kernels.sink_attention import sink_attention, visible
 from expertmesh.layers.decoder import FastRMSNorm
 from expertmesh.layers.lora import linears
-from expertmesh.twins import Fast, cache_of, traced, untouched
+from expertmesh.twins import Fast, cache_of, untouched
 
 NAME, SINKS = "expertmesh", "expertmesh-sinks"
 _ROPE = "apply_rotary_pos_emb"
@@ -113,11 +114,11 @@ def attend_with_sinks(
 
 def mask_with_sinks(**asked: Any) -> torch.Tensor | None:
     """Transformers' eager mask; None for whole rows in which no token comes behind padding, so that causal order hides
-    it. To know that takes a look at the device, which a compiled graph cannot have."""
+    it. To know that takes a look at the device, which no graph can have."""
     offset, mask, length = asked["q_offset"], asked["attention_mask"], asked["kv_length"]
     whole = isinstance(offset, int) and offset == asked["kv_offset"] == 0 and asked["q_length"] == length
     causal = whole and asked["allow_is_causal_skip"] and not asked["use_vmap"]
-    if causal and (mask is None or not (traced() or (mask[:, 1:length] > mask[:, : length - 1]).any())):
+    if causal and (mask is None or not (is_tracing(mask) or (mask[:, 1:length] > mask[:, : length - 1]).any())):
         return None
     return masking_utils.eager_mask(**asked)
 
