@@ -39,30 +39,32 @@ def test_the_reference_is_the_eager_attention_of_transformers(window):
     assert_same(ours, outputs_and_grads(eager, *inputs))
 
 
-def scores_of(query, key, cu_seqlens, longest, scale, window):
+def scores_of(query, key, documents, limits):
     """[NQ, T, T] with -inf where a key is not seen, and how many query heads share a key head."""
-    lengths, group = cu_seqlens.diff(), query.shape[1] // key.shape[1]
-    assert cu_seqlens.dtype == torch.int32 and cu_seqlens[-1] == len(query) and longest >= lengths.max()
-    seen = visible(query.transpose(0, 1)[None], window, Documents(cu_seqlens, longest))[0]
-    scores = torch.einsum("rhd,nhd->hrn", query, key.repeat_interleave(group, dim=1)) * scale
+    (cu_seqlens, longest), group = documents, query.shape[1] // key.shape[1]
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens[-1] == len(query) and longest >= cu_seqlens.diff().max()
+    before = limits["window_size_left"]
+    assert limits["window_size_right"] == 0 and before >= -1
+    seen = visible(query.transpose(0, 1)[None], None if before < 0 else before + 1, documents)[0]
+    scores = torch.einsum("rhd,nhd->hrn", query, key.repeat_interleave(group, dim=1)) * limits["scale"]
     return scores.masked_fill(~seen, -math.inf), group
 
 
-def plain_forward(query, key, value, cu_seqlens, longest, scale, window):
+def plain_forward(query, key, value, documents, limits):
     """FlashAttention's, which knows no sinks."""
-    scores, group = scores_of(query, key, cu_seqlens, longest, scale, window)
+    scores, group = scores_of(query, key, documents, limits)
     out = torch.einsum("hrn,nhd->rhd", scores.softmax(-1), value.repeat_interleave(group, dim=1))
     return out.contiguous(), scores.logsumexp(-1)
 
 
-def plain_backward(dout, query, key, value, out, lse, cu_seqlens, longest, scale, window):
+def plain_backward(dout, query, key, value, out, lse, documents, limits):
     """FlashAttention's, step by step: everything it knows of the softmax it has from `lse` and `out`."""
     assert lse.is_contiguous()
-    scores, group = scores_of(query, key, cu_seqlens, longest, scale, window)
+    scores, group = scores_of(query, key, documents, limits)
     p = (scores - lse[..., None]).exp()
     delta = (dout * out).sum(-1).t()
     dp = torch.einsum("rhd,nhd->hrn", dout, value.repeat_interleave(group, dim=1))
-    ds = p * (dp - delta[..., None]) * scale
+    ds = p * (dp - delta[..., None]) * limits["scale"]
     dquery = torch.einsum("hrn,nhd->rhd", ds, key.repeat_interleave(group, dim=1))
     dkey, dvalue = (torch.einsum("hrn,rhd->nhd", *x).unflatten(1, (-1, group)).sum(2) for x in ((ds, query), (p, dout)))
     return dquery, dkey, dvalue

@@ -51,10 +51,11 @@ def sink_attention(
         return flash_attention.flash_attention(query, key, value, scale, sinks, documents, window=window)
     if _is_for_flash_attention_2(query, value):
         B, _, S, _ = query.shape
-        begins = torch.arange(0, (B + 1) * S, S, device=query.device, dtype=torch.int32)
-        cu_seqlens, longest = documents or Documents(begins, S)
+        if documents is None:
+            documents = Documents(torch.arange(0, (B + 1) * S, S, device=query.device, dtype=torch.int32), S)
         tokens = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        return _with_sinks(*tokens, sinks, cu_seqlens, longest, scale, window).unflatten(0, (B, S))
+        limits = {"scale": scale, "window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+        return _with_sinks(*tokens, sinks, documents, limits).unflatten(0, (B, S))
     if query.is_cuda:
         backends.tell_once(
             "attention with sinks holds all scores of a layer in memory: to do without them takes bfloat16 or float16 "
@@ -64,7 +65,7 @@ def sink_attention(
 
 
 def _is_for_flash_attention_2(query: torch.Tensor, value: torch.Tensor) -> bool:
-    return query.is_cuda and backends.has_varlen(query) and takes(query, value) and not backends.in_one_graph()
+    return query.is_cuda and not backends.in_one_graph() and backends.has_varlen(query) and takes(query, value)
 
 
 def sink_attention_reference(
@@ -78,8 +79,8 @@ def sink_attention_reference(
 ) -> torch.Tensor:
     """The specification: scores, mask, softmax with the sink as one more column."""
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    mask = visible(query, window, documents)
-    scores = torch.einsum("bhrd,bhnd->bhrn", query * scale, key).masked_fill(~mask, float("-inf"))
+    unseen = ~visible(query, window, documents)
+    scores = torch.einsum("bhrd,bhnd->bhrn", query * scale, key).masked_fill(unseen, float("-inf"))
     column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
     weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     return torch.einsum("bhrn,bhnd->brhd", weights, value).contiguous()
@@ -96,50 +97,44 @@ def visible(query: torch.Tensor, window: int | None, documents: Documents | None
 
 
 class _WithSinks(torch.autograd.Function):
-    """query [T, NQ, D], key and value [T, NK, D], sinks [NQ], documents, scale and window → out [T, NQ, D]."""
+    """query [T, NQ, D], key and value [T, NK, D], sinks [NQ], documents, the kernel's limits → out [T, NQ, D]."""
 
     @staticmethod
-    def forward(ctx: Any, query, key, value, sinks, cu_seqlens, longest: int, scale: float, window) -> torch.Tensor:
-        ctx.options = longest, scale, window
-        out, lse = flash_forward(query, key, value, cu_seqlens, *ctx.options)
+    def forward(ctx: Any, query, key, value, sinks, documents: Documents, limits: dict) -> torch.Tensor:
+        out, lse = flash_forward(query, key, value, documents, limits)
         sink = sinks.to(lse.dtype)[:, None]
         out *= (lse - sink).sigmoid().t()[..., None]  # exp(lse - lse')
-        ctx.save_for_backward(query, key, value, out, torch.logaddexp(lse, sink), sinks, cu_seqlens)
+        ctx.save_for_backward(query, key, value, out, torch.logaddexp(lse, sink), sinks)
+        ctx.documents, ctx.limits = documents, limits
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse, sinks, cu_seqlens = ctx.saved_tensors
-        gradients = flash_backward(dout, query, key, value, out, lse, cu_seqlens, *ctx.options)
+        query, key, value, out, lse, sinks = ctx.saved_tensors
+        gradients = flash_backward(dout, query, key, value, out, lse, ctx.documents, ctx.limits)
         dsinks = None
         if ctx.needs_input_grad[3]:
             delta = (dout * out).sum(-1, dtype=lse.dtype)
             dsinks = -((sinks.to(lse.dtype) - lse.t()).exp() * delta).sum(0).to(sinks.dtype)
-        return *gradients, dsinks, *[None] * 4
+        return *gradients, dsinks, None, None
 
 
 _with_sinks = torch.compiler.disable(_WithSinks.apply)
 
 
-def flash_forward(query, key, value, cu_seqlens, longest: int, scale: float, window: int | None) -> Any:
+def flash_forward(query, key, value, documents: Documents, limits: dict) -> Any:
     """out [T, NQ, D], and lse [NQ, T] in float32."""
-    lengths, limits = (cu_seqlens, cu_seqlens, longest, longest), _limits(window)
-    return torch.ops.aten._flash_attention_forward(
-        query, key, value, *lengths, 0.0, window is None, False, scale=scale, **limits
-    )[:2]
+    return torch.ops.aten._flash_attention_forward(query, key, value, *_rows(documents, limits), False, **limits)[:2]
 
 
-def flash_backward(
-    dout, query, key, value, out, lse, cu_seqlens, longest: int, scale: float, window: int | None
-) -> Any:
+def flash_backward(dout, query, key, value, out, lse, documents: Documents, limits: dict) -> Any:
     """Gradients of query, key and value, in one order of additions where PyTorch is asked for such algorithms."""
-    lengths, limits = (cu_seqlens, cu_seqlens, longest, longest), _limits(window)
-    state = [lse.new_empty(0)] * 2  # dropout's
-    return torch.ops.aten._flash_attention_backward(
-        dout, query, key, value, out, lse, *lengths, 0.0, window is None, *state, scale=scale, **limits
-    )
+    others = *_rows(documents, limits), *[lse.new_empty(0)] * 2  # the state of dropout
+    return torch.ops.aten._flash_attention_backward(dout, query, key, value, out, lse, *others, **limits)
 
 
-def _limits(window: int | None) -> dict[str, int]:
-    return {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+def _rows(documents: Documents, limits: dict) -> tuple:
+    """Boundaries and lengths of queries and of keys, no dropout, and whether order is the only limit."""
+    begins, longest = documents
+    return begins, begins, longest, longest, 0.0, limits["window_size_left"] < 0

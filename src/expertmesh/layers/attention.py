@@ -3,8 +3,8 @@
 The implementation `NAME` stands for "sdpa", Transformers' default, in fused models: the same numbers, but it takes
 packed documents beside the mask (rows.py), and goes to flash-attn-4 where that is installed. `SINKS` is attention with
 sinks (GPT-OSS) by FlashAttention, for which Transformers has no SDPA: it replaces the default, which is eager, never
-what the user asked for. It knows windows and documents; where there is a mask, for a cache that holds tokens or padding
-before tokens, Transformers' eager attention runs.
+what the user asked for. It knows windows and documents; where there is a mask, for a cache that holds tokens or for
+padding in rows that were not taken apart, Transformers' eager attention runs.
 """
 
 import functools
@@ -113,12 +113,12 @@ def attend_with_sinks(
 
 
 def mask_with_sinks(**asked: Any) -> torch.Tensor | None:
-    """Transformers' eager mask; None for whole rows in which no token comes behind padding, so that causal order hides
-    it. To know that takes a look at the device, which no graph can have."""
+    """Transformers' eager mask; None for whole rows without padding, where order and window say it all. To know that
+    takes a look at the device, which no graph can have."""
     offset, mask, length = asked["q_offset"], asked["attention_mask"], asked["kv_length"]
     whole = isinstance(offset, int) and offset == asked["kv_offset"] == 0 and asked["q_length"] == length
-    causal = whole and asked["allow_is_causal_skip"] and not asked["use_vmap"]
-    if causal and (mask is None or not (is_tracing(mask) or (mask[:, 1:length] > mask[:, : length - 1]).any())):
+    plain = whole and asked["allow_is_causal_skip"] and not asked["use_vmap"]
+    if plain and (mask is None or (not is_tracing(mask) and mask[:, :length].all())):
         return None
     return masking_utils.eager_mask(**asked)
 
@@ -232,9 +232,8 @@ class FastRoPE(Fast):
         cls, stock: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What runs in place of `stock`, the function of this name in the HF class' module."""
-        if (
-            unsqueeze_dim != 1 or cos.ndim != 3 or not backends.use_triton(q)
-        ):  # heads elsewhere than in the kernel's layout
+        # heads may lie elsewhere than in the kernel's layout
+        if unsqueeze_dim != 1 or cos.ndim != 3 or not backends.use_triton(q):
             return stock(q, k, cos, sin, unsqueeze_dim)
         return rotary(q, k, cos, sin, cls._interleaved)
 

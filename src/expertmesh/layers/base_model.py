@@ -81,8 +81,9 @@ class FastBaseModel(Fast):
         if tokens is None or has_cache(inputs):
             return None
         training = self.training and torch.is_grad_enabled()
-        if self._mamba2 and inputs.get("use_cache") is None and (training or call.targets is not None):
-            inputs["use_cache"] = False  # with one our kernels do not run
+        needless = inputs.get("use_cache") is None and (training or call.targets is not None)
+        if needless and (self._mamba2 or self._sinks):
+            inputs["use_cache"] = False  # with one our kernels do not run, nor, over padding, FlashAttention with sinks
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
         mask: Any = inputs.get("attention_mask")
         positions: Any = inputs.get("position_ids")
