@@ -53,9 +53,12 @@ def sink_attention(
         B, _, S, _ = query.shape
         if documents is None:
             documents = Documents(torch.arange(0, (B + 1) * S, S, device=query.device, dtype=torch.int32), S)
+        begins, longest = documents
+        options: dict[str, Any] = {"dropout_p": 0.0, "scale": scale, "is_causal": window is None}
+        options |= dict.fromkeys(("cum_seq_q", "cum_seq_k"), begins) | dict.fromkeys(("max_q", "max_k"), longest)
+        options |= {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
         tokens = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        limits = {"scale": scale, "window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
-        return _with_sinks(*tokens, sinks, documents, limits).unflatten(0, (B, S))
+        return _with_sinks(*tokens, sinks, options).unflatten(0, (B, S))
     if query.is_cuda:
         backends.tell_once(
             "attention with sinks holds all scores of a layer in memory: to do without them takes bfloat16 or float16 "
@@ -97,44 +100,37 @@ def visible(query: torch.Tensor, window: int | None, documents: Documents | None
 
 
 class _WithSinks(torch.autograd.Function):
-    """query [T, NQ, D], key and value [T, NK, D], sinks [NQ], documents, the kernel's limits → out [T, NQ, D]."""
+    """query [T, NQ, D], key and value [T, NK, D], sinks [NQ], options of both kernels → out [T, NQ, D]."""
 
     @staticmethod
-    def forward(ctx: Any, query, key, value, sinks, documents: Documents, limits: dict) -> torch.Tensor:
-        out, lse = flash_forward(query, key, value, documents, limits)
+    def forward(ctx: Any, query, key, value, sinks, options: dict[str, Any]) -> torch.Tensor:
+        out, lse = flash_forward(query, key, value, options)
         sink = sinks.to(lse.dtype)[:, None]
         out *= (lse - sink).sigmoid().t()[..., None]  # exp(lse - lse')
         ctx.save_for_backward(query, key, value, out, torch.logaddexp(lse, sink), sinks)
-        ctx.documents, ctx.limits = documents, limits
+        ctx.options = options
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse, sinks = ctx.saved_tensors
-        gradients = flash_backward(dout, query, key, value, out, lse, ctx.documents, ctx.limits)
         dsinks = None
         if ctx.needs_input_grad[3]:
             delta = (dout * out).sum(-1, dtype=lse.dtype)
             dsinks = -((sinks.to(lse.dtype) - lse.t()).exp() * delta).sum(0).to(sinks.dtype)
-        return *gradients, dsinks, None, None
+        return *flash_backward(dout, query, key, value, out, lse, ctx.options), dsinks, None
 
 
 _with_sinks = torch.compiler.disable(_WithSinks.apply)
 
 
-def flash_forward(query, key, value, documents: Documents, limits: dict) -> Any:
+def flash_forward(query, key, value, options: dict[str, Any]) -> Any:
     """out [T, NQ, D], and lse [NQ, T] in float32."""
-    return torch.ops.aten._flash_attention_forward(query, key, value, *_rows(documents, limits), False, **limits)[:2]
+    return torch.ops.aten._flash_attention_forward(query, key, value, return_debug_mask=False, **options)[:2]
 
 
-def flash_backward(dout, query, key, value, out, lse, documents: Documents, limits: dict) -> Any:
+def flash_backward(dout, query, key, value, out, lse, options: dict[str, Any]) -> Any:
     """Gradients of query, key and value, in one order of additions where PyTorch is asked for such algorithms."""
-    others = *_rows(documents, limits), *[lse.new_empty(0)] * 2  # the state of dropout
-    return torch.ops.aten._flash_attention_backward(dout, query, key, value, out, lse, *others, **limits)
-
-
-def _rows(documents: Documents, limits: dict) -> tuple:
-    """Boundaries and lengths of queries and of keys, no dropout, and whether order is the only limit."""
-    begins, longest = documents
-    return begins, begins, longest, longest, 0.0, limits["window_size_left"] < 0
+    dropout = dict.fromkeys(("rng_state", "unused"), lse.new_empty(0))
+    return torch.ops.aten._flash_attention_backward(dout, query, key, value, out, lse, **dropout, **options)
