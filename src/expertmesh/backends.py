@@ -232,9 +232,8 @@ def library_of(fusion: str) -> str | None:
     """The library that computes what it takes of a fusion on this process' GPU, before our own kernels; or None."""
     if fusion == "experts" and has_quack(torch.device("cuda", torch.cuda.current_device())):
         return "quack"
-    if fusion == "sink_attention":
-        return "flash-attn-4, FlashAttention-2" if has_flash_attention("cuda") else "FlashAttention-2"
-    return None
+    attention = "flash-attn-4, FlashAttention-2" if has_flash_attention("cuda") else "FlashAttention-2"
+    return attention if fusion == "sink_attention" else None
 
 
 def table() -> list[Backend]:

@@ -91,11 +91,10 @@ def sink_attention_reference(
 
 def visible(query: torch.Tensor, window: int | None, documents: Documents | None) -> torch.Tensor:
     """[B or 1, 1, S, S]: True where a query (third dimension) of [B, NQ, S, D] sees a key."""
-    B, _, S, _ = query.shape
+    S = query.shape[2]
+    mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=query.device).tril()
     if documents is not None:
-        mask = document_mask(documents.cu_seqlens, B, S)
-    else:
-        mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=query.device).tril()
+        mask = document_mask(documents.cu_seqlens, len(query), S)
     return mask if window is None else mask.triu(1 - window)
 
 
