@@ -9,8 +9,8 @@ inputs computes it:
     PyTorch's FlashAttention-2           CUDA from Ampere on, 16 bits, head widths in steps of 8 up to 256; corrected
     the reference                        everything else; all scores [B, NQ, S, S] stand in memory
 
-FlashAttention-2 gives out and lse = log Σ_n exp(s_rn) of a softmax without the sink, which is one more key whose value
-is zero. It changes them into
+FlashAttention-2 gives out and lse = log Σ_n exp(s_rn) of a softmax without the sink. That is one more key, whose value
+is zero; it changes them into
 
     lse' = log(exp(lse) + exp(sink)),   out' = out · exp(lse - lse')
 
