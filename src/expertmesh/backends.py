@@ -197,10 +197,10 @@ _PACKAGES = {
     "torch": ("everything", "nothing runs"),
     "transformers": ("models, loading, generation, Trainer", "nothing runs"),
     "triton": (
-        "experts, routers, norms, RoPE, Mamba2, attention with sinks and the loss on GPUs",
+        "experts, routers, norms, RoPE, Mamba2 and the loss on GPUs",
         "PyTorch's operations, which on GPUs are much slower",
     ),
-    "flash-attn-4": ("causal attention in training on Hopper GPUs", "cuDNN's; with sinks Triton's"),
+    "flash-attn-4": ("causal attention in training on Hopper GPUs", "cuDNN's; with sinks PyTorch's FlashAttention-2"),
     "quack-kernels": ("five of the experts' products on Hopper GPUs", "Triton's"),
     "liger-kernel": ("fused norms and MLPs of models without experts, on GPUs", "such models run as stock"),
     "accelerate": ("transformers' Trainer", "no `expertmesh train`"),
@@ -232,7 +232,8 @@ def library_of(fusion: str) -> str | None:
     """The library that computes what it takes of a fusion on this process' GPU, before our own kernels; or None."""
     if fusion == "experts" and has_quack(torch.device("cuda", torch.cuda.current_device())):
         return "quack"
-    return "flash-attn-4" if fusion == "sink_attention" and has_flash_attention("cuda") else None
+    attention = "flash-attn-4, FlashAttention-2" if has_flash_attention("cuda") else "FlashAttention-2"
+    return attention if fusion == "sink_attention" else None
 
 
 def table() -> list[Backend]:

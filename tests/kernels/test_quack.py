@@ -81,5 +81,6 @@ def test_the_report_names_the_library_before_our_kernels(monkeypatch):
         monkeypatch.setattr(backends, "has_quack", lambda device, found=found: found)
         monkeypatch.setattr(backends, "has_flash_attention", lambda device, found=found: found)
         assert report._on("experts", 1).by == ("quack, Triton" if found else "Triton")
-        assert report._on("sink_attention", 1).by == ("flash-attn-4, Triton" if found else "Triton")
+        attention = "flash-attn-4, FlashAttention-2, Triton" if found else "FlashAttention-2, Triton"
+        assert report._on("sink_attention", 1).by == attention
         assert report._on("rms_norm", 1).by == "Triton"

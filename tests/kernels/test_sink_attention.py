@@ -39,30 +39,33 @@ def test_the_reference_is_the_eager_attention_of_transformers(window):
     assert_same(ours, outputs_and_grads(eager, *inputs))
 
 
-def scores_of(query, key, cu_seqlens, longest, scale, window):
+def scores_of(query, key, options):
     """[NQ, T, T] with -inf where a key is not seen, and how many query heads share a key head."""
-    lengths, group = cu_seqlens.diff(), query.shape[1] // key.shape[1]
-    assert cu_seqlens.dtype == torch.int32 and cu_seqlens[-1] == len(query) and longest >= lengths.max()
-    seen = visible(query.transpose(0, 1)[None], window, Documents(cu_seqlens, longest))[0]
-    scores = torch.einsum("rhd,nhd->hrn", query, key.repeat_interleave(group, dim=1)) * scale
+    begins, longest, before = options["cum_seq_q"], options["max_q"], options["window_size_left"]
+    assert begins is options["cum_seq_k"] and longest == options["max_k"] and options["dropout_p"] == 0
+    assert begins.dtype == torch.int32 and begins[-1] == len(query) and longest >= begins.diff().max()
+    assert before >= -1 and options["window_size_right"] == 0 and options["is_causal"] == (before == -1)
+    seen = visible(query.transpose(0, 1)[None], None if before < 0 else before + 1, Documents(begins, longest))[0]
+    group = query.shape[1] // key.shape[1]
+    scores = torch.einsum("rhd,nhd->hrn", query, key.repeat_interleave(group, dim=1)) * options["scale"]
     return scores.masked_fill(~seen, -math.inf), group
 
 
-def plain_forward(query, key, value, cu_seqlens, longest, scale, window):
+def plain_forward(query, key, value, options):
     """FlashAttention's, which knows no sinks."""
-    scores, group = scores_of(query, key, cu_seqlens, longest, scale, window)
+    scores, group = scores_of(query, key, options)
     out = torch.einsum("hrn,nhd->rhd", scores.softmax(-1), value.repeat_interleave(group, dim=1))
     return out.contiguous(), scores.logsumexp(-1)
 
 
-def plain_backward(dout, query, key, value, out, lse, cu_seqlens, longest, scale, window):
+def plain_backward(dout, query, key, value, out, lse, options):
     """FlashAttention's, step by step: everything it knows of the softmax it has from `lse` and `out`."""
     assert lse.is_contiguous()
-    scores, group = scores_of(query, key, cu_seqlens, longest, scale, window)
+    scores, group = scores_of(query, key, options)
     p = (scores - lse[..., None]).exp()
     delta = (dout * out).sum(-1).t()
     dp = torch.einsum("rhd,nhd->hrn", dout, value.repeat_interleave(group, dim=1))
-    ds = p * (dp - delta[..., None]) * scale
+    ds = p * (dp - delta[..., None]) * options["scale"]
     dquery = torch.einsum("hrn,nhd->rhd", ds, key.repeat_interleave(group, dim=1))
     dkey, dvalue = (torch.einsum("hrn,rhd->nhd", *x).unflatten(1, (-1, group)).sum(2) for x in ((ds, query), (p, dout)))
     return dquery, dkey, dvalue
@@ -104,6 +107,17 @@ def test_frozen_sinks_get_no_gradient_and_others_keep_their_dtype(flash):
     half = sinks.detach().bfloat16().requires_grad_()
     (gradient,) = torch.autograd.grad(sink_attention(*inputs, half, 0.3).sum(), [half])
     assert gradient.dtype == torch.bfloat16 and gradient.shape == (4,)
+
+
+def test_pytorchs_kernels_have_these_arguments(monkeypatch):
+    """It finds on a CPU that there is no kernel, behind the check of all arguments."""
+    monkeypatch.setattr(kernels, "_is_for_flash_attention_2", lambda *_: True)
+    inputs = [x.detach() for x in leaves(12)]
+    with pytest.raises(NotImplementedError, match="_flash_attention_forward.*CPU"):
+        sink_attention(*inputs, 0.3, 4)
+    monkeypatch.setattr(kernels, "flash_forward", plain_forward)
+    with pytest.raises(NotImplementedError, match="_flash_attention_backward.*CPU"):
+        sink_attention(*(x.requires_grad_() for x in inputs), 0.3).sum().backward()
 
 
 @pytest.mark.parametrize("window", [None, 20, 140])

@@ -129,13 +129,23 @@ def test_dropout_takes_the_eager_attention_within_windows_and_documents(ran, mon
     assert dropped.count(0.25) == len(ran) == 2 * len(ours.model.layers), "the others are of evaluation"
 
 
-@pytest.mark.parametrize(("padded", "fast"), [("none", True), ("right", True), ("left", False), ("hole", False)])
-def test_only_padding_before_tokens_takes_the_eager_attention(padded, fast, ran):
-    """In evaluation, with a cache, rows are not taken apart."""
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("padded", ["none", "right", "left", "hole"])
+def test_evaluation_takes_the_eager_attention_only_over_padding_that_is_not_left_out(padded, labelled, ran):
     mask = torch.ones(2, 16, dtype=torch.long)
-    mask[1, {"none": slice(0), "right": slice(11, 16), "left": slice(5), "hole": slice(6, 9)}[padded]] = 0
-    logits = [m.eval()(input_ids=tokens(2), attention_mask=mask).logits[mask > 0] for m in shared_pair("gpt_oss")]
-    assert relative_error(logits[1].detach(), logits[0].detach()) <= CPU_TOLERANCE and len(ran) == 2 * fast
+    mask[1, {"none": slice(0), "right": slice(11, 16), "left": slice(5), "hole": slice(6, 7)}[padded]] = 0
+    inputs = {"input_ids": tokens(2), "attention_mask": mask}
+    behind_a_token = mask * mask.roll(1, 1)  # padding before the first one predicts nothing
+    inputs |= {"labels": tokens(2).where(behind_a_token > 0, -100)} if labelled else {}
+    if padded in ("left", "hole"):  # else stock counts positions over padding
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    theirs, ours = (m.eval()(**inputs) for m in shared_pair("gpt_oss"))
+    if labelled:
+        assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    else:
+        assert relative_error(ours.logits[mask > 0].detach(), theirs.logits[mask > 0].detach()) <= CPU_TOLERANCE
+    fast = padded == "none" or (labelled and padded != "hole")
+    assert len(ran) == 2 * fast and (ours.past_key_values is None) == (fast and padded != "none")
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

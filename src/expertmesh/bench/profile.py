@@ -29,7 +29,7 @@ NODE = "autograd::engine::evaluate_function: "
 RULES = [
     (component, re.compile(module), re.compile(what))
     for component, module, what in (
-        ("attention core", r"Attention$", r"flash|fmha|sdpa|scaled_dot|flex|sink|softmax|bmm|cudnn"),
+        ("attention core", r"Attention$", r"flash|fmha|sdpa|scaled_dot|flex|softmax|bmm|cudnn"),
         ("attention linears", r"Attention/Linear$", r""),
         ("norms, RoPE", r"Norm$|Rotary|Attention", r""),
         ("router", r"Router$", r""),

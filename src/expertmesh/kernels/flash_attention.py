@@ -12,7 +12,6 @@ import logging
 import os
 import tempfile
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -69,9 +68,8 @@ def flash_attention(
 
     dtype = backends.product_dtype(query)
     query, key, value = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
-    options: dict[str, Any] = {"softmax_scale": scale, "causal": True, "learnable_sink": sinks}
-    if window is not None:
-        options["window_size"] = window - 1, 0
+    limits = (None, None) if window is None else (window - 1, 0)
+    options = {"softmax_scale": scale, "causal": True, "learnable_sink": sinks, "window_size": limits}
     if documents is None:
         return flash_attn_func(query, key, value, **options)[0]
     rows = query.shape[:2]

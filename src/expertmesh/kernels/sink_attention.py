@@ -9,8 +9,8 @@ inputs computes it:
     PyTorch's FlashAttention-2           CUDA from Ampere on, 16 bits, head widths in steps of 8 up to 256; corrected
     the reference                        everything else; all scores [B, NQ, S, S] stand in memory
 
-FlashAttention-2 gives out and lse = log Σ_n exp(s_rn) of a softmax without the sink, which is one more key whose value
-is zero. It changes them into
+FlashAttention-2 gives out and lse = log Σ_n exp(s_rn) of a softmax without the sink. That is one more key, whose value
+is zero; it changes them into
 
     lse' = log(exp(lse) + exp(sink)),   out' = out · exp(lse - lse')
 
@@ -51,10 +51,14 @@ def sink_attention(
         return flash_attention.flash_attention(query, key, value, scale, sinks, documents, window=window)
     if _is_for_flash_attention_2(query, value):
         B, _, S, _ = query.shape
-        begins = torch.arange(0, (B + 1) * S, S, device=query.device, dtype=torch.int32)
-        cu_seqlens, longest = documents or Documents(begins, S)
+        if documents is None:
+            documents = Documents(torch.arange(0, (B + 1) * S, S, device=query.device, dtype=torch.int32), S)
+        begins, longest = documents
+        options: dict[str, Any] = {"dropout_p": 0.0, "scale": scale, "is_causal": window is None}
+        options |= dict.fromkeys(("cum_seq_q", "cum_seq_k"), begins) | dict.fromkeys(("max_q", "max_k"), longest)
+        options |= {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
         tokens = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        return _with_sinks(*tokens, sinks, cu_seqlens, longest, scale, window).unflatten(0, (B, S))
+        return _with_sinks(*tokens, sinks, options).unflatten(0, (B, S))
     if query.is_cuda:
         backends.tell_once(
             "attention with sinks holds all scores of a layer in memory: to do without them takes bfloat16 or float16 "
@@ -64,7 +68,7 @@ def sink_attention(
 
 
 def _is_for_flash_attention_2(query: torch.Tensor, value: torch.Tensor) -> bool:
-    return query.is_cuda and backends.has_varlen(query) and takes(query, value) and not backends.in_one_graph()
+    return query.is_cuda and not backends.in_one_graph() and backends.has_varlen(query) and takes(query, value)
 
 
 def sink_attention_reference(
@@ -78,8 +82,8 @@ def sink_attention_reference(
 ) -> torch.Tensor:
     """The specification: scores, mask, softmax with the sink as one more column."""
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    mask = visible(query, window, documents)
-    scores = torch.einsum("bhrd,bhnd->bhrn", query * scale, key).masked_fill(~mask, float("-inf"))
+    unseen = ~visible(query, window, documents)
+    scores = torch.einsum("bhrd,bhnd->bhrn", query * scale, key).masked_fill(unseen, float("-inf"))
     column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
     weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     return torch.einsum("bhrn,bhnd->brhd", weights, value).contiguous()
@@ -87,59 +91,45 @@ def sink_attention_reference(
 
 def visible(query: torch.Tensor, window: int | None, documents: Documents | None) -> torch.Tensor:
     """[B or 1, 1, S, S]: True where a query (third dimension) of [B, NQ, S, D] sees a key."""
-    B, _, S, _ = query.shape
+    S = query.shape[2]
+    mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=query.device).tril()
     if documents is not None:
-        mask = document_mask(documents.cu_seqlens, B, S)
-    else:
-        mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=query.device).tril()
+        mask = document_mask(documents.cu_seqlens, len(query), S)
     return mask if window is None else mask.triu(1 - window)
 
 
 class _WithSinks(torch.autograd.Function):
-    """query [T, NQ, D], key and value [T, NK, D], sinks [NQ], documents, scale and window → out [T, NQ, D]."""
+    """query [T, NQ, D], key and value [T, NK, D], sinks [NQ], options of both kernels → out [T, NQ, D]."""
 
     @staticmethod
-    def forward(ctx: Any, query, key, value, sinks, cu_seqlens, longest: int, scale: float, window) -> torch.Tensor:
-        ctx.options = longest, scale, window
-        out, lse = flash_forward(query, key, value, cu_seqlens, *ctx.options)
+    def forward(ctx: Any, query, key, value, sinks, options: dict[str, Any]) -> torch.Tensor:
+        out, lse = flash_forward(query, key, value, options)
         sink = sinks.to(lse.dtype)[:, None]
         out *= (lse - sink).sigmoid().t()[..., None]  # exp(lse - lse')
-        ctx.save_for_backward(query, key, value, out, torch.logaddexp(lse, sink), sinks, cu_seqlens)
+        ctx.save_for_backward(query, key, value, out, torch.logaddexp(lse, sink), sinks)
+        ctx.options = options
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *inputs, out, lse, sinks, cu_seqlens = ctx.saved_tensors
-        gradients = flash_backward(dout, *inputs, out, lse, cu_seqlens, *ctx.options)
+        query, key, value, out, lse, sinks = ctx.saved_tensors
         dsinks = None
         if ctx.needs_input_grad[3]:
             delta = (dout * out).sum(-1, dtype=lse.dtype)
             dsinks = -((sinks.to(lse.dtype) - lse.t()).exp() * delta).sum(0).to(sinks.dtype)
-        return *gradients, dsinks, *[None] * 4
+        return *flash_backward(dout, query, key, value, out, lse, ctx.options), dsinks, None
 
 
 _with_sinks = torch.compiler.disable(_WithSinks.apply)
 
 
-def flash_forward(query, key, value, cu_seqlens, longest: int, scale: float, window: int | None) -> Any:
+def flash_forward(query, key, value, options: dict[str, Any]) -> Any:
     """out [T, NQ, D], and lse [NQ, T] in float32."""
-    lengths, limits = (cu_seqlens, cu_seqlens, longest, longest), _limits(window)
-    return torch.ops.aten._flash_attention_forward(
-        query, key, value, *lengths, 0.0, window is None, False, scale=scale, **limits
-    )[:2]
+    return torch.ops.aten._flash_attention_forward(query, key, value, return_debug_mask=False, **options)[:2]
 
 
-def flash_backward(
-    dout, query, key, value, out, lse, cu_seqlens, longest: int, scale: float, window: int | None
-) -> Any:
+def flash_backward(dout, query, key, value, out, lse, options: dict[str, Any]) -> Any:
     """Gradients of query, key and value, in one order of additions where PyTorch is asked for such algorithms."""
-    lengths, limits = (cu_seqlens, cu_seqlens, longest, longest), _limits(window)
-    state = [lse.new_empty(0)] * 2  # dropout's
-    return torch.ops.aten._flash_attention_backward(
-        dout, query, key, value, out, lse, *lengths, 0.0, window is None, *state, scale=scale, **limits
-    )
-
-
-def _limits(window: int | None) -> dict[str, int]:
-    return {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+    dropout = dict.fromkeys(("rng_state", "unused"), lse.new_empty(0))
+    return torch.ops.aten._flash_attention_backward(dout, query, key, value, out, lse, **dropout, **options)

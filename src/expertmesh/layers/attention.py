@@ -3,8 +3,8 @@
 The implementation `NAME` stands for "sdpa", Transformers' default, in fused models: the same numbers, but it takes
 packed documents beside the mask (rows.py), and goes to flash-attn-4 where that is installed. `SINKS` is attention with
 sinks (GPT-OSS) by FlashAttention, for which Transformers has no SDPA: it replaces the default, which is eager, never
-what the user asked for. It knows windows and documents; where there is a mask, for a cache that holds tokens or padding
-before tokens, Transformers' eager attention runs.
+what the user asked for. It knows windows and documents; where there is a mask, for a cache that holds tokens or for
+padding in rows that were not taken apart, Transformers' eager attention runs.
 """
 
 import functools
@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.qwen3_moe.modeling_qwen3_moe import eager_attention_forward
+from transformers.utils.import_utils import is_tracing
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
@@ -28,7 +29,7 @@ from expertmesh.kernels.rope import qk_norm_rope, rotary
 from expertmesh.kernels.sink_attention import sink_attention, visible
 from expertmesh.layers.decoder import FastRMSNorm
 from expertmesh.layers.lora import linears
-from expertmesh.twins import Fast, cache_of, traced, untouched
+from expertmesh.twins import Fast, cache_of, untouched
 
 NAME, SINKS = "expertmesh", "expertmesh-sinks"
 _ROPE = "apply_rotary_pos_emb"
@@ -112,12 +113,12 @@ def attend_with_sinks(
 
 
 def mask_with_sinks(**asked: Any) -> torch.Tensor | None:
-    """Transformers' eager mask; None for whole rows in which no token comes behind padding, so that causal order hides
-    it. To know that takes a look at the device, which a compiled graph cannot have."""
+    """Transformers' eager mask; None for whole rows without padding, where order and window say it all. To know that
+    takes a look at the device, which no graph can have."""
     offset, mask, length = asked["q_offset"], asked["attention_mask"], asked["kv_length"]
     whole = isinstance(offset, int) and offset == asked["kv_offset"] == 0 and asked["q_length"] == length
-    causal = whole and asked["allow_is_causal_skip"] and not asked["use_vmap"]
-    if causal and (mask is None or not (traced() or (mask[:, 1:length] > mask[:, : length - 1]).any())):
+    plain = whole and asked["allow_is_causal_skip"] and not asked["use_vmap"]
+    if plain and (mask is None or (not is_tracing(mask) and mask[:, :length].all())):
         return None
     return masking_utils.eager_mask(**asked)
 
@@ -231,9 +232,8 @@ class FastRoPE(Fast):
         cls, stock: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What runs in place of `stock`, the function of this name in the HF class' module."""
-        if (
-            unsqueeze_dim != 1 or cos.ndim != 3 or not backends.use_triton(q)
-        ):  # heads elsewhere than in the kernel's layout
+        # heads may lie elsewhere than in the kernel's layout
+        if unsqueeze_dim != 1 or cos.ndim != 3 or not backends.use_triton(q):
             return stock(q, k, cos, sin, unsqueeze_dim)
         return rotary(q, k, cos, sin, cls._interleaved)
 

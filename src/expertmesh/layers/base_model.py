@@ -143,7 +143,8 @@ class FastBaseModel(Fast):
         """Whether padding can be left out. Where it cannot, rows stay as Transformers has them."""
         length, config, caching = found.keep.shape[1], self.config, inputs.get("use_cache")
         if caching is None:
-            caching = getattr(config, "use_cache", False) and not (self.training and torch.is_grad_enabled())
+            for_a_loss = (self.training and torch.is_grad_enabled()) or (self._sinks and call.targets is not None)
+            caching = getattr(config, "use_cache", False) and not for_a_loss
         of_images = _has_axes(inputs.get("position_ids")) or config.get_text_config() is not config
         whole = call.predicts or of_images or caching or inputs.get("output_attentions") or found.labelled_padding
         noisy = self.training and getattr(config, "router_jitter_noise", 0)  # drawn for each token, padding or not
