@@ -17,22 +17,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertmesh.train.config import Config
 from expertmesh.train.errors import EXIT_CODES, ConfigError, few, handling, in_short, refusing
 
 if TYPE_CHECKING:
     from expertmesh.parallel.setup import DistributedSetup
+    from expertmesh.train.config import Config
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _WATCH = "EXPERTMESH_LAUNCHER"  # set in ranks whose standard input says whether the launcher lives
 _POLL = 0.1  # seconds between two looks at the ranks
 _stores: list[Any] = []  # rank 0's is the server of all ranks: keep it until the process ends
-SILENT = "PyTorch's rank 0 does not answer"
 _SHOWN = 20  # last lines of a rank that ended without an error of its own
 
 
@@ -69,7 +68,7 @@ def slurm_variables(task: Mapping[str, str]) -> dict[str, str]:
         ) from None
 
 
-def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
+def layout(config: "Config", num_ranks: int) -> "DistributedSetup | None":
     """How `config` lays the model out over `num_ranks`, None for one. Raises ConfigError if its sizes do not fit."""
     from expertmesh.parallel.setup import DistributedSetup
 
@@ -99,36 +98,31 @@ def join(minutes: float) -> None:
         return
     rank, size, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(minutes=minutes)
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    found: list[str] = []  # what is wrong, "" if nothing is
+    found = ["PyTorch's rank 0 does not answer"]  # at last what is wrong, "" if nothing is
 
     def meet() -> str:
         if not 0 <= rank < size:
             return f"RANK={rank} is none of WORLD_SIZE={size}"
         is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        # PyTorch connects its own store to the same server later
-        store = dist.TCPStore(address, int(port), size, is_server, limit, wait_for_workers=False, multi_tenant=True)
+        try:  # PyTorch connects its own store to the same server later
+            store = dist.TCPStore(address, int(port), size, is_server, limit, wait_for_workers=False, multi_tenant=True)
+        except Exception as error:
+            taken = "another run has that port, or another process RANK=0"
+            return taken if "EADDRINUSE" in str(error) else f"{found[0]} ({in_short(error)})"
         _stores.append(store)
         book = dist.PrefixStore(f"expertmesh/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         if book.add(str(rank), 1) > 1:
             return f"another process has RANK={rank}, too"
-        try:
+        with suppress(dist.DistStoreError):
             book.wait([str(number) for number in range(size)], limit * 0.8)
-        except dist.DistStoreError:
-            return f"of {size} ranks {few([r for r in range(size) if not book.check([str(r)])])} did not come"
-        return ""
-
-    def work() -> None:
-        try:
-            found.append(meet())
-        except Exception as error:
-            taken = "another run has that port, or another process RANK=0"
-            found.append(taken if "EADDRINUSE" in str(error) else f"{SILENT} ({in_short(error)})")
+            return ""
+        return f"of {size} ranks {few([r for r in range(size) if not book.check([str(r)])])} did not come"
 
     # a thread, as a port that is held by somebody who never answers would keep PyTorch waiting without end
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=lambda: found.append(meet()), daemon=True)
     thread.start()
     thread.join(limit.total_seconds())
-    if why := found[0] if found else SILENT:
+    if why := found[-1]:
         raise RanksError(
             f"Rank {rank} found no others by MASTER_ADDR={address} and MASTER_PORT={port}: {why}. These must name the "
             f"machine of rank 0 and a free port of it, and there must be one process for each RANK from 0 to "
@@ -144,21 +138,30 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
     130 if all stopped after a signal, else the code of the rank that failed first, whose error is printed.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // nproc)
+    alike = {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alike |= {"OMP_NUM_THREADS": threads, _WATCH: os.getpid()}
+    ranks, received = list[subprocess.Popen](), list[int]()
+
+    def forward(number: int, _: object) -> None:
+        received.append(number)
+        for rank in ranks:
+            rank.send_signal(number)
+
+    with ExitStack() as stack:  # behind it every rank has ended: its standard input is closed, and it is waited for
         errors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-")))
-        port, ranks, received = _free_port(), list[subprocess.Popen](), list[int]()
-
-        def forward(number: int, _: object) -> None:
-            received.append(number)
-            for rank in ranks:
-                rank.send_signal(number)
-
-        before = handling(forward)
-        stack.callback(lambda: [signal.signal(number, handler) for number, handler in before.items()])
-        stack.callback(lambda: _kill(ranks))
+        for number, handler in handling(forward).items():
+            stack.callback(signal.signal, number, handler)
         for number in range(nproc):
             log = None if number == 0 else stack.enter_context((logs / f"rank-{number}.txt").open("w"))
-            ranks.append(_start(command, number, nproc, port, errors / f"{number}.json", log))
+            own = {"RANK": number, "LOCAL_RANK": number, ERROR_FILE: errors / f"{number}.json"}
+            env = os.environ | {name: str(value) for name, value in (alike | own).items()}
+            # in a session of its own: Ctrl-C reaches the launcher alone, which passes it on once, not twice
+            streams: Any = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+            start = subprocess.Popen(command, env=env, start_new_session=True, **streams)
+            ranks.append(stack.enter_context(start))
         while not (failed := [n for n, rank in enumerate(ranks) if rank.poll()]):
             if all(rank.returncode == 0 for rank in ranks):
                 return 0
@@ -166,44 +169,23 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
         if ranks[failed[0]].returncode in EXIT_CODES.values():
             return max(rank.wait() for rank in ranks)  # all stop after the same step, whoever received the signal
         time.sleep(_POLL)  # let ranks with the same error finish writing it
-        failed = [n for n, rank in enumerate(ranks) if rank.poll()]
-        _kill(ranks)
-        return _report(ranks, failed, errors, logs, received)
+        codes = {number: code for number, rank in enumerate(ranks) if (code := rank.poll())}
+        for rank in ranks:
+            rank.kill()
+        return _report(codes, errors, logs, received)
 
 
-def _start(command: Sequence[str], rank: int, nproc: int, port: int, error_file: Path, log) -> subprocess.Popen:
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": nproc,
-        "LOCAL_WORLD_SIZE": nproc,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // nproc),
-        ERROR_FILE: error_file,
-        _WATCH: os.getpid(),
-    }
-    return subprocess.Popen(
-        command,
-        env=os.environ | {name: str(value) for name, value in variables.items()},
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on: once, not twice
-    )
-
-
-def _report(ranks: list[subprocess.Popen], failed: list[int], errors: Path, logs: Path, received: list[int]) -> int:
-    """Print why the first of the failed ranks ended, and return its exit code."""
+def _report(codes: Mapping[int, int], errors: Path, logs: Path, received: Sequence[int]) -> int:
+    """Print why the first of the failed ranks (rank -> exit code) ended, and return its exit code."""
 
     def moment(rank: int) -> tuple[bool, float]:
         # when a rank is killed, the others notice and fail as well: it comes first, though it leaves no error
         file = errors / f"{rank}.json"
-        return ranks[rank].returncode > 0, file.stat().st_mtime if file.exists() else float("inf")
+        return codes[rank] > 0, file.stat().st_mtime if file.exists() else float("inf")
 
-    first = min(failed, key=moment)
-    code, file, log = ranks[first].returncode, errors / f"{first}.json", logs / f"rank-{first}.txt"
-    if code < 0 and -code in received:
+    first = min(codes, key=moment)
+    code, file, log = codes[first], errors / f"{first}.json", logs / f"rank-{first}.txt"
+    if -code in received:
         return 128 - code  # the signal came before the first step, or twice: nothing is saved
     if file.exists():
         print(json.loads(file.read_text())["message"]["message"], file=sys.stderr)
@@ -243,16 +225,3 @@ def leave() -> int:
 def _follow_launcher() -> None:
     os.read(0, 1)  # nothing is ever written: this returns when the launcher's end of the pipe is closed
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _kill(ranks: Sequence[subprocess.Popen]) -> None:
-    for rank in ranks:
-        rank.kill()
-    for rank in ranks:
-        rank.communicate()  # waits, and closes the pipe
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
