@@ -211,7 +211,7 @@ def test_answers_that_are_all_cut_off_are_no_surprise_after_loading(dry, tmp_pat
         ({"hidden_size": "wide"}, "model.name"),
         ({"remove": ["config.json"]}, "the config.json in the folder"),
         ({"remove": ["model.safetensors"]}, "has no weights"),
-        ({"remove": ["chat_template.jinja"]}, "has no chat template"),
+        ({"remove": ["chat_template.jinja"]}, "has no chat_template"),
         ({"remove": ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]}, "it has no vocabulary"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,35 +19,38 @@ ROLES = tuple(dict.fromkeys(KNOWN.values()))  # others are right where the templ
 def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, source: str) -> None:
     """Raises ConfigError if rows cannot become tokens, or nothing of them would be learned. Rows count from 0."""
     name, only, talks = config.model.name, config.data.assistant_only_loss, is_talk(rows[0])
-    if talks and not tokenizer.chat_template:
+    needed = "chat_template" if talks else "eos_token"
+    if not getattr(tokenizer, needed):
         raise ConfigError(
-            f"model.name: the tokenizer of {name} has no chat template, so the conversations of {source} cannot become "
-            "tokens. Take the instruction-tuned model, or data with `text`, or `prompt` and `completion`."
+            f"model.name: the tokenizer of {name} has no {needed}, which every row of {source} needs. Take the "
+            "instruction-tuned model, or set it in its tokenizer_config.json."
         )
     if only and not talks:
         raise ConfigError(f"data.assistant_only_loss: {source} has no conversations. Remove the key.")
-    if not talks and tokenizer.eos_token is None:
-        raise ConfigError(
-            f"model.name: the tokenizer of {name} has no eos_token, which ends every row of {source}. Set it in its "
-            "tokenizer_config.json."
-        )
     template = _training_template(name, tokenizer) if only else None
-    strangers: Counter[str] = Counter()
-    silent, masked, learns = [], dict[tuple, bool](), False
+    strangers, silent, learns = Counter[str](), list[int](), False
+    masked: dict[tuple, bool] = {}  # shape of a conversation -> whether nothing of it is learned
     for number, row in enumerate(rows):
-        tools = row.get("tools")
+        turns, tools = _turns(row) if talks else [], row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         options = {"chat_template": template, "tools": tools, **row.get("chat_template_kwargs", {})}  # as TRL has it
-        if talks:
-            turns = _turns(row)
-            strangers.update(turn["role"] for turn in turns if turn["role"] not in ROLES)
-            shape = (*((turn["role"], bool(turn["content"]), bool(turn.get("tool_calls"))) for turn in turns),)
-            if shape not in masked:
-                _render(name, tokenizer, row, options, f"row {number} of {source}")
-                masked[shape] = only and 1 not in _assistant_mask(tokenizer, turns, options)
-            if masked[shape]:
-                silent.append(number)
-        learns = learns or _is_learned(config, tokenizer, row, options)
+        strangers.update(turn["role"] for turn in turns if turn["role"] not in ROLES)
+        shape = (*((turn["role"], bool(turn["content"]), bool(turn.get("tool_calls"))) for turn in turns),)
+        if not learns or shape not in masked:
+            where = f"row {number} of {source}"
+            with refusing(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
+                first = _first_learned(tokenizer, row, options if talks else {}, only)
+                text = str(tokenizer.apply_chat_template(turns, tokenize=False, **options)) if talks else ""
+            calls = [call.get("function", call).get("name") for turn in turns for call in turn.get("tool_calls") or ()]
+            if not all(call and call in text for call in calls):
+                raise ConfigError(
+                    f"data.name: the chat template of {name} leaves out calls of tools ({where}). Take a model whose "
+                    "template has them, or remove such rows."
+                )
+            learns |= first is not None and first < config.data.max_length
+            masked.setdefault(shape, first is None)
+        if masked[shape]:
+            silent.append(number)
     unknown = [role for role in strangers if not any(f"{q}{role}{q}" in str(tokenizer.chat_template) for q in "'\"")]
     if unknown:
         counted = ", ".join(f"{role!r} ({strangers[role]} turns)" for role in unknown)
@@ -93,42 +97,22 @@ def _training_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | N
     """The chat template that marks what the assistant says: None for the tokenizer's own, or TRL's in its place."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    try:
-        marked = has_generation_markers(tokenizer.chat_template)
-        return None if marked else get_training_chat_template(tokenizer)
-    except ValueError as error:
-        raise ConfigError(
-            f"data.assistant_only_loss: the chat template of {name} does not mark what the assistant says, and TRL "
-            f"knows no other for it. {data.REMEDY}"
-        ) from error
+    if has_generation_markers(tokenizer.chat_template):
+        return None
+    unmarked = f"the chat template of {name} does not mark what the assistant says, so remove the key"
+    with refusing(f"data.assistant_only_loss: {unmarked}"):
+        return get_training_chat_template(tokenizer)
 
 
-def _render(name: str, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], options: dict, where: str) -> None:
-    with refusing(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
-        if "prompt" in row:
-            tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-        text = str(tokenizer.apply_chat_template(_turns(row), tokenize=False, **options))
-    calls = [call.get("function", call).get("name") for turn in _turns(row) for call in turn.get("tool_calls") or ()]
-    if not all(call and call in text for call in calls):
-        raise ConfigError(
-            f"data.name: the chat template of {name} leaves out calls of tools ({where}). Take a model whose template "
-            "has them, or remove such rows."
-        )
-
-
-def _is_learned(config: Config, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], options: dict) -> bool:
-    """Whether a label of the row is left within `data.max_length`."""
-    length = config.data.max_length
-    encode: Any = tokenizer.apply_chat_template if is_talk(row) else tokenizer
+def _first_learned(tokenizer: Any, row: dict[str, Any], options: dict[str, Any], only: bool) -> int | None:
+    """Where a row's first token to learn is, however long the row; None if there is none."""
+    start = 0
     if "prompt" in row:
-        options = {"add_generation_prompt": True, "return_dict": True} if is_talk(row) else {}
-        return len(encode(row["prompt"], **options)["input_ids"]) < length
-    if not config.data.assistant_only_loss:
-        return True
-    return 1 in _assistant_mask(tokenizer, row["messages"], options)[:length]
-
-
-def _assistant_mask(tokenizer: Any, turns: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
-    """1 for each token that the assistant says."""
+        ask = {"add_generation_prompt": True, "return_dict": True}
+        encode = partial(tokenizer.apply_chat_template, **ask, **options) if is_talk(row) else tokenizer
+        start = len(encode(row["prompt"])["input_ids"])
+    if not only:
+        return start
     how = options | {"return_dict": True, "return_assistant_tokens_mask": True}
-    return tokenizer.apply_chat_template(turns, **how)["assistant_masks"]
+    mask = tokenizer.apply_chat_template(_turns(row), **how)["assistant_masks"]
+    return next((place for place, said in enumerate(mask) if said and place >= start), None)
