@@ -239,6 +239,8 @@ class Config(Section):
             yield "`train.gradient_release` is exact and `train.max_grad_norm` is 0: set it to `running`."
         if self.quantization is not None and self.lora is None:
             yield "`quantization.experts` freezes the experts in 4 bits: add `lora`, or remove it."
+        if self.quantization is not None and self.parallel.tp_size > 1:
+            yield "`quantization.experts` cannot be split by `parallel.tp_size`: set it to 1, take `parallel.ep_size`."
         fused = self.model.fused if isinstance(self.model.fused, dict) else {"experts": self.model.fused}
         if self.quantization is not None and not fused.get("experts", True):
             yield "`quantization.experts` is for experts that are fused: change `model.fused`."

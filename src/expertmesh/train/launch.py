@@ -49,7 +49,7 @@ def slurm_variables(task: Mapping[str, str]) -> dict[str, str]:
 
     Raises ConfigError if Slurm's variables are incomplete.
     """
-    try:
+    with refusing("This looks like a task of a Slurm job, but srun (else unset SLURM_PROCID) did not set all"):
         job, hosts = int(task["SLURM_JOB_ID"]), task["SLURM_JOB_NODELIST"]
         # rank 0 runs on the first of `node[08-09,12],login`; SLURM_LAUNCH_NODE_IPADDR is where srun was typed
         first_host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", hosts).partition(",")[0]
@@ -61,26 +61,14 @@ def slurm_variables(task: Mapping[str, str]) -> dict[str, str]:
             # below the ports that Linux hands out by itself (from 32768), and another one for each job on a shared host
             "MASTER_PORT": task.get("MASTER_PORT") or str(10_000 + job % 20_000),
         }
-    except KeyError as missing:
-        raise ConfigError(
-            f"This looks like a task of a Slurm job, but {missing.args[0]} is not set. Start it with srun, or unset "
-            "SLURM_PROCID to run without Slurm."
-        ) from None
 
 
 def layout(config: "Config", num_ranks: int) -> "DistributedSetup | None":
     """How `config` lays the model out over `num_ranks`, None for one. Raises ConfigError if its sizes do not fit."""
     from expertmesh.parallel.setup import DistributedSetup
 
-    if config.quantization is not None and config.parallel.tp_size > 1:
-        raise ConfigError(
-            "quantization.experts: tensor parallelism cannot split experts in 4 bits. Set parallel.tp_size to 1; "
-            "parallel.ep_size spreads them."
-        )
     if config.train.optim_offload and num_ranks > 1:
-        raise ConfigError(
-            "train.optim_offload: it is for a GPU that is alone. Set parallel.nproc to 1, or remove the key."
-        )
+        raise ConfigError("train.optim_offload: it is for a GPU that is alone: set parallel.nproc to 1, or remove it.")
     sizes = config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"})
     sizes |= {"ep_size": 1} if sizes["ep_size"] == "auto" else {}  # one that fits is chosen when the run starts
     with refusing("parallel"):
