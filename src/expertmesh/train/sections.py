@@ -39,11 +39,6 @@ class Section(BaseModel):
 class _Loader(yaml.SafeLoader):
     """YAML in which a key stands once, and what looks like a date is text: no key is a date."""
 
-    yaml_implicit_resolvers = {
-        first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
     def construct_mapping(self, node, deep=False):
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -52,6 +47,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"`{name}` stands in line {lines[name]} and again in line {line}")
             lines[name] = line
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
 
 
 def parse(text: str, source: object, fix: str) -> Any:

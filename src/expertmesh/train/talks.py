@@ -18,7 +18,8 @@ ROLES = tuple(dict.fromkeys(KNOWN.values()))  # others are right where the templ
 
 def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, source: str) -> None:
     """Raises ConfigError if rows cannot become tokens, or nothing of them would be learned. Rows count from 0."""
-    name, only, talks = config.model.name, config.data.assistant_only_loss, is_talk(rows[0])
+    name, only = config.model.name, config.data.assistant_only_loss
+    talks = "messages" in rows[0] or isinstance(rows[0].get("prompt"), list)
     needed = "chat_template" if talks else "eos_token"
     if not getattr(tokenizer, needed):
         raise ConfigError(
@@ -31,7 +32,8 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, so
     strangers, silent, learns = Counter[str](), list[int](), False
     masked: dict[tuple, bool] = {}  # shape of a conversation -> whether nothing of it is learned
     for number, row in enumerate(rows):
-        turns, tools = _turns(row) if talks else [], row.get("tools")
+        turns = (row.get("messages") or row["prompt"] + row["completion"]) if talks else []
+        tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         options = {"chat_template": template, "tools": tools, **row.get("chat_template_kwargs", {})}  # as TRL has it
         strangers.update(turn["role"] for turn in turns if turn["role"] not in ROLES)
@@ -39,7 +41,7 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, so
         if not learns or shape not in masked:
             where = f"row {number} of {source}"
             with refusing(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
-                first = _first_learned(tokenizer, row, options if talks else {}, only)
+                first = _first_learned(tokenizer, row, turns, options, only)
                 text = str(tokenizer.apply_chat_template(turns, tokenize=False, **options)) if talks else ""
             calls = [call.get("function", call).get("name") for turn in turns for call in turn.get("tool_calls") or ()]
             if not all(call and call in text for call in calls):
@@ -75,22 +77,11 @@ def nothing_learned(config: Config, source: str) -> ConfigError:
     )
 
 
-def is_talk(row: dict[str, Any]) -> bool:
-    """Whether a row holds turns of a conversation."""
-    return "messages" in row or isinstance(row.get("prompt"), list)
-
-
 def count_unlearned(rows: Any) -> int:
     """Of how many documents in TRL's packed rows no token is left to learn."""
-    unlearned = 0
-    for row in rows.with_format("numpy"):
-        documents = np.split(row["labels"], np.cumsum(row["seq_lengths"])[:-1])
-        unlearned += sum(bool((labels == data.IGNORED).all()) for labels in documents)
-    return unlearned
-
-
-def _turns(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    rows = rows.with_format("numpy")
+    documents = (np.split(row["labels"], np.cumsum(row["seq_lengths"])[:-1]) for row in rows)
+    return sum(bool((labels == data.IGNORED).all()) for row in documents for labels in row)
 
 
 def _training_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -104,15 +95,13 @@ def _training_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | N
         return get_training_chat_template(tokenizer)
 
 
-def _first_learned(tokenizer: Any, row: dict[str, Any], options: dict[str, Any], only: bool) -> int | None:
-    """Where a row's first token to learn is, however long the row; None if there is none."""
-    start = 0
+def _first_learned(tokenizer: Any, row: dict[str, Any], turns: list, options: dict[str, Any], only: bool) -> int | None:
+    """Where a row's first token to learn is, however long the row; None if there is none. turns: [] of a text."""
+    start, options = 0, options | {"return_dict": True}
     if "prompt" in row:
-        ask = {"add_generation_prompt": True, "return_dict": True}
-        encode = partial(tokenizer.apply_chat_template, **ask, **options) if is_talk(row) else tokenizer
+        encode = partial(tokenizer.apply_chat_template, add_generation_prompt=True, **options) if turns else tokenizer
         start = len(encode(row["prompt"])["input_ids"])
     if not only:
         return start
-    how = options | {"return_dict": True, "return_assistant_tokens_mask": True}
-    mask = tokenizer.apply_chat_template(_turns(row), **how)["assistant_masks"]
+    mask = tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True, **options)["assistant_masks"]
     return next((place for place, said in enumerate(mask) if said and place >= start), None)
