@@ -317,7 +317,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree[parent]
         if not isinstance(tree, dict):
             raise ConfigError(f"{override!r} sets a key below `{parent}`, which is {tree!r} and holds no keys.")
-    tree[leaf] = parse(text, f"The value in {_short(override)}", f"Quote it, as in '{dotted}=\"...\"'.")
+    tree[leaf] = parse(text, f"The value in {override!r:.200}", f"Quote it, as in '{dotted}=\"...\"'.")
 
 
 def _sentences(error: ValidationError) -> Iterator[str]:
@@ -341,7 +341,7 @@ def _sentences(error: ValidationError) -> Iterator[str]:
         else:
             value, why = problem["input"], problem["msg"].removeprefix("Value error, ")
             scalar = problem["type"] == "string_type" and not isinstance(value, list | dict)
-            yield f"`{key}` cannot be {_short(value)}: {why}.{' Quote it if it is meant as text.' if scalar else ''}"
+            yield f"`{key}` cannot be {value!r:.200}: {why}.{' Quote it if it is meant as text.' if scalar else ''}"
 
 
 def _nearest(key: str, keys: Sequence[str]) -> str | None:
@@ -354,8 +354,3 @@ def _nearest(key: str, keys: Sequence[str]) -> str | None:
     names |= {other: known for known, others in ELSEWHERE.items() for other in others.split()}
     close = difflib.get_close_matches(leaf, names, n=1)
     return names[close[0]] if close else None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, Any
 
 from expertmesh.train.errors import EXIT_CODES, ConfigError, few, handling, in_short, refusing
@@ -131,7 +131,7 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // nproc)
     alike = {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     alike |= {"OMP_NUM_THREADS": threads, _WATCH: os.getpid()}
-    ranks, received = list[subprocess.Popen](), list[int]()
+    ranks, received = list[Popen](), list[int]()
 
     def forward(number: int, _: object) -> None:
         received.append(number)
@@ -147,8 +147,7 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
             own = {"RANK": number, "LOCAL_RANK": number, ERROR_FILE: errors / f"{number}.json"}
             env = os.environ | {name: str(value) for name, value in (alike | own).items()}
             # in a session of its own: Ctrl-C reaches the launcher alone, which passes it on once, not twice
-            streams: Any = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
-            start = subprocess.Popen(command, env=env, start_new_session=True, **streams)
+            start = Popen(command, env=env, stdin=PIPE, stdout=log, stderr=log, start_new_session=True)
             ranks.append(stack.enter_context(start))
         while not (failed := [n for n, rank in enumerate(ranks) if rank.poll()]):
             if all(rank.returncode == 0 for rank in ranks):
@@ -165,13 +164,10 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
 
 def _report(codes: Mapping[int, int], errors: Path, logs: Path, received: Sequence[int]) -> int:
     """Print why the first of the failed ranks (rank -> exit code) ended, and return its exit code."""
-
-    def moment(rank: int) -> tuple[bool, float]:
-        # when a rank is killed, the others notice and fail as well: it comes first, though it leaves no error
-        file = errors / f"{rank}.json"
-        return codes[rank] > 0, file.stat().st_mtime if file.exists() else float("inf")
-
-    first = min(codes, key=moment)
+    told = (int(file.stem) for file in sorted(errors.iterdir(), key=lambda file: file.stat().st_mtime))
+    # when a rank is killed, the others notice and fail as well: it comes first, though it leaves no error
+    killed = (rank for rank, code in codes.items() if code < 0)
+    first = next(rank for rank in (*killed, *told, *codes) if rank in codes)
     code, file, log = codes[first], errors / f"{first}.json", logs / f"rank-{first}.txt"
     if -code in received:
         return 128 - code  # the signal came before the first step, or twice: nothing is saved

@@ -52,7 +52,7 @@ def plan_of(config: Config, gpus: int, gpu: GPU) -> Plan:
 
 def job_of(config: Config, gpus: int) -> Job:
     """The `Job` of a run. Raises ConfigError for settings that a plan does not know."""
-    train, parallel = config.train, config.parallel
+    train, parallel, section = config.train, config.parallel, config.model
     batch, ep_size = train.per_device_train_batch_size, parallel.ep_size
     assert isinstance(batch, int) and isinstance(ep_size, int), "what is `auto` is chosen before (settle)"
     if train.bf16:
@@ -63,7 +63,8 @@ def job_of(config: Config, gpus: int) -> Job:
     model = load_model_config(config)
     if hasattr(model, "auto_map"):
         raise ConfigError("model.trust_remote_code: a plan does not run code that comes with a checkpoint.")
-    own: Any = torch.float32 if config.model.name == "demo" else model.dtype or torch.bfloat16  # as load_model has it
+    predicts = bool(getattr(model, "num_nextn_predict_layers", 0))
+    own: Any = torch.float32 if section.name == "demo" else model.dtype or torch.bfloat16  # as load_model has it
     return Job(
         model,
         batch=batch,
@@ -76,14 +77,12 @@ def job_of(config: Config, gpus: int) -> Job:
         optimizer=f"adamw-{train.optim_states}" if train.optim_states else OPTIMS[train.optim],
         released=train.gradient_release or False,
         offloaded=train.optim_offload,
-        dtype=own if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
-        fused=config.model.fused,
-        attention=config.model.attn_implementation,
+        dtype=own if section.dtype == "auto" else getattr(torch, section.dtype),
+        fused=section.fused,
+        attention=section.attn_implementation,
         experts=config.quantization.experts if config.quantization else None,
         adapt=partial(_adapt, config) if config.lora or config.moe.freeze_router else None,
-        mtp=config.model.fused is not False
-        and not config.model.random_weights
-        and (getattr(model, "num_nextn_predict_layers", 0) or 0) > 0,
+        mtp=predicts and section.fused is not False and not section.random_weights,
         accumulates=train.gradient_accumulation_steps > 1,
     )
 
@@ -124,9 +123,7 @@ def settle(config: Config, num_ranks: int) -> Config:
 
 def choose(config: Config, num_ranks: int, gpu: GPU) -> Config:
     """The configuration with a number for each key that is `auto`: the fastest that leaves 3 % of such a GPU's memory.
-
-    Micro-batches of 1, 2, 4, ... rows are tried, and sizes that divide experts and ranks. Raises ConfigError if nothing
-    fits, and says what would.
+    Raises ConfigError if nothing fits, and says what would.
     """
     keys, room = open_keys(config), ROOM * gpu.memory
     smallest = changed(config, dict.fromkeys(keys, 1))
@@ -253,20 +250,14 @@ def naming_what_fits(config: Config, num_ranks: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error) and (advice := _what_fits(config, num_ranks)):
-            error.add_note(advice)
+        if is_out_of_memory(error) and (plan := planned(config, num_ranks)):
+            limit, why = ROOM * plan.gpu.memory, ""
+            if plan.fits:
+                limit = min(limit, LESS * plan.layout.memory.needed)
+                why = ", so another process may hold the rest (nvidia-smi), or the experts have uneven loads"
+            fits = next_setting(config, num_ranks, plan.gpu, limit)
+            error.add_note(f"By its plan the run needs {lines(plan)[0]}{why}. {fits}")
         raise
-
-
-def _what_fits(config: Config, num_ranks: int) -> str | None:
-    """What a run needs by its plan, and keys that make it fit; None if it cannot be planned, which is said."""
-    if (plan := planned(config, num_ranks)) is None:
-        return None
-    said, limit = f"By its plan the run needs {lines(plan)[0]}", ROOM * plan.gpu.memory
-    if plan.fits:
-        limit = min(limit, LESS * plan.layout.memory.needed)
-        said += ", so another process may hold the rest (nvidia-smi), or the experts have uneven loads"
-    return f"{said}. {next_setting(config, num_ranks, plan.gpu, limit)}"
 
 
 def lines(found: Plan) -> list[str]:
@@ -301,17 +292,15 @@ class MeasuredSteps(TrainerCallback):
         times, tokens = zip(*self.ends[WARM_UP - 1 :], strict=True)
         seconds, speed = float(np.median(np.diff(times))), self.plan.layout.speed
         rate = float(tokens[-1] - tokens[0]) / (len(tokens) - 1) / seconds
-        rows = [  # measured, planned
-            ("step_ms", seconds * 1e3, speed.step * 1e3, ",.0f", "ms"),
-            ("tokens_per_second", rate, speed.tokens_per_second, ",.0f", "tokens/s"),
-        ]
+        rows = [("step_ms", "ms", seconds * 1e3, speed.step * 1e3)]  # measured, planned
+        rows += [("tokens_per_second", "tokens/s", rate, speed.tokens_per_second)]
         if torch.cuda.is_available():
-            peaks = torch.cuda.max_memory_allocated() / GIB, self.plan.layout.memory.peak / GIB
-            rows.append(("peak_gib", *peaks, ".1f", "GiB"))
-        parts = [f"{found:{form}} {unit} (planned {plan:{form}})" for _, found, plan, form, unit in rows]
+            peak = torch.cuda.max_memory_allocated() / GIB
+            rows += [("peak_gib", "GiB", peak, self.plan.layout.memory.peak / GIB)]
+        parts = [f"{found:,.1f} {unit} (planned {plan:,.1f})" for _, unit, found, plan in rows]
         backends.logger().info(f"Step {state.global_step}: {', '.join(parts)}.")
-        logs = {f"measured/{key}": round(found, 2) for key, found, *_ in rows}
-        logs |= {f"planned/{key}": round(plan, 2) for key, _, plan, *_ in rows}
+        logs = {f"measured/{key}": round(found, 2) for key, _, found, _ in rows}
+        logs |= {f"planned/{key}": round(plan, 2) for key, *_, plan in rows}
         self.trainer.callback_handler.on_log(args, state, copy.copy(control), logs)  # it clears `should_log`
 
 

@@ -229,9 +229,8 @@ def _evaluate(trainer: SFTTrainer) -> dict[str, float]:
 
 def _check_prepared(trainer: SFTTrainer, inputs: Inputs, config: Config) -> None:
     """Says how many rows lost all their labels when they were cut. Raises ConfigError where none is left."""
-    parts: Any = {"training": (inputs.train_rows, trainer.train_dataset)}
-    parts["evaluation"] = inputs.eval_rows, trainer.eval_dataset
-    for which, (given, rows) in parts.items():
+    prepared: Any = trainer.train_dataset, trainer.eval_dataset
+    for which, given, rows in zip(("training", "evaluation"), inputs[1:], prepared, strict=True):
         lost = 0 if given is None else count_unlearned(rows) if config.data.packing else len(given) - len(rows)
         if lost and lost == len(given):
             raise nothing_learned(config, f"the {which} rows of {config.data.name}")

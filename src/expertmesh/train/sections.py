@@ -31,9 +31,7 @@ Size = Annotated[float, BeforeValidator(number), Field(ge=0)]
 class Section(BaseModel):
     """Keys of one part of a configuration; a key that is not among them is an error."""
 
-    model_config = ConfigDict(
-        extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class _Loader(yaml.SafeLoader):

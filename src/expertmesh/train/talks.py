@@ -1,7 +1,7 @@
 """Rows against the tokenizer and its chat template, before the model is loaded: one of each shape is rendered."""
 
 import json
-from collections import Counter
+import re
 from functools import partial
 from typing import Any
 
@@ -29,42 +29,38 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, so
     if only and not talks:
         raise ConfigError(f"data.assistant_only_loss: {source} has no conversations. Remove the key.")
     template = _training_template(name, tokenizer) if only else None
-    strangers, silent, learns = Counter[str](), list[int](), False
-    masked: dict[tuple, bool] = {}  # shape of a conversation -> whether nothing of it is learned
+    known = {*ROLES, *re.findall(r"(?<=['\"])[\w-]+(?=['\"])", str(tokenizer.chat_template))}
+    seen, learns = set[tuple](), False
     for number, row in enumerate(rows):
-        turns = (row.get("messages") or row["prompt"] + row["completion"]) if talks else []
+        turns = [] if not talks else row.get("messages") or row["prompt"] + row["completion"]
+        shape = (*((turn["role"], bool(turn["content"]), bool(turn.get("tool_calls"))) for turn in turns),)
+        if learns and shape in seen:
+            continue
+        seen.add(shape)
+        where = f"row {number} of {source}"
+        if unknown := {turn["role"] for turn in turns} - known:
+            raise ConfigError(
+                f"data.name: {where} has a turn of {min(unknown)!r}, which the chat template of {name} lacks. Rename "
+                f"that role to one of {', '.join(ROLES)}."
+            )
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         options = {"chat_template": template, "tools": tools, **row.get("chat_template_kwargs", {})}  # as TRL has it
-        strangers.update(turn["role"] for turn in turns if turn["role"] not in ROLES)
-        shape = (*((turn["role"], bool(turn["content"]), bool(turn.get("tool_calls"))) for turn in turns),)
-        if not learns or shape not in masked:
-            where = f"row {number} of {source}"
-            with refusing(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
-                first = _first_learned(tokenizer, row, turns, options, only)
-                text = str(tokenizer.apply_chat_template(turns, tokenize=False, **options)) if talks else ""
-            calls = [call.get("function", call).get("name") for turn in turns for call in turn.get("tool_calls") or ()]
-            if not all(call and call in text for call in calls):
-                raise ConfigError(
-                    f"data.name: the chat template of {name} leaves out calls of tools ({where}). Take a model whose "
-                    "template has them, or remove such rows."
-                )
-            learns |= first is not None and first < config.data.max_length
-            masked.setdefault(shape, first is None)
-        if masked[shape]:
-            silent.append(number)
-    unknown = [role for role in strangers if not any(f"{q}{role}{q}" in str(tokenizer.chat_template) for q in "'\"")]
-    if unknown:
-        counted = ", ".join(f"{role!r} ({strangers[role]} turns)" for role in unknown)
-        raise ConfigError(
-            f"data.name: {source} has turns of {counted}, a role that the chat template of {name} lacks. Rename "
-            f"it to one of {', '.join(ROLES)}."
-        )
-    if silent:
-        raise ConfigError(
-            f"data.assistant_only_loss: {len(silent)} conversations of {source} have no token of the assistant, so all "
-            f"their labels are masked; the first is row {silent[0]}. Remove them, or answer there."
-        )
+        with refusing(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
+            first = _first_learned(tokenizer, row, turns, options, only)
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, **options)) if talks else ""
+        calls = [call.get("function", call).get("name") for turn in turns for call in turn.get("tool_calls") or ()]
+        if not all(call and call in text for call in calls):
+            raise ConfigError(
+                f"data.name: the chat template of {name} leaves out calls of tools ({where}). Take a model whose "
+                "template has them, or remove such rows."
+            )
+        if first is None:
+            raise ConfigError(
+                f"data.assistant_only_loss: {where} has no token of the assistant, so its labels are all masked. "
+                "Answer there, or remove such rows."
+            )
+        learns |= first < config.data.max_length
     if not learns:
         raise nothing_learned(config, source)
 
