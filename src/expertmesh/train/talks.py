@@ -9,11 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from expertmesh import data
-from expertmesh.data.formats import ROLES as KNOWN
+from expertmesh.data.formats import ROLES
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import refusing
-
-ROLES = tuple(dict.fromkeys(KNOWN.values()))  # others are right where the template names them
 
 
 def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, source: str) -> None:
@@ -29,7 +27,7 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, so
     if only and not talks:
         raise ConfigError(f"data.assistant_only_loss: {source} has no conversations. Remove the key.")
     template = _training_template(name, tokenizer) if only else None
-    known = {*ROLES, *re.findall(r"(?<=['\"])[\w-]+(?=['\"])", str(tokenizer.chat_template))}
+    named = re.findall(r"(?<=['\"])[\w-]+(?=['\"])", str(tokenizer.chat_template))  # by the template
     seen, learns = set[tuple](), False
     for number, row in enumerate(rows):
         turns = [] if not talks else row.get("messages") or row["prompt"] + row["completion"]
@@ -38,13 +36,12 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, so
             continue
         seen.add(shape)
         where = f"row {number} of {source}"
-        if unknown := {turn["role"] for turn in turns} - known:
+        if unknown := {turn["role"] for turn in turns}.difference(ROLES.values(), named):
             raise ConfigError(
                 f"data.name: {where} has a turn of {min(unknown)!r}, which the chat template of {name} lacks. Rename "
-                f"that role to one of {', '.join(ROLES)}."
+                f"that role to one of {', '.join(dict.fromkeys(ROLES.values()))}."
             )
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
+        tools = json.loads(given) if isinstance(given := row.get("tools"), str) else given
         options = {"chat_template": template, "tools": tools, **row.get("chat_template_kwargs", {})}  # as TRL has it
         with refusing(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
             first = _first_learned(tokenizer, row, turns, options, only)
