@@ -24,7 +24,7 @@ from simulate import beside_published
 
 from expertmesh.bench.arms import LIBRARIES
 from expertmesh.bench.pictures import bars
-from expertmesh.train.plots import figure, save
+from expertmesh.train.plots import picture
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -298,15 +298,13 @@ def pictures(folder: Path) -> None:
 
 def curves(result: dict, path: Path) -> None:
     """Held-out losses on the way, means over the seeds, one line per arm."""
-    page, axes = figure(7.2, 4.0)
-    for arm in (found["arm"] for found in result["arms"]):
-        seeds = [row["curve"] for row in result["rows"] if row["arm"] == arm]
-        losses = [statistics.mean(point["held_out"] for point in points) for points in zip(*seeds, strict=True)]
-        axes.plot([point["step"] for point in seeds[0]], losses, linewidth=1.2, marker=".", label=arm)
-    axes.set(xlabel="steps", ylabel="held-out loss")
-    axes.set_title("AdamW's states, and gradients released (running)", loc="left", fontweight="bold")
-    axes.legend(frameon=False)
-    save(page, path)
+    with picture(path, 7.2, 4.0) as (_, (axes,)):
+        for arm in (found["arm"] for found in result["arms"]):
+            seeds = [row["curve"] for row in result["rows"] if row["arm"] == arm]
+            losses = [statistics.mean(point["held_out"] for point in points) for points in zip(*seeds, strict=True)]
+            axes.plot([point["step"] for point in seeds[0]], losses, linewidth=1.2, marker=".", label=arm)
+        axes.set(xlabel="steps", ylabel="held-out loss", title="AdamW's states, and gradients released (running)")
+        axes.legend()
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from expertmesh import backends, cli
+from expertmesh.plan.gpus import GPUS, gpu_here
 from expertmesh.plan.speed import FIRST
-from expertmesh.train.config import ConfigError, load_config
-from expertmesh.train.forecast import foretell, lines
+from expertmesh.train.config import load_config
 from expertmesh.train.metrics import read_metrics
-from expertmesh.train.planned import gpu_here, plan_of
+from expertmesh.train.planned import foretell, lines, plan_of
 from tests.train.runs import tiny_run
 
 GIB = 2**30
@@ -37,7 +37,7 @@ def test_the_plan_comes_first_and_stands_beside_ten_steps(tmp_path, on, capsys):
 
 def test_a_run_says_what_exact_clipping_costs_it(tmp_path):
     for how in ("running", "exact"):
-        _, time = lines(plan_of(load_config(None, tiny_run(tmp_path, train__gradient_release=how)), 1, "h200"))
+        _, time = lines(plan_of(load_config(None, tiny_run(tmp_path, train__gradient_release=how)), 1, GPUS["h200"]))
         assert (FIRST in time) == (how == "exact"), time
 
 
@@ -75,7 +75,7 @@ def test_planning_draws_no_random_number_of_the_run(tmp_path, on):
 def test_a_gpu_is_known_by_the_words_of_its_name(on, name, kind):
     on(name, 17 * GIB)
     if kind is None:
-        with pytest.raises(ConfigError, match="no rates"):
+        with pytest.raises(ValueError, match="no rates"):
             gpu_here()
     else:
         assert gpu_here().name == kind and gpu_here().memory == 17 * GIB

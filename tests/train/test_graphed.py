@@ -673,5 +673,5 @@ def test_a_recipe_s_batches_have_one_shape(tmp_path, on_cpu):
 
 
 def test_a_recipe_whose_batches_cannot_be_recorded_is_refused():
-    with pytest.raises(ConfigError, match="leave it at `auto`, or remove `train.gradient_accumulation_steps`"):
+    with pytest.raises(ConfigError, match="take `auto`, or remove `train.gradient_accumulation_steps`"):
         load_config(None, ["train.cuda_graph=true", "train.gradient_accumulation_steps=2"])

@@ -165,7 +165,9 @@ def test_an_error_is_left_in_the_form_that_torchrun_reads(tmp_path, monkeypatch)
 
 
 def test_ranks_that_do_not_find_each_other_say_why_in_time(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as free:
+        port_of_none = free.getsockname()[1]
+        free.close()
         wrong = {
             "RANK": "1",
             "WORLD_SIZE": "3",
@@ -177,7 +179,7 @@ def test_ranks_that_do_not_find_each_other_say_why_in_time(monkeypatch):
         for rank, port, why in (
             ("1", None, "PyTorch's rank 0 does not answer"),
             ("0", None, "another run has that port"),
-            ("0", launching._free_port(), "of 3 ranks 1, 2 did not come"),
+            ("0", port_of_none, "of 3 ranks 1, 2 did not come"),
             ("0", "", "another process has RANK=0, too"),
             ("3", "", "RANK=3 is none of WORLD_SIZE=3"),
         ):

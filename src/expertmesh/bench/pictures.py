@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from expertmesh.bench.steps import PHASES
-from expertmesh.train.plots import FAINT, HELD_OUT, INK, TRAIN, figure, save
+from expertmesh.train.plots import picture
 
 COLOURS = (
-    *(TRAIN, "#7fb2d6", "#e9c46a", HELD_OUT, "#2a9d8f", "#8d6a9f", "#f4a261", "#9fc5a8", "#6c757d"),
+    *("#2f6f9f", "#7fb2d6", "#e9c46a", "#d1495b", "#2a9d8f", "#8d6a9f", "#f4a261", "#9fc5a8", "#6c757d"),
     *("#c1a57b", "#264653", "#e5989b", "#b5b682", "#4d908e", "#adb5bd", "#7f5539", "#577590", "#d4a5a5"),
 )
 
@@ -47,34 +47,29 @@ def draw(result: dict[str, Any], out: str | Path) -> list[Path]:
 def bars(times: dict[str, dict[str, float]], title: str, axis: str, path: Path) -> None:
     """One bar per arm, made of its parts in ms (arm -> part -> ms)."""
     parts = list(dict.fromkeys(part for of_arm in times.values() for part in of_arm))
-    page, axes = figure(8.0, 1.5 + 0.4 * len(times) + 0.25 * (len(parts) / 3))
-    left = [0.0] * len(times)
-    for part, colour in zip(parts, itertools.cycle(COLOURS), strict=False):
-        widths = [of_arm.get(part, 0.0) for of_arm in times.values()]
-        axes.barh(range(len(times)), widths, left=left, color=colour, label=part, height=0.7)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    for place, end in enumerate(left):
-        axes.annotate(f" {end:.4g}", (end, place), va="center", color=INK)
-    axes.set_yticks(range(len(times)), list(times))
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(left) * 1.1)
-    axes.set_xlabel(axis)
-    axes.set_title(title, loc="left", fontweight="bold", color=INK)
-    page.legend(frameon=False, ncols=4 if len(parts) < 5 else 3, loc="outside lower center")
-    save(page, path)
+    with picture(path, 8.0, 1.5 + 0.4 * len(times) + 0.25 * (len(parts) / 3)) as (page, (axes,)):
+        left = [0.0] * len(times)
+        for part, colour in zip(parts, itertools.cycle(COLOURS), strict=False):
+            widths = [of_arm.get(part, 0.0) for of_arm in times.values()]
+            axes.barh(range(len(times)), widths, left=left, color=colour, label=part, height=0.7)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        for place, end in enumerate(left):
+            axes.annotate(f" {end:.4g}", (end, place), va="center")
+        axes.set_yticks(range(len(times)), list(times))
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel=axis, xlim=(0, max(left) * 1.1))
+        page.legend(ncols=4 if len(parts) < 5 else 3, loc="outside lower center")
 
 
 def tokens(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Tokens per second over the tokens of a step, one line per arm."""
-    page, axes = figure(7.2, 4.0)
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        points = sorted(
-            (row["batch"] * row["seq"], row["tokens_per_second_per_gpu"]) for row in rows if row["arm"] == arm
-        )
-        axes.plot(*zip(*points, strict=True), linewidth=2, marker="o", markersize=5, label=arm)
-    axes.set(xlabel="tokens per GPU and step", ylabel="tokens/s per GPU")
-    axes.set_ylim(bottom=0)
-    axes.set_title(title, loc="left", fontweight="bold", color=INK)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    axes.legend(frameon=False)
-    save(page, path)
+    with picture(path, 7.2, 4.0) as (_, (axes,)):
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            points = sorted(
+                (row["batch"] * row["seq"], row["tokens_per_second_per_gpu"]) for row in rows if row["arm"] == arm
+            )
+            axes.plot(*zip(*points, strict=True), marker="o", label=arm)
+        axes.set(title=title, xlabel="tokens per GPU and step", ylabel="tokens/s per GPU")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.legend()

@@ -41,25 +41,27 @@ def plan(
     Of the model only config.json is read, and no GPU is needed. Exit codes: 0 it fits, 1 it does not, 2 wrong usage or
     configuration.
     """
+    from expertmesh.plan.gpus import GPUS
     from expertmesh.plan.layouts import search
     from expertmesh.plan.simulate import simulate as simulation_of
-    from expertmesh.train.config import ConfigError
-    from expertmesh.train.planned import choose, gpu_of, job_of, open_keys, plan_of, values, written
+    from expertmesh.train.errors import known, refusing
+    from expertmesh.train.planned import choose, job_of, open_keys, plan_of, values, written
 
     config = configuration(arguments or [])
+    known("--gpu", gpu, list(GPUS))
+    kind = replace(GPUS[gpu], network=network * 1e9) if simulate else GPUS[gpu]
     ranks = simulate or gpus or config.parallel.nproc or 1
     if keys := open_keys(config):
-        config = choose(config, ranks, gpu_of(gpu))
+        config = choose(config, ranks, kind)
         typer.echo(f"auto: {written({key: values(config)[key] for key in keys})}\n")
     if simulate:
-        job, kind = replace(job_of(config, simulate), per_node=per_node), replace(gpu_of(gpu), network=network * 1e9)
-        try:
+        job = replace(job_of(config, simulate), per_node=per_node)
+        with refusing("The run cannot be planned"):
             simulation = simulation_of(job, kind, config.train.gradient_accumulation_steps)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
         typer.echo("\n".join([*simulated(simulation), "", *report(simulation.plan)]))
         raise typer.Exit(0 if simulation.plan.fits else 1)
-    found = plan_of(config, ranks, gpu)
+    with refusing("The run cannot be planned"):
+        found = plan_of(config, ranks, kind)
     typer.echo("\n".join(report(found)))
     if layouts:
         typer.echo("\n".join(ranked(search(found.layout.job, found.gpu))))

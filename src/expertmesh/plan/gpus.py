@@ -6,7 +6,10 @@ thirds of one direction of NVLink), and for a card without NVLink what PCIe 4.0 
 all: four fifths of PCIe 5.0, or 4.0, with 16 lanes.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+
+from expertmesh import backends
 
 GIB = 2**30
 
@@ -36,3 +39,15 @@ GPUS = {
     "a100-80gb": GPU("a100-80gb", int(79.2 * GIB), 243e12, 1.77e12, 200e9, host=25e9),
     "rtx-4090": GPU("rtx-4090", int(23.5 * GIB), 129e12, 0.88e12, 20e9, host=25e9),
 }
+
+
+def gpu_here() -> GPU | None:
+    """This machine's GPU with the memory that it has; None without one. Raises ValueError for a kind not in `GPUS`."""
+    if (found := backends.gpu()) is None:
+        return None
+    name, memory = found
+    words = set(re.split(r"\W+", name.lower()))
+    for kind, gpu in GPUS.items():
+        if {word for word in kind.split("-") if not word.endswith("gb")} <= words and "mig" not in words:
+            return replace(gpu, memory=memory)
+    raise ValueError(f"no rates are known of this machine's {name}, only of {', '.join(GPUS)}")

@@ -58,6 +58,22 @@ def search(job: Job, gpu: GPU) -> list[Layout]:
     return sorted(found, key=lambda layout: -layout.speed.tokens_per_second)
 
 
+def fastest(job: Job, gpu: GPU, sizes: list[int], rows: list[int], memory: float, micro_batches: int) -> Layout | None:
+    """The fastest that needs at most so many bytes: of these ep_sizes, with micro-batches of so many rows, of which
+    larger ones are tried as long as that pays.
+    """
+    found: list[Layout] = []
+    for ep_size in sizes:
+        before = 0.0
+        for batch in rows:
+            layout = layout_of(replace(job, ep_size=ep_size, batch=batch), gpu, micro_batches)
+            if layout.memory.needed > memory or layout.speed.tokens_per_second < GAIN * before:
+                break
+            found.append(layout)
+            before = layout.speed.tokens_per_second
+    return max(found, key=lambda layout: layout.speed.tokens_per_second, default=None)
+
+
 def ep_sizes(job: Job) -> list[int]:
     """Sizes that divide the experts and the ranks of a replica, and that tp_size divides."""
     counts = [next(module.parameters()).shape[0] for module in model_of(job).modules() if is_experts(module)]

@@ -205,53 +205,45 @@ class Config(Section):
     save: SaveSection = Field(default_factory=SaveSection)
 
     @model_validator(mode="after")
-    def _one_length(self) -> "Config":
-        if self.train.max_steps and self.train.num_train_epochs:
-            raise ValueError("`train.max_steps` and `train.num_train_epochs` are both set: remove one.")
-        if self.data.eval_split is not None and "eval_fraction" in self.data.model_fields_set:
-            raise ValueError("`data.eval_split` and `data.eval_fraction` are both set: remove one.")
-        if self.train.cuda_graph is True and self.train.gradient_accumulation_steps > 1:
-            raise ValueError(
-                "`train.cuda_graph` records steps of one batch: leave it at `auto`, or remove "
-                "`train.gradient_accumulation_steps`."
-            )
-        if self.train.cuda_graph is True and "offload" in levels_of(self.train.activation_checkpointing, 1):
-            raise ValueError(
-                "`train.activation_checkpointing: offload` copies to host memory, for which a recorded step has no "
-                "place: leave `train.cuda_graph` at `auto`, or set the other to true."
-            )
-        if self.train.optim == "muon" and (self.lora or self.train.optim_states in ("8bit", "24bit")):
-            key = "lora" if self.lora else "train.optim_states"
-            raise ValueError(
-                f"`train.optim: muon` is for whole matrices and float states: change it, or remove `{key}`."
-            )
-        for key, known in {"optim_states": {"muon"}, "optim_offload": set()}.items():
-            if getattr(self.train, key) and self.train.optim not in {"adamw_torch", "adamw_torch_fused"} | known:
-                raise ValueError(f"`train.{key}` is of AdamW, not of `train.optim` {self.train.optim}: remove one.")
-        if self.train.optim_states == "24bit" and (self.lora or self.model.dtype == "float32"):
-            weights = "LoRA's weights" if self.lora else "the weights"
-            raise ValueError(f"`train.optim_states: 24bit` extends bfloat16, and {weights} are float32: take `8bit`.")
-        if self.train.gradient_release is not None:
-            self._can_release()
-        if self.quantization is not None and self.lora is None:
-            raise ValueError("`quantization.experts` freezes the experts in 4 bits: add `lora`, or remove it.")
-        fused = self.model.fused if isinstance(self.model.fused, dict) else {"experts": self.model.fused}
-        if self.quantization is not None and not fused.get("experts", True):
-            raise ValueError("`quantization.experts` is for experts that are fused: change `model.fused`.")
+    def _go_together(self) -> "Config":
+        if clash := next(self._clashes(), None):
+            raise ValueError(clash)
         return self
 
-    def _can_release(self) -> None:
-        settings = self.train
-        clashes = {
-            "gradient_accumulation_steps": settings.gradient_accumulation_steps > 1,
-            "cuda_graph": settings.cuda_graph is True,
-            "optim": not settings.optim.startswith("adamw"),
-        }
-        for key, clash in clashes.items():
-            if clash:
-                raise ValueError(f"`train.gradient_release` cannot be combined with `train.{key}`: remove one of them.")
-        if settings.gradient_release == "exact" and not settings.max_grad_norm:
-            raise ValueError("`train.gradient_release` is exact and `train.max_grad_norm` is 0: set it to `running`.")
+    def _clashes(self) -> Iterator[str]:
+        """What is wrong with keys that exclude each other."""
+        train, states, records = self.train, self.train.optim_states, self.train.cuda_graph is True
+        accumulates, muon = train.gradient_accumulation_steps > 1, train.optim == "muon"
+        if train.max_steps and train.num_train_epochs:
+            yield "`train.max_steps` and `train.num_train_epochs` are both set: remove one."
+        if self.data.eval_split is not None and "eval_fraction" in self.data.model_fields_set:
+            yield "`data.eval_split` and `data.eval_fraction` are both set: remove one."
+        if records and accumulates:
+            yield "`train.cuda_graph` records one batch: take `auto`, or remove `train.gradient_accumulation_steps`."
+        if records and "offload" in levels_of(train.activation_checkpointing, 1):
+            yield "`train.activation_checkpointing: offload` is not recorded: leave `train.cuda_graph` at `auto`."
+        if muon and (self.lora or states in ("8bit", "24bit")):
+            key = "lora" if self.lora else "train.optim_states"
+            yield f"`train.optim: muon` is for whole matrices and float states: change it, or remove `{key}`."
+        for key, others in {"optim_states": {"muon"}, "optim_offload": set()}.items():
+            if getattr(train, key) and train.optim not in {"adamw_torch", "adamw_torch_fused"} | others:
+                yield f"`train.{key}` is of AdamW, not of `train.optim` {train.optim}: remove one."
+        if states == "24bit" and (self.lora or self.model.dtype == "float32"):
+            weights = "LoRA's weights" if self.lora else "the weights"
+            yield f"`train.optim_states: 24bit` extends bfloat16, and {weights} are float32: take `8bit`."
+        clashes = {"gradient_accumulation_steps": accumulates, "cuda_graph": records}
+        for key, clash in (clashes | {"optim": not train.optim.startswith("adamw")}).items():
+            if clash and train.gradient_release:
+                yield f"`train.gradient_release` cannot be combined with `train.{key}`: remove one of them."
+        if train.gradient_release == "exact" and not train.max_grad_norm:
+            yield "`train.gradient_release` is exact and `train.max_grad_norm` is 0: set it to `running`."
+        if self.quantization is not None and self.lora is None:
+            yield "`quantization.experts` freezes the experts in 4 bits: add `lora`, or remove it."
+        if self.quantization is not None and self.parallel.tp_size > 1:
+            yield "`quantization.experts` cannot be split by `parallel.tp_size`: set it to 1, take `parallel.ep_size`."
+        fused = self.model.fused if isinstance(self.model.fused, dict) else {"experts": self.model.fused}
+        if self.quantization is not None and not fused.get("experts", True):
+            yield "`quantization.experts` is for experts that are fused: change `model.fused`."
 
     def to_yaml(self) -> str:
         """Every key with its value, in the order of the sections; loading it gives the same configuration."""
@@ -272,7 +264,7 @@ DEMO: dict[str, dict[str, Any]] = {
 
 #: what other tools call our keys, and short names
 ELSEWHERE = {
-    "data.max_length": "seq_length sequence_length",
+    "data.max_length": "sequence_length",
     "data.name": "data_path dataset",
     "log.report_to": "wandb",
     "lora.r": "rank",
@@ -282,13 +274,10 @@ ELSEWHERE = {
     "parallel.nproc": "gpus",
     "parallel.tp_size": "tp tensor_parallel_size",
     "save.resume_from_checkpoint": "resume",
-    "train.activation_checkpointing": "gradient_checkpointing",
     "train.bf16": "mixed_precision",
     "train.gradient_accumulation_steps": "grad_accum",
     "train.learning_rate": "lr",
     "train.num_train_epochs": "epochs",
-    "train.optim": "optimizer",
-    "train.optim_states": "optimizer_states",
     "train.per_device_eval_batch_size": "eval_batch_size",
     "train.per_device_train_batch_size": "batch_size",
     "train.weight_decay": "wd",
@@ -328,7 +317,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree[parent]
         if not isinstance(tree, dict):
             raise ConfigError(f"{override!r} sets a key below `{parent}`, which is {tree!r} and holds no keys.")
-    tree[leaf] = parse(text, f"The value in {_short(override)}", f"Quote it, as in '{dotted}=\"...\"'.")
+    tree[leaf] = parse(text, f"The value in {override!r:.200}", f"Quote it, as in '{dotted}=\"...\"'.")
 
 
 def _sentences(error: ValidationError) -> Iterator[str]:
@@ -352,7 +341,7 @@ def _sentences(error: ValidationError) -> Iterator[str]:
         else:
             value, why = problem["input"], problem["msg"].removeprefix("Value error, ")
             scalar = problem["type"] == "string_type" and not isinstance(value, list | dict)
-            yield f"`{key}` cannot be {_short(value)}: {why}.{' Quote it if it is meant as text.' if scalar else ''}"
+            yield f"`{key}` cannot be {value!r:.200}: {why}.{' Quote it if it is meant as text.' if scalar else ''}"
 
 
 def _nearest(key: str, keys: Sequence[str]) -> str | None:
@@ -365,8 +354,3 @@ def _nearest(key: str, keys: Sequence[str]) -> str | None:
     names |= {other: known for known, others in ELSEWHERE.items() for other in others.split()}
     close = difflib.get_close_matches(leaf, names, n=1)
     return names[close[0]] if close else None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -33,12 +33,12 @@ def explain(error: Exception) -> str | None:
     if type(error).__module__.startswith("expertmesh."):
         return text
     if is_out_of_memory(error):
-        return (
-            f"The GPU ran out of memory ({text.split('.')[0]}). In this order: halve train.per_device_train_batch_size "
-            "and double train.gradient_accumulation_steps (or leave that at 1 and set train.gradient_release=running), "
-            "set train.activation_checkpointing=experts (true and offload keep less), lower data.max_length, or "
-            "train adapters only with lora={}."
+        advice = getattr(error, "__notes__", [])[-1:] or (  # of the plan (planned.py)
+            "In this order: halve train.per_device_train_batch_size and double train.gradient_accumulation_steps (or "
+            "leave that at 1 and set train.gradient_release=running), set train.activation_checkpointing=experts (true "
+            "and offload keep less), lower data.max_length, or train adapters only with lora={}.",
         )
+        return f"The GPU ran out of memory ({text.split('.')[0]}). {advice[0]}"
     if isinstance(error, ImportError | ValueError | OSError) and not isinstance(error, ModuleNotFoundError):
         return f"{text} (EXPERTMESH_DEBUG=1 shows where this comes from.)"
     return None

@@ -17,8 +17,7 @@ from expertmesh.train.resume import refuse_to_replace, replacing_adapter
 
 log = logging.getLogger(__name__)
 
-FOLDERS = ("final", "plots", "logs")
-FILES = ("config.yaml", "env.json", "metrics.jsonl")
+WRITTEN = "final", "plots", "logs", "config.yaml", "env.json", "metrics.jsonl"  # those without a suffix are folders
 WAIT_FOR_ROOM = 3600  # seconds, on a full disk
 
 
@@ -26,30 +25,22 @@ def check_folder(config: Config) -> None:
     """Raises ConfigError if `save.output_dir` cannot be written, or holds checkpoints that the run would replace."""
     folder = Path(config.save.output_dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-    if not there.is_dir():
-        what = "a link that leads nowhere" if there.is_symlink() else "no folder"
-        raise ConfigError(f"save.output_dir: {there} is {what}. Choose another folder, or move it away.")
     with refusing(f"save.output_dir: nothing can be written in {there}, so choose another folder"):
         tempfile.TemporaryFile(dir=there).close()
-    for path in (folder / name for name in FOLDERS + FILES):
-        if path.exists() and path.is_dir() != (path.name in FOLDERS):
+    for path in (folder / name for name in WRITTEN):
+        if path.exists() and path.is_dir() == bool(path.suffix):
             raise ConfigError(f"save.output_dir: {path} is in the way of what the run writes there. Move it away.")
     checkpoint = starting_point(config)
     if checkpoint is not True:
-        with refusing("save.output_dir"):
+        with refusing("save.output_dir" if checkpoint is None else "save.resume_from_checkpoint"):
             refuse_to_replace(str(folder), checkpoint)
 
 
 def starting_point(config: Config) -> str | Literal[True] | None:
     """The checkpoint that `save.resume_from_checkpoint` names, True for the newest, None for a new run."""
-    wanted, output_dir = config.save.resume_from_checkpoint, config.save.output_dir
+    wanted = config.save.resume_from_checkpoint
     if wanted == "auto":
-        return True if newest_complete(output_dir) else None  # the trainer takes it, and moves newer ones aside
-    if wanted is not None and not Path(wanted, "trainer_state.json").is_file():
-        raise ConfigError(
-            f"save.resume_from_checkpoint: {wanted} is no checkpoint (it has no trainer_state.json). Name a folder "
-            f"checkpoint-<step>, or `auto` for the newest one in {output_dir}."
-        )
+        return True if newest_complete(config.save.output_dir) else None  # the trainer takes it, and moves newer aside
     return wanted
 
 

@@ -11,28 +11,27 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, Any
 
-from expertmesh.train.config import Config
 from expertmesh.train.errors import EXIT_CODES, ConfigError, few, handling, in_short, refusing
 
 if TYPE_CHECKING:
     from expertmesh.parallel.setup import DistributedSetup
+    from expertmesh.train.config import Config
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _WATCH = "EXPERTMESH_LAUNCHER"  # set in ranks whose standard input says whether the launcher lives
 _POLL = 0.1  # seconds between two looks at the ranks
 _stores: list[Any] = []  # rank 0's is the server of all ranks: keep it until the process ends
-SILENT = "PyTorch's rank 0 does not answer"
 _SHOWN = 20  # last lines of a rank that ended without an error of its own
 
 
@@ -50,7 +49,7 @@ def slurm_variables(task: Mapping[str, str]) -> dict[str, str]:
 
     Raises ConfigError if Slurm's variables are incomplete.
     """
-    try:
+    with refusing("This looks like a task of a Slurm job, but srun (else unset SLURM_PROCID) did not set all"):
         job, hosts = int(task["SLURM_JOB_ID"]), task["SLURM_JOB_NODELIST"]
         # rank 0 runs on the first of `node[08-09,12],login`; SLURM_LAUNCH_NODE_IPADDR is where srun was typed
         first_host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", hosts).partition(",")[0]
@@ -62,26 +61,14 @@ def slurm_variables(task: Mapping[str, str]) -> dict[str, str]:
             # below the ports that Linux hands out by itself (from 32768), and another one for each job on a shared host
             "MASTER_PORT": task.get("MASTER_PORT") or str(10_000 + job % 20_000),
         }
-    except KeyError as missing:
-        raise ConfigError(
-            f"This looks like a task of a Slurm job, but {missing.args[0]} is not set. Start it with srun, or unset "
-            "SLURM_PROCID to run without Slurm."
-        ) from None
 
 
-def layout(config: Config, num_ranks: int) -> "DistributedSetup | None":
+def layout(config: "Config", num_ranks: int) -> "DistributedSetup | None":
     """How `config` lays the model out over `num_ranks`, None for one. Raises ConfigError if its sizes do not fit."""
     from expertmesh.parallel.setup import DistributedSetup
 
-    if config.quantization is not None and config.parallel.tp_size > 1:
-        raise ConfigError(
-            "quantization.experts: tensor parallelism cannot split experts in 4 bits. Set parallel.tp_size to 1; "
-            "parallel.ep_size spreads them."
-        )
     if config.train.optim_offload and num_ranks > 1:
-        raise ConfigError(
-            "train.optim_offload: it is for a GPU that is alone. Set parallel.nproc to 1, or remove the key."
-        )
+        raise ConfigError("train.optim_offload: it is for a GPU that is alone: set parallel.nproc to 1, or remove it.")
     sizes = config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"})
     sizes |= {"ep_size": 1} if sizes["ep_size"] == "auto" else {}  # one that fits is chosen when the run starts
     with refusing("parallel"):
@@ -99,36 +86,31 @@ def join(minutes: float) -> None:
         return
     rank, size, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(minutes=minutes)
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    found: list[str] = []  # what is wrong, "" if nothing is
+    found = ["PyTorch's rank 0 does not answer"]  # at last what is wrong, "" if nothing is
 
     def meet() -> str:
         if not 0 <= rank < size:
             return f"RANK={rank} is none of WORLD_SIZE={size}"
         is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        # PyTorch connects its own store to the same server later
-        store = dist.TCPStore(address, int(port), size, is_server, limit, wait_for_workers=False, multi_tenant=True)
+        try:  # PyTorch connects its own store to the same server later
+            store = dist.TCPStore(address, int(port), size, is_server, limit, wait_for_workers=False, multi_tenant=True)
+        except Exception as error:
+            taken = "another run has that port, or another process RANK=0"
+            return taken if "EADDRINUSE" in str(error) else f"{found[0]} ({in_short(error)})"
         _stores.append(store)
         book = dist.PrefixStore(f"expertmesh/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         if book.add(str(rank), 1) > 1:
             return f"another process has RANK={rank}, too"
-        try:
+        with suppress(dist.DistStoreError):
             book.wait([str(number) for number in range(size)], limit * 0.8)
-        except dist.DistStoreError:
-            return f"of {size} ranks {few([r for r in range(size) if not book.check([str(r)])])} did not come"
-        return ""
-
-    def work() -> None:
-        try:
-            found.append(meet())
-        except Exception as error:
-            taken = "another run has that port, or another process RANK=0"
-            found.append(taken if "EADDRINUSE" in str(error) else f"{SILENT} ({in_short(error)})")
+            return ""
+        return f"of {size} ranks {few([r for r in range(size) if not book.check([str(r)])])} did not come"
 
     # a thread, as a port that is held by somebody who never answers would keep PyTorch waiting without end
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=lambda: found.append(meet()), daemon=True)
     thread.start()
     thread.join(limit.total_seconds())
-    if why := found[0] if found else SILENT:
+    if why := found[-1]:
         raise RanksError(
             f"Rank {rank} found no others by MASTER_ADDR={address} and MASTER_PORT={port}: {why}. These must name the "
             f"machine of rank 0 and a free port of it, and there must be one process for each RANK from 0 to "
@@ -144,21 +126,29 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
     130 if all stopped after a signal, else the code of the rank that failed first, whose error is printed.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // nproc)
+    alike = {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alike |= {"OMP_NUM_THREADS": threads, _WATCH: os.getpid()}
+    ranks, received = list[Popen](), list[int]()
+
+    def forward(number: int, _: object) -> None:
+        received.append(number)
+        for rank in ranks:
+            rank.send_signal(number)
+
+    with ExitStack() as stack:  # behind it every rank has ended: its standard input is closed, and it is waited for
         errors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-")))
-        port, ranks, received = _free_port(), list[subprocess.Popen](), list[int]()
-
-        def forward(number: int, _: object) -> None:
-            received.append(number)
-            for rank in ranks:
-                rank.send_signal(number)
-
-        before = handling(forward)
-        stack.callback(lambda: [signal.signal(number, handler) for number, handler in before.items()])
-        stack.callback(lambda: _kill(ranks))
+        for number, handler in handling(forward).items():
+            stack.callback(signal.signal, number, handler)
         for number in range(nproc):
             log = None if number == 0 else stack.enter_context((logs / f"rank-{number}.txt").open("w"))
-            ranks.append(_start(command, number, nproc, port, errors / f"{number}.json", log))
+            own = {"RANK": number, "LOCAL_RANK": number, ERROR_FILE: errors / f"{number}.json"}
+            env = os.environ | {name: str(value) for name, value in (alike | own).items()}
+            # in a session of its own: Ctrl-C reaches the launcher alone, which passes it on once, not twice
+            start = Popen(command, env=env, stdin=PIPE, stdout=log, stderr=log, start_new_session=True)
+            ranks.append(stack.enter_context(start))
         while not (failed := [n for n, rank in enumerate(ranks) if rank.poll()]):
             if all(rank.returncode == 0 for rank in ranks):
                 return 0
@@ -166,44 +156,20 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
         if ranks[failed[0]].returncode in EXIT_CODES.values():
             return max(rank.wait() for rank in ranks)  # all stop after the same step, whoever received the signal
         time.sleep(_POLL)  # let ranks with the same error finish writing it
-        failed = [n for n, rank in enumerate(ranks) if rank.poll()]
-        _kill(ranks)
-        return _report(ranks, failed, errors, logs, received)
+        codes = {number: code for number, rank in enumerate(ranks) if (code := rank.poll())}
+        for rank in ranks:
+            rank.kill()
+        return _report(codes, errors, logs, received)
 
 
-def _start(command: Sequence[str], rank: int, nproc: int, port: int, error_file: Path, log) -> subprocess.Popen:
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": nproc,
-        "LOCAL_WORLD_SIZE": nproc,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // nproc),
-        ERROR_FILE: error_file,
-        _WATCH: os.getpid(),
-    }
-    return subprocess.Popen(
-        command,
-        env=os.environ | {name: str(value) for name, value in variables.items()},
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on: once, not twice
-    )
-
-
-def _report(ranks: list[subprocess.Popen], failed: list[int], errors: Path, logs: Path, received: list[int]) -> int:
-    """Print why the first of the failed ranks ended, and return its exit code."""
-
-    def moment(rank: int) -> tuple[bool, float]:
-        # when a rank is killed, the others notice and fail as well: it comes first, though it leaves no error
-        file = errors / f"{rank}.json"
-        return ranks[rank].returncode > 0, file.stat().st_mtime if file.exists() else float("inf")
-
-    first = min(failed, key=moment)
-    code, file, log = ranks[first].returncode, errors / f"{first}.json", logs / f"rank-{first}.txt"
-    if code < 0 and -code in received:
+def _report(codes: Mapping[int, int], errors: Path, logs: Path, received: Sequence[int]) -> int:
+    """Print why the first of the failed ranks (rank -> exit code) ended, and return its exit code."""
+    told = (int(file.stem) for file in sorted(errors.iterdir(), key=lambda file: file.stat().st_mtime))
+    # when a rank is killed, the others notice and fail as well: it comes first, though it leaves no error
+    killed = (rank for rank, code in codes.items() if code < 0)
+    first = next(rank for rank in (*killed, *told, *codes) if rank in codes)
+    code, file, log = codes[first], errors / f"{first}.json", logs / f"rank-{first}.txt"
+    if -code in received:
         return 128 - code  # the signal came before the first step, or twice: nothing is saved
     if file.exists():
         print(json.loads(file.read_text())["message"]["message"], file=sys.stderr)
@@ -243,16 +209,3 @@ def leave() -> int:
 def _follow_launcher() -> None:
     os.read(0, 1)  # nothing is ever written: this returns when the launcher's end of the pipe is closed
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _kill(ranks: Sequence[subprocess.Popen]) -> None:
-    for rank in ranks:
-        rank.kill()
-    for rank in ranks:
-        rank.communicate()  # waits, and closes the pipe
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -1,23 +1,30 @@
-"""The plan of a run from its configuration, what is left to it (`auto`), and what fits where its settings do not."""
+"""The plan of a run from its configuration, what is left to it (`auto`), and what fits where its settings do not.
 
-import re
+`expertmesh train` says it before weights are read, after ten measured steps, and when memory ends.
+"""
+
+import copy
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import TrainerCallback
 
 from expertmesh import backends
-from expertmesh.parallel.setup import WHOLE, DistributedSetup
+from expertmesh.parallel.setup import WHOLE
 from expertmesh.plan import Plan, plan
-from expertmesh.plan.gpus import GPU, GPUS
-from expertmesh.plan.layouts import GAIN, MOST_ROWS, Layout, ep_sizes, layout_of
+from expertmesh.plan.gpus import GIB, GPU, gpu_here
+from expertmesh.plan.layouts import MOST_ROWS, ep_sizes, fastest
 from expertmesh.plan.memory import Job
 from expertmesh.train.config import Config, ConfigError, load_config
-from expertmesh.train.errors import known, refusing
+from expertmesh.train.errors import in_short, is_out_of_memory, refusing
 from expertmesh.train.folder import starting_point
 from expertmesh.train.inputs import freeze_routers, load_model_config, lora
 from expertmesh.train.launch import layout
@@ -30,45 +37,22 @@ ACCUMULATION, RECOMPUTE = "train.gradient_accumulation_steps", "train.activation
 LEVELS: tuple[dict[str, Any], ...] = {}, {RECOMPUTE: "experts"}, {RECOMPUTE: True}, {RECOMPUTE: "offload"}
 ROOM = 0.97  # of a GPU's memory for what is chosen here; plans count 6 % for fragmentation besides
 SHORTEST = 256  # tokens of a row that is still proposed
+WARM_UP, MEASURED = 3, 10  # steps: the first ones compile, tune and record
+LESS = 0.9  # of what the plan says that a run needs, for settings that are proposed where even that did not fit
+SHOWN = 4  # pieces of memory, and of time
 
 
-def plan_of(config: Config, gpus: int, gpu: GPU | str) -> Plan:
-    """The plan of this run on so many GPUs of a kind of `GPUS`; of the model only its config.json is read.
+def plan_of(config: Config, gpus: int, gpu: GPU) -> Plan:
+    """The plan of this run on so many GPUs of a kind; of the model only its config.json is read.
 
-    Raises ConfigError for settings that cannot be planned, or do not fit each other.
+    Raises ConfigError for settings that cannot be planned, ValueError for those that do not fit each other.
     """
-    kind, job = gpu_of(gpu) if isinstance(gpu, str) else gpu, job_of(config, gpus)
-    try:
-        return plan(job, kind, config.train.gradient_accumulation_steps)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def gpu_of(name: str) -> GPU:
-    """The GPU of this name. Raises ConfigError for an unknown one."""
-    known("--gpu", name, list(GPUS))
-    return GPUS[name]
-
-
-def gpu_here() -> GPU | None:
-    """This machine's GPU, of a kind of `GPUS`, with the memory that it has; None without a GPU.
-
-    Raises ConfigError for another kind.
-    """
-    found = backends.gpu()
-    if found is None:
-        return None
-    name, memory = found
-    words = set(re.split(r"\W+", name.lower()))
-    for kind, gpu in GPUS.items():
-        if {word for word in kind.split("-") if not word.endswith("gb")} <= words and "mig" not in words:
-            return replace(gpu, memory=memory)
-    raise ConfigError(f"no rates are known of this machine's {name}, only of {', '.join(GPUS)}.")
+    return plan(job_of(config, gpus), gpu, config.train.gradient_accumulation_steps)
 
 
 def job_of(config: Config, gpus: int) -> Job:
     """The `Job` of a run. Raises ConfigError for settings that a plan does not know."""
-    train, parallel = config.train, config.parallel
+    train, parallel, section = config.train, config.parallel, config.model
     batch, ep_size = train.per_device_train_batch_size, parallel.ep_size
     assert isinstance(batch, int) and isinstance(ep_size, int), "what is `auto` is chosen before (settle)"
     if train.bf16:
@@ -79,8 +63,8 @@ def job_of(config: Config, gpus: int) -> Job:
     model = load_model_config(config)
     if hasattr(model, "auto_map"):
         raise ConfigError("model.trust_remote_code: a plan does not run code that comes with a checkpoint.")
-    own = model.dtype if isinstance(model.dtype, torch.dtype) else torch.bfloat16
-    own = torch.float32 if config.model.name == "demo" else own  # as load_model has it
+    predicts = bool(getattr(model, "num_nextn_predict_layers", 0))
+    own: Any = torch.float32 if section.name == "demo" else model.dtype or torch.bfloat16  # as load_model has it
     return Job(
         model,
         batch=batch,
@@ -93,14 +77,12 @@ def job_of(config: Config, gpus: int) -> Job:
         optimizer=f"adamw-{train.optim_states}" if train.optim_states else OPTIMS[train.optim],
         released=train.gradient_release or False,
         offloaded=train.optim_offload,
-        dtype=own if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
-        fused=config.model.fused,
-        attention=config.model.attn_implementation,
+        dtype=own if section.dtype == "auto" else getattr(torch, section.dtype),
+        fused=section.fused,
+        attention=section.attn_implementation,
         experts=config.quantization.experts if config.quantization else None,
         adapt=partial(_adapt, config) if config.lora or config.moe.freeze_router else None,
-        mtp=config.model.fused is not False
-        and not config.model.random_weights
-        and (getattr(model, "num_nextn_predict_layers", 0) or 0) > 0,
+        mtp=predicts and section.fused is not False and not section.random_weights,
         accumulates=train.gradient_accumulation_steps > 1,
     )
 
@@ -130,12 +112,9 @@ def settle(config: Config, num_ranks: int) -> Config:
     if num_ranks == 1 and EP_SIZE in open_keys(config):
         config = changed(config, {EP_SIZE: 1})
     if left := open_keys(config):
-        try:
-            gpu = gpu_here()
-        except ConfigError as error:
-            raise ConfigError(f"{left[0]}: `auto` needs a plan, and {error} Set a number.") from error
-        if gpu is None:
-            raise ConfigError(f"{left[0]}: `auto` is planned for a GPU, and there is none here. Set a number.")
+        with refusing(f"{left[0]}: `auto` is planned for a GPU, so set a number"):
+            if (gpu := gpu_here()) is None:
+                raise ValueError("there is none here")
         config = choose(config, num_ranks, gpu)
     if keys:
         backends.logger().info(f"auto: {written({key: values(config)[key] for key in keys})}")
@@ -144,39 +123,24 @@ def settle(config: Config, num_ranks: int) -> Config:
 
 def choose(config: Config, num_ranks: int, gpu: GPU) -> Config:
     """The configuration with a number for each key that is `auto`: the fastest that leaves 3 % of such a GPU's memory.
-
-    Micro-batches of 1, 2, 4, ... rows are tried, and sizes that divide experts and ranks. Raises ConfigError if nothing
-    fits, and says what would.
+    Raises ConfigError if nothing fits, and says what would.
     """
-    if not (keys := open_keys(config)):
-        return config
+    keys, room = open_keys(config), ROOM * gpu.memory
     smallest = changed(config, dict.fromkeys(keys, 1))
     job, steps = job_of(smallest, num_ranks), config.train.gradient_accumulation_steps
     sizes = ep_sizes(job) if EP_SIZE in keys else [job.ep_size]
     rows = [2**n for n in range(MOST_ROWS.bit_length())] if BATCH in keys else [job.batch]
-    found: list[Layout] = []
     with refusing(f"{keys[0]}: `auto` needs a plan"):
-        for size in sizes:
-            before = 0.0
-            for batch in rows:
-                layout = layout_of(replace(job, ep_size=size, batch=batch), gpu, steps)
-                speed = layout.speed.tokens_per_second
-                if layout.memory.needed > ROOM * gpu.memory or speed < GAIN * before:
-                    break
-                found.append(layout)
-                before = speed
-    if not found:
-        line = next_setting(smallest, num_ranks, gpu, ROOM * gpu.memory)
-        raise ConfigError(
-            f"{keys[0]}: `auto` finds nothing that fits {num_ranks} x {gpu.name}. "
-            + (f"This does: {line}" if line else "Take more GPUs, or larger ones.")
-        )
-    best = max(found, key=lambda layout: layout.speed.tokens_per_second).job
-    return changed(config, {key: {BATCH: best.batch, EP_SIZE: best.ep_size}[key] for key in keys})
+        found = fastest(job, gpu, sizes, rows, room, steps)
+    if found is None:
+        fits = next_setting(smallest, num_ranks, gpu, room)
+        raise ConfigError(f"{keys[0]}: `auto` finds nothing that fits {num_ranks} x {gpu.name}. {fits}")
+    best = {BATCH: found.job.batch, EP_SIZE: found.job.ep_size}
+    return changed(config, {key: best[key] for key in keys})
 
 
-def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str | None:
-    """Keys to add to a command so that its run needs at most so many bytes by the plan; None if none do.
+def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str:
+    """A sentence with keys to add to a command so that its run needs at most so many bytes by the plan, if any do.
 
     First what leaves a step's numbers as they are (fewer rows at once, recomputed layers), then what `_kinds` changes.
     Of each kind it is the fastest.
@@ -192,14 +156,11 @@ def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str 
     policy = config.train.activation_checkpointing  # what is set stays, but layers that are recomputed may offload
     levels = LEVELS if not policy else (LEVELS[0], LEVELS[-1]) if policy in WHOLE else LEVELS[:1]
     for kind in _kinds(config, num_ranks):
-        found = []
-        for recompute in levels:
-            steps = [kind | fewer | recompute for fewer in _fewer_rows(config, "train.gradient_release" in kind)]
-            if fitting(steps[-1]) is not None:
-                found.append(next(filter(None, map(fitting, steps))))
-        if found:
-            return written(max(found, key=lambda one: one[0])[1])
-    return None
+        rows = _fewer_rows(config, "train.gradient_release" in kind)
+        tried = (map(fitting, (kind | fewer | recompute for fewer in rows)) for recompute in levels)
+        if found := [fits for level in tried for fits in takewhile(bool, level) if fits]:
+            return f"This fits: {written(max(found, key=lambda one: one[0])[1])}"
+    return "No other settings fit: take more GPUs, or larger ones."
 
 
 def changed(config: Config, keys: Mapping[str, Any]) -> Config:
@@ -223,19 +184,13 @@ def values(config: Config) -> dict[str, Any]:
 
 def _as_before(config: Config, num_ranks: int) -> Config:
     """With what the run chose that this one goes on from."""
-    keys, checkpoint, sizes = open_keys(config), starting_point(config), config.parallel
-    if not keys or checkpoint is None:
-        return config
-    folder = Path(config.save.output_dir) if checkpoint is True else Path(checkpoint).absolute().parent
-    if not (folder / "config.yaml").is_file():
+    keys, checkpoint = open_keys(config), starting_point(config)
+    folder = Path(config.save.output_dir) if checkpoint is True else Path(checkpoint or "").absolute().parent
+    if not keys or checkpoint is None or not (folder / "config.yaml").is_file():
         return config
     before = values(load_config(folder / "config.yaml"))
-    try:
-        DistributedSetup(before[EP_SIZE], sizes.tp_size, None, sizes.dp_replicate_size, world_size=num_ranks)
-    except ValueError:  # it ran on another number of ranks
-        before[EP_SIZE] = "auto"
-    if before[EP_SIZE] == 1:  # perhaps on one rank; on the same as then a plan finds it again
-        before[EP_SIZE] = "auto"
+    if before[EP_SIZE] == 1 or num_ranks // config.parallel.dp_replicate_size % before[EP_SIZE]:
+        before[EP_SIZE] = "auto"  # it ran on another number of ranks, perhaps on one; on the same a plan finds 1 again
     return changed(config, {key: before[key] for key in keys})
 
 
@@ -258,12 +213,98 @@ def _kinds(config: Config, num_ranks: int) -> Iterator[dict[str, Any]]:
         yield {"lora": {}}
 
 
-def _fewer_rows(config: Config, released: bool) -> Iterator[dict[str, Any]]:
-    """A micro-batch of as many rows, of a half, a quarter, ..., of one; the batch of a step stays, where it can."""
+def _fewer_rows(config: Config, released: bool) -> list[dict[str, Any]]:
+    """A micro-batch of one row, ..., of a quarter, a half, of as many as now; a step's batch stays where it can."""
     rows, steps = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
     assert isinstance(rows, int)
-    once, fewer = released or config.train.gradient_release, rows  # no accumulation
-    yield {}
-    while fewer > 1:
-        fewer = 1 if fewer % 2 else fewer // 2
-        yield {BATCH: fewer} | ({} if once else {ACCUMULATION: steps * rows // fewer})
+    sizes, once = [rows], released or config.train.gradient_release  # no accumulation
+    while sizes[0] > 1:
+        sizes.insert(0, 1 if sizes[0] % 2 else sizes[0] // 2)
+    return [{BATCH: few} | ({} if once else {ACCUMULATION: steps * rows // few}) for few in sizes[:-1]] + [{}]
+
+
+def planned(config: Config, num_ranks: int) -> Plan | None:
+    """The plan of a run on so many GPUs of this machine's kind; None without a GPU, or with a line that says why."""
+    try:
+        return plan_of(config, num_ranks, gpu) if (gpu := gpu_here()) else None
+    except Exception as error:  # whatever a model's code cannot do on tensors without memory, it may do on a GPU
+        backends.logger().info(f"No plan: {in_short(error)}.")
+        return None
+
+
+@torch.random.fork_rng(devices=[])  # the model's weights are drawn later
+def foretell(config: Config, num_ranks: int) -> Plan | None:
+    """Say what a run needs and how fast it will be, if it can be `planned`, and return that."""
+    if (found := planned(config, num_ranks)) is None:
+        return None
+    for line in lines(found):
+        backends.logger().info(f"Plan: {line}")
+    if not found.fits:
+        backends.logger().info(f"Plan: {next_setting(config, num_ranks, found.gpu, ROOM * found.gpu.memory)}")
+    return found
+
+
+@contextmanager
+def naming_what_fits(config: Config, num_ranks: int) -> Iterator[None]:
+    """Within, an error of a GPU without room has a note: what the run needs by its plan, and what fits."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error) and (plan := planned(config, num_ranks)):
+            limit, why = ROOM * plan.gpu.memory, ""
+            if plan.fits:
+                limit = min(limit, LESS * plan.layout.memory.needed)
+                why = ", so another process may hold the rest (nvidia-smi), or the experts have uneven loads"
+            fits = next_setting(config, num_ranks, plan.gpu, limit)
+            error.add_note(f"By its plan the run needs {lines(plan)[0]}{why}. {fits}")
+        raise
+
+
+def lines(found: Plan) -> list[str]:
+    """A plan in two lines: memory and time, the largest pieces of both."""
+    memory, speed = found.layout.memory, found.layout.speed
+    rest = f"{found.left / GIB:.1f} are left" if found.fits else f"{-found.left / GIB:.1f} lack"
+    return [
+        f"{memory.needed / GIB:.1f} of {found.gpu.memory / GIB:.1f} GiB of each {found.gpu.name}, {rest} "
+        f"({_largest(memory.pieces, 1 / GIB, '.1f')})",
+        f"{speed.step * 1e3:,.0f} ms for a step of {speed.tokens:,} tokens on each, "
+        f"{speed.tokens_per_second:,.0f} tokens/s ({_largest(speed.seconds, 1e3, '.0f')})",
+    ]
+
+
+class MeasuredSteps(TrainerCallback):
+    """After ten steps: their median time, tokens and memory, and what was planned. Goes into metrics.jsonl, too."""
+
+    def __init__(self, plan: Plan, trainer: Any) -> None:
+        self.plan, self.trainer = plan, trainer
+        self.ends: list[tuple[float, Any]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if len(self.ends) == MEASURED:
+            return
+        self.ends.append((time.perf_counter(), self.trainer.tokens))
+        if len(self.ends) < MEASURED:
+            return
+        times, tokens = zip(*self.ends[WARM_UP - 1 :], strict=True)
+        seconds, speed = float(np.median(np.diff(times))), self.plan.layout.speed
+        rate = float(tokens[-1] - tokens[0]) / (len(tokens) - 1) / seconds
+        rows = [("step_ms", "ms", seconds * 1e3, speed.step * 1e3)]  # measured, planned
+        rows += [("tokens_per_second", "tokens/s", rate, speed.tokens_per_second)]
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / GIB
+            rows += [("peak_gib", "GiB", peak, self.plan.layout.memory.peak / GIB)]
+        parts = [f"{found:,.1f} {unit} (planned {plan:,.1f})" for _, unit, found, plan in rows]
+        backends.logger().info(f"Step {state.global_step}: {', '.join(parts)}.")
+        logs = {f"measured/{key}": round(found, 2) for key, _, found, _ in rows}
+        logs |= {f"planned/{key}": round(plan, 2) for key, *_, plan in rows}
+        self.trainer.callback_handler.on_log(args, state, copy.copy(control), logs)  # it clears `should_log`
+
+
+def _largest(pieces: Mapping[str, float], scale: float, digits: str) -> str:
+    ordered = sorted(pieces.items(), key=lambda piece: -piece[1])
+    shown = [(name, size) for name, size in ordered[:SHOWN]] + [("others", sum(size for _, size in ordered[SHOWN:]))]
+    return ", ".join(f"{name} {format(size * scale, digits)}" for name, size in shown if size)

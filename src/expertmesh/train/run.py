@@ -24,13 +24,12 @@ from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import WHOLE, current_world_size, recompute
 from expertmesh.train.callbacks import Interrupt, ProgressLine
 from expertmesh.train.config import Config, ConfigError
-from expertmesh.train.errors import install
+from expertmesh.train.errors import install, refusing
 from expertmesh.train.folder import check_folder, check_room, save_final, starting_point
-from expertmesh.train.forecast import MeasuredSteps, foretell, naming_what_fits
 from expertmesh.train.inputs import Inputs, freeze_routers, gather, load_model_config, loading_part, lora, origin
 from expertmesh.train.launch import join, layout
 from expertmesh.train.metrics import read_metrics
-from expertmesh.train.planned import settle
+from expertmesh.train.planned import MeasuredSteps, foretell, naming_what_fits, settle
 from expertmesh.train.sft import SFTTrainer
 from expertmesh.train.talks import count_unlearned, nothing_learned
 from expertmesh.weights.files import alone
@@ -60,10 +59,8 @@ def run(config: Config) -> Result:
 def build(config: Config) -> SFTTrainer:
     """The trainer of a run, with model, tokenizer and prepared data, before its first step."""
     if not _is_first():  # say only what goes wrong: the rest is rank 0's to say
-        transformers.logging.set_verbosity_error()
+        logging.disable(logging.WARNING)
         transformers.logging.disable_progress_bar()
-        for name in ("expertmesh", "trl"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
     transformers.set_seed(config.train.seed)
     if (setup := layout(config, current_world_size())) is not None:
@@ -76,10 +73,8 @@ def build(config: Config) -> SFTTrainer:
     plan = foretell(config, current_world_size()) if _is_first() else None
     model = load_model(config)
     freeze_routers(config, model)
-    try:
+    with refusing("train.activation_checkpointing"):
         recompute(model, policy if (policy := config.train.activation_checkpointing) not in WHOLE else False)
-    except ValueError as error:
-        raise ConfigError(f"train.{error}") from error
     trainer = SFTTrainer(
         model=model,
         args=training_arguments(config),
@@ -129,11 +124,9 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
 def load_model(config: Config) -> transformers.PreTrainedModel:
     """The fused model of `model.name`, on the device it is trained on; of several ranks, each holds its part."""
     section, on_gpu, auto = config.model, torch.cuda.is_available(), expertmesh.AutoModelForCausalLM
-    options: dict[str, Any] = {"fused": section.fused, "dtype": section.dtype}
+    options = section.model_dump(include={"fused", "dtype", "attn_implementation"}, exclude_none=True)
     if section.dtype == "auto" and (section.name == "demo" or not on_gpu):
         options["dtype"] = "float32"
-    if section.attn_implementation is not None:
-        options["attn_implementation"] = section.attn_implementation
     if config.quantization is not None:
         options["quantization_config"] = expertmesh.ExpertsQuantConfig(config.quantization.experts)
     if (setup := layout(config, current_world_size())) is not None:
@@ -236,9 +229,8 @@ def _evaluate(trainer: SFTTrainer) -> dict[str, float]:
 
 def _check_prepared(trainer: SFTTrainer, inputs: Inputs, config: Config) -> None:
     """Says how many rows lost all their labels when they were cut. Raises ConfigError where none is left."""
-    parts: Any = {"training": (inputs.train_rows, trainer.train_dataset)}
-    parts["evaluation"] = inputs.eval_rows, trainer.eval_dataset
-    for which, (given, rows) in parts.items():
+    prepared: Any = trainer.train_dataset, trainer.eval_dataset
+    for which, given, rows in zip(("training", "evaluation"), inputs[1:], prepared, strict=True):
         lost = 0 if given is None else count_unlearned(rows) if config.data.packing else len(given) - len(rows)
         if lost and lost == len(given):
             raise nothing_learned(config, f"the {which} rows of {config.data.name}")

@@ -31,18 +31,11 @@ Size = Annotated[float, BeforeValidator(number), Field(ge=0)]
 class Section(BaseModel):
     """Keys of one part of a configuration; a key that is not among them is an error."""
 
-    model_config = ConfigDict(
-        extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML in which a key stands once, and what looks like a date is text: no key is a date."""
-
-    yaml_implicit_resolvers = {
-        first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
     def construct_mapping(self, node, deep=False):
         lines: dict[str, int] = {}
@@ -52,6 +45,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"`{name}` stands in line {lines[name]} and again in line {line}")
             lines[name] = line
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
 
 
 def parse(text: str, source: object, fix: str) -> Any:

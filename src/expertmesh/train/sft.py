@@ -32,8 +32,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
         # always at the same place, as a recorded step writes to it
         self._sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
         self._unread: list[torch.Tensor] = []
-        reason = self.why_not_own_loss()
-        if reason is not None:
+        if (reason := self.why_not_own_loss()) is not None:
             log.info("SFTTrainer: the loss comes from TRL's head, because of %s.", reason)
 
     def why_not_own_loss(self) -> str | None:
@@ -47,8 +46,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
             "compute_loss_func": self.compute_loss_func is not None,
             "torch_compile": settings.torch_compile,
             "tensor parallelism": self.get_tp_size() > 1,
-            "sequence or context parallelism": layout is not None
-            and (getattr(layout, "sp_enabled", False) or layout.cp_enabled),
+            "sequence or context parallelism": any(getattr(layout, f"{way}_enabled", False) for way in ("sp", "cp")),
             "virtual tokens": getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False),
             "an auxiliary loss that the model adds by its configuration": self.aux_loss_enabled
             and not hasattr(model, "router_aux_loss_coef"),
@@ -64,8 +62,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
 
     def why_not_recorded(self) -> str | None:
         """As in `Trainer`, and what asks for another loss than the model's own."""
-        reason = self.why_not_own_loss()
-        if reason is None:
+        if (reason := self.why_not_own_loss()) is None:
             return super().why_not_recorded()
         return f"the model's own loss cannot take the place of TRL's because of {reason}. Leave that out"
 
@@ -103,9 +100,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
         if found is None:
             found = statistics_reference(logits.flatten(0, -2), next_tokens(inputs["labels"]).flatten())
             if self.cuda_graph is not True:
-                log.warning(
-                    "SFTTrainer: from now on the loss comes from TRL's head, because of a head that made logits."
-                )
+                log.warning("SFTTrainer: from now on the loss comes from TRL's, because of a head that made logits.")
                 self._makes_logits = True
         tokens = inputs["input_ids"].numel()
         if "attention_mask" in inputs:

@@ -1,64 +1,63 @@
 """Rows against the tokenizer and its chat template, before the model is loaded: one of each shape is rendered."""
 
 import json
-from collections import Counter
+import re
+from functools import partial
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from expertmesh import data
-from expertmesh.data.formats import ROLES as KNOWN
+from expertmesh.data.formats import ROLES
 from expertmesh.train.config import Config, ConfigError
 from expertmesh.train.errors import refusing
-
-ROLES = tuple(dict.fromkeys(KNOWN.values()))  # others are right where the template names them
 
 
 def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, source: str) -> None:
     """Raises ConfigError if rows cannot become tokens, or nothing of them would be learned. Rows count from 0."""
-    name, only, talks = config.model.name, config.data.assistant_only_loss, is_talk(rows[0])
-    if talks and not tokenizer.chat_template:
+    name, only = config.model.name, config.data.assistant_only_loss
+    talks = "messages" in rows[0] or isinstance(rows[0].get("prompt"), list)
+    needed = "chat_template" if talks else "eos_token"
+    if not getattr(tokenizer, needed):
         raise ConfigError(
-            f"model.name: the tokenizer of {name} has no chat template, so the conversations of {source} cannot become "
-            "tokens. Take the instruction-tuned model, or data with `text`, or `prompt` and `completion`."
+            f"model.name: the tokenizer of {name} has no {needed}, which every row of {source} needs. Take the "
+            "instruction-tuned model, or set it in its tokenizer_config.json."
         )
     if only and not talks:
         raise ConfigError(f"data.assistant_only_loss: {source} has no conversations. Remove the key.")
-    if not talks and tokenizer.eos_token is None:
-        raise ConfigError(
-            f"model.name: the tokenizer of {name} has no eos_token, which ends every row of {source}. Set it in its "
-            "tokenizer_config.json."
-        )
     template = _training_template(name, tokenizer) if only else None
-    strangers: Counter[str] = Counter()
-    silent, masked, learns = [], dict[tuple, bool](), False
+    named = re.findall(r"(?<=['\"])[\w-]+(?=['\"])", str(tokenizer.chat_template))  # by the template
+    seen, learns = set[tuple](), False
     for number, row in enumerate(rows):
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
+        turns = [] if not talks else row.get("messages") or row["prompt"] + row["completion"]
+        shape = (*((turn["role"], bool(turn["content"]), bool(turn.get("tool_calls"))) for turn in turns),)
+        if learns and shape in seen:
+            continue
+        seen.add(shape)
+        where = f"row {number} of {source}"
+        if unknown := {turn["role"] for turn in turns}.difference(ROLES.values(), named):
+            raise ConfigError(
+                f"data.name: {where} has a turn of {min(unknown)!r}, which the chat template of {name} lacks. Rename "
+                f"that role to one of {', '.join(dict.fromkeys(ROLES.values()))}."
+            )
+        tools = json.loads(given) if isinstance(given := row.get("tools"), str) else given
         options = {"chat_template": template, "tools": tools, **row.get("chat_template_kwargs", {})}  # as TRL has it
-        if talks:
-            turns = _turns(row)
-            strangers.update(turn["role"] for turn in turns if turn["role"] not in ROLES)
-            shape = (*((turn["role"], bool(turn["content"]), bool(turn.get("tool_calls"))) for turn in turns),)
-            if shape not in masked:
-                _render(name, tokenizer, row, options, f"row {number} of {source}")
-                masked[shape] = only and 1 not in _assistant_mask(tokenizer, turns, options)
-            if masked[shape]:
-                silent.append(number)
-        learns = learns or _is_learned(config, tokenizer, row, options)
-    unknown = [role for role in strangers if not any(f"{q}{role}{q}" in str(tokenizer.chat_template) for q in "'\"")]
-    if unknown:
-        counted = ", ".join(f"{role!r} ({strangers[role]} turns)" for role in unknown)
-        raise ConfigError(
-            f"data.name: {source} has turns of {counted}, a role that the chat template of {name} lacks. Rename "
-            f"it to one of {', '.join(ROLES)}."
-        )
-    if silent:
-        raise ConfigError(
-            f"data.assistant_only_loss: {len(silent)} conversations of {source} have no token of the assistant, so all "
-            f"their labels are masked; the first is row {silent[0]}. Remove them, or answer there."
-        )
+        with refusing(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
+            first = _first_learned(tokenizer, row, turns, options, only)
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, **options)) if talks else ""
+        calls = [call.get("function", call).get("name") for turn in turns for call in turn.get("tool_calls") or ()]
+        if not all(call and call in text for call in calls):
+            raise ConfigError(
+                f"data.name: the chat template of {name} leaves out calls of tools ({where}). Take a model whose "
+                "template has them, or remove such rows."
+            )
+        if first is None:
+            raise ConfigError(
+                f"data.assistant_only_loss: {where} has no token of the assistant, so its labels are all masked. "
+                "Answer there, or remove such rows."
+            )
+        learns |= first < config.data.max_length
     if not learns:
         raise nothing_learned(config, source)
 
@@ -71,64 +70,31 @@ def nothing_learned(config: Config, source: str) -> ConfigError:
     )
 
 
-def is_talk(row: dict[str, Any]) -> bool:
-    """Whether a row holds turns of a conversation."""
-    return "messages" in row or isinstance(row.get("prompt"), list)
-
-
 def count_unlearned(rows: Any) -> int:
     """Of how many documents in TRL's packed rows no token is left to learn."""
-    unlearned = 0
-    for row in rows.with_format("numpy"):
-        documents = np.split(row["labels"], np.cumsum(row["seq_lengths"])[:-1])
-        unlearned += sum(bool((labels == data.IGNORED).all()) for labels in documents)
-    return unlearned
-
-
-def _turns(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    rows = rows.with_format("numpy")
+    documents = (np.split(row["labels"], np.cumsum(row["seq_lengths"])[:-1]) for row in rows)
+    return sum(bool((labels == data.IGNORED).all()) for row in documents for labels in row)
 
 
 def _training_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template that marks what the assistant says: None for the tokenizer's own, or TRL's in its place."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    try:
-        marked = has_generation_markers(tokenizer.chat_template)
-        return None if marked else get_training_chat_template(tokenizer)
-    except ValueError as error:
-        raise ConfigError(
-            f"data.assistant_only_loss: the chat template of {name} does not mark what the assistant says, and TRL "
-            f"knows no other for it. {data.REMEDY}"
-        ) from error
+    if has_generation_markers(tokenizer.chat_template):
+        return None
+    unmarked = f"the chat template of {name} does not mark what the assistant says, so remove the key"
+    with refusing(f"data.assistant_only_loss: {unmarked}"):
+        return get_training_chat_template(tokenizer)
 
 
-def _render(name: str, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], options: dict, where: str) -> None:
-    with refusing(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
-        if "prompt" in row:
-            tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-        text = str(tokenizer.apply_chat_template(_turns(row), tokenize=False, **options))
-    calls = [call.get("function", call).get("name") for turn in _turns(row) for call in turn.get("tool_calls") or ()]
-    if not all(call and call in text for call in calls):
-        raise ConfigError(
-            f"data.name: the chat template of {name} leaves out calls of tools ({where}). Take a model whose template "
-            "has them, or remove such rows."
-        )
-
-
-def _is_learned(config: Config, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], options: dict) -> bool:
-    """Whether a label of the row is left within `data.max_length`."""
-    length = config.data.max_length
-    encode: Any = tokenizer.apply_chat_template if is_talk(row) else tokenizer
+def _first_learned(tokenizer: Any, row: dict[str, Any], turns: list, options: dict[str, Any], only: bool) -> int | None:
+    """Where a row's first token to learn is, however long the row; None if there is none. turns: [] of a text."""
+    start, options = 0, options | {"return_dict": True}
     if "prompt" in row:
-        options = {"add_generation_prompt": True, "return_dict": True} if is_talk(row) else {}
-        return len(encode(row["prompt"], **options)["input_ids"]) < length
-    if not config.data.assistant_only_loss:
-        return True
-    return 1 in _assistant_mask(tokenizer, row["messages"], options)[:length]
-
-
-def _assistant_mask(tokenizer: Any, turns: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
-    """1 for each token that the assistant says."""
-    how = options | {"return_dict": True, "return_assistant_tokens_mask": True}
-    return tokenizer.apply_chat_template(turns, **how)["assistant_masks"]
+        encode = partial(tokenizer.apply_chat_template, add_generation_prompt=True, **options) if turns else tokenizer
+        start = len(encode(row["prompt"])["input_ids"])
+    if not only:
+        return start
+    mask = tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True, **options)["assistant_masks"]
+    return next((place for place, said in enumerate(mask) if said and place >= start), None)
