@@ -20,13 +20,20 @@ from shared import BYTES_PER_MS, DEVICE, DTYPE, FLOP_PER_MS, Case, Result, leaf,
 from expertmesh.kernels import causal_conv, clip, grouping, rms_norm
 from expertmesh.kernels import packed as four_bit
 from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
-from expertmesh.kernels.documents import document_starts
+from expertmesh.kernels.documents import by_document, document_starts
 from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
+from expertmesh.kernels.mamba2 import (
+    Mamba2Options,
+    Mamba2Weights,
+    conv_reference,
+    mamba2,
+    mamba2_reference,
+    scan_reference,
+)
 from expertmesh.kernels.mla_rope import mla_rope, mla_rope_reference
 from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference, rotary, rotary_reference
 from expertmesh.kernels.router import Routing, route, route_reference, router_logits
-from expertmesh.kernels.ssd import Sizes, split, ssd_forward, ssd_reference
+from expertmesh.kernels.ssd import Sizes, split, ssd_forward
 from expertmesh.kernels.ssd_backward import ssd_backward
 from expertmesh.memory.adamw import AdamW
 
@@ -207,9 +214,18 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
         dA, dbias, dD = ssd_backward(xbc, dt, A, D, bias, start, sizes, DT_LIMIT, dy, dxbc, ddt)
         return dxbc, ddt, dA, dD, dbias
 
-    def scan_reference(xbc, dt, A, D, bias):
-        x, B, C = split(xbc, sizes)
-        return ssd_reference(x, dt, A, B, C, D, bias, dt_limit=DT_LIMIT, start_BS=start).flatten(2)
+    def alone(function: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+        return function(*inputs) if start is None else by_document(function, start, *inputs)
+
+    def conv_by_torch(x, weight, bias):
+        return alone(lambda x: conv_reference(x.transpose(1, 2), weight, bias, "silu").transpose(1, 2), x)
+
+    def scan_by_torch(xbc, dt, A, D, bias):
+        def scanned(xbc, dt):
+            x, B, C = split(xbc, sizes)
+            return scan_reference(x, dt, A, B, C, 64, D, bias, dt_softplus=True, dt_limit=DT_LIMIT).flatten(2)
+
+        return alone(scanned, xbc, dt).to(xbc.dtype)
 
     def norm(dy, x, gate, weight):
         dgate = torch.empty_like(gate)
@@ -219,14 +235,13 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
     if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         theirs = mamba_libraries(sizes) if DEVICE == "cuda" else {"scan": {}, "norm": {}}
         pair = lambda *a: causal_conv.conv_forward(*a, start), conv
-        reference: Callable = lambda *a: causal_conv.causal_conv_reference(*a, start)  # noqa: E731
-        yield case("conv", pair, reference, {}, (leaf(*rows, channels), *weights), 2 * channels, 3 * channels)
+        yield case("conv", pair, conv_by_torch, {}, (leaf(*rows, channels), *weights), 2 * channels, 3 * channels)
         inputs = leaf(*rows, channels, scale=0.3), leaf(*rows, sizes.H), *small
         widths = channels + inner + sizes.H, 2 * channels + inner + 2 * sizes.H
         pair = lambda *a: ssd_forward(*a, start, sizes, DT_LIMIT), scan
-        yield case("scan", pair, scan_reference, theirs["scan"], inputs, *widths)
+        yield case("scan", pair, scan_by_torch, theirs["scan"], inputs, *widths)
         pair = lambda *a: rms_norm.launch_forward(*a, EPS, "float32", sizes.G)[0], norm
-        reference = lambda *a: rms_norm.gated_norm_reference(*a, EPS, sizes.G)  # noqa: E731
+        reference: Callable = lambda *a: rms_norm.gated_norm_reference(*a, EPS, sizes.G)  # noqa: E731
         inputs = leaf(*rows, inner), leaf(*rows, inner), leaf(inner)
         if not packed:  # it is the same
             yield case("norm", pair, reference, theirs["norm"], inputs, 3 * inner, 5 * inner)
