@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from shared import BYTES_PER_MS, DEVICE, DTYPE, FLOP_PER_MS, Case, Result, leaf, parser, time_cases
+from torch.func import functional_call
+from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
 
 from expertmesh.kernels import causal_conv, clip, grouping, rms_norm
 from expertmesh.kernels import packed as four_bit
@@ -31,7 +34,7 @@ from expertmesh.kernels.mamba2 import (
     scan_reference,
 )
 from expertmesh.kernels.mla_rope import mla_rope, mla_rope_reference
-from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference, rotary, rotary_reference
+from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference, rotary
 from expertmesh.kernels.router import Routing, route, route_reference, router_logits
 from expertmesh.kernels.ssd import Sizes, split, ssd_forward
 from expertmesh.kernels.ssd_backward import ssd_backward
@@ -93,7 +96,7 @@ def rope_cases(tokens: int) -> Iterator[Case]:
     turned = q.detach().transpose(1, 2).requires_grad_(), k.detach().transpose(1, 2).requires_grad_(), cos, sin
     theirs = {name: lambda q, k, *by, fn=fn: fn(q.clone(), k.clone(), *by) for name, fn in turns.items()}
     floors = 2 * head_pass + rotation, 2 * head_pass + rotation  # Liger's works in place, hence the clones
-    yield Case("rope", arms(rotary, rotary_reference, **theirs), turned, floors)
+    yield Case("rope", arms(rotary, apply_rotary_pos_emb, **theirs), turned, floors)
     tokens, heads, nope, rope = min(tokens, 4096), 128, 128, 64
     inputs = leaf(1, tokens, heads, nope + rope), leaf(1, tokens, heads, 2 * nope), leaf(1, tokens, rope)
     by = cos[:, :tokens, :rope].contiguous(), sin[:, :tokens, :rope].contiguous()
@@ -161,7 +164,8 @@ def decode_cases(experts: int, up: int, hidden: int) -> Iterator[Case]:
     """A layer's stack of weights in 4 bits, decoded, beside a copy of as many bytes as are written."""
     out = torch.empty(experts, up, hidden, dtype=DTYPE, device=DEVICE)
     for format in ("nf4", "mxfp4"):
-        codes, scales = four_bit.empty(format, tuple(out.shape), torch.device(DEVICE))
+        held = four_bit.Packed.like(out, format, False, four_bit.DecodeBuffer())
+        codes, scales = held.codes, held.scales
         codes.random_(0, 256)
         scales.fill_(1)
         decoded = lambda c=codes, s=scales, f=format: four_bit.decode(c, s, f, out)  # noqa: E731
@@ -241,7 +245,8 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
         pair = lambda *a: ssd_forward(*a, start, sizes, DT_LIMIT), scan
         yield case("scan", pair, scan_by_torch, theirs["scan"], inputs, *widths)
         pair = lambda *a: rms_norm.launch_forward(*a, EPS, "float32", sizes.G)[0], norm
-        reference: Callable = lambda *a: rms_norm.gated_norm_reference(*a, EPS, sizes.G)  # noqa: E731
+        stock = NemotronHRMSNormGated(inner, inner // sizes.G, EPS)
+        reference = lambda x, gate, w: functional_call(stock, {"weight": w}, (x, gate))  # noqa: E731
         inputs = leaf(*rows, inner), leaf(*rows, inner), leaf(inner)
         if not packed:  # it is the same
             yield case("norm", pair, reference, theirs["norm"], inputs, 3 * inner, 5 * inner)

@@ -267,9 +267,8 @@ def scaled(x: torch.Tensor | Product | None, scale: torch.Tensor, dtype: torch.d
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not use_triton(x):
         return torch.mul(x, scale, out=out)
-    if x.numel():
-        tuning = TUNING["scale"]
-        _scale_kernel[(triton.cdiv(x.numel(), tuning["BLOCK"]),)](x, scale, out, x.numel(), **tuning)
+    tuning = TUNING["scale"]
+    _scale_kernel[(triton.cdiv(x.numel(), tuning["BLOCK"]),)](x, scale, out, x.numel(), **tuning)
     return out
 
 

@@ -7,22 +7,23 @@ lies between only the scan's output is kept; the convolution is run again.
 """
 
 import inspect
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from transformers.models.nemotron_h import modeling_nemotron_h as nemotron_h
-from transformers.models.nemotron_h.modeling_nemotron_h import apply_mask_to_padding_states
 
 from expertmesh.backends import either, opaque
 from expertmesh.kernels.causal_conv import conv_backward, conv_forward
 from expertmesh.kernels.documents import by_document
-from expertmesh.kernels.rms_norm import channels_last, gated_norm_reference, launch_backward, launch_forward
+from expertmesh.kernels.rms_norm import channels_last, launch_backward, launch_forward
 from expertmesh.kernels.ssd import Sizes, split, ssd_forward
 from expertmesh.kernels.ssd_backward import ssd_backward
 
-#: the specifications of convolution and scan: Transformers' own, in PyTorch also where it has libraries for them
+#: the specifications of the three: Transformers' own, in PyTorch also where it has libraries for them
 conv_reference, scan_reference = map(inspect.unwrap, (nemotron_h.causal_conv1d_fn, nemotron_h.mamba2_chunk_scan))
+norm_reference: Any = nemotron_h.NemotronHRMSNormGated.forward
 
 
 class Mamba2Weights(NamedTuple):
@@ -64,11 +65,12 @@ def mamba2_reference(
     sizes = _sizes(projected, weights, options)
     gate, xbc, dt = _parts(projected, sizes)
     xbc = conv_reference(xbc.transpose(1, 2), weights.conv_K4, weights.conv_bias_K, "silu").transpose(1, 2)
-    x, B, C = split(apply_mask_to_padding_states(xbc, mask_BS), sizes)
+    x, B, C = split(nemotron_h.apply_mask_to_padding_states(xbc, mask_BS), sizes)
     known = dict(D=weights.D_H, dt_bias=weights.dt_bias_H, dt_softplus=True, dt_limit=options.dt_limit)
     scanned = scan_reference(x, dt, weights.A_H, B, C, 64, **known)
-    y = gated_norm_reference(scanned.flatten(2), gate, weights.norm_W, options.eps, options.groups)
-    return y.to(projected.dtype)
+    group = sizes.H * sizes.P // options.groups
+    norm = SimpleNamespace(weight=weights.norm_W, variance_epsilon=options.eps, group_size=group)
+    return norm_reference(norm, scanned.flatten(2), gate).to(projected.dtype)
 
 
 def _sizes(projected: torch.Tensor, weights: Mamba2Weights, options: Mamba2Options) -> Sizes:
@@ -91,7 +93,7 @@ class _Mamba2(torch.autograd.Function):
         projected, w = channels_last(projected), Mamba2Weights(*weights)  # type: ignore[arg-type]
         ctx.options, ctx.sizes = options, _sizes(projected, w, options)
         gate, xbc, dt = _parts(projected, ctx.sizes)
-        xbc = apply_mask_to_padding_states(conv_forward(xbc, w.conv_K4, w.conv_bias_K, start), mask)
+        xbc = nemotron_h.apply_mask_to_padding_states(conv_forward(xbc, w.conv_K4, w.conv_bias_K, start), mask)
         scanned = ssd_forward(xbc, dt, w.A_H, w.D_H, w.dt_bias_H, start, ctx.sizes, options.dt_limit)
         ctx.save_for_backward(projected, start, mask, scanned, *weights)
         return launch_forward(scanned, gate, w.norm_W, options.eps, "float32", options.groups)[0]
@@ -104,12 +106,14 @@ class _Mamba2(torch.autograd.Function):
         dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
         (gate, xbc, dt), (dgate, dxbc, ddt) = (_parts(t, sizes) for t in (projected, dprojected))
         dscanned, dnorm = launch_backward(scanned, gate, w.norm_W, dy, dgate, options.eps, "float32", options.groups)
-        xbc_out = apply_mask_to_padding_states(conv_forward(xbc, w.conv_K4, w.conv_bias_K, start), mask)
+        xbc_out = nemotron_h.apply_mask_to_padding_states(conv_forward(xbc, w.conv_K4, w.conv_bias_K, start), mask)
         dxbc_out = torch.empty_like(xbc_out)
         dA, d_dt_bias, dD = ssd_backward(
             xbc_out, dt, w.A_H, w.D_H, w.dt_bias_H, start, sizes, options.dt_limit, dscanned, dxbc_out, ddt
         )
-        dconv = conv_backward(xbc, w.conv_K4, w.conv_bias_K, start, apply_mask_to_padding_states(dxbc_out, mask), dxbc)
+        dconv = conv_backward(
+            xbc, w.conv_K4, w.conv_bias_K, start, nemotron_h.apply_mask_to_padding_states(dxbc_out, mask), dxbc
+        )
         small = dA.to(w.A_H.dtype), dD.to(w.D_H.dtype), d_dt_bias.to(w.dt_bias_H.dtype)
         return dprojected, None, None, None, *dconv, *small, dnorm
 
