@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from shared import BYTES_PER_MS, DEVICE, DTYPE, FLOP_PER_MS, Case, Result, leaf, parser, time_cases
 from torch.func import functional_call
+from torch.nn import functional as F
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
 
@@ -24,7 +26,6 @@ from expertmesh.kernels import causal_conv, clip, grouping, rms_norm
 from expertmesh.kernels import packed as four_bit
 from expertmesh.kernels.activation import relu2, swiglu, swiglu_reference
 from expertmesh.kernels.documents import by_document, document_starts
-from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.mamba2 import (
     Mamba2Options,
     Mamba2Weights,
@@ -38,6 +39,7 @@ from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference, rotary
 from expertmesh.kernels.router import Routing, route, route_reference, router_logits
 from expertmesh.kernels.ssd import Sizes, split, ssd_forward
 from expertmesh.kernels.ssd_backward import ssd_backward
+from expertmesh.layers.head import causal_lm_loss, deferred_logits
 from expertmesh.memory.adamw import AdamW
 
 EPS = 1e-6
@@ -130,7 +132,15 @@ def routing_cases(tokens: int, hidden: int) -> Iterator[Case]:
 def loss_cases(tokens: int, hidden: int, vocab: int) -> Iterator[Case]:
     gemm = 2 * tokens * hidden * vocab / FLOP_PER_MS
     labels = torch.randint(0, vocab, (tokens,), device=DEVICE)
-    both = arms(linear_cross_entropy, linear_cross_entropy_reference, **liger("fused_linear_cross_entropy"))
+
+    def linear_cross_entropy(hidden, weight, labels):
+        logits = deferred_logits(hidden, weight, None)
+        return causal_lm_loss(logits, labels, vocab, shift_labels=labels)
+
+    def stock(hidden, weight, labels):
+        return fixed_cross_entropy(F.linear(hidden, weight).float(), labels)
+
+    both = arms(linear_cross_entropy, stock, **liger("fused_linear_cross_entropy"))
     x, weight = leaf(tokens, hidden), leaf(vocab, hidden, scale=0.02)
     yield Case("linear_cross_entropy", both, (x, weight, labels), (gemm, 2 * gemm), True)
     yield Case("linear_cross_entropy, frozen weight", both, (x, weight.detach(), labels), (gemm, gemm), True)
