@@ -272,7 +272,7 @@ def linear_cross_entropy(
     total, *others = out.sum(0).unbind()
     labelled = count = (labels != ignore_index).sum()
     if num_items_in_batch is not None:
-        count = torch.as_tensor(num_items_in_batch)  # a number stays on the CPU: dividing by it needs no copy
+        count = torch.as_tensor(num_items_in_batch)  # what is on the CPU stays there: dividing by it needs no copy
         count = count.to(total.device) if count.device.type != "cpu" else count
     factors = (buffer[:N], hidden) if wanted[1] and later else (dweight, None)
     parts = dhidden, factors[0], dbias, factors[1]

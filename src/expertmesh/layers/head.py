@@ -296,8 +296,6 @@ def causal_lm_loss(
         targets = next_tokens(labels, ignore_index)
     (hidden, weight, bias), scale, rows = known.made_of, known.scale, None
     targets = all_targets = targets.reshape(-1).to(hidden.device)
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(hidden.device)
     hidden = hidden.flatten(0, -2)
     if labelled and ignore_index == -100 and labelled < MOST_LABELLED * len(targets):
         rows = torch.nonzero_static(targets != ignore_index, size=labelled).flatten()
