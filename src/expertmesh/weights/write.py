@@ -49,9 +49,8 @@ def files_of(model: PreTrainedModel, max_shard_size: int | str = "5GB") -> Itera
 
     Every rank must exhaust it: it gathers.
     """
-    size = max_shard_size
-    limit = size if isinstance(size, int) else convert_file_size_to_int(size.upper())  # a small b is a bit to it
-    return _split(_own_tensors(model), limit)
+    size = max_shard_size.upper() if isinstance(max_shard_size, str) else max_shard_size  # a small b is a bit to it
+    return _split(_own_tensors(model), convert_file_size_to_int(size))
 
 
 def write_model(
