@@ -12,23 +12,25 @@ import os
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from shared import BYTES_PER_MS, DEVICE, DTYPE, FLOP_PER_MS, Case, Result, leaf, parser, time_cases
 from torch.nn.functional import silu
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb
 
-from expertmesh.kernels import causal_conv, clip, grouping, rms_norm
+from expertmesh.kernels import causal_conv, clip, grouping, mamba2, rms_norm
 from expertmesh.kernels import packed as four_bit
 from expertmesh.kernels.activation import relu2, swiglu
 from expertmesh.kernels.documents import document_starts
-from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
 from expertmesh.kernels.mla_rope import mla_rope, mla_rope_reference
-from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference, rotary, rotary_reference
+from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference, rotary
 from expertmesh.kernels.router import Routing, route, route_reference, router_logits
-from expertmesh.kernels.ssd import Sizes, split, ssd_forward, ssd_reference
+from expertmesh.kernels.ssd import Sizes, split, ssd_forward
 from expertmesh.kernels.ssd_backward import ssd_backward
+from expertmesh.layers.head import causal_lm_loss, deferred_logits
 from expertmesh.memory.adamw import AdamW
 
 EPS = 1e-6
@@ -87,7 +89,7 @@ def rope_cases(tokens: int) -> Iterator[Case]:
     turned = q.detach().transpose(1, 2).requires_grad_(), k.detach().transpose(1, 2).requires_grad_(), cos, sin
     theirs = {name: lambda q, k, *by, fn=fn: fn(q.clone(), k.clone(), *by) for name, fn in turns.items()}
     floors = 2 * head_pass + rotation, 2 * head_pass + rotation  # Liger's works in place, hence the clones
-    yield Case("rope", arms(rotary, rotary_reference, **theirs), turned, floors)
+    yield Case("rope", arms(rotary, apply_rotary_pos_emb, **theirs), turned, floors)
     tokens, heads, nope, rope = min(tokens, 4096), 128, 128, 64
     inputs = leaf(1, tokens, heads, nope + rope), leaf(1, tokens, heads, 2 * nope), leaf(1, tokens, rope)
     by = cos[:, :tokens, :rope].contiguous(), sin[:, :tokens, :rope].contiguous()
@@ -122,7 +124,9 @@ def routing_cases(tokens: int, hidden: int) -> Iterator[Case]:
 def loss_cases(tokens: int, hidden: int, vocab: int) -> Iterator[Case]:
     gemm = 2 * tokens * hidden * vocab / FLOP_PER_MS
     labels = torch.randint(0, vocab, (tokens,), device=DEVICE)
-    both = arms(linear_cross_entropy, linear_cross_entropy_reference, **liger("fused_linear_cross_entropy"))
+    ours = lambda h, w, at: causal_lm_loss(deferred_logits(h, w, None), at, vocab, shift_labels=at)  # noqa: E731
+    stock = lambda h, w, at: ForCausalLMLoss(h @ w.T, at, vocab, shift_labels=at)  # noqa: E731
+    both = arms(ours, stock, **liger("fused_linear_cross_entropy"))
     x, weight = leaf(tokens, hidden), leaf(vocab, hidden, scale=0.02)
     yield Case("linear_cross_entropy", both, (x, weight, labels), (gemm, 2 * gemm), True)
     yield Case("linear_cross_entropy, frozen weight", both, (x, weight.detach(), labels), (gemm, gemm), True)
@@ -156,12 +160,11 @@ def decode_cases(experts: int, up: int, hidden: int) -> Iterator[Case]:
     """A layer's stack of weights in 4 bits, decoded, beside a copy of as many bytes as are written."""
     out = torch.empty(experts, up, hidden, dtype=DTYPE, device=DEVICE)
     for format in ("nf4", "mxfp4"):
-        codes, scales = four_bit.empty(format, tuple(out.shape), torch.device(DEVICE))
-        codes.random_(0, 256)
-        scales.fill_(1)
-        decoded = lambda c=codes, s=scales, f=format: four_bit.decode(c, s, f, out)  # noqa: E731
-        floor = (codes.nbytes + scales.nbytes + out.nbytes) / BYTES_PER_MS
-        yield Case(f"decode {format}", {"expertmesh": decoded, "copy": out.clone}, (), (floor, 0))
+        held = four_bit.Packed.like(out, format, False, four_bit.DecodeBuffer())
+        held.codes.random_(0, 256)
+        held.scales.fill_(1)
+        floor = (held.codes.nbytes + held.scales.nbytes + out.nbytes) / BYTES_PER_MS
+        yield Case(f"decode {format}", {"expertmesh": held.decode, "copy": out.clone}, (), (floor, 0))
 
 
 class Kernels(torch.autograd.Function):
@@ -179,9 +182,8 @@ class Kernels(torch.autograd.Function):
 
 
 def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
-    """packed: rows of eight documents. The floor counts each tensor of the interface once; dt is as a trained model has
-    it, between 0.001 and 0.1.
-    """
+    """packed: rows of eight documents, of which only the mixer has a reference. The floor counts each tensor of the
+    interface once; dt is as a trained model has it, between 0.001 and 0.1."""
     rows, inner = (sizes.B, sizes.S), sizes.H * sizes.P
     channels = inner + 2 * sizes.G * sizes.N
     weights = leaf(channels, 4, scale=0.5), leaf(channels)
@@ -190,15 +192,16 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
     cuts = torch.arange(1, 8, device=DEVICE) * (sizes.S // 8) + 5
     document = (torch.arange(sizes.S, device=DEVICE)[:, None] >= cuts).sum(1)
     start = document_starts(document.expand(sizes.B, -1)) if packed else None
-    options, mark = Mamba2Options(sizes.P, sizes.G, DT_LIMIT, EPS), ", packed" if packed else ""
+    options, mark = mamba2.Mamba2Options(sizes.P, sizes.G, DT_LIMIT, EPS), ", packed" if packed else ""
 
     def floors(forward: int, backward: int) -> tuple[float, float]:
         byte = 2 * sizes.B * sizes.S / BYTES_PER_MS
         return forward * byte, backward * byte
 
     def case(name: str, pair: tuple, reference: Callable, theirs: dict, inputs: tuple, *widths: int) -> Case:
-        found = {"expertmesh": lambda *leaves: Kernels.apply(*pair, *leaves), "torch": reference}
-        return Case(f"mamba2 {name}{mark}", found if packed else found | theirs, inputs, floors(*widths))
+        others = {} if packed else {"torch": reference} | theirs
+        found = {"expertmesh": lambda *leaves: Kernels.apply(*pair, *leaves)} | others
+        return Case(f"mamba2 {name}{mark}", found, inputs, floors(*widths))
 
     def conv(dy, x, weight, bias):
         dx = torch.empty_like(x)
@@ -209,9 +212,12 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
         dA, dbias, dD = ssd_backward(xbc, dt, A, D, bias, start, sizes, DT_LIMIT, dy, dxbc, ddt)
         return dxbc, ddt, dA, dD, dbias
 
-    def scan_reference(xbc, dt, A, D, bias):
+    conv_by_torch = lambda x, *w: mamba2.conv_reference(x.mT, *w, "silu").mT  # noqa: E731
+
+    def scan_by_torch(xbc, dt, A, D, bias):
         x, B, C = split(xbc, sizes)
-        return ssd_reference(x, dt, A, B, C, D, bias, dt_limit=DT_LIMIT, start_BS=start).flatten(2)
+        y = mamba2.scan_reference(x, dt, A, B, C, 64, D, bias, dt_softplus=True, dt_limit=DT_LIMIT)
+        return y.flatten(2).to(xbc.dtype)
 
     def norm(dy, x, gate, weight):
         dgate = torch.empty_like(gate)
@@ -221,21 +227,21 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
     if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         theirs = mamba_libraries(sizes) if DEVICE == "cuda" else {"scan": {}, "norm": {}}
         pair = lambda *a: causal_conv.conv_forward(*a, start), conv
-        reference: Callable = lambda *a: causal_conv.causal_conv_reference(*a, start)  # noqa: E731
-        yield case("conv", pair, reference, {}, (leaf(*rows, channels), *weights), 2 * channels, 3 * channels)
+        yield case("conv", pair, conv_by_torch, {}, (leaf(*rows, channels), *weights), 2 * channels, 3 * channels)
         inputs = leaf(*rows, channels, scale=0.3), leaf(*rows, sizes.H), *small
         widths = channels + inner + sizes.H, 2 * channels + inner + 2 * sizes.H
         pair = lambda *a: ssd_forward(*a, start, sizes, DT_LIMIT), scan
-        yield case("scan", pair, scan_reference, theirs["scan"], inputs, *widths)
+        yield case("scan", pair, scan_by_torch, theirs["scan"], inputs, *widths)
         pair = lambda *a: rms_norm.launch_forward(*a, EPS, "float32", sizes.G)[0], norm
-        reference = lambda *a: rms_norm.gated_norm_reference(*a, EPS, sizes.G)  # noqa: E731
+        kind = {"variance_epsilon": EPS, "group_size": inner // sizes.G}
+        reference = lambda x, gate, w: mamba2.norm_reference(SimpleNamespace(weight=w, **kind), x, gate)  # noqa: E731
         inputs = leaf(*rows, inner), leaf(*rows, inner), leaf(inner)
         if not packed:  # it is the same
             yield case("norm", pair, reference, theirs["norm"], inputs, 3 * inner, 5 * inner)
     projected = inner + channels + sizes.H
     mixer = {
-        name: lambda x, *w, fn=fn: fn(x, Mamba2Weights(*w), options, start)
-        for name, fn in (("expertmesh", mamba2), ("torch", mamba2_reference))
+        name: lambda x, *w, fn=fn: fn(x, mamba2.Mamba2Weights(*w), options, start)
+        for name, fn in (("expertmesh", mamba2.mamba2), ("torch", mamba2.mamba2_reference))
     }
     inputs = leaf(*rows, projected), *weights, *small, leaf(inner)
     yield Case(f"mamba2 mixer{mark}", mixer, inputs, floors(projected + inner, 2 * projected + inner))

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from expertmesh.kernels.activation import Activation, relu2, swiglu
 from expertmesh.kernels.clip import scale_, squared_sum
 from expertmesh.kernels.grouping import group_by_expert, group_by_expert_reference, unsort
-from expertmesh.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from expertmesh.kernels.rms_norm import (
     add_rms_norm,
     rms_norm,
@@ -20,7 +19,7 @@ from expertmesh.kernels.rms_norm import (
 )
 from expertmesh.kernels.rope import qk_norm_rope, qk_norm_rope_reference
 from expertmesh.kernels.router import router_logits
-from tests.kernels.compare import outputs_and_grads
+from tests.kernels.compare import linear_cross_entropy, linear_cross_entropy_reference, outputs_and_grads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers.loss.loss_utils import fixed_cross_entropy
 
 from expertmesh import backends
+from expertmesh.layers.head import causal_lm_loss, deferred_logits
 
 Outputs = torch.Tensor | Sequence[torch.Tensor]
 
@@ -61,6 +64,21 @@ def assert_same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], t
 
 def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape) * scale).requires_grad_()
+
+
+def linear_cross_entropy(hidden, weight, labels, bias=None, num_items_in_batch=None, statistics=None):
+    """The head's loss of hidden states [N, H] and labels [N], without logits; its statistics join the list."""
+    logits = deferred_logits(hidden, weight, bias)
+    counts = statistics is not None
+    loss = causal_lm_loss(logits, labels, len(weight), num_items_in_batch, shift_labels=labels, counts=counts)
+    if counts:
+        statistics.append(logits.statistics)
+    return loss
+
+
+def linear_cross_entropy_reference(hidden, weight, labels, bias=None, **options):
+    """Transformers' loss of all logits at once."""
+    return fixed_cross_entropy(F.linear(hidden, weight, bias).float(), labels, **options)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -1,12 +1,12 @@
-"""The causal convolution's kernels against their reference, and the reference against Transformers."""
+"""The causal convolution's kernels against Transformers' function of each document."""
 
 import pytest
 import torch
-from transformers.models.nemotron_h.modeling_nemotron_h import causal_conv1d_fn
 
 from expertmesh.kernels import causal_conv as conv
-from expertmesh.kernels.causal_conv import causal_conv_reference, conv_backward, conv_forward
-from expertmesh.kernels.documents import document_starts
+from expertmesh.kernels.causal_conv import conv_backward, conv_forward
+from expertmesh.kernels.documents import by_document, document_starts
+from expertmesh.kernels.mamba2 import conv_reference
 from tests.kernels.compare import assert_same, differentiable, leaf, on_triton, outputs_and_grads
 
 
@@ -38,26 +38,10 @@ def starts(B: int, S: int, *firsts: int) -> torch.Tensor:
     return document_starts(seq_idx)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_reference_equals_stock_transformers(bias):
-    x, weight, bias = leaf(2, 11, 24), leaf(24, 4), leaf(24) if bias else None
-    leaves = [x, weight] if bias is None else [x, weight, bias]
-
-    def stock(x, weight, bias=None):
-        return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
-
-    expected = outputs_and_grads(stock, *leaves)
-    assert_same(outputs_and_grads(lambda *a: causal_conv_reference(*a, *[None] * (3 - len(a))), *leaves), expected)
-
-
-def test_the_reference_treats_packed_documents_as_separate_sequences():
-    x, weight, bias = leaf(2, 17, 8), leaf(8, 4), leaf(8)
-    start = document_starts(torch.tensor([[0] * 5 + [1] * 2 + [2] * 10, [0] * 1 + [1] * 3 + [2] * 13]))
-    packed = causal_conv_reference(x, weight, bias, start)
-    for row, bounds in enumerate([(0, 5, 7, 17), (0, 1, 4, 17)]):
-        for a, b in zip(bounds, bounds[1:], strict=False):
-            alone = causal_conv_reference(x[row : row + 1, a:b], weight, bias)
-            assert_same([packed[row : row + 1, a:b]], [alone])
+def reference(x, weight, bias=None, start=None):
+    """Transformers' function of each document by itself."""
+    start = torch.zeros(x.shape[:2], dtype=torch.int32) if start is None else start
+    return by_document(lambda x: conv_reference(x.transpose(1, 2), weight, bias, "silu").transpose(1, 2), start, x)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +65,13 @@ def test_the_kernels_equal_the_reference(S, C, bias, documents, monkeypatch):
 
         return outputs_and_grads(sliced, wide, weight, *rest)
 
-    expected = run(lambda x, weight, bias=None: causal_conv_reference(x, weight, bias, start))
+    expected = run(lambda x, weight, bias=None: reference(x, weight, bias, start))
     with on_triton():
         assert_same(run(kernels(start)), expected)
 
 
 def test_one_token():
     leaves = leaf(2, 1, 8), leaf(8, 4), leaf(8)
-    expected = outputs_and_grads(causal_conv_reference, *leaves)
+    expected = outputs_and_grads(reference, *leaves)
     with on_triton():
         assert_same(outputs_and_grads(kernels(None), *leaves), expected)

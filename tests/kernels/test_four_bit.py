@@ -12,9 +12,14 @@ from tests.kernels.compare import on_triton
 SHAPE = 2, 3, 192
 
 
+def empty(format, weight):
+    held = four_bit.Packed.like(weight, format, False, four_bit.DecodeBuffer())
+    return held.codes, held.scales
+
+
 def packed(format, shape=SHAPE, device="cpu"):
     """Random codes and scales, among them the smallest and largest that there are."""
-    codes, scales = four_bit.empty(format, shape, torch.device(device))
+    codes, scales = empty(format, torch.empty(shape, device=device))
     codes.copy_(torch.randint(0, 256, codes.shape))
     if format == "mxfp4":
         scales.copy_(torch.randint(0, 255, scales.shape))
@@ -95,7 +100,7 @@ def test_mxfp4_is_what_transformers_makes_of_gpt_oss():
 def test_a_code_is_the_nearest_and_what_was_decoded_is_encoded_the_same(format):
     weight = torch.randn(SHAPE) * torch.logspace(-3, 3, 3)[:, None]
     weight[0, 0, :64] = 0
-    codes, scales = four_bit.empty(format, SHAPE, weight.device)
+    codes, scales = empty(format, weight)
     four_bit.encode(weight, format, codes, scales)
     got = four_bit.decode_reference(codes, scales, format, torch.empty(SHAPE))
     assert not got[0, 0, :64].any()
@@ -103,11 +108,11 @@ def test_a_code_is_the_nearest_and_what_was_decoded_is_encoded_the_same(format):
     factor = four_bit._factor(scales).repeat_interleave(FORMATS[format].size, -1)
     distance = (weight[..., None] - values * factor[..., None]).abs().amin(-1)
     torch.testing.assert_close((weight - got).abs(), distance, rtol=1e-5, atol=1e-7)
-    again = four_bit.empty(format, SHAPE, weight.device)
+    again = empty(format, weight)
     four_bit.encode(got, format, *again)
     torch.testing.assert_close(four_bit.decode_reference(*again, format, torch.empty(SHAPE)), got, rtol=0, atol=0)
 
 
 def test_rows_that_are_not_whole_blocks_are_refused():
     with pytest.raises(ValueError, match="rows of 96 weights cannot be packed in nf4, which takes blocks of 64"):
-        four_bit.empty("nf4", (1, 1, 96), torch.device("cpu"))
+        empty("nf4", torch.empty(1, 1, 96))

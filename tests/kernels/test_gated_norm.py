@@ -1,23 +1,17 @@
-"""The gated norm's kernels against their reference, and the reference against Transformers."""
+"""The gated norm's kernels against Transformers' module."""
 
 import pytest
 import torch
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
 
 from expertmesh.kernels import rms_norm
-from expertmesh.kernels.rms_norm import gated_norm_reference, launch_backward, launch_forward
+from expertmesh.kernels.rms_norm import launch_backward, launch_forward
 from tests.kernels.compare import assert_same, differentiable, leaf, on_triton, outputs_and_grads
 
 
-def test_the_reference_equals_stock_transformers():
-    stock = NemotronHRMSNormGated(96, group_size=24, eps=1e-5)
-    torch.nn.init.normal_(stock.weight)
-    x, gate = leaf(2, 5, 96), leaf(2, 5, 96)
-
-    def run(norm):
-        return outputs_and_grads(lambda x, gate, _: norm(x, gate), x, gate, stock.weight)
-
-    assert_same(run(lambda x, gate: gated_norm_reference(x, gate, stock.weight, 1e-5, 4)), run(stock))
+def stock(x, gate, weight, groups):
+    norm = NemotronHRMSNormGated(len(weight), len(weight) // groups, eps=1e-5)
+    return torch.func.functional_call(norm, {"weight": weight}, (x, gate))
 
 
 def kernels(groups):
@@ -36,7 +30,7 @@ def kernels(groups):
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((2, 37, 96), 4), ((2, 3, 40), 1), ((1, 70, 60), 5)])
-def test_the_kernels_equal_the_reference(shape, groups, monkeypatch):
+def test_the_kernels_equal_stock_transformers(shape, groups, monkeypatch):
     monkeypatch.setitem(rms_norm.GATED_TUNING, "backward", {"elements": 64, "per_thread": 16, "programs": 2})
     wide, gates, weight = leaf(*shape[:-1], shape[-1] + 3), leaf(*shape[:-1], shape[-1] + 5), leaf(shape[-1])
 
@@ -46,7 +40,7 @@ def test_the_kernels_equal_the_reference(shape, groups, monkeypatch):
 
         return outputs_and_grads(fn, wide, gates, weight)
 
-    expected = run(lambda x, gate, weight: gated_norm_reference(x, gate, weight, 1e-5, groups))
+    expected = run(lambda x, gate, weight: stock(x, gate, weight, groups))
     with on_triton():
         assert_same(run(kernels(groups)), expected)
 

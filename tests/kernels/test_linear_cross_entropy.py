@@ -8,12 +8,16 @@ import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import expertmesh.kernels.linear_cross_entropy as module
-from expertmesh.kernels.linear_cross_entropy import (
+from expertmesh.kernels.linear_cross_entropy import statistics_reference
+from tests.kernels.compare import (
+    assert_same,
+    leaf,
     linear_cross_entropy,
     linear_cross_entropy_reference,
-    statistics_reference,
+    on_triton,
+    outputs_and_grads,
+    poisoned,
 )
-from tests.kernels.compare import assert_same, leaf, on_triton, outputs_and_grads, poisoned
 
 PATHS = pytest.mark.parametrize("path", [poisoned, on_triton])
 
@@ -225,4 +229,7 @@ def test_chunks_on_a_gpu_fill_whole_waves_within_the_budget(memory_gib, rows, vo
 
 def test_unflattened_inputs_are_refused():
     with pytest.raises(AssertionError, match="flatten batch and sequence"):
-        linear_cross_entropy(torch.randn(2, 5, 24), torch.randn(50, 24), torch.zeros(2, 5, dtype=torch.long))
+        labels = torch.zeros(2, 5, dtype=torch.long)
+        module.linear_cross_entropy(
+            torch.randn(2, 5, 24), torch.randn(50, 24), None, labels, None, -100, [False], False
+        )

@@ -1,4 +1,4 @@
-"""Mamba2's scan: the reference against Transformers and its own formula, the kernels against the reference.
+"""Mamba2's scan: the kernels against Transformers' function of each document.
 
 The kernels multiply decays as powers of two of differences of sums, where the reference adds up one exponent after the
 other: in float32 the two differ by the rounding of a sum of up to a chunk's exponents, so the tolerance is 2e-5 and
@@ -7,12 +7,12 @@ not that of a single product.
 
 import pytest
 import torch
-from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
-from expertmesh.kernels.documents import document_starts
-from expertmesh.kernels.ssd import TUNING, Sizes, split, ssd_forward, ssd_reference
+from expertmesh.kernels.documents import by_document, document_starts
+from expertmesh.kernels.mamba2 import scan_reference
+from expertmesh.kernels.ssd import TUNING, Sizes, split, ssd_forward
 from expertmesh.kernels.ssd_backward import ssd_backward
-from tests.kernels.compare import assert_same, differentiable, error, leaf, on_triton, outputs_and_grads
+from tests.kernels.compare import assert_same, differentiable, leaf, on_triton, outputs_and_grads
 
 LIMIT = 0.05, 1.5
 
@@ -31,31 +31,6 @@ def documents(S: int, *rows: tuple[int, ...]) -> torch.Tensor:
         for first in firsts:
             seq_idx[row, first:] += 1
     return document_starts(seq_idx)
-
-
-@pytest.mark.parametrize(("S", "chunk"), [(5, 8), (16, 8), (37, 16)])
-def test_the_reference_equals_stock_transformers(S, chunk):
-    x, dt, A, B, C, D, bias = leaves = parts(2, S, 4, 8, 2, 6)
-
-    def stock(x, dt, A, B, C, D, bias):
-        return mamba2_chunk_scan(x, dt, A, B, C, chunk_size=chunk, D=D, dt_bias=bias, dt_softplus=True, dt_limit=LIMIT)
-
-    expected = outputs_and_grads(stock, *leaves)
-    got = outputs_and_grads(lambda *a: ssd_reference(*a, dt_limit=LIMIT, chunk=12), *leaves)
-    assert_same(got, expected, tolerance=1e-5)
-
-
-def test_the_reference_treats_packed_documents_as_separate_sequences():
-    S = 41
-    leaves = parts(2, S, 4, 8, 2, 6)
-    rows = (5, 7, 30), (1, 16, 17, 40)
-    packed = ssd_reference(*leaves, dt_limit=LIMIT, start_BS=documents(S, *rows), chunk=8)
-    for row, firsts in enumerate(rows):
-        for a, b in zip((0, *firsts), (*firsts, S), strict=True):
-            x, dt, A, B, C, D, bias = leaves
-            cut = [t[row : row + 1, a:b] for t in (x, dt, B, C)]
-            alone = ssd_reference(*cut[:2], A, *cut[2:], D, bias, dt_limit=LIMIT, chunk=8)
-            assert error(packed[row : row + 1, a:b].detach(), alone.detach()) < 1e-5
 
 
 def compare(B, S, H, P, G, N, start=None, block=16):
@@ -79,8 +54,14 @@ def compare(B, S, H, P, G, N, start=None, block=16):
 
 
 def reference(sizes, start, xbc, dt, A, D, bias):
-    x, B, C = split(xbc, sizes)
-    return ssd_reference(x, dt, A, B, C, D, bias, dt_limit=LIMIT, start_BS=start).flatten(2)
+    """Transformers' function of each document by itself."""
+    start = torch.zeros(dt.shape[:2], dtype=torch.int32) if start is None else start
+
+    def alone(xbc, dt):
+        x, B, C = split(xbc, sizes)
+        return scan_reference(x, dt, A, B, C, 64, D, bias, dt_softplus=True, dt_limit=LIMIT).flatten(2)
+
+    return by_document(alone, start, xbc, dt)
 
 
 def kernels(sizes, start):

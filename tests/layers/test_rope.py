@@ -16,7 +16,7 @@ from tests.models import shared_pair
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_next", "ernie4_5_moe"])
 def test_the_kernel_is_called_where_stock_called_its_function(family, monkeypatch):
     calls, kernel = [], attention.rotary
-    monkeypatch.setattr(attention, "rotary", lambda *args: calls.append(args) or kernel(*args))
+    monkeypatch.setattr(attention, "rotary", lambda *args, **options: calls.append(args) or kernel(*args, **options))
     stock, ours = shared_pair(family)
     ids = torch.arange(9)[None]
     expected = stock(ids).logits

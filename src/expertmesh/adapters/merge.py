@@ -41,7 +41,7 @@ from expertmesh.adapters.files import Adapter, AdapterError, read_config, read_t
 from expertmesh.adapters.layouts import read_adapter, skeleton
 from expertmesh.adapters.serving import write_adapter
 from expertmesh.auto import AutoModelForCausalLM
-from expertmesh.kernels import packed as four_bit
+from expertmesh.kernels.packed import DecodeBuffer, Packed
 from expertmesh.weights.files import SUMS, replacing, verify_sums
 from expertmesh.weights.quantized import MXFP4, READERS, BlockFP8
 from expertmesh.weights.read import opened, weight_files
@@ -191,10 +191,9 @@ def write_merged(
 
 def packed(weight_EIO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(blocks, scales) of MXFP4, as `MXFP4` has them, that are nearest to experts' weights; exact where they can be."""
-    weight_EOI = weight_EIO.transpose(1, 2)
-    codes, scales = four_bit.empty("mxfp4", tuple(weight_EOI.shape), torch.device("cpu"))
-    four_bit.encode(weight_EOI, "mxfp4", codes, scales)
-    return codes.unflatten(-1, (-1, 16)), scales
+    held = Packed.like(weight_EIO, "mxfp4", True, DecodeBuffer())
+    held.copy_(weight_EIO)
+    return held.codes.unflatten(-1, (-1, 16)), held.scales
 
 
 def _packed(key: str, stored: MXFP4, pieces: "_Pieces") -> dict[str, torch.Tensor]:

@@ -15,7 +15,6 @@ Letters: B sequences, S tokens, C channels.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from expertmesh.backends import tl, triton
 from expertmesh.kernels.launch import launched
@@ -26,26 +25,6 @@ TUNING = {
     "forward": {"rows": 64, "channels": 512, "num_warps": 4},
     "backward": {"rows": 64, "channels": 256, "num_warps": 2},
 }
-
-
-def causal_conv_reference(
-    x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None = None
-) -> torch.Tensor:
-    """silu(conv(x)) [B, S, C] in x's dtype, accumulated in float32: the specification, tap by tap.
-
-    weight: [C, 4] (`conv1d.weight.squeeze(1)`); bias: [C] or None; start: [B, S] int32 for packed rows. Must equal
-    `causal_conv1d_fn` of Transformers' nemotron_h with activation "silu", document by document.
-    """
-    S = x_BSC.shape[1]
-    x, weight = x_BSC.float(), weight_C4.float()
-    position = torch.arange(S, device=x.device) - (start_BS if start_BS is not None else 0)
-    z = x * weight[:, 3] + (bias_C.float() if bias_C is not None else 0.0)
-    for lag in (1, 2, 3):
-        shifted = F.pad(x, (0, 0, lag, 0))[:, :S]
-        if start_BS is not None:
-            shifted = shifted * (position >= lag).unsqueeze(-1)
-        z = z + shifted * weight[:, 3 - lag]
-    return F.silu(z).to(x_BSC.dtype)
 
 
 @triton.jit

@@ -9,6 +9,8 @@ lengths; the mask that stands for the same thing grows with the square of the ro
 Letters: B batch, S row, T = B·S tokens, N heads (of queries or of keys), D head width.
 """
 
+from collections.abc import Callable
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,19 @@ def document_starts(number_BS: torch.Tensor) -> torch.Tensor:
     token_S = torch.arange(number_BS.shape[1], device=number_BS.device, dtype=torch.int32)
     is_start = F.pad(number_BS[:, 1:] != number_BS[:, :-1], (1, 0), value=True)
     return torch.where(is_start, token_S, 0).cummax(dim=1).values
+
+
+def by_document(function: Callable[..., torch.Tensor], start_BS: torch.Tensor, *inputs: Any) -> torch.Tensor:
+    """`function` of each document by itself, put together to [B, S, ...]. On a GPU the host waits.
+
+    start: as of `document_starts`; inputs: [B, S, ...], of which a function gets [1, length, ...], or None.
+    """
+    B, S = start_BS.shape
+    first_T = (start_BS + S * torch.arange(B, device=start_BS.device)[:, None]).flatten()
+    lengths = first_T.unique_consecutive(return_counts=True)[1].tolist()
+    parts = [repeat(None) if x is None else x.flatten(0, 1)[None].split(lengths, dim=1) for x in inputs]
+    out = torch.cat([function(*part) for part in zip(*parts, strict=False)], dim=1)
+    return out.view(B, S, *out.shape[2:])
 
 
 class Documents(NamedTuple):

@@ -7,7 +7,7 @@ Rows go through in chunks. As the loss is the last operation of a step, forward 
 chunk's logits are made once (6 N H V operations in all), a row kernel turns them in place into their gradients, and two
 GEMMs use these up. The gradients are kept unscaled (so float16 does not underflow); the weight's is summed in float32
 over the chunks. Backward only multiplies by `grad_output / count`. Of few rows the logits' gradients are smaller than
-the weight's: they are kept, and backward makes it of them (`Product`), so that it stands once.
+the weight's: they are kept, and backward makes it of them, so that it stands once.
 
 The pass over a row that finds its logsumexp also finds, on request, what training logs of the predictions
 (`Statistics`).
@@ -15,13 +15,9 @@ The pass over a row that finds its logsumexp also finds, on request, what traini
 Letters: N rows (tokens), H hidden, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
-from transformers.loss.loss_utils import fixed_cross_entropy
 
 from expertmesh import backends
 from expertmesh.backends import tl, triton, use_triton
@@ -39,55 +35,18 @@ class Statistics(NamedTuple):
     correct: torch.Tensor
 
 
-class Product(NamedTuple):
-    """The weight's gradient, `dlogits.T @ hidden`, before it is made: [N, V] and [N, H]."""
+class Loss(NamedTuple):
+    """What `linear_cross_entropy` finds: the loss is total / divisor.
 
-    dlogits: torch.Tensor
-    hidden: torch.Tensor
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    num_items_in_batch: int | torch.Tensor | None = None,
-    ignore_index: int = -100,
-    statistics: list[Statistics] | None = None,
-    through: tuple[torch.Tensor, list[bool], Callable[..., torch.Tensor], tuple] | None = None,
-) -> torch.Tensor:
-    """Cross entropy of `hidden @ weight.T + bias` against labels, as a float32 scalar.
-
-    hidden: [N, H]; weight: [V, H]; bias: [V]; labels: [N], integers, already shifted. Mean over the rows whose label is
-    not `ignore_index` (nan if there are none), or their sum divided by `num_items_in_batch` (a number, or a tensor,
-    read without waiting for the device). Differentiable once, in hidden, weight and bias or `through` the logits; only
-    what needs a gradient is computed; without a label it is zero, whatever the sum is divided by. Under autocast hidden
-    and weight are cast as `F.linear` would. Those of this call join `statistics`.
-
-    through: (logits, wanted, gradient, saved): a tensor that stands for the logits in autograd's graph gets the
-    gradient `gradient(parts, scale, *saved)`; parts are those of hidden, weight and bias, if `wanted`, but for scale
-    (`scaled`).
-    Must equal transformers' `ForCausalLMLoss` on those logits. A label outside [0, V) that is not `ignore_index` is a
-    ValueError on the CPU; on a GPU, where raising would mean waiting, it makes the loss nan.
+    divisor: labelled rows, or the number that was given. parts: the gradients of `total` in hidden, weight and bias,
+    None for what is not wanted; the weight's may be two factors, dlogits [N, V] and, as the fourth, hidden [N, H].
     """
-    assert hidden.ndim == weight.ndim == 2 and labels.shape == hidden.shape[:1], "flatten batch and sequence"
-    hidden, weight, bias = in_product_dtype(hidden, weight, bias)
-    learn = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    logits, wanted, gradient, saved = through or (None, learn, None, ())
-    wanted = [torch.is_grad_enabled() and want for want in wanted]
-    options = num_items_in_batch, ignore_index, wanted, statistics is not None
-    loss, *sums = _LinearCrossEntropy.apply(hidden, weight, bias, logits, labels.long(), options, gradient, *saved)
-    if statistics is not None:
-        statistics.append(Statistics((labels != ignore_index).sum(), *sums))
-    return loss
 
-
-def linear_cross_entropy_reference(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None, **options: Any
-) -> torch.Tensor:
-    """The specification: Transformers' `fixed_cross_entropy` on float32 logits, all of them at once."""
-    return fixed_cross_entropy(F.linear(hidden, weight, bias).float(), labels, **options)
+    total: torch.Tensor
+    divisor: torch.Tensor
+    labelled: torch.Tensor
+    parts: tuple[torch.Tensor | None, ...]
+    statistics: Statistics | None
 
 
 def statistics_reference(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> Statistics:
@@ -256,86 +215,65 @@ def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bo
     torch.addmm(total, a.t(), b, beta=beta, out=total, **options)
 
 
-def scaled(x: torch.Tensor | Product | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """x * scale, multiplied in float32 (scale is [1]: a 0-dim tensor would first be rounded to x's dtype)."""
+def scaled(x: Any, scale: torch.Tensor, dtype: torch.dtype) -> Any:
+    """x * scale, multiplied in float32 (scale is [1]: a 0-dim tensor would first be rounded to x's dtype), or None."""
     if x is None:
         return None
-    if isinstance(x, Product):
-        hidden = scaled(x.hidden, scale, dtype)
-        assert hidden is not None
-        return x.dlogits.t() @ hidden
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not use_triton(x):
         return torch.mul(x, scale, out=out)
-    if x.numel():
-        tuning = TUNING["scale"]
-        _scale_kernel[(triton.cdiv(x.numel(), tuning["BLOCK"]),)](x, scale, out, x.numel(), **tuning)
+    tuning = TUNING["scale"]
+    _scale_kernel[(triton.cdiv(x.numel(), tuning["BLOCK"]),)](x, scale, out, x.numel(), **tuning)
     return out
 
 
-def in_product_dtype(*tensors: Any) -> Any:
-    """The tensors, or None, in the dtypes in which `F.linear` computes with them."""
-    return (None if x is None else x.to(backends.product_dtype(x)) for x in tensors)
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
+    num_items_in_batch: int | torch.Tensor | None, ignore_index: int, wanted: list[bool], counts: bool,
+) -> Loss:  # fmt: skip
+    """Cross entropy of `hidden @ weight.T + bias` against labels, in float32, and all that its backward needs.
 
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The whole loss; `wanted` says which of hidden, weight and bias get a gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, logits: torch.Tensor | None,
-        labels: torch.Tensor, options: tuple, gradient: Callable[..., torch.Tensor] | None, *saved: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        num_items_in_batch, ignore_index, wanted, statistics = options
-        (N, H), V = hidden.shape, weight.shape[0]
-        labels = labels.contiguous()
-        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        dhidden = torch.empty_like(hidden) if wanted[0] else None
-        rows = chunk_rows(N, V, hidden.dtype, hidden.device)
-        empty = torch.empty if N else torch.zeros  # the first chunk overwrites it, if there is one
-        later = min(rows, H) >= N and hidden.dtype != torch.float16  # whose range unscaled numbers need
-        single = rows >= N and hidden.dtype == torch.bfloat16  # a sum of one, which needs no wider dtype
-        dtype = hidden.dtype if single else sum_dtype
-        dweight = empty(V, H, dtype=dtype, device=hidden.device) if wanted[1] and not later else None
-        dbias = torch.zeros(V, dtype=sum_dtype, device=hidden.device) if wanted[2] else None
-        width = -(-V // 16) * 16  # rows start aligned for GEMMs and wide loads, whatever V is
-        buffer = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device)[:, :V]
-        out = torch.empty(N, 3 if statistics else 1, dtype=torch.float32, device=hidden.device)
-        for start in range(0, N, rows):
-            hidden_CH = hidden[start : start + rows]
-            logits_CV = buffer[: hidden_CH.shape[0]]
-            if bias is None:
-                torch.mm(hidden_CH, weight.t(), out=logits_CV)
-            else:
-                torch.addmm(bias, hidden_CH, weight.t(), out=logits_CV)
-            _rows(logits_CV, labels[start : start + rows], out[start : start + rows], ignore_index, any(wanted))
-            dlogits_CV = logits_CV  # overwritten in place
-            if dhidden is not None:
-                torch.mm(dlogits_CV, weight, out=dhidden[start : start + rows])
-            if dweight is not None:
-                _accumulate(dweight, dlogits_CV, hidden_CH, first=start == 0)
-            if dbias is not None:
-                dbias += dlogits_CV.sum(0, dtype=sum_dtype)
-        total, *others = out.sum(0).unbind()
-        labelled = count = (labels != ignore_index).sum()
-        if num_items_in_batch is not None:
-            count = torch.as_tensor(num_items_in_batch)  # a number stays on the CPU: dividing by it needs no copy
-            count = count.to(total.device) if count.device.type != "cpu" else count
-        ctx.gradient = gradient
-        of_weight = (buffer[:N], hidden) if wanted[1] and later else (dweight, None)
-        ctx.save_for_backward(dhidden, *of_weight, dbias, count, labelled, *saved)
-        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else weight.dtype
-        ctx.mark_non_differentiable(*others)
-        return total / count, *others
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        (dhidden, dweight, factor, dbias, count, labelled), saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        grads: Any = dhidden, dweight if factor is None else Product(dweight, factor), dbias
-        # nothing to learn from: the loss is nan where it is divided by 0, but gradients are zero, as in PyTorch
-        scale = (grad_output / count).masked_fill(labelled == 0, 0.0).reshape(1)
-        if ctx.gradient is not None:
-            return None, None, None, ctx.gradient(grads, scale, *saved), *[None] * (3 + len(saved))
-        grads = [scaled(grad, scale, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return *grads, *[None] * 4
+    hidden: [N, H]; weight: [V, H]; bias: [V]; labels: [N], integers, already shifted. Mean over the rows whose label is
+    not `ignore_index` (nan if there are none), or their sum divided by `num_items_in_batch` (a number, or a tensor,
+    read without waiting for the device). wanted: which of hidden, weight and bias get a gradient; counts: whether
+    there are statistics. Must equal transformers' `ForCausalLMLoss` on those logits. A label outside [0, V) that is not
+    `ignore_index` is a ValueError on the CPU; on a GPU, where raising would mean waiting, it makes the loss nan.
+    """
+    assert hidden.ndim == weight.ndim == 2 and labels.shape == hidden.shape[:1], "flatten batch and sequence"
+    (N, H), V = hidden.shape, weight.shape[0]
+    labels = labels.long().contiguous()
+    sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+    dhidden = torch.empty_like(hidden) if wanted[0] else None
+    rows = chunk_rows(N, V, hidden.dtype, hidden.device)
+    empty = torch.empty if N else torch.zeros  # the first chunk overwrites it, if there is one
+    later = min(rows, H) >= N and hidden.dtype != torch.float16  # whose range unscaled numbers need
+    single = rows >= N and hidden.dtype == torch.bfloat16  # a sum of one, which needs no wider dtype
+    dtype = hidden.dtype if single else sum_dtype
+    dweight = empty(V, H, dtype=dtype, device=hidden.device) if wanted[1] and not later else None
+    dbias = torch.zeros(V, dtype=sum_dtype, device=hidden.device) if wanted[2] else None
+    width = -(-V // 16) * 16  # rows start aligned for GEMMs and wide loads, whatever V is
+    buffer = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device)[:, :V]
+    out = torch.empty(N, 3 if counts else 1, dtype=torch.float32, device=hidden.device)
+    for start in range(0, N, rows):
+        hidden_CH = hidden[start : start + rows]
+        logits_CV = buffer[: hidden_CH.shape[0]]
+        if bias is None:
+            torch.mm(hidden_CH, weight.t(), out=logits_CV)
+        else:
+            torch.addmm(bias, hidden_CH, weight.t(), out=logits_CV)
+        _rows(logits_CV, labels[start : start + rows], out[start : start + rows], ignore_index, any(wanted))
+        dlogits_CV = logits_CV  # overwritten in place
+        if dhidden is not None:
+            torch.mm(dlogits_CV, weight, out=dhidden[start : start + rows])
+        if dweight is not None:
+            _accumulate(dweight, dlogits_CV, hidden_CH, first=start == 0)
+        if dbias is not None:
+            dbias += dlogits_CV.sum(0, dtype=sum_dtype)
+    total, *others = out.sum(0).unbind()
+    labelled = count = (labels != ignore_index).sum()
+    if num_items_in_batch is not None:
+        count = torch.as_tensor(num_items_in_batch)  # what is on the CPU stays there: dividing by it needs no copy
+        count = count.to(total.device) if count.device.type != "cpu" else count
+    factors = (buffer[:N], hidden) if wanted[1] and later else (dweight, None)
+    parts = dhidden, factors[0], dbias, factors[1]
+    return Loss(total, count, labelled, parts, Statistics(labelled, *others) if counts else None)

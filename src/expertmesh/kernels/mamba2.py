@@ -6,16 +6,24 @@ One autograd function around the kernels: their gradients are written side by si
 lies between only the scan's output is kept; the convolution is run again.
 """
 
+import inspect
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from transformers.models.nemotron_h import modeling_nemotron_h as nemotron_h
 
-from expertmesh.backends import use_triton
-from expertmesh.kernels.causal_conv import causal_conv_reference, conv_backward, conv_forward
-from expertmesh.kernels.rms_norm import channels_last, gated_norm_reference, launch_backward, launch_forward
-from expertmesh.kernels.ssd import Sizes, split, ssd_forward, ssd_reference
+from expertmesh.backends import either, opaque
+from expertmesh.kernels.causal_conv import conv_backward, conv_forward
+from expertmesh.kernels.documents import by_document
+from expertmesh.kernels.rms_norm import channels_last, launch_backward, launch_forward
+from expertmesh.kernels.ssd import Sizes, split, ssd_forward
 from expertmesh.kernels.ssd_backward import ssd_backward
+
+#: the specifications of the three: Transformers' own, in PyTorch also where it has libraries for them
+conv_reference, scan_reference = map(inspect.unwrap, (nemotron_h.causal_conv1d_fn, nemotron_h.mamba2_chunk_scan))
+norm_reference: Any = nemotron_h.NemotronHRMSNormGated.forward
 
 
 class Mamba2Weights(NamedTuple):
@@ -38,25 +46,6 @@ class Mamba2Options(NamedTuple):
     eps: float
 
 
-@torch.compiler.disable
-def mamba2(
-    projected: torch.Tensor,
-    weights: Mamba2Weights,
-    options: Mamba2Options,
-    start_BS: torch.Tensor | None = None,
-    mask_BS: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """y [B, S, W] in projected's dtype; differentiable once in projected and the weights.
-
-    projected: [B, S, W + K + H], gate, xbc and dt side by side as `in_proj` leaves them; start: [B, S] int32 for packed
-    rows (`documents.document_starts`); mask: [B, S], zero where tokens are padding. Must equal what the Mamba2 mixers
-    of Transformers do between in_proj and out_proj, document by document.
-    """
-    if use_triton(projected) and projected.numel():
-        return _Mamba2.apply(projected, options, start_BS, mask_BS, *weights)
-    return mamba2_reference(projected, weights, options, start_BS, mask_BS)
-
-
 def mamba2_reference(
     projected: torch.Tensor,
     weights: Mamba2Weights,
@@ -64,15 +53,24 @@ def mamba2_reference(
     start_BS: torch.Tensor | None = None,
     mask_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The specification: the references of the three, one after the other."""
+    """y [B, S, W] in projected's dtype; of `mamba2` the specification: Transformers' functions, document by document.
+
+    projected: [B, S, W + K + H], gate, xbc and dt side by side as `in_proj` leaves them; start: [B, S] int32 for packed
+    rows (`documents.document_starts`); mask: [B, S], zero where tokens are padding. `mamba2` is differentiable once in
+    projected and the weights.
+    """
+    if start_BS is not None:
+        alone = lambda x, mask: mamba2_reference(x, weights, options, None, mask)  # noqa: E731
+        return by_document(alone, start_BS, projected, mask_BS)
     sizes = _sizes(projected, weights, options)
     gate, xbc, dt = _parts(projected, sizes)
-    xbc = _masked(causal_conv_reference(xbc, weights.conv_K4, weights.conv_bias_K, start_BS), mask_BS)
-    x, B, C = split(xbc, sizes)
-    scanned = ssd_reference(
-        x, dt, weights.A_H, B, C, weights.D_H, weights.dt_bias_H, dt_limit=options.dt_limit, start_BS=start_BS
-    )
-    return gated_norm_reference(scanned.flatten(2), gate, weights.norm_W, options.eps, options.groups)
+    xbc = conv_reference(xbc.transpose(1, 2), weights.conv_K4, weights.conv_bias_K, "silu").transpose(1, 2)
+    x, B, C = split(nemotron_h.apply_mask_to_padding_states(xbc, mask_BS), sizes)
+    known = dict(D=weights.D_H, dt_bias=weights.dt_bias_H, dt_softplus=True, dt_limit=options.dt_limit)
+    scanned = scan_reference(x, dt, weights.A_H, B, C, 64, **known)
+    group = sizes.H * sizes.P // options.groups
+    norm = SimpleNamespace(weight=weights.norm_W, variance_epsilon=options.eps, group_size=group)
+    return norm_reference(norm, scanned.flatten(2), gate).to(projected.dtype)
 
 
 def _sizes(projected: torch.Tensor, weights: Mamba2Weights, options: Mamba2Options) -> Sizes:
@@ -86,10 +84,6 @@ def _parts(projected: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
     return projected.split([width, width + 2 * sizes.G * sizes.N, sizes.H], dim=-1)
 
 
-def _masked(x_BSK: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
-    return x_BSK if mask_BS is None else (x_BSK * mask_BS.unsqueeze(-1)).to(x_BSK.dtype)
-
-
 class _Mamba2(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -99,7 +93,7 @@ class _Mamba2(torch.autograd.Function):
         projected, w = channels_last(projected), Mamba2Weights(*weights)  # type: ignore[arg-type]
         ctx.options, ctx.sizes = options, _sizes(projected, w, options)
         gate, xbc, dt = _parts(projected, ctx.sizes)
-        xbc = _masked(conv_forward(xbc, w.conv_K4, w.conv_bias_K, start), mask)
+        xbc = nemotron_h.apply_mask_to_padding_states(conv_forward(xbc, w.conv_K4, w.conv_bias_K, start), mask)
         scanned = ssd_forward(xbc, dt, w.A_H, w.D_H, w.dt_bias_H, start, ctx.sizes, options.dt_limit)
         ctx.save_for_backward(projected, start, mask, scanned, *weights)
         return launch_forward(scanned, gate, w.norm_W, options.eps, "float32", options.groups)[0]
@@ -112,11 +106,22 @@ class _Mamba2(torch.autograd.Function):
         dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
         (gate, xbc, dt), (dgate, dxbc, ddt) = (_parts(t, sizes) for t in (projected, dprojected))
         dscanned, dnorm = launch_backward(scanned, gate, w.norm_W, dy, dgate, options.eps, "float32", options.groups)
-        xbc_out = _masked(conv_forward(xbc, w.conv_K4, w.conv_bias_K, start), mask)
+        xbc_out = nemotron_h.apply_mask_to_padding_states(conv_forward(xbc, w.conv_K4, w.conv_bias_K, start), mask)
         dxbc_out = torch.empty_like(xbc_out)
         dA, d_dt_bias, dD = ssd_backward(
             xbc_out, dt, w.A_H, w.D_H, w.dt_bias_H, start, sizes, options.dt_limit, dscanned, dxbc_out, ddt
         )
-        dconv = conv_backward(xbc, w.conv_K4, w.conv_bias_K, start, _masked(dxbc_out, mask), dxbc)
+        dconv = conv_backward(
+            xbc, w.conv_K4, w.conv_bias_K, start, nemotron_h.apply_mask_to_padding_states(dxbc_out, mask), dxbc
+        )
         small = dA.to(w.A_H.dtype), dD.to(w.D_H.dtype), d_dt_bias.to(w.dt_bias_H.dtype)
         return dprojected, None, None, None, *dconv, *small, dnorm
+
+
+def _mamba2_triton(
+    projected: torch.Tensor, weights: Mamba2Weights, options: Mamba2Options, start: Any = None, mask: Any = None
+) -> torch.Tensor:
+    return _Mamba2.apply(projected, options, start, mask, *weights)
+
+
+mamba2 = opaque(mamba2_reference)(either(_mamba2_triton, mamba2_reference))

@@ -161,13 +161,11 @@ def _launch(
 ) -> None:
     """inputs: q, kv and k_rope, or the gradients of query, key and value."""
     (B, S, N, D), R = inputs[0].shape, cos.shape[-1]
-    if B * S:
-        _heads[(B * S, 1 if back else triton.cdiv(N, HEADS))](
-            *inputs, cos, sin, *outs, S, *(stride for x in inputs for stride in x.stride()[:3]), *rotation_strides(cos),
-            N=N, P=D - R, HALF=R // 2, V=V, BLOCK_P=triton.next_power_of_2(D - R),
-            BLOCK_HALF=triton.next_power_of_2(R // 2), BLOCK_V=triton.next_power_of_2(V), HEADS=HEADS, BACK=back,
-            num_warps=4,
-        )  # fmt: skip
+    _heads[(B * S, 1 if back else triton.cdiv(N, HEADS))](
+        *inputs, cos, sin, *outs, S, *(stride for x in inputs for stride in x.stride()[:3]), *rotation_strides(cos),
+        N=N, P=D - R, HALF=R // 2, V=V, BLOCK_P=triton.next_power_of_2(D - R), BLOCK_V=triton.next_power_of_2(V),
+        BLOCK_HALF=triton.next_power_of_2(R // 2), HEADS=HEADS, BACK=back, num_warps=4,
+    )  # fmt: skip
 
 
 class _MLARope(torch.autograd.Function):

@@ -51,18 +51,6 @@ FORMATS = {
 }
 
 
-def empty(format: str, shape: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scales) for weights [E, out, in], not written yet. Raises ValueError if `in` is not whole blocks."""
-    (*outer, inner), size = shape, FORMATS[format].size
-    if inner % size:
-        raise ValueError(
-            f"Experts with rows of {inner} weights cannot be packed in {format}, which takes blocks of {size}: load "
-            f"the model without quantization."
-        )
-    codes = torch.empty(*outer, inner // 2, dtype=torch.uint8, device=device)
-    return codes, torch.empty(*outer, inner // size, dtype=FORMATS[format].scale, device=device)
-
-
 @torch.no_grad()
 def encode(weight_EOI: torch.Tensor, format: str, codes: torch.Tensor, scales: torch.Tensor) -> None:
     """Write codes and scales that are nearest to weights [E, out, in], whose `in` may be strided.
@@ -194,9 +182,16 @@ class Packed(torch.Tensor):
 
     @classmethod
     def like(cls, weight: torch.Tensor, format: str, transposed: bool, buffer: DecodeBuffer) -> "Packed":
-        """Memory for a weight; nothing is written."""
-        shape = tuple(weight.transpose(1, 2).shape if transposed else weight.shape)
-        return cls(*empty(format, shape, weight.device), format, weight.dtype, transposed, buffer)
+        """Memory for a weight; nothing is written. Raises ValueError if its rows are not whole blocks."""
+        (E, out, inner), size = (weight.transpose(1, 2) if transposed else weight).shape, FORMATS[format].size
+        if inner % size:
+            raise ValueError(
+                f"Experts with rows of {inner} weights cannot be packed in {format}, which takes blocks of {size}: "
+                f"load the model without quantization."
+            )
+        codes = torch.empty(E, out, inner // 2, dtype=torch.uint8, device=weight.device)
+        scales = torch.empty(E, out, inner // size, dtype=FORMATS[format].scale, device=weight.device)
+        return cls(codes, scales, format, weight.dtype, transposed, buffer)
 
     def decode(self) -> torch.Tensor:
         """The weight, in the model's buffer, where the next one overwrites it."""
@@ -256,12 +251,3 @@ def packed_in(weight: Any) -> Packed | None:
     """The packed weight that a parameter is, or of which it holds this rank's experts; None of any other parameter."""
     held = weight._local_tensor if isinstance(weight, DTensor) else weight
     return held if isinstance(held, Packed) else None
-
-
-def parts_of(weight: Any) -> list[torch.Tensor]:
-    """[codes, scales] of a packed parameter, spread over ranks as it is."""
-    held: Any = packed_in(weight)
-    parts = [held.codes, held.scales]
-    if isinstance(weight, DTensor):
-        parts = [DTensor.from_local(x, weight.device_mesh, weight.placements, run_check=False) for x in parts]
-    return parts

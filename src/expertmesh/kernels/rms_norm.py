@@ -14,7 +14,6 @@ Letters: T rows, H width of what is normed, W = G·H width of rows of G groups.
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
@@ -71,15 +70,6 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, sca
     if scale == "float32":
         return (weight.float() * x_hat).to(x.dtype)
     return (x_hat * (1.0 + weight.float())).to(x.dtype)
-
-
-def gated_norm_reference(
-    x: torch.Tensor, gate: torch.Tensor, weight_W: torch.Tensor, eps: float, groups: int
-) -> torch.Tensor:
-    """The specification of the gated norm: `NemotronHRMSNormGated.forward`; x and gate [..., W] → [..., W] like x."""
-    v = (x.float() * F.silu(gate.float())).unflatten(-1, (groups, -1))
-    v = v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight_W.float() * v.flatten(-2)).to(x.dtype)
 
 
 def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -> None:
@@ -283,12 +273,10 @@ def launch_forward(
     other_TW = x_TW if other is None else last_contiguous(other)
     T, H = len(x_TW), x.shape[-1] // groups
     tile = row_tile(H, (GATED_TUNING if gated else TUNING)["forward"])
-    if y.numel():
-        norm_forward[(triton.cdiv(T, tile["BLOCK_T"]), groups)](
-            x_TW, other_TW, weight.contiguous(), y, y if total is x else total, T, H, x_TW.stride(0),
-            other_TW.stride(0), eps,
-            HAS_RESIDUAL=total is not x, HAS_GATE=gated, GROUPS=groups, SCALE=scale, **tile,
-        )  # fmt: skip
+    norm_forward[(triton.cdiv(T, tile["BLOCK_T"]), groups)](
+        x_TW, other_TW, weight.contiguous(), y, y if total is x else total, T, H, x_TW.stride(0), other_TW.stride(0),
+        eps, HAS_RESIDUAL=total is not x, HAS_GATE=gated, GROUPS=groups, SCALE=scale, **tile,
+    )  # fmt: skip
     return y, total
 
 

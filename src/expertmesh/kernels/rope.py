@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe as ernie
-from transformers.models.glm4_moe import modeling_glm4_moe as glm4
-from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
 from expertmesh.backends import tl, triton, use_triton
@@ -44,28 +41,17 @@ def rotary(
     cos, sin: [B or 1, S, R], R even and at most D; no gradient. Must equal `apply_rotary_pos_emb` of Transformers'
     Mixtral and GLM-4 (results in the dtype that x and cos promote to); interleaved, of ERNIE 4.5 (in x's dtype; R is D,
     of cos and sin the first half counts); with `half`, of GPT-OSS (in x's dtype; cos and sin are R / 2 wide, for both).
-    The results are transposed views of [B, S, N, D] memory.
+    The results are transposed views of [B, S, N, D] memory. Where Triton does not run, call those.
     """
     R = cos.shape[-1] * (2 if half else 1)
     assert cos.shape == sin.shape and cos.ndim == 3 and cos.shape[0] in (1, len(q)), "cos and sin are [B or 1, S, R]"
     assert R % 2 == 0 and q.shape[-1] >= R, "R is even and at most the heads' width"
-    if not use_triton(q):
-        return rotary_reference(q, k, cos, sin, interleaved, half)
     if interleaved:
         cos, sin = cos[..., : R // 2], sin[..., : R // 2]
     heads = q.transpose(1, 2), k.transpose(1, 2)
     dtypes = [x.dtype if interleaved or half else torch.promote_types(x.dtype, cos.dtype) for x in heads]
     q, k = _RoPE.apply(dtypes, cos, sin, R, interleaved, 0.0, *heads)
     return q.transpose(1, 2), k.transpose(1, 2)
-
-
-def rotary_reference(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False,
-    half: bool = False,
-) -> Pair:  # fmt: skip
-    """The specification of `rotary`: those families' own functions."""
-    family = gpt_oss if half else ernie if interleaved else glm4
-    return family.apply_rotary_pos_emb(q, k, cos, sin)
 
 
 def qk_norm_rope(
@@ -296,13 +282,12 @@ def _launch(
     assert B * S * max(NQ, NK) < 2**31, "heads are counted in 32 bits"
     outs = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in zip(heads, dtypes, strict=True))
     tuning = TUNING["norm and turn" if weights else "turn"]
-    if outs[0].numel():
-        _turn[(sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK)),)](
-            *heads, *(weights or (None, None)), cos, sin, *outs, B * S, S,
-            *heads[0].stride()[:3], *heads[1].stride()[:3], *rotation_strides(cos), eps,
-            NQ=NQ, NK=NK, D=D, R=R, SECOND=cos.shape[-1] - R // 2, INTERLEAVED=interleaved, BACK=back,
-            BLOCK=triton.next_power_of_2(R // 2), BLOCK_REST=triton.next_power_of_2(max(1, D - R)), **tuning,
-        )  # fmt: skip
+    _turn[(sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK)),)](
+        *heads, *(weights or (None, None)), cos, sin, *outs, B * S, S,
+        *heads[0].stride()[:3], *heads[1].stride()[:3], *rotation_strides(cos), eps,
+        NQ=NQ, NK=NK, D=D, R=R, SECOND=cos.shape[-1] - R // 2, INTERLEAVED=interleaved, BACK=back,
+        BLOCK=triton.next_power_of_2(R // 2), BLOCK_REST=triton.next_power_of_2(max(1, D - R)), **tuning,
+    )  # fmt: skip
     return outs
 
 

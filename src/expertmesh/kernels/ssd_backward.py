@@ -19,23 +19,10 @@ for which every program leaves a row of its own: all is deterministic.
 import torch
 
 from expertmesh.backends import tl, triton
+from expertmesh.kernels import ssd
 from expertmesh.kernels.launch import launched
 from expertmesh.kernels.rms_norm import channels_last, sum_partials
-from expertmesh.kernels.ssd import (
-    TUNING,
-    Sizes,
-    constants,
-    difference,
-    mix,
-    pairs,
-    place,
-    reaches,
-    row_at,
-    scan_states,
-    softplus,
-    split,
-    tokens,
-)
+from expertmesh.kernels.ssd import difference, pairs, place, reaches, row_at, softplus, tokens
 
 
 @launched
@@ -182,28 +169,28 @@ def _finish(
 
 def ssd_backward(
     xbc_BSK: torch.Tensor, dt_BSH: torch.Tensor, A_H: torch.Tensor, D_H: torch.Tensor, dt_bias_H: torch.Tensor,
-    start: torch.Tensor | None, sizes: Sizes, dt_limit: tuple[float, float], dy_BSI: torch.Tensor,
+    start: torch.Tensor | None, sizes: ssd.Sizes, dt_limit: tuple[float, float], dy_BSI: torch.Tensor,
     dxbc_BSK: torch.Tensor, ddt_BSH: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Writes dxbc and ddt (slices of a wider gradient or not) and returns float32 [3, H]: dA, d(dt_bias), dD."""
     xbc_BSK, dt_BSH, dy_BSI = channels_last(xbc_BSK), channels_last(dt_BSH), channels_last(dy_BSI.to(xbc_BSK.dtype))
-    dt, c, (states, dstates) = scan_states(xbc_BSK, dt_BSH, A_H, dt_bias_H, start, sizes, dt_limit, dy_BSI)
-    chunks, Q = states.shape[1], TUNING["chunk"]
-    x, B, C = split(xbc_BSK, sizes)
-    dx, dB, dC = split(dxbc_BSK, sizes)
-    known = constants("gradients", Q, sizes, x.dtype, start)
+    dt, c, (states, dstates) = ssd.scan_states(xbc_BSK, dt_BSH, A_H, dt_bias_H, start, sizes, dt_limit, dy_BSI)
+    chunks, Q = states.shape[1], ssd.TUNING["chunk"]
+    x, B, C = ssd.split(xbc_BSK, sizes)
+    dx, dB, dC = ssd.split(dxbc_BSK, sizes)
+    known = ssd.constants("gradients", Q, sizes, x.dtype, start)
     sums = torch.empty(4, *c.shape, dtype=torch.float32, device=x.device)
     blocks = Q // known["BLOCK"]
     through, dD = torch.empty(2, sizes.B * chunks, blocks, sizes.H, dtype=torch.float32, device=x.device)
     strides = *xbc_BSK.stride()[:2], *dy_BSI.stride()[:2], *dxbc_BSK.stride()[:2]
-    mix(xbc_BSK, dy_BSI, D_H, dt, c, start, dstates, dx, sizes)
+    ssd.mix(xbc_BSK, dy_BSI, D_H, dt, c, start, dstates, dx, sizes)
     for sources, dm, (intra, inter) in ((True, dB, sums[:2]), (False, dC, sums[2:])):
         _side[(sizes.B * chunks * sizes.G * blocks,)](
             x, B, C, dy_BSI, dt, c, start if start is not None else c, states, dstates, dm, intra, inter, through, dD,
             sizes.S, sizes.H, sizes.G, chunks, *strides, SOURCES=sources, **known,
         )  # fmt: skip
     partial = torch.empty(sizes.B * chunks, 3 * sizes.H, dtype=torch.float32, device=x.device)
-    finish = TUNING["finish"]
+    finish = ssd.TUNING["finish"]
     _finish[(sizes.B * chunks, triton.cdiv(sizes.H, finish["HEADS"]))](
         dt_BSH, dt_bias_H, A_H, dt, sums, through, dD, ddt_BSH, partial, sizes.S, sizes.H, chunks, c.numel(),
         *dt_BSH.stride()[:2], *ddt_BSH.stride()[:2], *map(float, dt_limit),

@@ -215,7 +215,7 @@ class FastRoPE(Fast):
 
     stands_for: tuple[str, ...] = (_ROPE, "rotate_half")
     probed = False
-    _interleaved = False
+    _options: dict[str, bool] = {}  # of `rotary`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -232,10 +232,9 @@ class FastRoPE(Fast):
         cls, stock: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What runs in place of `stock`, the function of this name in the HF class' module."""
-        # heads may lie elsewhere than in the kernel's layout
-        if unsqueeze_dim != 1 or cos.ndim != 3 or not backends.use_triton(q):
+        if unsqueeze_dim != 1 or cos.ndim != 3 or not backends.use_triton(q):  # the kernel has another layout
             return stock(q, k, cos, sin, unsqueeze_dim)
-        return rotary(q, k, cos, sin, cls._interleaved)
+        return rotary(q, k, cos, sin, **cls._options)
 
     @staticmethod
     def why_not(attention: Any) -> str | None:
@@ -247,7 +246,7 @@ class FastRoPE(Fast):
 class FastInterleavedRoPE(FastRoPE):
     """The same for RoPE of even and odd elements (ERNIE 4.5)."""
 
-    _interleaved = True
+    _options = {"interleaved": True}
 
 
 class FastSinkAttention(FastRoPE):
@@ -255,13 +254,7 @@ class FastSinkAttention(FastRoPE):
 
     probed = True
     stands_for = ("forward", "apply_rotary_pos_emb", "_apply_rotary_emb", "eager_attention_forward")
-
-    @classmethod
-    def turn(
-        cls, stock: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert unsqueeze_dim == 1, "heads before positions"
-        return rotary(q, k, cos, sin, half=True)
+    _options = {"half": True}
 
     @staticmethod
     def why_not(attention: Any) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
-from expertmesh.kernels.linear_cross_entropy import Statistics, in_product_dtype, linear_cross_entropy, scaled
+from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy, scaled
 from expertmesh.parallel.layout import units_of
 from expertmesh.records import current
 from expertmesh.twins import Fast, traced, untouched
@@ -174,8 +175,7 @@ class DeferredLogits(_Deferred):
 class DeferredGradient(_Deferred):
     """The loss' gradient of deferred logits: factor · (softmax(logits) - onehot(targets)), 0 where there is no target.
 
-    parts: the gradients of the head's hidden states (of those rows that `rows` names, or all), weight and bias that
-    follow from it, but for `factor` (`scaled` multiplies by it); None for what does not learn.
+    parts: as of `Loss`, but the hidden states' are of those rows that `rows` names, or all.
     """
 
     parts: tuple[Any, ...]
@@ -197,14 +197,16 @@ class DeferredGradient(_Deferred):
     def of_inputs(self, call: dict[str, bool], needed: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...] | None:
         """The gradients of the inputs of this call of a head, if they are what it needs."""
         known = not self._computed and self.call is call  # else somebody may have changed it in place
-        if not known or any(need and part is None for need, part in zip(needed, self.parts, strict=True)):
+        *parts, factor = self.parts
+        if not known or any(need and part is None for need, part in zip(needed, parts, strict=True)):
             return None
         hidden, weight, _ = self.made_of
-        dhidden = scaled(self.parts[0], self.factor, hidden.dtype)
+        dhidden = scaled(parts[0], self.factor, hidden.dtype)
         if dhidden is not None and self.rows is not None:
             dhidden = dhidden.new_zeros(hidden.flatten(0, -2).shape).index_copy_(0, self.rows, dhidden)
-        dweight = scaled(self.parts[1], self.factor / self.scale, weight.dtype)
-        dbias = scaled(self.parts[2], self.factor, weight.dtype)
+        dweight = scaled(parts[1] if factor is None else factor, self.factor / self.scale, weight.dtype)
+        dweight = dweight if factor is None else parts[1].t() @ dweight
+        dbias = scaled(parts[2], self.factor, weight.dtype)
         return dhidden if dhidden is None else dhidden.view(hidden.shape), dweight, dbias
 
 
@@ -257,7 +259,7 @@ def deferred_logits(hidden: Any, weight: Any, bias: Any, sharded: bool = False, 
     logits keep a copy as long as they live.
     """
     given = weight
-    hidden, weight, bias = in_product_dtype(hidden, weight, bias)
+    hidden, weight, bias = (None if x is None else x.to(backends.product_dtype(x)) for x in (hidden, weight, bias))
     sharded &= given is weight  # else it is a copy already
     copies = [None if x is None else x.detach().clone() for x in (weight, bias)] if sharded and keep else None
     return _Head.apply(hidden, weight, bias, copies and (hidden, *copies), sharded and not keep)
@@ -294,8 +296,6 @@ def causal_lm_loss(
         targets = next_tokens(labels, ignore_index)
     (hidden, weight, bias), scale, rows = known.made_of, known.scale, None
     targets = all_targets = targets.reshape(-1).to(hidden.device)
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(hidden.device)
     hidden = hidden.flatten(0, -2)
     if labelled and ignore_index == -100 and labelled < MOST_LABELLED * len(targets):
         rows = torch.nonzero_static(targets != ignore_index, size=labelled).flatten()
@@ -305,21 +305,33 @@ def causal_lm_loss(
 
     attributes: dict[str, Any] = {name: getattr(known, name) for name in ("versions", "call", "steps", "scale")}
     attributes |= {"shape": logits.shape, "dtype": logits.dtype, "ignore_index": ignore_index}
+    wanted = [want and logits.requires_grad and torch.is_grad_enabled() for want in known.wanted]
+    found = linear_cross_entropy(hidden, weight, bias, targets, num_items_in_batch, ignore_index, wanted, counts)
+    known.statistics = found.statistics
+    return _Loss.apply(logits, attributes, *found[:3], *found.parts, *known.made_of, all_targets, rows)
 
-    def gradient(parts: tuple, factor: torch.Tensor, *saved: Any) -> torch.Tensor:
-        *made_of, targets, rows = saved
+
+class _Loss(torch.autograd.Function):
+    """total / count, whose gradient, that of the logits, is deferred."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Any, attributes: dict[str, Any], total: torch.Tensor, count: torch.Tensor, *kept: Any
+    ) -> torch.Tensor:
+        ctx.attributes = attributes
+        ctx.save_for_backward(count, *kept)  # autograd drops it after the backward; nobody may change it before
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        count, labelled, *parts_and_inputs, targets, rows = ctx.saved_tensors
+        parts, made_of = parts_and_inputs[:4], parts_and_inputs[4:]
+        # nothing to learn from: the loss is nan where it is divided by 0, but gradients are zero, as in PyTorch
+        factor = (grad_output / count).masked_fill(labelled == 0, 0.0).reshape(1)
         of_loss = {"parts": parts, "factor": factor, "targets": targets, "rows": rows}
-        return DeferredGradient._of(made_of=made_of, **attributes, **of_loss)
-
-    found: list[Statistics] = []
-    wanted = [want and logits.requires_grad for want in known.wanted]
-    # what is saved autograd drops after the backward, and sees to it that nobody changes it before
-    through = logits, wanted, gradient, (*known.made_of, all_targets, rows)
-    options: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "bias": bias}
-    options |= {"statistics": found if counts else None, "through": through}
-    loss = linear_cross_entropy(hidden, weight, targets, **options)
-    known.statistics = found[0] if found else None
-    return loss
+        gradient = DeferredGradient._of(made_of=made_of, **ctx.attributes, **of_loss)
+        return gradient, *[None] * (2 + len(ctx.saved_tensors))
 
 
 def why_not_head(head: nn.Module | None) -> str | None:

@@ -8,9 +8,10 @@ Transformers' code runs.
 from typing import Any
 
 import torch
+from transformers.models.nemotron_h.modeling_nemotron_h import apply_mask_to_padding_states
 
-from expertmesh.backends import in_one_graph, tell_once
-from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2, mamba2_reference
+from expertmesh.backends import tell_once
+from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2
 from expertmesh.twins import Fast, cache_of, fingerprint, untouched
 
 
@@ -32,13 +33,11 @@ class FastMamba2Mixer(Fast):
                 kwargs["seq_idx"] = start_BS  # Transformers needs mamba-ssm for these rows, or raises
             return super().forward(hidden_states, cache, attention_mask, **kwargs)
         dtype = hidden_states.dtype
-        if attention_mask is not None:
-            hidden_states = (hidden_states * attention_mask.unsqueeze(-1)).to(dtype)
+        hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)
         conv, decay = self.conv1d, -torch.exp(self.A_log.float())
         weights = Mamba2Weights(conv.weight.squeeze(1), conv.bias, decay, self.D, self.dt_bias, self.norm.weight)
         options = Mamba2Options(self.head_dim, self.n_groups, self.time_step_limit, self.norm.variance_epsilon)
-        mixed = mamba2_reference if in_one_graph() else mamba2
-        y = mixed(self.in_proj(hidden_states), weights, options, start_BS, attention_mask)
+        y = mamba2(self.in_proj(hidden_states), weights, options, start_BS, attention_mask)
         return self.out_proj(y.to(dtype))
 
     @staticmethod

@@ -117,19 +117,15 @@ def _converted(
     """Weights by their names in the model, each of the shape that it has in `targets`."""
     try:
         found = group.convert(name, model=model, config=model.config)
+        values = {target: value[0] if isinstance(value, list) else value for target, value in found.items()}
+        for target, value in values.items():
+            if target in targets and value.shape != (shape := targets[target].shape):
+                raise ValueError(f"they have the shape {tuple(value.shape)}, the model's {tuple(shape)}")
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"The checkpoint's tensors for {name} do not fit together ({error}). One of them is missing or has the "
-            f"wrong shape: take a complete checkpoint of this model."
+            f"The checkpoint's tensors for {name} do not fit: {error}. One of them is missing, or they are another "
+            f"model's: take a complete checkpoint of this model."
         ) from error
-    values = {target: value[0] if isinstance(value, list) else value for target, value in found.items()}
-    for target, value in values.items():
-        if target in targets and value.shape != targets[target].shape:
-            raise ValueError(
-                f"The checkpoint's weights for {target} have the shape {tuple(value.shape)}, the model's "
-                f"{tuple(targets[target].shape)}. Part of them is missing, or they are another model's: take a "
-                f"complete checkpoint of this model."
-            )
     return values
 
 

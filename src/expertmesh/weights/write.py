@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, apply_converters, dot_natural_key, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from expertmesh.kernels.packed import packed_in, parts_of
+from expertmesh.kernels.packed import packed_in
 from expertmesh.layers.mtp import promise_what_is_kept
 from expertmesh.parallel import ranks
 from expertmesh.weights.files import replacing
@@ -49,9 +49,8 @@ def files_of(model: PreTrainedModel, max_shard_size: int | str = "5GB") -> Itera
 
     Every rank must exhaust it: it gathers.
     """
-    size = max_shard_size
-    limit = size if isinstance(size, int) else convert_file_size_to_int(size.upper())  # a small b is a bit to it
-    return _split(_own_tensors(model), limit)
+    size = max_shard_size.upper() if isinstance(max_shard_size, str) else max_shard_size  # a small b is a bit to it
+    return _split(_own_tensors(model), convert_file_size_to_int(size))
 
 
 def write_model(
@@ -145,9 +144,13 @@ def _saved_state(model: PreTrainedModel) -> dict[str, Any]:
 def in_parts(state: dict[str, Any]) -> dict[str, Any]:
     """`state` with blocks and scales, as in files of GPT-OSS, in the place of packed weights."""
     for name in [name for name, tensor in state.items() if packed_in(tensor) is not None]:
-        codes, scales = parts_of(state.pop(name))
-        state[f"{name}_blocks"] = codes.unflatten(-1, (scales.shape[-1], -1))
-        state[f"{name}_scales"] = scales
+        weight = state.pop(name)
+        held: Any = packed_in(weight)
+        parts = {"blocks": held.codes.unflatten(-1, (held.scales.shape[-1], -1)), "scales": held.scales}
+        for what, part in parts.items():
+            if isinstance(weight, DTensor):
+                part = DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False)
+            state[f"{name}_{what}"] = part
     return state
 
 
