@@ -442,6 +442,24 @@ def widths(rank: int, folder: Path, dispatch: str, boxes: Path) -> set[int]:
     return seen
 
 
+def tokens_sent(rank: int, folder: Path, tokens: list[int], boxes: Path) -> list[int]:
+    """How many rows of hidden states one rank sends in a forward, by exchange, once mailboxes are large enough."""
+    open_memory(boxes)
+    model, _ = load(folder, Case({"ep_size": 2, "dispatch": "gather"}))
+    sent, send = [], Mailboxes._send
+
+    def sends(self: Mailboxes, place: Any, part: torch.Tensor) -> None:
+        if part.shape[1:] == (model.config.hidden_size,):
+            sent.append(len(part))
+        send(self, place, part)
+
+    with mock.patch.object(Mailboxes, "_send", sends), torch.no_grad():
+        for _ in range(2):
+            sent.clear()
+            model(input_ids=torch.arange(tokens[rank])[None])
+    return sent
+
+
 def initialised(rank: int, family: str, cases: list[Case], tied: bool = False) -> list[dict[str, torch.Tensor]]:
     """Weights of `from_config` under every case; ranks are seeded differently, only rank 0's seed may count."""
     made = []

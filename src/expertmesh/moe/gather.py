@@ -47,14 +47,15 @@ class Gather(Exchange):
         self._rows = kept(lambda: most_tokens(len(x_TH), layer.group, layer.waits.place))
         self._sent: Sent | None = None
         if ahead and isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
-            self._sent = self._link.send_ahead(_padded(x_TH.detach(), self._rows))
+            self._began, self._sent = x_TH.detach(), self._link.send_ahead(_padded(x_TH.detach(), self._rows))
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> Rows:
         layer, sent, self._sent = self.layer, self._sent, None  # this lives until the backward
         parts = [x_TH, ids_TK, weight_TK]
         if self._num_tokens < self._rows:
-            nobody = layer.num_ranks * layer.num_local_experts
-            parts = [_padded(x_TH, self._rows), _padded(ids_TK, self._rows, nobody), _padded(weight_TK, self._rows)]
+            nobody, under_way = layer.num_ranks * layer.num_local_experts, sent and self._began.is_set_to(x_TH)
+            parts = [sent.part if sent and under_way else _padded(x_TH, self._rows)]
+            parts += [_padded(ids_TK, self._rows, nobody), _padded(weight_TK, self._rows)]
         x_MH, ids_MK, weight_MK = self._link.all_gather(parts, sent)
         # this rank's experts become 0, 1, …; all others', and the padding, something else
         return x_MH, ids_MK.sub_(layer.rank * layer.num_local_experts), weight_MK
