@@ -34,8 +34,7 @@ class BalanceRouters(TrainerCallback):
                 f"No router of {type(model).__name__} has an {BIAS} to move. Balance its experts by the auxiliary loss "
                 f"instead (router_aux_loss_coef)."
             )
-        counts = {name: torch.zeros_like(getattr(r, BIAS), dtype=torch.long) for name, r in self.routers.items()}
-        self.counts: dict[str, torch.Tensor] = counts
+        self.counts = {name: torch.zeros_like(getattr(r, BIAS), dtype=torch.long) for name, r in self.routers.items()}
         load.count_into(self.counts, self.routers)
 
     @torch.no_grad()

@@ -46,20 +46,23 @@ _broken: list[Any] = []  # graphs whose recording failed: the allocator may stil
 class GraphedStep:
     """`step(**batch)` does `loss = model(**batch).loss; loss.backward()` and returns the loss, without its graph.
 
-    run: does the whole step on a batch instead, forward and backward, and returns the loss. Whatever in a batch changes
-    from step to step must be a tensor. The first `WARM_UP` batches of a shape run eagerly, the next is recorded, and
-    later ones are replayed, for up to `MOST` shapes. All ranks must call it at the same time: a shape is that of all
-    ranks' batches together, and if any rank accumulates into gradients, all ranks run the step eagerly.
-    The next replay, of any shape, overwrites gradients.
+    run: does the whole step on a batch instead. Whatever in a batch changes from step to step must be a tensor. The
+    first `WARM_UP` batches of a shape run eagerly, the next is recorded, and later ones are replayed, for up to `MOST`
+    shapes. All ranks must call it at the same time: a shape is that of all ranks' batches together, and if any rank
+    accumulates into gradients, all ranks run the step eagerly. The next replay, of any shape, overwrites gradients.
 
-    `close()` drops all recordings. Call it before `destroy_process_group`, which waits for graphs that hold NCCL
-    collectives: `with contextlib.closing(GraphedStep(model)) as step`. Raises RuntimeError for a step that cannot be
-    recorded, after closing itself. If not `strict`, it logs a warning instead, and this and all later steps run
-    eagerly. If not `strict`, a shape also runs eagerly where its recording would leave no memory for another step.
+    Call `close()` before `destroy_process_group`, which waits for graphs that hold NCCL collectives. Raises
+    RuntimeError for a step that cannot be recorded, after closing itself. If not `strict`, it logs a warning instead,
+    and later steps run eagerly; so does a shape whose recording would leave no memory for another step.
     """
 
     def __init__(self, model: Any, run: Callable[..., torch.Tensor] | None = None, strict: bool = True) -> None:
-        self.model, self.run, self.strict = model, run or self._forward_backward, strict
+        def forward_backward(**batch: Any) -> torch.Tensor:
+            loss = model(**batch).loss
+            loss.backward()
+            return loss
+
+        self.model, self.run, self.strict = model, run or forward_backward, strict
         self.replayed = 0  # steps
         self.gave_up = False
         self._most = MOST
@@ -75,7 +78,12 @@ class GraphedStep:
         fresh = all(parameter.grad is None for parameter in self.model.parameters())
         modes = self.model.training, *(parameter.requires_grad for parameter in self.model.parameters())
         (shapes,) = meet(BEGINNING, _shape_of(modes, batch) if fresh else ACCUMULATING)
-        if ACCUMULATING in shapes or self.gave_up or not self._comes_again(shapes):
+        if ACCUMULATING in shapes or self.gave_up:
+            return self.eager(**batch)
+        self._seen[shapes] += 1
+        if not self.strict and len(self._seen) > MANY and 2 * self.replayed < self._seen.total():
+            self._end(f"batches come in too many shapes, {len(self._seen)} so far", strict=False)
+        if self.gave_up or (shapes not in self._recorded and len(self._recorded) >= self._most):
             return self.eager(**batch)
         if shapes not in self._recorded and self._seen[shapes] <= WARM_UP:
             return self.eager(**batch) if self._seen[shapes] < WARM_UP else self._rehearse(batch)
@@ -92,11 +100,6 @@ class GraphedStep:
             recorded.close()
         self._recorded.clear()
 
-    def _forward_backward(self, **batch: Any) -> torch.Tensor:
-        loss = self.model(**batch).loss
-        loss.backward()
-        return loss
-
     def eager(self, **batch: Any) -> torch.Tensor:
         """The step, run eagerly. On the recording's stream: autograd ties a parameter's AccumulateGrad to a stream."""
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -104,14 +107,6 @@ class GraphedStep:
             loss = self.run(**batch)
         torch.cuda.current_stream().wait_stream(self._stream)
         return loss.detach()
-
-    def _comes_again(self, shapes: tuple[int, ...]) -> bool:
-        """Count this batch; whether its shape is or may come to be recorded."""
-        self._seen[shapes] += 1
-        if not self.strict and len(self._seen) > MANY and 2 * self.replayed < self._seen.total():
-            self._end(f"batches come in too many shapes, {len(self._seen)} so far", strict=False)
-            return False
-        return shapes in self._recorded or len(self._recorded) < self._most
 
     def _rehearse(self, batch: dict[str, Any]) -> torch.Tensor:
         """The step, run eagerly, while looking for what would make its recording fail."""
@@ -203,9 +198,8 @@ KNOWN = {"expertmesh", "torch", "transformers", "accelerate", "trl", "peft", "bi
 
 def why_not_auto(trainer: Any) -> str | None:
     """Why steps that could be recorded should not be unless asked for: user code that may have to run at every step."""
-    code = {name: getattr(type(trainer), name) for name in ("compute_loss", "training_step")}
-    if trainer.compute_loss_func is not None:
-        code["compute_loss_func"] = trainer.compute_loss_func
+    own = {"compute_loss_func": trainer.compute_loss_func} if trainer.compute_loss_func is not None else {}
+    code = own | {name: getattr(type(trainer), name) for name in ("compute_loss", "training_step")}
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for name, module in trainer.model.named_modules():
         code |= {f"a hook on {name}": hook for kind in kinds for hook in getattr(module, kind).values()}
@@ -216,9 +210,8 @@ def why_not_auto(trainer: Any) -> str | None:
     for name, function in code.items():
         function = getattr(function, "func", function)  # of a functools.partial
         if (getattr(function, "__module__", None) or "").partition(".")[0] not in KNOWN:
-            return (
-                f"{name} is your code, and its Python would run while recording only. If that does, set cuda_graph=True"
-            )
+            why = f"{name} is your code, and its Python would run while recording only"
+            return f"{why}. If that does, set cuda_graph=True"
     return None
 
 

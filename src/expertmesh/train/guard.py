@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from expertmesh.data import REMEDY
 from expertmesh.parallel import ranks
@@ -99,20 +98,16 @@ class StepRecord:
         self.copied = torch.cuda.current_stream(signs.device).record_event() if signs.is_cuda else None
         return 1.0 - signs.all().float()
 
-    def check(
-        self, grad_norm: torch.Tensor | float, step: int, folder: str, model: nn.Module, decode: Callable | None,
-        release: Any = None,
-    ) -> None:  # fmt: skip
+    def check(self, trainer: Any, grad_norm: torch.Tensor | float) -> None:
         """Raises NonFiniteError for a loss or gradient norm that is not finite, ValueError without a supervised label.
 
-        Call `look` first. `step` counts from 1, `decode` turns token ids into text, `release` updates weights within
-        backward. This is the only place where a training step waits for the device: for the event after `look`, not
-        for later work, so that the host prepares the next step while the optimizer runs.
+        Call `look` first. This is the only place where a training step waits for the device: for the event after
+        `look`, not for later work, so that the host prepares the next step while the optimizer runs.
         """
         assert self.signs is not None
         if self.copied is not None:
             self.copied.synchronize()
-        has_labels, grad_finite, *loss_finite = self.signs.tolist()
+        (has_labels, grad_finite, *loss_finite), step = self.signs.tolist(), trainer.state.global_step + 1
         if not has_labels:
             raise ValueError(f"All labels of step {step} are masked: there is nothing to learn from. {REMEDY}")
         if all(loss_finite) and grad_finite:
@@ -123,7 +118,7 @@ class StepRecord:
         when, left = "before the optimizer ran", "No weight was changed"
         if not guilty:
             what, symptom, guilty = "gradient", f"the gradient is not finite (norm {norm})", [*range(len(loss_finite))]
-            if release is not None and release.changed():
+            if trainer._release is not None and trainer._release.changed():
                 when, left = "in its backward", "Weights behind it were changed: go back to a checkpoint"
         microbatches: list[dict[str, Any]] = []
         for i in guilty:
@@ -132,16 +127,15 @@ class StepRecord:
             found = {"loss": str(self.losses[i].item()), "rows": None if numbers is None else numbers.tolist()}
             microbatches.append(found | tokens)
         of_rank = f"-rank-{ranks.rank()}" if ranks.world_size() > 1 else ""  # each has its own batch
-        path = Path(folder) / f"nonfinite-step-{step}{of_rank}.json"
+        path = Path(trainer.args.output_dir or ".") / f"nonfinite-step-{step}{of_rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        saved = {"step": step, "what": what, "grad_norm": str(norm), "microbatches": microbatches}
-        path.write_text(json.dumps(saved))
+        path.write_text(json.dumps({"step": step, "what": what, "grad_norm": str(norm), "microbatches": microbatches}))
         known = all(batch["rows"] is not None for batch in microbatches)
         rows = [row for batch in microbatches for row in batch["rows"]] if known else None
         origin = "cannot be traced to rows" if rows is None else f"are rows {few(rows)} of the training data"
-        ids = self.batches[guilty[0]].get("input_ids")
+        ids, decode = self.batches[guilty[0]].get("input_ids"), getattr(trainer.processing_class, "decode", None)
         begin = f", beginning {decode(ids[0, :SHOWN].tolist())!r}" if decode and ids is not None else ""
-        damaged = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+        damaged = [name for name, weight in trainer.model.named_parameters() if not torch.isfinite(weight).all()]
         advice = ADVICE["weights" if damaged else what].format(count=len(damaged), first=next(iter(damaged), ""))
         raise NonFiniteError(
             f"Step {step} was stopped {when}: {symptom}. {left}. Its examples "

@@ -157,11 +157,10 @@ class ResumableTrainer(transformers.Trainer):
             verify(folder)
         else:
             log.warning("%s has no checkpoint.sha256, so its files cannot be checked.", folder)
-        target = self.model if model is None else model
-        plain = isinstance(target, transformers.PreTrainedModel) and not self._has_other_format
+        plain = isinstance(self.model, transformers.PreTrainedModel) and not self._has_other_format
         if not plain or not weight_files(folder):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_weights(target, folder)
+        load_weights(self.model, folder)
 
     def _load_best_model(self):
         if isinstance(self.model, transformers.PreTrainedModel) and not self._has_other_format:

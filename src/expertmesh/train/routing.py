@@ -32,18 +32,18 @@ class RouterLoad:
     `ranks`: how many share out the experts.
     """
 
+    first: np.ndarray | None = None
+    last: np.ndarray | None = None
+    total: np.ndarray | None = None
+    # of the microbatch in work, nonzero where a token is no padding; with another number of tokens it says nothing
+    mask: torch.Tensor | None = None
+
     def __init__(self, model: nn.Module):
-        self.first: np.ndarray | None = None
-        self.last: np.ndarray | None = None
-        self.total: np.ndarray | None = None
-        # of the microbatch in work, nonzero where a token is no padding; with another number of tokens it says nothing
-        self.mask: torch.Tensor | None = None
-        self._counts: dict[str, torch.Tensor] = {}
         layout = getattr(getattr(model, "config", None), "distributed_config", None)
         self.ranks: int = getattr(layout, "ep_size", None) or 1
-        found = dict(routers(model))
+        self._counts: dict[str, torch.Tensor] = {}
+        self.count_into(self._counts, found := dict(routers(model)))
         self.layers = list(found)
-        self.count_into(self._counts, found)
 
     def count_into(self, counts: dict[str, torch.Tensor], routers: Mapping[str, nn.Module]) -> None:
         """From now on every call in training adds to `counts[name]`, int64 [E], how many rows each expert got.
@@ -72,15 +72,13 @@ class RouterLoad:
 
         Waits for the device, and starts a new window. All ranks must call it.
         """
-        names = [name for name in self.layers if name in self._counts]
-        if not names:
+        if not (names := [name for name in self.layers if name in self._counts]):
             return {}
-        device = self._counts[names[0]].device
+        self.layers, device = names, self._counts[names[0]].device
         counts = torch.stack([self._counts[name].to(device) for name in names])
         if dist.is_initialized():
             dist.all_reduce(counts)
         counts_LE = counts.cpu().numpy()
-        self.layers = names
         for count_E in self._counts.values():
             count_E.zero_()
         if not counts_LE.any():

@@ -1,16 +1,9 @@
-"""Trainer: transformers', plus three things that every run should have. sft.py gives them to TRL's SFTTrainer.
-
-- a loss or gradient that is not finite stops the run before the optimizer step (guard.py)
-- how evenly the tokens are spread over the experts, in the logs (routing.py)
-- every record in output_dir/metrics.jsonl (metrics.py)
-
-Where that pays, steps are recorded as CUDA graphs (graphed.py). Checkpoints are those of resume.py.
+"""Trainer: transformers', with checkpoints (resume.py), what every run should have, and steps recorded where that pays
+(graphed.py). sft.py gives all that to TRL's SFTTrainer.
 """
 
 import copy
-import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from concurrent.futures import Future
@@ -34,14 +27,13 @@ from expertmesh.train.resume import ResumableTrainer
 from expertmesh.train.routing import RouterLoad
 from expertmesh.waiting import hosts, meet, waiting
 
-log = logging.getLogger(__name__)
-
 MOST_TOKENS = 8192  # of a GPU in a step: with more the GPU is the limit, and a recording only takes memory
 CANNOT, EITHER, BUCKET = 2, 1, 0  # a rank's batch: fits no bucket, needs none, needs one
 
 
 class Trainer(ResumableTrainer):
-    """transformers.Trainer that stops at a loss or gradient that is not finite and logs the load of the experts.
+    """transformers.Trainer that stops at a loss or gradient that is not finite, logs the load of the experts and keeps
+    every record in output_dir/metrics.jsonl.
 
     All arguments, methods and files are transformers'. `load` (RouterLoad) holds the counts of tokens per layer and
     expert. `train` raises `NonFiniteError` before the optimizer step, and ValueError for a step without a single
@@ -52,7 +44,6 @@ class Trainer(ResumableTrainer):
     says why. True: raises ValueError where it cannot work, and says what to change.
     """
 
-    _reads_masks = False  # whether a subclass needs attention_mask also where nothing is padded
     processing_class: Any
 
     def __init__(
@@ -99,7 +90,7 @@ class Trainer(ResumableTrainer):
         lays_out = self._base is not None and not fixed
         self._one_row_pays = lays_out and why_not_auto(self) is None
         rows = one_row if self._one_row_pays or (lays_out and self._records()) else None
-        self.data_collator = KeepRows(collator, self._base is not None and not self._reads_masks, rows)
+        self.data_collator = KeepRows(collator, self._base is not None, rows)
         self._signature_columns = [*columns, ROW]
         try:
             return super().get_train_dataloader()
@@ -127,7 +118,7 @@ class Trainer(ResumableTrainer):
         try:
             done = super().train(*args, **kwargs)
             if self.cuda_graph is True and self._graphed is not None and not self._graphed.replayed:
-                log.warning("cuda_graph=True replayed no step: too few batches had the same shape.")
+                backends.logger().warning("cuda_graph=True replayed no step: too few batches had the same shape.")
             return done
         finally:
             if self._graphed is not None:
@@ -232,12 +223,11 @@ class Trainer(ResumableTrainer):
 
     def _into_bucket(self, inputs: Mapping[str, Any], row: dict[str, Any] | None) -> tuple[Mapping[str, Any], bool]:
         """The batch of the step, and whether its tokens are few enough to record it. A bucket is that of all ranks."""
-        ids, stays, full = inputs.get("input_ids"), CANNOT, row is not None and _is_full(inputs, row)
-        own = (0 if ids is None else ids.numel(), 0, 0)
-        if row is not None and ids is not None:
-            own = sizes(row)
-            self._usual = ids.shape if self._usual is None and full else self._usual
-            stays = EITHER if full and ids.shape == self._usual else BUCKET
+        ids: Any = inputs.get("input_ids")
+        full = row is not None and _is_full(inputs, row)
+        self._usual = ids.shape if full and self._usual is None else self._usual
+        stays = CANNOT if row is None else EITHER if full and ids.shape == self._usual else BUCKET
+        own = sizes(row) if row is not None else (0 if ids is None else ids.numel(), 0, 0)
         ways, *needs = meet(BEGINNING, stays, *own)
         tokens, documents, longest = map(max, needs)
         if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
@@ -247,8 +237,6 @@ class Trainer(ResumableTrainer):
             bucket = bucket_for((tokens, documents, longest), self._buckets)
             if self._base.takes_documents(bucket[0]):
                 return filled(row, bucket), True
-        if full:  # a mask of ones; reading it would cost a synchronization
-            inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}
         return inputs, True
 
     @staticmethod
@@ -313,8 +301,7 @@ class Trainer(ResumableTrainer):
                 asking.remove()
                 del optimizer.found_inf
             self._ahead.fetch()  # while the device still computes what is checked
-            decode, folder = getattr(self.processing_class, "decode", None), self.args.output_dir or "."
-            self._record.check(watched, self.state.global_step + 1, folder, model, decode, self._release)
+            self._record.check(self, watched)
 
         if optimizer is None:
             check()
@@ -374,7 +361,6 @@ def _is_full(inputs: Any, row: dict[str, Any]) -> bool:
 
 def _numbered(dataset: Any) -> Any:
     """A datasets.Dataset with its row numbers as a column; anything else as it is, and its rows stay unknown."""
-    datasets: Any = sys.modules.get("datasets")  # not imported: then `dataset` is not one
-    if datasets is None or not isinstance(dataset, datasets.Dataset) or ROW in dataset.column_names:
+    if not hasattr(dataset, "add_column") or not hasattr(dataset, "__len__") or ROW in dataset.column_names:
         return dataset
     return dataset.add_column(ROW, list(range(len(dataset))))
