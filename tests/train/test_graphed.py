@@ -30,6 +30,9 @@ from tests.train.runs import tiny_run
 from tests.train.tape import Tape
 
 
+not_owned = graphed._not_owned  # the tape has another in its place
+
+
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch):
     tape.instead_of_cuda(monkeypatch)
@@ -80,6 +83,15 @@ def test_replayed_losses_and_gradients_are_those_of_each_batch():
     assert replays() == [3] and step.replayed == 3
     assert len(set(map(float, losses))) == len(losses)  # none is an alias of the recorded one
     assert not any(loss.requires_grad for loss in losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_memory_that_is_not_owned_is_the_same_memory(dtype):
+    x = torch.randn(6, 4).to(dtype)
+    for strided in (x, x[1:].T, x[:0], x.new_empty(0)):
+        alias = not_owned(strided)
+        assert alias.data_ptr() == strided.data_ptr() and alias.stride() == strided.stride()
+        assert alias.dtype == dtype and torch.equal(alias.float(), strided.float())
 
 
 def test_every_shape_is_warmed_up_and_recorded_up_to_a_number():

@@ -202,13 +202,12 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
             raise ConfigError(f"moe.freeze_router: {type(model).__name__} has no routers. Remove the key.")
         if config.quantization is not None:
             with refusing(f"quantization.experts: {name} cannot have its experts in 4 bits"):
-                found = [module for module in model.modules() if is_experts(module)]
+                found = [(weight, m) for m in model.modules() if is_experts(m) for weight in m.parameters()]
                 if not found:
                     raise ValueError("it has none")
-                for experts in found:
-                    for weight in experts.parameters():
-                        if weight.ndim == 3:
-                            Packed.like(weight, config.quantization.experts, experts.is_transposed, DecodeBuffer())
+                for weight, experts in found:
+                    if weight.ndim == 3:
+                        Packed.like(weight, config.quantization.experts, experts.is_transposed, DecodeBuffer())
         if (adapter := lora(config)) is not None:
             _check_targets(name, model, adapter)
 
