@@ -29,7 +29,6 @@ from tests.train import tape
 from tests.train.runs import tiny_run
 from tests.train.tape import Tape
 
-
 not_owned = graphed._not_owned  # the tape has another in its place
 
 

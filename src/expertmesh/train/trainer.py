@@ -121,10 +121,9 @@ class Trainer(ResumableTrainer):
                 backends.logger().warning("cuda_graph=True replayed no step: too few batches had the same shape.")
             return done
         finally:
-            if self._graphed is not None:
-                self._graphed.close()
-            if self._release is not None:
-                self._release.close()
+            for each in (self._graphed, self._release):
+                if each is not None:
+                    each.close()
             self._graphed = self._since = self._release = None
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any):
@@ -160,11 +159,8 @@ class Trainer(ResumableTrainer):
         release, backward = self._release, self.accelerator.backward
 
         def checked(loss: torch.Tensor, **options: Any) -> None:
-            seen = loss.detach()
-            if num_items_in_batch is not None:  # a step without a label counts as not finite
-                items = torch.as_tensor(num_items_in_batch).to(seen.device, non_blocking=True)
-                seen = torch.where(items > 0, seen, torch.nan)
-            release.check(seen)
+            # a step without a label counts as not finite, which what is divided by zero is
+            release.check(loss if num_items_in_batch is None else loss.detach() / (num_items_in_batch > 0))
             backward(loss, **options)
 
         self.accelerator.backward = checked
