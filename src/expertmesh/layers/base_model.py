@@ -243,6 +243,7 @@ def keeps_state(module: nn.Module) -> bool:
 
 
 def is_of_rows(x: Any, shape: tuple[int, int]) -> bool:
+    """Whether it says something of each token, [B, S] or [1, S]."""
     return isinstance(x, torch.Tensor) and x.ndim == 2 and x.shape[1] == shape[1] and x.shape[0] in (1, shape[0])
 
 
