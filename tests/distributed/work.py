@@ -321,11 +321,11 @@ def balanced(rank: int, folder: Path, case: Case) -> list[tuple[torch.Tensor, to
     model, setup = load(folder, case)
     load_of_experts = RouterLoad(model)
     balance = BalanceRouters(model, load_of_experts, 0.01)
-    before = [router.e_score_correction_bias.clone() for router in balance.routers.values()]
+    before = [router.e_score_correction_bias.clone() for router in balance.routers]
     loss_of(model, setup, rank)
-    counts = [count.clone() for count in balance.counts.values()]
+    counts = [load_of_experts.counts[router].clone() for router in balance.routers]
     balance.on_step_end()
-    biases = [router.e_score_correction_bias for router in balance.routers.values()]
+    biases = [router.e_score_correction_bias for router in balance.routers]
     return [(full(a - b), count) for a, b, count in zip(biases, before, counts, strict=True)]
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from expertmesh import Trainer
 from expertmesh.parallel.setup import recompute
 from expertmesh.train import graphed
-from expertmesh.train.buckets import Buckets, fused_base, one_row
+from expertmesh.train.buckets import bucket_for, filled, one_row, sizes
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 from tests.distributed import work
 from tests.distributed.ranks import on_ranks
@@ -106,8 +106,7 @@ def test_rows_of_changing_lengths_are_replayed_by_default_and_logged_as_any_othe
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3"])
 def test_replayed_buckets_give_the_gradients_of_the_batch_as_it_came(family, collator):
     model, other = (load_ours(family).cuda().train() for _ in range(2))
-    base, buckets = fused_base(model), Buckets()
-    base.bucketed = True
+    buckets = []
     with contextlib.closing(GraphedStep(model)) as step:
         for seed in range(WARM_UP + 4):
             generator = torch.Generator().manual_seed(seed)
@@ -115,15 +114,14 @@ def test_replayed_buckets_give_the_gradients_of_the_batch_as_it_came(family, col
             batch = collator([{"input_ids": torch.randint(3, 128, (n,), generator=generator).tolist()}
                               for n in lengths])  # fmt: skip
             row = one_row(batch)
-            bucket = buckets.of(row.input_ids.numel(), len(row.cu_seqlens) - 1, row.longest)
-            filled, batch = (
+            bucketed, batch = (
                 {key: x.cuda() if torch.is_tensor(x) else x for key, x in inputs.items()}
-                for inputs in (bucket.fill(row), batch)
+                for inputs in (filled(row, bucket_for(sizes(row), buckets)), batch)
             )
             model.zero_grad()
             other.zero_grad()
             count = torch.tensor(30 + seed, device="cuda")
-            loss = step(**filled, num_items_in_batch=count)
+            loss = step(**bucketed, num_items_in_batch=count)
             want = other(**batch, num_items_in_batch=count).loss
             want.backward()
             torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=0)

@@ -10,7 +10,7 @@ from transformers import DataCollatorWithFlattening
 
 from expertmesh.bench.rows import worst_error
 from expertmesh.layers.rows import look
-from expertmesh.train.buckets import Bucket, Buckets, fused_base, one_row
+from expertmesh.train.buckets import bucket_for, filled, fused_base, one_row, sizes
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 from expertmesh.train.trainer import Trainer
 from tests.models import load_ours, load_stock
@@ -52,14 +52,10 @@ BATCHES = {
 }
 
 
-def loss_and_gradients(model, base=None, **batch):
+def loss_and_gradients(model, **batch):
     model.zero_grad()
-    if base is not None:
-        base.bucketed = True
     loss = model(**batch, num_items_in_batch=torch.tensor(29)).loss
     loss.backward()
-    if base is not None:
-        base.bucketed = False
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -72,16 +68,15 @@ def ours(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bucket_gives_the_loss_and_gradients_of_the_batch_as_it_came(family, kind):
     model, batch = ours(family), BATCHES[kind]
-    base = fused_base(model)
     model.config.output_router_logits = hasattr(model, "router_aux_loss_coef")
     row = one_row(batch)
-    bucket = Buckets().of(row.input_ids.numel(), len(row.cu_seqlens) - 1, row.longest)
-    filled = bucket.fill(row)
-    assert filled["input_ids"].shape == (1, bucket.tokens) and len(filled["cu_seq_lens_q"]) == bucket.documents + 1
-    assert filled["cu_seq_lens_q"].diff().max() <= bucket.longest and filled["cu_seq_lens_q"][-1] == bucket.tokens
-    assert filled["attention_mask"].sum() == row.input_ids.numel() < bucket.tokens
+    tokens, documents, longest = bucket = bucket_for(sizes(row), [])
+    inputs = filled(row, bucket)
+    assert inputs["input_ids"].shape == (1, tokens) and len(inputs["cu_seq_lens_q"]) == documents + 1
+    assert inputs["cu_seq_lens_q"].diff().max() <= longest and inputs["cu_seq_lens_q"][-1] == tokens
+    assert inputs["attention_mask"].sum() == row["input_ids"].numel() < tokens
     want, wanted = loss_and_gradients(model, **batch)
-    loss, gradients = loss_and_gradients(model, base, **filled)
+    loss, gradients = loss_and_gradients(model, **inputs)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
     assert gradients.keys() == wanted.keys() and worst_error(gradients, wanted)[0] <= 1e-5
 
@@ -93,76 +88,91 @@ def test_batches_of_changing_lengths_are_replayed_from_one_bucket(family, monkey
     plain = {"experts": False, "linear_cross_entropy": False}  # on a CPU these want to know their rows
     model, other = (load_ours(family, fused=plain).train() for _ in range(2))
     model.set_experts_implementation("batched_mm")
-    base, buckets = fused_base(model), Buckets()
-    base.bucketed = True
-    step = GraphedStep(model)
+    buckets, step = [], GraphedStep(model)
     for seed in range(WARM_UP + 4):
         batch = padded(seed) if seed % 2 else packed(seed)
         row = one_row(batch)
-        bucket = buckets.of(row.input_ids.numel(), len(row.cu_seqlens) - 1, row.longest)
+        bucket = bucket_for(sizes(row), buckets)
         model.zero_grad()
         count = torch.tensor(20 + seed)
-        loss = step(**bucket.fill(row), num_items_in_batch=count)
+        loss = step(**filled(row, bucket), num_items_in_batch=count)
         other.zero_grad()
         want = other(**batch, num_items_in_batch=count).loss
         want.backward()
         torch.testing.assert_close(loss, want.detach(), rtol=1e-5, atol=0)
         grads = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, other)]
         assert worst_error(*grads)[0] <= 1e-5
-    assert len(buckets.made) == 1 and step.replayed == 4
+    assert len(buckets) == 1 and step.replayed == 4
+
+
+def holds(bucket, tokens, documents, longest):
+    """Whether such a row fits, and the documents of padding behind it."""
+    padding = -(-(bucket[0] - tokens) // bucket[2])
+    return tokens <= bucket[0] and longest <= bucket[2] and documents + padding <= bucket[1]
 
 
 def test_buckets_are_few():
-    buckets = Buckets()
+    buckets = []
     for seed in range(300):
         tokens, documents, longest = (
             int(torch.randint(low, high, (), generator=generator(3 * seed + i)))
             for i, (low, high) in enumerate([(4097, 8193), (1, 60), (500, 4096)])
         )
-        bucket = buckets.of(tokens, documents, longest)
-        assert bucket.holds(tokens, documents, longest) and bucket.tokens <= 1.25 * tokens
-    used = {buckets.of(tokens, 20, 1000) for tokens in range(4097, 8193)}
-    assert len(used) == 4 and len(buckets.made) <= 8
+        bucket = bucket_for((tokens, documents, longest), buckets)
+        assert holds(bucket, tokens, documents, longest) and bucket[0] <= 1.25 * tokens
+    used = {bucket_for((tokens, 20, 1000), buckets) for tokens in range(4097, 8193)}
+    assert len(used) == 4 and len(buckets) <= 8
 
 
 def test_a_larger_bucket_than_the_row_s_own_holds_its_documents_of_padding():
     row = one_row(packed())  # another rank's row is longer
-    filled = Bucket(512, 32, 64).fill(row)
-    assert filled["cu_seq_lens_q"].diff().max() <= 64 and filled["cu_seq_lens_q"][-1] == 512
-    assert (filled["position_ids"] < 64).all()
-    assert not Bucket(512, 8, 64).holds(row.input_ids.numel(), 5, 15)
-    assert Bucket(128, 3, 64).holds(100, 2, 60) and not Bucket(128, 2, 64).holds(100, 2, 60), "28 tokens are one more"
-    assert Bucket(128, 2, 64).holds(128, 2, 64) and not Bucket(128, 2, 64).holds(128, 2, 65)
+    inputs = filled(row, (512, 32, 64))
+    assert inputs["cu_seq_lens_q"].diff().max() <= 64 and inputs["cu_seq_lens_q"][-1] == 512
+    assert (inputs["position_ids"] < 64).all()
+
+
+@pytest.mark.parametrize(
+    ("made", "row", "fits"),
+    [
+        ((128, 3, 64), (100, 2, 60), True),
+        ((128, 2, 64), (100, 2, 60), False),  # 28 tokens are one document more
+        ((128, 2, 64), (128, 2, 64), True),
+        ((128, 2, 64), (128, 2, 65), False),
+        ((512, 32, 64), (100, 2, 60), False),  # of more tokens than its own would have
+    ],
+)
+def test_a_row_takes_a_bucket_that_holds_it_and_its_padding(made, row, fits):
+    assert (bucket_for(row, [made]) == made) == fits
 
 
 def test_the_smallest_bucket_that_holds_a_row_is_taken():
-    buckets = Buckets()
-    small, large = buckets.of(100, 3, 60), buckets.of(100, 40, 60)
-    assert small != large and buckets.of(100, 3, 60) == small
+    buckets = []
+    small, large = (bucket_for((100, documents, 60), buckets) for documents in (3, 40))
+    assert small != large and bucket_for((100, 3, 60), buckets) == small
 
 
 def test_a_new_bucket_is_made_for_what_was_large_before():
-    buckets = Buckets()
-    buckets.of(5000, 60, 3000)
-    bucket = buckets.of(7000, 1, 100)
-    assert buckets.of(7000, 60, 3000) == bucket and len(buckets.made) == 2
-    assert Buckets().of(4100, 30, 60).holds(4100, 30, 60), "1020 tokens are 16 documents of padding"
+    buckets = []
+    bucket_for((5000, 60, 3000), buckets)
+    bucket = bucket_for((7000, 1, 100), buckets)
+    assert bucket_for((7000, 60, 3000), buckets) == bucket and len(buckets) == 2
+    assert holds(bucket_for((4100, 30, 60), []), 4100, 30, 60), "1020 tokens are 16 documents of padding"
 
 
 def test_documents_are_those_that_are_told_unless_a_mask_takes_tokens_away():
     batch = packed()
     length, bounds = batch["input_ids"].numel(), batch["cu_seq_lens_q"]
     row = one_row(batch | {"position_ids": torch.arange(length)[None]})
-    assert torch.equal(row.cu_seqlens, bounds)
+    assert torch.equal(row["cu_seq_lens_q"], bounds)
     padding = torch.arange(length)[None] == length - 1
     row = one_row(batch | {"attention_mask": ~padding, "labels": batch["labels"].masked_fill(padding, -100)})
-    assert row.cu_seqlens[-1] == row.input_ids.numel() == length - 1
+    assert row["cu_seq_lens_q"][-1] == row["input_ids"].numel() == length - 1
 
 
 def test_positions_of_one_row_are_those_of_all():
     rows = BATCHES["rows without padding"]
     row = one_row(rows | {"position_ids": torch.arange(17)[None]})
-    assert torch.equal(row.position_ids, one_row(rows).position_ids)
+    assert torch.equal(row["position_ids"], one_row(rows)["position_ids"])
 
 
 def left_padded_and_labelled():

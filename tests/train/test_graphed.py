@@ -18,7 +18,7 @@ from expertmesh.moe import gather as links
 from expertmesh.moe.block import routers
 from expertmesh.train import graphed
 from expertmesh.train.balance import BIAS, BalanceRouters
-from expertmesh.train.buckets import Bucket, Buckets, one_row
+from expertmesh.train.buckets import fused_base, one_row
 from expertmesh.train.config import ConfigError, load_config
 from expertmesh.train.graphed import MOST, WARM_UP, GraphedStep
 from expertmesh.train.metrics import read_metrics
@@ -28,6 +28,8 @@ from tests.models import load_ours
 from tests.train import tape
 from tests.train.runs import tiny_run
 from tests.train.tape import Tape
+
+not_owned = graphed._not_owned  # the tape has another in its place
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +82,15 @@ def test_replayed_losses_and_gradients_are_those_of_each_batch():
     assert replays() == [3] and step.replayed == 3
     assert len(set(map(float, losses))) == len(losses)  # none is an alias of the recorded one
     assert not any(loss.requires_grad for loss in losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_memory_that_is_not_owned_is_the_same_memory(dtype):
+    x = torch.randn(6, 4).to(dtype)
+    for strided in (x, x[1:].T, x[:0], x.new_empty(0)):
+        alias = not_owned(strided)
+        assert alias.data_ptr() == strided.data_ptr() and alias.stride() == strided.stride()
+        assert alias.dtype == dtype and torch.equal(alias.float(), strided.float())
 
 
 def test_every_shape_is_warmed_up_and_recorded_up_to_a_number():
@@ -493,7 +504,7 @@ def test_rows_of_changing_lengths_are_replayed_by_default(tmp_path, on_cpu, fami
 
 
 def test_rows_of_one_length_stay_rows(tmp_path, on_cpu, monkeypatch):
-    monkeypatch.setattr(Bucket, "fill", None)
+    monkeypatch.setattr("expertmesh.train.trainer.filled", None)
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(3, 67).view(16, 4).repeat(4, 1).tolist()]
     trainer = Trainer(fused_model(), arguments(tmp_path), train_dataset=rows)
     trainer.train()
@@ -557,13 +568,13 @@ def buckets_of_ranks(rank):
     """What each rank's batch is brought to: full rows on both, then longer ones on one, then one that cannot be."""
     dist.init_process_group("gloo")
     model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
-    trainer = SimpleNamespace(cuda_graph=True, model=model, _buckets=Buckets(), _usual=None)
+    trainer = SimpleNamespace(cuda_graph=True, _base=fused_base(model), _buckets=[], _usual=None)
     found = []
     for length, hole in [((12, 12), False), ((12, 70), False), ((12, 12), True)]:
         ids = torch.arange(3, 3 + length[rank])[None]
         batch = {"input_ids": ids, "labels": ids}
-        filled, bucketed, few = Trainer._into_bucket(trainer, batch, None if hole and rank else one_row(batch))
-        found.append((tuple(filled["input_ids"].shape), bucketed, few))
+        filled, few = Trainer._into_bucket(trainer, batch, None if hole and rank else one_row(batch))
+        found.append((tuple(filled["input_ids"].shape), "bucketed" in filled, few))
     return found
 
 

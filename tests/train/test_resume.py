@@ -168,6 +168,18 @@ def test_only_the_model_where_only_the_model_is_asked_for(tmp_path):
     verify(tmp_path / "checkpoint-4")
 
 
+def test_what_is_saved_is_not_told_otherwise_while_a_trainer_is_made(tmp_path, monkeypatch):
+    """By it transformers refuses DeepSpeed and Accelerate's FSDP with the best model at the end."""
+    make, seen = transformers.Trainer.create_accelerator_and_postprocess, []
+
+    def look(self):
+        seen.append(self.args.save_only_model)
+        make(self)
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", look)
+    assert not trainer(tmp_path).args.save_only_model and seen == [False]
+
+
 def train_on_ranks(rank: int, folder, setup: dict, resume) -> tuple[list[float], dict]:
     model = expertmesh.AutoModelForCausalLM.from_pretrained(
         folder.parent / "source", dtype=torch.float32, distributed_setup=setup

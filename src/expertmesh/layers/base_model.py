@@ -40,8 +40,6 @@ class FastBaseModel(Fast):
     In training a cache of padded rows, and of several documents, is filled only if the caller asks for it.
     """
 
-    #: set by our Trainer: documents are where `cu_seq_lens_q` says, a mask beside it is for the auxiliary loss alone
-    bucketed = False
     _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
     _replicate_for_data_parallel = refuse_replicas
     _mamba2 = False  # whether there are mixers of ours with a state from token to token
@@ -89,16 +87,17 @@ class FastBaseModel(Fast):
         numbers: Any = inputs.get("seq_idx")
         if _has_axes(positions):
             positions, numbers = (positions[0], numbers) if len(positions) == 4 else (None, _number(positions, mask))
-        if not all(x is None or _is_of_rows(x, shape) for x in (positions, numbers)):
+        if not all(x is None or is_of_rows(x, shape) for x in (positions, numbers)):
             return None
         told, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
         documents, apart = None, None
-        if told is not None and longest is not None and (mask is None or self.bucketed):
+        # as our Trainer marks it the mask beside them is for the auxiliary loss alone
+        if told is not None and longest is not None and (mask is None or inputs.pop("bucketed", False)):
             documents = Documents(told.int(), int(longest))
         elif told is not None and numbers is None:
             numbers = document_of(told, *shape)
         marked = positions is not None or numbers is not None
-        if mask is not None and not _is_of_rows(mask, shape):  # of the user's own, which only attention goes by
+        if mask is not None and not is_of_rows(mask, shape):  # of the user's own, which only attention goes by
             stateful = self._mamba2 or self._stateful is not None
             if stateful and marked and look(shape, None, positions, numbers).count > shape[0]:
                 self._refuse_leaks(inputs)
@@ -244,7 +243,8 @@ def keeps_state(module: nn.Module) -> bool:
     return has_conv or re.search(r"(Lightning|Linear)Attention|DeltaNet|DeltaAttention|Mamba\w*Mixer", name) is not None
 
 
-def _is_of_rows(x: Any, shape: tuple[int, int]) -> bool:
+def is_of_rows(x: Any, shape: tuple[int, int]) -> bool:
+    """Whether it says something of each token, [B, S] or [1, S]."""
     return isinstance(x, torch.Tensor) and x.ndim == 2 and x.shape[1] == shape[1] and x.shape[0] in (1, shape[0])
 
 

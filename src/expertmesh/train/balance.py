@@ -20,33 +20,34 @@ BIAS = "e_score_correction_bias"
 
 
 class BalanceRouters(TrainerCallback):
-    """A callback for `Trainer`. `load` knows which tokens are padding (the trainer's own `trainer.load`).
+    """A callback for `Trainer`. `load` counts the tokens (the trainer's own, `trainer.load`).
 
     rate: by how much a bias moves per step; scores are between 0 and 1. DeepSeek-V3 was trained with 0.001. Raises
     ValueError if no router of the model has such a bias.
     """
 
     def __init__(self, model: nn.Module, load: RouterLoad, rate: float):
-        self.rate = rate
-        self.routers = {name: r for name, r in routers(model) if isinstance(getattr(r, BIAS, None), torch.Tensor)}
+        self.rate, self.load = rate, load
+        self.routers = [router for _, router in routers(model) if isinstance(getattr(router, BIAS, None), torch.Tensor)]
         if not self.routers:
             raise ValueError(
                 f"No router of {type(model).__name__} has an {BIAS} to move. Balance its experts by the auxiliary loss "
                 f"instead (router_aux_loss_coef)."
             )
-        counts = {name: torch.zeros_like(getattr(r, BIAS), dtype=torch.long) for name, r in self.routers.items()}
-        self.counts: dict[str, torch.Tensor] = counts
-        load.count_into(self.counts, self.routers)
+        self.before_LE = self._counts()
+
+    def _counts(self) -> torch.Tensor:
+        none, counts = torch.zeros_like(getattr(self.routers[0], BIAS), dtype=torch.long), self.load.counts
+        return torch.stack([counts.get(router, none) for router in self.routers])
 
     @torch.no_grad()
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """After the optimizer, on every rank; nothing here waits for the device. What did not run stays as it is."""
-        counts_LE = torch.stack([*self.counts.values()])
+        all_LE = self._counts()
+        counts_LE, self.before_LE = all_LE - self.before_LE.to(all_LE.device), all_LE
         if dist.is_initialized():
             dist.all_reduce(counts_LE)
         moves_LE = self.rate * (counts_LE.float().mean(1, keepdim=True) - counts_LE).sign()
-        for router, move_E in zip(self.routers.values(), moves_LE, strict=True):
+        for router, move_E in zip(self.routers, moves_LE, strict=True):
             bias: Any = getattr(router, BIAS)
             bias += move_E.to(bias)
-        for counts_E in self.counts.values():
-            counts_E.zero_()

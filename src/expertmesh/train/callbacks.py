@@ -21,11 +21,8 @@ class Interrupt(TrainerCallback):
     same time, nor all of them: after every step they agree whether to stop.
     """
 
-    def __init__(self) -> None:
-        self.exit_code: int | None = None
-        self._received = 0
-        self._before: dict[int, object] = {}
-        self._terminals: list[int] = []
+    exit_code: int | None = None
+    _received = 0
 
     def __enter__(self) -> "Interrupt":
         self._before = handling(self._on_signal)
@@ -46,8 +43,7 @@ class Interrupt(TrainerCallback):
         received = max(*meet("the end of a step", self._received))  # 0 if no rank received one
         if received and state.global_step < state.max_steps:
             self.exit_code = EXIT_CODES[signal.Signals(received)]
-            control.should_save = True
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
 
 class ProgressLine(TrainerCallback):
@@ -62,6 +58,7 @@ class ProgressLine(TrainerCallback):
         columns = BarColumn(16), MofNCompleteColumn(), said, TimeRemainingColumn(compact=True)
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("training", said="")
+        self.stop = self.bar.stop  # to be called at the end, also of a training that ends with an error
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
@@ -71,7 +68,6 @@ class ProgressLine(TrainerCallback):
         self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        logs = logs or {}
         parts = [text.format(logs[key]) for key, text in SAID.items() if key in logs]
         if "moe/max_vio" in logs:
             parts.append(f"expert balance {1 / (1 + logs['moe/max_vio']):.0%}")
@@ -80,7 +76,3 @@ class ProgressLine(TrainerCallback):
             self.bar.update(self.task, said=said)
         elif said:
             self.console.print(f"step {state.global_step}/{state.max_steps}  {said}")
-
-    def stop(self) -> None:
-        """Gives the terminal back: to be called at the end, also of a training that ends with an error."""
-        self.bar.stop()

@@ -13,11 +13,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
@@ -26,6 +24,8 @@ from expertmesh import backends
 from expertmesh.memory.offload import Offload
 from expertmesh.moe import gather as links
 from expertmesh.moe.gather import Gather
+from expertmesh.parallel import ranks
+from expertmesh.train.guard import whole_steps_only
 from expertmesh.waiting import meet
 
 WARM_UP = 3  # eager calls of a shape, which compile kernels and make buffers and streams; the last is the rehearsal
@@ -46,20 +46,23 @@ _broken: list[Any] = []  # graphs whose recording failed: the allocator may stil
 class GraphedStep:
     """`step(**batch)` does `loss = model(**batch).loss; loss.backward()` and returns the loss, without its graph.
 
-    run: does the whole step on a batch instead, forward and backward, and returns the loss. Whatever in a batch changes
-    from step to step must be a tensor. The first `WARM_UP` batches of a shape run eagerly, the next is recorded, and
-    later ones are replayed, for up to `MOST` shapes. All ranks must call it at the same time: a shape is that of all
-    ranks' batches together, and if any rank accumulates into gradients, all ranks run the step eagerly.
-    The next replay, of any shape, overwrites gradients.
+    run: does the whole step on a batch instead. Whatever in a batch changes from step to step must be a tensor. The
+    first `WARM_UP` batches of a shape run eagerly, the next is recorded, and later ones are replayed, for up to `MOST`
+    shapes. All ranks must call it at the same time: a shape is that of all ranks' batches together, and if any rank
+    accumulates into gradients, all ranks run the step eagerly. The next replay, of any shape, overwrites gradients.
 
-    `close()` drops all recordings. Call it before `destroy_process_group`, which waits for graphs that hold NCCL
-    collectives: `with contextlib.closing(GraphedStep(model)) as step`. Raises RuntimeError for a step that cannot be
-    recorded, after closing itself. If not `strict`, it logs a warning instead, and this and all later steps run
-    eagerly. If not `strict`, a shape also runs eagerly where its recording would leave no memory for another step.
+    Call `close()` before `destroy_process_group`, which waits for graphs that hold NCCL collectives. Raises
+    RuntimeError for a step that cannot be recorded, after closing itself. If not `strict`, it logs a warning instead,
+    and later steps run eagerly; so does a shape whose recording would leave no memory for another step.
     """
 
     def __init__(self, model: Any, run: Callable[..., torch.Tensor] | None = None, strict: bool = True) -> None:
-        self.model, self.run, self.strict = model, run or self._forward_backward, strict
+        def forward_backward(**batch: Any) -> torch.Tensor:
+            loss = model(**batch).loss
+            loss.backward()
+            return loss
+
+        self.model, self.run, self.strict = model, run or forward_backward, strict
         self.replayed = 0  # steps
         self.gave_up = False
         self._most = MOST
@@ -75,17 +78,19 @@ class GraphedStep:
         fresh = all(parameter.grad is None for parameter in self.model.parameters())
         modes = self.model.training, *(parameter.requires_grad for parameter in self.model.parameters())
         (shapes,) = meet(BEGINNING, _shape_of(modes, batch) if fresh else ACCUMULATING)
-        if ACCUMULATING in shapes or self.gave_up or not self._comes_again(shapes):
+        if ACCUMULATING in shapes or self.gave_up:
+            return self.eager(**batch)
+        self._seen[shapes] += 1
+        if not self.strict and len(self._seen) > MANY and 2 * self.replayed < self._seen.total():
+            self._end(f"batches come in too many shapes, {len(self._seen)} so far", strict=False)
+        if self.gave_up or (shapes not in self._recorded and len(self._recorded) >= self._most):
             return self.eager(**batch)
         if shapes not in self._recorded and self._seen[shapes] <= WARM_UP:
             return self.eager(**batch) if self._seen[shapes] < WARM_UP else self._rehearse(batch)
         if shapes in self._recorded and self._recorded[shapes].mailboxes != links.mailboxes():
             self.close()  # larger ones were made, at another place
-        if shapes not in self._recorded:
-            recorded = self._record(batch)
-            if recorded is None:
-                return self.eager(**batch)
-            self._recorded[shapes] = recorded
+        if shapes not in self._recorded and not self._record(shapes, batch):
+            return self.eager(**batch)
         self.replayed += 1
         return self._recorded[shapes].replay(batch)
 
@@ -95,11 +100,6 @@ class GraphedStep:
             recorded.close()
         self._recorded.clear()
 
-    def _forward_backward(self, **batch: Any) -> torch.Tensor:
-        loss = self.model(**batch).loss
-        loss.backward()
-        return loss
-
     def eager(self, **batch: Any) -> torch.Tensor:
         """The step, run eagerly. On the recording's stream: autograd ties a parameter's AccumulateGrad to a stream."""
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -108,53 +108,43 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(self._stream)
         return loss.detach()
 
-    def _comes_again(self, shapes: tuple[int, ...]) -> bool:
-        """Count this batch; whether its shape is or may come to be recorded."""
-        self._seen[shapes] += 1
-        if not self.strict and len(self._seen) > MANY and 2 * self.replayed < self._seen.total():
-            self._give_up(f"batches come in too many shapes, {len(self._seen)} so far")
-            return False
-        return shapes in self._recorded or len(self._recorded) < self._most
-
     def _rehearse(self, batch: dict[str, Any]) -> torch.Tensor:
         """The step, run eagerly, while looking for what would make its recording fail."""
         with _watching() as waits:
             loss = self.eager(**batch)
-        where = f"it waits for the GPU in {waits[0]}" if waits else "another rank waits for its GPU"
         if any(*meet(BEGINNING, len(waits))):
-            self._fail(where, self.strict)
+            self._end(f"it waits for the GPU in {waits[0]}" if waits else "another rank waits for its GPU", self.strict)
         elif not self.strict and any(*meet(BEGINNING, not _has_room())):
             self._most = len(self._recorded)
             if not self._most:
-                self._give_up("there is not the memory of a step to spare")
+                self._end("there is not the memory of a step to spare", strict=False)
         return loss
 
-    def _record(self, batch: dict[str, Any]) -> "_Recorded | None":
+    def _record(self, shapes: tuple[int, ...], batch: dict[str, Any]) -> bool:
+        """Record the step, unless that fails."""
         if not self._recorded:
             self._pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream()
         try:
-            return _Recorded(self, batch)
+            self._recorded[shapes] = _Recorded(self, batch)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # which ending a recording that failed does not
-            first = _first(error)
+            first = error
+            while isinstance(first.__context__, RuntimeError):  # ending it raises an error of its own
+                first = first.__context__
             self.model.zero_grad()  # what was to be filled by replays
             if self.strict and isinstance(first, torch.OutOfMemoryError):
                 self.close()
                 raise first from None
             # other ranks may have gone on, and what FSDP gathered while recording was never filled
-            alone = not self._sharded and not (dist.is_initialized() and dist.get_world_size() > 1)
-            self._fail(str(first).strip().split("\n")[0].rstrip("."), self.strict or not alone, error)
-            return None
+            alone = not self._sharded and ranks.world_size() == 1
+            self._end(str(first).strip().split("\n")[0].rstrip("."), self.strict or not alone, error)
+        return shapes in self._recorded
 
-    def _fail(self, why: str, strict: bool, error: RuntimeError | None = None) -> None:
-        if strict:
-            self.close()
-            raise RuntimeError(CANNOT.format(why=why)) from error
-        self._give_up(why)
-
-    def _give_up(self, why: str) -> None:
+    def _end(self, why: str, strict: bool, error: RuntimeError | None = None) -> None:
         self.close()
+        if strict:
+            raise RuntimeError(CANNOT.format(why=why)) from error
         self.gave_up = True
         backends.logger().warning(f"Steps are no more recorded as CUDA graphs, and run as always: {why}.")
 
@@ -198,17 +188,9 @@ def _not_owned(x: torch.Tensor) -> torch.Tensor:
     if isinstance(x, DTensor):
         local, placed = _not_owned(x.to_local()), (x.device_mesh, x.placements)
         return DTensor.from_local(local, *placed, run_check=False, shape=x.shape, stride=x.stride())
-    if not x.numel():
-        return x
-    size = x.element_size()
-    interface = {
-        "version": 3,
-        "data": (x.data_ptr(), False),
-        "shape": tuple(x.shape),
-        "strides": tuple(size * stride for stride in x.stride()),
-        "typestr": "|u1" if size == 1 else f"<i{size}",  # an integer of this size: there is no name for bfloat16
-    }
-    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=x.device).view(x.dtype)
+    owner = x.untyped_storage()
+    storage = torch._C._construct_storage_from_data_pointer(owner.data_ptr(), x.device, owner.nbytes())
+    return x.new_empty(0).set_(storage, x.storage_offset(), x.shape, x.stride())
 
 
 KNOWN = {"expertmesh", "torch", "transformers", "accelerate", "trl", "peft", "bitsandbytes", "liger_kernel"}
@@ -216,9 +198,8 @@ KNOWN = {"expertmesh", "torch", "transformers", "accelerate", "trl", "peft", "bi
 
 def why_not_auto(trainer: Any) -> str | None:
     """Why steps that could be recorded should not be unless asked for: user code that may have to run at every step."""
-    code = {name: getattr(type(trainer), name) for name in ("compute_loss", "training_step")}
-    if trainer.compute_loss_func is not None:
-        code["compute_loss_func"] = trainer.compute_loss_func
+    own = {"compute_loss_func": trainer.compute_loss_func} if trainer.compute_loss_func is not None else {}
+    code = own | {name: getattr(type(trainer), name) for name in ("compute_loss", "training_step")}
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for name, module in trainer.model.named_modules():
         code |= {f"a hook on {name}": hook for kind in kinds for hook in getattr(module, kind).values()}
@@ -229,9 +210,8 @@ def why_not_auto(trainer: Any) -> str | None:
     for name, function in code.items():
         function = getattr(function, "func", function)  # of a functools.partial
         if (getattr(function, "__module__", None) or "").partition(".")[0] not in KNOWN:
-            return (
-                f"{name} is your code, and its Python would run while recording only. If that does, set cuda_graph=True"
-            )
+            why = f"{name} is your code, and its Python would run while recording only"
+            return f"{why}. If that does, set cuda_graph=True"
     return None
 
 
@@ -260,32 +240,24 @@ def why_not(trainer: Any) -> str | None:
     """Why steps of a transformers.Trainer cannot be recorded, as it is set up, and what to change; or None."""
     args, model = trainer.args, trainer.model
     layout = getattr(getattr(model, "config", None), "distributed_config", None)
-    dispatch = Gather.ep_implementation
-    if layout is not None and (layout.ep_size or 1) > 1:
-        dispatch = layout.ep_implementation
-    released = getattr(trainer, "gradient_release", None) is not None
+    waits = layout is not None and (layout.ep_size or 1) > 1 and layout.ep_implementation != Gather.ep_implementation
     asked = args.activation_checkpointing_kwargs or {}
-    again = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+    again = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
     repeats = [asked, *(getattr(function, "keywords", {}) for function in again)]
     offloads = asked.get("offload") or "offload" in str(asked.get("recompute"))
     offloads = offloads or any(isinstance(function, Offload) for function in again)
     reasons = {
         f"it needs an NVIDIA GPU, and this run is on {args.device}. Start it on one": args.device.type != "cuda",
-        "gradients are accumulated over several microbatches. Set gradient_accumulation_steps=1 and raise "
-        "per_device_train_batch_size": args.gradient_accumulation_steps > 1,
-        "weights are updated within backward, and a replay is of gradients alone. Leave gradient_release out": released,
-        "float16's loss scaler decides by values. Train in bfloat16": trainer.accelerator.scaler is not None,
+        "weights are updated within backward, and a replay is of gradients alone. Leave gradient_release out": (
+            trainer.gradient_release is not None
+        ),
         "layers are recomputed inside of another backward. Set activation_checkpointing_kwargs={'use_reentrant': "
         "False}": any(options.get("use_reentrant") for options in repeats),
         "inputs of layers go to host memory. Recompute them without offloading": offloads,
         "torch_empty_cache_steps frees memory. Leave it unset": args.torch_empty_cache_steps is not None,
-        "on several GPUs it needs a model that is laid out as it is loaded. Pass distributed_setup= to "
-        "from_pretrained": args.n_gpu > 1
-        or (args.world_size > 1 and not trainer.is_distributed_loading_by_transformers),
-        "the CPU waits for what this dispatch sends. Load the model with dispatch='gather' (GPUs of a node)": dispatch
-        != Gather.ep_implementation,
+        "the CPU waits for what this dispatch sends. Load the model with dispatch='gather' (GPUs of a node)": waits,
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return next((reason for reason, holds in (reasons | whole_steps_only(trainer)).items() if holds), None)
 
 
 def _has_room() -> bool:
@@ -300,8 +272,3 @@ def _shape_of(modes: tuple[bool, ...], batch: dict[str, Any]) -> int:
     """The same number for batches that differ in the values of tensors only."""
     leaves, tree = tree_flatten(dict(sorted(batch.items())))
     return hash((modes, str(tree), *((x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)))
-
-
-def _first(error: RuntimeError) -> RuntimeError:
-    """What went wrong first: ending a recording that failed raises an error of its own."""
-    return _first(error.__context__) if isinstance(error.__context__, RuntimeError) else error

@@ -3,21 +3,18 @@
 The losses of an optimizer step and its gradient norm are checked together: one synchronization per step, not one per
 microbatch. Our AdamW reads a flag on the device (`found_inf`) and then changes no weight; the host reads the result
 while it runs. Other optimizers run after the host has read it. The microbatches at fault are saved with the error.
-Where weights are updated within backward the loss is checked before that (`checking`).
+Where weights are updated within backward the loss is checked before that (trainer.py).
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from expertmesh.data import REMEDY
-from expertmesh.memory.release import GradientRelease
 from expertmesh.parallel import ranks
 from expertmesh.train.errors import few
 
@@ -60,15 +57,14 @@ class KeepRows:
 
     collate: Callable[[list[Any]], Any]
     drop_masks: bool
-    one_row: Callable[[Any], tuple | None] | None
+    one_row: Callable[[Any], dict[str, Any] | None] | None
 
     def __call__(self, examples: list[Any]) -> Any:
         rows = [example.pop(ROW, None) if isinstance(example, MutableMapping) else None for example in examples]
         batch = self.collate(examples)
         if not isinstance(batch, MutableMapping):
             return batch
-        one = None if self.one_row is None else self.one_row(batch)
-        mask = padding_mask(batch)
+        one, mask = self.one_row and self.one_row(batch), padding_mask(batch)
         if self.drop_masks and mask is not None and mask.all():
             del batch["attention_mask"]
         if one is not None:
@@ -102,27 +98,28 @@ class StepRecord:
         self.copied = torch.cuda.current_stream(signs.device).record_event() if signs.is_cuda else None
         return 1.0 - signs.all().float()
 
-    def check(
-        self, grad_norm: torch.Tensor | float, step: int, folder: str, model: nn.Module, decode: Callable | None,
-        changed: Callable[[], bool] = lambda: False,
-    ) -> None:  # fmt: skip
+    def check(self, trainer: Any, grad_norm: torch.Tensor | float) -> None:
         """Raises NonFiniteError for a loss or gradient norm that is not finite, ValueError without a supervised label.
 
-        Call `look` first. `step` counts from 1, `decode` turns token ids into text, `changed` tells whether a gradient
-        came too late. This is the only place where a training step waits for the device: for the event after `look`,
-        not for later work, so that the host prepares the next step while the optimizer runs.
+        Call `look` first. This is the only place where a training step waits for the device: for the event after
+        `look`, not for later work, so that the host prepares the next step while the optimizer runs.
         """
         assert self.signs is not None
         if self.copied is not None:
             self.copied.synchronize()
-        grad_norm = torch.as_tensor(grad_norm)
-        has_labels, grad_finite, *loss_finite = self.signs.tolist()
+        (has_labels, grad_finite, *loss_finite), step = self.signs.tolist(), trainer.state.global_step + 1
         if not has_labels:
             raise ValueError(f"All labels of step {step} are masked: there is nothing to learn from. {REMEDY}")
         if all(loss_finite) and grad_finite:
             return
-        what = "gradient" if all(loss_finite) else "loss"
-        norm, guilty = grad_norm.item(), [i for i, finite in enumerate(loss_finite) if what == "gradient" or not finite]
+        norm, guilty = torch.as_tensor(grad_norm).item(), [i for i, finite in enumerate(loss_finite) if not finite]
+        losses = [f"microbatch {i + 1} of {len(self.batches)}: {self.losses[i].item()}" for i in guilty]
+        what, symptom = "loss", f"the loss is not finite ({', '.join(losses)})"
+        when, left = "before the optimizer ran", "No weight was changed"
+        if not guilty:
+            what, symptom, guilty = "gradient", f"the gradient is not finite (norm {norm})", [*range(len(loss_finite))]
+            if trainer._release is not None and trainer._release.changed():
+                when, left = "in its backward", "Weights behind it were changed: go back to a checkpoint"
         microbatches: list[dict[str, Any]] = []
         for i in guilty:
             tokens = {key: self.batches[i][key].tolist() for key in ("input_ids", "labels") if key in self.batches[i]}
@@ -130,24 +127,16 @@ class StepRecord:
             found = {"loss": str(self.losses[i].item()), "rows": None if numbers is None else numbers.tolist()}
             microbatches.append(found | tokens)
         of_rank = f"-rank-{ranks.rank()}" if ranks.world_size() > 1 else ""  # each has its own batch
-        path = Path(folder) / f"nonfinite-step-{step}{of_rank}.json"
+        path = Path(trainer.args.output_dir or ".") / f"nonfinite-step-{step}{of_rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        saved = {"step": step, "what": what, "grad_norm": str(norm), "microbatches": microbatches}
-        path.write_text(json.dumps(saved))
-        losses = [f"microbatch {i + 1} of {len(self.batches)}: {self.losses[i].item()}" for i in guilty]
-        symptom = f"the loss is not finite ({', '.join(losses)})"
-        if what == "gradient":
-            symptom = f"the gradient is not finite (norm {norm})"
+        path.write_text(json.dumps({"step": step, "what": what, "grad_norm": str(norm), "microbatches": microbatches}))
         known = all(batch["rows"] is not None for batch in microbatches)
         rows = [row for batch in microbatches for row in batch["rows"]] if known else None
         origin = "cannot be traced to rows" if rows is None else f"are rows {few(rows)} of the training data"
-        ids = self.batches[guilty[0]].get("input_ids")
+        ids, decode = self.batches[guilty[0]].get("input_ids"), getattr(trainer.processing_class, "decode", None)
         begin = f", beginning {decode(ids[0, :SHOWN].tolist())!r}" if decode and ids is not None else ""
-        damaged = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+        damaged = [name for name, weight in trainer.model.named_parameters() if not torch.isfinite(weight).all()]
         advice = ADVICE["weights" if damaged else what].format(count=len(damaged), first=next(iter(damaged), ""))
-        when, left = "before the optimizer ran", "No weight was changed"
-        if what == "gradient" and changed():
-            when, left = "in its backward", "Weights behind it were changed: go back to a checkpoint"
         raise NonFiniteError(
             f"Step {step} was stopped {when}: {symptom}. {left}. Its examples "
             f"{origin}, saved in {path}{begin}. {advice}",
@@ -161,43 +150,27 @@ def padding_mask(batch: Any) -> torch.Tensor | None:
     return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
+def whole_steps_only(trainer: Any) -> dict[str, bool]:
+    """What is neither recorded nor trained with released gradients: why and what to change, and whether it is so."""
+    args, laid_out = trainer.args, trainer.is_distributed_loading_by_transformers
+    return {
+        "gradients are accumulated over several microbatches. Set gradient_accumulation_steps=1 and raise "
+        "per_device_train_batch_size": args.gradient_accumulation_steps > 1,
+        "float16's loss scaler decides by values, behind the backward. Train in bfloat16": trainer._scales_loss,
+        "on several GPUs it needs a model that is laid out as it is loaded. Pass distributed_setup= to "
+        "from_pretrained": args.n_gpu > 1 or (args.world_size > 1 and not laid_out),
+    }
+
+
 def refuse_to_release(trainer: Any) -> None:
     """Raise ValueError for what a Trainer is set up to do that cannot be done when gradients are released."""
-    args = trainer.args
+    others = trainer._has_other_format
     reasons = {
-        "gradients are accumulated over several microbatches, which keeps them. Set gradient_accumulation_steps=1 and "
-        "raise per_device_train_batch_size": args.gradient_accumulation_steps > 1,
-        "float16's loss scaler looks at gradients after backward. Train in bfloat16": trainer._scales_loss,
-        "DeepSpeed and Accelerate's FSDP update weights by themselves. Load the model with distributed_setup=": (
-            trainer._has_other_format
-        ),
-        "on several GPUs it needs a model that is laid out as it is loaded, as DistributedDataParallel averages "
-        "gradients later. Pass distributed_setup= to from_pretrained": args.n_gpu > 1
-        or (args.world_size > 1 and not trainer.is_distributed_loading_by_transformers),
+        "DeepSpeed and Accelerate's FSDP update weights by themselves. Load the model with distributed_setup=": others,
         "auto_find_batch_size repeats steps, of which half may have been taken. Set a batch size": (
-            args.auto_find_batch_size
+            trainer.args.auto_find_batch_size
         ),
     }
-    for reason, holds in reasons.items():
+    for reason, holds in (reasons | whole_steps_only(trainer)).items():
         if holds:
             raise ValueError(f"Gradients cannot be released: {reason}, or set gradient_release=None.")
-
-
-@contextmanager
-def checking(accelerator: Any, release: GradientRelease, num_items: torch.Tensor | int | None) -> Iterator[None]:
-    """Within, `accelerator.backward(loss)` has the loss checked first. A step without a label counts as not finite."""
-    backward = accelerator.backward
-
-    def checked(loss: torch.Tensor, **options: Any) -> None:
-        seen = loss.detach()
-        if num_items is not None:
-            items = torch.as_tensor(num_items).to(seen.device, non_blocking=True)
-            seen = torch.where(items > 0, seen, torch.nan)
-        release.check(seen)
-        backward(loss, **options)
-
-    accelerator.backward = checked
-    try:
-        yield
-    finally:
-        del accelerator.backward

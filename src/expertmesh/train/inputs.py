@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -82,14 +83,6 @@ def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
     return Inputs(tokenizer, *found)
 
 
-@dataclasses.dataclass
-class _Settings(transformers.TrainingArguments):
-    """TrainingArguments that ask for no device: this process may be about to start others that need it."""
-
-    def __post_init__(self):
-        self.optim = OptimizerNames(self.optim)
-
-
 def check_settings(config: Config) -> None:
     """Raises ConfigError for a folder, optimizer, schedule, tracker or fusion that cannot be used here."""
     optim, schedule = config.train.optim, config.train.lr_scheduler_type
@@ -98,7 +91,10 @@ def check_settings(config: Config) -> None:
     for name in config.log.report_to:
         known("log.report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
     with refusing(f"train.optim: {optim} cannot be used here"):
-        arguments = _Settings(optim=config.train.optimizer()[0], learning_rate=config.train.learning_rate)
+        # TrainingArguments themselves ask for a device, which this process may be about to start others for
+        defaults = {field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)}
+        given = {"optim": OptimizerNames(config.train.optimizer()[0]), "learning_rate": config.train.learning_rate}
+        arguments: Any = SimpleNamespace(**defaults | given)
         make, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = make([torch.zeros(1, requires_grad=True)], **options)
     if config.train.optim_states == "24bit" and config.model.dtype == "auto" and not torch.cuda.is_available():
@@ -206,40 +202,33 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
             raise ConfigError(f"moe.freeze_router: {type(model).__name__} has no routers. Remove the key.")
         if config.quantization is not None:
             with refusing(f"quantization.experts: {name} cannot have its experts in 4 bits"):
-                found = [module for module in model.modules() if is_experts(module)]
+                found = [(weight, m) for m in model.modules() if is_experts(m) for weight in m.parameters()]
                 if not found:
                     raise ValueError("it has none")
-                for experts in found:
-                    for weight in experts.parameters():
-                        if weight.ndim == 3:
-                            Packed.like(weight, config.quantization.experts, experts.is_transposed, DecodeBuffer())
+                for weight, experts in found:
+                    if weight.ndim == 3:
+                        Packed.like(weight, config.quantization.experts, experts.is_transposed, DecodeBuffer())
         if (adapter := lora(config)) is not None:
-            import peft
-
-            with refusing(f"lora.target_modules: {name} cannot get such adapters"), warnings.catch_warnings():
-                warnings.filterwarnings("error", ".* were set but no (module|parameter) was matched")
-                adapted = peft.get_peft_model(model, adapter)
-            _refuse_unmatched(name, adapter, adapted)
+            _check_targets(name, model, adapter)
 
 
-def _refuse_unmatched(name: str, adapter: Any, adapted: Any) -> None:
+def _check_targets(name: str, model: nn.Module, adapter: Any) -> None:
     """Raises ConfigError if a name among the targets matches nothing; PEFT minds only if none of them does."""
-    found, linears = set(), set()
-    for path, module in adapted.named_modules():
-        plain = path.replace(".base_layer", "").removeprefix("base_model.model.")
-        if isinstance(module, nn.Linear) and ".lora_" not in path:
-            linears.add(plain.rpartition(".")[2])
-        if hasattr(module, "base_layer"):
-            found |= {plain, f"{plain}.{getattr(module, 'parameter_name', '')}"}
-    named = [] if isinstance(adapter.target_modules, str) else sorted(adapter.target_modules or ())
-    named += sorted(adapter.target_parameters or ())
-    lost = [target for target in named if not any(f".{path}".endswith(f".{target}") for path in found)]
-    if lost:
-        key = "target_modules" if lost[0] in (adapter.target_modules or ()) else "target_parameters"
-        raise ConfigError(
-            f"lora.{key}: {', '.join(lost)} matched nothing in {name}. Its linear layers are called "
-            f"{', '.join(sorted(linears))}."
-        )
+    import peft
+
+    linears = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    with refusing(f"lora.target_modules: {name} cannot get such adapters"), warnings.catch_warnings():
+        warnings.filterwarnings("error", ".* were set but no (module|parameter) was matched")
+        adapted = peft.get_peft_model(model, adapter).base_model
+    found = [f".{path}" for path in adapted.targeted_module_names + adapted.targeted_parameter_names]
+    for key in ("target_modules", "target_parameters"):
+        targets = getattr(adapter, key) or ()
+        lost = [each for each in targets if not any(path.endswith(f".{each}") for path in found)]
+        if lost and not isinstance(targets, str):
+            raise ConfigError(
+                f"lora.{key}: {', '.join(sorted(lost))} matched nothing in {name}. Its linear layers are called "
+                f"{', '.join(sorted(linears))}."
+            )
 
 
 def _check_files(folder: Path) -> None:

@@ -6,7 +6,6 @@ carry the router metrics layer by layer as `moe_layers`.
 
 import json
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,9 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
-        record: dict[str, Any] = {"step": state.global_step, "time": round(time.time(), 3)}
-        record |= {key: _plain(value) for key, value in (logs or {}).items()}
+        record: dict[str, Any] = {"step": state.global_step, "time": round(time.time(), 3)} | (logs or {})
+        # there is no nan and no infinity in JSON: they become null
+        record = json.loads(json.dumps(record, default=lambda x: x.item()), parse_constant=lambda _: None)
         if "moe/load_cv" in record and self.load.last is not None:
             layers = layer_metrics(self.load.last, self.load.ranks)
             record["moe_layers"] = {key: [round(x, 5) for x in values.tolist()] for key, values in layers.items()}
@@ -67,9 +67,3 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if damaged:
         log.warning("%s is damaged: it is read without line %s.", path, ", ".join(damaged))
     return records
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no nan and no infinity: they become null."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +44,16 @@ class ResumableTrainer(transformers.Trainer):
     model: Any
     lr_scheduler: Any
 
-    def __init__(self, model=None, args=None, *rest: Any, **kwargs: Any):
-        only_model = args is not None and args.save_only_model
-        if args is not None:
-            args.save_only_model = True  # or a sharded model is refused: transformers could not resume it
-        try:
-            super().__init__(model, args, *rest, **kwargs)
-        finally:
-            if args is not None:
-                args.save_only_model = only_model
-        self.args.save_only_model = only_model  # TRL may have made itself a copy
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.is_distributed_loading_by_transformers = self._is_sharded
         self._staging: Path | None = None
         self._published_step: int | None = None
+
+    def _validate_args(self) -> None:
+        super()._validate_args()
+        self._is_sharded = self.is_distributed_loading_by_transformers
+        self.is_distributed_loading_by_transformers = False  # else it is refused behind this: stock cannot resume it
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any):
         """As in transformers. `resume_from_checkpoint=True` takes the newest complete checkpoint in output_dir."""
@@ -122,9 +120,8 @@ class ResumableTrainer(transformers.Trainer):
             super()._push_from_checkpoint(str(run_dir / f"checkpoint-{step}"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        if self._staging is None:
-            return super().save_model(output_dir, _internal_call)
-        with ranks.together():  # the optimizer comes next, which all ranks save together
+        # in a checkpoint the optimizer comes next, which all ranks save together
+        with nullcontext() if self._staging is None else ranks.together():
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -160,11 +157,10 @@ class ResumableTrainer(transformers.Trainer):
             verify(folder)
         else:
             log.warning("%s has no checkpoint.sha256, so its files cannot be checked.", folder)
-        target = self.model if model is None else model
-        plain = isinstance(target, transformers.PreTrainedModel) and not self._has_other_format
+        plain = isinstance(self.model, transformers.PreTrainedModel) and not self._has_other_format
         if not plain or not weight_files(folder):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_weights(target, folder)
+        load_weights(self.model, folder)
 
     def _load_best_model(self):
         if isinstance(self.model, transformers.PreTrainedModel) and not self._has_other_format:

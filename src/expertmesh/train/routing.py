@@ -14,7 +14,6 @@ Metrics of one layer, from its counts c_E:
                 steps and layers above 0.25 that rank computes rows again in the backward ("gather")
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,66 +28,60 @@ class RouterLoad:
     """Counts of a model's routers. `layers` are their names, and every array here is [layers, experts].
 
     `first` and `last` are the counts of the first and the latest logging window, `total` of all of them; None before.
-    `ranks`: how many share out the experts.
+    `ranks`: how many share out the experts. `counts`: of each router that has run, how many rows this rank's tokens
+    gave each expert, int64 [E]; they only grow.
     """
 
+    first: np.ndarray | None = None
+    last: np.ndarray | None = None
+    total: np.ndarray | None = None
+    # of the microbatch in work, nonzero where a token is no padding; with another number of tokens it says nothing
+    mask: torch.Tensor | None = None
+
     def __init__(self, model: nn.Module):
-        self.first: np.ndarray | None = None
-        self.last: np.ndarray | None = None
-        self.total: np.ndarray | None = None
-        # of the microbatch in work, nonzero where a token is no padding; with another number of tokens it says nothing
-        self.mask: torch.Tensor | None = None
-        self._counts: dict[str, torch.Tensor] = {}
         layout = getattr(getattr(model, "config", None), "distributed_config", None)
         self.ranks: int = getattr(layout, "ep_size", None) or 1
-        found = dict(routers(model))
-        self.layers = list(found)
-        self.count_into(self._counts, found)
+        self.counts: dict[nn.Module, torch.Tensor] = {}
+        self._routers = dict(routers(model))
+        self.layers = list(self._routers)
+        for router in self._routers.values():
+            router.register_forward_hook(self._count)
 
-    def count_into(self, counts: dict[str, torch.Tensor], routers: Mapping[str, nn.Module]) -> None:
-        """From now on every call in training adds to `counts[name]`, int64 [E], how many rows each expert got.
-
-        Sums are kept in place, so that a recorded step (graphed.py) goes on with them.
-        """
-        for name, router in routers.items():
-            router.register_forward_hook(lambda module, _, output, name=name: count(name, module, output))
-
-        def count(name: str, router: nn.Module, output: Any) -> None:
-            if not router.training or not isinstance(output, tuple):
-                return
-            ids = next((x for x in reversed(output) if not x.is_floating_point()), None)
-            if ids is None:  # a router that does not return its choices (llama4) is left out
-                return
-            ids_TK = ids.detach().reshape(-1, ids.shape[-1]).long()
-            one_TK = torch.ones_like(ids_TK)
-            if self.mask is not None and self.mask.numel() == len(ids_TK):
-                one_TK *= (self.mask.reshape(-1, 1) != 0).to(ids_TK.device)
-            found_E = torch.zeros(output[0].shape[-1], dtype=torch.long, device=ids_TK.device)
-            found_E.scatter_add_(0, ids_TK.flatten(), one_TK.flatten())
-            counts[name] = counts[name].to(found_E.device).add_(found_E) if name in counts else found_E
+    def _count(self, router: nn.Module, _: Any, output: Any) -> None:
+        """Sums are kept in place, so that a recorded step (graphed.py) goes on with them."""
+        if not router.training or not isinstance(output, tuple):
+            return
+        ids = next((x for x in reversed(output) if not x.is_floating_point()), None)
+        if ids is None:  # a router that does not return its choices (llama4) is left out
+            return
+        ids_TK = ids.detach().reshape(-1, ids.shape[-1]).long()
+        one_TK = torch.ones_like(ids_TK)
+        if self.mask is not None and self.mask.numel() == len(ids_TK):
+            one_TK *= (self.mask.reshape(-1, 1) != 0).to(ids_TK.device)
+        found_E = torch.zeros(output[0].shape[-1], dtype=torch.long, device=ids_TK.device)
+        found_E.scatter_add_(0, ids_TK.flatten(), one_TK.flatten())
+        known = self.counts.get(router)
+        self.counts[router] = found_E if known is None else known.to(found_E.device).add_(found_E)
 
     def window(self) -> dict[str, float]:
         """Metrics of what was counted since the last call, means over the layers; {} if nothing was.
 
         Waits for the device, and starts a new window. All ranks must call it.
         """
-        names = [name for name in self.layers if name in self._counts]
-        if not names:
+        if not (names := [name for name in self.layers if self._routers[name] in self.counts]):
             return {}
-        device = self._counts[names[0]].device
-        counts = torch.stack([self._counts[name].to(device) for name in names])
+        counts = [self.counts[self._routers[name]] for name in names]
+        summed = torch.stack([each.to(counts[0].device) for each in counts])
         if dist.is_initialized():
-            dist.all_reduce(counts)
-        counts_LE = counts.cpu().numpy()
+            dist.all_reduce(summed)
+        total_LE = summed.cpu().numpy()
+        new_LE = total_LE if self.total is None else total_LE - self.total
         self.layers = names
-        for count_E in self._counts.values():
-            count_E.zero_()
-        if not counts_LE.any():
+        if not new_LE.any():
             return {}
-        self.first = counts_LE if self.first is None else self.first
-        self.last = counts_LE
-        self.total = counts_LE if self.total is None else self.total + counts_LE
-        return {f"moe/{name}": float(values.mean()) for name, values in layer_metrics(counts_LE, self.ranks).items()}
+        self.first = new_LE if self.first is None else self.first
+        self.last, self.total = new_LE, total_LE
+        return {f"moe/{name}": float(values.mean()) for name, values in layer_metrics(new_LE, self.ranks).items()}
 
 
 def layer_metrics(counts_LE: np.ndarray, ranks: int = 1) -> dict[str, np.ndarray]:

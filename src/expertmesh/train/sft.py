@@ -23,7 +23,6 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
     These are made with the loss, and read when they are logged.
     """
 
-    _reads_masks = True  # TRL counts tokens by them
     _makes_logits = False  # whether the head was seen making them
 
     def __init__(self, *args: Any, cuda_graph: bool | Literal["auto"] = "auto", **kwargs: Any):
@@ -73,6 +72,8 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
         if return_outputs or not model.training or self.why_not_own_loss() is not None:
             self._read_metrics()
             counted = self._total_train_tokens
+            if self._base is not None and not inputs.keys() & {"attention_mask", "cu_seq_lens_q"}:  # TRL counts by it
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self._release is not None and self._release.measuring:  # the same batch comes again
                 self._total_train_tokens = counted
@@ -102,11 +103,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
             if self.cuda_graph is not True:
                 log.warning("SFTTrainer: from now on the loss comes from TRL's, because of a head that made logits.")
                 self._makes_logits = True
-        tokens = inputs["input_ids"].numel()
-        if "attention_mask" in inputs:
-            tokens = inputs["attention_mask"].sum()
-        elif "position_ids" in inputs:
-            tokens = inputs["position_ids"].size(1)
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         for place, value in zip(self._sums, (*found, tokens, aux_loss, 1.0), strict=True):
             place.fill_(value)
 

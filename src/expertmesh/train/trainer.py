@@ -1,16 +1,9 @@
-"""Trainer: transformers', plus three things that every run should have. sft.py gives them to TRL's SFTTrainer.
-
-- a loss or gradient that is not finite stops the run before the optimizer step (guard.py)
-- how evenly the tokens are spread over the experts, in the logs (routing.py)
-- every record in output_dir/metrics.jsonl (metrics.py)
-
-Where that pays, steps are recorded as CUDA graphs (graphed.py). Checkpoints are those of resume.py.
+"""Trainer: transformers', with checkpoints (resume.py), what every run should have, and steps recorded where that pays
+(graphed.py). sft.py gives all that to TRL's SFTTrainer.
 """
 
 import copy
-import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from concurrent.futures import Future
@@ -26,22 +19,21 @@ from expertmesh.memory.muon import Muon
 from expertmesh.memory.release import GradientRelease
 from expertmesh.parallel import ranks
 from expertmesh.parallel.clip import clip_grad_norm, grad_norm
-from expertmesh.train.buckets import Buckets, Row, fused_base, one_row
+from expertmesh.train.buckets import Sizes, bucket_for, filled, fused_base, one_row, sizes
 from expertmesh.train.graphed import BEGINNING, GraphedStep, why_not, why_not_auto
-from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord, checking, padding_mask, refuse_to_release
+from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord, padding_mask, refuse_to_release
 from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.resume import ResumableTrainer
 from expertmesh.train.routing import RouterLoad
 from expertmesh.waiting import hosts, meet, waiting
-
-log = logging.getLogger(__name__)
 
 MOST_TOKENS = 8192  # of a GPU in a step: with more the GPU is the limit, and a recording only takes memory
 CANNOT, EITHER, BUCKET = 2, 1, 0  # a rank's batch: fits no bucket, needs none, needs one
 
 
 class Trainer(ResumableTrainer):
-    """transformers.Trainer that stops at a loss or gradient that is not finite and logs the load of the experts.
+    """transformers.Trainer that stops at a loss or gradient that is not finite, logs the load of the experts and keeps
+    every record in output_dir/metrics.jsonl.
 
     All arguments, methods and files are transformers'. `load` (RouterLoad) holds the counts of tokens per layer and
     expert. `train` raises `NonFiniteError` before the optimizer step, and ValueError for a step without a single
@@ -52,7 +44,6 @@ class Trainer(ResumableTrainer):
     says why. True: raises ValueError where it cannot work, and says what to change.
     """
 
-    _reads_masks = False  # whether a subclass needs attention_mask also where nothing is padded
     processing_class: Any
 
     def __init__(
@@ -73,7 +64,8 @@ class Trainer(ResumableTrainer):
         self._plan: bool | None = None  # whether this run records steps; None: not decided yet
         self._said: set[str] = set()
         self._usual: torch.Size | None = None  # of the first batch without padding
-        self._buckets = Buckets()
+        self._buckets: list[Sizes] = []
+        self._base: Any = None  # that finds documents and padding by itself
         self._one_row_pays = False  # whether steps that are not recorded also take batches as one row
         if cuda_graph is True:
             self._records()
@@ -93,11 +85,12 @@ class Trainer(ResumableTrainer):
         self._set_signature_columns_if_needed()
         collator, columns = self.data_collator, self._signature_columns
         streamed = isinstance(self.train_dataset, torch.utils.data.IterableDataset)  # batches are shared out later
-        found = not streamed and fused_base(self.model) is not None
+        self._base = None if streamed else fused_base(self.model)
         fixed = self.args.torch_compile or self.args.neftune_noise_alpha is not None  # noise depends on a row's length
-        self._one_row_pays = found and not fixed and why_not_auto(self) is None
-        rows = one_row if self._one_row_pays or (found and not fixed and self._records()) else None
-        self.data_collator = KeepRows(collator, found and not self._reads_masks, rows)
+        lays_out = self._base is not None and not fixed
+        self._one_row_pays = lays_out and why_not_auto(self) is None
+        rows = one_row if self._one_row_pays or (lays_out and self._records()) else None
+        self.data_collator = KeepRows(collator, self._base is not None, rows)
         self._signature_columns = [*columns, ROW]
         try:
             return super().get_train_dataloader()
@@ -125,13 +118,12 @@ class Trainer(ResumableTrainer):
         try:
             done = super().train(*args, **kwargs)
             if self.cuda_graph is True and self._graphed is not None and not self._graphed.replayed:
-                log.warning("cuda_graph=True replayed no step: too few batches had the same shape.")
+                backends.logger().warning("cuda_graph=True replayed no step: too few batches had the same shape.")
             return done
         finally:
-            if self._graphed is not None:
-                self._graphed.close()
-            if self._release is not None:
-                self._release.close()
+            for each in (self._graphed, self._release):
+                if each is not None:
+                    each.close()
             self._graphed = self._since = self._release = None
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any):
@@ -148,7 +140,7 @@ class Trainer(ResumableTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         row = inputs.pop(ONE_ROW, None) if isinstance(inputs, MutableMapping) else None
         with self._waiting("forward and backward"):
-            if isinstance(inputs, Mapping) and self._records():
+            if isinstance(inputs, Mapping) and self._begins_recorded(model):
                 loss = self._graphed_step(model, inputs, row, num_items_in_batch)
             else:
                 step = self._plain_step if self.gradient_release is None else self._released_step
@@ -164,15 +156,24 @@ class Trainer(ResumableTrainer):
         if self._release is None:
             bound = self.args.max_grad_norm or None
             self._release = GradientRelease(self._torch_optimizer, self.gradient_release, bound)
-        with checking(self.accelerator, self._release, num_items_in_batch):
-            return self._release.run(lambda: self._plain_step(model, copy.copy(inputs), num_items_in_batch))
+        release, backward = self._release, self.accelerator.backward
 
-    def _as_one_row(self, inputs: Any, row: Row | None) -> Any:
+        def checked(loss: torch.Tensor, **options: Any) -> None:
+            # a step without a label counts as not finite, which what is divided by zero is
+            release.check(loss if num_items_in_batch is None else loss.detach() / (num_items_in_batch > 0))
+            backward(loss, **options)
+
+        self.accelerator.backward = checked
+        try:
+            return release.run(lambda: self._plain_step(model, copy.copy(inputs), num_items_in_batch))
+        finally:
+            del self.accelerator.backward
+
+    def _as_one_row(self, inputs: Any, row: dict[str, Any] | None) -> Any:
         """The batch as one row of documents where that saves the base model a synchronization, else unchanged."""
-        base = fused_base(self.model)
-        if row is None or row.full or base is None or not self._one_row_pays:
+        if row is None or not self._one_row_pays or _is_full(inputs, row):
             return inputs
-        return row.inputs() if base.takes_documents(row.input_ids.shape[1]) else inputs
+        return row if self._base.takes_documents(row["input_ids"].shape[1]) else inputs
 
     def why_not_recorded(self) -> str | None:
         """Why steps cannot be recorded as CUDA graphs, as this trainer is set up, and what to change; or None."""
@@ -194,59 +195,45 @@ class Trainer(ResumableTrainer):
             self._said.add(why)
             backends.logger().info(f"Steps are not recorded as CUDA graphs: {why}.")
 
+    def _begins_recorded(self, model) -> bool:
+        """Whether this step is to be recorded. At the first, all ranks ask whether that may be."""
+        if self._records() and self._graphed is None:
+            strict = self.cuda_graph is True
+            why = None if strict else why_not_auto(self)
+            self._plan = not any(*meet(BEGINNING, why is not None))
+            if self._plan:
+                self._graphed = GraphedStep(model, lambda n, weight, **batch: self._plain_step(model, batch, n), strict)
+            else:
+                self._say(why or "another rank does not")
+        return self._records()
+
     def _graphed_step(self, model, inputs, row, num_items_in_batch):
-        if self._graphed is None:
-            if self.cuda_graph == "auto":
-                why = why_not_auto(self)
-                if any(*meet(BEGINNING, why is not None)):
-                    self._say(why or "another rank does not")
-                    self._plan = False
-                    return self._plain_step(model, self._as_one_row(inputs, row), num_items_in_batch)
-
-            def run(n: Any, weight: Any, **batch: Any) -> torch.Tensor:
-                return self._plain_step(model, batch, n)
-
-            self._graphed = GraphedStep(model, run, strict=self.cuda_graph is True)
         model.train()  # a replay calls neither
         self.optimizer.train()
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        batch, bucketed, few = self._into_bucket(inputs, row)
-        batch = self._prepare_inputs(batch)
-        base = fused_base(self.model)
+        batch, few = self._into_bucket(inputs, row)
         weight = getattr(self.accelerator.unwrap_model(model), "mtp_loss_weight", None)  # Python, which may change
-        if base is not None:
-            base.bucketed = bucketed
-        try:
-            step = self._graphed if few else self._graphed.eager
-            return step(n=num_items_in_batch, weight=weight, **batch)
-        finally:
-            if base is not None:
-                base.bucketed = False
+        step = self._graphed if few else self._graphed.eager
+        return step(n=num_items_in_batch, weight=weight, **self._prepare_inputs(batch))
 
-    def _into_bucket(self, inputs: Mapping[str, Any], row: Row | None) -> tuple[Mapping[str, Any], bool, bool]:
-        """The batch of the step, whether it was put into a bucket, and whether its tokens are few enough to record it.
-
-        A bucket is the same on all ranks.
-        """
-        base, ids = fused_base(self.model), inputs.get("input_ids")
-        stays, need = CANNOT, (0 if ids is None else ids.numel(), 0, 0)
-        if row is not None and ids is not None:
-            need = (row.input_ids.numel(), len(row.cu_seqlens) - 1, row.longest)
-            self._usual = ids.shape if self._usual is None and row.full else self._usual
-            stays = EITHER if row.full and ids.shape == self._usual else BUCKET
-        ways, *needs = meet(BEGINNING, stays, *need)
+    def _into_bucket(self, inputs: Mapping[str, Any], row: dict[str, Any] | None) -> tuple[Mapping[str, Any], bool]:
+        """The batch of the step, and whether its tokens are few enough to record it. A bucket is that of all ranks."""
+        ids: Any = inputs.get("input_ids")
+        full = row is not None and _is_full(inputs, row)
+        self._usual = ids.shape if full and self._usual is None else self._usual
+        stays = CANNOT if row is None else EITHER if full and ids.shape == self._usual else BUCKET
+        own = sizes(row) if row is not None else (0 if ids is None else ids.numel(), 0, 0)
+        ways, *needs = meet(BEGINNING, stays, *own)
         tokens, documents, longest = map(max, needs)
         if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
             self._say(f"a batch has more than {MOST_TOKENS:,} tokens per GPU, with which the CPU is no limit")
-            return self._as_one_row(inputs, row), False, False
-        if row is not None and base is not None and BUCKET in ways and CANNOT not in ways:
-            bucket = self._buckets.of(tokens, documents, longest)
-            if base.takes_documents(bucket.tokens):
-                return bucket.fill(row), True, True
-        if row is not None and row.full:  # a mask of ones; reading it would cost a synchronization
-            inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}
-        return inputs, False, True
+            return self._as_one_row(inputs, row), False
+        if row is not None and BUCKET in ways and CANNOT not in ways:
+            bucket = bucket_for((tokens, documents, longest), self._buckets)
+            if self._base.takes_documents(bucket[0]):
+                return filled(row, bucket), True
+        return inputs, True
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
@@ -270,11 +257,9 @@ class Trainer(ResumableTrainer):
             return (lambda: Muon), options | ours | {"weight_decay": args.weight_decay}
         return AdamW, options | ours
 
-    def _clip_grad_norm(self, model):
-        return self._clip_to(self.args.max_grad_norm, model)
-
-    def _clip_to(self, max_norm: float, model) -> Any:
+    def _clip_grad_norm(self, model, max_norm: float | None = None) -> Any:
         """The gradients' norm before they are clipped, here or in our optimizer's step; None: transformers' to do."""
+        max_norm = self.args.max_grad_norm if max_norm is None else max_norm
         if self._release is not None:
             return self._release.grad_norm
         if (optimizer := self._own_adamw) is not None:
@@ -300,27 +285,26 @@ class Trainer(ResumableTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """The last thing that transformers calls before the optimizer, at every step, clipped or not."""
         if grad_norm is None:
-            grad_norm = self._clip_to(math.inf, model)
+            grad_norm = self._clip_grad_norm(model, math.inf)
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # with float16 an infinite gradient is how the loss scaler finds its scale: it skips the step by itself
         watched = 0.0 if self._scales_loss else grad_norm
-        refused = self._record.look(watched)
-        if (optimizer := self._own_adamw) is None:
-            self._check(watched, model)
+        refused, optimizer = self._record.look(watched), self._own_adamw
+
+        def check(*_: Any) -> None:
+            """Raise if the step that is under way had to be refused."""
+            if optimizer is not None:
+                asking.remove()
+                del optimizer.found_inf
+            self._ahead.fetch()  # while the device still computes what is checked
+            self._record.check(self, watched)
+
+        if optimizer is None:
+            check()
         else:
             optimizer.found_inf = refused  # it then changes no weight; the host reads the result while it runs
-            asking = optimizer.register_step_post_hook(lambda *_: (asking.remove(), self._check(watched, model)))
+            asking = optimizer.register_step_post_hook(check)
         return grad_norm
-
-    def _check(self, grad_norm, model) -> None:
-        """Raise if the step that is under way had to be refused."""
-        if isinstance(self._torch_optimizer, AdamW):
-            vars(self._torch_optimizer).pop("found_inf", None)
-        self._ahead.fetch()  # while the device still computes what is checked
-        decode = getattr(self.processing_class, "decode", None)
-        folder = self.args.output_dir or "."
-        changed = () if self._release is None else (self._release.changed,)
-        self._record.check(grad_norm, self.state.global_step + 1, folder, model, decode, *changed)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         pause = self.control.should_evaluate or self.control.should_save
@@ -366,9 +350,13 @@ class _Ahead(Iterator[Any]):
         return self._fetched.pop().result()
 
 
+def _is_full(inputs: Any, row: dict[str, Any]) -> bool:
+    """Whether the rows of a batch hold one document each, and no padding."""
+    return sizes(row)[:2] == (inputs["input_ids"].numel(), len(inputs["input_ids"]))
+
+
 def _numbered(dataset: Any) -> Any:
     """A datasets.Dataset with its row numbers as a column; anything else as it is, and its rows stay unknown."""
-    datasets: Any = sys.modules.get("datasets")  # not imported: then `dataset` is not one
-    if datasets is None or not isinstance(dataset, datasets.Dataset) or ROW in dataset.column_names:
+    if not hasattr(dataset, "add_column") or not hasattr(dataset, "__len__") or ROW in dataset.column_names:
         return dataset
     return dataset.add_column(ROW, list(range(len(dataset))))
