@@ -202,7 +202,6 @@ _PACKAGES = {
     ),
     "flash-attn-4": ("causal attention in training on Hopper GPUs", "cuDNN's; with sinks Triton's"),
     "quack-kernels": ("five of the experts' products on Hopper GPUs", "Triton's"),
-    "liger-kernel": ("fused norms and MLPs of models without experts, on GPUs", "such models run as stock"),
     "accelerate": ("transformers' Trainer", "no `expertmesh train`"),
     "trl": ("`expertmesh train` (SFTTrainer)", "no `expertmesh train`"),
     "peft": ("LoRA", "full fine-tuning only"),

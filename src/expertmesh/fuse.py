@@ -25,7 +25,6 @@ from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of,
 from expertmesh.layers import attention
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
 from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
-from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
 from expertmesh.layers.mtp import MTP, add_modules, loss_with_predictions, promise_what_is_kept, record_inputs, settle
 from expertmesh.moe import experts as fast_experts
 from expertmesh.moe.block import aux_loss_share
@@ -59,6 +58,10 @@ class Loading:
 
 _loading: ContextVar[Loading] = ContextVar("loading", default=Loading())  # noqa: B039  frozen
 _stock_loss: Any = PreTrainedModel.loss_function.fget  # type: ignore[attr-defined]  # torch.compile knows no super()'s
+_NO_EXPERTS = (
+    "the model has none behind Transformers' ExpertsInterface and stays stock; in its trainers "
+    "TrainingArguments(use_liger_kernel=True) brings Liger's kernels"
+)
 _NO_MTP = "A single graph cannot hold the loss of multi-token prediction: leave fullgraph=True or mtp_loss_weight out."
 
 
@@ -66,8 +69,8 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
     """Turn a loaded Hugging Face model into its fast twin, in place, and return it.
 
     fused: True for every fusion, or a dict that switches single ones, as {"router": False}. Parameters, buffers, names
-    and hooks stay. A model without experts stays stock, with Liger's kernels once it is on a GPU. Raises ValueError for
-    an unknown switch, TypeError if `model` is no Transformers model.
+    and hooks stay. A model without experts stays stock, and the log says so. Raises ValueError for an unknown switch,
+    TypeError if `model` is no Transformers model.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -95,7 +98,7 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
             instance.__class__ = twin(stock, FusedBaseModel if model.base_model is model else FusedModel)
             instance._fuse_modules()
         else:
-            _use_liger(model)
+            print_report(model, [Fusion("experts", reason=_NO_EXPERTS)])
     return model
 
 
@@ -366,12 +369,3 @@ def _refuse_part(model: Any, hook: Any) -> None:
             f"Take a complete checkpoint of this model."
         )
     hook.remove()
-
-
-def _use_liger(model: PreTrainedModel) -> None:
-    """A model without experts: stock, plus Liger's kernels at its first forward on a GPU."""
-    reason = why_not_liger(model) if _wants("liger") else "switched off"
-    if reason is None:
-        model.register_forward_pre_hook(apply_liger_on_gpu)
-    by = "liger-kernel, from the first forward on a GPU"
-    print_report(model, [Fusion("liger", reason=reason) if reason else Fusion("liger", True, by, count=1)])

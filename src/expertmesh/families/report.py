@@ -28,7 +28,6 @@ FUSIONS = {
     "add_norm": "DecoderLayer",
     "mamba2": "Mamba2Mixer",
     "linear_cross_entropy": "lm_head",
-    "liger": "models without experts",
 }
 #: the reason why a fusion is off in a model that has nothing of the kind
 NOT_NEEDED = "no module of the model needs it"
