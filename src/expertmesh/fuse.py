@@ -21,10 +21,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.families.recompute import set_levels, without_policy
-from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report, switched_on
+from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, fuse_head, print_report, switched_on
 from expertmesh.layers import attention
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
-from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
+from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens
 from expertmesh.layers.mtp import MTP, add_modules, loss_with_predictions, promise_what_is_kept, record_inputs, settle
 from expertmesh.moe import experts as fast_experts
 from expertmesh.moe.block import aux_loss_share
@@ -257,8 +257,8 @@ class FusedModel(ReadsQuantized):
         """As in Transformers (`resize_token_embeddings` comes here); the new head is fused like the old one."""
         fast = isinstance(self.get_output_embeddings(), FastHead)
         super().set_output_embeddings(new_embeddings)
-        if fast and why_not_head(new_embeddings) is None:
-            new_embeddings.__class__ = twin(nn.Linear, FastHead)
+        if fast:
+            fuse_head(self)
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 from expertmesh import backends
 from expertmesh.families.probe import probe
 from expertmesh.families.table import RULES, Rule
-from expertmesh.layers.head import FastHead, why_not_head
+from expertmesh.layers.head import FastHead
 from expertmesh.moe import experts as fast_experts
 from expertmesh.twins import Fast, twin
 
@@ -72,7 +72,7 @@ def apply_fusions(model: Any, requested: frozenset[str]) -> list[Fusion]:
     rows = [_experts(model)]
     for name in dict.fromkeys(rule.fusion for rule in RULES):
         rows.append(_apply(model, name) if name in requested else Fusion(name, reason="switched off"))
-    return [*rows, _fuse_head(model) if _HEAD in requested else Fusion(_HEAD, reason="switched off")]
+    return [*rows, fuse_head(model) if _HEAD in requested else Fusion(_HEAD, reason="switched off")]
 
 
 def _apply(model: Any, fusion: str) -> Fusion:
@@ -134,11 +134,13 @@ def _may_fit(rule: Rule, module: nn.Module) -> bool:
         return False
 
 
-def _fuse_head(model: Any) -> Fusion:
-    head = model.get_output_embeddings()
-    if (reason := why_not_head(head)) is not None:
-        return Fusion(_HEAD, reason=reason)
-    head.__class__ = twin(nn.Linear, FastHead)
+def fuse_head(model: Any) -> Fusion:
+    """Make the output embedding of a model defer its logits."""
+    head, fast = model.get_output_embeddings(), twin(nn.Linear, FastHead)
+    if type(head) not in (nn.Linear, fast):
+        kind = "an output embedding" if head is None else f"nn.Linear as its head, but a {type(head).__name__}"
+        return Fusion(_HEAD, reason=f"the model has no {kind}")
+    head.__class__ = fast
     return _on(_HEAD)
 
 

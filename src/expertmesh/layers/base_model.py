@@ -44,15 +44,7 @@ class FastBaseModel(Fast):
     bucketed = False
     _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
     _replicate_for_data_parallel = refuse_replicas
-    _mamba2 = False  # whether there are mixers of ours with a state from token to token
-    _stateful: Any = None  # the class of such mixers that are not ours
-    _stateful_told = False  # whether these pass documents on to their kernels, which refuse what they cannot do
-    _sinks = False  # whether attention has sinks
     _announced = False
-    _names: Any = ()  # of the arguments
-    _makes_masks = False  # whether by the functions that pass on what has four dimensions
-    _experts_at: Any = ()  # where experts stand, and later adapters around them
-    _linears_at: Any = ()  # and linear layers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cls: Any = type(self)
@@ -227,11 +219,15 @@ def fuse_base(model: Any) -> None:
         base.__class__ = twin(stock, FastBaseModel)
     cls: Any = type(base).__stock__
     base._names = list(inspect.signature(cls.forward).parameters)[1:]
+    # whether by the functions that pass on what has four dimensions
     base._makes_masks = "create_causal_mask" in inspect.getsource(cls)
+    # mixers with a state from token to token: whether some are ours; the class of others, and whether these pass
+    # documents on to their kernels, which refuse what they cannot do
     mixers: set[Any] = {type(module) for module in base.modules() if keeps_state(module)}
     base._mamba2 = any(issubclass(mixer, FastMamba2Mixer) for mixer in mixers)
     base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
     base._stateful_told = base._stateful is not None and "cu_seq_lens_q" in inspect.getsource(base._stateful)
+    # where adapters will stand
     base._experts_at, base._linears_at = places_of(model, is_experts), places_of(model, lambda m: type(m) is nn.Linear)
     base._sinks = any(hasattr(module, "sinks") for module in base.modules())
 

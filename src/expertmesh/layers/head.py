@@ -320,12 +320,3 @@ def causal_lm_loss(
     loss = linear_cross_entropy(hidden, weight, targets, **options)
     known.statistics = found[0] if found else None
     return loss
-
-
-def why_not_head(head: nn.Module | None) -> str | None:
-    """Why this output embedding cannot defer its logits, or None."""
-    if head is None:
-        return "the model has no output embedding"
-    if type(head) is not nn.Linear and not isinstance(head, FastHead):
-        return f"its head is a {type(head).__name__}, not nn.Linear"
-    return None
