@@ -47,12 +47,12 @@ from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 class Loading:
     """How models are made.
 
-    mtp: which get modules for multi-token prediction: none ("no"), those whose configuration has them ("new"), or whose
-    checkpoint has their weights as well ("saved"). complete: whether a checkpoint that lacks weights is refused.
+    mtp: whether those get modules for multi-token prediction whose configuration, and checkpoint if they are loaded,
+    has them. complete: whether a checkpoint that lacks weights is refused.
     """
 
     fusions: frozenset[str] = frozenset(FUSIONS)
-    mtp: str = "no"
+    mtp: bool = False
     complete: bool = False
 
 
@@ -77,12 +77,12 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
             f"fuse() takes a Transformers model, not {type(model).__name__}. If the model is wrapped (by PEFT, DDP or "
             f"torch.compile), fuse the model inside before wrapping it."
         )
-    if isinstance(model, FusedModel) or fused is False:
+    if fused is False:
         return model
+    instance: Any = model
+    stock: Any = type(model)
     with loading(fused):
-        instance: Any = model
-        stock: Any = type(model)
-        if has_fast_experts(stock):
+        if has_fast_experts(stock) and not isinstance(model, FusedModel):
             memo: dict[int, Any] = {}
             for module in model.modules():
                 if isinstance(getattr(module, "config", None), PreTrainedConfig):
@@ -97,13 +97,13 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
             forget_packed_names(model)
             instance.__class__ = twin(stock, FusedBaseModel if model.base_model is model else FusedModel)
             instance._fuse_modules()
-        else:
-            print_report(model, [Fusion("experts", reason=_NO_EXPERTS)])
+    ours = isinstance(model, FusedModel)
+    print_report(model, instance.fusion_report() if ours else [Fusion("experts", reason=_NO_EXPERTS)])
     return model
 
 
 @contextmanager
-def loading(fused: bool | dict[str, bool], mtp: str = "no", complete: bool = False) -> Iterator[None]:
+def loading(fused: bool | dict[str, bool], mtp: bool = False, complete: bool = False) -> Iterator[None]:
     """Models made inside get these fusions, `fused` as in `fuse`; the rest is as in `Loading`.
 
     Raises ValueError for an unknown switch.
@@ -145,7 +145,6 @@ class FusedModel(ReadsQuantized):
     """What a fused model adds to its HF class."""
 
     _mtp: MTP | None = None
-    _waiting: dict[str, Any] | None = None  # experts' weights, until those that share a parameter with them are loaded
     _replicate_for_data_parallel = refuse_replicas
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -156,7 +155,7 @@ class FusedModel(ReadsQuantized):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._frozen = [name for name, weight in self.named_parameters() if not weight.requires_grad]
-        if _loading.get().mtp != "no":
+        if _loading.get().mtp:
             self._mtp = add_modules(self)
         self._fuse_modules()
 
@@ -182,8 +181,6 @@ class FusedModel(ReadsQuantized):
         for module in self.modules():
             # a stock model that has this configuration, and so the names of our experts and attention, lacks the mark
             module.in_fused_model = True  # type: ignore[assignment]
-        if self._mtp is None or _loading.get().mtp != "saved":  # else when it is loaded
-            print_report(self, self.fusion_report())
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Transformers' choice, except that ours is the default."""
@@ -224,9 +221,8 @@ class FusedModel(ReadsQuantized):
         """
         copies = self._mtp.copies if self._mtp is not None else {}
         own = {key: value for key, value in state_dict.items() if key not in copies} if copies else state_dict
-        state, self._waiting = to_model_names(self, {**self._waiting, **own} if self._waiting else own, strict)
-        if self._waiting:
-            hook: Any = self.register_forward_pre_hook(lambda *_: _refuse_part(self, hook))
+        base = self.base_model
+        state, base._waiting = to_model_names(self, {**base._waiting, **own} if base._waiting else own, strict)
         return super().load_state_dict(state, strict, assign)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -282,7 +278,6 @@ class FusedModel(ReadsQuantized):
         """As in Transformers, which starts missing weights at random; a `complete` loading refuses them."""
         if model._mtp is not None:
             settle(model, loading_info, load_config.pretrained_model_name_or_path, _by_others(load_config))
-            print_report(model, model.fusion_report())
         complete, source = _loading.get().complete, load_config.pretrained_model_name_or_path
         if complete:
             _refuse_missing(_lost_experts(model, loading_info), source)
@@ -362,10 +357,3 @@ def _refuse_missing(weights: set[str], source: Any) -> None:
         )
 
 
-def _refuse_part(model: Any, hook: Any) -> None:
-    if model._waiting:
-        raise ValueError(
-            f"Only some experts of a layer were loaded: {min(model._waiting)} has come, others of its layer have not. "
-            f"Take a complete checkpoint of this model."
-        )
-    hook.remove()

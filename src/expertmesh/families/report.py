@@ -1,5 +1,6 @@
 """Which fusions of a model are on: modules become instances of their twins, and a report says by what, or why not."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -116,7 +117,11 @@ def _rule_for(model: Any, module: nn.Module, fusion: str) -> tuple[Rule | None, 
     if not meant:
         return None, ""
     done = {m.__stock__: m.__fast__ for m in model.modules() if getattr(m, "__fast__", None) in _FUSION_OF}
-    asked = {rule.fast: rule for rule in rules if rule.fast.probed and _may_fit(rule, module)}
+    asked = {}
+    for rule in rules:
+        with suppress(AttributeError):  # the class has other parts
+            if rule.fast.probed and rule.fast.why_not(module) is None:
+                asked[rule.fast] = rule
     proven = asked and probe(type(model).__stock__, model.config, cls, list(asked.values()), done)
     return (proven, "probe") if proven else (None, f"{cls.__name__} runs code of its own")
 
@@ -125,13 +130,6 @@ def _is_meant(module: nn.Module, fusion: str) -> bool:
     name, _, part = FUSIONS[fusion].partition(".")
     meant = hasattr(module, part) if part else type(module).__name__.endswith(name)
     return meant and not hasattr(module, "experts")  # a GptOssMLP is a block of them
-
-
-def _may_fit(rule: Rule, module: nn.Module) -> bool:
-    try:
-        return rule.fast.why_not(module) is None
-    except AttributeError:
-        return False
 
 
 def fuse_head(model: Any) -> Fusion:
@@ -162,18 +160,16 @@ def count_of(fusion: str, model: nn.Module) -> int:
     return sum(getattr(module, "__fast__", None) in fasts for module in model.modules())
 
 
-_printed: set[tuple] = set()
+_printed: set[str] = set()
 
 
 def print_report(model: nn.Module, rows: list[Fusion]) -> None:
     """Print what is on and what is off, once for each kind of model in a process."""
-    key = (type(model).__name__, *rows)
-    if key in _printed:
-        return
-    _printed.add(key)
     lines = [f"expertmesh: {type(model).__name__}"]
     for row in rows:
         proven = ", verified by probe" if row.verified == "probe" else ""
         state, but = (f"on   {row.by} x{row.count}{proven}", "not everywhere: ") if row.on else ("off", "")
         lines.append(f"  {row.name:<21}{state}" + (f"  ({but}{row.reason})" if row.reason else ""))
-    backends.logger().info("\n".join(lines))
+    if (report := "\n".join(lines)) not in _printed:
+        _printed.add(report)
+        backends.logger().info(report)

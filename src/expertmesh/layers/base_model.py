@@ -45,9 +45,15 @@ class FastBaseModel(Fast):
     _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
     _replicate_for_data_parallel = refuse_replicas
     _announced = False
+    _waiting: dict[str, Any] | None = None  # experts' weights, until those that share a parameter with them are loaded
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cls: Any = type(self)
+        if self._waiting:
+            raise ValueError(
+                f"Only some experts of a layer were loaded: {min(self._waiting)} has come, others of its layer have "
+                f"not. Take a complete checkpoint of this model."
+            )
         if traced():
             with nullcontext() if torch.compiler.is_dynamo_compiling() else as_stock(self):
                 return cls.__stock__.forward(self, *args, **kwargs)
