@@ -355,5 +355,3 @@ def _refuse_missing(weights: set[str], source: Any) -> None:
             f"Training would start them at random. Download or convert the checkpoint again; its index "
             f"(model.safetensors.index.json) must list every weight of every layer."
         )
-
-

@@ -78,18 +78,15 @@ def apply_fusions(model: Any, requested: frozenset[str]) -> list[Fusion]:
 
 def _apply(model: Any, fusion: str) -> Fusion:
     """Make the modules fast that this fusion is for."""
-    kinds: dict[Any, list[nn.Module]] = {}
-    for module in model.modules():
-        if not isinstance(module, Fast):
-            kinds.setdefault(type(module), []).append(module)
+    kinds: dict[Any, nn.Module] = {type(module): module for module in model.modules() if not isinstance(module, Fast)}
     reasons: dict[str, None] = {}
     verified: list[str] = []  # of each module that is fast now
-    for cls, modules in kinds.items():
-        rule, how = _rule_for(model, modules[0], fusion)
+    for cls, one in kinds.items():
+        rule, how = _rule_for(model, one, fusion)
         if rule is None:
             reasons |= {how: None} if how else {}
             continue
-        for module in modules:
+        for module in [module for module in model.modules() if type(module) is cls]:
             if (reason := rule.fast.why_not(module)) is not None:
                 reasons[f"{cls.__name__}: {reason}"] = None
             else:

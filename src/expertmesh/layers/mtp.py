@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from expertmesh import backends
 from expertmesh.layers.head import DeferredLogits, causal_lm_loss, deferred_logits, next_tokens
 from expertmesh.records import Call
-from expertmesh.twins import Fast, cache_of, twin
+from expertmesh.twins import CACHES, Fast, twin
 
 
 class MTPBlock(Fast):
@@ -185,8 +185,7 @@ def record_inputs(call: Call) -> Iterator[None]:
         call.embeds = output
 
     def layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache_of(kwargs := dict(kwargs))
-        call.layer_inputs[module] = kwargs | {"use_cache": False}
+        call.layer_inputs[module] = {key: kwargs[key] for key in kwargs.keys() - {*CACHES}} | {"use_cache": False}
 
     def end(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         call.hidden, call.position_ids = output[0], kwargs.get("position_ids")
@@ -194,16 +193,12 @@ def record_inputs(call: Call) -> Iterator[None]:
             call.embeds = kwargs["inputs_embeds"]
 
     base, likes = call.model.base_model, {like for depth in call.model._mtp.depths for _, like in depth}
-    hooks = [
-        call.model.get_input_embeddings().register_forward_hook(embedded),
-        *(like.register_forward_pre_hook(layer, with_kwargs=True) for like in likes),
-        base.register_forward_hook(end, with_kwargs=True),
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(call.model.get_input_embeddings().register_forward_hook(embedded))
+        hooks.enter_context(base.register_forward_hook(end, with_kwargs=True))
+        for like in likes:
+            hooks.enter_context(like.register_forward_pre_hook(layer, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def loss_with_predictions(
