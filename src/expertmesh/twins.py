@@ -68,7 +68,7 @@ def has_cache(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in CACHES)
 
 
-def untouched(*modules: nn.Module, kind: type = nn.Module) -> bool:
+def untouched(*modules: nn.Module, kind: type | tuple[type, ...] = nn.Module) -> bool:
     """Whether calls of these, of this kind, run the forward of PyTorch, Transformers or a twin, and nobody watches
     them, so that a kernel may stand for them. Parallelism replaces instances' forward; users put hooks and classes.
     """
