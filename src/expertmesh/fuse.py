@@ -35,7 +35,7 @@ from expertmesh.parallel.peft import reach_layouts
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import refuse_unfit_shards
 from expertmesh.records import Call, call_of, calling
-from expertmesh.twins import has_cache, refuse_replicas, twin
+from expertmesh.twins import has_cache, twin
 from expertmesh.weights.files import replacing
 from expertmesh.weights.four_bit import ExpertsQuantizer
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
@@ -145,7 +145,6 @@ class FusedModel(ReadsQuantized):
     """What a fused model adds to its HF class."""
 
     _mtp: MTP | None = None
-    _replicate_for_data_parallel = refuse_replicas
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import sys
 import textwrap
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -41,16 +41,6 @@ class Fast(_Stock):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         _, _, *state = super().__reduce_ex__(protocol)
         return (_rebuild, (type(self).__stock__, type(self).__fast__), *state)
-
-
-def refuse_replicas(module: nn.Module) -> NoReturn:
-    """A fused module's `_replicate_for_data_parallel`, by which nn.DataParallel copies it. Raises ValueError."""
-    gpus = max(2, torch.cuda.device_count())
-    raise ValueError(
-        f"{type(module).__name__} would be copied to {gpus} GPUs in every forward, as one process sees them all and "
-        f"Trainer then wraps models in nn.DataParallel. expertmesh runs one process per GPU. Start them with torchrun "
-        f"--nproc-per-node {gpus} script.py, or let one process see one GPU: CUDA_VISIBLE_DEVICES=0 python script.py."
-    )
 
 
 #: a cache's name as a keyword of forwards, and its names before Transformers 5.24

@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from expertmesh.moe.experts import is_experts
 from expertmesh.moe.lora import fuse_adapted_experts, places_of, tell_what_trains
 from expertmesh.parallel.layout import refuse_undivided
 from expertmesh.records import Call, call_of, calling
-from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
+from expertmesh.twins import Fast, has_cache, traced, twin
 
 _NO_MTP = (
     "mtp_loss_weight is set, but the model was called without labels: a loss made elsewhere (by TRL's trainers, label "
@@ -43,7 +43,6 @@ class FastBaseModel(Fast):
     #: set by our Trainer: documents are where `cu_seq_lens_q` says, a mask beside it is for the auxiliary loss alone
     bucketed = False
     _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
-    _replicate_for_data_parallel = refuse_replicas
     _announced = False
     _waiting: dict[str, Any] | None = None  # experts' weights, until those that share a parameter with them are loaded
 
@@ -71,6 +70,16 @@ class FastBaseModel(Fast):
             apart = self._prepare(inputs, call)
             outputs = super().forward(**inputs)
         return outputs if apart is None else apart.together(outputs)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """By this nn.DataParallel copies modules."""
+        gpus = max(2, torch.cuda.device_count())
+        raise ValueError(
+            f"{type(self).__name__} would be copied to {gpus} GPUs in every forward, as one process sees them all and "
+            f"Trainer then wraps models in nn.DataParallel. expertmesh runs one process per GPU. Start them with "
+            f"torchrun --nproc-per-node {gpus} script.py, or let one process see one GPU: CUDA_VISIBLE_DEVICES=0 "
+            f"python script.py."
+        )
 
     def _prepare(self, inputs: dict[str, Any], call: Call) -> Apart | None:
         """Put into `inputs` what the layers must know of the rows; returns how rows were taken apart, if they were."""
