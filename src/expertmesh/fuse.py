@@ -35,7 +35,7 @@ from expertmesh.parallel.peft import reach_layouts
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import refuse_unfit_shards
 from expertmesh.records import Call, call_of, calling
-from expertmesh.twins import has_cache, twin
+from expertmesh.twins import twin
 from expertmesh.weights.files import replacing
 from expertmesh.weights.four_bit import ExpertsQuantizer
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
@@ -317,8 +317,6 @@ def _forward_of(stock: Any) -> Any:
             torch._dynamo.graph_break()  # the context variables below
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         defer = self.training and labels is not None
-        if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
-            kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
         predicts = defer and self.mtp_loss_weight is not None
         call = Call(self, targets, defer, kwargs.pop("count_predictions", False), predicts)

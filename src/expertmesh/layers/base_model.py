@@ -88,8 +88,9 @@ class FastBaseModel(Fast):
         if tokens is None or has_cache(inputs):
             return None
         training = self.training and torch.is_grad_enabled()
-        if self._mamba2 and inputs.get("use_cache") is None and (training or call.targets is not None):
-            inputs["use_cache"] = False  # with one our kernels do not run
+        without = call.defers or (self._mamba2 and (training or call.targets is not None))
+        if without and inputs.get("use_cache") is None:
+            inputs["use_cache"] = False  # the default is meant for generation: it costs copies, and Mamba2's kernels
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
         mask: Any = inputs.get("attention_mask")
         positions: Any = inputs.get("position_ids")
