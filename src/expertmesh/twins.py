@@ -53,11 +53,6 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
     return next((cache for cache in found if cache is not None), None)
 
 
-def has_cache(kwargs: dict[str, Any]) -> bool:
-    """Whether a forward's keywords hold a cache."""
-    return any(kwargs.get(name) is not None for name in CACHES)
-
-
 def untouched(*modules: nn.Module, kind: type | tuple[type, ...] = nn.Module) -> bool:
     """Whether calls of these, of this kind, run the forward of PyTorch, Transformers or a twin, and nobody watches
     them, so that a kernel may stand for them. Parallelism replaces instances' forward; users put hooks and classes.

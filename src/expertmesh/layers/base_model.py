@@ -25,7 +25,7 @@ from expertmesh.moe.experts import is_experts
 from expertmesh.moe.lora import fuse_adapted_experts, places_of, tell_what_trains
 from expertmesh.parallel.layout import refuse_undivided
 from expertmesh.records import Call, call_of, calling
-from expertmesh.twins import Fast, has_cache, traced, twin
+from expertmesh.twins import CACHES, Fast, traced, twin
 
 _NO_MTP = (
     "mtp_loss_weight is set, but the model was called without labels: a loss made elsewhere (by TRL's trainers, label "
@@ -85,7 +85,7 @@ class FastBaseModel(Fast):
         """Put into `inputs` what the layers must know of the rows; returns how rows were taken apart, if they were."""
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None or has_cache(inputs):
+        if tokens is None or any(inputs.get(name) is not None for name in CACHES):
             return None
         training = self.training and torch.is_grad_enabled()
         without = call.defers or (self._mamba2 and (training or call.targets is not None))
@@ -116,7 +116,7 @@ class FastBaseModel(Fast):
         elif mask is not None or marked:
             found = look(shape, mask, positions, numbers, call.targets)
             call.labelled = found.labelled
-            if found.padded:
+            if not found.keep.all():
                 if not self._takes_apart(inputs, found, call):
                     return None
                 inputs["use_cache"] = False

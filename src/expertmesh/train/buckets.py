@@ -83,7 +83,7 @@ def one_row(batch: Mapping[str, Any]) -> Row | None:
     if wanted[0, -1] != -100:
         return None
     labels = F.pad(wanted[:, :-1], (1, 0), value=-100)  # behind each token what it was to predict
-    full = not found.padded and len(cu_seqlens) == shape[0] + 1
+    full = bool(found.keep.all()) and len(cu_seqlens) == shape[0] + 1
     return Row(apart.take(ids), labels, apart.take(positions), cu_seqlens, int(cu_seqlens.diff().max()), full)
 
 
