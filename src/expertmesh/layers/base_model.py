@@ -111,9 +111,7 @@ class FastBaseModel(Fast):
             if stateful and marked and look(shape, None, positions, numbers).count > shape[0]:
                 self._refuse_leaks(inputs)
             return None
-        if documents is not None:
-            inputs["attention_mask"] = None
-        elif mask is not None or marked:
+        if documents is None and (mask is not None or marked):
             found = look(shape, mask, positions, numbers, call.targets)
             call.labelled = found.labelled
             if not found.keep.all():
@@ -121,14 +119,12 @@ class FastBaseModel(Fast):
                     return None
                 inputs["use_cache"] = False
                 apart = Apart.of(found.keep, device)
-                positions = inputs.get("position_ids")
-                positions = found.positions(device) if positions is None else positions.expand(shape)
-                inputs["position_ids"] = positions
+                inputs["position_ids"] = found.positions(device) if positions is None else positions.expand(shape)
                 inputs.update({name: apart.take(x) for name, x in inputs.items()})
                 shape = (1, len(apart.index))
-            inputs["attention_mask"] = None
             if apart is not None or found.count > shape[0]:
                 documents = found.documents(device)
+        inputs["attention_mask"] = None
         inputs.pop("seq_idx", None)
         if documents is not None and len(documents.cu_seqlens) - 1 > shape[0]:
             self._refuse_leaks(inputs)
