@@ -275,15 +275,17 @@ class FusedModel(ReadsQuantized):
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         """As in Transformers, which starts missing weights at random; a `complete` loading refuses them."""
-        if model._mtp is not None:
-            settle(model, loading_info, load_config.pretrained_model_name_or_path, _by_others(load_config))
         complete, source = _loading.get().complete, load_config.pretrained_model_name_or_path
+        # with tensors that the model has not, which others' quantizers make
+        by_others = load_config.is_quantized and not isinstance(load_config.hf_quantizer, ExpertsQuantizer)
+        if model._mtp is not None:
+            settle(model, loading_info, source, by_others)
         if complete:
             _refuse_missing(_lost_experts(model, loading_info), source)
         for name in model._frozen:  # which Transformers' loading undoes, unless it shards
             model.get_parameter(name).requires_grad_(False)
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        if complete and not _by_others(load_config):  # tied weights are no longer among them
+        if complete and not by_others:  # tied weights are no longer among them
             _refuse_missing(loading_info.missing_keys, source)
         return loading_info
 
@@ -329,11 +331,6 @@ def _forward_of(stock: Any) -> Any:
 
 class FusedBaseModel(FastBaseModel, FusedModel):
     """A base model that was fused by itself, without a head."""
-
-
-def _by_others(load_config: Any) -> bool:
-    """Whether a model is loaded by a quantizer that is not ours, with tensors that the model has not."""
-    return load_config.is_quantized and not isinstance(load_config.hf_quantizer, ExpertsQuantizer)
 
 
 def _lost_experts(model: nn.Module, loading_info: Any) -> set[str]:
