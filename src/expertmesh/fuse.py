@@ -280,8 +280,11 @@ class FusedModel(ReadsQuantized):
         by_others = load_config.is_quantized and not isinstance(load_config.hf_quantizer, ExpertsQuantizer)
         if model._mtp is not None:
             settle(model, loading_info, source, by_others)
-        if complete:
-            _refuse_missing(_lost_experts(model, loading_info), source)
+        if complete:  # and say so of experts and their routers before Transformers speaks of shapes
+            experts = [name for name, module in model.named_modules() if fast_experts.is_experts(module)]
+            blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
+            broken = {*loading_info.missing_and_mismatched(), *loading_info.conversion_errors}
+            _refuse_missing({key for key in broken if key.startswith(blocks)}, source)
         for name in model._frozen:  # which Transformers' loading undoes, unless it shards
             model.get_parameter(name).requires_grad_(False)
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
@@ -331,14 +334,6 @@ def _forward_of(stock: Any) -> Any:
 
 class FusedBaseModel(FastBaseModel, FusedModel):
     """A base model that was fused by itself, without a head."""
-
-
-def _lost_experts(model: nn.Module, loading_info: Any) -> set[str]:
-    """Which weights of experts or routers a checkpoint lacks, or has in the wrong shape."""
-    experts = [name for name, module in model.named_modules() if fast_experts.is_experts(module)]
-    blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
-    broken = {*loading_info.missing_and_mismatched(), *loading_info.conversion_errors}
-    return {key for key in broken if key.startswith(blocks)}
 
 
 def _refuse_missing(weights: set[str], source: Any) -> None:
