@@ -9,12 +9,9 @@ with what each of them gives, under `make test` and `make test-oldest`.
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from expertmesh import AutoModelForCausalLM, backends
-from expertmesh.bench.tiny import COMMON, FAMILIES, tiny_config
+from expertmesh.bench.tiny import FAMILIES, tiny_config
 from expertmesh.families.report import FUSIONS, NOT_NEEDED
-from expertmesh.layers.liger import why_not_liger
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 BY_HAND = {
@@ -41,7 +38,6 @@ GENERIC = {
     "aria_text": "Aria",
     "jamba": "Jamba",
 }
-DENSE = {"llama": "Llama", "qwen3": "Qwen3"}
 WHAT = {
     "experts": "all experts of a layer at once: grouped GEMMs that gather their rows and hold the activation",
     "router": "from logits to weights and expert ids in one kernel",
@@ -70,10 +66,9 @@ give the gradients of one process.
 TAIL = """
 ## Models without experts
 
-{dense}
-
-They run as stock Transformers; on a GPU [Liger](https://github.com/linkedin/Liger-Kernel)'s kernels go in at the first
-forward, if liger-kernel is installed and knows the model type.
+Llama, Qwen3 and all others without experts stay stock Transformers, and the log says so. On a GPU
+`TrainingArguments(use_liger_kernel=True)`, of Transformers and TRL, gives them the kernels of
+[Liger](https://github.com/linkedin/Liger-Kernel), if that knows the model type.
 
 ## All others
 
@@ -88,11 +83,6 @@ experts are not, and any other model, is treated as a model without experts.
 - Phi-3.5-MoE: in training the router draws experts at random, and the norms are LayerNorms. Its expert parallelism is
   tested with that noise off.
 """
-
-
-def fusions() -> list[str]:
-    """The fusions of models with experts, in the order of the columns."""
-    return [name for name in FUSIONS if name != "liger"]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -114,30 +104,21 @@ def cell(row: Any) -> str:
 
 
 def overview(families: dict[str, str], found: dict[str, dict[str, Any]]) -> str:
-    rows = [[f"{families[name]} (`{name}`)", *(cell(found[name][f]) for f in fusions())] for name in families]
-    return table(["family", *(f"`{f}`" for f in fusions())], rows)
+    rows = [[f"{families[name]} (`{name}`)", *(cell(found[name][f]) for f in FUSIONS)] for name in families]
+    return table(["family", *(f"`{f}`" for f in FUSIONS)], rows)
 
 
 def why_not(found: dict[str, dict[str, Any]]) -> str:
     """One row for each fusion and reason, with the classes it holds for."""
     classes: dict[tuple[str, str], dict[str, None]] = {}
     for report in found.values():
-        for fusion in fusions():
+        for fusion in FUSIONS:
             for reason in filter(None, report[fusion].reason.split("; ")):
                 cls, _, text = reason.replace(": ", " ", 1).partition(" ")
                 if not reason.startswith(NOT_NEEDED):
                     classes.setdefault((fusion, text), {})[f"`{cls}`"] = None
     rows = [[f"`{fusion}`", text, ", ".join(names)] for (fusion, text), names in classes.items()]
     return table(["fusion", "why a class stays stock", "classes"], sorted(rows, key=lambda row: row[0]))
-
-
-def dense() -> str:
-    """What becomes of models without experts."""
-    rows = []
-    for name, models in DENSE.items():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **COMMON | {"head_dim": 8}))
-        rows.append([f"{models} (`{name}`)", why_not_liger(model) or "Transformers, with Liger's kernels on a GPU"])
-    return table(["family", "runs as"], rows)
 
 
 def page() -> str:
@@ -152,10 +133,10 @@ def page() -> str:
                 "\n## By shared code\n",
                 overview(GENERIC, generic),
                 "\n`part`: some of the modules stay stock. A dash: the model has nothing that the fusion is for.\n",
-                table(["fusion", "what it does"], [[f"`{name}`", WHAT[name]] for name in fusions()]),
+                table(["fusion", "what it does"], [[f"`{name}`", WHAT[name]] for name in FUSIONS]),
                 "\n## Why not\n",
                 why_not(by_hand | generic),
-                TAIL.format(dense=dense()),
+                TAIL,
             ]
         ).rstrip("\n")
         + "\n"

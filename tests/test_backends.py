@@ -1,5 +1,7 @@
 """What is said about the Transformers in use: tested versions in silence, any other in one line."""
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -21,6 +23,29 @@ def test_nothing_is_missing_without_which_tests_are_skipped(package):
     (wanted,) = (one for one in map(Requirement, extras["dev"] + extras["plots"]) if one.name == package)
     here = wanted.marker is None or wanted.marker.evaluate()
     assert not here or backends.version_of(package), "pip install --editable '.[dev]'"
+
+
+_WITHOUT_TRITON = """
+import importlib.util, pkgutil
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find_spec(name, package)
+import torch, expertmesh
+from expertmesh import AutoModelForCausalLM, backends
+from expertmesh.bench.tiny import tiny_config
+from expertmesh.plan.memory import Job, trace
+assert not backends.HAS_TRITON
+for module in pkgutil.walk_packages(expertmesh.__path__, "expertmesh."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+for family in ("qwen3_moe", "nemotron_h"):
+    model, ids = AutoModelForCausalLM.from_config(tiny_config(family)).train(), torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    trace(Job(tiny_config(family), batch=1, seq=128), 140 * 2**30)
+"""
+
+
+def test_without_triton_everything_imports_trains_on_the_cpu_and_is_planned():
+    subprocess.run([sys.executable, "-c", _WITHOUT_TRITON], check=True)
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_the_fingerprint_sees_code_and_nothing_else():
     assert fingerprint(torch.nn.Linear) != fingerprint(torch.nn.Bilinear)
 
 
-@pytest.mark.parametrize("fusion", sorted(set(FUSIONS) - {"liger"}))
+@pytest.mark.parametrize("fusion", sorted(FUSIONS))
 def test_a_single_fusion_can_be_switched_off(fusion):
     model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"), fused={fusion: False})
     row = _report(model)[fusion]
@@ -215,13 +215,15 @@ def test_the_report_is_printed_once_per_kind_of_model(monkeypatch, capsys):
     assert "linear_cross_entropy on" in printed
 
 
-def test_a_model_without_experts_stays_stock():
+def test_a_model_without_experts_stays_stock_and_the_log_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["expertmesh.families.report"], "_printed", set())
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     model = AutoModelForCausalLM.from_config(config)
     assert type(model) is type(StockAuto.from_config(config))
-    assert not any(isinstance(module, Fast) for module in model.modules())
+    assert not any(isinstance(module, Fast) for module in model.modules()) and not model._forward_pre_hooks
+    assert "stays stock" in (said := capsys.readouterr().err) and "use_liger_kernel=True" in said
 
 
 def test_public_names_are_what_they_say():

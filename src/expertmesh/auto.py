@@ -63,7 +63,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         if fused is not False and isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = _own_copy(kwargs["config"], kwargs)
         caller_looks = kwargs.get("output_loading_info", False)  # and sees for himself what is missing
-        with loading(fused, mtp="saved", complete=not caller_looks):
+        with loading(fused, mtp=True, complete=not caller_looks):
             loaded = loader.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
             model = _finish(model, fused, setup, mtp_weight)
@@ -84,7 +84,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             raise ValueError("from_config takes an ExpertsQuantConfig as quantization_config, and no other.")
         if fused is not False or setup is not None:  # a layout is noted there, too
             config = _own_copy(config, kwargs)
-        with loading(fused, mtp="no" if mtp_weight is None else "new"):
+        with loading(fused, mtp=mtp_weight is not None):
             if setup is None and quantization is None:
                 return _finish(maker.from_config(config, **kwargs), fused, setup, mtp_weight)
             prepare, here = PreTrainedModel.prepare_distribute_model, (None, torch.get_default_device(), None)

@@ -23,23 +23,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# CPU-only platforms have no Triton wheel; kernel files still import, so that their PyTorch references run
-triton: Any = (
-    importlib.import_module("triton")
-    if HAS_TRITON
-    else SimpleNamespace(
-        jit=lambda kernel: kernel,  # nothing calls it
-        cdiv=lambda a, b: -(-a // b),
-        next_power_of_2=lambda n: 1 << max(n - 1, 0).bit_length(),
-    )
-)
-tl: Any = importlib.import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
-
-TensorDescriptor: Any = (
-    importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
-    if HAS_TRITON
-    else SimpleNamespace(from_tensor=lambda x, _: x)
-)
+triton: Any
+tl: Any
+TensorDescriptor: Any
+if HAS_TRITON:
+    triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
+    TensorDescriptor = importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+else:  # as on CPU-only platforms: kernel files still import, so that their references run and steps are planned
+    round_up = {"cdiv": lambda a, b: -(-a // b), "next_power_of_2": lambda n: 1 << max(n - 1, 0).bit_length()}
+    triton, tl = SimpleNamespace(jit=lambda kernel: kernel, **round_up), SimpleNamespace(constexpr=int)
+    TensorDescriptor = type("TensorDescriptor", (), {"from_tensor": lambda x, _: x})
 
 _interpreting = False
 #: while a step is planned: what is told of kernels in place of their launches; memory of the GPU that is planned for
@@ -202,7 +195,6 @@ _PACKAGES = {
     ),
     "flash-attn-4": ("causal attention in training on Hopper GPUs", "cuDNN's; with sinks PyTorch's FlashAttention-2"),
     "quack-kernels": ("five of the experts' products on Hopper GPUs", "Triton's"),
-    "liger-kernel": ("fused norms and MLPs of models without experts, on GPUs", "such models run as stock"),
     "accelerate": ("transformers' Trainer", "no `expertmesh train`"),
     "trl": ("`expertmesh train` (SFTTrainer)", "no `expertmesh train`"),
     "peft": ("LoRA", "full fine-tuning only"),

@@ -21,11 +21,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.families.recompute import set_levels, without_policy
-from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, print_report, switched_on
+from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of, fuse_head, print_report, switched_on
 from expertmesh.layers import attention
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
-from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens, why_not_head
-from expertmesh.layers.liger import apply_liger_on_gpu, why_not_liger
+from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens
 from expertmesh.layers.mtp import MTP, add_modules, loss_with_predictions, promise_what_is_kept, record_inputs, settle
 from expertmesh.moe import experts as fast_experts
 from expertmesh.moe.block import aux_loss_share
@@ -36,7 +35,7 @@ from expertmesh.parallel.peft import reach_layouts
 from expertmesh.parallel.ranks import refuse_differences
 from expertmesh.parallel.setup import refuse_unfit_shards
 from expertmesh.records import Call, call_of, calling
-from expertmesh.twins import has_cache, refuse_replicas, twin
+from expertmesh.twins import twin
 from expertmesh.weights.files import replacing
 from expertmesh.weights.four_bit import ExpertsQuantizer
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
@@ -48,17 +47,21 @@ from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 class Loading:
     """How models are made.
 
-    mtp: which get modules for multi-token prediction: none ("no"), those whose configuration has them ("new"), or whose
-    checkpoint has their weights as well ("saved"). complete: whether a checkpoint that lacks weights is refused.
+    mtp: whether those get modules for multi-token prediction whose configuration, and checkpoint if they are loaded,
+    has them. complete: whether a checkpoint that lacks weights is refused.
     """
 
     fusions: frozenset[str] = frozenset(FUSIONS)
-    mtp: str = "no"
+    mtp: bool = False
     complete: bool = False
 
 
 _loading: ContextVar[Loading] = ContextVar("loading", default=Loading())  # noqa: B039  frozen
 _stock_loss: Any = PreTrainedModel.loss_function.fget  # type: ignore[attr-defined]  # torch.compile knows no super()'s
+_NO_EXPERTS = (
+    "the model has none behind Transformers' ExpertsInterface and stays stock; in its trainers "
+    "TrainingArguments(use_liger_kernel=True) brings Liger's kernels"
+)
 _NO_MTP = "A single graph cannot hold the loss of multi-token prediction: leave fullgraph=True or mtp_loss_weight out."
 
 
@@ -66,20 +69,20 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
     """Turn a loaded Hugging Face model into its fast twin, in place, and return it.
 
     fused: True for every fusion, or a dict that switches single ones, as {"router": False}. Parameters, buffers, names
-    and hooks stay. A model without experts stays stock, with Liger's kernels once it is on a GPU. Raises ValueError for
-    an unknown switch, TypeError if `model` is no Transformers model.
+    and hooks stay. A model without experts stays stock, and the log says so. Raises ValueError for an unknown switch,
+    TypeError if `model` is no Transformers model.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"fuse() takes a Transformers model, not {type(model).__name__}. If the model is wrapped (by PEFT, DDP or "
             f"torch.compile), fuse the model inside before wrapping it."
         )
-    if isinstance(model, FusedModel) or fused is False:
+    if fused is False:
         return model
+    instance: Any = model
+    stock: Any = type(model)
     with loading(fused):
-        instance: Any = model
-        stock: Any = type(model)
-        if has_fast_experts(stock):
+        if has_fast_experts(stock) and not isinstance(model, FusedModel):
             memo: dict[int, Any] = {}
             for module in model.modules():
                 if isinstance(getattr(module, "config", None), PreTrainedConfig):
@@ -94,13 +97,13 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
             forget_packed_names(model)
             instance.__class__ = twin(stock, FusedBaseModel if model.base_model is model else FusedModel)
             instance._fuse_modules()
-        else:
-            _use_liger(model)
+    ours = isinstance(model, FusedModel)
+    print_report(model, instance.fusion_report() if ours else [Fusion("experts", reason=_NO_EXPERTS)])
     return model
 
 
 @contextmanager
-def loading(fused: bool | dict[str, bool], mtp: str = "no", complete: bool = False) -> Iterator[None]:
+def loading(fused: bool | dict[str, bool], mtp: bool = False, complete: bool = False) -> Iterator[None]:
     """Models made inside get these fusions, `fused` as in `fuse`; the rest is as in `Loading`.
 
     Raises ValueError for an unknown switch.
@@ -142,8 +145,6 @@ class FusedModel(ReadsQuantized):
     """What a fused model adds to its HF class."""
 
     _mtp: MTP | None = None
-    _waiting: dict[str, Any] | None = None  # experts' weights, until those that share a parameter with them are loaded
-    _replicate_for_data_parallel = refuse_replicas
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -153,7 +154,7 @@ class FusedModel(ReadsQuantized):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._frozen = [name for name, weight in self.named_parameters() if not weight.requires_grad]
-        if _loading.get().mtp != "no":
+        if _loading.get().mtp:
             self._mtp = add_modules(self)
         self._fuse_modules()
 
@@ -179,8 +180,6 @@ class FusedModel(ReadsQuantized):
         for module in self.modules():
             # a stock model that has this configuration, and so the names of our experts and attention, lacks the mark
             module.in_fused_model = True  # type: ignore[assignment]
-        if self._mtp is None or _loading.get().mtp != "saved":  # else when it is loaded
-            print_report(self, self.fusion_report())
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Transformers' choice, except that ours is the default."""
@@ -221,9 +220,8 @@ class FusedModel(ReadsQuantized):
         """
         copies = self._mtp.copies if self._mtp is not None else {}
         own = {key: value for key, value in state_dict.items() if key not in copies} if copies else state_dict
-        state, self._waiting = to_model_names(self, {**self._waiting, **own} if self._waiting else own, strict)
-        if self._waiting:
-            hook: Any = self.register_forward_pre_hook(lambda *_: _refuse_part(self, hook))
+        base = self.base_model
+        state, base._waiting = to_model_names(self, {**base._waiting, **own} if base._waiting else own, strict)
         return super().load_state_dict(state, strict, assign)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -254,8 +252,8 @@ class FusedModel(ReadsQuantized):
         """As in Transformers (`resize_token_embeddings` comes here); the new head is fused like the old one."""
         fast = isinstance(self.get_output_embeddings(), FastHead)
         super().set_output_embeddings(new_embeddings)
-        if fast and why_not_head(new_embeddings) is None:
-            new_embeddings.__class__ = twin(nn.Linear, FastHead)
+        if fast:
+            fuse_head(self)
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
@@ -277,16 +275,20 @@ class FusedModel(ReadsQuantized):
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         """As in Transformers, which starts missing weights at random; a `complete` loading refuses them."""
-        if model._mtp is not None:
-            settle(model, loading_info, load_config.pretrained_model_name_or_path, _by_others(load_config))
-            print_report(model, model.fusion_report())
         complete, source = _loading.get().complete, load_config.pretrained_model_name_or_path
-        if complete:
-            _refuse_missing(_lost_experts(model, loading_info), source)
+        # with tensors that the model has not, which others' quantizers make
+        by_others = load_config.is_quantized and not isinstance(load_config.hf_quantizer, ExpertsQuantizer)
+        if model._mtp is not None:
+            settle(model, loading_info, source, by_others)
+        if complete:  # and say so of experts and their routers before Transformers speaks of shapes
+            experts = [name for name, module in model.named_modules() if fast_experts.is_experts(module)]
+            blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
+            broken = {*loading_info.missing_and_mismatched(), *loading_info.conversion_errors}
+            _refuse_missing({key for key in broken if key.startswith(blocks)}, source)
         for name in model._frozen:  # which Transformers' loading undoes, unless it shards
             model.get_parameter(name).requires_grad_(False)
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        if complete and not _by_others(load_config):  # tied weights are no longer among them
+        if complete and not by_others:  # tied weights are no longer among them
             _refuse_missing(loading_info.missing_keys, source)
         return loading_info
 
@@ -320,8 +322,6 @@ def _forward_of(stock: Any) -> Any:
             torch._dynamo.graph_break()  # the context variables below
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         defer = self.training and labels is not None
-        if defer and kwargs.get("use_cache") is None and not has_cache(kwargs):
-            kwargs["use_cache"] = False  # the configuration's default is meant for generation; here it costs copies
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
         predicts = defer and self.mtp_loss_weight is not None
         call = Call(self, targets, defer, kwargs.pop("count_predictions", False), predicts)
@@ -336,19 +336,6 @@ class FusedBaseModel(FastBaseModel, FusedModel):
     """A base model that was fused by itself, without a head."""
 
 
-def _by_others(load_config: Any) -> bool:
-    """Whether a model is loaded by a quantizer that is not ours, with tensors that the model has not."""
-    return load_config.is_quantized and not isinstance(load_config.hf_quantizer, ExpertsQuantizer)
-
-
-def _lost_experts(model: nn.Module, loading_info: Any) -> set[str]:
-    """Which weights of experts or routers a checkpoint lacks, or has in the wrong shape."""
-    experts = [name for name, module in model.named_modules() if fast_experts.is_experts(module)]
-    blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
-    broken = {*loading_info.missing_and_mismatched(), *loading_info.conversion_errors}
-    return {key for key in broken if key.startswith(blocks)}
-
-
 def _refuse_missing(weights: set[str], source: Any) -> None:
     if weights:
         lost, more = sorted(weights), f" and {len(weights) - 3} more" if len(weights) > 3 else ""
@@ -357,21 +344,3 @@ def _refuse_missing(weights: set[str], source: Any) -> None:
             f"Training would start them at random. Download or convert the checkpoint again; its index "
             f"(model.safetensors.index.json) must list every weight of every layer."
         )
-
-
-def _refuse_part(model: Any, hook: Any) -> None:
-    if model._waiting:
-        raise ValueError(
-            f"Only some experts of a layer were loaded: {min(model._waiting)} has come, others of its layer have not. "
-            f"Take a complete checkpoint of this model."
-        )
-    hook.remove()
-
-
-def _use_liger(model: PreTrainedModel) -> None:
-    """A model without experts: stock, plus Liger's kernels at its first forward on a GPU."""
-    reason = why_not_liger(model) if _wants("liger") else "switched off"
-    if reason is None:
-        model.register_forward_pre_hook(apply_liger_on_gpu)
-    by = "liger-kernel, from the first forward on a GPU"
-    print_report(model, [Fusion("liger", reason=reason) if reason else Fusion("liger", True, by, count=1)])

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import sys
 import textwrap
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -43,16 +43,6 @@ class Fast(_Stock):
         return (_rebuild, (type(self).__stock__, type(self).__fast__), *state)
 
 
-def refuse_replicas(module: nn.Module) -> NoReturn:
-    """A fused module's `_replicate_for_data_parallel`, by which nn.DataParallel copies it. Raises ValueError."""
-    gpus = max(2, torch.cuda.device_count())
-    raise ValueError(
-        f"{type(module).__name__} would be copied to {gpus} GPUs in every forward, as one process sees them all and "
-        f"Trainer then wraps models in nn.DataParallel. expertmesh runs one process per GPU. Start them with torchrun "
-        f"--nproc-per-node {gpus} script.py, or let one process see one GPU: CUDA_VISIBLE_DEVICES=0 python script.py."
-    )
-
-
 #: a cache's name as a keyword of forwards, and its names before Transformers 5.24
 CACHES = ("cache", "past_key_values", "cache_params")
 
@@ -63,12 +53,7 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
     return next((cache for cache in found if cache is not None), None)
 
 
-def has_cache(kwargs: dict[str, Any]) -> bool:
-    """Whether a forward's keywords hold a cache."""
-    return any(kwargs.get(name) is not None for name in CACHES)
-
-
-def untouched(*modules: nn.Module, kind: type = nn.Module) -> bool:
+def untouched(*modules: nn.Module, kind: type | tuple[type, ...] = nn.Module) -> bool:
     """Whether calls of these, of this kind, run the forward of PyTorch, Transformers or a twin, and nobody watches
     them, so that a kernel may stand for them. Parallelism replaces instances' forward; users put hooks and classes.
     """

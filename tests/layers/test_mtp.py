@@ -433,6 +433,8 @@ def test_wrong_use_says_what_to_do(tmp_path):
             AutoModelForCausalLM.from_pretrained(saved_without(family), mtp_loss_weight=0.1)
     with pytest.raises(ValueError, match="no modules for multi-token prediction"):
         AutoModelForCausalLM.from_config(tiny_config("nemotron_h"), mtp_loss_weight=0.1)
+    with pytest.raises(ValueError, match="no modules for multi-token prediction"):
+        AutoModelForCausalLM.from_config(tiny_config("nemotron_h")).mtp_loss_weight = 0.1
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     weights = on_disk(folder)
     del weights["model.layers.3.eh_proj.weight"]

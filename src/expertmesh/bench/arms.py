@@ -49,10 +49,7 @@ ARMS = {
         Arm("expertmesh", ours=True),
         Arm("expertmesh-trainer", ours=True, trainer=True),
         Arm("expertmesh-4bit", ours=True, four_bit=True),
-        *(
-            Arm(f"{WITHOUT}{name}", ours=True, without=name)
-            for name in (*(fusion for fusion in FUSIONS if fusion != "liger"), *LIBRARIES)
-        ),
+        *(Arm(f"{WITHOUT}{name}", ours=True, without=name) for name in (*FUSIONS, *LIBRARIES)),
     )
 }
 DEFAULT = ("stock", "stock-compiled", "stock-liger", "expertmesh")

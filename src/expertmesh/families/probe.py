@@ -114,7 +114,7 @@ def tiny(config: Any) -> Any:
     config = copy.deepcopy(config.get_text_config())
     heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     lists = {name: list(getattr(config, name)) for name in _LISTS if getattr(config, name, None)}
-    kinds = list(zip(*lists.values(), strict=False)) if lists else []
+    kinds = list(zip(*lists.values(), strict=False))
     chosen = list(dict.fromkeys(kinds.index(kind) for kind in kinds)) or [0]
     chosen = chosen if len(chosen) > 1 else [chosen[0]] * 2
     values: dict[str, Any] = {name: [whole[i] for i in chosen] for name, whole in lists.items()}

@@ -1,5 +1,6 @@
 """Which fusions of a model are on: modules become instances of their twins, and a report says by what, or why not."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 from expertmesh import backends
 from expertmesh.families.probe import probe
 from expertmesh.families.table import RULES, Rule
-from expertmesh.layers.head import FastHead, why_not_head
+from expertmesh.layers.head import FastHead
 from expertmesh.moe import experts as fast_experts
 from expertmesh.twins import Fast, twin
 
@@ -28,7 +29,6 @@ FUSIONS = {
     "add_norm": "DecoderLayer",
     "mamba2": "Mamba2Mixer",
     "linear_cross_entropy": "lm_head",
-    "liger": "models without experts",
 }
 #: the reason why a fusion is off in a model that has nothing of the kind
 NOT_NEEDED = "no module of the model needs it"
@@ -73,23 +73,20 @@ def apply_fusions(model: Any, requested: frozenset[str]) -> list[Fusion]:
     rows = [_experts(model)]
     for name in dict.fromkeys(rule.fusion for rule in RULES):
         rows.append(_apply(model, name) if name in requested else Fusion(name, reason="switched off"))
-    return [*rows, _fuse_head(model) if _HEAD in requested else Fusion(_HEAD, reason="switched off")]
+    return [*rows, fuse_head(model) if _HEAD in requested else Fusion(_HEAD, reason="switched off")]
 
 
 def _apply(model: Any, fusion: str) -> Fusion:
     """Make the modules fast that this fusion is for."""
-    kinds: dict[Any, list[nn.Module]] = {}
-    for module in model.modules():
-        if not isinstance(module, Fast):
-            kinds.setdefault(type(module), []).append(module)
+    kinds: dict[Any, nn.Module] = {type(module): module for module in model.modules() if not isinstance(module, Fast)}
     reasons: dict[str, None] = {}
     verified: list[str] = []  # of each module that is fast now
-    for cls, modules in kinds.items():
-        rule, how = _rule_for(model, modules[0], fusion)
+    for cls, one in kinds.items():
+        rule, how = _rule_for(model, one, fusion)
         if rule is None:
             reasons |= {how: None} if how else {}
             continue
-        for module in modules:
+        for module in [module for module in model.modules() if type(module) is cls]:
             if (reason := rule.fast.why_not(module)) is not None:
                 reasons[f"{cls.__name__}: {reason}"] = None
             else:
@@ -117,7 +114,11 @@ def _rule_for(model: Any, module: nn.Module, fusion: str) -> tuple[Rule | None, 
     if not meant:
         return None, ""
     done = {m.__stock__: m.__fast__ for m in model.modules() if getattr(m, "__fast__", None) in _FUSION_OF}
-    asked = {rule.fast: rule for rule in rules if rule.fast.probed and _may_fit(rule, module)}
+    asked = {}
+    for rule in rules:
+        with suppress(AttributeError):  # the class has other parts
+            if rule.fast.probed and rule.fast.why_not(module) is None:
+                asked[rule.fast] = rule
     proven = asked and probe(type(model).__stock__, model.config, cls, list(asked.values()), done)
     return (proven, "probe") if proven else (None, f"{cls.__name__} runs code of its own")
 
@@ -128,18 +129,13 @@ def _is_meant(module: nn.Module, fusion: str) -> bool:
     return meant and not hasattr(module, "experts")  # a GptOssMLP is a block of them
 
 
-def _may_fit(rule: Rule, module: nn.Module) -> bool:
-    try:
-        return rule.fast.why_not(module) is None
-    except AttributeError:
-        return False
-
-
-def _fuse_head(model: Any) -> Fusion:
-    head = model.get_output_embeddings()
-    if (reason := why_not_head(head)) is not None:
-        return Fusion(_HEAD, reason=reason)
-    head.__class__ = twin(nn.Linear, FastHead)
+def fuse_head(model: Any) -> Fusion:
+    """Make the output embedding of a model defer its logits."""
+    head, fast = model.get_output_embeddings(), twin(nn.Linear, FastHead)
+    if type(head) not in (nn.Linear, fast):
+        kind = "an output embedding" if head is None else f"nn.Linear as its head, but a {type(head).__name__}"
+        return Fusion(_HEAD, reason=f"the model has no {kind}")
+    head.__class__ = fast
     return _on(_HEAD)
 
 
@@ -161,18 +157,16 @@ def count_of(fusion: str, model: nn.Module) -> int:
     return sum(getattr(module, "__fast__", None) in fasts for module in model.modules())
 
 
-_printed: set[tuple] = set()
+_printed: set[str] = set()
 
 
 def print_report(model: nn.Module, rows: list[Fusion]) -> None:
     """Print what is on and what is off, once for each kind of model in a process."""
-    key = (type(model).__name__, *rows)
-    if key in _printed:
-        return
-    _printed.add(key)
     lines = [f"expertmesh: {type(model).__name__}"]
     for row in rows:
         proven = ", verified by probe" if row.verified == "probe" else ""
         state, but = (f"on   {row.by} x{row.count}{proven}", "not everywhere: ") if row.on else ("off", "")
         lines.append(f"  {row.name:<21}{state}" + (f"  ({but}{row.reason})" if row.reason else ""))
-    backends.logger().info("\n".join(lines))
+    if (report := "\n".join(lines)) not in _printed:
+        _printed.add(report)
+        backends.logger().info(report)

@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from expertmesh.moe.experts import is_experts
 from expertmesh.moe.lora import fuse_adapted_experts, places_of, tell_what_trains
 from expertmesh.parallel.layout import refuse_undivided
 from expertmesh.records import Call, call_of, calling
-from expertmesh.twins import Fast, has_cache, refuse_replicas, traced, twin
+from expertmesh.twins import CACHES, Fast, traced, twin
 
 _NO_MTP = (
     "mtp_loss_weight is set, but the model was called without labels: a loss made elsewhere (by TRL's trainers, label "
@@ -41,19 +41,16 @@ class FastBaseModel(Fast):
     """
 
     _mtp_loss_weight: float | None = None  # as `FusedModel.mtp_loss_weight`
-    _replicate_for_data_parallel = refuse_replicas
-    _mamba2 = False  # whether there are mixers of ours with a state from token to token
-    _stateful: Any = None  # the class of such mixers that are not ours
-    _stateful_told = False  # whether these pass documents on to their kernels, which refuse what they cannot do
-    _sinks = False  # whether attention has sinks
     _announced = False
-    _names: Any = ()  # of the arguments
-    _makes_masks = False  # whether by the functions that pass on what has four dimensions
-    _experts_at: Any = ()  # where experts stand, and later adapters around them
-    _linears_at: Any = ()  # and linear layers
+    _waiting: dict[str, Any] | None = None  # experts' weights, until those that share a parameter with them are loaded
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cls: Any = type(self)
+        if self._waiting:
+            raise ValueError(
+                f"Only some experts of a layer were loaded: {min(self._waiting)} has come, others of its layer have "
+                f"not. Take a complete checkpoint of this model."
+            )
         if traced():
             with nullcontext() if torch.compiler.is_dynamo_compiling() else as_stock(self):
                 return cls.__stock__.forward(self, *args, **kwargs)
@@ -72,15 +69,26 @@ class FastBaseModel(Fast):
             outputs = super().forward(**inputs)
         return outputs if apart is None else apart.together(outputs)
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """By this nn.DataParallel copies modules."""
+        gpus = max(2, torch.cuda.device_count())
+        raise ValueError(
+            f"{type(self).__name__} would be copied to {gpus} GPUs in every forward, as one process sees them all and "
+            f"Trainer then wraps models in nn.DataParallel. expertmesh runs one process per GPU. Start them with "
+            f"torchrun --nproc-per-node {gpus} script.py, or let one process see one GPU: CUDA_VISIBLE_DEVICES=0 "
+            f"python script.py."
+        )
+
     def _prepare(self, inputs: dict[str, Any], call: Call) -> Apart | None:
         """Put into `inputs` what the layers must know of the rows; returns how rows were taken apart, if they were."""
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None or has_cache(inputs):
+        if tokens is None or any(inputs.get(name) is not None for name in CACHES):
             return None
         training = self.training and torch.is_grad_enabled()
-        if self._mamba2 and inputs.get("use_cache") is None and (training or call.targets is not None):
-            inputs["use_cache"] = False  # with one our kernels do not run
+        without = call.defers or (self._mamba2 and (training or call.targets is not None))
+        if without and inputs.get("use_cache") is None:
+            inputs["use_cache"] = False  # the default is meant for generation: it costs copies, and Mamba2's kernels
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
         mask: Any = inputs.get("attention_mask")
         positions: Any = inputs.get("position_ids")
@@ -102,24 +110,20 @@ class FastBaseModel(Fast):
             if stateful and marked and look(shape, None, positions, numbers).count > shape[0]:
                 self._refuse_leaks(inputs)
             return None
-        if documents is not None:
-            inputs["attention_mask"] = None
-        elif mask is not None or marked:
+        if documents is None and (mask is not None or marked):
             found = look(shape, mask, positions, numbers, call.targets)
             call.labelled = found.labelled
-            if found.padded:
+            if not found.keep.all():
                 if not self._takes_apart(inputs, found, call):
                     return None
                 inputs["use_cache"] = False
                 apart = Apart.of(found.keep, device)
-                positions = inputs.get("position_ids")
-                positions = found.positions(device) if positions is None else positions.expand(shape)
-                inputs["position_ids"] = positions
+                inputs["position_ids"] = found.positions(device) if positions is None else positions.expand(shape)
                 inputs.update({name: apart.take(x) for name, x in inputs.items()})
                 shape = (1, len(apart.index))
-            inputs["attention_mask"] = None
             if apart is not None or found.count > shape[0]:
                 documents = found.documents(device)
+        inputs["attention_mask"] = None
         inputs.pop("seq_idx", None)
         if documents is not None and len(documents.cu_seqlens) - 1 > shape[0]:
             self._refuse_leaks(inputs)
@@ -227,11 +231,15 @@ def fuse_base(model: Any) -> None:
         base.__class__ = twin(stock, FastBaseModel)
     cls: Any = type(base).__stock__
     base._names = list(inspect.signature(cls.forward).parameters)[1:]
+    # whether by the functions that pass on what has four dimensions
     base._makes_masks = "create_causal_mask" in inspect.getsource(cls)
+    # mixers with a state from token to token: whether some are ours; the class of others, and whether these pass
+    # documents on to their kernels, which refuse what they cannot do
     mixers: set[Any] = {type(module) for module in base.modules() if keeps_state(module)}
     base._mamba2 = any(issubclass(mixer, FastMamba2Mixer) for mixer in mixers)
     base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
     base._stateful_told = base._stateful is not None and "cu_seq_lens_q" in inspect.getsource(base._stateful)
+    # where adapters will stand
     base._experts_at, base._linears_at = places_of(model, is_experts), places_of(model, lambda m: type(m) is nn.Linear)
     base._sinks = any(hasattr(module, "sinks") for module in base.modules())
 

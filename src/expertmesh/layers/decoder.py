@@ -52,7 +52,7 @@ class FastSwiGLU(Fast):
     activations: tuple[type, ...] = (SiLUActivation, nn.SiLU)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.why_not(self) is not None:  # its activation was replaced or hooked after fusing: call it
+        if not untouched(self.act_fn, kind=self.activations):  # replaced or hooked after fusing: call it
             return super().forward(x)
         return self.down_proj(self._activated(x))
 
@@ -61,9 +61,9 @@ class FastSwiGLU(Fast):
 
     @classmethod
     def why_not(cls, mlp: Any) -> str | None:
-        if untouched(mlp.act_fn) and isinstance(mlp.act_fn, cls.activations):
-            return None
-        return f"its activation is {type(mlp.act_fn).__name__}, not {cls.activations[0].__name__} that nobody hooked"
+        name = type(mlp.act_fn).__name__
+        fits = untouched(mlp.act_fn, kind=cls.activations)
+        return None if fits else f"its activation is {name}, not {cls.activations[0].__name__} that nobody hooked"
 
 
 class FastReLU2MLP(FastSwiGLU):

@@ -332,12 +332,3 @@ class _Loss(torch.autograd.Function):
         of_loss = {"parts": parts, "factor": factor, "targets": targets, "rows": rows}
         gradient = DeferredGradient._of(made_of=made_of, **ctx.attributes, **of_loss)
         return gradient, *[None] * (2 + len(ctx.saved_tensors))
-
-
-def why_not_head(head: nn.Module | None) -> str | None:
-    """Why this output embedding cannot defer its logits, or None."""
-    if head is None:
-        return "the model has no output embedding"
-    if type(head) is not nn.Linear and not isinstance(head, FastHead):
-        return f"its head is a {type(head).__name__}, not nn.Linear"
-    return None

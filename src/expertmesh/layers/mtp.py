@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from expertmesh import backends
 from expertmesh.layers.head import DeferredLogits, causal_lm_loss, deferred_logits, next_tokens
 from expertmesh.records import Call
-from expertmesh.twins import Fast, cache_of, twin
+from expertmesh.twins import CACHES, Fast, twin
 
 
 class MTPBlock(Fast):
@@ -185,8 +185,7 @@ def record_inputs(call: Call) -> Iterator[None]:
         call.embeds = output
 
     def layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache_of(kwargs := dict(kwargs))
-        call.layer_inputs[module] = kwargs | {"use_cache": False}
+        call.layer_inputs[module] = {key: kwargs[key] for key in kwargs.keys() - {*CACHES}} | {"use_cache": False}
 
     def end(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         call.hidden, call.position_ids = output[0], kwargs.get("position_ids")
@@ -194,16 +193,12 @@ def record_inputs(call: Call) -> Iterator[None]:
             call.embeds = kwargs["inputs_embeds"]
 
     base, likes = call.model.base_model, {like for depth in call.model._mtp.depths for _, like in depth}
-    hooks = [
-        call.model.get_input_embeddings().register_forward_hook(embedded),
-        *(like.register_forward_pre_hook(layer, with_kwargs=True) for like in likes),
-        base.register_forward_hook(end, with_kwargs=True),
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(call.model.get_input_embeddings().register_forward_hook(embedded))
+        hooks.enter_context(base.register_forward_hook(end, with_kwargs=True))
+        for like in likes:
+            hooks.enter_context(like.register_forward_pre_hook(layer, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def loss_with_predictions(
@@ -213,37 +208,27 @@ def loss_with_predictions(
     where a batch has no label that far ahead."""
     model, hidden, next_labels, num_items = call.model, call.hidden, call.targets, kwargs.get("num_items_in_batch")
     assert next_labels is not None, "the model was called with labels"
+    if not isinstance(logits, DeferredLogits) and any(isinstance(weight, DTensor) for weight in model.parameters()):
+        # FSDP gathers the head together with the last norm, and counts one call of both
+        raise ValueError(
+            "mtp_loss_weight on a sharded model needs the head that defers its logits: leave the fusion "
+            "linear_cross_entropy on, and the head without adapters."
+        )
     losses = []
     for depth, blocks in enumerate(model._mtp.depths, 1):
         inputs: tuple[torch.Tensor, ...] = (hidden, F.pad(call.embeds, (0, 0, 0, depth))[..., depth:, :])
         for block, like in blocks:
             inputs = (block(*inputs, **call.layer_inputs[like]),)
         (hidden,) = inputs
-        targets = _targets(next_labels, call.position_ids, depth)
+        targets = next_tokens(next_labels, distance=depth).contiguous()
+        if call.position_ids is not None:  # no label of another packed document
+            same = next_tokens(call.position_ids, -1, depth + 1) == call.position_ids + depth + 1
+            targets = targets.masked_fill(~same.to(targets.device), -100)
         count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
-        ahead = _logits(model, logits, hidden)
+        if isinstance(logits, DeferredLogits):
+            ahead: Any = deferred_logits(hidden, logits.weight, logits.bias)
+        else:
+            ahead = model.get_output_embeddings()(hidden)
         losses.append(causal_lm_loss(ahead, targets, vocab_size, num_items_in_batch=count, shift_labels=targets))
     scale = model.mtp_loss_weight / len(losses)
     return main(logits, labels, vocab_size, **kwargs) + scale * sum(losses)
-
-
-def _targets(targets: torch.Tensor, position_ids: torch.Tensor | None, depth: int) -> torch.Tensor:
-    """Labels [B, S] of this depth from those of the next token; -100 where they lie in another packed document."""
-    targets = next_tokens(targets, distance=depth).contiguous()
-    if position_ids is None:
-        return targets
-    same = next_tokens(position_ids, -1, depth + 1) == position_ids + depth + 1
-    return targets.masked_fill(~same.to(targets.device), -100)
-
-
-def _logits(model: Any, main: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """The head's logits of `hidden`; deferred, by the same weights, where the main model's are."""
-    if isinstance(main, DeferredLogits):
-        return deferred_logits(hidden, main.weight, main.bias)
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        # FSDP gathers the head together with the last norm, and counts one call of both
-        raise ValueError(
-            "mtp_loss_weight on a sharded model needs the head that defers its logits: leave the fusion "
-            "linear_cross_entropy on, and the head without adapters."
-        )
-    return model.get_output_embeddings()(hidden)

@@ -40,11 +40,6 @@ class Found:
     labelled_padding: bool
 
     @property
-    def padded(self) -> bool:
-        """Whether there is any padding."""
-        return not bool(self.keep.all())
-
-    @property
     def has_holes(self) -> bool:
         """Whether padding lies between the tokens of some row."""
         begins = torch.diff(self.keep.int(), prepend=torch.zeros(len(self.keep), 1, dtype=torch.int)) == 1
