@@ -148,7 +148,7 @@ def test_a_step_of_gpt_oss_waits_once_at_most(kind, waits, autocast):
     model = load_ours("gpt_oss", dtype=torch.float32 if autocast else torch.bfloat16).cuda().train()
     lengths = torch.tensor([100, 1, 27])
     ids = torch.randint(3, model.config.vocab_size, (1, 128), device="cuda")
-    inputs = {}
+    inputs, labels = {}, ids.clone()
     if kind in ("packed", "told"):
         inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
     if kind == "told":
@@ -156,11 +156,12 @@ def test_a_step_of_gpt_oss_waits_once_at_most(kind, waits, autocast):
         inputs |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": 100, "max_length_k": 100}
     if kind == "padded":
         inputs["attention_mask"] = (torch.arange(128, device="cuda") < 90)[None].long()
+        labels[:, 90:] = -100  # as collators have it
 
     def step():
         model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=ids, labels=ids, **inputs).loss
+            loss = model(input_ids=ids, labels=labels, **inputs).loss
         loss.backward()
         return loss.detach()
 
