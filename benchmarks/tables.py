@@ -4,7 +4,7 @@
 
 A page says where a table goes, and what fills it:
 
-    <!-- table: steps h200_qwen3_30b+h200_qwen3_30b_ours -->
+    <!-- table: steps h200_qwen3_30b -->
     <!-- end of table -->
 
 The first word is one of `TABLES`, the others are its arguments, mostly a file of benchmarks/results. Below each table
@@ -130,18 +130,18 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def steps(names: str, *without: str) -> str:
+def steps(name: str, *without: str) -> str:
     """Forward and backward, or whole steps, one table per work and routing. without: arms that are left out.
 
-    names: a file, or several joined by "+". Arms without one fusion have a table of their own (`worth`).
+    Arms without one fusion have a table of their own (`worth`).
     """
-    results, groups = [load(name) for name in names.split("+")], {}
-    for row in (row for result in results for row in result["rows"]):
+    result, groups = load(name), {}
+    for row in result["rows"]:
         if not row["arm"].startswith(WITHOUT) and row["arm"] not in without and "failed" not in row:
             groups.setdefault((row["work"], row["layers"], row["routing"]), []).append(row)
     tables = [f"{work}, {layers} layers, {routing} routing:\n\n{step_table(rows)}"
               for (work, layers, routing), rows in groups.items()]  # fmt: skip
-    return "\n\n".join([*tables, *map(source, results)])
+    return "\n\n".join([*tables, source(result)])
 
 
 def step_table(rows: list[dict]) -> str:

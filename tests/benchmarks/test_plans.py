@@ -7,7 +7,7 @@ import pytest
 
 COMMITTED = json.loads((Path(__file__).parents[2] / "benchmarks" / "plans.json").read_text())
 QUICK = [
-    ("h200_qwen3_30b_ours", "qwen3-30b-a3b", 1),
+    ("h200_qwen3_30b", "qwen3-30b-a3b", 1),
     ("h200_nemotron_3_nano", "nemotron-3-nano", 4),
     ("h200_gpt_oss_20b", "gpt-oss-20b", 1),
     ("h200_x2_qwen3_30b", "qwen3-30b-a3b", 4),
