@@ -5,13 +5,17 @@ as with the real ones.
 
 import contextlib
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from expertmesh import backends
+from expertmesh.kernels import mamba2
+from expertmesh.layers import mamba2 as mixer
 from expertmesh.train import graphed
 
 
@@ -93,9 +97,33 @@ def set_sync_debug_mode(mode: str) -> None:
         Watcher.on = None
 
 
+def masked_mamba2(
+    projected: torch.Tensor, weights: Any, options: Any, start_BS: torch.Tensor | None = None, mask_BS: Any = None
+) -> torch.Tensor:
+    """`mamba2_reference` with documents kept apart by a mask of all pairs of tokens."""
+    assert mask_BS is None
+    sizes = mamba2._sizes(projected, weights, options)
+    gate, xbc, dt = mamba2._parts(projected, sizes)
+    token = torch.arange(sizes.S)
+    position = token - (torch.zeros(sizes.B, 1) if start_BS is None else start_BS)
+    lagged = [F.pad(xbc, (0, 0, lag, 0))[:, : sizes.S] * (position >= lag)[..., None] for lag in range(4)]
+    conv = sum(x * weights.conv_K4[:, 3 - lag] for lag, x in enumerate(lagged))
+    x, B, C = mamba2.split(F.silu(conv if weights.conv_bias_K is None else conv + weights.conv_bias_K), sizes)
+    B, C = (part.repeat_interleave(sizes.H // sizes.G, dim=2) for part in (B, C))
+    dt = F.softplus(dt + weights.dt_bias_H).clamp(*options.dt_limit)
+    decay_BHS = (dt * weights.A_H).cumsum(1).transpose(1, 2)
+    unseen = (token > token[:, None]) | (token < (token - position)[..., None])
+    decay = (decay_BHS[..., None] - decay_BHS[:, :, None]).masked_fill(unseen[:, None], -torch.inf).exp()
+    y = torch.einsum("bqhn,bkhn,bhqk,bkh,bkhp->bqhp", C, B, decay, dt, x) + weights.D_H[:, None] * x
+    norm = SimpleNamespace(weight=weights.norm_W, variance_epsilon=options.eps, group_size=y[0, 0].numel() // sizes.G)
+    return mamba2.norm_reference(norm, y.flatten(2), gate)
+
+
 def instead_of_cuda(monkeypatch: Any) -> None:
     """From now on a recording is a tape."""
-    monkeypatch.setattr(backends, "has_varlen", lambda x: False)  # on a CPU it reads documents' lengths
+    # on a CPU these read documents' lengths
+    monkeypatch.setattr(backends, "has_varlen", lambda x: False)
+    monkeypatch.setattr(mixer, "mamba2", masked_mamba2)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_sync_debug_mode)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: "default")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
