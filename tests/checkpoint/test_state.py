@@ -300,14 +300,18 @@ def test_so_many_checkpoints_stay_and_a_scheduler_that_was_not_saved_is_missed(t
     assert (model.lm_head.weight == 7).all(), "nothing was loaded"
 
 
-def test_a_checkpoint_of_an_older_format_is_refused_before_anything_changes(tmp_path):
+@pytest.mark.parametrize("whose", ["an older version's", "a Trainer's"])
+def test_a_checkpoint_of_another_kind_is_refused_before_anything_changes(whose, tmp_path):
     model, optimizer = pair()
     path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=1)
-    torch.save({"step": 1, "scheduler": None, "world_size": 1}, path / "run.pt")
+    if whose == "a Trainer's":
+        (path / "run.pt").unlink()
+    else:
+        torch.save({"step": 1, "scheduler": None, "world_size": 1}, path / "run.pt")
     signed_again(path)
     with torch.no_grad():
         model.lm_head.weight.fill_(7)
-    with pytest.raises(ValueError, match="of an older format: resume it with the expertmesh that wrote it"):
+    with pytest.raises(ValueError, match="a Trainer's is resumed by the Trainer, an older one by the expertmesh that"):
         load_checkpoint(path, model=model, optimizer=optimizer)
     assert (model.lm_head.weight == 7).all()
 

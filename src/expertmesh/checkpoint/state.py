@@ -92,11 +92,12 @@ def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None
     """
     checkpoint, model = Path(checkpoint).expanduser(), _unwrapped(model)
     verify(checkpoint)
-    run = torch.load(checkpoint / "run.pt", weights_only=True)
+    file = checkpoint / "run.pt"
+    run = torch.load(file, weights_only=True) if file.exists() else {}
     if "ranks" not in run:
         raise ValueError(
-            f"{checkpoint} is of an older format: resume it with the expertmesh that wrote it, or begin a new run with "
-            f"its weights, which from_pretrained reads from there."
+            f"{checkpoint} is not of this version's save_checkpoint: a Trainer's is resumed by the Trainer, an older one "
+            f"by the expertmesh that wrote it; its weights alone are read by from_pretrained."
         )
     if scheduler is not None and run["scheduler"] is None:
         raise ValueError(f"{checkpoint} was saved without a scheduler: load it without one.")
