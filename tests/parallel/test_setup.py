@@ -117,6 +117,7 @@ def test_the_section_of_a_nemo_script():
         "dp_replicate_size": 2,
         "sequence_parallel": False,
         "tp_plan": None,
+        "patch_is_packed_sequence": True,
         "activation_checkpointing": True,
         "moe": {"ignore_router_for_ac": True, "reshard_after_forward": False, "wrap_outer_model": True},
     }
@@ -130,11 +131,11 @@ def test_the_section_of_a_nemo_script():
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"ep_sise": 2}, "did you mean 'ep_size'"),
-        ({"moe": {"reshard_after_foward": True}}, "did you mean 'moe.reshard_after_forward'"),
+        ({"ep_sise": 2}, "Did you mean 'ep_size'?"),
+        ({"moe": {"reshard_after_foward": True}}, "Did you mean 'moe.reshard_after_forward'?"),
         ({"pp_size": 2}, "pp_size=2 is NeMo AutoModel's and not supported here: leave it out."),
         ({"cp_size": 2}, "cp_size=2"),
-        ({"pipeline": {"pp_schedule": "1f1b"}}, "There is no distributed setting 'pipeline'"),
+        ({"pipeline": {"pp_schedule": "1f1b"}}, "There is no distributed setting 'pipeline'. Settings:"),
         ({"strategy": "ddp"}, "dp_replicate_size"),
         ({"strategy": "megatron_fsdp"}, "strategy must be 'fsdp2'"),
         ({"sequence_parallel": True}, "sequence_parallel=True"),

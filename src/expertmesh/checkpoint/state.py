@@ -96,8 +96,8 @@ def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None
     run = torch.load(file, weights_only=True) if file.exists() else {}
     if "ranks" not in run:
         raise ValueError(
-            f"{checkpoint} is not of this version's save_checkpoint: a Trainer's is resumed by the Trainer, an older one "
-            f"by the expertmesh that wrote it; its weights alone are read by from_pretrained."
+            f"{checkpoint} is not of this version's save_checkpoint: a Trainer's is resumed by the Trainer, an older "
+            f"one by the expertmesh that wrote it; its weights alone are read by from_pretrained."
         )
     if scheduler is not None and run["scheduler"] is None:
         raise ValueError(f"{checkpoint} was saved without a scheduler: load it without one.")

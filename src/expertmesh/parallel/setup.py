@@ -197,13 +197,13 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 _MOE = "moe.reshard_after_forward"
 _OURS = ["strategy", "dp_size", "dp_replicate_size", "tp_size", "ep_size", "timeout_minutes", "dispatch",
          "activation_checkpointing", _MOE]  # fmt: skip
-# NeMo's other keys, each with the value that asks for what happens anyway
-_THEIRS = {
-    "pp_size": 1, "cp_size": 1, "fsdp2_forward_prefetch_depth": 1, "fsdp2_backward_prefetch_depth": 2,
-    "sequence_parallel": False, "enable_async_tensor_parallel": False, "enable_compile": False,
-    "enable_fsdp2_prefetch": False, "patch_is_packed_sequence": False, "defer_fsdp_grad_sync": True,
-    "reshard_after_forward": True, "moe.ignore_router_for_ac": True, "moe.wrap_outer_model": True,
-    "activation_checkpointing_scope": "all",
+# NeMo's other keys, each with the values that ask for what happens anyway
+_THEIRS: dict[str, tuple[Any, ...]] = {
+    "pp_size": (1,), "cp_size": (1,), "fsdp2_forward_prefetch_depth": (1,), "fsdp2_backward_prefetch_depth": (2,),
+    "sequence_parallel": (False,), "enable_async_tensor_parallel": (False,), "enable_compile": (False,),
+    "enable_fsdp2_prefetch": (False,), "patch_is_packed_sequence": (False, True), "defer_fsdp_grad_sync": (True,),
+    "reshard_after_forward": (True,), "moe.ignore_router_for_ac": (True,), "moe.wrap_outer_model": (True,),
+    "activation_checkpointing_scope": ("all",),
 }  # fmt: skip
 
 
@@ -218,11 +218,9 @@ def create_distributed_setup_from_config(
     given = _settings({} if config is None else config) | _settings(keys)
     for key, value in given.items():
         if key not in (*_OURS, *_THEIRS):
-            near = get_close_matches(key, (*_OURS, *_THEIRS), 1, 0)[0]
-            raise ValueError(
-                f"There is no distributed setting {key!r}; did you mean {near!r}? Settings: {', '.join(_OURS)}."
-            )
-        if key in _THEIRS and repr(value) != repr(_THEIRS[key]):  # to repr True is not 1
+            near = "".join(f" Did you mean {name!r}?" for name in get_close_matches(key, (*_OURS, *_THEIRS), 1))
+            raise ValueError(f"There is no distributed setting {key!r}.{near} Settings: {', '.join(_OURS)}.")
+        if key in _THEIRS and repr(value) not in map(repr, _THEIRS[key]):  # to repr True is not 1
             raise ValueError(f"{key}={value!r} is NeMo AutoModel's and not supported here: leave it out.")
     section = {key.replace(_MOE, "reshard_experts"): value for key, value in given.items() if key in _OURS}
     return DistributedSetup(**section | ({} if world_size is None else {"world_size": world_size}))
