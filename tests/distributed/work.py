@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -30,7 +31,7 @@ from expertmesh.kernels.grouping import combine
 from expertmesh.memory import release as release_module
 from expertmesh.moe import experts, gather
 from expertmesh.moe.experts import TRANSPORTS, Dispatch
-from expertmesh.moe.gather import Mailboxes
+from expertmesh.moe.gather import Gather, Mailboxes
 from expertmesh.parallel.clip import clip_grad_norm
 from expertmesh.parallel.setup import DistributedSetup
 from expertmesh.records import Call, calling
@@ -442,22 +443,30 @@ def widths(rank: int, folder: Path, dispatch: str, boxes: Path) -> set[int]:
     return seen
 
 
-def tokens_sent(rank: int, folder: Path, tokens: list[int], boxes: Path) -> list[int]:
-    """How many rows of hidden states one rank sends in a forward, by exchange, once mailboxes are large enough."""
+def tokens_sent(rank: int, folder: Path, tokens: list[int], boxes: Path) -> tuple[list[int], list[str]]:
+    """How many rows of hidden states one rank sends in a forward, by exchange, once mailboxes are large enough; and the
+    tensors that exchanges keep for the backward, which are none.
+    """
     open_memory(boxes)
     model, _ = load(folder, Case({"ep_size": 2, "dispatch": "gather"}))
-    sent, send = [], Mailboxes._send
+    sent, send, kept, dispatch = list[int](), Mailboxes._send, list[str](), Gather.dispatch
 
     def sends(self: Mailboxes, place: Any, part: torch.Tensor) -> None:
         if part.shape[1:] == (model.config.hidden_size,):
             sent.append(len(part))
         send(self, place, part)
 
-    with mock.patch.object(Mailboxes, "_send", sends), torch.no_grad():
+    def dispatches(self: Gather, *args: torch.Tensor) -> Any:
+        rows = dispatch(self, *args)
+        held = ((name, tree_leaves(value)) for name, value in vars(self).items())
+        kept.extend(name for name, leaves in held if any(isinstance(leaf, torch.Tensor) for leaf in leaves))
+        return rows
+
+    with mock.patch.object(Mailboxes, "_send", sends), mock.patch.object(Gather, "dispatch", dispatches):
         for _ in range(2):
             sent.clear()
             model(input_ids=torch.arange(tokens[rank])[None])
-    return sent
+    return sent, kept
 
 
 def initialised(rank: int, family: str, cases: list[Case], tied: bool = False) -> list[dict[str, torch.Tensor]]:

@@ -40,20 +40,21 @@ class Gather(Exchange):
     """One call's `Exchange`. M = R · `rows`: every rank pads its tokens to those of the rank that has most."""
 
     ep_implementation = "expertmesh-gather"
+    _ahead: "tuple[torch.Tensor, Sent] | None" = None  # x [T, H] and where it is under way, until `dispatch`
 
     def __init__(self, layer: Any, x_TH: torch.Tensor, ahead: bool = False) -> None:
         self.layer, self.waits, self.sharers = layer, layer.waits, layer.num_ranks
         self._link, self._num_tokens = link_of(layer.group, layer.waits.place), len(x_TH)
         self._rows = kept(lambda: most_tokens(len(x_TH), layer.group, layer.waits.place))
-        self._sent: Sent | None = None
         if ahead and isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
-            self._began, self._sent = x_TH.detach(), self._link.send_ahead(_padded(x_TH.detach(), self._rows))
+            x_TH = x_TH.detach()
+            self._ahead = x_TH, self._link.send_ahead(_padded(x_TH, self._rows))
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> Rows:
-        layer, sent, self._sent = self.layer, self._sent, None  # this lives until the backward
-        parts = [x_TH, ids_TK, weight_TK]
+        layer, parts = self.layer, [x_TH, ids_TK, weight_TK]
+        (began, sent), self._ahead = self._ahead or (None, None), None  # this lives until the backward
         if self._num_tokens < self._rows:
-            nobody, under_way = layer.num_ranks * layer.num_local_experts, sent and self._began.is_set_to(x_TH)
+            nobody, under_way = layer.num_ranks * layer.num_local_experts, began is not None and began.is_set_to(x_TH)
             parts = [sent.part if sent and under_way else _padded(x_TH, self._rows)]
             parts += [_padded(ids_TK, self._rows, nobody), _padded(weight_TK, self._rows)]
         x_MH, ids_MK, weight_MK = self._link.all_gather(parts, sent)

@@ -66,7 +66,6 @@ class PlannedGather(Gather):
     def __init__(self, layer: Alone, x_TH: torch.Tensor, ahead: bool = False) -> None:
         self.layer, self.waits, self.sharers = layer, layer.waits, layer.num_ranks
         self._link, self._num_tokens, self._rows = _Link(layer.num_ranks, layer.watch), len(x_TH), len(x_TH)
-        self._sent = None
         layer.watch.share = 1 / layer.num_ranks
 
 

@@ -49,7 +49,7 @@ def slurm_variables(task: Mapping[str, str]) -> dict[str, str]:
 
     Raises ConfigError if Slurm's variables are incomplete.
     """
-    with refusing("This looks like a task of a Slurm job, but srun (else unset SLURM_PROCID) did not set all"):
+    with refusing("This looks like a task of Slurm without all variables of srun (outside Slurm unset SLURM_PROCID)"):
         job, hosts = int(task["SLURM_JOB_ID"]), task["SLURM_JOB_NODELIST"]
         # rank 0 runs on the first of `node[08-09,12],login`; SLURM_LAUNCH_NODE_IPADDR is where srun was typed
         first_host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", hosts).partition(",")[0]
