@@ -127,6 +127,17 @@ def test_the_caller_s_batch_is_copied_and_stays_his():
     assert replays() == [3]
 
 
+def test_a_count_that_lies_elsewhere_is_recorded_where_the_model_is():
+    """A graph reads what is on its device anew, and keeps the value of what is not."""
+    places = []
+    step = GraphedStep(
+        nn.Linear(1, 1, device="meta"), lambda count: (places.append(count.device.type), torch.ones(()) + 1)[1]
+    )
+    for number in range(WARM_UP + 2):
+        step(count=torch.tensor(number))
+    assert places == ["cpu"] * WARM_UP + ["meta"] and step.replayed == 2
+
+
 def test_gradients_to_accumulate_into_make_a_step_run_as_always():
     module = nn.Linear(3, 1)
     step = GraphedStep(module, lambda x: run(module, x))

@@ -151,7 +151,8 @@ class GraphedStep:
 
 class _Recorded:
     def __init__(self, step: GraphedStep, batch: dict[str, Any]) -> None:
-        self.batch = tree_map_only(torch.Tensor, torch.clone, batch)
+        device = next(step.model.parameters()).device  # a graph would keep the value of a count that lies on the CPU
+        self.batch = tree_map_only(torch.Tensor, lambda x: x.to(device, copy=True), batch)
         self.mailboxes = links.mailboxes()
         self.graph = torch.cuda.CUDAGraph()
         gc.collect()
