@@ -27,8 +27,8 @@ from expertmesh.bench.steps import documents
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents
 from expertmesh.kernels.sink_attention import sink_attention
-from expertmesh.layers.attention import attend, placeholder
-from expertmesh.layers.rows import look
+from expertmesh.layers.attention import attend, causal_placeholder
+from expertmesh.layers.rows import inspect_rows
 
 WINDOW = 128
 FLASH_ATTN_4 = DEVICE == "cuda" and importlib.util.find_spec("flash_attn") is not None
@@ -96,7 +96,7 @@ def packed_cases(tiny: bool) -> Iterator[Case]:
         return masking_utils.sdpa_mask(*sizes, mask_function=sees, allow_is_causal_skip=False, device=positions.device)
 
     def our_documents() -> Documents:
-        return look(positions.shape, None, positions, None).documents(positions.device)
+        return inspect_rows(positions.shape, None, positions, None).documents(positions.device)
 
     yield Case("documents", {"transformers": transformers_mask, "expertmesh": our_documents}, (), (0, 0))
     mask, found = transformers_mask(), our_documents()
@@ -110,7 +110,7 @@ def packed_cases(tiny: bool) -> Iterator[Case]:
         def ours(*x: torch.Tensor, heads: Heads = heads, options: dict = options) -> torch.Tensor:
             if len(x[0]) > 1:
                 return attend(heads.module(), *x, None, **options)[0]
-            return attend(heads.module(), *x, placeholder(found, x[0].device), documents=found, **options)[0]
+            return attend(heads.module(), *x, causal_placeholder(found, x[0].device), documents=found, **options)[0]
 
         yield Case(
             f"packed {work}",

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the roof to the cellar: a room imports only from rooms to the right of it.
 ROOMS = """
 __main__ cli bench train plan adapters data checkpoint nemo auto fuse weights families layers memory parallel moe
-kernels twins records waiting backends
+kernels twins records timeouts backends
 """.split()
 OUTSIDE_CORE = {"__main__", "cli", "train", "bench", "data", "plan", "adapters"}
 

@@ -164,7 +164,7 @@ def test_a_stock_model_made_from_a_fused_ones_configuration_runs_stock_code(fami
     copied = copy.deepcopy(model)
     monkeypatch.setattr(experts, "experts_forward", mock.Mock(side_effect=AssertionError("ours")))
     monkeypatch.setattr(attention, "sink_attention", mock.Mock(side_effect=AssertionError("ours")))
-    monkeypatch.setattr(flash_attention, "takes", lambda *_: True)
+    monkeypatch.setattr(flash_attention, "supports", lambda *_: True)
     monkeypatch.setattr(flash_attention, "flash_attention", mock.Mock(side_effect=AssertionError("ours")))
     seen = torch.ones_like(ids)
     seen[0, :3] = 0

@@ -1,7 +1,7 @@
 """The only place that asks what is installed and which device this is.
 
-Kernels call `use_triton(x)` to choose between their Triton and PyTorch paths, or are made of both by `either`; `doctor`
-prints `table()`. Triton is imported here once, so that a kernel's reference runs where Triton is missing.
+A kernel function picks its Triton or its PyTorch path by `use_triton(x)`, or is made of both by `triton_or_reference`.
+`doctor` prints `table()`. Only this file imports Triton, so that a kernel's reference runs where Triton is missing.
 """
 
 import contextlib
@@ -57,14 +57,14 @@ def on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda or (watching is not None and x.is_meta)
 
 
-def memory_of(device: torch.device) -> int:
+def device_memory(device: torch.device) -> int:
     """Bytes of memory of a GPU, or of the one that is planned for; 0 for a CPU."""
     if watching is not None:
         return watching[1]
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
-def product_dtype(x: torch.Tensor) -> torch.dtype:
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """In which products of x are computed: its own dtype, or autocast's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -80,22 +80,22 @@ def use_triton(x: torch.Tensor) -> bool:
     """Whether a kernel function should run its Triton path for `x`: on a GPU with Triton, and while it is watched."""
     if watching is not None:
         return True
-    return HAS_TRITON and (x.is_cuda or _interpreting) and not in_one_graph()
+    return HAS_TRITON and (x.is_cuda or _interpreting) and not in_fullgraph()
 
 
-def either(kernel: Callable[P, R], reference: Callable[P, R]) -> Callable[P, R]:
+def triton_or_reference(kernel: Callable[P, R], reference: Callable[P, R]) -> Callable[P, R]:
     """A function that runs one of these two, as `use_triton` says of its first argument, a tensor."""
 
     @wraps(reference)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         x: Any = args[0]  # as `use_triton`, which would be a call more: a layer makes many
-        by_kernel = watching is not None or (HAS_TRITON and (x.is_cuda or _interpreting) and not in_one_graph())
+        by_kernel = watching is not None or (HAS_TRITON and (x.is_cuda or _interpreting) and not in_fullgraph())
         return (kernel if by_kernel else reference)(*args, **kwargs)
 
     return run
 
 
-def in_one_graph() -> bool:
+def in_fullgraph() -> bool:
     """True while `torch.compile(fullgraph=True)` or a strict `torch.export` traces: kernels must not run then."""
     return torch.compiler.is_dynamo_compiling() and _breaks_are_errors()
 
@@ -107,7 +107,7 @@ def _breaks_are_errors() -> bool:
     translator = symbolic_convert.InstructionTranslator.current_tx()
     one = getattr(translator, "one_graph", False) or getattr(translator, "error_on_graph_break", False)
     if one:
-        _tell_once(
+        _warn_once(
             "a single graph (fullgraph=True, or a strict torch.export) holds PyTorch operations only, which are slower "
             "than our kernels. Compile without fullgraph=True, or layer by layer: for layer in model.model.layers: "
             "layer.compile()."
@@ -115,7 +115,7 @@ def _breaks_are_errors() -> bool:
     return one
 
 
-def opaque(instead: Callable[..., Any]) -> Callable[[Any], Any]:
+def graph_break(instead: Callable[..., Any]) -> Callable[[Any], Any]:
     """Decorator: compiled code calls the function and does not look into it; a single graph has `instead` in it."""
 
     def decorate(function: Any) -> Any:
@@ -142,7 +142,7 @@ def has_quack(device: torch.device) -> bool:
 
 def has_varlen(x: torch.Tensor) -> bool:
     """Whether attention over documents needs no mask: on CPUs, and by FlashAttention, in 16 bits on Ampere or newer."""
-    if not x.is_cuda or product_dtype(x) not in (torch.bfloat16, torch.float16):
+    if not x.is_cuda or matmul_dtype(x) not in (torch.bfloat16, torch.float16):
         return x.is_cpu
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
@@ -170,7 +170,7 @@ def warn_if_untested() -> None:
     """Say so if the Transformers in use is a version that nothing here was tested on."""
     version = importlib.import_module("transformers").__version__
     if not is_tested(version):
-        tell_once(
+        warn_once(
             f"not tested on Transformers {version}, only on {TESTED}: run `expertmesh check` on your "
             f"model, or install one of these."
         )
@@ -252,13 +252,13 @@ def logger() -> logging.Logger:
 _said: set[str] = set()
 
 
-def tell_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """Warn in the log, once in a process, mostly of what runs slower than it could."""
     if not torch.compiler.is_compiling():
-        _tell_once(message)
+        _warn_once(message)
 
 
-def _tell_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         logger().warning(f"expertmesh: {message}")

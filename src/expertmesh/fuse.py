@@ -25,18 +25,25 @@ from expertmesh.families.report import FUSIONS, Fusion, apply_fusions, count_of,
 from expertmesh.layers import attention
 from expertmesh.layers.base_model import FastBaseModel, fuse_base
 from expertmesh.layers.head import FastHead, causal_lm_loss, next_tokens
-from expertmesh.layers.mtp import MTP, add_modules, loss_with_predictions, promise_what_is_kept, record_inputs, settle
+from expertmesh.layers.mtp import (
+    MTP,
+    add_modules,
+    config_without_mtp,
+    drop_missing_modules,
+    loss_with_predictions,
+    record_inputs,
+)
 from expertmesh.moe import experts as fast_experts
 from expertmesh.moe.block import aux_loss_share
-from expertmesh.moe.lora import reach_experts
+from expertmesh.moe.lora import patch_peft_experts
 from expertmesh.parallel import ranks
-from expertmesh.parallel.layout import lean_layout
-from expertmesh.parallel.peft import reach_layouts
-from expertmesh.parallel.ranks import refuse_differences
+from expertmesh.parallel.layout import expert_parallel_fsdp
+from expertmesh.parallel.peft import patch_peft_layouts
+from expertmesh.parallel.ranks import check_same_on_all_ranks
 from expertmesh.parallel.setup import refuse_unfit_shards
-from expertmesh.records import Call, call_of, calling
+from expertmesh.records import Call, call_of, in_call
 from expertmesh.twins import twin
-from expertmesh.weights.files import replacing
+from expertmesh.weights.files import atomic_export
 from expertmesh.weights.four_bit import ExpertsQuantizer
 from expertmesh.weights.quantized import ReadsQuantized, forget_packed_names, tell_saved
 from expertmesh.weights.read import glance, to_model_names
@@ -196,8 +203,8 @@ class FusedModel(ReadsQuantized):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As in PyTorch. PEFT asks for them before it adds adapters."""
-        reach_experts()
-        reach_layouts()
+        patch_peft_experts()
+        patch_peft_layouts()
         return super().named_modules(*args, **kwargs)
 
     @property
@@ -236,13 +243,13 @@ class FusedModel(ReadsQuantized):
         if special or adapted or not is_sharded(self):
             if len(args) < 2 and not adapted:
                 kwargs["state_dict"] = with_copies(self, kwargs.get("state_dict"))
-            promise_what_is_kept(self)
+            config_without_mtp(self)
             writes = ranks.rank() == 0 and (args[0] if args else kwargs.get("is_main_process", True))
             if not writes or kwargs.get("distributed_checkpoint"):
                 super().save_pretrained(save_directory, *args, **kwargs)
             else:
                 kwargs |= {"repo_id": Path(save_directory).name} | kwargs if kwargs.get("push_to_hub") else {}
-                with replacing(save_directory, ranks.ALONE) as staging:
+                with atomic_export(save_directory, ranks.ALONE) as staging:
                     super().save_pretrained(staging, *args, **kwargs)
         else:
             save_sharded(self, save_directory, kwargs.get("max_shard_size", "5GB"))
@@ -260,16 +267,18 @@ class FusedModel(ReadsQuantized):
         """As in Transformers, which crashes on some ranks and leaves others waiting if a shard would be empty."""
         if mesh_manager is not None:
             values = model.config.to_dict()
-            refuse_differences("the model's configuration", {key: values[key] for key in values if key[0] != "_"})
+            check_same_on_all_ranks("the model's configuration", {key: values[key] for key in values if key[0] != "_"})
             refuse_unfit_shards(model, distributed_config)
-        with lean_layout(model, distributed_config):
+        with expert_parallel_fsdp(model, distributed_config):
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; ranks must not read different weights, each its part."""
         if model.is_distributed_loading_by_transformers:
-            refuse_differences("the checkpoint", {Path(file).name: glance(file) for file in checkpoint_files or ()})
+            check_same_on_all_ranks(
+                "the checkpoint", {Path(file).name: glance(file) for file in checkpoint_files or ()}
+            )
         return ReadsQuantized._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @staticmethod
@@ -279,7 +288,7 @@ class FusedModel(ReadsQuantized):
         # with tensors that the model has not, which others' quantizers make
         by_others = load_config.is_quantized and not isinstance(load_config.hf_quantizer, ExpertsQuantizer)
         if model._mtp is not None:
-            settle(model, loading_info, source, by_others)
+            drop_missing_modules(model, loading_info, source, by_others)
         if complete:  # and say so of experts and their routers before Transformers speaks of shapes
             experts = [name for name, module in model.named_modules() if fast_experts.is_experts(module)]
             blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
@@ -313,7 +322,7 @@ class FusedModel(ReadsQuantized):
 def _forward_of(stock: Any) -> Any:
     @functools.wraps(stock.forward)  # Trainer and generate read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if backends.in_one_graph():
+        if backends.in_fullgraph():
             if self.mtp_loss_weight is not None and self.training:
                 torch._dynamo.graph_break(msg=_NO_MTP)
             with aux_loss_share(self, kwargs):
@@ -326,7 +335,7 @@ def _forward_of(stock: Any) -> Any:
         predicts = defer and self.mtp_loss_weight is not None
         call = Call(self, targets, defer, kwargs.pop("count_predictions", False), predicts)
         recording = record_inputs(call) if predicts else nullcontext()
-        with aux_loss_share(self, kwargs), recording, calling(call):
+        with aux_loss_share(self, kwargs), recording, in_call(call):
             return stock.forward(self, *args, **kwargs)
 
     return forward

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from expertmesh.backends import in_one_graph
+from expertmesh.backends import in_fullgraph
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ current: ContextVar[Call | None] = ContextVar("call", default=None)
 
 
 @contextmanager
-def calling(call: Call) -> Iterator[None]:
+def in_call(call: Call) -> Iterator[None]:
     """Within: `current` is this call."""
     token = current.set(call)
     try:
@@ -50,5 +50,5 @@ def calling(call: Call) -> Iterator[None]:
 
 def call_of(model: Any) -> Call:
     """The call of this model, or of the one whose base model it is; one that asks for nothing if there is none."""
-    call = None if in_one_graph() else current.get()
+    call = None if in_fullgraph() else current.get()
     return call if call is not None and model in (call.model, call.model.base_model) else Call(model)

@@ -47,13 +47,13 @@ class Fast(_Stock):
 CACHES = ("cache", "past_key_values", "cache_params")
 
 
-def cache_of(kwargs: dict[str, Any]) -> Any:
+def pop_cache(kwargs: dict[str, Any]) -> Any:
     """Take the cache out of a forward's keywords, whatever its name."""
     found = [kwargs.pop(name, None) for name in CACHES]
     return next((cache for cache in found if cache is not None), None)
 
 
-def untouched(*modules: nn.Module, kind: type | tuple[type, ...] = nn.Module) -> bool:
+def is_unmodified(*modules: nn.Module, kind: type | tuple[type, ...] = nn.Module) -> bool:
     """Whether calls of these, of this kind, run the forward of PyTorch, Transformers or a twin, and nobody watches
     them, so that a kernel may stand for them. Parallelism replaces instances' forward; users put hooks and classes.
     """
@@ -61,7 +61,7 @@ def untouched(*modules: nn.Module, kind: type | tuple[type, ...] = nn.Module) ->
         cls: Any = type(m)
         if not isinstance(m, kind) or not _is_known(cls) or "forward" in vars(m):
             return False
-        # as `watched`, which would be a call more: a layer asks often
+        # as `has_hooks`, which would be a call more: a layer asks often
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return False
     return True
@@ -72,13 +72,13 @@ def _is_known(cls: Any) -> bool:
     return cls.__module__.startswith(("torch.", "transformers."))
 
 
-def watched(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether somebody put a hook on it."""
     m = module
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
-def traced() -> bool:
+def is_traced() -> bool:
     """Whether this runs under torch.compile, torch.export, torch.jit.trace or a transform of torch.func."""
     traces = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return traces or torch._C._are_functorch_transforms_active()

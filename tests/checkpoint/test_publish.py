@@ -20,7 +20,7 @@ from expertmesh.checkpoint.publish import (
     publishing,
     verify,
 )
-from expertmesh.weights.files import DamagedError, listed
+from expertmesh.weights.files import DamagedError, read_sums
 
 
 def publish(output_dir, step, **files):
@@ -33,7 +33,7 @@ def publish(output_dir, step, **files):
 
 def test_a_published_checkpoint_holds_its_files_and_passes(tmp_path):
     checkpoint = publish(tmp_path, 3)
-    assert listed(checkpoint / MANIFEST).keys() == {"weights", "inner/state"}
+    assert read_sums(checkpoint / MANIFEST).keys() == {"weights", "inner/state"}
     assert subprocess.run(["sha256sum", "--strict", "--quiet", "-c", MANIFEST], cwd=checkpoint).returncode == 0
     assert os.listdir(tmp_path) == ["checkpoint-3"]
     assert newest_complete(tmp_path) == checkpoint

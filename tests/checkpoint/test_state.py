@@ -17,7 +17,7 @@ from expertmesh.bench.tiny import tiny_model
 from expertmesh.checkpoint.optimizer import load_optimizer, regrouped
 from expertmesh.checkpoint.publish import MANIFEST, checkpoints
 from expertmesh.checkpoint.state import BackgroundSaver, load_checkpoint, save_checkpoint
-from expertmesh.weights.files import DamagedError, digests
+from expertmesh.weights.files import DamagedError, sha256_sums
 from tests.checkpoint.loop import loop, on, source
 from tests.distributed.ranks import on_ranks
 
@@ -161,7 +161,9 @@ def signed_again(checkpoint):
     """Writes the manifest anew after a test has changed files, as a forger would."""
     os.remove(checkpoint / MANIFEST)
     files = [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
-    (checkpoint / MANIFEST).write_text("".join(f"{sum}  {name}\n" for name, sum in digests(checkpoint, files).items()))
+    (checkpoint / MANIFEST).write_text(
+        "".join(f"{sum}  {name}\n" for name, sum in sha256_sums(checkpoint, files).items())
+    )
 
 
 def forge_file(name):

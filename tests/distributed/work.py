@@ -34,11 +34,11 @@ from expertmesh.moe.experts import TRANSPORTS, Dispatch
 from expertmesh.moe.gather import Gather, Mailboxes
 from expertmesh.parallel.clip import clip_grad_norm
 from expertmesh.parallel.setup import DistributedSetup
-from expertmesh.records import Call, calling
+from expertmesh.records import Call, in_call
+from expertmesh.timeouts import RanksError
 from expertmesh.train.balance import BalanceRouters
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 from expertmesh.train.routing import RouterLoad
-from expertmesh.waiting import RanksError
 
 LENGTHS = (11, 7, 13, 5)  # tokens per data-parallel rank: uneven, and no multiple of anything
 
@@ -414,7 +414,7 @@ def calls_of_ours(rank: int, folder: Path, case: Case) -> dict[str, int]:
         if event == "call" and file.startswith(expertmesh.__path__[0]) and frame.f_code.co_name[0] != "<":
             calls[file] += 1
 
-    with calling(Call(model)):
+    with in_call(Call(model)):
         for profile in (None, count):  # the first gathers weights, and asks what a forward asks once
             sys.setprofile(profile)
             layer(x, position_embeddings=angles, attention_mask=None).sum().backward()
@@ -628,8 +628,8 @@ def mailboxes(rank: int, num_cases: int) -> int:
 def never_arrives(rank: int, seconds: float, folder: Path) -> str:
     """What rank 0 says when rank 1 does not come to the experts within the timeout."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
-    hosts = gather.hosts(dist.group.WORLD)
-    assert gather.most_tokens(3 + rank, dist.group.WORLD, "layer 0") == 4
+    hosts = gather.cpu_group(dist.group.WORLD)
+    assert gather.max_tokens(3 + rank, dist.group.WORLD, "layer 0") == 4
     told = folder / "told"
     if rank == 1:
         while not told.exists():
@@ -637,9 +637,9 @@ def never_arrives(rank: int, seconds: float, folder: Path) -> str:
         return ""
     begin = time.monotonic()
     try:
-        gather.most_tokens(3, dist.group.WORLD, "layer 1")
+        gather.max_tokens(3, dist.group.WORLD, "layer 1")
     except RuntimeError as error:
-        assert hosts is gather.hosts(dist.group.WORLD) and time.monotonic() - begin < 10 * seconds
+        assert hosts is gather.cpu_group(dist.group.WORLD) and time.monotonic() - begin < 10 * seconds
         return str(error)
     finally:
         told.touch()

@@ -8,7 +8,7 @@ import transformers
 
 from expertmesh import AutoModelForCausalLM, fuse
 from expertmesh.bench.tiny import tiny_config, tiny_model
-from expertmesh.kernels.recompute import keep_less
+from expertmesh.kernels.recompute import save_less
 from expertmesh.memory.offload import Offload
 from expertmesh.parallel.setup import DistributedSetup, recompute
 
@@ -61,7 +61,7 @@ def test_the_first_layers_have_the_level_and_others_the_one_below():
             layer.gradient_checkpointing and layer._gradient_checkpointing_func for layer in model.model.layers
         ]
         kinds = {Offload: "offload", functools.partial: "full", bool: "none"}
-        return [f.args[0] if getattr(f, "func", None) is keep_less else kinds[type(f)] for f in functions]
+        return [f.args[0] if getattr(f, "func", None) is save_less else kinds[type(f)] for f in functions]
 
     model.activation_checkpointing_enable({"recompute": {"full": 2}})
     assert levels() == ["full", "full", "experts"]

@@ -105,7 +105,7 @@ def flash_leaves(rows: int, heads: int, key_heads: int, width: int, value_width:
 )
 def test_flash_attention_4_is_as_exact_as_sdpa(sizes, length):
     leaves = flash_leaves(*sizes, length)
-    assert flash_attention.takes(*leaves)
+    assert flash_attention.supports(*leaves)
     exact = outputs_and_grads(causal, *(x.detach().float().requires_grad_() for x in leaves))
     errors = relative_errors(outputs_and_grads(flash_attention.flash_attention, *leaves), exact)
     allowed = relative_errors(outputs_and_grads(causal, *leaves), exact)
@@ -118,7 +118,7 @@ def test_flash_attention_4_keeps_packed_documents_apart_and_never_waits(sizes):
     lengths = [300, 1, 17, 512, 194, *[1024] * (sizes[0] - 1)]
     documents = Documents(torch.tensor([0, *lengths], device="cuda").cumsum(0).int(), max(lengths))
     leaves = flash_leaves(*sizes, 1024)
-    assert flash_attention.takes(*leaves)
+    assert flash_attention.supports(*leaves)
 
     def packed(*x):
         return flash_attention.flash_attention(*x, documents=documents)

@@ -116,10 +116,10 @@ def test_quack_computes_what_triton_does(name, products, tokens, monkeypatch):
     module, config, top_k = _build(name, torch.bfloat16)
     x, ids, weight = _inputs(module, config, top_k, tokens, "random")
     ids = torch.where(torch.rand_like(weight) < 0.3, module.num_experts, ids)
-    dout, asked, takes = torch.randn_like(x), [], quack.takes
-    monkeypatch.setattr(quack, "takes", lambda *product: asked.append(takes(*product)) or asked[-1])
+    dout, asked, takes = torch.randn_like(x), [], quack.supports
+    monkeypatch.setattr(quack, "supports", lambda *product: asked.append(takes(*product)) or asked[-1])
     got = _run(experts_forward, module, x, ids, weight, dout)
-    monkeypatch.setattr(quack, "takes", lambda *product: False)
+    monkeypatch.setattr(quack, "supports", lambda *product: False)
     want = _run(experts_forward, module, x, ids, weight, dout)
     many = tokens * top_k >= quack.MANY * module.num_experts and name != "gpt_oss"
     assert asked == [True] * (products + many)

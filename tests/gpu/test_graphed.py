@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from expertmesh import Trainer
 from expertmesh.parallel.setup import recompute
 from expertmesh.train import graphed
-from expertmesh.train.buckets import bucket_for, filled, one_row, sizes
+from expertmesh.train.buckets import bucket_for, one_row, pad_to_bucket, sizes
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 from tests.distributed import work
 from tests.distributed.ranks import on_ranks
@@ -116,7 +116,7 @@ def test_replayed_buckets_give_the_gradients_of_the_batch_as_it_came(family, col
             row = one_row(batch)
             bucketed, batch = (
                 {key: x.cuda() if torch.is_tensor(x) else x for key, x in inputs.items()}
-                for inputs in (filled(row, bucket_for(sizes(row), buckets)), batch)
+                for inputs in (pad_to_bucket(row, bucket_for(sizes(row), buckets)), batch)
             )
             model.zero_grad()
             other.zero_grad()

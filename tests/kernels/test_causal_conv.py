@@ -5,7 +5,7 @@ import torch
 
 from expertmesh.kernels import causal_conv as conv
 from expertmesh.kernels.causal_conv import conv_backward, conv_forward
-from expertmesh.kernels.documents import by_document, document_starts
+from expertmesh.kernels.documents import document_starts, per_document
 from expertmesh.kernels.mamba2 import conv_reference
 from tests.kernels.compare import assert_same, differentiable, leaf, on_triton, outputs_and_grads
 
@@ -41,7 +41,7 @@ def starts(B: int, S: int, *firsts: int) -> torch.Tensor:
 def reference(x, weight, bias=None, start=None):
     """Transformers' function of each document by itself."""
     start = torch.zeros(x.shape[:2], dtype=torch.int32) if start is None else start
-    return by_document(lambda x: conv_reference(x.transpose(1, 2), weight, bias, "silu").transpose(1, 2), start, x)
+    return per_document(lambda x: conv_reference(x.transpose(1, 2), weight, bias, "silu").transpose(1, 2), start, x)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expertmesh.kernels import clip, tensor_lists
-from expertmesh.kernels.clip import Tally, scale_, scale_reference_, squared_sum, tally_
+from expertmesh.kernels.clip import RunningNorm, add_to_norm_, scale_, scale_reference_, squared_sum
 from expertmesh.parallel.clip import clip_grad_norm
 from tests.kernels.compare import assert_same, on_triton
 
@@ -83,10 +83,10 @@ def test_a_tally_judges_by_what_came_before(options, size):
     running = torch.tensor(3.0) if options else None
 
     def tally() -> list[torch.Tensor]:
-        so_far, found = Tally(*torch.tensor([4.0, 0.0, 0.0]).unbind()), []
+        so_far, found = RunningNorm(*torch.tensor([4.0, 0.0, 0.0]).unbind()), []
         for factor in (1.0, 1.0, math.inf):
             for copies, tensors in ((1, grads[:1]), (2, grads)):
-                tally_(so_far, [x * factor for x in tensors], copies, running=running, **options)
+                add_to_norm_(so_far, [x * factor for x in tensors], copies, running=running, **options)
                 found += [x.clone() for x in so_far]
         return found
 

@@ -44,7 +44,7 @@ SHAPES = [(4, 2, 64, 64), (4, 1, 128, 128), (2, 2, 192, 128)]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_sdpa_with_its_layout_scale_and_gradients(shape, scale, calls):
     inputs = leaves(*shape)
-    assert flash_attention.takes(*inputs)
+    assert flash_attention.supports(*inputs)
     got = outputs_and_grads(lambda *x: flash_attention.flash_attention(*x, scale), *inputs)
     want = outputs_and_grads(lambda *x: sdpa(*x, scale), *(x.detach().float().requires_grad_() for x in inputs))
     assert got[0].is_contiguous() and len(calls) == 1
@@ -98,25 +98,25 @@ def test_its_compiled_kernels_stay_on_disk_unless_the_user_decides(tmp_path, mon
 
 def test_what_it_must_not_take(calls, monkeypatch):
     inputs = leaves()
-    assert flash_attention.takes(*inputs)
-    assert not flash_attention.takes(*(x.detach() for x in inputs))
+    assert flash_attention.supports(*inputs)
+    assert not flash_attention.supports(*(x.detach() for x in inputs))
     with torch.no_grad():
-        assert not flash_attention.takes(*inputs)
+        assert not flash_attention.supports(*inputs)
     with torch.inference_mode():
-        assert not flash_attention.takes(*inputs)
+        assert not flash_attention.supports(*inputs)
     torch.use_deterministic_algorithms(True)
     try:
-        assert not flash_attention.takes(*inputs)
+        assert not flash_attention.supports(*inputs)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert not flash_attention.takes(*leaves(dtype=torch.float32))
+    assert not flash_attention.supports(*leaves(dtype=torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
-        assert flash_attention.takes(*leaves(dtype=torch.float32))
-    assert not flash_attention.takes(*leaves(width=32, value_width=32))
-    assert not flash_attention.takes(*leaves(4, 2, 192, 128)), "its backward has no shared keys of other widths"
-    assert not flash_attention.takes(inputs[0][:, :, -2:], *inputs[1:]), "keys of a cache"
+        assert flash_attention.supports(*leaves(dtype=torch.float32))
+    assert not flash_attention.supports(*leaves(width=32, value_width=32))
+    assert not flash_attention.supports(*leaves(4, 2, 192, 128)), "its backward has no shared keys of other widths"
+    assert not flash_attention.supports(inputs[0][:, :, -2:], *inputs[1:]), "keys of a cache"
     monkeypatch.setattr(flash_attention, "LENGTH", 8)
-    assert not flash_attention.takes(*inputs)
+    assert not flash_attention.supports(*inputs)
 
 
 def test_autocast_decides_the_dtype(calls):

@@ -100,7 +100,7 @@ def test_an_interpreted_function_is_the_interpreters_to_launch():
     def add(x):
         return x
 
-    launched = launch.launched(add)[(1,)]
+    launched = launch.fast_jit(add)[(1,)]
     assert (getattr(getattr(launched, "func", None), "__func__", None) is launch.Kernel._launch) == (
         os.environ["TRITON_INTERPRET"] != "1"
     )

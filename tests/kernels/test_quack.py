@@ -33,7 +33,7 @@ def test_a_layer_is_what_it_is_by_our_kernels(layout, routing, divisor, many, mo
     x, weight, dout = torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K), torch.randn(TOKENS, HIDDEN)
     want = _run(experts_forward, module, x, ids, weight, dout)
     asked = []
-    monkeypatch.setattr(quack, "takes", lambda *product: asked.append(product) or True)
+    monkeypatch.setattr(quack, "supports", lambda *product: asked.append(product) or True)
     monkeypatch.setattr(quack, "MANY", many)
     with backends.interpreted():
         got = _run(experts_forward, module, x, ids, weight, dout)
@@ -54,13 +54,13 @@ def test_its_tiles_are_those_that_cover_a_matrix_with_the_least_waste():
 def test_it_takes_what_it_knows_and_nothing_else(monkeypatch):
     monkeypatch.setattr(backends, "has_quack", lambda device: True)
     rows, weight = torch.empty(8, 64, dtype=torch.bfloat16), torch.empty(EXPERTS, 96, 64, dtype=torch.bfloat16)
-    assert quack.takes(rows, weight) and quack.takes(rows, weight.transpose(1, 2))
-    assert not quack.takes(rows[:0], weight)
-    assert not quack.takes(rows.float(), weight.float()) and not quack.takes(rows, weight.half())
-    assert not quack.takes(rows, weight[:, :92].contiguous()), "no whole 16 bytes"
-    assert not quack.takes(rows, weight[:, :, :48])
+    assert quack.supports(rows, weight) and quack.supports(rows, weight.transpose(1, 2))
+    assert not quack.supports(rows[:0], weight)
+    assert not quack.supports(rows.float(), weight.float()) and not quack.supports(rows, weight.half())
+    assert not quack.supports(rows, weight[:, :92].contiguous()), "no whole 16 bytes"
+    assert not quack.supports(rows, weight[:, :, :48])
     monkeypatch.undo()
-    assert not quack.takes(rows, weight), "there is no Hopper GPU"
+    assert not quack.supports(rows, weight), "there is no Hopper GPU"
 
 
 @pytest.mark.parametrize(

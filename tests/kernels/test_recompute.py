@@ -7,14 +7,14 @@ from expertmesh.kernels.activation import Activation, relu2, swiglu
 from expertmesh.kernels.grouped_gemm import Weights, up_act
 from expertmesh.kernels.grouping import group_by_expert
 from expertmesh.kernels.mla_rope import mla_rope
-from expertmesh.kernels.recompute import _Layer, _layer, _Recipe, again, is_policy, keep_less, levels_of
+from expertmesh.kernels.recompute import _Layer, _layer, _Recipe, is_policy, levels_of, mark_recomputable, save_less
 from expertmesh.kernels.rms_norm import add_rms_norm, rms_norm
 from expertmesh.kernels.rope import qk_norm_rope
 from tests.kernels.compare import on_triton
 
 
 def pieces(device: str, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, ...]]:
-    """What each function that tells `again` has made, by its name."""
+    """What each function that tells `mark_recomputable` has made, by its name."""
 
     def leaf(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
@@ -26,7 +26,7 @@ def pieces(device: str, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, ...
     act, inputs = Activation("silu"), (x.view(3, 32), leaf(2, 16, 32).transpose(1, 2))
     with torch.no_grad():
         h = up_act(inputs[0], Weights(inputs[1]), group, act)[0]
-        again((h,), lambda x, w: up_act(x, Weights(w), group, act), *inputs, level="experts")
+        mark_recomputable((h,), lambda x, w: up_act(x, Weights(w), group, act), *inputs, level="experts")
     return {
         "rms_norm": (rms_norm(x, weight, 1e-6),),
         "add_rms_norm": add_rms_norm(x, residual, weight, 1e-6)[:1],
@@ -72,7 +72,7 @@ def doubled(x: torch.Tensor, calls: list[int]) -> torch.Tensor:
         return (2 * x,)
 
     y = 2 * x
-    again((y,), make, x)
+    mark_recomputable((y,), make, x)
     return y
 
 
@@ -85,13 +85,13 @@ def test_readers_share_what_is_made_and_a_second_backward_makes_it_anew():
 
     want = torch.autograd.grad(layer(x), x)[0]
     assert not calls, "outside of a layer nothing is recomputed"
-    loss = keep_less("light", layer, x)
+    loss = save_less("light", layer, x)
     first = torch.autograd.grad(loss, x, retain_graph=True)[0]
     assert len(calls) == 2
     assert torch.equal(first, want) and torch.equal(torch.autograd.grad(loss, x)[0], want) and len(calls) > 2
     calls.clear()
     with torch.no_grad():
-        keep_less("light", layer, x)
+        save_less("light", layer, x)
     assert not calls
 
 
@@ -105,7 +105,7 @@ def test_a_tensor_that_changed_since_the_forward_is_found(which):
         inputs["kept"] = e = s.exp()
         return (doubled(s, []) * weight * e).sum()
 
-    loss = keep_less("light", layer, x)
+    loss = save_less("light", layer, x)
     with torch.no_grad():
         inputs[which] += 1
     with pytest.raises(RuntimeError, match="changed in place"):
@@ -118,7 +118,7 @@ def test_an_output_that_was_changed_before_it_was_saved_is_kept():
     def layer(x: torch.Tensor) -> torch.Tensor:
         return (doubled(x, []).add_(1) ** 2).sum()
 
-    (grad,) = torch.autograd.grad(keep_less("light", layer, x), x)
+    (grad,) = torch.autograd.grad(save_less("light", layer, x), x)
     torch.testing.assert_close(grad, 4 * (2 * x + 1))
 
 
@@ -130,9 +130,9 @@ def test_what_is_kept_passes_the_hooks_around_the_layer():
 
     want = torch.autograd.grad(layer(x), x)[0]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x.clone(), lambda x: x.clone()):
-        loss = keep_less("light", layer, x)
+        loss = save_less("light", layer, x)
     assert torch.equal(torch.autograd.grad(loss, x)[0], want) and len(seen) == 3  # x, exp(x) of exp and of the power
-    again = torch.utils.checkpoint.checkpoint(lambda x: keep_less("light", layer, x), x, use_reentrant=False)
+    again = torch.utils.checkpoint.checkpoint(lambda x: save_less("light", layer, x), x, use_reentrant=False)
     assert torch.equal(torch.autograd.grad(again, x)[0], want)
 
 

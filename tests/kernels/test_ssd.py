@@ -8,7 +8,7 @@ not that of a single product.
 import pytest
 import torch
 
-from expertmesh.kernels.documents import by_document, document_starts
+from expertmesh.kernels.documents import document_starts, per_document
 from expertmesh.kernels.mamba2 import scan_reference
 from expertmesh.kernels.ssd import TUNING, Sizes, split, ssd_forward
 from expertmesh.kernels.ssd_backward import ssd_backward
@@ -61,7 +61,7 @@ def reference(sizes, start, xbc, dt, A, D, bias):
         x, B, C = split(xbc, sizes)
         return scan_reference(x, dt, A, B, C, 64, D, bias, dt_softplus=True, dt_limit=LIMIT).flatten(2)
 
-    return by_document(alone, start, xbc, dt)
+    return per_document(alone, start, xbc, dt)
 
 
 def kernels(sizes, start):

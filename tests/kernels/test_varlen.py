@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from expertmesh.kernels.documents import document_mask, takes, varlen_attention
+from expertmesh.kernels.documents import document_mask, supports, varlen_attention
 from tests.kernels.compare import assert_same, leaf, outputs_and_grads
 
 LENGTHS = [[5, 1, 0, 10], [16, 0]]  # of the documents in each row of 16; a table of fixed size ends in empty ones
@@ -40,7 +40,7 @@ def test_the_mask_lets_a_query_see_its_own_document_up_to_itself():
                                        (60, 60, False), (64, 128, False)]
 )  # fmt: skip
 def test_the_widths_that_the_kernel_has(width, value_width, fits):
-    assert takes(torch.empty(1, 1, 1, width), torch.empty(1, 1, 1, value_width)) == fits
+    assert supports(torch.empty(1, 1, 1, width), torch.empty(1, 1, 1, value_width)) == fits
 
 
 def test_autocast_decides_the_dtype():

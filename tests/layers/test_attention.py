@@ -13,7 +13,7 @@ from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import tiny_model
 from expertmesh.kernels import flash_attention
 from expertmesh.kernels.documents import Documents, document_mask
-from expertmesh.layers.attention import attend, placeholder
+from expertmesh.layers.attention import attend, causal_placeholder
 from tests.kernels import fake_flash_attn
 from tests.kernels.compare import assert_same, outputs_and_grads
 from tests.kernels.test_flash_attention import SHAPES, leaves
@@ -57,7 +57,7 @@ def test_a_mask_dropout_a_bias_and_what_is_not_causal_stay_with_sdpa(calls):
 
 def test_packed_documents_go_there_too_from_fused_models(calls):
     inputs, documents = leaves(), Documents(torch.tensor([0, 3, 7, 14], dtype=torch.int32), 7)
-    mask = placeholder(documents, inputs[0].device)
+    mask = causal_placeholder(documents, inputs[0].device)
     got = outputs_and_grads(lambda *x: attend(module(), *x, mask, documents=documents)[0], *inputs)
     assert [call["documents"] for call in calls] == [3]
     whole = document_mask(documents.cu_seqlens, 2, 7)
@@ -70,7 +70,7 @@ def test_packed_documents_go_there_too_from_fused_models(calls):
 def test_a_layer_that_was_not_told_of_its_documents_is_an_error():
     documents = Documents(torch.tensor([0, 3, 14], dtype=torch.int32), 11)
     with pytest.raises(RuntimeError, match="was not told of the documents"):
-        attend(module(), *leaves(), placeholder(documents, torch.device("cpu")))
+        attend(module(), *leaves(), causal_placeholder(documents, torch.device("cpu")))
 
 
 def loss_and_gradients(model, ids, **inputs):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from expertmesh import backends
-from expertmesh.layers.lora import FastLoraLinear, fuse_adapted_linears, linears
+from expertmesh.layers.lora import FastLoraLinear, fuse_adapted_linears, lora_linears
 from tests.models import load_ours, load_stock
 
 PEFT_LINEAR = peft.tuners.lora.Linear
@@ -25,7 +25,7 @@ class Three(nn.Module):
         self.v_proj = nn.Linear(24, 16, bias=False)
 
     def forward(self, x):
-        return torch.cat(linears(x, self.q_proj, self.k_proj, self.v_proj), -1)
+        return torch.cat(lora_linears(x, self.q_proj, self.k_proj, self.v_proj), -1)
 
 
 def pair(*more, dtype=torch.float32, **options):

@@ -13,7 +13,7 @@ from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import tiny_config, tiny_model
 from expertmesh.fuse import fuse
 from expertmesh.layers import base_model, mamba2
-from expertmesh.layers.rows import look
+from expertmesh.layers.rows import inspect_rows
 from tests.models import load_ours, load_stock, shared_pair
 
 LENGTHS = [5, 1, 18]
@@ -80,7 +80,7 @@ def test_recomputed_layers_know_the_documents(reentrant, ran):
 
 def test_where_documents_begin_is_found_once_per_forward(monkeypatch):
     found = []
-    monkeypatch.setattr(base_model, "look", lambda *args: found.append(args) or look(*args))
+    monkeypatch.setattr(base_model, "inspect_rows", lambda *args: found.append(args) or inspect_rows(*args))
     model = tiny_model("nemotron_h", layers_block_type=["linear_attention", "moe", "linear_attention"])
     fuse(model)(input_ids=tokens(), position_ids=POSITIONS, use_cache=False)
     assert len(found) == 1

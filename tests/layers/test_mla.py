@@ -14,7 +14,7 @@ from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import COMMON, FAMILIES, YARN, randomise
 from expertmesh.kernels.documents import Documents, document_mask
 from expertmesh.layers import attention
-from expertmesh.layers.attention import placeholder
+from expertmesh.layers.attention import causal_placeholder
 
 # other factors for the two kinds of scaling than those of the tiny model, where one of them is neutral
 SCALED = {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}
@@ -151,7 +151,7 @@ def test_packed_documents_are_as_separate_ones_on_both_paths():
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     turn = ours.model.rotary_emb(x, positions)
     documents = Documents(cu_seqlens, 6)
-    told = {"attention_mask": placeholder(documents, x.device), "documents": documents}
+    told = {"attention_mask": causal_placeholder(documents, x.device), "documents": documents}
     masked = {"attention_mask": document_mask(cu_seqlens, 1, 12)}
     borders = list(itertools.pairwise(cu_seqlens.tolist()))
     separate = [layer(x[:, a:b], tuple(part[:, a:b] for part in turn), None)[0] for a, b in borders]

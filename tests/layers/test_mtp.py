@@ -26,7 +26,7 @@ from expertmesh.bench.rows import relative_error
 from expertmesh.bench.tiny import randomise, tiny_config
 from expertmesh.checkpoint.state import load_checkpoint, save_checkpoint
 from expertmesh.kernels import linear_cross_entropy
-from expertmesh.layers.mtp import settle
+from expertmesh.layers.mtp import drop_missing_modules
 from expertmesh.moe.experts import is_experts
 from expertmesh.weights.read import load_weights
 from tests.models import saved as saved_without
@@ -411,12 +411,12 @@ def test_checkpoints_hold_them_and_the_check_command_passes_them_by(family, tmp_
 def test_a_quantized_model_does_without_modules_that_are_less_quantized(caplog):
     model = load("deepseek_v3")
     every = SimpleNamespace(missing_keys=set(), unexpected_keys=set())
-    settle(model, every, "here")
+    drop_missing_modules(model, every, "here")
     assert model._mtp is not None
     part = SimpleNamespace(missing_keys={"model.layers.3.eh_proj.weight", "model.norm.weight"}, unexpected_keys=set())
     with pytest.raises(ValueError, match="only a part"):
-        settle(model, part, "here")
-    settle(model, part, "here", quantized=True)
+        drop_missing_modules(model, part, "here")
+    drop_missing_modules(model, part, "here", quantized=True)
     assert "are left out" in caplog.text and part.missing_keys == {"model.norm.weight"}
     assert model._mtp is None and model.state_dict().keys() == stock("deepseek_v3").state_dict().keys()
 

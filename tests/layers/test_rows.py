@@ -54,8 +54,8 @@ def varlen(monkeypatch) -> list[tuple]:
 def looks(monkeypatch) -> list:
     """Every look at the device, Transformers' and ours."""
     seen: list = []
-    look, theirs = rows.look, masking_utils.find_packed_sequence_indices
-    monkeypatch.setattr(base_model, "look", lambda *args: (seen.append("ours"), look(*args))[1])
+    look, theirs = rows.inspect_rows, masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(base_model, "inspect_rows", lambda *args: (seen.append("ours"), look(*args))[1])
     monkeypatch.setattr(
         masking_utils, "find_packed_sequence_indices", lambda ids: (seen.append("theirs"), theirs(ids))[1]
     )
@@ -286,7 +286,7 @@ def test_rows_of_nothing_but_padding_are_as_in_stock():
 
 def test_a_mask_of_ones_says_nothing_of_where_documents_begin():
     jump = torch.tensor([[0, 1, 2, 7, 8]])
-    alone, beside = (rows.look((1, 5), mask, jump, None) for mask in (None, torch.ones(1, 5)))
+    alone, beside = (rows.inspect_rows((1, 5), mask, jump, None) for mask in (None, torch.ones(1, 5)))
     assert alone.cu_seqlens.tolist() == beside.cu_seqlens.tolist() == [0, 3, 5]
 
 
@@ -459,7 +459,7 @@ def test_what_sees_less_than_a_row(config, has):
 
 def test_what_the_kernel_does_not_take_gets_a_mask(varlen, monkeypatch):
     stock, ours = shared_pair("qwen3_moe")
-    monkeypatch.setattr(attention, "takes", lambda query, value: False)
+    monkeypatch.setattr(attention, "supports", lambda query, value: False)
     assert not [row for row in compare_case(stock, ours, PACKED) if not row.ok]
     assert not varlen
 

@@ -10,7 +10,7 @@ from expertmesh.bench.parity import CPU_TOLERANCE, Case, compare_case
 from expertmesh.bench.rows import relative_error, worst_error
 from expertmesh.bench.tiny import tiny_config
 from expertmesh.layers import attention, base_model
-from expertmesh.layers.rows import look
+from expertmesh.layers.rows import inspect_rows
 from tests.kernels.compare import on_triton
 from tests.models import load_ours, load_stock, saved, shared_pair
 
@@ -110,7 +110,7 @@ def test_recomputed_layers_know_the_documents(ran):
 
 def test_nobody_waits_to_find_documents_that_were_told(monkeypatch):
     looks = []
-    monkeypatch.setattr(base_model, "look", lambda *args: looks.append(args) or look(*args))
+    monkeypatch.setattr(base_model, "inspect_rows", lambda *args: looks.append(args) or inspect_rows(*args))
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     said = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": 12, "max_length_k": 12}
     model = load_ours("gpt_oss")

@@ -17,7 +17,7 @@ from expertmesh.checkpoint.optimizer import load_optimizer, state_of, write_opti
 from expertmesh.kernels.block_quant import dequantize, join
 from expertmesh.memory import states as low_memory
 from expertmesh.parallel import ranks
-from expertmesh.parallel.clip import local
+from expertmesh.parallel.clip import local_shard
 from tests.distributed.ranks import on_ranks
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
@@ -339,7 +339,7 @@ def layouts(rank: int, folder: str) -> None:
             torch.testing.assert_close(got, want, rtol=2**-6, atol=3e-3)
         state = three.state[columns.matrix]
         if states != "float32":
-            assert state["exp_avg_scale"].shape == (16, 6) and local(state["exp_avg_scale"]).shape == (16, 3)
+            assert state["exp_avg_scale"].shape == (16, 6) and local_shard(state["exp_avg_scale"]).shape == (16, 3)
 
 
 def test_two_ranks_step_as_one_and_checkpoints_move(tmp_path):

@@ -14,9 +14,9 @@ from expertmesh import waiting
 from expertmesh.moe import experts as moe_experts
 from expertmesh.moe.exchange import Exchange
 from expertmesh.moe.experts import Dispatch
-from expertmesh.moe.gather import Gather, link_of, mailboxes, most_tokens
-from expertmesh.parallel.layout import lean_layout
-from expertmesh.records import Call, calling
+from expertmesh.moe.gather import Gather, link_of, mailboxes, max_tokens
+from expertmesh.parallel.layout import expert_parallel_fsdp
+from expertmesh.records import Call, in_call
 from tests.distributed import work
 from tests.kernels.compare import on_triton
 from tests.models import load_ours
@@ -27,7 +27,7 @@ def mesh(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("ep", "tp"))
     dist.destroy_process_group()
-    waiting.hosts.cache_clear()
+    waiting.cpu_group.cache_clear()
 
 
 def test_the_gradients_of_weights_are_not_differentiated_again(mesh):
@@ -138,11 +138,11 @@ def test_of_what_is_gathered_a_rank_keeps_its_share_and_a_quarter(ranks, tokens,
 
 def test_layers_of_a_call_have_as_many_tokens_and_ask_once(mesh):
     group = mesh["ep"].get_group()
-    with calling(Call(None)):
-        assert most_tokens(0, group, "layer 0") == 1
+    with in_call(Call(None)):
+        assert max_tokens(0, group, "layer 0") == 1
         with pytest.raises(RuntimeError, match="as many tokens in every layer of a forward, but here 0 became 4"):
-            most_tokens(4, group, "layer 1")
-    assert most_tokens(4, group, "another call") == 4
+            max_tokens(4, group, "layer 1")
+    assert max_tokens(4, group, "another call") == 4
 
 
 def test_a_call_takes_the_exchange_that_began_before_the_router(mesh):
@@ -166,7 +166,7 @@ def test_nothing_goes_ahead_where_ranks_share_tokens(mesh):
 def test_a_layout_makes_it_the_forward_and_leaves_a_dispatch_of_others_where_it_is(mesh):
     model = load_ours("qwen3_moe")
     experts, attention = model.model.layers[0].mlp.experts, model.model.layers[0].self_attn
-    with lean_layout(model, SimpleNamespace(ep_size=2, efsdp_size=1, dp_replicate_size=1)):
+    with expert_parallel_fsdp(model, SimpleNamespace(ep_size=2, efsdp_size=1, dp_replicate_size=1)):
         dispatch = Dispatch(Gather, experts, mesh["ep"], mesh["tp"])
         experts.forward, attention.dispatch = dispatch.__call__, "theirs"
     assert experts.forward is dispatch and dispatch.waits.place == "model.layers.0.mlp.experts"

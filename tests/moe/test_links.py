@@ -88,10 +88,10 @@ def test_ranks_settle_at_their_first_box(mailboxes, monkeypatch):
     met = []
     monkeypatch.setattr(links, "_opened", lambda: [mailboxes])
     monkeypatch.setattr(Memory, "barrier", lambda box: met.append(box))
-    links.settle()
+    links.mailbox_barrier()
     assert not met, "they have none yet"
     mailboxes.boxes = [Memory(1), Memory(1)]
-    links.settle()
+    links.mailbox_barrier()
     assert met == mailboxes.boxes[:1]
 
 
@@ -119,7 +119,7 @@ def test_mailboxes_are_for_gpus_of_one_node_that_map_each_other_and_all_ranks_sa
         dist, "all_gather_object", lambda found, mine, group: found.__setitem__(slice(None), next(answers))
     )
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: abs(a - b) == 1)
-    monkeypatch.setattr(links, "hosts", lambda group: group)
+    monkeypatch.setattr(links, "cpu_group", lambda group: group)
     monkeypatch.setattr(links, "DeviceMemory", lambda group, num_bytes: None)
     found = links._why_no_mailboxes(Group())
     assert found == why or found.startswith(why)
@@ -128,9 +128,9 @@ def test_mailboxes_are_for_gpus_of_one_node_that_map_each_other_and_all_ranks_sa
 @pytest.fixture
 def group(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    links.hosts.cache_clear()
+    links.cpu_group.cache_clear()
     yield dist.group.WORLD
-    links.hosts.cache_clear()
+    links.cpu_group.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expertmesh import AutoModelForCausalLM, keep_routing
 from expertmesh.bench.tiny import tiny_config
-from expertmesh.kernels.recompute import kept
+from expertmesh.kernels.recompute import replayed
 
 
 def test_a_recompute_gets_the_recorded_choices_in_order():
@@ -15,7 +15,7 @@ def test_a_recompute_gets_the_recorded_choices_in_order():
 
     def region(x):
         for _ in range(2):
-            seen.append(kept(lambda: next(fresh)))
+            seen.append(replayed(lambda: next(fresh)))
         return (x * 2).sin()
 
     inputs = [torch.ones(1, requires_grad=True) for _ in range(3)]

@@ -131,8 +131,8 @@ def planned_traffic(sizes):
 
 @pytest.mark.parametrize("sizes", [{}, {"dp_replicate_size": 2}, {"tp_size": 2}], ids=str)
 def test_a_real_step_sends_what_is_planned(sizes, monkeypatch):
-    monkeypatch.setattr("expertmesh.parallel.setup.refuse_differences", lambda *_: None)
-    monkeypatch.setattr("expertmesh.parallel.layout.meet", lambda *_: None)
+    monkeypatch.setattr("expertmesh.parallel.setup.check_same_on_all_ranks", lambda *_: None)
+    monkeypatch.setattr("expertmesh.parallel.layout.gather_on_hosts", lambda *_: None)
     with rank_of(4):
         real = traffic.sent(0, sizes)
     planned = planned_traffic(sizes)

@@ -9,8 +9,8 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import DataCollatorWithFlattening
 
 from expertmesh.bench.rows import worst_error
-from expertmesh.layers.rows import look
-from expertmesh.train.buckets import bucket_for, filled, fused_base, one_row, sizes
+from expertmesh.layers.rows import inspect_rows
+from expertmesh.train.buckets import bucket_for, fused_base, one_row, pad_to_bucket, sizes
 from expertmesh.train.graphed import WARM_UP, GraphedStep
 from expertmesh.train.trainer import Trainer
 from tests.models import load_ours, load_stock
@@ -71,7 +71,7 @@ def test_a_bucket_gives_the_loss_and_gradients_of_the_batch_as_it_came(family, k
     model.config.output_router_logits = hasattr(model, "router_aux_loss_coef")
     row = one_row(batch)
     tokens, documents, longest = bucket = bucket_for(sizes(row), [])
-    inputs = filled(row, bucket)
+    inputs = pad_to_bucket(row, bucket)
     assert inputs["input_ids"].shape == (1, tokens) and len(inputs["cu_seq_lens_q"]) == documents + 1
     assert inputs["cu_seq_lens_q"].diff().max() <= longest and inputs["cu_seq_lens_q"][-1] == tokens
     assert inputs["attention_mask"].sum() == row["input_ids"].numel() < tokens
@@ -95,7 +95,7 @@ def test_batches_of_changing_lengths_are_replayed_from_one_bucket(family, monkey
         bucket = bucket_for(sizes(row), buckets)
         model.zero_grad()
         count = torch.tensor(20 + seed)
-        loss = step(**filled(row, bucket), num_items_in_batch=count)
+        loss = step(**pad_to_bucket(row, bucket), num_items_in_batch=count)
         other.zero_grad()
         want = other(**batch, num_items_in_batch=count).loss
         want.backward()
@@ -126,7 +126,7 @@ def test_buckets_are_few():
 
 def test_a_larger_bucket_than_the_row_s_own_holds_its_documents_of_padding():
     row = one_row(packed())  # another rank's row is longer
-    inputs = filled(row, (512, 32, 64))
+    inputs = pad_to_bucket(row, (512, 32, 64))
     assert inputs["cu_seq_lens_q"].diff().max() <= 64 and inputs["cu_seq_lens_q"][-1] == 512
     assert (inputs["position_ids"] < 64).all()
 
@@ -225,7 +225,9 @@ def test_models_that_cannot_be_told_are_known():
 def test_steps_that_are_not_recorded_do_not_ask_the_device_either(tmp_path, monkeypatch, batches, accumulate):
     """The collator's batch goes on as one row that is told: the base model, which would wait, does not look at it."""
     looks: list = []
-    monkeypatch.setattr("expertmesh.layers.base_model.look", lambda *args: looks.append(args) or look(*args))
+    monkeypatch.setattr(
+        "expertmesh.layers.base_model.inspect_rows", lambda *args: looks.append(args) or inspect_rows(*args)
+    )
 
     def losses(cls):
         args = transformers.TrainingArguments(

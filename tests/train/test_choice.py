@@ -10,7 +10,16 @@ from expertmesh.plan.gpus import GPUS
 from expertmesh.plan.layouts import layout_of
 from expertmesh.train import launch, run
 from expertmesh.train.config import ConfigError, load_config
-from expertmesh.train.planned import ROOM, changed, choose, job_of, next_setting, open_keys, plan_of, settle
+from expertmesh.train.planned import (
+    ROOM,
+    fastest_settings,
+    job_of,
+    next_setting,
+    open_keys,
+    plan_of,
+    resolve_auto,
+    with_keys,
+)
 from tests.train.runs import tiny_run
 from tests.train.test_launch import pids, start, wait_until_gone
 
@@ -44,18 +53,18 @@ def test_auto_is_the_fastest_that_fits_with_room(config):
     config = config(**AUTO)
     assert open_keys(config) == ["train.per_device_train_batch_size", "parallel.ep_size"]
     gpu = with_memory(1300)
-    found = choose(config, 2, gpu)
+    found = fastest_settings(config, 2, gpu)
     assert open_keys(found) == [] and found.parallel.ep_size in (1, 2)
     rows, best = found.train.per_device_train_batch_size, plan_of(found, 2, gpu).layout
     assert best.memory.needed <= ROOM * gpu.memory
-    more = changed(found, {"train.per_device_train_batch_size": 2 * rows})
+    more = with_keys(found, {"train.per_device_train_batch_size": 2 * rows})
     assert needed(more, gpu, 2) > ROOM * gpu.memory
-    other = changed(found, {"parallel.ep_size": 3 - found.parallel.ep_size})
+    other = with_keys(found, {"parallel.ep_size": 3 - found.parallel.ep_size})
     assert layout_of(job_of(other, 2), gpu).speed.step >= best.speed.step
 
 
 def test_what_is_given_stays(config):
-    found = choose(config(parallel__ep_size="auto"), 2, with_memory(2048))
+    found = fastest_settings(config(parallel__ep_size="auto"), 2, with_memory(2048))
     assert found.train.per_device_train_batch_size == 4 and found.parallel.ep_size in (1, 2)
     mixed = load_config(None, ["parallel=auto", "parallel.dp_replicate_size=2"])
     assert mixed.parallel.ep_size == "auto" and mixed.parallel.dp_replicate_size == 2
@@ -63,19 +72,19 @@ def test_what_is_given_stays(config):
 
 def test_where_nothing_fits_the_error_says_what_does(config):
     with pytest.raises(ConfigError, match=r"nothing that fits 1 x h200\. This fits: lora={}"):
-        choose(config(train__per_device_train_batch_size="auto"), 1, with_memory(1128))
+        fastest_settings(config(train__per_device_train_batch_size="auto"), 1, with_memory(1128))
     assert needed(config(train__per_device_train_batch_size=1, lora="{}"), GPUS["h200"]) <= ROOM * 1128 * MIB
     with pytest.raises(ConfigError, match="take more GPUs"):
-        choose(config(train__per_device_train_batch_size="auto"), 1, with_memory(1000))
+        fastest_settings(config(train__per_device_train_batch_size="auto"), 1, with_memory(1000))
 
 
 def test_without_a_gpu_auto_is_an_error_except_for_one_rank_s_experts(config, monkeypatch):
     with pytest.raises(ConfigError, match=r"train.per_device_train_batch_size: `auto` .*set a number"):
-        settle(config(**AUTO), 1)
-    assert settle(config(parallel="auto"), 1).parallel.ep_size == 1
+        resolve_auto(config(**AUTO), 1)
+    assert resolve_auto(config(parallel="auto"), 1).parallel.ep_size == 1
     monkeypatch.setattr(backends, "gpu", lambda: ("NVIDIA L40S", 48 * 2**30))
     with pytest.raises(ConfigError, match=r"parallel.ep_size: `auto` .* set a number: .* NVIDIA L40S, only of h200"):
-        settle(config(parallel="auto"), 2)
+        resolve_auto(config(parallel="auto"), 2)
 
 
 def test_ranks_are_told_what_was_chosen_for_them(config, monkeypatch):
@@ -97,7 +106,7 @@ def test_a_run_goes_on_with_what_it_chose(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backends, "gpu", lambda: None)
     words += ["save.resume_from_checkpoint=auto", "train.max_steps=3"]
     again = load_config(None, words)
-    assert settle(again, 1).train.per_device_train_batch_size == rows
+    assert resolve_auto(again, 1).train.per_device_train_batch_size == rows
     assert cli.run(["train", *words, "--dry-run"]) == 0
     said = capsys.readouterr()
     assert "Not looked at: what is `auto`" in said.err and "ep_size: auto" in said.out
@@ -117,7 +126,7 @@ def test_the_next_setting_fits_and_changes_as_little_as_it_can(config, mib, chan
     line = next_setting(config, 1, gpu, gpu.memory).removeprefix("This fits: ")
     assert all(key in line for key in proposed), line
     keys = {key: yaml.safe_load(value) for key, value in (word.split("=") for word in line.split())}
-    assert needed(changed(config, keys), gpu) <= gpu.memory
+    assert needed(with_keys(config, keys), gpu) <= gpu.memory
     rows, steps = keys.get("train.per_device_train_batch_size", 16), keys.get("train.gradient_accumulation_steps", 1)
     assert int(rows) * int(steps) == 16 or "train.gradient_release" in line or changes
 

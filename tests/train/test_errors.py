@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from expertmesh.timeouts import RanksError
 from expertmesh.train.errors import OPTIONAL, ConfigError, explain, install, is_disk_full
 from expertmesh.train.guard import NonFiniteError
-from expertmesh.waiting import RanksError
 
 
 def test_our_own_errors_are_told_as_they_are(tmp_path):

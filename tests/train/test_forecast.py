@@ -8,7 +8,7 @@ from expertmesh.plan.gpus import GPUS, gpu_here
 from expertmesh.plan.speed import FIRST
 from expertmesh.train.config import load_config
 from expertmesh.train.metrics import read_metrics
-from expertmesh.train.planned import foretell, lines, plan_of
+from expertmesh.train.planned import log_plan, plan_of, summary_lines
 from tests.train.runs import tiny_run
 
 GIB = 2**30
@@ -37,27 +37,29 @@ def test_the_plan_comes_first_and_stands_beside_ten_steps(tmp_path, on, capsys):
 
 def test_a_run_says_what_exact_clipping_costs_it(tmp_path):
     for how in ("running", "exact"):
-        _, time = lines(plan_of(load_config(None, tiny_run(tmp_path, train__gradient_release=how)), 1, GPUS["h200"]))
+        _, time = summary_lines(
+            plan_of(load_config(None, tiny_run(tmp_path, train__gradient_release=how)), 1, GPUS["h200"])
+        )
         assert (FIRST in time) == (how == "exact"), time
 
 
 def test_what_cannot_be_planned_runs_and_a_line_says_why(tmp_path, on, capsys):
     config = load_config(None, tiny_run(tmp_path))
-    assert foretell(config, 1) is None and capsys.readouterr().err == ""  # no GPU
+    assert log_plan(config, 1) is None and capsys.readouterr().err == ""  # no GPU
     on("NVIDIA L40S")
     assert (
-        foretell(config, 1) is None
+        log_plan(config, 1) is None
         and "No plan: no rates are known of this machine's NVIDIA L40S" in capsys.readouterr().err
     )
     on()
     config.train.bf16 = True
-    assert foretell(config, 1) is None and "No plan: train.bf16" in capsys.readouterr().err
+    assert log_plan(config, 1) is None and "No plan: train.bf16" in capsys.readouterr().err
 
 
 def test_planning_draws_no_random_number_of_the_run(tmp_path, on):
     on()
     before = torch.get_rng_state()
-    assert foretell(load_config(None, tiny_run(tmp_path)), 1) is not None
+    assert log_plan(load_config(None, tiny_run(tmp_path)), 1) is not None
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -515,7 +515,7 @@ def test_rows_of_changing_lengths_are_replayed_by_default(tmp_path, on_cpu, fami
 
 
 def test_rows_of_one_length_stay_rows(tmp_path, on_cpu, monkeypatch):
-    monkeypatch.setattr("expertmesh.train.trainer.filled", None)
+    monkeypatch.setattr("expertmesh.train.trainer.pad_to_bucket", None)
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(3, 67).view(16, 4).repeat(4, 1).tolist()]
     trainer = Trainer(fused_model(), arguments(tmp_path), train_dataset=rows)
     trainer.train()

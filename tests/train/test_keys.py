@@ -177,9 +177,9 @@ def seen(folder: Path, overrides: list[str], num_ranks: int) -> dict[str, Any]:
             patched.setattr(launch, "is_rank", lambda: True)
             patched.setattr(run, "current_world_size", lambda: num_ranks)
             patched.setattr(run, "load_model", load_on_gpus)
-            patched.setattr(run, "join", lambda minutes: found.update({"minutes to start": minutes}))
+            patched.setattr(run, "join_ranks", lambda minutes: found.update({"minutes to start": minutes}))
             patched.setattr(DistributedSetup, "join", lambda _: None)
-            patched.setattr(run, "refuse_differences", lambda *_: None)
+            patched.setattr(run, "check_same_on_all_ranks", lambda *_: None)
         patched.setattr(run, "check_room", lambda *_: found.update({"room for it": True}))
         patched.setattr(run, "environment", lambda _: {})
         patched.setattr(run, "_check_prepared", lambda *_: None)  # nothing was

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from expertmesh.timeouts import RanksError
 from expertmesh.train import launch as launching
 from expertmesh.train.config import load_config
-from expertmesh.train.errors import ConfigError, handling
-from expertmesh.waiting import RanksError
+from expertmesh.train.errors import ConfigError, signal_handler
 
 LAUNCH = """
 import sys
@@ -188,7 +188,7 @@ def test_ranks_that_do_not_find_each_other_say_why_in_time(monkeypatch):
                 monkeypatch.setenv("MASTER_PORT", str(port))
             begin = time.monotonic()
             with pytest.raises(RanksError, match=f"{why}.*raise parallel.start_timeout_minutes"):
-                launching.join(0.02)
+                launching.join_ranks(0.02)
             assert time.monotonic() - begin < 10
 
 
@@ -210,7 +210,7 @@ def test_a_slurm_task_is_a_rank(monkeypatch):
 def test_a_signal_that_is_ignored_stays_ignored():
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    replaced = handling(lambda *_: None)
+    replaced = signal_handler(lambda *_: None)
     try:
         assert signal.SIGHUP not in replaced and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         assert {signal.SIGTERM, signal.SIGINT} <= set(replaced)

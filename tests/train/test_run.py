@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +42,7 @@ def test_a_run_leaves_everything_behind(tmp_path):
     assert result.exit_code == 0 and result.metrics["eval_loss"] > 0
     assert load_config(tmp_path / "config.yaml") == configured(tmp_path)
     environment = json.loads((tmp_path / "env.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"] == version("torch")
     assert {fusion["name"] for fusion in environment["fusions"]} >= {"experts", "router"}
 
     records = read_metrics(tmp_path / "metrics.jsonl")

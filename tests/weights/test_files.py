@@ -19,7 +19,15 @@ import transformers
 import expertmesh
 from expertmesh import backends
 from expertmesh.weights import files
-from expertmesh.weights.files import SUMS, WHOLE, DamagedError, FolderInUseError, alone, replacing, verify_sums
+from expertmesh.weights.files import (
+    SUMS,
+    WHOLE,
+    DamagedError,
+    FolderInUseError,
+    atomic_export,
+    folder_lock,
+    verify_sums,
+)
 from expertmesh.weights.read import load_weights
 from expertmesh.weights.write import save_sharded
 from tests.distributed.ranks import on_ranks
@@ -36,7 +44,7 @@ def export(word: str, shards: int) -> dict[str, str]:
 
 
 def write(folder: Path, content: dict[str, str]) -> None:
-    with replacing(folder) as staging:
+    with atomic_export(folder) as staging:
         for name, text in content.items():
             (staging / name).write_text(text)
             os.utime(staging / name, (0, 0))  # many file systems' clocks are coarse
@@ -119,7 +127,7 @@ def test_an_export_that_was_cut_short_stays_until_another_one_is_whole(tmp_path)
     load_ours("qwen3_moe").config.save_pretrained(tmp_path)
     (tmp_path / WHOLE).mkdir()
     (tmp_path / WHOLE / "model.safetensors").write_text("new")
-    with pytest.raises(OSError, match="No space"), replacing(tmp_path):
+    with pytest.raises(OSError, match="No space"), atomic_export(tmp_path):
         raise OSError(28, "No space left on device")
     with pytest.raises(DamagedError, match="was cut short"):
         expertmesh.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -173,7 +181,7 @@ def test_exports_of_several_variants_lie_beside_each_other(tmp_path):
 
 def test_an_export_may_have_folders_and_an_empty_one_is_no_export_that_was_cut_short(tmp_path):
     for word in ("old", "new"):
-        with replacing(tmp_path) as staging:
+        with atomic_export(tmp_path) as staging:
             (staging / "inner").mkdir()
             (staging / "inner" / "notes").write_text(word)
     (tmp_path / WHOLE).mkdir()
@@ -192,7 +200,7 @@ def test_a_link_in_the_place_of_a_file_is_replaced_not_followed(tmp_path):
 
 def test_after_an_error_the_old_export_is_there_and_nothing_else(tmp_path):
     write(tmp_path, export("old", 2))
-    with pytest.raises(OSError, match="No space"), replacing(tmp_path) as staging:
+    with pytest.raises(OSError, match="No space"), atomic_export(tmp_path) as staging:
         (staging / "model.safetensors").write_text("half")
         raise OSError(28, "No space left on device")
     assert read(tmp_path) == "old" and set(os.listdir(tmp_path)) == {*export("old", 2), SUMS}
@@ -266,7 +274,7 @@ def test_another_run_is_refused_until_the_first_is_gone_however_it_goes(tmp_path
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
     try:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(FolderInUseError, match=r"Another run writes into .*another folder"), alone(tmp_path):
+        with pytest.raises(FolderInUseError, match=r"Another run writes into .*another folder"), folder_lock(tmp_path):
             raise AssertionError("two runs in one folder")
         (tmp_path / ".export.incomplete").mkdir()
         with pytest.raises(FolderInUseError):
@@ -275,8 +283,8 @@ def test_another_run_is_refused_until_the_first_is_gone_however_it_goes(tmp_path
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    with alone(tmp_path):
-        with alone(tmp_path / "." / "inner" / ".."):  # one process may ask again
+    with folder_lock(tmp_path):
+        with folder_lock(tmp_path / "." / "inner" / ".."):  # one process may ask again
             assert os.listdir(tmp_path) == [".lock"]
         assert os.listdir(tmp_path) == [".lock"], "the outer block has it still"
     assert os.listdir(tmp_path) == []
@@ -295,10 +303,10 @@ def test_where_files_cannot_be_locked_a_warning_says_so(tmp_path, monkeypatch, c
 def failing(rank: int, folder: Path) -> str:
     """Rank 1 cannot write."""
     dist.init_process_group("gloo")
-    with alone(folder):  # all ranks of one run together
+    with folder_lock(folder):  # all ranks of one run together
         model_of_rank = {"config.json": "new", f"model-0000{rank + 1}-of-00002.safetensors": "new"}
         try:
-            with replacing(folder) as staging:
+            with atomic_export(folder) as staging:
                 if rank == 1:
                     raise OSError(28, "No space left on device")
                 for name, text in model_of_rank.items():

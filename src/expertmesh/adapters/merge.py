@@ -42,7 +42,7 @@ from expertmesh.adapters.layouts import read_adapter, skeleton
 from expertmesh.adapters.serving import write_adapter
 from expertmesh.auto import AutoModelForCausalLM
 from expertmesh.kernels.packed import DecodeBuffer, Packed
-from expertmesh.weights.files import SUMS, replacing, verify_sums
+from expertmesh.weights.files import SUMS, atomic_export, verify_sums
 from expertmesh.weights.quantized import MXFP4, READERS, BlockFP8
 from expertmesh.weights.read import opened, weight_files
 
@@ -128,7 +128,7 @@ def merge(
         raise AdapterError(f"{output} is what is read: write the merged model into another folder.")
     existed = Path(output).exists()
     try:
-        with replacing(output) as staging:
+        with atomic_export(output) as staging:
             return prove(staging, source, read, *write_merged(staging, source, model, read, pack))
     except BaseException:
         if not existed:

@@ -22,7 +22,7 @@ from expertmesh.adapters.files import Adapter, AdapterError
 from expertmesh.adapters.layouts import PARTS, RANK_MAJOR, read_adapter
 from expertmesh.adapters.serving import FUSED, SERVERS, VLLM_3D, refuse_multimodal, write_adapter
 from expertmesh.moe.experts import is_experts
-from expertmesh.weights.files import replacing
+from expertmesh.weights.files import atomic_export
 
 #: what SGLang calls the modules that it can adapt (lora/utils.py)
 SGLANG_TARGETS = frozenset(
@@ -120,7 +120,7 @@ def rewrite(
         raise AdapterError(f"{output} is what is read: write the adapter into another folder.")
     existed = output.exists()
     try:
-        with replacing(output) as staging:
+        with atomic_export(output) as staging:
             write_adapter(adapter, model, staging, reader, base)
             again = read_adapter(staging, model)
             for name in again.changes.keys() | adapter.changes.keys():

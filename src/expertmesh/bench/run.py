@@ -31,7 +31,7 @@ from expertmesh.bench.origin import origin
 from expertmesh.bench.proof import Proof
 from expertmesh.bench.works import WORKS, config_of, top_k_and_experts
 from expertmesh.parallel.setup import current_world_size
-from expertmesh.train.errors import ConfigError, known
+from expertmesh.train.errors import ConfigError, check_choice
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ def _silence(line: str) -> None:
 def refuse(options: BenchOptions, device: str) -> None:
     """Raises ConfigError for names and numbers that cannot be run."""
     for work in options.works:
-        known("--work", work, list(WORKS))
+        check_choice("--work", work, list(WORKS))
     for arm in options.arms or ():
-        known("--arms", arm, list(ARMS))
+        check_choice("--arms", arm, list(ARMS))
     for routing in options.routings:
-        known("--routing", routing, ROUTINGS)
+        check_choice("--routing", routing, ROUTINGS)
     for loop in options.loops:
-        known("--loop", loop, list(LOOPS))
+        check_choice("--loop", loop, list(LOOPS))
     _refuse_loops(options, device)
     for work in options.works if "balanced" in options.routings else ():
         top_k, experts = top_k_and_experts(config_of(WORKS[work], options.layers, options.tiny))

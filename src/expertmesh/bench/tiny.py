@@ -8,7 +8,7 @@ router, so a wrong expert or a wrong routing weight would hardly show; `tiny_mod
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from expertmesh.train.errors import known
+from expertmesh.train.errors import check_choice
 
 COMMON = {
     "vocab_size": 128,
@@ -144,7 +144,7 @@ FAMILIES: dict[str, dict] = {
 
 def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
     """The tiny configuration of one family of `FAMILIES`; `changes` override single keys."""
-    known("a tiny model", model_type, list(FAMILIES))
+    check_choice("a tiny model", model_type, list(FAMILIES))
     return AutoConfig.for_model(model_type, **COMMON | FAMILIES[model_type] | changes)
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from expertmesh.memory.adamw import IMPLEMENTATION, AdamW
 from expertmesh.parallel import ranks
-from expertmesh.parallel.clip import local, num_parts
+from expertmesh.parallel.clip import local_shard, num_shards
 
 FOLDER = "optimizer"  # in a checkpoint
 GROUPS = "groups.pt"  # in FOLDER
@@ -68,7 +68,7 @@ def write_optimizer(folder: Path, tensors: dict[str, Any], groups: dict[str, Any
     """Write what `state_of` gave into `folder/optimizer`, from all ranks of `group`, each its shards."""
     folder = folder / FOLDER
     folder.mkdir(exist_ok=True)
-    sizes = accumulate(local(value).nbytes for value in tensors.values())
+    sizes = accumulate(local_shard(value).nbytes for value in tensors.values())
     files = defaultdict(int, zip(tensors, (1 + size // FILE for size in sizes), strict=True))  # 0: if rank 0 has it not
     writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     _all_ranks(dcp.save, tensors, storage_writer=writer, process_group=group)
@@ -182,7 +182,7 @@ def _placements(parameter: Any, shape: torch.Size) -> tuple[Any, ...]:
     if shape == parameter.shape or not placements:
         return placements
     row = len(shape) - 1
-    if shape[-1] % num_parts(parameter, row) == 0:
+    if shape[-1] % num_shards(parameter, row) == 0:
         return placements
     return tuple(Replicate() if each.is_replicate() or each.dim == row else each for each in placements)
 

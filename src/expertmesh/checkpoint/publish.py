@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expertmesh.weights.files import DamagedError, digests, listed, publish, remove, staged, sync
+from expertmesh.weights.files import DamagedError, publish, read_sums, remove, sha256_sums, staging_folder, sync
 
 MANIFEST = "checkpoint.sha256"  # `sha256sum -c` reads it
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
                 log.warning("%s is removed: a save or a deletion did not finish.", path)
                 remove(path)
 
-    with staged(staging, begin, partial(publish, staging, target, MANIFEST), group):
+    with staging_folder(staging, begin, partial(publish, staging, target, MANIFEST), group):
         yield staging
 
 
@@ -69,11 +69,11 @@ def verify(checkpoint: str | Path) -> None:
     checkpoint = Path(checkpoint)
     if not is_complete(checkpoint):
         raise FileNotFoundError(f"{checkpoint} has no {MANIFEST}: its save did not finish. Take another one.")
-    sums = listed(checkpoint / MANIFEST)
+    sums = read_sums(checkpoint / MANIFEST)
     modes = {path.relative_to(checkpoint).as_posix(): path.lstat().st_mode for path in checkpoint.rglob("*")}
     files = {name for name, mode in modes.items() if stat.S_ISREG(mode)}
     others = {name for name, mode in modes.items() if not stat.S_ISDIR(mode)} - files
-    found = digests(checkpoint, files & sums.keys())
+    found = sha256_sums(checkpoint, files & sums.keys())
     problems = [f"{name} is missing" for name in sorted(sums.keys() - files - others)]
     problems += [f"{name} has changed" for name in found if found[name] != sums[name]]
     problems += [f"{name} is not in the manifest" for name in sorted(files - sums.keys() - {MANIFEST})]

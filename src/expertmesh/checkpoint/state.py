@@ -177,7 +177,7 @@ def _run_file(step: int, scheduler: Any, extra: dict[str, Any] | None) -> bytes:
     """What run.pt holds, made now: the loop may change what is in it before it is written. All ranks make it, as it
     gathers, and the first one's is written.
     """
-    of_ranks = ranks.gathered({"random": random_state(), "extra": extra or {}})
+    of_ranks = ranks.all_gather_object({"random": random_state(), "extra": extra or {}})
     state = None if scheduler is None else scheduler.state_dict()
     buffer = io.BytesIO()
     torch.save({"step": step, "scheduler": state, "ranks": of_ranks}, buffer)

@@ -26,9 +26,9 @@ def adapter(
     from expertmesh.adapters.serving import SERVERS
     from expertmesh.adapters.slots import rewrite
     from expertmesh.cli.check import quiet
-    from expertmesh.train.errors import known
+    from expertmesh.train.errors import check_choice
 
-    known("--for", reader, (*SERVERS, "peft"))
+    check_choice("--for", reader, (*SERVERS, "peft"))
     known_layout(layout)
     with naming_the_fix(), quiet():
         name = base_of(adapter, base)

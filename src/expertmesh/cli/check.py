@@ -51,7 +51,7 @@ def check(
     from expertmesh.bench.layouts import check_layouts
     from expertmesh.bench.parity import check_checkpoint, checkpoint_of
     from expertmesh.bench.tiny import FAMILIES
-    from expertmesh.train.errors import ConfigError, in_short
+    from expertmesh.train.errors import ConfigError, short_message
 
     _refuse_nonsense(model, device, ranks)
     console = Console()
@@ -66,7 +66,7 @@ def check(
         except Exception as error:  # an error is a result; `all` goes on with the next family
             if os.environ.get("EXPERTMESH_DEBUG") or type(error).__module__.startswith("expertmesh."):
                 raise
-            console.print(f"{name}: DIFFERS, or cannot be compared: {escape(in_short(error))}.", soft_wrap=True)
+            console.print(f"{name}: DIFFERS, or cannot be compared: {escape(short_message(error))}.", soft_wrap=True)
             if not backends.is_tested(transformers.__version__):
                 console.print(f"Transformers {transformers.__version__} is not tested: install {backends.TESTED}.")
             console.print("EXPERTMESH_DEBUG=1 shows where this comes from.\n")
@@ -87,13 +87,13 @@ def _serves(adapter: Path, server: str | None, base: str | None, layout: str | N
     from expertmesh.adapters.merge import base_model, base_of
     from expertmesh.adapters.serving import SERVERS
     from expertmesh.adapters.slots import lost
-    from expertmesh.train.errors import ConfigError, known
+    from expertmesh.train.errors import ConfigError, check_choice
 
     if server is None:
         raise ConfigError(
             "--base and --layout are of an adapter: say for which server to check it (--serve vllm|sglang)."
         )
-    known("--serve", server, SERVERS)
+    check_choice("--serve", server, SERVERS)
     known_layout(layout)
     with naming_the_fix(), quiet():
         lacking, count, source = lost(adapter, base_model(base_of(adapter, base)), server, layout)

@@ -100,7 +100,7 @@ def _fusions(broken: list[str]) -> "Table":
 
     from expertmesh.bench.tiny import FAMILIES
     from expertmesh.cli.check import quiet
-    from expertmesh.train.errors import in_short
+    from expertmesh.train.errors import short_message
 
     table = Table(title="fusions of each family", title_justify="left")
     for column in ("family", "on by table", "on by probe", "off"):
@@ -112,7 +112,7 @@ def _fusions(broken: list[str]) -> "Table":
                 try:
                     by = fusions_of(family)
                 except Exception as error:  # what doctor is for
-                    table.add_row(f"[red]{family}", "cannot be built", "", escape(in_short(error)))
+                    table.add_row(f"[red]{family}", "cannot be built", "", escape(short_message(error)))
                     broken.append(family)
                     continue
                 table.add_row(family, str(len(by["table"])), _listed(by["probe"]), _listed(by["off"]))

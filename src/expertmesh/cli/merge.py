@@ -59,7 +59,7 @@ def naming_the_fix() -> Iterator[None]:
 def known_layout(layout: str | None) -> None:
     """Raises ConfigError for a layout that there is not."""
     from expertmesh.adapters.layouts import EXPERT_MAJOR, RANK_MAJOR
-    from expertmesh.train.errors import known
+    from expertmesh.train.errors import check_choice
 
     if layout is not None:
-        known("--layout", layout, (RANK_MAJOR, EXPERT_MAJOR))
+        check_choice("--layout", layout, (RANK_MAJOR, EXPERT_MAJOR))

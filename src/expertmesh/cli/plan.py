@@ -44,23 +44,23 @@ def plan(
     from expertmesh.plan.gpus import GPUS
     from expertmesh.plan.layouts import search
     from expertmesh.plan.simulate import simulate as simulation_of
-    from expertmesh.train.errors import known, refusing
-    from expertmesh.train.planned import choose, job_of, open_keys, plan_of, values, written
+    from expertmesh.train.errors import as_config_error, check_choice
+    from expertmesh.train.planned import as_arguments, auto_values, fastest_settings, job_of, open_keys, plan_of
 
     config = configuration(arguments or [])
-    known("--gpu", gpu, list(GPUS))
+    check_choice("--gpu", gpu, list(GPUS))
     kind = replace(GPUS[gpu], network=network * 1e9) if simulate else GPUS[gpu]
     ranks = simulate or gpus or config.parallel.nproc or 1
     if keys := open_keys(config):
-        config = choose(config, ranks, kind)
-        typer.echo(f"auto: {written({key: values(config)[key] for key in keys})}\n")
+        config = fastest_settings(config, ranks, kind)
+        typer.echo(f"auto: {as_arguments({key: auto_values(config)[key] for key in keys})}\n")
     if simulate:
         job = replace(job_of(config, simulate), per_node=per_node)
-        with refusing("The run cannot be planned"):
+        with as_config_error("The run cannot be planned"):
             simulation = simulation_of(job, kind, config.train.gradient_accumulation_steps)
         typer.echo("\n".join([*simulated(simulation), "", *report(simulation.plan)]))
         raise typer.Exit(0 if simulation.plan.fits else 1)
-    with refusing("The run cannot be planned"):
+    with as_config_error("The run cannot be planned"):
         found = plan_of(config, ranks, kind)
     typer.echo("\n".join(report(found)))
     if layouts:

@@ -34,31 +34,31 @@ def train(
     if dry_run:
         from expertmesh import backends
         from expertmesh.train.inputs import gather
-        from expertmesh.train.planned import open_keys, settle
+        from expertmesh.train.planned import open_keys, resolve_auto
 
         not_here: list[str] = []
         gather(config, not_here)
         if open_keys(config) and backends.gpu() is None:
             not_here.append("what is `auto`, which is chosen for a GPU, and there is none here.")
         else:
-            config = settle(config, num_ranks(config))
+            config = resolve_auto(config, num_ranks(config))
         for sentence in not_here:
             typer.echo(f"Not looked at: {sentence}", err=True)
         typer.echo(config.to_yaml(), nl=False)
         return
 
-    from expertmesh.train.launch import is_rank, launch, leave
+    from expertmesh.train.launch import is_rank, launch, leave_ranks
 
     if not is_rank() and (nproc := num_ranks(config)) > 1:
         from expertmesh.parallel.ranks import ALONE
         from expertmesh.train.inputs import check_settings
-        from expertmesh.train.planned import open_keys, settle, values
-        from expertmesh.weights.files import alone
+        from expertmesh.train.planned import auto_values, open_keys, resolve_auto
+        from expertmesh.weights.files import folder_lock
 
         check_settings(config)
-        with alone(config.save.output_dir, ALONE):  # now: `launch` begins to write there
+        with folder_lock(config.save.output_dir, ALONE):  # now: `launch` begins to write there
             pass
-        found = values(settle(config, nproc))  # now: ranks would all plan
+        found = auto_values(resolve_auto(config, nproc))  # now: ranks would all plan
         chosen = [f"{key}={found[key]}" for key in open_keys(config)]
         command = [sys.executable, "-m", "expertmesh", "train", *(arguments or []), *chosen]
         raise typer.Exit(launch(command, nproc, Path(config.save.output_dir) / "logs"))
@@ -66,7 +66,7 @@ def train(
     from expertmesh.train.run import run
 
     result = run(config)
-    if leave() != 0:
+    if leave_ranks() != 0:
         raise typer.Exit(result.exit_code)
     if result.exit_code:
         again = " ".join(["expertmesh train", *(arguments or []), "save.resume_from_checkpoint=auto"])

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from expertmesh.backends import logger
-from expertmesh.kernels.recompute import Policy, keep_less, keep_routing, levels_of
+from expertmesh.kernels.recompute import Policy, keep_routing, levels_of, save_less
 from expertmesh.memory.offload import Offload
 
 LIGHT = {"rms_norm", "qk_norm_rope", "mla_rope", "swiglu"}  # fusions whose outputs come again without a product
@@ -48,6 +48,6 @@ def set_levels(model: Any, policy: Policy, checkpointed: Any, every_n_layers: in
     whole = {"full": checkpointed, "offload": Offload(checkpointed)}
     for layer, level in zip(layers, levels, strict=True):
         layer.gradient_checkpointing = level != "none"
-        layer._gradient_checkpointing_func = whole.get(level) or functools.partial(keep_less, level)
+        layer._gradient_checkpointing_func = whole.get(level) or functools.partial(save_less, level)
     counts = [f"{', '.join(pieces[level])} in {n} layers" for level, n in Counter(levels).items() if level != "none"]
     logger().info(f"expertmesh: recomputed in the backward: {'; '.join(counts) or 'nothing'}.")

@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.launch import launched
-from expertmesh.kernels.recompute import again
+from expertmesh.kernels.launch import fast_jit
+from expertmesh.kernels.recompute import mark_recomputable
 from expertmesh.kernels.rms_norm import last_contiguous
 
 #: per program of 4 warps: two or one 16-byte loads of bfloat16 per thread and tensor
@@ -98,14 +98,14 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """
     assert gate.shape == up.shape and gate.dtype == up.dtype
     a = _Dense.apply("silu", gate, up) if use_triton(gate) else F.silu(gate) * up
-    again((a,), lambda gate, up: (swiglu(gate, up),), gate, up)
+    mark_recomputable((a,), lambda gate, up: (swiglu(gate, up),), gate, up)
     return a
 
 
 def relu2(x: torch.Tensor) -> torch.Tensor:
     """relu(x)^2, differentiable; x: [..., W], any strides. Must equal "relu2" of Transformers' ACT2FN."""
     a = _Dense.apply("relu2", x) if use_triton(x) else F.relu(x).square()
-    again((a,), lambda x: (relu2(x),), x)
+    mark_recomputable((a,), lambda x: (relu2(x),), x)
     return a
 
 
@@ -114,7 +114,7 @@ def _load(ptr, rows, cols, stride, mask):
     return tl.load(ptr + rows * stride + cols, mask, other=0.0).to(tl.float32)
 
 
-@launched
+@fast_jit
 def _dense(
     gate_ptr, up_ptr, dy_ptr, first_ptr, second_ptr, T, W, COL_BLOCKS, stride_gate, stride_up, stride_dy,
     KIND: tl.constexpr, BACK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,

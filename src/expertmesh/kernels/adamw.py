@@ -18,7 +18,7 @@ import torch
 from expertmesh.backends import tl, triton
 from expertmesh.kernels import block_quant, tensor_lists
 from expertmesh.kernels.block_quant import decode, encode, joined, largest, parted, rounded, words
-from expertmesh.kernels.launch import launched
+from expertmesh.kernels.launch import fast_jit
 from expertmesh.kernels.tensor_lists import base, chunk_of, elements, moving_base, store
 
 OPTIONS = {"STAGES": 1, "BLOCK": 1024, "num_warps": 4}
@@ -165,7 +165,7 @@ def _is_there(lr: Any) -> bool:
     return isinstance(lr, torch.Tensor) and not lr.is_cpu
 
 
-@launched
+@fast_jit
 def _prepare_kernel(table, numbers, like, scale, found_inf, shared):
     """Counts the step of one tensor and writes what its elements share, computed in float64."""
     row = table + tl.program_id(0) * 14
@@ -193,7 +193,7 @@ def _prepare_kernel(table, numbers, like, scale, found_inf, shared):
     tl.store(to + 9, skip)
 
 
-@launched
+@fast_jit
 def _adamw_kernel(
     of_chunk, table, shared, weight_like, grad_like, avg_like, square_like, step_like, master_like,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,

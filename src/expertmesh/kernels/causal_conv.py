@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from expertmesh.backends import tl, triton
-from expertmesh.kernels.launch import launched
+from expertmesh.kernels.launch import fast_jit
 from expertmesh.kernels.rms_norm import channels_last, sum_partials
 
 #: tokens and channels per program; with 32 * num_warps threads a channel block of 256 * num_warps is 16 bytes a thread
@@ -68,7 +68,7 @@ def _weights(weight_ptr, bias_ptr, cols, mask):
     return weights + (bias,)
 
 
-@launched
+@fast_jit
 def _forward(
     x_ptr, weight_ptr, bias_ptr, start_ptr, y_ptr, S, C, blocks, stride_xb, stride_xs, stride_yb, stride_ys,
     PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -93,7 +93,7 @@ def _forward(
         row += 4
 
 
-@launched
+@fast_jit
 def _backward(
     x_ptr, weight_ptr, bias_ptr, start_ptr, dy_ptr, dx_ptr, partial_ptr, S, C, blocks,
     stride_xb, stride_xs, stride_dyb, stride_dys, stride_dxb, stride_dxs,

@@ -6,13 +6,13 @@ import torch
 
 from expertmesh.backends import tl, use_triton
 from expertmesh.kernels import tensor_lists
-from expertmesh.kernels.launch import launched
+from expertmesh.kernels.launch import fast_jit
 from expertmesh.kernels.tensor_lists import chunk_of, elements, moving_base, store
 
 OPTIONS = {"BLOCK": 4096, "num_warps": 8}
 
 
-class Tally(NamedTuple):
+class RunningNorm(NamedTuple):
     """What is known of gradients so far, float32 scalars on their device: the sum of their squares, and by it what
     gradients are multiplied by to be clipped, and 1 where they are not finite, else 0."""
 
@@ -21,8 +21,8 @@ class Tally(NamedTuple):
     found_inf: torch.Tensor
 
 
-def tally_(
-    tally: Tally, tensors: list[torch.Tensor], copies: int = 1, bound: float | None = None,
+def add_to_norm_(
+    tally: RunningNorm, tensors: list[torch.Tensor], copies: int = 1, bound: float | None = None,
     running: torch.Tensor | None = None, own: bool = False,
 ) -> None:  # fmt: skip
     """Adds the squares of tensors that so many ranks have, and judges by the sum, in two launches and without a sync.
@@ -36,13 +36,13 @@ def tally_(
             with torch.cuda.device_of(part):
                 _tally_kernel[(1,)](part, len(part), float(copies), bound, running, *tally, **options)
         else:
-            tally_reference_(tally, part, copies, bound, running, own)
+            add_to_norm_reference_(tally, part, copies, bound, running, own)
 
 
-def tally_reference_(
-    tally: Tally, part: torch.Tensor, copies: int, bound: float | None, running: torch.Tensor | None, own: bool
+def add_to_norm_reference_(
+    tally: RunningNorm, part: torch.Tensor, copies: int, bound: float | None, running: torch.Tensor | None, own: bool
 ) -> None:
-    """The specification of `tally_`, behind sums of squares."""
+    """The specification of `add_to_norm_`, behind sums of squares."""
     tally.squares.add_(part.sum() / copies)
     tally.found_inf.copy_(1.0 - torch.isfinite(tally.squares).float())
     if bound is not None and running is not None:
@@ -110,7 +110,7 @@ def _walked(
     return beside, [tensors[i] for i in others]
 
 
-@launched
+@fast_jit
 def _squared_sum_kernel(
     of_chunk, table, partial, like, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -127,7 +127,7 @@ def _squared_sum_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(total, axis=0))
 
 
-@launched
+@fast_jit
 def _scale_kernel(of_chunk, table, scale, like, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(scale)
     if factor != 1.0:  # also where it is nan
@@ -142,7 +142,7 @@ def _scale_kernel(of_chunk, table, scale, like, ALIGNED: tl.constexpr, CHUNK: tl
             store(rest, tl.load(rest, mask=mask).to(tl.float32) * factor, mask)
 
 
-@launched
+@fast_jit
 def _tally_kernel(
     part, count, copies, bound, running, squares, scale, found_inf, OWN: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -17,10 +17,10 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from expertmesh.backends import VARLEN_GQA, product_dtype
+from expertmesh.backends import VARLEN_GQA, matmul_dtype
 
 
-def document_of(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+def document_numbers(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
     """Numbers [B, S] from where each document begins among the B·S tokens, and B·S: [documents + 1]."""
     token = torch.arange(rows * length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.bucketize(token, cu_seqlens, right=True).view(rows, length)
@@ -33,7 +33,7 @@ def document_starts(number_BS: torch.Tensor) -> torch.Tensor:
     return torch.where(is_start, token_S, 0).cummax(dim=1).values
 
 
-def by_document(function: Callable[..., torch.Tensor], start_BS: torch.Tensor, *inputs: Any) -> torch.Tensor:
+def per_document(function: Callable[..., torch.Tensor], start_BS: torch.Tensor, *inputs: Any) -> torch.Tensor:
     """`function` of each document by itself, put together to [B, S, ...]. On a GPU the host waits.
 
     start: as of `document_starts`; inputs: [B, S, ...], of which a function gets [1, length, ...], or None.
@@ -53,7 +53,7 @@ class Documents(NamedTuple):
     max_length: int
 
 
-def takes(query: torch.Tensor, value: torch.Tensor) -> bool:
+def supports(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the kernel has these head widths: multiples of 8 up to 256, values at most as wide as queries."""
     width = query.shape[-1]
     return width % 8 == 0 and value.shape[-1] <= width <= 256
@@ -73,7 +73,7 @@ def varlen_attention(
     cu_seqlens: [documents + 1] int32, where each begins among the T tokens, and T; max_length: that of the longest.
     """
     B, _, S, D = query.shape
-    missing, dtype = D - value.shape[-1], product_dtype(query)
+    missing, dtype = D - value.shape[-1], matmul_dtype(query)
     query, key, value = (x.to(dtype).transpose(1, 2).reshape(B * S, -1, x.shape[-1]) for x in (query, key, value))
     value = F.pad(value, (0, missing)) if missing else value
     out: Any  # torch's function returns a tuple if asked for more
@@ -97,5 +97,5 @@ def varlen_attention_reference(
 
 def document_mask(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
     """The same attention as a mask [B, 1, S, S]: True where a query sees a key."""
-    document = document_of(cu_seqlens, rows, length)[:, None]
+    document = document_numbers(cu_seqlens, rows, length)[:, None]
     return (document[..., :, None] == document[..., None, :]).tril()

@@ -27,7 +27,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 LENGTH = 1024
 
 
-def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether it computes this causal attention: 16-bit floats, also by autocast, on Hopper, widths from `WIDTHS`, as
     many queries as keys and at least `LENGTH`, gradients wanted, in no particular order of additions.
 
@@ -37,8 +37,8 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return (
         (width, value.shape[-1]) in WIDTHS
         and backends.has_flash_attention(query.device.type)
-        and not backends.in_one_graph()
-        and backends.product_dtype(query) in DTYPES
+        and not backends.in_fullgraph()
+        and backends.matmul_dtype(query) in DTYPES
         and query.shape[2] == key.shape[2]
         and query.shape[2] >= LENGTH
         and (width == value.shape[-1] or query.shape[1] == key.shape[1])  # its backward has not both
@@ -60,13 +60,13 @@ def flash_attention(
 ) -> torch.Tensor:
     """[B, S, NQ, V] in the inputs' dtype, or autocast's; scale None is 1 / sqrt(D). Differentiable in all tensors.
 
-    Shapes as in `takes`, no copy if the last dimension is contiguous; sinks: [NQ], one logit more in each softmax.
+    Shapes as in `supports`, no copy if the last dimension is contiguous; sinks: [NQ], one logit more in each softmax.
     documents: none sees another. window: a query sees itself and the window - 1 tokens before it.
     """
     _keep_compiled()
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
-    dtype = backends.product_dtype(query)
+    dtype = backends.matmul_dtype(query)
     query, key, value = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     limits = (None, None) if window is None else (window - 1, 0)
     options = {"softmax_scale": scale, "causal": True, "learnable_sink": sinks, "window_size": limits}

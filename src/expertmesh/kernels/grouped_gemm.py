@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from expertmesh.backends import TensorDescriptor, tell_once, tl, triton
+from expertmesh.backends import TensorDescriptor, tl, triton, warn_once
 from expertmesh.kernels import quack
 from expertmesh.kernels.activation import Activation, activate
 from expertmesh.kernels.grouping import Grouping
-from expertmesh.kernels.launch import launched, processors
+from expertmesh.kernels.launch import fast_jit, num_sms
 from expertmesh.kernels.packed import Packed
 
 THIN = 64  # columns up to which a product reads its rows once, in tiles of its own
@@ -50,7 +50,7 @@ def grouped_gemm(a_SK: torch.Tensor, by: Weights, group: Grouping, own: bool = F
     if isinstance(by.w, Packed):
         by = by._replace(w=by.w.decode())
     (w_EKN, bias_EN, u_SR, b_ERN), fused = by, group.tiles is not None
-    if fused and bias_EN is None and u_SR is None and not own and quack.takes(a_SK, w_EKN):
+    if fused and bias_EN is None and u_SR is None and not own and quack.supports(a_SK, w_EKN):
         return quack.grouped_gemm(a_SK, w_EKN, group)
     y_SN = a_SK.new_empty(a_SK.shape[0], w_EKN.shape[2])
     if fused:
@@ -74,10 +74,10 @@ def up_act(
         by = by._replace(w=by.w.decode())
     if act.kind == "custom" or group.tiles is None:
         if group.tiles is not None:
-            tell_once("experts with an activation of their own gather rows and run it in PyTorch, not in the kernel.")
+            warn_once("experts with an activation of their own gather rows and run it in PyTorch, not in the kernel.")
         h_SJ = grouped_gemm(x_TH.index_select(0, group.token_S), by, group, own=True)
         return h_SJ, act.forward(h_SJ), False
-    if keep is None and by.u is None and quack.takes_up(x_TH, by.w, by.bias, group, act):
+    if keep is None and by.u is None and quack.supports_up(x_TH, by.w, by.bias, group, act):
         return *quack.up_act(x_TH, by.w, group, act), act.gated
     num_rows, num_columns = len(group.token_S), by.w.shape[2]
     h_SJ = x_TH.new_empty(min(num_rows, keep or num_rows), num_columns)
@@ -137,7 +137,7 @@ def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3, thin: int = 0
 
 def over_tiles(kernel: Any, x: torch.Tensor, group: Grouping, by: Weights, *inputs: Any, **flags: Any) -> None:
     """Launch a kernel whose programs walk over row tiles times column tiles. The inputs have what `by` holds, too."""
-    programs, rank = processors(x.device), 0 if by.b is None else by.b.shape[1]
+    programs, rank = num_sms(x.device), 0 if by.b is None else by.b.shape[1]
     assert group.tiles is not None and rank % 16 == 0 and all(p is None or p.is_contiguous() for p in by[2:])
     flags |= dict(BM=group.block, DESCRIPTOR=by_descriptor(x.device), PRECISION=dot_precision(x.dtype), RANK=rank)
     kernel[(programs,)](*group.tiles, group.bounds, *inputs, PROGRAMS=programs, **flags)
@@ -163,7 +163,7 @@ def tiles_of(x_RC: torch.Tensor, rows: int, columns: int) -> Any:
             " pieces of 16 bytes: load the model with fused={'experts': False}."
         )
     if x_RC.data_ptr() % 16:  # a view into somebody's flat buffer or file
-        tell_once(
+        warn_once(
             "experts' weights do not start at a multiple of 16 bytes and are copied in every step: give them memory of"
             " their own (parameter.data = parameter.data.clone())."
         )
@@ -177,7 +177,7 @@ def weight_tiles(w_EKN: torch.Tensor, inner: int, columns: int) -> tuple[Any, bo
     transposed = w_EKN.stride(2) != 1
     rows_ERC = w_EKN.transpose(1, 2) if transposed else w_EKN
     if not rows_ERC.is_contiguous():
-        tell_once(f"experts' weights have strides {w_EKN.stride()} and are copied in every step: make them contiguous.")
+        warn_once(f"experts' weights have strides {w_EKN.stride()} and are copied in every step: make them contiguous.")
         rows_ERC = rows_ERC.contiguous()
     return tiles_of(rows_ERC.flatten(0, 1), *((columns, inner) if transposed else (inner, columns))), transposed
 
@@ -293,7 +293,7 @@ def add_bias(acc, bias, expert, column, num_columns):
     return acc + values.to(tl.float32)[None, :]
 
 
-@launched
+@fast_jit
 def _rows_kernel(
     tile_expert, tile_row, num_tiles, bounds, x, token, w, bias, low_u, low_b, y, a_out, num_experts, first_row,
     num_rows, width, num_inner, stride_x, alpha, limit,

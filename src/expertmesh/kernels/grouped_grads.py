@@ -38,7 +38,7 @@ from expertmesh.kernels.grouped_gemm import (
     wide,
 )
 from expertmesh.kernels.grouping import Grouping
-from expertmesh.kernels.launch import launched
+from expertmesh.kernels.launch import fast_jit
 
 
 def down_dact(
@@ -105,7 +105,7 @@ def _as_pairs(h_SJ: torch.Tensor) -> torch.Tensor:
     return h_SJ.view(torch.int64 if h_SJ.element_size() == 4 else torch.int32)
 
 
-@launched
+@fast_jit
 def _down_dact_kernel(
     tile_expert, tile_row, num_tiles, bounds, taken, dout, token, w, low_u, low_b, h, more, weight, dh, wa, dweight,
     db, num_experts, num_rows, num_kept, width, num_inner, stride_d, alpha, limit,
@@ -285,7 +285,7 @@ def grouped_wgrad(
             torch.mm(a[begin:end].t(), b[begin:end], out=dw[expert])
         dw = dw if scale == 1 else dw.mul_(scale)
         return dw if gathered_first else dw.transpose(1, 2)
-    if not own and quack.takes(c_SC, w_EGC):
+    if not own and quack.supports(c_SC, w_EGC):
         return quack.wgrad(g_TG, c_SC, group, w_EGC, scale)
     num_experts, num_g, num_c = w_EGC.shape
     assert g_TG.stride(1) == 1
@@ -333,7 +333,7 @@ def grouped_sum(a_SN: torch.Tensor, group: Grouping, dtype: torch.dtype | None =
     return running[group.bounds.long()].diff(dim=0).to(a_SN.dtype)
 
 
-@launched
+@fast_jit
 def _grouped_wgrad_kernel(
     g, c, token, dw, bounds, num_g, num_c, stride_g, scale,
     GATHERED_FIRST: tl.constexpr, DESCRIPTOR: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
@@ -372,7 +372,7 @@ def _grouped_wgrad_kernel(
         tl.store(at, tl.trans(result), mask=inside_c[:, None] & inside_g[None, :])
 
 
-@launched
+@fast_jit
 def _grouped_sum_kernel(
     a, sums, bounds, num_experts, num_columns,
     TILE: tl.constexpr, BINS: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,

@@ -20,8 +20,8 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
-from expertmesh.backends import either, tl, triton, use_triton
-from expertmesh.kernels.launch import launched
+from expertmesh.backends import tl, triton, triton_or_reference, use_triton
+from expertmesh.kernels.launch import fast_jit
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def group_by_expert_reference(
     ids_TK: integer tensor [T, K]; ids outside [0, num_experts) mark rows to skip. weight_TK: routing weights, any float
     type, to be sorted along (without gradient). num_rows: S, if it is known how many are not skipped.
     """
-    flat = or_none(ids_TK.reshape(-1), num_experts)
+    flat = drop_foreign_ids(ids_TK.reshape(-1), num_experts)
     expert_S, slot_S = torch.sort(flat, stable=True)
     ends = torch.arange(-1, num_experts, device=flat.device, dtype=flat.dtype)
     bounds = torch.searchsorted(expert_S, ends, right=True, out_int32=True)
@@ -60,7 +60,7 @@ def group_by_expert_reference(
     return Grouping(token_S, position.view(ids_TK.shape), bounds, weight_TK.detach().reshape(-1)[slot_S].float())
 
 
-def or_none(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+def drop_foreign_ids(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     """The ids, and num_experts for all outside [0, num_experts)."""
     return torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
 
@@ -99,10 +99,10 @@ def _group_triton(ids_TK, num_experts, weight_TK, num_rows=None) -> Grouping:
     return Grouping(token_S[:here], position_S.view(ids_TK.shape), bounds, weight_S[:here], tiles, block)
 
 
-group_by_expert = either(_group_triton, group_by_expert_reference)
+group_by_expert = triton_or_reference(_group_triton, group_by_expert_reference)
 
 
-@launched
+@fast_jit
 def _count_kernel(ids, counts, num_rows, num_experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """counts [block, bin] of one block."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -111,7 +111,7 @@ def _count_kernel(ids, counts, num_rows, num_experts, BINS: tl.constexpr, BLOCK:
     tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), counted)
 
 
-@launched
+@fast_jit
 def _place_kernel(
     ids, counts, weight, token, position, weight_sorted, bounds, tile_expert, tile_row, num_tiles, num_rows,
     num_experts, top_k,
@@ -197,7 +197,7 @@ def _combine_triton(y_SH, position_TK, weight_TK=None, residual=None) -> torch.T
     return out
 
 
-combine = either(_combine_triton, combine_reference)
+combine = triton_or_reference(_combine_triton, combine_reference)
 
 
 def combine_into(outs: list[torch.Tensor], own: int, y_SH, position_TK, weight_TK=None, residual=None) -> None:
@@ -248,7 +248,7 @@ def unsort(value_PS: torch.Tensor, group: Grouping, dtype: torch.dtype) -> torch
     return out_TK
 
 
-@launched
+@fast_jit
 def _unsort_kernel(value, position, out, count, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(position + at, mask=at < count, other=-1)
@@ -258,7 +258,7 @@ def _unsort_kernel(value, position, out, count, rows, PARTS: tl.constexpr, BLOCK
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
 
 
-@launched
+@fast_jit
 def _combine_kernel(
     y, position, weight, residual, out, outs, own, num_residual, width, top_k,
     OUTS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,

@@ -19,12 +19,12 @@ MOST = 4096  # launches that a kernel remembers; sizes that are never the same a
 
 
 @cache
-def processors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 2 for a CPU, where the interpreter plays both."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def launched(function: Callable[..., Any]) -> Any:
+def fast_jit(function: Callable[..., Any]) -> Any:
     """`triton.jit` for a function that is launched, not called by others."""
     return Kernel(triton.jit(function))
 

@@ -21,7 +21,7 @@ import torch
 
 from expertmesh import backends
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.launch import launched
+from expertmesh.kernels.launch import fast_jit
 
 
 class Statistics(NamedTuple):
@@ -67,7 +67,7 @@ def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch
     width of 2048 that many rows are 128 output tiles, just under one for each of a Hopper's 132 processors, where other
     counts leave a part of the last wave idle. Otherwise chunks are equal.
     """
-    memory = backends.memory_of(device)
+    memory = backends.device_memory(device)
     budget, least = (min(5 * 2**28, memory // 64), 1024) if memory else (2**23, 256)
     rows = max(least, budget // (vocab_size * dtype.itemsize))
     if memory and rows >= 2048:
@@ -102,7 +102,7 @@ def _merge(x, cols, label, largest, total, weighted, before, STATISTICS: tl.cons
     return new_largest, total * scale + tl.sum(exps, axis=0), weighted, before
 
 
-@launched
+@fast_jit
 def _rows_kernel(
     logits_ptr, labels_ptr, out_ptr, V, stride, ignore_index,
     GRAD: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
@@ -171,7 +171,7 @@ def _rows_kernel(
             tl.store(logits_ptr + label, tl.exp(target - logsumexp) - 1.0, valid)
 
 
-@launched
+@fast_jit
 def _scale_kernel(x_ptr, scale_ptr, out_ptr, N, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, at < N, other=0.0, eviction_policy="evict_first").to(tl.float32)

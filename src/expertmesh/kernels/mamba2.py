@@ -14,9 +14,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.models.nemotron_h import modeling_nemotron_h as nemotron_h
 
-from expertmesh.backends import either, opaque
+from expertmesh.backends import graph_break, triton_or_reference
 from expertmesh.kernels.causal_conv import conv_backward, conv_forward
-from expertmesh.kernels.documents import by_document
+from expertmesh.kernels.documents import per_document
 from expertmesh.kernels.rms_norm import channels_last, launch_backward, launch_forward
 from expertmesh.kernels.ssd import Sizes, split, ssd_forward
 from expertmesh.kernels.ssd_backward import ssd_backward
@@ -61,7 +61,7 @@ def mamba2_reference(
     """
     if start_BS is not None:
         alone = lambda x, mask: mamba2_reference(x, weights, options, None, mask)  # noqa: E731
-        return by_document(alone, start_BS, projected, mask_BS)
+        return per_document(alone, start_BS, projected, mask_BS)
     sizes = _sizes(projected, weights, options)
     gate, xbc, dt = _parts(projected, sizes)
     xbc = conv_reference(xbc.transpose(1, 2), weights.conv_K4, weights.conv_bias_K, "silu").transpose(1, 2)
@@ -124,4 +124,4 @@ def _mamba2_triton(
     return _Mamba2.apply(projected, options, start, mask, *weights)
 
 
-mamba2 = opaque(mamba2_reference)(either(_mamba2_triton, mamba2_reference))
+mamba2 = graph_break(mamba2_reference)(triton_or_reference(_mamba2_triton, mamba2_reference))

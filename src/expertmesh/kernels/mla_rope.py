@@ -17,8 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.launch import launched
-from expertmesh.kernels.recompute import again
+from expertmesh.kernels.launch import fast_jit
+from expertmesh.kernels.recompute import mark_recomputable
 from expertmesh.kernels.rms_norm import channels_last
 from expertmesh.kernels.rope import rotation_strides
 
@@ -45,7 +45,7 @@ def mla_rope(
     def keys(kv: torch.Tensor, *more: torch.Tensor) -> tuple[torch.Tensor]:  # of q nothing is kept but `query`
         return (mla_rope(kv.new_zeros(B, S, N, D), kv, *more)[1],)
 
-    again((key,), keys, kv, k_rope, cos, sin)
+    mark_recomputable((key,), keys, kv, k_rope, cos, sin)
     return query, key, value
 
 
@@ -107,7 +107,7 @@ def _halves(ptr, mask, HALF: tl.constexpr, BLOCK: tl.constexpr):
     return _load(ptr, mask, HALF, BLOCK).to(tl.float32), _load(ptr + HALF, mask, HALF, BLOCK).to(tl.float32)
 
 
-@launched
+@fast_jit
 def _heads(
     q_ptr, kv_ptr, other_ptr, cos_ptr, sin_ptr, q_out_ptr, kv_out_ptr, dk_rope_ptr, S,
     q_stride_b, q_stride_s, q_stride_n, kv_stride_b, kv_stride_s, kv_stride_n, other_stride_b, other_stride_s,

@@ -25,7 +25,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.launch import launched
+from expertmesh.kernels.launch import fast_jit
 
 aten = torch.ops.aten
 WORDS = 1024  # of 8 codes, that a program decodes
@@ -116,7 +116,7 @@ def _values(format: str, device: torch.device) -> torch.Tensor:
     return torch.tensor(FORMATS[format].values, device=device)
 
 
-@launched
+@fast_jit
 def _decode_kernel(
     words, scales, values, out, num_words, EXPONENTS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr
 ):

@@ -43,7 +43,7 @@ ROWS = Tile(128, 256, False, 1, 1), Tile(128, 192, True, 1, 2)
 WGRAD = Tile(256, 192, False, 2, 1), Tile(128, 256, False, 2, 1), Tile(128, 192, True, 2, 1)
 
 
-def takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+def supports(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether quack computes products of these rows [S or T, …] and weights [E, …, …]: 16-bit floats on Hopper, whole
     16 bytes in every direction, weights contiguous or transposed.
     """
@@ -58,12 +58,12 @@ def takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def takes_up(
+def supports_up(
     x_TH: torch.Tensor, w_up_EHJ: torch.Tensor, bias_EJ: torch.Tensor | None, group: Grouping, act: Activation
 ) -> bool:
     """Whether quack computes this up-projection of group's rows: many, and halves of transposed weights."""
     known = act.kind in ACTIVATIONS and not act.interleaved and bias_EJ is None and w_up_EHJ.stride(1) == 1
-    return known and len(group.token_S) >= MANY * len(w_up_EHJ) and takes(x_TH, w_up_EHJ)
+    return known and len(group.token_S) >= MANY * len(w_up_EHJ) and supports(x_TH, w_up_EHJ)
 
 
 def up_act(

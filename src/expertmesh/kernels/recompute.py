@@ -6,14 +6,14 @@ experts   and the up-projection of routed experts: one of their six products run
 full      all but the layer's input, by torch.utils.checkpoint
 offload   the same, and the input waits in host memory
 
-For light and experts, the functions that make such outputs tell `again`, within the forward of a layer that runs in
-`keep_less`. Whatever autograd then saves of them, for any function (a Linear, an adapter, attention of a library), is
-replaced by a recipe. In the backward the first that reads it makes it again, by the same kernel from the same inputs,
-so bit for bit; it stands until the last has read it. A recipe's inputs may be recipes themselves.
+For light and experts a layer's forward runs in `save_less`, and functions that make such outputs call
+`mark_recomputable`. Whatever autograd then saves of an output, for any function (a Linear, an adapter, attention of a
+library), is replaced by a recipe. In the backward the first reader recomputes it, by the same kernel from the same
+inputs, so bit for bit; it is freed after the last reader. A recipe's inputs may be recipes themselves.
 
 Which experts tokens go to is decided once: a router that runs again can flip near-ties, and the recomputed layer then
 sends tokens elsewhere than the forward did, which breaks checkpointing ("recomputed tensors have different metadata")
-or, worse, the gradients. What is `kept` in a checkpointed layer's forward is replayed when that is recomputed:
+or, worse, the gradients. What is `replayed` in a checkpointed layer's forward is replayed when that is recomputed:
 `keep_routing` is the `context_fn` of `torch.utils.checkpoint.checkpoint(use_reentrant=False)`; fused models pass it.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from expertmesh.backends import opaque
+from expertmesh.backends import graph_break
 
 Policy = bool | str | dict[str, int]
 """A level, True for "full", False for "none"; or {level: n}: that of the first n layers, others have the one below."""
@@ -44,7 +44,7 @@ def is_policy(policy: Any) -> bool:
     return type(policy) is bool or (known and type(first) is int and first > 0)
 
 
-def checked(policy: Any) -> Any:
+def check_policy(policy: Any) -> Any:
     """The policy itself. Raises ValueError for what is none."""
     if not is_policy(policy):
         raise ValueError(f"it must be {POLICIES}")
@@ -52,8 +52,10 @@ def checked(policy: Any) -> Any:
 
 
 def levels_of(policy: Policy, count: int) -> list[str]:
-    """The level of each of `count` layers. Raises ValueError as `checked`."""
-    level, first = next(iter(checked(policy).items())) if isinstance(policy, dict) else (checked(policy), count)
+    """The level of each of `count` layers. Raises ValueError as `check_policy`."""
+    level, first = (
+        next(iter(check_policy(policy).items())) if isinstance(policy, dict) else (check_policy(policy), count)
+    )
     at = LEVELS.index("full" if level is True else level or "none")
     return [LEVELS[at if number < first else at - 1] for number in range(count)]
 
@@ -111,7 +113,7 @@ class _Layer:
 _layer: ContextVar[_Layer | None] = ContextVar("layer", default=None)
 
 
-def again(
+def mark_recomputable(
     outputs: tuple[torch.Tensor, ...], make: Callable[..., tuple], *inputs: torch.Tensor | None, level: str = "light"
 ) -> None:
     """Say that `make(*inputs)` gives these outputs, each with a storage of its own and laid out as here; that its
@@ -127,8 +129,8 @@ def again(
         layer.recipes[out.untyped_storage()] = recipe, index, out._version, out.dtype
 
 
-@opaque(lambda level, function, *args: function(*args))
-def keep_less(level: str, function: Callable[..., Any], *args: Any) -> Any:
+@graph_break(lambda level, function, *args: function(*args))
+def save_less(level: str, function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, a layer's forward, which keeps for its backward what its level leaves; opaque if compiled."""
     if not torch.is_grad_enabled():
         return function(*args)
@@ -168,7 +170,7 @@ def keep_routing() -> tuple[Region, Region]:
     return Region(choices, replay=False), Region(choices, replay=True)
 
 
-def kept(decide: Callable[[], Any]) -> Any:
+def replayed(decide: Callable[[], Any]) -> Any:
     """`decide()`; in a recompute what it returned in the forward, without calling it again."""
     here = region.get()
     known = None if here is None else here.known()

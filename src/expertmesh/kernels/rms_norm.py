@@ -17,8 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.launch import launched, processors
-from expertmesh.kernels.recompute import again
+from expertmesh.kernels.launch import fast_jit, num_sms
+from expertmesh.kernels.recompute import mark_recomputable
 
 Scale = Literal["rounded", "float32", "one_plus"]
 """How the weight is applied; x_hat is always computed in float32.
@@ -57,7 +57,7 @@ def add_rms_norm(
     else:
         total = x if residual is None else residual + x
         y = rms_norm_reference(total, weight, eps, scale=scale)
-    again((y,), lambda total, weight: (rms_norm(total, weight, eps, scale=scale),), total, weight)
+    mark_recomputable((y,), lambda total, weight: (rms_norm(total, weight, eps, scale=scale),), total, weight)
     return y, total
 
 
@@ -83,7 +83,7 @@ def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -
     )
 
 
-@launched
+@fast_jit
 def _sum_partials(partial_ptr, first_ptr, second_ptr, P, split, W, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
     cols = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     second = tl.program_id(1) == 1
@@ -127,7 +127,7 @@ def row_tile(H: int, tuning: dict[str, int]) -> dict[str, int]:
     return {"BLOCK_T": block_t, "BLOCK_H": block_h, "num_warps": warps}
 
 
-@launched
+@fast_jit
 def norm_forward(
     x_ptr, other_ptr, weight_ptr, y_ptr, sum_ptr, T, H, stride_x, stride_other, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GROUPS: tl.constexpr, SCALE: tl.constexpr,
@@ -165,7 +165,7 @@ def _add_pairs(a1, b1, a2, b2):
     return a1 + a2, b1 + b2
 
 
-@launched
+@fast_jit
 def norm_backward(
     s_ptr, other_ptr, weight_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr, T, H,
     stride_s, stride_other, stride_dy, stride_dgate, eps,
@@ -295,7 +295,7 @@ def launch_backward(
     (T, W), H = s_TW.shape, s.shape[-1] // groups
     tuning = (GATED_TUNING if gated else TUNING)["backward"]
     tile = row_tile(H, tuning)
-    programs = max(1, processors(s.device) * tuning["programs"] // groups)
+    programs = max(1, num_sms(s.device) * tuning["programs"] // groups)
     programs = max(1, min(programs, triton.cdiv(T, tile["BLOCK_T"])))
     partial = torch.empty(programs if weight_grad else 0, W, dtype=torch.float32, device=s.device)
     norm_backward[(programs, groups)](

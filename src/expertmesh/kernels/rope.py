@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
 from expertmesh.backends import tl, triton, use_triton
-from expertmesh.kernels.launch import launched, processors
-from expertmesh.kernels.recompute import again
+from expertmesh.kernels.launch import fast_jit, num_sms
+from expertmesh.kernels.recompute import mark_recomputable
 from expertmesh.kernels.rms_norm import channels_last, rms_norm_reference, sum_partials
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -76,7 +76,7 @@ def qk_norm_rope(
         turned = q_out.transpose(1, 2), k_out.transpose(1, 2)
     else:
         turned = qk_norm_rope_reference(*inputs, eps)
-    again(turned, partial(qk_norm_rope, eps=eps), *inputs)
+    mark_recomputable(turned, partial(qk_norm_rope, eps=eps), *inputs)
     return turned
 
 
@@ -146,7 +146,7 @@ def _turn_tile(
         tl.store(y_ptr + at, tl.load(x_ptr + at, rest, other=0.0).to(tl.float32), rest)
 
 
-@launched
+@fast_jit
 def _turn(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, S,
     q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n, rot_stride_b, rot_stride_s, eps,
@@ -215,7 +215,7 @@ def _backward_tiles(
     tl.store(dweight_ptr + at_b, tl.sum(sum_b, axis=0, keep_dims=True), at_a < HALF)
 
 
-@launched
+@fast_jit
 def _norm_backward(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_out_ptr, dk_out_ptr, dq_ptr, dk_ptr, dweight_ptr,
     q_programs, T, S, q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n, rot_stride_b,
@@ -298,7 +298,7 @@ def _launch_norm_backward(
     (B, S, NQ, D), NK = normed[0].shape, normed[1].shape[2]
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in normed)
     tuning = dict(TUNING["backward"])
-    programs = processors(cos.device) * tuning.pop("programs")
+    programs = num_sms(cos.device) * tuning.pop("programs")
     q_programs, k_programs = (
         max(1, min(programs * N // (NQ + NK), triton.cdiv(B * S * N, tuning["ROWS"]))) for N in (NQ, NK)
     )

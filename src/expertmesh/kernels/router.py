@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from expertmesh.backends import either, on_gpu, tell_once, tl, triton
-from expertmesh.kernels.launch import launched
+from expertmesh.backends import on_gpu, tl, triton, triton_or_reference, warn_once
+from expertmesh.kernels.launch import fast_jit
 
 
 def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
     if plain and on_gpu(x_TH) and not torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling():
         return RouterLogits.apply(x_TH, weight_EH)
     if x_TH.is_cuda and x_TH.dtype == torch.bfloat16:
-        tell_once("a router's logits are a product in float32: under autocast, or its weight is no plain tensor.")
+        warn_once("a router's logits are a product in float32: under autocast, or its weight is no plain tensor.")
     return F.linear(x_TH.float(), weight_EH.float())
 
 
@@ -163,7 +163,7 @@ def _route_triton(logits_TE, routing: Routing, bias_E=None, ids_TK=None, weight_
     return _Route.apply(logits_TE, routing, bias_E, ids_TK, weight_dtype)
 
 
-route = either(_route_triton, route_reference)
+route = triton_or_reference(_route_triton, route_reference)
 
 
 def _launch(
@@ -199,7 +199,7 @@ def _keep_best_groups(choice, ROWS: tl.constexpr, EP: tl.constexpr, GROUPS: tl.c
     return tl.reshape(grouped, (ROWS, EP))
 
 
-@launched
+@fast_jit
 def _route_kernel(
     logits, bias, ids, weights, dlogits, num_tokens, num_experts, scale, min_sum,
     KIND: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, NORMALIZE: tl.constexpr, GROUPS: tl.constexpr,

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Documents, document_mask, takes
+from expertmesh.kernels.documents import Documents, document_mask, supports
 
 
 def sink_attention(
@@ -47,7 +47,7 @@ def sink_attention(
     query: [B, NQ, S, D], key and value: [B, NK, S, D], no copy if they are views of [B, S, N, D]; sinks: [NQ].
     window: a query sees itself and the window - 1 tokens before it. documents: none sees another.
     """
-    if flash_attention.takes(query, key, value):
+    if flash_attention.supports(query, key, value):
         return flash_attention.flash_attention(query, key, value, scale, sinks, documents, window=window)
     if _is_for_flash_attention_2(query, value):
         B, _, S, _ = query.shape
@@ -60,7 +60,7 @@ def sink_attention(
         tokens = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         return _with_sinks(*tokens, sinks, options).unflatten(0, (B, S))
     if query.is_cuda:
-        backends.tell_once(
+        backends.warn_once(
             "attention with sinks holds all scores of a layer in memory: to do without them takes bfloat16 or float16 "
             "on Ampere or newer, and heads whose width is a multiple of 8 up to 256."
         )
@@ -68,7 +68,7 @@ def sink_attention(
 
 
 def _is_for_flash_attention_2(query: torch.Tensor, value: torch.Tensor) -> bool:
-    return query.is_cuda and not backends.in_one_graph() and backends.has_varlen(query) and takes(query, value)
+    return query.is_cuda and not backends.in_fullgraph() and backends.has_varlen(query) and supports(query, value)
 
 
 def sink_attention_reference(

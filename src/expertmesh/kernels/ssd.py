@@ -27,7 +27,7 @@ import torch
 
 from expertmesh.backends import tl, triton
 from expertmesh.kernels.grouped_gemm import dot_precision
-from expertmesh.kernels.launch import launched
+from expertmesh.kernels.launch import fast_jit
 from expertmesh.kernels.rms_norm import channels_last
 
 #: chunk: tokens between stored states, in every kernel. The others: rows of a program's tile (walk: of the state).
@@ -69,7 +69,7 @@ def softplus(x):
     return tl.where(x > 20.0, x, small)
 
 
-@launched
+@fast_jit
 def _prepare(
     raw_ptr, bias_ptr, A_ptr, dt_ptr, c_ptr, S, H, chunks, stride_b, stride_s, low, high,
     Q: tl.constexpr, HEADS: tl.constexpr,
@@ -121,7 +121,7 @@ def _walk_chunks(
         state = tl.dot(tl.trans(v), m, state * carried, input_precision=PRECISION)
 
 
-@launched
+@fast_jit
 def _walk(
     x_ptr, B_ptr, dy_ptr, C_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, dstates_ptr, S, H, chunks,
     stride_b, stride_s, stride_dyb, stride_dys,
@@ -205,7 +205,7 @@ def difference(c_own, c_other, SOURCES: tl.constexpr):
     return c_other[None, :] - c_own[:, None] if SOURCES else c_own[:, None] - c_other[None, :]
 
 
-@launched
+@fast_jit
 def _mix(
     v_ptr, own_m_ptr, other_m_ptr, D_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, out_ptr, S, H, groups, chunks,
     stride_vb, stride_vs, stride_b, stride_s, stride_ob, stride_os, SOURCES: tl.constexpr,

@@ -20,12 +20,12 @@ import torch
 
 from expertmesh.backends import tl, triton
 from expertmesh.kernels import ssd
-from expertmesh.kernels.launch import launched
+from expertmesh.kernels.launch import fast_jit
 from expertmesh.kernels.rms_norm import channels_last, sum_partials
 from expertmesh.kernels.ssd import difference, pairs, place, reaches, row_at, softplus, tokens
 
 
-@launched
+@fast_jit
 def _side(
     x_ptr, B_ptr, C_ptr, dy_ptr, dt_ptr, c_ptr, start_ptr, states_ptr, dstates_ptr, dm_ptr,
     intra_ptr, inter_ptr, through_ptr, dD_ptr, S, H, groups, chunks,
@@ -124,7 +124,7 @@ def _side(
     tl.store(to, dm.to(dm_ptr.dtype.element_ty), (own < S)[:, None])
 
 
-@launched
+@fast_jit
 def _finish(
     raw_ptr, bias_ptr, A_ptr, dt_ptr, sums_ptr, through_ptr, dD_ptr, draw_ptr, partial_ptr, S, H, chunks, length,
     stride_b, stride_s, stride_db, stride_ds, low, high, BLOCKS: tl.constexpr,

@@ -23,13 +23,13 @@ from transformers.utils.import_utils import is_tracing
 
 from expertmesh import backends
 from expertmesh.kernels import flash_attention
-from expertmesh.kernels.documents import Documents, document_mask, takes, varlen_attention
+from expertmesh.kernels.documents import Documents, document_mask, supports, varlen_attention
 from expertmesh.kernels.mla_rope import mla_rope, rotated
 from expertmesh.kernels.rope import qk_norm_rope, rotary
 from expertmesh.kernels.sink_attention import sink_attention, visible
 from expertmesh.layers.decoder import FastRMSNorm
-from expertmesh.layers.lora import linears
-from expertmesh.twins import Fast, cache_of, untouched
+from expertmesh.layers.lora import lora_linears
+from expertmesh.twins import Fast, is_unmodified, pop_cache
 
 NAME, SINKS = "expertmesh", "expertmesh-sinks"
 _ROPE = "apply_rotary_pos_emb"
@@ -37,13 +37,13 @@ Turn = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the positions
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values
 
 
-def placeholder(documents: Documents | None, device: torch.device) -> torch.Tensor:
+def causal_placeholder(documents: Documents | None, device: torch.device) -> torch.Tensor:
     """The mask that says: causal, within `documents` if there are any, of which its last size tells layers."""
     return torch.empty(1, 1, 0, int(documents is not None), dtype=torch.bool, device=device)
 
 
 def documents_or_mask(mask: Any, documents: Documents | None, layer: Any) -> tuple[Documents | None, Any]:
-    """(documents, None) where the mask is a `placeholder`, else (None, mask).
+    """(documents, None) where the mask is a `causal_placeholder`, else (None, mask).
 
     Raises RuntimeError if the placeholder speaks of documents and they did not reach this layer.
     """
@@ -68,18 +68,18 @@ def attend(
     documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' `sdpa_attention_forward`, within `documents` where the mask is a `placeholder`."""
+    """Transformers' `sdpa_attention_forward`, within `documents` where the mask is a `causal_placeholder`."""
     documents, mask = documents_or_mask(attention_mask, documents, module)
     plain = mask is None and dropout == 0 and kwargs.get("position_bias") is None and kwargs.get("softcap") is None
     if plain and getattr(module, "in_fused_model", False):
         causal = kwargs.get("is_causal")
         causal = module.is_causal if causal is None else causal
-        if causal and backends.FLASH_ATTENTION and flash_attention.takes(query, key, value):
+        if causal and backends.FLASH_ATTENTION and flash_attention.supports(query, key, value):
             return flash_attention.flash_attention(query, key, value, scaling, documents=documents), None
-        if documents is not None and backends.has_varlen(query) and takes(query, value):
+        if documents is not None and backends.has_varlen(query) and supports(query, value):
             return varlen_attention(query, key, value, *documents, scaling), None
     if documents is not None:
-        backends.tell_once(
+        backends.warn_once(
             f"{type(module).__name__} keeps documents apart by a mask of all pairs of tokens: to do without it takes "
             f"bfloat16 or float16 on Ampere or newer, and no dropout, softcap or position bias."
         )
@@ -101,7 +101,7 @@ def attend_with_sinks(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As the `eager_attention_forward` of Transformers' GPT-OSS; no weights are returned where it did not run."""
-    dtype = backends.product_dtype(value)
+    dtype = backends.matmul_dtype(value)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     documents, mask = documents_or_mask(attention_mask, documents, module)
     if mask is None and dropout == 0 and getattr(module, "in_fused_model", False):
@@ -139,7 +139,7 @@ class FastAttention(Fast):
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: Turn, attention_mask: Any, *cache: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        past = cache[0] if cache else cache_of(kwargs)
+        past = cache[0] if cache else pop_cache(kwargs)
         if self.why_not(self) is not None:  # what its kernel stands for was replaced or hooked after fusing: call it
             return super().forward(hidden_states, position_embeddings, attention_mask, past, **kwargs)
         query, key, value = self.heads(hidden_states, position_embeddings, past, kwargs)
@@ -156,7 +156,7 @@ class FastQKNormAttention(FastAttention):
 
     def heads(self, hidden_states: torch.Tensor, turn: Turn, past: Any, kwargs: dict[str, Any]) -> Heads:
         heads, weights = (*hidden_states.shape[:-1], -1, self.head_dim), (self.q_norm.weight, self.k_norm.weight)
-        query, key, value = linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = lora_linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = query.view(heads), key.view(heads), value.view(heads).transpose(1, 2)
         query, key = qk_norm_rope(query, key, *weights, *turn, self.q_norm.variance_epsilon)
         if past is not None:
@@ -167,7 +167,7 @@ class FastQKNormAttention(FastAttention):
     @staticmethod
     def why_not(attention: Any) -> str | None:
         q_norm, k_norm = attention.q_norm, attention.k_norm
-        if untouched(q_norm, k_norm, kind=FastRMSNorm) and q_norm.scale == k_norm.scale == "rounded":
+        if is_unmodified(q_norm, k_norm, kind=FastRMSNorm) and q_norm.scale == k_norm.scale == "rounded":
             return None
         return "its q/k-norms are not fused RMSNorms of Llama's kind"
 
@@ -184,7 +184,7 @@ class FastLatentAttention(FastAttention):
     def heads(self, hidden_states: torch.Tensor, turn: Turn, past: Any, kwargs: dict[str, Any]) -> Heads:
         batch, seq = hidden_states.shape[:-1]
         first = self.q_proj if self.q_lora_rank is None else self.q_a_proj
-        q, latents = linears(hidden_states, first, self.kv_a_proj_with_mqa)
+        q, latents = lora_linears(hidden_states, first, self.kv_a_proj_with_mqa)
         if self.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.view(batch, seq, -1, self.qk_head_dim)

@@ -15,17 +15,17 @@ import torch
 from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
-from expertmesh.kernels.documents import Documents, document_of, document_starts
-from expertmesh.layers.attention import NAME, SINKS, placeholder
+from expertmesh.kernels.documents import Documents, document_numbers, document_starts
+from expertmesh.layers.attention import NAME, SINKS, causal_placeholder
 from expertmesh.layers.lora import fuse_adapted_linears
 from expertmesh.layers.mamba2 import FastMamba2Mixer
-from expertmesh.layers.rows import Apart, Found, look
+from expertmesh.layers.rows import RowInfo, Unpadded, inspect_rows
 from expertmesh.moe.experts import NAME as EXPERTS
 from expertmesh.moe.experts import is_experts
-from expertmesh.moe.lora import fuse_adapted_experts, places_of, tell_what_trains
+from expertmesh.moe.lora import find_modules, fuse_adapted_experts, log_trainable_parameters
 from expertmesh.parallel.layout import refuse_undivided
-from expertmesh.records import Call, call_of, calling
-from expertmesh.twins import CACHES, Fast, traced, twin
+from expertmesh.records import Call, call_of, in_call
+from expertmesh.twins import CACHES, Fast, is_traced, twin
 
 _NO_MTP = (
     "mtp_loss_weight is set, but the model was called without labels: a loss made elsewhere (by TRL's trainers, label "
@@ -51,7 +51,7 @@ class FastBaseModel(Fast):
                 f"Only some experts of a layer were loaded: {min(self._waiting)} has come, others of its layer have "
                 f"not. Take a complete checkpoint of this model."
             )
-        if traced():
+        if is_traced():
             with nullcontext() if torch.compiler.is_dynamo_compiling() else as_stock(self):
                 return cls.__stock__.forward(self, *args, **kwargs)
         refuse_undivided(self)
@@ -63,8 +63,8 @@ class FastBaseModel(Fast):
                 raise ValueError(_NO_MTP)
             if not self._announced:
                 self._announced = True
-                tell_what_trains(call.model)
-        with calling(call):
+                log_trainable_parameters(call.model)
+        with in_call(call):
             apart = self._prepare(inputs, call)
             outputs = super().forward(**inputs)
         return outputs if apart is None else apart.together(outputs)
@@ -79,7 +79,7 @@ class FastBaseModel(Fast):
             f"python script.py."
         )
 
-    def _prepare(self, inputs: dict[str, Any], call: Call) -> Apart | None:
+    def _prepare(self, inputs: dict[str, Any], call: Call) -> Unpadded | None:
         """Put into `inputs` what the layers must know of the rows; returns how rows were taken apart, if they were."""
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
@@ -103,21 +103,21 @@ class FastBaseModel(Fast):
         if told is not None and longest is not None and (mask is None or inputs.pop("bucketed", False)):
             documents = Documents(told.int(), int(longest))
         elif told is not None and numbers is None:
-            numbers = document_of(told, *shape)
+            numbers = document_numbers(told, *shape)
         marked = positions is not None or numbers is not None
         if mask is not None and not is_of_rows(mask, shape):  # of the user's own, which only attention goes by
             stateful = self._mamba2 or self._stateful is not None
-            if stateful and marked and look(shape, None, positions, numbers).count > shape[0]:
+            if stateful and marked and inspect_rows(shape, None, positions, numbers).count > shape[0]:
                 self._refuse_leaks(inputs)
             return None
         if documents is None and (mask is not None or marked):
-            found = look(shape, mask, positions, numbers, call.targets)
+            found = inspect_rows(shape, mask, positions, numbers, call.targets)
             call.labelled = found.labelled
             if not found.keep.all():
                 if not self._takes_apart(inputs, found, call):
                     return None
                 inputs["use_cache"] = False
-                apart = Apart.of(found.keep, device)
+                apart = Unpadded.of(found.keep, device)
                 inputs["position_ids"] = found.positions(device) if positions is None else positions.expand(shape)
                 inputs.update({name: apart.take(x) for name, x in inputs.items()})
                 shape = (1, len(apart.index))
@@ -142,7 +142,7 @@ class FastBaseModel(Fast):
         own = chosen == SINKS or (chosen == NAME and not _has_windows(self.config, length))
         return "documents" if own and self._makes_masks else "masks"
 
-    def _takes_apart(self, inputs: dict[str, Any], found: Found, call: Call) -> bool:
+    def _takes_apart(self, inputs: dict[str, Any], found: RowInfo, call: Call) -> bool:
         """Whether padding can be left out. Where it cannot, rows stay as Transformers has them."""
         length, config, caching = found.keep.shape[1], self.config, inputs.get("use_cache")
         if caching is None:
@@ -188,10 +188,10 @@ class FastBaseModel(Fast):
         """Tell the layers of the documents, each in the way it understands."""
         way = self._attends_by(shape[1])
         if way == "documents":
-            inputs["attention_mask"] = placeholder(documents, device)
+            inputs["attention_mask"] = causal_placeholder(documents, device)
         if documents is None:
             return
-        number_BS = document_of(documents.cu_seqlens, *shape)
+        number_BS = document_numbers(documents.cu_seqlens, *shape)
         positions = inputs.get("position_ids")
         if positions is None or (_has_axes(positions) and len(positions) == 3):
             counted = torch.arange(shape[1], device=device) - document_starts(number_BS)
@@ -240,7 +240,10 @@ def fuse_base(model: Any) -> None:
     base._stateful = next((mixer for mixer in mixers if not issubclass(mixer, FastMamba2Mixer)), None)
     base._stateful_told = base._stateful is not None and "cu_seq_lens_q" in inspect.getsource(base._stateful)
     # where adapters will stand
-    base._experts_at, base._linears_at = places_of(model, is_experts), places_of(model, lambda m: type(m) is nn.Linear)
+    base._experts_at, base._linears_at = (
+        find_modules(model, is_experts),
+        find_modules(model, lambda m: type(m) is nn.Linear),
+    )
     base._sinks = any(hasattr(module, "sinks") for module in base.modules())
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers.activations import ReLUSquaredActivation, SiLUActivation
 
-from expertmesh.backends import opaque, tell_once
+from expertmesh.backends import graph_break, warn_once
 from expertmesh.kernels.activation import relu2, swiglu
 from expertmesh.kernels.rms_norm import Scale, add_rms_norm, rms_norm
-from expertmesh.layers.lora import linears
+from expertmesh.layers.lora import lora_linears
 from expertmesh.moe.block import FastMoEBlock, FastSharedMoEBlock, add_scaled, stock_block
-from expertmesh.twins import Fast, cache_of, untouched
+from expertmesh.twins import Fast, is_unmodified, pop_cache
 
 
 class FastRMSNorm(Fast):
@@ -52,17 +52,17 @@ class FastSwiGLU(Fast):
     activations: tuple[type, ...] = (SiLUActivation, nn.SiLU)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not untouched(self.act_fn, kind=self.activations):  # replaced or hooked after fusing: call it
+        if not is_unmodified(self.act_fn, kind=self.activations):  # replaced or hooked after fusing: call it
             return super().forward(x)
         return self.down_proj(self._activated(x))
 
     def _activated(self, x: torch.Tensor) -> torch.Tensor:
-        return swiglu(*linears(x, self.gate_proj, self.up_proj))
+        return swiglu(*lora_linears(x, self.gate_proj, self.up_proj))
 
     @classmethod
     def why_not(cls, mlp: Any) -> str | None:
         name = type(mlp.act_fn).__name__
-        fits = untouched(mlp.act_fn, kind=cls.activations)
+        fits = is_unmodified(mlp.act_fn, kind=cls.activations)
         return None if fits else f"its activation is {name}, not {cls.activations[0].__name__} that nobody hooked"
 
 
@@ -83,8 +83,8 @@ class FastDecoderLayer(Fast):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         first, second = self.input_layernorm, self.post_attention_layernorm
-        if args or not untouched(first, second, kind=FastRMSNorm):  # replaced or hooked after fusing: call them
-            tell_once(f"{type(self).__name__} runs Transformers' code: a norm was changed, or arguments had no names.")
+        if args or not is_unmodified(first, second, kind=FastRMSNorm):  # replaced or hooked after fusing: call them
+            warn_once(f"{type(self).__name__} runs Transformers' code: a norm was changed, or arguments had no names.")
             return super().forward(hidden_states, *args, **kwargs)
         normed, residual = first.of_sum(hidden_states)
         mixed, scale = self._mix(normed, kwargs), self.residual_multiplier
@@ -98,7 +98,7 @@ class FastDecoderLayer(Fast):
 
     @staticmethod
     def why_not(layer: Any) -> str | None:
-        fits = untouched(layer.input_layernorm, layer.post_attention_layernorm, kind=FastRMSNorm)
+        fits = is_unmodified(layer.input_layernorm, layer.post_attention_layernorm, kind=FastRMSNorm)
         return None if fits else "the norms before and behind its attention are no fused RMSNorms"
 
 
@@ -110,7 +110,7 @@ class FastHybridDecoderLayer(FastDecoderLayer):
             return super()._mix(normed, kwargs)
         for name in ("position_embeddings", "position_ids"):
             kwargs.pop(name, None)
-        return self.linear_attn(normed, cache_of(kwargs), **kwargs)
+        return self.linear_attn(normed, pop_cache(kwargs), **kwargs)
 
 
 class FastGraniteDecoderLayer(FastDecoderLayer):
@@ -124,13 +124,15 @@ class FastNemotronHBlock(Fast):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         norm = self.norm
-        if args or not untouched(norm, kind=FastRMSNorm) or norm.weight.dtype != hidden_states.dtype:  # stock converts
+        if (
+            args or not is_unmodified(norm, kind=FastRMSNorm) or norm.weight.dtype != hidden_states.dtype
+        ):  # stock converts
             return super().forward(hidden_states, *args, **kwargs)
         normed, residual = norm.of_sum(hidden_states)
         if self.block_type == "linear_attention":
             for name in ("position_ids", "use_cache"):
                 kwargs.pop(name, None)
-            return residual + self.mixer(normed, cache_of(kwargs), **kwargs)
+            return residual + self.mixer(normed, pop_cache(kwargs), **kwargs)
         if self.block_type == "full_attention":
             return residual + self.mixer(hidden_states=normed, **kwargs)[0]
         return add_block(self.mixer, normed, residual)
@@ -142,7 +144,7 @@ class FastNemotronHMoEBlock(FastSharedMoEBlock):
     Then the residual waits for the projection back from that width, and is added by its matrix product.
     """
 
-    @opaque(stock_block)
+    @graph_break(stock_block)
     def forward(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, scale: float = 1.0
     ) -> torch.Tensor:
@@ -154,7 +156,7 @@ class FastNemotronHMoEBlock(FastSharedMoEBlock):
         _, weight_TK, ids_TK = self.gate(x_TH)
         y_TL = self.experts(self.fc1_latent_proj(x_TH), ids_TK, weight_TK)
         proj = self.fc2_latent_proj
-        plain = type(proj) is nn.Linear and proj.bias is None and untouched(proj)
+        plain = type(proj) is nn.Linear and proj.bias is None and is_unmodified(proj)
         if plain and total_TH.dtype == y_TL.dtype == proj.weight.dtype:
             out_TH = total_TH.addmm_(y_TL, proj.weight.t(), alpha=scale)  # nobody else keeps the total
         else:
@@ -164,6 +166,6 @@ class FastNemotronHMoEBlock(FastSharedMoEBlock):
 
 def add_block(block: nn.Module, normed: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """residual + scale · block(normed); in the experts' last kernel where the block can."""
-    if isinstance(block, FastMoEBlock) and untouched(block):
+    if isinstance(block, FastMoEBlock) and is_unmodified(block):
         return block(normed, residual, scale)
     return add_scaled(residual, block(normed), scale)

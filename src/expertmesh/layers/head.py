@@ -25,9 +25,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from expertmesh import backends
 from expertmesh.kernels.linear_cross_entropy import Statistics, linear_cross_entropy, scaled
-from expertmesh.parallel.layout import units_of
+from expertmesh.parallel.layout import fsdp_units
 from expertmesh.records import current
-from expertmesh.twins import Fast, traced, untouched
+from expertmesh.twins import Fast, is_traced, is_unmodified
 
 MOST_LABELLED = 0.9  # of all tokens: with more, leaving the others out costs more than it saves
 aten = torch.ops.aten
@@ -37,20 +37,22 @@ class FastHead(Fast):
     """Twin of the `nn.Linear` that makes the logits."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        call = None if traced() else current.get()
+        call = None if is_traced() else current.get()
         if call is None or not call.defers or not type(self.weight.data) is type(input.data) is torch.Tensor:
             return super().forward(input)
         unit = self if isinstance(self, FSDPModule) else call.model
-        if unit is not self and not untouched(self):
+        if unit is not self and not is_unmodified(self):
             # DeepSpeed's ZeRO-3 is one: it takes the weight away when the head has run
-            backends.tell_once(
+            backends.warn_once(
                 f"somebody put hooks on the head of this {type(unit).__name__}, or replaced its forward: "
                 f"it makes whole logits."
             )
             return super().forward(input)
         _heads().add(self)
         sharded = isinstance(unit, FSDPModule)
-        frees = sharded and any(group.post_forward_mesh_info is not None for group in units_of(unit))  # after forwards
+        frees = sharded and any(
+            group.post_forward_mesh_info is not None for group in fsdp_units(unit)
+        )  # after forwards
         return deferred_logits(input, self.weight, self.bias, sharded, frees)
 
 
@@ -259,7 +261,7 @@ def deferred_logits(hidden: Any, weight: Any, bias: Any, sharded: bool = False, 
     logits keep a copy as long as they live.
     """
     given = weight
-    hidden, weight, bias = (None if x is None else x.to(backends.product_dtype(x)) for x in (hidden, weight, bias))
+    hidden, weight, bias = (None if x is None else x.to(backends.matmul_dtype(x)) for x in (hidden, weight, bias))
     sharded &= given is weight  # else it is a copy already
     copies = [None if x is None else x.detach().clone() for x in (weight, bias)] if sharded and keep else None
     return _Head.apply(hidden, weight, bias, copies and (hidden, *copies), sharded and not keep)

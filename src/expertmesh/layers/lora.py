@@ -15,8 +15,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from expertmesh.backends import product_dtype, tell_once
-from expertmesh.twins import Fast, traced, twin, untouched, watched
+from expertmesh.backends import matmul_dtype, warn_once
+from expertmesh.twins import Fast, has_hooks, is_traced, is_unmodified, twin
 
 
 class Factors(NamedTuple):
@@ -38,11 +38,11 @@ class FastLoraLinear(Fast):
     def factors(self, x: torch.Tensor) -> Factors | None:
         """Those of the active adapters; None where PEFT's own forward has to run."""
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lora_A]
-        if not names or traced():
+        if not names or is_traced():
             return None
         drops = [drop for n in names if self.training and getattr(drop := self.lora_dropout[n], "p", 0) > 0]
         if (why := self._why_not(names, drops, x)) is not None:
-            tell_once(f"PEFT computes adapters of some linear layers one operation after the other: {why}.")
+            warn_once(f"PEFT computes adapters of some linear layers one operation after the other: {why}.")
             return None
         pairs = [(self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n]) for n in names]
         if len(pairs) > 1:
@@ -53,21 +53,21 @@ class FastLoraLinear(Fast):
         base, sides = self.base_layer, [part[n] for part in (self.lora_A, self.lora_B) for n in names]
         if any(n in self.lora_variant for n in names) or any(side.bias is not None for side in sides):
             return "they are DoRA or another variant, or have biases (lora_bias)"
-        if type(base) is not nn.Linear or not untouched(base, *sides, *(self.lora_dropout[n] for n in names)):
+        if type(base) is not nn.Linear or not is_unmodified(base, *sides, *(self.lora_dropout[n] for n in names)):
             return "a layer or an adapter is no plain nn.Linear, or has a hook"
         own = [base.weight] if base.bias is None else [base.weight, base.bias]  # asked at every layer: no parameters()
         if any(weight.requires_grad for weight in own):
             return "the layer's own weight or bias trains, too"
         if any(isinstance(one, DTensor) for one in (*own, *(side.weight for side in sides))):
             return "a layer is split over ranks"
-        if any(weight.dtype != (dtype := product_dtype(x)) for weight in own):
+        if any(weight.dtype != (dtype := matmul_dtype(x)) for weight in own):
             return f"the layer's weights are {own[0].dtype}, and it computes in {dtype}"
         return "several are active, with dropout" if drops and len(names) > 1 else None
 
 
-def linears(x: torch.Tensor, *layers: Any) -> list[torch.Tensor]:
+def lora_linears(x: torch.Tensor, *layers: Any) -> list[torch.Tensor]:
     """What these layers give for the same x [.., in], [.., out] each; computed as one if all have adapters."""
-    ours = all(isinstance(layer, FastLoraLinear) and not watched(layer) for layer in layers)
+    ours = all(isinstance(layer, FastLoraLinear) and not has_hooks(layer) for layer in layers)
     factors = [layer.factors(x) for layer in layers] if ours else [None]
     if any(f is None or f.dropout is not None for f in factors):  # each draws its own dropout
         return [layer(x) for layer in layers]
@@ -84,7 +84,7 @@ def fuse_adapted_linears(places: Sequence[tuple[nn.Module, str]]) -> None:
 
 
 def _run(x: torch.Tensor, layers: Sequence[Any], factors: Sequence[Any]) -> list[torch.Tensor]:
-    x, dropout, bases = x.to(product_dtype(x)), factors[0].dropout, [layer.base_layer for layer in layers]
+    x, dropout, bases = x.to(matmul_dtype(x)), factors[0].dropout, [layer.base_layer for layer in layers]
     a_RK = torch.cat([f.a for f in factors]).to(x.dtype)
     tensors = [*[base.weight for base in bases], *[base.bias for base in bases], *[f.b.to(x.dtype) for f in factors]]
     dropped = None if dropout is None else dropout(x)

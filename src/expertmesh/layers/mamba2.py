@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers.models.nemotron_h.modeling_nemotron_h import apply_mask_to_padding_states
 
-from expertmesh.backends import tell_once
+from expertmesh.backends import warn_once
 from expertmesh.kernels.mamba2 import Mamba2Options, Mamba2Weights, mamba2
-from expertmesh.twins import Fast, cache_of, fingerprint, untouched
+from expertmesh.twins import Fast, fingerprint, is_unmodified, pop_cache
 
 
 class FastMamba2Mixer(Fast):
@@ -24,10 +24,10 @@ class FastMamba2Mixer(Fast):
     def forward(
         self, hidden_states: torch.Tensor, cache: Any = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        cache = cache if cache is not None else cache_of(kwargs)
+        cache = cache if cache is not None else pop_cache(kwargs)
         start_BS = kwargs.pop("document_starts", None)
-        if touched := not untouched(self.conv1d, self.norm, self.act):
-            tell_once(f"{type(self).__name__} runs Transformers' code: its parts have hooks, or were replaced.")
+        if touched := not is_unmodified(self.conv1d, self.norm, self.act):
+            warn_once(f"{type(self).__name__} runs Transformers' code: its parts have hooks, or were replaced.")
         if cache is not None or touched:
             if start_BS is not None:
                 kwargs["seq_idx"] = start_BS  # Transformers needs mamba-ssm for these rows, or raises

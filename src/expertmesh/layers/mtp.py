@@ -140,7 +140,7 @@ def _nemotron_h(model: Any) -> MTP:
 _MAKERS = {"deepseek_v3": _deepseek_v3, "glm4_moe": _deepseek_v3, "nemotron_h": _nemotron_h}
 
 
-def settle(model: Any, loaded: Any, source: Any, quantized: bool = False) -> None:
+def drop_missing_modules(model: Any, loaded: Any, source: Any, quantized: bool = False) -> None:
     """Keep the MTP modules, and those of their `copies`, that the checkpoint has; drop the modules if it has none.
 
     loaded: Transformers' record of the keys that only one of both has. Raises ValueError for a part of the modules; of
@@ -168,7 +168,7 @@ def settle(model: Any, loaded: Any, source: Any, quantized: bool = False) -> Non
         model._mtp = None
 
 
-def promise_what_is_kept(model: Any) -> None:
+def config_without_mtp(model: Any) -> None:
     """Let the configuration of a model without MTP modules say so, before it is saved: else servers look for them."""
     config = model.config.get_text_config()
     if getattr(model, "_mtp", None) is None:

@@ -9,9 +9,9 @@ one wait for the device at most.
     attention_mask [B, S]            rows are taken apart: tokens that are no padding become one row of      one
                                      documents; hidden states get padding back after the last layer
 
-Transformers makes a mask [B, 1, S, S] of this, for which SDPA has no fast kernel. Here an empty tensor of four
-dimensions, which Transformers passes on, stands in its place (`placeholder`, attention.py), and `documents` travel as a
-keyword. Everything else (a cache, masks of the user's own, compilation) is left to Transformers.
+Transformers makes a mask [B, 1, S, S] of this, for which SDPA has no fast kernel. We pass an empty tensor of four
+dimensions instead, which Transformers hands on (`causal_placeholder`, attention.py), and `documents` as a keyword.
+Everything else (a cache, masks of the user's own, compilation) is left to Transformers.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ Mark = torch.Tensor | None
 
 
 @dataclass(frozen=True)
-class Found:
-    """What `look` found, on the CPU.
+class RowInfo:
+    """What `inspect_rows` found, on the CPU.
 
     keep: [B, S], True where a token is no padding. cu_seqlens: where documents begin among the kept tokens, and their
     number. labelled: how many positions have something to predict, None if nobody asked; labelled_padding: whether
@@ -60,7 +60,7 @@ class Found:
         return Documents(self.cu_seqlens.to(device, non_blocking=True), int(self.cu_seqlens.diff().max()))
 
 
-def look(shape: tuple[int, int], mask: Mark, positions: Mark, numbers: Mark, targets: Mark = None) -> Found:
+def inspect_rows(shape: tuple[int, int], mask: Mark, positions: Mark, numbers: Mark, targets: Mark = None) -> RowInfo:
     """Ask the device, once, what rows of this shape [B, S] hold.
 
     mask: 0 where a token is padding. positions: [B or 1, S]. numbers: of documents, as `seq_idx`, [B or 1, S]. Without
@@ -83,9 +83,9 @@ def look(shape: tuple[int, int], mask: Mark, positions: Mark, numbers: Mark, tar
         begins |= keep & (answers["positions"] <= _before(answers["positions"], keep))
     cu_seqlens = torch.cat([begins[keep].nonzero().flatten(), keep.sum()[None]]).int()
     if wanted is None:
-        return Found(keep, cu_seqlens, None, False)
+        return RowInfo(keep, cu_seqlens, None, False)
     wanted_BS = answers["wanted"] != 0
-    return Found(keep, cu_seqlens, int(wanted_BS.sum()), bool((wanted_BS & ~keep).any()))
+    return RowInfo(keep, cu_seqlens, int(wanted_BS.sum()), bool((wanted_BS & ~keep).any()))
 
 
 def _before(x_BS: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -96,15 +96,15 @@ def _before(x_BS: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Apart:
+class Unpadded:
     """Rows of shape [B, S] taken apart: `index` [T] are their tokens that are no padding."""
 
     shape: tuple[int, int]
     index: torch.Tensor
 
     @classmethod
-    def of(cls, keep: torch.Tensor, device: torch.device) -> "Apart":
-        """From `Found.keep`."""
+    def of(cls, keep: torch.Tensor, device: torch.device) -> "Unpadded":
+        """From `RowInfo.keep`."""
         index = keep.flatten().nonzero().flatten()
         return cls((keep.shape[0], keep.shape[1]), index.to(device, non_blocking=True))
 

@@ -12,7 +12,7 @@ from expertmesh import backends
 from expertmesh.kernels.adamw import Scalar, Update, adamw_
 from expertmesh.kernels.clip import clip_factor
 from expertmesh.memory import states as low_memory
-from expertmesh.parallel.clip import grad_norm, local
+from expertmesh.parallel.clip import grad_norm, local_shard
 
 #: options of a group that are an optimizer's own, not a checkpoint's: PyTorch's implementations, and whose the group is
 IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "muon")
@@ -63,7 +63,7 @@ class AdamW(torch.optim.AdamW):
     @property
     def bytes_per_parameter(self) -> float:
         """Bytes of weights and states by the number of parameters, on this rank; gradients come on top."""
-        number = sum(local(parameter).numel() for parameter in self._parameters())
+        number = sum(local_shard(parameter).numel() for parameter in self._parameters())
         return sum(low_memory.bytes_kept(p, self.form(p)) for p in self._parameters()) / max(number, 1)
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -133,10 +133,10 @@ class AdamW(torch.optim.AdamW):
 
     def _update(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> Update:
         grad, state, form = self._grad(parameter, group), self.prepare(parameter), self.form(parameter)
-        pieces = {key: local(state[key]) for key in form.tensors}
+        pieces = {key: local_shard(state[key]) for key in form.tensors}
         avg, square = (pieces[f"{key}_8bit" if form.size else key] for key in form.moments)
         scales = (pieces["exp_avg_scale"], pieces["exp_avg_sq_scale"]) if form.size else None
-        weight, master = local(parameter), pieces.get(low_memory.MASTER, pieces.get(low_memory.REST))
+        weight, master = local_shard(parameter), pieces.get(low_memory.MASTER, pieces.get(low_memory.REST))
         if grad.shape != weight.shape or avg.shape != weight.shape:
             raise ValueError(
                 f"A weight of shape {tuple(weight.shape)} on this rank has a gradient of {tuple(grad.shape)} and state "
@@ -155,7 +155,7 @@ class AdamW(torch.optim.AdamW):
             )
         if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
             grad = grad.redistribute(placements=parameter.placements)  # of a split embedding it is whole on every rank
-        return local(grad)
+        return local_shard(grad)
 
     def form(self, parameter: nn.Parameter) -> low_memory.Form:
         """How its state is kept, found out once for where it lies."""

@@ -24,8 +24,8 @@ from expertmesh.memory.adamw import AdamW, Pairs
 from expertmesh.memory.states import MASTER, MOMENTUM
 from expertmesh.moe.block import routers
 from expertmesh.moe.experts import is_experts
-from expertmesh.parallel.clip import local, num_parts
-from expertmesh.waiting import waiting
+from expertmesh.parallel.clip import local_shard, num_shards
+from expertmesh.timeouts import step_timeout
 
 COEFFICIENTS = DEFAULT_A, DEFAULT_B, DEFAULT_C
 ADJUSTMENTS = ("match_rms_adamw", "original")
@@ -78,14 +78,14 @@ class Muon(AdamW):
 
     def _step_hidden(self, parameter: nn.Parameter, group: Mapping[str, Any], scale: Scalar, found_inf: Scalar) -> None:
         state = self.prepare(parameter)
-        buffer, weight = local(state[MOMENTUM]), local(parameter)
+        buffer, weight = local_shard(state[MOMENTUM]), local_shard(parameter)
         gradient = self._grad(parameter, group).to(buffer.dtype)
         if scale is not None:
             gradient = gradient * scale.to(gradient.device, gradient.dtype)
         momentum = buffer.lerp(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         update, lr = orthogonal_of(update, parameter), float(group["lr"])
-        kept = local(state[MASTER]) if MASTER in state else weight
+        kept = local_shard(state[MASTER]) if MASTER in state else weight
         adjusted = _adjust_lr(lr, group["adjust_lr_fn"], parameter.shape[-2:])
         stepped = (kept * (1 - lr * group["weight_decay"])).add_(update, alpha=-adjusted)
         for old, new in ((buffer, momentum), (kept, stepped), (state["step"], state["step"] + 1)):
@@ -108,12 +108,12 @@ def hidden_matrices(model: Any) -> set[torch.Tensor]:
 
 def orthogonal_of(update: torch.Tensor, parameter: Any) -> torch.Tensor:
     """This rank's piece of O(U), in bfloat16. update: its piece of U, laid out like the parameter."""
-    if num_parts(parameter) == (num_parts(parameter, 0) if parameter.ndim == 3 else 1):  # no matrix is cut
+    if num_shards(parameter) == (num_shards(parameter, 0) if parameter.ndim == 3 else 1):  # no matrix is cut
         return orthogonal(update)
     mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
     update, stride = update.bfloat16(), parameter.stride()
     piece = DTensor.from_local(update, mesh, placements, run_check=False, shape=shape, stride=stride)
-    with waiting("the momentum of a matrix", *mesh.get_all_groups()):
+    with step_timeout("the momentum of a matrix", *mesh.get_all_groups()):
         whole = piece.full_tensor()
     on_all = DTensor.from_local(orthogonal(whole), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return on_all.redistribute(placements=placements).to_local()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from expertmesh import backends
-from expertmesh.backends import opaque
+from expertmesh.backends import graph_break
 
 
 class _Away:
@@ -44,7 +44,7 @@ class Offload:
         self._here: dict[_Away, _Here] = {}  # what left last, or comes next
         self._last: Callable[[], _Away | None] = lambda: None
 
-    @opaque(lambda self, function, *args, **kwargs: self._checkpointed(function, *args, **kwargs))
+    @graph_break(lambda self, function, *args, **kwargs: self._checkpointed(function, *args, **kwargs))
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The result of `function`, which is called again in the backward."""
         with torch.autograd.graph.saved_tensors_hooks(self._leave, self._come):

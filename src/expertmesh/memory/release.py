@@ -25,11 +25,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from expertmesh import backends
-from expertmesh.kernels.clip import Tally, clip_factor, tally_
+from expertmesh.kernels.clip import RunningNorm, add_to_norm_, clip_factor
 from expertmesh.memory.adamw import AdamW
 from expertmesh.memory.muon import Muon
-from expertmesh.parallel.clip import local, norm_of_all, pieces
-from expertmesh.waiting import waiting
+from expertmesh.parallel.clip import local_shard, local_shards, norm_of_all
+from expertmesh.timeouts import step_timeout
 
 BYTES = 2**26  # of gradients that may wait for others, on each stream
 MEMORY = 0.9
@@ -76,7 +76,7 @@ class GradientRelease:
         self._start: torch.Tensor | None = None  # 0 where the losses of all ranks are finite, else nan
         self._active = False
         self._groups: dict[nn.Parameter, dict[str, Any]] = {}
-        self._tallies: dict[Any, Tally] = {}  # of each stream
+        self._tallies: dict[Any, RunningNorm] = {}  # of each stream
         self._pending: dict[Any, dict[nn.Parameter, int]] = {}
         self._done: set[nn.Parameter] = set()
         self._hooks: dict[nn.Parameter, Any] = {}
@@ -131,10 +131,10 @@ class GradientRelease:
         self._attach()
         if self._known is not None:
             return
-        self._start = local(loss.detach()).float().sum() * 0.0
+        self._start = local_shard(loss.detach()).float().sum() * 0.0
         if dist.is_initialized() and dist.get_world_size() > 1:
             world: Any = dist.group.WORLD
-            with waiting("the check of the loss", world):
+            with step_timeout("the check of the loss", world):
                 dist.all_reduce(self._start)
 
     def changed(self) -> bool:
@@ -199,7 +199,7 @@ class GradientRelease:
                 "that several layers share, and so does a backward within a step's backward: use "
                 "use_reentrant=False and one loss, or do without gradient release."
             )
-        grad = local(parameter.grad)
+        grad = local_shard(parameter.grad)
         place = torch.cuda.current_stream(grad.device) if grad.is_cuda else grad.device
         if grad.nbytes >= BYTES:
             return self._release(place, [parameter])
@@ -223,14 +223,14 @@ class GradientRelease:
         """(scale, found_inf) by earlier steps, and by the squares so far, these included."""
         if place not in self._tallies:
             assert self._start is not None, "check(loss) comes before backward"
-            self._tallies[place] = Tally(*self._start.to(grads[0].device).repeat(3).unbind())
+            self._tallies[place] = RunningNorm(*self._start.to(grads[0].device).repeat(3).unbind())
         tally = self._tallies[place]
-        held = pieces(grads)
+        held = local_shards(grads)
         clips = not self.measuring and self.max_grad_norm is not None
         running = self.optimizer.param_groups[0][RUNNING].to(tally.squares.device, non_blocking=True) if clips else None
         own = all(copies == 1 for copies, _ in held)
         for (copies, _), tensors in held.items():
-            tally_(tally, tensors, copies, self.max_grad_norm, running, own)
+            add_to_norm_(tally, tensors, copies, self.max_grad_norm, running, own)
         return tally.scale if clips else None, tally.found_inf
 
     def _refuse_standing(self) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import zeros as zeros_of_ranks
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from expertmesh.kernels.block_quant import dequantize, join, quantize, rest_of
-from expertmesh.parallel.clip import local, num_parts
+from expertmesh.parallel.clip import local_shard, num_shards
 
 STATES = ("8bit", "24bit", "float32")
 SMALL = 4096
@@ -87,7 +87,7 @@ def refuse(parameters: Iterable[torch.Tensor], states: str | None) -> None:
 def bytes_kept(parameter: torch.Tensor, form: Form) -> int:
     """Bytes of a parameter and its state on this rank; works on the meta device."""
     each = sum(dtype.itemsize / share for dtype, share in form.tensors.values())
-    return 4 + round(local(parameter).numel() * (parameter.dtype.itemsize + each))
+    return 4 + round(local_shard(parameter).numel() * (parameter.dtype.itemsize + each))
 
 
 def create(parameter: nn.Parameter, state: dict[str, Any], form: Form) -> None:
@@ -109,21 +109,21 @@ def create(parameter: nn.Parameter, state: dict[str, Any], form: Form) -> None:
 
 def convert(parameter: nn.Parameter, state: dict[str, Any], form: Form) -> None:
     """Bring a state of any form, as another optimizer or another layout kept it, into this one, through float32."""
-    old, weight = dict(state), local(parameter)
+    old, weight = dict(state), local_shard(parameter)
     if not all(key in old or f"{key}_8bit" in old for key in form.moments):
         raise ValueError(f"This state ({', '.join(old)}) is another optimizer's: this one cannot go on from it.")
-    whole = join(weight, local(old[REST])) if REST in old else local(old.get(MASTER, weight)).float()
+    whole = join(weight, local_shard(old[REST])) if REST in old else local_shard(old.get(MASTER, weight)).float()
     state.clear()
     create(parameter, state, form._replace(stream=old.get(STREAM, form.stream)))
     new = {"step": old["step"], MASTER: whole}
     if REST in state:
         new[REST] = rest_of(weight, whole)
     for key in form.moments:
-        new[key] = local(old.pop(key)).float() if key in old else dequantize(*_codes(old, key), key == "exp_avg")
+        new[key] = local_shard(old.pop(key)).float() if key in old else dequantize(*_codes(old, key), key == "exp_avg")
         if form.size:
             new[f"{key}_8bit"], new[f"{key}_scale"] = quantize(new.pop(key), form.size, key == "exp_avg")
     for key in ("step", *form.tensors):
-        local(state[key]).copy_(new[key])
+        local_shard(state[key]).copy_(new[key])
 
 
 def has_form(parameter: torch.Tensor, state: dict[str, Any], form: Form) -> bool:
@@ -138,7 +138,7 @@ def _codes(state: dict[str, Any], key: str) -> tuple[torch.Tensor, torch.Tensor]
     """Takes out this rank's codes and scales of a moment, scales of blocks that other ranks' rows share included."""
     codes, scales = state.pop(f"{key}_8bit"), state.pop(f"{key}_scale")
     size = codes.shape[-1] // scales.shape[-1]
-    mine, of_mine = local(codes), local(scales)
+    mine, of_mine = local_shard(codes), local_shard(scales)
     if mine.shape[-1] == of_mine.shape[-1] * size:
         return mine, of_mine
     _, offset = compute_local_shape_and_global_offset(codes.shape, codes.device_mesh, codes.placements)
@@ -147,6 +147,6 @@ def _codes(state: dict[str, Any], key: str) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _block(parameter: torch.Tensor) -> int:
-    parts = num_parts(parameter, parameter.ndim - 1)
+    parts = num_shards(parameter, parameter.ndim - 1)
     fits = (size for size in SIZES if parameter.shape[-1] % (parts * size) == 0)
-    return next(fits, 0) if local(parameter).is_contiguous() else 0
+    return next(fits, 0) if local_shard(parameter).is_contiguous() else 0

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from expertmesh.kernels.grouping import combine
-from expertmesh.kernels.recompute import kept
+from expertmesh.kernels.recompute import replayed
 from expertmesh.moe.exchange import Exchange, Gradients, Maybe, Rows
 
 
@@ -50,7 +50,7 @@ class AllToAll(Exchange):
             return ids_TK, routes, send, recv, max(1, sum(pairs))
 
         # what the backward and a recompute repeat
-        self._ids_TK, self._routes, self._send, self._recv, self.rows_here = kept(decide)
+        self._ids_TK, self._routes, self._send, self._recv, self.rows_here = replayed(decide)
         self._weight_dtype = weight_TK.dtype
         x_NH, meta_NK2 = packed or self._pack(x_TH, weight_TK, self._routes)
         meta_MK2, x_MH = self._exchange(self._send, self._recv, meta_NK2, x_NH)

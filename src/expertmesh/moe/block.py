@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from expertmesh.backends import opaque
+from expertmesh.backends import graph_break
 from expertmesh.kernels.recompute import region
 from expertmesh.kernels.router import Routing, kernel_supports, route, router_logits
 from expertmesh.moe.experts import NAME, Dispatch, is_experts
 from expertmesh.moe.lora import FastParamWrapper
-from expertmesh.twins import Fast, untouched, watched
+from expertmesh.twins import Fast, has_hooks, is_unmodified
 
 
 def stock_block(
@@ -42,7 +42,7 @@ class FastMoEBlock(Fast):
     router_name = "gate"
     _shared: Any = None  # hidden states → the output of a shared expert or None; it is added to the experts' sum
 
-    @opaque(stock_block)
+    @graph_break(stock_block)
     def forward(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, scale: float = 1.0
     ) -> torch.Tensor:
@@ -52,13 +52,13 @@ class FastMoEBlock(Fast):
         inner = experts = self.experts
         seen, options = False, {}
         while isinstance(inner, FastParamWrapper):  # around the experts; a hook on one needs what goes in and comes out
-            seen, inner = seen or watched(inner), inner.base_layer
+            seen, inner = seen or has_hooks(inner), inner.base_layer
         dispatch = vars(inner).get("forward")
         if isinstance(dispatch, Dispatch):
             options["exchange"] = None if dispatch.slices else dispatch.transport(dispatch, x_TH, ahead=True)
-            takes_residual = not seen and not watched(inner)
+            takes_residual = not seen and not has_hooks(inner)
         else:  # ours alone: no foreign wrapper, no other rank and no hook stands before it
-            ours = is_experts(inner) and untouched(inner) and inner.config._experts_implementation == NAME
+            ours = is_experts(inner) and is_unmodified(inner) and inner.config._experts_implementation == NAME
             takes_residual = ours and not seen
         _, weight_TK, ids_TK = getattr(self, self.router_name)(x_TH)
         shared = None if self._shared is None else self._shared(hidden_states)
@@ -111,7 +111,9 @@ def add_scaled(residual: torch.Tensor, out: torch.Tensor | tuple[torch.Tensor, .
 
 
 # opaque, as it reads a context variable, which no graph can
-@opaque(lambda logits_TE, routing, dtype, bias_E=None: (logits_TE, *route(logits_TE, routing, bias_E, None, dtype)))
+@graph_break(
+    lambda logits_TE, routing, dtype, bias_E=None: (logits_TE, *route(logits_TE, routing, bias_E, None, dtype))
+)
 def routed(
     logits_TE: torch.Tensor, routing: Routing, weight_dtype: torch.dtype, bias_E: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

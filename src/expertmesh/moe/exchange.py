@@ -23,7 +23,7 @@ class Exchange:
     A transport's is made with the `Dispatch` that is called, the x [T, H], and whether this may leave `ahead`, as its
     router has not chosen yet. All ranks call the same methods in the same order; in a backward `combine_backward`, then
     `dispatch_backward`. They, and what the last one returns, are called within `waits`, which limits how long exchanges
-    over `layer.group` wait; one over another group stands within `waiting(layer.waits.place, that_group)`.
+    over `layer.group` wait; one over another group stands within `step_timeout(layer.waits.place, that_group)`.
     """
 
     ep_implementation: str  # the transport's name in Transformers

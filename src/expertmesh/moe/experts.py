@@ -29,17 +29,17 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 from transformers.distributed.parallel_utils import _use_local_dtensor_params
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation
 
-from expertmesh.backends import opaque
+from expertmesh.backends import graph_break
 from expertmesh.kernels.activation import Activation
 from expertmesh.kernels.grouped_gemm import Weights, grouped_gemm, thin_rows, up_act, up_again
 from expertmesh.kernels.grouped_grads import down_dact, grouped_wgrad, thin_wgrad
-from expertmesh.kernels.grouping import Grouping, combine, group_by_expert, or_none, unsort
-from expertmesh.kernels.recompute import again
+from expertmesh.kernels.grouping import Grouping, combine, drop_foreign_ids, group_by_expert, unsort
+from expertmesh.kernels.recompute import mark_recomputable
 from expertmesh.moe.all_to_all import AllToAll
 from expertmesh.moe.exchange import LOCAL, Exchange
 from expertmesh.moe.gather import Gather
-from expertmesh.twins import untouched
-from expertmesh.waiting import waiting
+from expertmesh.timeouts import step_timeout
+from expertmesh.twins import is_unmodified
 
 NAME = "expertmesh"
 #: what a later Transformers may say of a class by `use_experts_implementation`, and this backend does not know
@@ -78,7 +78,7 @@ def activation_of(experts: Any) -> Activation | None:
     act_fn: Any = getattr(experts, "act_fn", None)  # GPT-OSS has the gate alone
     constants = float(getattr(experts, "alpha", 1.0)), float(getattr(experts, "limit", math.inf))
     own_gate = getattr(experts._apply_gate, "__func__", experts._apply_gate)
-    asked = own_gate, act_fn, isinstance(act_fn, nn.Module) and not untouched(act_fn), constants
+    asked = own_gate, act_fn, isinstance(act_fn, nn.Module) and not is_unmodified(act_fn), constants
     known = vars(experts).get("_known_activation")  # the answer, and the question it belongs to
     if known is None or known[0] != asked:
         known = asked, None if why_not(experts) else _activation(experts, asked[2], constants)
@@ -100,7 +100,7 @@ def _activation(experts: Any, watched: bool, constants: tuple[float, float]) -> 
     return next((a for a in known if torch.allclose(a.forward(h_SJ), theirs, rtol=1e-5, atol=1e-6)), own)
 
 
-@opaque(grouped_mm_experts_forward)
+@graph_break(grouped_mm_experts_forward)
 def experts_forward(
     experts: Any,
     hidden_states: torch.Tensor,
@@ -116,7 +116,7 @@ def experts_forward(
     """
     act = activation_of(experts)
     if act is None:
-        ids_TK = or_none(top_k_index, experts.num_experts)
+        ids_TK = drop_foreign_ids(top_k_index, experts.num_experts)
         out = grouped_mm_experts_forward(experts, hidden_states, ids_TK, top_k_weights)
     else:
         # under autocast Transformers computes experts in their weights' dtype too
@@ -178,7 +178,7 @@ class _Up(torch.autograd.Function):
             keep = max(1, -(-len(group.token_S) * 5 // (4 * exchange.sharers * group.block))) * group.block
         u_SR = None if up_A is None else thin_rows(x_MH, up_A, group, gathered=True)
         h_SJ, a_SI, ctx.alternating = up_act(x_MH, Weights(w_up, b_up, u_SR, up_B), group, act, keep)
-        again(
+        mark_recomputable(
             (h_SJ,), lambda x, *by: up_act(x, Weights(*by), group, act, keep),
             x_MH, w_up, b_up, u_SR, up_B, level="experts",
         )  # fmt: skip
@@ -260,7 +260,7 @@ class _Down(torch.autograd.Function):
             dw_down = _spread(dw_down.transpose(1, 2) if up.transposed else dw_down, ctx.specs[0])
         if need_b_down:  # Σ weight_tk · dout_t over the pairs of each expert, one dense product
             share_ME = weight_MK.new_zeros(len(ids_MK), len(b_down) + 1, dtype=torch.float32)
-            share_ME.scatter_add_(1, or_none(ids_MK, len(b_down)), weight_MK.float())
+            share_ME.scatter_add_(1, drop_foreign_ids(ids_MK, len(b_down)), weight_MK.float())
             db_down = share_ME[:, :-1].to(dout_MH.dtype).t() @ dout_MH
             db_down = _spread(db_down * up.scale, ctx.specs[1])
         if dv_SR is not None and need_A:
@@ -292,7 +292,7 @@ class Dispatch(EPImplementation):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.transport, self.experts, self.slices = transport, experts, tp_mesh.size() > 1
         self.group, self.rank, self.num_ranks = ep_mesh.get_group(), ep_mesh.get_local_rank(), ep_mesh.size()
-        self.waits = waiting("some experts", self.group)  # the layout sets its place, their name
+        self.waits = step_timeout("some experts", self.group)  # the layout sets its place, their name
         experts.dispatch = self
 
     @torch.compiler.disable
@@ -322,7 +322,7 @@ class Dispatch(EPImplementation):
             else:  # another backend, which finds this rank's part of the weights in the place of the whole
                 x_MH, weight_MK, ids_MK = _Dispatch.apply(x_TH, weight_TK, ids_TK, exchange)
                 with _use_local_dtensor_params(experts):
-                    y_MH = self.experts_forward(x_MH, or_none(ids_MK, self.num_local_experts), weight_MK)
+                    y_MH = self.experts_forward(x_MH, drop_foreign_ids(ids_MK, self.num_local_experts), weight_MK)
                 out = _Combine.apply(y_MH.to(x_TH.dtype), inside, exchange)
         if not self.slices:
             return out

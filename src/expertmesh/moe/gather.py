@@ -27,10 +27,10 @@ from torch.nn import functional as F
 
 from expertmesh import backends
 from expertmesh.kernels.grouping import combine, combine_into
-from expertmesh.kernels.recompute import kept
+from expertmesh.kernels.recompute import replayed
 from expertmesh.moe.exchange import Exchange, Gradients, Maybe, Rows
 from expertmesh.records import current
-from expertmesh.waiting import hosts, waiting
+from expertmesh.timeouts import cpu_group, step_timeout
 
 ALIGNMENT = 128  # bytes at which each part of an exchange begins
 MOST_PLACES = 1024  # that mailboxes remember; sizes that are never the same again must not fill the memory
@@ -45,7 +45,7 @@ class Gather(Exchange):
     def __init__(self, layer: Any, x_TH: torch.Tensor, ahead: bool = False) -> None:
         self.layer, self.waits, self.sharers = layer, layer.waits, layer.num_ranks
         self._link, self._num_tokens = link_of(layer.group, layer.waits.place), len(x_TH)
-        self._rows = kept(lambda: most_tokens(len(x_TH), layer.group, layer.waits.place))
+        self._rows = replayed(lambda: max_tokens(len(x_TH), layer.group, layer.waits.place))
         if ahead and isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
             x_TH = x_TH.detach()
             self._ahead = x_TH, self._link.send_ahead(_padded(x_TH, self._rows))
@@ -89,7 +89,7 @@ class Gather(Exchange):
         return wait
 
 
-def most_tokens(num_tokens: int, group: dist.ProcessGroup, place: str) -> int:
+def max_tokens(num_tokens: int, group: dist.ProcessGroup, place: str) -> int:
     """The largest number of tokens that any rank of the group has, at least 1; the hosts ask each other.
 
     In one call of a model only the first layer asks: every layer gets the same number of tokens.
@@ -104,8 +104,8 @@ def most_tokens(num_tokens: int, group: dist.ProcessGroup, place: str) -> int:
             )
         return most
     answer = torch.tensor([max(num_tokens, 1)])
-    with waiting(place, hosts(group)):
-        dist.all_reduce(answer, dist.ReduceOp.MAX, group=hosts(group))
+    with step_timeout(place, cpu_group(group)):
+        dist.all_reduce(answer, dist.ReduceOp.MAX, group=cpu_group(group))
     most = int(answer)
     if call is not None:
         call.agreed[group] = num_tokens, most
@@ -298,7 +298,7 @@ class DeviceMemory:
         device = torch.device("cuda", torch.cuda.current_device())
         # mailboxes that this one replaces may still be written to or read
         torch.cuda.synchronize()
-        dist.barrier(hosts(group))
+        dist.barrier(cpu_group(group))
         self._own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
         handle: Any = symmetric.rendezvous(self._own, group)
         boxes = [handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(group.size())]
@@ -312,7 +312,7 @@ def link_of(group: dist.ProcessGroup, place: str) -> Collectives | Mailboxes:
     """The fastest link between the ranks of this group, which meet at `place` when it is first asked for."""
     if group not in _links:
         _opened()
-        with waiting(place, hosts(group), group):
+        with step_timeout(place, cpu_group(group), group):
             reason = _why_no_mailboxes(group)
         how = "mailboxes in each other's memory" if reason is None else f"collectives ({reason})"
         backends.logger().info(f"expertmesh: rows travel between {group.size()} ranks by {how}")
@@ -332,7 +332,7 @@ def mailboxes() -> list[Any]:
     return [box for link in _opened() for box in link.boxes]
 
 
-def settle() -> None:
+def mailbox_barrier() -> None:
     """Let all ranks of each group read what came, so that any mailbox may be the next."""
     for link in _opened():
         if link.boxes:
@@ -343,7 +343,7 @@ def _why_no_mailboxes(group: dist.ProcessGroup) -> str | None:
     """Why not all ranks of the group have mailboxes for each other, the same answer on each; or None."""
     here = (socket.gethostname(), torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else None
     ranks: list[Any] = [None] * group.size()
-    dist.all_gather_object(ranks, here, hosts(group))
+    dist.all_gather_object(ranks, here, cpu_group(group))
     if None in ranks:
         return "not on NVIDIA GPUs"
     if len({host for host, _ in ranks}) > 1:
@@ -360,5 +360,5 @@ def _why_no_mailboxes(group: dist.ProcessGroup) -> str | None:
     except RuntimeError as failed:
         error = str(failed).strip().split("\n")[0]
     errors: list[Any] = [None] * group.size()
-    dist.all_gather_object(errors, error, hosts(group))
+    dist.all_gather_object(errors, error, cpu_group(group))
     return next((f"memory cannot be opened to other processes: {e}" for e in errors if e is not None), None)

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from expertmesh.backends import logger, tell_once
+from expertmesh.backends import logger, warn_once
 from expertmesh.moe.experts import Dispatch, is_experts, runs_here
-from expertmesh.twins import Fast, traced, twin
+from expertmesh.twins import Fast, is_traced, twin
 
 WEIGHTS = {"gate_up_proj", "up_proj", "down_proj"}
 
@@ -45,11 +45,11 @@ class FastParamWrapper(Fast):
 
     def _is_native(self) -> bool:
         experts = self.get_base_layer()
-        if not runs_here(experts) or traced():
+        if not runs_here(experts) or is_traced():
             return False
         dtype = self.get_param().dtype
         if self.num_experts == 1 or dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            tell_once(
+            warn_once(
                 f"PEFT adds the adapters of {self.parameter_name} ({self.num_experts} experts, {dtype}) to the whole "
                 f"weight in every step: this kind is not computed by products of low rank."
             )
@@ -107,7 +107,7 @@ def _by_expert(weight: torch.Tensor, is_b: bool, num_experts: int, mine: slice) 
     return weight.view(num_experts, -1, weight.shape[1])[mine]
 
 
-def places_of(model: nn.Module, fits: Callable[[Any], bool]) -> list[tuple[nn.Module, str]]:
+def find_modules(model: nn.Module, fits: Callable[[Any], bool]) -> list[tuple[nn.Module, str]]:
     """Where the modules of a model stand that `fits`, and that adapters may come around: (parent, name)."""
     children = ((parent, *child) for parent in model.modules() for child in parent.named_children())
     return [(parent, name) for parent, name, child in children if fits(child)]
@@ -124,7 +124,7 @@ def fuse_adapted_experts(places: Iterable[tuple[nn.Module, str]]) -> None:
             wrapper = wrapper.base_layer
 
 
-def senders(model: nn.Module) -> dict[nn.Parameter, int]:
+def adapter_sources(model: nn.Module) -> dict[nn.Parameter, int]:
     """Of experts' adapters how many ranks, of one tensor-parallel group, each send a part of the same batch to them."""
     found: dict[nn.Parameter, int] = {}
     for wrapper in filter(is_wrapper, model.modules()):
@@ -143,7 +143,7 @@ def is_wrapper(module: Any) -> bool:
 _NOT_ON_EXPERTS = "lora_dropout lora_bias use_dora velora_config kasa_config layers_to_transform".split()
 
 
-def reach_experts() -> None:
+def patch_peft_experts() -> None:
     """Let PEFT look at what `_complete` makes of a configuration for a fused model; once PEFT is imported."""
     lora: Any = getattr(sys.modules.get("peft.tuners.lora.model"), "LoraModel", None)
     if lora is None or lora._check_new_adapter_config.__module__ == __name__:
@@ -169,7 +169,7 @@ def _complete(config: Any, model: nn.Module) -> None:
         refused = [name for name in _NOT_ON_EXPERTS if getattr(config, name, None)] + ["tp_size"] * split
         refused += ["init_lora_weights"] * (config.init_lora_weights not in (True, False, "gaussian"))
         if refused:
-            tell_once(f"all-linear leaves the routed experts as they are: adapters on them take no {refused[0]}.")
+            warn_once(f"all-linear leaves the routed experts as they are: adapters on them take no {refused[0]}.")
         else:
             targets |= _weights_of_experts(model)
     if split and any(target.rpartition(".")[2] in WEIGHTS for target in targets):
@@ -196,7 +196,7 @@ _KINDS = {
 }
 
 
-def tell_what_trains(model: nn.Module) -> None:
+def log_trainable_parameters(model: nn.Module) -> None:
     """Say how many parameters of which kind train, if PEFT put adapters into the model."""
     if not any(hasattr(module, "base_layer") for module in model.modules()):
         return

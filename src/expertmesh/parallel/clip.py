@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from expertmesh.kernels.clip import clip_factor, scale_, squared_sum
-from expertmesh.waiting import waiting
+from expertmesh.timeouts import step_timeout
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: 
     parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
     norm = grad_norm(parameters)
     if not math.isinf(max_norm):
-        scale_([local(p.grad) for p in parameters if p.grad is not None], clip_factor(norm, max_norm))
+        scale_([local_shard(p.grad) for p in parameters if p.grad is not None], clip_factor(norm, max_norm))
     return norm
 
 
@@ -34,19 +34,19 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     total = torch.zeros((), device=grads[0].device if grads else parameters[0].device if parameters else None)
-    for (copies, _), tensors in pieces(grads).items():
+    for (copies, _), tensors in local_shards(grads).items():
         total += (squared_sum(tensors) / copies).to(total.device, non_blocking=True)
     return norm_of_all(total)
 
 
-def pieces(grads: Iterable[torch.Tensor]) -> dict[tuple[int, torch.device], list[torch.Tensor]]:
+def local_shards(grads: Iterable[torch.Tensor]) -> dict[tuple[int, torch.device], list[torch.Tensor]]:
     """This rank's pieces of gradients, by how many ranks hold the same and by where they are."""
     found: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     for grad in grads:
         partial = isinstance(grad, DTensor) and any(each.is_partial() for each in grad.placements)
         assert not partial, "a gradient that is not reduced yet has no norm"
-        found.setdefault((ranks // num_parts(grad), grad.device), []).append(local(grad))
+        found.setdefault((ranks // num_shards(grad), grad.device), []).append(local_shard(grad))
     return found
 
 
@@ -54,17 +54,17 @@ def norm_of_all(total: torch.Tensor) -> torch.Tensor:
     """The norm of all gradients from every rank's part of its square, a float32 scalar. All ranks must call it."""
     if dist.is_initialized() and dist.get_world_size() > 1:  # a rank without any gradient comes, too
         world: Any = dist.group.WORLD
-        with waiting("the norm of the gradients", world):
+        with step_timeout("the norm of the gradients", world):
             dist.all_reduce(total)
     return total.sqrt()
 
 
-def local(x: torch.Tensor) -> torch.Tensor:
+def local_shard(x: torch.Tensor) -> torch.Tensor:
     """This rank's piece of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def num_parts(x: torch.Tensor, dim: int | None = None) -> int:
+def num_shards(x: torch.Tensor, dim: int | None = None) -> int:
     """In how many parts ranks share out a tensor, or one dimension of it."""
     of_ranks: Any = zip(x.placements, x.device_mesh.shape, strict=True) if isinstance(x, DTensor) else ()
     return math.prod(size for each, size in of_ranks if not each.is_replicate() and dim in (None, each.dim))

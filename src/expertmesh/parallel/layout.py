@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 from transformers.distributed import fsdp as stock_fsdp
 
-from expertmesh.backends import memory_of
+from expertmesh.backends import device_memory
 from expertmesh.kernels.packed import packed_in
 from expertmesh.moe.experts import NAME, Dispatch, is_experts, runs_here
-from expertmesh.moe.lora import senders
-from expertmesh.waiting import meet, waiting
+from expertmesh.moe.lora import adapter_sources
+from expertmesh.timeouts import gather_on_hosts, step_timeout
 
 SMALL = 1 / 30  # of a device's memory
 LAYERS_AT_ONCE = 8
@@ -28,7 +28,7 @@ _AVERAGED = "_replicated_grad_hook_registered"  # Transformers' name for it
 
 
 @contextmanager
-def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
+def expert_parallel_fsdp(model: Any, layout: DistributedConfig) -> Iterator[None]:
     """A block in which Transformers lays the model out; with expert parallelism, FSDP is given less to do.
 
     Experts that lie whole on one rank need no all-gather and no reduce-scatter: FSDP would only copy their gradients
@@ -84,23 +84,23 @@ def lean_layout(model: Any, layout: DistributedConfig) -> Iterator[None]:
             del module.dispatch
 
 
-def train_together(model: Any, reshard_experts: bool) -> None:
-    """Prepare a model that is laid out for training: FSDP's collectives are `waiting`, ranks meet before each forward,
-    and reshard_experts says whether gathered experts are freed after theirs.
+def prepare_for_training(model: Any, reshard_experts: bool) -> None:
+    """Prepare a model that is laid out for training: FSDP's collectives get the `step_timeout`, and all ranks check in
+    before each forward. reshard_experts: whether gathered experts are freed after their forward.
     """
     for name, module in model.named_modules():
         if getattr(module, "_is_expert_parallel", False) and isinstance(module, FSDPModule):
             module.set_reshard_after_forward(reshard_experts)
-        for unit in units_of(module):
+        for unit in fsdp_units(module):
             groups = [getattr(unit.mesh_info, f"{kind}_process_group", None) for kind in ("shard", "replicate")]
-            limited = waiting(f"the weights of {name or type(model).__name__}", *filter(None, groups))
+            limited = step_timeout(f"the weights of {name or type(model).__name__}", *filter(None, groups))
             for call in ("unshard", "post_backward"):  # where collectives begin, and with backends that raise end
                 if call not in vars(unit):  # a unit of several modules comes several times
                     setattr(unit, call, limited(getattr(unit, call)))
     model.base_model.register_forward_pre_hook(partial(_before_training, model, set(model.modules())))
 
 
-def units_of(module: nn.Module) -> list[Any]:
+def fsdp_units(module: nn.Module) -> list[Any]:
     """FSDP's groups of parameters that are gathered together, at this module."""
     state = vars(module._get_fsdp_state()) if isinstance(module, FSDPModule) else {}
     return list(filter(None, state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")])))  # torch 2.11 has one
@@ -117,9 +117,9 @@ def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.
     """
     if not (base.training and torch.is_grad_enabled()):
         return
-    meet("the beginning of a forward")
+    gather_on_hosts("the beginning of a forward")
     world: Any = dist.group.WORLD
-    parts = senders(model)
+    parts = adapter_sources(model)
     for place, module in model.named_modules():
         if module in laid_out:
             continue
@@ -134,11 +134,11 @@ def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.
             if not parameter.requires_grad or hasattr(parameter, _AVERAGED):
                 continue
             if not isinstance(parameter, DTensor):
-                with waiting(place, world):
+                with step_timeout(place, world):
                     dist.broadcast(parameter.data, 0)
                 if parts.get(parameter, 1) > 1:  # each of so many ranks has a part of a batch, not a batch
                     parameter.register_hook(partial(torch.mul, other=parts[parameter]))
-                average = waiting(place, world)(lambda p: dist.all_reduce(p.grad, dist.ReduceOp.AVG))
+                average = step_timeout(place, world)(lambda p: dist.all_reduce(p.grad, dist.ReduceOp.AVG))
                 parameter.register_post_accumulate_grad_hook(average)
             elif parameter.device_mesh.size() < world.size():
                 raise ValueError(f"{place}: nobody averages adapters split by tp_size over dp_size: set tp_size to 1.")
@@ -175,5 +175,5 @@ def _dense_is_small(model: nn.Module, experts: list[Any]) -> bool:
     """Whether all parameters outside the experts, whole, take less than `SMALL` of the device's memory."""
     of_experts = {parameter for expert in experts for parameter in expert.parameters()}
     dense = sum(p.nbytes for p in model.parameters() if p not in of_experts)
-    memory = memory_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    memory = device_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return dense < SMALL * (memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from expertmesh.kernels.packed import Packed
 
 
-def reach_layouts() -> None:
+def patch_peft_layouts() -> None:
     """Let PEFT ask `_sizes` for a layer's, `_split` for how tensor parallelism splits it, `_written` for what it saves;
     once it is imported."""
     layer: Any = sys.modules.get("peft.tuners.lora.layer")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from expertmesh.waiting import RanksError, hosts
+from expertmesh.timeouts import RanksError, cpu_group
 
 ALONE = object()  # a group: this process by itself, whatever ranks there are
 
@@ -27,7 +27,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gathered(value: Any, group: Any = None) -> list[Any]:
+def all_gather_object(value: Any, group: Any = None) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank."""
     values = [value] * world_size(group)
     if len(values) > 1:
@@ -35,11 +35,11 @@ def gathered(value: Any, group: Any = None) -> list[Any]:
     return values
 
 
-def refuse_differences(of_what: str, values: Mapping[str, Any]) -> None:
+def check_same_on_all_ranks(of_what: str, values: Mapping[str, Any]) -> None:
     """Raise RanksError, on every rank alike, if ranks have other `values` under a key; all must ask."""
     if world_size() == 1:
         return
-    everyone = gathered({key: str(value) for key, value in values.items()}, hosts(dist.group.WORLD))  # type: ignore
+    everyone = all_gather_object({key: str(value) for key, value in values.items()}, cpu_group(dist.group.WORLD))  # type: ignore
     for key in sorted({key for one in everyone for key in one}):
         ranks_with: dict[str, list[int]] = {}
         for number, one in enumerate(everyone):
@@ -50,14 +50,14 @@ def refuse_differences(of_what: str, values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def together(group: Any = None) -> Iterator[None]:
+def fail_together(group: Any = None) -> Iterator[None]:
     """A block that all ranks leave at the same time, or with an error each: RanksError for what another rank raised."""
     error = None
     try:
         yield
     except Exception as caught:
         error = caught
-    errors = gathered(None if error is None else f"{type(error).__name__}: {error}", group)
+    errors = all_gather_object(None if error is None else f"{type(error).__name__}: {error}", group)
     if error is not None:
         raise error
     if failed := [f"rank {number}: {what}" for number, what in enumerate(errors) if what is not None]:

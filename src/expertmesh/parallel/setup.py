@@ -22,12 +22,12 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 from transformers.distributed.utils import _ensure_torch_distributed
 
-from expertmesh import waiting as limits
+from expertmesh import timeouts
 from expertmesh.kernels.packed import Packed
 from expertmesh.kernels.recompute import POLICIES, Policy, is_policy
 from expertmesh.moe.experts import TRANSPORTS, is_experts
-from expertmesh.parallel.layout import train_together
-from expertmesh.parallel.ranks import refuse_differences
+from expertmesh.parallel.layout import prepare_for_training
+from expertmesh.parallel.ranks import check_same_on_all_ranks
 
 STRATEGY = "fsdp2"
 AUTO = "auto"
@@ -126,14 +126,14 @@ class DistributedSetup:
         """Start torch.distributed, if nobody has, among as many ranks. Raises RanksError if their setups differ."""
         if current_world_size() > 1:
             _ensure_torch_distributed()
-            refuse_differences("distributed_setup", asdict(self))
+            check_same_on_all_ranks("distributed_setup", asdict(self))
 
     def apply_to(self, model: Any) -> None:
         """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
         recompute(model, self.activation_checkpointing)
         if current_world_size() > 1:
-            limits.patience = timedelta(minutes=self.timeout_minutes)
-            train_together(model, self.reshard_experts)
+            timeouts.patience = timedelta(minutes=self.timeout_minutes)
+            prepare_for_training(model, self.reshard_experts)
 
     def __str__(self) -> str:
         """The mesh as text: a column for each rank, and which batch, copy and part of the model it holds."""

@@ -19,7 +19,7 @@ from expertmesh.kernels.packed import Packed
 from expertmesh.kernels.recompute import Policy
 from expertmesh.memory import states as low_memory
 from expertmesh.moe.experts import is_experts
-from expertmesh.parallel.clip import local
+from expertmesh.parallel.clip import local_shard
 from expertmesh.parallel.setup import NEAR, DistributedSetup, recompute
 from expertmesh.plan.links import group_of
 from expertmesh.plan.ranks import lay_out, rank_of
@@ -178,7 +178,7 @@ def _trace(model: Any, job: Job, memory: int, shares: dict[str, Share] | None) -
     gradients = Gradients(watch, job)
     units: dict[str, int] = defaultdict(int)  # bytes that FSDP gathers together and frees again
     for name, parameter in model.named_parameters():
-        share, whole, size = shares[name], local(parameter), parameter.element_size()
+        share, whole, size = shares[name], local_shard(parameter), parameter.element_size()
         parts = [whole]
         if isinstance(whole, Packed):
             parts = [whole.codes, whole.scales]

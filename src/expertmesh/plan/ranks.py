@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
-from expertmesh import backends, waiting
+from expertmesh import backends, timeouts
 from expertmesh.parallel.setup import DistributedSetup
 
 
@@ -26,7 +26,7 @@ def rank_of(world_size: int, rank: int = 0) -> Iterator[None]:
     numbers = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     with (
         mock.patch.dict(os.environ, {name: str(value) for name, value in numbers.items()}),
-        mock.patch.object(waiting, "_backends", lambda _: []),  # nobody is waited for
+        mock.patch.object(timeouts, "_backends", lambda _: []),  # nobody is waited for
         mock.patch.object(sys.modules["expertmesh.fuse"], "refuse_differences", lambda *_: None),
     ):
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())

@@ -11,7 +11,7 @@ import torch
 
 from expertmesh.kernels.packed import Packed
 from expertmesh.moe.experts import is_experts
-from expertmesh.parallel.clip import local
+from expertmesh.parallel.clip import local_shard
 from expertmesh.parallel.layout import LAYERS_AT_ONCE, SMALL
 from expertmesh.plan.links import Group, Sent, group_of
 from expertmesh.plan.trace import Watch
@@ -57,7 +57,7 @@ def spread(model: Any, job: "Job", memory: int) -> dict[str, Share]:
     group_of_experts = group_of(range(0, replica, ep), per_node) if ep > 1 else group
     shares: dict[str, Share] = {}
     for name, parameter in model.named_parameters():
-        held = local(parameter)
+        held = local_shard(parameter)
         if id(parameter) in more:
             shares[name] = whole(name, parameter, job)
         elif isinstance(held, Packed):
@@ -88,7 +88,7 @@ def added(model: Any) -> set[int]:
 
 def whole(name: str, parameter: torch.Tensor, job: "Job") -> Share:
     """The share of a parameter that every rank has, and of which all average the gradient."""
-    return Share(local(parameter).numel(), name, copies=group_of(range(job.world_size), job.per_node))
+    return Share(local_shard(parameter).numel(), name, copies=group_of(range(job.world_size), job.per_node))
 
 
 def cut_experts(model: Any, ep_size: int) -> None:
@@ -97,7 +97,7 @@ def cut_experts(model: Any, ep_size: int) -> None:
         held = {name: parameter for name, parameter in module.named_parameters()}
         module.num_experts = next(iter(held.values())).shape[0] // ep_size
         for name, parameter in held.items():
-            here = local(parameter)
+            here = local_shard(parameter)
             rows = parameter.shape[0] // ep_size
             part = here.split(rows)[0] if isinstance(here, Packed) else here.new_empty(rows, *parameter.shape[1:])
             setattr(module, name, torch.nn.Parameter(part, parameter.requires_grad))
@@ -124,7 +124,7 @@ class Gradients:
         def came(parameter: torch.Tensor) -> None:
             whole, parameter.grad = parameter.grad, None
             assert whole is not None
-            grad = local(whole)
+            grad = local_shard(whole)
             if share.gathered:
                 if not self.units or self.units[-1][0] != share.unit:
                     for _, _, weights in self.units:
@@ -132,7 +132,7 @@ class Gradients:
                         weights.clear()
                     self.units = [*self.units[-1:], (share.unit, [], [])]
                 self.units[-1][1].append(grad)
-                self.units[-1][2].extend([local(parameter).nbytes] if share.kept else [])
+                self.units[-1][2].extend([local_shard(parameter).nbytes] if share.kept else [])
             if self.job.released or self.job.accumulates:
                 return
             if share.group.size > 1:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import initialization
 
-from expertmesh.parallel.clip import local
-from expertmesh.parallel.layout import units_of
+from expertmesh.parallel.clip import local_shard
+from expertmesh.parallel.layout import fsdp_units
 from expertmesh.plan import Plan
 from expertmesh.plan.gpus import GPU
 from expertmesh.plan.layouts import Layout
@@ -82,13 +82,13 @@ def shares_of(model: nn.Module, job: Job) -> dict[str, Share]:
     """The shares of a model that is laid out: {name: share}."""
     found: dict[int, tuple[str, Any, bool]] = {}
     for name, module in model.named_modules():
-        for number, unit in enumerate(units_of(module)):
+        for number, unit in enumerate(fsdp_units(module)):
             # the outermost module keeps what it gathered, unless it was told otherwise
             kept = unit.post_forward_mesh_info is None or module is model
             found |= {id(one.sharded_param): (f"{name} {number}", unit.mesh_info, kept) for one in unit.fsdp_params}
     shares, more, per_node = {}, added(model), job.per_node
     for name, parameter in model.named_parameters():
-        elements = local(parameter).numel()
+        elements = local_shard(parameter).numel()
         if id(parameter) in more:
             shares[name] = whole(name, parameter, job)
             continue

@@ -214,7 +214,7 @@ def watched(watch: Watch, memory: int) -> Iterator[None]:
     try:
         with (
             quiet(),
-            mock.patch.object(flash_attention, "takes", lambda *_: True),
+            mock.patch.object(flash_attention, "supports", lambda *_: True),
             mock.patch.object(flash_attention, "flash_attention", attend),
             mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", sdpa),
             mock.patch.object(dist, "all_reduce", lambda *_, **__: None),  # of norms' gradients, by tensor parallelism

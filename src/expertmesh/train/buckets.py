@@ -9,7 +9,7 @@ rounded up:
 
 `attention_mask` marks the added tokens with 0, for the router's auxiliary loss and for token counts. Rows are laid out
 on the CPU, in the collator (`one_row`), and filled up on the device, without a synchronization, once all ranks know
-each other's sizes (`bucket_for`, `filled`).
+each other's sizes (`bucket_for`, `pad_to_bucket`).
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from expertmesh.layers.base_model import FastBaseModel, is_of_rows
 from expertmesh.layers.head import next_tokens
-from expertmesh.layers.rows import Apart, look
+from expertmesh.layers.rows import Unpadded, inspect_rows
 
 ROWS = "input_ids", "labels", "attention_mask", "position_ids", "seq_idx"
 BOUNDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
@@ -52,8 +52,8 @@ def one_row(batch: Mapping[str, Any]) -> dict[str, Any] | None:
     if not all(x is None or is_of_rows(x, shape) for x in (labels, mask, positions, numbers)):
         return None
     targets = next_tokens(labels)
-    found = look(shape, mask, positions, numbers, targets)
-    apart = Apart.of(found.keep, ids.device)
+    found = inspect_rows(shape, mask, positions, numbers, targets)
+    apart = Unpadded.of(found.keep, ids.device)
     wanted = apart.take(targets)
     if not found.count or found.has_holes or found.labelled_padding or wanted[0, -1] != -100:
         return None
@@ -92,7 +92,7 @@ def bucket_for(row: Sizes, made: list[Sizes]) -> Sizes:
     return min(fits)
 
 
-def filled(row: Mapping[str, Any], bucket: Sizes) -> dict[str, Any]:
+def pad_to_bucket(row: Mapping[str, Any], bucket: Sizes) -> dict[str, Any]:
     """The row with padding behind it, so that its sizes are those of the bucket."""
     ids, positions, (tokens, documents, longest) = row["input_ids"], row["position_ids"], bucket
     there, own, _ = sizes(row)

@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from transformers import TrainerCallback
 
-from expertmesh.train.errors import EXIT_CODES, handling
-from expertmesh.waiting import meet
+from expertmesh.timeouts import gather_on_hosts
+from expertmesh.train.errors import EXIT_CODES, signal_handler
 
 SAID = {"loss": "loss {:.4f}", "eval_loss": "held-out loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
 
@@ -25,7 +25,7 @@ class Interrupt(TrainerCallback):
     _received = 0
 
     def __enter__(self) -> "Interrupt":
-        self._before = handling(self._on_signal)
+        self._before = signal_handler(self._on_signal)
         self._terminals = [output for output in (1, 2) if os.isatty(output)]
         return self
 
@@ -40,7 +40,7 @@ class Interrupt(TrainerCallback):
             os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
     def on_step_end(self, args, state, control, **kwargs):
-        received = max(*meet("the end of a step", self._received))  # 0 if no rank received one
+        received = max(*gather_on_hosts("the end of a step", self._received))  # 0 if no rank received one
         if received and state.global_step < state.max_steps:
             self.exit_code = EXIT_CODES[signal.Signals(received)]
             control.should_save = control.should_training_stop = True

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from expertmesh.kernels.recompute import Policy, checked, levels_of
+from expertmesh.kernels.recompute import Policy, check_policy, levels_of
 from expertmesh.train.errors import ConfigError
 from expertmesh.train.sections import Count, Name, Section, Size, number, parse, read
 
@@ -93,7 +93,7 @@ class TrainSection(Section):
     """Keep AdamW's states of large weights in memory of the host, which costs a step the way over PCIe; on one GPU."""
     bf16: bool = False
     """Mixed precision: float32 weights, bfloat16 matrix products (autocast)."""
-    activation_checkpointing: Annotated[Policy, AfterValidator(checked)] = False
+    activation_checkpointing: Annotated[Policy, AfterValidator(check_policy)] = False
     """Recompute all (`true`; `offload`: from host memory), no product (`light`), `experts`, or {level: layers}."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Whether to record steps once and replay them, faster where the CPU is the limit; `auto`: where that pays."""

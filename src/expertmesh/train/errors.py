@@ -54,35 +54,35 @@ def install(*names: str) -> str:
     return f"`{shlex.join(['pip', 'install', *(versions.get(name, name) for name in names)])}`"
 
 
-def in_short(error: BaseException) -> str:
+def short_message(error: BaseException) -> str:
     """What an error of somebody else says, on one line, not too long, and without a full stop."""
     return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...").rstrip(".: ")
 
 
-def few(numbers: Sequence[int]) -> str:
+def first_numbers(numbers: Sequence[int]) -> str:
     """The first 16 of some numbers, and how many more there are."""
     return ", ".join(map(str, numbers[:16])) + (f" and {len(numbers) - 16} more" if len(numbers) > 16 else "")
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
+def as_config_error(what: str) -> Iterator[None]:
     """Turns whatever goes wrong inside, in code of others, into a ConfigError that begins with `what`."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{what}: {in_short(error)}.") from error
+        raise ConfigError(f"{what}: {short_message(error)}.") from error
 
 
-def known(key: str, value: str, names: Sequence[str]) -> None:
+def check_choice(key: str, value: str, names: Sequence[str]) -> None:
     """Raises ConfigError if the value of a key is none of `names`."""
     if value not in names:
         near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(value, names, n=1))
         raise ConfigError(f"{key}: there is no {value!r}{near or '.'} Known: {', '.join(names)}.")
 
 
-def handling(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+def signal_handler(handler: Callable[[int, Any], None]) -> dict[int, Any]:
     """Let `handler` answer the signals that end a run, and return what answered before; who ignored one still does."""
     numbers = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}

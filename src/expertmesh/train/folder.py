@@ -12,7 +12,7 @@ import torch
 from expertmesh.checkpoint.publish import newest_complete
 from expertmesh.parallel import ranks
 from expertmesh.train.config import Config, ConfigError
-from expertmesh.train.errors import explain, is_disk_full, refusing
+from expertmesh.train.errors import as_config_error, explain, is_disk_full
 from expertmesh.train.resume import refuse_to_replace, replacing_adapter
 
 log = logging.getLogger(__name__)
@@ -25,14 +25,14 @@ def check_folder(config: Config) -> None:
     """Raises ConfigError if `save.output_dir` cannot be written, or holds checkpoints that the run would replace."""
     folder = Path(config.save.output_dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-    with refusing(f"save.output_dir: nothing can be written in {there}, so choose another folder"):
+    with as_config_error(f"save.output_dir: nothing can be written in {there}, so choose another folder"):
         tempfile.TemporaryFile(dir=there).close()
     for path in (folder / name for name in WRITTEN):
         if path.exists() and path.is_dir() == bool(path.suffix):
             raise ConfigError(f"save.output_dir: {path} is in the way of what the run writes there. Move it away.")
     checkpoint = starting_point(config)
     if checkpoint is not True:
-        with refusing("save.output_dir" if checkpoint is None else "save.resume_from_checkpoint"):
+        with as_config_error("save.output_dir" if checkpoint is None else "save.resume_from_checkpoint"):
             refuse_to_replace(str(folder), checkpoint)
 
 
@@ -66,7 +66,7 @@ def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
                     model.save_pretrained(staging, is_main_process=ranks.rank() == 0)
             else:
                 model.save_pretrained(folder)
-            with ranks.together():
+            with ranks.fail_together():
                 if ranks.rank() == 0:
                     tokenizer.save_pretrained(folder)
             return

@@ -25,8 +25,8 @@ from expertmesh.memory.offload import Offload
 from expertmesh.moe import gather as links
 from expertmesh.moe.gather import Gather
 from expertmesh.parallel import ranks
+from expertmesh.timeouts import gather_on_hosts
 from expertmesh.train.guard import whole_steps_only
-from expertmesh.waiting import meet
 
 WARM_UP = 3  # eager calls of a shape, which compile kernels and make buffers and streams; the last is the rehearsal
 MOST = 4  # shapes that are recorded; all share the memory of the largest
@@ -77,7 +77,7 @@ class GraphedStep:
             module.reshard()
         fresh = all(parameter.grad is None for parameter in self.model.parameters())
         modes = self.model.training, *(parameter.requires_grad for parameter in self.model.parameters())
-        (shapes,) = meet(BEGINNING, _shape_of(modes, batch) if fresh else ACCUMULATING)
+        (shapes,) = gather_on_hosts(BEGINNING, _shape_of(modes, batch) if fresh else ACCUMULATING)
         if ACCUMULATING in shapes or self.gave_up:
             return self.eager(**batch)
         self._seen[shapes] += 1
@@ -112,9 +112,9 @@ class GraphedStep:
         """The step, run eagerly, while looking for what would make its recording fail."""
         with _watching() as waits:
             loss = self.eager(**batch)
-        if any(*meet(BEGINNING, len(waits))):
+        if any(*gather_on_hosts(BEGINNING, len(waits))):
             self._end(f"it waits for the GPU in {waits[0]}" if waits else "another rank waits for its GPU", self.strict)
-        elif not self.strict and any(*meet(BEGINNING, not _has_room())):
+        elif not self.strict and any(*gather_on_hosts(BEGINNING, not _has_room())):
             self._most = len(self._recorded)
             if not self._most:
                 self._end("there is not the memory of a step to spare", strict=False)
@@ -159,9 +159,9 @@ class _Recorded:
         _broken.append(self.graph)
         # other threads look after collectives meanwhile
         with torch.cuda.graph(self.graph, step._pool, step._stream, capture_error_mode="thread_local"):
-            links.settle()  # a replay always begins with the same mailbox, whichever was the last
+            links.mailbox_barrier()  # a replay always begins with the same mailbox, whichever was the last
             self.loss = step.run(**self.batch).detach()
-            links.settle()
+            links.mailbox_barrier()
         _broken.remove(self.graph)
         self.gradients = [(p, _not_owned(p.grad)) for p in step.model.parameters() if p.grad is not None]
 

@@ -16,7 +16,7 @@ import torch
 
 from expertmesh.data import REMEDY
 from expertmesh.parallel import ranks
-from expertmesh.train.errors import few
+from expertmesh.train.errors import first_numbers
 
 ROW = "__row__"  # column of an example's position in the training data; it never reaches the model
 ONE_ROW = "__one_row__"  # nor does the batch as a row of documents
@@ -132,7 +132,7 @@ class StepRecord:
         path.write_text(json.dumps({"step": step, "what": what, "grad_norm": str(norm), "microbatches": microbatches}))
         known = all(batch["rows"] is not None for batch in microbatches)
         rows = [row for batch in microbatches for row in batch["rows"]] if known else None
-        origin = "cannot be traced to rows" if rows is None else f"are rows {few(rows)} of the training data"
+        origin = "cannot be traced to rows" if rows is None else f"are rows {first_numbers(rows)} of the training data"
         ids, decode = self.batches[guilty[0]].get("input_ids"), getattr(trainer.processing_class, "decode", None)
         begin = f", beginning {decode(ids[0, :SHOWN].tolist())!r}" if decode and ids is not None else ""
         damaged = [name for name, weight in trainer.model.named_parameters() if not torch.isfinite(weight).all()]

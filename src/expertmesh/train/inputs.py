@@ -32,9 +32,9 @@ from expertmesh.moe.block import routers
 from expertmesh.moe.experts import is_experts
 from expertmesh.plan.trace import quiet
 from expertmesh.train.config import Config, ConfigError
-from expertmesh.train.errors import in_short, install, known, refusing
+from expertmesh.train.conversations import check_rows
+from expertmesh.train.errors import as_config_error, check_choice, install, short_message
 from expertmesh.train.folder import check_folder
-from expertmesh.train.talks import check_rows
 from expertmesh.weights.read import weight_files
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
             check_rows(config, tokenizer, rows, f"{section.name}, split {split},")
         found.append(rows)
     if found[0] is not None and section.eval_split is None and section.eval_fraction:
-        with refusing("data.eval_fraction"):
+        with as_config_error("data.eval_fraction"):
             found = [*data.hold_out(found[0], section.eval_fraction, config.train.seed)]
     return Inputs(tokenizer, *found)
 
@@ -86,11 +86,11 @@ def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
 def check_settings(config: Config) -> None:
     """Raises ConfigError for a folder, optimizer, schedule, tracker or fusion that cannot be used here."""
     optim, schedule = config.train.optim, config.train.lr_scheduler_type
-    known("train.optim", optim, [*(name.value for name in OptimizerNames), "muon"])
-    known("train.lr_scheduler_type", schedule, [name.value for name in transformers.SchedulerType])
+    check_choice("train.optim", optim, [*(name.value for name in OptimizerNames), "muon"])
+    check_choice("train.lr_scheduler_type", schedule, [name.value for name in transformers.SchedulerType])
     for name in config.log.report_to:
-        known("log.report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
-    with refusing(f"train.optim: {optim} cannot be used here"):
+        check_choice("log.report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
+    with as_config_error(f"train.optim: {optim} cannot be used here"):
         # TrainingArguments themselves ask for a device, which this process may be about to start others for
         defaults = {field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)}
         given = {"optim": OptimizerNames(config.train.optimizer()[0]), "learning_rate": config.train.learning_rate}
@@ -101,12 +101,14 @@ def check_settings(config: Config) -> None:
         raise ConfigError("train.optim_states: 24bit extends bfloat16 weights. Set model.dtype=bfloat16, or take 8bit.")
     if schedule == "reduce_lr_on_plateau" and not config.log.eval_steps:
         raise ConfigError(f"train.lr_scheduler_type: {schedule} looks at evaluations: set log.eval_steps.")
-    with refusing(f"train.lr_scheduler_type: {schedule} needs what no key of a configuration says"):
+    with as_config_error(f"train.lr_scheduler_type: {schedule} needs what no key of a configuration says"):
         transformers.get_scheduler(schedule, optimizer, 1, 10)
     for name in INTEGRATION_TO_CALLBACK.keys() & config.log.report_to:
-        with refusing(f"log.report_to: {name} cannot be used here ({install(name)} adds it where it is missing)"):
+        with as_config_error(
+            f"log.report_to: {name} cannot be used here ({install(name)} adds it where it is missing)"
+        ):
             INTEGRATION_TO_CALLBACK[name]()
-    with refusing("model.fused: it cannot be switched so"), loading(config.model.fused):
+    with as_config_error("model.fused: it cannot be switched so"), loading(config.model.fused):
         pass
     check_folder(config)
 
@@ -193,15 +195,15 @@ def _positions(text: PreTrainedConfig) -> float:
 def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
     name, attention = config.model.name, config.model.attn_implementation
     with quiet(), torch.device("meta"):
-        with refusing(f"model.name: no causal language model can be made from the config.json of {name}"):
+        with as_config_error(f"model.name: no causal language model can be made from the config.json of {name}"):
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
         if attention is not None and "/" not in attention:  # which is a kernel of the Hub
-            with refusing(f"model.attn_implementation: {name} cannot be run with {attention!r} here"):
+            with as_config_error(f"model.attn_implementation: {name} cannot be run with {attention!r} here"):
                 model.set_attn_implementation(attention)
         if config.moe.freeze_router and not any(routers(model)):
             raise ConfigError(f"moe.freeze_router: {type(model).__name__} has no routers. Remove the key.")
         if config.quantization is not None:
-            with refusing(f"quantization.experts: {name} cannot have its experts in 4 bits"):
+            with as_config_error(f"quantization.experts: {name} cannot have its experts in 4 bits"):
                 found = [(weight, m) for m in model.modules() if is_experts(m) for weight in m.parameters()]
                 if not found:
                     raise ValueError("it has none")
@@ -217,7 +219,7 @@ def _check_targets(name: str, model: nn.Module, adapter: Any) -> None:
     import peft
 
     linears = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    with refusing(f"lora.target_modules: {name} cannot get such adapters"), warnings.catch_warnings():
+    with as_config_error(f"lora.target_modules: {name} cannot get such adapters"), warnings.catch_warnings():
         warnings.filterwarnings("error", ".* were set but no (module|parameter) was matched")
         adapted = peft.get_peft_model(model, adapter).base_model
     found = [f".{path}" for path in adapted.targeted_module_names + adapted.targeted_parameter_names]
@@ -233,14 +235,14 @@ def _check_targets(name: str, model: nn.Module, adapter: Any) -> None:
 
 def _check_files(folder: Path) -> None:
     """Raises ConfigError where weights are missing or cut short. PyTorch's own files only have to be there."""
-    with refusing(f"model.name: {folder / SAFE_WEIGHTS_INDEX_NAME} cannot be read"):
+    with as_config_error(f"model.name: {folder / SAFE_WEIGHTS_INDEX_NAME} cannot be read"):
         files = weight_files(folder)
     if not files and not any(folder.glob("*.bin")):
         raise ConfigError(f"model.name: the folder {folder} has no weights ({SAFE_WEIGHTS_NAME}, or an index of more).")
     if missing := [path.name for path in files if not path.is_file()]:
         raise ConfigError(f"model.name: {folder} lacks {', '.join(missing)}, which {SAFE_WEIGHTS_INDEX_NAME} names.")
     for path in files:
-        with refusing(f"model.name: {path} is damaged, so load or copy it again"), safe_open(path, "pt"):
+        with as_config_error(f"model.name: {path} is damaged, so load or copy it again"), safe_open(path, "pt"):
             pass
 
 
@@ -266,7 +268,7 @@ def loading_part(config: Config, what: str, errors: Any = Exception) -> Iterator
     try:
         yield
     except errors as error:
-        name, why, kind = config.model.name, in_short(error), ConfigError
+        name, why, kind = config.model.name, short_message(error), ConfigError
         if Path(name).is_dir():
             said = f"the {what} in the folder {name} cannot be read: {why}."
         elif Path(name).exists():

@@ -22,7 +22,14 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, Any
 
-from expertmesh.train.errors import EXIT_CODES, ConfigError, few, handling, in_short, refusing
+from expertmesh.train.errors import (
+    EXIT_CODES,
+    ConfigError,
+    as_config_error,
+    first_numbers,
+    short_message,
+    signal_handler,
+)
 
 if TYPE_CHECKING:
     from expertmesh.parallel.setup import DistributedSetup
@@ -49,7 +56,9 @@ def slurm_variables(task: Mapping[str, str]) -> dict[str, str]:
 
     Raises ConfigError if Slurm's variables are incomplete.
     """
-    with refusing("This looks like a task of Slurm without all variables of srun (outside Slurm unset SLURM_PROCID)"):
+    with as_config_error(
+        "This looks like a task of Slurm without all variables of srun (outside Slurm unset SLURM_PROCID)"
+    ):
         job, hosts = int(task["SLURM_JOB_ID"]), task["SLURM_JOB_NODELIST"]
         # rank 0 runs on the first of `node[08-09,12],login`; SLURM_LAUNCH_NODE_IPADDR is where srun was typed
         first_host = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", hosts).partition(",")[0]
@@ -71,16 +80,16 @@ def layout(config: "Config", num_ranks: int) -> "DistributedSetup | None":
         raise ConfigError("train.optim_offload: it is for a GPU that is alone: set parallel.nproc to 1, or remove it.")
     sizes = config.parallel.model_dump(exclude={"nproc", "start_timeout_minutes"})
     sizes |= {"ep_size": 1} if sizes["ep_size"] == "auto" else {}  # one that fits is chosen when the run starts
-    with refusing("parallel"):
+    with as_config_error("parallel"):
         setup = DistributedSetup(**sizes, world_size=num_ranks)
     return setup if num_ranks > 1 else None
 
 
-def join(minutes: float) -> None:
+def join_ranks(minutes: float) -> None:
     """Wait until all ranks of the run have come. Raises RanksError, which says what is wrong or who has not."""
     import torch.distributed as dist
 
-    from expertmesh.waiting import RanksError
+    from expertmesh.timeouts import RanksError
 
     if dist.is_initialized():
         return
@@ -96,7 +105,7 @@ def join(minutes: float) -> None:
             store = dist.TCPStore(address, int(port), size, is_server, limit, wait_for_workers=False, multi_tenant=True)
         except Exception as error:
             taken = "another run has that port, or another process RANK=0"
-            return taken if "EADDRINUSE" in str(error) else f"{found[0]} ({in_short(error)})"
+            return taken if "EADDRINUSE" in str(error) else f"{found[0]} ({short_message(error)})"
         _stores.append(store)
         book = dist.PrefixStore(f"expertmesh/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         if book.add(str(rank), 1) > 1:
@@ -104,7 +113,7 @@ def join(minutes: float) -> None:
         with suppress(dist.DistStoreError):
             book.wait([str(number) for number in range(size)], limit * 0.8)
             return ""
-        return f"of {size} ranks {few([r for r in range(size) if not book.check([str(r)])])} did not come"
+        return f"of {size} ranks {first_numbers([r for r in range(size) if not book.check([str(r)])])} did not come"
 
     # a thread, as a port that is held by somebody who never answers would keep PyTorch waiting without end
     thread = threading.Thread(target=lambda: found.append(meet()), daemon=True)
@@ -140,7 +149,7 @@ def launch(command: Sequence[str], nproc: int, logs: Path) -> int:
 
     with ExitStack() as stack:  # behind it every rank has ended: its standard input is closed, and it is waited for
         errors = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-")))
-        for number, handler in handling(forward).items():
+        for number, handler in signal_handler(forward).items():
             stack.callback(signal.signal, number, handler)
         for number in range(nproc):
             log = None if number == 0 else stack.enter_context((logs / f"rank-{number}.txt").open("w"))
@@ -193,7 +202,7 @@ def record_error(text: str) -> bool:
     return True
 
 
-def leave() -> int:
+def leave_ranks() -> int:
     """Wait for the other ranks, leave them, and return which rank this was: 0 in a process of its own."""
     import torch.distributed as dist
 

@@ -24,7 +24,7 @@ from expertmesh.plan.gpus import GIB, GPU, gpu_here
 from expertmesh.plan.layouts import MOST_ROWS, ep_sizes, fastest
 from expertmesh.plan.memory import Job
 from expertmesh.train.config import Config, ConfigError, load_config
-from expertmesh.train.errors import in_short, is_out_of_memory, refusing
+from expertmesh.train.errors import as_config_error, is_out_of_memory, short_message
 from expertmesh.train.folder import starting_point
 from expertmesh.train.inputs import freeze_routers, load_model_config, lora
 from expertmesh.train.launch import layout
@@ -99,10 +99,10 @@ def _adapt(config: Config, model: Any) -> Any:
 
 def open_keys(config: Config) -> list[str]:
     """The keys whose value is `auto`."""
-    return [key for key, value in values(config).items() if value == "auto"]
+    return [key for key, value in auto_values(config).items() if value == "auto"]
 
 
-def settle(config: Config, num_ranks: int) -> Config:
+def resolve_auto(config: Config, num_ranks: int) -> Config:
     """The configuration with a number for each key that is `auto`, which is said: the plan's fastest on so many GPUs of
     this machine's kind. A run that goes on from a checkpoint keeps those of the config.yaml beside it.
 
@@ -110,33 +110,33 @@ def settle(config: Config, num_ranks: int) -> Config:
     """
     keys, config = open_keys(config), _as_before(config, num_ranks)
     if num_ranks == 1 and EP_SIZE in open_keys(config):
-        config = changed(config, {EP_SIZE: 1})
+        config = with_keys(config, {EP_SIZE: 1})
     if left := open_keys(config):
-        with refusing(f"{left[0]}: `auto` is planned for a GPU, so set a number"):
+        with as_config_error(f"{left[0]}: `auto` is planned for a GPU, so set a number"):
             if (gpu := gpu_here()) is None:
                 raise ValueError("there is none here")
-        config = choose(config, num_ranks, gpu)
+        config = fastest_settings(config, num_ranks, gpu)
     if keys:
-        backends.logger().info(f"auto: {written({key: values(config)[key] for key in keys})}")
+        backends.logger().info(f"auto: {as_arguments({key: auto_values(config)[key] for key in keys})}")
     return config
 
 
-def choose(config: Config, num_ranks: int, gpu: GPU) -> Config:
+def fastest_settings(config: Config, num_ranks: int, gpu: GPU) -> Config:
     """The configuration with a number for each key that is `auto`: the fastest that leaves 3 % of such a GPU's memory.
     Raises ConfigError if nothing fits, and says what would.
     """
     keys, room = open_keys(config), ROOM * gpu.memory
-    smallest = changed(config, dict.fromkeys(keys, 1))
+    smallest = with_keys(config, dict.fromkeys(keys, 1))
     job, steps = job_of(smallest, num_ranks), config.train.gradient_accumulation_steps
     sizes = ep_sizes(job) if EP_SIZE in keys else [job.ep_size]
     rows = [2**n for n in range(MOST_ROWS.bit_length())] if BATCH in keys else [job.batch]
-    with refusing(f"{keys[0]}: `auto` needs a plan"):
+    with as_config_error(f"{keys[0]}: `auto` needs a plan"):
         found = fastest(job, gpu, sizes, rows, room, steps)
     if found is None:
         fits = next_setting(smallest, num_ranks, gpu, room)
         raise ConfigError(f"{keys[0]}: `auto` finds nothing that fits {num_ranks} x {gpu.name}. {fits}")
     best = {BATCH: found.job.batch, EP_SIZE: found.job.ep_size}
-    return changed(config, {key: best[key] for key in keys})
+    return with_keys(config, {key: best[key] for key in keys})
 
 
 def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str:
@@ -148,7 +148,7 @@ def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str:
 
     def fitting(keys: dict[str, Any]) -> tuple[float, dict[str, Any]] | None:
         try:
-            layout = plan_of(changed(config, keys), num_ranks, gpu).layout
+            layout = plan_of(with_keys(config, keys), num_ranks, gpu).layout
         except ValueError:  # keys that do not go together, or cannot be planned: they are not proposed
             return None
         return (layout.speed.tokens_per_second, keys) if layout.memory.needed <= limit else None
@@ -159,11 +159,11 @@ def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str:
         rows = _fewer_rows(config, "train.gradient_release" in kind)
         tried = (map(fitting, (kind | fewer | recompute for fewer in rows)) for recompute in levels)
         if found := [fits for level in tried for fits in takewhile(bool, level) if fits]:
-            return f"This fits: {written(max(found, key=lambda one: one[0])[1])}"
+            return f"This fits: {as_arguments(max(found, key=lambda one: one[0])[1])}"
     return "No other settings fit: take more GPUs, or larger ones."
 
 
-def changed(config: Config, keys: Mapping[str, Any]) -> Config:
+def with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
     """The configuration with other values of these keys. Raises ValueError if they do not go together."""
     tree = config.model_dump(exclude_unset=True)
     for key, value in keys.items():
@@ -172,12 +172,12 @@ def changed(config: Config, keys: Mapping[str, Any]) -> Config:
     return Config.model_validate(tree)
 
 
-def written(keys: Mapping[str, Any]) -> str:
+def as_arguments(keys: Mapping[str, Any]) -> str:
     """Keys and values as the command line takes them."""
     return " ".join(f"{key}={str(value).lower()}" for key, value in keys.items())
 
 
-def values(config: Config) -> dict[str, Any]:
+def auto_values(config: Config) -> dict[str, Any]:
     """The keys that may be `auto`, and what they are."""
     return {BATCH: config.train.per_device_train_batch_size, EP_SIZE: config.parallel.ep_size}
 
@@ -188,10 +188,10 @@ def _as_before(config: Config, num_ranks: int) -> Config:
     folder = Path(config.save.output_dir) if checkpoint is True else Path(checkpoint or "").absolute().parent
     if not keys or checkpoint is None or not (folder / "config.yaml").is_file():
         return config
-    before = values(load_config(folder / "config.yaml"))
+    before = auto_values(load_config(folder / "config.yaml"))
     if before[EP_SIZE] == 1 or num_ranks // config.parallel.dp_replicate_size % before[EP_SIZE]:
         before[EP_SIZE] = "auto"  # it ran on another number of ranks, perhaps on one; on the same a plan finds 1 again
-    return changed(config, {key: before[key] for key in keys})
+    return with_keys(config, {key: before[key] for key in keys})
 
 
 def _kinds(config: Config, num_ranks: int) -> Iterator[dict[str, Any]]:
@@ -228,16 +228,16 @@ def planned(config: Config, num_ranks: int) -> Plan | None:
     try:
         return plan_of(config, num_ranks, gpu) if (gpu := gpu_here()) else None
     except Exception as error:  # whatever a model's code cannot do on tensors without memory, it may do on a GPU
-        backends.logger().info(f"No plan: {in_short(error)}.")
+        backends.logger().info(f"No plan: {short_message(error)}.")
         return None
 
 
 @torch.random.fork_rng(devices=[])  # the model's weights are drawn later
-def foretell(config: Config, num_ranks: int) -> Plan | None:
+def log_plan(config: Config, num_ranks: int) -> Plan | None:
     """Say what a run needs and how fast it will be, if it can be `planned`, and return that."""
     if (found := planned(config, num_ranks)) is None:
         return None
-    for line in lines(found):
+    for line in summary_lines(found):
         backends.logger().info(f"Plan: {line}")
     if not found.fits:
         backends.logger().info(f"Plan: {next_setting(config, num_ranks, found.gpu, ROOM * found.gpu.memory)}")
@@ -245,7 +245,7 @@ def foretell(config: Config, num_ranks: int) -> Plan | None:
 
 
 @contextmanager
-def naming_what_fits(config: Config, num_ranks: int) -> Iterator[None]:
+def suggest_what_fits(config: Config, num_ranks: int) -> Iterator[None]:
     """Within, an error of a GPU without room has a note: what the run needs by its plan, and what fits."""
     try:
         yield
@@ -256,11 +256,11 @@ def naming_what_fits(config: Config, num_ranks: int) -> Iterator[None]:
                 limit = min(limit, LESS * plan.layout.memory.needed)
                 why = ", so another process may hold the rest (nvidia-smi), or the experts have uneven loads"
             fits = next_setting(config, num_ranks, plan.gpu, limit)
-            error.add_note(f"By its plan the run needs {lines(plan)[0]}{why}. {fits}")
+            error.add_note(f"By its plan the run needs {summary_lines(plan)[0]}{why}. {fits}")
         raise
 
 
-def lines(found: Plan) -> list[str]:
+def summary_lines(found: Plan) -> list[str]:
     """A plan in two lines: memory and time, the largest pieces of both."""
     memory, speed = found.layout.memory, found.layout.speed
     rest = f"{found.left / GIB:.1f} are left" if found.fits else f"{-found.left / GIB:.1f} lack"

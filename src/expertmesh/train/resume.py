@@ -24,8 +24,8 @@ from expertmesh.adapters.files import CONFIG
 from expertmesh.checkpoint import optimizer as optimizer_state
 from expertmesh.checkpoint.publish import checkpoints, is_complete, newest_complete, prune, publishing, verify
 from expertmesh.parallel import ranks
-from expertmesh.parallel.ranks import refuse_differences
-from expertmesh.weights.files import DamagedError, alone, replacing
+from expertmesh.parallel.ranks import check_same_on_all_ranks
+from expertmesh.weights.files import DamagedError, atomic_export, folder_lock
 from expertmesh.weights.read import load_weights, weight_files
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ResumableTrainer(transformers.Trainer):
         checkpoint = resume_from_checkpoint or None
         if isinstance(checkpoint, str):
             checkpoint = os.path.expanduser(checkpoint)
-        with alone(self.args.output_dir or "."):
+        with folder_lock(self.args.output_dir or "."):
             if not self._has_other_format:
                 if checkpoint is True:
                     checkpoint = self._newest()
@@ -80,7 +80,7 @@ class ResumableTrainer(transformers.Trainer):
         if newest is None:
             raise ValueError(f"There is no complete checkpoint in {output_dir}: start without resume_from_checkpoint.")
         ranks.barrier()  # all ranks have looked before anything moves
-        with ranks.together():
+        with ranks.fail_together():
             for step, path in checkpoints(output_dir) if ranks.rank() == 0 else ():
                 if step > _step_of(newest) and not is_complete(path):
                     log.warning("%s is incomplete: it is moved aside.", path)
@@ -99,7 +99,7 @@ class ResumableTrainer(transformers.Trainer):
         with publishing(run_dir, step) as folder:
             self._staging = folder
             try:
-                with ranks.together():
+                with ranks.fail_together():
                     super()._save_checkpoint(model, trial)  # into folder/checkpoint-<step>
             finally:
                 self._staging = None
@@ -107,7 +107,7 @@ class ResumableTrainer(transformers.Trainer):
             # transformers looks for the best checkpoint beside the one it writes
             if best and (best == step or (run_dir / f"checkpoint-{best}").exists()):
                 self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
-            with ranks.together():
+            with ranks.fail_together():
                 if ranks.rank() == 0:
                     self.state.save_to_json(str(inner / "trainer_state.json"))
                     for path in inner.iterdir():
@@ -121,7 +121,7 @@ class ResumableTrainer(transformers.Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         # in a checkpoint the optimizer comes next, which all ranks save together
-        with nullcontext() if self._staging is None else ranks.together():
+        with nullcontext() if self._staging is None else ranks.fail_together():
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -177,11 +177,11 @@ class ResumableTrainer(transformers.Trainer):
 
 @contextmanager
 def replacing_adapter(folder: str | Path, group: Any = None) -> Iterator[Path]:
-    """`replacing` for an adapter: PEFT writes file by file, and goes on in the model card that it finds.
+    """`atomic_export` for an adapter: PEFT writes file by file, and goes on in the model card that it finds.
 
     How lora_B of experts is laid out is recorded, as Unsloth does: its shape does not tell.
     """
-    with replacing(folder, group) as staging:
+    with atomic_export(folder, group) as staging:
         card = Path(folder, "README.md")
         if ranks.rank(group) == 0 and card.is_file():
             shutil.copy(card, staging)
@@ -210,7 +210,7 @@ def refuse_different_ranks(trainer: transformers.Trainer, checkpoint: Any) -> No
     values["rows of training data"] = len(data) if isinstance(data, Sized) else "unknown"
     values["trained parameters"] = f"{len(trained)} tensors, {sum(trained)} numbers"
     values["checkpoint"] = Path(str(checkpoint)).name
-    refuse_differences("what they train, or how", values)
+    check_same_on_all_ranks("what they train, or how", values)
 
 
 def _step_of(checkpoint: Path) -> int:

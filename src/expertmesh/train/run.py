@@ -20,19 +20,19 @@ from safetensors import SafetensorError
 import expertmesh
 from expertmesh import backends, data
 from expertmesh.parallel import ranks
-from expertmesh.parallel.ranks import refuse_differences
+from expertmesh.parallel.ranks import check_same_on_all_ranks
 from expertmesh.parallel.setup import WHOLE, current_world_size, recompute
 from expertmesh.train.callbacks import Interrupt, ProgressLine
 from expertmesh.train.config import Config, ConfigError
-from expertmesh.train.errors import install, refusing
+from expertmesh.train.conversations import count_unlearned, nothing_learned
+from expertmesh.train.errors import as_config_error, install
 from expertmesh.train.folder import check_folder, check_room, save_final, starting_point
 from expertmesh.train.inputs import Inputs, freeze_routers, gather, load_model_config, loading_part, lora, origin
-from expertmesh.train.launch import join, layout
+from expertmesh.train.launch import join_ranks, layout
 from expertmesh.train.metrics import read_metrics
-from expertmesh.train.planned import MeasuredSteps, foretell, naming_what_fits, settle
+from expertmesh.train.planned import MeasuredSteps, log_plan, resolve_auto, suggest_what_fits
 from expertmesh.train.sft import SFTTrainer
-from expertmesh.train.talks import count_unlearned, nothing_learned
-from expertmesh.weights.files import alone
+from expertmesh.weights.files import folder_lock
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ class Result:
 def run(config: Config) -> Result:
     """Trains as the configuration says. Raises ConfigError for what cannot be run, NonFiniteError for a bad step."""
     check_folder(config)
-    with alone(config.save.output_dir, ranks.ALONE) if _is_first() else nullcontext():  # before a model is loaded
-        config = settle(config, current_world_size())
-        with naming_what_fits(config, current_world_size()):
+    with folder_lock(config.save.output_dir, ranks.ALONE) if _is_first() else nullcontext():  # before a model is loaded
+        config = resolve_auto(config, current_world_size())
+        with suggest_what_fits(config, current_world_size()):
             return train(config, build(config))
 
 
@@ -64,16 +64,16 @@ def build(config: Config) -> SFTTrainer:
         warnings.simplefilter("ignore")
     transformers.set_seed(config.train.seed)
     if (setup := layout(config, current_world_size())) is not None:
-        join(config.parallel.start_timeout_minutes)
+        join_ranks(config.parallel.start_timeout_minutes)
         setup.join()
         sections = config.model_dump(exclude={"save": {"output_dir"}}).items()
         values = {f"{name}.{key}": value for name, keys in sections for key, value in (keys or {}).items()}
-        refuse_differences("the configuration", values)
+        check_same_on_all_ranks("the configuration", values)
     inputs = gather(config)
-    plan = foretell(config, current_world_size()) if _is_first() else None
+    plan = log_plan(config, current_world_size()) if _is_first() else None
     model = load_model(config)
     freeze_routers(config, model)
-    with refusing("train.activation_checkpointing"):
+    with as_config_error("train.activation_checkpointing"):
         recompute(model, policy if (policy := config.train.activation_checkpointing) not in WHOLE else False)
     trainer = SFTTrainer(
         model=model,
@@ -95,7 +95,7 @@ def build(config: Config) -> SFTTrainer:
 def train(config: Config, trainer: SFTTrainer) -> Result:
     """Trains what `build` made, evaluates, and writes the folder of the run."""
     output_dir = Path(config.save.output_dir)
-    with alone(output_dir):
+    with folder_lock(output_dir):
         if config.save.final:
             check_room(trainer.model, output_dir)
         checkpoint = starting_point(config)

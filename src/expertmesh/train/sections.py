@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from expertmesh.train.errors import ConfigError, in_short
+from expertmesh.train.errors import ConfigError, short_message
 
 
 def _name(text: str) -> str:
@@ -55,7 +55,7 @@ def parse(text: str, source: object, fix: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also of 5,000 digits, or of 5,000 brackets
-        raise ConfigError(f"{source} is not valid YAML: {in_short(error)}. {fix}") from None
+        raise ConfigError(f"{source} is not valid YAML: {short_message(error)}. {fix}") from None
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from expertmesh.memory.muon import Muon
 from expertmesh.memory.release import GradientRelease
 from expertmesh.parallel import ranks
 from expertmesh.parallel.clip import clip_grad_norm, grad_norm
-from expertmesh.train.buckets import Sizes, bucket_for, filled, fused_base, one_row, sizes
+from expertmesh.timeouts import cpu_group, gather_on_hosts, step_timeout
+from expertmesh.train.buckets import Sizes, bucket_for, fused_base, one_row, pad_to_bucket, sizes
 from expertmesh.train.graphed import BEGINNING, GraphedStep, why_not, why_not_auto
 from expertmesh.train.guard import ONE_ROW, ROW, KeepRows, StepRecord, padding_mask, refuse_to_release
 from expertmesh.train.metrics import MetricsFile
 from expertmesh.train.resume import ResumableTrainer
 from expertmesh.train.routing import RouterLoad
-from expertmesh.waiting import hosts, meet, waiting
 
 MOST_TOKENS = 8192  # of a GPU in a step: with more the GPU is the limit, and a recording only takes memory
 CANNOT, EITHER, BUCKET = 2, 1, 0  # a rank's batch: fits no bucket, needs none, needs one
@@ -135,7 +135,7 @@ class Trainer(ResumableTrainer):
         if not self.is_distributed_loading_by_transformers or ranks.world_size() == 1:
             return nullcontext()
         world: Any = torch.distributed.group.WORLD
-        return waiting(f"{place} of step {self.state.global_step + 1}", world, hosts(world))
+        return step_timeout(f"{place} of step {self.state.global_step + 1}", world, cpu_group(world))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         row = inputs.pop(ONE_ROW, None) if isinstance(inputs, MutableMapping) else None
@@ -200,7 +200,7 @@ class Trainer(ResumableTrainer):
         if self._records() and self._graphed is None:
             strict = self.cuda_graph is True
             why = None if strict else why_not_auto(self)
-            self._plan = not any(*meet(BEGINNING, why is not None))
+            self._plan = not any(*gather_on_hosts(BEGINNING, why is not None))
             if self._plan:
                 self._graphed = GraphedStep(model, lambda n, weight, **batch: self._plain_step(model, batch, n), strict)
             else:
@@ -224,7 +224,7 @@ class Trainer(ResumableTrainer):
         self._usual = ids.shape if full and self._usual is None else self._usual
         stays = CANNOT if row is None else EITHER if full and ids.shape == self._usual else BUCKET
         own = sizes(row) if row is not None else (0 if ids is None else ids.numel(), 0, 0)
-        ways, *needs = meet(BEGINNING, stays, *own)
+        ways, *needs = gather_on_hosts(BEGINNING, stays, *own)
         tokens, documents, longest = map(max, needs)
         if self.cuda_graph == "auto" and tokens > MOST_TOKENS:
             self._say(f"a batch has more than {MOST_TOKENS:,} tokens per GPU, with which the CPU is no limit")
@@ -232,7 +232,7 @@ class Trainer(ResumableTrainer):
         if row is not None and BUCKET in ways and CANNOT not in ways:
             bucket = bucket_for((tokens, documents, longest), self._buckets)
             if self._base.takes_documents(bucket[0]):
-                return filled(row, bucket), True
+                return pad_to_bucket(row, bucket), True
         return inputs, True
 
     @staticmethod
@@ -309,7 +309,7 @@ class Trainer(ResumableTrainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         pause = self.control.should_evaluate or self.control.should_save
         if (pause or self.control.should_log) and self.is_distributed_loading_by_transformers:
-            meet(f"the end of step {self.state.global_step}")  # what follows may take long
+            gather_on_hosts(f"the end of step {self.state.global_step}")  # what follows may take long
         began = time.perf_counter()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if pause and self._since is not None:  # neither is training

@@ -42,7 +42,7 @@ class DamagedError(ValueError):
 
 
 @contextmanager
-def alone(folder: str | Path, group: Any = None) -> Iterator[None]:
+def folder_lock(folder: str | Path, group: Any = None) -> Iterator[None]:
     """Keep other processes from writing into `folder` (made if need be) while the block runs.
 
     Rank 0 of `group` holds the lock for all ranks until the block ends or the process dies. Blocks of one process may
@@ -50,7 +50,7 @@ def alone(folder: str | Path, group: Any = None) -> Iterator[None]:
     """
     lock = Path(folder).resolve() / ".lock"
     with ExitStack() as stack:
-        with ranks.together(group):
+        with ranks.fail_together(group):
             if ranks.rank(group) == 0 and lock not in _held:
                 lock.parent.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context(lock.open("a"))
@@ -70,31 +70,33 @@ def alone(folder: str | Path, group: Any = None) -> Iterator[None]:
 
 
 @contextmanager
-def staged(staging: Path, begin: Callable[[], None], move: Callable[[Digests], None], group: Any) -> Iterator[None]:
+def staging_folder(
+    staging: Path, begin: Callable[[], None], move: Callable[[Digests], None], group: Any
+) -> Iterator[None]:
     """A block in which every rank of `group` writes its own files into `staging`, a new folder.
 
     Rank 0 calls `begin` before, and `move` when all files are on the disk. No other run writes beside it meanwhile.
     """
-    with alone(staging.parent, group):
-        with ranks.together(group):
+    with folder_lock(staging.parent, group):
+        with ranks.fail_together(group):
             if ranks.rank(group) == 0:
                 begin()
                 staging.mkdir()
                 sync(staging.parent)
-        with ranks.together(group):
+        with ranks.fail_together(group):
             yield
-        with ranks.together(group):
+        with ranks.fail_together(group):
             for path in [*sorted(staging.rglob("*"), reverse=True), staging]:  # on every rank: fsync reaches its own
                 sync(path)
         files = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
-        sums = digests(staging, files, group)
-        with ranks.together(group):
+        sums = sha256_sums(staging, files, group)
+        with ranks.fail_together(group):
             if ranks.rank(group) == 0:
                 move(sums)
 
 
 @contextmanager
-def replacing(folder: str | Path, group: Any = None) -> Iterator[Path]:
+def atomic_export(folder: str | Path, group: Any = None) -> Iterator[Path]:
     """Yield an empty folder; when the block ends, what is in it takes the place of the export in `folder`.
 
     Every rank of `group` enters. Of the old export weights and index go, all else stays.
@@ -107,9 +109,9 @@ def replacing(folder: str | Path, group: Any = None) -> Iterator[Path]:
         publish(staging, folder / WHOLE, SUMS, sums)
         _replace(folder, folder / WHOLE, sums)
 
-    with alone(folder, group):  # around all: who is refused must not remove what the other run has staged
+    with folder_lock(folder, group):  # around all: who is refused must not remove what the other run has staged
         try:
-            with staged(staging, lambda: remove(staging), move, group):
+            with staging_folder(staging, lambda: remove(staging), move, group):
                 yield staging
         finally:
             if ranks.rank(group) == 0:
@@ -153,7 +155,7 @@ def _kind(name: str) -> tuple[str, str] | None:
 
 
 def verify_sums(folder: str | Path, together: bool = False) -> None:
-    """Compare an export with its SHA256SUMS, where it has one. `together`: all ranks call it, and share the work.
+    """Compare an export with its SHA256SUMS, where it has one. `fail_together`: all ranks call it, and share the work.
 
     Raises DamagedError naming the weights that differ, or where they lie if an export was cut short. Configurations are
     files that people edit: a warning names them.
@@ -164,9 +166,9 @@ def verify_sums(folder: str | Path, together: bool = False) -> None:
         raise DamagedError(
             f"An export into {folder} was cut short when it was complete: move what is in {whole} into {folder}."
         )
-    sums = listed(path) if path.is_file() else {}
+    sums = read_sums(path) if path.is_file() else {}
     there = [name for name in sums if not {"/", ".."} & {*Path(name).parts} and Path(folder, name).is_file()]
-    found = digests(Path(folder), there, None if together else ranks.ALONE)
+    found = sha256_sums(Path(folder), there, None if together else ranks.ALONE)
     changed = sorted(name for name in sums if found.get(name) != sums[name])
     weights = [name for name in changed if ".safetensors" in name]
     if weights:
@@ -178,7 +180,7 @@ def verify_sums(folder: str | Path, together: bool = False) -> None:
         log.warning("%s in %s is not what was saved: it differs from %s.", ", ".join(changed), folder, SUMS)
 
 
-def listed(path: Path) -> Digests:
+def read_sums(path: Path) -> Digests:
     """What a list of sums, as `sha256sum` writes it, says. Raises DamagedError if it is none."""
     lines = [re.fullmatch(r"(\S+) [ *](.+)", line) for line in path.read_text(errors="replace").splitlines()]
     if None in lines:
@@ -186,12 +188,12 @@ def listed(path: Path) -> Digests:
     return {line[2]: line[1] for line in lines if line}
 
 
-def digests(folder: Path, names: Iterable[str], group: Any = None) -> Digests:
+def sha256_sums(folder: Path, names: Iterable[str], group: Any = None) -> Digests:
     """The SHA-256 of these files, sorted. Each is read by one rank of `group`, and every rank gets all."""
     mine = sorted(names)[ranks.rank(group) :: ranks.world_size(group)]
-    with ranks.together(group), ThreadPoolExecutor() as pool:  # hashing releases the GIL
+    with ranks.fail_together(group), ThreadPoolExecutor() as pool:  # hashing releases the GIL
         found = dict(zip(mine, pool.map(lambda name: _digest(folder / name), mine), strict=True))
-    return dict(sorted(item for part in ranks.gathered(found, group) for item in part.items()))
+    return dict(sorted(item for part in ranks.all_gather_object(found, group) for item in part.items()))
 
 
 def _digest(path: Path) -> str:

@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from expertmesh.parallel.clip import local
+from expertmesh.parallel.clip import local_shard
 
 
 def to_model_names(
@@ -69,7 +69,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     with opened(files) as sources, torch.no_grad():
         targets = model.state_dict(keep_vars=True)
         groups, unknown = _groups(model, sources, targets)
-        own, absent = {name: local(x) for name, x in targets.items()}, _to_load(model, targets)
+        own, absent = {name: local_shard(x) for name, x in targets.items()}, _to_load(model, targets)
         for name, group in groups.items():
             for target, value in _converted(model, name, group, own).items():
                 own[target].copy_(value)

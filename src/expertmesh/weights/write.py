@@ -22,9 +22,9 @@ from transformers.core_model_loading import WeightConverter, apply_converters, d
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from expertmesh.kernels.packed import packed_in
-from expertmesh.layers.mtp import promise_what_is_kept
+from expertmesh.layers.mtp import config_without_mtp
 from expertmesh.parallel import ranks
-from expertmesh.weights.files import replacing
+from expertmesh.weights.files import atomic_export
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -40,7 +40,7 @@ def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int
     max_shard_size: the largest weights file, as "5GB" or in bytes, and about the host memory that a rank needs.
     """
     files = files_of(model, max_shard_size)
-    with replacing(folder) as staging:
+    with atomic_export(folder) as staging:
         write_model(staging, model, files)
 
 
@@ -63,7 +63,7 @@ def write_model(
     """
     files, rank = iter(files), ranks.rank(group)
     mine: list[tuple[int, str, dict[str, int]]] = []
-    with ranks.together(group):
+    with ranks.fail_together(group):
         try:
             for tensors in files:
                 name = f"rank-{rank}-{len(mine)}.safetensors"  # until all ranks know how many there are
@@ -71,9 +71,9 @@ def write_model(
                 mine.append((rank, name, {key: value.nbytes for key, value in tensors.items()}))
         finally:
             deque(files, maxlen=0)
-    written = [file for part in ranks.gathered(mine, group) for file in part]
+    written = [file for part in ranks.all_gather_object(mine, group) for file in part]
     weight_map: dict[str, str] = {}
-    with ranks.together(group):
+    with ranks.fail_together(group):
         for number, (writer, name, sizes) in enumerate(written, 1):
             final = WEIGHTS if len(written) == 1 else f"model-{number:05}-of-{len(written):05}.safetensors"
             weight_map |= dict.fromkeys(sizes, final)
@@ -90,7 +90,7 @@ def write_model(
 
 def _write_configurations(folder: Path, model: PreTrainedModel) -> None:
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    promise_what_is_kept(model)
+    config_without_mtp(model)
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
     model.config.save_pretrained(folder)
     if model.can_generate():

@@ -1,7 +1,7 @@
 """How long a rank waits for others in a step, and what it says when they do not come.
 
 Groups of ranks have the timeout that they were made with, of hours where Transformers made them: loading and saving
-take long, and so may preparing data. The exchanges of a step are made `waiting`, with a patience of minutes.
+take long, and so may preparing data. The exchanges of a step have a `step_timeout` of minutes.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class RanksError(RuntimeError):
     """Ranks that should do the same at the same time do not; on every rank that notices."""
 
 
-class waiting:
+class step_timeout:
     """Within, or in a function that this decorates, ranks of these groups exchange something at `place`. If a rank does
     not come, a RanksError says who waited, and where. May be entered any number of times.
 
@@ -72,19 +72,19 @@ def _backends(group: Any) -> list[tuple[Any, timedelta, timedelta]]:
     return [(one, one.options._timeout, _FIRST if one.name() == "nccl" else timedelta()) for one in found]
 
 
-def meet(place: str, *numbers: int) -> list[tuple[int, ...]]:
+def gather_on_hosts(place: str, *numbers: int) -> list[tuple[int, ...]]:
     """Each of the numbers as all ranks have it, once every rank is here with as many. No device is waited for."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [(number,) for number in numbers]
-    group = hosts(dist.group.WORLD)  # type: ignore[arg-type]
+    group = cpu_group(dist.group.WORLD)  # type: ignore[arg-type]
     answers = [torch.zeros(len(numbers) + 1, dtype=torch.long) for _ in range(group.size())]
-    with waiting(place, group):
+    with step_timeout(place, group):
         dist.all_gather(answers, torch.tensor([*numbers, 0]), group)
     return list(zip(*(answer.tolist()[:-1] for answer in answers), strict=True))
 
 
 @cache
-def hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of the same ranks whose messages travel between their CPUs, with the timeout of `init_process_group`."""
     world: Any = dist.group.WORLD
     timeout = world._get_backend(world._device_types[0]).options._timeout

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from expertmesh import data
 from expertmesh.data.formats import ROLES
 from expertmesh.train.config import Config, ConfigError
-from expertmesh.train.errors import refusing
+from expertmesh.train.errors import as_config_error
 
 
 def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, source: str) -> None:
@@ -43,7 +43,7 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Any, so
             )
         tools = json.loads(given) if isinstance(given := row.get("tools"), str) else given
         options = {"chat_template": template, "tools": tools, **row.get("chat_template_kwargs", {})}  # as TRL has it
-        with refusing(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
+        with as_config_error(f"data.name: the chat template of {name} refuses {where}. Change such rows, or the model"):
             first = _first_learned(tokenizer, row, turns, options, only)
             text = str(tokenizer.apply_chat_template(turns, tokenize=False, **options)) if talks else ""
         calls = [call.get("function", call).get("name") for turn in turns for call in turn.get("tool_calls") or ()]
@@ -84,7 +84,7 @@ def _training_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | N
     if has_generation_markers(tokenizer.chat_template):
         return None
     unmarked = f"the chat template of {name} does not mark what the assistant says, so remove the key"
-    with refusing(f"data.assistant_only_loss: {unmarked}"):
+    with as_config_error(f"data.assistant_only_loss: {unmarked}"):
         return get_training_chat_template(tokenizer)
 
 
