@@ -89,7 +89,7 @@ def adamw_reference_(updates: Sequence[Update], scale: Scalar = None, found_inf:
         torch._fused_adamw_(
             p, g, m, v, [], [step], lr=lr, beta1=beta1, beta2=beta2, amsgrad=False, found_inf=skip, **rest
         )
-        for target, new in _new_values(update, *p, *m, *v):  # copy_ of a tensor to itself does nothing
+        for target, new in _saved(update, *p, *m, *v):  # copy_ of a tensor to itself does nothing
             target.copy_(new if skip is None else torch.where(skip != 0, target, new))
         if skip is not None:
             step -= skip
@@ -106,10 +106,8 @@ def _as_floats(update: Update) -> list[torch.Tensor]:
     return [weight, grad, *moments]
 
 
-def _new_values(
-    update: Update, weight: torch.Tensor, *moments: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (tensor, its new value) for weight and state, from weight and moments after the step in float32."""
+def _saved(update: Update, weight: torch.Tensor, *moments: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (tensor, value to store in it) for weight and state, from the float32 weight and moments after the step."""
     new, master = [weight, *moments], weight
     if update.scales:
         word, other = block_quant.random_words(update.stream, update.step, update.first, weight)
@@ -242,14 +240,14 @@ def _update(bases, scales, seed, hyper, begin, lane, block, count, ALIGNED: tl.c
     avg_at, square_at = elements(bases[2], at, ALIGNED), elements(bases[3], at, ALIGNED)
     master_at = elements(bases[4], at, ALIGNED)  # the weight itself if there is no master
     if SIZE:
-        weight = _load_once(weight_at, mask)
+        weight = _load(weight_at, mask)
         if master_at.dtype != weight_at.dtype:
             weight = joined(weight, tl.load(master_at, mask=mask, eviction_policy="evict_first"))
         avg = tl.load(avg_at, mask=mask, eviction_policy="evict_first")
         square = tl.load(square_at, mask=mask, eviction_policy="evict_first")
         avg = decode(avg, tl.load(avg_scale_at, mask=scale_mask), SIZE, True)
         square = decode(square, tl.load(square_scale_at, mask=scale_mask), SIZE, False)
-        weight, avg, square = _step(weight, _load_once(grad_at, mask), avg, square, hyper, False)
+        weight, avg, square = _step(weight, _load(grad_at, mask), avg, square, hyper, False)
         if master_at.dtype != weight_at.dtype:
             weight, rest = parted(weight, random[0])
             store(master_at, rest, mask)
@@ -264,12 +262,7 @@ def _update(bases, scales, seed, hyper, begin, lane, block, count, ALIGNED: tl.c
         store(square_at, encode(square, scale, random[1] >> 13, SIZE, False), mask)
     else:
         weight, avg, square = _step(
-            _load_once(master_at, mask),
-            _load_once(grad_at, mask),
-            _load_once(avg_at, mask),
-            _load_once(square_at, mask),
-            hyper,
-            True,
+            _load(master_at, mask), _load(grad_at, mask), _load(avg_at, mask), _load(square_at, mask), hyper, True
         )
         store(weight_at, weight, mask)
         store(avg_at, avg, mask)
@@ -279,7 +272,7 @@ def _update(bases, scales, seed, hyper, begin, lane, block, count, ALIGNED: tl.c
 
 
 @triton.jit
-def _load_once(pointers, mask):
+def _load(pointers, mask):
     """Load as float32. evict_first: nothing is read twice."""
     return tl.load(pointers, mask=mask, eviction_policy="evict_first").to(tl.float32)
 

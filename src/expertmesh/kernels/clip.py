@@ -27,9 +27,9 @@ def add_to_norm_(
 ) -> None:  # fmt: skip
     """Add the squares of `tensors` to `tally` in place and update its other fields: two launches, no sync.
 
-    copies: number of ranks that hold these tensors; their squares are divided by it. With `bound` and `running`, the
-    scale becomes `clip_factor(running, bound)`; running is the float32 scalar norm of earlier steps. With `own` (no
-    other rank holds these tensors), the norm so far replaces `running` if it is larger.
+    copies: number of ranks that hold these tensors; squares are divided by it. With `bound` and `running` (a float32
+    scalar, the norm of earlier steps) the scale becomes `clip_factor(running, bound)`. With `own` (no other rank holds
+    these tensors) the norm so far is used if it is larger than `running`.
     """
     for part in _partial_sums(tensors):
         if use_triton(part):
@@ -59,8 +59,7 @@ def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
 def squared_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return the sum of the squares of all elements as a float32 scalar on the tensors' device.
 
-    tensors: any shapes, strides and float dtypes of up to 32 bits, all on one device. Squares and sums are float32. The
-    result is deterministic, and the host does not wait for it.
+    tensors: any shapes, strides and float dtypes of up to 32 bits, on one device. Deterministic; sums are float32.
     """
     sums = [part.sum() for part in _partial_sums(tensors)]
     return torch.stack(sums).sum() if len(sums) > 1 else sums[0]

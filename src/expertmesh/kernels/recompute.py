@@ -1,6 +1,4 @@
-"""Selective recompute of saved tensors, and replay of routing decisions under activation checkpointing.
-
-A layer's level says what its backward recomputes instead of keeping it from the forward:
+"""Selective recompute: which saved tensors a layer's backward recomputes, by level. And replay of routing decisions.
 
 none      nothing
 light     memory-bound outputs: of norms, of qk-norm with RoPE, of MLA's RoPE and of dense activations
@@ -119,14 +117,13 @@ def mark_recomputable(
 ) -> None:
     """Declare that `make(*inputs)` recomputes `outputs`, so that layers at `level` or higher need not save them.
 
-    Each output must have its own storage, and `make` must return it with the same layout. The inputs must be tensors
-    that autograd saves anyway. `make` must not hold a reference to a tensor that would otherwise be freed.
+    Each output must own its storage, and `make` must return the same layout. Autograd must save the inputs anyway.
+    `make` must not hold a reference to a tensor that would otherwise be freed.
     """
     if torch.compiler.is_compiling() or (layer := _layer.get()) is None or layer.level < LEVELS.index(level):
         return
-    # without gradients the inputs are not saved; in an autograd function's forward (no grad mode) this is not known yet
     if torch.is_grad_enabled() and not outputs[0].requires_grad:
-        return
+        return  # autograd does not save the inputs; in an autograd function (no grad mode) this is not known yet
     recipe = _Recipe(make, [None if x is None else x.detach() for x in inputs])
     for index, out in enumerate(outputs):
         layer.recipes[out.untyped_storage()] = recipe, index, out._version, out.dtype
