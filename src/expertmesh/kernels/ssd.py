@@ -191,8 +191,8 @@ def causal_mask(own, other, start_ptr, S, SOURCES: tl.constexpr, PACKED: tl.cons
 
 @triton.jit
 def is_carried(own, first, start_ptr, S, SOURCES: tl.constexpr, Q: tl.constexpr):
-    """Return the mask of own tokens (SOURCES) whose document reaches the end of the chunk at `first`, or (targets)
-    whose document began before the chunk."""
+    """Return the mask of own tokens that a state connects to other chunks. Sources: their document reaches the end of
+    the chunk at `first`. Targets: their document began before it."""
     if SOURCES:
         return own >= tl.load(start_ptr + tl.minimum(first + Q, S) - 1)
     else:
@@ -226,7 +226,7 @@ def _chunk_scan(
     scores = tl.dot(own_m, tl.trans(other_m), input_precision=PRECISION)
     scores = tl.where(causal_mask(own, other, start_ptr, S, SOURCES, PACKED), scores, 0.0)
     if PACKED:
-        reached = is_carried(own, first, start_ptr, S, SOURCES, Q)
+        connected = is_carried(own, first, start_ptr, S, SOURCES, Q)
     for head in range(group * HEADS, group * HEADS + HEADS):
         line = (batch * H + head) * chunks * Q + first
         c_own, c_other = tl.load(c_ptr + line + row + lane), tl.load(c_ptr + line + lanes)
@@ -237,7 +237,7 @@ def _chunk_scan(
             weights *= tl.load(dt_ptr + line + lanes)[None, :]
             weight = tl.exp2(c_own)
         if PACKED:
-            weight = tl.where(reached, weight, 0.0)
+            weight = tl.where(connected, weight, 0.0)
         state = states_ptr + ((batch * chunks + chunk) * H + head) * P * N + p[:, None] * N + n[None, :]
         sums = tl.dot(own_m, tl.trans(tl.load(state)), input_precision=PRECISION) * weight[:, None]
         v = v_ptr + batch * stride_vb + head * P

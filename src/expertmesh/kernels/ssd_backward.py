@@ -64,7 +64,7 @@ def _dB_or_dC(
     carried = True
     if PACKED:
         carried = tl.load(start_ptr + tl.minimum(first + Q, S) - 1) < first
-        reached = is_carried(own, first, start_ptr, S, SOURCES, Q)
+        connected = is_carried(own, first, start_ptr, S, SOURCES, Q)
     own_m = tokens(own_m_ptr, first + row, S, stride_s, BLOCK, N)
     dm = tl.zeros((BLOCK, N), tl.float32)
 
@@ -86,7 +86,7 @@ def _dB_or_dC(
         else:
             weight = tl.exp2(tl.load(c_ptr + own_at))
         if PACKED:
-            weight = tl.where(reached, weight, 0.0)
+            weight = tl.where(connected, weight, 0.0)
         entered = tl.sum(tl.dot(own_m, tl.trans(passing), input_precision=PRECISION) * v.to(tl.float32), axis=1)
         tl.store(inter_ptr + own_at, entered * weight)
         if SOURCES:
