@@ -63,5 +63,5 @@ def install(monkeypatch) -> list[dict]:
     monkeypatch.setattr(backends, "FLASH_ATTENTION", True)
     monkeypatch.setattr(backends, "has_flash_attention", lambda device: True)
     monkeypatch.setattr(flash_attention, "LENGTH", 2)
-    monkeypatch.setattr(flash_attention, "_keep_compiled", lambda: None)
+    monkeypatch.setattr(flash_attention, "_set_cache_folder", lambda: None)
     return calls

@@ -144,7 +144,7 @@ def test_dtypes_may_differ_and_each_mixture_has_its_launch():
     ours = [update(torch.randn(700 + i), **({"grad": torch.bfloat16} if i % 2 else {})) for i in range(4)]
     theirs = copies(ours)
     with on_triton():
-        assert len(tensor_lists.launches(u[:4] for u in ours)[0]) == 2
+        assert len(tensor_lists.group_by_launch(u[:4] for u in ours)[0]) == 2
     steps(ours, theirs)
     assert_same(numbers(ours), numbers(theirs))
 

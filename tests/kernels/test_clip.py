@@ -38,13 +38,13 @@ def test_which_tensors_share_a_launch():
     found = [*gradients(), torch.randn(300, dtype=torch.float64), torch.randn(30).bfloat16(), torch.randn(31)[1:]]
     alone = [[tensor] for tensor in found]
     with on_triton():
-        together, others = tensor_lists.launches(alone)
-        pairs, apart = tensor_lists.launches([(found[2], found[2].clone()), (found[2], found[6])])
+        together, others = tensor_lists.group_by_launch(alone)
+        pairs, apart = tensor_lists.group_by_launch([(found[2], found[2].clone()), (found[2], found[6])])
     float32, bfloat16 = (torch.device("cpu"), torch.float32), (torch.device("cpu"), torch.bfloat16)
     assert together == {(*float32, True): [0, 1, 2, 3, 4, 5], (*bfloat16, True): [11], (*float32, False): [12]}
     assert others == [6, 7, 8, 9, 10], "in another order, with gaps, of more bits"
     assert list(pairs.values()) == [[0]] and apart == [1], "a tensor and one in another order of dimensions"
-    assert tensor_lists.launches(alone) == ({}, list(range(len(found))))  # on a CPU
+    assert tensor_lists.group_by_launch(alone) == ({}, list(range(len(found))))  # on a CPU
 
 
 def test_the_kernel_sums_the_squares_of_all_elements():
@@ -112,10 +112,10 @@ def test_what_is_not_finite_shows(bad):
 
 def test_what_stays_is_sent_once():
     cpu, first = torch.device("cpu"), (1, 2, 3)
-    kept = tensor_lists.once(first, torch.int64, cpu)
-    assert tensor_lists.once((1, 2, 3), torch.int64, cpu) is kept and kept.tolist() == [1, 2, 3]
-    assert tensor_lists.once((1, 2, 3), torch.float64, cpu).dtype == torch.float64
-    limit = tensor_lists._remembered.cache_info().maxsize
+    kept = tensor_lists.cached_on_device(first, torch.int64, cpu)
+    assert tensor_lists.cached_on_device((1, 2, 3), torch.int64, cpu) is kept and kept.tolist() == [1, 2, 3]
+    assert tensor_lists.cached_on_device((1, 2, 3), torch.float64, cpu).dtype == torch.float64
+    limit = tensor_lists._cached.cache_info().maxsize
     assert limit is not None, "addresses that never come back do not fill the memory"
 
 

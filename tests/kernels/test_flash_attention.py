@@ -85,7 +85,7 @@ def test_with_sinks_it_is_our_attention_with_sinks(window, packed, dtype, docume
 def test_its_compiled_kernels_stay_on_disk_unless_the_user_decides(tmp_path, monkeypatch, caplog):
     def chosen(**environment):
         monkeypatch.setattr(os, "environ", {f"{CACHE}_{name}": value for name, value in environment.items()})
-        flash_attention._keep_compiled.__wrapped__()
+        flash_attention._set_cache_folder.__wrapped__()
         return os.environ.get(f"{CACHE}_ENABLED"), os.environ.get(f"{CACHE}_DIR")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -15,7 +15,7 @@ OPTIONS = Mamba2Options(WIDTH, GROUPS, (0.05, 1.5), 1e-5)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setitem(TUNING, "chunk", 32)
-    for kernel in ("walk", "outputs", "inputs", "gradients"):
+    for kernel in ("states", "outputs", "inputs", "gradients"):
         monkeypatch.setitem(TUNING, kernel, {"BLOCK": 16, "num_warps": 4, "num_stages": 1})
 
 

@@ -78,7 +78,7 @@ def kernels(sizes, start):
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setitem(TUNING, "chunk", 32)
-    for kernel in ("walk", "outputs", "inputs", "gradients"):
+    for kernel in ("states", "outputs", "inputs", "gradients"):
         monkeypatch.setitem(TUNING, kernel, {"BLOCK": 16, "num_warps": 4, "num_stages": 1})
     for kernel in ("prepare", "finish"):
         monkeypatch.setitem(TUNING, kernel, {"HEADS": 2, "num_warps": 4})
@@ -90,7 +90,7 @@ def test_the_kernels_equal_the_reference(S, small_tiles):
 
 
 def test_the_kernels_equal_the_reference_with_whole_chunks_as_tiles(small_tiles):
-    for kernel in ("walk", "outputs", "inputs", "gradients"):
+    for kernel in ("states", "outputs", "inputs", "gradients"):
         TUNING[kernel]["BLOCK"] = 32
     compare(1, 70, 3, 16, 1, 32)
 

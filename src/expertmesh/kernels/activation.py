@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import fast_jit
 from expertmesh.kernels.recompute import mark_recomputable
-from expertmesh.kernels.rms_norm import last_contiguous
+from expertmesh.kernels.rms_norm import as_rows
 
 #: per program of 4 warps: two or one 16-byte loads of bfloat16 per thread and tensor
 ELEMENTS = {"forward": 2048, "backward": 1024}
@@ -161,7 +161,7 @@ def _launch_dense(kind: str, inputs: tuple[torch.Tensor, ...], outputs: int, dir
     if all(x.is_contiguous() for x in inputs):
         inputs = tuple(x.view(1, -1) for x in inputs)
     else:
-        inputs = tuple(last_contiguous(x) for x in inputs)
+        inputs = tuple(as_rows(x) for x in inputs)
     gate, up, dy = inputs[0], inputs[1 if kind == "silu" else 0], inputs[-1]
     (T, W), elements = gate.shape, ELEMENTS[direction]
     block_w = min(elements, triton.next_power_of_2(max(1, W)))

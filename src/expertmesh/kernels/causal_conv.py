@@ -1,13 +1,13 @@
-"""Depthwise causal convolution over four tokens, with bias and SiLU: what stands before Mamba2's scan.
+"""Depthwise causal convolution over four tokens with bias and SiLU, as before Mamba2's scan.
 
     z[t] = bias + w[3] x[t] + w[2] x[t-1] + w[1] x[t-2] + w[0] x[t-3]          y[t] = z[t] * sigmoid(z[t])
 
-Channels stay last, as the projection before it writes them, so nothing is transposed, and x may be a slice of that
-projection's output. In packed rows a tap that would reach across its document's start reads zero.
+Channels are the last dimension, as in the output of the projection before it, so nothing is transposed. x may be a
+slice of that output. In packed rows a tap that would cross the start of its document reads zero.
 
-A program owns some channels and walks down a block of tokens with the last three of them in registers, so every
-element is read once. Backward recomputes z. The gradients of weight and bias are summed per program and then over
-programs in a fixed order: they are deterministic.
+A program processes a block of channels and iterates over a block of tokens. It holds the previous three tokens in
+registers, so every element is read once. Backward recomputes z. The gradients of weight and bias are summed per program
+and then over programs in a fixed order, so they are deterministic.
 
 Letters: B sequences, S tokens, C channels.
 """
@@ -18,9 +18,9 @@ import torch
 
 from expertmesh.backends import tl, triton
 from expertmesh.kernels.launch import fast_jit
-from expertmesh.kernels.rms_norm import channels_last, sum_partials
+from expertmesh.kernels.rms_norm import sum_partials, unit_stride
 
-#: tokens and channels per program; with 32 * num_warps threads a channel block of 256 * num_warps is 16 bytes a thread
+#: rows (tokens) and channels per program. With 256 * num_warps channels a thread loads 16 bytes of bfloat16.
 TUNING = {
     "forward": {"rows": 64, "channels": 512, "num_warps": 4},
     "backward": {"rows": 64, "channels": 256, "num_warps": 2},
@@ -29,7 +29,7 @@ TUNING = {
 
 @triton.jit
 def _rows(ptr, row, S, stride, cols, C, NUM: tl.constexpr):
-    """NUM tokens of one sequence from `row` on; zeros where one does not exist."""
+    """Load NUM tokens of one sequence, beginning at `row`; zeros before its start and after its end."""
     rows = ()
     for i in tl.static_range(NUM):
         inside = cols < tl.where((row + i >= 0) & (row + i < S), C, 0)
@@ -39,13 +39,13 @@ def _rows(ptr, row, S, stride, cols, C, NUM: tl.constexpr):
 
 @triton.jit
 def _position(start_ptr, row, S, PACKED: tl.constexpr):
-    """How far the token stands behind its document's start (outside packed rows the zeros before token 0 do it)."""
+    """Return the token's position in its document. Only packed rows need it: `_rows` pads a sequence with zeros."""
     return row - tl.load(start_ptr + row, row < S, other=0) if PACKED else row
 
 
 @triton.jit
 def _tap(value, position, lag: tl.constexpr, PACKED: tl.constexpr):
-    """What tap `lag` reads or hands back: nothing across the document's start."""
+    """Return `value` in float32, or zero if the tap `lag` tokens back crosses the start of the document."""
     value = value.to(tl.float32)
     return tl.where(position >= lag, value, 0.0) if PACKED else value
 
@@ -59,7 +59,7 @@ def _z(x3, x2, x1, x0, weights, position, PACKED: tl.constexpr):
 
 @triton.jit
 def _weights(weight_ptr, bias_ptr, cols, mask):
-    """w[0] to w[3] and the bias of some channels."""
+    """Load w[0] to w[3] and the bias of the channels `cols`."""
     weights = ()
     for i in tl.static_range(4):
         weight = tl.load(weight_ptr + cols * 4 + i, mask, other=0.0).to(tl.float32)
@@ -73,7 +73,7 @@ def _forward(
     x_ptr, weight_ptr, bias_ptr, start_ptr, y_ptr, S, C, blocks, stride_xb, stride_xs, stride_yb, stride_ys,
     PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Four tokens a step, the next four on their way."""
+    """Write y. Each iteration processes four tokens and prefetches the next four."""
     batch = (tl.program_id(1) // blocks).to(tl.int64)
     row = (tl.program_id(1) % blocks).to(tl.int64) * ROWS
     end = tl.minimum(row + ROWS, S)
@@ -99,9 +99,10 @@ def _backward(
     stride_xb, stride_xs, stride_dyb, stride_dys, stride_dxb, stride_dxs,
     PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Two tokens a step; three tokens past the block complete its last dx. Sums go to rows of partial [*, 5, C].
+    """Write dx, and sums for the gradients of weight and bias to this program's row of partial [programs, 5, C].
 
-    dx1..dx3: what is there of dx of the tokens 1..3 before; that of the third is complete at each token.
+    Each iteration processes two tokens and prefetches the next two. The loop reads three tokens past the block to
+    complete its last dx. dx1 to dx3 accumulate dx of the tokens 1 to 3 back; dx3 is complete at each token.
     """
     batch = (tl.program_id(1) // blocks).to(tl.int64)
     first = (tl.program_id(1) % blocks).to(tl.int64) * ROWS
@@ -130,12 +131,12 @@ def _backward(
             dx3 += weights[0] * _tap(dz, position, 3, PACKED)
             width = tl.where((row + i - 3 >= first) & (row + i - 3 < end), C, 0)
             tl.store(dx_ptr + (row + i - 3) * stride_dxs + cols, dx3, cols < width)
-            own = tl.where(row + i < end, dz, 0.0)  # tokens from `end` on are the next program's
-            sum0 += own * _tap(x[i], position, 3, PACKED)
-            sum1 += own * _tap(x[i + 1], position, 2, PACKED)
-            sum2 += own * _tap(x[i + 2], position, 1, PACKED)
-            sum3 += own * x[i + 3].to(tl.float32)
-            sum_bias += own
+            block_dz = tl.where(row + i < end, dz, 0.0)  # the next program sums tokens from `end` on
+            sum0 += block_dz * _tap(x[i], position, 3, PACKED)
+            sum1 += block_dz * _tap(x[i + 1], position, 2, PACKED)
+            sum2 += block_dz * _tap(x[i + 2], position, 1, PACKED)
+            sum3 += block_dz * x[i + 3].to(tl.float32)
+            sum_bias += block_dz
             dx3 = dx2 + weights[1] * _tap(dz, position, 2, PACKED)
             dx2 = dx1 + weights[2] * _tap(dz, position, 1, PACKED)
             dx1 = weights[3] * dz
@@ -150,7 +151,7 @@ def _launch(
     kernel: Any, tuning: dict[str, int], x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None,
     start_BS: torch.Tensor | None, *others: torch.Tensor,
 ) -> None:  # fmt: skip
-    """others: tensors as x, and sums. x stands for starts that are not there: nothing reads it."""
+    """others: the kernel's other tensors, [B, S, C] or partial sums. Without starts x is a placeholder, never read."""
     (B, S, C), weight = x_BSC.shape, weight_C4.contiguous()
     blocks, channels = triton.cdiv(S, tuning["rows"]), min(tuning["channels"], triton.next_power_of_2(C))
     kernel[(triton.cdiv(C, channels), B * blocks)](
@@ -164,9 +165,8 @@ def _launch(
 def conv_forward(
     x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None
 ) -> torch.Tensor:
-    """y as in the reference, contiguous. x: channels contiguous, a slice of something wider or not; start as made by
-    `documents.document_starts`.
-    """
+    """Return y, contiguous. x: stride 1 over channels, may be a slice of a wider tensor. start: for packed rows
+    `documents.document_starts`, else None."""
     y = torch.empty(x_BSC.shape, dtype=x_BSC.dtype, device=x_BSC.device)
     _launch(_forward, TUNING["forward"], x_BSC, weight_C4, bias_C, start_BS, y)
     return y
@@ -176,11 +176,11 @@ def conv_backward(
     x_BSC: torch.Tensor, weight_C4: torch.Tensor, bias_C: torch.Tensor | None, start_BS: torch.Tensor | None,
     dy_BSC: torch.Tensor, dx_BSC: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """Writes dx (which may be a slice of a wider gradient) and returns (dweight, dbias). Inputs as in forward."""
+    """Write dx, which may be a slice of a wider tensor, and return (dweight, dbias). Inputs as of `conv_forward`."""
     (B, S, C), tuning = x_BSC.shape, TUNING["backward"]
     programs = B * triton.cdiv(S, tuning["rows"])
     partial = torch.empty(programs, 5 * C, dtype=torch.float32, device=x_BSC.device)
-    _launch(_backward, tuning, x_BSC, weight_C4, bias_C, start_BS, channels_last(dy_BSC), dx_BSC, partial)
+    _launch(_backward, tuning, x_BSC, weight_C4, bias_C, start_BS, unit_stride(dy_BSC), dx_BSC, partial)
     sums = torch.empty(5, C, dtype=torch.float32, device=x_BSC.device)
     sum_partials(partial, programs, sums)
     return sums[:4].t().to(weight_C4.dtype), sums[4].to(bias_C.dtype) if bias_C is not None else None

@@ -1,4 +1,4 @@
-"""Norm and scaling of all gradients, each in one pass over memory and one launch: what clipping is made of."""
+"""Gradient clipping: the norm of all gradients and their scaling, each in one launch and one pass over memory."""
 
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ OPTIONS = {"BLOCK": 4096, "num_warps": 8}
 
 
 class RunningNorm(NamedTuple):
-    """What is known of gradients so far, float32 scalars on their device: the sum of their squares, and by it what
-    gradients are multiplied by to be clipped, and 1 where they are not finite, else 0."""
+    """State of a norm that grows with each gradient, as float32 scalars on the device: the sum of squares so far, the
+    clipping factor that follows from it, and found_inf, which is 1 if the sum is not finite, else 0."""
 
     squares: torch.Tensor
     scale: torch.Tensor
@@ -25,12 +25,13 @@ def add_to_norm_(
     tally: RunningNorm, tensors: list[torch.Tensor], copies: int = 1, bound: float | None = None,
     running: torch.Tensor | None = None, own: bool = False,
 ) -> None:  # fmt: skip
-    """Adds the squares of tensors that so many ranks have, and judges by the sum, in two launches and without a sync.
+    """Add the squares of `tensors` to `tally` in place and update its other fields: two launches, no sync.
 
-    The scale is that of `clip_factor` for the norm `running` (float32 scalar), of the sum where that is larger and the
-    gradient this rank's `own`, and a norm of at most `bound`; None: it is not asked for.
+    copies: number of ranks that hold these tensors; squares are divided by it. With `bound` and `running` (a float32
+    scalar, the norm of earlier steps) the scale becomes `clip_factor(running, bound)`. With `own` (no other rank holds
+    these tensors) the norm so far is used if it is larger than `running`.
     """
-    for part in _parts(tensors):
+    for part in _partial_sums(tensors):
         if use_triton(part):
             options = {"OWN": own, "BLOCK": 1024, "num_warps": 4}
             with torch.cuda.device_of(part):
@@ -42,7 +43,7 @@ def add_to_norm_(
 def add_to_norm_reference_(
     tally: RunningNorm, part: torch.Tensor, copies: int, bound: float | None, running: torch.Tensor | None, own: bool
 ) -> None:
-    """The specification of `add_to_norm_`, behind sums of squares."""
+    """Reference of `add_to_norm_`. part: sums of squares."""
     tally.squares.add_(part.sum() / copies)
     tally.found_inf.copy_(1.0 - torch.isfinite(tally.squares).float())
     if bound is not None and running is not None:
@@ -51,73 +52,73 @@ def add_to_norm_reference_(
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """What gradients of this norm are multiplied by, as `torch.nn.utils.clip_grad_norm_` does."""
+    """Return the factor by which `torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def squared_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Sum of the squares of all elements, a float32 scalar on the tensors' device; deterministic, without a sync.
+    """Return the sum of the squares of all elements as a float32 scalar on the tensors' device.
 
-    tensors: any shapes, strides and float dtypes of up to 32 bits, all on one device. Squared and summed in float32.
+    tensors: any shapes, strides and float dtypes of up to 32 bits, on one device. Deterministic; sums are float32.
     """
-    sums = [part.sum() for part in _parts(tensors)]
+    sums = [part.sum() for part in _partial_sums(tensors)]
     return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
 
 
-def _parts(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Sums of squares, in float32, of which there are many."""
-    parts, others = _walked(_squared_sum_kernel, tensors)
+def _partial_sums(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return 1-D float32 tensors of partial sums of squares, one element per chunk."""
+    parts, others = _run(_squared_sum_kernel, tensors)
     return [squared_sum_reference(others)[None], *parts] if others or not parts else parts
 
 
 def squared_sum_reference(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The specification of `squared_sum`."""
+    """Reference of `squared_sum`."""
     if not tensors:
         return torch.zeros(())
-    # its root is PyTorch's norm to the last bit
+    # the square root equals the norm of `torch.nn.utils.clip_grad_norm_` bit for bit
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, torch.float32))).square()
 
 
 def scale_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
-    """Multiplies each tensor in place by `scale`, a float32 scalar on any device, which the host does not wait for.
+    """Multiply each tensor in place by `scale`, a float32 scalar on any device, without a sync.
 
-    The product is rounded once, and a scale of 1 reads and writes nothing.
+    The product is rounded once. With a scale of 1 the kernel reads and writes nothing.
     """
-    scale_reference_(_walked(_scale_kernel, tensors, scale)[1], scale)
+    scale_reference_(_run(_scale_kernel, tensors, scale)[1], scale)
 
 
 def scale_reference_(tensors: list[torch.Tensor], scale: torch.Tensor) -> None:
-    """The specification of `scale_`."""
+    """Reference of `scale_`."""
     for tensor in tensors:
         tensor *= scale.to(tensor.device, non_blocking=True)
 
 
-def _walked(
+def _run(
     kernel: Any, tensors: list[torch.Tensor], scale: torch.Tensor | None = None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """(what each launch of the kernel had beside tensors: the scale, or memory for its sums; those it cannot walk)."""
-    together, others = tensor_lists.launches([tensor] for tensor in tensors)
-    beside = []
-    for (device, _, aligned), members in together.items():
+    """Run the kernel on all tensors it supports. Return (each launch's scale or partial sums, the other tensors)."""
+    groups, others = tensor_lists.group_by_launch([tensor] for tensor in tensors)
+    operands = []
+    for (device, _, aligned), members in groups.items():
         counts, rows = [tensors[i].numel() for i in members], [[tensors[i].data_ptr()] for i in members]
-        of_chunk, table, chunks = tensor_lists.walk(counts, rows, device)
-        beside_it = torch.empty(chunks, dtype=torch.float32, device=device) if scale is None else scale
-        beside.append(beside_it.to(device, non_blocking=True))
+        tensor_of_chunk, table, chunks = tensor_lists.chunk_table(counts, rows, device)
+        operand = torch.empty(chunks, dtype=torch.float32, device=device) if scale is None else scale
+        operands.append(operand.to(device, non_blocking=True))
         if chunks:
             constants = {"ALIGNED": aligned, "CHUNK": tensor_lists.CHUNK, **OPTIONS}
             with torch.cuda.device_of(table):
-                kernel[(chunks,)](of_chunk, table, beside[-1], tensors[members[0]], **constants)
-    return beside, [tensors[i] for i in others]
+                kernel[(chunks,)](tensor_of_chunk, table, operands[-1], tensors[members[0]], **constants)
+    return operands, [tensors[i] for i in others]
 
 
 @fast_jit
 def _squared_sum_kernel(
-    of_chunk, table, partial, like, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    tensor_of_chunk, table, partial, like, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    tensor, row, start, count = chunk_of(of_chunk, table, 4, CHUNK)
-    x, lane = moving_base(of_chunk, row, start, like), tl.arange(0, BLOCK)
+    tensor, row, start, count = chunk_of(tensor_of_chunk, table, 4, CHUNK)
+    x, lane = moving_base(tensor_of_chunk, row, start, like), tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    whole = count // BLOCK * BLOCK  # without a mask loads are wide
+    whole = count // BLOCK * BLOCK  # unmasked loads vectorize
     for begin in range(0, whole, BLOCK):
         value = tl.load(elements(x, begin + lane, ALIGNED)).to(tl.float32)
         total += value * value
@@ -128,11 +129,11 @@ def _squared_sum_kernel(
 
 
 @fast_jit
-def _scale_kernel(of_chunk, table, scale, like, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _scale_kernel(tensor_of_chunk, table, scale, like, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(scale)
-    if factor != 1.0:  # also where it is nan
-        tensor, row, start, count = chunk_of(of_chunk, table, 4, CHUNK)
-        x, lane = moving_base(of_chunk, row, start, like), tl.arange(0, BLOCK)
+    if factor != 1.0:  # true for NaN too
+        tensor, row, start, count = chunk_of(tensor_of_chunk, table, 4, CHUNK)
+        x, lane = moving_base(tensor_of_chunk, row, start, like), tl.arange(0, BLOCK)
         whole = count // BLOCK * BLOCK
         for begin in range(0, whole, BLOCK):
             at = elements(x, begin + lane, ALIGNED)

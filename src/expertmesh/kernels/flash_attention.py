@@ -1,11 +1,11 @@
-"""Training's causal attention on Hopper by flash-attn-4, where it is installed: no other file knows its interface.
+"""Causal attention for training on Hopper with flash-attn-4, if installed. Only this file uses its interface.
 
-flash-attn-4 (BSD-3, CuTe-DSL, compiled at the first call) is faster there than the cuDNN kernel that SDPA picks, on
-packed documents than `varlen_attn`, and takes sinks and windows. Its backward adds up dq, and dk and dv of heads that
-share keys, by atomics: equal inputs give gradients that are equal but for rounding. Who asks PyTorch for deterministic
-algorithms therefore stays with the other kernels. Nothing in a call waits for the device.
+flash-attn-4 (BSD-3, CuTe-DSL, compiled at the first call) is faster there than the cuDNN kernel that SDPA picks, and
+than `varlen_attn` on packed documents. It supports sinks and windows. Its backward sums dq with atomics, and with
+grouped queries dk and dv too, so gradients differ between runs by rounding. With deterministic algorithms enabled in
+PyTorch, other kernels run instead. A call does not synchronize with the device.
 
-Letters: B batch, S row, N heads (NQ of queries, NK of keys), D width of queries and keys, V of values.
+Letters: B batch, S sequence, N heads (NQ of queries, NK of keys), D width of queries and keys, V of values.
 """
 
 import logging
@@ -20,16 +20,16 @@ from expertmesh.kernels.documents import Documents
 
 log = logging.getLogger(__name__)
 _CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE"
-#: (D, V) at which it won on an H200; empty, nothing runs here
+#: (D, V) with which it was the fastest on an H200; an empty set disables it
 WIDTHS = frozenset({(64, 64), (128, 128), (192, 128)})
 DTYPES = (torch.bfloat16, torch.float16)
-#: on shorter rows the host works longer on its call than the GPU saves
+#: shortest sequence; on shorter ones the call costs more CPU time than the GPU saves
 LENGTH = 1024
 
 
 def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether it computes this causal attention: 16-bit floats, also by autocast, on Hopper, widths from `WIDTHS`, as
-    many queries as keys and at least `LENGTH`, gradients wanted, in no particular order of additions.
+    """Whether `flash_attention` should run on these inputs: 16-bit floats (also by autocast) on Hopper, widths in
+    `WIDTHS`, equally many queries and keys, at least `LENGTH`, with gradients, and no deterministic algorithms.
 
     query: [B, NQ, S, D], key: [B, NK, S, D], value: [B, NK, S, V].
     """
@@ -41,7 +41,7 @@ def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> boo
         and backends.matmul_dtype(query) in DTYPES
         and query.shape[2] == key.shape[2]
         and query.shape[2] >= LENGTH
-        and (width == value.shape[-1] or query.shape[1] == key.shape[1])  # its backward has not both
+        and (width == value.shape[-1] or query.shape[1] == key.shape[1])  # its backward has no GQA if D != V
         and torch.is_grad_enabled()
         and (query.requires_grad or key.requires_grad or value.requires_grad)
         and not torch.are_deterministic_algorithms_enabled()
@@ -58,12 +58,12 @@ def flash_attention(
     documents: Documents | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """[B, S, NQ, V] in the inputs' dtype, or autocast's; scale None is 1 / sqrt(D). Differentiable in all tensors.
+    """Return attention [B, S, NQ, V] in the inputs' dtype, or autocast's. Differentiable in all tensors.
 
-    Shapes as in `supports`, no copy if the last dimension is contiguous; sinks: [NQ], one logit more in each softmax.
-    documents: none sees another. window: a query sees itself and the window - 1 tokens before it.
+    Shapes as in `supports`; no copy if the last dimension is contiguous. scale None: 1 / sqrt(D). sinks: [NQ] logits.
+    documents: none attends to another. window: a query attends to itself and the window - 1 tokens before it.
     """
-    _keep_compiled()
+    _set_cache_folder()
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     dtype = backends.matmul_dtype(query)
@@ -80,13 +80,13 @@ def flash_attention(
 
 
 @cache
-def _keep_compiled() -> None:
-    """Unless the user decides otherwise, compiled kernels stay in a folder of this machine for the next process."""
+def _set_cache_folder() -> None:
+    """Make flash-attn-4 cache its compiled kernels on disk for later processes, unless the user has configured this."""
     if f"{_CACHE}_DIR" not in os.environ:
         folder = os.path.join(tempfile.gettempdir(), f"flash-attn-4-{os.getuid()}")
         os.makedirs(folder, 0o700, exist_ok=True)
-        if os.lstat(folder).st_uid != os.getuid():  # what others put there must not be loaded
-            log.warning("%s is not yours: flash-attn-4 compiles anew at every start. Set %s_DIR.", folder, _CACHE)
+        if os.lstat(folder).st_uid != os.getuid():  # do not load code that another user put there
+            log.warning("%s is not yours: flash-attn-4 recompiles at every start. Set %s_DIR.", folder, _CACHE)
             return
         os.environ[f"{_CACHE}_DIR"] = folder
     os.environ.setdefault(f"{_CACHE}_ENABLED", "1")

@@ -1,9 +1,9 @@
-"""All that Mamba2 does between its two projections: causal convolution, scan, gated norm; see those files.
+"""Mamba2 between its two projections: causal convolution, scan and gated norm in one autograd function.
 
     gate, xbc, dt = projected          y = norm(scan(conv(xbc), dt), gate)
 
-One autograd function around the kernels: their gradients are written side by side into the projection's, and of what
-lies between only the scan's output is kept; the convolution is run again.
+The kernels are in causal_conv.py, ssd.py and rms_norm.py. In the backward they write their gradients into slices of the
+gradient of `projected`. Of the intermediate results only the scan's output is saved; the convolution is recomputed.
 """
 
 import inspect
@@ -17,17 +17,17 @@ from transformers.models.nemotron_h import modeling_nemotron_h as nemotron_h
 from expertmesh.backends import graph_break, triton_or_reference
 from expertmesh.kernels.causal_conv import conv_backward, conv_forward
 from expertmesh.kernels.documents import per_document
-from expertmesh.kernels.rms_norm import channels_last, launch_backward, launch_forward
+from expertmesh.kernels.rms_norm import launch_backward, launch_forward, unit_stride
 from expertmesh.kernels.ssd import Sizes, split, ssd_forward
 from expertmesh.kernels.ssd_backward import ssd_backward
 
-#: the specifications of the three: Transformers' own, in PyTorch also where it has libraries for them
+#: references of the three steps: Transformers' PyTorch functions, unwrapped so that no optional library replaces them
 conv_reference, scan_reference = map(inspect.unwrap, (nemotron_h.causal_conv1d_fn, nemotron_h.mamba2_chunk_scan))
 norm_reference: Any = nemotron_h.NemotronHRMSNormGated.forward
 
 
 class Mamba2Weights(NamedTuple):
-    """K channels of the convolution, H heads, W = H P. A is negative, `-exp(A_log)`; conv_bias may be None."""
+    """Weights of K convolution channels, H heads and W = H P channels. A is `-exp(A_log)`; conv_bias may be None."""
 
     conv_K4: torch.Tensor
     conv_bias_K: torch.Tensor | None
@@ -38,7 +38,7 @@ class Mamba2Weights(NamedTuple):
 
 
 class Mamba2Options(NamedTuple):
-    """Width of a head, number of groups, the limits that dt is clamped to, eps of the norm."""
+    """Head width, number of groups, the range that dt is clamped to, and eps of the norm."""
 
     head_dim: int
     groups: int
@@ -53,21 +53,20 @@ def mamba2_reference(
     start_BS: torch.Tensor | None = None,
     mask_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [B, S, W] in projected's dtype; of `mamba2` the specification: Transformers' functions, document by document.
+    """Return y [B, S, W] in projected's dtype. Reference of `mamba2`: Transformers' functions on each document.
 
-    projected: [B, S, W + K + H], gate, xbc and dt side by side as `in_proj` leaves them; start: [B, S] int32 for packed
-    rows (`documents.document_starts`); mask: [B, S], zero where tokens are padding. `mamba2` is differentiable once in
-    projected and the weights.
+    projected: [B, S, W + K + H], the output of `in_proj`: gate, xbc and dt concatenated. start: [B, S] int32 for packed
+    rows (`documents.document_starts`). mask: [B, S], zero at padding. `mamba2` is once differentiable.
     """
     if start_BS is not None:
-        alone = lambda x, mask: mamba2_reference(x, weights, options, None, mask)  # noqa: E731
-        return per_document(alone, start_BS, projected, mask_BS)
+        one_document = lambda x, mask: mamba2_reference(x, weights, options, None, mask)  # noqa: E731
+        return per_document(one_document, start_BS, projected, mask_BS)
     sizes = _sizes(projected, weights, options)
     gate, xbc, dt = _parts(projected, sizes)
     xbc = conv_reference(xbc.transpose(1, 2), weights.conv_K4, weights.conv_bias_K, "silu").transpose(1, 2)
     x, B, C = split(nemotron_h.apply_mask_to_padding_states(xbc, mask_BS), sizes)
-    known = dict(D=weights.D_H, dt_bias=weights.dt_bias_H, dt_softplus=True, dt_limit=options.dt_limit)
-    scanned = scan_reference(x, dt, weights.A_H, B, C, 64, **known)
+    extras = dict(D=weights.D_H, dt_bias=weights.dt_bias_H, dt_softplus=True, dt_limit=options.dt_limit)
+    scanned = scan_reference(x, dt, weights.A_H, B, C, 64, **extras)
     group = sizes.H * sizes.P // options.groups
     norm = SimpleNamespace(weight=weights.norm_W, variance_epsilon=options.eps, group_size=group)
     return norm_reference(norm, scanned.flatten(2), gate).to(projected.dtype)
@@ -79,7 +78,7 @@ def _sizes(projected: torch.Tensor, weights: Mamba2Weights, options: Mamba2Optio
 
 
 def _parts(projected: torch.Tensor, sizes: Sizes) -> tuple[torch.Tensor, ...]:
-    """Views gate, xbc and dt."""
+    """Split `projected` into views gate, xbc and dt."""
     width = sizes.H * sizes.P
     return projected.split([width, width + 2 * sizes.G * sizes.N, sizes.H], dim=-1)
 
@@ -90,7 +89,7 @@ class _Mamba2(torch.autograd.Function):
         ctx: Any, projected: torch.Tensor, options: Mamba2Options, start: torch.Tensor | None,
         mask: torch.Tensor | None, *weights: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
-        projected, w = channels_last(projected), Mamba2Weights(*weights)  # type: ignore[arg-type]
+        projected, w = unit_stride(projected), Mamba2Weights(*weights)  # type: ignore[arg-type]
         ctx.options, ctx.sizes = options, _sizes(projected, w, options)
         gate, xbc, dt = _parts(projected, ctx.sizes)
         xbc = nemotron_h.apply_mask_to_padding_states(conv_forward(xbc, w.conv_K4, w.conv_bias_K, start), mask)

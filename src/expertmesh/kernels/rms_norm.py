@@ -1,14 +1,14 @@
-"""RMSNorm, alone, behind a residual add, or behind a gate and by groups (Mamba2): one forward and one backward kernel.
+"""RMSNorm, alone, after a residual add, or grouped and after a gate (Mamba2): one forward and one backward kernel.
 
     s = x                                   or x + residual, rounded to the tensors' dtype, as stock does
                                             or x * silu(gate), in float32
     x_hat = s / sqrt(mean(s^2) + eps)       y = x_hat * weight
 
-Each kernel reads its inputs once and writes its outputs once. Only the tensor that is normed is saved (with a gate: x
-and the gate); 1/rms is recomputed. The weight's gradient is summed by a fixed number of programs into rows of their
-own, so it is deterministic.
+Each kernel reads its inputs once and writes its outputs once. Only the normed tensor is saved (with a gate: x and the
+gate); 1/rms is recomputed. A fixed number of programs write partial sums of the weight's gradient to separate rows, so
+it is deterministic.
 
-Letters: T rows, H width of what is normed, W = G·H width of rows of G groups.
+Letters: T rows, H width that is normed, G groups per row, W = G·H width of a row.
 """
 
 from typing import Any, Literal, get_args
@@ -31,10 +31,10 @@ SCALES = get_args(Scale)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded") -> torch.Tensor:
-    """RMSNorm over the last dimension, differentiable in `x` and `weight`.
+    """Return the RMSNorm of x over the last dimension, differentiable in `x` and `weight`.
 
     x: [..., H] in any float dtype; weight: [H]. Returns [..., H] in x's dtype (with "rounded": in the dtype that x and
-    weight promote to, as in Transformers). Must equal the RMSNorm class of the model that uses this scale.
+    weight promote to, as in Transformers). Must equal the RMSNorm class of the models that use this scale.
     """
     return add_rms_norm(x, None, weight, eps, scale=scale, both=False)[0]
 
@@ -43,14 +43,14 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded",
     both: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`(rms_norm(s), s)` of s = x + residual, or x, in one pass; the gradients of both outputs meet in one kernel too.
+    """Return `(rms_norm(s), s)` of s = x + residual, or of s = x without a residual, in one kernel.
 
-    For a residual connection around what the norm feeds. x, residual: [..., H], same shape; weight: [H]. The sum is
-    rounded to the dtype that x and residual promote to and then normed. both: of s, too, a gradient may come.
+    x, residual: [..., H]; weight: [H]. The sum is rounded to the dtype that x and residual promote to and then normed.
+    both: s may receive a gradient, as it does if it is the next residual. False is only for calls without a residual.
     """
     assert residual is None or x.shape == residual.shape
-    assert weight.shape == x.shape[-1:], "the width of x"
-    assert scale in SCALES, f"there is no scale {scale!r}, only {SCALES}"
+    assert weight.shape == x.shape[-1:], "weight must have the width of x"
+    assert scale in SCALES, f"scale {scale!r} is not one of {SCALES}"
     if use_triton(x):
         y = _RMSNorm.apply(x, residual, weight, eps, scale, both)
         y, total = y if both else (y, x)
@@ -62,7 +62,7 @@ def add_rms_norm(
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, scale: Scale = "rounded") -> torch.Tensor:
-    """The specification: Transformers' formulas, operation by operation."""
+    """Reference of `rms_norm`: the operations of Transformers."""
     x_hat = x.float()
     x_hat = x_hat * torch.rsqrt(x_hat.pow(2).mean(-1, keepdim=True) + eps)
     if scale == "rounded":
@@ -73,9 +73,9 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, *, sca
 
 
 def sum_partials(partial_PW: torch.Tensor, split: int, *outputs: torch.Tensor) -> None:
-    """Sums of float32 rows, one launch: outputs[0] [W] of rows [0, split), outputs[1], if given, of the others.
+    """Sum the float32 rows [0, split) into outputs[0] [W] and, if given, the other rows into outputs[1], in one launch.
 
-    Every column is summed by one program in a fixed order, and rounded to its output's dtype once.
+    One program sums a column in a fixed order and rounds once, to the output's dtype.
     """
     P, W = partial_PW.shape
     _sum_partials[(triton.cdiv(W, 16), len(outputs))](
@@ -101,17 +101,17 @@ def _sum_partials(partial_ptr, first_ptr, second_ptr, P, split, W, BLOCK_P: tl.c
         tl.store(first_ptr + cols, sums, cols < W)
 
 
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its last dimension is contiguous, else a copy."""
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """Return x if the stride of its last dimension is 1, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def last_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """[..., H] as [T, H] whose last dimension is contiguous; copies only where strides cannot say it."""
-    return channels_last(x.reshape(-1, x.shape[-1]))
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x [..., H] as [T, H] whose last dimension has stride 1: a view if possible, else a copy."""
+    return unit_stride(x.reshape(-1, x.shape[-1]))
 
 
-#: elements per program (rows are not split), elements per thread, and persistent programs per multiprocessor
+#: elements per tile (of whole rows), elements per thread, and persistent programs per multiprocessor
 TUNING = {
     "forward": {"elements": 2048, "per_thread": 16},
     "backward": {"elements": 2048, "per_thread": 16, "programs": 4},
@@ -120,7 +120,7 @@ GATED_TUNING = TUNING | {"backward": {"elements": 1024, "per_thread": 8, "progra
 
 
 def row_tile(H: int, tuning: dict[str, int]) -> dict[str, int]:
-    """Tile of whole rows of width H."""
+    """Return the launch options of a tile of whole rows of width H."""
     block_h = triton.next_power_of_2(H)
     block_t = max(1, tuning["elements"] // block_h)
     warps = min(32, max(1, block_t * block_h // (32 * tuning["per_thread"])))
@@ -133,7 +133,7 @@ def norm_forward(
     HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GROUPS: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """y of rows of GROUPS times H columns, each normed alone; other: the residual or the gate, if there is one."""
+    """Write y (and the sum) of rows of GROUPS groups of H columns, each normed by itself. other: residual or gate."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     cols = tl.arange(0, BLOCK_H)[None, :]
     in_group = cols < H
@@ -161,7 +161,7 @@ def norm_forward(
 
 @triton.jit
 def _add_pairs(a1, b1, a2, b2):
-    """Reduces two sums at once."""
+    """Combine function of a reduction of two sums at once."""
     return a1 + a2, b1 + b2
 
 
@@ -172,10 +172,10 @@ def norm_backward(
     HAS_DSUM: tl.constexpr, HAS_GATE: tl.constexpr, GROUPS: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
     SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: program p of each group takes row blocks p, p + P, ...; it sums weight gradients into row p of
-    dweight [P, GROUPS * H]. other: the sum's gradient or the gate, if there is one.
+    """Persistent kernel: program p of P per group processes row blocks p, p + P, ... and sums their weight gradients in
+    row p of dweight [P, GROUPS * H]. other: the gradient of the sum, or the gate.
 
-    The next rows are on their way while these are worked on: between two reductions a program would wait for memory.
+    The next rows are loaded before the current ones are reduced, as the reductions would else wait for memory.
     """
     cols = tl.arange(0, BLOCK_H)[None, :]
     in_group = cols < H
@@ -192,21 +192,21 @@ def norm_backward(
         next_gate = tl.load(other_ptr + rows * stride_other + cols, (rows < T) & in_group, other=0.0)
     next_dy = tl.load(dy_ptr + rows * stride_dy + cols, (rows < T) & in_group, other=0.0)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_T
-    while first_row < T:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
+    while first_row < T:  # Triton's interpreter fails at `for … in range` with NumPy >= 2.4
         rows = first_row + tl.arange(0, BLOCK_T)[:, None]
         mask = (rows < T) & in_group
         in_dtype = next_s.dtype
         s = next_s.to(tl.float32)
         dy = next_dy.to(tl.float32)
-        later = (rows + step < T) & in_group
-        next_s = tl.load(s_ptr + (rows + step) * stride_s + cols, later, other=0.0)
+        next_mask = (rows + step < T) & in_group
+        next_s = tl.load(s_ptr + (rows + step) * stride_s + cols, next_mask, other=0.0)
         if HAS_GATE:
             x, gate = s, next_gate.to(tl.float32)
-            next_gate = tl.load(other_ptr + (rows + step) * stride_other + cols, later, other=0.0)
+            next_gate = tl.load(other_ptr + (rows + step) * stride_other + cols, next_mask, other=0.0)
             sigmoid = tl.sigmoid(gate)
             silu = gate * sigmoid
             s = x * silu
-        next_dy = tl.load(dy_ptr + (rows + step) * stride_dy + cols, later, other=0.0)
+        next_dy = tl.load(dy_ptr + (rows + step) * stride_dy + cols, next_mask, other=0.0)
         if HAS_DSUM:
             dsum = tl.load(other_ptr + rows * stride_other + cols, mask, other=0.0)
         dx_hat = dy * weight
@@ -231,9 +231,8 @@ def norm_backward(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x, residual or None, weight → (y, sum), (y, x) without a residual; y alone unless `both`: Dynamo before PyTorch
-    2.12 does not know outputs that are None.
-    """
+    """(x, residual or None, weight) → (y, sum), or y alone without `both`: an output that is None breaks Dynamo before
+    PyTorch 2.12. Without a residual the sum is x."""
 
     @staticmethod
     def forward(
@@ -255,13 +254,13 @@ class _RMSNorm(torch.autograd.Function):
         dx, dweight = dsum, None
         if dy is not None:
             dx, dweight = launch_backward(s, dsum, weight, dy, None, ctx.eps, ctx.scale, weight_grad=need_weight)
-        return dx, dx if need_residual else None, dweight, None, None, None  # autograd converts to the inputs' dtypes
+        return dx, dx if need_residual else None, dweight, None, None, None  # autograd casts to the inputs' dtypes
 
 
 def launch_forward(
     x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: Scale, groups: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, sum), contiguous; without a residual the sum is x. other: the residual or, with groups, the gate."""
+    """Return (y, sum), contiguous. Without a residual the sum is x. other: the residual or, with groups, the gate."""
     gated, groups, total, dtype = groups > 0, max(1, groups), x, x.dtype
     if other is not None and not gated:
         dtype = torch.promote_types(dtype, other.dtype)
@@ -269,8 +268,8 @@ def launch_forward(
     if scale == "rounded":
         dtype = torch.promote_types(dtype, weight.dtype)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    x_TW = last_contiguous(x)
-    other_TW = x_TW if other is None else last_contiguous(other)
+    x_TW = as_rows(x)
+    other_TW = x_TW if other is None else as_rows(other)
     T, H = len(x_TW), x.shape[-1] // groups
     tile = row_tile(H, (GATED_TUNING if gated else TUNING)["forward"])
     norm_forward[(triton.cdiv(T, tile["BLOCK_T"]), groups)](
@@ -284,14 +283,13 @@ def launch_backward(
     s: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, dy: torch.Tensor, dgate: torch.Tensor | None,
     eps: float, scale: Scale, groups: int = 1, weight_grad: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(dx, dweight); other: the gradient of the sum, or the gate, whose gradient is written to dgate, which may be a
-    slice of something wider.
-    """
-    s_TW, dy_TW = last_contiguous(s), last_contiguous(dy)
-    other_TW = dy_TW if other is None else last_contiguous(other)
+    """Return (dx, dweight). other: the gradient of the sum or, if `dgate` is given, the gate. The gate's gradient is
+    written to dgate, which may be a slice of a wider tensor."""
+    s_TW, dy_TW = as_rows(s), as_rows(dy)
+    other_TW = dy_TW if other is None else as_rows(other)
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    gated, dgate_TW = dgate is not None, dx if dgate is None else last_contiguous(dgate)
-    assert dgate is None or dgate_TW.data_ptr() == dgate.data_ptr(), "a copy would be written"
+    gated, dgate_TW = dgate is not None, dx if dgate is None else as_rows(dgate)
+    assert dgate is None or dgate_TW.data_ptr() == dgate.data_ptr(), "dgate has no view as [T, W]"
     (T, W), H = s_TW.shape, s.shape[-1] // groups
     tuning = (GATED_TUNING if gated else TUNING)["backward"]
     tile = row_tile(H, tuning)

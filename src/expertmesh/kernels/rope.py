@@ -1,13 +1,13 @@
-"""Rotary position embedding of query and key heads, alone or with RMSNorm of every head before it, in one pass.
+"""Rotary position embedding of query and key heads in one pass, optionally with an RMSNorm of each head before it.
 
-    n = x / sqrt(mean(x^2 over D) + eps) * weight            where heads have a norm (Qwen3), else n = x
+    n = x / sqrt(mean(x^2 over D) + eps) * weight            with a norm (Qwen3), else n = x
     [a', b'] = [a cos_a - b sin_a, b cos_b + a sin_b]
 
-a and b are the halves of the turned width R of n or, interleaved, its even and odd elements; the rest of a head passes
-unturned. Each kernel reads and writes a head once; all is computed in float32 and rounded once. Kept for backward: cos,
-sin and, if normed, what the projections made anyway.
+a and b are the halves of the first R elements of n or, if interleaved, their even and odd elements. The other D - R
+elements are copied. Each kernel reads and writes a head once, computes in float32 and rounds once. Saved for backward
+are cos and sin and, with a norm, q, k and the weights.
 
-Letters: B batch, S sequence, T = B·S tokens, N heads (of q or of k), D head width, R turned width.
+Letters: B batch, S sequence, T = B·S tokens, N heads (of q or of k), D head width, R rotated width.
 """
 
 from functools import partial
@@ -20,15 +20,15 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import fast_jit, num_sms
 from expertmesh.kernels.recompute import mark_recomputable
-from expertmesh.kernels.rms_norm import channels_last, rms_norm_reference, sum_partials
+from expertmesh.kernels.rms_norm import rms_norm_reference, sum_partials, unit_stride
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
-#: heads per tile, and warps; of the backward of norms also persistent programs per multiprocessor
+#: ROWS: heads per tile; programs: persistent programs per multiprocessor
 TUNING = {
-    "turn": {"ROWS": 16, "num_warps": 4},
-    "norm and turn": {"ROWS": 8, "num_warps": 4},
-    "backward": {"ROWS": 16, "num_warps": 4, "programs": 5},
+    "rotate": {"ROWS": 16, "num_warps": 4},
+    "norm and rotate": {"ROWS": 8, "num_warps": 4},
+    "norm backward": {"ROWS": 16, "num_warps": 4, "programs": 5},
 }
 
 
@@ -36,16 +36,17 @@ def rotary(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False,
     half: bool = False,
 ) -> Pair:  # fmt: skip
-    """Turned queries [B, Nq, S, D] and keys [B, Nk, S, D], differentiable in both; q and k may have any strides.
+    """Return rotated q [B, Nq, S, D] and k [B, Nk, S, D], as transposed views of contiguous [B, S, N, D] tensors.
 
-    cos, sin: [B or 1, S, R], R even and at most D; no gradient. Must equal `apply_rotary_pos_emb` of Transformers'
-    Mixtral and GLM-4 (results in the dtype that x and cos promote to); interleaved, of ERNIE 4.5 (in x's dtype; R is D,
-    of cos and sin the first half counts); with `half`, of GPT-OSS (in x's dtype; cos and sin are R / 2 wide, for both).
-    The results are transposed views of [B, S, N, D] memory. Where Triton does not run, call those.
+    Differentiable in q and k, which may have any strides. cos, sin: [B or 1, S, R], R even and at most D; no gradient.
+    Must equal `apply_rotary_pos_emb` of Transformers, which is what to call where Triton does not run:
+    of Mixtral and GLM-4 by default, with results in the dtype that x and cos promote to;
+    of ERNIE 4.5 if `interleaved`, in x's dtype, with R = D and only the first half of cos and sin used;
+    of GPT-OSS if `half`, in x's dtype, with cos and sin R / 2 wide.
     """
     R = cos.shape[-1] * (2 if half else 1)
-    assert cos.shape == sin.shape and cos.ndim == 3 and cos.shape[0] in (1, len(q)), "cos and sin are [B or 1, S, R]"
-    assert R % 2 == 0 and q.shape[-1] >= R, "R is even and at most the heads' width"
+    assert cos.shape == sin.shape and cos.ndim == 3 and cos.shape[0] in (1, len(q)), "cos, sin must be [B or 1, S, R]"
+    assert R % 2 == 0 and q.shape[-1] >= R, "R must be even and at most the head width"
     if interleaved:
         cos, sin = cos[..., : R // 2], sin[..., : R // 2]
     heads = q.transpose(1, 2), k.transpose(1, 2)
@@ -58,40 +59,40 @@ def qk_norm_rope(
     q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
     sin: torch.Tensor, eps: float,
 ) -> Pair:  # fmt: skip
-    """Normed and rotated queries and keys, ready for attention; differentiable in q, k and both weights.
+    """Return normed and rotated queries and keys. Differentiable in q, k and both weights.
 
-    q: [B, S, Nq, D] and k: [B, S, Nk, D], the projections' outputs seen by head, any strides; q_weight, k_weight: [D];
-    cos, sin: [B or 1, S, D], as the model's rotary embedding gives them (no gradient).
-    Returns [B, Nq, S, D] and [B, Nk, S, D] as transposed views of [B, S, N, D] memory, which attention takes without a
-    copy. Must equal `q_norm`, `k_norm` and `apply_rotary_pos_emb` of transformers' Qwen3MoeAttention.
+    q: [B, S, Nq, D] and k: [B, S, Nk, D], views of the projections' outputs with any strides; q_weight, k_weight: [D];
+    cos, sin: [B or 1, S, D], from the model's rotary embedding (no gradient).
+    Returns [B, Nq, S, D] and [B, Nk, S, D] as transposed views of contiguous [B, S, N, D] tensors, which attention
+    takes without a copy. Must equal `q_norm`, `k_norm` and `apply_rotary_pos_emb` of Qwen3MoeAttention.
     """
     B, S, _, D = q.shape
     assert k.shape[:2] == (B, S) and k.shape[3] == D and q_weight.shape == k_weight.shape == (D,)
-    assert D % 2 == 0 and cos.shape == sin.shape and cos.shape in ((1, S, D), (B, S, D)), "whole, even-width heads turn"
+    assert D % 2 == 0 and cos.shape == sin.shape and cos.shape in ((1, S, D), (B, S, D)), "cos, sin: [B or 1, S, D]"
     inputs = q, k, q_weight, k_weight, cos, sin
     if use_triton(q):
         q_dtype, k_dtype = (torch.promote_types(x.dtype, w.dtype) for x, w in ((q, q_weight), (k, k_weight)))
         dtypes = [torch.promote_types(q_dtype, cos.dtype), torch.promote_types(k_dtype, cos.dtype)]
         q_out, k_out = _RoPE.apply(dtypes, cos, sin, D, False, eps, q, k, q_weight, k_weight)
-        turned = q_out.transpose(1, 2), k_out.transpose(1, 2)
+        rotated = q_out.transpose(1, 2), k_out.transpose(1, 2)
     else:
-        turned = qk_norm_rope_reference(*inputs, eps)
-    mark_recomputable(turned, partial(qk_norm_rope, eps=eps), *inputs)
-    return turned
+        rotated = qk_norm_rope_reference(*inputs, eps)
+    mark_recomputable(rotated, partial(qk_norm_rope, eps=eps), *inputs)
+    return rotated
 
 
 def qk_norm_rope_reference(
     q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
     sin: torch.Tensor, eps: float,
 ) -> Pair:  # fmt: skip
-    """The specification: Qwen3MoeAttention's operations, one by one."""
+    """Reference of `qk_norm_rope`: the operations of Qwen3MoeAttention."""
     normed = (rms_norm_reference(x, weight, eps) for x, weight in ((q, q_weight), (k, k_weight)))
     return qwen3.apply_rotary_pos_emb(*(x.transpose(1, 2) for x in normed), cos, sin)
 
 
 @triton.jit
-def _places(tile, num_heads, S, N: tl.constexpr, ROWS: tl.constexpr):
-    """Of a tile's heads, counted through all tokens: batch, position, head, flat number and whether there is one."""
+def _tile_rows(tile, num_heads, S, N: tl.constexpr, ROWS: tl.constexpr):
+    """Return batch, position, head, flat row in [T * N] and mask, each [ROWS, 1], of a tile's rows; a row is a head."""
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     token = row // N
     b = token // S
@@ -110,27 +111,27 @@ def _load_two(ptr, at_a, at_b, mask):
 
 
 @triton.jit
-def _turn_tile(
+def _rotate_tile(
     tile, heads, rotation, T, S, eps, N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SECOND: tl.constexpr,
     INTERLEAVED: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """Norms and turns one tile of heads; cos and sin of b begin at SECOND."""
+    """Norm (if there is a weight) and rotate one tile of heads. cos_b and sin_b begin at column SECOND."""
     x_ptr, weight_ptr, y_ptr, stride_b, stride_s, stride_n = heads
     cos_ptr, sin_ptr, rot_stride_b, rot_stride_s = rotation
-    batch, position, head, row, inside = _places(tile, T * N, S, N, ROWS)
+    batch, position, head, row, inside = _tile_rows(tile, T * N, S, N, ROWS)
     x_ptr += batch * stride_b + position * stride_s + head * stride_n
     y_ptr += row * D
     pair = tl.arange(0, BLOCK)[None, :]
-    turn = batch * rot_stride_b + position * rot_stride_s + pair
+    rotation_at = batch * rot_stride_b + position * rot_stride_s + pair
     mask = inside & (pair < R // 2)
     if INTERLEAVED:
         at_a, at_b = 2 * pair, 2 * pair + 1
     else:
         at_a, at_b = pair, pair + R // 2
     a, b = _load_two(x_ptr, at_a, at_b, mask)
-    cos_a, cos_b = _load_two(cos_ptr, turn, turn + SECOND, mask)
-    sin_a, sin_b = _load_two(sin_ptr, turn, turn + SECOND, mask)
+    cos_a, cos_b = _load_two(cos_ptr, rotation_at, rotation_at + SECOND, mask)
+    sin_a, sin_b = _load_two(sin_ptr, rotation_at, rotation_at + SECOND, mask)
     if weight_ptr is not None:
         weight_a, weight_b = _load_two(weight_ptr, at_a, at_b, pair < R // 2)
         rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / D + eps)
@@ -147,24 +148,24 @@ def _turn_tile(
 
 
 @fast_jit
-def _turn(
+def _rotate(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, S,
     q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n, rot_stride_b, rot_stride_s, eps,
     NQ: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, SECOND: tl.constexpr,
     INTERLEAVED: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of heads: those of q, then those of k."""
+    """Norm and rotate, one program per tile of heads: first the tiles of q, then those of k."""
     tile = tl.program_id(0)
     q_tiles = tl.cdiv(T * NQ, ROWS)
     rotation = cos_ptr, sin_ptr, rot_stride_b, rot_stride_s
     if tile < q_tiles:
-        _turn_tile(
+        _rotate_tile(
             tile, (q_ptr, q_weight_ptr, q_out_ptr, q_stride_b, q_stride_s, q_stride_n), rotation, T, S, eps,
             NQ, D, R, SECOND, INTERLEAVED, BACK, ROWS, BLOCK, BLOCK_REST,
         )  # fmt: skip
     else:
-        _turn_tile(
+        _rotate_tile(
             tile - q_tiles, (k_ptr, k_weight_ptr, k_out_ptr, k_stride_b, k_stride_s, k_stride_n), rotation, T, S, eps,
             NK, D, R, SECOND, INTERLEAVED, BACK, ROWS, BLOCK, BLOCK_REST,
         )  # fmt: skip
@@ -175,9 +176,9 @@ def _backward_tiles(
     first, step, heads, strides, rotation, T, S, eps,
     N: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx of tiles first, first + step, …; their weight gradient [D] goes to dweight.
+    """Write dx of tiles first, first + step, … and their weight gradient [D] to dweight.
 
-    The weight gradient is summed per thread and reduced over heads once, at the end: nothing in the loop crosses warps.
+    The weight gradient is summed per row of the tile and reduced once after the loop: the loop has no cross-warp sums.
     """
     x_ptr, weight_ptr, dy_ptr, dx_ptr, dweight_ptr = heads
     stride_b, stride_s, stride_n, dy_stride_b, dy_stride_s, dy_stride_n = strides
@@ -188,15 +189,15 @@ def _backward_tiles(
     sum_a = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_b = tl.zeros((ROWS, BLOCK), tl.float32)
     tile = first
-    while tile * ROWS < T * N:  # not `for … in range`: NumPy >= 2.4 broke that in Triton's interpreter
-        batch, position, head, row, inside = _places(tile, T * N, S, N, ROWS)
+    while tile * ROWS < T * N:  # Triton's interpreter fails at `for … in range` with NumPy >= 2.4
+        batch, position, head, row, inside = _tile_rows(tile, T * N, S, N, ROWS)
         mask = inside & (at_a < HALF)
         a, b = _load_two(x_ptr + batch * stride_b + position * stride_s + head * stride_n, at_a, at_b, mask)
         dy_at = batch * dy_stride_b + position * dy_stride_s + head * dy_stride_n
         dy_a, dy_b = _load_two(dy_ptr + dy_at, at_a, at_b, mask)
-        turn = batch * rot_stride_b + position * rot_stride_s
-        cos_a, cos_b = _load_two(cos_ptr + turn, at_a, at_b, mask)
-        sin_a, sin_b = _load_two(sin_ptr + turn, at_a, at_b, mask)
+        rotation_at = batch * rot_stride_b + position * rot_stride_s
+        cos_a, cos_b = _load_two(cos_ptr + rotation_at, at_a, at_b, mask)
+        sin_a, sin_b = _load_two(sin_ptr + rotation_at, at_a, at_b, mask)
         dn_a = dy_a * cos_a + dy_b * sin_b
         dn_b = dy_b * cos_b - dy_a * sin_a
         rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / (2 * HALF) + eps)
@@ -222,7 +223,7 @@ def _norm_backward(
     rot_stride_s, dq_stride_b, dq_stride_s, dq_stride_n, dk_stride_b, dk_stride_s, dk_stride_n, eps,
     NQ: tl.constexpr, NK: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: the first programs share the tiles of q, the others those of k; program p writes row p of dweight."""
+    """Persistent kernel: q_programs programs for tiles of q, the others for k. Program p writes row p of dweight."""
     program = tl.program_id(0)
     dweight_ptr += program * (HALF * 2)
     rotation = cos_ptr, sin_ptr, rot_stride_b, rot_stride_s
@@ -242,12 +243,12 @@ def _norm_backward(
 
 
 def rotation_strides(cos: torch.Tensor) -> tuple[int, int]:
-    """Those of batch and position of cos [B or 1, S, R], of which one row may serve all."""
+    """Return the strides of batch and position of cos [B or 1, S, R]; a batch of 1 is broadcast with stride 0."""
     return cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
 
 
 class _RoPE(torch.autograd.Function):
-    """Heads of q and k [B, S, N, D] → the same turned, contiguous, in `dtypes`; given weights, normed before."""
+    """q and k [B, S, N, D], optionally both norm weights → rotated q and k in `dtypes`, contiguous."""
 
     @staticmethod
     def forward(
@@ -255,7 +256,7 @@ class _RoPE(torch.autograd.Function):
         eps: float, *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         cos, sin = cos.contiguous(), sin.contiguous()
-        heads, weights = [channels_last(x) for x in tensors[:2]], [weight.contiguous() for weight in tensors[2:]]
+        heads, weights = [unit_stride(x) for x in tensors[:2]], [weight.contiguous() for weight in tensors[2:]]
         ctx.options = R, interleaved, eps
         ctx.dtypes = [x.dtype for x in heads]
         ctx.save_for_backward(cos, sin, *(heads + weights if weights else []))
@@ -265,11 +266,11 @@ class _RoPE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin, *normed = ctx.saved_tensors
-        outs = [channels_last(dy) for dy in dys]
+        douts = [unit_stride(dy) for dy in dys]
         if normed:
-            grads = _launch_norm_backward(normed, cos, sin, outs, ctx.options[-1])
+            grads = _launch_norm_backward(normed, cos, sin, douts, ctx.options[-1])
         else:
-            grads = _launch(outs, [], cos, sin, ctx.dtypes, True, *ctx.options)
+            grads = _launch(douts, [], cos, sin, ctx.dtypes, True, *ctx.options)
         return *[None] * 6, *grads
 
 
@@ -278,11 +279,11 @@ def _launch(
     dtypes: list[torch.dtype], back: bool, R: int, interleaved: bool, eps: float,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     (B, S, NQ, D), NK = heads[0].shape, heads[1].shape[2]
-    assert heads[1].shape == (B, S, NK, D), "heads of q and k are as wide"
-    assert B * S * max(NQ, NK) < 2**31, "heads are counted in 32 bits"
+    assert heads[1].shape == (B, S, NK, D), "q and k must agree in batch, sequence and head width"
+    assert B * S * max(NQ, NK) < 2**31, "the kernels index heads in 32 bits"
     outs = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in zip(heads, dtypes, strict=True))
-    tuning = TUNING["norm and turn" if weights else "turn"]
-    _turn[(sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK)),)](
+    tuning = TUNING["norm and rotate" if weights else "rotate"]
+    _rotate[(sum(triton.cdiv(B * S * N, tuning["ROWS"]) for N in (NQ, NK)),)](
         *heads, *(weights or (None, None)), cos, sin, *outs, B * S, S,
         *heads[0].stride()[:3], *heads[1].stride()[:3], *rotation_strides(cos), eps,
         NQ=NQ, NK=NK, D=D, R=R, SECOND=cos.shape[-1] - R // 2, INTERLEAVED=interleaved, BACK=back,
@@ -292,21 +293,21 @@ def _launch(
 
 
 def _launch_norm_backward(
-    normed: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, outs: list[torch.Tensor], eps: float
+    inputs: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, douts: list[torch.Tensor], eps: float
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of q, k and both weights, which are `normed`, from `outs`, those of the turned q and k."""
-    (B, S, NQ, D), NK = normed[0].shape, normed[1].shape[2]
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in normed)
-    tuning = dict(TUNING["backward"])
+    """Return the gradients of `inputs` (q, k and both weights) from `douts`, the gradients of the rotated q and k."""
+    (B, S, NQ, D), NK = inputs[0].shape, inputs[1].shape[2]
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+    tuning = dict(TUNING["norm backward"])
     programs = num_sms(cos.device) * tuning.pop("programs")
     q_programs, k_programs = (
         max(1, min(programs * N // (NQ + NK), triton.cdiv(B * S * N, tuning["ROWS"]))) for N in (NQ, NK)
     )
     partial = torch.empty(q_programs + k_programs, D, dtype=torch.float32, device=cos.device)
     _norm_backward[(q_programs + k_programs,)](
-        *normed, cos, sin, *outs, *grads[:2], partial, q_programs, B * S, S,
-        *normed[0].stride()[:3], *normed[1].stride()[:3], *rotation_strides(cos),
-        *outs[0].stride()[:3], *outs[1].stride()[:3], eps,
+        *inputs, cos, sin, *douts, *grads[:2], partial, q_programs, B * S, S,
+        *inputs[0].stride()[:3], *inputs[1].stride()[:3], *rotation_strides(cos),
+        *douts[0].stride()[:3], *douts[1].stride()[:3], eps,
         NQ=NQ, NK=NK, HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), **tuning,
     )  # fmt: skip
     sum_partials(partial, q_programs, *grads[2:])

@@ -1,25 +1,25 @@
-"""Causal attention with sinks: one learned logit per head joins the softmax, so a query may attend to nothing.
+"""Causal attention with sinks: each head has a learned logit in its softmax, so a query may attend to nothing.
 
     p_rn = exp(s_rn) / (exp(sink_h) + Σ_n exp(s_rn)),   s = scale · q kᵀ,   out = p v          (GPT-OSS)
 
-A query r sees the keys n ≤ r of its document; with a window W only those with n > r - W. The first that takes the
-inputs computes it:
+A query r attends to the keys n ≤ r of its document, with a window W only to those with n > r - W. The first
+implementation that supports the inputs runs:
 
-    flash-attn-4 (flash_attention.py)    training on Hopper: it knows sinks
+    flash-attn-4 (flash_attention.py)    training on Hopper; supports sinks itself
     PyTorch's FlashAttention-2           CUDA from Ampere on, 16 bits, head widths in steps of 8 up to 256; corrected
-    the reference                        everything else; all scores [B, NQ, S, S] stand in memory
+    the reference                        everything else; materializes all scores [B, NQ, S, S]
 
-FlashAttention-2 gives out and lse = log Σ_n exp(s_rn) of a softmax without the sink. That is one more key, whose value
-is zero; it changes them into
+FlashAttention-2 returns out and lse = log Σ_n exp(s_rn) of a softmax without the sink. The sink is one more key whose
+value is zero, so the results with it are
 
     lse' = log(exp(lse) + exp(sink)),   out' = out · exp(lse - lse')
 
-and FlashAttention's backward reads nothing else of the softmax: p = exp(s - lse') and δ = Σ_d dout · out' are those of
-attention with sinks, and so are dq, dk and dv. As the sink's value is zero, ds = p (0 - δ) there:
+FlashAttention's backward needs nothing else of the softmax: from lse' and out' it gets p = exp(s - lse') and
+δ = Σ_d dout · out' of attention with sinks, hence its dq, dk and dv. As the sink's value is zero, its ds is p (0 - δ):
 
     dsink_h = - Σ_r exp(sink_h - lse'_r) δ_r
 
-Letters: B batch, S row, T = B·S tokens, N heads (NQ of queries, NK of keys), D head width.
+Letters: B batch, S sequence, T = B·S tokens, N heads (NQ of queries, NK of keys), D head width.
 """
 
 from typing import Any
@@ -41,11 +41,11 @@ def sink_attention(
     window: int | None = None,
     documents: Documents | None = None,
 ) -> torch.Tensor:
-    """[B, S, NQ, D] in query's dtype; differentiable in query, key, value and sinks. Must equal the eager attention of
-    Transformers' GptOssAttention with a causal mask.
+    """Return attention [B, S, NQ, D] in query's dtype. Differentiable in query, key, value and sinks. Must equal eager
+    attention of Transformers' GptOssAttention with a causal mask.
 
-    query: [B, NQ, S, D], key and value: [B, NK, S, D], no copy if they are views of [B, S, N, D]; sinks: [NQ].
-    window: a query sees itself and the window - 1 tokens before it. documents: none sees another.
+    query: [B, NQ, S, D], key and value: [B, NK, S, D], not copied if they are views of [B, S, N, D]; sinks: [NQ].
+    window: a query attends to itself and the window - 1 tokens before it. documents: no attention across documents.
     """
     if flash_attention.supports(query, key, value):
         return flash_attention.flash_attention(query, key, value, scale, sinks, documents, window=window)
@@ -61,8 +61,8 @@ def sink_attention(
         return _with_sinks(*tokens, sinks, options).unflatten(0, (B, S))
     if query.is_cuda:
         backends.warn_once(
-            "attention with sinks holds all scores of a layer in memory: to do without them takes bfloat16 or float16 "
-            "on Ampere or newer, and heads whose width is a multiple of 8 up to 256."
+            "attention with sinks holds all scores of a layer in memory. Memory-efficient attention needs bfloat16 or "
+            "float16 on Ampere or newer, and a head width that is a multiple of 8 up to 256."
         )
     return sink_attention_reference(query, key, value, sinks, scale, window, documents)
 
@@ -80,17 +80,17 @@ def sink_attention_reference(
     window: int | None = None,
     documents: Documents | None = None,
 ) -> torch.Tensor:
-    """The specification: scores, mask, softmax with the sink as one more column."""
+    """Reference of `sink_attention`: scores, mask, and softmax with the sink as one more column."""
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    unseen = ~visible(query, window, documents)
-    scores = torch.einsum("bhrd,bhnd->bhrn", query * scale, key).masked_fill(unseen, float("-inf"))
+    masked = ~visible(query, window, documents)
+    scores = torch.einsum("bhrd,bhnd->bhrn", query * scale, key).masked_fill(masked, float("-inf"))
     column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
     weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     return torch.einsum("bhrn,bhnd->brhd", weights, value).contiguous()
 
 
 def visible(query: torch.Tensor, window: int | None, documents: Documents | None) -> torch.Tensor:
-    """[B or 1, 1, S, S]: True where a query (third dimension) of [B, NQ, S, D] sees a key."""
+    """Return the mask [B or 1, 1, S, S]: True where a query (dimension 2) attends to a key. query: [B, NQ, S, D]."""
     S = query.shape[2]
     mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=query.device).tril()
     if documents is not None:
@@ -125,11 +125,11 @@ _with_sinks = torch.compiler.disable(_WithSinks.apply)
 
 
 def flash_forward(query, key, value, options: dict[str, Any]) -> Any:
-    """out [T, NQ, D], and lse [NQ, T] in float32."""
+    """Return out [T, NQ, D] and lse [NQ, T] in float32."""
     return torch.ops.aten._flash_attention_forward(query, key, value, return_debug_mask=False, **options)[:2]
 
 
 def flash_backward(dout, query, key, value, out, lse, options: dict[str, Any]) -> Any:
-    """Gradients of query, key and value, in one order of additions where PyTorch is asked for such algorithms."""
+    """Return the gradients of query, key and value; deterministic under `torch.use_deterministic_algorithms`."""
     dropout = dict.fromkeys(("rng_state", "unused"), lse.new_empty(0))
     return torch.ops.aten._flash_attention_backward(dout, query, key, value, out, lse, **dropout, **options)

@@ -1,11 +1,12 @@
-"""Lists of tensors that one launch walks: the kernel finds their addresses in a table on the device.
+"""Multi-tensor launches: one kernel processes a list of tensors whose addresses are in a table on the device.
 
-PyTorch's foreach functions pass addresses as arguments, which fit a few dozen tensors, in launches of a few hundred
-blocks: too few to keep the memory of a large GPU busy. Here every `CHUNK` elements of every tensor are a program.
+PyTorch's foreach functions pass addresses as kernel arguments. Those hold a few dozen tensors per launch, and a few
+hundred blocks are too few to saturate the memory of a large GPU. Here each program processes `CHUNK` elements of a
+tensor.
 
-A table is made anew at each step, as gradients move, and copied without a wait. A tensor that has a launch for itself,
-as a large weight within backward, needs none: what moves is an argument of its kernel, and its row is copied `once`. In
-kernels `like` is any pointer of the type that an address stands for.
+The table is rebuilt at each step, because gradients move, and copied asynchronously. A tensor with a launch of its own,
+such as a large weight updated within backward, needs no new table: the gradient is a kernel argument and the rest is
+cached on the device. In kernels, `like` is a pointer whose type an address is cast to.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,88 +17,88 @@ import torch
 
 from expertmesh.backends import tl, triton, use_triton
 
-CHUNK = 2**15  # elements of a program
-MOST = 2**12  # rows and options that are remembered
+CHUNK = 2**15  # elements per program
+MAX_CACHED = 2**12  # tables on devices
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.uint8)
 
 
-def launches(lists: Iterable[Sequence[torch.Tensor]]) -> tuple[dict[tuple, list[int]], list[int]]:
-    """Which members of `lists` share a launch, by what they have in common, and which no kernel can walk.
+def group_by_launch(lists: Iterable[Sequence[torch.Tensor]]) -> tuple[dict[tuple, list[int]], list[int]]:
+    """Return the indices into `lists` that share a launch, by (device, *dtypes, aligned), and those without a kernel.
 
-    A member is one tensor or several of the same elements (weight, gradient, ...), walked as one piece of memory: they
-    must be contiguous. In common: device, dtypes, and whether all begin at a multiple of 16 bytes.
+    A member of `lists` is one tensor, or several of the same size (weight, gradient, ...). A kernel treats each as flat
+    memory, so all must be contiguous. aligned: all begin at a multiple of 16 bytes.
     """
-    together: dict[tuple, list[int]] = {}
+    groups: dict[tuple, list[int]] = {}
     others: list[int] = []
-    for number, tensors in enumerate(lists):
+    for index, tensors in enumerate(lists):
         if use_triton(tensors[0]) and all(x.is_contiguous() and x.dtype in DTYPES for x in tensors):
             aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
-            together.setdefault((tensors[0].device, *(x.dtype for x in tensors), aligned), []).append(number)
+            groups.setdefault((tensors[0].device, *(x.dtype for x in tensors), aligned), []).append(index)
         else:
-            others.append(number)
-    return together, others
+            others.append(index)
+    return groups, others
 
 
-def walk(
+def chunk_table(
     counts: Sequence[int], rows: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor, int]:
-    """A way through tensors of so many elements, by one copy without a wait, or none: (each chunk's tensor, None of a
-    single one; a table; chunks, for as many programs).
+    """Return (tensor index of each chunk, or None for a single tensor; table; number of chunks = programs to launch).
 
-    A row of the table is elements, first chunk, number of chunks, and one of `rows`. The first of those is the address
-    that moves; of a single tensor it is not in the table: its kernel has it as the argument `like`.
+    counts: elements of each tensor. A table row is (elements, first chunk, number of chunks, *row of `rows`). Each row
+    of `rows` begins with the address that may change from call to call. A single tensor's table has 0 there, so that it
+    can be cached, and its kernel takes that address as the argument `like`. The host does not wait for the copy.
     """
     chunks = [-(-count // CHUNK) for count in counts]
     if len(counts) == 1:
-        return None, once((counts[0], 0, chunks[0], 0, *rows[0][1:]), torch.int64, device), chunks[0]
-    table, first = [], 0
-    for count, of_tensor, row in zip(counts, chunks, rows, strict=True):
-        table.append([count, first, of_tensor, *row])
-        first += of_tensor
-    sent = _sent(torch.tensor(table), device)
-    return torch.repeat_interleave(sent[:, 2].contiguous(), output_size=first), sent, first
+        return None, cached_on_device((counts[0], 0, chunks[0], 0, *rows[0][1:]), torch.int64, device), chunks[0]
+    table, total = [], 0
+    for count, tensor_chunks, row in zip(counts, chunks, rows, strict=True):
+        table.append([count, total, tensor_chunks, *row])
+        total += tensor_chunks
+    on_device = _to_device(torch.tensor(table), device)
+    return torch.repeat_interleave(on_device[:, 2].contiguous(), output_size=total), on_device, total
 
 
-def once(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Numbers of 64 bits on a device, copied there when a stream first asks for them. Nobody writes over them."""
+def cached_on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return `numbers` as a 64-bit tensor on `device`, cached per stream. The caller must not write to it."""
     if device.type != "cuda":
-        return _remembered(numbers, dtype, device, None)
-    # a graph outlives what is remembered here
-    send = _remembered.__wrapped__ if torch.cuda.is_current_stream_capturing() else _remembered
-    return send(numbers, dtype, device, torch.cuda.current_stream(device))
+        return _cached(numbers, dtype, device, None)
+    # not cached while a CUDA graph is captured: the graph may outlive the cache entry
+    copy = _cached.__wrapped__ if torch.cuda.is_current_stream_capturing() else _cached
+    return copy(numbers, dtype, device, torch.cuda.current_stream(device))
 
 
-@lru_cache(MOST)
-def _remembered(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device, _stream: Any) -> torch.Tensor:
-    return _sent(torch.tensor(numbers, dtype=dtype), device)
+@lru_cache(MAX_CACHED)
+def _cached(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device, _stream: Any) -> torch.Tensor:
+    return _to_device(torch.tensor(numbers, dtype=dtype), device)
 
 
-def _sent(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # PyTorch gives pinned memory out again only when the copy has been made, and what a CUDA graph copies from never
+def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # PyTorch reuses pinned memory only after the copy has finished, and never if a captured CUDA graph copies from it
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 @triton.jit
-def chunk_of(of_chunk, table, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
-    """This program's tensor, its row of the table, where in the tensor the chunk begins and how long it is."""
+def chunk_of(tensor_of_chunk, table, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """Return this program's tensor index, its table row, the chunk's offset in the tensor and its length."""
     tensor = 0
-    if of_chunk is not None:
-        tensor = tl.load(of_chunk + tl.program_id(0))
+    if tensor_of_chunk is not None:
+        tensor = tl.load(tensor_of_chunk + tl.program_id(0))
     row = table + tensor * COLUMNS
-    start = (tl.program_id(0) - tl.load(row + 1)) * CHUNK  # int64: a stack of experts may have more than 2**31 elements
+    start = (tl.program_id(0) - tl.load(row + 1)) * CHUNK  # int64: stacked experts may exceed 2**31 elements
     return tensor, row, start, tl.minimum(tl.load(row) - start, CHUNK).to(tl.int32)
 
 
 @triton.jit
 def base(address, start, like):
-    """Where in memory a chunk begins, as a pointer like `like`."""
+    """Return a pointer of the type of `like` to element `start` at `address`."""
     return address.to(like.dtype) + start
 
 
 @triton.jit
-def moving_base(of_chunk, row, start, like):
-    """`base` of the address that moves, the first column of a row."""
-    if of_chunk is None:
+def moving_base(tensor_of_chunk, row, start, like):
+    """Return `base` for the address that may change between calls; `like` itself holds it if there is one tensor."""
+    if tensor_of_chunk is None:
         return like + start
     else:
         return base(tl.load(row + 3), start, like)
@@ -105,8 +106,8 @@ def moving_base(of_chunk, row, start, like):
 
 @triton.jit
 def elements(base, at, ALIGNED: tl.constexpr):
-    """Pointers to the elements `at` [BLOCK] of a chunk; ALIGNED: they can be moved 16 bytes at a time, or of bytes 8,
-    so that a thread has the same elements of all."""
+    """Return pointers to the elements `at` [BLOCK] of a chunk. ALIGNED: a thread may access 16 bytes at a time, or 8
+    of one-byte dtypes, so that it gets the same elements of every tensor."""
     if ALIGNED:
         return tl.multiple_of(base + at, 8 if base.dtype.element_ty.primitive_bitwidth == 8 else 16)
     else:
@@ -115,5 +116,5 @@ def elements(base, at, ALIGNED: tl.constexpr):
 
 @triton.jit
 def store(pointers, values, mask):
-    """Rounds float32 values once, and needs no room in the caches."""
+    """Store float32 values, rounded to the pointers' dtype. evict_first: they are not read again soon."""
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask, eviction_policy="evict_first")

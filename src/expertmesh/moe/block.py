@@ -119,7 +119,7 @@ def routed(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a router returns, of its logits: (logits, weights, ids); in a recompute with the ids of the forward."""
     here = region.get()
-    known_TK = None if here is None else here.known()
+    known_TK = None if here is None else here.next_choice()
     weight_TK, ids_TK = route(logits_TE, routing, bias_E, known_TK, weight_dtype)
     if here is not None and known_TK is None:
         here.choices.append(ids_TK)
