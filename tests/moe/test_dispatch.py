@@ -48,7 +48,7 @@ class Told(Exchange):
     asked: list[str]
 
     def __init__(self, layer, x_TH, ahead=False):
-        self.layer, self.waits, Told.asked = layer, layer.waits, []
+        self.layer, self.timeout, Told.asked = layer, layer.timeout, []
 
     @property
     def patient(self):
@@ -127,7 +127,7 @@ def test_weights_of_another_dtype_are_for_another_backend(mesh):
 def test_of_what_is_gathered_a_rank_keeps_its_share_and_a_quarter(ranks, tokens, kept, mesh, monkeypatch):
     experts, up_act, asked = work.experts_of(8, slice(None)), moe_experts.up_act, []
     experts.forward = Dispatch(Told, experts, mesh["ep"], mesh["tp"])
-    monkeypatch.setattr(Told, "sharers", ranks)
+    monkeypatch.setattr(Told, "sharing_ranks", ranks)
     monkeypatch.setattr(moe_experts, "up_act", lambda *inputs: asked.append(inputs[-1]) or up_act(*inputs))
     x, ids, weights, _ = work.layer_inputs(tokens, None, seed=0)
     assert ids.shape == (tokens, 3)
@@ -169,7 +169,7 @@ def test_a_layout_makes_it_the_forward_and_leaves_a_dispatch_of_others_where_it_
     with expert_parallel_fsdp(model, SimpleNamespace(ep_size=2, efsdp_size=1, dp_replicate_size=1)):
         dispatch = Dispatch(Gather, experts, mesh["ep"], mesh["tp"])
         experts.forward, attention.dispatch = dispatch.__call__, "theirs"
-    assert experts.forward is dispatch and dispatch.waits.place == "model.layers.0.mlp.experts"
+    assert experts.forward is dispatch and dispatch.timeout.place == "model.layers.0.mlp.experts"
     assert attention.dispatch == "theirs" and not hasattr(experts, "dispatch")
 
 

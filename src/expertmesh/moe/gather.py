@@ -43,9 +43,9 @@ class Gather(Exchange):
     _ahead: "tuple[torch.Tensor, Sent] | None" = None  # x [T, H] and where it is under way, until `dispatch`
 
     def __init__(self, layer: Any, x_TH: torch.Tensor, ahead: bool = False) -> None:
-        self.layer, self.waits, self.sharers = layer, layer.waits, layer.num_ranks
-        self._link, self._num_tokens = link_of(layer.group, layer.waits.place), len(x_TH)
-        self._rows = replayed(lambda: max_tokens(len(x_TH), layer.group, layer.waits.place))
+        self.layer, self.timeout, self.sharing_ranks = layer, layer.timeout, layer.num_ranks
+        self._link, self._num_tokens = link_of(layer.group, layer.timeout.place), len(x_TH)
+        self._rows = replayed(lambda: max_tokens(len(x_TH), layer.group, layer.timeout.place))
         if ahead and isinstance(self._link, Mailboxes):  # a collective would take multiprocessors from the router
             x_TH = x_TH.detach()
             self._ahead = x_TH, self._link.send_ahead(_padded(x_TH, self._rows))

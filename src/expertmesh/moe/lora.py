@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import logger, warn_once
-from expertmesh.moe.experts import Dispatch, is_experts, runs_here
+from expertmesh.moe.experts import Dispatch, is_experts, uses_fast_experts
 from expertmesh.twins import Fast, is_traced, twin
 
 WEIGHTS = {"gate_up_proj", "up_proj", "down_proj"}
@@ -45,7 +45,7 @@ class FastParamWrapper(Fast):
 
     def _is_native(self) -> bool:
         experts = self.get_base_layer()
-        if not runs_here(experts) or is_traced():
+        if not uses_fast_experts(experts) or is_traced():
             return False
         dtype = self.get_param().dtype
         if self.num_experts == 1 or dtype not in (torch.bfloat16, torch.float16, torch.float32):

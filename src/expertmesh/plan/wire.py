@@ -21,14 +21,14 @@ from expertmesh.plan.trace import Watch
 class Alone(Dispatch):
     """The experts of one layer of which this rank holds 1/num_ranks, without other ranks."""
 
-    waits: Any
+    timeout: Any
 
     def __init__(self, experts: Any, ranks: Group, watch: Watch, near: bool, tp_mesh: Any = None) -> None:
         self.transport = PlannedGather if near else PlannedAllToAll
         self.experts, self.slices, self.tp_mesh = experts, tp_mesh is not None, tp_mesh
         self.group, self.rank, self.ranks = None, 0, ranks
         self.num_ranks, self.num_local_experts = ranks.size, experts.num_experts
-        self.waits, self.watch = nullcontext(), watch
+        self.timeout, self.watch = nullcontext(), watch
 
 
 class _Link(Mailboxes):
@@ -64,7 +64,7 @@ class PlannedGather(Gather):
     """`Gather` where all ranks have equally many tokens."""
 
     def __init__(self, layer: Alone, x_TH: torch.Tensor, ahead: bool = False) -> None:
-        self.layer, self.waits, self.sharers = layer, layer.waits, layer.num_ranks
+        self.layer, self.timeout, self.sharing_ranks = layer, layer.timeout, layer.num_ranks
         self._link, self._num_tokens, self._rows = _Link(layer.num_ranks, layer.watch), len(x_TH), len(x_TH)
         layer.watch.share = 1 / layer.num_ranks
 
@@ -73,7 +73,7 @@ class PlannedAllToAll(Exchange):
     """`AllToAll` of tokens that choose K of all experts at random: as many rows come as go."""
 
     def __init__(self, layer: Alone, x_TH: torch.Tensor, ahead: bool = False) -> None:
-        self.layer, self.waits = layer, layer.waits
+        self.layer, self.timeout = layer, layer.timeout
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> tuple:
         tokens, top_k, ranks = *ids_TK.shape, self.layer.num_ranks
@@ -81,7 +81,7 @@ class PlannedAllToAll(Exchange):
         missed = math.comb(others, top_k) / math.comb(ranks * self.layer.num_local_experts, top_k)
         rows = max(1, round(tokens * ranks * (1 - missed)))
         self.tokens, self.rows = tokens, rows
-        self.rows_here = tokens * top_k
+        self.num_local_rows = tokens * top_k
         self.layer.watch.share = 1.0
         self._sends(x_TH, 2 * top_k * 4)
         return x_TH.new_empty(rows, x_TH.shape[1]), ids_TK.new_empty(rows, top_k), weight_TK.new_empty(rows, top_k)
