@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from expertmesh import waiting
+from expertmesh import timeouts
 from expertmesh.moe import experts as moe_experts
 from expertmesh.moe.exchange import Exchange
 from expertmesh.moe.experts import Dispatch
@@ -27,7 +27,7 @@ def mesh(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("ep", "tp"))
     dist.destroy_process_group()
-    waiting.cpu_group.cache_clear()
+    timeouts.cpu_group.cache_clear()
 
 
 def test_the_gradients_of_weights_are_not_differentiated_again(mesh):
@@ -52,7 +52,7 @@ class Told(Exchange):
 
     @property
     def patient(self):
-        return self.layer.group._get_backend(torch.device("cpu")).options._timeout == waiting.patience
+        return self.layer.group._get_backend(torch.device("cpu")).options._timeout == timeouts.step_limit
 
     def dispatch(self, x_TH, ids_TK, weight_TK):
         assert self.patient
@@ -140,7 +140,7 @@ def test_layers_of_a_call_have_as_many_tokens_and_ask_once(mesh):
     group = mesh["ep"].get_group()
     with in_call(Call(None)):
         assert max_tokens(0, group, "layer 0") == 1
-        with pytest.raises(RuntimeError, match="as many tokens in every layer of a forward, but here 0 became 4"):
+        with pytest.raises(RuntimeError, match="the same number of tokens in every layer of a forward, but 0 became 4"):
             max_tokens(4, group, "layer 1")
     assert max_tokens(4, group, "another call") == 4
 

@@ -21,10 +21,10 @@ class Exchange:
     """The communication of one forward of an experts layer and of its backward. This base class is the local case: all
     experts are on this rank and nothing is sent.
 
-    A transport is constructed with its `Dispatch`, x [T, H], and `ahead`: if true, the router has not run yet and x may
-    be sent early. All ranks call the same methods in the same order; the backward calls `combine_backward`, then
-    `dispatch_backward`. The caller enters `timeout`, for collectives over `layer.group`, around each method and around
-    what `dispatch_backward` returns. Collectives over another group need `step_timeout(layer.timeout.place, group)`.
+    A transport is constructed with its `Dispatch`, x [T, H], and `ahead`: if true, x may be sent before the router runs.
+    All ranks call the same methods in the same order, `combine_backward` before `dispatch_backward`. Callers enter
+    `timeout`, for collectives over `layer.group`, around each method and around what `dispatch_backward` returns.
+    Collectives over another group need `step_timeout(layer.timeout.place, group)`.
     """
 
     ep_implementation: str  # the transport's name in Transformers
