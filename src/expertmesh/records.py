@@ -13,8 +13,8 @@ from expertmesh.backends import in_fullgraph
 
 @dataclass(eq=False)
 class Call:
-    """model: the called model, or a base model that is called directly. targets: the label of each position [B, S], -100
-    for none; None without labels. defers: the head returns `DeferredLogits`. counts: the loss attaches `Statistics` of
+    """model: the called model, or a base model called directly. targets: the label of each position [B, S], -100 for
+    none; None without labels. defers: the head returns `DeferredLogits`. counts: the loss attaches `Statistics` of
     the predictions to them. labelled: number of positions with a target, None until it was read from the device.
     token_counts: for each group (number of tokens on this rank, largest number on any rank), set by the first layer.
 

@@ -23,7 +23,7 @@ _Stock: Any = Any if TYPE_CHECKING else object
 class Fast(_Stock):
     """Base class of the mixins with fast forwards. Twins can be pickled and deep-copied like their HF class.
 
-    stands_for: the methods of the HF class and functions of its module that the twin must equal; they are fingerprinted.
+    stands_for: the methods of the HF class and functions of its module that the twin must equal; these are hashed.
     Without "forward" in it, the twin keeps HF's forward, which must call the first. probed: whether a numerical probe
     may show that the twin equals unknown code. It is False if the twin runs HF's code on CPUs, where probes run.
     """
@@ -130,9 +130,7 @@ def _normalized(node: Any) -> str:
     if isinstance(node, ast.arg):
         node.annotation = None
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update":
-        node.keywords = [
-            keyword for keyword in node.keywords if keyword.arg != "kwargs"
-        ]  # only caches of 5.24 and later take it
+        node.keywords = [keyword for keyword in node.keywords if keyword.arg != "kwargs"]  # a cache's, added in 5.24
     fields = []
     for name, value in ast.iter_fields(node):
         values = value if isinstance(value, list) else [value]

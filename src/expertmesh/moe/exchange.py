@@ -21,17 +21,15 @@ class Exchange:
     """The communication of one forward of an experts layer and of its backward. This base class is the local case: all
     experts are on this rank and nothing is sent.
 
-    A transport is constructed with its `Dispatch`, x [T, H], and `ahead`: if true, x may be sent before the router runs.
+    A transport is constructed with its `Dispatch`, x [T, H], and `ahead`, true if x may be sent before the router.
     All ranks call the same methods in the same order, `combine_backward` before `dispatch_backward`. Callers enter
     `timeout`, for collectives over `layer.group`, around each method and around what `dispatch_backward` returns.
     Collectives over another group need `step_timeout(layer.timeout.place, group)`.
     """
 
     ep_implementation: str  # the transport's name in Transformers
-    num_local_rows: int | None = (
-        None  # (token, expert) pairs computed on this rank, at least 1; None if only the device knows
-    )
-    sharing_ranks: int = 1  # if num_local_rows is None, h has room for 1.25/sharing_ranks of all pairs
+    num_local_rows: int | None = None  # rows S for this rank's experts, at least 1; None if only the device knows
+    sharing_ranks: int = 1  # if num_local_rows is None, h has room for 1.25/sharing_ranks of the M·K rows
     layer: Any = None
     timeout: Any = nullcontext()
 

@@ -59,9 +59,9 @@ def why_not(experts: Any) -> str | None:
         return "each expert's output is normalised before it is weighted"
     act_fn = getattr(experts, "act_fn", None)
     if isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters()):
-        return f"their activation, {type(act_fn).__name__}, learns"
+        return f"their activation, {type(act_fn).__name__}, has parameters"
     unknown = next((name for name in _NEW_FLAGS if getattr(experts, name, False)), None)
-    return f"this Transformers says {unknown} of them, which is not known here" if unknown else None
+    return f"their class sets {unknown}, which is not supported" if unknown else None
 
 
 def is_experts(module: Any) -> bool:

@@ -57,7 +57,7 @@ class FastParamWrapper(Fast):
         return True
 
     def _factors(self, names: list[str], experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A [E, R, in] and scaled B [E, R, out] of this rank's experts, several adapters concatenated along R."""
+        """Return A [E, R, in] and scaled B [E, R, out] of this rank's experts, adapters concatenated along R."""
         dispatch, local, dtype = vars(experts).get("forward"), slice(None), self.get_param().dtype
         if isinstance(dispatch, Dispatch):
             first = dispatch.rank * dispatch.num_local_experts
