@@ -22,13 +22,11 @@ from expertmesh.parallel.setup import DistributedSetup
 def rank_of(world_size: int, rank: int = 0) -> Iterator[None]:
     """Context manager that makes this process that rank. Raise ValueError if a process group is initialized."""
     if dist.is_initialized():
-        raise ValueError(
-            "torch.distributed is initialized: plan this layout in a process of its own, by `expertmesh plan`."
-        )
+        raise ValueError("torch.distributed is initialized: plan this layout by `expertmesh plan`, on its own.")
     numbers = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     with (
         mock.patch.dict(os.environ, {name: str(value) for name, value in numbers.items()}),
-        mock.patch.object(timeouts, "_backends", lambda _: []),  # no timeouts on a fake group
+        mock.patch.object(timeouts, "_backends", lambda _: []),  # a fake group has no timeouts
         mock.patch.object(sys.modules["expertmesh.fuse"], "refuse_differences", lambda *_: None),
     ):
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())

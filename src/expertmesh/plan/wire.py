@@ -77,9 +77,7 @@ class PlannedAllToAll(Exchange):
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> tuple:
         tokens, top_k, ranks = *ids_TK.shape, self.layer.num_ranks
-        others = (
-            ranks - 1
-        ) * self.layer.num_local_experts  # a rank gets no row of a token whose K experts are all among these
+        others = (ranks - 1) * self.layer.num_local_experts  # a rank gets no row if all K are among these
         missed = math.comb(others, top_k) / math.comb(ranks * self.layer.num_local_experts, top_k)
         rows = max(1, round(tokens * ranks * (1 - missed)))
         self.tokens, self.rows = tokens, rows
