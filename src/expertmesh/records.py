@@ -17,7 +17,6 @@ class Call:
     none; None without labels. defers: the head returns `DeferredLogits`. counts: the loss attaches `Statistics` of
     the predictions to them. labelled: number of positions with a target, None until it was read from the device.
     token_counts: for each group (number of tokens on this rank, largest number on any rank), set by the first layer.
-
     predicts: multi-token prediction is trained in this call. It reads the main model's `embeds` and last `hidden`
     [B, S, H], the caller's `position_ids`, and the decoder layers' keyword arguments, `layer_inputs`.
     """

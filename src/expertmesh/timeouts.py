@@ -23,7 +23,6 @@ class RanksError(RuntimeError):
 class step_timeout:
     """Reentrant context manager and decorator that limits the collectives over these groups to `step_limit`. After a
     timeout it raises RanksError with the waiting rank and `place`.
-
     This works for backends that raise, like gloo. NCCL only enqueues collectives: its watchdog ends the process later
     and logs the rank and the collective, but not `place`.
     """

@@ -100,7 +100,6 @@ def _rebuild(stock: Any, fast: Any) -> Any:
 def fingerprint(cls: type, names: tuple[str, ...] = ("forward",)) -> str | None:
     """Return a hash of these methods of the class and functions of its module, in this order. It ignores what cannot
     change a result: comments, annotations, decorators, and the cache's name, which Transformers changed in 5.24.
-
     Return None if one is missing or, without "forward" in `names`, if the class's forward does not call the first.
     """
     module = sys.modules.get(cls.__module__)

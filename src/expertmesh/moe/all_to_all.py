@@ -111,10 +111,8 @@ class Routes(NamedTuple):
 
 
 def routes_of(ids_TK: torch.Tensor, num_ranks: int, experts_per_rank: int) -> Routes:
-    """Return the `Routes` of tokens with global expert ids ids_TK [T, K].
-
-    N is the upper bound T·min(R, K), because only the device knows the real number of rows. The caller removes the
-    padding rows at the end once the host knows that number.
+    """Return the `Routes` of tokens with global expert ids ids_TK [T, K]. N is the upper bound T·min(R, K), as only the
+    device knows the number of rows. The caller removes the padding rows at the end once the host knows it.
     """
     num_tokens, top_k = ids_TK.shape
     device = ids_TK.device

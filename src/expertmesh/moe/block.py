@@ -34,7 +34,6 @@ def stock_block(
 
 class FastMoEBlock(Fast):
     """Must equal `Qwen3MoeSparseMoeBlock.forward` of Transformers. With a residual, return residual + scale · output.
-
     torch.compile does not trace the block: one graph break is cheaper than one for each call inside.
     """
 
@@ -207,10 +206,7 @@ def sigmoid_routing(router: Any) -> Routing:
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the routers of a model as (name, module), in the order of the layers.
-
-    A router is a module whose `router_logits` Transformers records. A model that declares none yields nothing.
-    """
+    """Yield (name, module) of the modules whose `router_logits` Transformers records, in the order of the layers."""
     kinds: list[tuple[type, str]] = []
     for module in model.modules():
         recorded = module.can_record_outputs.get("router_logits", []) if isinstance(module, PreTrainedModel) else []

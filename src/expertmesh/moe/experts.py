@@ -11,10 +11,8 @@ routing. The backward recomputes the activation from h; the down-dgrad also yiel
 that autograd passes between them is a dummy.
 
 With expert parallelism only the `Exchange` differs: a `Dispatch`, the forward of the experts, makes one for each call
-with one of `TRANSPORTS`.
-
-All layouts of Transformers' experts modules work: gated (concatenated or interleaved) or not, with or without biases,
-weights [E, out, in] or transposed.
+with one of `TRANSPORTS`. All layouts of Transformers' experts modules work: gated (concatenated or interleaved) or not,
+with or without biases, weights [E, out, in] or transposed.
 """
 
 import inspect
@@ -145,8 +143,8 @@ def compute(
     factors = vars(experts).get("low_rank", {})  # adapters' factors, set for this call (lora.py)
     low_up, low_down = (factors.get(name, (None, None)) for name in (up, "down_proj"))
     parts = [w._local_tensor if isinstance(w, DTensor) else w for w in (w_up, b_up, w_down, b_down)]
-    # `_Down.backward` needs the autograd node of `_Up`, so if w_up is frozen w_down is an input of `_Up`. Otherwise it
-    # is not: then w_down's gradient is accumulated before `_Up.backward` allocates one of the same size
+    # `_Down.backward` needs the autograd node of `_Up`, so w_down is an input of `_Up` if w_up is frozen. Otherwise it
+    # is not, so that w_down's gradient is accumulated before `_Up.backward` allocates one of the same size
     node_input = None if w_up.requires_grad else w_down
     h_SJ, a_SI, routed = _Up.apply(
         x_TH.contiguous(), weight_TK, w_up, b_up, *low_up, node_input, b_down, *low_down, ids_TK, act, scale, parts,
@@ -157,7 +155,6 @@ def compute(
 
 class _Up(torch.autograd.Function):
     """Dispatch and return (h [S, J], activation(h) [S, I], (group, weights [M, K], v [S, R], w_down, b_down)).
-
     Only h gets a gradient. h may have fewer than S rows; the backward recomputes the rest. parts: the local shards of
     both weights and biases. Weight gradients have the layout of the weights and are multiplied by `scale`. An adapter's
     factors are A [E, R, in] and B [E, R, out], or None: u = x · Aᵀ and v = activation(h) · Aᵀ.
@@ -307,7 +304,6 @@ class Dispatch(EPImplementation):
         exchange: Exchange | None = None,
     ) -> torch.Tensor:
         """Return the output [T, H] for hidden_states [T, H], global ids [T, K] and routing weights [T, K]. T may be 0.
-
         residual: [..., H] in the hidden states' dtype, added to the result, which then has this shape. exchange: an
         exchange of these tokens that started before the router ran; None if `slices`.
         """

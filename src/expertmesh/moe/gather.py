@@ -90,7 +90,6 @@ class Gather(Exchange):
 
 def max_tokens(num_tokens: int, group: dist.ProcessGroup, place: str) -> int:
     """Return the largest number of tokens on any rank of the group, at least 1, by an all-reduce between the hosts.
-
     Only the first layer in a call of the model communicates, because all layers get the same number of tokens.
     """
     call = current.get()

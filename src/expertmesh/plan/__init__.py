@@ -28,7 +28,6 @@ class Plan:
 
 def plan(job: Job, gpu: GPU, micro_batches: int = 1) -> Plan:
     """Predict the memory on each GPU of this kind and the time of a step of `micro_batches` micro-batches.
-
     Raise ValueError for incompatible sizes and for a model that cannot be planned.
     """
     return Plan(gpu, layout_of(job, gpu, micro_batches), micro_batches)

@@ -17,9 +17,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class GPU:
     """memory: bytes reported by CUDA. flops: FLOP/s of dense bfloat16 GEMMs. copies: bytes read or written per second.
-    wire: bytes per second sent within the node. network: bytes per second sent to other nodes, assumed to be 4/5 of one
-    400 Gbit/s adapter per GPU. host: bytes per second to or from pinned host memory. measured: whether all but network
-    and host were measured on this GPU.
+    wire: bytes sent per second within the node. network: the same to other nodes, assumed: 4/5 of a 400 Gbit/s adapter
+    per GPU. host: the same to or from pinned host memory. measured: whether all but network and host were measured.
     """
 
     name: str

@@ -93,9 +93,7 @@ def _levels(job: Job) -> tuple[int, list[Any]]:
 
 
 def _batches(job: Job, gpu: GPU, rows: int, tried: dict[tuple[int, str], Layout], num_layers: int) -> None:
-    """Try micro-batches of `rows`, 2·`rows`, ... while they get faster, and update `tried`. Layouts in it that fit are
-    kept, because they recompute less.
-    """
+    """Try micro-batches of `rows`, 2·`rows`, ... while they get faster. Layouts in `tried` that fit are kept."""
     before = 0.0
     while rows <= MOST_ROWS:
         traced, best = trace(replace(job, batch=rows), gpu.memory), 0.0

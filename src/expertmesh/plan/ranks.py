@@ -1,7 +1,4 @@
-"""Act as one rank of many in a single process, with PyTorch's fake process group, which sends nothing.
-
-The real layout code then runs for any number of ranks on any machine.
-"""
+"""Act as one rank of many in one process, by PyTorch's fake process group: the real layout code runs on any machine."""
 
 import os
 import sys
@@ -38,7 +35,6 @@ def rank_of(world_size: int, rank: int = 0) -> Iterator[None]:
 
 def lay_out(model: Any, setup: DistributedSetup, memory: int) -> Any:
     """Lay out a meta-device model with the real code, on a rank whose GPU has `memory` bytes. Call within `rank_of`.
-
     Raise ValueError if the setup does not fit the model.
     """
     layout, _, meshes = PreTrainedModel.prepare_distribute_model(setup.to_transformers())

@@ -1,6 +1,5 @@
-"""Predict how FSDP and expert parallelism shard a model's parameters and gradients on one rank.
-
-The rules are those of parallel/layout.py and of Transformers. A test compares the result with real shards.
+"""Predict how FSDP and expert parallelism shard parameters and gradients, by the rules of parallel/layout.py and of
+Transformers. A test compares the result with real shards.
 """
 
 from collections.abc import Iterator
@@ -22,11 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Share:
-    """The local shard of a parameter on one rank.
-
-    elements: size of the shard. unit: the FSDP unit, whose parameters are gathered at once. group: ranks that hold the
-    other shards. copies: ranks with a replica of this shard, which all-reduce its gradient. gathered: FSDP gathers the
-    full tensor for use. kept: FSDP keeps the full tensor from the forward to the backward.
+    """The local shard of a parameter. elements: its size. unit: the FSDP unit, whose parameters are gathered at once.
+    group: ranks that hold the other shards. copies: ranks with a replica of this shard, which all-reduce its gradient.
+    gathered: FSDP gathers the full tensor for use. kept: FSDP keeps it from the forward to the backward.
     """
 
     elements: int
@@ -109,10 +106,9 @@ def _experts_of(model: Any) -> list[Any]:
 
 
 class Gradients:
-    """Post-accumulate-grad hooks that account for the memory of gradients.
-
-    A full gradient lives until the reduce-scatter of its unit, which overlaps the next unit's backward; then only its
-    shard stays. Full weights that FSDP kept for the backward are freed at the same time.
+    """Post-accumulate-grad hooks that count the memory of gradients. A full gradient lives until the reduce-scatter of
+    its unit, which overlaps the next unit's backward; then only its shard stays. Full weights that FSDP kept for the
+    backward are freed at the same time.
     """
 
     def __init__(self, watch: StepRecorder, job: "Job") -> None:

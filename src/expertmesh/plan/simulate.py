@@ -48,10 +48,7 @@ class Simulation:
 
 
 def simulate(job: Job, gpu: GPU, micro_batches: int = 1, rank: int = 0) -> Simulation:
-    """Plan a job for one of its ranks. Rank 0 needs the most memory.
-
-    Raise ValueError as `trace` does, and if the layout does not fit the model.
-    """
+    """Plan a job for one of its ranks; rank 0 needs the most memory. Raise ValueError as `trace` and `lay_out` do."""
     shares, total = real_shares(job, gpu.memory, rank)
     found = trace(job, gpu.memory, shares)
     layout = Layout(job, memory_of(job, found), speed_of(job, found, gpu, micro_batches))

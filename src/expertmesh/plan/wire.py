@@ -1,7 +1,5 @@
-"""Exchanges for planned steps, which send nothing.
-
-They allocate what the real exchanges allocate (moe/gather.py, moe/all_to_all.py) and record what those would send. They
-assume balanced experts: each rank of the group gets an equal share of the rows.
+"""Exchanges for planned steps. They send nothing, allocate what the real exchanges allocate (moe/gather.py,
+moe/all_to_all.py), and record what those would send. All ranks of the group get an equal share of the rows.
 """
 
 import math
