@@ -39,7 +39,7 @@ OPTIMIZERS = {
 }
 #: cuBLAS workspace on Hopper and newer, in PyTorch's memory
 WORKSPACE = 32 * 2**20
-#: reserved memory that exceeds allocated memory, relative. `reserved_gib` / `peak_gib` in
+#: reserved memory beyond allocated memory, as a share of it: `reserved_gib` / `peak_gib` in
 #: benchmarks/results/h200_{loops,packed_loop*}.json is 1.03 to 1.11; when memory is scarce PyTorch frees its cache
 FRAGMENTATION = 0.06
 #: CUDA context, loaded modules and NCCL buffers, which are outside PyTorch's memory
@@ -53,8 +53,8 @@ class Job:
     is complete, then frees the gradient; "exact" runs a first backward for the norm. offloaded: optimizer states of
     large weights are in host memory. recompute: `activation_checkpointing` of the setup. adapt: function applied to the
     model before training, such as PEFT's `get_peft_model`. experts: the format of 4-bit routed experts. accumulates: a
-    step has several micro-batches, so gradients are allocated throughout. mtp: the checkpoint has frozen modules
-    for multi-token prediction. per_node: GPUs of a node.
+    step has several micro-batches, so gradients are always allocated. mtp: the checkpoint has modules for multi-token
+    prediction, which are frozen. per_node: GPUs of a node.
     """
 
     config: PreTrainedConfig
@@ -196,9 +196,7 @@ def _trace(model: Any, job: Job, memory: int, shares: dict[str, Share] | None) -
             parameter.register_post_accumulate_grad_hook(gradients.of(share))
     for buffer in model.buffers():
         watch.attribute(buffer, "parameters")
-    watch.count(
-        "gathered weights", sum(sorted(units.values())[-2:])
-    )  # the current layer's and the prefetched next one's
+    watch.count("gathered weights", sum(sorted(units.values())[-2:]))  # the current and the prefetched unit
     watch.count("libraries", WORKSPACE)
     constant = watch.live_bytes()
     with watched(watch, memory):

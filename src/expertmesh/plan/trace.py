@@ -1,7 +1,7 @@
 """Trace what one training step of a model allocates and computes, by running it on the meta device.
 
-The model runs the code path of a GPU: the same Python, the same autograd functions, the same allocations. Only kernel
-launches are replaced by a callback that records them (`backends.watching`). So no rules for saved tensors are needed,
+The model runs the code path of a GPU, with the same autograd functions and allocations. Only kernel launches are
+replaced by a callback that records them (`backends.watching`). So the trace shows what layers save for the backward,
 even with recomputation or adapters. Neither a GPU nor Triton is needed.
 
 `_Attention` replaces the attention library of a GPU. It saves queries, keys, values, output and each row's log-sum-exp,
@@ -29,7 +29,7 @@ from expertmesh.kernels import flash_attention
 from expertmesh.plan.links import Group, Sent
 from expertmesh.plan.pieces import piece_of_caller
 
-#: GEMM kernel -> positions of its arguments token rows, weights [E, …] and experts' bounds [E+1]; kind of work
+#: GEMM kernel -> positions of its token rows, weights [E, …] and experts' bounds [E+1] among its arguments; work kind
 PRODUCTS = {
     "grouped_gemm._rows_kernel": (5, 6, 3, "experts"),
     "grouped_grads._down_dact_kernel": (6, 7, 3, "experts, backward"),
