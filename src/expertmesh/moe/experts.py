@@ -242,8 +242,7 @@ class _Down(torch.autograd.Function):
         missing_SJ = None
         if len(h_SJ) < len(token_S):
             missing_SJ = up_again(x_MH, Weights(w_up, b_up, u_SR, up_B), group, up.act, h_SJ)
-        # `down_dact` applies the routing weight to this and to dout
-        dv_SR = None if down_B is None else thin_rows(dout_MH, down_B, group, gathered=True)
+        dv_SR = None if down_B is None else thin_rows(dout_MH, down_B, group, gathered=True)  # not weighted yet
         projection = Weights(w_down.transpose(1, 2), None, dv_SR, down_A)
         dh_SJ, wa_SI, dweight_PS, db_up = down_dact(
             dout_MH, projection, h_SJ, group, up.act, need_b_up, missing_SJ, up.alternating

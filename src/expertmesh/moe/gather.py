@@ -213,8 +213,8 @@ class Mailboxes:
 
     def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
         """As `Collectives.combine`. The combine kernel writes each rank's rows directly into that rank's mailbox."""
-        like = y_SH.new_empty_strided((len(position_MK), y_SH.shape[1]), (0, 0))
-        box, (slot,) = self.begin([like], self.size)
+        shape_only = y_SH.new_empty_strided((len(position_MK), y_SH.shape[1]), (0, 0))
+        box, (slot,) = self.begin([shape_only], self.size)
         combine_into(slot.to, self.rank, y_SH, position_MK, weight_MK, residual)
         box.barrier()
         return self._sum(slot.recv, slot.to[self.rank])
@@ -258,8 +258,8 @@ class Mailboxes:
                 begin, end = end, end + size
                 shape = self.size, len(part) // pieces, *part.shape[1:]
                 used = slice(begin, begin + math.prod(shape) * part.itemsize)
-                whole = [self.boxes[turn].of(rank)[used].view(part.dtype).view(shape) for rank in range(self.size)]
-                self._slots[key].append(_Slot([tensors[self.rank] for tensors in whole], whole[self.rank]))
+                views = [self.boxes[turn].of(rank)[used].view(part.dtype).view(shape) for rank in range(self.size)]
+                self._slots[key].append(_Slot([view[self.rank] for view in views], views[self.rank]))
         return self.boxes[turn], self._slots[key]
 
 

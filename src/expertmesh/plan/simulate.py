@@ -50,15 +50,15 @@ class Simulation:
 def simulate(job: Job, gpu: GPU, micro_batches: int = 1, rank: int = 0) -> Simulation:
     """Plan a job for one of its ranks; rank 0 needs the most memory. Raise ValueError as `trace` and `lay_out` do."""
     shares, total = real_shares(job, gpu.memory, rank)
-    found = trace(job, gpu.memory, shares)
-    layout = Layout(job, memory_of(job, found), speed_of(job, found, gpu, micro_batches))
-    learning = int(sum(elements * size for elements, size, learns in found.parameters.values() if learns))
+    traced = trace(job, gpu.memory, shares)
+    layout = Layout(job, memory_of(job, traced), speed_of(job, traced, gpu, micro_batches))
+    learning = int(sum(elements * size for elements, size, learns in traced.parameters.values() if learns))
     held = {
-        "parameters": int(sum(elements * size for elements, size, _ in found.parameters.values())),
+        "parameters": int(sum(elements * size for elements, size, _ in traced.parameters.values())),
         "gradients": 0 if job.released else learning,
         "optimizer states": layout.memory.pieces["optimizer states"],
     }
-    return Simulation(Plan(gpu, layout, micro_batches), total, held, _sent(found, job.passes * micro_batches))
+    return Simulation(Plan(gpu, layout, micro_batches), total, held, _sent(traced, job.passes * micro_batches))
 
 
 def real_shares(job: Job, memory: int, rank: int = 0) -> tuple[dict[str, Share], int]:
@@ -112,9 +112,9 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _sent(found: Trace, micro_batches: int) -> dict[str, Sent]:
+def _sent(traced: Trace, micro_batches: int) -> dict[str, Sent]:
     sent = {
-        name: Sent(*(micro_batches * found.work[link + what].bytes for link in Sent._fields))
+        name: Sent(*(micro_batches * traced.work[link + what].bytes for link in Sent._fields))
         for what, name in WHAT.items()
     }
     return {name: size for name, size in sent.items() if any(size)}

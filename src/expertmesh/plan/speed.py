@@ -106,23 +106,23 @@ def seconds_of(kind: str, work: Work, gpu: GPU) -> float:
     return work.flops / (rate * gpu.flops) + work.bytes / (copies * gpu.copies) + work.times * LAUNCH
 
 
-def _not_hidden(found: Trace, gpu: GPU) -> float:
+def _not_hidden(traced: Trace, gpu: GPU) -> float:
     """Return the time of copying layer inputs to the host and back that the forward and backward do not hide."""
 
     def seconds(work: dict[str, Work], copies: bool) -> float:
         return sum(seconds_of(kind, part, gpu) for kind, part in work.items() if (kind in COPIES) == copies)
 
-    forward, out = (seconds(found.forward, copies) for copies in (False, True))
-    both, copied = (seconds(found.work, copies) for copies in (False, True))
+    forward, out = (seconds(traced.forward, copies) for copies in (False, True))
+    both, copied = (seconds(traced.work, copies) for copies in (False, True))
     return max(0.0, out - forward) + max(0.0, copied - out - (both - forward))
 
 
-def _optimizer_bytes(job: Job, found: Trace) -> tuple[float, float]:
+def _optimizer_bytes(job: Job, traced: Trace) -> tuple[float, float]:
     """Return the optimizer's bytes (in GPU memory, over PCIe in each direction). Weights and states are read and
     written, gradients are read twice, once by clipping. PCIe copies in both directions at once.
     """
     device = host = 0.0
-    for elements, size, learns in found.parameters.values():
+    for elements, size, learns in traced.parameters.values():
         states = learns * elements * OPTIMIZERS[job.optimizer](size)
         on_host = job.on_host(elements * size)
         device += learns * 4 * elements * size + (0 if on_host else 2 * states)
