@@ -53,7 +53,7 @@ def said(monkeypatch):
     """What the log says."""
     lines = []
     monkeypatch.setattr(backends.logger(), "warning", lines.append)
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_warned", set())
     return lines
 
 

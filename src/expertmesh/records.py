@@ -1,4 +1,4 @@
-"""One call of a fused model: what it asks of its base model, head and loss, and what its layers find out once."""
+"""State of one call of a fused model, shared by its base model, layers, head and loss through a context variable."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +13,12 @@ from expertmesh.backends import in_fullgraph
 
 @dataclass(eq=False)
 class Call:
-    """model: the one called, or a base model that was called by itself. targets: [B, S], what each position is to
-    predict, -100 for nothing; None without labels. defers: the head returns `DeferredLogits`. counts: the loss gives
-    these the `Statistics` of the predictions. labelled: how many positions have a target, once the device was asked.
-    agreed: for each group of ranks the number of tokens here and the largest on any rank, once the hosts asked.
-
-    predicts: multi-token prediction learns in this call. It takes from the main model embeddings and last hidden state
-    [B, S, H], the caller's positions, and the keywords of decoder layers.
+    """model: the called model, or a base model called directly. targets: the label of each position [B, S], -100 for
+    none; None without labels. defers: the head returns `DeferredLogits`. counts: the loss attaches `Statistics` of
+    the predictions to them. labelled: number of positions with a target, None until it was read from the device.
+    token_counts: for each group (number of tokens on this rank, largest number on any rank), set by the first layer.
+    predicts: multi-token prediction is trained in this call. It reads the main model's `embeds` and last `hidden`
+    [B, S, H], the caller's `position_ids`, and the decoder layers' keyword arguments, `layer_inputs`.
     """
 
     model: Any
@@ -28,7 +27,7 @@ class Call:
     counts: bool = False
     predicts: bool = False
     labelled: int | None = None
-    agreed: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    token_counts: dict[Any, tuple[int, int]] = field(default_factory=dict)
     embeds: Any = None
     hidden: Any = None
     position_ids: Any = None
@@ -40,7 +39,7 @@ current: ContextVar[Call | None] = ContextVar("call", default=None)
 
 @contextmanager
 def in_call(call: Call) -> Iterator[None]:
-    """Within: `current` is this call."""
+    """Context manager that makes this call `current`."""
     token = current.set(call)
     try:
         yield
@@ -49,6 +48,6 @@ def in_call(call: Call) -> Iterator[None]:
 
 
 def call_of(model: Any) -> Call:
-    """The call of this model, or of the one whose base model it is; one that asks for nothing if there is none."""
+    """Return the current call if it is of this model or of the model around this base model, else a default `Call`."""
     call = None if in_fullgraph() else current.get()
     return call if call is not None and model in (call.model, call.model.base_model) else Call(model)

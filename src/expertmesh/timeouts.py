@@ -1,7 +1,7 @@
-"""How long a rank waits for others in a step, and what it says when they do not come.
+"""Timeouts for the collectives of a training step, and the error of a rank that waits in vain.
 
-Groups of ranks have the timeout that they were made with, of hours where Transformers made them: loading and saving
-take long, and so may preparing data. The exchanges of a step have a `step_timeout` of minutes.
+A process group has a fixed timeout, hours for those that Transformers creates, because loading, saving and preparing
+data take long. The collectives of a step run in a `step_timeout` of minutes.
 """
 
 from collections.abc import Callable
@@ -12,68 +12,67 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-patience = timedelta(minutes=5)  # in steps; a `DistributedSetup` sets it
-_FIRST = timedelta(seconds=30)  # that an error of ours is to come before NCCL's watchdog ends the process
+step_limit = timedelta(minutes=5)  # timeout of collectives in a step; a `DistributedSetup` sets it
+_NCCL_MARGIN = timedelta(seconds=30)  # our errors must come before NCCL's watchdog ends the process
 
 
 class RanksError(RuntimeError):
-    """Ranks that should do the same at the same time do not; on every rank that notices."""
+    """Raised on every rank that notices that the ranks are out of step."""
 
 
 class step_timeout:
-    """Within, or in a function that this decorates, ranks of these groups exchange something at `place`. If a rank does
-    not come, a RanksError says who waited, and where. May be entered any number of times.
-
-    This holds for backends that raise, as gloo does. NCCL's exchanges only start here: if a rank does not come, its
-    watchdog ends the process, and names the rank and the exchange, but not the place.
+    """Reentrant context manager and decorator that limits the collectives over these groups to `step_limit`. After a
+    timeout it raises RanksError with the waiting rank and `place`.
+    This works for backends that raise, like gloo. NCCL only enqueues collectives: its watchdog ends the process later
+    and logs the rank and the collective, but not `place`.
     """
 
     def __init__(self, place: str, *groups: dist.ProcessGroup) -> None:
         self.place, self.groups = place, groups
-        self._backends = [one for group in groups for one in _backends(group)]
+        self._backends = [entry for group in groups for entry in _backends(group)]
 
     def __enter__(self) -> None:
-        for backend, usual, more in self._backends:
-            backend._set_default_timeout(min(usual, patience + more))
+        for backend, own_timeout, margin in self._backends:
+            backend._set_default_timeout(min(own_timeout, step_limit + margin))
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        for backend, usual, _ in self._backends:
-            backend._set_default_timeout(usual)
+        for backend, own_timeout, _ in self._backends:
+            backend._set_default_timeout(own_timeout)
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             ranks = sorted({rank for group in self.groups for rank in dist.get_process_group_ranks(group)})
             raise RanksError(
                 f"Rank {dist.get_rank()} waited in vain for the ranks {ranks} at {self.place}. One of them failed, "
-                f"stands still or got fewer batches: look at the first error of all, and where a rank without one "
-                f"stands (py-spy dump --pid). If it only needs longer, raise timeout_minutes, now "
-                f"{patience.total_seconds() / 60:g}."
+                f"hangs or got fewer batches: look for the first error in the logs, and where a rank without an error "
+                f"hangs (py-spy dump --pid). If a rank only needs longer, raise timeout_minutes, now "
+                f"{step_limit.total_seconds() / 60:g}."
             ) from None
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def limited(*args: Any, **kwargs: Any) -> Any:
-            for backend, usual, more in self._backends:  # as __enter__, which would be a call more: steps make many
-                backend._set_default_timeout(min(usual, patience + more))
+            for backend, own_timeout, margin in self._backends:  # inlined __enter__: steps make many such calls
+                backend._set_default_timeout(min(own_timeout, step_limit + margin))
             try:
                 return function(*args, **kwargs)
             except RuntimeError as error:
                 self.__exit__(None, error, None)
                 raise
             finally:
-                for backend, usual, _ in self._backends:
-                    backend._set_default_timeout(usual)
+                for backend, own_timeout, _ in self._backends:
+                    backend._set_default_timeout(own_timeout)
 
         return limited
 
 
 @cache
 def _backends(group: Any) -> list[tuple[Any, timedelta, timedelta]]:
-    """Each with its usual timeout, and what it is given beyond our patience; asked once, as a step exchanges often."""
-    found = {id(backend): backend for backend in map(group._get_backend, group._device_types)}.values()
-    return [(one, one.options._timeout, _FIRST if one.name() == "nccl" else timedelta()) for one in found]
+    """Return (backend, its own timeout, what to add to `step_limit`) for each backend; cached for speed."""
+    backends = {id(backend): backend for backend in map(group._get_backend, group._device_types)}.values()
+    return [(b, b.options._timeout, _NCCL_MARGIN if b.name() == "nccl" else timedelta()) for b in backends]
 
 
 def gather_on_hosts(place: str, *numbers: int) -> list[tuple[int, ...]]:
-    """Each of the numbers as all ranks have it, once every rank is here with as many. No device is waited for."""
+    """All-gather numbers on the CPU: for each, the tuple of its values on all ranks. All ranks pass equally many."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [(number,) for number in numbers]
     group = cpu_group(dist.group.WORLD)  # type: ignore[arg-type]
@@ -85,7 +84,7 @@ def gather_on_hosts(place: str, *numbers: int) -> list[tuple[int, ...]]:
 
 @cache
 def cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same ranks whose messages travel between their CPUs, with the timeout of `init_process_group`."""
+    """Return a gloo group of the same ranks with the timeout of `init_process_group`. The first call is collective."""
     world: Any = dist.group.WORLD
     timeout = world._get_backend(world._device_types[0]).options._timeout
     ranks = dist.get_process_group_ranks(group)

@@ -420,7 +420,7 @@ def test_a_rank_that_never_arrives_is_an_error_that_names_who_waited(tmp_path):
     ids=str,
 )
 def test_the_place_where_a_rank_never_arrives_is_named(tmp_path, setup, layer, said, backward):
-    """By the patience of the setup; the groups have that of `init_process_group`, of hours."""
+    """By `step_limit` of the setup; the groups have that of `init_process_group`, of hours."""
     case = Case(setup | {"timeout_minutes": 0.05})
     stops = work.never_arrives_at_a_layer
     heard, _ = on_ranks(2, stops, saved("qwen3_moe"), case, layer, tmp_path, backward, seconds=60)

@@ -39,7 +39,7 @@ def test_weights_of_any_strides(kind):
 
 def test_copies_of_weights_are_told_once(monkeypatch):
     told = set()
-    monkeypatch.setattr(backends, "_said", told)
+    monkeypatch.setattr(backends, "_warned", told)
     for _ in range(2):
         module.tiles_of(torch.empty(4 * 8 + 1)[1:].view(4, 8), 4, 8)
         module.weight_tiles(torch.empty(2, 4, 16)[..., :8], 4, 8)

@@ -339,7 +339,7 @@ def test_a_head_whose_weight_comes_and_goes_makes_whole_logits_and_says_so(pair,
         head.register_forward_hook(lambda module, args, output: setattr(module.weight, "data", nothing)),
     ]
     head.weight.data = nothing
-    monkeypatch.setattr("expertmesh.backends._said", set())
+    monkeypatch.setattr("expertmesh.backends._warned", set())
     with caplog.at_level("WARNING", "expertmesh"):
         outputs = [run(ours), run(ours)][0]
     for hook in hooks:

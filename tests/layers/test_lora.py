@@ -121,7 +121,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_is_no_product_of_low_rank_stays_peft_s_and_is_said_once(kind, peft_forwards, capsys, monkeypatch):
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_warned", set())
     options, said = OTHERS[kind]
     stock, ours = pair(*[options] * kind.startswith("two"), **options)
     x = torch.randn(5, 24)

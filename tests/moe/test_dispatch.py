@@ -48,11 +48,11 @@ class Told(Exchange):
     asked: list[str]
 
     def __init__(self, layer, x_TH, ahead=False):
-        self.layer, self.waits, Told.asked = layer, layer.waits, []
+        self.layer, self.timeout, Told.asked = layer, layer.timeout, []
 
     @property
     def patient(self):
-        return self.layer.group._get_backend(torch.device("cpu")).options._timeout == timeouts.patience
+        return self.layer.group._get_backend(torch.device("cpu")).options._timeout == timeouts.step_limit
 
     def dispatch(self, x_TH, ids_TK, weight_TK):
         assert self.patient
@@ -127,7 +127,7 @@ def test_weights_of_another_dtype_are_for_another_backend(mesh):
 def test_of_what_is_gathered_a_rank_keeps_its_share_and_a_quarter(ranks, tokens, kept, mesh, monkeypatch):
     experts, up_act, asked = work.experts_of(8, slice(None)), moe_experts.up_act, []
     experts.forward = Dispatch(Told, experts, mesh["ep"], mesh["tp"])
-    monkeypatch.setattr(Told, "sharers", ranks)
+    monkeypatch.setattr(Told, "sharing_ranks", ranks)
     monkeypatch.setattr(moe_experts, "up_act", lambda *inputs: asked.append(inputs[-1]) or up_act(*inputs))
     x, ids, weights, _ = work.layer_inputs(tokens, None, seed=0)
     assert ids.shape == (tokens, 3)
@@ -140,7 +140,7 @@ def test_layers_of_a_call_have_as_many_tokens_and_ask_once(mesh):
     group = mesh["ep"].get_group()
     with in_call(Call(None)):
         assert max_tokens(0, group, "layer 0") == 1
-        with pytest.raises(RuntimeError, match="as many tokens in every layer of a forward, but here 0 became 4"):
+        with pytest.raises(RuntimeError, match="the same number of tokens in every layer of a forward, but 0 became 4"):
             max_tokens(4, group, "layer 1")
     assert max_tokens(4, group, "another call") == 4
 
@@ -169,7 +169,7 @@ def test_a_layout_makes_it_the_forward_and_leaves_a_dispatch_of_others_where_it_
     with expert_parallel_fsdp(model, SimpleNamespace(ep_size=2, efsdp_size=1, dp_replicate_size=1)):
         dispatch = Dispatch(Gather, experts, mesh["ep"], mesh["tp"])
         experts.forward, attention.dispatch = dispatch.__call__, "theirs"
-    assert experts.forward is dispatch and dispatch.waits.place == "model.layers.0.mlp.experts"
+    assert experts.forward is dispatch and dispatch.timeout.place == "model.layers.0.mlp.experts"
     assert attention.dispatch == "theirs" and not hasattr(experts, "dispatch")
 
 

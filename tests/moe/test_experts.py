@@ -174,7 +174,7 @@ def test_what_a_later_transformers_says_of_experts_keeps_them_stock(monkeypatch)
     monkeypatch.setattr(moe_experts, "_NEW_FLAGS", ["has_something_new"])
     assert moe_experts.why_not(module) is None
     module.has_something_new = True
-    assert "has_something_new of them" in moe_experts.why_not(module)
+    assert "sets has_something_new" in moe_experts.why_not(module)
 
 
 def test_transformers_says_nothing_of_experts_that_is_not_known_here():

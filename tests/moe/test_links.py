@@ -66,10 +66,10 @@ def test_rows_that_are_not_those_sent_ahead_or_whose_box_is_gone_are_sent(mailbo
 
 
 def test_places_of_sizes_that_never_come_again_do_not_pile_up(mailboxes, monkeypatch):
-    monkeypatch.setattr(links, "MOST_PLACES", 4)
+    monkeypatch.setattr(links, "MAX_CACHED_SLOTS", 4)
     for rows in range(20, 1, -1):
         got, *_ = mailboxes.all_gather([torch.full((rows, 8), float(rows))])
-        assert (got[:rows] == rows).all() and len(mailboxes._places) <= 4
+        assert (got[:rows] == rows).all() and len(mailboxes._slots) <= 4
 
 
 def test_boxes_stay_as_long_as_they_are_large_enough_and_their_places_go_with_them(mailboxes):
@@ -81,12 +81,12 @@ def test_boxes_stay_as_long_as_they_are_large_enough_and_their_places_go_with_th
     mailboxes.all_gather([rows.repeat(2, 1)])
     mailboxes.all_gather([rows])
     memory = {box.of(0).data_ptr() for box in mailboxes.boxes}
-    assert {place.came.data_ptr() for places in mailboxes._places.values() for place in places} <= memory
+    assert {slot.recv.data_ptr() for slots in mailboxes._slots.values() for slot in slots} <= memory
 
 
 def test_ranks_settle_at_their_first_box(mailboxes, monkeypatch):
     met = []
-    monkeypatch.setattr(links, "_opened", lambda: [mailboxes])
+    monkeypatch.setattr(links, "_open_mailboxes", lambda: [mailboxes])
     monkeypatch.setattr(Memory, "barrier", lambda box: met.append(box))
     links.mailbox_barrier()
     assert not met, "they have none yet"

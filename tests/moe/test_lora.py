@@ -181,7 +181,7 @@ def all_linear(family, **options):
     ],
 )
 def test_all_linear_reaches_the_experts_and_a_line_says_once_what_trains(family, options, routers, capsys, monkeypatch):
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_warned", set())
     model = all_linear(family, **options)
     told = capsys.readouterr().err
     reached = "lora_dropout" not in options  # which PEFT refuses on parameters

@@ -13,7 +13,7 @@ from expertmesh.bench.works import WORKS, config_of
 from expertmesh.kernels.packed import packed_in
 from expertmesh.plan.gpus import GPUS
 from expertmesh.plan.memory import GIB, Job, memory_of, model_of, trace
-from expertmesh.plan.shards import spread
+from expertmesh.plan.shards import shares_by_rule
 from expertmesh.plan.simulate import real_shares, simulate
 from tests.moe.test_four_bit import config
 
@@ -61,7 +61,7 @@ def test_the_rules_of_ranks_are_what_the_real_layout_does_with_adapters_behind_i
         job = job_of(family, format, world_size=4, per_node=2, **sizes)
         real, total = real_shares(job, memory)
         assert total == sum(parameter.numel() for parameter in model_of(replace(job, adapt=None)).parameters())
-        planned = spread(model_of(job), job, memory)
+        planned = shares_by_rule(model_of(job), job, memory)
         assert {name: replace(share, unit="") for name, share in planned.items()} == {
             name: replace(share, unit="") for name, share in real.items()
         }, sizes

@@ -13,7 +13,7 @@ from expertmesh.plan.gpus import GPUS
 from expertmesh.plan.links import Group, Sent, group_of
 from expertmesh.plan.memory import Job, model_of, trace
 from expertmesh.plan.ranks import lay_out, rank_of
-from expertmesh.plan.shards import spread
+from expertmesh.plan.shards import shares_by_rule
 from expertmesh.plan.simulate import real_shares, simulate
 from tests.distributed.ranks import on_the_same_ranks
 from tests.plan import traffic
@@ -61,11 +61,11 @@ def test_the_rules_of_a_plan_are_what_the_real_layout_does(family, memory):
         real, total = real_shares(job, memory)
         assert total == sum(p.numel() for p in model_of(job).parameters())
         if job.tp_size == 1:
-            planned = spread(model_of(job), job, memory)
+            planned = shares_by_rule(model_of(job), job, memory)
         else:
             with rank_of(job.tp_size):
                 setup = replace(job.setup(), world_size=2, dp_size=1, ep_size=1)
-                planned = spread(lay_out(model_of(job), setup, memory), job, memory)
+                planned = shares_by_rule(lay_out(model_of(job), setup, memory), job, memory)
         assert {name: replace(share, unit="") for name, share in planned.items()} == {
             name: replace(share, unit="") for name, share in real.items()
         }, sizes
@@ -116,7 +116,7 @@ def test_a_slow_network_makes_a_step_longer_and_nothing_else():
 
 
 def test_where_ranks_run_already_none_are_simulated():
-    with rank_of(2), pytest.raises(ValueError, match="Ranks run here already"):
+    with rank_of(2), pytest.raises(ValueError, match="torch.distributed is initialized"):
         simulate(Job(tiny_config("qwen3_moe"), seq=32, world_size=2), H100)
 
 

@@ -185,7 +185,7 @@ def test_larger_mailboxes_are_recorded_anew_and_each_replay_is_between_two_barri
             self.met += 1
 
     link = type("Link", (), {"boxes": [Box(), Box()]})()
-    monkeypatch.setattr(links, "_opened", lambda: [link])
+    monkeypatch.setattr(links, "_open_mailboxes", lambda: [link])
     module = nn.Linear(3, 1)
     step = GraphedStep(module, lambda x: run(module, x))
 

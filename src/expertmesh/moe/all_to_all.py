@@ -1,13 +1,13 @@
-"""Tokens to experts and back with torch.distributed's all-to-all: runs anywhere, gloo or NCCL, one node or many.
+"""Expert parallelism with torch.distributed's all-to-all. It runs on gloo and NCCL, on one node or many.
 
-    routes → pack → exchange → this rank's experts → exchange back → sum
+    routes → pack → all-to-all → this rank's experts → all-to-all back → sum
 
-A token travels once to each rank that holds some of its experts, with its routing weights and that rank's expert ids.
-There the experts weight and sum their outputs, and one row per (token, rank) comes back; its owner adds up what its
-ranks sent. The backward is the same road reversed, with the splits of the forward: the host waits once per layer, for
-the counts, and not at all in backward or in a recompute.
+A token is sent once to each rank that holds at least one of its experts, with its routing weights and local expert ids.
+That rank weights and sums the outputs of its experts and returns one row per (token, rank). The token's rank adds these
+rows. The backward does the same in reverse, with the split sizes of the forward. The host waits for the device once per
+layer, for the split sizes, and never in the backward or in a recompute.
 
-R ranks hold E experts, each E/R in a row. The N rows that tokens become are ordered by rank, then by token.
+Each of R ranks holds E/R consecutive experts. The N rows to send are ordered by rank, then by token.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from expertmesh.moe.exchange import Exchange, Gradients, Maybe, Rows
 
 
 class AllToAll(Exchange):
-    """One call's `Exchange`. Where this rank gets no row at all, its experts get one of zeros."""
+    """The all-to-all `Exchange`. If a rank receives no rows, its experts get one row of zeros."""
 
     ep_implementation = "expertmesh"
 
     def __init__(self, layer: Any, x_TH: torch.Tensor, ahead: bool = False) -> None:
-        self.layer, self.waits = layer, layer.waits
+        self.layer, self.timeout = layer, layer.timeout
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> Rows:
         packed: list[torch.Tensor] = []
@@ -35,27 +35,27 @@ class AllToAll(Exchange):
 
         def decide() -> tuple[torch.Tensor, Routes, list[int], list[int], int]:
             routes = routes_of(ids_TK, self.layer.num_ranks, num_experts)
-            both = torch.stack([routes.counts_R2, torch.zeros_like(routes.counts_R2)])  # to each rank, from each rank
-            dist.all_to_all_single(both[1], both[0], group=self.layer.group)
-            if both.is_cuda:
-                on_device, arrived = both, torch.cuda.Event()
-                both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-                both.copy_(on_device, non_blocking=True)
-                arrived.record()
-                packed.extend(self._pack(x_TH, weight_TK, routes))  # the device's work while counts travel
-                arrived.synchronize()
-            (send, _), (recv, pairs) = both.transpose(1, 2).tolist()
-            sent = slice(sum(send))  # behind them are no real rows
-            routes = routes._replace(token_N=routes.token_N[sent], ids_NK=routes.ids_NK[sent])
+            splits = torch.stack([routes.counts_R2, torch.zeros_like(routes.counts_R2)])  # to each rank, from each rank
+            dist.all_to_all_single(splits[1], splits[0], group=self.layer.group)
+            if splits.is_cuda:
+                on_device, copied = splits, torch.cuda.Event()
+                splits = torch.empty(splits.shape, dtype=splits.dtype, pin_memory=True)
+                splits.copy_(on_device, non_blocking=True)
+                copied.record()
+                packed.extend(self._pack(x_TH, weight_TK, routes))  # overlaps the copy to the host
+                copied.synchronize()
+            (send, _), (recv, pairs) = splits.transpose(1, 2).tolist()
+            real = slice(sum(send))  # the rows after them are padding
+            routes = routes._replace(token_N=routes.token_N[real], ids_NK=routes.ids_NK[real])
             return ids_TK, routes, send, recv, max(1, sum(pairs))
 
-        # what the backward and a recompute repeat
-        self._ids_TK, self._routes, self._send, self._recv, self.rows_here = replayed(decide)
+        # the backward and a recompute reuse these
+        self._ids_TK, self._routes, self._send, self._recv, self.num_local_rows = replayed(decide)
         self._weight_dtype = weight_TK.dtype
         x_NH, meta_NK2 = packed or self._pack(x_TH, weight_TK, self._routes)
         meta_MK2, x_MH = self._exchange(self._send, self._recv, meta_NK2, x_NH)
         if not sum(self._recv):
-            meta_MK2[:, :top_k] = num_experts  # the row of zeros has no expert here
+            meta_MK2[:, :top_k] = num_experts  # the row of zeros belongs to no local expert
         return x_MH, meta_MK2[:, :top_k].long(), meta_MK2[:, top_k:].contiguous().view(torch.float32)
 
     def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
@@ -82,26 +82,26 @@ class AllToAll(Exchange):
         return exchange
 
     def _pack(self, x_TH: torch.Tensor, weight_TK: torch.Tensor, routes: "Routes") -> tuple[torch.Tensor, torch.Tensor]:
-        """The two messages: rows [N, H], and [N, 2K] int32 of their ids and the bits of their float32 weights."""
-        mine_NK = routes.ids_NK < self.layer.num_local_experts
-        weight_NK = torch.where(mine_NK, weight_TK[routes.token_N].float(), 0)
+        """Return rows [N, H] and their metadata [N, 2K] int32: expert ids, then the bits of the float32 weights."""
+        is_local_NK = routes.ids_NK < self.layer.num_local_experts
+        weight_NK = torch.where(is_local_NK, weight_TK[routes.token_N].float(), 0)
         return x_TH[routes.token_N], torch.cat([routes.ids_NK, weight_NK.view(torch.int32)], dim=1)
 
     def _exchange(self, send: list[int], recv: list[int], *tables: torch.Tensor) -> list[torch.Tensor]:
-        """For each table what comes from the ranks, to which its first rows go; if nothing comes, one row of zeros."""
-        num_rows, came = sum(recv), []
+        """Exchange the first sum(send) rows of each table. Return the rows received, or one row of zeros if none."""
+        num_rows, outs = sum(recv), []
         for rows in tables:
-            came.append(rows.new_empty(num_rows, rows.shape[1]) if num_rows else rows.new_zeros(1, rows.shape[1]))
-            dist.all_to_all_single(came[-1][:num_rows], rows[: sum(send)].contiguous(), recv, send, self.layer.group)
-        return came
+            outs.append(rows.new_empty(num_rows, rows.shape[1]) if num_rows else rows.new_zeros(1, rows.shape[1]))
+            dist.all_to_all_single(outs[-1][:num_rows], rows[: sum(send)].contiguous(), recv, send, self.layer.group)
+        return outs
 
 
 class Routes(NamedTuple):
-    """Where the T tokens of one rank go: once to every rank that holds at least one of their K experts.
+    """The rows that one rank sends for its T tokens: one per token and rank that holds at least one of its K experts.
 
-    token_N: the token of each row, int64. position_TR: the row of token t for rank r, -1 if r has none of its experts,
-    int32. ids_NK: expert ids as the destination numbers its own, E/R ("not mine") for pairs of other ranks, int32.
-    counts_R2: rows for each rank, and pairs of a token and an expert in them, int64.
+    token_N: the token of each row, int64. position_TR: the row of token t for rank r, or -1 if r holds none of its
+    experts, int32. ids_NK: expert ids local to the destination, or E/R for experts of other ranks, int32. counts_R2:
+    for each destination rank the number of rows and of (token, expert) pairs in them, int64.
     """
 
     token_N: torch.Tensor
@@ -111,10 +111,8 @@ class Routes(NamedTuple):
 
 
 def routes_of(ids_TK: torch.Tensor, num_ranks: int, experts_per_rank: int) -> Routes:
-    """The `Routes` of tokens that chose the global experts ids_TK [T, K].
-
-    Only the device knows how many rows there are. So here N = T·min(R, K), the most there can be, and who has learned
-    the true number cuts the rows behind it.
+    """Return the `Routes` of tokens with global expert ids ids_TK [T, K]. N is the upper bound T·min(R, K), as only the
+    device knows the number of rows. The caller removes the padding rows at the end once the host knows it.
     """
     num_tokens, top_k = ids_TK.shape
     device = ids_TK.device
@@ -122,13 +120,13 @@ def routes_of(ids_TK: torch.Tensor, num_ranks: int, experts_per_rank: int) -> Ro
     ranks = torch.arange(num_ranks, device=device)
     pairs_RT = (owner_TK[None] == ranks[:, None, None]).sum(-1)
     sent_RT = pairs_RT > 0
-    end_RT = sent_RT.view(-1).cumsum(0)  # how many rows end here or before, in the order of the rows
+    end_RT = sent_RT.view(-1).cumsum(0)  # number of rows up to and including each (rank, token)
     position_RT = torch.where(sent_RT, end_RT.view(sent_RT.shape) - 1, -1)
-    # row n is the first place where n + 1 rows have ended; behind the real rows this is R·T, a rank that nobody is
+    # row n is at the first (rank, token) where the count reaches n + 1; padding rows get R·T, an invalid rank
     row_N = torch.arange(1, num_tokens * min(num_ranks, top_k) + 1, device=device)
-    place_N = torch.searchsorted(end_RT, row_N)
-    rank_N, token_N = place_N // max(num_tokens, 1), place_N % max(num_tokens, 1)
-    mine_NK = owner_TK[token_N] == rank_N[:, None]
-    ids_NK = torch.where(mine_NK, ids_TK[token_N] - rank_N[:, None] * experts_per_rank, experts_per_rank)
+    flat_N = torch.searchsorted(end_RT, row_N)
+    rank_N, token_N = flat_N // max(num_tokens, 1), flat_N % max(num_tokens, 1)
+    is_local_NK = owner_TK[token_N] == rank_N[:, None]
+    ids_NK = torch.where(is_local_NK, ids_TK[token_N] - rank_N[:, None] * experts_per_rank, experts_per_rank)
     counts_R2 = torch.stack([sent_RT.sum(1), pairs_RT.sum(1)], dim=1)
     return Routes(token_N, position_RT.t().contiguous().to(torch.int32), ids_NK.to(torch.int32), counts_R2)

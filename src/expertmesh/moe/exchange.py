@@ -1,6 +1,6 @@
-"""What a layer's experts ask of a transport, by which tokens reach experts on other ranks and their sums come back.
+"""The interface of a transport: how an experts layer sends tokens to experts on other ranks and gets the sums back.
 
-To add one, write a subclass of `Exchange` in a file of its own, as all_to_all.py and gather.py are, and name it in
+To add a transport, write a subclass of `Exchange` in a file of its own, like all_to_all.py and gather.py, and add it to
 `TRANSPORTS` (experts.py).
 """
 
@@ -18,37 +18,38 @@ Gradients = tuple[Maybe, Maybe]  # of x [T, H] and of routing weights [T, K]
 
 
 class Exchange:
-    """The exchanges of one call of a layer, which know what its backward repeats. This one: of experts all here.
+    """The communication of one forward of an experts layer and of its backward. This base class is the local case: all
+    experts are on this rank and nothing is sent.
 
-    A transport's is made with the `Dispatch` that is called, the x [T, H], and whether this may leave `ahead`, as its
-    router has not chosen yet. All ranks call the same methods in the same order; in a backward `combine_backward`, then
-    `dispatch_backward`. They, and what the last one returns, are called within `waits`, which limits how long exchanges
-    over `layer.group` wait; one over another group stands within `step_timeout(layer.waits.place, that_group)`.
+    A transport is constructed with its `Dispatch`, x [T, H], and `ahead`, true if x may be sent before the router.
+    All ranks call the same methods in the same order, `combine_backward` before `dispatch_backward`. Callers enter
+    `timeout`, for collectives over `layer.group`, around each method and around what `dispatch_backward` returns.
+    Collectives over another group need `step_timeout(layer.timeout.place, group)`.
     """
 
     ep_implementation: str  # the transport's name in Transformers
-    rows_here: int | None = None  # how many of the dispatched pairs this rank computes, at least 1, if the host knows
-    sharers: int = 1  # else, how many ranks share them: h has room for this one's share and a quarter, if not all
+    num_local_rows: int | None = None  # rows S for this rank's experts, at least 1; None if only the device knows
+    sharing_ranks: int = 1  # if num_local_rows is None, h has room for 1.25/sharing_ranks of the M·K rows
     layer: Any = None
-    waits: Any = nullcontext()
+    timeout: Any = nullcontext()
 
     def dispatch(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> Rows:
-        """What comes to this rank's experts, M at least 1. Ids outside 0, 1, … of this rank are not computed here."""
+        """Return the M >= 1 rows for this rank's experts. Ids become local; ids outside the local range are skipped."""
         return x_TH, ids_TK, weight_TK
 
     def combine(self, y_SH: torch.Tensor, position_MK: torch.Tensor, weight_MK: Maybe, residual: Maybe) -> torch.Tensor:
-        """The sums of what all ranks made [T, H], by `combine` of grouping.py; with a residual of this dtype added, in
-        its shape and no view.
+        """Return the sums [T, H] over all ranks' experts, by `combine` of grouping.py. A residual has the same dtype.
+        It is added to the result, which then has its shape and must not be a view.
         """
         return combine(y_SH, position_MK, weight_MK, residual)
 
     def combine_backward(self, dout_TH: torch.Tensor) -> torch.Tensor:
-        """The gradient [M, H] of this rank's sums, which the next exchange may overwrite."""
+        """Return the gradient [M, H] of this rank's sums. It is valid until the next exchange only."""
         return dout_TH.contiguous()
 
     def dispatch_backward(self, dx_MH: Maybe, dweight_MK: Maybe) -> Callable[[], Gradients]:
-        """Begins to bring back the gradients that are needed; the result waits for them: dx [T, H], dweight [T, K].
-        Gradients of weights are launched in between, so an exchange that the host waits for belongs into the result.
+        """Start to send the gradients back. Return a callable that waits for (dx [T, H], dweight [T, K]). The caller
+        launches weight gradients in between, so an exchange that blocks the host belongs inside the callable.
         """
         return lambda: (dx_MH, dweight_MK)
 

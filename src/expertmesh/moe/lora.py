@@ -1,10 +1,10 @@
-"""PEFT's adapters on routed experts, computed as products of low rank instead of as a sum of whole weights.
+"""PEFT's adapters on routed experts, computed as low-rank products instead of by adding full weights.
 
     LoraConfig(r=16, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
 
-PEFT puts a `ParamWrapper` around an experts module for each of these. In every call it adds B_e · A_e of every expert
-to the whole weight. In a fused model the wrapper becomes a `FastParamWrapper` at the next forward: the experts find the
-factors in `low_rank` for the time of the call, and experts.py computes with them. All else stays PEFT's.
+PEFT wraps an experts module in one `ParamWrapper` per target. In every call it adds B_e · A_e of each expert e to the
+full weight. In a fused model the wrapper becomes a `FastParamWrapper` at the next forward: it stores the factors in the
+experts' `low_rank` during the call, and experts.py computes with them. Everything else is PEFT's code.
 """
 
 import re
@@ -19,14 +19,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from expertmesh.backends import logger, warn_once
-from expertmesh.moe.experts import Dispatch, is_experts, runs_here
+from expertmesh.moe.experts import Dispatch, is_experts, uses_fast_experts
 from expertmesh.twins import Fast, is_traced, twin
 
 WEIGHTS = {"gate_up_proj", "up_proj", "down_proj"}
 
 
 class FastParamWrapper(Fast):
-    """Must equal PEFT's `ParamWrapper`, which calls this around what it wraps."""
+    """Must equal PEFT's `ParamWrapper`, which enters `_activate_lora` around the call of the wrapped module."""
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
@@ -45,24 +45,24 @@ class FastParamWrapper(Fast):
 
     def _is_native(self) -> bool:
         experts = self.get_base_layer()
-        if not runs_here(experts) or is_traced():
+        if not uses_fast_experts(experts) or is_traced():
             return False
         dtype = self.get_param().dtype
         if self.num_experts == 1 or dtype not in (torch.bfloat16, torch.float16, torch.float32):
             warn_once(
-                f"PEFT adds the adapters of {self.parameter_name} ({self.num_experts} experts, {dtype}) to the whole "
-                f"weight in every step: this kind is not computed by products of low rank."
+                f"PEFT adds the adapters of {self.parameter_name} ({self.num_experts} experts, {dtype}) to the full "
+                f"weight in every step: expertmesh has no low-rank kernel for this number of experts or dtype."
             )
             return False
         return True
 
     def _factors(self, names: list[str], experts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [E, R, in] and scaled B [E, R, out] of this rank's experts; of several adapters one below another."""
-        dispatch, mine, dtype = vars(experts).get("forward"), slice(None), self.get_param().dtype
+        """Return A [E, R, in] and scaled B [E, R, out] of this rank's experts, adapters concatenated along R."""
+        dispatch, local, dtype = vars(experts).get("forward"), slice(None), self.get_param().dtype
         if isinstance(dispatch, Dispatch):
             first = dispatch.rank * dispatch.num_local_experts
-            mine = slice(first, first + dispatch.num_local_experts)
-        shared = self.num_experts, mine, dtype
+            local = slice(first, first + dispatch.num_local_experts)
+        shared = self.num_experts, local, dtype
         factors_a = [factor_of(self.lora_A[name].weight, False, 1.0, *shared) for name in names]
         factors_b = [factor_of(self.lora_B[name].weight, True, self.scaling[name], *shared) for name in names]
         if len(names) == 1:
@@ -71,18 +71,18 @@ class FastParamWrapper(Fast):
 
 
 class _Factor(torch.autograd.Function):
-    """scale · one of PEFT's factors, A [E·r, in] or B [out, r·E], as [E, R, in or out] of some experts in some dtype;
-    R is r, and rows of zeros up to a multiple of 16. One pass each way.
+    """Return scale · A [E·r, in] or B [out, r·E] of PEFT as [E, R, in or out] of the `local` experts. R is r rounded up
+    to a multiple of 16 with rows of zeros. Forward and backward take one pass over memory each.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight, is_b: bool, scale: float, num_experts: int, mine: slice, dtype: torch.dtype):
-        ctx.args, ctx.like, ctx.scale = (is_b, num_experts, mine), (weight.shape, weight.dtype), scale
+    def forward(ctx: Any, weight, is_b: bool, scale: float, num_experts: int, local: slice, dtype: torch.dtype):
+        ctx.args, ctx.like, ctx.scale = (is_b, num_experts, local), (weight.shape, weight.dtype), scale
         factor = _by_expert(weight, *ctx.args)
         num_local, rank, width = factor.shape
-        missing = -rank % 16
-        out = factor.new_empty(num_local, rank + missing, width, dtype=dtype)
-        torch.mul(factor, scale, out=out[:, :rank])  # one pass, and one rounding
+        padding = -rank % 16
+        out = factor.new_empty(num_local, rank + padding, width, dtype=dtype)
+        torch.mul(factor, scale, out=out[:, :rank])  # one pass and one rounding
         out[:, rank:] = 0
         return out
 
@@ -90,32 +90,32 @@ class _Factor(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dfactor):
         shape, dtype = ctx.like
-        whole = ctx.args[2] == slice(None)  # else other ranks' experts get their gradients there, and zeros here
-        dweight = (dfactor.new_empty if whole else dfactor.new_zeros)(shape, dtype=dtype)
-        mine = _by_expert(dweight, *ctx.args)
-        torch.mul(dfactor[:, : mine.shape[1]], ctx.scale, out=mine)
+        owns_all = ctx.args[2] == slice(None)  # otherwise gradients of other ranks' experts are zero here
+        dweight = (dfactor.new_empty if owns_all else dfactor.new_zeros)(shape, dtype=dtype)
+        local = _by_expert(dweight, *ctx.args)
+        torch.mul(dfactor[:, : local.shape[1]], ctx.scale, out=local)
         return dweight, *[None] * 5
 
 
 factor_of: Any = _Factor.apply
 
 
-def _by_expert(weight: torch.Tensor, is_b: bool, num_experts: int, mine: slice) -> torch.Tensor:
-    """A view [E, r, in or out]. PEFT stores A expert by expert, and B with the experts in turns."""
+def _by_expert(weight: torch.Tensor, is_b: bool, num_experts: int, local: slice) -> torch.Tensor:
+    """Return a view [E, r, in or out]. PEFT stores A grouped by expert, and B with the experts interleaved."""
     if is_b:
-        return weight.view(weight.shape[0], -1, num_experts).permute(2, 1, 0)[mine]
-    return weight.view(num_experts, -1, weight.shape[1])[mine]
+        return weight.view(weight.shape[0], -1, num_experts).permute(2, 1, 0)[local]
+    return weight.view(num_experts, -1, weight.shape[1])[local]
 
 
 def find_modules(model: nn.Module, fits: Callable[[Any], bool]) -> list[tuple[nn.Module, str]]:
-    """Where the modules of a model stand that `fits`, and that adapters may come around: (parent, name)."""
+    """Return (parent, name) of the modules for which `fits` is true. Adapters may later wrap the module there."""
     children = ((parent, *child) for parent in model.modules() for child in parent.named_children())
     return [(parent, name) for parent, name, child in children if fits(child)]
 
 
-def fuse_adapted_experts(places: Iterable[tuple[nn.Module, str]]) -> None:
-    """Make PEFT's wrappers fast that by now stand in the places of experts."""
-    for parent, name in places:
+def fuse_adapted_experts(locations: Iterable[tuple[nn.Module, str]]) -> None:
+    """Convert the PEFT wrappers now found at these (parent, name) locations of experts to `FastParamWrapper`."""
+    for parent, name in locations:
         wrapper: Any = parent._modules.get(name)
         while is_wrapper(wrapper) and not isinstance(wrapper, Fast):
             if wrapper.parameter_name in WEIGHTS:
@@ -125,26 +125,26 @@ def fuse_adapted_experts(places: Iterable[tuple[nn.Module, str]]) -> None:
 
 
 def adapter_sources(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Of experts' adapters how many ranks, of one tensor-parallel group, each send a part of the same batch to them."""
-    found: dict[nn.Parameter, int] = {}
+    """Map each adapter parameter on dispatched experts to the number of tensor-parallel ranks that split its batch."""
+    sources: dict[nn.Parameter, int] = {}
     for wrapper in filter(is_wrapper, model.modules()):
         dispatch = vars(wrapper.get_base_layer()).get("forward")  # type: ignore[operator]
         if isinstance(dispatch, Dispatch):
-            found |= dict.fromkeys(wrapper.parameters(), dispatch.tp_mesh.size())
-    return found
+            sources |= dict.fromkeys(wrapper.parameters(), dispatch.tp_mesh.size())
+    return sources
 
 
 def is_wrapper(module: Any) -> bool:
-    """Whether it is PEFT's wrapper around a module of which a parameter has adapters."""
+    """Return whether this is PEFT's wrapper around a module that has adapters on a parameter."""
     return type(module).__name__ == "ParamWrapper" and hasattr(module, "parameter_name")
 
 
-#: options of a LoraConfig that PEFT refuses on parameters, which experts are
-_NOT_ON_EXPERTS = "lora_dropout lora_bias use_dora velora_config kasa_config layers_to_transform".split()
+#: options of a LoraConfig that PEFT rejects for `target_parameters`
+_REFUSED_OPTIONS = "lora_dropout lora_bias use_dora velora_config kasa_config layers_to_transform".split()
 
 
 def patch_peft_experts() -> None:
-    """Let PEFT look at what `_complete` makes of a configuration for a fused model; once PEFT is imported."""
+    """Monkey-patch PEFT, if it is imported, so that `_complete` extends the LoraConfig of a fused model."""
     lora: Any = getattr(sys.modules.get("peft.tuners.lora.model"), "LoraModel", None)
     if lora is None or lora._check_new_adapter_config.__module__ == __name__:
         return
@@ -159,14 +159,14 @@ def patch_peft_experts() -> None:
 
 
 def _complete(config: Any, model: nn.Module) -> None:
-    """all-linear reaches routed experts, also of families that PEFT does not know; frozen routers get no adapters."""
+    """Make all-linear include the routed experts of any family, and put no adapters on routers that the user froze."""
     targets, trained = set(config.target_parameters or ()), [n for n, p in model.named_parameters() if p.requires_grad]
     if trained and not any(re.search(_KINDS["routers"], n) for n in trained) and not config.inference_mode:
-        targets.discard("gate.weight")  # the user froze them: PEFT freezes all
+        targets.discard("gate.weight")  # the user froze the routers; PEFT would have frozen everything
     layout = getattr(getattr(model, "config", None), "distributed_config", None)
     split = (getattr(layout, "tp_size", None) or 1) > 1 and (getattr(layout, "ep_size", None) or 1) == 1
     if str(config.target_modules).lower() == "all-linear":
-        refused = [name for name in _NOT_ON_EXPERTS if getattr(config, name, None)] + ["tp_size"] * split
+        refused = [name for name in _REFUSED_OPTIONS if getattr(config, name, None)] + ["tp_size"] * split
         refused += ["init_lora_weights"] * (config.init_lora_weights not in (True, False, "gaussian"))
         if refused:
             warn_once(f"all-linear leaves the routed experts as they are: adapters on them take no {refused[0]}.")
@@ -181,11 +181,11 @@ def _complete(config: Any, model: nn.Module) -> None:
 
 
 def _weights_of_experts(model: nn.Module) -> set[str]:
-    """Their names, as target_parameters takes them."""
+    """Return the names of the experts' weights for `target_parameters`."""
     return {f"experts.{n}" for m in model.modules() if is_experts(m) for n in WEIGHTS & m._parameters.keys()}
 
 
-#: kinds of parameters, by what the first of these finds in their names
+#: kind of parameter -> regular expression for its name; the first match counts
 _KINDS = {
     "routed experts": r"\bexperts\.",
     "shared experts": r"shared_(expert|mlp)",
@@ -197,7 +197,7 @@ _KINDS = {
 
 
 def log_trainable_parameters(model: nn.Module) -> None:
-    """Say how many parameters of which kind train, if PEFT put adapters into the model."""
+    """Log the number of trainable parameters of each kind if the model has PEFT adapters."""
     if not any(hasattr(module, "base_layer") for module in model.modules()):
         return
     trained: Counter[str] = Counter()

@@ -18,7 +18,7 @@ from transformers.distributed import fsdp as stock_fsdp
 
 from expertmesh.backends import device_memory
 from expertmesh.kernels.packed import packed_in
-from expertmesh.moe.experts import NAME, Dispatch, is_experts, runs_here
+from expertmesh.moe.experts import NAME, Dispatch, is_experts, uses_fast_experts
 from expertmesh.moe.lora import adapter_sources
 from expertmesh.timeouts import gather_on_hosts, step_timeout
 
@@ -46,7 +46,7 @@ def expert_parallel_fsdp(model: Any, layout: DistributedConfig) -> Iterator[None
     if not spread and not packed:
         yield
         return
-    whole = spread and layout.efsdp_size == 1 and layout.dp_replicate_size == 1 and all(map(runs_here, experts))
+    whole = spread and layout.efsdp_size == 1 and layout.dp_replicate_size == 1 and all(map(uses_fast_experts, experts))
     ours = {id(module) for module in experts} if whole else set()
     layers = _layers_to_stay(model) if spread and _dense_is_small(model, experts) else None
     later: dict[str, list[Any]] = {"parts": [], "layers": []}  # parts first: they are in layers
@@ -80,7 +80,7 @@ def expert_parallel_fsdp(model: Any, layout: DistributedConfig) -> Iterator[None
             vars(module).pop("set_gradient_divide_factor", None)
     for name, module in model.named_modules():
         if isinstance(dispatch := vars(module).get("dispatch"), Dispatch):
-            dispatch.waits.place, module.forward = name, dispatch
+            dispatch.timeout.place, module.forward = name, dispatch
             del module.dispatch
 
 
@@ -124,7 +124,7 @@ def _before_training(model: Any, laid_out: set[torch.nn.Module], base: torch.nn.
         if module in laid_out:
             continue
         experts = getattr(module, "base_layer", None)
-        foreign = not isinstance(getattr(experts, "forward", None), Dispatch) or not runs_here(experts)
+        foreign = not isinstance(getattr(experts, "forward", None), Dispatch) or not uses_fast_experts(experts)
         if foreign and getattr(experts, "_is_expert_parallel", False):
             raise ValueError(
                 f"{place}: adapters on experts that are spread over ranks (ep_size > 1) need {NAME!r}'s own experts. "

@@ -132,7 +132,7 @@ class DistributedSetup:
         """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
         recompute(model, self.activation_checkpointing)
         if current_world_size() > 1:
-            timeouts.patience = timedelta(minutes=self.timeout_minutes)
+            timeouts.step_limit = timedelta(minutes=self.timeout_minutes)
             prepare_for_training(model, self.reshard_experts)
 
     def __str__(self) -> str:

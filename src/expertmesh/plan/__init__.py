@@ -1,4 +1,4 @@
-"""Will it fit, how fast will it be, and which layout is best: `plan(job, gpu)`, before any weight is read."""
+"""Predict memory and speed of a training job before any weight is read: `plan(job, gpu)`."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from expertmesh.plan.memory import Job
 
 @dataclass(frozen=True)
 class Plan:
-    """A job on a GPU: its layout with memory and speed, and how many micro-batches a step has."""
+    """A job on a kind of GPU: its layout with memory and speed, and the number of micro-batches in a step."""
 
     gpu: GPU
     layout: Layout
@@ -17,18 +17,17 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether each rank's GPU has the memory."""
+        """Whether the job fits in the memory of each GPU."""
         return self.layout.fits(self.gpu)
 
     @property
     def left(self) -> int:
-        """Bytes that stay free on each GPU; below zero, how many are missing."""
+        """Free bytes on each GPU. A negative number of bytes is missing."""
         return self.gpu.memory - self.layout.memory.needed
 
 
 def plan(job: Job, gpu: GPU, micro_batches: int = 1) -> Plan:
-    """What a job needs on each GPU of this kind, and how fast its steps of so many micro-batches are.
-
-    Raises ValueError for sizes that do not fit each other, and for a model that cannot be planned.
+    """Predict the memory on each GPU of this kind and the time of a step of `micro_batches` micro-batches.
+    Raise ValueError for incompatible sizes and for a model that cannot be planned.
     """
     return Plan(gpu, layout_of(job, gpu, micro_batches), micro_batches)

@@ -1,9 +1,9 @@
-"""The GPUs that a run can be planned for: memory, and how fast they multiply, copy and send.
+"""The GPUs that a run can be planned for: memory, FLOP/s and bandwidths.
 
-An H200's figures are measured (benchmarks/results: `ceilings` of the runs, h200_x2_exchanges.json). Those of the others
-are assumed: its share of what the data sheet promises (78 % of dense bfloat16, 87 % of the memory's bandwidth, two
-thirds of one direction of NVLink), and for a card without NVLink what PCIe 4.0 gives to a pair. `host` is assumed of
-all: four fifths of PCIe 5.0, or 4.0, with 16 lanes.
+An H200's figures are measured (benchmarks/results: `ceilings` of the runs, h200_x2_exchanges.json). Other GPUs are
+assumed to reach the H200's share of their data sheet: 78 % of dense bfloat16, 87 % of memory bandwidth, two thirds of
+one direction of NVLink. A card without NVLink gets the bandwidth of PCIe 4.0 between two GPUs. `host` is assumed for
+all: four fifths of PCIe 5.0 or 4.0 with 16 lanes.
 """
 
 import re
@@ -16,10 +16,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GPU:
-    """memory: bytes that CUDA reports. flops: of dense bfloat16 products per second. copies: bytes read and written per
-    second. wire: bytes per second that it sends to others of its node; network: to other nodes, which is assumed: four
-    fifths of 400 Gbit/s, an adapter for each GPU. host: bytes per second to or from pinned memory of the host.
-    measured: the others, on this GPU; else assumed.
+    """memory: bytes reported by CUDA. flops: FLOP/s of dense bfloat16 GEMMs. copies: bytes read or written per second.
+    wire: bytes sent per second within the node. network: the same to other nodes, assumed: 4/5 of a 400 Gbit/s adapter
+    per GPU. host: the same to or from pinned host memory. measured: whether all but network and host were measured.
     """
 
     name: str
@@ -42,10 +41,10 @@ GPUS = {
 
 
 def gpu_here() -> GPU | None:
-    """This machine's GPU with the memory that it has; None without one. Raises ValueError for a kind not in `GPUS`."""
-    if (found := backends.gpu()) is None:
+    """Return this machine's GPU with its actual memory, or None. Raise ValueError for a kind that is not in `GPUS`."""
+    if (detected := backends.gpu()) is None:
         return None
-    name, memory = found
+    name, memory = detected
     words = set(re.split(r"\W+", name.lower()))
     for kind, gpu in GPUS.items():
         if {word for word in kind.split("-") if not word.endswith("gb")} <= words and "mig" not in words:

@@ -1,11 +1,11 @@
-"""Whose memory an allocation is: found by who called."""
+"""Attribute an allocation to a part of the model by walking the call stack."""
 
 import sys
 from typing import Any
 
 from torch import nn
 
-#: stem of a file of ours, as kernels/router.py -> whose memory it is
+#: stem of an expertmesh file, such as kernels/router.py -> part of the model
 PIECES = {
     "rms_norm": "norms",
     "router": "router",
@@ -16,7 +16,7 @@ PIECES = {
     "wire": "dispatch",
     "offload": "layer inputs",
 }
-#: the same by a word in the name of a module's class
+#: word in the name of a module's class -> part of the model
 MODULES = {
     "Delta": "attention",
     "Norm": "norms",
@@ -29,7 +29,7 @@ MODULES |= {"Mamba": "Mamba2", "MLP": "dense MLPs", "Embedding": "embedding"}
 
 
 def piece_of_caller() -> str:
-    """The piece of the nearest caller that is known; "in passing" for PyTorch's own, as in a backward."""
+    """Return the part of the nearest caller that has one, or "in passing" for PyTorch's own allocations."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         code = frame.f_code

@@ -1,7 +1,4 @@
-"""One process that is a rank of many, of which the others do not exist: PyTorch's fake process group exchanges nothing.
-
-So the real code lays a model out for any number of ranks, on any machine.
-"""
+"""Act as one rank of many in one process, by PyTorch's fake process group: the real layout code runs on any machine."""
 
 import os
 import sys
@@ -20,13 +17,13 @@ from expertmesh.parallel.setup import DistributedSetup
 
 @contextmanager
 def rank_of(world_size: int, rank: int = 0) -> Iterator[None]:
-    """Within: this process is that rank. Raises ValueError where it is a rank of others already."""
+    """Context manager that makes this process that rank. Raise ValueError if a process group is initialized."""
     if dist.is_initialized():
-        raise ValueError("Ranks run here already: plan this layout where none do, by `expertmesh plan`.")
+        raise ValueError("torch.distributed is initialized: plan this layout by `expertmesh plan`, on its own.")
     numbers = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     with (
         mock.patch.dict(os.environ, {name: str(value) for name, value in numbers.items()}),
-        mock.patch.object(timeouts, "_backends", lambda _: []),  # nobody is waited for
+        mock.patch.object(timeouts, "_backends", lambda _: []),  # a fake group has no timeouts
         mock.patch.object(sys.modules["expertmesh.fuse"], "check_same_on_all_ranks", lambda *_: None),
     ):
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
@@ -37,9 +34,8 @@ def rank_of(world_size: int, rank: int = 0) -> Iterator[None]:
 
 
 def lay_out(model: Any, setup: DistributedSetup, memory: int) -> Any:
-    """A model on the meta device as the real code lays it out on a rank whose GPU has so many bytes; within `rank_of`.
-
-    Raises ValueError if the setup does not fit the model.
+    """Lay out a meta-device model with the real code, on a rank whose GPU has `memory` bytes. Call within `rank_of`.
+    Raise ValueError if the setup does not fit the model.
     """
     layout, _, meshes = PreTrainedModel.prepare_distribute_model(setup.to_transformers())
     with mock.patch.object(backends, "watching", (lambda *_, **__: None, memory)):

@@ -1,8 +1,8 @@
-"""A step on any number of ranks, found on one machine: the real layout, among ranks that do not exist, and a trace.
+"""Simulate a step on any number of ranks on one machine: the real layout on a fake process group, and a trace.
 
-The model is laid out by the code that lays it out in training (parallel/, Transformers' meshes, FSDP2, expert and
-tensor parallelism), on the meta device under a fake process group. What a rank holds and what FSDP sends are read from
-the shards and groups that come out; activations and tokens between ranks are those of the traced step (memory.py).
+The training code lays out the model (parallel/, Transformers' meshes, FSDP2, expert and tensor parallelism) on the meta
+device under a fake process group. The real shards and groups give what a rank holds and what FSDP sends; activations
+and tokens sent between ranks come from the traced step (memory.py).
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from expertmesh.plan.layouts import Layout
 from expertmesh.plan.links import Group, Sent, group_of
 from expertmesh.plan.memory import Job, adapted, base_of, memory_of, model_of, trace
 from expertmesh.plan.ranks import lay_out, rank_of
-from expertmesh.plan.shards import Share, added, whole
+from expertmesh.plan.shards import Share, ids_added_by_peft, replicated
 from expertmesh.plan.speed import COMPONENTS, speed_of
 from expertmesh.plan.trace import Trace
 
@@ -30,8 +30,8 @@ WHAT = {", FSDP": "weights and gradients", "": "tokens of experts", ", TP": "ten
 
 @dataclass(frozen=True)
 class Simulation:
-    """A plan by real shards. parameters: of the whole model. held: bytes on this rank of "parameters", "gradients" and
-    "optimizer states" if all stand at once. sent: by this rank in a step, by what it is for.
+    """A plan from real shards. parameters: number in the full model. held: bytes on this rank of "parameters",
+    "gradients" and "optimizer states", all allocated at once. sent: by this rank in a step, by purpose.
     """
 
     plan: Plan
@@ -41,31 +41,28 @@ class Simulation:
 
     @property
     def seconds_hidden(self) -> float:
-        """Of a step, what weights and gradients take on the way: at best all of it passes beside the computing."""
+        """Communication time of weights and gradients in a step, which at best is hidden behind computation."""
         seconds = self.plan.layout.speed.seconds
         once = sum(seconds.get(COMPONENTS[f"{link}, FSDP"], 0.0) for link in Sent._fields)
         return self.plan.layout.job.passes * once
 
 
 def simulate(job: Job, gpu: GPU, micro_batches: int = 1, rank: int = 0) -> Simulation:
-    """The plan of a job for one of its ranks; the first holds the most.
-
-    Raises ValueError as `trace`, and if the layout does not fit the model.
-    """
+    """Plan a job for one of its ranks; rank 0 needs the most memory. Raise ValueError as `trace` and `lay_out` do."""
     shares, total = real_shares(job, gpu.memory, rank)
-    found = trace(job, gpu.memory, shares)
-    layout = Layout(job, memory_of(job, found), speed_of(job, found, gpu, micro_batches))
-    learning = int(sum(elements * size for elements, size, learns in found.parameters.values() if learns))
+    traced = trace(job, gpu.memory, shares)
+    layout = Layout(job, memory_of(job, traced), speed_of(job, traced, gpu, micro_batches))
+    learning = int(sum(elements * size for elements, size, learns in traced.parameters.values() if learns))
     held = {
-        "parameters": int(sum(elements * size for elements, size, _ in found.parameters.values())),
+        "parameters": int(sum(elements * size for elements, size, _ in traced.parameters.values())),
         "gradients": 0 if job.released else learning,
         "optimizer states": layout.memory.pieces["optimizer states"],
     }
-    return Simulation(Plan(gpu, layout, micro_batches), total, held, _sent(found, job.passes * micro_batches))
+    return Simulation(Plan(gpu, layout, micro_batches), total, held, _sent(traced, job.passes * micro_batches))
 
 
 def real_shares(job: Job, memory: int, rank: int = 0) -> tuple[dict[str, Share], int]:
-    """What the real layout leaves on a rank: {name: share}; and how many parameters the model has."""
+    """Return {name: share} of the real layout on a rank, and the number of parameters of the full model."""
     if job.world_size == 1:
         model = model_of(job)
         return {name: Share(parameter.numel(), name) for name, parameter in model.named_parameters()}, _count(model)
@@ -79,23 +76,23 @@ def real_shares(job: Job, memory: int, rank: int = 0) -> tuple[dict[str, Share],
 
 
 def shares_of(model: nn.Module, job: Job) -> dict[str, Share]:
-    """The shares of a model that is laid out: {name: share}."""
-    found: dict[int, tuple[str, Any, bool]] = {}
+    """Return {name: share} of a model that is laid out."""
+    sharded: dict[int, tuple[str, Any, bool]] = {}
     for name, module in model.named_modules():
         for number, unit in enumerate(fsdp_units(module)):
-            # the outermost module keeps what it gathered, unless it was told otherwise
+            # by default FSDP does not reshard the root module after the forward
             kept = unit.post_forward_mesh_info is None or module is model
-            found |= {id(one.sharded_param): (f"{name} {number}", unit.mesh_info, kept) for one in unit.fsdp_params}
-    shares, more, per_node = {}, added(model), job.per_node
+            sharded |= {id(p.sharded_param): (f"{name} {number}", unit.mesh_info, kept) for p in unit.fsdp_params}
+    shares, adapters, per_node = {}, ids_added_by_peft(model), job.per_node
     for name, parameter in model.named_parameters():
         elements = local_shard(parameter).numel()
-        if id(parameter) in more:
-            shares[name] = whole(name, parameter, job)
+        if id(parameter) in adapters:
+            shares[name] = replicated(name, parameter, job)
             continue
-        if id(parameter) not in found:  # experts that are whole on their rank
+        if id(parameter) not in sharded:  # experts that are not sharded further
             shares[name] = Share(elements, name)
             continue
-        unit, mesh, kept = found[id(parameter)]
+        unit, mesh, kept = sharded[id(parameter)]
         group, copies = (
             _group_of(getattr(mesh, f"{kind}_process_group", None), per_node) for kind in ("shard", "replicate")
         )
@@ -115,9 +112,9 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _sent(found: Trace, micro_batches: int) -> dict[str, Sent]:
+def _sent(traced: Trace, micro_batches: int) -> dict[str, Sent]:
     sent = {
-        name: Sent(*(micro_batches * found.work[link + what].bytes for link in Sent._fields))
+        name: Sent(*(micro_batches * traced.work[link + what].bytes for link in Sent._fields))
         for what, name in WHAT.items()
     }
-    return {name: one for name, one in sent.items() if any(one)}
+    return {name: size for name, size in sent.items() if any(size)}

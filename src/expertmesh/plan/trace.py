@@ -1,11 +1,11 @@
-"""What one training step of a model allocates and computes, found by running it on tensors without memory.
+"""Trace what one training step of a model allocates and computes, by running it on the meta device.
 
-The model is on PyTorch's meta device and takes the way of a GPU: the same Python, the same autograd functions, the same
-allocations; only kernels are watched instead of launched (`backends.watching`). So nothing here says what a layer keeps
-for its backward: layers say it themselves, recomputed ones and adapters, too. A GPU is not needed, nor Triton.
+The model runs the code path of a GPU, with the same autograd functions and allocations. Only kernel launches are
+replaced by a callback that records them (`backends.watching`). So the trace shows what layers save for the backward,
+even with recomputation or adapters. Neither a GPU nor Triton is needed.
 
-Attention, which on a GPU is a library's, is `_Attention` here: it keeps queries, keys, values, output and the logarithm
-of each row's sum, as flash-attn-4, cuDNN and FlashAttention-2 do.
+`_Attention` replaces the attention library of a GPU. It saves queries, keys, values, output and each row's log-sum-exp,
+as flash-attn-4, cuDNN and FlashAttention-2 do.
 """
 
 import logging
@@ -29,35 +29,35 @@ from expertmesh.kernels import flash_attention
 from expertmesh.plan.links import Group, Sent
 from expertmesh.plan.pieces import piece_of_caller
 
-#: kernels that multiply: where among their arguments rows, weights [E, …] and experts' bounds [E+1] stand; the kind
+#: GEMM kernel -> positions of its token rows, weights [E, …] and experts' bounds [E+1] among its arguments; work kind
 PRODUCTS = {
     "grouped_gemm._rows_kernel": (5, 6, 3, "experts"),
     "grouped_grads._down_dact_kernel": (6, 7, 3, "experts, backward"),
     "grouped_grads._grouped_wgrad_kernel": (2, 3, 4, "experts, backward"),
 }
-#: collectives of tensor parallelism, and how often a ring passes the whole tensor
+#: collective of tensor parallelism -> how many times a ring sends the full tensor
 COLLECTIVES = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
 aten = torch.ops.aten
 
 
 class Work(NamedTuple):
-    """Operations of one kind: FLOPs, bytes read and written, and how many they are."""
+    """Operations of one kind: FLOPs, bytes read and written, and the number of operations."""
 
     flops: float = 0.0
     bytes: float = 0.0
     times: int = 0
 
-    def and_also(self, flops: float, size: float) -> "Work":
-        """This and one operation more."""
+    def plus(self, flops: float, size: float) -> "Work":
+        """Return this plus one operation."""
         return Work(self.flops + flops, self.bytes + size, self.times + 1)
 
 
 @dataclass
 class Trace:
-    """One step. parameters: {name: (elements on this rank, bytes of one, whether it learns)}. kept: bytes by piece that
-    stand from the forward to the backward. peak: bytes by piece at the moment when most stand, parameters and gradients
-    included, optimizer states not. work: by kind, "dense", "experts", "attention", "memory" and so on; forward: what of
-    it was done before the backward.
+    """A traced step. parameters: {name: (elements on this rank, bytes per element, requires_grad)}. kept: bytes saved
+    from the forward to the backward, by piece (part of the model). peak: bytes by piece when most are allocated, with
+    parameters and gradients but without optimizer states. work: by kind, such as "dense", "experts", "attention" or
+    "memory". forward: the part of `work` in the forward.
     """
 
     parameters: dict[str, tuple[int, float, bool]] = field(default_factory=dict)
@@ -67,20 +67,20 @@ class Trace:
     forward: dict[str, Work] = field(default_factory=dict)
 
 
-class Watch(TorchDispatchMode):
-    """Counts storages as they come and go, and operations. keys: that a token sees. tp: the ranks of the collectives
-    that run. share: of the rows of experts those that are not padding.
+class StepRecorder(TorchDispatchMode):
+    """Dispatch mode that tracks live storages and counts operations. keys: average number of keys that a token attends
+    to. tp: the group of tensor parallelism. share: fraction of the experts' rows that is not padding.
     """
 
     def __init__(self, trace: Trace, keys: float, tp: Group) -> None:
         super().__init__()
         self.trace, self.keys, self.tp, self.share = trace, keys, tp, 1.0
-        self._by: dict[str, int] = defaultdict(int)
+        self._by_piece: dict[str, int] = defaultdict(int)
         self._storages: dict[int, tuple[Any, str, int]] = {}
         self.live = self.most = 0
 
-    def own(self, tensor: torch.Tensor, piece: str) -> None:
-        """The storage of this tensor belongs to a piece from now on, whoever made it."""
+    def attribute(self, tensor: torch.Tensor, piece: str) -> None:
+        """Attribute the storage of this tensor to a piece, in place of any earlier one."""
         storage = tensor.untyped_storage()
         known = self._storages.get(id(storage))
         if known is None:
@@ -90,52 +90,52 @@ class Watch(TorchDispatchMode):
         else:
             reference, before, size = known
             self._storages[id(storage)] = reference, piece, size
-            self._by[before] -= size
-        self._by[piece] += size
+            self._by_piece[before] -= size
+        self._by_piece[piece] += size
         if self.live > self.most:
-            self.most, self.trace.peak = self.live, dict(self._by)
+            self.most, self.trace.peak = self.live, dict(self._by_piece)
 
-    def take(self, piece: str, size: int) -> None:
-        """So many bytes stand from now on, which no tensor of the step has."""
+    def count(self, piece: str, size: int) -> None:
+        """Count `size` bytes that belong to no tensor of the step. A negative size frees them."""
         self.live += size
-        self._by[piece] += size
+        self._by_piece[piece] += size
         if self.live > self.most:
-            self.most, self.trace.peak = self.live, dict(self._by)
+            self.most, self.trace.peak = self.live, dict(self._by_piece)
 
-    def disown(self, tensor: torch.Tensor) -> None:
-        """The storage of this tensor does not count."""
+    def exclude(self, tensor: torch.Tensor) -> None:
+        """Do not count the storage of this tensor."""
         storage = tensor.untyped_storage()
         key = id(storage)
         self._storages[key] = weakref.ref(storage, lambda _: self._gone(key)), "in passing", 0
 
     def _gone(self, key: int) -> None:
         _, piece, size = self._storages.pop(key)
-        self._by[piece] -= size
+        self._by_piece[piece] -= size
         self.live -= size
 
-    def standing(self) -> dict[str, int]:
-        """Bytes by piece that stand now."""
-        return {piece: size for piece, size in self._by.items() if size}
+    def live_bytes(self) -> dict[str, int]:
+        """Return the live bytes by piece."""
+        return {piece: size for piece, size in self._by_piece.items() if size}
 
     def add(self, kind: str, flops: float, size: float) -> None:
-        """Note one operation."""
-        self.trace.work[kind] = self.trace.work[kind].and_also(flops, size)
+        """Record one operation."""
+        self.trace.work[kind] = self.trace.work[kind].plus(flops, size)
 
-    def sends(self, what: str, *sent: Sent) -> None:
-        """Note exchanges."""
-        for one in sent:
-            for kind, size in one._asdict().items():
+    def record_sent(self, what: str, *sent: Sent) -> None:
+        """Record sent bytes."""
+        for part in sent:
+            for kind, size in part._asdict().items():
                 if size:
                     self.add(kind + what, 0.0, size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if DTensor in types:  # what it does with the tensors of this rank comes here again
+        if DTensor in types:  # DTensor dispatches again with local tensors
             return NotImplemented
         kwargs = kwargs or {}
-        if FakeTensor in types:  # it asks for a shape
+        if FakeTensor in types:  # shape propagation only
             return func(*args, **kwargs)
         wide = kwargs.get("out_dtype") is not None or any(isinstance(x, torch.dtype) for x in args)
-        if wide and func.overloadpacket in (aten.mm, aten.addmm):  # meta tensors have no such product
+        if wide and func.overloadpacket in (aten.mm, aten.addmm):  # not implemented on the meta device
             a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
             dtype = next(x for x in (kwargs.get("out_dtype"), *args) if isinstance(x, torch.dtype))
             out = kwargs.get("out")
@@ -145,7 +145,7 @@ class Watch(TorchDispatchMode):
         made = _on_meta(tree_leaves(out))
         fresh = [tensor for tensor in made if id(tensor.untyped_storage()) not in self._storages]
         for tensor in fresh:
-            self.own(tensor, piece_of_caller())
+            self.attribute(tensor, piece_of_caller())
         given = _on_meta(tree_leaves((args, kwargs)))
         name = func.overloadpacket.__name__
         if name.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
@@ -157,13 +157,13 @@ class Watch(TorchDispatchMode):
             )
         elif name in COLLECTIVES:
             whole = max(x.nbytes for x in (*given, *made))
-            self.sends(", TP", *[self.tp.ring(whole)] * COLLECTIVES[name])
+            self.record_sent(", TP", *[self.tp.ring(whole)] * COLLECTIVES[name])
         elif name not in ("empty", "empty_like", "new_empty", "empty_strided") and (fresh or name.endswith("_")):
             self.add("memory", 0.0, sum(_touched(x) for x in (*given, *made)))
         return out
 
-    def launched(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        """Note a launch of one of our kernels, of which nothing more happens."""
+    def record_launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        """Record a kernel launch; nothing runs."""
         function = getattr(kernel, "fn", kernel)
         name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
         tensors = [getattr(x, "base", x) for x in arguments]
@@ -171,9 +171,9 @@ class Watch(TorchDispatchMode):
         if name in PRODUCTS:
             token, weights, bounds, kind = PRODUCTS[name]
             rows = len(tensors[4] if tensors[token] is None else tensors[token]) * self.share
-            if constants.get("RANK"):  # with adapters it is never quack's
+            if constants.get("RANK"):  # quack never runs with adapters
                 kind = "experts, adapters"
-            if not constants.get("AGAIN"):  # as a rule there are no such rows
+            if not constants.get("AGAIN"):  # usually it has no rows to recompute
                 self.add(kind, 2.0 * rows * tensors[weights].numel() / (tensors[bounds].numel() - 1), size)
         elif name == "offload._copy":
             self.add("host, backward" if constants["back"] else "host", 0.0, size)
@@ -182,10 +182,10 @@ class Watch(TorchDispatchMode):
 
 
 class _Attention(torch.autograd.Function):
-    """[B, S, NQ, V] of queries [B, NQ, S, D], keys and values; causal."""
+    """Causal attention that returns [B, S, NQ, V] for queries [B, NQ, S, D], keys and values."""
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, watch: Watch, window: int | None) -> torch.Tensor:
+    def forward(ctx: Any, query: Any, key: Any, value: Any, watch: StepRecorder, window: int | None) -> torch.Tensor:
         batch, heads, seq, width = query.shape
         out = query.new_empty(batch, seq, heads, value.shape[-1])
         ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, seq, dtype=torch.float32))
@@ -201,8 +201,8 @@ class _Attention(torch.autograd.Function):
 
 
 @contextmanager
-def watched(watch: Watch, memory: int) -> Iterator[None]:
-    """Within: meta tensors stand for those of a GPU with so many bytes of memory, and `watch` sees what they do."""
+def watched(watch: StepRecorder, memory: int) -> Iterator[None]:
+    """Context manager: meta tensors act as those of a GPU with `memory` bytes, and `watch` records the step."""
 
     def attend(query: Any, key: Any, value: Any, *_: Any, window: int | None = None, **__: Any) -> Any:
         return _Attention.apply(query, key, value, watch, window)
@@ -210,15 +210,15 @@ def watched(watch: Watch, memory: int) -> Iterator[None]:
     def sdpa(*args: Any, **kwargs: Any) -> Any:
         return attend(*args, **kwargs).transpose(1, 2)
 
-    before, backends.watching = backends.watching, (watch.launched, memory)
+    before, backends.watching = backends.watching, (watch.record_launch, memory)
     try:
         with (
             quiet(),
             mock.patch.object(flash_attention, "supports", lambda *_: True),
             mock.patch.object(flash_attention, "flash_attention", attend),
             mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", sdpa),
-            mock.patch.object(dist, "all_reduce", lambda *_, **__: None),  # of norms' gradients, by tensor parallelism
-            mock.patch.object(torch, "is_autocast_enabled", lambda *_: False),  # they do not know meta tensors
+            mock.patch.object(dist, "all_reduce", lambda *_, **__: None),  # TP reduces the gradients of norms
+            mock.patch.object(torch, "is_autocast_enabled", lambda *_: False),  # autocast does not support meta tensors
             mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
             watch,
         ):
@@ -229,7 +229,7 @@ def watched(watch: Watch, memory: int) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within: nothing is said, by us or Transformers, of a model that is not going to run."""
+    """Context manager that silences warnings of expertmesh and Transformers, as the model will not run."""
     logs = backends.logger(), logging.getLogger("transformers")
     levels = [log.level for log in logs]
     for log in logs:
@@ -242,10 +242,10 @@ def quiet() -> Iterator[None]:
 
 
 def _on_meta(things: Iterable[Any]) -> list[torch.Tensor]:
-    """Those that would have memory: deferred logits have none."""
+    """Return the plain meta tensors. Deferred logits, a subclass, have no memory."""
     return [x for x in things if type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_meta]
 
 
 def _touched(x: torch.Tensor) -> int:
-    """Bytes of its elements, those of broadcast dimensions once."""
+    """Return the bytes of the elements in memory, so broadcast dimensions count once."""
     return min(x.nbytes, x.untyped_storage().nbytes())

@@ -17,7 +17,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from expertmesh.kernels.packed import FORMATS, DecodeBuffer, Packed, packed_in
-from expertmesh.moe.experts import is_experts, runs_here, why_not
+from expertmesh.moe.experts import is_experts, uses_fast_experts, why_not
 from expertmesh.moe.lora import WEIGHTS
 from expertmesh.weights.write import in_parts, with_copies
 
@@ -129,7 +129,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     for module in model.modules():
         if not is_experts(module):
             continue
-        if not getattr(module, "in_fused_model", False) or not runs_here(module):
+        if not getattr(module, "in_fused_model", False) or not uses_fast_experts(module):
             raise ValueError(
                 "Experts are kept in 4 bits only where this library computes them, and here it does not"
                 f"{f': {why}' if (why := why_not(module)) else ''}. Load the model by "
