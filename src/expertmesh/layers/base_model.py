@@ -266,7 +266,7 @@ def _has_axes(positions: Any) -> bool:
 
 
 def _document_numbers(axes_ABS: torch.Tensor, mask: Any) -> torch.Tensor:
-    """Return document numbers [B, S]. A document begins where all axes are 0 or all decrease; in images only some do."""
+    """Return document numbers [B, S]. A document begins where all axes are 0 or all fall; in images only some do."""
     begins = (axes_ABS == 0).all(0)
     begins[:, 1:] |= (axes_ABS.diff() < 0).all(0)
     return (begins if mask is None or mask.shape != begins.shape else begins & (mask != 0)).cumsum(-1)
