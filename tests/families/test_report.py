@@ -42,4 +42,4 @@ def test_a_module_of_somebody_else_is_named():
     model = Stock.from_config(tiny_config("phimoe"))
     for layer in model.model.layers:
         layer.input_layernorm = nn.RMSNorm(32)
-    assert row(fuse(model), "rms_norm").reason == "RMSNorm is no class of Transformers"
+    assert row(fuse(model), "rms_norm").reason == "RMSNorm is not a class of Transformers"
