@@ -260,8 +260,8 @@ def test_the_loss_alone_looks_at_nothing(family, monkeypatch):
     def look(self):
         raise AssertionError("somebody looks")
 
-    monkeypatch.setattr(DeferredLogits, "_make", look)
-    monkeypatch.setattr(DeferredGradient, "_make", look)
+    monkeypatch.setattr(DeferredLogits, "_compute", look)
+    monkeypatch.setattr(DeferredGradient, "_compute", look)
     outputs = run(model)
     outputs.logits.register_hook(lambda grad: None)
     outputs.loss.backward()

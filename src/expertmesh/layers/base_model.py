@@ -93,7 +93,7 @@ class FastBaseModel(Fast):
         numbers: Any = inputs.get("seq_idx")
         if _has_axes(positions):
             positions, numbers = (
-                (positions[0], numbers) if len(positions) == 4 else (None, _document_numbers(positions, mask))
+                (positions[0], numbers) if len(positions) == 4 else (None, _doc_numbers(positions, mask))
             )
         if not all(x is None or is_of_rows(x, shape) for x in (positions, numbers)):
             return None
@@ -139,8 +139,8 @@ class FastBaseModel(Fast):
         if is_flash_attention_requested(self.config):
             return "flash"
         chosen = self.config._attn_implementation
-        own = chosen == SINKS or (chosen == NAME and not _has_windows(self.config, length))
-        return "documents" if own and self._makes_masks else "masks"
+        ours = chosen == SINKS or (chosen == NAME and not _has_windows(self.config, length))
+        return "documents" if ours and self._makes_masks else "masks"
 
     def _can_unpad(self, inputs: dict[str, Any], info: RowInfo, call: Call) -> bool:
         """Whether padding can be removed. Raises ValueError if it cannot but rows also hold several documents."""
@@ -195,9 +195,9 @@ class FastBaseModel(Fast):
         number_BS = document_numbers(documents.cu_seqlens, *shape)
         positions = inputs.get("position_ids")
         if positions is None or (_has_axes(positions) and len(positions) == 3):
-            local = torch.arange(shape[1], device=device) - document_starts(number_BS)
+            text = torch.arange(shape[1], device=device) - document_starts(number_BS)  # positions within documents
             inputs["position_ids"] = (
-                local if positions is None else torch.cat([local.expand(positions[:1].shape), positions])
+                text if positions is None else torch.cat([text.expand(positions[:1].shape), positions])
             )
         if form == "documents":
             inputs["documents"] = documents
@@ -265,7 +265,7 @@ def _has_axes(positions: Any) -> bool:
     return isinstance(positions, torch.Tensor) and positions.ndim == 3
 
 
-def _document_numbers(axes_ABS: torch.Tensor, mask: Any) -> torch.Tensor:
+def _doc_numbers(axes_ABS: torch.Tensor, mask: Any) -> torch.Tensor:
     """Return document numbers [B, S]. A document begins where all axes are 0 or all fall; in images only some do."""
     begins = (axes_ABS == 0).all(0)
     begins[:, 1:] |= (axes_ABS.diff() < 0).all(0)

@@ -124,9 +124,8 @@ class FastNemotronHBlock(Fast):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         norm = self.norm
-        if (
-            args or not is_unmodified(norm, kind=FastRMSNorm) or norm.weight.dtype != hidden_states.dtype
-        ):  # Transformers' code converts the dtype
+        # Transformers' code converts hidden_states to the weight's dtype
+        if args or not is_unmodified(norm, kind=FastRMSNorm) or norm.weight.dtype != hidden_states.dtype:
             return super().forward(hidden_states, *args, **kwargs)
         normed, residual = norm.add_norm(hidden_states)
         if self.block_type == "linear_attention":

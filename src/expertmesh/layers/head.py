@@ -48,9 +48,8 @@ class FastHead(Fast):
             return super().forward(input)
         _heads().add(self)
         sharded = isinstance(unit, FSDPModule)
-        frees = sharded and any(
-            group.post_forward_mesh_info is not None for group in fsdp_units(unit)
-        )  # FSDP frees the weight after the forward
+        # whether FSDP frees the weight after the forward
+        frees = sharded and any(group.post_forward_mesh_info is not None for group in fsdp_units(unit))
         return deferred_logits(input, self.weight, self.bias, sharded, frees)
 
 
@@ -82,7 +81,7 @@ def _versions(*tensors: torch.Tensor | None) -> list[int]:
 
 class _Deferred(torch.Tensor):
     """Tensor that is computed once, when first used: logits [..., V] = steps(hidden [..., H] @ weightᵀ + bias), or
-    another function of these (`_make`). The `steps` together multiply by `scale`."""
+    another function of these (`_compute`). The `steps` together multiply by `scale`."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     made_of: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # detached hidden, weight, bias
@@ -91,7 +90,7 @@ class _Deferred(torch.Tensor):
     steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
     scale: float
     _computed: list[torch.Tensor]  # empty, or the values; shared by aliases
-    _make: Callable[[], torch.Tensor]
+    _compute: Callable[[], torch.Tensor]
     _scaled: Callable[[float, torch.dtype], dict[str, Any] | None]  # new attributes when scaled; None: not deferred
 
     @classmethod
@@ -118,7 +117,7 @@ class _Deferred(torch.Tensor):
     def values(self) -> torch.Tensor:
         """Return the values as a plain, detached tensor."""
         if not self._computed:
-            self._computed.append(self._make())
+            self._computed.append(self._compute())
         return self._computed[0]
 
     @classmethod
@@ -163,7 +162,7 @@ class DeferredLogits(_Deferred):
     needs_grad: list[bool]  # of hidden states, weight and bias
     statistics: Statistics | None = None
 
-    _make = _Deferred._logits
+    _compute = _Deferred._logits
 
     def _scaled(self, factor: float, dtype: torch.dtype) -> dict[str, Any] | None:
         if torch.promote_types(self.dtype, dtype) != dtype:
@@ -183,7 +182,7 @@ class DeferredGradient(_Deferred):
     rows: torch.Tensor | None
     ignore_index: int
 
-    def _make(self) -> torch.Tensor:
+    def _compute(self) -> torch.Tensor:
         logits, ignored = self._logits().flatten(0, -2), (self.targets == self.ignore_index)[:, None]
         grad = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         targets = self.targets[:, None].masked_fill(ignored, 0)

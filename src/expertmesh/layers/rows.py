@@ -47,7 +47,6 @@ class RowInfo:
 
     @property
     def count(self) -> int:
-        """The number of documents."""
         return len(self.cu_seqlens) - 1
 
     def positions(self, device: torch.device) -> torch.Tensor:
@@ -56,7 +55,6 @@ class RowInfo:
         return (torch.arange(self.keep.shape[1]) - first_B1).to(device, non_blocking=True)
 
     def documents(self, device: torch.device) -> Documents:
-        """Return the documents on `device`, as kernels take them."""
         return Documents(self.cu_seqlens.to(device, non_blocking=True), int(self.cu_seqlens.diff().max()))
 
 
@@ -104,7 +102,6 @@ class Unpadded:
 
     @classmethod
     def of(cls, keep: torch.Tensor, device: torch.device) -> "Unpadded":
-        """Create one from `RowInfo.keep`."""
         index = keep.flatten().nonzero().flatten()
         return cls((keep.shape[0], keep.shape[1]), index.to(device, non_blocking=True))
 
