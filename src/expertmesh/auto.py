@@ -66,7 +66,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         with loading(fused, mtp=True, complete=not reports_missing):
             loaded = loader.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
-            model = _finish(model, fused, setup, mtp_weight)
+            model = _finalize(model, fused, setup, mtp_weight)
             return (model, *info) if info else model
 
     @classmethod
@@ -86,7 +86,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             config = _copy_config(config, kwargs)
         with loading(fused, mtp=mtp_weight is not None):
             if setup is None and quantization is None:
-                return _finish(maker.from_config(config, **kwargs), fused, setup, mtp_weight)
+                return _finalize(maker.from_config(config, **kwargs), fused, setup, mtp_weight)
             prepare, local = PreTrainedModel.prepare_distribute_model, (None, torch.get_default_device(), None)
             layout, device, meshes = local if setup is None else prepare(_to_transformers(setup, fused))
             with initialization.no_init_weights(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
@@ -96,7 +96,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             if setup is not None:
                 model = model.maybe_distribute_model(model, layout, meshes)
             initialise_shards(model, device or torch.device("cpu"))
-            return _finish(model, fused, setup, mtp_weight)
+            return _finalize(model, fused, setup, mtp_weight)
 
 
 def _copy_config(config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConfig:
@@ -147,7 +147,7 @@ def _to_transformers(setup: DistributedSetup, fused: bool | dict[str, bool]) -> 
     return layout
 
 
-def _finish(model: Any, fused: bool | dict[str, bool], setup: DistributedSetup | None, weight: float | None) -> Any:
+def _finalize(model: Any, fused: bool | dict[str, bool], setup: DistributedSetup | None, weight: float | None) -> Any:
     """Fuse the model if it is not fused, set which MTP modules train, apply the setup, and return the model."""
     model = fuse(model, fused)
     mtp = getattr(model, "_mtp", None)

@@ -42,19 +42,19 @@ _results: dict[Any, Rule | None] = {}
 _MISFITS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError, AssertionError)
 
 
-def probe(stock: Any, config: Any, cls: type, rules: list[Rule], done: dict[Any, Any]) -> Rule | None:
+def probe(stock: Any, config: Any, cls: type, rules: list[Rule], fused: dict[Any, Any]) -> Rule | None:
     """Return the rule whose twin equals `cls` in models of the class `stock`, or None if there is none.
 
-    done: {class: mixin of its twin} for classes that are fast already. The tiny model uses these twins, too, so that
+    fused: {class: mixin of its twin} for classes that are fast already. The tiny model uses these twins, too, so that
     the probed one runs with the same neighbors as in the user's model.
     """
     small, attention = tiny(config), config._attn_implementation
     settings = json.dumps(small.to_dict(), sort_keys=True, default=str)
-    key = (stock, settings, attention, cls, *rules, *done.items())
+    key = (stock, settings, attention, cls, *rules, *fused.items())
     if key not in _results:
         with _isolated():
             model, expected = _stock_model(stock, small)
-            tried = {rule: _error(model, expected, attention, cls, rule, done) for rule in rules if model is not None}
+            tried = {rule: _error(model, expected, attention, cls, rule, fused) for rule in rules if model is not None}
         errors = {rule: error for rule, error in tried.items() if error is not None}
         _results[key] = min(errors, key=errors.__getitem__, default=None)
     return _results[key]
@@ -81,12 +81,12 @@ def _stock_model(stock: Any, small: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _error(
-    model: Any, expected: dict[str, Any], attention: str | None, cls: Any, rule: Rule, done: dict[Any, Any]
+    model: Any, expected: dict[str, Any], attention: str | None, cls: Any, rule: Rule, fused: dict[Any, Any]
 ) -> float | None:
     """Return the error of the rule's twin in bfloat16, or None if it is wrong in float32 or does not fit the class."""
     ours = copy.deepcopy(model)
     ours.config._attn_implementation = attention or model.config._attn_implementation
-    _make_fast(ours, done)
+    _make_fast(ours, fused)
     modules = [module for module in ours.modules() if type(module) is cls]
     try:
         if not modules or any(rule.fast.why_not(module) for module in modules):

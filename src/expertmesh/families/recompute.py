@@ -16,8 +16,7 @@ LIGHT = {"rms_norm", "qk_norm_rope", "mla_rope", "swiglu"}  # fusions whose outp
 
 def without_policy(checkpointed: Any) -> tuple[Any, Any]:
     """Split Transformers' checkpoint function into (our "recompute" policy or None, the function that checkpoints a
-    whole layer). Raises ValueError if both a policy and `offload` were passed to `activation_checkpointing_enable`.
-    """
+    whole layer). Raise ValueError if both a policy and `offload` were passed to `activation_checkpointing_enable`."""
     options = dict(getattr(checkpointed, "keywords", {}))
     policy = options.pop("recompute", None)
     if policy is not None:
@@ -30,10 +29,8 @@ def without_policy(checkpointed: Any) -> tuple[Any, Any]:
 
 
 def set_levels(model: Any, policy: Policy, checkpointed: Any, every_n_layers: int = 1) -> None:
-    """Set the level of `levels_of` for every decoder layer. checkpointed: runs a layer of level "full".
-
-    Raises ValueError for an unknown policy, one without a matching fusion in this model, or with every_n_layers.
-    """
+    """Set the level of `levels_of` for every decoder layer; `checkpointed` runs a layer of level "full". Raise
+    ValueError for an unknown policy, one without a matching fusion in this model, or with every_n_layers."""
     if every_n_layers != 1:
         raise ValueError("recompute and every_n_layers both select layers: leave one of them out.")
     layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -97,7 +97,7 @@ def _apply(model: Any, fusion: str) -> Fusion:
     if not reasons:
         fasts = [getattr(module, "__fast__", None) for module in model.modules() if _applies(module, fusion)]
         others = dict.fromkeys(_FUSION_OF[fast] for fast in fasts if fast in _FUSION_OF)
-        reasons[" beside ".join([NOT_NEEDED, *others])] = None
+        reasons[" in addition to ".join([NOT_NEEDED, *others])] = None
     return Fusion(fusion, reason="; ".join(reasons))
 
 
@@ -113,13 +113,13 @@ def _rule_for(model: Any, module: nn.Module, fusion: str) -> tuple[Rule | None, 
         return match, "table"
     if not applies:
         return None, ""
-    done = {m.__stock__: m.__fast__ for m in model.modules() if getattr(m, "__fast__", None) in _FUSION_OF}
+    fused = {m.__stock__: m.__fast__ for m in model.modules() if getattr(m, "__fast__", None) in _FUSION_OF}
     candidates = {}
     for rule in rules:
         with suppress(AttributeError):  # the class lacks an attribute
             if rule.fast.probed and rule.fast.why_not(module) is None:
                 candidates[rule.fast] = rule
-    proven = candidates and probe(type(model).__stock__, model.config, cls, list(candidates.values()), done)
+    proven = candidates and probe(type(model).__stock__, model.config, cls, list(candidates.values()), fused)
     return (proven, "probe") if proven else (None, f"{cls.__name__} runs code of its own")
 
 

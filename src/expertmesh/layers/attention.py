@@ -43,10 +43,8 @@ def causal_placeholder(documents: Documents | None, device: torch.device) -> tor
 
 
 def documents_or_mask(mask: Any, documents: Documents | None, layer: Any) -> tuple[Documents | None, Any]:
-    """Return (documents, None) if the mask is a `causal_placeholder`, else (None, mask).
-
-    Raises RuntimeError if the placeholder announces documents but the layer did not receive them.
-    """
+    """Return (documents, None) if the mask is a `causal_placeholder`, else (None, mask). Raise RuntimeError if the
+    placeholder announces documents but the layer did not receive them."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[2] != 0:
         return None, mask
     if documents is None and mask.shape[3]:
@@ -209,8 +207,8 @@ class FastLatentAttention(FastAttention):
 class FastRoPE(Fast):
     """Transformers' forward with a kernel for RoPE that rotates halves, of a whole head (Mixtral) or a part (GLM).
 
-    The forward is a copy in whose globals only `apply_rotary_pos_emb` is replaced. So one rule serves every attention
-    class with this RoPE, independent of the rest of its forward.
+    The twin's forward is a copy whose globals differ only in `apply_rotary_pos_emb`. So one rule serves every attention
+    class with this RoPE.
     """
 
     stands_for: tuple[str, ...] = (_ROPE, "rotate_half")

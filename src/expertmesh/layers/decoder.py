@@ -138,10 +138,8 @@ class FastNemotronHBlock(Fast):
 
 
 class FastNemotronHMoEBlock(FastSharedMoEBlock):
-    """Must equal `NemotronHMoE.forward`, whose experts may have a smaller, latent width (Nemotron 3 Super and Ultra).
-
-    In that case the GEMM that projects back from the latent width also adds the residual.
-    """
+    """Must equal `NemotronHMoE.forward`. If its experts have a smaller, latent width (Nemotron 3 Super and Ultra), the
+    GEMM that projects back from that width also adds the residual."""
 
     @graph_break(stock_block)
     def forward(
