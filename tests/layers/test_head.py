@@ -346,7 +346,7 @@ def test_a_head_whose_weight_comes_and_goes_makes_whole_logits_and_says_so(pair,
         hook.remove()
     head.weight.data = whole
     assert type(outputs.logits) is torch.Tensor and relative_error(outputs.loss.detach(), expected.loss.detach()) < 1e-5
-    assert [record.message.count("makes whole logits") for record in caplog.records] == [1]
+    assert [record.message.count("computes all logits") for record in caplog.records] == [1]
 
 
 @pytest.mark.parametrize("labels", ["int32", "none", "none, divided by 0", "outside"])
