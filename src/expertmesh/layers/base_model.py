@@ -35,9 +35,7 @@ _NO_MTP = (
 
 class FastBaseModel(Fast):
     """Must equal the forward of its Transformers class run on each document alone. Hidden states of padding are zero.
-
-    In training, padded rows and rows of several documents fill a cache only if the caller passes use_cache=True.
-    """
+    In training, padded rows and rows of several documents fill a cache only if the caller passes use_cache=True."""
 
     _mtp_loss_weight: float | None = None  # see `FusedModel.mtp_loss_weight`
     _logged = False  # whether the trainable parameters were logged

@@ -153,9 +153,7 @@ for _name in "numpy tolist data_ptr untyped_storage storage __dlpack__ __reduce_
 
 class DeferredLogits(_Deferred):
     """The head's output. Conversion to a wider dtype and multiplication by a number (Granite, Cohere) stay deferred.
-
-    weight, bias: the head's, with which MTP computes further logits. statistics: set by a loss with `counts`.
-    """
+    weight, bias: the head's, with which MTP computes further logits. statistics: set by a loss with `counts`."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -172,9 +170,7 @@ class DeferredLogits(_Deferred):
 
 class DeferredGradient(_Deferred):
     """Gradient of deferred logits: factor · (softmax(logits) - onehot(targets)), 0 for rows without a target.
-
-    parts: as in `Loss`. The gradient of hidden states covers only the rows with indices `rows`; None means all.
-    """
+    parts: as in `Loss`, but the gradient of hidden states covers only the rows with indices `rows` (None: all)."""
 
     parts: tuple[Any, ...]
     factor: torch.Tensor  # [1], float32
@@ -252,10 +248,8 @@ class _Head(torch.autograd.Function):
 
 def deferred_logits(hidden: Any, weight: Any, bias: Any, sharded: bool = False, keep: bool = False) -> DeferredLogits:
     """Return `F.linear(hidden, weight, bias)`, computed when first used.
-
-    sharded: FSDP all-gathers the weight and frees it after the backward, or after the forward with `keep`. With `keep`
-    the logits hold a copy of weight and bias.
-    """
+    sharded: FSDP all-gathers the weight and frees it after the backward, or with `keep` after the forward. With `keep`
+    the logits hold a copy of weight and bias."""
     original = weight
     hidden, weight, bias = (None if x is None else x.to(backends.matmul_dtype(x)) for x in (hidden, weight, bias))
     sharded &= original is weight  # else the conversion has made a copy
