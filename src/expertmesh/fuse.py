@@ -204,7 +204,7 @@ class FusedModel(ReadsQuantized):
 
     @property
     def loss_function(self) -> Any:
-        """Transformers' loss function, except that causal losses support deferred logits and include MTP losses."""
+        """Transformers' loss function, plus MTP losses if the call trains MTP. Causal losses accept deferred logits."""
         loss, call = _stock_loss(self), call_of(self)
         if loss is ForCausalLMLoss:
             loss = functools.partial(causal_lm_loss, labelled=call.labelled, counts=call.counts)
@@ -230,7 +230,7 @@ class FusedModel(ReadsQuantized):
         """As in Transformers. All ranks must call it.
 
         Each rank writes its part of a sharded model, without gathering, except with adapters, a `state_dict` or an
-        upload to the Hub. The export, with SHA256SUMS, replaces an older one only when all files are written.
+        upload to the Hub. The export includes SHA256SUMS. It replaces an older one only when all files are written.
         """
         defaults = {"push_to_hub": False, "save_original_format": True, "distributed_checkpoint": False}
         changed = {key for key, value in kwargs.items() if value is not defaults.get(key)}

@@ -118,7 +118,7 @@ def _nemotron_h(model: Any) -> MTP:
     missing = sorted(set(kinds) - set(config.layers_block_type))
     if missing:
         raise ValueError(
-            f"mtp_layers_block_type has {', '.join(missing)}, but layers_block_type of the main model has not. "
+            f"mtp_layers_block_type has {', '.join(missing)}, which the main model's layers_block_type lacks. "
             f"Load with num_nextn_predict_layers=0 to leave the MTP modules out."
         )
     model.mtp = nn.Module()

@@ -3,7 +3,7 @@
     inputs                              handling                                                     device syncs
     neither positions nor a mask        each row is one document                                     0
     cu_seq_lens_q and max_length_q      used as given                                                0
-    cu_seq_lens_q with a mask, or       boundaries are given, the rest is found on the CPU           1
+    cu_seq_lens_q with a mask, or       boundaries are given; padding and lengths are read           1
     without max_length_q
     position_ids or seq_idx             a document begins where positions do not increase by one     1
     attention_mask [B, S]               padding is removed: all other tokens form one packed row;    1
