@@ -207,7 +207,7 @@ def test_importing_changes_nothing_for_others():
 
 
 def test_the_report_is_printed_once_per_kind_of_model(monkeypatch, capsys):
-    monkeypatch.setattr(sys.modules["expertmesh.families.report"], "_printed", set())
+    monkeypatch.setattr(sys.modules["expertmesh.families.report"], "_logged", set())
     for _ in range(2):
         AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
     printed = capsys.readouterr().err
@@ -216,7 +216,7 @@ def test_the_report_is_printed_once_per_kind_of_model(monkeypatch, capsys):
 
 
 def test_a_model_without_experts_stays_stock_and_the_log_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(sys.modules["expertmesh.families.report"], "_printed", set())
+    monkeypatch.setattr(sys.modules["expertmesh.families.report"], "_logged", set())
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )

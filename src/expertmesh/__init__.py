@@ -6,7 +6,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "AutoModelForCausalLM": "expertmesh.auto",
     "fuse": "expertmesh.fuse",
     "DistributedSetup": "expertmesh.parallel.setup",
@@ -20,13 +20,13 @@ _HOMES = {
     "Trainer": "expertmesh.train.trainer",
     "SFTTrainer": "expertmesh.train.sft",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str):
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'expertmesh' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
@@ -34,10 +34,10 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """The import system binds every submodule to its package; `expertmesh.fuse` must stay the function of that name."""
+    """Importing a submodule sets it as an attribute of its package. This class keeps `expertmesh.fuse` the function."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
+        if not (name in _MODULES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

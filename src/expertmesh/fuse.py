@@ -1,8 +1,8 @@
-"""fuse(model): a Hugging Face model in, the same object with fast classes out.
+"""fuse(model) converts a Hugging Face model in place: the same object with faster classes.
 
-Nothing is renamed, wrapped or copied. Modules whose code is recognised become instances of a subclass that computes the
-same faster (families/); experts run on the "expertmesh" backend of Transformers' own registry; and the model's class
-becomes a subclass of itself (`FusedModel`). Loading, saving, generation, PEFT and Trainer see the HF model they know.
+Nothing is renamed, wrapped or copied. Modules whose code is recognized become instances of a faster subclass
+(families/). Experts run on the "expertmesh" backend of Transformers' registry. The model itself becomes an instance of
+a subclass of its class (`FusedModel`). Loading, saving, generation, PEFT and Trainer work as before.
 """
 
 import copy
@@ -52,10 +52,10 @@ from expertmesh.weights.write import is_sharded, save_sharded, with_copies
 
 @dataclass(frozen=True)
 class Loading:
-    """How models are made.
+    """Options for models that are created inside of `loading`.
 
-    mtp: whether those get modules for multi-token prediction whose configuration, and checkpoint if they are loaded,
-    has them. complete: whether a checkpoint that lacks weights is refused.
+    mtp: whether to add modules for multi-token prediction if the configuration (and the checkpoint, if any) has them.
+    complete: whether to raise ValueError if a checkpoint lacks weights.
     """
 
     fusions: frozenset[str] = frozenset(FUSIONS)
@@ -64,20 +64,19 @@ class Loading:
 
 
 _loading: ContextVar[Loading] = ContextVar("loading", default=Loading())  # noqa: B039  frozen
-_stock_loss: Any = PreTrainedModel.loss_function.fget  # type: ignore[attr-defined]  # torch.compile knows no super()'s
+_stock_loss: Any = PreTrainedModel.loss_function.fget  # type: ignore[attr-defined]  # torch.compile rejects super()
 _NO_EXPERTS = (
-    "the model has none behind Transformers' ExpertsInterface and stays stock; in its trainers "
-    "TrainingArguments(use_liger_kernel=True) brings Liger's kernels"
+    "the model has no experts that use Transformers' ExpertsInterface and stays stock; "
+    "TrainingArguments(use_liger_kernel=True) enables Liger's kernels in Transformers' trainers"
 )
 _NO_MTP = "A single graph cannot hold the loss of multi-token prediction: leave fullgraph=True or mtp_loss_weight out."
 
 
 def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
-    """Turn a loaded Hugging Face model into its fast twin, in place, and return it.
+    """Convert a Hugging Face model to its fast twin in place and return it. Parameters, buffers, names and hooks stay.
 
-    fused: True for every fusion, or a dict that switches single ones, as {"router": False}. Parameters, buffers, names
-    and hooks stay. A model without experts stays stock, and the log says so. Raises ValueError for an unknown switch,
-    TypeError if `model` is no Transformers model.
+    fused: True for all fusions, or a dict that switches single ones off, such as {"router": False}. A model without
+    experts stays stock, which is logged. Raises ValueError for an unknown fusion, TypeError for other kinds of models.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -93,11 +92,11 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
             memo: dict[int, Any] = {}
             for module in model.modules():
                 if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                    module.config = copy.deepcopy(module.config, memo)  # the caller's stays fit for stock models
+                    module.config = copy.deepcopy(module.config, memo)  # the original stays valid for stock models
             if _wants("experts"):
                 instance.set_experts_implementation(fast_experts.NAME)
             chosen = model.config._attn_implementation
-            if chosen == "eager" and _has_our_sinks(model):  # Transformers' default there
+            if chosen == "eager" and _has_our_sinks(model):  # Transformers' default for GPT-OSS
                 instance.set_attn_implementation(attention.SINKS)
             elif chosen == "sdpa" and _is_causal_text(model):
                 instance.set_attn_implementation(attention.NAME)
@@ -111,10 +110,7 @@ def fuse(model: Any, fused: bool | dict[str, bool] = True) -> Any:
 
 @contextmanager
 def loading(fused: bool | dict[str, bool], mtp: bool = False, complete: bool = False) -> Iterator[None]:
-    """Models made inside get these fusions, `fused` as in `fuse`; the rest is as in `Loading`.
-
-    Raises ValueError for an unknown switch.
-    """
+    """Context manager in which new models get these options: `fused` as in `fuse`, the others as in `Loading`."""
     token = _loading.set(Loading(switched_on(fused), mtp, complete))
     try:
         yield
@@ -131,31 +127,30 @@ def _has_our_sinks(model: PreTrainedModel) -> bool:
 
 
 def _is_causal_text(model: PreTrainedModel) -> bool:
-    """Whether all attention of this model is causal and over text, and leaves its masks to Transformers."""
+    """Whether the model is text-only, its attention is causal, and Transformers makes its masks."""
     config = model.config
     return getattr(config, "is_causal", True) and config.get_text_config() is config and model._supports_flash_attn
 
 
 def has_fast_experts(cls: Any) -> bool:
-    """Whether this model class keeps its experts behind Transformers' `use_experts_implementation`."""
+    """Whether the experts of this model class use Transformers' `use_experts_implementation`."""
     return issubclass(cls, PreTrainedModel) and bool(cls._can_set_experts_implementation())
 
 
 def fused_class(stock: Any) -> Any:
-    """The subclass of a Transformers model class whose instances are fused when they are made, of the same name and
-    module, by which weight conversion and the loss go; the class itself if it has no pluggable experts.
-    """
+    """Return the subclass of a Transformers model class whose __init__ fuses, or the class itself without experts. Name
+    and module stay the same, because Transformers selects weight conversion and loss by them."""
     return twin(stock, FusedModel) if has_fast_experts(stock) else stock
 
 
 class FusedModel(ReadsQuantized):
-    """What a fused model adds to its HF class."""
+    """Mixin that a fused model adds to its Transformers class."""
 
     _mtp: MTP | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if vars(cls).get("__fast__") is FusedModel:  # a twin is made, here or where a pickled model is read
+        if vars(cls).get("__fast__") is FusedModel:  # a twin, created by fusing or by unpickling
             cls.forward = _forward_of(cls.__stock__)  # type: ignore[method-assign]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -167,17 +162,17 @@ class FusedModel(ReadsQuantized):
 
     @property
     def mtp_loss_weight(self) -> float | None:
-        """The weight of the loss of multi-token prediction in training; None where that is not trained."""
+        """The weight of the MTP loss in training; None if MTP is not trained."""
         return self.base_model._mtp_loss_weight
 
     @mtp_loss_weight.setter
     def mtp_loss_weight(self, value: float | None) -> None:
         if value is not None and self._mtp is None:
-            raise ValueError(f"{type(self).__name__} has no modules for multi-token prediction to be weighted.")
-        self.base_model._mtp_loss_weight = value  # every way to call the model passes there
+            raise ValueError(f"{type(self).__name__} has no modules for multi-token prediction.")
+        self.base_model._mtp_loss_weight = value  # every forward calls the base model
 
     def fusion_report(self) -> list[Fusion]:
-        """For each fusion: on, and by what; or off, and why."""
+        """Return for each fusion whether it is on, which libraries run it, or why it is off."""
         return [replace(row, count=count_of(row.name, self)) if row.on else row for row in self._fusions]
 
     def _fuse_modules(self) -> None:
@@ -185,31 +180,31 @@ class FusedModel(ReadsQuantized):
         self._fusions = apply_fusions(self, _loading.get().fusions)
         fuse_base(self)
         for module in self.modules():
-            # a stock model that has this configuration, and so the names of our experts and attention, lacks the mark
+            # a stock model with this configuration calls our experts and attention, too, but lacks this attribute
             module.in_fused_model = True  # type: ignore[assignment]
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Transformers' choice, except that ours is the default."""
+        """Return Transformers' choice, with our implementation as the default."""
         if requested_experts is None and _wants("experts"):
             requested_experts = fast_experts.NAME
         return super().get_correct_experts_implementation(requested_experts)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Transformers' choice, but ours for "sdpa", and for attention with sinks, which is eager by default."""
+        """Return Transformers' choice, but ours instead of "sdpa" and as the default for attention with sinks."""
         if requested_attention is None and _has_our_sinks(self):
             requested_attention = attention.SINKS
         chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
         return attention.NAME if chosen == "sdpa" and _is_causal_text(self) else chosen
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As in PyTorch. PEFT asks for them before it adds adapters."""
+        """As in PyTorch. Also patches PEFT, which calls this before it adds adapters."""
         patch_peft_experts()
         patch_peft_layouts()
         return super().named_modules(*args, **kwargs)
 
     @property
     def loss_function(self) -> Any:
-        """Transformers' loss; the causal one knows deferred logits."""
+        """Transformers' loss function, plus MTP losses if the call trains MTP. Causal losses accept deferred logits."""
         loss, call = _stock_loss(self), call_of(self)
         if loss is ForCausalLMLoss:
             loss = functools.partial(causal_lm_loss, labelled=call.labelled, counts=call.counts)
@@ -220,26 +215,26 @@ class FusedModel(ReadsQuantized):
         self._loss_function = value
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in PyTorch, and weights under the names they have on disk are converted as `from_pretrained` does.
+        """As in PyTorch, but also converts weights named as in checkpoints, which Trainer passes to resume.
 
-        Transformers' Trainer resumes through here. Raises ValueError if some weights of an expert are missing; with
-        strict=False they may come with the next call, before the next forward.
+        Raises ValueError if weights of some experts of a layer are missing. With strict=False later calls may supply
+        them before the next forward.
         """
         copies = self._mtp.copies if self._mtp is not None else {}
-        own = {key: value for key, value in state_dict.items() if key not in copies} if copies else state_dict
+        new = {key: value for key, value in state_dict.items() if key not in copies} if copies else state_dict
         base = self.base_model
-        state, base._waiting = to_model_names(self, {**base._waiting, **own} if base._waiting else own, strict)
+        state, base._waiting = to_model_names(self, {**base._waiting, **new} if base._waiting else new, strict)
         return super().load_state_dict(state, strict, assign)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers; call it on every rank. Of a sharded model each rank writes its part, and none gathers it,
-        but with adapters, a `state_dict` or an upload to the Hub.
+        """As in Transformers. All ranks must call it.
 
-        The files appear in the folder when all are written, with SHA256SUMS of the weights, in an older export's place.
+        Each rank writes its part of a sharded model, without gathering, except with adapters, a `state_dict` or an
+        upload to the Hub. The export includes SHA256SUMS. It replaces an older one only when all files are written.
         """
         defaults = {"push_to_hub": False, "save_original_format": True, "distributed_checkpoint": False}
-        asked = {key for key, value in kwargs.items() if value is not defaults.get(key)}
-        special, adapted = args or asked - {"max_shard_size", "is_main_process"}, self._hf_peft_config_loaded
+        changed = {key for key, value in kwargs.items() if value is not defaults.get(key)}
+        special, adapted = args or changed - {"max_shard_size", "is_main_process"}, self._hf_peft_config_loaded
         if special or adapted or not is_sharded(self):
             if len(args) < 2 and not adapted:
                 kwargs["state_dict"] = with_copies(self, kwargs.get("state_dict"))
@@ -256,7 +251,7 @@ class FusedModel(ReadsQuantized):
         tell_saved(self, save_directory)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """As in Transformers (`resize_token_embeddings` comes here); the new head is fused like the old one."""
+        """As in Transformers, whose `resize_token_embeddings` calls this, but fuses the new head if the old one was."""
         fast = isinstance(self.get_output_embeddings(), FastHead)
         super().set_output_embeddings(new_embeddings)
         if fast:
@@ -264,7 +259,8 @@ class FusedModel(ReadsQuantized):
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
-        """As in Transformers, which crashes on some ranks and leaves others waiting if a shard would be empty."""
+        """As in Transformers, but first raises on all ranks if the ranks disagree or a shard would be empty.
+        Transformers' code then raises on some ranks only, and the others deadlock."""
         if mesh_manager is not None:
             values = model.config.to_dict()
             check_same_on_all_ranks("the model's configuration", {key: values[key] for key in values if key[0] != "_"})
@@ -274,7 +270,7 @@ class FusedModel(ReadsQuantized):
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; ranks must not read different weights, each its part."""
+        """As in Transformers, but raises if ranks would read their shards from different checkpoints."""
         if model.is_distributed_loading_by_transformers:
             check_same_on_all_ranks(
                 "the checkpoint", {Path(file).name: glance(file) for file in checkpoint_files or ()}
@@ -283,36 +279,36 @@ class FusedModel(ReadsQuantized):
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """As in Transformers, which starts missing weights at random; a `complete` loading refuses them."""
+        """As in Transformers, which initializes missing weights randomly, but raises for them if `complete`."""
         complete, source = _loading.get().complete, load_config.pretrained_model_name_or_path
-        # with tensors that the model has not, which others' quantizers make
-        by_others = load_config.is_quantized and not isinstance(load_config.hf_quantizer, ExpertsQuantizer)
+        # quantizers other than ours create tensors that are not in the checkpoint
+        other_quantizer = load_config.is_quantized and not isinstance(load_config.hf_quantizer, ExpertsQuantizer)
         if model._mtp is not None:
-            drop_missing_modules(model, loading_info, source, by_others)
-        if complete:  # and say so of experts and their routers before Transformers speaks of shapes
+            drop_missing_modules(model, loading_info, source, other_quantizer)
+        if complete:  # report experts and routers before Transformers raises for shapes
             experts = [name for name, module in model.named_modules() if fast_experts.is_experts(module)]
             blocks = tuple(f"{name.rpartition('.')[0]}." for name in experts)
             broken = {*loading_info.missing_and_mismatched(), *loading_info.conversion_errors}
             _refuse_missing({key for key in broken if key.startswith(blocks)}, source)
-        for name in model._frozen:  # which Transformers' loading undoes, unless it shards
+        for name in model._frozen:  # Transformers' loading resets requires_grad unless it shards
             model.get_parameter(name).requires_grad_(False)
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        if complete and not by_others:  # tied weights are no longer among them
+        if complete and not other_quantizer:  # missing_keys no longer contains tied weights
             _refuse_missing(loading_info.missing_keys, source)
         return loading_info
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """As in Transformers; what `offload` copies goes beside the computing (memory/offload.py)."""
+        """As in Transformers, but `offload` copies on a side stream (memory/offload.py)."""
         options = activation_checkpointing_kwargs or {}
         if offload and every_n_layers == 1 and "recompute" not in options:
             options, offload = options | {"recompute": "offload"}, False
         super().activation_checkpointing_enable(options or None, every_n_layers, offload)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
-        """As in Transformers, and the experts chosen in the forward are kept for the recompute, which {"recompute":
-        policy}, as in `levels_of`, makes less than whole layers. Raises ValueError for one that does not fit."""
+        """As in Transformers, but the recompute reuses the experts that the forward selected. {"recompute": policy}
+        recomputes parts of layers (`levels_of`). Raises ValueError for a policy that does not fit the model."""
         policy, func = without_policy(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, func, **kwargs)
         if policy is not None and enable:
@@ -328,7 +324,7 @@ def _forward_of(stock: Any) -> Any:
             with aux_loss_share(self, kwargs):
                 return stock.forward(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
-            torch._dynamo.graph_break()  # the context variables below
+            torch._dynamo.graph_break()  # dynamo cannot trace the context variables below
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         defer = self.training and labels is not None
         targets = shifted if shifted is not None or labels is None else next_tokens(labels)
@@ -342,14 +338,14 @@ def _forward_of(stock: Any) -> Any:
 
 
 class FusedBaseModel(FastBaseModel, FusedModel):
-    """A base model that was fused by itself, without a head."""
+    """A base model that was fused without a causal-LM model around it."""
 
 
 def _refuse_missing(weights: set[str], source: Any) -> None:
     if weights:
-        lost, more = sorted(weights), f" and {len(weights) - 3} more" if len(weights) > 3 else ""
+        missing, more = sorted(weights), f" and {len(weights) - 3} more" if len(weights) > 3 else ""
         raise ValueError(
-            f"The checkpoint {source!r} lacks weights, or some have the wrong shape: {', '.join(lost[:3])}{more}. "
-            f"Training would start them at random. Download or convert the checkpoint again; its index "
+            f"The checkpoint {source!r} lacks weights, or some have the wrong shape: {', '.join(missing[:3])}{more}. "
+            f"Training would start them from random values. Download or convert the checkpoint again; its index "
             f"(model.safetensors.index.json) must list every weight of every layer."
         )

@@ -22,12 +22,12 @@ def rewritten(monkeypatch):
     def change(cls, forward):
         monkeypatch.setattr(cls, "forward", forward)
         fingerprint.cache_clear()
-        probe._found.clear()
+        probe._results.clear()
 
     yield change
     monkeypatch.undo()
     fingerprint.cache_clear()
-    probe._found.clear()
+    probe._results.clear()
 
 
 def row(model, fusion):
@@ -152,7 +152,7 @@ def test_a_probe_leaves_no_trace_and_takes_under_a_second(rewritten):
 def test_every_family_can_be_made_tiny(family):
     from transformers import AutoModelForCausalLM as Stock
 
-    with probe._undisturbed():
+    with probe._isolated():
         stock = type(Stock.from_config(tiny_config(family)))
         made = probe._stock_model(stock, probe.tiny(tiny_config(family)))
     assert made[0] is not None and {"rows", "padded", "cached"} <= made[1].keys()

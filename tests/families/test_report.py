@@ -26,7 +26,7 @@ def row(model, name):
 )
 def test_what_no_module_needs_is_named_with_what_its_modules_have(family, fusion, other):
     reason = row(AutoModelForCausalLM.from_config(tiny_config(family)), fusion).reason
-    assert reason == (f"{NOT_NEEDED} beside {other}" if other else NOT_NEEDED)
+    assert reason == (f"{NOT_NEEDED} in addition to {other}" if other else NOT_NEEDED)
 
 
 def test_what_is_on_in_a_part_of_a_model_is_said_so(caplog):
@@ -42,4 +42,4 @@ def test_a_module_of_somebody_else_is_named():
     model = Stock.from_config(tiny_config("phimoe"))
     for layer in model.model.layers:
         layer.input_layernorm = nn.RMSNorm(32)
-    assert row(fuse(model), "rms_norm").reason == "RMSNorm is no class of Transformers"
+    assert row(fuse(model), "rms_norm").reason == "RMSNorm is not a class of Transformers"

@@ -69,7 +69,7 @@ def test_packed_documents_go_there_too_from_fused_models(calls):
 
 def test_a_layer_that_was_not_told_of_its_documents_is_an_error():
     documents = Documents(torch.tensor([0, 3, 14], dtype=torch.int32), 11)
-    with pytest.raises(RuntimeError, match="was not told of the documents"):
+    with pytest.raises(RuntimeError, match="did not receive the document boundaries"):
         attend(module(), *leaves(), causal_placeholder(documents, torch.device("cpu")))
 
 

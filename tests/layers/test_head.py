@@ -260,8 +260,8 @@ def test_the_loss_alone_looks_at_nothing(family, monkeypatch):
     def look(self):
         raise AssertionError("somebody looks")
 
-    monkeypatch.setattr(DeferredLogits, "_make", look)
-    monkeypatch.setattr(DeferredGradient, "_make", look)
+    monkeypatch.setattr(DeferredLogits, "_compute", look)
+    monkeypatch.setattr(DeferredGradient, "_compute", look)
     outputs = run(model)
     outputs.logits.register_hook(lambda grad: None)
     outputs.loss.backward()
@@ -286,7 +286,7 @@ def test_logits_first_looked_at_after_a_step_are_refused_and_those_kept_are_righ
         make([model.lm_head.weight], lr=0.1).step()
     assert torch.equal(kept.logits, before)
     for look in (torch.sum, lambda logits: model.loss_function(logits, IDS, model.config.vocab_size)):
-        with pytest.raises(RuntimeError, match=r"Look at outputs.logits before that"):
+        with pytest.raises(RuntimeError, match=r"Read outputs.logits earlier"):
             look(late.logits)
 
 
@@ -319,7 +319,7 @@ def test_sharded_by_fsdp_the_logits_are_as_in_stock(layout, mesh):
         grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
         found.append({"logits": outputs.logits, "loss": outputs.loss, **grads})
         if layout == "as Transformers does" and len(found) == 2:
-            with pytest.raises(RuntimeError, match="FSDP has taken the head's weight away"):
+            with pytest.raises(RuntimeError, match="FSDP has freed the head's weight"):
                 late.logits.sum()
         else:
             found[-1]["late"] = late.logits
@@ -346,7 +346,7 @@ def test_a_head_whose_weight_comes_and_goes_makes_whole_logits_and_says_so(pair,
         hook.remove()
     head.weight.data = whole
     assert type(outputs.logits) is torch.Tensor and relative_error(outputs.loss.detach(), expected.loss.detach()) < 1e-5
-    assert [record.message.count("makes whole logits") for record in caplog.records] == [1]
+    assert [record.message.count("computes all logits") for record in caplog.records] == [1]
 
 
 @pytest.mark.parametrize("labels", ["int32", "none", "none, divided by 0", "outside"])

@@ -114,7 +114,7 @@ def test_a_step_saves_x_once_and_what_the_adapters_make_of_it():
 OTHERS = {
     "DoRA": ({"use_dora": True}, "DoRA or another variant"),
     "biases": ({"lora_bias": True, "target_modules": ["k_proj"]}, "or have biases"),
-    "the layer's bias": ({"bias": "lora_only"}, "the layer's own weight or bias trains"),
+    "the layer's bias": ({"bias": "lora_only"}, "the base layer's weight or bias trains"),
     "two, with dropout": ({"lora_dropout": 0.4}, "several are active, with dropout"),
 }
 

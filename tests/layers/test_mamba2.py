@@ -92,7 +92,7 @@ def test_rows_are_cut_where_positions_begin_anew_whatever_mask_stands_beside_the
     for inputs in ({}, {"attention_mask": mask}, {"position_ids": POSITIONS, "attention_mask": mask}):
         model(input_ids=tokens(), use_cache=False, **inputs)
     assert ran[:2] == [None, None] and ran[2] is not None
-    with pytest.raises(ValueError, match="Several documents lie in a row"):
+    with pytest.raises(ValueError, match="A row holds several documents"):
         model(input_ids=tokens(), use_cache=True, position_ids=POSITIONS)
 
 

@@ -90,7 +90,7 @@ def test_both_scalings_of_yarn_are_in_the_numbers():
 def test_attention_that_rotates_halves_stays_stock_and_the_report_says_so():
     _, ours = models(rope_interleave=False)
     (row,) = (row for row in ours.fusion_report() if row.name == "mla_rope")
-    assert not row.on and "turns halves" in row.reason
+    assert not row.on and "rotates halves" in row.reason
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -31,7 +31,7 @@ def test_the_kernel_is_called_where_stock_called_its_function(family, monkeypatc
 def test_heads_in_another_place_get_the_stock_function():
     q, k, cos, sin = torch.randn(1, 5, 3, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)
     stock = modeling_mixtral.apply_rotary_pos_emb
-    got, want = (turn(q, k, cos, sin, unsqueeze_dim=2) for turn in (partial(FastRoPE.turn, stock), stock))
+    got, want = (turn(q, k, cos, sin, unsqueeze_dim=2) for turn in (partial(FastRoPE.apply_rope, stock), stock))
     assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
 
 

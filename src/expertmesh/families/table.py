@@ -1,9 +1,9 @@
-"""The table of known code: which classes of Transformers become which twins, for every Mixture-of-Experts family.
+"""The table of rules that map Transformers classes to their twins, for all Mixture-of-Experts families.
 
-The experts themselves and the head need no rule: experts enter through Transformers' `ExpertsInterface`, the head is
-the model's output embedding (report.py). Twins of attention and of layers look at the norms inside a module, so they
-come after the norms; attention that no family knows gets a fast RoPE, which comes last. Families share code; code that
-no rule knows is probed (probe.py).
+Experts and the head need no rule: experts run through Transformers' `ExpertsInterface`, and the head is the model's
+output embedding (report.py). The order matters: twins of attention and of layers require fused norms, so their rules
+come after the norms. The RoPE rules come last, for attention classes without a twin. Families share code, so one rule
+may serve several. Code without a rule is probed (probe.py).
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from expertmesh.twins import fingerprint
 
 @dataclass(frozen=True)
 class Rule:
-    """Modules whose code has the fingerprint `code` become twins of the mixin `fast`, if the switch `fusion` is on.
+    """Modules whose code has the fingerprint `code` get the twin of the mixin `fast` if `fusion` is switched on.
 
-    like: an HF class, as "model_type.Class", that has this code: for readers, and for the test that keeps it true,
-    which imports it from Transformers. Twins that are `probed` are also tried on code that no rule knows.
+    like: a Transformers class with this code, as "model_type.Class". It documents the rule, and a test checks its
+    fingerprint. Mixins with `probed` are also tried on code without a rule.
     """
 
     fusion: str
@@ -28,7 +28,7 @@ class Rule:
     code: str
 
     def matches(self, cls: type) -> bool:
-        """Whether the class runs exactly the code this rule replaces."""
+        """Whether the class has exactly the code that this rule replaces."""
         return fingerprint(cls, self.fast.stands_for) == self.code
 
 

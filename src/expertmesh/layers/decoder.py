@@ -1,7 +1,7 @@
-"""Fast twins of RMSNorms, of dense MLPs, and of pre-norm decoder layers, whose residual adds are part of other kernels.
+"""Fast twins of RMSNorms, dense MLPs and pre-norm decoder layers. Other kernels also do the layers' residual adds.
 
-The add after attention and the norm behind it are one kernel. The second add happens in the experts' last kernel, where
-the block allows it. In backward the kernel of each norm also adds the gradient of the residual connection around it.
+One kernel does the add after attention and the norm that follows. The experts' last kernel does the second add if the
+block supports it. In the backward the kernel of each norm also adds the gradient of the residual connection.
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ class FastRMSNorm(Fast):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden_states, self.weight, getattr(self, self.eps_name), scale=self.scale)
 
-    def of_sum(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the norm of x + residual, x + residual), in one kernel."""
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (norm(x + residual), x + residual), from one kernel. Without a residual the sum is x."""
         return add_rms_norm(x, residual, self.weight, getattr(self, self.eps_name), scale=self.scale)
 
 
@@ -52,7 +52,7 @@ class FastSwiGLU(Fast):
     activations: tuple[type, ...] = (SiLUActivation, nn.SiLU)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not is_unmodified(self.act_fn, kind=self.activations):  # replaced or hooked after fusing: call it
+        if not is_unmodified(self.act_fn, kind=self.activations):  # replaced or hooked after fusing
             return super().forward(x)
         return self.down_proj(self._activated(x))
 
@@ -63,7 +63,7 @@ class FastSwiGLU(Fast):
     def why_not(cls, mlp: Any) -> str | None:
         name = type(mlp.act_fn).__name__
         fits = is_unmodified(mlp.act_fn, kind=cls.activations)
-        return None if fits else f"its activation is {name}, not {cls.activations[0].__name__} that nobody hooked"
+        return None if fits else f"its activation is {name}, not {cls.activations[0].__name__} without hooks"
 
 
 class FastReLU2MLP(FastSwiGLU):
@@ -79,31 +79,31 @@ class FastDecoderLayer(Fast):
     """Must equal `Qwen3MoeDecoderLayer.forward`, `MixtralDecoderLayer.forward` and `GptOssDecoderLayer.forward`."""
 
     block_name = "mlp"
-    residual_multiplier = 1.0  # of what is added to the residual
+    residual_multiplier = 1.0  # scales the outputs of attention and block before the residual adds
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         first, second = self.input_layernorm, self.post_attention_layernorm
-        if args or not is_unmodified(first, second, kind=FastRMSNorm):  # replaced or hooked after fusing: call them
-            warn_once(f"{type(self).__name__} runs Transformers' code: a norm was changed, or arguments had no names.")
+        if args or not is_unmodified(first, second, kind=FastRMSNorm):  # replaced or hooked after fusing
+            warn_once(f"{type(self).__name__} runs Transformers' code: a norm changed, or it got positional arguments.")
             return super().forward(hidden_states, *args, **kwargs)
-        normed, residual = first.of_sum(hidden_states)
+        normed, residual = first.add_norm(hidden_states)
         mixed, scale = self._mix(normed, kwargs), self.residual_multiplier
-        normed, residual = second.of_sum(mixed if scale == 1 else mixed * scale, residual)
+        normed, residual = second.add_norm(mixed if scale == 1 else mixed * scale, residual)
         return add_block(getattr(self, self.block_name), normed, residual, scale)
 
     def _mix(self, normed: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """What is added to the residual before the second norm."""
+        """Return the attention output, which is added to the residual before the second norm."""
         required = {"attention_mask": None, "position_embeddings": None}
         return self.self_attn(hidden_states=normed, **required | kwargs)[0]
 
     @staticmethod
     def why_not(layer: Any) -> str | None:
         fits = is_unmodified(layer.input_layernorm, layer.post_attention_layernorm, kind=FastRMSNorm)
-        return None if fits else "the norms before and behind its attention are no fused RMSNorms"
+        return None if fits else "the norms before and after its attention are not fused RMSNorms"
 
 
 class FastHybridDecoderLayer(FastDecoderLayer):
-    """Must equal `Qwen3NextDecoderLayer.forward`: linear attention or full attention."""
+    """Must equal `Qwen3NextDecoderLayer.forward`, with linear or full attention."""
 
     def _mix(self, normed: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         if self.block_type == "full_attention":
@@ -114,7 +114,7 @@ class FastHybridDecoderLayer(FastDecoderLayer):
 
 
 class FastGraniteDecoderLayer(FastDecoderLayer):
-    """Must equal `GraniteMoeDecoderLayer.forward`: it sets its `residual_multiplier`."""
+    """Must equal `GraniteMoeDecoderLayer.forward`, whose `residual_multiplier` its __init__ sets."""
 
     block_name = "block_sparse_moe"
 
@@ -124,11 +124,10 @@ class FastNemotronHBlock(Fast):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         norm = self.norm
-        if (
-            args or not is_unmodified(norm, kind=FastRMSNorm) or norm.weight.dtype != hidden_states.dtype
-        ):  # stock converts
+        # Transformers' code converts hidden_states to the weight's dtype
+        if args or not is_unmodified(norm, kind=FastRMSNorm) or norm.weight.dtype != hidden_states.dtype:
             return super().forward(hidden_states, *args, **kwargs)
-        normed, residual = norm.of_sum(hidden_states)
+        normed, residual = norm.add_norm(hidden_states)
         if self.block_type == "linear_attention":
             for name in ("position_ids", "use_cache"):
                 kwargs.pop(name, None)
@@ -139,10 +138,8 @@ class FastNemotronHBlock(Fast):
 
 
 class FastNemotronHMoEBlock(FastSharedMoEBlock):
-    """Must equal `NemotronHMoE.forward`, whose experts may work in a latent width, as in Super and Ultra.
-
-    Then the residual waits for the projection back from that width, and is added by its matrix product.
-    """
+    """Must equal `NemotronHMoE.forward`. If its experts have a smaller, latent width (Nemotron 3 Super and Ultra), the
+    GEMM that projects back from that width also adds the residual."""
 
     @graph_break(stock_block)
     def forward(
@@ -158,14 +155,14 @@ class FastNemotronHMoEBlock(FastSharedMoEBlock):
         proj = self.fc2_latent_proj
         plain = type(proj) is nn.Linear and proj.bias is None and is_unmodified(proj)
         if plain and total_TH.dtype == y_TL.dtype == proj.weight.dtype:
-            out_TH = total_TH.addmm_(y_TL, proj.weight.t(), alpha=scale)  # nobody else keeps the total
+            out_TH = total_TH.addmm_(y_TL, proj.weight.t(), alpha=scale)  # in place: total_TH has no other reference
         else:
             out_TH = add_scaled(total_TH, proj(y_TL), scale)
-        return torch.ops.aten._unsafe_view(out_TH, residual.shape)  # no view, of which FSDP warns
+        return torch.ops.aten._unsafe_view(out_TH, residual.shape)  # FSDP warns about views
 
 
 def add_block(block: nn.Module, normed: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """residual + scale · block(normed); in the experts' last kernel where the block can."""
+    """Return residual + scale · block(normed). The experts' last kernel does the add if the block supports it."""
     if isinstance(block, FastMoEBlock) and is_unmodified(block):
         return block(normed, residual, scale)
     return add_scaled(residual, block(normed), scale)

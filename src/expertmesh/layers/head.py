@@ -1,10 +1,9 @@
-"""The language-model head that never holds [tokens, vocabulary] logits in training.
+"""Language-model head that does not materialize [tokens, vocabulary] logits in training.
 
-In a call that `defers` (records.py) the head returns `DeferredLogits`: to autograd the head's output like any other,
-but the values are computed only if somebody looks at them. `causal_lm_loss`, in the place of Transformers'
-`ForCausalLMLoss`, does not look: it computes the loss from the hidden states. The gradient that it sends back to the
-logits is deferred as well (`DeferredGradient`) and carries the gradients of the head's inputs. So autograd's graph is
-stock's, and whoever hooks, differentiates by, edits or copies the logits finds what stock has.
+In a call with `defers` (records.py) the head returns `DeferredLogits`, whose values are computed only when an operation
+reads them. `causal_lm_loss`, which replaces Transformers' `ForCausalLMLoss`, computes the loss from the hidden states.
+In the backward it returns a `DeferredGradient` for the logits, which carries the gradients of the head's inputs. The
+autograd graph is the same as in Transformers, so hooks on the logits, their gradients, edits and copies all work.
 """
 
 import copy
@@ -29,12 +28,12 @@ from expertmesh.parallel.layout import fsdp_units
 from expertmesh.records import current
 from expertmesh.twins import Fast, is_traced, is_unmodified
 
-MOST_LABELLED = 0.9  # of all tokens: with more, leaving the others out costs more than it saves
+MOST_LABELLED = 0.9  # above this fraction of labelled tokens, selecting them costs more than it saves
 aten = torch.ops.aten
 
 
 class FastHead(Fast):
-    """Twin of the `nn.Linear` that makes the logits."""
+    """Twin of the `nn.Linear` that computes the logits."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         call = None if is_traced() else current.get()
@@ -42,76 +41,73 @@ class FastHead(Fast):
             return super().forward(input)
         unit = self if isinstance(self, FSDPModule) else call.model
         if unit is not self and not is_unmodified(self):
-            # DeepSpeed's ZeRO-3 is one: it takes the weight away when the head has run
+            # for example DeepSpeed's ZeRO-3, which frees the weight after the head's forward
             backends.warn_once(
-                f"somebody put hooks on the head of this {type(unit).__name__}, or replaced its forward: "
-                f"it makes whole logits."
+                f"The head of this {type(unit).__name__} has hooks or a replaced forward, so it computes all logits."
             )
             return super().forward(input)
         _heads().add(self)
         sharded = isinstance(unit, FSDPModule)
-        frees = sharded and any(
-            group.post_forward_mesh_info is not None for group in fsdp_units(unit)
-        )  # after forwards
+        # whether FSDP frees the weight after the forward
+        frees = sharded and any(group.post_forward_mesh_info is not None for group in fsdp_units(unit))
         return deferred_logits(input, self.weight, self.bias, sharded, frees)
 
 
 @functools.cache
 def _heads() -> weakref.WeakSet[nn.Module]:
-    """Heads that deferred logits, whose changes are counted: many optimizers, PyTorch's fused ones among them, change
-    weights past autograd's count."""
+    """Return the heads that deferred logits. An optimizer hook increments the versions of their weights, because many
+    optimizers, such as PyTorch's fused ones, change weights without doing so."""
     heads = weakref.WeakSet[nn.Module]()
 
-    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def increment(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         weights = {id(parameter): parameter for head in heads for parameter in head.parameters()}
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         torch.autograd.graph.increment_version([weights[key] for key in weights.keys() & stepped])
 
-    register_optimizer_step_post_hook(count)
+    register_optimizer_step_post_hook(increment)
     return heads
 
 
-_LATE = (
-    "These logits were not computed in the forward, and now they cannot be: {}. Look at outputs.logits before that "
+_UNAVAILABLE = (
+    "These logits were not computed in the forward, and now they cannot be: {}. Read outputs.logits earlier "
     "(outputs.logits.detach().clone() keeps them), or load the model with fused={{'linear_cross_entropy': False}}."
 )
 
 
 def _versions(*tensors: torch.Tensor | None) -> list[int]:
-    """Autograd's counts of changes in place."""
+    """Return autograd's version counters, which count changes in place."""
     return [0 if x is None or x.is_inference() else x._version for x in tensors]
 
 
 class _Deferred(torch.Tensor):
-    """Logits [..., V] = hidden [..., H] @ weightᵀ + bias, and then some `steps`, which multiply by `scale` in all; or
-    what follows from them (`_make`). Computed when first used, once.
-    """
+    """Tensor that is computed once, when first used: logits [..., V] = steps(hidden [..., H] @ weightᵀ + bias), or
+    another function of these (`_compute`). The `steps` together multiply by `scale`."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    made_of: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # hidden, weight, bias, without history
-    versions: list[int]  # of these when the head was called
-    call: dict[str, bool]  # this call of the head; "gone": FSDP has freed the weight, or will gather another
+    made_of: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # detached hidden, weight, bias
+    versions: list[int]  # of `made_of` when the head was called
+    call: dict[str, bool]  # identifies this call of the head; "gone": FSDP has freed the weight of this call
     steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
     scale: float
-    _computed: list[torch.Tensor]  # empty or one; aliases share it
-    _make: Callable[[], torch.Tensor]
-    _times: Callable[[float, torch.dtype], dict[str, Any] | None]  # what changes in a product; None: it is computed
+    _computed: list[torch.Tensor]  # empty, or the values; shared by aliases
+    _compute: Callable[[], torch.Tensor]
+    _scaled: Callable[[float, torch.dtype], dict[str, Any] | None]  # new attributes when scaled; None: not deferred
 
     @classmethod
-    def _of(cls, shape: Any, dtype: torch.dtype, **attributes: Any) -> Any:
+    def _create(cls, shape: Any, dtype: torch.dtype, **attributes: Any) -> Any:
         self = cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=attributes["made_of"][0].device)
         self.__dict__.update({"_computed": []} | attributes)
         return self
 
-    def refuse_late(self) -> None:
-        """Raise RuntimeError where the head's weight is no longer what it was."""
+    def check_weight(self) -> None:
+        """Raise RuntimeError if FSDP has freed the head's weight or if it has changed since the forward."""
         if self.call["gone"]:
-            raise RuntimeError(_LATE.format("FSDP has taken the head's weight away"))
+            raise RuntimeError(_UNAVAILABLE.format("FSDP has freed the head's weight"))
         if _versions(*self.made_of) != self.versions:
-            raise RuntimeError(_LATE.format("the head's weight has changed (optimizer.step()?)"))
+            raise RuntimeError(_UNAVAILABLE.format("the head's weight has changed (optimizer.step()?)"))
 
     def _logits(self) -> torch.Tensor:
-        self.refuse_late()
+        self.check_weight()
         logits = F.linear(*self.made_of)
         for step in self.steps:
             logits = step(logits)
@@ -119,9 +115,9 @@ class _Deferred(torch.Tensor):
 
     @torch.no_grad()
     def values(self) -> torch.Tensor:
-        """As an ordinary tensor, without autograd's history."""
+        """Return the values as a plain, detached tensor."""
         if not self._computed:
-            self._computed.append(self._make())
+            self._computed.append(self._compute())
         return self._computed[0]
 
     @classmethod
@@ -131,11 +127,11 @@ class _Deferred(torch.Tensor):
         kwargs, first = kwargs or {}, args[0]
         if isinstance(first, _Deferred):
             if func in (aten.detach.default, aten.alias.default):
-                return first._of(first.shape, first.dtype, **first.__dict__)
-            factor, dtype = (None, first.dtype) if first._computed else _product(func, first, args, kwargs)
-            changed = None if factor is None else first._times(factor, dtype)
+                return first._create(first.shape, first.dtype, **first.__dict__)
+            factor, dtype = (None, first.dtype) if first._computed else _scaling(func, first, args, kwargs)
+            changed = None if factor is None else first._scaled(factor, dtype)
             if changed is not None:
-                return first._of(first.shape, dtype, **first.__dict__ | changed | {"_computed": []})
+                return first._create(first.shape, dtype, **first.__dict__ | changed | {"_computed": []})
         plain_args, plain_kwargs = tree_map_only(_Deferred, _Deferred.values, (args, kwargs))
         out = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
@@ -147,38 +143,34 @@ class _Deferred(torch.Tensor):
         return self.values().detach().requires_grad_(self.requires_grad)
 
     def __deepcopy__(self, memo: dict) -> Any:
-        return copy.deepcopy(self._plain(), memo) if self.is_leaf else super().__deepcopy__(memo)  # which refuses
+        return copy.deepcopy(self._plain(), memo) if self.is_leaf else super().__deepcopy__(memo)  # raises
 
 
-# what does not go through PyTorch's dispatcher
+# methods that bypass PyTorch's dispatcher
 for _name in "numpy tolist data_ptr untyped_storage storage __dlpack__ __reduce_ex__ __repr__".split():
     setattr(_Deferred, _name, lambda self, *args, _name=_name, **kwargs: getattr(self._plain(), _name)(*args, **kwargs))
 
 
 class DeferredLogits(_Deferred):
-    """The head's output. A conversion to a wider dtype and a product with a number (Granite, Cohere) are deferred too.
-
-    weight, bias: the head's, for more logits by it. statistics: of the predictions, if the loss was to make them.
-    """
+    """The head's output. Conversion to a wider dtype and multiplication by a number (Granite, Cohere) stay deferred.
+    weight, bias: the head's, with which MTP computes further logits. statistics: set by a loss with `counts`."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    wanted: list[bool]  # which of hidden states, weight and bias learn
+    needs_grad: list[bool]  # of hidden states, weight and bias
     statistics: Statistics | None = None
 
-    _make = _Deferred._logits
+    _compute = _Deferred._logits
 
-    def _times(self, factor: float, dtype: torch.dtype) -> dict[str, Any] | None:
+    def _scaled(self, factor: float, dtype: torch.dtype) -> dict[str, Any] | None:
         if torch.promote_types(self.dtype, dtype) != dtype:
             return None
         return {"steps": (*self.steps, lambda logits: logits.to(dtype) * factor), "scale": self.scale * factor}
 
 
 class DeferredGradient(_Deferred):
-    """The loss' gradient of deferred logits: factor · (softmax(logits) - onehot(targets)), 0 where there is no target.
-
-    parts: as of `Loss`, but the hidden states' are of those rows that `rows` names, or all.
-    """
+    """Gradient of deferred logits: factor · (softmax(logits) - onehot(targets)), 0 for rows without a target.
+    parts: as in `Loss`, but the gradient of hidden states covers only the rows with indices `rows` (None: all)."""
 
     parts: tuple[Any, ...]
     factor: torch.Tensor  # [1], float32
@@ -186,21 +178,21 @@ class DeferredGradient(_Deferred):
     rows: torch.Tensor | None
     ignore_index: int
 
-    def _make(self) -> torch.Tensor:
+    def _compute(self) -> torch.Tensor:
         logits, ignored = self._logits().flatten(0, -2), (self.targets == self.ignore_index)[:, None]
         grad = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         targets = self.targets[:, None].masked_fill(ignored, 0)
         grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
         return grad.mul_(self.factor).masked_fill_(ignored, 0.0).to(self.dtype).view(self.shape)
 
-    def _times(self, factor: float, dtype: torch.dtype) -> dict[str, Any]:
+    def _scaled(self, factor: float, dtype: torch.dtype) -> dict[str, Any]:
         return {"factor": self.factor * factor}
 
-    def of_inputs(self, call: dict[str, bool], needed: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...] | None:
-        """The gradients of the inputs of this call of a head, if they are what it needs."""
-        known = not self._computed and self.call is call  # else somebody may have changed it in place
+    def gradients(self, call: dict[str, bool], needed: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...] | None:
+        """Return the gradients of hidden, weight and bias of the head's `call`, or None if they are not available."""
+        unchanged = not self._computed and self.call is call  # computed values may have been changed in place
         *parts, factor = self.parts
-        if not known or any(need and part is None for need, part in zip(needed, parts, strict=True)):
+        if not unchanged or any(need and part is None for need, part in zip(needed, parts, strict=True)):
             return None
         hidden, weight, _ = self.made_of
         dhidden = scaled(parts[0], self.factor, hidden.dtype)
@@ -212,29 +204,29 @@ class DeferredGradient(_Deferred):
         return dhidden if dhidden is None else dhidden.view(hidden.shape), dweight, dbias
 
 
-def _product(func: Any, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[float | None, torch.dtype]:
-    """(factor, dtype) of an operation that multiplies x by a number or converts it; factor None if it does more."""
+def _scaling(func: Any, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[float | None, torch.dtype]:
+    """Return (factor, dtype) of an operation that scales x by a number or converts it; factor is None for others."""
     dtype, number = kwargs.get("dtype") or x.dtype, args[1] if len(args) == 2 and not kwargs else None
     if func is aten._to_copy.default and "dtype" in kwargs:
-        stays = {"dtype": dtype, "device": x.device, "layout": x.layout}  # autograd names them when it converts back
-        return None if any(value and value != stays.get(name) for name, value in kwargs.items()) else 1.0, dtype
+        same = {"dtype": dtype, "device": x.device, "layout": x.layout}  # autograd's conversion in backward passes them
+        return None if any(value and value != same.get(name) for name, value in kwargs.items()) else 1.0, dtype
     if func not in (aten.mul.Tensor, aten.div.Tensor) or not isinstance(number, int | float) or number == 0:
         return None, dtype
     return (number if func is aten.mul.Tensor else 1 / number) if math.isfinite(number) else None, dtype
 
 
 class _Head(torch.autograd.Function):
-    """`F.linear`, whose output is deferred."""
+    """`F.linear` with deferred output, computed from `copies` if given. freed: FSDP frees weight after the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, kept: tuple | None, leaves: bool) -> DeferredLogits:
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, copies: tuple | None, freed: bool) -> DeferredLogits:
         ctx.save_for_backward(hidden, weight)
-        made_of = tuple(None if x is None else x.detach() for x in kept or (hidden, weight, bias))
-        ctx.call, ctx.leaves = {"gone": False}, leaves
-        return DeferredLogits._of(
+        made_of = tuple(None if x is None else x.detach() for x in copies or (hidden, weight, bias))
+        ctx.call, ctx.freed = {"gone": False}, freed
+        return DeferredLogits._create(
             (*hidden.shape[:-1], weight.shape[0]), hidden.dtype, made_of=made_of, versions=_versions(*made_of),
             call=ctx.call, steps=(), scale=1.0, weight=weight, bias=bias,
-            wanted=[x is not None and x.requires_grad for x in (hidden, weight, bias)],
+            needs_grad=[x is not None and x.requires_grad for x in (hidden, weight, bias)],
         )  # fmt: skip
 
     @staticmethod
@@ -242,7 +234,7 @@ class _Head(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         needed, grads = ctx.needs_input_grad[:3], None
         if isinstance(grad, DeferredGradient) and not torch.is_grad_enabled():
-            grads = grad.of_inputs(ctx.call, needed)
+            grads = grad.gradients(ctx.call, needed)
         if grads is None:
             rows = grad.flatten(0, -2)
             grads = (
@@ -250,25 +242,23 @@ class _Head(torch.autograd.Function):
                 rows.t() @ hidden.flatten(0, -2) if needed[1] else None,
                 rows.sum(0) if needed[2] else None,
             )
-        ctx.call["gone"] |= ctx.leaves
+        ctx.call["gone"] |= ctx.freed
         return *grads, None, None
 
 
 def deferred_logits(hidden: Any, weight: Any, bias: Any, sharded: bool = False, keep: bool = False) -> DeferredLogits:
-    """`F.linear(hidden, weight, bias)`, computed when first looked at.
-
-    sharded: FSDP gathers the weight and frees it after the backward; or, with `keep`, after the forward, and then the
-    logits keep a copy as long as they live.
-    """
-    given = weight
+    """Return `F.linear(hidden, weight, bias)`, computed when first used.
+    sharded: FSDP all-gathers the weight and frees it after the backward, or with `keep` after the forward. With `keep`
+    the logits hold a copy of weight and bias."""
+    original = weight
     hidden, weight, bias = (None if x is None else x.to(backends.matmul_dtype(x)) for x in (hidden, weight, bias))
-    sharded &= given is weight  # else it is a copy already
+    sharded &= original is weight  # else the conversion has made a copy
     copies = [None if x is None else x.detach().clone() for x in (weight, bias)] if sharded and keep else None
     return _Head.apply(hidden, weight, bias, copies and (hidden, *copies), sharded and not keep)
 
 
 def next_tokens(x_BS: torch.Tensor, fill: int = -100, distance: int = 1) -> torch.Tensor:
-    """Rows shifted to the left by `distance`, `fill` at their end. Of labels: what each position is to predict."""
+    """Return rows shifted left by `distance` and filled up with `fill`. Of labels: the target of each position."""
     return F.pad(x_BS, (0, distance), value=fill)[..., distance:]
 
 
@@ -283,20 +273,20 @@ def causal_lm_loss(
     counts: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Transformers' `ForCausalLMLoss`, and its equal that goes past the logits if they are deferred.
+    """Return Transformers' `ForCausalLMLoss`, a float32 scalar, without computing logits that are deferred.
 
-    logits [B, S, V], labels [B, S] (shifted here) or shift_labels [B, S]. Sum over labelled tokens divided by
-    num_items_in_batch, or their mean if that is None. labelled: how many tokens have a label, if that is known: then
-    others do not pass through the head. counts: whether deferred logits get `statistics`. Returns a float32 scalar.
+    logits [B, S, V]; labels [B, S], which this function shifts, or shift_labels [B, S]. The loss is the sum over
+    labelled tokens divided by num_items_in_batch, or their mean if that is None. labelled: the number of labelled
+    tokens if known; then the head computes only these. counts: whether to set `statistics` on deferred logits.
     """
     targets = labels if shift_labels is None else shift_labels
-    known: Any = logits if isinstance(logits, DeferredLogits) and _versions(logits) == [0] else None  # nobody edited it
-    if known is None or logits.shape != (*targets.shape, vocab_size):
+    deferred: Any = logits if isinstance(logits, DeferredLogits) and _versions(logits) == [0] else None  # not edited
+    if deferred is None or logits.shape != (*targets.shape, vocab_size):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
-    known.refuse_late()
+    deferred.check_weight()
     if shift_labels is None:
         targets = next_tokens(labels, ignore_index)
-    (hidden, weight, bias), scale, rows = known.made_of, known.scale, None
+    (hidden, weight, bias), scale, rows = deferred.made_of, deferred.scale, None
     targets = all_targets = targets.reshape(-1).to(hidden.device)
     hidden = hidden.flatten(0, -2)
     if labelled and ignore_index == -100 and labelled < MOST_LABELLED * len(targets):
@@ -305,23 +295,23 @@ def causal_lm_loss(
     if scale != 1:
         hidden, bias = hidden * scale, None if bias is None else bias * scale
 
-    attributes: dict[str, Any] = {name: getattr(known, name) for name in ("versions", "call", "steps", "scale")}
+    attributes: dict[str, Any] = {name: getattr(deferred, name) for name in ("versions", "call", "steps", "scale")}
     attributes |= {"shape": logits.shape, "dtype": logits.dtype, "ignore_index": ignore_index}
-    wanted = [want and logits.requires_grad and torch.is_grad_enabled() for want in known.wanted]
-    found = linear_cross_entropy(hidden, weight, bias, targets, num_items_in_batch, ignore_index, wanted, counts)
-    known.statistics = found.statistics
-    return _Loss.apply(logits, attributes, *found[:3], *found.parts, *known.made_of, all_targets, rows)
+    needed = [needs and logits.requires_grad and torch.is_grad_enabled() for needs in deferred.needs_grad]
+    loss = linear_cross_entropy(hidden, weight, bias, targets, num_items_in_batch, ignore_index, needed, counts)
+    deferred.statistics = loss.statistics
+    return _Loss.apply(logits, attributes, *loss[:3], *loss.parts, *deferred.made_of, all_targets, rows)
 
 
 class _Loss(torch.autograd.Function):
-    """total / count, whose gradient, that of the logits, is deferred."""
+    """total / count. Its backward returns a `DeferredGradient` for the logits."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Any, attributes: dict[str, Any], total: torch.Tensor, count: torch.Tensor, *kept: Any
+        ctx: Any, logits: Any, attributes: dict[str, Any], total: torch.Tensor, count: torch.Tensor, *saved: Any
     ) -> torch.Tensor:
         ctx.attributes = attributes
-        ctx.save_for_backward(count, *kept)  # autograd drops it after the backward; nobody may change it before
+        ctx.save_for_backward(count, *saved)  # autograd frees them after the backward and detects changes in place
         return total / count
 
     @staticmethod
@@ -329,8 +319,8 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         count, labelled, *parts_and_inputs, targets, rows = ctx.saved_tensors
         parts, made_of = parts_and_inputs[:4], parts_and_inputs[4:]
-        # nothing to learn from: the loss is nan where it is divided by 0, but gradients are zero, as in PyTorch
+        # without labels the loss is nan (divided by 0), but gradients are zero, as in PyTorch
         factor = (grad_output / count).masked_fill(labelled == 0, 0.0).reshape(1)
-        of_loss = {"parts": parts, "factor": factor, "targets": targets, "rows": rows}
-        gradient = DeferredGradient._of(made_of=made_of, **ctx.attributes, **of_loss)
+        details = {"parts": parts, "factor": factor, "targets": targets, "rows": rows}
+        gradient = DeferredGradient._create(made_of=made_of, **ctx.attributes, **details)
         return gradient, *[None] * (2 + len(ctx.saved_tensors))

@@ -1,10 +1,10 @@
-"""PEFT's adapters on linear layers: one autograd function for all layers that read the same x.
+"""PEFT's LoRA adapters on linear layers: one autograd function for all layers that read the same x.
 
-    y_n = x · W_nᵀ + s · (x · A_nᵀ) · B_nᵀ        n of q, k and v; of gate and up; or one layer alone
+    y_n = x · W_nᵀ + s · (x · A_nᵀ) · B_nᵀ        for n in (q, k, v), in (gate, up), or for a single layer
 
-PEFT computes this one operation after the other, in float32 where it keeps adapters so. In a fused model its
-`lora.Linear` becomes a `FastLoraLinear` at the next forward. All x · A_nᵀ = u are one thin product, the base GEMM adds
-itself to u_n · B_nᵀ, and the input's gradients add themselves up; x and u are saved.
+PEFT runs one operation at a time, in float32 if the adapters are. In a fused model its `lora.Linear` modules become
+`FastLoraLinear` at the next forward. One GEMM computes u_n = x · A_nᵀ for all n, the base GEMM accumulates into
+u_n · B_nᵀ, and the GEMMs of the input's gradient accumulate into each other. x and u are the saved tensors.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from expertmesh.twins import Fast, has_hooks, is_traced, is_unmodified, twin
 
 
 class Factors(NamedTuple):
-    """What adapters add to a layer: scale · x · Aᵀ · Bᵀ, A [r, in] and B [out, r], of dropout(x) if that is given."""
+    """An adapter, which adds scale · dropout(x) · Aᵀ · Bᵀ to a layer's output. A is [r, in], B is [out, r]."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -29,20 +29,20 @@ class Factors(NamedTuple):
 
 
 class FastLoraLinear(Fast):
-    """Must equal `lora.Linear.forward` of PEFT. In bfloat16 adapters are rounded to it, as autocast does."""
+    """Must equal `lora.Linear.forward` of PEFT. A forward in bfloat16 rounds adapters to it, as autocast does."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         factors = None if args or kwargs else self.factors(x)
         return super().forward(x, *args, **kwargs) if factors is None else _run(x, [self], [factors])[0]
 
     def factors(self, x: torch.Tensor) -> Factors | None:
-        """Those of the active adapters; None where PEFT's own forward has to run."""
+        """Return the factors of the active adapters, concatenated; None if PEFT's own forward must run."""
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lora_A]
         if not names or is_traced():
             return None
         drops = [drop for n in names if self.training and getattr(drop := self.lora_dropout[n], "p", 0) > 0]
         if (why := self._why_not(names, drops, x)) is not None:
-            warn_once(f"PEFT computes adapters of some linear layers one operation after the other: {why}.")
+            warn_once(f"PEFT's own, slower code runs adapters of some linear layers: {why}.")
             return None
         pairs = [(self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n]) for n in names]
         if len(pairs) > 1:
@@ -54,28 +54,28 @@ class FastLoraLinear(Fast):
         if any(n in self.lora_variant for n in names) or any(side.bias is not None for side in sides):
             return "they are DoRA or another variant, or have biases (lora_bias)"
         if type(base) is not nn.Linear or not is_unmodified(base, *sides, *(self.lora_dropout[n] for n in names)):
-            return "a layer or an adapter is no plain nn.Linear, or has a hook"
-        own = [base.weight] if base.bias is None else [base.weight, base.bias]  # asked at every layer: no parameters()
-        if any(weight.requires_grad for weight in own):
-            return "the layer's own weight or bias trains, too"
-        if any(isinstance(one, DTensor) for one in (*own, *(side.weight for side in sides))):
-            return "a layer is split over ranks"
-        if any(weight.dtype != (dtype := matmul_dtype(x)) for weight in own):
-            return f"the layer's weights are {own[0].dtype}, and it computes in {dtype}"
+            return "a layer or an adapter is not a plain nn.Linear, or has a hook"
+        weights = [base.weight] if base.bias is None else [base.weight, base.bias]  # faster than parameters()
+        if any(weight.requires_grad for weight in weights):
+            return "the base layer's weight or bias trains, too"
+        if any(isinstance(weight, DTensor) for weight in (*weights, *(side.weight for side in sides))):
+            return "a layer is sharded"
+        if any(weight.dtype != (dtype := matmul_dtype(x)) for weight in weights):
+            return f"the layer's weights are {weights[0].dtype}, and it computes in {dtype}"
         return "several are active, with dropout" if drops and len(names) > 1 else None
 
 
 def lora_linears(x: torch.Tensor, *layers: Any) -> list[torch.Tensor]:
-    """What these layers give for the same x [.., in], [.., out] each; computed as one if all have adapters."""
-    ours = all(isinstance(layer, FastLoraLinear) and not has_hooks(layer) for layer in layers)
-    factors = [layer.factors(x) for layer in layers] if ours else [None]
-    if any(f is None or f.dropout is not None for f in factors):  # each draws its own dropout
+    """Return the outputs [.., out] of these layers for the same x [.., in], fused if all have adapters."""
+    fast = all(isinstance(layer, FastLoraLinear) and not has_hooks(layer) for layer in layers)
+    factors = [layer.factors(x) for layer in layers] if fast else [None]
+    if any(f is None or f.dropout is not None for f in factors):  # each layer draws its own dropout mask
         return [layer(x) for layer in layers]
     return _run(x, layers, factors)
 
 
 def fuse_adapted_linears(places: Sequence[tuple[nn.Module, str]]) -> None:
-    """Make PEFT's wrappers fast that by now stand in the places of linear layers."""
+    """Make linear layers fast that PEFT has wrapped by now. places: (parent module, name) of each linear layer."""
     for parent, name in places:
         wrapper: Any = parent._modules.get(name)
         stock: Any = type(wrapper)
@@ -92,7 +92,7 @@ def _run(x: torch.Tensor, layers: Sequence[Any], factors: Sequence[Any]) -> list
 
 
 class _LoraLinears(torch.autograd.Function):
-    """x [.., in], dropout(x) or None, all A [R, in] → y_n [.., out]; `tensors`: W, bias or None, B [out, r] of each."""
+    """x [.., in], dropout(x) or None, all A [R, in] → y_n [.., out]; `tensors`: all W, all biases or None, all B."""
 
     @staticmethod
     def forward(ctx: Any, x, dropped, a_RK, scales: list[float], *tensors):

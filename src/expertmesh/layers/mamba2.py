@@ -1,7 +1,7 @@
-"""Fast twin of the Mamba2 mixer: what stands between its two projections is one function (kernels/mamba2.py).
+"""Fast twin of the Mamba2 mixer. One function (kernels/mamba2.py) does everything between its two projections.
 
-In packed rows neither the convolution nor the state may reach into the next document. Where these begin the base model
-tells by a keyword that layers pass on, so that recomputed layers know it too. With a cache, that is in generation,
+In packed rows neither the convolution nor the state may cross a document boundary. The base model passes the starts of
+documents as a keyword argument through the layers, so a recomputed layer gets it too. With a cache (generation)
 Transformers' code runs.
 """
 
@@ -16,8 +16,8 @@ from expertmesh.twins import Fast, fingerprint, is_unmodified, pop_cache
 
 
 class FastMamba2Mixer(Fast):
-    """Must equal `NemotronHMamba2Mixer.forward` of Transformers, document by document, with the norm inside:
-    `NemotronHRMSNormGated`, and all its namesakes."""
+    """Must equal `NemotronHMamba2Mixer.forward` of Transformers for each document. The gated norm in it must have the
+    code of `NemotronHRMSNormGated`."""
 
     stands_for = ("forward", "apply_mask_to_padding_states", "causal_conv1d_fn", "mamba2_chunk_scan")
 
@@ -26,11 +26,11 @@ class FastMamba2Mixer(Fast):
     ) -> torch.Tensor:
         cache = cache if cache is not None else pop_cache(kwargs)
         start_BS = kwargs.pop("document_starts", None)
-        if touched := not is_unmodified(self.conv1d, self.norm, self.act):
-            warn_once(f"{type(self).__name__} runs Transformers' code: its parts have hooks, or were replaced.")
-        if cache is not None or touched:
+        if modified := not is_unmodified(self.conv1d, self.norm, self.act):
+            warn_once(f"{type(self).__name__} runs Transformers' code: a submodule has hooks or was replaced.")
+        if cache is not None or modified:
             if start_BS is not None:
-                kwargs["seq_idx"] = start_BS  # Transformers needs mamba-ssm for these rows, or raises
+                kwargs["seq_idx"] = start_BS  # for these rows Transformers raises without mamba-ssm
             return super().forward(hidden_states, cache, attention_mask, **kwargs)
         dtype = hidden_states.dtype
         hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)
@@ -47,10 +47,10 @@ class FastMamba2Mixer(Fast):
             return f"its norm {norm.__name__} runs code of its own"
         sizes = mixer.head_dim, mixer.ssm_state_size
         if any(size < 16 or size & (size - 1) for size in sizes):
-            return f"its head and state widths {sizes} are not powers of two from 16 on"
+            return f"its head and state widths {sizes} are not powers of two of at least 16"
         if mixer.activation != "silu" or mixer.conv_kernel_size != 4:
             over, act = mixer.conv_kernel_size, mixer.activation
             return f"its convolution over {over} tokens with {act} is not one over 4 with silu"
         if mixer.norm.group_size * mixer.n_groups != mixer.intermediate_size:
-            return "its norm has other groups than its scan"
+            return "its norm and its scan have different numbers of groups"
         return None

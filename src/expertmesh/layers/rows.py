@@ -1,17 +1,17 @@
-"""What the rows of a forward hold: packed documents, and padding. The base model finds out once (base_model.py), with
-one wait for the device at most.
+"""Find packed documents and padding in the rows of a forward. The base model (base_model.py) does so once per call.
 
-    given                            what happens                                                            wait
-    neither positions nor a mask     each row is one document                                                no
-    cu_seq_lens_q, max_length_q      documents are where the collator says                                   no
-    position_ids, seq_idx            a document begins wherever positions do not count on                    one
-    cu_seq_lens_q and a mask         the same; and where the greatest length is missing                      one
-    attention_mask [B, S]            rows are taken apart: tokens that are no padding become one row of      one
-                                     documents; hidden states get padding back after the last layer
+    inputs                              handling                                                     device syncs
+    neither positions nor a mask        each row is one document                                     0
+    cu_seq_lens_q and max_length_q      used as given                                                0
+    cu_seq_lens_q with a mask, or       boundaries are given; padding and lengths are read           1
+    without max_length_q
+    position_ids or seq_idx             a document begins where positions do not increase by one     1
+    attention_mask [B, S]               padding is removed: all other tokens form one packed row;    1
+                                        hidden states get zeros for padding after the last layer
 
-Transformers makes a mask [B, 1, S, S] of this, for which SDPA has no fast kernel. We pass an empty tensor of four
-dimensions instead, which Transformers hands on (`causal_placeholder`, attention.py), and `documents` as a keyword.
-Everything else (a cache, masks of the user's own, compilation) is left to Transformers.
+Transformers would build a mask [B, 1, S, S], for which SDPA has no fast kernel. Instead the layers get `documents` as a
+keyword argument and an empty 4-d mask, which Transformers passes on as it is (`causal_placeholder` in attention.py).
+Transformers' own code handles everything else: caches, user-defined masks, compilation.
 """
 
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ Mark = torch.Tensor | None
 
 @dataclass(frozen=True)
 class RowInfo:
-    """What `inspect_rows` found, on the CPU.
+    """The result of `inspect_rows`; its tensors are on the CPU.
 
-    keep: [B, S], True where a token is no padding. cu_seqlens: where documents begin among the kept tokens, and their
-    number. labelled: how many positions have something to predict, None if nobody asked; labelled_padding: whether
-    padding is among them.
+    keep: bool [B, S], False for padding. cu_seqlens: offsets of documents among the kept tokens, ending with the number
+    of kept tokens. labelled: number of positions with a target, None if there were no targets. labelled_padding:
+    whether a padding position has a target.
     """
 
     keep: torch.Tensor
@@ -41,55 +41,53 @@ class RowInfo:
 
     @property
     def has_holes(self) -> bool:
-        """Whether padding lies between the tokens of some row."""
+        """Whether some row has padding between tokens."""
         begins = torch.diff(self.keep.int(), prepend=torch.zeros(len(self.keep), 1, dtype=torch.int)) == 1
         return bool((begins.sum(1) > 1).any())
 
     @property
     def count(self) -> int:
-        """How many documents there are."""
         return len(self.cu_seqlens) - 1
 
     def positions(self, device: torch.device) -> torch.Tensor:
-        """[B, S], counted from the first token of each row that is no padding."""
+        """Return positions [B, S], 0 at the first token of each row that is not padding."""
         first_B1 = self.keep.int().argmax(1, keepdim=True)
         return (torch.arange(self.keep.shape[1]) - first_B1).to(device, non_blocking=True)
 
     def documents(self, device: torch.device) -> Documents:
-        """As layers take them."""
         return Documents(self.cu_seqlens.to(device, non_blocking=True), int(self.cu_seqlens.diff().max()))
 
 
 def inspect_rows(shape: tuple[int, int], mask: Mark, positions: Mark, numbers: Mark, targets: Mark = None) -> RowInfo:
-    """Ask the device, once, what rows of this shape [B, S] hold.
+    """Find padding, documents and targets in rows of shape [B, S], with one copy from the device.
 
-    mask: 0 where a token is padding. positions: [B or 1, S]. numbers: of documents, as `seq_idx`, [B or 1, S]. Without
-    padding a document begins wherever positions do not count on; with some, wherever they do not grow, as they may jump
-    over it. targets: [B, S], -100 where there is nothing to predict.
+    mask [B, S]: 0 for padding. positions [B or 1, S]. numbers [B or 1, S]: document numbers, as in `seq_idx`.
+    targets [B, S]: -100 for none. Without padding a document begins where positions do not increase by one; with
+    padding, over which positions may jump, where they do not increase.
     """
-    wanted = None if targets is None else targets != -100
-    all_four = {"mask": mask, "positions": positions, "numbers": numbers, "wanted": wanted}
-    asked = {name: x for name, x in all_four.items() if x is not None}
-    device = next(iter(asked.values())).device
-    stacked = torch.stack([x.expand(shape).to(device, torch.int32) for x in asked.values()]).cpu()
-    answers = dict(zip(asked, stacked, strict=True))
-    keep = answers["mask"] != 0 if mask is not None else torch.ones(shape, dtype=torch.bool)
+    has_target = None if targets is None else targets != -100
+    optional = {"mask": mask, "positions": positions, "numbers": numbers, "has_target": has_target}
+    given = {name: x for name, x in optional.items() if x is not None}
+    device = next(iter(given.values())).device
+    stacked = torch.stack([x.expand(shape).to(device, torch.int32) for x in given.values()]).cpu()
+    on_cpu = dict(zip(given, stacked, strict=True))
+    keep = on_cpu["mask"] != 0 if mask is not None else torch.ones(shape, dtype=torch.bool)
     begins = keep & (keep.int().cumsum(1) == 1)
     if numbers is not None:
-        begins |= keep & (answers["numbers"] != _before(answers["numbers"], keep))
+        begins |= keep & (on_cpu["numbers"] != _previous_kept(on_cpu["numbers"], keep))
     elif positions is not None and keep.all():
-        begins[:, 1:] |= answers["positions"].diff() != 1
+        begins[:, 1:] |= on_cpu["positions"].diff() != 1
     elif positions is not None:
-        begins |= keep & (answers["positions"] <= _before(answers["positions"], keep))
+        begins |= keep & (on_cpu["positions"] <= _previous_kept(on_cpu["positions"], keep))
     cu_seqlens = torch.cat([begins[keep].nonzero().flatten(), keep.sum()[None]]).int()
-    if wanted is None:
+    if has_target is None:
         return RowInfo(keep, cu_seqlens, None, False)
-    wanted_BS = answers["wanted"] != 0
-    return RowInfo(keep, cu_seqlens, int(wanted_BS.sum()), bool((wanted_BS & ~keep).any()))
+    target_BS = on_cpu["has_target"] != 0
+    return RowInfo(keep, cu_seqlens, int(target_BS.sum()), bool((target_BS & ~keep).any()))
 
 
-def _before(x_BS: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The value at the kept token before each one in its row; -1 where there is none."""
+def _previous_kept(x_BS: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Return for each token the value of the previous kept token in its row, or -1 if there is none."""
     index = torch.where(keep, torch.arange(keep.shape[1]), -1).cummax(1).values
     index = torch.cat([torch.full((len(index), 1), -1), index[:, :-1]], dim=1)
     return torch.where(index < 0, -1, x_BS.gather(1, index.clamp(min=0)))
@@ -97,29 +95,27 @@ def _before(x_BS: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Unpadded:
-    """Rows of shape [B, S] taken apart: `index` [T] are their tokens that are no padding."""
+    """Rows of shape [B, S] without their padding. `index` [T] holds the flat indices of the other tokens."""
 
     shape: tuple[int, int]
     index: torch.Tensor
 
     @classmethod
     def of(cls, keep: torch.Tensor, device: torch.device) -> "Unpadded":
-        """From `RowInfo.keep`."""
         index = keep.flatten().nonzero().flatten()
         return cls((keep.shape[0], keep.shape[1]), index.to(device, non_blocking=True))
 
     def take(self, x: Any) -> Any:
-        """[1, T, …] of a tensor [B, S, …]; anything else as it is."""
+        """Return a tensor [B, S, …] as [1, T, …], without padding, and anything else unchanged."""
         if not isinstance(x, torch.Tensor) or x.shape[:2] != self.shape:
             return x
         return x.flatten(0, 1).index_select(0, self.index)[None]
 
-    def together(self, outputs: Any) -> Any:
-        """Outputs of a decoder with [1, T, …] made [B, S, …] again, and router logits [T, E] made [B·S, E]: zero where
-        padding is."""
-        return tree_map_only(torch.Tensor, self._put, outputs)
+    def restore(self, outputs: Any) -> Any:
+        """Put zeros back for padding in a decoder's outputs: [1, T, …] to [B, S, …], and [T, E] to [B·S, E]."""
+        return tree_map_only(torch.Tensor, self._restore, outputs)
 
-    def _put(self, x: torch.Tensor) -> torch.Tensor:
+    def _restore(self, x: torch.Tensor) -> torch.Tensor:
         T, (B, S) = len(self.index), self.shape
         if x.ndim > 2 and x.shape[:2] == (1, T):
             return x.new_zeros(B * S, *x.shape[2:]).index_copy(0, self.index, x[0]).unflatten(0, (B, S))
