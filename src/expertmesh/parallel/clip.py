@@ -51,7 +51,7 @@ def local_shards(grads: Iterable[torch.Tensor]) -> dict[tuple[int, torch.device]
 
 
 def norm_of_all(total: torch.Tensor) -> torch.Tensor:
-    """Return the norm of all gradients from this rank's part of its square, which is overwritten. All ranks must call."""
+    """Return the norm of all gradients. total: this rank's part of its square, overwritten. All ranks must call it."""
     if dist.is_initialized() and dist.get_world_size() > 1:  # also on a rank without gradients
         world: Any = dist.group.WORLD
         with step_timeout("the norm of the gradients", world):

@@ -103,9 +103,7 @@ def prepare_for_training(model: Any, reshard_experts: bool) -> None:
 def fsdp_units(module: nn.Module) -> list[Any]:
     """Return the FSDP parameter groups of this module."""
     state = vars(module._get_fsdp_state()) if isinstance(module, FSDPModule) else {}
-    return list(
-        filter(None, state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")]))
-    )  # torch 2.11: no list
+    return list(filter(None, state.get("_fsdp_param_groups", [state.get("_fsdp_param_group")])))  # torch 2.11: no list
 
 
 @torch.compiler.disable
