@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expertmesh import AutoModelForCausalLM, fuse
 from expertmesh.bench.tiny import tiny_config, tiny_model
-from expertmesh.memory.offload import Offload, _Away
+from expertmesh.memory.offload import Offload, _OnHost
 from expertmesh.parallel.setup import recompute
 from expertmesh.plan.memory import Job, memory_of, trace
 from tests.families.test_recompute import assert_equal, step
@@ -43,7 +43,7 @@ class Traced(Offload):
 
 def in_host_memory() -> list[torch.Tensor]:
     gc.collect()
-    return [one.host for one in gc.get_objects() if type(one) is _Away]
+    return [one.host for one in gc.get_objects() if type(one) is _OnHost]
 
 
 def test_an_input_leaves_beside_its_layer_and_comes_one_layer_ahead():
