@@ -44,7 +44,7 @@ from expertmesh.auto import AutoModelForCausalLM
 from expertmesh.kernels.packed import DecodeBuffer, Packed
 from expertmesh.weights.files import SUMS, atomic_export, verify_sums
 from expertmesh.weights.quantized import MXFP4, READERS, BlockFP8
-from expertmesh.weights.read import opened, weight_files
+from expertmesh.weights.read import safetensors_slices, weight_files
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
 
@@ -207,7 +207,7 @@ def _packed(key: str, stored: MXFP4, pieces: "_Pieces") -> dict[str, torch.Tenso
 @contextmanager
 def _opened(files: list[Path]) -> Iterator[dict[str, Any]]:
     try:
-        with opened(files) as tensors:
+        with safetensors_slices(files) as tensors:
             yield tensors
     except SafetensorError as error:
         raise AdapterError(f"The base in {files[0].parent} is damaged ({error}). Copy or download it again.") from error

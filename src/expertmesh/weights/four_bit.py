@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from expertmesh.kernels.packed import FORMATS, DecodeBuffer, Packed, packed_in
 from expertmesh.moe.experts import is_experts, runs_here, why_not
 from expertmesh.moe.lora import WEIGHTS
-from expertmesh.weights.write import in_parts, with_copies
+from expertmesh.weights.write import with_copies, with_packed_parts
 
 METHOD = "expertmesh_4bit"  # in config.json
 
@@ -107,7 +107,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """Return (state dict in which packed weights are blocks and scales as in GPT-OSS's checkpoints, {})."""
-        return in_parts(with_copies(model, None) or model.state_dict()), {}
+        return with_packed_parts(with_copies(model, None) or model.state_dict()), {}
 
 
 class _Pack(ConversionOps):
