@@ -282,10 +282,8 @@ class _Reader:
 
 
 def locate_projection(experts: Any, part: str) -> tuple[str, slice]:
-    """Return (parameter name, rows) of the projection `gate`, `up`, `down`, or `all` (gate and up) of experts.
-
-    For experts without a gate, `gate` is the up-projection, because SGLang names it so.
-    """
+    """Return (parameter name, rows) of the projection `gate`, `up`, `down`, or `all` (gate and up) of experts. For
+    experts without a gate, `gate` is the up-projection, because SGLang names it so."""
     if part == "down" or not experts.has_gate:
         return "down_proj" if part == "down" else "up_proj", slice(None)
     if part == "all":

@@ -140,10 +140,8 @@ def merge(
 def write_merged(
     folder: Path, source: Path, model: PreTrainedModel, adapter: Adapter, pack: bool = False
 ) -> tuple[dict[str, torch.dtype | None], str | None]:
-    """Write weights, index, configuration and tokenizer.
-
-    Return ({changed parameter: dtype on disk, None for MXFP4}, the base's quantization method or None).
-    """
+    """Write weights, index, configuration and tokenizer. Return ({changed parameter: dtype on disk, None for MXFP4},
+    the base's quantization method or None)."""
     config = json.loads((source / "config.json").read_text())
     stored = config.pop("quantization_config", None)
     method = stored and stored.get("quant_method")

@@ -41,11 +41,9 @@ class Pair(NamedTuple):
 
 
 def write_adapter(adapter: Adapter, model: PreTrainedModel, folder: Path, reader: str, base: str | None = None) -> None:
-    """Write an adapter of `model`, which may be on the meta device, into a folder for `vllm`, `sglang` or `peft`.
-
-    The products do not change, except for rounding if scalings differ. Raises AdapterError if the reader has no names
-    for a part of the adapter.
-    """
+    """Write an adapter of `model`, which may be on the meta device, into a folder for `vllm`, `sglang` or `peft`. The
+    products do not change, except for rounding if scalings differ. Raises AdapterError if the reader has no names for a
+    part of the adapter."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -92,9 +92,7 @@ def _own_rules(server: str, model: PreTrainedModel) -> Rules:
 
 def lost(folder: Path, model: PreTrainedModel, server: str, layout: str | None = None) -> tuple[list[Lost], int, str]:
     """Return (modules that the server would not apply, number of modules in the adapter, source of the server's rules).
-
-    Raises AdapterError if the adapter cannot be read or does not fit the model.
-    """
+    Raises AdapterError if the adapter cannot be read or does not fit the model."""
     refuse_multimodal(model)
     adapter, rules = read_adapter(folder, model, layout), rules_of(server, model)
     paths = list(adapter.pairs)
@@ -111,11 +109,9 @@ def lost(folder: Path, model: PreTrainedModel, server: str, layout: str | None =
 def rewrite(
     folder: Path, model: PreTrainedModel, output: Path, reader: str, layout: str | None = None, base: str | None = None
 ) -> str:
-    """Write an adapter for `vllm`, `sglang` or `peft` to `output`, and compare it with the original.
-
-    Return the layout of the original. Raises AdapterError, and writes nothing, if the adapter cannot be read, or if the
-    server would not apply all of it.
-    """
+    """Write an adapter for `vllm`, `sglang` or `peft` to `output`, and compare it with the original. Return the layout
+    of the original. Raises AdapterError, and writes nothing, if the adapter cannot be read, or if the server would not
+    apply all of it."""
     adapter = read_adapter(folder, model, layout)
     if output.resolve() == folder.resolve():
         raise AdapterError(f"{output} is what is read: write the adapter into another folder.")

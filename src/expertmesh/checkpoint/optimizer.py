@@ -36,11 +36,9 @@ def is_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return ({"parameter/key": tensor}, everything else) of the optimizer's state. All ranks must call it.
-
-    Tensors have placements that torch.distributed.checkpoint supports. The second dict has the groups' options, the
-    group number of each parameter by name, as the groups may depend on the layout, and state that is a number.
-    """
+    """Return ({"parameter/key": tensor}, everything else) of the optimizer's state. All ranks must call it. Tensors
+    have placements that torch.distributed.checkpoint supports. The second dict has the groups' options, the group
+    number of each parameter by name, as the groups may depend on the layout, and state that is a number."""
     named = _parameters_by_name(model, optimizer)
     if isinstance(optimizer, AdamW):
         optimizer.settle()
@@ -81,10 +79,8 @@ def write_optimizer(folder: Path, tensors: dict[str, Any], groups: dict[str, Any
 @torch.no_grad()
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
     """Replace the optimizer's state and options by the checkpoint's. All ranks must call it; each reads its shards.
-
     Return for each parameter group the number of the saved group that it continues. Raises ValueError if the checkpoint
-    has other parameters, or if a group would get two different sets of options.
-    """
+    has other parameters, or if a group would get two different sets of options."""
     folder, named = checkpoint / FOLDER, _parameters_by_name(model, optimizer)
     groups = torch.load(folder / GROUPS, map_location="cpu", weights_only=True)
     if groups["of"].keys() != named.keys():

@@ -93,10 +93,8 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 
 
 def prune(output_dir: str | Path, keep: int, protect: Sequence[str | Path] = ()) -> None:
-    """Delete all complete checkpoints except `keep`: the newest, those in `protect`, then the next newest.
-
-    Call it on one rank. Incomplete ones stay. Raises ValueError for `keep` below 1, as the newest is never deleted.
-    """
+    """Delete all complete checkpoints except `keep`: the newest, those in `protect`, then the next newest. Call it on
+    one rank. Incomplete ones stay. Raises ValueError for `keep` below 1, as the newest is never deleted."""
     if keep < 1:
         raise ValueError(f"keep is {keep}, and at least 1 checkpoint must be kept.")
     complete = [path for _, path in reversed(checkpoints(output_dir)) if is_complete(path)]

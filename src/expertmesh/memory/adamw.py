@@ -95,10 +95,8 @@ class AdamW(torch.optim.AdamW):
                 self.state[parameter][key] = value
 
     def clip_next(self, norm: torch.Tensor, max_norm: float) -> None:
-        """Make the next step clip to `max_norm` by this norm of the gradients instead of measuring it.
-
-        norm: a scalar, which is not copied to the host. The smaller of max_norm and `max_grad_norm` applies.
-        """
+        """Make the next step clip to `max_norm` by this norm of the gradients instead of measuring it. norm: a scalar,
+        which is not copied to the host. The smaller of max_norm and `max_grad_norm` applies."""
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._clip = norm, min(max_norm, self.max_grad_norm or math.inf)
 

@@ -33,10 +33,8 @@ class _OnDevice(NamedTuple):
 
 class Offload:
     """`offload(function, *args)` is `checkpointed(function, *args)` with floating-point args kept in host memory.
-
     checkpointed: like torch.utils.checkpoint.checkpoint. All layers of a model must share one object, which prefetches
-    in the reverse order of their calls. Raises RuntimeError in CUDA graph capture, and for inputs changed in place.
-    """
+    in the reverse order of their calls. Raises RuntimeError in CUDA graph capture, and for inputs changed in place."""
 
     def __init__(self, checkpointed: Callable[..., Any]) -> None:
         self._checkpointed = checkpointed

@@ -85,9 +85,7 @@ def expert_parallel_fsdp(model: Any, layout: DistributedConfig) -> Iterator[None
 
 def prepare_for_training(model: Any, reshard_experts: bool) -> None:
     """Give FSDP's collectives the `step_timeout`, and synchronize all ranks before each training forward.
-
-    reshard_experts: whether FSDP frees gathered experts after their forward.
-    """
+    reshard_experts: whether FSDP frees gathered experts after their forward."""
     for name, module in model.named_modules():
         if getattr(module, "_is_expert_parallel", False) and isinstance(module, FSDPModule):
             module.set_reshard_after_forward(reshard_experts)
@@ -145,10 +143,8 @@ def _before_training(model: Any, sharded_modules: set[torch.nn.Module], base: to
 
 
 def refuse_undivided(model: Any) -> None:
-    """Raise ValueError if this library's experts must divide gradients but another experts backend is set.
-
-    Any backend is accepted while gradients are disabled, as in `generate`.
-    """
+    """Raise ValueError if this library's experts must divide gradients but another experts backend is set. Any backend
+    is accepted while gradients are disabled, as in `generate`."""
     chosen = model.config.get_text_config()._experts_implementation
     if torch.is_grad_enabled() and getattr(model, "_divides_gradients", False) and chosen != NAME:
         raise ValueError(
@@ -158,10 +154,8 @@ def refuse_undivided(model: Any) -> None:
 
 
 def _layers_to_keep_gathered(model: Any) -> dict[int, str]:
-    """Return {id of a module: "layers" for a decoder layer, "parts" for a module inside one}.
-
-    Multi-token prediction layers are excluded: they are removed when a checkpoint without them is loaded.
-    """
+    """Return {id of a module: "layers" for a decoder layer, "parts" for a module inside one}. Multi-token prediction
+    layers are excluded: they are removed when a checkpoint without them is loaded."""
     mtp, layers = getattr(model, "_mtp", None), list[nn.Module]()
     for name, module in model.named_modules():
         for number, layer in enumerate(module if isinstance(module, nn.ModuleList) else ()):

@@ -42,11 +42,9 @@ class DamagedError(ValueError):
 
 @contextmanager
 def folder_lock(folder: str | Path, group: Any = None) -> Iterator[None]:
-    """Context manager that locks `folder`, which is created if needed, against writers of other processes.
-
-    Rank 0 of `group` holds the lock for all ranks until the block ends or the process dies. A process may nest blocks.
-    Raises FolderInUseError if another process holds the lock.
-    """
+    """Context manager that locks `folder`, which is created if needed, against writers of other processes. Rank 0 of
+    `group` holds the lock for all ranks until the block ends or the process dies. A process may nest blocks. Raises
+    FolderInUseError if another process holds the lock."""
     lock = Path(folder).resolve() / ".lock"
     with ExitStack() as stack:
         with ranks.fail_together(group):
@@ -72,10 +70,8 @@ def folder_lock(folder: str | Path, group: Any = None) -> Iterator[None]:
 def staging_folder(
     staging: Path, begin: Callable[[], None], move: Callable[[Digests], None], group: Any
 ) -> Iterator[None]:
-    """Context manager in which every rank of `group` writes its own files into `staging`, a new folder.
-
-    Rank 0 calls `begin` before, and `move` when all files are on the disk. The parent folder is locked meanwhile.
-    """
+    """Context manager in which every rank of `group` writes its own files into `staging`, a new folder. Rank 0 calls
+    `begin` before, and `move` when all files are on the disk. The parent folder is locked meanwhile."""
     with folder_lock(staging.parent, group):
         with ranks.fail_together(group):
             if ranks.rank(group) == 0:
@@ -96,10 +92,8 @@ def staging_folder(
 
 @contextmanager
 def atomic_export(folder: str | Path, group: Any = None) -> Iterator[Path]:
-    """Context manager that yields an empty folder. When the block ends, its files replace the export in `folder`.
-
-    Every rank of `group` must enter. Old weights and their index are deleted; other files stay unless replaced.
-    """
+    """Context manager that yields an empty folder. When the block ends, its files replace the export in `folder`. Every
+    rank of `group` must enter. Old weights and their index are deleted; other files stay unless replaced."""
     folder = Path(folder)
     staging = folder / ".export.incomplete"
 
@@ -155,10 +149,8 @@ def _weights_kind(name: str) -> tuple[str, str] | None:
 
 def verify_sums(folder: str | Path, together: bool = False) -> None:
     """Compare an export with its SHA256SUMS, if it has one. `together`: all ranks must call it, and share the work.
-
     Raises DamagedError that names the weights that differ, or where the files of an interrupted export are. Other files
-    that differ, such as an edited configuration, are named in a warning.
-    """
+    that differ, such as an edited configuration, are named in a warning."""
     path, whole = Path(folder, SUMS), Path(folder, WHOLE)
     cut_short = whole.is_dir() and any(whole.iterdir())
     if cut_short and not any(_ENTRY.fullmatch(name) for name in os.listdir(folder)):

@@ -43,10 +43,8 @@ class ExpertsQuantConfig(QuantizationConfigMixin):
         return dict(self._stored or {"quant_method": self.quant_method, "format": self.format})
 
     def kept_from(self, stored: dict[str, Any]) -> bool:
-        """Whether a checkpoint with the quantization_config `stored` has its experts in this format already.
-
-        Raises ValueError if it was saved by this library in another format.
-        """
+        """Whether a checkpoint with the quantization_config `stored` has its experts in this format already. Raises
+        ValueError if it was saved by this library in another format."""
         method = stored.get("quant_method")
         if method == METHOD and stored["format"] != self.format:
             raise ValueError(

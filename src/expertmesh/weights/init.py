@@ -16,10 +16,8 @@ from expertmesh.kernels.packed import Packed
 
 @torch.no_grad()
 def initialise_shards(model: PreTrainedModel, device: Any) -> None:
-    """Initialize a sharded or packed model on the meta device by Transformers' rules, equally under every layout.
-
-    Every rank draws all weights from rank 0's seed, one layer at a time, and keeps its shard. All ranks must call it.
-    """
+    """Initialize a sharded or packed model on the meta device by Transformers' rules, equally under every layout. Every
+    rank draws all weights from rank 0's seed, one layer at a time, and keeps its shard. All ranks must call it."""
     model.to_empty(device=device)
     seed = torch.randint(2**62, (1,), device=device)
     if dist.is_initialized():

@@ -25,10 +25,8 @@ Tensors = dict[str, Any]  # {name: a safetensors slice, or an object that can be
 
 
 class BlockFP8:
-    """A block-FP8 weight [.., M, N], which reads and dequantizes to float32 when it is indexed.
-
-    weight: a safetensors slice. scales: one of shape [.., ceil(M / block[0]), ceil(N / block[1])] and any float dtype.
-    """
+    """A block-FP8 weight [.., M, N], which reads and dequantizes to float32 when it is indexed. weight: a safetensors
+    slice. scales: one of shape [.., ceil(M / block[0]), ceil(N / block[1])] and any float dtype."""
 
     def __init__(self, weight: Any, scales: Any, block: tuple[int, int]):
         self.weight, self.scales, self.block = weight, scales, block
@@ -66,10 +64,8 @@ def _read_fp8(stored: dict[str, Any], tensors: Tensors) -> Tensors:
 
 class MXFP4:
     """Experts' weights [E, I, O] in MXFP4, packed along I, which are read and decoded exactly to bfloat16 when indexed.
-
     blocks: a safetensors slice [E, O, I / 32, 16] with two 4-bit floats per byte, the first in the lower half. scales:
-    a safetensors slice [E, O, I / 32] with the exponent of the scale of 32 weights, plus 127.
-    """
+    a safetensors slice [E, O, I / 32] with the exponent of the scale of 32 weights, plus 127."""
 
     def __init__(self, blocks: Any, scales: Any):
         self.blocks, self.scales = blocks, scales
@@ -189,10 +185,8 @@ def tell_saved(model: Any, folder: Any) -> None:
 
 
 def forget_packed_names(model: Any) -> None:
-    """Make a model that Transformers dequantized save its weights under their own names.
-
-    Transformers 5.23 would save them under the names of the packed tensors, which no loader accepts.
-    """
+    """Make a model that Transformers dequantized save its weights under their own names. Transformers 5.23 would save
+    them under the names of the packed tensors, which no loader accepts."""
     conversions = getattr(model, "_weight_conversions", None) or ()
     if any(type(op).__name__.endswith("Dequantize") for c in conversions for op in getattr(c, "operations", ())):
         del model._weight_conversions

@@ -36,19 +36,15 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
     """Write weights, index and configurations as `save_pretrained` does. All ranks must call it, on one file system.
-
-    max_shard_size: of a weights file, as "5GB" or in bytes; a rank needs about as much host memory.
-    """
+    max_shard_size: of a weights file, as "5GB" or in bytes; a rank needs about as much host memory."""
     files = files_of(model, max_shard_size)
     with atomic_export(folder) as staging:
         write_model(staging, model, files)
 
 
 def files_of(model: PreTrainedModel, max_shard_size: int | str = "5GB") -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the content of the weights files that this rank must write: {key on disk: copy on the CPU}.
-
-    All ranks must exhaust the iterator, because it all-gathers.
-    """
+    """Yield the content of the weights files that this rank must write: {key on disk: copy on the CPU}. All ranks must
+    exhaust the iterator, because it all-gathers."""
     size = max_shard_size.upper() if isinstance(max_shard_size, str) else max_shard_size  # a small b would be bits
     return _split(_own_tensors(model), convert_file_size_to_int(size))
 
@@ -56,11 +52,9 @@ def files_of(model: PreTrainedModel, max_shard_size: int | str = "5GB") -> Itera
 def write_model(
     folder: Path, model: PreTrainedModel, files: Iterable[dict[str, torch.Tensor]], group: Any = None
 ) -> None:
-    """Write this rank's `files`; rank 0 adds configurations, and an index if there are several files.
-
-    The layout affects only which weights are in which file. An error on one rank of `group` raises on all. A rank that
-    cannot write still exhausts `files`, so that the collectives of the others do not hang.
-    """
+    """Write this rank's `files`; rank 0 adds configurations, and an index if there are several files. The layout
+    affects only which weights are in which file. An error on one rank of `group` raises on all. A rank that cannot
+    write still exhausts `files`, so that the collectives of the others do not hang."""
     files, rank = iter(files), ranks.rank(group)
     mine: list[tuple[int, str, dict[str, int]]] = []
     with ranks.fail_together(group):
