@@ -220,15 +220,15 @@ class _Pieces:
         transforms = get_model_conversion_mapping(model)
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-        self.of: dict[str, list[str]] = {name: [] for name in (*adapter.changes, *adapter.replaced)}
+        self.keys_of: dict[str, list[str]] = {name: [] for name in (*adapter.changes, *adapter.replaced)}
         self.name_of: dict[str, str] = {}
         for key in keys:
             name = rename_source_key(key, renamings, converters, model.base_model_prefix, self.shapes)[0]
             name = key if name not in self.shapes and key in self.shapes else name
-            if name in self.of:
-                self.of[name].append(key)
+            if name in self.keys_of:
+                self.keys_of[name].append(key)
                 self.name_of[key] = name
-        if absent := [name for name, keys in self.of.items() if not keys]:
+        if absent := [name for name, keys in self.keys_of.items() if not keys]:
             raise AdapterError(f"The base's checkpoint has no weights for {absent[0]}, which the adapter changes.")
         self.waiting: dict[tuple[str, str], torch.Tensor] = {}
 
@@ -248,7 +248,7 @@ class _Pieces:
 
     def _compute(self, what: str, name: str) -> None:
         whole = self.adapter.replaced[name] if what == "replaced" else self.adapter.delta(name, self.shapes[name])
-        keys = sorted(self.of[name], key=dot_natural_key)
+        keys = sorted(self.keys_of[name], key=dot_natural_key)
         pieces = {keys[0]: whole} if len(keys) == 1 else revert_weight_conversion(self.model, {name: whole})
         split = sorted(pieces, key=dot_natural_key)
         if [_tail(key) for key in keys] != [_tail(key) for key in split]:
@@ -276,7 +276,7 @@ def prove(
     if missing:
         raise NotEqualError(f"Stock Transformers does not find {missing[0]} in the merged model. Nothing was written.")
     tokens = _tokens(merged.config.get_text_config().vocab_size)
-    found = {name: (value.dtype, _digest(value)) for name, value in merged.state_dict().items()}
+    digests = {name: (value.dtype, _digest(value)) for name, value in merged.state_dict().items()}
     need, free = 4 * sum(p.numel() for p in merged.parameters()), _free_memory()
     del merged
     gc.collect()
@@ -298,7 +298,7 @@ def prove(
             f"read as {adapter.layout}; what wrote it may have another (--layout)."
         )
     state = base.state_dict()
-    for name, (dtype, digest) in found.items():
+    for name, (dtype, digest) in digests.items():
         stored = dtypes.get(name, dtype)
         value = MXFP4(*map(_AsSlices, packed(state[name])))[...] if stored is None else state[name].to(stored)
         value = value.to(dtype)
@@ -308,7 +308,7 @@ def prove(
     rounding = _relative_difference(base(tokens).logits, summed)
     names = adapter.changes.keys() | adapter.replaced.keys()
     changed = len(names), sum(".experts." in name for name in names)
-    return Proof(error, effect, rounding, by, adapter.layout, changed, len(found), dequantized)
+    return Proof(error, effect, rounding, by, adapter.layout, changed, len(digests), dequantized)
 
 
 def _with_peft(base: PreTrainedModel, adapter: Adapter, tokens: torch.Tensor) -> tuple[torch.Tensor, str]:
@@ -358,9 +358,9 @@ def _tokens(vocab_size: int) -> torch.Tensor:
     return torch.randint(vocab_size, (8, 8), generator=torch.Generator().manual_seed(7))
 
 
-def _relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def _relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the difference of logits relative to the largest logit, in the row with the third largest difference."""
-    rows = (found - expected).abs().flatten(1).amax(1) / expected.abs().max()
+    rows = (actual - expected).abs().flatten(1).amax(1) / expected.abs().max()
     return float(rows.nan_to_num(torch.inf).sort().values[-3])
 
 

@@ -86,7 +86,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
     if groups["of"].keys() != named.keys():
         odd = sorted(groups["of"].keys() ^ named.keys())[0]
         raise ValueError(
-            f"The optimizer in {checkpoint} is of other parameters: only the "
+            f"The optimizer in {checkpoint} has other parameters: only the "
             f"{'optimizer' if odd in named else 'checkpoint'} has {odd}. Freeze parameters as in the run that saved it."
         )
     reader = dcp.HuggingFaceStorageReader(str(folder))

@@ -98,8 +98,8 @@ def prune(output_dir: str | Path, keep: int, protect: Sequence[str | Path] = ())
     if keep < 1:
         raise ValueError(f"keep is {keep}, and at least 1 checkpoint must be kept.")
     complete = [path for _, path in reversed(checkpoints(output_dir)) if is_complete(path)]
-    kept = {Path(path).resolve() for path in (*complete[:1], *protect)}
-    others = [path for path in complete if path.resolve() not in kept]
+    protected = {Path(path).resolve() for path in (*complete[:1], *protect)}
+    others = [path for path in complete if path.resolve() not in protected]
     for path in others[max(0, keep - len(complete) + len(others)) :]:
         doomed = path.with_name(f".{path.name}.deleted")  # so that a partial deletion leaves no checkpoint
         os.rename(path, doomed)

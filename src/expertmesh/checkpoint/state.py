@@ -108,7 +108,7 @@ def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None
     ranks.barrier()
     extras = [part["extra"] for part in run["ranks"]]
     if len(extras) != ranks.world_size():
-        log.warning("%s is of %d ranks: random numbers start anew.", checkpoint, len(extras))
+        log.warning("%s was saved by %d ranks: random states are not restored.", checkpoint, len(extras))
         return Resumed(run["step"], None, extras)
     set_random_state(run["ranks"][ranks.rank()]["random"])
     return Resumed(run["step"], extras[ranks.rank()], extras)

@@ -21,11 +21,11 @@ Pairs = Iterable[tuple[nn.Parameter, Mapping[str, Any]]]  # (parameter, its para
 
 class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` with one kernel for all parameters on a GPU, which may be on different meshes. On a CPU it
-    runs PyTorch's fused implementation. Arguments and state are those of PyTorch, and so are checkpoints.
+    runs PyTorch's fused implementation. Arguments and state are PyTorch's, so either can load the other's checkpoints.
 
     max_grad_norm: clip to this norm of all gradients of all ranks within the step. The kernel scales gradients as it
-    reads them, so they do not change in memory. `grad_norm` is the norm measured by the last step, a float32 scalar on
-    the device, or None.
+    reads them, so they do not change in memory. `grad_norm` is the norm by which the last step clipped, a float32
+    scalar on the device, or None.
 
     states: "8bit", "24bit" or "float32", the formats of moments and weights in states.py, for bfloat16 and float32
     weights; None is PyTorch's. State in any of these formats can be loaded; the next step converts it. PyTorch cannot

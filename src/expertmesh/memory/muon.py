@@ -39,7 +39,7 @@ class Muon(AdamW):
     rates can be kept; "original" is the other choice of `torch.optim.Muon`. Clipping works as in AdamW.
 
     The only state of a hidden matrix is its momentum, in the weight's dtype. With states="float32" it is float32, and
-    a bfloat16 weight has a float32 master copy. Raises ValueError for 8-bit states, adapters and unfit models.
+    a bfloat16 weight has a float32 master copy. Raises ValueError for 8-bit states, adapters and models without a matrix.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Muon(AdamW):
         nesterov: bool = True, adjust_lr_fn: str = ADJUSTMENTS[0], states: str | None = None, **adamw: Any,
     ) -> None:  # fmt: skip
         if states not in (None, "float32"):
-            raise ValueError(f'Muon keeps no states="{states}": take "float32", or None.')
+            raise ValueError(f'Muon does not support states="{states}": take "float32", or None.')
         if adjust_lr_fn not in ADJUSTMENTS:
             raise ValueError(f"adjust_lr_fn is one of {', '.join(ADJUSTMENTS)}, not {adjust_lr_fn!r}.")
         if adamw.get("offload"):
             raise ValueError("Muon computes on the GPU: leave offload out.")
         if hasattr(model, "peft_config"):
-            raise ValueError("Muon is for whole matrices, not for the factors of adapters: train those by AdamW.")
+            raise ValueError("Muon does not train the low-rank factors of adapters: train those by AdamW.")
         hidden = hidden_matrices(model)
         options = {"muon": True, "momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
         groups: list[dict[str, Any]] = [{"params": [], **options}, {"params": []}, {"params": [], "weight_decay": 0.0}]

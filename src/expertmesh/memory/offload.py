@@ -56,7 +56,7 @@ class Offload:
             return x
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "Inputs of layers go to host memory, for which a recorded step has no place: record no steps "
+                "Inputs of layers are copied to host memory, which a CUDA graph cannot record: record no steps "
                 "(cuda_graph=False), or recompute layers without offloading (activation_checkpointing=true)."
             )
         self._wait_for_copies()
@@ -91,7 +91,7 @@ class Offload:
             torch.get_device_module(on_device.x.device).current_stream(on_device.x.device).wait_event(on_device.copied)
         if on_device.x._version != on_device.version:
             raise RuntimeError(
-                f"The input {tuple(on_device.x.shape)} of a layer, which goes to host memory, was changed in place: "
+                f"The input {tuple(on_device.x.shape)} of a layer was changed in place while it is in host memory: "
                 f"change a copy, or recompute layers without offloading (activation_checkpointing=true)."
             )
 

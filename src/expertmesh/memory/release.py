@@ -156,7 +156,7 @@ class GradientRelease:
                 "released: DistributedDataParallel does it later. Load the model with distributed_setup=, which "
                 "shards it by FSDP2, or do without gradient release."
             )
-        this = weakref.WeakMethod(self._accumulated)  # else weights and this object refer to each other
+        this = weakref.WeakMethod(self._accumulated)  # a reference cycle through a hook is never freed
 
         def accumulated(parameter: torch.Tensor) -> None:
             if (method := this()) is not None:

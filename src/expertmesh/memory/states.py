@@ -79,7 +79,7 @@ def refuse(parameters: Iterable[torch.Tensor], states: str | None) -> None:
         raise ValueError(f"states={states!r} does not exist: take {', '.join(map(repr, STATES))}, or None.")
     dtypes = {parameter.dtype for parameter in parameters}
     if states and (odd := dtypes - {torch.bfloat16, torch.float32}):
-        raise ValueError(f"states={states!r} are of bfloat16 and float32 weights, not of {odd.pop()}: cast the model.")
+        raise ValueError(f"states={states!r} supports bfloat16 and float32 weights, not {odd.pop()}: cast the model.")
     if states == "24bit" and dtypes == {torch.float32}:
         raise ValueError('states="24bit" extends bfloat16 weights, and these are float32: take "8bit", or cast them.')
 
@@ -111,13 +111,13 @@ def convert(parameter: nn.Parameter, state: dict[str, Any], form: Form) -> None:
     """Convert a state of any format, such as a loaded one, to this format in place, through float32."""
     old, weight = dict(state), local_shard(parameter)
     if not all(key in old or f"{key}_8bit" in old for key in form.moments):
-        raise ValueError(f"This state ({', '.join(old)}) is another optimizer's: this one cannot go on from it.")
-    whole = join(weight, local_shard(old[REST])) if REST in old else local_shard(old.get(MASTER, weight)).float()
+        raise ValueError(f"This state ({', '.join(old)}) is another optimizer's and cannot be converted.")
+    master = join(weight, local_shard(old[REST])) if REST in old else local_shard(old.get(MASTER, weight)).float()
     state.clear()
     create(parameter, state, form._replace(stream=old.get(STREAM, form.stream)))
-    new = {"step": old["step"], MASTER: whole}
+    new = {"step": old["step"], MASTER: master}
     if REST in state:
-        new[REST] = rest_of(weight, whole)
+        new[REST] = rest_of(weight, master)
     for key in form.moments:
         new[key] = local_shard(old.pop(key)).float() if key in old else dequantize(*_codes(old, key), key == "exp_avg")
         if form.size:
