@@ -39,7 +39,7 @@ class Muon(AdamW):
     rates can be kept; "original" is the other choice of `torch.optim.Muon`. Clipping works as in AdamW.
 
     The only state of a hidden matrix is its momentum, in the weight's dtype. With states="float32" it is float32, and
-    a bfloat16 weight has a float32 master copy. Raises ValueError for 8-bit states, adapters and models without a matrix.
+    a bfloat16 weight has a float32 copy. Raises ValueError for 8-bit states, adapters, and models without a matrix.
     """
 
     def __init__(
