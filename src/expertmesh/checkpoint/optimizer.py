@@ -47,9 +47,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{name}/{key}"] = _redistribute(
-                    value, _unstrided(getattr(value, "placements", ()))
-                ).contiguous()
+                tensors[f"{name}/{key}"] = _reshard(value, _unstrided(getattr(value, "placements", ()))).contiguous()
             elif isinstance(value, NUMBER):
                 numbers.setdefault(name, {})[key] = value
             else:
@@ -100,7 +98,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
         optimizer.state[named[name]] |= numbers
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
-        optimizer.state[named[name]][key] = _redistribute(value, _placements(named[name], value.shape))
+        optimizer.state[named[name]][key] = _reshard(value, _placements(named[name], value.shape))
     names = {parameter: name for name, parameter in named.items()}
     order = []
     for group in optimizer.param_groups:
@@ -185,6 +183,6 @@ def _placements(parameter: Any, shape: torch.Size) -> tuple[Any, ...]:
     return tuple(Replicate() if each.is_replicate() or each.dim == row else each for each in placements)
 
 
-def _redistribute(value: Any, placements: tuple[Any, ...]) -> Any:
+def _reshard(value: Any, placements: tuple[Any, ...]) -> Any:
     is_other = isinstance(value, DTensor) and value.placements != placements
     return value.redistribute(placements=placements) if is_other else value

@@ -155,7 +155,7 @@ def verify_sums(folder: str | Path, together: bool = False) -> None:
     cut_short = whole.is_dir() and any(whole.iterdir())
     if cut_short and not any(_ENTRY.fullmatch(name) for name in os.listdir(folder)):
         raise DamagedError(
-            f"An export into {folder} was cut short while its files were moved: move those in {whole} into {folder}."
+            f"An export into {folder} was cut short while its files were moved: move what is in {whole} into {folder}."
         )
     sums = read_sums(path) if path.is_file() else {}
     present = [name for name in sums if not {"/", ".."} & {*Path(name).parts} and Path(folder, name).is_file()]
