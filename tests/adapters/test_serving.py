@@ -139,7 +139,7 @@ def test_vllm_41754_what_servers_load_and_never_use_is_told(tmp_path):
 def test_vllm_stops_at_half_of_a_pair_of_experts(tmp_path):
     model = base_of("gpt_oss")
     folder, _ = made("gpt_oss", target_modules=(), target_parameters=("mlp.experts.down_proj",))
-    assert "stands alone" in lost(folder, model, "vllm")[0][0].why
+    assert "lacks experts.base_layer" in lost(folder, model, "vllm")[0][0].why
     rewrite(folder, model, tmp_path / "both", "vllm")
     assert not lost(tmp_path / "both", model, "vllm")[0]
     assert same_deltas(read_adapter(tmp_path / "both", model), read_adapter(folder, model), model)
@@ -163,7 +163,7 @@ def test_a_scaling_that_servers_do_not_read_is_told_and_mended(how, tmp_path):
 
 def test_sglang_gets_the_query_and_value_that_it_stops_without(tmp_path):
     folder, _ = made("qwen3_moe", target_modules=("q_proj",))
-    assert "stands without its q_proj or v_proj" in lost(folder, base_of("qwen3_moe"), "sglang")[0][0].why
+    assert "lacks its q_proj or v_proj" in lost(folder, base_of("qwen3_moe"), "sglang")[0][0].why
     rewrite(folder, base_of("qwen3_moe"), tmp_path / "served", "sglang")
     assert "model.layers.0.self_attn.v_proj" in names(tmp_path / "served")
 
@@ -248,7 +248,7 @@ def damaged(what, folder):
         "dora": (tensors, {"use_dora": True}, "more than a low-rank product"),
         "pissa": (tensors, {"init_lora_weights": "pissa"}, "changes the base"),
         "ia3": (tensors, {"peft_type": "IA3"}, "kind IA3"),
-        "unknown layout": (tensors, {"lora_B_layout": "diagonal"}, "not known here"),
+        "unknown layout": (tensors, {"lora_B_layout": "diagonal"}, "which is unknown"),
     }[what]
     copied(source, folder, changed, **config)
     return said

@@ -196,7 +196,7 @@ def test_other_states_can_go_on(tmp_path):
 def test_what_is_refused(tmp_path):
     model = Model()
     for options, message in (
-        ({"states": "8bit"}, "no states"),
+        ({"states": "8bit"}, "does not support states"),
         ({"adjust_lr_fn": "mine"}, "match_rms_adamw, original"),
     ):
         with pytest.raises(ValueError, match=message):

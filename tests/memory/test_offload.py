@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expertmesh import AutoModelForCausalLM, fuse
 from expertmesh.bench.tiny import tiny_config, tiny_model
-from expertmesh.memory.offload import Offload, _Away
+from expertmesh.memory.offload import Offload, _OnHost
 from expertmesh.parallel.setup import recompute
 from expertmesh.plan.memory import Job, memory_of, trace
 from tests.families.test_recompute import assert_equal, step
@@ -25,9 +25,9 @@ class Traced(Offload):
         super().__init__(WHOLE)
         self.said: list[str] = []
 
-    def _leave(self, x):
+    def _pack(self, x):
         self.said.append(f"out {x[0].item():g}")
-        return super()._leave(x)
+        return super()._pack(x)
 
     def _fetch(self, away):
         self.said.append(f"in {away.host[0].item():g}")
@@ -43,18 +43,18 @@ class Traced(Offload):
 
 def in_host_memory() -> list[torch.Tensor]:
     gc.collect()
-    return [one.host for one in gc.get_objects() if type(one) is _Away]
+    return [one.host for one in gc.get_objects() if type(one) is _OnHost]
 
 
 def test_an_input_leaves_beside_its_layer_and_comes_one_layer_ahead():
     offload, x = Traced(), torch.full((3,), 2.0, requires_grad=True)
     y = offload.square(offload.square(offload.square(x)))
     assert [word for word in offload.said if word != "out 0"] == "out 2,run 2,out 4,run 4,out 16,run 16".split(",")
-    assert len(offload._here) == 1, "the last input is still here"
+    assert len(offload._on_device) == 1, "the last input is still here"
     offload.said.clear()
     y.sum().backward()
     assert offload.said == "in 4,run 16,in 2,run 4,run 2".split(","), "the last needs no copy, others come ahead"
-    assert torch.equal(x.grad, torch.full((3,), 8 * 2.0**7)) and not offload._here
+    assert torch.equal(x.grad, torch.full((3,), 8 * 2.0**7)) and not offload._on_device
 
 
 def test_graphs_that_are_dropped_kept_or_come_in_another_order_are_right():

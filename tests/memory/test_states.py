@@ -253,7 +253,7 @@ def test_what_is_refused():
     half, single = (nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float16, torch.float32))
     for weight, states, message in (
         (single, "4bit", "'8bit', '24bit', 'float32'"),
-        (half, "8bit", "not of torch.float16"),
+        (half, "8bit", "not torch.float16"),
         (single, "24bit", "extends bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -18,13 +18,13 @@ def test_frozen_adapters_that_ranks_share_out_are_written_and_the_base_is_not():
         base_model=mock.Mock(prefix="lora_"), get_input_embeddings=lambda: embedding,
         get_output_embeddings=lambda: None,
     )  # fmt: skip
-    assert list(peft._written(lambda model, tensors: tensors, model)) == names[1:]
+    assert list(peft._adapter_state_dict(lambda model, tensors: tensors, model)) == names[1:]
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_only_experts_of_fused_models_are_whole_under_tensor_parallelism(fused):
     model, stock = mock.Mock(in_fused_model=fused), lambda model, name: ("rowwise", "mesh")
     for name in ("layers.0.mlp.experts.0.down_proj", "layers.0.mlp.shared_experts.down_proj"):
-        assert peft._split(stock, model, name) == ("rowwise", "mesh")
-    of_experts = peft._split(stock, model, "layers.0.mlp.experts.down_proj")
+        assert peft._tp_plan_and_mesh(stock, model, name) == ("rowwise", "mesh")
+    of_experts = peft._tp_plan_and_mesh(stock, model, "layers.0.mlp.experts.down_proj")
     assert of_experts == ((None, None) if fused else ("rowwise", "mesh"))

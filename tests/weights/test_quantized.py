@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from expertmesh import AutoModelForCausalLM
 from expertmesh.bench.export import differing, differing_tensors, layout
 from expertmesh.weights.quantized import BlockFP8
-from expertmesh.weights.read import opened
+from expertmesh.weights.read import safetensors_slices
 from tests.layers.test_mtp import saved as saved_with_mtp
 from tests.models import saved
 
@@ -75,7 +75,7 @@ def test_every_slice_is_that_of_the_dequantized_whole(tmp_path):
     values, scales, exact = quantized(weight)
     three = {"w": values.repeat(3, 1, 1), "s": scales.repeat(3, 1, 1)}  # experts in one tensor
     save_file({"weight": values, "scales": scales.to(torch.float64), **three}, tmp_path / "a.safetensors")
-    with opened([tmp_path / "a.safetensors"]) as tensors:
+    with safetensors_slices([tmp_path / "a.safetensors"]) as tensors:
         lazy, stacked = (BlockFP8(tensors[w], tensors[s], BLOCK) for w, s in (("weight", "scales"), ("w", "s")))
         assert lazy.get_shape() == [37, 24] and torch.equal(lazy[...], exact)
         for part in (

@@ -1,1 +1,1 @@
-"""LoRA adapters on disk: read in every layout, merged into their base, written for servers."""
+"""LoRA adapters on disk: read in all known layouts, merged into the base model, and written for inference servers."""

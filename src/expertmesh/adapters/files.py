@@ -1,4 +1,4 @@
-"""A LoRA adapter: its files, and what it adds to the parameters of its base. Nothing is unpickled."""
+"""The files of a LoRA adapter, and its updates of the base model's parameters. Pickles are never read."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-#: what of LoRA's variants changes more than a product does
+#: options of LoRA variants that are more than a low-rank product
 VARIANTS = (
     "use_dora use_qalora use_bdlora lora_bias fan_in_fan_out alora_invocation_tokens arrow_config kasa_config "
     "velora_config monteclora_config layer_replication trainable_token_indices"
@@ -18,14 +18,14 @@ VARIANTS = (
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be read, or does not fit its base. The text is one paragraph that names the fix."""
+    """The adapter cannot be read, or does not fit its base. The message is one paragraph that names the fix."""
 
 
 class Change(NamedTuple):
-    """What an adapter adds to a parameter, or to a part of it: scaling · B @ A.
+    """The update scaling · B @ A that an adapter adds to a parameter, or to some rows of it.
 
-    A: [r, in], of experts [E, r, in]. B: [out, r] or [E, out, r]. rows: those of `out` that B has, such as the gate's
-    of a fused gate and up. transposed: the parameter is stored as [.., in, out].
+    A: [r, in], or [E, r, in] for experts. B: [out, r] or [E, out, r]. rows: the rows of `out` that B updates, such as
+    the gate in a fused gate and up. transposed: the parameter is stored as [.., in, out].
     """
 
     A: torch.Tensor
@@ -35,19 +35,18 @@ class Change(NamedTuple):
     transposed: bool = False
 
     def add_to(self, weight: torch.Tensor) -> None:
-        """Add the product to a float32 tensor of the parameter's shape, in place."""
-        at = (..., self.rows, slice(None)) if not self.transposed else (..., slice(None), self.rows)
+        """Add the update in place to a float32 tensor of the parameter's shape."""
+        index = (..., self.rows, slice(None)) if not self.transposed else (..., slice(None), self.rows)
         product = (self.B.float() @ self.A.float()).mul_(self.scaling)
-        weight[at] += product.transpose(-1, -2) if self.transposed else product
+        weight[index] += product.transpose(-1, -2) if self.transposed else product
 
 
 @dataclass
 class Adapter:
     """An adapter, read for one base model.
 
-    changes: by the names of parameters. replaced: parameters that it holds whole (`modules_to_save`). pairs: rank and
-    scaling of every lora_A and lora_B in the file, by their names there. layout: what was read. native: whether PEFT
-    itself reads the folder so.
+    changes: {parameter name: updates}. replaced: {parameter name: whole tensor} of `modules_to_save`. pairs: {module
+    path in the file: (rank, scaling)}. layout: the detected layout of experts. native: whether PEFT reads it as it is.
     """
 
     folder: Path
@@ -59,7 +58,7 @@ class Adapter:
     native: bool = True
 
     def delta(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """What is added to a parameter: float32, of its shape."""
+        """Return the sum of all updates of a parameter, in float32 and of its shape."""
         total = torch.zeros(shape)
         for change in self.changes[name]:
             change.add_to(total)
@@ -67,7 +66,7 @@ class Adapter:
 
     @torch.no_grad()
     def add_to(self, model: nn.Module) -> None:
-        """Put the adapter into a model's weights, in place: sums in float32, each rounded once."""
+        """Merge the adapter into a model's weights in place. Sums are float32 and rounded once."""
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in self.replaced:
                 parameter.copy_(self.replaced[name])
@@ -76,7 +75,7 @@ class Adapter:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA adapter. Raises AdapterError if it is missing, damaged, or of another kind."""
+    """Read the adapter_config.json of a LoRA adapter. Raises AdapterError if it is missing, damaged, or of no LoRA."""
     if not folder.is_dir():
         raise AdapterError(f"{folder} is no folder. Name a local folder with {CONFIG} and {WEIGHTS}.")
     path = folder / CONFIG
@@ -108,7 +107,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of adapter_model.safetensors. Raises AdapterError if it is missing, damaged or pickled."""
+    """Read all tensors of adapter_model.safetensors. Raises AdapterError if it is missing, damaged or pickled."""
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = [file.name for file in folder.glob("adapter_model.*") if file.suffix in (".bin", ".pt", ".pth")]

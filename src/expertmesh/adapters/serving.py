@@ -1,10 +1,10 @@
-"""Adapters written as vLLM, SGLang or PEFT read them.
+"""Write adapters in the layouts that vLLM, SGLang and PEFT read.
 
-Both servers take names of the model's published checkpoint, so routed experts are `experts.3.gate_proj` (in Mixtral
-`.w1`), each a pair of its own, and all experts of a layer must be there with all projections. Of families that vLLM
-marks `is_3d_moe_weight` it reads PEFT's own layout instead. Both read `r` and `lora_alpha` alone (SGLang divides them,
-whatever `use_rslora` says), so all pairs get one rank, padded with zeros, and one scaling. What is missing beside a
-projection that servers fuse (q, k, v; gate, up) is written as zeros.
+Both servers use the names of the published checkpoint. So each routed expert has pairs of its own, such as
+`experts.3.gate_proj` (`.w1` in Mixtral), and all experts of a layer need all projections. For families that vLLM marks
+`is_3d_moe_weight`, it reads PEFT's layout instead. Both servers read only `r` and `lora_alpha` (SGLang ignores
+`use_rslora`), so all pairs are padded with zeros to one rank and get one scaling. Of projections that servers fuse
+(q, k, v; gate, up), missing ones are written as zeros.
 """
 
 import importlib.metadata
@@ -20,18 +20,18 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from expertmesh.adapters.files import CONFIG, WEIGHTS, Adapter, AdapterError, Change
-from expertmesh.adapters.layouts import place
+from expertmesh.adapters.layouts import locate_projection
 from expertmesh.moe.experts import is_experts
 
 SERVERS = ("vllm", "sglang")
 #: families whose classes vLLM marks `is_3d_moe_weight`, by model_type
 VLLM_3D = {"gpt_oss"}
-#: projections that servers hold as one
+#: projections that servers fuse
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 
 
 class Pair(NamedTuple):
-    """The factors of one module by its name in the file. embedding: A [r, vocabulary], B [hidden, r]."""
+    """The factors of one module. path: its name in the file. embedding: A is [r, vocabulary], B [hidden, r]."""
 
     path: str
     A: torch.Tensor
@@ -41,11 +41,9 @@ class Pair(NamedTuple):
 
 
 def write_adapter(adapter: Adapter, model: PreTrainedModel, folder: Path, reader: str, base: str | None = None) -> None:
-    """Write an adapter of `model` (names and shapes are used) into a folder, for `vllm`, `sglang` or `peft`.
-
-    The products stay the same, rounded at most where scalings differ. Raises AdapterError if the reader has no names
-    for a part of it.
-    """
+    """Write an adapter of `model`, which may be on the meta device, into a folder for `vllm`, `sglang` or `peft`. The
+    products do not change, except for rounding if scalings differ. Raises AdapterError if the reader has no names for a
+    part of the adapter."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -54,7 +52,7 @@ def write_adapter(adapter: Adapter, model: PreTrainedModel, folder: Path, reader
         "inference_mode": True,
         "lora_dropout": 0.0,
     }
-    changes = {name: _joined(parts, model.get_parameter(name).shape) for name, parts in adapter.changes.items()}
+    changes = {name: _concatenated(parts, model.get_parameter(name).shape) for name, parts in adapter.changes.items()}
     if reader == "peft":
         pairs, more = _for_peft(changes, model)
     else:
@@ -74,7 +72,7 @@ def write_adapter(adapter: Adapter, model: PreTrainedModel, folder: Path, reader
 
 
 def refuse_multimodal(model: PreTrainedModel) -> None:
-    """Raise AdapterError for the text part of a model of several kinds of input: servers name its modules otherwise."""
+    """Raise AdapterError for the text model of a multimodal model, because servers name its modules otherwise."""
     if model.config.model_type.endswith("_text"):
         raise AdapterError(
             f"{model.config.model_type} is part of a multimodal model, whose names on servers are not known here: "
@@ -82,8 +80,8 @@ def refuse_multimodal(model: PreTrainedModel) -> None:
         )
 
 
-def _joined(parts: list[Change], shape: torch.Size) -> Change:
-    """One product for what several add to parts of a parameter: their ranks side by side."""
+def _concatenated(parts: list[Change], shape: torch.Size) -> Change:
+    """Return the sum of changes of one parameter, which may be of different rows, concatenated along the rank."""
     if len(parts) == 1 and parts[0].rows == slice(None):
         return parts[0]
     out = shape[-1] if parts[0].transposed else shape[-2]
@@ -95,27 +93,27 @@ def _joined(parts: list[Change], shape: torch.Size) -> Change:
     return Change(A, torch.cat(B, -1), parts[0].scaling, transposed=parts[0].transposed)
 
 
-def _flat(change: Change) -> tuple[torch.Tensor, torch.Tensor]:
-    """PEFT's one pair for all experts; a matrix's as it is."""
+def _to_peft_layout(change: Change) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (A, B) in PEFT's layout: one pair for all experts, or for a matrix."""
     if change.A.ndim == 2:
         return (change.B.T, change.A.T) if change.transposed else (change.A, change.B)
     return change.A.flatten(0, 1), change.B.permute(1, 2, 0).flatten(1)
 
 
 def _for_peft(changes: dict[str, Change], model: PreTrainedModel) -> tuple[list[Pair], dict[str, Any]]:
-    """Every parameter by its full name in `target_parameters`: PEFT turns some names of modules into others."""
+    """Return pairs and configuration for PEFT, with full names in `target_parameters`: PEFT renames some modules."""
     pairs = []
     for name, change in changes.items():
         module = name.rpartition(".")[0]
         adapted = [n for n, _ in model.get_submodule(module).named_parameters(recurse=False)]
         adapted = [n for n in adapted if f"{module}.{n}" in changes]
         depth = len(adapted) - 1 - adapted.index(name.rpartition(".")[2])
-        pairs.append(Pair(module + depth * ".base_layer", *_flat(change), change.scaling))
+        pairs.append(Pair(module + depth * ".base_layer", *_to_peft_layout(change), change.scaling))
     ranks = {name.replace(".", r"\."): change.A.shape[-2] for name, change in changes.items()}
     alphas = {key: rank * pair.scaling for (key, rank), pair in zip(ranks.items(), pairs, strict=True)}
     return pairs, {
         "peft_version": importlib.metadata.version("peft"),
-        "lora_B_layout": "rank_major",  # as Unsloth records it, since it wrote both
+        "lora_B_layout": "rank_major",  # Unsloth's key, as it has written both layouts
         "r": max(ranks.values()),
         "lora_alpha": max(ranks.values()),
         "rank_pattern": ranks,
@@ -135,10 +133,10 @@ def _for_server(
         if is_experts(model.get_submodule(module)):
             experts.add(module)
         else:
-            path = _keys(model, name, model.get_parameter(name).shape)[0]
+            path = _keys_on_disk(model, name, model.get_parameter(name).shape)[0]
             embedding = isinstance(model.get_submodule(module), nn.Embedding)
             pairs.append(Pair(path.removesuffix(".weight"), change.A, change.B, change.scaling, embedding))
-    pairs += _missing(pairs, model)
+    pairs += _missing_projections(pairs, model)
     for path in sorted(experts):
         if server == "vllm" and family in VLLM_3D:
             pairs += _stacked(changes, model, path)
@@ -151,7 +149,7 @@ def _for_server(
         "lora_alpha": int(R * scaling) if R * scaling == int(R * scaling) else R * scaling,
         "target_modules": sorted({_leaf(pair.path) for pair in pairs}),
     }
-    if any(".experts" in pair.path and _leaf(pair.path) == "experts" for pair in pairs):  # [E·r, in]: padded before
+    if any(".experts" in pair.path and _leaf(pair.path) == "experts" for pair in pairs):  # flattened after padding
         more |= {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "lora_B_layout": "rank_major"}
     return [_padded(pair, R, scaling) for pair in pairs], more
 
@@ -161,32 +159,32 @@ def _leaf(path: str) -> str:
 
 
 def _padded(pair: Pair, R: int, scaling: float) -> Pair:
-    """With rank R and this scaling; of all experts, in PEFT's one pair."""
+    """Return the pair with rank R and this scaling. A pair with a dimension of experts gets PEFT's layout."""
     A, B = pair.A, pair.B if pair.scaling == scaling else (pair.B.float() * (pair.scaling / scaling)).to(pair.B.dtype)
     more = R - A.shape[-2]
     A, B = nn.functional.pad(A, (0, 0, 0, more)), nn.functional.pad(B, (0, more))
     if A.ndim == 3:
-        A, B = _flat(Change(A, B, scaling))
+        A, B = _to_peft_layout(Change(A, B, scaling))
     return pair._replace(A=A, B=B, scaling=scaling)
 
 
-def _keys(model: PreTrainedModel, name: str, shape: torch.Size) -> list[str]:
-    """Of the tensors that a parameter becomes on disk."""
+def _keys_on_disk(model: PreTrainedModel, name: str, shape: torch.Size) -> list[str]:
+    """Return the keys on disk of a parameter's tensors."""
     return list(revert_weight_conversion(model, {name: torch.empty(shape, device="meta")}))
 
 
-def _missing(pairs: list[Pair], model: PreTrainedModel) -> list[Pair]:
-    """Zeros for the projections that servers fuse with one that is there."""
-    there, added, by_path = {pair.path for pair in pairs}, {}, {}
+def _missing_projections(pairs: list[Pair], model: PreTrainedModel) -> list[Pair]:
+    """Return zero pairs for missing projections that servers fuse with present ones."""
+    present, added, by_path = {pair.path for pair in pairs}, {}, {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and any(name.endswith(f".{leaf}") for group in FUSED for leaf in group):
-            key = _keys(model, f"{name}.weight", module.weight.shape)[0]
+            key = _keys_on_disk(model, f"{name}.weight", module.weight.shape)[0]
             by_path[key.removesuffix(".weight")] = module
     for pair in pairs:
         parent, _, leaf = pair.path.rpartition(".")
         for other in next((group for group in FUSED if leaf in group), ()):
             path = f"{parent}.{other}"
-            if path not in there and path in by_path:
+            if path not in present and path in by_path:
                 A = pair.A.new_zeros(pair.A.shape[0], by_path[path].in_features)
                 B = pair.B.new_zeros(by_path[path].out_features, pair.A.shape[0])
                 added[path] = Pair(path, A, B, pair.scaling)
@@ -194,7 +192,7 @@ def _missing(pairs: list[Pair], model: PreTrainedModel) -> list[Pair]:
 
 
 def _stacked(changes: dict[str, Change], model: PreTrainedModel, path: str) -> Iterator[Pair]:
-    """PEFT's pairs of both parameters, [E, r, in] and [E, out, r] until they are padded."""
+    """Yield the pairs of both parameters of stacked experts, [E, r, in] and [E, out, r]; zeros where there is none."""
     experts: Any = model.get_submodule(path)
     like = next(changes[f"{path}.{n}"] for n in ("gate_up_proj", "down_proj") if f"{path}.{n}" in changes)
     for name, suffix in (("gate_up_proj", ".base_layer"), ("down_proj", "")):
@@ -208,13 +206,13 @@ def _stacked(changes: dict[str, Change], model: PreTrainedModel, path: str) -> I
 
 
 def _per_expert(adapter: Adapter, model: PreTrainedModel, path: str, server: str) -> Iterator[Pair]:
-    """A pair for every projection of every expert, zeros where the adapter has none."""
+    """Yield a pair for every projection of every expert, with zeros where the adapter has none."""
     experts: Any = model.get_submodule(path)
     like = next(part for name, parts in adapter.changes.items() if name.startswith(f"{path}.") for part in parts)
     for projection in ("gate", "up", "down") if experts.has_gate else ("up", "down"):
-        name, rows = place(experts, projection)
+        name, rows = locate_projection(experts, projection)
         shape = getattr(experts, name).shape
-        keys = _keys(model, f"{path}.{name}", shape)
+        keys = _keys_on_disk(model, f"{path}.{name}", shape)
         columns = len(keys) // shape[0]
         if len(keys) < shape[0] or model.config.model_type == "gpt_oss":
             raise AdapterError(
@@ -227,25 +225,25 @@ def _per_expert(adapter: Adapter, model: PreTrainedModel, path: str, server: str
             r, scaling = like.A.shape[1], like.scaling
             A, B = like.A.new_zeros(shape[0], r, into), like.B.new_zeros(shape[0], len(range(out)[rows]), r)
         for e in range(shape[0]):
-            ours = [key for key in keys if f".experts.{e}." in key]
-            key = ours[1 if projection == "up" and columns == 2 else 0].removesuffix(".weight")
+            of_expert = [key for key in keys if f".experts.{e}." in key]
+            key = of_expert[1 if projection == "up" and columns == 2 else 0].removesuffix(".weight")
             if server == "sglang" and not experts.has_gate and projection == "up":
-                key = f"{key.rpartition('.')[0]}.gate_proj"  # how it calls the up-projection of experts without a gate
+                key = f"{key.rpartition('.')[0]}.gate_proj"  # SGLang's name of it
             yield Pair(key, A[e], B[e], scaling)
 
 
 def _projection(parts: list[Change], rows: slice, out: int) -> tuple[Any, Any, float]:
-    """The product for these rows of a parameter, [E, r, in] and [E, rows, r], without ranks that are zero there."""
+    """Return (A [E, r, in], B [E, rows, r], scaling) for these rows of a parameter, without ranks that are all zero."""
     wanted = range(out)[rows]
-    found = [part for part in parts if part.rows == rows or part.rows == slice(None)]
-    if not found:
+    matching = [part for part in parts if part.rows == rows or part.rows == slice(None)]
+    if not matching:
         return None, None, 1.0
-    scaling = found[0].scaling
-    A = torch.cat([part.A for part in found], 1)
+    scaling = matching[0].scaling
+    A = torch.cat([part.A for part in matching], 1)
     at = slice(wanted.start, wanted.stop, wanted.step)
-    Bs = [(part.B if part.rows == rows else part.B[:, at]) * (part.scaling / scaling) for part in found]
+    Bs = [(part.B if part.rows == rows else part.B[:, at]) * (part.scaling / scaling) for part in matching]
     B = torch.cat(Bs, 2)
     used = (B != 0).any(0).any(0)
     if not used.any():
-        used[:1] = True
+        used[:1] = True  # keep one rank
     return A[:, used], B[:, :, used], scaling

@@ -1,8 +1,8 @@
-"""Whether a server applies every tensor of an adapter: its names, shapes, ranks and scalings against its own rules.
+"""Check whether an inference server applies every tensor of an adapter, by names, shapes, ranks and scalings.
 
-Servers load what they know and say little of the rest (sglang#25528, vllm#41754). The rules here are those of vLLM's
-lora/model_manager.py, lora_model.py and lora_weights.py and of SGLang's lora/lora.py, mem_pool.py and utils.py. Where
-the server is installed, its own tables are asked for what its classes say.
+Servers skip tensors with unknown names almost silently (sglang#25528, vllm#41754). The rules below are those of vLLM's
+lora/model_manager.py, lora_model.py and lora_weights.py and of SGLang's lora/lora.py, mem_pool.py and utils.py. If the
+server is installed, its own tables of names are used.
 """
 
 import importlib
@@ -24,7 +24,7 @@ from expertmesh.adapters.serving import FUSED, SERVERS, VLLM_3D, refuse_multimod
 from expertmesh.moe.experts import is_experts
 from expertmesh.weights.files import atomic_export
 
-#: what SGLang calls the modules that it can adapt (lora/utils.py)
+#: SGLang's names of the modules that it can adapt (lora/utils.py)
 SGLANG_TARGETS = frozenset(
     "qkv_proj qkvr o_proj wo_ud out_proj in_proj in_proj_qkvz up_proj gate_up_proj down_proj fc1_latent_proj "
     "fc2_latent_proj embed_tokens lm_head fused_qkv_a_proj_with_mqa q_b_proj kv_b_proj indexer.wq_b indexer.wk "
@@ -39,7 +39,7 @@ SGLANG_FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | {
 
 @dataclass(frozen=True)
 class Lost:
-    """Tensors that a server would not apply as they were trained, and what it does instead."""
+    """A module whose adapter a server would not apply as trained, and what the server does instead."""
 
     path: str
     why: str
@@ -47,7 +47,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a server says of a family. source: where that was read."""
+    """A server's rules for a family. stacked: it reads one pair for all experts. known: whether it knows a path."""
 
     source: str
     stacked: bool = False
@@ -55,7 +55,7 @@ class Rules:
 
 
 def rules_of(server: str, model: PreTrainedModel) -> Rules:
-    """The server's own tables if it can be imported, else its documented names."""
+    """Return the rules of the server's own tables if it can be imported, else of its documented names."""
     try:
         if importlib.util.find_spec(server) is not None:
             return _own_rules(server, model)
@@ -75,26 +75,24 @@ def _own_rules(server: str, model: PreTrainedModel) -> Rules:
         return Rules("SGLang's own table of modules", known=lambda path: any(target in path for target in targets))
     registry = importlib.import_module("vllm.model_executor.models.registry").ModelRegistry
     parse = importlib.import_module("vllm.lora.utils").parse_fine_tuned_lora_name
-    found: Any = registry._try_load_model_cls(type(model).__name__)
-    if found is None:
+    model_class: Any = registry._try_load_model_cls(type(model).__name__)
+    if model_class is None:
         raise LookupError(type(model).__name__)
-    mapper = getattr(found, "hf_to_vllm_mapper", None)
+    mapper = getattr(model_class, "hf_to_vllm_mapper", None)
 
     def known(path: str) -> bool:
         try:
             name = parse(f"base_model.model.{path}.lora_A.weight", mapper)[0]
         except ValueError:
             return False
-        return not any(prefix in name for prefix in getattr(found, "lora_skip_prefixes", ()))
+        return not any(prefix in name for prefix in getattr(model_class, "lora_skip_prefixes", ()))
 
-    return Rules("vLLM's own class and parser of names", bool(getattr(found, "is_3d_moe_weight", False)), known)
+    return Rules("vLLM's own class and parser of names", bool(getattr(model_class, "is_3d_moe_weight", False)), known)
 
 
 def lost(folder: Path, model: PreTrainedModel, server: str, layout: str | None = None) -> tuple[list[Lost], int, str]:
-    """(what the server would not apply, how many modules the adapter has, where the server's rules were read).
-
-    Raises AdapterError if the adapter cannot be read or does not fit the model.
-    """
+    """Return (modules that the server would not apply, number of modules in the adapter, source of the server's rules).
+    Raises AdapterError if the adapter cannot be read or does not fit the model."""
     refuse_multimodal(model)
     adapter, rules = read_adapter(folder, model, layout), rules_of(server, model)
     paths = list(adapter.pairs)
@@ -103,18 +101,17 @@ def lost(folder: Path, model: PreTrainedModel, server: str, layout: str | None =
     family = model.config.model_type
     dropped += [Lost(path, why) for path in paths if (why := _why(path, server, rules, adapter, family, non_gated))]
     dropped += _incomplete(paths, server, rules, model)
-    done = {one.path for one in dropped}
-    dropped += [one for one in _scalings(server, adapter) if one.path not in done]
+    reported = {each.path for each in dropped}
+    dropped += [each for each in _scalings(server, adapter) if each.path not in reported]
     return dropped, len(paths) + len(adapter.replaced), rules.source
 
 
 def rewrite(
     folder: Path, model: PreTrainedModel, output: Path, reader: str, layout: str | None = None, base: str | None = None
 ) -> str:
-    """Write an adapter for `vllm`, `sglang` or `peft` to `output`, read it back, and compare. Returns what was read.
-
-    Raises AdapterError, and nothing appears, if it cannot be read, or if the server would not apply all of it.
-    """
+    """Write an adapter for `vllm`, `sglang` or `peft` to `output`, and compare it with the original. Return the layout
+    of the original. Raises AdapterError, and writes nothing, if the adapter cannot be read, or if the server would not
+    apply all of it."""
     adapter = read_adapter(folder, model, layout)
     if output.resolve() == folder.resolve():
         raise AdapterError(f"{output} is what is read: write the adapter into another folder.")
@@ -149,7 +146,7 @@ def _whole(server: str) -> str:
 
 
 def _why(path: str, server: str, rules: Rules, adapter: Adapter, family: str, non_gated: bool) -> str | None:
-    """Why the server has no slot for a pair, or None. non_gated: the family's experts have no gate."""
+    """Return the reason why the server would not apply a pair, or None. non_gated: the experts have no gate."""
     leaf = path.rpartition(".")[2]
     flat = re.search(r"\.experts(\.base_layer)*$", path) is not None
     single = re.search(r"\.experts\.\d+\.", path) is not None
@@ -178,22 +175,22 @@ def _why(path: str, server: str, rules: Rules, adapter: Adapter, family: str, no
     normal = f"{path.rpartition('.')[0]}.{SGLANG_FUSED.get(leaf, leaf)}"
     if leaf == "up_proj" and not non_gated:
         normal = f"{path.rpartition('.')[0]}.gate_up_proj"
-    return None if rules.known(normal) else "is none of the modules that SGLang adapts: it skips this with a warning"
+    return None if rules.known(normal) else "is no module that SGLang adapts: it skips this with a warning"
 
 
 def _incomplete(paths: list[str], server: str, rules: Rules, model: PreTrainedModel) -> list[Lost]:
-    """What a server needs with what is there, and stops without."""
-    there, dropped = set(paths), []
+    """Return pairs with which the server fails, because it also needs others that the adapter lacks."""
+    present, dropped = set(paths), []
     for path in paths:
         parent, _, leaf = path.rpartition(".")
-        if server == "sglang" and leaf in FUSED[0] and not {f"{parent}.q_proj", f"{parent}.v_proj"} <= there:
-            dropped.append(Lost(path, "stands without its q_proj or v_proj, which SGLang fuses and stops without"))
-        if server == "vllm" and rules.stacked and leaf == "experts" and f"{path}.base_layer" not in there:
-            dropped.append(Lost(path, "stands alone: vLLM takes experts.base_layer for gate and up as well, and stops"))
+        if server == "sglang" and leaf in FUSED[0] and not {f"{parent}.q_proj", f"{parent}.v_proj"} <= present:
+            dropped.append(Lost(path, "lacks its q_proj or v_proj: SGLang fuses them with it, and stops without them"))
+        if server == "vllm" and rules.stacked and leaf == "experts" and f"{path}.base_layer" not in present:
+            dropped.append(Lost(path, "lacks experts.base_layer, the pair for gate and up: vLLM stops without it"))
     groups: dict[str, set[tuple[int, str]]] = {}
     for path in paths:
-        if found := re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)", path):
-            groups.setdefault(found[1], set()).add((int(found[2]), found[3]))
+        if match := re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)", path):
+            groups.setdefault(match[1], set()).add((int(match[2]), match[3]))
     for module, pairs in groups.items() if server == "vllm" and not rules.stacked else ():
         experts: Any = next(m for m in model.modules() if is_experts(m))
         wanted, names = 3 if experts.has_gate else 2, {name for _, name in pairs}
@@ -203,15 +200,17 @@ def _incomplete(paths: list[str], server: str, rules: Rules, model: PreTrainedMo
 
 
 def _scalings(server: str, adapter: Adapter) -> list[Lost]:
-    """Pairs that a server multiplies by another number than they were trained with, or whose rank it refuses."""
+    """Return pairs that a server applies with another scaling than they were trained with, or whose rank it refuses."""
     config, dropped = adapter.config, []
     r, alpha = config["r"], config["lora_alpha"]
     served = alpha / math.sqrt(r) if config.get("use_rslora") and server == "vllm" else alpha / r
     for path, (rank, trained) in adapter.pairs.items():
         expert = re.search(r"\.experts\.\d+\.", path)
-        own = alpha / r if expert else served  # vLLM's pack_moe
+        served_with = alpha / r if expert else served  # vLLM's pack_moe
         if server == "sglang" and rank != r:
             dropped.append(Lost(path, f"has rank {rank}, where SGLang takes r={r} for all and stops"))
-        elif not math.isclose(own, trained, rel_tol=1e-6):
-            dropped.append(Lost(path, f"was trained with the scaling {trained:g} and would be served with {own:g}"))
+        elif not math.isclose(served_with, trained, rel_tol=1e-6):
+            dropped.append(
+                Lost(path, f"was trained with the scaling {trained:g} and would be served with {served_with:g}")
+            )
     return dropped

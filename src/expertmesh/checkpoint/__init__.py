@@ -1,1 +1,1 @@
-"""Checkpoints: published whole and checked (publish.py), saved and loaded (state.py; by a Trainer: train/resume.py)."""
+"""Checkpoints: atomic, verified folders (publish.py), saved and loaded by state.py or a Trainer (train/resume.py)."""

@@ -1,8 +1,8 @@
-"""An optimizer's state, sharded like its parameters, saved by parameter name: it can be loaded under another layout.
+"""Save and load optimizer state, sharded like its parameters and keyed by their names, so that the layout may change.
 
-torch's own `get_optimizer_state_dict` takes a step with zero gradients to create the state it loads into, and
-`Optimizer.load_state_dict` casts state to the dtype of the parameters. Here state is created from what the checkpoint
-says about it, so nothing is stepped, and it stays exactly what was saved.
+torch's own `get_optimizer_state_dict` runs a step with zero gradients to create the state it loads into, and
+`Optimizer.load_state_dict` casts state to the dtype of the parameters. This module creates the state from the
+checkpoint's metadata instead, so there is no step, and the loaded state is exactly what was saved.
 """
 
 import warnings
@@ -22,26 +22,24 @@ from expertmesh.memory.adamw import IMPLEMENTATION, AdamW
 from expertmesh.parallel import ranks
 from expertmesh.parallel.clip import local_shard, num_shards
 
-FOLDER = "optimizer"  # in a checkpoint
-GROUPS = "groups.pt"  # in FOLDER
-FILE = 2**32  # bytes of a file, which PyTorch holds in memory twice while it is written
+FOLDER = "optimizer"  # subfolder of a checkpoint
+GROUPS = "groups.pt"  # file in FOLDER
+FILE = 2**32  # bytes of a file; PyTorch needs twice as much memory to write it
 PER_GROUP = {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"}
 NUMBER = int | float | None
 Named = dict[str, nn.Parameter]
 
 
 def is_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether all the optimizer's parameters are the model's; layer-wise optimizers show placeholders."""
+    """Whether all parameters of the optimizer are the model's. Layer-wise optimizers have placeholders instead."""
     return {parameter for group in optimizer.param_groups for parameter in group["params"]} <= {*model.parameters()}
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({"parameter/key": tensor}, in layouts that torch.distributed.checkpoint knows; all that is no tensor: options of
-    the groups, the number of each parameter's group, and state that is a number). All ranks call it.
-
-    Groups are told by their parameters' names: another layout may have other groups, as one for each mesh.
-    """
-    named = _named(model, optimizer)
+    """Return ({"parameter/key": tensor}, everything else) of the optimizer's state. All ranks must call it. Tensors
+    have placements that torch.distributed.checkpoint supports. The second dict has the groups' options, the group
+    number of each parameter by name, as the groups may depend on the layout, and state that is a number."""
+    named = _parameters_by_name(model, optimizer)
     if isinstance(optimizer, AdamW):
         optimizer.settle()
     tensors: dict[str, Any] = {}
@@ -49,7 +47,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{name}/{key}"] = _laid_out(value, _plain(getattr(value, "placements", ()))).contiguous()
+                tensors[f"{name}/{key}"] = _reshard(value, _unstrided(getattr(value, "placements", ()))).contiguous()
             elif isinstance(value, NUMBER):
                 numbers.setdefault(name, {})[key] = value
             else:
@@ -60,16 +58,16 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     groups = optimizer.param_groups
     options = [{key: value for key, value in g.items() if key not in ("params", "param_names")} for g in groups]
     number_of = {parameter: number for number, g in enumerate(groups) for parameter in g["params"]}
-    of = {name: number_of[parameter] for name, parameter in named.items()}
-    return tensors, {"options": options, "of": of, "numbers": numbers, "tensors": list(tensors)}
+    group_of = {name: number_of[parameter] for name, parameter in named.items()}
+    return tensors, {"options": options, "of": group_of, "numbers": numbers, "tensors": list(tensors)}
 
 
 def write_optimizer(folder: Path, tensors: dict[str, Any], groups: dict[str, Any], group: Any = None) -> None:
-    """Write what `state_of` gave into `folder/optimizer`, from all ranks of `group`, each its shards."""
+    """Write the results of `state_of` into `folder/optimizer`. All ranks of `group` must call it."""
     folder = folder / FOLDER
     folder.mkdir(exist_ok=True)
     sizes = accumulate(local_shard(value).nbytes for value in tensors.values())
-    files = defaultdict(int, zip(tensors, (1 + size // FILE for size in sizes), strict=True))  # 0: if rank 0 has it not
+    files = defaultdict(int, zip(tensors, (1 + size // FILE for size in sizes), strict=True))  # 0: not on rank 0
     writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     _all_ranks(dcp.save, tensors, storage_writer=writer, process_group=group)
     if ranks.rank(group) == 0:
@@ -78,17 +76,15 @@ def write_optimizer(folder: Path, tensors: dict[str, Any], groups: dict[str, Any
 
 @torch.no_grad()
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
-    """Replace the optimizer's state and options by the checkpoint's; each rank reads its shards.
-
-    Returns for each parameter group the number of the saved group that it continues. Raises ValueError if the
-    checkpoint is of other parameters, or a group would get two different sets of options.
-    """
-    folder, named = checkpoint / FOLDER, _named(model, optimizer)
+    """Replace the optimizer's state and options by the checkpoint's. All ranks must call it; each reads its shards.
+    Return for each parameter group the number of the saved group that it continues. Raises ValueError if the checkpoint
+    has other parameters, or if a group would get two different sets of options."""
+    folder, named = checkpoint / FOLDER, _parameters_by_name(model, optimizer)
     groups = torch.load(folder / GROUPS, map_location="cpu", weights_only=True)
     if groups["of"].keys() != named.keys():
         odd = sorted(groups["of"].keys() ^ named.keys())[0]
         raise ValueError(
-            f"The optimizer in {checkpoint} is of other parameters: only the "
+            f"The optimizer in {checkpoint} has other parameters: only the "
             f"{'optimizer' if odd in named else 'checkpoint'} has {odd}. Freeze parameters as in the run that saved it."
         )
     reader = dcp.HuggingFaceStorageReader(str(folder))
@@ -102,7 +98,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
         optimizer.state[named[name]] |= numbers
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
-        optimizer.state[named[name]][key] = _laid_out(value, _placements(named[name], value.shape))
+        optimizer.state[named[name]][key] = _reshard(value, _placements(named[name], value.shape))
     names = {parameter: name for name, parameter in named.items()}
     order = []
     for group in optimizer.param_groups:
@@ -120,17 +116,17 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
 
 
 def regrouped(state: Any, order: list[int]) -> Any:
-    """A scheduler's state for the groups of `load_optimizer`: what it keeps for each group is put in their order."""
+    """Reorder the values per group in a scheduler's state by the `order` that `load_optimizer` returned."""
     if isinstance(state, dict):
         per_group = {key: value for key, value in state.items() if key in PER_GROUP and isinstance(value, list)}
         more = {key: [value[number] for number in order] for key, value in per_group.items()}
         return {key: regrouped(value, order) for key, value in state.items()} | more
-    return [regrouped(item, order) for item in state] if isinstance(state, list) else state  # those of a SequentialLR
+    return [regrouped(item, order) for item in state] if isinstance(state, list) else state  # SequentialLR has a list
 
 
 def _all_ranks(do: Callable, tensors: dict[str, Any], **options: Any) -> None:
-    """dcp.save or dcp.load, also without ranks, and what went wrong on any of them as it was: PyTorch raises a
-    BaseException of its own, which no handler expects."""
+    """Call dcp.save or dcp.load, also without torch.distributed. Raise the first rank's own error, because PyTorch's
+    CheckpointException is a BaseException, which callers do not catch."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
         do(tensors, **options)
@@ -138,7 +134,7 @@ def _all_ranks(do: Callable, tensors: dict[str, Any], **options: Any) -> None:
         raise next(iter(error.failures.values()))[0] from None
 
 
-def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> Named:
+def _parameters_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> Named:
     names = {parameter: name for name, parameter in model.named_parameters()}
     try:
         return {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -147,7 +143,7 @@ def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> Named:
 
 
 def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Empty state, laid out like the parameters, for everything the checkpoint holds."""
+    """Create empty state tensors, sharded like the parameters, for all tensors in the checkpoint."""
     groups = [group for group in optimizer.param_groups if group.get("capturable") or group.get("fused")]
     on_device = {parameter for group in groups for parameter in group["params"]}
     tensors: dict[str, Any] = {}
@@ -155,13 +151,13 @@ def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimiz
         name, _, key = path.rpartition("/")
         parameter = named[name]
         shape, dtype = entry.size, entry.properties.dtype
-        if not shape:  # the step count: PyTorch keeps it beside the parameter if its kernel reads it there
+        if not shape:  # the step count: PyTorch keeps it on the device if its kernel reads it
             tensors[path] = torch.empty((), dtype=dtype, device=parameter.device if parameter in on_device else "cpu")
         elif not isinstance(parameter, DTensor):
             place = optimizer.form(parameter).place if isinstance(optimizer, AdamW) else {"device": parameter.device}
             tensors[path] = torch.empty(shape, dtype=dtype, **place)
-        elif shape[:-1] == parameter.shape[:-1]:  # of its shape, or with something of each block of a row
-            mesh, placements = parameter.device_mesh, _plain(_placements(parameter, shape))
+        elif shape[:-1] == parameter.shape[:-1]:  # elementwise state, or scales of blocks
+            mesh, placements = parameter.device_mesh, _unstrided(_placements(parameter, shape))
             tensors[path] = empty_dtensor(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
         else:
             raise ValueError(
@@ -171,13 +167,13 @@ def _to_load(saved: dict[str, Any], named: Named, optimizer: torch.optim.Optimiz
     return tensors
 
 
-def _plain(placements: tuple[Any, ...]) -> tuple[Any, ...]:
-    """With contiguous shards for the strided ones of FSDP2 over EP and TP: files have no strides."""
+def _unstrided(placements: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Replace the strided shards of FSDP2 over EP and TP by contiguous ones, because files support no others."""
     return tuple(each if each.is_replicate() else Shard(each.dim) for each in placements)
 
 
 def _placements(parameter: Any, shape: torch.Size) -> tuple[Any, ...]:
-    """The parameter's, for state of it of this shape; rows of blocks that ranks cannot share out are whole on each."""
+    """Return the placements of state of this shape: the parameter's, but uneven rows of scales are replicated."""
     placements = getattr(parameter, "placements", ()) if shape else ()
     if shape == parameter.shape or not placements:
         return placements
@@ -187,6 +183,6 @@ def _placements(parameter: Any, shape: torch.Size) -> tuple[Any, ...]:
     return tuple(Replicate() if each.is_replicate() or each.dim == row else each for each in placements)
 
 
-def _laid_out(value: Any, placements: tuple[Any, ...]) -> Any:
+def _reshard(value: Any, placements: tuple[Any, ...]) -> Any:
     is_other = isinstance(value, DTensor) and value.placements != placements
     return value.redistribute(placements=placements) if is_other else value

@@ -1,9 +1,8 @@
-"""A checkpoint appears whole or not at all, and every byte of it is checked before it is loaded.
+"""Publish checkpoints atomically, and verify all of their files before they are loaded.
 
-It is written into `.checkpoint-<step>.incomplete`, a name that no reader takes for a checkpoint. When every file is on
-the disk (fsync) a manifest of SHA-256 sums joins them, and one rename makes it `checkpoint-<step>`. A process killed
-before the rename leaves a hidden directory that the next save removes; one killed after it leaves a checkpoint. All
-ranks must see the same file system.
+A checkpoint is written into `.checkpoint-<step>.incomplete`, which no reader takes for a checkpoint. When all files are
+on the disk (fsync), a manifest of SHA-256 sums is added, and one rename makes it `checkpoint-<step>`. A process killed
+before the rename leaves a hidden directory, which the next save removes. All ranks must see the same file system.
 """
 
 import logging
@@ -27,11 +26,10 @@ _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(incomplete|deleted)")
 
 @contextmanager
 def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator[Path]:
-    """Yield an empty directory; what is in it when the block ends becomes `output_dir/checkpoint-<step>`.
+    """Context manager that yields an empty directory and renames it to `output_dir/checkpoint-<step>` when it ends.
 
-    Every rank of `group` (None: all) enters and writes its own files. After an error nothing is published.
-    What killed saves and deletions left there is removed. Raises FileExistsError if there is such a checkpoint already:
-    a published one is never replaced.
+    All ranks of `group` (None: all) must enter, and write their own files. After an error nothing is published. It
+    removes what killed saves and deletions left. Raises FileExistsError if the checkpoint exists: it is never replaced.
     """
     output_dir = Path(output_dir).expanduser()
     target, staging = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.incomplete"
@@ -49,22 +47,22 @@ def publishing(output_dir: str | Path, step: int, group: Any = None) -> Iterator
 
 
 def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """Every published (step, directory), oldest first, complete or not."""
+    """Return (step, directory) of all checkpoints in `output_dir`, oldest first, also those without a manifest."""
     folder = Path(output_dir).expanduser()
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted((int(name[1]), path) for path in paths if (name := _CHECKPOINT.fullmatch(path.name)))
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the checkpoint has a manifest, which is the last thing that is written."""
+    """Whether the checkpoint has a manifest, which is written last."""
     return (checkpoint / MANIFEST).is_file()
 
 
 def verify(checkpoint: str | Path) -> None:
-    """Compare every file with its SHA-256 in the manifest. Every rank takes a share of the files.
+    """Compare every file with its SHA-256 in the manifest. All ranks must call it, and share the work.
 
-    Raises DamagedError on every rank, naming each file that is missing, changed or not in the manifest, and what is no
-    file: nothing outside the folder is looked at. FileNotFoundError if there is no manifest.
+    Raises DamagedError on every rank with the names of files that are missing, changed or not in the manifest, and of
+    links and other special files, which are not followed. Raises FileNotFoundError if there is no manifest.
     """
     checkpoint = Path(checkpoint)
     if not is_complete(checkpoint):
@@ -73,9 +71,9 @@ def verify(checkpoint: str | Path) -> None:
     modes = {path.relative_to(checkpoint).as_posix(): path.lstat().st_mode for path in checkpoint.rglob("*")}
     files = {name for name, mode in modes.items() if stat.S_ISREG(mode)}
     others = {name for name, mode in modes.items() if not stat.S_ISDIR(mode)} - files
-    found = sha256_sums(checkpoint, files & sums.keys())
+    actual = sha256_sums(checkpoint, files & sums.keys())
     problems = [f"{name} is missing" for name in sorted(sums.keys() - files - others)]
-    problems += [f"{name} has changed" for name in found if found[name] != sums[name]]
+    problems += [f"{name} has changed" for name in actual if actual[name] != sums[name]]
     problems += [f"{name} is not in the manifest" for name in sorted(files - sums.keys() - {MANIFEST})]
     problems += [f"{name} is a link, a pipe or a device" for name in sorted(others)]
     if problems:
@@ -86,7 +84,7 @@ def verify(checkpoint: str | Path) -> None:
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step, None if there is none. A warning names those that are skipped."""
+    """Return the complete checkpoint of the highest step, or None. Warn about incomplete ones that are newer."""
     for _, path in reversed(checkpoints(output_dir)):
         if is_complete(path):
             return path
@@ -95,17 +93,15 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 
 
 def prune(output_dir: str | Path, keep: int, protect: Sequence[str | Path] = ()) -> None:
-    """Delete complete checkpoints but `keep`: the newest one, those in `protect`, then the next newest.
-
-    Call it on one rank. What is incomplete stays. Raises ValueError for `keep` below 1: the newest is never deleted.
-    """
+    """Delete all complete checkpoints except `keep`: the newest, those in `protect`, then the next newest. Call it on
+    one rank. Incomplete ones stay. Raises ValueError for `keep` below 1, as the newest is never deleted."""
     if keep < 1:
         raise ValueError(f"keep is {keep}, and at least 1 checkpoint must be kept.")
     complete = [path for _, path in reversed(checkpoints(output_dir)) if is_complete(path)]
-    kept = {Path(path).resolve() for path in (*complete[:1], *protect)}
-    others = [path for path in complete if path.resolve() not in kept]
+    protected = {Path(path).resolve() for path in (*complete[:1], *protect)}
+    others = [path for path in complete if path.resolve() not in protected]
     for path in others[max(0, keep - len(complete) + len(others)) :]:
-        doomed = path.with_name(f".{path.name}.deleted")  # half deleted it must not look like a checkpoint
+        doomed = path.with_name(f".{path.name}.deleted")  # so that a partial deletion leaves no checkpoint
         os.rename(path, doomed)
         sync(path.parent)
         remove(doomed)

@@ -1,14 +1,14 @@
-"""Save and resume a training from any loop: model, optimizer, scheduler, random numbers, and where the data stands.
+"""Save and resume training in a custom loop: model, optimizer, scheduler, random states, and the loop's own values.
 
-A checkpoint is a model directory as `from_pretrained` reads it, and beside it what a training needs:
+A checkpoint is a model directory for `from_pretrained` with additional files:
 
     model*.safetensors, config.json   the weights, written by the ranks that hold them
     optimizer/                        torch.distributed.checkpoint, in safetensors, by parameter name
-    run.pt                            step, scheduler, and every rank's random numbers and `extra`: a change of what it
-                                      holds needs a refusal of the older ones in `load_checkpoint`
+    run.pt                            step, scheduler, and random states and `extra` of all ranks; if its content
+                                      changes, `load_checkpoint` must refuse older files
     checkpoint.sha256                 the SHA-256 of all of these
 
-It can be loaded by any number of ranks in any layout. On as many ranks as saved it, the training goes on bit for bit.
+Any number of ranks can load it in any layout. On as many ranks as saved it, training continues bit for bit.
 """
 
 import copy
@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a checkpoint says about the loop that saved it.
+    """The loop's state in a checkpoint.
 
-    `step` and `extra` are what `save_checkpoint` was given; `extras` are all ranks' `extra`, in rank order. On another
-    number of ranks than saved it `extra` is None: make each rank's own from `extras`.
+    `step` and this rank's `extra` are the arguments of `save_checkpoint`. `extras` has all ranks' `extra` in rank
+    order. `extra` is None if the number of ranks has changed: then make each rank's own from `extras`.
     """
 
     step: int
@@ -54,12 +54,12 @@ def save_checkpoint(
     directory: str | Path, *, model: Any, optimizer: torch.optim.Optimizer, step: int, scheduler: Any = None,
     extra: dict[str, Any] | None = None, keep: int | None = None, saver: "BackgroundSaver | None" = None,
 ) -> Path:  # fmt: skip
-    """Publish `directory/checkpoint-<step>` and return its path. Every rank calls it, on one file system.
+    """Publish `directory/checkpoint-<step>` and return its path. All ranks must call it, on one file system.
 
-    model: a Transformers model, sharded or not, in one process or many. extra: what else the loop must remember, as
-    the position in its data; each rank its own. keep: how many checkpoints stay, the newest ones; None keeps all.
-    saver: what writes the files when this has returned (`BackgroundSaver.save`).
-    Raises FileExistsError if the checkpoint exists, ValueError if `extra` could not be read back.
+    model: a Transformers model, sharded or not. extra: this rank's other values to save, such as the position in its
+    data. keep: how many of the newest checkpoints stay; None keeps all. saver: writes the files in the background after
+    this function has returned (`BackgroundSaver.save`). Raises FileExistsError if the checkpoint exists, and ValueError
+    if `extra` has objects that cannot be loaded safely.
     """
     model, path, group = _unwrapped(model), Path(directory).expanduser() / f"checkpoint-{step}", None
     run, weights, (state, groups) = _run_file(step, scheduler, extra), files_of(model), state_of(model, optimizer)
@@ -84,11 +84,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None, scheduler: Any = None) -> Resumed:
-    """Verify a checkpoint, then load it into a model and optimizer that exist, in place, in any layout.
+    """Verify a checkpoint, then load it into an existing model and optimizer in place, under any layout.
 
-    Raises DamagedError naming every damaged file, FileNotFoundError if the directory is no complete checkpoint, and
-    ValueError if it is another model's or optimizer's, without a scheduler, or of another format. Before anything
-    changes all files are verified; another optimizer is found out when the weights are loaded already.
+    All ranks must call it. Raises DamagedError with the names of damaged files, FileNotFoundError if the checkpoint is
+    incomplete, and ValueError if it is of another model, optimizer or format, or has no scheduler. All files are
+    verified before anything changes, but an optimizer that does not fit raises only after the weights are loaded.
     """
     checkpoint, model = Path(checkpoint).expanduser(), _unwrapped(model)
     verify(checkpoint)
@@ -108,21 +108,21 @@ def load_checkpoint(checkpoint: str | Path, *, model: Any, optimizer: Any = None
     ranks.barrier()
     extras = [part["extra"] for part in run["ranks"]]
     if len(extras) != ranks.world_size():
-        log.warning("%s is of %d ranks: random numbers start anew.", checkpoint, len(extras))
+        log.warning("%s was saved by %d ranks: random states are not restored.", checkpoint, len(extras))
         return Resumed(run["step"], None, extras)
     set_random_state(run["ranks"][ranks.rank()]["random"])
     return Resumed(run["step"], extras[ranks.rank()], extras)
 
 
 class BackgroundSaver(AbstractContextManager):
-    """Saves while the training goes on: `save` returns when everything is copied to host memory.
+    """Context manager to save while training continues: `save` returns when all is copied to host memory.
 
-    A save waits for the one before it, and its error is raised by the next `save`, by `wait`, or at the end of the
-    block. Make it on all ranks at the same time; a save needs host memory for this rank's weights and state.
+    A save waits for the previous one. Its error is raised by the next `save`, by `wait`, or at the end of the block.
+    All ranks must create it together. A save needs host memory for this rank's weights and state.
     """
 
     def __init__(self) -> None:
-        # a group of its own: its messages must not meet the training's
+        # a separate group, as its collectives run concurrently with those of training
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.running: Future[Path] | None = None
@@ -133,18 +133,18 @@ class BackgroundSaver(AbstractContextManager):
                 self.wait()
 
     def save(self, directory: str | Path, **options: Any) -> None:
-        """As `save_checkpoint`, with its arguments; the files are written after it returns."""
+        """Call `save_checkpoint` with these arguments; the files are written after this method returns."""
         self.wait()
         save_checkpoint(directory, **options, saver=self)
 
     def wait(self) -> Path | None:
-        """Wait for the running save, and return the checkpoint's path, or None if nothing was running."""
+        """Wait for the running save, if any, and return its checkpoint's path, else None."""
         running, self.running = self.running, None
         return running.result() if running else None
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random generator of this process: Python's, NumPy's, PyTorch's, and this process' GPU's."""
+    """Return the states of the random generators of this process: Python, NumPy, PyTorch's CPU and the current GPU."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -155,7 +155,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Continue with the random numbers that `random_state` saw coming."""
+    """Restore the states that `random_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -174,8 +174,8 @@ def _unwrapped(model: Any) -> PreTrainedModel:
 
 
 def _run_file(step: int, scheduler: Any, extra: dict[str, Any] | None) -> bytes:
-    """What run.pt holds, made now: the loop may change what is in it before it is written. All ranks make it, as it
-    gathers, and the first one's is written.
+    """Serialize the content of run.pt now, because the loop may change it before it is written. All ranks must call it,
+    because it all-gathers; rank 0 writes its result.
     """
     of_ranks = ranks.all_gather_object({"random": random_state(), "extra": extra or {}})
     state = None if scheduler is None else scheduler.state_dict()

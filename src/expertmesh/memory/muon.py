@@ -1,13 +1,13 @@
-"""Muon: hidden matrices are stepped by their momentum, made orthogonal; all other weights by AdamW.
+"""Muon for hidden matrices, which orthogonalizes the momentum, and AdamW for all other weights.
 
     M ← M + (1 - μ)(G - M);  U = G + μ (M - G);  W ← W - lr decay W - lr r O(U)
 
-O: five Newton-Schulz steps in bfloat16 towards the orthogonal matrix nearest to U. r: by `adjust_lr_fn`. It is
-`torch.optim.Muon` of each matrix (https://kellerjordan.github.io/posts/muon/), which PyTorch has for two dimensions;
-here the matrices of a stack of experts are made orthogonal together, each by itself.
+O: five Newton-Schulz steps in bfloat16 towards the orthogonal matrix nearest to U. r: the factor of `adjust_lr_fn`.
+This equals `torch.optim.Muon` (https://kellerjordan.github.io/posts/muon/), which takes two-dimensional weights only.
+The matrices of stacked experts [E, A, B] are orthogonalized one by one in batched products.
 
-O needs whole matrices, as ranks have of experts that they share out. Of others, cut by FSDP and tensor parallelism,
-each rank gathers U in bfloat16, one weight at a time, computes O of all of it, and keeps its piece.
+O needs whole matrices. With expert parallelism, each rank has those of its experts. For weights that FSDP or tensor
+parallelism shards, each rank all-gathers U in bfloat16, one weight at a time, computes O, and keeps its shard.
 """
 
 from collections.abc import Mapping
@@ -32,14 +32,14 @@ ADJUSTMENTS = ("match_rms_adamw", "original")
 
 
 class Muon(AdamW):
-    """`expertmesh.AdamW` whose groups with `muon: True`, the `hidden_matrices` of the model, are stepped by Muon.
+    """`expertmesh.AdamW` that updates the `hidden_matrices` of a model, the group with `muon: True`, by Muon.
 
-    model: laid out over ranks already. lr, a number, and weight_decay (of matrices, not of norms and biases) are of all
-    weights, all other arguments AdamW's. adjust_lr_fn: "match_rms_adamw", so that updates are as large as AdamW's and
-    its learning rates can stay, or "original", as `torch.optim.Muon` names them. It clips and refuses steps as AdamW.
+    model: sharded already. lr (a number) applies to all weights, weight_decay to all but norms and biases; the other
+    arguments are AdamW's. adjust_lr_fn: "match_rms_adamw" scales updates to the size of AdamW's, so that its learning
+    rates can be kept; "original" is the other choice of `torch.optim.Muon`. Clipping works as in AdamW.
 
-    A hidden matrix has its momentum alone as state, in the weight's dtype, or with states="float32" in float32 beside
-    a float32 copy of a bfloat16 weight. Raises ValueError for 8-bit states, adapters, and models without a matrix.
+    The only state of a hidden matrix is its momentum, in the weight's dtype. With states="float32" it is float32, and
+    a bfloat16 weight has a float32 copy. Raises ValueError for 8-bit states, adapters, and models without a matrix.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Muon(AdamW):
         nesterov: bool = True, adjust_lr_fn: str = ADJUSTMENTS[0], states: str | None = None, **adamw: Any,
     ) -> None:  # fmt: skip
         if states not in (None, "float32"):
-            raise ValueError(f'Muon keeps no states="{states}": take "float32", or None.')
+            raise ValueError(f'Muon does not support states="{states}": take "float32", or None.')
         if adjust_lr_fn not in ADJUSTMENTS:
             raise ValueError(f"adjust_lr_fn is one of {', '.join(ADJUSTMENTS)}, not {adjust_lr_fn!r}.")
         if adamw.get("offload"):
             raise ValueError("Muon computes on the GPU: leave offload out.")
         if hasattr(model, "peft_config"):
-            raise ValueError("Muon is for whole matrices, not for the factors of adapters: train those by AdamW.")
+            raise ValueError("Muon does not train the low-rank factors of adapters: train those by AdamW.")
         hidden = hidden_matrices(model)
         options = {"muon": True, "momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
         groups: list[dict[str, Any]] = [{"params": [], **options}, {"params": []}, {"params": [], "weight_decay": 0.0}]
@@ -66,7 +66,7 @@ class Muon(AdamW):
         groups = [group for group in groups if group["params"]]
         super().__init__(groups, lr=lr, weight_decay=weight_decay, states=states, **adamw)
         count = len(groups[0]["params"])
-        backends.logger().info("Muon steps %d weights, AdamW the other %d.", count, len(self._parameters()) - count)
+        backends.logger().info("Muon steps %d weights, AdamW the other %d.", count, len(self._all_parameters()) - count)
 
     @torch.no_grad()
     def update(self, pairs: Pairs, scale: Scalar = None, found_inf: Scalar = None) -> None:
@@ -85,30 +85,30 @@ class Muon(AdamW):
         momentum = buffer.lerp(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         update, lr = orthogonal_of(update, parameter), float(group["lr"])
-        kept = local_shard(state[MASTER]) if MASTER in state else weight
+        master = local_shard(state[MASTER]) if MASTER in state else weight
         adjusted = _adjust_lr(lr, group["adjust_lr_fn"], parameter.shape[-2:])
-        stepped = (kept * (1 - lr * group["weight_decay"])).add_(update, alpha=-adjusted)
-        for old, new in ((buffer, momentum), (kept, stepped), (state["step"], state["step"] + 1)):
+        stepped = (master * (1 - lr * group["weight_decay"])).add_(update, alpha=-adjusted)
+        for old, new in ((buffer, momentum), (master, stepped), (state["step"], state["step"] + 1)):
             old.copy_(new if found_inf is None else torch.where(found_inf.to(old.device) != 0, old, new))
-        if kept is not weight:
-            weight.copy_(kept)
+        if master is not weight:
+            weight.copy_(master)
 
 
 def hidden_matrices(model: Any) -> set[torch.Tensor]:
-    """Weights of linear layers and of experts [experts, ., .], without embeddings, the head and routers."""
+    """Return the weights of linear layers and of experts [E, A, B], without embeddings, the head and routers."""
     modules = list(model.modules())
-    found = {module.weight for module in modules if isinstance(module, nn.Linear) and min(module.weight.shape) > 1}
+    matrices = {module.weight for module in modules if isinstance(module, nn.Linear) and min(module.weight.shape) > 1}
     for experts in filter(is_experts, modules):
-        found |= {weight for weight in experts.parameters(recurse=False) if weight.ndim == 3}
+        matrices |= {weight for weight in experts.parameters(recurse=False) if weight.ndim == 3}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    apart = [head, *(module for module in modules if isinstance(module, nn.Embedding))]
-    apart += [router for _, router in routers(model)]
-    return found - {weight for module in apart if module is not None for weight in module.parameters()}
+    excluded = [head, *(module for module in modules if isinstance(module, nn.Embedding))]
+    excluded += [router for _, router in routers(model)]
+    return matrices - {weight for module in excluded if module is not None for weight in module.parameters()}
 
 
 def orthogonal_of(update: torch.Tensor, parameter: Any) -> torch.Tensor:
-    """This rank's piece of O(U), in bfloat16. update: its piece of U, laid out like the parameter."""
-    if num_shards(parameter) == (num_shards(parameter, 0) if parameter.ndim == 3 else 1):  # no matrix is cut
+    """Return this rank's shard of O(U), in bfloat16. update: its shard of U, with the parameter's placements."""
+    if num_shards(parameter) == (num_shards(parameter, 0) if parameter.ndim == 3 else 1):  # no matrix is sharded
         return orthogonal(update)
     mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
     update, stride = update.bfloat16(), parameter.stride()
@@ -120,7 +120,7 @@ def orthogonal_of(update: torch.Tensor, parameter: Any) -> torch.Tensor:
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """O of a matrix [A, B], or of each one of a stack [E, A, B], in bfloat16."""
+    """Return O of a matrix [A, B], or of each matrix of a stack [E, A, B], in bfloat16."""
     (a, b, c), add = COEFFICIENTS, torch.addmm if x.ndim == 2 else torch.baddbmm
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.bfloat16().mT if is_tall else x.bfloat16()

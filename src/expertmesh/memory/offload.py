@@ -1,8 +1,8 @@
-"""Inputs of recomputed layers in host memory, from forward to backward: level "offload" of recomputing.
+"""Activation checkpointing that keeps the inputs of layers in host memory: the recompute policy "offload".
 
-While a layer computes, its input is copied to pinned memory on a stream of its own, and freed where the next layer
-begins. In the backward an input comes one layer ahead, beside the layer behind it. So two inputs stand on the device at
-most. Loss and gradients are those of level "full". Transformers' `offload=True` copies on the stream that computes.
+While a layer computes, its input is copied to pinned memory on a side stream, and freed when the next layer begins. In
+the backward, an input is prefetched while the layer after it computes, so at most two inputs are on the device. Loss
+and gradients are those of the policy "full". Transformers' `offload=True` copies on the computing stream instead.
 """
 
 import weakref
@@ -15,16 +15,16 @@ from expertmesh import backends
 from expertmesh.backends import graph_break
 
 
-class _Away:
-    """An input in host memory. before: gives the one that left before it, None if there is none."""
+class _OnHost:
+    """An input in host memory. previous: a function that returns the input offloaded before it, or None."""
 
-    def __init__(self, x: torch.Tensor, before: Callable[[], "_Away | None"]) -> None:
+    def __init__(self, x: torch.Tensor, previous: Callable[[], "_OnHost | None"]) -> None:
         self.host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
-        self.device, self.before = x.device, before
+        self.device, self.previous = x.device, previous
 
 
-class _Here(NamedTuple):
-    """An input on the device, its version, and the event after its copy from or to the host; None on a CPU."""
+class _OnDevice(NamedTuple):
+    """An input on the device, its version counter, and the event after its copy to or from the host (None on a CPU)."""
 
     x: torch.Tensor
     version: int
@@ -32,80 +32,78 @@ class _Here(NamedTuple):
 
 
 class Offload:
-    """`offload(function, *args)` is `checkpointed(function, *args)` with floats among args in host memory until then.
-
-    checkpointed: as torch.utils.checkpoint.checkpoint. One object serves all layers of a model, whose order it learns.
-    Raises RuntimeError in a step that is recorded as a CUDA graph, and for an input that is changed in place.
-    """
+    """`offload(function, *args)` is `checkpointed(function, *args)` with floating-point args kept in host memory.
+    checkpointed: like torch.utils.checkpoint.checkpoint. All layers of a model must share one object, which prefetches
+    in the reverse order of their calls. Raises RuntimeError in CUDA graph capture, and for inputs changed in place."""
 
     def __init__(self, checkpointed: Callable[..., Any]) -> None:
         self._checkpointed = checkpointed
-        self._copies: Any = None  # the stream
-        self._here: dict[_Away, _Here] = {}  # what left last, or comes next
-        self._last: Callable[[], _Away | None] = lambda: None
+        self._copy_stream: Any = None
+        self._on_device: dict[_OnHost, _OnDevice] = {}  # copies in flight
+        self._previous: Callable[[], _OnHost | None] = lambda: None
 
     @graph_break(lambda self, function, *args, **kwargs: self._checkpointed(function, *args, **kwargs))
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The result of `function`, which is called again in the backward."""
-        with torch.autograd.graph.saved_tensors_hooks(self._leave, self._come):
+        """Return the result of `function`, which the backward calls again."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             return self._checkpointed(function, *args, **kwargs)
 
     def __reduce__(self) -> tuple:
         return Offload, (self._checkpointed,)
 
-    def _leave(self, x: torch.Tensor) -> Any:
+    def _pack(self, x: torch.Tensor) -> Any:
         if type(x) is not torch.Tensor or not x.is_floating_point() or not x.numel():
             return x
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "Inputs of layers go to host memory, for which a recorded step has no place: record no steps "
+                "Inputs of layers are copied to host memory, which a CUDA graph cannot record: record no steps "
                 "(cuda_graph=False), or recompute layers without offloading (activation_checkpointing=true)."
             )
-        self._settle()
-        away = _Away(x, self._last)
-        self._here[away] = _Here(x, x._version, self._copy(away.host, x))
-        self._last = weakref.ref(away)
-        return away
+        self._wait_for_copies()
+        on_host = _OnHost(x, self._previous)
+        self._on_device[on_host] = _OnDevice(x, x._version, self._copy(on_host.host, x))
+        self._previous = weakref.ref(on_host)
+        return on_host
 
-    def _come(self, kept: Any) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
-        here = self._here.pop(kept, None) or self._fetch(kept)
-        self._settle()  # of another graph, which was dropped
-        self._wait(here)
-        if (before := kept.before()) is not None:
-            self._here[before] = self._fetch(before)
-        return here.x
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        on_device = self._on_device.pop(packed, None) or self._fetch(packed)
+        self._wait_for_copies()  # of another autograd graph, which was freed
+        self._wait(on_device)
+        if (previous := packed.previous()) is not None:
+            self._on_device[previous] = self._fetch(previous)
+        return on_device.x
 
-    def _fetch(self, away: _Away) -> _Here:
-        x = torch.empty_like(away.host, device=away.device)  # of the computing stream's memory, which frees it
-        copied = self._copy(x, away.host)
-        return _Here(x, x._version, copied)
+    def _fetch(self, on_host: _OnHost) -> _OnDevice:
+        x = torch.empty_like(on_host.host, device=on_host.device)  # from the computing stream's pool
+        copied = self._copy(x, on_host.host)
+        return _OnDevice(x, x._version, copied)
 
-    def _settle(self) -> None:
-        """What is here may go: nothing computes from now on before its copy is done."""
-        standing, self._here = self._here, {}
-        for here in standing.values():
-            self._wait(here)
+    def _wait_for_copies(self) -> None:
+        """Make the current stream wait for all copies in flight, and drop their device tensors."""
+        in_flight, self._on_device = self._on_device, {}
+        for on_device in in_flight.values():
+            self._wait(on_device)
 
-    def _wait(self, here: _Here) -> None:
-        if here.copied is not None:
-            torch.get_device_module(here.x.device).current_stream(here.x.device).wait_event(here.copied)
-        if here.x._version != here.version:
+    def _wait(self, on_device: _OnDevice) -> None:
+        if on_device.copied is not None:
+            torch.get_device_module(on_device.x.device).current_stream(on_device.x.device).wait_event(on_device.copied)
+        if on_device.x._version != on_device.version:
             raise RuntimeError(
-                f"The input {tuple(here.x.shape)} of a layer, which goes to host memory, was changed in place: change "
-                f"a copy, or recompute layers without offloading (activation_checkpointing=true)."
+                f"The input {tuple(on_device.x.shape)} of a layer was changed in place while it is in host memory: "
+                f"change a copy, or recompute layers without offloading (activation_checkpointing=true)."
             )
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
-        """Copy beside what computes from now on, behind what does already; the event of its end."""
+        """Copy on the side stream, after the work queued so far on the current stream. Return the event of its end."""
         x = source if target.device.type == "cpu" else target
         if backends.watching is not None:
             backends.watching[0](self._copy, x, back=x is target)
             return None
         device: Any = torch.get_device_module(x.device)
-        self._copies = self._copies or (torch.cuda.Stream(x.device) if x.is_cuda else device.Stream())
-        self._copies.wait_stream(device.current_stream(x.device))
-        with device.stream(self._copies):
+        self._copy_stream = self._copy_stream or (torch.cuda.Stream(x.device) if x.is_cuda else device.Stream())
+        self._copy_stream.wait_stream(device.current_stream(x.device))
+        with device.stream(self._copy_stream):
             target.copy_(source, non_blocking=True)
-        return self._copies.record_event()
+        return self._copy_stream.record_event()

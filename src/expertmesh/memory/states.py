@@ -1,15 +1,15 @@
-"""What AdamW keeps of a parameter, chosen by one word, and what that costs.
+"""Formats of AdamW's state, and their memory.
 
-states      moments                  of a bfloat16 weight                      bytes a parameter, with that weight
-None        in the weight's dtype    rounded to the nearest                    6
-"float32"   float32                  a float32 copy is stepped                 14
-"24bit"     8 bits, in blocks        8 more bits of it are stepped with it     5.03
+states      moments                  bfloat16 weight                           bytes per parameter, with the weight
+None        in the weight's dtype    rounded to nearest                        6
+"float32"   float32                  with a float32 master copy                14
+"24bit"     8 bits, in blocks        with 8 more bits of its mantissa          5.03
 "8bit"      8 bits, in blocks        rounded stochastically                    4.03
 
-Weights in float32 are stepped as they are. A block is a part of a row (the last dimension) on one rank, so codes and
-scales are sharded like their parameter, and move to another layout as they are, bit for bit. What has fewer than
-`SMALL` elements, or rows that no block divides, keeps "float32" states. States of weights of `LARGE` bytes may lie in
-pinned memory of the host, where the GPU's kernel reads and writes them.
+float32 weights are updated without a copy. A quantization block is a part of a row (the last dimension) on one rank, so
+codes and scales are sharded like their parameter and can be resharded bit for bit. Parameters with fewer than `SMALL`
+elements, or with rows that no block size divides, have "float32" state. With offload, the state of weights of at least
+`LARGE` bytes is in pinned host memory.
 """
 
 from collections.abc import Iterable
@@ -26,21 +26,21 @@ from expertmesh.kernels.block_quant import dequantize, join, quantize, rest_of
 from expertmesh.parallel.clip import local_shard, num_shards
 
 STATES = ("8bit", "24bit", "float32")
-SMALL = 4096
-LARGE = 2**26  # bytes of a weight whose states go to the host where any do
-SIZES = (256, 128, 64, 32)  # of a block: the first one that divides a row
+SMALL = 4096  # elements
+LARGE = 2**26  # bytes of a weight from which its state is offloaded
+SIZES = (256, 128, 64, 32)  # of a block; the first that divides a row is used
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MOMENTUM = "momentum_buffer"  # Muon's, in their place
-REST, MASTER = "remainder", "master"  # of a weight, beside it, and in its place
-STREAM = "stream"  # whose random numbers
+MOMENTUM = "momentum_buffer"  # Muon's, in place of the moments
+REST, MASTER = "remainder", "master"  # the low 8 bits of a 24-bit weight; the float32 master weight
+STREAM = "stream"  # of random numbers for stochastic rounding
 
 
 class Form(NamedTuple):
-    """How the state of one parameter is kept on this rank.
+    """The format of one parameter's state on this rank.
 
-    tensors: {key: (dtype, elements of the weight for one of it)}, beside the count of steps. moments: their names.
-    size: of a block, 0 where moments are floats. stream: the parameter's number. first: the place of this rank's first
-    element in the whole tensor. place: options of `torch.empty` for it.
+    tensors: {key: (dtype, elements of the weight per element of the state)}, without the step count. moments: keys of
+    the moments. size: of a block, 0 if moments are floats. stream: the parameter's number. first: flat index of this
+    rank's first element in the whole tensor. place: options of `torch.empty` for device and pinning.
     """
 
     tensors: dict[str, tuple[torch.dtype, int]]
@@ -54,7 +54,7 @@ class Form(NamedTuple):
 def form_of(
     parameter: torch.Tensor, states: str | None, offload: bool = False, stream: int = 0, moments: tuple = MOMENTS
 ) -> Form:
-    """The form that `states` asks for; the same one on every rank. `parameter` may be on the meta device."""
+    """Return the format of a parameter's state for `states`. `parameter` may be on the meta device."""
     place: dict[str, Any] = {"device": parameter.device}
     if offload and parameter.nbytes >= LARGE and parameter.is_contiguous():
         place = {"device": torch.device("cpu"), "pin_memory": parameter.is_cuda}
@@ -74,24 +74,24 @@ def form_of(
 
 
 def refuse(parameters: Iterable[torch.Tensor], states: str | None) -> None:
-    """Raise ValueError for states that do not exist, or not for weights of these dtypes."""
+    """Raise ValueError for unknown states, and for states that do not support the dtypes of these weights."""
     if states not in (None, *STATES):
         raise ValueError(f"states={states!r} does not exist: take {', '.join(map(repr, STATES))}, or None.")
     dtypes = {parameter.dtype for parameter in parameters}
     if states and (odd := dtypes - {torch.bfloat16, torch.float32}):
-        raise ValueError(f"states={states!r} are of bfloat16 and float32 weights, not of {odd.pop()}: cast the model.")
+        raise ValueError(f"states={states!r} supports bfloat16 and float32 weights, not {odd.pop()}: cast the model.")
     if states == "24bit" and dtypes == {torch.float32}:
         raise ValueError('states="24bit" extends bfloat16 weights, and these are float32: take "8bit", or cast them.')
 
 
 def bytes_kept(parameter: torch.Tensor, form: Form) -> int:
-    """Bytes of a parameter and its state on this rank; works on the meta device."""
+    """Return the bytes of a parameter and its state on this rank; works on the meta device."""
     each = sum(dtype.itemsize / share for dtype, share in form.tensors.values())
     return 4 + round(local_shard(parameter).numel() * (parameter.dtype.itemsize + each))
 
 
 def create(parameter: nn.Parameter, state: dict[str, Any], form: Form) -> None:
-    """The state before the first step, in its place but for the count of steps, which is beside the parameter."""
+    """Create the state before the first step. The step count is always on the parameter's device."""
     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
     if form.size:
         state[STREAM] = form.stream
@@ -108,16 +108,16 @@ def create(parameter: nn.Parameter, state: dict[str, Any], form: Form) -> None:
 
 
 def convert(parameter: nn.Parameter, state: dict[str, Any], form: Form) -> None:
-    """Bring a state of any form, as another optimizer or another layout kept it, into this one, through float32."""
+    """Convert a state of any format, such as a loaded one, to this format in place, through float32."""
     old, weight = dict(state), local_shard(parameter)
     if not all(key in old or f"{key}_8bit" in old for key in form.moments):
-        raise ValueError(f"This state ({', '.join(old)}) is another optimizer's: this one cannot go on from it.")
-    whole = join(weight, local_shard(old[REST])) if REST in old else local_shard(old.get(MASTER, weight)).float()
+        raise ValueError(f"This state ({', '.join(old)}) is another optimizer's and cannot be converted.")
+    master = join(weight, local_shard(old[REST])) if REST in old else local_shard(old.get(MASTER, weight)).float()
     state.clear()
     create(parameter, state, form._replace(stream=old.get(STREAM, form.stream)))
-    new = {"step": old["step"], MASTER: whole}
+    new = {"step": old["step"], MASTER: master}
     if REST in state:
-        new[REST] = rest_of(weight, whole)
+        new[REST] = rest_of(weight, master)
     for key in form.moments:
         new[key] = local_shard(old.pop(key)).float() if key in old else dequantize(*_codes(old, key), key == "exp_avg")
         if form.size:
@@ -127,7 +127,7 @@ def convert(parameter: nn.Parameter, state: dict[str, Any], form: Form) -> None:
 
 
 def has_form(parameter: torch.Tensor, state: dict[str, Any], form: Form) -> bool:
-    """Whether a state is kept in this form."""
+    """Whether a state has this format."""
     return state.keys() == {"step", *form.tensors, *([STREAM] if form.size else [])} and all(
         state[key].dtype == dtype and state[key].numel() * share == parameter.numel()
         for key, (dtype, share) in form.tensors.items()
@@ -135,7 +135,7 @@ def has_form(parameter: torch.Tensor, state: dict[str, Any], form: Form) -> bool
 
 
 def _codes(state: dict[str, Any], key: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Takes out this rank's codes and scales of a moment, scales of blocks that other ranks' rows share included."""
+    """Remove and return this rank's codes and scales of a moment. If a block spans ranks, scales are per element."""
     codes, scales = state.pop(f"{key}_8bit"), state.pop(f"{key}_scale")
     size = codes.shape[-1] // scales.shape[-1]
     mine, of_mine = local_shard(codes), local_shard(scales)
@@ -143,10 +143,11 @@ def _codes(state: dict[str, Any], key: str) -> tuple[torch.Tensor, torch.Tensor]
         return mine, of_mine
     _, offset = compute_local_shape_and_global_offset(codes.shape, codes.device_mesh, codes.placements)
     each = of_mine.repeat_interleave(size, -1).narrow(-1, offset[-1], mine.shape[-1])
-    return mine, each  # blocks of one element
+    return mine, each
 
 
 def _block(parameter: torch.Tensor) -> int:
+    """Return the block size for a parameter, 0 if none divides its rows on a rank."""
     parts = num_shards(parameter, parameter.ndim - 1)
     fits = (size for size in SIZES if parameter.shape[-1] % (parts * size) == 0)
     return next(fits, 0) if local_shard(parameter).is_contiguous() else 0

@@ -1,4 +1,4 @@
-"""The norm of all gradients of a model, on however many meshes they lie, and clipping to it."""
+"""The global gradient norm of a model whose parameters may be on different meshes, and clipping to it."""
 
 import math
 from collections.abc import Iterable
@@ -15,11 +15,11 @@ from expertmesh.timeouts import step_timeout
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: float) -> torch.Tensor:
-    """Scale all gradients, in place, so that their norm is at most `max_norm`; returns the norm before, float32 scalar.
+    """Scale all gradients in place so that their norm is at most `max_norm`. Return the norm before, a float32 scalar.
 
-    Equals `torch.nn.utils.clip_grad_norm_` of the whole model in one process, for parameters on any mix of meshes and
-    plain ones that are the same on every rank. All ranks must call it. One all-reduce of one number; the host does not
-    wait. math.inf only measures.
+    Equal to `torch.nn.utils.clip_grad_norm_` of the unsharded model. Parameters may be on different meshes; plain
+    tensors must be the same on every rank. All ranks must call it. It all-reduces one number, without synchronizing
+    with the host. math.inf only measures.
     """
     parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
     norm = grad_norm(parameters)
@@ -30,7 +30,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter] | nn.Parameter, max_norm: 
 
 @torch.no_grad()
 def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """As `clip_grad_norm`, which measures by it: the norm of all gradients, which stay as they are."""
+    """Return the norm of all gradients, a float32 scalar, without changing them. All ranks must call it."""
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     total = torch.zeros((), device=grads[0].device if grads else parameters[0].device if parameters else None)
@@ -40,19 +40,19 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
 
 
 def local_shards(grads: Iterable[torch.Tensor]) -> dict[tuple[int, torch.device], list[torch.Tensor]]:
-    """This rank's pieces of gradients, by how many ranks hold the same and by where they are."""
-    found: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
+    """Group this rank's shards of gradients by (number of ranks that hold the same shard, device)."""
+    shards: dict[tuple[int, torch.device], list[torch.Tensor]] = {}
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     for grad in grads:
         partial = isinstance(grad, DTensor) and any(each.is_partial() for each in grad.placements)
         assert not partial, "a gradient that is not reduced yet has no norm"
-        found.setdefault((ranks // num_shards(grad), grad.device), []).append(local_shard(grad))
-    return found
+        shards.setdefault((ranks // num_shards(grad), grad.device), []).append(local_shard(grad))
+    return shards
 
 
 def norm_of_all(total: torch.Tensor) -> torch.Tensor:
-    """The norm of all gradients from every rank's part of its square, a float32 scalar. All ranks must call it."""
-    if dist.is_initialized() and dist.get_world_size() > 1:  # a rank without any gradient comes, too
+    """Return the norm of all gradients. total: this rank's part of its square, overwritten. All ranks must call it."""
+    if dist.is_initialized() and dist.get_world_size() > 1:  # also on a rank without gradients
         world: Any = dist.group.WORLD
         with step_timeout("the norm of the gradients", world):
             dist.all_reduce(total)
@@ -60,11 +60,11 @@ def norm_of_all(total: torch.Tensor) -> torch.Tensor:
 
 
 def local_shard(x: torch.Tensor) -> torch.Tensor:
-    """This rank's piece of a tensor."""
+    """Return this rank's shard of a DTensor; a plain tensor itself."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def num_shards(x: torch.Tensor, dim: int | None = None) -> int:
-    """In how many parts ranks share out a tensor, or one dimension of it."""
-    of_ranks: Any = zip(x.placements, x.device_mesh.shape, strict=True) if isinstance(x, DTensor) else ()
-    return math.prod(size for each, size in of_ranks if not each.is_replicate() and dim in (None, each.dim))
+    """Return the number of shards of a tensor, or of one dimension of it. A plain tensor has one."""
+    mesh_dims: Any = zip(x.placements, x.device_mesh.shape, strict=True) if isinstance(x, DTensor) else ()
+    return math.prod(size for each, size in mesh_dims if not each.is_replicate() and dim in (None, each.dim))

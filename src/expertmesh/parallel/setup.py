@@ -1,8 +1,8 @@
-"""Where every rank stands: data, expert and tensor parallelism from a few sizes.
+"""The sizes of data, expert and tensor parallelism.
 
-`DistributedSetup` holds the sizes, checks them against the number of ranks and turns into Transformers'
-`DistributedConfig`, which makes the meshes, shards the model and loads each rank's slice of it. Experts are spread over
-the ranks that already share the data: 8 GPUs are dp_size=8 and ep_size=8 at once.
+`DistributedSetup` checks the sizes against the number of ranks and converts to Transformers' `DistributedConfig`, from
+which Transformers makes the meshes, shards the model and loads each rank's shard. Expert parallelism uses the ranks of
+data parallelism: 8 GPUs can have dp_size=8 and ep_size=8.
 """
 
 import math
@@ -31,27 +31,27 @@ from expertmesh.parallel.ranks import check_same_on_all_ranks
 
 STRATEGY = "fsdp2"
 AUTO = "auto"
-NEAR = 8  # ranks up to which "auto" gathers
-WHOLE = (True, "full")  # activation checkpointing as Transformers has it
+NEAR = 8  # the largest ep_size for which dispatch="auto" takes "gather"
+WHOLE = (True, "full")  # policies of activation checkpointing that Transformers implements
 
 
 @dataclass(frozen=True)
 class DistributedSetup:
-    """How a model is laid out over the ranks. Sizes that are not given follow from the number of ranks.
+    """The layout of a model over the ranks.
 
-    ep_size: ranks that share out the experts; each holds 1/ep_size of every layer's. Costs no data parallelism.
+    ep_size: expert-parallel ranks; each holds 1/ep_size of every layer's experts. It does not reduce data parallelism.
     tp_size: ranks that share one batch and split attention and dense layers.
-    dp_size: ranks with a batch of their own; by default all ranks / tp_size.
-    dp_replicate_size: copies of the model (HSDP); each is sharded over dp_size / dp_replicate_size ranks.
+    dp_size: ranks with different batches; by default world_size / tp_size.
+    dp_replicate_size: replicas of the model (HSDP); each is sharded over dp_size / dp_replicate_size ranks.
     activation_checkpointing: what layers recompute in the backward; True, or a policy of kernels/recompute.py.
-    reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward;
-        has an effect if an expert is sharded, that is if ep_size is smaller than a replica's ranks.
-    dispatch: how tokens reach experts on other ranks. "auto": where groups lie on GPUs of one node, "gather" up to an
-        ep_size of 8, else "all_to_all". "all_to_all": once to each rank that needs them, any number of ranks; the host
-        waits once per layer for the counts. "gather": to all ranks of the expert-parallel group, without that wait.
-    timeout_minutes: how long a rank waits for another in a step; then it ends with an error that names the layer.
-    strategy: "fsdp2"; there is no other.
-    world_size: ranks; by default those of torch.distributed, else WORLD_SIZE, else 1.
+    reshard_experts: free the gathered expert weights after a layer's forward and gather them again in its backward.
+        It has an effect only if FSDP shards experts, that is if ep_size is smaller than the ranks of a replica.
+    dispatch: "all_to_all" sends a token once to each rank that needs it; the host waits once per layer for the counts.
+        "gather" sends tokens to all ranks of the expert-parallel group, without that wait. "auto" is "gather" if each
+        group is on GPUs of one node and ep_size is at most 8, else "all_to_all".
+    timeout_minutes: how long a rank waits for another in a step before it raises an error that names the layer.
+    strategy: "fsdp2", the only one.
+    world_size: number of ranks; by default that of torch.distributed, else the variable WORLD_SIZE, else 1.
 
     Raises ValueError if the sizes do not fit each other or the number of ranks.
     """
@@ -97,12 +97,12 @@ class DistributedSetup:
 
     @property
     def fsdp_size(self) -> int:
-        """Ranks that a replica's dense parameters are sharded over."""
+        """The number of ranks over which FSDP shards the dense parameters of a replica."""
         assert self.dp_size is not None
         return self.dp_size // self.dp_replicate_size
 
     def to_transformers(self, ep_implementation: str | None = None) -> DistributedConfig:
-        """The same as Transformers' `DistributedConfig`. Raises ValueError if the number of ranks has changed."""
+        """Convert to Transformers' `DistributedConfig`. Raises ValueError if the number of ranks has changed."""
         ranks = current_world_size()
         if ranks != self.world_size:
             raise ValueError(
@@ -110,7 +110,7 @@ class DistributedSetup:
                 f"{self.world_size} (torchrun --nproc-per-node {self.world_size}), or make the setup for {ranks}."
             )
         dispatch = self.dispatch
-        if dispatch == AUTO:  # groups are ranks one behind the other
+        if dispatch == AUTO:  # expert-parallel groups are consecutive ranks
             per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
             near = torch.cuda.is_available() and per_node % self.ep_size == 0 and self.ep_size <= NEAR
             dispatch = "gather" if near else "all_to_all"
@@ -123,20 +123,20 @@ class DistributedSetup:
         )
 
     def join(self) -> None:
-        """Start torch.distributed, if nobody has, among as many ranks. Raises RanksError if their setups differ."""
+        """Initialize torch.distributed if it is not yet. Raises RanksError if the ranks have different setups."""
         if current_world_size() > 1:
             _ensure_torch_distributed()
             check_same_on_all_ranks("distributed_setup", asdict(self))
 
     def apply_to(self, model: Any) -> None:
-        """What the setup asks of a model that is laid out already: checkpointing, and when experts are freed."""
+        """Apply activation checkpointing, resharding of experts and the timeout to a model that is sharded already."""
         recompute(model, self.activation_checkpointing)
         if current_world_size() > 1:
             timeouts.step_limit = timedelta(minutes=self.timeout_minutes)
             prepare_for_training(model, self.reshard_experts)
 
     def __str__(self) -> str:
-        """The mesh as text: a column for each rank, and which batch, copy and part of the model it holds."""
+        """The mesh as a table: one column per rank with the indices of its batch, replica and shards."""
         world, tp, ep, per_replica = self.world_size, self.tp_size, self.ep_size, self.fsdp_size * self.tp_size
         rows = {
             "rank": range(world),
@@ -157,7 +157,7 @@ class DistributedSetup:
 
 
 def recompute(model: Any, policy: Policy) -> None:
-    """Let a model recompute in its backward what `activation_checkpointing` says. Raises ValueError where it cannot."""
+    """Enable activation checkpointing with this policy. Raises ValueError for a policy that needs a fused model."""
     if policy in WHOLE:
         model.activation_checkpointing_enable()
     elif policy:
@@ -167,7 +167,7 @@ def recompute(model: Any, policy: Policy) -> None:
 
 
 def current_world_size() -> int:
-    """How many ranks this run has."""
+    """Return the number of ranks of this run, also before torch.distributed is initialized."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -181,7 +181,7 @@ def _or(numbers: Iterable[int]) -> str:
 
 
 _COUNT = (lambda x: type(x) is int and 1 <= x <= 10**6, "a whole number from 1 to 1,000,000")
-# field of a `DistributedSetup` -> (whether a value fits, what fits in words)
+# {field of `DistributedSetup`: (function that accepts a value, description of accepted values)}
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys("world_size ep_size tp_size dp_size dp_replicate_size".split(), _COUNT),
     "activation_checkpointing": (is_policy, POLICIES),
@@ -197,7 +197,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 _MOE = "moe.reshard_after_forward"
 _OURS = ["strategy", "dp_size", "dp_replicate_size", "tp_size", "ep_size", "timeout_minutes", "dispatch",
          "activation_checkpointing", _MOE]  # fmt: skip
-# NeMo's other keys, each with the values that ask for what happens anyway
+# NeMo's other keys, each with the values that are accepted because they are the behavior here
 _THEIRS: dict[str, tuple[Any, ...]] = {
     "pp_size": (1,), "cp_size": (1,), "fsdp2_forward_prefetch_depth": (1,), "fsdp2_backward_prefetch_depth": (2,),
     "sequence_parallel": (False,), "enable_async_tensor_parallel": (False,), "enable_compile": (False,),
@@ -210,36 +210,36 @@ _THEIRS: dict[str, tuple[Any, ...]] = {
 def create_distributed_setup_from_config(
     config: dict[str, Any] | None = None, world_size: int | None = None, **keys: Any
 ) -> DistributedSetup:
-    """The `DistributedSetup` of a `distributed` section with NeMo AutoModel's keys, as a dict or keywords.
+    """Make a `DistributedSetup` from a `distributed` section with NeMo AutoModel's keys, as a dict or keywords.
 
-    Keys are a `DistributedSetup`'s, but moe: {reshard_after_forward: bool} for reshard_experts. None leaves a key out.
-    NeMo's other keys are accepted at values that ask for what happens anyway. Raises ValueError for all else.
+    Keys are the fields of `DistributedSetup`, but reshard_experts is moe: {reshard_after_forward: bool}. None counts as
+    absent. NeMo's other keys may only have values that change nothing here. Raises ValueError for all else.
     """
     given = _settings({} if config is None else config) | _settings(keys)
     for key, value in given.items():
         if key not in (*_OURS, *_THEIRS):
             near = "".join(f" Did you mean {name!r}?" for name in get_close_matches(key, (*_OURS, *_THEIRS), 1))
             raise ValueError(f"There is no distributed setting {key!r}.{near} Settings: {', '.join(_OURS)}.")
-        if key in _THEIRS and repr(value) not in map(repr, _THEIRS[key]):  # to repr True is not 1
+        if key in _THEIRS and repr(value) not in map(repr, _THEIRS[key]):  # by repr, as True == 1
             raise ValueError(f"{key}={value!r} is NeMo AutoModel's and not supported here: leave it out.")
     section = {key.replace(_MOE, "reshard_experts"): value for key, value in given.items() if key in _OURS}
     return DistributedSetup(**section | ({} if world_size is None else {"world_size": world_size}))
 
 
 def _settings(section: Any, path: str = "") -> dict[str, Any]:
-    """What has a value, by its path in the section."""
+    """Return the settings that are not None, keyed by their dotted path."""
     if not isinstance(section, dict):
         raise ValueError(f"{path.rstrip('.') or 'The section'} must be a dict of settings, not {section!r}.")
-    found = {f"{path}{key}": value for key, value in section.items() if value is not None}
-    return found | _settings(found.pop("moe"), "moe.") if "moe" in found else found
+    settings = {f"{path}{key}": value for key, value in section.items() if value is not None}
+    return settings | _settings(settings.pop("moe"), "moe.") if "moe" in settings else settings
 
 
 def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
-    """Raise ValueError, on every rank alike and before anything is loaded, if heads or experts do not fit `layout`.
+    """Raise ValueError on every rank, before anything is loaded, if heads or experts do not fit `layout`.
 
-    tp_size must divide the heads, ep_size the experts. And where a checkpoint keeps one tensor per expert,
-    Transformers' loader crashes on a rank that gets none of them (it stacks an empty list) while the others wait; all
-    other empty shards work. Tensor parallelism would cut through the blocks of experts in 4 bits.
+    tp_size must divide the key-value heads, and ep_size the experts. If a checkpoint has one tensor per expert, every
+    rank must get one: Transformers' loader crashes on a rank without (it stacks an empty list) while the others wait.
+    Other empty shards work. Tensor parallelism is refused for 4-bit experts, whose blocks it would split.
     """
     packed = any(isinstance(weight, Packed) for weight in model.parameters())
     if packed and layout.tp_size > 1:
@@ -253,14 +253,14 @@ def refuse_unfit_shards(model: PreTrainedModel, layout: Any) -> None:
             f"Set tp_size to {_divisors(heads if isinstance(heads, int) else math.gcd(*heads))}."
         )
     operations = [op for entry in get_model_conversion_mapping(model) for op in getattr(entry, "operations", ())]
-    one_by_one = any(isinstance(operation, MergeModulelist) for operation in operations)
+    tensor_per_expert = any(isinstance(operation, MergeModulelist) for operation in operations)
     replica = layout.fsdp_size * layout.tp_size
 
     def fits(num_experts: int, ep_size: int) -> bool:
         sharding = replica // ep_size if ep_size > 1 else layout.fsdp_size
         held, rest = divmod(num_experts, ep_size)
-        covered = -(-held // sharding) * (sharding - 1)  # by all shards but the last, which gets what is left
-        return rest == 0 and (packed or not one_by_one or covered < held)  # FSDP leaves packed experts whole
+        covered = -(-held // sharding) * (sharding - 1)  # rows of all shards but the last, which gets the rest
+        return rest == 0 and (packed or not tensor_per_expert or covered < held)  # FSDP leaves packed experts whole
 
     for name, experts in model.named_modules():
         if not is_experts(experts):

@@ -1,1 +1,1 @@
-"""A model's weights as its Hugging Face checkpoint names them: read in place, written by every rank."""
+"""Weights in Hugging Face's checkpoint format: loaded into an existing model in place, and written by all ranks."""

@@ -1,4 +1,4 @@
-"""Random weights for a sharded or packed model, the same whatever the layout."""
+"""Random initialization of a sharded or packed model, with the same weights under every layout."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,10 +16,8 @@ from expertmesh.kernels.packed import Packed
 
 @torch.no_grad()
 def initialise_shards(model: PreTrainedModel, device: Any) -> None:
-    """Give a sharded or packed model on the meta device weights by Transformers' rules, the same under every layout.
-
-    Every rank draws all weights from rank 0's seed, one layer at a time, and keeps its own part.
-    """
+    """Initialize a sharded or packed model on the meta device by Transformers' rules, equally under every layout. Every
+    rank draws all weights from rank 0's seed, one layer at a time, and keeps its shard. All ranks must call it."""
     model.to_empty(device=device)
     seed = torch.randint(2**62, (1,), device=device)
     if dist.is_initialized():
@@ -31,7 +29,7 @@ def initialise_shards(model: PreTrainedModel, device: Any) -> None:
 
 
 def _initialise(module: nn.Module, owner: PreTrainedModel, whole: bool) -> None:
-    """Children first, as Transformers does it; `whole`: the parameters below `module` are in full already."""
+    """Initialize children first, as Transformers does. whole: the parameters below `module` are unsharded already."""
     owner = module if isinstance(module, PreTrainedModel) else owner
     is_container = isinstance(module, (PreTrainedModel, nn.ModuleList))
     with contextlib.nullcontext() if whole else _in_full(module, recurse=not is_container):
@@ -42,7 +40,7 @@ def _initialise(module: nn.Module, owner: PreTrainedModel, whole: bool) -> None:
 
 @contextlib.contextmanager
 def _in_full(module: nn.Module, recurse: bool) -> Iterator[None]:
-    """Inside, sharded and packed parameters are whole and empty; what is written to them ends up in these."""
+    """Context manager that replaces sharded and packed parameters by whole, empty ones, and stores them back after."""
     shards: list[tuple[nn.Module, str, Any]] = [
         (part, name, param)
         for part in (module.modules() if recurse else [module])

@@ -1,11 +1,9 @@
-"""Checkpoints with quantized weights, read as what these stand for: to be trained, and saved unquantized.
+"""Quantized checkpoints, dequantized while they are loaded, so that the weights can be trained and saved unquantized.
 
-Transformers 5.23 can dequantize block-FP8 weights while it loads, but refuses them, or scales them wrongly, where the
-last block is cut off (DeepSeek V3's kv_a_proj_with_mqa has 576 rows in blocks of 128) or a rank reads a slice, and it
-cannot save them afterwards. Here its loader gets the tensors as if they were stored unquantized: each slice is
-dequantized when it is read, so no more than that is in memory, and what follows is as with any checkpoint.
-
-A further method of quantization is a function in `READERS`.
+Transformers 5.23 can dequantize block-FP8 weights while loading. But it refuses them or scales them wrongly if the last
+block is incomplete (DeepSeek V3's kv_a_proj_with_mqa has 576 rows in blocks of 128) or if a rank reads a slice, and it
+cannot save the model afterwards. This module passes its loader tensors that look unquantized: each slice is dequantized
+when it is indexed, so no more than that is in memory. To add a quantization method, add a function to `READERS`.
 """
 
 import copy
@@ -21,16 +19,14 @@ from expertmesh.kernels import packed as four_bit
 from expertmesh.kernels.packed import DecodeBuffer, Packed
 from expertmesh.twins import Fast
 from expertmesh.weights.four_bit import METHOD, ExpertsQuantConfig
-from expertmesh.weights.read import opened
+from expertmesh.weights.read import safetensors_slices
 
-Tensors = dict[str, Any]  # by name: slices of safetensors, or what can be indexed like them
+Tensors = dict[str, Any]  # {name: a safetensors slice, or an object that can be indexed like one}
 
 
 class BlockFP8:
-    """Weights [.., M, N] in FP8, each block of them times its scale, as a float32 tensor that is read when indexed.
-
-    weight: a slice of safetensors; scales: that of [.., ceil(M / block[0]), ceil(N / block[1])] of any float dtype.
-    """
+    """A block-FP8 weight [.., M, N], which reads and dequantizes to float32 when it is indexed. weight: a safetensors
+    slice. scales: one of shape [.., ceil(M / block[0]), ceil(N / block[1])] and any float dtype."""
 
     def __init__(self, weight: Any, scales: Any, block: tuple[int, int]):
         self.weight, self.scales, self.block = weight, scales, block
@@ -39,7 +35,7 @@ class BlockFP8:
         return self.weight.get_shape()
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """Of a tuple of slices, one per dimension and without steps, or of `...`."""
+        """Return the float32 values at `...`, or at a tuple of slices without steps, one per dimension."""
         if index is ...:
             index = (slice(None),) * len(self.get_shape())
         *outer, rows, columns = index
@@ -48,7 +44,7 @@ class BlockFP8:
         scales = self.scales[(*outer, slice(top // M, -(-bottom // M)), slice(left // N, -(-right // N)))].float()
         scales = scales.repeat_interleave(N, -1)[..., left % N : left % N + max(right - left, 0)]
         weight = self.weight[tuple(index)].float()
-        for i in range(scales.shape[-2]):  # scales of all rows would be as large as the weights
+        for i in range(scales.shape[-2]):  # expanded to all rows, scales would be as large as the weights
             start = max(i * M - top % M, 0)
             weight[..., start : (i + 1) * M - top % M, :].mul_(scales[..., i : i + 1, :])
         return weight
@@ -67,11 +63,9 @@ def _read_fp8(stored: dict[str, Any], tensors: Tensors) -> Tensors:
 
 
 class MXFP4:
-    """Weights [E, I, O] of experts in MXFP4, packed along I, as a bfloat16 tensor, exact, that is read when indexed.
-
-    blocks: a slice of safetensors, [E, O, I / 32, 16]: two 4-bit floats a byte, the first in the lower half. scales:
-    that of [E, O, I / 32], the exponents of the powers of two of 32 weights, plus 127.
-    """
+    """Experts' weights [E, I, O] in MXFP4, packed along I, which are read and decoded exactly to bfloat16 when indexed.
+    blocks: a safetensors slice [E, O, I / 32, 16] with two 4-bit floats per byte, the first in the lower half. scales:
+    a safetensors slice [E, O, I / 32] with the exponent of the scale of 32 weights, plus 127."""
 
     def __init__(self, blocks: Any, scales: Any):
         self.blocks, self.scales = blocks, scales
@@ -81,7 +75,7 @@ class MXFP4:
         return [E, 2 * groups * size, O]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """As of `BlockFP8`; one expert at a time, so that little more than the result is in memory."""
+        """Index as in `BlockFP8`. It decodes one expert at a time to save memory."""
         index = (slice(None),) * 3 if index is ... else index
         (first, end, _), (left, right, _), (top, bottom, _) = map(slice.indices, index, self.get_shape())
         result = torch.empty(max(end - first, 0), max(right - left, 0), max(bottom - top, 0), dtype=torch.bfloat16)
@@ -95,8 +89,8 @@ class MXFP4:
         return result
 
 
-class Kept(MXFP4):
-    """The same, or NF4, that stays so: `Packed` when it is read, of whole experts."""
+class PackedExperts(MXFP4):
+    """Experts in MXFP4 or NF4 that stay packed: indexing returns a `Packed` of whole experts."""
 
     def __init__(self, blocks: Any, scales: Any, format: str):
         super().__init__(blocks, scales)
@@ -117,7 +111,7 @@ def _read_packed(read: Callable[[Any, Any], Any], tensors: Tensors) -> Tensors:
     return tensors
 
 
-#: how to read what a quant_method stores; each takes the checkpoint's quantization_config and its tensors
+#: {quant_method: function of the checkpoint's quantization_config and tensors that returns dequantizing tensors}
 READERS: dict[str, Callable[[dict[str, Any], Tensors], Tensors]] = {
     "fp8": _read_fp8,
     "mxfp4": lambda stored, tensors: _read_packed(MXFP4, tensors),
@@ -125,23 +119,23 @@ READERS: dict[str, Callable[[dict[str, Any], Tensors], Tensors]] = {
 
 
 class ReadsQuantized(Fast):
-    """What a model class adds to its HF class to load quantized checkpoints for training."""
+    """Mixin of fused model classes that loads quantized checkpoints for training."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, but weights that `READERS` can read unquantized are, unless `quantization_config=` says
-        how to keep them; with an `ExpertsQuantConfig` all but experts are, and what is in 4 bits already is kept."""
-        config, asked = kwargs.get("config"), kwargs.get("quantization_config")
-        if isinstance(config, PreTrainedConfig) and (asked is None or isinstance(asked, ExpertsQuantConfig)):
+        """As in Transformers, but weights in a format of `READERS` are dequantized, unless `quantization_config=` is
+        given. With an `ExpertsQuantConfig` all weights but experts are, and experts in 4 bits are kept."""
+        config, requested = kwargs.get("config"), kwargs.get("quantization_config")
+        if isinstance(config, PreTrainedConfig) and (requested is None or isinstance(requested, ExpertsQuantConfig)):
             kwargs["config"] = config = copy.deepcopy(config)
             stored: Any = getattr(config, "quantization_config", None)
             stored = stored if isinstance(stored, dict) else {}
             method = stored.get("quant_method")
-            if method == METHOD and asked is None:
-                asked = ExpertsQuantConfig.from_dict(stored)
-            if asked is not None:
-                kept = stored if asked.kept_from(stored) else None
-                kwargs["quantization_config"] = ExpertsQuantConfig(asked.format, stored=kept)
+            if method == METHOD and requested is None:
+                requested = ExpertsQuantConfig.from_dict(stored)
+            if requested is not None:
+                kept_config = stored if requested.kept_from(stored) else None
+                kwargs["quantization_config"] = ExpertsQuantConfig(requested.format, stored=kept_config)
             if method == METHOD or (method in READERS and (method != "fp8" or stored.get("weight_block_size"))):
                 del config.quantization_config
                 config._stored_quantization = stored  # for `_load_pretrained_model`
@@ -152,7 +146,7 @@ class ReadsQuantized(Fast):
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
     ) -> Any:
-        """As in Transformers, from tensors that are dequantized when they are read."""
+        """As in Transformers, but from tensors that are dequantized when they are read."""
         load, files = PreTrainedModel._load_pretrained_model, checkpoint_files
         stored = vars(model.config).pop("_stored_quantization", None)
         if stored is None:
@@ -163,25 +157,25 @@ class ReadsQuantized(Fast):
             raise ValueError(f"{name} is quantized ({source}), and only safetensors files of it can be read.")
         if "disk" in (load_config.device_map or {}).values():
             raise ValueError(f"{name} is quantized ({source}): it cannot stay on the disk. Change device_map.")
-        asked = getattr(load_config.hf_quantizer, "quantization_config", None)
-        if asked is not None and asked.kept_from(stored):
-            read = partial(_read_packed, partial(Kept, format=asked.format))
+        requested = getattr(load_config.hf_quantizer, "quantization_config", None)
+        if requested is not None and requested.kept_from(stored):
+            read = partial(_read_packed, partial(PackedExperts, format=requested.format))
         else:
             read, dtype = partial(READERS[method], stored), str(load_config.dtype).removeprefix("torch.")
             backends.logger().info(
                 f"expertmesh: {name} is quantized ({source}). Its weights become {dtype} while they are read, to be "
                 f"trained; give quantization_config= to keep them quantized."
-                if asked is None
-                else f"expertmesh: {name} is quantized ({source}). Its experts become {asked.format} while they are "
-                f"read, all other weights {dtype}."
+                if requested is None
+                else f"expertmesh: {name} is quantized ({source}). Its experts become {requested.format} while they "
+                f"are read, all other weights {dtype}."
             )
             model._dequantized_from = source
-        with opened(files) as tensors:
+        with safetensors_slices(files) as tensors:
             return load(model, read(tensors), files, load_config)
 
 
 def tell_saved(model: Any, folder: Any) -> None:
-    """Say what a checkpoint holds that was loaded from a quantized one."""
+    """Log the dtype of a saved checkpoint if the model was loaded from a quantized one."""
     before = getattr(model, "_dequantized_from", None)
     if before is not None:
         dtype = str(model.dtype).removeprefix("torch.")
@@ -191,10 +185,8 @@ def tell_saved(model: Any, folder: Any) -> None:
 
 
 def forget_packed_names(model: Any) -> None:
-    """Of a model that Transformers dequantized: let it be saved under the names of its weights.
-
-    Transformers 5.23 saves it under those of the packed tensors, which nothing loads.
-    """
+    """Make a model that Transformers dequantized save its weights under their own names. Transformers 5.23 would save
+    them under the names of the packed tensors, which no loader accepts."""
     conversions = getattr(model, "_weight_conversions", None) or ()
     if any(type(op).__name__.endswith("Dequantize") for c in conversions for op in getattr(c, "operations", ())):
         del model._weight_conversions

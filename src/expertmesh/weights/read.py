@@ -1,8 +1,8 @@
-"""Checkpoint names in, a model's weights out: the conversion that `from_pretrained` does, for a model that exists.
+"""Load a checkpoint into an existing model, with the conversion of names and tensors that `from_pretrained` does.
 
-On disk most families name every expert's matrix; in the model one tensor holds all experts of a layer. What reads a
-checkpoint by the model's names, as torch's `load_state_dict` does, leaves such experts untouched. Both functions here
-go through Transformers' own conversion rules, one group of tensors at a time.
+Most checkpoints have one tensor per expert and projection, but the model stacks all experts of a layer in one. Loading
+by the model's names, as torch's `load_state_dict` does, would skip such experts. `to_model_names` and `load_weights`
+apply Transformers' own conversion rules, one group of tensors at a time.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ from expertmesh.parallel.clip import local_shard
 def to_model_names(
     model: PreTrainedModel, state: Mapping[str, Any], strict: bool = True
 ) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """(`state` under the names in the model; tensors that wait for the next part of the checkpoint)
+    """Return (`state` with the model's names; tensors to pass again with the next part of the checkpoint).
 
-    Keys that are the model's already, or unknown, stay as they are. Experts wait for others of their layer, which lie
-    in another file, but not if `strict`, nor if the model has no parameter that is not in `state`. Raises ValueError if
-    the tensors of one parameter do not fit together, as when one expert's are missing.
+    Keys that the model has already, and unknown ones, are not changed. If not `strict`, experts of which some tensors
+    are missing wait for the next file, unless `state` has all parameters of the model. Raises ValueError if the tensors
+    of one parameter do not fit each other, or if one is missing.
     """
     targets = model.state_dict(keep_vars=True)
-    foreign = {key: value for key, value in state.items() if key not in targets}
-    if not foreign:
+    to_convert = {key: value for key, value in state.items() if key not in targets}
+    if not to_convert:
         return state, {}
-    groups, unknown = _groups(model, foreign, targets)
+    groups, unknown = _groups(model, to_convert, targets)
     converted = {key: value for key, value in state.items() if key in targets or key in unknown}
     absent = _to_load(model, targets).keys() - {id(targets[name]) for name in (*converted, *groups) if name in targets}
     is_part = not strict and len(absent) > 0
@@ -58,21 +58,21 @@ def to_model_names(
 
 
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
-    """Overwrite the model's weights, in place, with those of a checkpoint in Hugging Face's format (safetensors).
+    """Overwrite the model's weights in place with those of a safetensors checkpoint in Hugging Face's format.
 
-    Of a sharded model every rank reads its own slices only. Raises FileNotFoundError if the folder has no weights,
-    ValueError if a weight is missing, does not fit, or is not the model's.
+    Each rank reads only its shards. Raises FileNotFoundError if the folder has no weights, and ValueError if a weight
+    is missing, does not fit, or is unknown to the model.
     """
     files = weight_files(Path(folder))
     if not files:
         raise FileNotFoundError(f"{folder} has no weights (*.safetensors). Name a folder that save_pretrained wrote.")
-    with opened(files) as sources, torch.no_grad():
+    with safetensors_slices(files) as sources, torch.no_grad():
         targets = model.state_dict(keep_vars=True)
         groups, unknown = _groups(model, sources, targets)
-        own, absent = {name: local_shard(x) for name, x in targets.items()}, _to_load(model, targets)
+        shards, absent = {name: local_shard(x) for name, x in targets.items()}, _to_load(model, targets)
         for name, group in groups.items():
-            for target, value in _converted(model, name, group, own).items():
-                own[target].copy_(value)
+            for target, value in _converted(model, name, group, shards).items():
+                shards[target].copy_(value)
                 absent.pop(id(targets[target]), None)
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
         unknown = [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]
@@ -114,10 +114,10 @@ def _groups(
 def _converted(
     model: PreTrainedModel, name: str, group: Any, targets: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Weights by their names in the model, each of the shape that it has in `targets`."""
+    """Return {name in the model: weight} of a group. Raises ValueError if a shape differs from that in `targets`."""
     try:
-        found = group.convert(name, model=model, config=model.config)
-        values = {target: value[0] if isinstance(value, list) else value for target, value in found.items()}
+        converted = group.convert(name, model=model, config=model.config)
+        values = {target: value[0] if isinstance(value, list) else value for target, value in converted.items()}
         for target, value in values.items():
             if target in targets and value.shape != (shape := targets[target].shape):
                 raise ValueError(f"they have the shape {tuple(value.shape)}, the model's {tuple(shape)}")
@@ -130,7 +130,7 @@ def _converted(
 
 
 def _read(source: Any, target: torch.Tensor, index: int | None) -> torch.Tensor | None:
-    """This rank's part of a slice of safetensors, None if none of it is this rank's; a tensor in memory as it is."""
+    """Read this rank's shard of a safetensors slice, None if it is empty. A tensor in memory is returned as it is."""
     if isinstance(source, torch.Tensor):
         return source
     if isinstance(target, DTensor):
@@ -139,13 +139,13 @@ def _read(source: Any, target: torch.Tensor, index: int | None) -> torch.Tensor 
 
 
 def _to_load(model: PreTrainedModel, targets: dict[str, torch.Tensor]) -> dict[int, str]:
-    """{id of a tensor: one of its names} of what a checkpoint must hold; tied weights are one."""
+    """Return {id of a tensor: one of its names} of all tensors that a checkpoint must have; tied weights count once."""
     ignored = model._keys_to_ignore_on_save or ()
     return {id(x): name for name, x in targets.items() if name not in ignored}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint's weights: those that Transformers reads, whatever else lies there. [] without any."""
+    """Return the weights files of a checkpoint that Transformers would read; [] if there are none."""
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [folder / SAFE_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -154,19 +154,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def opened(files: Iterable[str | Path]) -> Iterator[dict[str, Any]]:
-    """Every tensor in these safetensors files, by its key, as a slice that is read when it is indexed."""
+def safetensors_slices(files: Iterable[str | Path]) -> Iterator[dict[str, Any]]:
+    """Context manager that yields {key: safetensors slice} of all tensors in these files. Indexing a slice reads it."""
     with ExitStack() as stack:
         handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         yield {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118 (not a dict)
 
 
 def glance(file: str | Path) -> str:
-    """A digest of a file's size and of 128 places in it, for telling two fine-tunings apart without reading them."""
+    """Return a hash of a file's size and of 128 samples of it: a fast fingerprint that differs between fine-tunings."""
     size = os.path.getsize(file)
     digest = hashlib.sha256(str(size).encode())
-    with open(file, "rb", buffering=0) as opened:
-        for place in range(0, size, max(1, size // 128)):
-            opened.seek(place)
-            digest.update(opened.read(64))
+    with open(file, "rb", buffering=0) as reader:
+        for offset in range(0, size, max(1, size // 128)):
+            reader.seek(offset)
+            digest.update(reader.read(64))
     return digest.hexdigest()[:12]

@@ -1,8 +1,8 @@
-"""A sharded model in Hugging Face's format, written by all ranks, gathered by none.
+"""Save a sharded model in Hugging Face's format from all ranks, without gathering the whole model on any.
 
-Transformers gathers the whole model in the memory of rank 0, which then splits it and writes alone. Here each rank
-writes the experts it holds, one by one where the family's checkpoints have them so. All other tensors are gathered one
-at a time and written by ranks in turn. In host memory a rank keeps one file of `max_shard_size`.
+Transformers gathers the whole model on rank 0, which writes it alone. Here each rank writes its experts, if the
+checkpoint has one tensor per expert. All other tensors are gathered one at a time, and each is written by one rank. A
+rank needs host memory for one file of `max_shard_size`.
 """
 
 import json
@@ -30,43 +30,37 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether ranks hold different parts of the model's weights."""
+    """Whether the model has sharded or replicated DTensor parameters."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def save_sharded(model: PreTrainedModel, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
-    """Write weights, index and configurations as `save_pretrained` does. Every rank must call it, on one file system.
-
-    max_shard_size: the largest weights file, as "5GB" or in bytes, and about the host memory that a rank needs.
-    """
+    """Write weights, index and configurations as `save_pretrained` does. All ranks must call it, on one file system.
+    max_shard_size: of a weights file, as "5GB" or in bytes; a rank needs about as much host memory."""
     files = files_of(model, max_shard_size)
     with atomic_export(folder) as staging:
         write_model(staging, model, files)
 
 
 def files_of(model: PreTrainedModel, max_shard_size: int | str = "5GB") -> Iterator[dict[str, torch.Tensor]]:
-    """The weights files that this rank is to write: tensors by their keys on disk, as copies on the CPU.
-
-    Every rank must exhaust it: it gathers.
-    """
-    size = max_shard_size.upper() if isinstance(max_shard_size, str) else max_shard_size  # a small b is a bit to it
+    """Yield the content of the weights files that this rank must write: {key on disk: copy on the CPU}. All ranks must
+    exhaust the iterator, because it all-gathers."""
+    size = max_shard_size.upper() if isinstance(max_shard_size, str) else max_shard_size  # a small b would be bits
     return _split(_own_tensors(model), convert_file_size_to_int(size))
 
 
 def write_model(
     folder: Path, model: PreTrainedModel, files: Iterable[dict[str, torch.Tensor]], group: Any = None
 ) -> None:
-    """Write this rank's `files`; rank 0 adds configurations, and an index if there are several files.
-
-    What is written does not depend on the layout, except for how weights are shared out among the files. An error on
-    one rank of `group` is one on all: they go on gathering with a rank that cannot write.
-    """
+    """Write this rank's `files`; rank 0 adds configurations, and an index if there are several files. The layout
+    affects only which weights are in which file. An error on one rank of `group` raises on all. A rank that cannot
+    write still exhausts `files`, so that the collectives of the others do not hang."""
     files, rank = iter(files), ranks.rank(group)
     mine: list[tuple[int, str, dict[str, int]]] = []
     with ranks.fail_together(group):
         try:
             for tensors in files:
-                name = f"rank-{rank}-{len(mine)}.safetensors"  # until all ranks know how many there are
+                name = f"rank-{rank}-{len(mine)}.safetensors"  # until the number of files is known
                 save_file(tensors, folder / name, metadata={"format": "pt"})
                 mine.append((rank, name, {key: value.nbytes for key, value in tensors.items()}))
         finally:
@@ -99,8 +93,8 @@ def _write_configurations(folder: Path, model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """(key on disk, tensor) of all that this rank writes. Of experts that become one tensor each it has its own rows;
-    other tensors are gathered, and go to the rank that has the fewest bytes of them so far."""
+    """Yield (key on disk, tensor) of all tensors that this rank writes. Experts with one tensor each on disk are not
+    gathered. Other tensors are, and the rank that has the fewest bytes of them so far writes them."""
     state = _saved_state(model)
     groups, renamed = _groups(model, state)
 
@@ -109,22 +103,22 @@ def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
             return {renamed[names[0]]: values[0]}
         return revert_weight_conversion(model, dict(zip(names, values, strict=True)))
 
-    load = [0] * ranks.world_size()
+    bytes_of_rank = [0] * ranks.world_size()
     for names in groups:
         values = [state[name] for name in names]
-        every = converted(names, [torch.empty(value.shape, device="meta") for value in values])
-        if _are_rows(every, values):
+        on_disk = converted(names, [torch.empty(value.shape, device="meta") for value in values])
+        if _is_per_expert(on_disk, values):
             (experts,) = values
             mesh, rows = experts.device_mesh, experts.to_local()
             at = zip(mesh.get_coordinate(), experts.placements, strict=True)
             if not len(rows) or any(number for number, placement in at if placement.is_replicate()):
-                continue  # the first of several copies is written
+                continue  # only the first replica is written
             _, (first, *_) = compute_local_shape_and_global_offset(experts.shape, mesh, experts.placements)
-            keys = [key for number, key in enumerate(every) if first <= number % len(experts) < first + len(rows)]
+            keys = [key for number, key in enumerate(on_disk) if first <= number % len(experts) < first + len(rows)]
             pieces = dict(zip(keys, converted(names, [rows]).values(), strict=True))
         else:
-            writer = load.index(min(load))
-            load[writer] += sum(value.nbytes for value in values)
+            writer = bytes_of_rank.index(min(bytes_of_rank))
+            bytes_of_rank[writer] += sum(value.nbytes for value in values)
             values = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]  # on all ranks
             pieces = converted(names, values) if writer == ranks.rank() else {}
         for key, value in pieces.items():
@@ -132,17 +126,17 @@ def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _saved_state(model: PreTrainedModel) -> dict[str, Any]:
-    """What of the model is saved, by its names in the model, tied weights once."""
+    """Return the tensors to save by their names in the model; tied weights once."""
     ignored = set(model._keys_to_ignore_on_save or ())
     state = {name: value for name, value in model.state_dict().items() if name not in ignored}
-    # on meta tensors Transformers compares the parameters themselves: sharded ones have no storage to compare
+    # Transformers finds tied weights by storage, which DTensors lack; of meta tensors it compares the parameters
     shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in state.items()}
     saved = {name: state[name] for name in remove_tied_weights_from_state_dict(shapes, model)}
-    return in_parts(saved | {copy: state[name] for copy, name in _copies(model).items()})
+    return with_packed_parts(saved | {copy: state[name] for copy, name in _copies(model).items()})
 
 
-def in_parts(state: dict[str, Any]) -> dict[str, Any]:
-    """`state` with blocks and scales, as in files of GPT-OSS, in the place of packed weights."""
+def with_packed_parts(state: dict[str, Any]) -> dict[str, Any]:
+    """Replace packed weights in `state`, in place, by blocks and scales as in GPT-OSS's checkpoints. Return `state`."""
     for name in [name for name, tensor in state.items() if packed_in(tensor) is not None]:
         weight = state.pop(name)
         held: Any = packed_in(weight)
@@ -155,10 +149,7 @@ def in_parts(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_copies(model: PreTrainedModel, state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """`state` (None: the model's) with the weights that its checkpoints repeat, as memory of their own on the CPU.
-
-    None stays None where checkpoints repeat nothing.
-    """
+    """Return `state` (None: the model's) plus CPU copies of weights that checkpoints store twice; if none, `state`."""
     copies = _copies(model)
     if not copies:
         return state
@@ -167,41 +158,41 @@ def with_copies(model: PreTrainedModel, state: dict[str, Any] | None) -> dict[st
 
 
 def _copies(model: PreTrainedModel) -> dict[str, str]:
-    """{name on disk: name in the model} of weights that checkpoints have twice: MTP modules repeat what they share."""
+    """Return {name on disk: name in the model} of weights stored twice: those that MTP modules share with the model."""
     mtp = getattr(model, "_mtp", None)
     return {} if mtp is None else mtp.copies
 
 
 def _groups(model: PreTrainedModel, state: dict[str, Any]) -> tuple[list[list[str]], dict[str, str]]:
-    """([names of weights that become tensors of the checkpoint together]; {name: key on disk} of those that only get
-    another name: these by one call, as what Transformers makes of some names depends on those before)"""
+    """Return (groups of names that are converted together, {name: key on disk} of weights that are only renamed)."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
     converters: Any = [each.reverse_transform() for each in conversions[::-1] if isinstance(each, WeightConverter)]
     groups: dict[str, list[str]] = {}
-    alone: dict[str, torch.Tensor] = {}
+    renamed_only: dict[str, torch.Tensor] = {}
     for name in sorted(state, key=dot_natural_key):
         target, pattern = apply_converters(name, converters)
         groups.setdefault(target, []).append(name)
         if pattern is None:
-            alone[name] = torch.empty(0)
-    return list(groups.values()), dict(zip(alone, revert_weight_conversion(model, alone), strict=True))
+            renamed_only[name] = torch.empty(0)
+    # one call, because some of Transformers' renames depend on the names before
+    return list(groups.values()), dict(zip(renamed_only, revert_weight_conversion(model, renamed_only), strict=True))
 
 
-def _are_rows(every: dict[str, torch.Tensor], values: list[Any]) -> bool:
-    """Whether these are one tensor for each row of a sharded one, so that every rank can convert the rows it has."""
+def _is_per_expert(on_disk: dict[str, torch.Tensor], values: list[Any]) -> bool:
+    """Whether a sharded stack of experts has separate tensors per expert on disk, so ranks can convert their rows."""
     return (
         len(values) == 1
         and isinstance(values[0], DTensor)
-        and all(piece.ndim < values[0].ndim for piece in every.values())
-        and len(every) % len(values[0]) == 0
+        and all(piece.ndim < values[0].ndim for piece in on_disk.values())
+        and len(on_disk) % len(values[0]) == 0
         and all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in values[0].placements)
     )
 
 
 def _split(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Files of at most `limit` bytes, or of one tensor."""
+    """Group tensors into files of at most `limit` bytes, or of one larger tensor."""
     file: dict[str, torch.Tensor] = {}
     size = 0
     for key, value in tensors:
