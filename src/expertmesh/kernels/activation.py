@@ -92,9 +92,8 @@ def activate_backward(gate, up, da, KIND: tl.constexpr, alpha, limit):
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [..., W], differentiable in both. gate, up: same shape and dtype, any strides.
-
-    Must equal `act_fn(gate) * up` of a Transformers MLP with hidden_act "silu".
+    """Return silu(gate) * up [..., W], differentiable in both. gate, up: same shape and dtype, any strides. Must equal
+    `act_fn(gate) * up` of a Transformers MLP with hidden_act "silu".
     """
     assert gate.shape == up.shape and gate.dtype == up.dtype
     a = _Dense.apply("silu", gate, up) if use_triton(gate) else F.silu(gate) * up

@@ -35,9 +35,8 @@ def document_starts(number_BS: torch.Tensor) -> torch.Tensor:
 
 
 def per_document(function: Callable[..., torch.Tensor], start_BS: torch.Tensor, *inputs: Any) -> torch.Tensor:
-    """Call `function` on each document separately and concatenate to [B, S, ...]. Synchronizes with a GPU.
-
-    start: the result of `document_starts`. inputs: tensors [B, S, ...], passed as [1, length, ...], or None.
+    """Call `function` on each document separately and concatenate to [B, S, ...]. Synchronizes with a GPU. start: the
+    result of `document_starts`. inputs: tensors [B, S, ...], passed as [1, length, ...], or None.
     """
     B, S = start_BS.shape
     first_T = (start_BS + S * torch.arange(B, device=start_BS.device)[:, None]).flatten()

@@ -66,9 +66,7 @@ def up_act(
     x_TH: torch.Tensor, by: Weights, group: Grouping, act: Activation, keep: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Return (h [S, J], a [S, I], alternating) for tokens x [T, H]. alternating: h interleaves gate and up, but w does
-    not.
-
-    keep: number of rows of h to store, a multiple of `group.block`. Only the fused kernel uses it.
+    not. keep: number of rows of h to store, a multiple of `group.block`. Only the fused kernel uses it.
     """
     if isinstance(by.w, Packed):
         by = by._replace(w=by.w.decode())
@@ -97,7 +95,6 @@ def up_again(x_TH: torch.Tensor, by: Weights, group: Grouping, act: Activation, 
 
 def thin_rows(x: torch.Tensor, factor_ERK: torch.Tensor, group: Grouping, gathered: bool) -> torch.Tensor:
     """Return u [S, R]: each row of x [S, K], or if `gathered` its token's row of x [T, K], times its expert's factor.
-
     On Triton rows after the last expert's are zero, because `thin_wgrad` may read them.
     """
     by = Weights(factor_ERK.transpose(1, 2))
@@ -121,9 +118,7 @@ def has_large_shared_memory(device: torch.device) -> bool:
 
 
 def tile_config(x: torch.Tensor, block_rows: int, stages: int = 3, thin: int = 0) -> dict[str, int]:
-    """Return column and contraction tile, warps and pipeline stages of the row-tile kernels. stages: for the large
-    tile. thin: the number of columns, if there are few.
-    """
+    """Return column and contraction tile, warps, stages. stages: of large tiles. thin: number of columns, if few."""
     columns = max(16, triton.next_power_of_2(thin)) if thin else 0
     if x.dtype == torch.float32:
         return dict(BN=columns or 64, BK=32, num_warps=4, num_stages=2)
@@ -149,17 +144,16 @@ def by_descriptor(device: torch.device) -> bool:
 
 
 def tiles_of(x_RC: torch.Tensor, rows: int, columns: int) -> Any:
-    """Return the pointer or descriptor through which `matrix_tile` loads tiles [rows, columns] of a contiguous x.
-
-    Raise ValueError if descriptors are used and a row of x is not a multiple of 16 bytes.
+    """Return the pointer or descriptor from which `matrix_tile` loads tiles [rows, columns] of a contiguous x. Raise
+    ValueError if descriptors are used and a row of x is not a multiple of 16 bytes.
     """
     assert x_RC.is_contiguous()
     if not by_descriptor(x_RC.device):
         return x_RC
     if x_RC.stride(0) * x_RC.element_size() % 16:
         raise ValueError(
-            f"Experts with rows of {x_RC.stride(0)} {x_RC.dtype} elements do not run on the Triton kernels, which read"
-            " pieces of 16 bytes: load the model with fused={'experts': False}."
+            f"Experts with rows of {x_RC.stride(0)} {x_RC.dtype} elements do not run on the Triton kernels, which need"
+            " rows of a multiple of 16 bytes: load the model with fused={'experts': False}."
         )
     if x_RC.data_ptr() % 16:  # a view into a flat buffer or a file
         warn_once(
@@ -220,10 +214,7 @@ def layout(act: Activation) -> str:
 
 @triton.jit
 def matrix_tile(x, row, column, num_rows, num_columns, BR: tl.constexpr, BC: tl.constexpr, DESCRIPTOR: tl.constexpr):
-    """Return tile [BR, BC] of x [num_rows, num_columns] at (row, column), zero outside of x.
-
-    A descriptor uses x's allocated number of rows, which may exceed num_rows. Rows in between are then not zero.
-    """
+    """Return tile [BR, BC] of x at (row, column), zero outside of x. A descriptor also reads rows past num_rows."""
     if DESCRIPTOR:
         return x.load([row, column])
     else:

@@ -225,9 +225,7 @@ def _finish_dact(
     da, gate, up, row, in_group, scale, first, dh, wa, db, width, alpha, limit,
     LAYOUT: tl.constexpr, H_LAYOUT: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Write dh, its sum and weight·a for columns from `first` on, given gate and up from `_load_h`. Return ⟨da, a⟩ of
-    each row over these columns.
-    """
+    """Write dh, its sum and weight·a from column `first` on, given `_load_h`'s gate and up. Return ⟨da, a⟩ by row."""
     column = first + tl.arange(0, da.shape[1])
     mask = in_group[:, None] & (column < width)[None, :]
     wide_row = row.to(tl.int64)[:, None]

@@ -233,8 +233,8 @@ def _addresses(device: torch.device, *addresses: int) -> torch.Tensor:
 
 
 def unsort(value_PS: torch.Tensor, group: Grouping, dtype: torch.dtype) -> torch.Tensor:
-    """Return [T, K] in `dtype`: value[:, position(t, k)] summed over P in float32; 0 at position -1. Without tiles this
-    is the specification.
+    """Return [T, K] in `dtype`: value[:, position(t, k)] summed over P in float32; 0 at -1. The specification without
+    tiles.
     """
     position_TK = group.position_TK
     if group.tiles is None:

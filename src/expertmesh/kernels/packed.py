@@ -53,10 +53,9 @@ FORMATS = {
 
 @torch.no_grad()
 def encode(weight_EOI: torch.Tensor, format: str, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """Write the codes and scales nearest to weights [E, out, in], in which `in` may be strided.
-
-    Weights that MXFP4 represents exactly are encoded without loss. Two exponents can hold a block's largest weight; the
-    one with the smaller squared error is chosen.
+    """Write the codes and scales nearest to weights [E, out, in], in which `in` may be strided. Weights that MXFP4
+    represents exactly are encoded without loss: of two exponents that can hold a block's largest weight, the one with
+    the smaller squared error is chosen.
     """
     values = _values(format, weight_EOI.device)
     floats = values[:8] if format == "mxfp4" else values

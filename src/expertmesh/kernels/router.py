@@ -36,7 +36,7 @@ def router_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
     if plain and on_gpu(x_TH) and not torch.is_autocast_enabled("cuda") and not torch.compiler.is_compiling():
         return RouterLogits.apply(x_TH, weight_EH)
     if x_TH.is_cuda and x_TH.dtype == torch.bfloat16:
-        warn_once("a router's logits are a product in float32: under autocast, or its weight is no plain tensor.")
+        warn_once("router logits use a slower float32 GEMM: autocast is on, or the weight is not a plain tensor.")
     return F.linear(x_TH.float(), weight_EH.float())
 
 
@@ -45,7 +45,7 @@ def _mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _split_bfloat16(x: torch.Tensor, max_parts: int) -> list[torch.Tensor]:
-    """Return bfloat16 tensors of 8 bits each whose sum approximates x: up to `max_parts`, or one if x is bfloat16."""
+    """Return up to `max_parts` bfloat16 tensors of 8 bits each whose sum approximates x; one if x is bfloat16."""
     parts = [x.to(torch.bfloat16)]
     while x.dtype == torch.float32 and len(parts) < max_parts:
         x = x - parts[-1]
@@ -81,9 +81,7 @@ class RouterLogits(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Routing:
-    """How logits become weights and ids, by the formulas above. kind: softmax, topk_softmax or sigmoid. topk_softmax
-    ignores normalize and min_sum.
-    """
+    """Formula (kind: softmax, topk_softmax or sigmoid) and its options; topk_softmax ignores normalize and min_sum."""
 
     kind: str
     top_k: int
@@ -132,7 +130,7 @@ def route_reference(
 
 
 def kernel_supports(routing: Routing, num_experts: int) -> bool:
-    """Whether the kernel can run this routing. It reshapes groups in registers, which requires powers of two."""
+    """Whether the kernel supports this routing: groups, reshaped in registers, need power-of-two number and size."""
     power_of_two = num_experts & (num_experts - 1) == 0 and routing.num_groups & (routing.num_groups - 1) == 0
     return routing.num_groups == 1 or power_of_two
 
