@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from expertmesh import waiting
+from expertmesh import timeouts
 from expertmesh.moe import experts as moe_experts
 from expertmesh.moe.exchange import Exchange
 from expertmesh.moe.experts import Dispatch
@@ -27,7 +27,7 @@ def mesh(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("ep", "tp"))
     dist.destroy_process_group()
-    waiting.cpu_group.cache_clear()
+    timeouts.cpu_group.cache_clear()
 
 
 def test_the_gradients_of_weights_are_not_differentiated_again(mesh):
@@ -52,7 +52,7 @@ class Told(Exchange):
 
     @property
     def patient(self):
-        return self.layer.group._get_backend(torch.device("cpu")).options._timeout == waiting.patience
+        return self.layer.group._get_backend(torch.device("cpu")).options._timeout == timeouts.patience
 
     def dispatch(self, x_TH, ids_TK, weight_TK):
         assert self.patient

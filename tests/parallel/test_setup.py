@@ -262,7 +262,7 @@ def test_experts_are_freed_behind_the_forward_as_asked_and_dense_layers_are_left
 
     monkeypatch.setattr("expertmesh.parallel.layout.FSDPModule", Sharded)
     monkeypatch.setattr("expertmesh.parallel.setup.current_world_size", lambda: 2)
-    monkeypatch.setattr("expertmesh.parallel.setup.limits", SimpleNamespace())
+    monkeypatch.setattr("expertmesh.parallel.setup.timeouts", SimpleNamespace())
     dense, experts = Sharded(), Sharded()
     experts._is_expert_parallel = True
     DistributedSetup(reshard_experts=reshard, world_size=2).apply_to(Model([dense, experts]))

@@ -262,8 +262,8 @@ def test_stock_reads_what_replaced_an_older_export(tmp_path):
 
 HOLD = """
 import sys, time
-from expertmesh.weights.files import alone
-with alone(sys.argv[1]):
+from expertmesh.weights.files import folder_lock
+with folder_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -27,7 +27,7 @@ def rank_of(world_size: int, rank: int = 0) -> Iterator[None]:
     with (
         mock.patch.dict(os.environ, {name: str(value) for name, value in numbers.items()}),
         mock.patch.object(timeouts, "_backends", lambda _: []),  # nobody is waited for
-        mock.patch.object(sys.modules["expertmesh.fuse"], "refuse_differences", lambda *_: None),
+        mock.patch.object(sys.modules["expertmesh.fuse"], "check_same_on_all_ranks", lambda *_: None),
     ):
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         try:
