@@ -37,12 +37,12 @@ def test_a_step_waits_for_nothing_and_takes_no_memory_of_a_weights_size(family):
     model = peft.get_peft_model(base, adapters).train()
     ids = torch.randint(3, 100, (2, 32), device="cuda")
     model(input_ids=ids, labels=ids).loss.backward()
-    (buffer,) = base.experts_buffer._made.values()
+    (buffer,) = base.experts_buffer._buffers.values()
     before = buffer.data_ptr()
     torch.cuda.set_sync_debug_mode("error")
     try:
         model(input_ids=ids, labels=ids).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [made.data_ptr() for made in base.experts_buffer._made.values()] == [before]
+    assert [made.data_ptr() for made in base.experts_buffer._buffers.values()] == [before]
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)

@@ -105,7 +105,7 @@ def test_a_code_is_the_nearest_and_what_was_decoded_is_encoded_the_same(format):
     got = four_bit.decode_reference(codes, scales, format, torch.empty(SHAPE))
     assert not got[0, 0, :64].any()
     values = torch.tensor(FORMATS[format].values)
-    factor = four_bit._factor(scales).repeat_interleave(FORMATS[format].size, -1)
+    factor = four_bit._scale_factors(scales).repeat_interleave(FORMATS[format].size, -1)
     distance = (weight[..., None] - values * factor[..., None]).abs().amin(-1)
     torch.testing.assert_close((weight - got).abs(), distance, rtol=1e-5, atol=1e-7)
     again = empty(format, weight)

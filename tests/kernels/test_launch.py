@@ -89,11 +89,11 @@ def test_another_device_is_searched_for(jit, monkeypatch):
 
 
 def test_sizes_that_never_come_again_do_not_fill_the_memory(jit, monkeypatch):
-    monkeypatch.setattr(launch, "MOST", 8)
+    monkeypatch.setattr(launch, "MAX_ENTRIES", 8)
     kernel = launch.Kernel(jit)
     for n in range(2, 100):
         kernel[(4,)](torch.zeros(64), n, 1e-6, WIDE=True, BLOCK=8)
-    assert len(kernel._known) <= 8 and len(jit.searched) == 98
+    assert len(kernel._cache) <= 8 and len(jit.searched) == 98
 
 
 def test_an_interpreted_function_is_the_interpreters_to_launch():

@@ -34,7 +34,7 @@ def test_a_layer_is_what_it_is_by_our_kernels(layout, routing, divisor, many, mo
     want = _run(experts_forward, module, x, ids, weight, dout)
     asked = []
     monkeypatch.setattr(quack, "supports", lambda *product: asked.append(product) or True)
-    monkeypatch.setattr(quack, "MANY", many)
+    monkeypatch.setattr(quack, "MIN_ROWS", many)
     with backends.interpreted():
         got = _run(experts_forward, module, x, ids, weight, dout)
     assert len(asked) == (3 if layout == "gpt-oss" else 4 + (many == 0)), "products with biases are not quack's"

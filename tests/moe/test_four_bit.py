@@ -59,14 +59,14 @@ def step(model, **inputs):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         model.train().zero_grad()
         loss = model(**inputs).loss
-    buffers = {made.data_ptr() for made in getattr(model, "experts_buffer", NO_BUFFER)._made.values()}
+    buffers = {made.data_ptr() for made in getattr(model, "experts_buffer", NO_BUFFER)._buffers.values()}
     assert not buffers & {x.data_ptr() for x in saved if not isinstance(x, Packed)}
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 class NO_BUFFER:
-    _made: dict = {}
+    _buffers: dict = {}
 
 
 def assert_same(got, expected):
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_the_decoded_model(family, format):
     assert_same(step(held, **batch(held)), step(whole, **batch(whole)))
     shapes = [[(name, p.shape, p.dtype) for name, p in model.named_parameters()] for model in (held, whole)]
     assert shapes[0] == shapes[1]
-    (buffer,) = held.experts_buffer._made.values()
+    (buffer,) = held.experts_buffer._buffers.values()
     assert len(buffer) == max(weight.numel() for *_, weight in packed_weights(held))
 
 
@@ -142,7 +142,7 @@ def test_a_packed_weight_is_moved_cast_and_pickled_and_refuses_the_rest(tmp_path
     assert torch.equal(weight.transpose(1, 2).decode(), weight.decode().clone().transpose(1, 2))
     assert weight.bfloat16().decode().dtype == torch.bfloat16 and "nf4" in repr(weight)
     for wrong in (lambda: weight + 1, lambda: held.merge_and_unload(), lambda: weight[0]):
-        with pytest.raises(ValueError, match="Experts' weights are kept in 4 bits, where aten"):
+        with pytest.raises(ValueError, match="Experts' weights are kept in 4 bits and do not support aten"):
             wrong()
     with pytest.raises(ValueError, match="frozen and cannot be trained: train adapters"):
         held.base_model.model.requires_grad_(True)

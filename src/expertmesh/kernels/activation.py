@@ -1,17 +1,17 @@
-"""What stands between an MLP's up- and down-projection, forward and backward: formulas, and kernels for dense MLPs.
+"""The activation between an MLP's up- and down-projection, forward and backward, and kernels of it for dense MLPs.
 
-`h_SJ` is the up-projection's output of S rows: J = 2I columns for gated experts (gate and up, one after the other or
-interleaved), J = I otherwise. The activation makes `a_SI`. Three kinds are known to the Triton kernels:
+`h_SJ` is the up-projection's output for S rows. Gated experts have J = 2I columns: gate and up, in halves or
+interleaved. Others have J = I. The activation returns `a_SI`. The Triton kernels support three kinds:
 
     silu      a = silu(gate) * up                                      Qwen, DeepSeek, Mixtral, GLM …
     clamped   a = g·σ(αg) · (u + 1),  g = min(gate, L), u = clamp(up, -L, L)    GPT-OSS
     relu2     a = relu(h)²                                             Nemotron
 
-Any other is `custom`: the HF module's own function is called, and differentiated by autograd on a recomputation.
+Any other is `custom`: it calls the HF module's own function, and the backward differentiates a recomputation of it.
 
-Routed experts have this inside their GEMMs. Dense MLPs and shared experts have `swiglu` and `relu2`: one pass over
-memory each way, and only the inputs are kept. They compute in float32 and round once; stock also rounds silu(gate), so
-in bfloat16 `swiglu` is not bit-equal to stock, but nearer to the exact value.
+Routed experts compute this within their GEMMs. Dense MLPs and shared experts use `swiglu` and `relu2`, which read and
+write memory once per direction and save only their inputs. They compute in float32 and round once. Transformers also
+rounds silu(gate), so in bfloat16 `swiglu` is not bit-equal to it, but closer to the exact value.
 
 Letters: T rows, W width.
 """
@@ -29,7 +29,7 @@ from expertmesh.kernels.launch import fast_jit
 from expertmesh.kernels.recompute import mark_recomputable
 from expertmesh.kernels.rms_norm import as_rows
 
-#: per program of 4 warps: two or one 16-byte loads of bfloat16 per thread and tensor
+#: per program of 4 warps: two 16-byte loads of bfloat16 per thread and tensor, or one in the backward
 ELEMENTS = {"forward": 2048, "backward": 1024}
 
 
@@ -37,8 +37,8 @@ ELEMENTS = {"forward": 2048, "backward": 1024}
 class Activation:
     """How an experts module turns h [S, J] into a [S, I].
 
-    kind: silu, clamped, relu2 or custom. gated: J = 2I, else J = I. interleaved: gate and up columns alternate.
-    alpha, limit: constants of `clamped`. fn: the module's function, used by `custom` only.
+    kind: silu, clamped, relu2 or custom. gated: whether J = 2I; else J = I. interleaved: whether gate and up columns
+    alternate. alpha, limit: constants of `clamped`. fn: the module's function, for `custom` only.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Activation:
     fn: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def forward(self, h_SJ: torch.Tensor) -> torch.Tensor:
-        """a [S, I] of h [S, J]; equals the HF module's `_apply_gate` (gated) or `act_fn`."""
+        """Return a [S, I] for h [S, J], as the HF module's `_apply_gate` (gated) or `act_fn` does."""
         if self.kind in ("silu", "clamped"):
             gate, up = (h_SJ[..., ::2], h_SJ[..., 1::2]) if self.interleaved else h_SJ.chunk(2, dim=-1)
         if self.kind == "silu":
@@ -65,14 +65,14 @@ class Activation:
 
 @triton.jit
 def activate(gate, up, KIND: tl.constexpr, alpha, limit):
-    """a = activation(gate, up) in float32; `up` is unused by relu2."""
+    """Return a = activation(gate, up) in float32. relu2 ignores `up`."""
     a, _, _ = activate_backward(gate, up, up, KIND, alpha, limit)
     return a
 
 
 @triton.jit
 def activate_backward(gate, up, da, KIND: tl.constexpr, alpha, limit):
-    """(a, dgate, dup) in float32."""
+    """Return (a, dgate, dup) in float32."""
     if KIND == "silu":
         s = tl.sigmoid(gate)
         silu = gate * s
@@ -92,9 +92,8 @@ def activate_backward(gate, up, da, KIND: tl.constexpr, alpha, limit):
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, differentiable in both. gate, up: [..., W], same shape and dtype, any strides. Returns [..., W].
-
-    Must equal `act_fn(gate) * up` of a Transformers MLP with hidden_act "silu".
+    """Return silu(gate) * up [..., W], differentiable in both. gate, up: same shape and dtype, any strides. Must equal
+    `act_fn(gate) * up` of a Transformers MLP with hidden_act "silu".
     """
     assert gate.shape == up.shape and gate.dtype == up.dtype
     a = _Dense.apply("silu", gate, up) if use_triton(gate) else F.silu(gate) * up
@@ -103,7 +102,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def relu2(x: torch.Tensor) -> torch.Tensor:
-    """relu(x)^2, differentiable; x: [..., W], any strides. Must equal "relu2" of Transformers' ACT2FN."""
+    """Return relu(x)^2, differentiable. x: [..., W], any strides. Must equal "relu2" of Transformers' ACT2FN."""
     a = _Dense.apply("relu2", x) if use_triton(x) else F.relu(x).square()
     mark_recomputable((a,), lambda x: (relu2(x),), x)
     return a
@@ -119,9 +118,9 @@ def _dense(
     gate_ptr, up_ptr, dy_ptr, first_ptr, second_ptr, T, W, COL_BLOCKS, stride_gate, stride_up, stride_dy,
     KIND: tl.constexpr, BACK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Writes y to `first` or, backward, dgate to `first` and dup, if there is one, to `second`; all [T, W]."""
+    """Forward: write y to `first`. Backward: write dgate to `first` and, for silu, dup to `second`. All are [T, W]."""
     pid = tl.program_id(0)
-    row_block = pid // COL_BLOCKS  # divided in 32 bits: in 64 it takes longer than all the rest
+    row_block = pid // COL_BLOCKS  # a 32-bit division: one of 64 bits takes longer than the rest of the kernel
     rows = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     cols = (pid - row_block * COL_BLOCKS).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
     mask = (rows < T) & (cols < W)
@@ -140,7 +139,7 @@ def _dense(
 
 
 class _Dense(torch.autograd.Function):
-    """The activation of a kind with two inputs, gate and up, or one, all of one shape and dtype."""
+    """Autograd function of an activation of one input, or of two (gate, up) of the same shape and dtype."""
 
     @staticmethod
     def forward(ctx: Any, kind: str, *inputs: torch.Tensor) -> torch.Tensor:
@@ -156,7 +155,7 @@ class _Dense(torch.autograd.Function):
 
 
 def _launch_dense(kind: str, inputs: tuple[torch.Tensor, ...], outputs: int, direction: str) -> list[torch.Tensor]:
-    """So many contiguous outputs of [..., W] inputs; inputs that are all contiguous are one long row."""
+    """Return `outputs` contiguous tensors [..., W]. Inputs that are all contiguous are treated as one long row."""
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:outputs]]
     if all(x.is_contiguous() for x in inputs):
         inputs = tuple(x.view(1, -1) for x in inputs)

@@ -1,12 +1,13 @@
-"""Documents that lie one behind the other in a row: how they are told, and causal attention within each of them.
+"""Several documents in one row: representation of their boundaries, and causal attention within each.
 
-Collators say where documents begin (`cu_seqlens`), number them (`seq_idx`), or give positions that begin anew with
-each. All become numbers here, [B, S]: any that differ between neighbouring documents. Nothing waits for the device.
+Collators give the boundaries as offsets (`cu_seqlens`), as document numbers (`seq_idx`), or as positions that restart
+at 0. The model turns all of them into numbers [B, S] that differ between neighbouring documents. Only `per_document`
+synchronizes with the device.
 
-PyTorch's FlashAttention kernel takes the documents' boundaries, so what is computed and kept grows with the documents'
-lengths; the mask that stands for the same thing grows with the square of the row, and SDPA has no fast kernel for it.
+PyTorch's FlashAttention kernel takes the boundaries, so its time and memory grow with the documents' lengths. An
+equivalent mask grows with the row's length squared, and SDPA has no fast kernel for it.
 
-Letters: B batch, S row, T = B·S tokens, N heads (of queries or of keys), D head width.
+Letters: B batch, S row length, T = B·S tokens, N heads (of queries or of keys), D head width.
 """
 
 from collections.abc import Callable
@@ -21,22 +22,21 @@ from expertmesh.backends import VARLEN_GQA, matmul_dtype
 
 
 def document_numbers(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """Numbers [B, S] from where each document begins among the B·S tokens, and B·S: [documents + 1]."""
+    """Return document numbers [B, S] from cu_seqlens [documents + 1]: the first token of each document, and B·S."""
     token = torch.arange(rows * length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.bucketize(token, cu_seqlens, right=True).view(rows, length)
 
 
 def document_starts(number_BS: torch.Tensor) -> torch.Tensor:
-    """[B, S] int32: the index in its row of the token at which each token's document starts."""
+    """Return [B, S] int32: for each token the index within its row of the first token of its document."""
     token_S = torch.arange(number_BS.shape[1], device=number_BS.device, dtype=torch.int32)
     is_start = F.pad(number_BS[:, 1:] != number_BS[:, :-1], (1, 0), value=True)
     return torch.where(is_start, token_S, 0).cummax(dim=1).values
 
 
 def per_document(function: Callable[..., torch.Tensor], start_BS: torch.Tensor, *inputs: Any) -> torch.Tensor:
-    """`function` of each document by itself, put together to [B, S, ...]. On a GPU the host waits.
-
-    start: as of `document_starts`; inputs: [B, S, ...], of which a function gets [1, length, ...], or None.
+    """Call `function` on each document separately and concatenate to [B, S, ...]. Synchronizes with a GPU. start: the
+    result of `document_starts`. inputs: tensors [B, S, ...], passed as [1, length, ...], or None.
     """
     B, S = start_BS.shape
     first_T = (start_BS + S * torch.arange(B, device=start_BS.device)[:, None]).flatten()
@@ -47,14 +47,14 @@ def per_document(function: Callable[..., torch.Tensor], start_BS: torch.Tensor, 
 
 
 class Documents(NamedTuple):
-    """Where documents begin among the B·S tokens, and B·S: [documents + 1] int32; and the longest one's length."""
+    """cu_seqlens: int32 [documents + 1], the first of B·S tokens of each document, and B·S. max_length: the longest."""
 
     cu_seqlens: torch.Tensor
     max_length: int
 
 
 def supports(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the kernel has these head widths: multiples of 8 up to 256, values at most as wide as queries."""
+    """Whether the kernel supports these head widths: multiples of 8 up to 256, values at most as wide as queries."""
     width = query.shape[-1]
     return width % 8 == 0 and value.shape[-1] <= width <= 256
 
@@ -67,28 +67,28 @@ def varlen_attention(
     max_length: int,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """[B, S, Nq, Dv] in the inputs' dtype; scale None is 1 / sqrt(D). On CUDA float16 or bfloat16, also by autocast.
+    """Return causal attention within documents, [B, S, Nq, Dv] in the inputs' dtype, or in autocast's.
 
-    query: [B, Nq, S, D], key: [B, Nk, S, D] and value: [B, Nk, S, Dv], no copy if they are views of [B, S, N, D];
-    cu_seqlens: [documents + 1] int32, where each begins among the T tokens, and T; max_length: that of the longest.
+    query: [B, Nq, S, D]; key: [B, Nk, S, D]; value: [B, Nk, S, Dv]. Views of [B, S, N, D] are not copied. CUDA needs
+    float16 or bfloat16. cu_seqlens and max_length: as in `Documents`. scale: None means 1 / sqrt(D).
     """
     B, _, S, D = query.shape
-    missing, dtype = D - value.shape[-1], matmul_dtype(query)
+    padding, dtype = D - value.shape[-1], matmul_dtype(query)
     query, key, value = (x.to(dtype).transpose(1, 2).reshape(B * S, -1, x.shape[-1]) for x in (query, key, value))
-    value = F.pad(value, (0, missing)) if missing else value
-    out: Any  # torch's function returns a tuple if asked for more
+    value = F.pad(value, (0, padding)) if padding else value
+    out: Any  # its annotated return type includes tuples
     if query.is_cuda:
         lengths = cu_seqlens, cu_seqlens, max_length, max_length
         out = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0), **VARLEN_GQA)
     else:
         out = varlen_attention_reference(query, key, value, cu_seqlens, scale)
-    return out.view(B, S, -1, D)[..., : D - missing]
+    return out.view(B, S, -1, D)[..., : D - padding]
 
 
 def varlen_attention_reference(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float | None = None
 ) -> torch.Tensor:
-    """The specification, for [T, N, D] tensors, and what a CPU runs: SDPA within one document after the other."""
+    """The specification, and the CPU path, for [T, N, D] tensors: SDPA on each document separately."""
     lengths = cu_seqlens.diff().tolist()
     parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True)
     outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True) for q, k, v in parts]
@@ -96,6 +96,6 @@ def varlen_attention_reference(
 
 
 def document_mask(cu_seqlens: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """The same attention as a mask [B, 1, S, S]: True where a query sees a key."""
+    """Return the mask [B, 1, S, S] of the same attention: True where a query may attend to a key."""
     document = document_numbers(cu_seqlens, rows, length)[:, None]
     return (document[..., :, None] == document[..., None, :]).tril()

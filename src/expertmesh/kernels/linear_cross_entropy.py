@@ -1,16 +1,15 @@
-"""The language-model loss straight from hidden states: linear head and cross entropy, never holding [N, V] logits.
+"""The language-model loss from hidden states: linear head and cross entropy without storing logits [N, V].
 
     logits = hidden @ weight.T + bias         loss = sum over rows of (logsumexp(logits) - logits[label]) / count
     dlogits = softmax(logits) - onehot        dhidden = dlogits @ weight      dweight = dlogits.T @ hidden
 
-Rows go through in chunks. As the loss is the last operation of a step, forward already computes the gradients: a
-chunk's logits are made once (6 N H V operations in all), a row kernel turns them in place into their gradients, and two
-GEMMs use these up. The gradients are kept unscaled (so float16 does not underflow); the weight's is summed in float32
-over the chunks. Backward only multiplies by `grad_output / count`. Of few rows the logits' gradients are smaller than
-the weight's: they are kept, and backward makes it of them, so that it stands once.
+Rows are processed in chunks. As the loss is the last operation of a step, forward already computes the gradients. It
+makes a chunk's logits once (6 N H V operations in all), a row kernel replaces them by their gradients in place, and two
+GEMMs consume these. The gradients are stored unscaled, so that float16 does not underflow. The weight's is summed in
+float32 over the chunks. Backward only multiplies by `grad_output / count`. With few rows dlogits is smaller than the
+weight's gradient: forward stores dlogits, and backward computes the weight's gradient from it.
 
-The pass over a row that finds its logsumexp also finds, on request, what training logs of the predictions
-(`Statistics`).
+On request the pass over a row that computes its logsumexp also computes metrics of the predictions (`Statistics`).
 
 Letters: N rows (tokens), H hidden, V vocabulary.
 """
@@ -25,9 +24,8 @@ from expertmesh.kernels.launch import fast_jit
 
 
 class Statistics(NamedTuple):
-    """Of all rows with a label, scalars on the device without gradient: how many there are; the sum of the entropies of
-    their distributions, softmax(logits), in nats; and how many labels are the most likely token. Of equally likely ones
-    that is the first, as for argmax.
+    """Sums over labelled rows, scalars on the device without gradient. labelled: number of rows. entropy: of
+    softmax(logits), in nats. correct: number of labels that are the argmax, which is the first maximum.
     """
 
     labelled: torch.Tensor
@@ -36,10 +34,11 @@ class Statistics(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What `linear_cross_entropy` finds: the loss is total / divisor.
+    """Result of `linear_cross_entropy`; the loss is total / divisor.
 
-    divisor: labelled rows, or the number that was given. parts: the gradients of `total` in hidden, weight and bias,
-    None for what is not wanted; the weight's may be two factors, dlogits [N, V] and, as the fourth, hidden [N, H].
+    divisor: the number of labelled rows, or the given number. parts: gradients of `total` in hidden, weight and bias
+    (None if not wanted), and None. If the weight's is deferred, parts[1], parts[3] are dlogits [N, V] and hidden [N,
+    H].
     """
 
     total: torch.Tensor
@@ -59,17 +58,17 @@ def statistics_reference(logits: torch.Tensor, labels: torch.Tensor, ignore_inde
 
 
 def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows per chunk: logits of up to 1.25 GiB on a large GPU (a small one: 1/64 of its memory, but at least 1024
-    rows), 8 MiB on a CPU, but at least 256 rows. More is faster, as every chunk reads and writes the weight's whole
-    gradient, but on a CPU memory that is mapped anew for each chunk costs more.
+    """Return the rows per chunk. Logits of a chunk take up to 1.25 GiB on a large GPU, 1/64 of the memory of a small
+    one (but at least 1024 rows), 8 MiB on a CPU (but at least 256 rows). Larger chunks are faster on a GPU, as every
+    chunk reads and writes the weight's whole gradient. On a CPU the page faults of a larger buffer cost more.
 
-    Where they fit, chunks are multiples of 2048 rows. The hidden states' gradient is a GEMM with few columns: with a
-    width of 2048 that many rows are 128 output tiles, just under one for each of a Hopper's 132 processors, where other
-    counts leave a part of the last wave idle. Otherwise chunks are equal.
+    Where they fit, chunks are multiples of 2048 rows. The hidden states' gradient is a GEMM with few columns: at a
+    width of 2048, 2048 rows are 128 output tiles, just below the 132 multiprocessors of a Hopper. Other counts leave
+    part of the last wave idle. Elsewhere chunks are equal.
     """
     memory = backends.device_memory(device)
-    budget, least = (min(5 * 2**28, memory // 64), 1024) if memory else (2**23, 256)
-    rows = max(least, budget // (vocab_size * dtype.itemsize))
+    budget, min_rows = (min(5 * 2**28, memory // 64), 1024) if memory else (2**23, 256)
+    rows = max(min_rows, budget // (vocab_size * dtype.itemsize))
     if memory and rows >= 2048:
         rows = rows // 2048 * 2048
     else:
@@ -78,19 +77,19 @@ def chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch
     return max(1, min(num_rows, rows))
 
 
-#: elements of a row, or of a gradient, at a time, and warps; statistics take more registers
+#: elements per step of a program, and warps; statistics take more registers
 TUNING = {
     "rows": {"BLOCK": 32768, "num_warps": 32},
     "statistics": {"BLOCK": 16384, "num_warps": 32},
     "scale": {"BLOCK": 4096, "num_warps": 8},
 }
-_LOWEST = tl.constexpr(-1e37)  # less than any logit, and finite: a lane may see nothing but padding
+_LOWEST = tl.constexpr(-1e37)  # below any logit, and finite, as a lane may only get padding
 
 
 @triton.jit
 def _merge(x, cols, label, largest, total, weighted, before, STATISTICS: tl.constexpr):
-    """Per lane, of what was seen before and of x [:, lane]: the maximum m, and sum of exp(x - m); with STATISTICS also
-    the sum of (x - m) exp(x - m), and the maximum among columns before the label's.
+    """Update running values per lane with x [:, lane]: the maximum m and the sum of exp(x - m). With STATISTICS also
+    the sum of (x - m) exp(x - m), and the maximum of the columns before the label's.
     """
     new_largest = tl.maximum(largest, tl.max(x, axis=0))
     shifted = x - new_largest[None, :]
@@ -107,13 +106,13 @@ def _rows_kernel(
     logits_ptr, labels_ptr, out_ptr, V, stride, ignore_index,
     GRAD: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: its loss to out [C, 1], and with GRAD softmax(logits) - onehot(label) in place of the
-    logits. With STATISTICS out is [C, 3] and gets the entropy, and whether the label is the most likely token, too.
+    """One program per row: write its loss to out [C, 1] and, with GRAD, softmax(logits) - onehot(label) over the
+    logits. With STATISTICS out is [C, 3] and also gets the entropy and whether the label is the argmax.
 
-    Two passes: maximum and sum of exponentials together, then the gradient. A row is only ever touched by its program.
-    A row may be read and written up to its stride, which is a multiple of 16: so accesses stay wide for any V. What
-    would cost every element is left out of the loops: lanes are merged at the end, so no warp waits for another; only
-    the last block of a row is masked; the label's own entry is written last.
+    The first pass computes maximum and sum of exponentials, the second the gradient. Only its program touches a row.
+    Rows may be read and written up to their stride, a multiple of 16, so accesses stay wide for any V. The loops avoid
+    work per element: lanes are merged at the end, so no warp waits for another; only the last block is masked; the
+    label's own entry is written last.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
@@ -150,7 +149,9 @@ def _rows_kernel(
         largest = tl.max(lane_largest, axis=0)
         lane_scale = tl.exp(lane_largest - largest)
         total = tl.sum(lane_total * lane_scale, axis=0)
-        logsumexp = tl.where(valid, largest + tl.log(total), float("nan"))  # a bad label must show, not read elsewhere
+        logsumexp = tl.where(
+            valid, largest + tl.log(total), float("nan")
+        )  # nan for an invalid label, no read elsewhere
         tl.store(out_ptr, logsumexp - target)
         if STATISTICS:
             weighted = tl.sum((lane_weighted + lane_total * (lane_largest - largest)) * lane_scale, axis=0)
@@ -167,7 +168,7 @@ def _rows_kernel(
                 mask = start + cols < stride
                 x = tl.load(logits_ptr + start + cols, mask, other=0.0).to(tl.float32)
                 tl.store(logits_ptr + start + cols, tl.exp(x - logsumexp), mask)
-            tl.debug_barrier()  # the threads of a program do not write in order by themselves
+            tl.debug_barrier()  # orders this write after those of the program's other threads
             tl.store(logits_ptr + label, tl.exp(target - logsumexp) - 1.0, valid)
 
 
@@ -179,7 +180,7 @@ def _scale_kernel(x_ptr, scale_ptr, out_ptr, N, BLOCK: tl.constexpr):
 
 
 def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_index: int, grad: bool) -> None:
-    """What `_rows_kernel` says, by it where it runs: writes out [C, 1 or 3], and with `grad` over the logits."""
+    """Run `_rows_kernel` or its PyTorch reference: write out [C, 1 or 3] and, with `grad`, replace the logits."""
     if use_triton(logits):
         tuning = TUNING["statistics" if out.shape[1] > 1 else "rows"]
         block = min(tuning["BLOCK"], triton.next_power_of_2(logits.shape[1]))
@@ -207,16 +208,16 @@ def _rows(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor, ignore_
 
 
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """total = a.T @ b (first) or total += a.T @ b, in total's dtype whatever that of a and b."""
-    beta, wide = 0 if first else 1, a.dtype != total.dtype
-    if wide and not backends.on_gpu(a):  # CPUs have no GEMM from bfloat16 to float32
-        a, b, wide = a.to(total.dtype), b.to(total.dtype), False
-    options: dict[str, Any] = {"out_dtype": total.dtype} if wide else {}
+    """Compute total = a.T @ b (first) or total += a.T @ b in total's dtype, for a and b of any dtype."""
+    beta, mixed = 0 if first else 1, a.dtype != total.dtype
+    if mixed and not backends.on_gpu(a):  # CPUs have no GEMM from bfloat16 to float32
+        a, b, mixed = a.to(total.dtype), b.to(total.dtype), False
+    options: dict[str, Any] = {"out_dtype": total.dtype} if mixed else {}
     torch.addmm(total, a.t(), b, beta=beta, out=total, **options)
 
 
 def scaled(x: Any, scale: torch.Tensor, dtype: torch.dtype) -> Any:
-    """x * scale, multiplied in float32 (scale is [1]: a 0-dim tensor would first be rounded to x's dtype), or None."""
+    """Return x * scale, multiplied in float32; None for None. scale is [1]: 0-dim would be rounded to x's dtype."""
     if x is None:
         return None
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -231,13 +232,13 @@ def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
     num_items_in_batch: int | torch.Tensor | None, ignore_index: int, wanted: list[bool], counts: bool,
 ) -> Loss:  # fmt: skip
-    """Cross entropy of `hidden @ weight.T + bias` against labels, in float32, and all that its backward needs.
+    """Return the float32 cross entropy of `hidden @ weight.T + bias` against labels, and all that its backward needs.
 
-    hidden: [N, H]; weight: [V, H]; bias: [V]; labels: [N], integers, already shifted. Mean over the rows whose label is
-    not `ignore_index` (nan if there are none), or their sum divided by `num_items_in_batch` (a number, or a tensor,
-    read without waiting for the device). wanted: which of hidden, weight and bias get a gradient; counts: whether
-    there are statistics. Must equal transformers' `ForCausalLMLoss` on those logits. A label outside [0, V) that is not
-    `ignore_index` is a ValueError on the CPU; on a GPU, where raising would mean waiting, it makes the loss nan.
+    hidden: [N, H]; weight: [V, H]; bias: [V]; labels: [N], integers, already shifted. The loss is the mean over rows
+    whose label is not `ignore_index` (nan without any), or their sum divided by `num_items_in_batch`, a number or a
+    tensor that is read without a sync. wanted: whether hidden, weight and bias get a gradient. counts: whether to
+    compute statistics. Must equal transformers' `ForCausalLMLoss` on those logits. An invalid label, outside [0, V) and
+    not `ignore_index`, raises ValueError on a CPU. On a GPU, where an error would need a sync, it makes the loss nan.
     """
     assert hidden.ndim == weight.ndim == 2 and labels.shape == hidden.shape[:1], "flatten batch and sequence"
     (N, H), V = hidden.shape, weight.shape[0]
@@ -245,11 +246,11 @@ def linear_cross_entropy(
     sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
     dhidden = torch.empty_like(hidden) if wanted[0] else None
     rows = chunk_rows(N, V, hidden.dtype, hidden.device)
-    empty = torch.empty if N else torch.zeros  # the first chunk overwrites it, if there is one
-    later = min(rows, H) >= N and hidden.dtype != torch.float16  # whose range unscaled numbers need
-    single = rows >= N and hidden.dtype == torch.bfloat16  # a sum of one, which needs no wider dtype
-    dtype = hidden.dtype if single else sum_dtype
-    dweight = empty(V, H, dtype=dtype, device=hidden.device) if wanted[1] and not later else None
+    allocate = torch.empty if N else torch.zeros  # without rows no chunk overwrites it
+    defer_dweight = min(rows, H) >= N and hidden.dtype != torch.float16  # float16 lacks the range for it
+    one_chunk = rows >= N and hidden.dtype == torch.bfloat16  # nothing to sum, so no wider dtype
+    dtype = hidden.dtype if one_chunk else sum_dtype
+    dweight = allocate(V, H, dtype=dtype, device=hidden.device) if wanted[1] and not defer_dweight else None
     dbias = torch.zeros(V, dtype=sum_dtype, device=hidden.device) if wanted[2] else None
     width = -(-V // 16) * 16  # rows start aligned for GEMMs and wide loads, whatever V is
     buffer = torch.empty(rows, width, dtype=hidden.dtype, device=hidden.device)[:, :V]
@@ -269,11 +270,11 @@ def linear_cross_entropy(
             _accumulate(dweight, dlogits_CV, hidden_CH, first=start == 0)
         if dbias is not None:
             dbias += dlogits_CV.sum(0, dtype=sum_dtype)
-    total, *others = out.sum(0).unbind()
+    total, *statistics = out.sum(0).unbind()
     labelled = count = (labels != ignore_index).sum()
     if num_items_in_batch is not None:
-        count = torch.as_tensor(num_items_in_batch)  # what is on the CPU stays there: dividing by it needs no copy
+        count = torch.as_tensor(num_items_in_batch)  # may stay on the CPU: division needs no copy of it
         count = count.to(total.device) if count.device.type != "cpu" else count
-    factors = (buffer[:N], hidden) if wanted[1] and later else (dweight, None)
+    factors = (buffer[:N], hidden) if wanted[1] and defer_dweight else (dweight, None)
     parts = dhidden, factors[0], dbias, factors[1]
-    return Loss(total, count, labelled, parts, Statistics(labelled, *others) if counts else None)
+    return Loss(total, count, labelled, parts, Statistics(labelled, *statistics) if counts else None)

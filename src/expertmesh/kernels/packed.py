@@ -1,21 +1,21 @@
-"""Frozen weights of experts that stay in 4 bits, and are decoded when a product needs them.
+"""Frozen expert weights stored in 4 bits and decoded when a product needs them.
 
-Two codes are a byte, and each block of weights along the inner axis has a scale:
+A byte holds two codes. Each block of weights along the inner axis has one scale:
 
-    w = VALUES[code] · scale          rounded once, from float32
+    w = VALUES[code] · scale          computed in float32, rounded once
 
-NF4 (QLoRA, arXiv:2305.14314, appendix E): the values are quantiles of a normal distribution, the scale is the largest
-magnitude of 64 weights, in bfloat16. MXFP4 (OCP Microscaling Formats 1.0): the values are the floats of 2 bits of
-exponent and 1 of mantissa, the scale is a power of two for 32 weights, of which the exponent, plus 127, is kept. It is
-how GPT-OSS is published, and the layout here is that of its files.
+NF4 (QLoRA, arXiv:2305.14314, appendix E): the values are quantiles of a normal distribution. The scale of 64 weights is
+their largest magnitude, in bfloat16. MXFP4 (OCP Microscaling Formats 1.0): the values are floats with 2 exponent bits
+and 1 mantissa bit. The scale of 32 weights is a power of two, stored as its exponent plus 127. GPT-OSS is published in
+MXFP4, and the layout here is that of its files.
 
-Codes [E, out, in / 2], the first of two in the lower half; scales [E, out, in / size]. The PyTorch reference stands
-beside the kernel, and both give the same bits.
+Codes are [E, out, in / 2], the first of a pair in the lower half; scales are [E, out, in / size]. The Triton kernel and
+its PyTorch reference give the same bits.
 
-`Packed` takes the parameter's place: its shape, dtype and device are those of the weight that it stands for, so that
-PEFT, Trainer and `named_parameters` find what they look for. A product of ours calls its `decode`, which writes the
-whole stack into a `DecodeBuffer` that all layers of a model share. The next overwrites that, so nothing may keep it:
-autograd saves the packed weight, and a backward decodes again. Spread over ranks it is a DTensor of `Packed` parts.
+`Packed` replaces the parameter. It has the shape, dtype and device of the decoded weight, as PEFT, Trainer and
+`named_parameters` expect. Our products call `decode`, which writes all experts into a `DecodeBuffer` that all layers of
+a model share. The next `decode` overwrites it, so no caller may keep the result: autograd saves the packed weight, and
+the backward decodes again. When sharded it is a DTensor whose local tensors are `Packed`.
 """
 
 from functools import cache
@@ -28,11 +28,11 @@ from expertmesh.backends import tl, triton, use_triton
 from expertmesh.kernels.launch import fast_jit
 
 aten = torch.ops.aten
-WORDS = 1024  # of 8 codes, that a program decodes
+WORDS = 1024  # of 8 codes each, per program
 
 
 class Format(NamedTuple):
-    """What the 16 codes stand for; how many weights have one scale; the dtype of scales, uint8 for exponents."""
+    """values: of the 16 codes. size: weights per scale. scale: dtype of the scales, uint8 for exponents."""
 
     values: tuple[float, ...]
     size: int
@@ -53,15 +53,14 @@ FORMATS = {
 
 @torch.no_grad()
 def encode(weight_EOI: torch.Tensor, format: str, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """Write codes and scales that are nearest to weights [E, out, in], whose `in` may be strided.
-
-    What codes of MXFP4 stand for is encoded without a loss: of the two exponents that could hold the largest of a
-    block, the one with the smaller squared error is taken.
+    """Write the codes and scales nearest to weights [E, out, in], in which `in` may be strided. Weights that MXFP4
+    represents exactly are encoded without loss: of two exponents that can hold a block's largest weight, the one with
+    the smaller squared error is chosen.
     """
     values = _values(format, weight_EOI.device)
     floats = values[:8] if format == "mxfp4" else values
     between = (floats[1:] + floats[:-1]) / 2
-    for expert, weight_OI in enumerate(weight_EOI):  # all at once would be several times as large as the weights
+    for expert, weight_OI in enumerate(weight_EOI):  # one by one: temporaries are several times as large as the weights
         blocks = weight_OI.float().unflatten(-1, (-1, FORMATS[format].size))
         largest = blocks.abs().amax(-1, keepdim=True)
         if format == "nf4":
@@ -70,17 +69,17 @@ def encode(weight_EOI: torch.Tensor, format: str, codes: torch.Tensor, scales: t
         else:
             low = largest.clamp_min(2.0**-125).log2().floor() - 2
             exponents = torch.stack([low, low + 1])
-            both = torch.bucketize(blocks.abs() * torch.exp2(-exponents), between)
-            errors = (floats[both] * torch.exp2(exponents) - blocks.abs()).square().sum(-1, keepdim=True)
-            second = errors[1] < errors[0]
-            code = torch.where(second, both[1], both[0]) + 8 * (blocks < 0)
-            scale = low + 127 + second
+            candidates = torch.bucketize(blocks.abs() * torch.exp2(-exponents), between)
+            errors = (floats[candidates] * torch.exp2(exponents) - blocks.abs()).square().sum(-1, keepdim=True)
+            use_second = errors[1] < errors[0]
+            code = torch.where(use_second, candidates[1], candidates[0]) + 8 * (blocks < 0)
+            scale = low + 127 + use_second
         codes[expert] = (code[..., ::2] + 16 * code[..., 1::2]).flatten(-2).to(torch.uint8)
         scales[expert] = scale[..., 0]
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, format: str, out: torch.Tensor) -> torch.Tensor:
-    """`out` [..., in], contiguous, of any float dtype, filled with what codes and scales stand for."""
+    """Write the decoded weights to `out` [..., in], contiguous, of any float dtype, and return it."""
     if not use_triton(codes):
         return decode_reference(codes, scales, format, out)
     assert codes.is_contiguous() and scales.is_contiguous() and out.is_contiguous()
@@ -95,19 +94,19 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, format: str, out: torch.Te
 def decode_reference(codes: torch.Tensor, scales: torch.Tensor, format: str, out: torch.Tensor) -> torch.Tensor:
     """The specification of `decode`."""
     values = _values(format, codes.device)
-    for to, bytes_, scale in zip(out, codes, scales, strict=True):  # an expert at a time, for memory's sake
-        pairs = torch.stack([bytes_ & 15, bytes_ >> 4], -1).flatten(-2)
+    for out_OI, codes_OI, scale in zip(out, codes, scales, strict=True):  # one by one, to save memory
+        pairs = torch.stack([codes_OI & 15, codes_OI >> 4], -1).flatten(-2)
         blocks = values[pairs.int()].unflatten(-1, (scale.shape[-1], -1))
-        to.copy_((blocks * _factor(scale)[..., None]).flatten(-2))
+        out_OI.copy_((blocks * _scale_factors(scale)[..., None]).flatten(-2))
     return out
 
 
-def _factor(scale: torch.Tensor) -> torch.Tensor:
-    """What codes of a block are multiplied by, in float32. By bits: no exp2 is exact everywhere."""
+def _scale_factors(scale: torch.Tensor) -> torch.Tensor:
+    """Return the scales in float32. Powers of two are built from bits, because exp2 is not exact on every device."""
     if scale.dtype != torch.uint8:
         return scale.float()
     exponent = scale.int()
-    bits = torch.where(exponent > 0, exponent << 23, 1 << 22)  # 2 ** -127 is a subnormal
+    bits = torch.where(exponent > 0, exponent << 23, 1 << 22)  # 2 ** -127 is subnormal
     return torch.where(exponent == 255, torch.nan, bits.view(torch.float32))
 
 
@@ -120,46 +119,46 @@ def _values(format: str, device: torch.device) -> torch.Tensor:
 def _decode_kernel(
     words, scales, values, out, num_words, EXPONENTS: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr
 ):
-    """A thread makes of 4 bytes of codes one piece of 16 bytes; SIZE: words that have one scale."""
+    """Decode 4 bytes of codes to one 16-byte store per thread. SIZE: words per scale."""
     at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    inside = at < num_words
-    scale = tl.load(scales + at // SIZE, mask=inside, other=0)
+    in_range = at < num_words
+    scale = tl.load(scales + at // SIZE, mask=in_range, other=0)
     if EXPONENTS:
         exponent = scale.to(tl.int32)
         bits = tl.where(exponent > 0, exponent << 23, 1 << 22)
         factor = tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
     else:
         factor = scale.to(tl.float32)
-    place = tl.arange(0, 8)
-    code = (tl.load(words + at, mask=inside, other=0)[:, None] >> (4 * place)[None, :]) & 15
+    nibble = tl.arange(0, 8)
+    code = (tl.load(words + at, mask=in_range, other=0)[:, None] >> (4 * nibble)[None, :]) & 15
     weight = tl.load(values + code) * factor[:, None]
-    tl.store(out + at[:, None] * 8 + place[None, :], weight.to(out.dtype.element_ty), mask=inside[:, None])
+    tl.store(out + at[:, None] * 8 + nibble[None, :], weight.to(out.dtype.element_ty), mask=in_range[:, None])
 
 
 class DecodeBuffer:
-    """Memory for the largest stack of experts' weights of a model; made at the first use, and anew for a larger one."""
+    """Memory for the largest stack of experts' weights of a model. Allocated at the first use; grows on demand."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self._buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
     def take(self, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-        """Memory of this shape on the device and in the dtype of `like`: the same in every call."""
-        made = self._made.get((like.device, like.dtype))
-        if made is None or len(made) < shape.numel():
-            with torch.inference_mode(False):  # to be written in training, too
-                made = torch.empty(shape.numel(), dtype=like.dtype, device=like.device)
-            self._made[like.device, like.dtype] = made
-        return made[: shape.numel()].view(shape)
+        """Return the same memory in every call, in this shape, on the device and in the dtype of `like`."""
+        buffer = self._buffers.get((like.device, like.dtype))
+        if buffer is None or len(buffer) < shape.numel():
+            with torch.inference_mode(False):  # an inference tensor could not be written in training
+                buffer = torch.empty(shape.numel(), dtype=like.dtype, device=like.device)
+            self._buffers[like.device, like.dtype] = buffer
+        return buffer[: shape.numel()].view(shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_made": {}}  # a copied or pickled model makes its own
+        return {"_buffers": {}}  # a copied or pickled model allocates its own
 
 
 class Packed(torch.Tensor):
-    """Weights [E, out, in] of experts, or [E, in, out] if `transposed`, in 4 bits. It has no gradient.
+    """Weights of experts in 4 bits, [E, out, in], or [E, in, out] if `transposed`. A tensor subclass without gradient.
 
-    codes, scales: of [E, out, in], as above. `copy_` of a weight into it encodes. It can be detached, cloned, moved,
-    transposed, split by experts, and take another dtype for what is decoded. All else raises ValueError.
+    codes, scales: of [E, out, in], as above. `copy_` of a weight into it encodes the weight. It supports detach, clone,
+    moves between devices, transpose(1, 2), split by experts, and another decoded dtype. All else raises ValueError.
     """
 
     codes: torch.Tensor
@@ -170,10 +169,10 @@ class Packed(torch.Tensor):
 
     @staticmethod
     def __new__(cls, codes, scales, format: str, dtype: torch.dtype, transposed: bool, buffer: DecodeBuffer) -> Any:
-        """codes, scales, format, buffer: as the attributes. dtype: of what is decoded."""
+        """codes, scales, format, transposed, buffer: as the attributes. dtype: of the decoded weight."""
         (E, out, _), inner = codes.shape, 2 * codes.shape[2]
         shape, strides = ((E, inner, out), (1, inner)) if transposed else ((E, out, inner), (inner, 1))
-        with torch.inference_mode(False):  # there autograd takes no view of it that was made by Python
+        with torch.inference_mode(False):  # in inference mode autograd rejects its views
             self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls, shape, (out * inner, *strides), dtype=dtype, device=codes.device, requires_grad=False
             )
@@ -182,7 +181,7 @@ class Packed(torch.Tensor):
 
     @classmethod
     def like(cls, weight: torch.Tensor, format: str, transposed: bool, buffer: DecodeBuffer) -> "Packed":
-        """Memory for a weight; nothing is written. Raises ValueError if its rows are not whole blocks."""
+        """Allocate, uninitialized, for a weight. Raise ValueError if its rows are not whole blocks."""
         (E, out, inner), size = (weight.transpose(1, 2) if transposed else weight).shape, FORMATS[format].size
         if inner % size:
             raise ValueError(
@@ -194,18 +193,18 @@ class Packed(torch.Tensor):
         return cls(codes, scales, format, weight.dtype, transposed, buffer)
 
     def decode(self) -> torch.Tensor:
-        """The weight, in the model's buffer, where the next one overwrites it."""
+        """Return the decoded weight, in the model's shared buffer. It is valid until the next `decode` of the model."""
         shape = torch.Size((*self.codes.shape[:2], 2 * self.codes.shape[2]))
         out = decode(self.codes, self.scales, self.format, self.buffer.take(shape, self))
         return out.transpose(1, 2) if self.transposed else out
 
     def requires_grad_(self, requires_grad: bool = True) -> "Packed":
-        """As of a tensor, but it can only be False."""
+        """Return self; raise ValueError if `requires_grad`."""
         if requires_grad:
             raise ValueError("Experts in 4 bits are frozen and cannot be trained: train adapters on them (PEFT).")
         return self
 
-    def _with(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, flip: bool = False) -> "Packed":
+    def _replace(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, flip: bool = False) -> "Packed":
         return Packed(codes, scales, self.format, dtype, self.transposed != flip, self.buffer)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -223,31 +222,31 @@ class Packed(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs, self = dict(kwargs or {}), args[0]
-        if func in _OF_EACH:
+        if func in _APPLIED_TO_EACH:
             dtype = kwargs.pop("dtype", None) or self.dtype
-            return self._with(*(func(part, *args[1:], **kwargs) for part in (self.codes, self.scales)), dtype)
+            return self._replace(*(func(part, *args[1:], **kwargs) for part in (self.codes, self.scales)), dtype)
         if func is aten.transpose.int and {axis % 3 for axis in args[1:]} == {1, 2}:
-            return self._with(self.codes, self.scales, self.dtype, flip=True)
+            return self._replace(self.codes, self.scales, self.dtype, flip=True)
         if func is aten.view.default and torch.Size(args[1]) == self.shape:
-            return self._with(self.codes, self.scales, self.dtype)
-        if func is aten.split.Tensor and not any(args[2:]) and not kwargs:  # along the experts, for ranks
+            return self._replace(self.codes, self.scales, self.dtype)
+        if func is aten.split.Tensor and not any(args[2:]) and not kwargs:  # by experts, when sharding
             parts = zip(self.codes.split(args[1]), self.scales.split(args[1]), strict=True)
-            return [self._with(*part, self.dtype) for part in parts]
+            return [self._replace(*part, self.dtype) for part in parts]
         if func is aten.copy_.default and not isinstance(args[1], Packed):
             weight = args[1].transpose(1, 2) if self.transposed else args[1]
             encode(weight, self.format, self.codes, self.scales)
             return self
         raise ValueError(
-            f"Experts' weights are kept in 4 bits, where {func} is not known. They are for adapters to be trained on; "
-            f"to merge or change them, load the model without quantization."
+            f"Experts' weights are kept in 4 bits and do not support {func}. Only adapters on them can be trained: "
+            f"to merge or change the weights, load the model without quantization."
         )
 
 
-#: what is done to a packed weight by doing it to its codes and to its scales
-_OF_EACH = {getattr(aten, name).default for name in ("detach", "alias", "clone", "empty_like", "_to_copy")}
+#: operations on a packed weight that are applied to its codes and to its scales
+_APPLIED_TO_EACH = {getattr(aten, name).default for name in ("detach", "alias", "clone", "empty_like", "_to_copy")}
 
 
 def packed_in(weight: Any) -> Packed | None:
-    """The packed weight that a parameter is, or of which it holds this rank's experts; None of any other parameter."""
-    held = weight._local_tensor if isinstance(weight, DTensor) else weight
-    return held if isinstance(held, Packed) else None
+    """Return the `Packed` that a parameter is, or that is its local shard as a DTensor; None for other parameters."""
+    local = weight._local_tensor if isinstance(weight, DTensor) else weight
+    return local if isinstance(local, Packed) else None

@@ -45,7 +45,9 @@ def expert_parallel_fsdp(model: Any, layout: DistributedConfig) -> Iterator[None
     if not spread and not packed:
         yield
         return
-    experts_whole = spread and layout.efsdp_size == 1 and layout.dp_replicate_size == 1 and all(map(uses_fast_experts, experts))
+    experts_whole = (
+        spread and layout.efsdp_size == 1 and layout.dp_replicate_size == 1 and all(map(uses_fast_experts, experts))
+    )
     unsharded = {id(module) for module in experts} if experts_whole else set()
     layers = _layers_to_keep_gathered(model) if spread and _dense_is_small(model, experts) else None
     deferred: dict[str, list[Any]] = {"parts": [], "layers": []}  # inner modules before the layers that contain them
