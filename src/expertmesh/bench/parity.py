@@ -2,7 +2,8 @@
 
 Both sides load one checkpoint and get the same tokens. On the CPU everything is float32, and each tensor may differ by
 at most 1e-5 of its largest value (`errors`). On CUDA both sides run in bfloat16, and the error of expertmesh
-against stock in float32 may be at most 1.5 times stock's own (`noise`). `expertmesh check` prints the rows; the tests assert on them.
+against stock in float32 may be at most 1.5 times stock's own (`noise`). `expertmesh check` prints the rows; the tests
+assert on them.
 """
 
 import contextlib
@@ -21,8 +22,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
 
-from expertmesh.bench.apart import documents_apart, keeps_apart, keeps_documents
 from expertmesh.bench.export import differing_tensors, export_rows
+from expertmesh.bench.per_document import needs_per_document, run_per_document, supports_packing
 from expertmesh.bench.rows import Row, relative_error, rms_errors, worst_error
 from expertmesh.bench.tiny import FAMILIES, tiny_model
 
@@ -186,14 +187,14 @@ def gradients_of(model: PreTrainedModel, over_experts: bool = False) -> dict[str
 
 
 def run_case(
-    model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], float] | None = None, apart: bool = False
+    model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], float] | None = None, per_document: bool = False
 ) -> Outcome:
     """Run a training step without optimizer, then an evaluation, of one model on one case.
 
     `share_of_aux` is given for stock and returns the share of the router aux loss that expertmesh adds; stock adds all
-    of it to every micro-batch. `apart`: call the model on each document separately.
+    of it to every micro-batch. `per_document`: call the model on each document separately.
     """
-    call = functools.partial(documents_apart, model) if apart else model
+    call = functools.partial(run_per_document, model) if per_document else model
     batch = make_batch(case.batch, model.config.get_text_config().vocab_size, model.device)
     extra: dict = {"output_router_logits": True} if case.aux else {}
     if case.accumulated:
@@ -265,7 +266,7 @@ def noise(outcome: Outcome, exact: Outcome) -> dict[str, tuple[float, str]]:
 
 def applicable(case: Case, model: PreTrainedModel) -> bool:
     """Return whether the case applies to the model. Packed documents need mixers that can keep them separate."""
-    if case.batch == "packed" and not all(map(keeps_documents, model.modules())):
+    if case.batch == "packed" and not all(map(supports_packing, model.modules())):
         return False
     if case.routing and not router_weights(model):
         return False
@@ -288,15 +289,15 @@ def compare_case(
         for model in others:
             model.load_state_dict(stock.state_dict())
     try:
-        apart = keeps_apart(ours, case.batch)
-        theirs = run_case(stock, case, aux_share, apart)
+        per_document = needs_per_document(ours, case.batch)
+        theirs = run_case(stock, case, aux_share, per_document)
         found = run_case(ours, case)
         if reference is None:
             return [
                 Row(case.name, what, error, CPU_TOLERANCE, where)
                 for what, (error, where) in errors(found, theirs).items()
             ]
-        exact = run_case(reference, case, aux_share, apart)
+        exact = run_case(reference, case, aux_share, per_document)
         own = noise(theirs, exact)
         # the largest error of many tensors, some with only four entries, is noisy itself
         ratio = dict.fromkeys(own, CUDA_RATIO) | {"worst gradient": 2 * CUDA_RATIO}

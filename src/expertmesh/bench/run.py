@@ -151,7 +151,7 @@ def _refuse_loops(options: BenchOptions, device: str) -> None:
 
 
 def _arms(name: str, options: BenchOptions, device: str, say: Callable[[str], None]) -> Iterable[Arm]:
-    """Yield the arms of one work, in order. An arm that cannot run is an error if named, else skipped with a message."""
+    """Yield the arms of one work, in order. An arm that cannot run is an error if named, else skipped and logged."""
     config = config_of(WORKS[name], options.layers, options.tiny)
     for asked in options.arms or (loops.default_arms() if options.loops else DEFAULT):
         reason = why_not(ARMS[asked], config, device)

@@ -16,7 +16,7 @@ from expertmesh.layers.base_model import keeps_state
 from expertmesh.twins import Fast
 
 
-def keeps_apart(model: Any, batch: str) -> bool:
+def needs_per_document(model: Any, batch: str) -> bool:
     """Return whether our model handles this batch correctly and stock does not.
 
     For "packed", documents see each other in stock. For "left" (left-padded), stock counts positions from the first
@@ -26,13 +26,13 @@ def keeps_apart(model: Any, batch: str) -> bool:
     return bool(on) if batch == "left" else batch == "packed" and bool(on & {"mamba2", "sink_attention"})
 
 
-def keeps_documents(module: nn.Module) -> bool:
+def supports_packing(module: nn.Module) -> bool:
     """Return whether a module can keep packed documents separate. A mixer with a state needs a twin for that."""
     known = isinstance(module, Fast) or any(rule.matches(type(module)) for rule in RULES if rule.fusion == "mamba2")
     return known or not keeps_state(module)
 
 
-def documents_apart(
+def run_per_document(
     model: Any,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
