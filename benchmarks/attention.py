@@ -1,14 +1,14 @@
-"""One layer's attention alone, with packed documents and with sinks, by flash-attn-4 and without it.
+"""Time the attention of one layer, with packed documents and with sinks, with flash-attn-4 and without it.
 
     python benchmarks/attention.py --only packed,documents --out benchmarks/results/h200_packed_attention.json
     python benchmarks/attention.py --only sinks --out benchmarks/results/h200_sink_attention.json
 
-packed     one row of 16,384 tokens that holds 14 documents; unpacked: four rows with as many tokens. `documents` is
-           making the mask, or finding the documents, once for all layers of a forward.
-sinks      GPT-OSS, full and with a window of 128: four rows of 4,096 tokens, or as many in one packed row. Without
-           flash-attn-4 it is PyTorch's FlashAttention-2, corrected.
+packed     one row of 16,384 tokens that holds 14 documents; unpacked: four rows with the same number of tokens.
+           `documents` is making the mask, or finding the documents, once for all layers of a forward.
+sinks      GPT-OSS, full and with a window of 128: four rows of 4,096 tokens, or one packed row with as many. Without
+           flash-attn-4 it is PyTorch's FlashAttention-2 with a correction.
 
-The floor counts the pairs of query and key that see each other, 2·N·(D + V) each, and 2.5 times that in the backward.
+The floor counts 2·N·(D + V) FLOPs per visible pair of query and key, and 2.5 times that in the backward.
 """
 
 import functools
@@ -35,7 +35,7 @@ FLASH_ATTN_4 = DEVICE == "cuda" and importlib.util.find_spec("flash_attn") is no
 
 
 class Heads(NamedTuple):
-    """Heads of queries and of keys; width of queries and keys, and of values."""
+    """Number of query heads and of key heads; width of queries and keys, and of values."""
 
     queries: int
     keys: int
@@ -43,12 +43,12 @@ class Heads(NamedTuple):
     values: int
 
     def module(self) -> Any:
-        """What Transformers' attention functions read of an attention layer."""
+        """Return an object with the attributes that Transformers' attention functions read from an attention layer."""
         groups = self.queries // self.keys
         return SimpleNamespace(num_key_value_groups=groups, training=True, is_causal=True, dropout=0.0)
 
     def tensors(self, rows: int, length: int) -> list[torch.Tensor]:
-        """Query, key and value [B, N, S, D] as the projections leave them."""
+        """Return query, key and value [B, N, S, D], with the strides of the projections' outputs."""
         sizes = (self.queries, self.width), (self.keys, self.width), (self.keys, self.values)
         made = (torch.randn(rows, length, *size, device=DEVICE).to(DTYPE) for size in sizes)
         return [x.transpose(1, 2).requires_grad_() for x in made]
@@ -62,13 +62,13 @@ FAMILIES = {"qwen3-30b-a3b": Heads(32, 4, 128, 128), "deepseek-v3": Heads(128, 1
 SINKS, TINY = Heads(64, 8, 64, 64), Heads(8, 2, 16, 16)
 
 
-def seen(lengths: list[int], window: int | None = None) -> float:
-    """How many pairs of a query and a key see each other in documents of these lengths."""
+def visible_pairs(lengths: list[int], window: int | None = None) -> float:
+    """Return the number of visible pairs of query and key in documents of these lengths."""
     return sum(n * window - window**2 / 2 if window and window < n else n**2 / 2 for n in lengths)
 
 
 def without_flash_attn_4(fn: Callable) -> Callable:
-    """`fn`, with PyTorch's kernels where it would take flash-attn-4's."""
+    """Return `fn` with PyTorch's kernels instead of those of flash-attn-4."""
 
     def run(*inputs: torch.Tensor) -> Any:
         with mock.patch.object(flash_attention, "WIDTHS", frozenset()):
@@ -78,7 +78,7 @@ def without_flash_attn_4(fn: Callable) -> Callable:
 
 
 def both_ways(fn: Callable) -> dict[str, Callable]:
-    """The arms of a function of ours: with flash-attn-4, where it is installed, and without."""
+    """Return the arms of one of our functions: with flash-attn-4, if it is installed, and without."""
     without = {"expertmesh-no-flash-attn-4": without_flash_attn_4(fn)} if FLASH_ATTN_4 else {}
     return {"expertmesh": fn} | without
 
@@ -89,7 +89,7 @@ def packed_cases(tiny: bool) -> Iterator[Case]:
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(DEVICE)
 
     def transformers_mask() -> torch.Tensor:
-        """What `create_causal_mask` makes for packed rows."""
+        """Return the mask that `create_causal_mask` makes for packed rows."""
         within = masking_utils.packed_sequence_mask_function(masking_utils.find_packed_sequence_indices(positions))
         sees = masking_utils.and_masks(masking_utils.causal_mask_function, within)
         sizes = (1, tokens, tokens)
@@ -116,9 +116,9 @@ def packed_cases(tiny: bool) -> Iterator[Case]:
             f"packed {work}",
             {"transformers": stock} | both_ways(ours),
             heads.tensors(1, tokens),
-            heads.floors(seen(lengths)),
+            heads.floors(visible_pairs(lengths)),
         )
-        inputs, floors = heads.tensors(4, tokens // 4), heads.floors(4 * seen([tokens // 4]))
+        inputs, floors = heads.tensors(4, tokens // 4), heads.floors(4 * visible_pairs([tokens // 4]))
         yield Case(f"packed {work}: unpacked", {"expertmesh": ours}, inputs, floors)
 
 
@@ -132,7 +132,7 @@ def sink_cases(tiny: bool) -> Iterator[Case]:
             work = " ".join(filter(None, ["sinks", packed and "packed", "window" if window else "full"]))
             ours = functools.partial(sink_attention, scale=heads.width**-0.5, window=window, documents=found)
             sink = torch.randn(heads.queries, device=DEVICE).to(DTYPE).requires_grad_()
-            floors = heads.floors(batch * seen(lengths, window))
+            floors = heads.floors(batch * visible_pairs(lengths, window))
             yield Case(work, both_ways(ours), [*heads.tensors(batch, seq), sink], floors)
 
 

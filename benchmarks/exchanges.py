@@ -1,14 +1,14 @@
-"""What the exchanges of expert parallelism take alone, between the GPUs of a node.
+"""Time the communication of expert parallelism alone, between the GPUs of a node.
 
     torchrun --nproc-per-node 2 benchmarks/exchanges.py --out benchmarks/results/h200_x2_exchanges.json
 
-Each rank has 16,384 tokens of 2,048 bfloat16, with top-8 of 128 experts at random. GB/s are those of one direction and
-count the rows that some rank needs, each once per rank. Barriers are part of the time.
+Each rank has 16,384 tokens of 2,048 bfloat16 values, with random top-8 of 128 experts. GB/s are for one direction and
+count each row once per rank that needs it. The time includes barriers.
 
-gather           all tokens to all ranks, copied out of the mailbox, as in the forward
-gather in place  the same, read in the mailbox, as in the backward
-scatter          the sums come back and are added up
-combine          the same, with the experts' rows summed on the way; `this GPU alone` does only that
+gather           send all tokens to all ranks and copy them out of the mailbox, as in the forward
+gather in place  the same without the copy, as in the backward
+scatter          reduce-scatter of the sums
+combine          the same, fused with the sum over the experts' rows; `this GPU alone` is only that sum
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ from expertmesh.moe.gather import Collectives, link_of
 
 
 def exchanges(device: torch.device, tokens: int, width: int, experts: int = 128, top_k: int = 8) -> tuple[dict, int]:
-    """({(link, name): exchange}, bytes that another rank needs)."""
+    """Return ({(link, name): exchange}, bytes of the rows that other ranks need)."""
     world: Any = dist.group.WORLD
     ranks, rank, mailboxes = dist.get_world_size(), dist.get_rank(), link_of(world, "a benchmark")
     x = torch.randn(tokens, width, device=device).bfloat16()

@@ -1,4 +1,4 @@
-"""The experts of one Qwen3-30B-A3B layer alone: stock's grouped_mm backend and ours, without and with adapters.
+"""Time the experts of one Qwen3-30B-A3B layer: stock's grouped_mm backend and ours, without and with adapters.
 
     python benchmarks/experts.py --out benchmarks/results/h200_experts.json
     python benchmarks/experts.py --only adapters --out benchmarks/results/h200_adapters.json
@@ -7,12 +7,12 @@ Random hidden states, bfloat16, 128 experts, top-8, widths 2,048 and 768; routin
 `expertmesh-triton` is ours without quack-kernels.
 
 experts    the weights are trained
-adapters   they are frozen; adapters of rank 16 in float32, as products of low rank (`expertmesh`) and as the sum of
-           whole weights that PEFT makes (`whole`); `without`: no adapters
+adapters   the weights are frozen, with adapters of rank 16 in float32, as low-rank products (`expertmesh`) and as
+           PEFT's sum of full weights (`whole`); `without`: no adapters
 kernel     each grouped Triton kernel
 
 The floor counts 2·S·H·3I FLOPs in the forward (up and down products of S = T·K rows), twice that in the backward, half
-of it if weights are frozen. Medians of rows of five calls, as layers follow each other, each row behind 20 ms of memory
+of it if weights are frozen. Times are medians over series of five consecutive calls, each series after 20 ms of memory
 writes.
 """
 
@@ -39,7 +39,7 @@ NAMES, RANK = ("gate_up_proj", "down_proj"), 16
 
 
 def routing(tokens: int, experts: int, top_k: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights, ids) of `top_k` experts for each token."""
+    """Return (weights, ids) of `top_k` experts for each token."""
     logits = torch.randn(tokens, experts, device=DEVICE)
     if kind == "zipf":
         logits -= torch.log(torch.arange(1, experts + 1, device=DEVICE).float())[torch.randperm(experts, device=DEVICE)]
@@ -48,7 +48,7 @@ def routing(tokens: int, experts: int, top_k: int, kind: str) -> tuple[torch.Ten
 
 
 def by_triton(fn: Callable) -> Callable:
-    """`fn` without quack-kernels."""
+    """Return `fn` without quack-kernels."""
 
     def run(*inputs: Any) -> Any:
         with mock.patch.object(backends, "has_quack", lambda _: False):
@@ -58,7 +58,7 @@ def by_triton(fn: Callable) -> Callable:
 
 
 def native(module: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *adapters: torch.Tensor) -> Any:
-    """By products of low rank, the making of the factors included."""
+    """Run the experts with low-rank products, including the preparation of the factors."""
     experts = len(module.down_proj)
     sides = [
         factor_of(adapter, bool(n % 2), 1.0 + n % 2, experts, slice(None), DTYPE) for n, adapter in enumerate(adapters)
@@ -71,7 +71,7 @@ def native(module: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tenso
 
 
 def whole(module: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *adapters: torch.Tensor) -> Any:
-    """W + 2 · B · A first, in PEFT's one operation."""
+    """Run the experts after computing W + 2 · B · A in one operation, as PEFT does."""
     kept = {name: module._parameters.pop(name) for name in NAMES}
     for name, a, b in zip(NAMES, adapters[::2], adapters[1::2], strict=True):
         experts = len(kept[name])

@@ -1,22 +1,22 @@
-"""Training steps of a whole model on all GPUs of a node: stock Transformers and expertmesh, in turn, in one job.
+"""Time training steps of a whole model on all GPUs of a node: stock Transformers and expertmesh, in one job.
 
     torchrun --nproc-per-node 4 benchmarks/gpus.py --work qwen3-30b-a3b --out benchmarks/results/NAME.json
 
-Every arm has the same weights and tokens: forward, backward, clipping and AdamW, whose states have the weights' dtype
-and whose learning rate is 0; `--no-update` leaves clipping and AdamW out. Stock clips and updates by PyTorch's (with
-experts on several meshes it clips by ours), ours by `expertmesh.AdamW`, which clips as it steps. An arm is `stock` or
-`expertmesh`, and what is added to it:
+Every arm has the same weights and tokens. A step is forward, backward, clipping and AdamW, with states in the weights'
+dtype and a learning rate of 0; `--no-update` omits clipping and AdamW. Stock clips and updates with PyTorch's functions
+(with experts on several meshes it clips with ours), ours with `expertmesh.AdamW`, which also clips. An arm is `stock`
+or `expertmesh` with these suffixes:
 
--ep         all ranks share the experts; -ep-half: half of the ranks, FSDP2 over the rest. Without it: FSDP2 alone
+-ep         experts are divided over all ranks; -ep-half: over half of them, with FSDP2 over the rest. Else: FSDP2 only
 -compiled   each decoder layer is compiled (stock)
 -recompute  the activations of each layer are recomputed (ours)
--experts    less is: the experts' up-projections, and what takes no product (ours)
+-experts    only the experts' up-projections and activations without a matrix product are recomputed (ours)
 -graph      forward and backward are one CUDA graph (ours)
 -8bit       AdamW's states have 8 bits (ours)
--released   a gradient is used up within backward, clipped by the norms of earlier steps (ours, not recorded)
+-released   gradients are released within the backward, clipped by the norms of earlier steps (ours, no CUDA graph)
 
-`ARM:1,2` has batch sizes of its own. `--trace` adds where the milliseconds of a step went. Without GPUs it is a tiny
-model, to try the script.
+`ARM:1,2` sets the batch sizes of an arm. `--trace` adds a breakdown of a step's milliseconds. Without GPUs the script
+runs a tiny model.
 """
 
 import gc
@@ -46,14 +46,14 @@ from expertmesh.train.graphed import WARM_UP, GraphedStep
 
 ARMS = "stock stock-ep stock-compiled expertmesh expertmesh-ep expertmesh-ep-half expertmesh-ep-graph".split()
 LAYERS = {"qwen3-30b-a3b": 48, "nemotron-3-nano": len(NEMOTRON_3_NANO)}
-ROUTINGS = "random-init", "balanced"  # in this order: the second stays
+ROUTINGS = "random-init", "balanced"  # in this order: the hooks of the second stay
 PHASES = "forward_ms", "backward_ms", "clip_ms", "optimizer_ms"
-EXCHANGES = "barrier_kernel", "nccl", "PtoP"  # in the names of what does not compute in a trace
-NOTES = "FSDP", "nccl:", "## ", "ProfilerStep"  # how the names of a trace's annotations begin
+EXCHANGES = "barrier_kernel", "nccl", "PtoP"  # parts of the names of communication in a trace
+NOTES = "FSDP", "nccl:", "## ", "ProfilerStep"  # prefixes of annotations in a trace
 
 
 def begin() -> torch.device:
-    """This rank's device; the ranks meet. NVLink multicast is off: it can take down links that others share."""
+    """Initialize the process group; return this rank's device. NVLink multicast is off: it can break shared links."""
     os.environ |= {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")
@@ -65,7 +65,7 @@ def begin() -> torch.device:
 
 
 class RanksResult(Result):
-    """The result of all ranks, which the first one prints and writes."""
+    """The result of a run on several ranks. Rank 0 prints and writes it."""
 
     def __init__(self, options: Any, **more: Any):
         ranks = dist.get_world_size()
@@ -78,7 +78,7 @@ class RanksResult(Result):
 
 
 def build(arm: str, config: Any, device: torch.device) -> Any:
-    """A sharded model of this arm; every arm and layout has the same weights."""
+    """Return a sharded model of this arm, with the same weights in every arm and layout."""
     ranks = dist.get_world_size()
     ep_size = 1 if "-ep" not in arm else ranks // 2 if "-half" in arm else ranks
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -104,7 +104,7 @@ def build(arm: str, config: Any, device: torch.device) -> Any:
 
 @torch.no_grad()
 def fill(model: Any, config: Any, device: torch.device) -> None:
-    """Random weights that depend on the parameter's name alone."""
+    """Initialize weights at random, seeded by the parameter's name only."""
     for name, parameter in model.named_parameters():
         torch.manual_seed(zlib.crc32(name.encode()))
         full = torch.ones(parameter.shape, device=device, dtype=torch.bfloat16)
@@ -120,7 +120,7 @@ def fill(model: Any, config: Any, device: torch.device) -> None:
         if "inv_freq" in name:
             steps = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
             buffer.copy_(1.0 / (config.rope_parameters["rope_theta"] ** steps))
-        else:  # routers' corrections
+        else:  # correction biases of routers
             buffer.zero_()
 
 
@@ -130,7 +130,7 @@ def tokens(config: Any, batch: int, seq: int, device: torch.device) -> torch.Ten
 
 
 def adamw(arm: str, model: Any) -> torch.optim.Optimizer:
-    """Ours, or PyTorch's fused, which cannot update parameters of different meshes by one call."""
+    """Return our AdamW, or PyTorch's fused one with a group per mesh, as one call cannot update several meshes."""
     if not arm.startswith("stock"):
         return AdamW(model.parameters(), lr=0.0, max_grad_norm=1.0, states="8bit" if "-8bit" in arm else None)
     groups: dict[Any, list] = {}
@@ -153,8 +153,8 @@ def milliseconds(start: Any, end: Any) -> float:
 
 
 def step(model: Any, runner: Any, optimizer: Any, clip: Any, ids: torch.Tensor, device: torch.device) -> list[Any]:
-    """One step; the marks around its phases. `runner` does forward and backward in one, else they are two phases.
-    optimizer None: forward and backward alone; clip None: it clips itself.
+    """Run one step and return the time marks between its phases. `runner` runs forward and backward as one phase;
+    without it they are two. optimizer None: only forward and backward; clip None: the optimizer clips.
     """
     marks = [mark(device)]
     model.zero_grad(set_to_none=True)
@@ -180,10 +180,10 @@ def measure(
     model: Any, runner: Any, optimizer: Any, clip: Any, config: Any, batch: int, seq: int, device: torch.device,
     warmup: int = 2, repeats: int = 5,
 ) -> dict[str, Any]:  # fmt: skip
-    """Medians of steps one behind the other, each up to where the next begins."""
+    """Return medians over consecutive steps, each timed from its start to the start of the next."""
     ids, on_gpu, recorded = tokens(config, batch, seq, device), device.type == "cuda", isinstance(runner, GraphedStep)
     for number in range(warmup + WARM_UP if recorded else warmup):
-        if on_gpu and recorded and number == WARM_UP:  # the recording, whose memory all replays keep
+        if on_gpu and recorded and number == WARM_UP:  # the step that is recorded; replays keep its memory
             torch.cuda.reset_peak_memory_stats()
         step(model, runner, optimizer, clip, ids, device)
     if on_gpu and not recorded:
@@ -208,8 +208,8 @@ def measure(
 
 
 def trace(model: Any, runner: Any, ids: torch.Tensor) -> dict[str, float]:
-    """Where the milliseconds of one step went on this GPU: a kernel computed; only rows, weights or gradients travelled
-    or ranks met; nothing ran.
+    """Return the milliseconds of one step on this GPU in which a compute kernel ran, in which only communication ran,
+    and in which nothing ran.
     """
     model.zero_grad(set_to_none=True)
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -229,7 +229,7 @@ def trace(model: Any, runner: Any, ids: torch.Tensor) -> dict[str, float]:
 
 
 def covered(spans: list[tuple]) -> float:
-    """How long at least one of them lasted."""
+    """Return the total time covered by at least one span."""
     total, last = 0.0, float("-inf")
     for start, end, *_ in sorted(spans):
         total += max(0, end - max(start, last))
@@ -238,12 +238,12 @@ def covered(spans: list[tuple]) -> float:
 
 
 def rows_of(arm: str, batches: list[int], options: Any, device: torch.device) -> Iterator[dict[str, Any]]:
-    """A row for each routing and each batch size that fits."""
+    """Yield a row for each routing and each batch size that fits."""
     on_gpu = device.type == "cuda"
     layers = options.layers or (LAYERS[options.work] if on_gpu else None)
     config = config_of(WORKS[options.work], layers, tiny=not on_gpu)
     model = build(arm, config, device)
-    # PyTorch's own cannot clip over the meshes of Transformers' expert parallelism
+    # PyTorch's function cannot clip over the several meshes of Transformers' expert parallelism
     stock_clip = clip_grad_norm if "-ep" in arm else torch.nn.utils.clip_grad_norm_
     clip = stock_clip if arm.startswith("stock") else None
     for routing in sorted(options.routings, key=ROUTINGS.index):
@@ -264,7 +264,7 @@ def rows_of(arm: str, batches: list[int], options: Any, device: torch.device) ->
             except torch.OutOfMemoryError:
                 row["failed"] = "out of memory"
             finally:
-                model.zero_grad(set_to_none=True)  # first: closing would copy gradients that the recording holds
+                model.zero_grad(set_to_none=True)  # before close(), which would copy gradients held by the graph
                 if runner:
                     runner.close()
                 optimizer = runner = None
@@ -289,7 +289,7 @@ def main() -> None:
     options.add_argument("--routings", nargs="+", default=ROUTINGS, choices=ROUTINGS)
     options.add_argument("--layers", type=int, help="default: all")
     options.add_argument("--seq", type=int, default=4096)
-    options.add_argument("--no-update", dest="update", action="store_false", help="forward and backward alone")
+    options.add_argument("--no-update", dest="update", action="store_false", help="only forward and backward")
     options.add_argument("--trace", action="store_true")
     options = options.parse_args()
     device = begin()

@@ -1,9 +1,9 @@
-"""What `expertmesh plan` says beside what was measured, for every committed row of ours that a plan describes.
+"""Compare the predictions of `expertmesh plan` with every committed row of ours that a plan describes.
 
     python benchmarks/plans.py     # any machine, a minute or two; then python benchmarks/tables.py
 
-A row of one GPU without a loop is a forward and backward; one of a loop is a whole step of our trainer. Steps that the
-CPU slowed down (eager ones on several GPUs, transformers' own Trainer) are compared by their memory alone.
+Rows of one GPU without a loop are a forward and backward; rows of loops are whole steps of our trainer. For steps that
+the CPU slowed down (eager ones on several GPUs, transformers' own Trainer) only memory is compared.
 """
 
 import json
@@ -21,7 +21,7 @@ from expertmesh.plan.speed import speed_of
 RESULTS = Path(__file__).resolve().parent / "results"
 OUT = Path(__file__).resolve().parent / "plans.json"
 GPU = GPUS["h200"]
-#: (work, layers, batch, ranks, whole steps) that the constants of plan/speed.py were fitted to; memory has none to fit
+#: (work, layers, batch, ranks, whole steps) to which plan/speed.py's constants were fitted; memory has no constants
 FITTED = {
     ("qwen3-30b-a3b", 8, 1, 1, False),
     ("qwen3-30b-a3b", 8, 4, 1, False),
@@ -31,15 +31,15 @@ FITTED = {
     ("qwen3-30b-a3b", 48, 1, 2, False),
     ("qwen3-30b-a3b with adapters", 8, 4, 1, True),
 }
-#: measured before a rank kept only its share of the rows that its experts might get
+#: results from before a rank kept only its share of the rows that its experts might get
 OLDER = {"h200_x4_qwen3_30b_step", "h200_x4_nemotron_3_nano_step", "h200_x2_nemotron_3_nano"}
-#: models that are no work of their own
+#: models that have no work of their own -> the work with their code, and other widths
 MODELS: dict[str, tuple[str, dict[str, int]]] = {"gpt-oss-120b": ("gpt-oss-20b", {"num_local_experts": 128})}
 
 
 class Case(NamedTuple):
-    """What a row measured. layers None are the work's own. job: what `Job` takes, as JSON. full: a whole step. ms None:
-    not to compare.
+    """The configuration and time of a row. job: the arguments of `Job`, as JSON. full: whole steps. ms None: the time
+    is not compared.
     """
 
     work: str
@@ -50,14 +50,14 @@ class Case(NamedTuple):
 
 
 def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | None:
-    """The case of a row, None for one that a plan does not describe: other code than ours, or rows of padding."""
+    """Return the case of a row, or None if a plan does not describe it: other code than ours, or rows with padding."""
     arm, loop, ranks = row.get("arm", ""), row.get("loop"), result["gpus"]
     if not arm.startswith("expertmesh") or "-no-" in arm or "-push" in arm or name in OLDER or "step_ms" not in row:
         return None
     if loop in ("trainer-padded", "lora", "dpo"):
         return None
     job = {"batch": row["batch"], "seq": row["seq"], "world_size": ranks, "released": "-released" in arm}
-    job["documents"] = 2 if loop == "sft-packed" else 1  # they attend as so many of equal length
+    job["documents"] = 2 if loop == "sft-packed" else 1  # attention of documents of equal length
     if "format" in row:
         experts = None if row["format"] == "bf16" else row["format"]
         job |= {"recompute": row["recompute"], "adapters": True, "experts": experts}
@@ -73,7 +73,7 @@ def case_of(name: str, result: dict[str, Any], row: dict[str, Any]) -> Case | No
 
 
 def cases() -> Iterator[tuple[str, dict[str, Any], Case]]:
-    """(file, row, case) of every committed row that a plan describes."""
+    """Yield (file, row, case) of every committed row that a plan describes."""
     for path in sorted(RESULTS.glob("h200*.json")):
         result = json.loads(path.read_text())
         for row in result.get("rows", []):
@@ -93,7 +93,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any], Case]]:
 
 @cache
 def planned(work: str, layers: int, job: str, full: bool) -> tuple[float, float]:
-    """(GiB, ms) that a plan says of a case."""
+    """Return the (GiB, ms) that a plan predicts for a case."""
     work, widths = MODELS.get(work, (work, {}))
     options = {"optimizer": "adamw"} | json.loads(job)
     adapt = loops.adapted if options.pop("adapters", False) else None
@@ -103,7 +103,7 @@ def planned(work: str, layers: int, job: str, full: bool) -> tuple[float, float]
 
 
 def compared(name: str, row: dict[str, Any], case: Case) -> dict[str, Any]:
-    """A row with what was planned."""
+    """Return a row with its planned values."""
     job, (gib, ms) = json.loads(case.job), planned(*case[:-1])
     ranks = job.get("world_size", 1)
     place = case.work + " with adapters" * job.get("adapters", False), case.layers, job["batch"], ranks, case.full
@@ -121,7 +121,7 @@ def compared(name: str, row: dict[str, Any], case: Case) -> dict[str, Any]:
 
 
 def beside_measured() -> tuple[str, list[str], list[list[Any]]]:
-    """The committed predictions: how many are close, and a table's header and rows."""
+    """Return a summary of the committed predictions, and the header and rows of their table."""
     found = json.loads(OUT.read_text())
 
     def off(row: dict[str, Any], planned: str, measured: str) -> float:

@@ -1,12 +1,12 @@
-"""What low-memory states of AdamW and gradient release do to a model: trained on real text, by held-out loss.
+"""Measure the effect of AdamW's low-memory states and gradient release on the held-out loss, with real text.
 
     python benchmarks/quality.py --out benchmarks/results/h200_quality.json
 
-A Qwen3-MoE of 28 million bfloat16 weights (32 experts, 4 of them for each token) learns the Python sources of the
-standard library, PyTorch and Transformers, no row twice; every 20th row is held out. Arms: AdamW's states in float32,
-24 or 8 bits, each with gradients that stand until the optimizer's step, and released within backward (`running`). Arms
-of a seed have the same first weights and the same batches. On a GPU a whole step is one CUDA graph, and `--together`
-arms train at the same time, each on its own stream. `arms` of the result compares losses with those of `float32`.
+A Qwen3-MoE with 28 million bfloat16 weights (top-4 of 32 experts) trains on the Python sources of the standard library,
+PyTorch and Transformers, without repeating a row; every 20th row is held out. The arms are AdamW's states in float32,
+24 or 8 bits, each with gradients kept until the optimizer step and with gradients released within the backward
+(`running`). All arms of a seed have the same initial weights and batches. On a GPU a whole step is one CUDA graph, and
+`--together` arms train concurrently, each on its own stream. `arms` of the result compares losses with `float32`.
 """
 
 import math
@@ -36,13 +36,13 @@ SIZES = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 
 TINY = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_experts": 8,
         "num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
 FOLDERS = [Path(sysconfig.get_paths()["stdlib"]), *(Path(each.__file__).parent for each in (torch, transformers))]
-HELD_OUT = 20  # of so many rows one
-CURVE_POINTS, CURVE_ROWS, EVAL_ROWS = 10, 128, 64  # losses on the way, each of so many rows; rows of a forward
-Training = Generator[None, None, dict[str, Any]]  # goes on to the next step, and returns its row
+HELD_OUT = 20  # one of this many rows is held out
+CURVE_POINTS, CURVE_ROWS, EVAL_ROWS = 10, 128, 64  # losses during training, their rows, rows per forward
+Training = Generator[None, None, dict[str, Any]]  # runs one step per next(), and returns the row of the arm
 
 
 def text(rows: int, seq: int) -> torch.Tensor:
-    """Rows of tokens [rows, seq]: files behind one another, each with an end. Raises ValueError for too little text."""
+    """Return tokens [rows, seq] of joined files, with EOS after each. Raise ValueError if the text is too short."""
     files = [path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))
              if "site-packages" not in path.relative_to(folder).parts]  # fmt: skip
     tokenizer, tokens = demo_tokenizer(), list[int]()
@@ -56,7 +56,7 @@ def text(rows: int, seq: int) -> torch.Tensor:
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate of a step: linear warm-up, then a cosine to 0."""
+    """Return the learning rate of a step: linear warm-up, then a cosine to 0."""
     if step < WARM_UP:
         return PEAK_LR * (step + 1) / WARM_UP
     return PEAK_LR * 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(steps - WARM_UP, 1)))
@@ -64,7 +64,7 @@ def rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def held_out_loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
-    """The mean over all tokens, a scalar on the device."""
+    """Return the mean loss over all tokens, a scalar on the device."""
     model.eval()
     losses = [
         len(ids) * model(input_ids=ids, labels=ids, use_cache=False).loss.float() for ids in rows.split(EVAL_ROWS)
@@ -74,9 +74,9 @@ def held_out_loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
 
 
 def whole_step(model: Any, optimizer: expertmesh.AdamW, release: str | None) -> Callable[..., torch.Tensor]:
-    """A function of a batch that does forward, backward and update, and leaves no gradient."""
+    """Return a function of a batch that runs forward, backward and update, and leaves no gradient."""
     released = expertmesh.GradientRelease(optimizer, release) if release else None  # type: ignore[arg-type]
-    running = torch.zeros((), device=DEVICE)  # in one place, where a graph reads it and writes it
+    running = torch.zeros((), device=DEVICE)  # at a fixed address, for the CUDA graph
 
     def step(ids: torch.Tensor) -> torch.Tensor:
         if released:
@@ -95,14 +95,14 @@ def whole_step(model: Any, optimizer: expertmesh.AdamW, release: str | None) -> 
 
 
 def training(data: torch.Tensor, sizes: dict, states: str, release: str | None, seed: int, batch: int) -> Training:
-    """Trains one arm on all rows of data that are not held out, a step each time it is asked."""
+    """Train one arm on all rows of data that are not held out, one step per next()."""
     torch.manual_seed(seed)
     config = transformers.Qwen3MoeConfig(
         **sizes, vocab_size=VOCABULARY, rope_theta=1e4, initializer_range=sizes["hidden_size"] ** -0.5
     )
     with torch.device(DEVICE):
         model = expertmesh.AutoModelForCausalLM.from_config(config, dtype=DTYPE).train()
-    # experts are updated within backward one by one, as those of large models are
+    # update each stack of experts alone within the backward, as for large models
     gradient_release.BYTES = min(weight.nbytes for weight in model.parameters() if weight.ndim == 3)
     lr = torch.zeros((), device=DEVICE)
     options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_NORM}
@@ -130,7 +130,7 @@ def training(data: torch.Tensor, sizes: dict, states: str, release: str | None, 
 
 
 def together(runs: list[Training]) -> Iterator[dict[str, Any]]:
-    """The rows of runs that take their steps in turn, each on a stream of its own."""
+    """Yield the rows of runs whose steps are interleaved, each on its own stream."""
     on = {run: torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else nullcontext() for run in runs}
     while on:
         for run, stream in list(on.items()):
@@ -143,7 +143,7 @@ def together(runs: list[Training]) -> Iterator[dict[str, Any]]:
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each arm the mean over seeds, and by how many percent it is above that of float32 with standing gradients."""
+    """Return each arm's mean over seeds, and its difference in percent from float32 with gradients kept."""
     base = {row["seed"]: row["held_out_loss"] for row in rows if row["arm"] == STATES[0]}
     found = []
     for arm in dict.fromkeys(row["arm"] for row in rows):

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: options, result file, how a call is timed, and the table of several arms."""
+"""Code shared by the scripts of this folder: options, result file, timing of calls, and cases with several arms."""
 
 import argparse
 import contextlib
@@ -17,13 +17,13 @@ from expertmesh.bench.origin import origin, write
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
-BYTES_PER_MS, FLOP_PER_MS = 4.25e9, 788e9  # what floors count with: one H200's copy, and product of 8192 x 8192
+BYTES_PER_MS, FLOP_PER_MS = 4.25e9, 788e9  # rates for floors: one H200's copy, and product of 8192 x 8192
 FLUSH_BYTES = 2**28  # more than an L2 cache holds
-FLUSHES_PER_MS = 16  # on an H200; fewer fit into a millisecond where memory is slower
+FLUSHES_PER_MS = 16  # on an H200; fewer on GPUs with slower memory
 
 
 def parser(doc: str | None, repeats: int = 20, cases: bool = False) -> argparse.ArgumentParser:
-    """The options of every script; `doc` is the script's docstring, `cases`: it times cases."""
+    """Return a parser of the common options. `doc` is the script's docstring; `cases` adds the choice of cases."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--out", help="write the JSON here as well")
     found.add_argument("--commit", default="", help="default: that of the working tree")
@@ -35,8 +35,8 @@ def parser(doc: str | None, repeats: int = 20, cases: bool = False) -> argparse.
 
 
 class Result:
-    """The JSON of one run: where it comes from, and its rows. Each row is printed and written at once, because a later
-    one may fail.
+    """The JSON of one run: its provenance and its rows. Each row is printed and written at once, because a later one
+    may fail.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Result:
 
 
 def interpreted() -> contextlib.AbstractContextManager:
-    """With TRITON_INTERPRET=1 our kernels run in Triton's interpreter, on a CPU too."""
+    """Context manager that runs our kernels in Triton's interpreter, also on a CPU, if TRITON_INTERPRET=1."""
     wanted = os.environ.get("TRITON_INTERPRET") == "1"
     return backends.interpreted() if wanted else contextlib.nullcontext()
 
 
 def attempt(run: Callable[[], dict[str, Any]], ours: bool) -> dict[str, Any]:
-    """What `run` returns. An error of another library's kernel is a result too: {"failed": why}; ours is raised."""
+    """Return the result of `run`, or {"failed": reason} if another library's kernel fails. Our errors are raised."""
     try:
         return run()
     except Exception as error:
@@ -72,15 +72,15 @@ def attempt(run: Callable[[], dict[str, Any]], ours: bool) -> dict[str, Any]:
 
 
 def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    """Normal random numbers that get a gradient."""
+    """Return a leaf tensor of normal random numbers that requires a gradient."""
     return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE).requires_grad_()
 
 
 class Case(NamedTuple):
-    """One operation, and functions that compute it: ours by names that begin with "expertmesh", and others.
+    """One operation, and the functions that compute it. Names of ours begin with "expertmesh".
 
-    floors: least milliseconds of forward and backward on one H200; a backward of 0 is not compared. whole: only the
-    sum of both is, because some arm makes its gradients in the forward.
+    floors: minimum milliseconds of forward and backward on one H200; a backward of 0 is not compared. whole: compare
+    only the sum of both, because some arm computes its gradients in the forward.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Case(NamedTuple):
 
 
 def time_cases(result: Result, cases: Iterable[Case], options: Any, queued: int = 1, lead: int = 1) -> None:
-    """Adds a row per case, arm and pass to `result`; of "--only" names, those that begin with one of them."""
+    """Add a row per case, arm and pass to `result`. With --only, run only cases whose names begin with one of these."""
     only = tuple(filter(None, options.only.split(",")))
     with interpreted():
         for case in cases:
@@ -119,9 +119,9 @@ def _rows(case: Case, repeats: int, queued: int, lead: int) -> Iterator[dict[str
 def forward_backward(
     fn: Callable, inputs: Sequence[torch.Tensor], repeats: int, queued: int = 1, lead: int = 1
 ) -> dict[str, tuple[float, float]]:
-    """(ms, CPU ms) of the "forward" that keeps what the backward needs, of the "backward", and of "both" together.
+    """Return (ms, CPU ms) of the "forward" with saved tensors, of the "backward", and of "both" together.
 
-    Only "forward" where no input has a gradient. queued, lead: as in `medians_ms`.
+    Without an input that requires a gradient, return only "forward". queued, lead: as in `medians_ms`.
     """
     leaves = [x for x in inputs if x.requires_grad]
 
@@ -145,15 +145,15 @@ def forward_backward(
 def medians_ms(
     run: Callable[[], Any], repeats: int, queued: int = 1, lead: int = 1, warmup: int = 3
 ) -> tuple[float, float]:
-    """Milliseconds of a call on the device, and of the CPU until it returns: medians over `repeats` rows of calls.
+    """Return the milliseconds of a call on the device and on the CPU: medians over `repeats` series of calls.
 
-    A row is `queued` calls, one behind the other. Before it about `lead` milliseconds of writes empty the L2 cache,
-    while the CPU launches ahead; after many of them a GPU at its limit of power clocks higher. Without a GPU both are
-    the time of the call.
+    A series is `queued` consecutive calls. Before each, about `lead` milliseconds of writes flush the L2 cache
+    while the CPU launches ahead; a long lead also lets a GPU at its power limit recover its clocks. Without a GPU both
+    values are the time of the call.
     """
     on_gpu = torch.cuda.is_available()
     flush = torch.empty(FLUSH_BYTES if on_gpu else 0, dtype=torch.int8, device="cuda" if on_gpu else "cpu")
-    rows, warmup = [], min(warmup, repeats)  # a single call only tries a script
+    rows, warmup = [], min(warmup, repeats)  # a single repeat only tries the script
     for _ in range(warmup + repeats):
         if on_gpu:
             for _ in range(lead * FLUSHES_PER_MS):

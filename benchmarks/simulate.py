@@ -1,10 +1,10 @@
-"""Models of hundreds of billions of parameters on hundreds of GPUs, simulated on this machine.
+"""Simulate models of hundreds of billions of parameters on hundreds of GPUs, on this machine.
 
     python benchmarks/simulate.py --out benchmarks/results/simulated_h100.json     # any machine, two minutes
 
-Nothing here is measured: bytes of a rank are those of real shards, everything else is a plan's. Of the models only
-config.json is there (models/), made from the published configurations. Beside each stands what NVIDIA published for
-NeMo AutoModel on as many H100.
+Nothing is measured: the bytes of a rank are those of real shards, and everything else is predicted by a plan. Only the
+config.json of each model is needed (models/), taken from the published configurations. Each row also has the figures
+that NVIDIA published for NeMo AutoModel on the same number of H100.
 """
 
 from collections.abc import Callable
@@ -29,12 +29,12 @@ JOBS: list[tuple[str, dict[str, Any]]] = [
 ]
 HELD = ("parameters", "gradients", "optimizer states")
 SHOWN = ("ep_size", "batch", "seq", "optimizer", "released", "recompute", "per_node")
-#: NeMo AutoModel's report of June 2026 (GiB, tokens/s on each GPU); DeepSeek V3's has pipelines of 4 stages and no GiB
+#: NeMo AutoModel's report of June 2026 (GiB, tokens/s per GPU); DeepSeek V3 ran with 4 pipeline stages, without GiB
 PUBLISHED = {"nemotron-3-ultra-550b": (58.2, 815), "deepseek-v3": (None, 1002)}
 
 
 def row_of(model: str, found: Simulation) -> dict[str, Any]:
-    """A row of the result."""
+    """Return a row of the result."""
     layout = found.plan.layout
     job, memory, speed = layout.job, layout.memory, layout.speed
     least = speed.step - found.seconds_hidden
@@ -55,7 +55,7 @@ def row_of(model: str, found: Simulation) -> dict[str, Any]:
 
 
 def beside_published(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """A table's header and rows: what was simulated of each model, and what was published."""
+    """Return the header and rows of a table with simulated and published values of each model."""
 
     def sent(name: str) -> Callable[[dict[str, Any]], str]:
         return lambda row: " + ".join(f"{size:,}" for size in row["sent_gb"][name])

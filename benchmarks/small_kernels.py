@@ -1,11 +1,11 @@
-"""Our small kernels and Mamba2's alone: each one's time beside its floor, PyTorch, torch.compile and other libraries.
+"""Time our small kernels and Mamba2's, compared with their floor, PyTorch, torch.compile and other libraries.
 
     python benchmarks/small_kernels.py --out benchmarks/results/h200_small_kernels.json
     python benchmarks/small_kernels.py --only mamba2 --out benchmarks/results/h200_mamba.json
 
-A row per kernel, implementation and pass. The floor is the bytes that must move, for the loss its matrix products.
-`cpu_ms` is what the CPU needs to launch a call. Mamba2 has 4 x 4,096 tokens at Nemotron-3-Nano widths; its `mixer` is
-all that a layer does between its projections. With TRITON_INTERPRET=1 `--tiny` runs our kernels on the CPU.
+There is a row per kernel, implementation and pass. The floor is the time to move the necessary bytes, and for the loss
+that of its matrix products. `cpu_ms` is the CPU time to launch a call. Mamba2 has 4 x 4,096 tokens at Nemotron-3-Nano
+widths; its `mixer` is everything between a layer's projections. With TRITON_INTERPRET=1 `--tiny` runs on the CPU.
 """
 
 import os
@@ -36,18 +36,18 @@ from expertmesh.memory.adamw import AdamW
 EPS = 1e-6
 EXPERTS, TOP_K = 128, 8
 DT_LIMIT = 0.001, float("inf")
-#: bytes of an element that clipping and a step of AdamW must move: gradient (twice), weight and states
+#: bytes per element that clipping and an AdamW step must move: gradient (twice), weight and states
 UPDATES = {None: 16, "8bit": 12 + 16 / 256, "24bit": 14 + 16 / 256, "float32": 30}
 
 
 def arms(ours: Callable, reference: Callable, **others: Callable) -> dict[str, Callable]:
-    """Ours, PyTorch's plain and compiled, and those of other libraries, which need a GPU."""
+    """Return our function and PyTorch's, and on a GPU also PyTorch's compiled and those of other libraries."""
     found = {"expertmesh": ours, "torch": reference}
     return found | {"torch.compile": torch.compile(reference), **others} if DEVICE == "cuda" else found
 
 
 def liger(name: str, **options: Any) -> dict[str, Callable]:
-    """{"liger": its function of this name}; nothing where it is not installed."""
+    """Return {"liger": Liger's function of this name}, or {} if Liger is not installed."""
     if find_spec("liger_kernel") is None:
         return {}
     fn = getattr(import_module("liger_kernel.transformers.functional"), f"liger_{name}")
@@ -70,7 +70,7 @@ def norm_cases(tokens: int, hidden: int) -> Iterator[Case]:
 
 
 def rope_cases(tokens: int) -> Iterator[Case]:
-    """Qwen3's heads; and DeepSeek V3's, 128 wide without and 64 with position, of as many tokens as a GPU holds."""
+    """Qwen3's heads, and DeepSeek V3's with widths 128 without and 64 with RoPE, for the tokens that fit on a GPU."""
     width, q_heads, k_heads = 128, 32, 4
     q, k = leaf(1, tokens, q_heads, width), leaf(1, tokens, k_heads, width)
     angle = torch.randn(1, tokens, width, device=DEVICE)
@@ -88,7 +88,7 @@ def rope_cases(tokens: int) -> Iterator[Case]:
     yield Case("qk_norm_rope", found, (q, k, leaf(width), leaf(width), cos, sin), floors)
     turned = q.detach().transpose(1, 2).requires_grad_(), k.detach().transpose(1, 2).requires_grad_(), cos, sin
     theirs = {name: lambda q, k, *by, fn=fn: fn(q.clone(), k.clone(), *by) for name, fn in turns.items()}
-    floors = 2 * head_pass + rotation, 2 * head_pass + rotation  # Liger's works in place, hence the clones
+    floors = 2 * head_pass + rotation, 2 * head_pass + rotation  # Liger's kernel works in place, hence the clones
     yield Case("rope", arms(rotary, apply_rotary_pos_emb, **theirs), turned, floors)
     tokens, heads, nope, rope = min(tokens, 4096), 128, 128, 64
     inputs = leaf(1, tokens, heads, nope + rope), leaf(1, tokens, heads, 2 * nope), leaf(1, tokens, rope)
@@ -133,8 +133,8 @@ def loss_cases(tokens: int, hidden: int, vocab: int) -> Iterator[Case]:
 
 
 def optimizer_cases(count: int) -> Iterator[Case]:
-    """Of one tensor of `count` elements: the parts of clipping, and clipping and AdamW beside PyTorch's, whose moments
-    have the weight's dtype.
+    """The parts of clipping, and clipping with AdamW compared with PyTorch's, for one tensor of `count` elements.
+    PyTorch's moments have the weight's dtype.
     """
     grad, s, row = leaf(count).detach(), torch.tensor(1.001, device=DEVICE), count * 2 / BYTES_PER_MS
     norm = (lambda g, fn=fn: fn([g]) for fn in (clip.squared_sum, clip.squared_sum_reference))
@@ -157,7 +157,7 @@ def optimizer_cases(count: int) -> Iterator[Case]:
 
 
 def decode_cases(experts: int, up: int, hidden: int) -> Iterator[Case]:
-    """A layer's stack of weights in 4 bits, decoded, beside a copy of as many bytes as are written."""
+    """Decoding of a layer's stack of 4-bit weights, compared with a copy of the same number of output bytes."""
     out = torch.empty(experts, up, hidden, dtype=DTYPE, device=DEVICE)
     for format in ("nf4", "mxfp4"):
         held = four_bit.Packed.like(out, format, False, four_bit.DecodeBuffer())
@@ -168,7 +168,7 @@ def decode_cases(experts: int, up: int, hidden: int) -> Iterator[Case]:
 
 
 class Kernels(torch.autograd.Function):
-    """y = forward(*inputs), gradients = backward(dy, *inputs): a pair of kernels as one function."""
+    """Autograd function of two kernels: y = forward(*inputs), gradients = backward(dy, *inputs)."""
 
     @staticmethod
     def forward(ctx: Any, forward: Callable, backward: Callable, *inputs: torch.Tensor) -> torch.Tensor:
@@ -182,8 +182,8 @@ class Kernels(torch.autograd.Function):
 
 
 def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
-    """packed: rows of eight documents, of which only the mixer has a reference. The floor counts each tensor of the
-    interface once; dt is as a trained model has it, between 0.001 and 0.1."""
+    """The parts of Mamba2. packed: rows of eight documents, for which only the mixer has a reference. The floor counts
+    each input and output once; dt is between 0.001 and 0.1, as in trained models."""
     rows, inner = (sizes.B, sizes.S), sizes.H * sizes.P
     channels = inner + 2 * sizes.G * sizes.N
     weights = leaf(channels, 4, scale=0.5), leaf(channels)
@@ -236,7 +236,7 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
         kind = {"variance_epsilon": EPS, "group_size": inner // sizes.G}
         reference = lambda x, gate, w: mamba2.norm_reference(SimpleNamespace(weight=w, **kind), x, gate)  # noqa: E731
         inputs = leaf(*rows, inner), leaf(*rows, inner), leaf(inner)
-        if not packed:  # it is the same
+        if not packed:  # packing makes no difference
             yield case("norm", pair, reference, theirs["norm"], inputs, 3 * inner, 5 * inner)
     projected = inner + channels + sizes.H
     mixer = {
@@ -248,7 +248,7 @@ def mamba_cases(sizes: Sizes, packed: bool) -> Iterator[Case]:
 
 
 def mamba_libraries(sizes: Sizes) -> dict[str, dict[str, Callable]]:
-    """Functions of mamba_ssm where it is installed, for each kernel."""
+    """Return the functions of mamba_ssm for each kernel, if it is installed."""
     found: dict[str, dict[str, Callable]] = {"scan": {}, "norm": {}}
     if find_spec("mamba_ssm"):
         ops = "mamba_ssm.ops.triton"

@@ -1,14 +1,14 @@
-"""Writes the tables of README.md and docs/ from the files in benchmarks/results, and the three pictures.
+"""Write the tables of README.md and docs/ from the files in benchmarks/results, and the three plots.
 
-    python benchmarks/tables.py        # needs expertmesh, and matplotlib for the pictures
+    python benchmarks/tables.py        # needs expertmesh, and matplotlib for the plots
 
-A page says where a table goes, and what fills it:
+A page marks the position and the content of a table:
 
     <!-- table: steps h200_qwen3_30b -->
     <!-- end of table -->
 
-The first word is one of `TABLES`, the others are its arguments, mostly a file of benchmarks/results. Below each table
-stand hardware, versions, commit and command. No figure in a table is typed by hand; the text around it is: read it
+The first word is one of `TABLES`, the others are its arguments, mostly a file of benchmarks/results. The line below
+each table has hardware, versions, commit and command. Figures in the text around a table are not generated: check them
 after a new result.
 """
 
@@ -34,7 +34,7 @@ WITHOUT = "expertmesh-no-"
 
 
 def filled(text: str) -> str:
-    """A page with its tables made anew."""
+    """Return the text of a page with its tables regenerated."""
 
     def block(found: re.Match) -> str:
         kind, *words = found[2].split()
@@ -53,7 +53,7 @@ def table(header: list[str], rows: Iterable[list]) -> str:
 
 
 def source(result: dict) -> str:
-    """Where a result comes from, as the line below its table."""
+    """Return the line below a table, with the provenance of its result."""
     note = f" {result['note']}" if "note" in result else ""
     packages = "torch", "triton", "transformers", "trl", "peft", *LIBRARIES
     versions = ", ".join(f"{name} {result[name]}" for name in packages if result.get(name))
@@ -64,11 +64,11 @@ def source(result: dict) -> str:
     return f"{machine}; {versions}; {commit}; `{result['command']}`.{note}"
 
 
-# People's loops
+# Loops
 
 
 def places(result: dict) -> dict[tuple, dict[str, dict]]:
-    """The rows of each (work, layers, loop, batch, seq), by arm."""
+    """Return the rows of each (work, layers, loop, batch, seq), by arm."""
     found: dict[tuple, dict[str, dict]] = {}
     for row in result["rows"]:
         place = tuple(row[key] for key in ("work", "layers", "loop", "batch", "seq"))
@@ -82,7 +82,7 @@ def best_stock(arms: dict[str, dict]) -> dict | None:
 
 
 def loops(name: str) -> str:
-    """Stock, its best arm and ours; an empty cell is an arm that was not to run."""
+    """Return a table of stock, its best arm and ours. A cell is empty if its arm was not run."""
     result, cells = load(name), []
     for (work, _, loop, batch, seq), arms in places(result).items():
         best = best_stock(arms)
@@ -107,7 +107,7 @@ def loops(name: str) -> str:
 
 
 def arms_of_loops(name: str) -> str:
-    """All arms, with how far their steps are apart and what they lost."""
+    """Return a table of all arms, with the range of their step times and their losses."""
     result = load(name)
     cells = [
         [row["work"], row["loop"], f"{row['batch']} x {row['seq']}", row["arm"], row["step_ms"]]
@@ -121,7 +121,7 @@ def arms_of_loops(name: str) -> str:
 
 # Whole models
 
-#: header of a column: key of the rows; columns that a result lacks are left out
+#: header of a column -> key of the rows; columns without values in a result are omitted
 COLUMNS = {
     "forward ms": "forward_ms", "backward ms": "backward_ms", "clip ms": "clip_ms", "AdamW ms": "optimizer_ms",
     "step ms": "step_ms", "tokens/s": "tokens_per_second_per_gpu", "against stock": "against_stock",
@@ -131,9 +131,9 @@ COLUMNS = {
 
 
 def steps(name: str, *without: str) -> str:
-    """Forward and backward, or whole steps, one table per work and routing. without: arms that are left out.
+    """Return tables of forward and backward, or of whole steps, one per work and routing. without: arms to omit.
 
-    Arms without one fusion have a table of their own (`worth`).
+    Arms without one fusion have their own table (`worth`).
     """
     result, groups = load(name), {}
     for row in result["rows"]:
@@ -162,7 +162,7 @@ def _cell(value: Any) -> str:
 
 
 def worth(*names: str) -> str:
-    """The time of a step without each fusion over that with all. Of results that share a work the last one counts."""
+    """Return a table of step times without each fusion, relative to all fusions. The last result of a work counts."""
     results, last = [load(name) for name in names], {}
     for result in results:
         last |= {row["work"]: result for row in result["rows"]}
@@ -179,7 +179,7 @@ def worth(*names: str) -> str:
 
 
 def proof(*names: str) -> str:
-    """How far loss and gradients in bfloat16 are from stock's in float32."""
+    """Return a table of the errors of loss and gradients in bfloat16, against stock in float32."""
     results = [load(name) for name in names]
     cells = [
         [work, f"{found['stock']['loss_error']:.1e}", f"{found['expertmesh']['loss_error']:.1e}"]
@@ -192,7 +192,7 @@ def proof(*names: str) -> str:
 
 
 def components(name: str, arm: str) -> str:
-    """Milliseconds of each component beside its floor, one step of one arm."""
+    """Return a table of the milliseconds and floor of each component, for one step of one arm."""
     result = load(name)
     (profile,) = (arms[arm] for arms in result["profiles"].values())
     rows = [
@@ -221,15 +221,15 @@ def _times(ms: float, floor: float) -> str:
 
 
 def named_rows(result: dict, key: str) -> list[dict]:
-    """The rows by this key; where they have names, with those in a column."""
+    """Return the rows at this key of a result. If they are named, the names become a column."""
     found = result[key]
     return [{key[:-1]: f"`{name}`"} | row for name, row in found.items()] if isinstance(found, dict) else found
 
 
 def rows(names: str, *columns: str) -> str:
-    """Every row that has times, with all its columns, or those that have the last of these, with these.
+    """Return a table of all rows with times and all their columns, or of the rows with the last of `columns`.
 
-    names: a file, or several joined by "+", or FILE:KEY of one that has rows by another key, or by their names.
+    names: a file, several files joined by "+", or FILE:KEY for rows (or named rows) at another key.
     """
     names, _, key = names.partition(":")
     results = [load(name) for name in names.split("+")]
@@ -243,8 +243,8 @@ def rows(names: str, *columns: str) -> str:
 
 
 def cases(name: str) -> str:
-    """Forward and backward of each case of `shared.time_cases`, with a column for each implementation; where only the
-    whole was timed, that.
+    """Return a table of forward and backward of each case of `shared.time_cases`, or of their sum if only that was
+    timed, with a column for each implementation.
     """
     result = load(name)
     timed = [row for row in result["rows"] if "failed" not in row]
@@ -261,13 +261,13 @@ def cases(name: str) -> str:
 
 
 def plans() -> str:
-    """What `expertmesh plan` says beside what was measured (plans.py), the rows that differ most first."""
+    """Return the table of plans.py, the rows with the largest difference first."""
     said, header, cells = beside_measured()
     return f"{said}\n\n{table(header, cells)}"
 
 
 def simulated(name: str) -> str:
-    """What simulated ranks hold and send, beside what was published (simulate.py)."""
+    """Return the table of simulate.py."""
     result = load(name)
     return f"{table(*beside_published(result['rows']))}\n\n{source(result)}"
 
@@ -279,7 +279,7 @@ TABLES: dict[str, Callable[..., str]] = {
 
 
 def pictures(folder: Path) -> None:
-    """The front page's: whole steps in people's loops; the profile's: one step by component."""
+    """Write the plots of the front page (whole steps), the profile (one step by component) and the quality page."""
     names = {"trainer": "Trainer", "sft-packed": "SFTTrainer, packed", "trainer-padded": "Trainer, padded"}
     result, times = load("h200_loops"), {}
     for (_, _, loop, batch, _), arms in places(result).items():
@@ -297,7 +297,7 @@ def pictures(folder: Path) -> None:
 
 
 def curves(result: dict, path: Path) -> None:
-    """Held-out losses on the way, means over the seeds, one line per arm."""
+    """Plot held-out losses during training, as means over the seeds, one line per arm."""
     with picture(path, 7.2, 4.0) as (_, (axes,)):
         for arm in (found["arm"] for found in result["arms"]):
             seeds = [row["curve"] for row in result["rows"] if row["arm"] == arm]

@@ -1,14 +1,14 @@
-"""A run of `expertmesh train` as a row: its step, memory and losses, beside what its plan said.
+"""Measure a run of `expertmesh train`: step time, memory and losses, compared with its plan.
 
     python benchmarks/train_run.py --out benchmarks/results/h200_train_30b.json
     python benchmarks/train_run.py --keys train.per_device_train_batch_size=2 train.gradient_release=exact --out ...
     python benchmarks/train_run.py --folder runs/offline --inputs-only      # writes the model's folder and the text
     python benchmarks/train_run.py --work gpt-oss-20b --layers 36 --widths '{"num_local_experts": 128}' --keys ...
 
-examples/one-gpu-full.yaml with Qwen3-30B-A3B's widths, random weights, and text that every machine has: the sources of
-this Python's standard library, each row cut to 4,096 tokens. `--keys` change it. The built-in tokenizer's vocabulary is
-smaller than the model's. The step is the median of the wall clock between records, without the first steps, which
-compile. The folder of the run stays in `--folder`.
+The run is examples/one-gpu-full.yaml with Qwen3-30B-A3B's widths, random weights, and the sources of Python's standard
+library as text, each row truncated to 4,096 tokens. `--keys` override its configuration. The built-in tokenizer's
+vocabulary is smaller than the model's. The step time is the median wall-clock time between log records, without the
+first steps, which compile. With `--folder` the folder of the run is kept.
 """
 
 import json
@@ -33,8 +33,8 @@ WARM_UP = 3  # steps
 
 
 def write_inputs(folder: Path, work: str, layers: int, widths: dict[str, int], tiny: bool) -> None:
-    """model/config.json with a published model's widths or these, a tokenizer, and text.jsonl, rows of as many
-    characters as are more than 4,096 tokens.
+    """Write model/config.json with a published model's widths and these changes, a tokenizer, and text.jsonl, whose
+    rows are long enough to have more than 4,096 tokens.
     """
     tokenizer = demo_tokenizer()
     tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -51,7 +51,7 @@ def write_inputs(folder: Path, work: str, layers: int, widths: dict[str, int], t
 
 
 def row_of(config: Config, work: str, layers: int) -> dict[str, Any]:
-    """What the metrics of a finished run say. The arm is how gradients are released."""
+    """Return the row of a finished run from its metrics. The arm is the kind of gradient release."""
     records = read_metrics(Path(config.save.output_dir) / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
     times = [record["time"] for record in steps[WARM_UP:]]
@@ -72,9 +72,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--work", choices=WORKS, default="qwen3-30b-a3b")
     options.add_argument("--layers", type=int, default=48)
-    options.add_argument("--widths", type=json.loads, default={}, help="JSON of what the model has instead")
+    options.add_argument("--widths", type=json.loads, default={}, help="JSON of configuration values to override")
     options.add_argument("--keys", nargs="*", default=[], help="keys of the configuration, as key.sub=value")
-    options.add_argument("--folder", type=Path, help="default: one that is removed")
+    options.add_argument("--folder", type=Path, help="default: a temporary one")
     options.add_argument("--inputs-only", action="store_true")
     options = options.parse_args()
     with tempfile.TemporaryDirectory() as made:

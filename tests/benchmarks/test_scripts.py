@@ -57,8 +57,13 @@ def test_arms_of_packed_attention_compute_the_same(script):
 
 def test_pairs_that_see_each_other(script):
     """Half of a square, the sum over documents, a band below a window."""
-    seen = script("attention").seen
-    assert seen([10]) == 50 and seen([6, 4]) == 26 and seen([10], window=2) == 18 and seen([10], window=10) == 50
+    visible_pairs = script("attention").visible_pairs
+    assert (
+        visible_pairs([10]) == 50
+        and visible_pairs([6, 4]) == 26
+        and visible_pairs([10], window=2) == 18
+        and visible_pairs([10], window=10) == 50
+    )
 
 
 def test_simulated_ranks(rows):

@@ -18,7 +18,7 @@ from expertmesh.train.errors import install
 from expertmesh.weights.four_bit import ExpertsQuantConfig
 
 WITHOUT = "expertmesh-no-"
-#: packages whose kernels come before ours where they are installed -> what `backends` is asked about each
+#: packages whose kernels replace ours if they are installed -> the function of `backends` that checks for each
 LIBRARIES = {"quack-kernels": "has_quack", "flash-attn-4": "has_flash_attention"}
 
 
@@ -26,7 +26,7 @@ LIBRARIES = {"quack-kernels": "has_quack", "flash-attn-4": "has_flash_attention"
 class Arm:
     """One arm. `compiled`: torch.compile on each decoder layer. `flash`: Transformers' own integration of
     flash-attn-4. `without`: the one fusion or library that is off. `trainer`: trained by our trainer (`--loop`).
-    `four_bit`: experts in 4 bits below adapters (`--loop`), drawn in another order than the other arms' weights.
+    `four_bit`: 4-bit experts with adapters (`--loop`); its random weights differ from those of the other arms.
     """
 
     name: str
@@ -56,7 +56,7 @@ DEFAULT = ("stock", "stock-compiled", "stock-liger", "expertmesh")
 
 
 def why_not(arm: Arm, config: PreTrainedConfig, device: str) -> str | None:
-    """Why this arm cannot run this model here, and what to do; None if it can."""
+    """Return why this arm cannot run this model on this machine and what to do about it, or None if it can."""
     if arm.liger:
         if backends.version_of("liger-kernel") is None:
             return f"liger-kernel is not installed: {install('liger-kernel')} adds it."
@@ -75,7 +75,7 @@ def why_not(arm: Arm, config: PreTrainedConfig, device: str) -> str | None:
 
 
 def fusions_of(config: PreTrainedConfig) -> list[Any]:
-    """The fusion report of a model of this configuration; nothing is allocated."""
+    """Return the fusion report of a model of this configuration, from a model on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).fusion_report()
 
@@ -84,10 +84,10 @@ def fusions_of(config: PreTrainedConfig) -> list[Any]:
 def model_of(
     arm: Arm, config: PreTrainedConfig, dtype: torch.dtype, device: str, attention: str | None = None
 ) -> Iterator[PreTrainedModel]:
-    """A model of this arm, ready to train; the same weights in every arm, but for experts in 4 bits.
+    """Context manager that yields a trainable model of this arm, with the same weights in every arm except 4-bit ones.
 
-    Liger patches whole modules of Transformers, so the model of its arm works only inside this context. On exit
-    Transformers is as it was.
+    Liger monkey-patches modules of Transformers, so the model of its arm works only inside this context. On exit the
+    patches are removed.
     """
     auto: Any = AutoModelForCausalLM if arm.ours else transformers.AutoModelForCausalLM
     own_attention = arm.ours and arm.without != "sink_attention"
@@ -109,13 +109,13 @@ def model_of(
 
 
 def _hidden(without: str | None) -> Any:
-    """In this context a library of this name counts as not installed."""
+    """Context manager in which the library of this name counts as not installed."""
     return mock.patch.object(backends, LIBRARIES[without], lambda _: False) if without in LIBRARIES else nullcontext()
 
 
 @contextmanager
 def _patched_by_liger(model_type: str, on: bool) -> Iterator[None]:
-    """In this context Liger's patches are on, as its users get them; afterwards the modeling module is as it was."""
+    """Context manager that applies Liger's patches as its users get them, and restores the modeling module on exit."""
     if not on:
         yield
         return

@@ -1,4 +1,4 @@
-"""Proof of the export: expertmesh saves what stock Transformers saves, and stock reads it back bit for bit."""
+"""Export checks: expertmesh saves the same files as stock Transformers, and stock reads them back bit for bit."""
 
 import json
 import tempfile
@@ -13,7 +13,7 @@ from expertmesh.bench.rows import Row
 
 
 def layout(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Key -> (dtype, shape) of every tensor in a folder's safetensors files; reads only their headers."""
+    """Return {key: (dtype, shape)} of every tensor in a folder's safetensors files. Only the headers are read."""
     found = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -24,7 +24,7 @@ def layout(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def configurations(folder: str | Path) -> dict[str, object]:
-    """File name -> content of every JSON file in a folder but the index of shards."""
+    """Return {file name: content} of every JSON file in a folder except the index of shards."""
     return {
         file.name: json.loads(file.read_text())
         for file in sorted(Path(folder).glob("*.json"))
@@ -33,7 +33,7 @@ def configurations(folder: str | Path) -> dict[str, object]:
 
 
 def differing(found: dict, expected: dict) -> list[str]:
-    """Keys that only one side has, or whose values differ."""
+    """Return the keys that exist on one side only or whose values differ."""
     missing = object()
     return [
         key for key in sorted(found.keys() | expected.keys()) if found.get(key, missing) != expected.get(key, missing)
@@ -41,7 +41,7 @@ def differing(found: dict, expected: dict) -> list[str]:
 
 
 def differing_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """As `differing`, for tensors: dtype, shape and every bit must be equal."""
+    """Like `differing`, for tensors: dtype, shape and every bit must be equal."""
     names = sorted(found.keys() | expected.keys())
     both = {name: (found.get(name), expected.get(name)) for name in names}
     return [

@@ -1,15 +1,15 @@
-"""Model FLOPs: what a forward and backward must compute, by a stated formula per family; nothing recomputed counts.
+"""Model FLOPs of a forward and backward, by an explicit formula per family. Recomputed work does not count.
 
-Each weight of a matrix product costs a token 2 FLOPs forward and 4 backward (both gradients), and a token uses the K
-experts it chose, so a step of T tokens takes 6 T (active weights), plus what has no weights:
+Each weight of a matrix product costs 2 FLOPs per token forward and 4 backward (both gradients), and a token uses the K
+experts it chose. A step of T tokens therefore takes 6 T (active weights), plus the parts without weights:
 
 attention      2 (S+1)/2 (q·k width + v width) per head and token forward: scores and values over the (S+1)/2 tokens
-               that a causal token sees on average, or over its window; twice that backward. With equal widths and all
-               heads' width H the three passes make 12 H S/2.
+               that a causal token sees on average, or over its window; twice that backward. With equal widths and a
+               total width H of all heads, forward and backward take 12 H S/2.
 Mamba2         its scan as matrix products over chunks of L tokens (Dao and Gu 2024, section 6): per token forward
                2 (L+1)/2 (groups·state + heads·width) within the chunk, 4 heads·width·state to build and to read the
                state; and the convolution, 2·kernel·channels.
-latent experts the two projections H → L → H around the experts, whose products are then L wide (Nemotron 3).
+latent experts the two projections H → L → H around the experts, whose products then have width L (Nemotron 3).
 shared experts a dense MLP that every token goes through (DeepSeek V3, Nemotron 3).
 
 Embedding rows are copied, not multiplied. Norms, activations, RoPE, routing and the optimizer do not count.
@@ -26,7 +26,7 @@ Products = Iterator[tuple[str, float]]
 
 
 def forward_flops(config: PreTrainedConfig, batch: int, seq: int) -> dict[str, float]:
-    """FLOPs of one forward by component, for batch sequences of seq tokens."""
+    """Return the FLOPs of one forward by component, for `batch` sequences of `seq` tokens."""
     macs: dict[str, float] = defaultdict(float)
     for component, per_token in _FAMILIES[config.model_type](config, seq):
         macs[component] += per_token
@@ -35,18 +35,18 @@ def forward_flops(config: PreTrainedConfig, batch: int, seq: int) -> dict[str, f
 
 
 def step_flops(config: PreTrainedConfig, batch: int, seq: int) -> float:
-    """FLOPs of one forward and backward."""
+    """Return the FLOPs of one forward and backward."""
     return 3 * sum(forward_flops(config, batch, seq).values())
 
 
 def mean_keys(seq: int, window: int | None = None) -> float:
-    """How many tokens a causal token sees on average, itself included, if it sees at most `window`."""
+    """Return how many tokens a causal token sees on average, itself included, if it sees at most `window`."""
     window = min(window or seq, seq)
     return (window * seq - window * (window - 1) / 2) / seq
 
 
 def scan_macs(heads: int, width: int, state: int, groups: int, keys: float) -> float:
-    """Multiply-adds per token of Mamba2's scan, with `keys` tokens seen within a chunk."""
+    """Return the multiply-adds per token of Mamba2's scan, if a token sees `keys` tokens of its chunk."""
     return keys * (groups * state + heads * width) + 2 * heads * width * state
 
 

@@ -1,7 +1,7 @@
-"""Loss and gradients under layouts of several ranks against stock Transformers on one process.
+"""Compare loss and gradients under layouts of several ranks with stock Transformers on one process.
 
-`expertmesh check MODEL --ranks N` starts N processes on this machine (gloo, float32 on the CPU) and lays the model out
-over them: plain FSDP2 and expert parallelism, with and without activation checkpointing. The batches of the ranks
+`expertmesh check MODEL --ranks N` starts N processes on this machine (gloo, float32 on the CPU) and distributes the
+model over them: plain FSDP2 and expert parallelism, with and without activation checkpointing. The ranks' batches
 differ in length; stock gets all of them, one by one. Each tensor may differ by at most 1e-5 of its largest value.
 """
 
@@ -25,7 +25,7 @@ _LENGTHS = (11, 7, 13, 5)  # uneven on purpose
 
 
 def check_layouts(path: str | Path, num_ranks: int) -> list[Row]:
-    """Rows of every layout of `num_ranks` ranks that fits the checkpoint at `path` (a directory or a Hub id)."""
+    """Return the rows of all layouts of `num_ranks` ranks that fit the checkpoint at `path` (a directory or Hub id)."""
     stock: Any = StockAutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     experts: list[Any] = [module for module in stock.modules() if is_experts(module)]
     divisible = experts and all(module.num_experts % num_ranks == 0 for module in experts)
@@ -33,7 +33,7 @@ def check_layouts(path: str | Path, num_ranks: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         torch.save(_on_one_process(stock, num_ranks), Path(folder, "stock.pt"))
         del stock
-        # the store lives in this process: its port is taken before anybody else can take it
+        # this process hosts the store, so that the port is bound before the ranks start
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         mp.start_processes(_rank, (num_ranks, store.port, folder, str(path), layouts), num_ranks, start_method="spawn")
         return torch.load(Path(folder, "rows.pt"), weights_only=False)
@@ -64,7 +64,7 @@ def _on_one_process(model: Any, num_ranks: int) -> dict[str, Any]:
 
 
 def become_rank(rank: int, num_ranks: int, port: int) -> None:
-    """Make this process one of the ranks of this machine, with a thread of its own; a store listens on `port`."""
+    """Make this process a rank of this machine, with one CPU thread. A TCPStore must listen on `port`."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -1,6 +1,6 @@
-"""What the loops of `loops.py` train on: random tokens and pairs of texts, the same in every arm.
+"""Training data of the loops in `loops.py`: random tokens and pairs of texts, the same in every arm.
 
-Every function takes the number of rows, the tokens of a whole row, and the size of the vocabulary.
+Every function takes the number of rows, the tokens of a full row, and the size of the vocabulary.
 """
 
 from typing import Any
@@ -9,32 +9,32 @@ import torch
 
 from expertmesh.data import demo_tokenizer
 
-SPECIAL = 8  # tokens below this may be special ones, padding for instance
+SPECIAL = 8  # token ids below this may be special tokens such as padding
 #: a document of a packed row has LONGEST * seq * u**3 tokens, u uniform in 0..1, but at least SHORTEST
 SHORTEST, LONGEST = 8, 0.9
 
 
 def whole(count: int, seq: int, vocab: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of seq tokens, all of them labels."""
+    """Return rows of seq tokens, all of them with labels."""
     generator = torch.Generator().manual_seed(1)
     rows = [_tokens(seq, vocab, generator) for _ in range(count)]
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
 def ragged(count: int, seq: int, vocab: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of seq / 4 to seq tokens, for a collator that pads."""
+    """Return rows of seq / 4 to seq tokens, for a collator that pads."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(seq // 4, seq + 1, (count,), generator=generator).tolist()
     return [{"input_ids": _tokens(length, vocab, generator)} for length in lengths]
 
 
 def whole_dataset(count: int, seq: int, vocab: int) -> Any:
-    """The rows of `whole` as TRL takes them, tokenized already."""
+    """Return the rows of `whole` as a tokenized dataset for TRL."""
     return _dataset({"input_ids": [row["input_ids"].tolist() for row in whole(count, seq, vocab)]})
 
 
 def documents(count: int, seq: int, vocab: int) -> Any:
-    """Documents that fill `count` packed rows: many short ones, a few nearly as long as a row."""
+    """Return documents that fill `count` packed rows: many short ones, a few nearly as long as a row."""
     generator, found, filled = torch.Generator().manual_seed(1), [], 0
     while filled < count * seq:
         share = torch.rand((), generator=generator).item() ** 3
@@ -44,8 +44,10 @@ def documents(count: int, seq: int, vocab: int) -> Any:
 
 
 def pairs(count: int, seq: int, vocab: int) -> Any:
-    """Preference pairs in text: a prompt of seq / 4 tokens, and two answers of seq / 4 to 3/4 seq each, in the words of
-    the built-in tokenizer, whose vocabulary is smaller than any model's here."""
+    """Return preference pairs as text: a prompt of seq / 4 tokens and two answers of seq / 4 to 3/4 seq tokens each.
+
+    The tokens are of the built-in tokenizer, whose vocabulary is smaller than that of any model in the benchmark.
+    """
     tokenizer: Any = demo_tokenizer()
     generator = torch.Generator().manual_seed(1)
 

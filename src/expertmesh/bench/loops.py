@@ -1,9 +1,9 @@
-"""People's own training loops, timed: transformers' Trainer, TRL's SFTTrainer and DPOTrainer, with and without PEFT.
+"""Time the training loops of common trainers: transformers' Trainer, TRL's SFTTrainer and DPOTrainer, also with PEFT.
 
-`expertmesh bench --loop sft-packed` trains the same model on the same rows in every arm, by the trainer that people
-use, with AdamW and clipping, and times whole steps by wall clock: from the end of one to the end of the next. Whatever
-the trainer does between two steps counts, loading and logging included. The clock waits for the device before the first
-measured step and after the last, so that all work is in the sum; between steps it does not wait.
+`expertmesh bench --loop sft-packed` trains the same model on the same rows in every arm with one of these trainers,
+with AdamW and clipping. It times whole steps by wall clock, from the end of one to the end of the next, including data
+loading and logging. It synchronizes with the device before the first measured step and after the last, so that the
+total includes all work, but not between steps.
 
     row = measure(LOOPS["sft"], ARMS["expertmesh"], model, batch=4, seq=4096, warmup=6, repeats=24)
 """
@@ -33,7 +33,7 @@ from expertmesh.parallel.setup import current_world_size
 from expertmesh.train.errors import ConfigError, install
 
 WARMUP, REPEATS = 6, 24
-SHORTEST_SEQ = 16  # in a shorter row a quarter is hardly a document
+SHORTEST_SEQ = 16  # rows are divided into quarters
 OWN_TRAINER = "expertmesh-trainer"
 DEFAULT = ("stock", "stock-flash-attn-4", "stock-compiled", "expertmesh", OWN_TRAINER)
 ON_RANKS = ("stock", "expertmesh", OWN_TRAINER)
@@ -48,19 +48,18 @@ SETTINGS: dict[str, Any] = dict(
     report_to="none",
     disable_tqdm=True,
 )
-#: TRL's default is autocast and recomputing every layer; here weights are bfloat16 already, and activations fit
+#: TRL's defaults are autocast and activation checkpointing; these weights are bfloat16 already, and activations fit
 TRL_SETTINGS: dict[str, Any] = dict(bf16=False, gradient_checkpointing=False)
-#: projections of an attention that get adapters, by the names of all families
+#: the attention projections that get adapters, with the names of all families
 ATTENTION = "q_proj k_proj v_proj o_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
-EXPERTS = ["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"]  # and weights of experts
+EXPERTS = ["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"]  # the same for experts
 
 
 @dataclass(frozen=True)
 class Loop:
-    """One way to train. `trainer`: Trainer, SFTTrainer or DPOTrainer. `rows`: a function of `loop_rows`. `padded`: a
-    collator pads to the longest row of a batch. `lora`: adapters of rank 16 on the attention, all else frozen;
-    `experts`: on the routed experts as well. `settings`: of the trainer's configuration. `ranks`: runs on several GPUs,
-    too.
+    """One training loop. `trainer`: Trainer, SFTTrainer or DPOTrainer. `rows`: a function of `loop_rows`. `padded`: a
+    collator pads to the longest row of a batch. `lora`: adapters of rank 16 on the attention, everything else frozen.
+    `experts`: also adapters on routed experts. `settings`: extra trainer settings. `ranks`: supports several GPUs.
     """
 
     trainer: str
@@ -73,7 +72,7 @@ class Loop:
 
     @property
     def needs(self) -> list[str]:
-        """Packages of the `train` extra that it takes."""
+        """Packages of the `train` extra that this loop needs."""
         return ["trl", "datasets"] * (self.trainer != "Trainer") + ["peft"] * self.lora
 
 
@@ -93,7 +92,7 @@ LOOPS = {
 
 
 def refuse(names: tuple[str, ...], arms: tuple[str, ...], seq: int, device: str) -> None:
-    """Raises ConfigError for loops and arms that cannot run here, with what to do."""
+    """Raise ConfigError for loops and arms that cannot run on this machine; the message says what to do."""
     ranks = current_world_size()
     for name in names:
         missing = [package for package in LOOPS[name].needs if backends.version_of(package) is None]
@@ -115,12 +114,12 @@ def refuse(names: tuple[str, ...], arms: tuple[str, ...], seq: int, device: str)
 
 
 def default_arms() -> tuple[str, ...]:
-    """The default arms of a loop: those that can run here."""
+    """Return the default arms of a loop for this number of ranks."""
     return DEFAULT if current_world_size() == 1 else ON_RANKS
 
 
 def why_not(loop: Loop, arm: Arm) -> str | None:
-    """Why this loop has no such arm; None if it has."""
+    """Return why this loop does not support the arm, or None if it does."""
     if arm.trainer and loop.trainer == "DPOTrainer":
         return "expertmesh has no DPOTrainer of its own; TRL's runs in the arm expertmesh."
     if arm.four_bit and not loop.lora:
@@ -129,8 +128,8 @@ def why_not(loop: Loop, arm: Arm) -> str | None:
 
 
 def loop_config(work: Work, layers: int | None, tiny: bool) -> PreTrainedConfig:
-    """The work's configuration as users have it: the cache is on until a trainer switches it off. Tiny models have
-    the vocabulary of the built-in tokenizer.
+    """Return the work's configuration as users have it, with `use_cache` on until a trainer switches it off. Tiny
+    models have the vocabulary of the built-in tokenizer.
     """
     return config_of(work, layers, tiny, use_cache=True, **({"vocab_size": VOCABULARY} if tiny else {}))
 
@@ -139,11 +138,11 @@ def loop_config(work: Work, layers: int | None, tiny: bool) -> PreTrainedConfig:
 def loop_model(
     arm: Arm, config: PreTrainedConfig, dtype: torch.dtype, device: str, attention: str | None
 ) -> Iterator[PreTrainedModel]:
-    """A model of this arm, the same weights in every arm. On several ranks stock is sharded by
-    Transformers' FSDP2, and in ours all ranks share the experts.
+    """Context manager that yields a model of this arm, with the same weights in every arm. On several ranks, stock uses
+    Transformers' FSDP2, and ours divides the experts over all ranks.
     """
     if current_world_size() == 1:
-        # users ask the trainer to compile
+        # in a loop the trainer compiles, not this function
         with model_of(dataclasses.replace(arm, compiled=False), config, dtype, device, attention) as model:
             yield model
         return
@@ -158,10 +157,10 @@ def loop_model(
 def measure(
     loop: Loop, arm: Arm, model: PreTrainedModel, batch: int, seq: int, warmup: int, repeats: int
 ) -> dict[str, Any]:
-    """Trains `warmup` and then `repeats` steps of `batch` rows per rank; what the latter took, by this rank's clock.
+    """Train `warmup` steps, then `repeats` measured steps of `batch` rows per rank. Return this rank's measurements.
 
-    "tokens_per_second": tokens of the measured steps, padding not counted, over the sum of their times, all ranks
-    together. "peak_gib", "reserved_gib": most memory in tensors, and most that PyTorch took, from the first step on.
+    "tokens_per_second": tokens of the measured steps without padding, over the sum of their times, for all ranks.
+    "peak_gib", "reserved_gib": peak memory that PyTorch allocated and reserved, from the first step on.
     "losses": of the first three steps and of the last, warm-up included.
     """
     ranks, steps = current_world_size(), warmup + repeats
@@ -197,13 +196,13 @@ def measure(
 def _trainer(
     loop: Loop, arm: Arm, model: PreTrainedModel, rows: Any, batch: int, seq: int, steps: int, folder: str
 ) -> Any:
-    """The trainer of this loop, stock's or ours, with the arguments that users give it."""
+    """Return the trainer of this loop, stock's or ours, with the arguments that users pass."""
     source = "transformers" if loop.trainer == "Trainer" else "trl"
     settings = SETTINGS | loop.settings | {"output_dir": folder, "max_steps": steps}
     settings |= {"per_device_train_batch_size": batch, "use_cpu": model.device.type == "cpu"}
     options: dict[str, Any] = {"train_dataset": rows}
     if arm.trainer:
-        del settings["optim"]  # ours has its own default
+        del settings["optim"]  # our trainers have their own default
     if arm.compiled:
         torch._dynamo.reset()
         settings["torch_compile"] = True
@@ -212,20 +211,20 @@ def _trainer(
         options["processing_class"] = demo_tokenizer()
     if loop.padded:
         options["data_collator"] = transformers.DataCollatorForLanguageModeling(demo_tokenizer(), mlm=False)
-    made_of: Any = model
+    trained: Any = model
     if loop.lora:
-        torch.manual_seed(0)  # they start at random
+        torch.manual_seed(0)  # adapters are initialized at random
         if source == "trl":
             options["peft_config"] = adapters(loop.experts)
         else:
-            made_of = adapted(model, loop.experts)
+            trained = adapted(model, loop.experts)
     config = "TrainingArguments" if source == "transformers" else loop.trainer.replace("Trainer", "Config")
     options["args"] = getattr(import_module(source), config)(**settings)
-    return getattr(import_module("expertmesh" if arm.trainer else source), loop.trainer)(made_of, **options)
+    return getattr(import_module("expertmesh" if arm.trainer else source), loop.trainer)(trained, **options)
 
 
 def adapters(experts: bool) -> Any:
-    """PEFT's configuration of a loop with adapters: on attention, and on the routed experts."""
+    """Return PEFT's configuration for adapters on attention, and with `experts` also on the routed experts."""
     from peft import LoraConfig
 
     targets: dict[str, Any] = {"target_modules": ATTENTION, "target_parameters": EXPERTS if experts else None}
@@ -233,27 +232,27 @@ def adapters(experts: bool) -> Any:
 
 
 def adapted(model: Any, experts: bool = True) -> Any:
-    """The model with such adapters."""
+    """Return the model with the adapters of `adapters`."""
     from peft import get_peft_model
 
     return get_peft_model(model, adapters(experts))
 
 
 class _Watch(TrainerCallback):
-    """Records for every step when it ended, its tokens and its loss. The peak of memory is that from the first step on:
-    a recorded step allocates when it is recorded.
+    """Callback that records the end time, tokens and loss of every step. It resets the memory peak before the first
+    step, not after the warm-up, because a CUDA graph allocates when it is recorded.
     """
 
     def __init__(self, trainer: Any, warmup: int) -> None:
         self.on_gpu, self.warmup = trainer.args.device.type == "cuda", warmup
-        self.ends: list[float] = []  # the first is the beginning
+        self.ends: list[float] = []  # the first entry is the start of training
         self.tokens: list[Any] = []
         self.losses: list[torch.Tensor] = []
         run = trainer.training_step
 
         def training_step(model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> torch.Tensor:
             mask = inputs.get("attention_mask")
-            # both stay on the device, so nothing waits here
+            # both stay on the device, so nothing synchronizes
             self.tokens.append(inputs["input_ids"].numel() if mask is None else mask.sum())
             self.losses.append(run(model, inputs, *rest, **more).detach().clone())
             return self.losses[-1]
@@ -271,7 +270,7 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         first = len(self.ends) == self.warmup  # the steps after this one are measured
         if self.on_gpu and (first or state.global_step >= state.max_steps):
-            torch.cuda.synchronize()  # nowhere between: a trainer may load data while the GPU works
+            torch.cuda.synchronize()  # not between steps: a trainer may load data while the GPU works
         self._end()
 
     def _end(self) -> None:

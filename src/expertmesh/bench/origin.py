@@ -1,4 +1,4 @@
-"""Where a result comes from: hardware, versions, commit and command, in every file under benchmarks/results."""
+"""The provenance in every file under benchmarks/results: hardware, versions, commit and command."""
 
 import json
 import shlex
@@ -13,10 +13,10 @@ from expertmesh.bench.arms import LIBRARIES
 
 
 def origin(command: list[str], commit: str | None, packages: tuple[str, ...] = ("triton", "transformers")) -> dict:
-    """{"hardware", "gpus", "torch", a version for each package (None: not installed), and for each of `LIBRARIES` that
-    is installed, "commit", "command"}.
+    """Return {"hardware", "gpus", "torch", "commit", "command"}, the version of each package (None if it is not
+    installed), and that of each installed library of `LIBRARIES`.
 
-    commit: None or "" asks git for that of the source tree this package runs from.
+    If `commit` is None or "", it is the git commit of the source tree from which this package runs.
     """
     on_gpu = torch.cuda.is_available()
     return {
@@ -31,13 +31,13 @@ def origin(command: list[str], commit: str | None, packages: tuple[str, ...] = (
 
 
 def write(result: dict[str, Any], path: str | None) -> None:
-    """The result as JSON; nothing without a path."""
+    """Write the result as JSON, if a path is given."""
     if path:
         Path(path).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _commit() -> str | None:
-    """The commit of the source tree this package runs from, None where it is no git checkout."""
-    here = str(Path(__file__).parent)
-    done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    """Return the commit of the source tree from which this package runs, or None if it is not a git checkout."""
+    folder = str(Path(__file__).parent)
+    done = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() or None

@@ -1,8 +1,9 @@
-"""Proof that expertmesh computes and saves what stock Transformers does, from the same weights.
+"""Compare expertmesh with stock Transformers: results and saved files, from the same weights.
 
-Both sides load one checkpoint and see the same tokens. On the CPU everything is float32 and each tensor may differ by
-at most 1e-5 of its largest value (`errors`). On CUDA both sides run in bfloat16 and expertmesh's distance from stock in
-float32 may be at most 1.5 times stock's own (`noise`). `expertmesh check` prints the rows; the tests assert on them.
+Both sides load one checkpoint and get the same tokens. On the CPU everything is float32, and each tensor may differ by
+at most 1e-5 of its largest value (`errors`). On CUDA both sides run in bfloat16, and the error of expertmesh
+against stock in float32 may be at most 1.5 times stock's own (`noise`). `expertmesh check` prints the rows; the tests
+assert on them.
 """
 
 import contextlib
@@ -21,8 +22,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers import AutoModelForCausalLM as StockAutoModelForCausalLM
 
-from expertmesh.bench.apart import documents_apart, keeps_apart, keeps_documents
 from expertmesh.bench.export import differing_tensors, export_rows
+from expertmesh.bench.per_document import needs_per_document, run_per_document, supports_packing
 from expertmesh.bench.rows import Row, relative_error, rms_errors, worst_error
 from expertmesh.bench.tiny import FAMILIES, tiny_model
 
@@ -34,7 +35,7 @@ MTP_KEY = "num_nextn_predict_layers"
 
 @dataclass(frozen=True)
 class Case:
-    """One way to feed a model. `batch` makes the inputs from the vocabulary size; `routing` bends the routers first."""
+    """One kind of input. `batch` is a kind of `make_batch`; `routing` is a kind of `bend_routing`, applied before."""
 
     name: str
     batch: str = "plain"
@@ -63,17 +64,15 @@ CASES = (
 
 @dataclass
 class Outcome:
-    """What one model made of one case; all values float32 on the CPU."""
+    """The results of one model in one case; all values are float32 on the CPU."""
 
     values: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
 
 def make_batch(kind: str, vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Tokens and labels [2, 16] of one kind: `plain`, `left`- or `right`-padded, or `packed` (documents told by
-    position_ids).
-
-    A few tokens in every row carry the label -100, as prompts do.
+    """Return tokens and labels [2, 16] of one kind: `plain`, padded on the `left` or `right`, or `packed` with
+    position_ids. A few tokens in every row have the label -100, as prompts do.
     """
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, vocab_size, (2, LENGTH), generator=generator)
@@ -93,7 +92,7 @@ def make_batch(kind: str, vocab_size: int, device: torch.device) -> dict[str, to
 
 
 def per_expert(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """The parameters [E, ...] of every router and every group of experts in the model, by name."""
+    """Return the parameters [E, ...] of all routers and all stacks of experts in the model, by name."""
     num_experts = {module.num_experts for module in model.modules() if hasattr(module, "_apply_gate")}
     return {
         name: parameter
@@ -103,7 +102,7 @@ def per_expert(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 
 def router_weights(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """The weight [E, H] of every router in the model, by name."""
+    """Return the weight [E, H] of every router in the model, by name."""
     return {
         name: parameter
         for name, parameter in per_expert(model).items()
@@ -112,7 +111,7 @@ def router_weights(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 
 def top_k_of(model: PreTrainedModel) -> int:
-    """How many experts a token gets; the key has three names among the families."""
+    """Return the number of experts per token, whose key has three names among the families."""
     config = model.config.get_text_config()
     names = ("num_experts_per_tok", "moe_k", "moe_topk")
     value = next(getattr(config, name) for name in names if getattr(config, name, None) is not None)
@@ -124,9 +123,8 @@ def bend_routing(model: PreTrainedModel, kind: str) -> None:
     """Force the routing, in place: `starved` (half the experts get no token), `one` (all tokens go to the same
     experts), `ties` (all experts are equal, so that any choice is right).
 
-    A router without bias can be steered only along its input, so each router's weight gets a component along the
-    direction that all its input tokens share; the tokens of the `plain` batch are given such a direction by a vector
-    added to every embedding.
+    A router without bias can be steered only through its input. A vector added to every embedding gives the tokens of
+    the `plain` batch a common direction, and each router's weight gets a component along that direction.
     """
     weights = router_weights(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -160,9 +158,7 @@ def bend_routing(model: PreTrainedModel, kind: str) -> None:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Whatever is allocated but never written reads as NaN inside this context: recycled blocks and `torch.empty`
-    alike.
-    """
+    """Context manager in which uninitialized memory reads as NaN, both in recycled blocks and from `torch.empty`."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory
@@ -178,7 +174,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def gradients_of(model: PreTrainedModel, over_experts: bool = False) -> dict[str, torch.Tensor | None]:
-    """All gradients by name, float32 on the CPU; `over_experts` sums those [E, ...] over E."""
+    """Return all gradients by name, float32 on the CPU; `over_experts` sums those of shape [E, ...] over E."""
     summed = per_expert(model) if over_experts else {}
     gradients: dict[str, torch.Tensor | None] = {}
     for name, parameter in model.named_parameters():
@@ -191,14 +187,14 @@ def gradients_of(model: PreTrainedModel, over_experts: bool = False) -> dict[str
 
 
 def run_case(
-    model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], float] | None = None, apart: bool = False
+    model: PreTrainedModel, case: Case, share_of_aux: Callable[[dict], float] | None = None, per_document: bool = False
 ) -> Outcome:
-    """Train step without optimizer, then evaluation, of one model on one case.
+    """Run a training step without optimizer, then an evaluation, of one model on one case.
 
-    `share_of_aux` is given for the stock side: it says which part of the router aux loss expertmesh adds, because stock
-    adds the whole of it to every microbatch, however many there are. `apart`: packed documents one by one.
+    `share_of_aux` is given for stock and returns the share of the router aux loss that expertmesh adds; stock adds all
+    of it to every micro-batch. `per_document`: call the model on each document separately.
     """
-    call = functools.partial(documents_apart, model) if apart else model
+    call = functools.partial(run_per_document, model) if per_document else model
     batch = make_batch(case.batch, model.config.get_text_config().vocab_size, model.device)
     extra: dict = {"output_router_logits": True} if case.aux else {}
     if case.accumulated:
@@ -206,12 +202,12 @@ def run_case(
     outcome = Outcome({})
 
     def record(prefix: str, out) -> None:
-        seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).cpu()  # padding's are of no use
-        outcome.values[f"{prefix} logits"] = out.logits.detach().float().cpu() * seen[..., None]
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).cpu()  # ignore values at padding
+        outcome.values[f"{prefix} logits"] = out.logits.detach().float().cpu() * mask[..., None]
         if case.aux:
             outcome.values[f"{prefix} aux loss"] = out.aux_loss.detach().float().cpu()
             outcome.values[f"{prefix} router logits"] = torch.cat(
-                [logits.detach().float().cpu().flatten(0, -2) * seen.view(-1, 1) for logits in out.router_logits]
+                [logits.detach().float().cpu().flatten(0, -2) * mask.view(-1, 1) for logits in out.router_logits]
             )
 
     model.train()
@@ -233,30 +229,30 @@ def run_case(
         model.zero_grad(set_to_none=True)
         model.eval()
         with torch.no_grad():
-            # with a cache Transformers does not look for packed documents, and padding stays where it is
+            # with a cache, Transformers does not detect packed documents, and padding is not removed
             out = (call if case.batch == "packed" else model)(**batch, **extra, use_cache=case.batch != "packed")
         record("eval", out)
     return outcome
 
 
 def aux_share(batch: dict) -> float:
-    """The part of the router aux loss that belongs to this microbatch: its labelled tokens / `num_items_in_batch`."""
+    """Return this micro-batch's share of the router aux loss: its labeled tokens / `num_items_in_batch`."""
     if "num_items_in_batch" not in batch:
         return 1.0
     return float((batch["labels"][:, 1:] != -100).sum() / batch["num_items_in_batch"])
 
 
 def errors(outcome: Outcome, reference: Outcome) -> dict[str, tuple[float, str]]:
-    """Quantity -> (relative error, where it is worst)."""
+    """Return {quantity: (relative error, where it is largest)}."""
     found = {name: (relative_error(value, reference.values[name]), "") for name, value in outcome.values.items()}
     found["gradients"] = worst_error(outcome.gradients, reference.gradients)
     return found
 
 
 def noise(outcome: Outcome, exact: Outcome) -> dict[str, tuple[float, str]]:
-    """`errors` for bfloat16: root mean squares instead of maxima, and the gradients' mean error beside the worst.
+    """Like `errors`, for bfloat16: root mean squares instead of maxima, and both mean and largest gradient error.
 
-    A scalar may come out right by chance, so its error counts as at least that of the logits.
+    A scalar may be exact by chance, so its error counts as at least that of the logits.
     """
     found = {name: (error, "") for name, error in rms_errors(outcome.values, exact.values).items()}
     floor = found["train logits"]
@@ -269,8 +265,8 @@ def noise(outcome: Outcome, exact: Outcome) -> dict[str, tuple[float, str]]:
 
 
 def applicable(case: Case, model: PreTrainedModel) -> bool:
-    """Whether the model has what the case tests; packed documents also need mixers that can keep them apart."""
-    if case.batch == "packed" and not all(map(keeps_documents, model.modules())):
+    """Return whether the case applies to the model. Packed documents need mixers that can keep them separate."""
+    if case.batch == "packed" and not all(map(supports_packing, model.modules())):
         return False
     if case.routing and not router_weights(model):
         return False
@@ -283,10 +279,8 @@ def applicable(case: Case, model: PreTrainedModel) -> bool:
 def compare_case(
     stock: PreTrainedModel, ours: PreTrainedModel, case: Case, reference: PreTrainedModel | None = None
 ) -> list[Row]:
-    """Rows of one case. Without `reference` ours must equal stock; with it (stock in float32) be about as near to it as
-    stock is.
-
-    Where the case bends the routing, all models get their weights back afterwards.
+    """Return the rows of one case. Without `reference`, ours must equal stock. With `reference` (stock in float32), our
+    error against it may be at most a multiple of stock's. All models get their weights back if the routing was changed.
     """
     kept = {name: tensor.clone() for name, tensor in stock.state_dict().items()} if case.routing else {}
     others = [model for model in (ours, reference) if model is not None]
@@ -295,17 +289,17 @@ def compare_case(
         for model in others:
             model.load_state_dict(stock.state_dict())
     try:
-        apart = keeps_apart(ours, case.batch)
-        theirs = run_case(stock, case, aux_share, apart)
+        per_document = needs_per_document(ours, case.batch)
+        theirs = run_case(stock, case, aux_share, per_document)
         found = run_case(ours, case)
         if reference is None:
             return [
                 Row(case.name, what, error, CPU_TOLERANCE, where)
                 for what, (error, where) in errors(found, theirs).items()
             ]
-        exact = run_case(reference, case, aux_share, apart)
+        exact = run_case(reference, case, aux_share, per_document)
         own = noise(theirs, exact)
-        # the worst of many tensors, some of them with four entries, is itself noisy
+        # the largest error of many tensors, some with only four entries, is noisy itself
         ratio = dict.fromkeys(own, CUDA_RATIO) | {"worst gradient": 2 * CUDA_RATIO}
         return [
             Row(case.name, what, error, ratio[what] * own[what][0], where)
@@ -319,7 +313,7 @@ def compare_case(
 
 @torch.no_grad()
 def generate_rows(stock: PreTrainedModel, ours: PreTrainedModel, new_tokens: int = 8) -> list[Row]:
-    """Greedy decoding with the cache from a left-padded prompt: same tokens, and the logits of each step."""
+    """Compare greedy decoding with a cache from a left-padded prompt: the tokens, and the logits of each step."""
     batch = make_batch("left", stock.config.get_text_config().vocab_size, stock.device)
     del batch["labels"]
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "use_cache": True}
@@ -336,16 +330,16 @@ def generate_rows(stock: PreTrainedModel, ours: PreTrainedModel, new_tokens: int
 
 
 def weight_rows(stock: PreTrainedModel, ours: PreTrainedModel) -> list[Row]:
-    """The loaded weights must be the same tensors under the same names."""
+    """Check that both models loaded the same tensors under the same names."""
     different = differing_tensors(ours.state_dict(), stock.state_dict())
     return [Row("load", "weights", len(different), 0, different[0] if different else "")]
 
 
 def pooled(rows: Iterable[Row]) -> Iterator[Row]:
-    """One row per quantity for all cases together, by root mean squares of errors and limits.
+    """Yield one row per quantity for all cases, with the root mean square of their errors and limits.
 
-    In bfloat16 a near-tie of the router may fall either way on either side, so a single case of a small model is a
-    matter of luck. NaN or infinity in one case still shows.
+    In bfloat16 a near-tie of a router may flip on either side, so a single case of a small model depends on chance. NaN
+    or infinity in one case still fails the check.
     """
     by_quantity: dict[str, list[Row]] = {}
     for row in rows:
@@ -360,14 +354,12 @@ def pooled(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def without_mtp(path: str | Path) -> dict[str, int]:
-    """Options that load a checkpoint without modules for multi-token prediction: stock Transformers has none."""
+    """Return options that load no modules for multi-token prediction, as stock Transformers has none."""
     return {MTP_KEY: 0} if getattr(AutoConfig.from_pretrained(path), MTP_KEY, 0) else {}
 
 
 def check_checkpoint(path: str | Path, device: str = "cpu") -> Iterator[Row]:
-    """Compare stock Transformers and expertmesh on one checkpoint (a directory or a Hub id), row by row as they are
-    found.
-    """
+    """Compare stock Transformers and expertmesh on one checkpoint (a directory or a Hub id); yield rows one by one."""
     from expertmesh import AutoModelForCausalLM
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -389,7 +381,7 @@ def check_checkpoint(path: str | Path, device: str = "cpu") -> Iterator[Row]:
 
 @contextlib.contextmanager
 def checkpoint_of(model: str) -> Iterator[str]:
-    """The checkpoint to compare: `model` itself, or for a family (`qwen3_moe`) that of a tiny model made here."""
+    """Yield the checkpoint to compare: `model` itself, or for a family (`qwen3_moe`) that of a new tiny model."""
     if model not in FAMILIES:
         yield model
         return

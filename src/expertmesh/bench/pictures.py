@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: a step's time by phase and by component on each arm, tokens/s over tokens per step."""
+"""Plots of a benchmark: step time by phase and by component for each arm, and tokens/s over tokens per step."""
 
 import itertools
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ COLOURS = (
 
 
 def draw(result: dict[str, Any], out: str | Path) -> list[Path]:
-    """Draws a result beside its file, per work and routing: OUT-WORK-ROUTING-times.png, -tokens.png if several batches
-    ran, -components.png if there are profiles.
+    """Plot a result into the folder of its file, for each work and routing: OUT-WORK-ROUTING-times.png, -tokens.png if
+    several batch sizes ran, and -components.png if there are profiles. Return the paths.
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
@@ -45,7 +45,7 @@ def draw(result: dict[str, Any], out: str | Path) -> list[Path]:
 
 
 def bars(times: dict[str, dict[str, float]], title: str, axis: str, path: Path) -> None:
-    """One bar per arm, made of its parts in ms (arm -> part -> ms)."""
+    """Plot one stacked bar per arm from `times` (arm -> part -> ms)."""
     parts = list(dict.fromkeys(part for of_arm in times.values() for part in of_arm))
     with picture(path, 8.0, 1.5 + 0.4 * len(times) + 0.25 * (len(parts) / 3)) as (page, (axes,)):
         left = [0.0] * len(times)
@@ -62,7 +62,7 @@ def bars(times: dict[str, dict[str, float]], title: str, axis: str, path: Path) 
 
 
 def tokens(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Tokens per second over the tokens of a step, one line per arm."""
+    """Plot tokens per second over the tokens of a step, one line per arm."""
     with picture(path, 7.2, 4.0) as (_, (axes,)):
         for arm in dict.fromkeys(row["arm"] for row in rows):
             points = sorted(

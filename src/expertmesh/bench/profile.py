@@ -1,9 +1,9 @@
-"""Where each millisecond of a step goes: device time summed by component of the layer, beside its floor.
+"""Profile a step: device time summed by component of the layer, and the minimum (floor) of each component.
 
-A kernel's name alone does not tell what it is for, so each is traced to the module it was launched for: the profiler
-knows the operator that launched it; in the forward, modules open a named range around themselves; in the backward, the
-operator's autograd node has the sequence number of the forward operator that made it. `RULES` then maps (module,
-operator, kernel) to a component. On the CPU operators take the kernels' place.
+A kernel's name alone does not identify its component, so each kernel is attributed to a module. The profiler
+gives the operator that launched it. In the forward, hooks open a named range around each module. In the backward, the
+operator's autograd node has the sequence number of the forward operator that created it. `RULES` then maps (module,
+operator, kernel) to a component. On the CPU, operators are used instead of kernels.
 """
 
 import re
@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 from expertmesh.bench.steps import Step
 from expertmesh.bench.works import expert_widths, top_k_and_experts
 
-RANGE = "module: "  # what the ranges' names begin with
+RANGE = "module: "  # prefix of the ranges' names
 NODE = "autograd::engine::evaluate_function: "
 
-# component, classes of the modules from the model inwards, "forward" or "backward" + operator + kernel. First match.
+# (component, classes of the modules from the outermost inwards, "forward" or "backward" + operator + kernel).
+# The first match counts.
 RULES = [
     (component, re.compile(module), re.compile(what))
     for component, module, what in (
@@ -35,7 +36,7 @@ RULES = [
         ("router", r"Router$", r""),
         ("combine", r"Experts", r"_combine_kernel|_unsort_kernel"),
         ("grouping", r"Experts", r"_count_kernel|_place_kernel|_tile_kernel|sort|histc|cumsum|searchsorted"),
-        # quack's kernels all have one name; the up-projection's backward begins with the gradient of its input
+        # quack's kernels all have one name; the up-projection's backward starts with the gradient of its input
         ("experts dgrads", r"Experts", r"down_dact|backward.*_grouped_gemm|backward _Up\w* first .*quack"),
         ("experts wgrads", r"Experts", r"wgrad|grouped_sum|grouped_mm 2x2|backward .*quack"),
         ("experts dgrads", r"Experts", r"backward.*grouped_mm"),
@@ -57,7 +58,7 @@ RULES = [
 
 @dataclass(frozen=True)
 class Floor:
-    """The least a component needs: `flops` at the measured rate of matrix products, or `bytes` at that of copies."""
+    """The minimum of a component: `flops` at the measured rate of matrix products, or `bytes` at that of copies."""
 
     formula: str
     flops: float = 0.0
@@ -65,10 +66,10 @@ class Floor:
 
 
 def floors(model: PreTrainedModel, flops: dict[str, float], tokens: int) -> dict[str, Floor]:
-    """The floor of every component of one bfloat16 step.
+    """Return the floor of every component of one bfloat16 step.
 
-    flops: `forward_flops` of the model at this many tokens. T tokens, H hidden size, S rows of all experts (T x K per
-    layer with experts), F the component's FLOPs of a forward.
+    flops: `forward_flops` of the model for this number of tokens. In the formulas, T is the tokens, H the hidden size,
+    S the rows of all experts (T x K per layer with experts), F the component's FLOPs of a forward.
     """
     config: Any = model.config
     hidden = config.hidden_size
@@ -102,7 +103,7 @@ def floors(model: PreTrainedModel, flops: dict[str, float], tokens: int) -> dict
 
 
 def by_component(step: Step) -> dict[str, tuple[float, int]]:
-    """Component -> (ms, launches) of one step."""
+    """Return {component: (ms, launches)} of one step."""
     on_gpu = step.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with module_ranges(), torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
@@ -120,9 +121,9 @@ def by_component(step: Step) -> dict[str, tuple[float, int]]:
 
 @contextmanager
 def module_ranges() -> Iterator[None]:
-    """Within, each module's forward shows in a profile as a range named by its class.
+    """Context manager in which a profile shows each module's forward as a range named by its class.
 
-    The hooks are global ones: a module that has hooks of its own is not fused into its neighbours.
+    The hooks are global because a module with hooks of its own is not fused into its neighbors.
     """
     opened = []
 
@@ -142,14 +143,14 @@ def module_ranges() -> Iterator[None]:
 
 
 def _traced(events: list[Any], on_gpu: bool, up: tuple[int, int]) -> Iterator[tuple[str, str, float]]:
-    """(classes of the modules, "forward" or "backward" + operator + kernel, microseconds) of everything that ran; an
-    operator's first kernel is called first.
+    """Yield (classes of the modules, "forward" or "backward" + operator + kernel, microseconds) of all work. The first
+    kernel of an operator is marked by "first".
     """
-    made: dict[int, Any] = {}  # sequence number -> the forward operator that made this autograd node
+    made: dict[int, Any] = {}  # sequence number of an autograd node -> the forward operator that created it
     for event in events:
         if event.device_type == DeviceType.CPU and event.sequence_nr >= 0 and _node(event) is None:
             made[event.sequence_nr] = event  # events are in order of their start: the last one is the innermost
-    # what ran on the GPU; its timeline and the operators' `kernels` also hold shadows of the named ranges
+    # the kernels that ran on the GPU, without the named ranges, which its timeline and `kernels` also contain
     on_device = (event.name for event in events if event.device_type == DeviceType.CUDA)
     left = Counter(name for name in on_device if not name.startswith(RANGE))
     for event in events:
@@ -168,7 +169,7 @@ def _traced(events: list[Any], on_gpu: bool, up: tuple[int, int]) -> Iterator[tu
         elif not event.name.startswith(RANGE):
             yield module, what, event.self_cpu_time_total
     for event in events if on_gpu else ():
-        if event.device_type == DeviceType.CUDA and left[event.name]:  # launched outside of every operator
+        if event.device_type == DeviceType.CUDA and left[event.name]:  # launched outside of any operator
             left[event.name] -= 1
             yield "", event.name, event.time_range.elapsed_us()
 
@@ -180,12 +181,12 @@ def _chain(event: Any) -> Iterator[Any]:
 
 
 def _node(event: Any) -> Any:
-    """The autograd node that the event ran for, None in the forward."""
+    """Return the autograd node of an event in the backward, or None in the forward."""
     return next((up for up in reversed(list(_chain(event))) if up.name.startswith(NODE)), None)
 
 
 def _operator(event: Any, up: tuple[int, int]) -> str:
-    """The operator's name; grouped products also with their operands' ranks, and whether they are `up` (its widths)."""
+    """Return the operator's name; for grouped products also the ranks of both operands, and "up" or "down" by width."""
     if "grouped_mm" not in event.name:
         return event.name
     left, right = event.input_shapes[:2]

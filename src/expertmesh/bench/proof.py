@@ -1,8 +1,8 @@
-"""What a benchmark checks before it times: every arm computes what stock Transformers computes in float32.
+"""The check before a benchmark times anything: every arm computes the same as stock Transformers in float32.
 
-A few layers at the work's widths (`Work.proof` names what is smaller), the same weights and tokens in every arm. On a
-GPU the arms run in bfloat16, and an arm's gradient errors are given as multiples of stock's own; on the CPU everything
-is float32.
+It uses a few layers at the work's widths (`Work.proof` has exceptions), with the same weights and tokens in every arm.
+On a GPU the arms run in bfloat16, and an arm's gradient errors are given as multiples of stock's own. On the CPU
+everything is float32.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from expertmesh.train.routing import routers
 
 
 class Proof:
-    """Stock in float32 for one work: weights, tokens, loss and gradients, to which arms are compared."""
+    """The float32 reference of one work: weights, tokens, and stock's loss and gradients."""
 
     def __init__(self, work: Work, device: str, tokens: int, tiny: bool) -> None:
         self.work, self.device, self.tiny = work, device, tiny
@@ -25,8 +25,8 @@ class Proof:
         self.stock = self.errors(ARMS["stock"])
 
     def compare(self, arm: Arm) -> dict[str, Any]:
-        """The loss' relative error, each gradient's (norm of the difference over the norm), and on a GPU how the worst
-        compares with stock's: `worst_ratio` in `worst_tensor`.
+        """Return the relative error of the loss and of each gradient (norm of the difference over the norm). On a GPU,
+        add the largest ratio to stock's error (`worst_ratio`) and its parameter (`worst_tensor`).
         """
         found = self.stock if arm.name == "stock" else self.errors(arm)
         if self.device == "cpu":
@@ -37,7 +37,7 @@ class Proof:
         return found | {"worst_ratio": ratios[worst], "worst_tensor": worst}
 
     def errors(self, arm: Arm) -> dict[str, Any]:
-        """Relative errors of one arm, in the dtype it is timed in."""
+        """Return the relative errors of one arm, in the dtype in which it is timed."""
         release()
         with self._built(arm, torch.float32 if self.device == "cpu" else torch.bfloat16) as model:
             with torch.no_grad():
@@ -48,7 +48,7 @@ class Proof:
         return {"loss_error": abs(loss - self.loss) / self.loss, "gradient_errors": errors}
 
     def _run_exact(self, tokens: int) -> None:
-        """On the CPU afterwards, because the arms need the GPU's memory."""
+        """Compute the reference and move it to the CPU, because the arms need the GPU's memory."""
         with self._built(ARMS["stock"], torch.float32, experts_implementation="eager") as model:
             _prepare(model)
             self.weights = {name: parameter.detach().bfloat16().cpu() for name, parameter in model.named_parameters()}
@@ -66,7 +66,7 @@ class Proof:
 
 @torch.no_grad()
 def _prepare(model: PreTrainedModel) -> None:
-    """Makes weights exact in bfloat16, and routing clear: near-ties that flip in bfloat16 would hide other errors."""
+    """Round weights to bfloat16, and avoid near-ties of routers, whose flips in bfloat16 would hide other errors."""
     for _, router in routers(model):
         weight: Any = router.weight
         torch.nn.init.normal_(weight, std=0.3)
@@ -83,7 +83,7 @@ def _gradients(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, dict[s
 
 
 def _error(got: torch.Tensor, want: torch.Tensor, piece: int = 2**26) -> float:
-    """Norm of the difference over the norm, slice by slice, because a float32 copy of a layer's experts is large."""
+    """Return norm(got - want) / norm(want), slice by slice, because a float32 copy of a layer's experts is large."""
     difference = size = 0.0
     for some, wanted in zip(got.flatten().split(piece), want.flatten().split(piece), strict=True):
         wanted = wanted.to(got.device)

@@ -1,4 +1,4 @@
-"""One compared quantity with its limit, which parity and export checks return, and the two error measures they use."""
+"""The result type of the parity and export checks, and their error measures."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Row:
-    """One compared quantity. `error` and `limit` are relative errors, or counts where `limit` is 0."""
+    """One compared quantity. `error` and `limit` are relative errors, or counts if `limit` is 0."""
 
     case: str
     quantity: str
@@ -19,13 +19,13 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """NaN is never ok."""
+        """Whether the error is within the limit. False for NaN."""
         return self.error <= self.limit
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:
-    """max |found - expected| / max(max |expected|, floor). Equal is 0; another shape, or NaN or infinity on one side,
-    is infinite.
+    """Return max |found - expected| / max(max |expected|, floor): 0 for equal tensors, infinity if the shapes differ or
+    if only one side has NaN or infinity.
     """
     if found.shape != expected.shape:
         return math.inf
@@ -39,7 +39,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor, floor: float = 0
 def rms_errors(
     found: Mapping[str, torch.Tensor | None], expected: Mapping[str, torch.Tensor | None]
 ) -> dict[str, float]:
-    """Name -> rms(found - expected) / rms(expected), for noisy arithmetic. Floor and missing as in `worst_error`."""
+    """Return {name: rms(found - expected) / rms(expected)} with the floor of `worst_error`; infinity if one is None."""
 
     def rms(tensor: torch.Tensor) -> float:
         return float(tensor.double().square().mean().sqrt())
@@ -59,12 +59,11 @@ def rms_errors(
 def worst_error(
     found: Mapping[str, torch.Tensor | None], expected: Mapping[str, torch.Tensor | None]
 ) -> tuple[float, str]:
-    """The largest `relative_error` of two models' gradients, and the parameter it belongs to. A gradient only one side
-    has is infinite.
+    """Return the largest `relative_error` of two models' gradients, and its parameter. A gradient that exists on one
+    side only has an infinite error.
 
-    The floor is 1% of the model's largest gradient entry: a tensor of a few small, cancelling entries (Qwen3-Next's
-    `A_log`) differs by more than 1e-5 of itself even between two stock implementations of the experts, by rounding
-    alone.
+    The floor is 1% of the model's largest gradient entry. Without it, rounding alone makes a tensor of a few small,
+    cancelling entries (Qwen3-Next's `A_log`) differ by more than 1e-5 between two stock experts implementations.
     """
     floor = 0.01 * max((float(tensor.abs().max()) for tensor in expected.values() if tensor is not None), default=0.0)
     worst = (0.0, "")

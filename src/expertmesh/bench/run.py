@@ -1,10 +1,10 @@
-"""`expertmesh bench`: the same models, weights, tokens and routing through every arm in turn, in one process.
+"""`expertmesh bench`: run the same models, weights, tokens and routing in every arm, one after the other.
 
     run(BenchOptions(works=("qwen3-30b-a3b",), arms=("stock", "expertmesh"), batches=(1, 4), out="NAME.json"))
 
-First the proof (`parity`), then the times of each arm and batch, or with `loops` those of people's trainers (loops.py).
-The file is written after every row, so a job that is cut short leaves what it measured. An arm that fails, for lack of
-memory for instance, is noted, and the others go on.
+First the proof (`parity`) runs, then each arm and batch size is timed; with `loops`, whole steps of trainers are timed
+instead (loops.py). The file is written after every row, so an interrupted job keeps its measurements. If an arm fails,
+for example because memory runs out, the failure is recorded, and the other arms still run.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ from expertmesh.train.errors import ConfigError, check_choice
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure. `arms` None: all that run here. `loops`: people's trainers, whole steps. `layers` None: the
-    work's own. `ablate` adds expertmesh without each fusion that is on. `full`: with clipping and AdamW. `packed`: 14
+    """What to measure. `arms` None: all that can run. `loops`: whole steps of trainers. `layers` None: the default of
+    the work. `ablate` adds expertmesh without each fusion that is on. `full`: with clipping and AdamW. `packed`: 14
     documents in each sequence. `device` None: the GPU if there is one. `warmup`, `repeats` None: 3, 7, in loops 6, 24.
     """
 
@@ -62,12 +62,12 @@ class BenchOptions:
 
 
 def run(options: BenchOptions, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measures, and returns what is written to `out`; `say` gets a line per finding.
+    """Measure, and return the result that is written to `out`. Call `say` with a line per measurement.
 
-    Raises ConfigError for wrong options.
+    Raise ConfigError for invalid options.
 
-    Every row has "work", "arm", "layers", "batch", "seq", "routing" and what was measured, None where that needs a
-    GPU. Rows of loops have "loop" and what `loops.measure` returns. "failed" lists what did not run, with its error.
+    Every row has "work", "arm", "layers", "batch", "seq", "routing" and the measurements, which are None if they need
+    a GPU. Rows of loops have "loop" and the result of `loops.measure`. "failed" lists failures with their errors.
     On several ranks each returns its own times; rank 0 prints and writes.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,11 +95,11 @@ def run(options: BenchOptions, say: Callable[[str], None] = print) -> dict[str, 
 
 
 def _silence(line: str) -> None:
-    """The `say` of all ranks but the first."""
+    """Replace `say` on all ranks but the first."""
 
 
 def refuse(options: BenchOptions, device: str) -> None:
-    """Raises ConfigError for names and numbers that cannot be run."""
+    """Raise ConfigError for invalid names and numbers."""
     for work in options.works:
         check_choice("--work", work, list(WORKS))
     for arm in options.arms or ():
@@ -130,7 +130,7 @@ def refuse(options: BenchOptions, device: str) -> None:
 
 
 def _refuse_loops(options: BenchOptions, device: str) -> None:
-    """Raises ConfigError for options that --loop excludes, or that need it."""
+    """Raise ConfigError for options that cannot be combined with --loop, or that need it."""
     if not options.loops:
         for name in options.arms or ():
             if ARMS[name].trainer or ARMS[name].four_bit:
@@ -151,7 +151,7 @@ def _refuse_loops(options: BenchOptions, device: str) -> None:
 
 
 def _arms(name: str, options: BenchOptions, device: str, say: Callable[[str], None]) -> Iterable[Arm]:
-    """The arms of one work, in order. One that cannot run is an error if named, else left out with a message."""
+    """Yield the arms of one work, in order. An arm that cannot run is an error if named, else skipped and logged."""
     config = config_of(WORKS[name], options.layers, options.tiny)
     for asked in options.arms or (loops.default_arms() if options.loops else DEFAULT):
         reason = why_not(ARMS[asked], config, device)
@@ -169,7 +169,7 @@ def _arms(name: str, options: BenchOptions, device: str, say: Callable[[str], No
 
 
 class _Bench:
-    """One work of a run: adds to `result` and writes it."""
+    """The measurements of one work. They are added to `result`, which is written to the output file."""
 
     def __init__(
         self, options: BenchOptions, device: str, name: str, result: dict[str, Any], say: Callable[[str], None]
@@ -184,23 +184,23 @@ class _Bench:
         self.loads: dict[tuple[str, int], float] = {}  # by routing and batch
 
     def prove(self, arms: list[Arm]) -> None:
-        """Writes the parity of stock and of these arms into `result`."""
+        """Compare stock and these arms with the float32 reference, and store the errors in `result`."""
         proof = Proof(self.work, self.device, 64 if self.options.tiny else 2048, self.options.tiny)
         for arm in dict.fromkeys((ARMS["stock"], *arms)):
-            with self._noting_failure(arm, "proof"):
+            with self._recording_failure(arm, "proof"):
                 found = proof.compare(arm)
                 self.result["parity"].setdefault(self.name, {})[arm.name] = found
                 worst = f", worst gradient {found['worst_ratio']:.2f}x stock's" if "worst_ratio" in found else ""
                 self.say(f"{self.name}: {arm.name}: loss off by {found['loss_error']:.1e} from float32{worst}")
 
     def train(self, arm: Arm, name: str, batch: int) -> None:
-        """One row of one loop."""
+        """Add the row of one arm and batch size in one loop."""
         options, loop = self.options, LOOPS[name]
         what = f"{name}, {batch} x {options.seq}"
         reason = loops.why_not(loop, arm)
         if reason is not None:
             return self.say(f"{self.name}: {name} without {arm.name}: {reason}")
-        with self._noting_failure(arm, what):
+        with self._recording_failure(arm, what):
             config = loops.loop_config(self.work, options.layers, options.tiny)
             with loops.loop_model(arm, config, self.dtype, self.device, self.attention) as model:
                 if current_world_size() == 1 and not arm.four_bit:
@@ -216,11 +216,11 @@ class _Bench:
             )
 
     def time(self, arm: Arm, routing: str) -> None:
-        """One row per batch of one arm."""
+        """Add the rows of one arm, one per batch size."""
         batches = self.options.batches
-        # compiled anew for each batch: with shapes that vary the compiled code is slower
+        # recompile for each batch size: code compiled for varying shapes is slower
         for group in [(batch,) for batch in batches] if arm.compiled else [batches]:
-            with self._noting_failure(arm, routing):
+            with self._recording_failure(arm, routing):
                 self._time(arm, routing, group)
 
     def _time(self, arm: Arm, routing: str, batches: tuple[int, ...]) -> None:
@@ -233,7 +233,7 @@ class _Bench:
                 self._write()
 
     @contextmanager
-    def _noting_failure(self, arm: Arm, what: str) -> Iterator[None]:
+    def _recording_failure(self, arm: Arm, what: str) -> Iterator[None]:
         steps.release()
         try:
             yield
@@ -313,14 +313,14 @@ class _Bench:
             self.say(f"  {row['ms']:9.2f} ms, floor {row['floor_ms']:8.2f}, x{row['launches']:<5} {row['component']}")
 
     def _same_weights(self, arm: Arm, model: Any, routing: str) -> None:
-        """Every arm must have the first arm's weights, bit for bit."""
+        """Assert that the arm has the first arm's weights, bit for bit."""
         sums = {name: _bits(tensor) for name, tensor in model.named_parameters()}
         first = self.weights.setdefault(routing, sums)
         different = sorted(name for name in sums.keys() | first.keys() if sums.get(name) != first.get(name))
         assert not different, f"{arm.name} of {self.name} has other weights than the arms before it: {different[:3]}"
 
     def _busiest(self, arm: Arm, step: steps.Step, routing: str) -> float | None:
-        """Measured on the first arm that is not compiled, as a hook would compile it anew; the same on all arms."""
+        """Return the load, measured in the first arm that is not compiled, as hooks cause recompilation."""
         key = (routing, len(step.inputs["input_ids"]))
         if key not in self.loads and not arm.compiled:
             self.loads[key] = round(busiest(step.model, step.inputs), 2)
@@ -334,13 +334,13 @@ class _Bench:
 
 
 def _bits(tensor: torch.Tensor) -> int:
-    """A checksum of the tensor's bits."""
+    """Return a checksum of the tensor's bits."""
     kind = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
     return int(tensor.detach().view(kind).sum(dtype=torch.int64))
 
 
 def _heading(options: BenchOptions, device: str) -> dict[str, Any]:
-    """The result without rows: hardware, versions, commit, command."""
+    """Return the result without rows: hardware, versions, commit, command and the device's measured rates."""
     ranks = current_world_size()
     start = ["expertmesh"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks), "-m", "expertmesh.cli"]
     packages = ("triton", "transformers", "mamba-ssm", *(("trl", "peft") if options.loops else ()))

@@ -1,7 +1,7 @@
-"""One training step, timed by its parts, and what it cost: memory, host syncs, kernel launches.
+"""Measure a training step: time by phase, memory, host synchronizations and kernel launches.
 
-On a GPU times are those of CUDA events, so work that the CPU has queued counts where it runs; on the CPU they are wall
-time.
+On a GPU, times are measured by CUDA events, so queued work counts in the phase in which it runs. On the CPU they are
+wall time.
 """
 
 import gc
@@ -22,17 +22,17 @@ PACKED = (12, 9, 8, 7, 6, 5, 4, 3, 3, 2, 2, 1, 1, 1)  # documents of a packed ro
 
 
 def documents(seq: int, packed: bool) -> list[int]:
-    """Lengths of the documents in a row of seq tokens."""
+    """Return the lengths of the documents in a row of seq tokens."""
     return [share * seq // 64 for share in PACKED] if packed else [seq]
 
 
 class Step:
-    """A training step of one model on fixed tokens. With `packed` each row holds 14 documents of unequal length, and
-    the model gets positions and cumulative lengths, as from a collator that packs.
+    """A training step of one model on fixed tokens. With `packed`, each row holds 14 documents of different lengths,
+    and the model gets position_ids and cu_seq_lens, as from a packing collator.
 
-    With `full`, gradients are clipped to norm 1, by our function if `ours`, else PyTorch's, and AdamW follows, fused,
-    with states in the weights' dtype. Its learning rate is 0, so that every step does the same work, with the
-    same weights and routing. Setting gradients to None is not timed.
+    With `full`, gradients are clipped to norm 1, by our function if `ours`, else by PyTorch's. Fused AdamW follows,
+    with states in the weights' dtype and a learning rate of 0, so that every step has the same weights and
+    routing. Setting gradients to None is not timed.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if full else None
 
     def run(self) -> tuple[list[Any], torch.Tensor]:
-        """Queues one step; returns the marks around its phases, and the loss."""
+        """Launch one step without waiting for it. Return the time marks between its phases, and the loss."""
         self.model.zero_grad(set_to_none=True)
         marks = [_mark(self.device)]
         loss = self.model(**self.inputs, labels=self.inputs["input_ids"]).loss
@@ -67,7 +67,7 @@ class Step:
         return marks, loss.detach()
 
     def milliseconds(self) -> dict[str, float]:
-        """Runs one step and waits for it; ms by phase."""
+        """Run one step, wait for it, and return the ms by phase."""
         marks, _ = self.run()
         return dict(zip(PHASES, _between(marks), strict=False))
 
@@ -81,7 +81,7 @@ def _mark(device: torch.device) -> Any:
 
 
 def _between(marks: list[Any]) -> list[float]:
-    """Milliseconds from each mark to the next."""
+    """Return the milliseconds from each mark to the next."""
     pairs = list(zip(marks, marks[1:], strict=False))
     if isinstance(marks[0], float):
         return [(end - start) * 1e3 for start, end in pairs]
@@ -90,7 +90,7 @@ def _between(marks: list[Any]) -> list[float]:
 
 
 def measure(step: Step, warmup: int, repeats: int) -> dict[str, Any]:
-    """Times, peak memory and loss of a step: medians of `repeats`, after `warmup` (the first of which compiles)."""
+    """Return median times of `repeats` steps after `warmup` steps (the first compiles), peak memory and loss."""
     start = time.perf_counter()
     step.milliseconds()
     first = time.perf_counter() - start
@@ -99,7 +99,7 @@ def measure(step: Step, warmup: int, repeats: int) -> dict[str, Any]:
     on_gpu = step.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    # queued one behind the other, as in training; with a wait after each step the GPU would idle for the CPU
+    # launched without synchronizing between steps, as in training; otherwise the GPU would wait for the CPU
     queued = [step.run()[0] for _ in range(repeats)]
     runs = [dict(zip(PHASES, _between(marks), strict=False)) for marks in queued]
     found: dict[str, Any] = {f"{phase}_ms": None for phase in PHASES}
@@ -113,7 +113,7 @@ def measure(step: Step, warmup: int, repeats: int) -> dict[str, Any]:
 
 
 def host_syncs(step: Step) -> list[str] | None:
-    """Where the CPU waits for the GPU in one step, as file:line for each time; None on the CPU."""
+    """Return file:line of each time the CPU waits for the GPU in one step; None on the CPU."""
     if step.device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -129,7 +129,7 @@ def host_syncs(step: Step) -> list[str] | None:
 
 
 def count_launches(step: Step) -> int | None:
-    """Kernels, copies and fills of one step on the GPU, None on the CPU."""
+    """Return the number of kernels, copies and fills of one step on the GPU; None on the CPU."""
     if step.device.type != "cuda":
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -140,24 +140,24 @@ def count_launches(step: Step) -> int | None:
 
 
 def gemm_tflops(device: str) -> float:
-    """The matrix-product rate of this device in TFLOP/s: bfloat16, 8192³ (on the CPU float32, 512³)."""
+    """Return the matrix-product rate of this device in TFLOP/s: bfloat16, 8192³ (on the CPU float32, 512³)."""
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / _median_ms(lambda: a @ b, device) / 1e9
 
 
 def copy_tb_per_second(device: str) -> float:
-    """Bytes read and written per second by a device copy of 2 GiB (on the CPU 64 MiB), in TB/s."""
+    """Return the bytes read and written per second by a device copy of 2 GiB (on the CPU 64 MiB), in TB/s."""
     source = torch.empty(2**31 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _median_ms(lambda: target.copy_(source), device) / 1e9
 
 
 def release() -> None:
-    """Give memory of what is no longer referenced back to the GPU, so that the next peak is its own."""
+    """Free unreferenced memory, so that it does not count in the next peak."""
     gc.collect()
     if torch.cuda.is_available():
-        torch._C._cuda_clearCublasWorkspaces()  # which are a stream's: a recorded step has a stream of its own
+        torch._C._cuda_clearCublasWorkspaces()  # one per stream, and a recorded step has its own stream
         torch.cuda.empty_cache()
 
 

@@ -1,8 +1,8 @@
-"""Tiny models of every family we prove: a few thousand parameters, every feature of the family switched on.
+"""Tiny models of all tested families: a few thousand parameters, with every feature of the family enabled.
 
-`expertmesh check qwen3_moe` and the tests build their models here. A freshly initialised model has a nearly uniform
-router, so a wrong expert or a wrong routing weight would hardly show; `tiny_model` therefore draws all weights anew
-(std 0.2) and moves every bias, norm and router correction off its neutral value.
+`expertmesh check qwen3_moe` and the tests build their models from these configurations. The router of a freshly
+initialized model is nearly uniform, which would hide a wrong expert or routing weight. `tiny_model` therefore draws new
+weights (std 0.2) and moves every bias, norm and router correction away from its neutral value.
 """
 
 import torch
@@ -31,7 +31,7 @@ QWEN = {
     "norm_topk_prob": True,
     "router_aux_loss_coef": 0.5,
 }
-# One linear-attention and one full-attention layer, as Qwen3-Next and Qwen3.5 mix them.
+# One linear-attention and one full-attention layer, the two kinds in Qwen3-Next and Qwen3.5.
 GATED_DELTA_NET = {
     "shared_expert_intermediate_size": 24,
     "linear_num_key_heads": 2,
@@ -143,14 +143,14 @@ FAMILIES: dict[str, dict] = {
 
 
 def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
-    """The tiny configuration of one family of `FAMILIES`; `changes` override single keys."""
+    """Return the tiny configuration of one family of `FAMILIES`; `changes` override single keys."""
     check_choice("a tiny model", model_type, list(FAMILIES))
     return AutoConfig.for_model(model_type, **COMMON | FAMILIES[model_type] | changes)
 
 
 @torch.no_grad()
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Draw all weights anew, so that routing is far from uniform and no bias or norm is neutral. In place."""
+    """Randomize all weights in place, so that routing is far from uniform and no bias or norm is neutral."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(tensor: torch.Tensor, std: float) -> torch.Tensor:
@@ -165,7 +165,7 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_model(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:
-    """A stock Transformers model of one family, float32 on CPU, with the weights of `randomise`."""
+    """Return a stock Transformers model of one family, float32 on the CPU, with the weights of `randomise`."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=torch.float32)
     return randomise(model, seed)

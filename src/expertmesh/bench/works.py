@@ -1,7 +1,7 @@
-"""What `expertmesh bench` computes: models named by the checkpoint whose widths they have, with few of its layers.
+"""The models of `expertmesh bench`: each has the widths of the checkpoint in its name, but only a few layers.
 
-Widths are those of the published configurations; weights are random. A work has so many layers that the whole
-training state of stock Transformers fits one 141 GB GPU.
+Widths are those of the published configurations; weights are random. The number of layers is chosen so that the full
+training state of stock Transformers fits on one 141 GB GPU.
 """
 
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ NEMOTRON_LAYERS = {"M": "linear_attention", "E": "moe", "*": "full_attention"}
 
 @dataclass(frozen=True)
 class Work:
-    """One model to train. `proof` changes widths for the float32 parity run, where the model at full width is too big.
+    """One model to train. `proof` overrides widths for the float32 parity run if the full width is too large.
 
-    `attention` is the fastest implementation stock Transformers offers on a GPU, which every stock arm gets; ours run
+    `attention` is the fastest implementation of stock Transformers on a GPU, used by all stock arms; ours use
     their default.
     """
 
@@ -126,9 +126,9 @@ WORKS = {
 
 
 def config_of(work: Work, layers: int | None = None, tiny: bool = False, **changes: Any) -> PreTrainedConfig:
-    """A fresh configuration of this work with its first `layers` layers; `tiny` has a few thousand parameters.
+    """Return a new configuration of this work with its first `layers` layers; `tiny` has a few thousand parameters.
 
-    Models write into their configuration, so no two share one.
+    Models modify their configuration, so do not share one between models.
     """
     layers = layers or (work.tiny_layers if tiny else work.layers)
     count: dict[str, Any] = {"num_hidden_layers": layers}
@@ -141,13 +141,13 @@ def config_of(work: Work, layers: int | None = None, tiny: bool = False, **chang
 
 
 def top_k_and_experts(config: PreTrainedConfig) -> tuple[int, int]:
-    """(experts per token, experts of a layer)."""
+    """Return (experts per token, experts per layer)."""
     names = ("num_experts", "n_routed_experts", "num_local_experts")
     return config.num_experts_per_tok, next(getattr(config, name) for name in names if hasattr(config, name))
 
 
 def expert_widths(config: PreTrainedConfig) -> tuple[int, int]:
-    """(width of what experts take in and give out, width of their up-projection, gate included)."""
+    """Return (input and output width of experts, width of their up-projection including the gate)."""
     hidden = getattr(config, "moe_latent_size", None) or config.hidden_size
     width = config.intermediate_size if config.model_type == "gpt_oss" else config.moe_intermediate_size
     return hidden, width if config.model_type == "nemotron_h" else 2 * width

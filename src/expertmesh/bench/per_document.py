@@ -1,8 +1,8 @@
-"""The right numbers for packed and padded rows: stock Transformers, called on each document alone.
+"""Reference results for packed and padded rows, from calling stock Transformers on each document separately.
 
-Transformers' Mamba2 layers carry their state from one packed document into the next if only position_ids tell them
-apart, and from padding into what follows it; GPT-OSS's attention looks across documents, unless it is FlashAttention.
-Ours do not, so stock's numbers for such rows are made from calls on the documents alone.
+In stock Transformers, Mamba2 layers carry their state from padding into the tokens after it, and from one packed
+document into the next if only position_ids mark them; GPT-OSS's attention crosses documents unless it is
+FlashAttention. Our layers do neither, so the reference for such rows comes from separate calls.
 """
 
 from types import SimpleNamespace
@@ -16,23 +16,23 @@ from expertmesh.layers.base_model import keeps_state
 from expertmesh.twins import Fast
 
 
-def keeps_apart(model: Any, batch: str) -> bool:
-    """Whether ours computes this batch right and stock does not.
+def needs_per_document(model: Any, batch: str) -> bool:
+    """Return whether our model handles this batch correctly and stock does not.
 
-    "packed": stock lets documents see each other. "left"-padded: stock counts positions from the padding on, and its
-    Mamba2 states begin there.
+    For "packed", documents see each other in stock. For "left" (left-padded), stock counts positions from the first
+    padding token, and its Mamba2 states start there.
     """
     on = {row.name for row in getattr(model, "fusion_report", list)() if row.on}
     return bool(on) if batch == "left" else batch == "packed" and bool(on & {"mamba2", "sink_attention"})
 
 
-def keeps_documents(module: nn.Module) -> bool:
-    """Whether a module can keep packed documents apart. A mixer with a state can only if it has a twin."""
+def supports_packing(module: nn.Module) -> bool:
+    """Return whether a module can keep packed documents separate. A mixer with a state needs a twin for that."""
     known = isinstance(module, Fast) or any(rule.matches(type(module)) for rule in RULES if rule.fusion == "mamba2")
     return known or not keeps_state(module)
 
 
-def documents_apart(
+def run_per_document(
     model: Any,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
@@ -40,7 +40,7 @@ def documents_apart(
     attention_mask: torch.Tensor | None = None,
     use_cache: bool = False,
 ) -> Any:
-    """(loss, logits) of rows [B, S]: `loss` the mean over all labelled tokens, `logits` [B, S, V], zero at padding."""
+    """Return `loss`, the mean over all labeled tokens of rows [B, S], and `logits` [B, S, V], zero at padding."""
     num_items = (labels[:, 1:] != -100).sum()
     begins = torch.zeros_like(input_ids, dtype=torch.bool) if position_ids is None else position_ids == 0
     keep = torch.ones_like(begins) if attention_mask is None else attention_mask != 0
