@@ -70,7 +70,7 @@ def test_an_unknown_key_names_the_nearest_one(key, nearest):
         (["lora={}", "train.optim_states=24bit"], "LoRA's weights are float32"),
         (["model.dtype=float32", "train.optim_states=24bit"], "the weights are float32"),
         (["quantization.experts=nf4"], "freezes the experts in 4 bits: add `lora`"),
-        (["quantization.experts=nf4", "lora={}", "model.fused={experts: false}"], "experts that are fused: change"),
+        (["quantization.experts=nf4", "lora={}", "model.fused={experts: false}"], "needs fused experts: change"),
     ],
 )
 def test_settings_that_exclude_each_other_are_an_error(keys, message):

@@ -289,7 +289,7 @@ class Trainer(ResumableTrainer):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # with float16 an infinite gradient is how the loss scaler finds its scale: it skips the step by itself
         watched = 0.0 if self._scales_loss else grad_norm
-        refused, optimizer = self._record.look(watched), self._own_adamw
+        refused, optimizer = self._record.start_check(watched), self._own_adamw
 
         def check(*_: Any) -> None:
             """Raise if the step that is under way had to be refused."""
