@@ -130,8 +130,8 @@ def test_a_missing_model_is_named_with_its_sentence(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", "`seed` stands in line 4 and again in line 6"),
-        ("model: {name: demo}\n", "`model` stands in line 1 and again in line 3"),
+        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", "`seed` is in line 4 and again in line 6"),
+        ("model: {name: demo}\n", "`model` is in line 1 and again in line 3"),
         ("1: x\n", "holds no sections"),
         ("2024-01-01: x\n", "There is no key `2024-01-01`"),
         ("train: {1: x}\n", "`train.1` cannot be 1"),

@@ -579,7 +579,7 @@ def buckets_of_ranks(rank):
     """What each rank's batch is brought to: full rows on both, then longer ones on one, then one that cannot be."""
     dist.init_process_group("gloo")
     model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
-    trainer = SimpleNamespace(cuda_graph=True, _base=fused_base(model), _buckets=[], _usual=None)
+    trainer = SimpleNamespace(cuda_graph=True, _base=fused_base(model), _buckets=[], _full_shape=None)
     found = []
     for length, hole in [((12, 12), False), ((12, 70), False), ((12, 12), True)]:
         ids = torch.arange(3, 3 + length[rank])[None]

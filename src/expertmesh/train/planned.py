@@ -105,7 +105,7 @@ def open_keys(config: Config) -> list[str]:
 def resolve_auto(config: Config, num_ranks: int) -> Config:
     """Replace `auto` by the numbers that are fastest by the plan on `num_ranks` of this machine's GPUs, and log them.
 
-    A resumed run keeps the numbers of the config.yaml next to its checkpoint. Raises ConfigError if there is no GPU of a
+    A resumed run keeps the numbers in the config.yaml next to its checkpoint. Raises ConfigError without a GPU of a
     known type, or if nothing fits.
     """
     keys, config = open_keys(config), _from_earlier_run(config, num_ranks)

@@ -219,7 +219,7 @@ def _is_first() -> bool:
 
 
 def _evaluate(trainer: SFTTrainer) -> dict[str, float]:
-    """Return the evaluation metrics after the last step, {} without evaluation data. Reuse an evaluation of that step."""
+    """Evaluate, or return the metrics if the last step was already evaluated; {} without evaluation data."""
     if trainer.eval_dataset is None:
         return {}
     last = trainer.state.log_history[-2:]  # the record of the last evaluation, then the summary of the training
