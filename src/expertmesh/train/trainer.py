@@ -80,7 +80,7 @@ class Trainer(ResumableTrainer):
         self._since: float | None = None  # time of the first batch or last record, plus pauses (evaluation, save)
 
     def get_train_dataloader(self):
-        """As in transformers, but batches also contain their row numbers and, if useful, a version packed in one row."""
+        """As in transformers, but batches also contain their row numbers and, if useful, a packed version."""
         self._set_signature_columns_if_needed()
         collator, columns = self.data_collator, self._signature_columns
         streamed = isinstance(self.train_dataset, torch.utils.data.IterableDataset)  # split among ranks after collation
