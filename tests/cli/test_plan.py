@@ -70,7 +70,7 @@ def test_ranks_that_do_not_exist_are_simulated(planned):
     code, said, errors = planned(tiny_config("qwen3_moe", **SMALL), *keys)
     assert code == 0 and "fastest first" not in said and "tp_size 2" in said
     for line in (
-        "laid out by the real code for 8 ranks, 2 on a node",
+        "sharded by the real code for 8 ranks, 2 on a node",
         "shards of a GPU",
         "tensor parallelism",
         "network",
