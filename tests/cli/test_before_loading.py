@@ -300,7 +300,7 @@ def test_nothing_is_loaded_before_all_was_looked_at(tmp_path, monkeypatch):
 def test_what_the_hub_has_is_named_where_there_is_no_network(dry, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     said = dry(0, model__name="nobody/no-such-model", data__name="nobody/no-such-data")
-    assert said.count("Not looked at: ") == 3 and "nobody/no-such-data" in said
+    assert said.count("Not checked: ") == 3 and "nobody/no-such-data" in said
     assert "train.optim" in dry(model__name="nobody/no-such-model", train__optim="adam_of_eden")
 
 

@@ -70,7 +70,7 @@ def test_ranks_that_do_not_exist_are_simulated(planned):
     code, said, errors = planned(tiny_config("qwen3_moe", **SMALL), *keys)
     assert code == 0 and "fastest first" not in said and "tp_size 2" in said
     for line in (
-        "laid out by the real code for 8 ranks, 2 on a node",
+        "sharded by the real code for 8 ranks, 2 on a node",
         "shards of a GPU",
         "tensor parallelism",
         "network",
@@ -97,7 +97,7 @@ def test_a_run_that_does_not_fit_exits_with_1(planned):
         (["--gpu", "h200x"], "did you mean 'h200'"),
         (["--gpus", "2", "parallel.ep_size=3"], "ep_size=3"),
         (["--gpus", "3", "parallel.tp_size=2"], "tp_size=2"),
-        (["--gpus", "2", "train.optim_offload=true"], "a GPU that is alone"),
+        (["--gpus", "2", "train.optim_offload=true"], "works on one GPU only"),
         (["--simulate", "2", "parallel.tp_size=4"], "tp_size=4"),
         (["lora={}", "quantization.experts=nf4"], "rows of 32 weights cannot be packed in nf4"),
         (["train.bf16=true"], "autocast"),

@@ -54,7 +54,7 @@ def test_sigterm_saves_once_for_all_ranks_and_the_run_goes_on(tmp_path):
     run.send_signal(signal.SIGTERM)
     said = "".join(run.communicate(timeout=60))
     assert run.returncode == 75, said
-    assert said.count("To go on: expertmesh train") == 1 and "Traceback" not in said
+    assert said.count("To resume: expertmesh train") == 1 and "Traceback" not in said
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     reached = int(checkpoint.name.partition("-")[2])
     assert steps(tmp_path)[-1]["step"] == reached

@@ -182,4 +182,4 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_75(tmp_path):
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     assert (checkpoint / "model.safetensors").exists() and (checkpoint / "optimizer").exists()
     assert "Traceback" not in said
-    assert "To go on: expertmesh train" in said and "save.resume_from_checkpoint=auto" in said
+    assert "To resume: expertmesh train" in said and "save.resume_from_checkpoint=auto" in said

@@ -292,8 +292,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
 
 def test_words_that_trainers_do_not_know_are_an_error(tmp_path):
     for options, message in (
-        ({"optim_args": "matrices=shampoo"}, "matrices= is muon"),
-        ({"optim": "sgd", "optim_args": "matrices=muon"}, "matrices= is of expertmesh's AdamW"),
+        ({"optim_args": "matrices=shampoo"}, "matrices= must be muon"),
+        ({"optim": "sgd", "optim_args": "matrices=muon"}, "matrices= works with expertmesh's AdamW"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, **options).create_optimizer()

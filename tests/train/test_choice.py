@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_what_it_chose(tmp_path, monkeypatch, capsys):
     assert resolve_auto(again, 1).train.per_device_train_batch_size == rows
     assert cli.run(["train", *words, "--dry-run"]) == 0
     said = capsys.readouterr()
-    assert "Not looked at: what is `auto`" in said.err and "ep_size: auto" in said.out
+    assert "Not checked: keys that are `auto`" in said.err and "ep_size: auto" in said.out
 
 
 @pytest.mark.parametrize(

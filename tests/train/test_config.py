@@ -70,7 +70,7 @@ def test_an_unknown_key_names_the_nearest_one(key, nearest):
         (["lora={}", "train.optim_states=24bit"], "LoRA's weights are float32"),
         (["model.dtype=float32", "train.optim_states=24bit"], "the weights are float32"),
         (["quantization.experts=nf4"], "freezes the experts in 4 bits: add `lora`"),
-        (["quantization.experts=nf4", "lora={}", "model.fused={experts: false}"], "experts that are fused: change"),
+        (["quantization.experts=nf4", "lora={}", "model.fused={experts: false}"], "needs fused experts: change"),
     ],
 )
 def test_settings_that_exclude_each_other_are_an_error(keys, message):
@@ -130,8 +130,8 @@ def test_a_missing_model_is_named_with_its_sentence(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", "`seed` stands in line 4 and again in line 6"),
-        ("model: {name: demo}\n", "`model` stands in line 1 and again in line 3"),
+        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", "`seed` is in line 4 and again in line 6"),
+        ("model: {name: demo}\n", "`model` is in line 1 and again in line 3"),
         ("1: x\n", "holds no sections"),
         ("2024-01-01: x\n", "There is no key `2024-01-01`"),
         ("train: {1: x}\n", "`train.1` cannot be 1"),

@@ -36,7 +36,7 @@ def test_errors_of_libraries_point_to_the_traceback():
 )
 def test_a_full_disk_is_one_paragraph(error):
     for shown in (error, caused_by(error)):
-        assert explain(shown).startswith("The disk is full. Free room on it")
+        assert explain(shown).startswith("The disk is full. Free space on it")
     assert not is_disk_full(OSError(2, "No such file or directory"))
 
 

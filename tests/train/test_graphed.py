@@ -20,7 +20,7 @@ from expertmesh.train import graphed
 from expertmesh.train.balance import BIAS, BalanceRouters
 from expertmesh.train.buckets import fused_base, one_row
 from expertmesh.train.config import ConfigError, load_config
-from expertmesh.train.graphed import MOST, WARM_UP, GraphedStep
+from expertmesh.train.graphed import MAX_GRAPHS, WARM_UP, GraphedStep
 from expertmesh.train.metrics import read_metrics
 from expertmesh.train.run import run as run_recipe
 from tests.distributed.ranks import on_ranks
@@ -96,18 +96,18 @@ def test_memory_that_is_not_owned_is_the_same_memory(dtype):
 def test_every_shape_is_warmed_up_and_recorded_up_to_a_number():
     module = nn.Linear(3, 1)
     step = GraphedStep(module, lambda x, scale: run(module, x, scale))
-    for rows in range(1, MOST + 3):
+    for rows in range(1, MAX_GRAPHS + 3):
         for _ in range(WARM_UP + 2):
             module.zero_grad()
             step(x=torch.ones(rows, 3), scale=1)
-    assert replays() == [2] * MOST
+    assert replays() == [2] * MAX_GRAPHS
     for _ in range(WARM_UP):  # another number is another shape, and mode, too
         module.zero_grad()
         step(x=torch.ones(1, 3), scale=2)
     module.eval()
     module.zero_grad()
     step(x=torch.ones(1, 3), scale=1)
-    assert replays() == [2] * MOST
+    assert replays() == [2] * MAX_GRAPHS
 
 
 def run(module, x, scale=1):
@@ -221,7 +221,7 @@ def test_a_rehearsal_finds_what_waits_and_steps_go_on_as_always(caplog):
     want = [torch.full((1, 3), float(value * value)) for value in range(1, WARM_UP + 4)]
     close(steps_of(step, module), want)
     assert step.gave_up and not Tape.made and not step.replayed
-    assert caplog.text.count("Steps are no more recorded") == 1 and "waits for the GPU" in caplog.text
+    assert caplog.text.count("CUDA graphs are switched off") == 1 and "waits for the GPU" in caplog.text
 
 
 def test_a_recording_that_fails_all_the_same_loses_nothing(caplog):
@@ -243,7 +243,7 @@ def test_a_recording_that_fails_all_the_same_loses_nothing(caplog):
 def test_shapes_without_end_and_no_memory_to_spare_end_the_recording(caplog, monkeypatch):
     module = nn.Linear(3, 1)
     step = lenient(module, run)
-    for rows in range(1, graphed.MANY + 3):
+    for rows in range(1, graphed.MANY_SHAPES + 3):
         module.zero_grad()
         step(x=torch.ones(rows, 3))
     assert step.gave_up and "too many shapes" in caplog.text
@@ -555,7 +555,7 @@ def test_code_of_the_user_s_runs_at_every_step_unless_he_asks_for_recording(tmp_
 def test_a_step_that_waits_goes_on_as_always(tmp_path, on_cpu, caplog):
     waiting = {"fused": {"experts": False, "linear_cross_entropy": True}}  # whose CPU path counts labels
     mine = by_default(tmp_path / "a", module=load_ours("qwen3_moe", **waiting))
-    assert caplog.text.count("Steps are no more recorded") == 1 and not Tape.made
+    assert caplog.text.count("CUDA graphs are switched off") == 1 and not Tape.made
     same_logs(mine, by_default(tmp_path / "b", module=load_ours("qwen3_moe", **waiting), cuda_graph=False))
 
 
@@ -579,7 +579,7 @@ def buckets_of_ranks(rank):
     """What each rank's batch is brought to: full rows on both, then longer ones on one, then one that cannot be."""
     dist.init_process_group("gloo")
     model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
-    trainer = SimpleNamespace(cuda_graph=True, _base=fused_base(model), _buckets=[], _usual=None)
+    trainer = SimpleNamespace(cuda_graph=True, _base=fused_base(model), _buckets=[], _full_shape=None)
     found = []
     for length, hole in [((12, 12), False), ((12, 70), False), ((12, 12), True)]:
         ids = torch.arange(3, 3 + length[rank])[None]
@@ -695,5 +695,5 @@ def test_a_recipe_s_batches_have_one_shape(tmp_path, on_cpu):
 
 
 def test_a_recipe_whose_batches_cannot_be_recorded_is_refused():
-    with pytest.raises(ConfigError, match="take `auto`, or remove `train.gradient_accumulation_steps`"):
+    with pytest.raises(ConfigError, match="set `auto`, or remove `train.gradient_accumulation_steps`"):
         load_config(None, ["train.cuda_graph=true", "train.gradient_accumulation_steps=2"])

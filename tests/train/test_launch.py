@@ -179,8 +179,8 @@ def test_ranks_that_do_not_find_each_other_say_why_in_time(monkeypatch):
         for rank, port, why in (
             ("1", None, "PyTorch's rank 0 does not answer"),
             ("0", None, "another run has that port"),
-            ("0", port_of_none, "of 3 ranks 1, 2 did not come"),
-            ("0", "", "another process has RANK=0, too"),
+            ("0", port_of_none, "of 3 ranks 1, 2 did not connect"),
+            ("0", "", "another process also has RANK=0"),
             ("3", "", "RANK=3 is none of WORLD_SIZE=3"),
         ):
             monkeypatch.setenv("RANK", rank)

@@ -116,7 +116,7 @@ def test_a_run_that_would_replace_checkpoints_does_not_start(tmp_path):
 def test_a_truncated_state_is_named(tmp_path):
     trainer(tmp_path, max_steps=2).train()
     os.truncate(tmp_path / "checkpoint-2" / "trainer_state.json", 100)
-    with pytest.raises(DamagedError, match=r"checkpoint-2/trainer_state.json cannot be read.*the one before"):
+    with pytest.raises(DamagedError, match=r"checkpoint-2/trainer_state.json cannot be read.*an earlier one"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 

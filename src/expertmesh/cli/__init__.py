@@ -1,7 +1,7 @@
-"""The command line: `expertmesh VERB ...`, one small file per verb, imported only when that verb is called.
+"""The command line, `expertmesh VERB ...`. Each verb has a file, which is imported only when the verb is called.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 75 stopped by SIGTERM and 130 by Ctrl-C, checkpoint saved.
-An error that a user can fix is one paragraph without a traceback; EXPERTMESH_DEBUG=1 shows the traceback as well.
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration; after saving a checkpoint, 75 for SIGTERM, 130 for Ctrl-C.
+An error that a user can fix is printed as one paragraph; EXPERTMESH_DEBUG=1 adds the traceback.
 """
 
 import importlib
@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 import typer
 
 VERBS = {
-    "train": "Fine-tune a model as a YAML file says.",
-    "plan": "Say what a run needs and how fast it will be, before it loads anything.",
+    "train": "Fine-tune a model from a YAML file.",
+    "plan": "Predict memory and speed of a run without loading the model.",
     "launch": "Write the Slurm or SkyPilot file that trains on several machines.",
-    "check": "Prove that a model computes and saves what it does under stock Transformers.",
-    "merge": "Merge a LoRA adapter into its base model, and prove it on logits.",
-    "adapter": "Write a LoRA adapter as vLLM, SGLang or PEFT reads it.",
+    "check": "Check that a model computes and saves the same as under stock Transformers.",
+    "merge": "Merge a LoRA adapter into its base model, and check the logits.",
+    "adapter": "Convert a LoRA adapter to the format of vLLM, SGLang or PEFT.",
     "bench": "Time stock Transformers and expertmesh on the same work, in one job.",
     "demo": "Train, export and verify a small model on this machine.",
-    "doctor": "Show what is installed, what is lost without the rest, and the fusions of each family.",
+    "doctor": "Show what is installed, what is missing and its effect, and the fusions of each family.",
     "schema": "Print the JSON Schema of the configuration.",
 }
 
@@ -32,12 +32,12 @@ def main() -> None:
     if code and os.environ.get("RANK"):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # a rank that fails must not wait for others in the destructors of its process group
+        os._exit(code)  # skip the destructors: a failed rank must not wait for the others in its process group's
     sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line, given without the program's name, and returns its exit code."""
+    """Run a command line, given without the program's name, and return its exit code."""
     verb = next((word for word in arguments if not word.startswith("-")), None)
     try:
         _app(verb)(list(arguments), prog_name="expertmesh")
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _app(verb: str | None) -> typer.Typer:
-    """Every verb with its help; only `verb` itself is imported, so that `--help` does not wait for PyTorch."""
+    """Return the app with all verbs. Import only `verb`, so that `--help` does not wait for PyTorch."""
     app = typer.Typer(
         help="Fast Mixture-of-Experts fine-tuning that stays plain Transformers.",
         no_args_is_help=True,
@@ -57,8 +57,8 @@ def _app(verb: str | None) -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for name, sentence in VERBS.items():
-        called = name == verb
-        app.command(name, help=None if called else sentence)(_load(name) if called else _not_called)
+        is_called = name == verb
+        app.command(name, help=None if is_called else sentence)(_load(name) if is_called else _not_called)
     return app
 
 
@@ -71,14 +71,14 @@ def _not_called() -> None:
 
 
 def _report(error: Exception) -> int:
-    """Prints an error as a user should see it and returns the exit code."""
+    """Print an error for the user and return the exit code."""
     from expertmesh.train.errors import ConfigError, explain
     from expertmesh.train.launch import record_error
 
     paragraph = explain(error)
-    said = [] if paragraph is None else [f"expertmesh: error: {paragraph}\n"]
+    lines = [] if paragraph is None else [f"expertmesh: error: {paragraph}\n"]
     if paragraph is None or os.environ.get("EXPERTMESH_DEBUG"):
-        said = traceback.format_exception(error) + said
-    if not record_error("".join(said)):
-        print("".join(said), end="", file=sys.stderr)
+        lines = traceback.format_exception(error) + lines
+    if not record_error("".join(lines)):
+        print("".join(lines), end="", file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 1

@@ -1,4 +1,4 @@
-"""`expertmesh adapter ADAPTER --for vllm`: a LoRA adapter in the layout that a server, or PEFT, reads."""
+"""`expertmesh adapter ADAPTER --for vllm`: convert a LoRA adapter to the layout that a server or PEFT reads."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from expertmesh.cli.merge import ADAPTER_HELP, BASE_HELP, LAYOUT_HELP, OUTPUT_HELP, known_layout, naming_the_fix
 
-FOR_HELP = "Who is to read it: `vllm`, `sglang` or `peft`."
+FOR_HELP = "The program that will read it: `vllm`, `sglang` or `peft`."
 
 
 def adapter(
@@ -17,10 +17,10 @@ def adapter(
     base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
     layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP)] = None,
 ) -> None:
-    """Write a LoRA adapter as vLLM, SGLang or PEFT reads it. The products stay the same, which is checked.
+    """Convert a LoRA adapter to the format of vLLM, SGLang or PEFT, and check that all products B A stay the same.
 
-    Of the base model only config.json is read. Exit code 2 if the adapter cannot be read, or if the server would not
-    apply all of it; then nothing is written.
+    Only the base model's config.json is read. If the adapter cannot be read, or the server would not apply all of it,
+    nothing is written and the exit code is 2.
     """
     from expertmesh.adapters.merge import base_model, base_of
     from expertmesh.adapters.serving import SERVERS
@@ -32,5 +32,5 @@ def adapter(
     known_layout(layout)
     with naming_the_fix(), quiet():
         name = base_of(adapter, base)
-        found = rewrite(adapter, base_model(name), output, reader, layout, name)
-    typer.echo(f"The adapter, read as {found}, is in {output}, as {reader} reads it.")
+        source_layout = rewrite(adapter, base_model(name), output, reader, layout, name)
+    typer.echo(f"The adapter, read as {source_layout}, is in {output}, in the format of {reader}.")

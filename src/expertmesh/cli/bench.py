@@ -1,4 +1,4 @@
-"""`expertmesh bench`: stock Transformers and expertmesh on the same work or in people's loops, timed in one job."""
+"""`expertmesh bench`: time stock Transformers and expertmesh on the same work or in common trainers, in one job."""
 
 import os
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,23 +10,23 @@ if TYPE_CHECKING:
 
 WORK_HELP = "Models by name, with commas: qwen3-30b-a3b, nemotron-3-nano, gpt-oss-20b, deepseek-v3."
 ARMS_HELP = (
-    "Sides, with commas: stock, stock-compiled (each layer by torch.compile), stock-liger, expertmesh, "
-    "stock-flash-attn-4, expertmesh-no-NAME (one fusion or library off), and with --loop expertmesh-trainer (by our "
-    "trainer) and, for adapters, expertmesh-4bit (experts in 4 bits). Default: the first four that run here, with "
-    "--loop all that train as people would."
+    "Arms, with commas: stock, stock-compiled (each layer by torch.compile), stock-liger, expertmesh, "
+    "stock-flash-attn-4, expertmesh-no-NAME (one fusion or library off), and with --loop expertmesh-trainer (with "
+    "expertmesh's trainer) and, for adapters, expertmesh-4bit (experts in 4 bits). Default: the first four if they run "
+    "here, with --loop all that apply."
 )
 LOOP_HELP = (
-    "Whole steps of people's own trainers, with commas: trainer, trainer-padded, lora, lora-experts (transformers."
+    "Time whole steps of common trainers, with commas: trainer, trainer-padded, lora, lora-experts (transformers."
     "Trainer), sft, sft-packed, dpo (TRL's). Under torchrun: trainer."
 )
-ABLATE_HELP = "Also expertmesh without each of its fusions and libraries, one by one: what each is worth."
-ROUTING_HELP = "How tokens choose experts, with commas: random-init, skewed (as trained), balanced."
-LAYERS_HELP = "How many of the model's layers; default: as many as stock can train on one 141 GB GPU."
-PACKED_HELP = "14 documents of unequal length in each sequence; models are told where they begin."
-STEP_HELP = "Whole steps: clipping and fused AdamW after the backward; tokens/s are then those of the step."
-PROFILE_HELP = "Device time by component of the layer beside its floor, at the last batch size."
-OUT_HELP = "Write the result here as JSON, and pictures beside it (with matplotlib)."
-COMMIT_HELP = "The commit to note in the result, where the source is no git checkout."
+ABLATE_HELP = "Also time expertmesh without each of its fusions and libraries, one by one, to show its effect."
+ROUTING_HELP = "How tokens choose experts, with commas: random-init, skewed (as after training), balanced."
+LAYERS_HELP = "Number of the model's layers; default: as many as stock can train on one 141 GB GPU."
+PACKED_HELP = "Pack 14 documents of unequal length into each sequence; models get their boundaries."
+STEP_HELP = "Time whole steps: clipping and fused AdamW after the backward; tokens/s are then those of the step."
+PROFILE_HELP = "Also show device time by component of the layer and its lower bound, at the last batch size."
+OUT_HELP = "Write the result to this JSON file, and pictures next to it (with matplotlib)."
+COMMIT_HELP = "The commit to note in the result if the source is not a git checkout."
 
 
 def bench(
@@ -43,7 +43,7 @@ def bench(
     proof: Annotated[bool, typer.Option(help="Compare every arm's gradients with float32 before timing.")] = True,
     profile: Annotated[bool, typer.Option("--profile", help=PROFILE_HELP)] = False,
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="Models of a few thousand parameters: to try the bench.")
+        bool, typer.Option("--tiny", help="Use models of a few thousand parameters, to try the bench.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="`cuda` or `cpu`; default: the GPU if there is one.")] = None,
     warmup: Annotated[int | None, typer.Option(min=1, help="Steps before the timed ones: 3, with --loop 6.")] = None,
@@ -55,8 +55,8 @@ def bench(
 ) -> None:
     """Train the same model, weights, tokens and routing under stock Transformers and under expertmesh, in turn.
 
-    Every arm's loss and gradients are first compared with stock in float32; in people's loops (--loop) the losses of
-    the steps are shown instead. Exit code 1 if an arm failed.
+    First, every arm's loss and gradients are compared with stock in float32. With --loop, the losses of the steps are
+    shown instead. Exit code 1 if an arm failed.
     """
     from rich.console import Console
 
@@ -66,7 +66,7 @@ def bench(
 
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=160)  # a log has no width: cut off no column
+        console = Console(highlight=False, width=160)  # in a log file, truncate no column
     result = run(
         BenchOptions(
             works=_names(work),
@@ -113,12 +113,12 @@ def _sizes(text: str) -> tuple[int, ...]:
 
     names = _names(text)
     if not all(name.isdigit() and int(name) > 0 for name in names):
-        raise ConfigError(f"--batch takes numbers of sequences with commas, as 1,4, not {text!r}.")
+        raise ConfigError(f"--batch takes numbers of sequences with commas, such as 1,4, not {text!r}.")
     return tuple(map(int, names))
 
 
 def _loop_tables(rows: list[dict[str, Any]]) -> "list[Table]":
-    """One table per work, loop and batch; the last column is the first arm's time over this one's."""
+    """Return one table per work, loop and batch. The last column is the speed-up over the first arm."""
     from rich import box
     from rich.table import Table
 
@@ -143,8 +143,8 @@ def _loop_tables(rows: list[dict[str, Any]]) -> "list[Table]":
 
 
 def _tables(rows: list[dict[str, Any]]) -> "list[Table]":
-    """One table per work, routing and batch. The last columns: the first arm's time over this one's, and what a fusion
-    is worth, which is the time without it over that of expertmesh.
+    """Return one table per work, routing and batch. The last columns are the speed-up over the first arm and `worth`:
+    the time without a fusion over the time of expertmesh.
     """
     from rich import box
     from rich.table import Table

@@ -1,6 +1,6 @@
-"""`expertmesh check MODEL`: prove that expertmesh computes and saves what stock Transformers does.
+"""`expertmesh check MODEL`: check that expertmesh computes and saves the same as stock Transformers.
 
-With `--serve` MODEL is an adapter, and the question whether a server applies all of it.
+With `--serve`, MODEL is an adapter, and the command checks whether a server applies all of it.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from expertmesh.bench.rows import Row
 
-SERVE_HELP = "MODEL is a LoRA adapter: does `vllm` or `sglang` have a slot for every tensor of it?"
-BASE_HELP = "With --serve: the adapter's base model, a folder or a Hub id; left out, the one it names."
-MODEL_HELP = "A checkpoint folder, a Hub id, a family (`qwen3_moe`: a tiny model is made), or `all` families."
-RANKS_HELP = "Compare on this many processes instead: FSDP2 and expert parallelism against stock on one process."
+SERVE_HELP = "MODEL is a LoRA adapter: check whether `vllm` or `sglang` has a slot for each of its tensors."
+BASE_HELP = "With --serve: the adapter's base model, a folder or a Hub id; default: the one that the adapter names."
+MODEL_HELP = "A checkpoint folder, a Hub id, a family (`qwen3_moe`, as a tiny model), or `all` families."
+RANKS_HELP = "Compare FSDP2 and expert parallelism on this number of processes with stock on one process."
 DEVICE_HELP = "`cpu`: float32, equal within 1e-5. `cuda`: bfloat16, at most 1.5 times stock's own error."
 
 
@@ -34,11 +34,13 @@ def check(
     serve: Annotated[str | None, typer.Option(help=SERVE_HELP)] = None,
     base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
     layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP)] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every comparison, not one line per case.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show every comparison, not one line per case.")
+    ] = False,
 ) -> None:
     """Compare loss, logits, gradients, generation and export with stock Transformers. Exit code 1 if any differs.
 
-    First the bytes of a local checkpoint are compared with the checksums beside it, where there are some.
+    First, the files of a local checkpoint are compared with its checksums, if it has any.
     """
     if serve is not None or base is not None or layout is not None:
         raise typer.Exit(_serves(Path(model), serve, base, layout))
@@ -53,7 +55,7 @@ def check(
     from expertmesh.bench.tiny import FAMILIES
     from expertmesh.train.errors import ConfigError, short_message
 
-    _refuse_nonsense(model, device, ranks)
+    _check_options(model, device, ranks)
     console = Console()
     failed = 0
     for name in FAMILIES if model == "all" else [model]:
@@ -63,7 +65,7 @@ def check(
                 rows = check_layouts(path, ranks) if ranks > 1 else list(check_checkpoint(path, device))
         except OSError as error:
             raise ConfigError(f"{name!r} cannot be loaded by Transformers: {' '.join(str(error).split())}") from error
-        except Exception as error:  # an error is a result; `all` goes on with the next family
+        except Exception as error:  # an error is a result, too: `all` continues with the next family
             if os.environ.get("EXPERTMESH_DEBUG") or type(error).__module__.startswith("expertmesh."):
                 raise
             console.print(f"{name}: DIFFERS, or cannot be compared: {escape(short_message(error))}.", soft_wrap=True)
@@ -83,7 +85,7 @@ def check(
 
 
 def _serves(adapter: Path, server: str | None, base: str | None, layout: str | None) -> int:
-    """Print what a server would not apply of an adapter. Returns the exit code, 1 if there is any."""
+    """Print the modules of an adapter that a server would not apply. Return the exit code, 1 if there are any."""
     from expertmesh.adapters.merge import base_model, base_of
     from expertmesh.adapters.serving import SERVERS
     from expertmesh.adapters.slots import lost
@@ -91,22 +93,24 @@ def _serves(adapter: Path, server: str | None, base: str | None, layout: str | N
 
     if server is None:
         raise ConfigError(
-            "--base and --layout are of an adapter: say for which server to check it (--serve vllm|sglang)."
+            "--base and --layout are options for adapters: name the server to check for (--serve vllm|sglang)."
         )
     check_choice("--serve", server, SERVERS)
     known_layout(layout)
     with naming_the_fix(), quiet():
-        lacking, count, source = lost(adapter, base_model(base_of(adapter, base)), server, layout)
-    for one in lacking:
-        typer.echo(f"{one.path} {one.why}.")
-    applied = count - len({one.path for one in lacking})
-    typer.echo(f"{server}, by its {source}: {applied} of {count} adapted modules have a slot, {len(lacking)} do not.")
-    if lacking:
-        typer.echo(f"`expertmesh adapter {adapter} --for {server}` writes it as {server} reads it, where it can.")
-    return 1 if lacking else 0
+        missing, count, source = lost(adapter, base_model(base_of(adapter, base)), server, layout)
+    for tensor in missing:
+        typer.echo(f"{tensor.path} {tensor.why}.")
+    applied = count - len({tensor.path for tensor in missing})
+    typer.echo(f"{server}, by its {source}: {applied} of {count} adapted modules have a slot, {len(missing)} do not.")
+    if missing:
+        typer.echo(
+            f"`expertmesh adapter {adapter} --for {server}` converts it to the format of {server}, if that is possible."
+        )
+    return 1 if missing else 0
 
 
-def _refuse_nonsense(model: str, device: str, ranks: int) -> None:
+def _check_options(model: str, device: str, ranks: int) -> None:
     import torch
 
     from expertmesh.bench.tiny import FAMILIES
@@ -128,7 +132,7 @@ def _refuse_nonsense(model: str, device: str, ranks: int) -> None:
 
 
 def _verify(name: str) -> None:
-    """Raises DamagedError if bytes of a checkpoint or an export are not those that were saved."""
+    """Raise DamagedError if files of a checkpoint or an export do not match their checksums."""
     from expertmesh.checkpoint.publish import is_complete, verify
     from expertmesh.weights.files import verify_sums
 
@@ -139,7 +143,7 @@ def _verify(name: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Transformers' warnings and progress bars: both sides of each comparison would print them."""
+    """Context manager that silences Transformers' warnings and progress bars, which both sides would print."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -156,7 +160,7 @@ def quiet() -> Iterator[None]:
 
 
 def _table(name: str, rows: "list[Row]", verbose: bool) -> "Table":
-    """All rows; or for each case those that differ, and if none does, the one nearest to its limit."""
+    """Return a table of all rows, or for each case of those that differ; if none does, of the nearest to its limit."""
     from rich import box
     from rich.table import Table
 

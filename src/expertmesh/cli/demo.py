@@ -1,7 +1,7 @@
-"""`expertmesh demo`: a small Qwen3-MoE learns from real text on whatever machine this is, and its export is proven.
+"""`expertmesh demo`: train a small Qwen3-MoE on real text on any machine, and verify its export.
 
-It is an ordinary run of `expertmesh train` on built-in data. Before and after it shows the model's answers and the loss
-on held-out rows; at the end it checks that stock Transformers computes the same logits from the saved checkpoint.
+It is an ordinary run of `expertmesh train` on built-in data. It shows the model's answers and the held-out loss before
+and after training, and checks that stock Transformers computes the same logits from the saved checkpoint.
 """
 
 import os
@@ -23,8 +23,8 @@ QUESTIONS = [
     "What is the class `ValueError`?",
     "Explain the Python topic `lambda`.",
 ]
-LOSS_MUST_FALL_TO = 0.75  # of what it was before training: far more than noise, far less than the demo reaches
-# Relative, float32. On a CPU two orders of summation differ and nothing else; a GPU may multiply with 10-bit mantissas.
+LOSS_MUST_FALL_TO = 0.75  # of the loss before training: a drop far above noise, and easily reached by the demo
+# Relative, float32. On a CPU only the order of summation differs; a GPU may use TF32 with its 10-bit mantissas.
 LOGITS_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}
 
 
@@ -36,10 +36,10 @@ def demo(
         int, typer.Option(min=20, help="Optimizer steps; the default takes about two minutes on two cores.")
     ] = 500,
 ) -> None:
-    """Train a small Qwen3-MoE on this machine, export it, and prove the export."""
+    """Train a small Qwen3-MoE on this machine, export it, and verify the export."""
     began = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
-    # threads that spin while they wait would take cores from everything else
+    # OpenMP threads that spin while they wait would take cores from other processes
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with console.status("loading"):
         import datasets
@@ -80,7 +80,7 @@ def demo(
 
 
 def settings(output_dir: Path, steps: int) -> dict[str, dict]:
-    """The configuration of the demo, as `expertmesh train` reads it."""
+    """Return the configuration of the demo, in the format of `expertmesh train`."""
     return {
         "model": {"name": "demo"},
         "data": {"name": "demo:all", "max_length": 64, "assistant_only_loss": True},
@@ -92,10 +92,10 @@ def settings(output_dir: Path, steps: int) -> dict[str, dict]:
 
 
 def compare_with_stock(model: "PreTrainedModel", tokenizer: Any, folder: Path) -> tuple[list[str], float]:
-    """What differs between the model and its checkpoint in `folder`, read by stock Transformers.
+    """Compare the model with its checkpoint in `folder`, loaded by stock Transformers.
 
-    Returns the names of tensors that are not bit-equal or on one side only, and the largest difference of logits over
-    the largest logit.
+    Return the names of tensors that are not bit-equal or exist on one side only, and the largest difference of logits
+    relative to the largest logit.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -125,13 +125,13 @@ def _introduce(console: Console, trainer: Any) -> None:
 
 
 def _prompt(tokenizer: Any, question: str, device: "torch.device") -> "torch.Tensor":
-    talk = [{"role": "user", "content": question}]
-    encoded = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    turns = [{"role": "user", "content": question}]
+    encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     return encoded["input_ids"].to(device)
 
 
 def _answer(model: "PreTrainedModel", tokenizer: Any, question: str) -> str:
-    """The model's most likely answer, at most 60 tokens."""
+    """Return the model's greedy answer of at most 60 tokens."""
     ids = _prompt(tokenizer, question, model.device)
     answered = model.eval().generate(ids, max_new_tokens=60, do_sample=False)
     return tokenizer.decode(answered[0, ids.shape[1] :], skip_special_tokens=True).strip()
@@ -144,7 +144,7 @@ def _show(console: Console, question: str, before: str, after: str) -> None:
 
 
 def _report(console: Console, promises: list[tuple[str, str, str]], kept: list[bool], output_dir: Path) -> None:
-    """The table at the end: every promise, what was measured, and whether it holds; then the files."""
+    """Print a table of all promises, measurements and whether they hold, and then the files of the run."""
     table = Table(box=None, pad_edge=False, title="\nwhat this run shows", title_justify="left")
     for column in ("", "measured", "must be", ""):
         table.add_column(column, no_wrap=True)

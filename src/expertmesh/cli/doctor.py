@@ -1,4 +1,4 @@
-"""`expertmesh doctor`: what this machine has, what is lost without the rest, and the fusions of each family."""
+"""`expertmesh doctor`: show what is installed, what is missing and its effect, and the fusions of each family."""
 
 import platform
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ REQUIRED = {"python": ">=3.11", "torch": ">=2.11", "transformers": ">=5.23"}
 
 
 def doctor() -> None:
-    """Show what is installed, what is lost without the rest, and the fusions of each family on this Transformers.
+    """Show what is installed, what is missing and its effect, and the fusions of each family on this Transformers.
 
     Exit code 1 if Python, PyTorch or Transformers is missing or has a version that expertmesh does not support, or if a
     family cannot be built.
@@ -50,7 +50,7 @@ def doctor() -> None:
 
 
 def wrong_versions(found: dict[str, str | None]) -> dict[str, str]:
-    """One sentence for each of REQUIRED that `found` (name: version) lacks or has in an unsupported version."""
+    """Return a sentence for each package of REQUIRED that is missing or unsupported. found: {name: version}."""
     from packaging.specifiers import SpecifierSet
 
     wrong = {}
@@ -64,34 +64,36 @@ def wrong_versions(found: dict[str, str | None]) -> dict[str, str]:
 
 
 def whether_tested(version: str) -> str:
-    """A sentence: whether expertmesh was tested on this version of Transformers."""
+    """Return a sentence on whether expertmesh was tested with this version of Transformers."""
     from expertmesh import backends
 
     if backends.is_tested(version):
         return f"Transformers {version} is tested, as are all from {backends.TESTED}."
-    return f"[yellow]Transformers {version} is not tested[/], {backends.TESTED} are: prove models by expertmesh check."
+    return (
+        f"[yellow]Transformers {version} is not tested[/], {backends.TESTED} are: check models with expertmesh check."
+    )
 
 
 def fusions_of(family: str) -> dict[str, list[str]]:
-    """The fusions of a tiny model of the family: on by "table" (its code is known), on by "probe" (its results were
-    compared), or "off" though the model has modules for it.
+    """Return the names of the fusions of a tiny model of the family: on by "table" (its code is known), on by "probe"
+    (its results were compared), and "off" although the model has modules for it.
     """
     from expertmesh.auto import AutoModelForCausalLM
     from expertmesh.bench.tiny import tiny_config
     from expertmesh.families.report import NOT_NEEDED
 
-    found: dict[str, list[str]] = {"table": [], "probe": [], "off": []}
+    names: dict[str, list[str]] = {"table": [], "probe": [], "off": []}
     for row in AutoModelForCausalLM.from_config(tiny_config(family)).fusion_report():
         if row.on or not row.reason.startswith(NOT_NEEDED):
             by = row.verified if row.on else "off"
-            found[by].append(row.name)
-    return found
+            names[by].append(row.name)
+    return names
 
 
 def _fusions(broken: list[str]) -> "Table":
-    """One line for each family: how many fusions are on by table and by probe, and off; the last two by name, too.
+    """Return a table with the fusions of each family: the numbers on by table, on by probe and off, and most names.
 
-    A family that cannot be built joins `broken`.
+    Append a family that cannot be built to `broken`.
     """
     import logging
 
@@ -105,13 +107,13 @@ def _fusions(broken: list[str]) -> "Table":
     table = Table(title="fusions of each family", title_justify="left")
     for column in ("family", "on by table", "on by probe", "off"):
         table.add_column(column, overflow="fold")
-    logging.disable(logging.INFO)  # each model's own report
+    logging.disable(logging.INFO)  # each model logs its own report
     try:
         with quiet():
             for family in FAMILIES:
                 try:
                     by = fusions_of(family)
-                except Exception as error:  # what doctor is for
+                except Exception as error:  # report it, and continue with the next family
                     table.add_row(f"[red]{family}", "cannot be built", "", escape(short_message(error)))
                     broken.append(family)
                     continue

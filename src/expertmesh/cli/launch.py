@@ -1,4 +1,4 @@
-"""`expertmesh launch`: the file with which Slurm or SkyPilot runs `expertmesh train` on several machines."""
+"""`expertmesh launch`: write the file with which Slurm or SkyPilot runs `expertmesh train` on several machines."""
 
 import shlex
 from pathlib import Path
@@ -16,9 +16,9 @@ SBATCH = """\
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=TERM@300
-# Slurm sends SIGTERM 300 seconds before the time limit: time to end the step and save a checkpoint.
+# Slurm sends SIGTERM 300 seconds before the time limit, which leaves time to finish the step and save a checkpoint.
 
-trap : TERM  # this shell waits for the ranks, which save and exit with 75
+trap : TERM  # this shell must survive SIGTERM and wait for the ranks, which save and exit with 75
 srun --kill-on-bad-exit=1 {command}
 code=$?
 if [ "$code" -eq 75 ]; then
@@ -28,9 +28,9 @@ exit "$code"
 """
 
 SKYPILOT = """\
-# sky launch, or for machines that may be taken away `sky jobs launch`: it starts again, and the run goes on from its
-# newest checkpoint, if save.output_dir is on storage that all machines and the next ones see. The workdir is copied to
-# the machines: put a clone of expertmesh into it.
+# Start it with `sky launch`, or on spot machines with `sky jobs launch`, which restarts it. A restart resumes from
+# its newest checkpoint if save.output_dir is on storage shared by all machines, old and new. The workdir is copied to
+# the machines and must contain a clone of expertmesh.
 name: {name}
 num_nodes: {nodes}
 workdir: .
@@ -49,14 +49,14 @@ def launch(
     config: Annotated[Path, typer.Argument(help="The YAML file of the run.")],
     slurm: Annotated[bool, typer.Option("--slurm", help="Write a file for sbatch.")] = False,
     skypilot: Annotated[bool, typer.Option("--skypilot", help="Write a SkyPilot task.")] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each machine, one rank for each.")] = 8,
-    gpu: Annotated[str, typer.Option(help="Kind of GPU, by SkyPilot's name; Slurm takes the partition's.")] = "H200",
-    out: Annotated[Path | None, typer.Option(help="File to write; without it the text is printed.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per machine; each gets a rank.")] = 8,
+    gpu: Annotated[str, typer.Option(help="GPU type by SkyPilot's name; Slurm uses the partition's.")] = "H200",
+    out: Annotated[Path | None, typer.Option(help="File to write; default: print the text.")] = None,
 ) -> None:
-    """Write the file with which Slurm or SkyPilot trains as CONFIG says; an interrupted run resumes by itself.
+    """Write the file with which Slurm or SkyPilot runs CONFIG. An interrupted run resumes automatically.
 
-    Exit code 2 if CONFIG is wrong, or its `parallel` sizes do not fit nodes x gpus-per-node ranks.
+    Exit code 2 if CONFIG is not valid, or its `parallel` sizes do not fit nodes x gpus-per-node ranks.
     """
     from expertmesh.train.config import load_config
     from expertmesh.train.errors import ConfigError

@@ -1,4 +1,4 @@
-"""`expertmesh merge ADAPTER`: a LoRA adapter in the weights of its base model, as an ordinary export."""
+"""`expertmesh merge ADAPTER`: merge a LoRA adapter into the weights of its base model, as an ordinary export."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 ADAPTER_HELP = "A folder with adapter_config.json and adapter_model.safetensors."
-OUTPUT_HELP = "Folder to write; it appears whole, or not at all."
-BASE_HELP = "The base model, a folder or a Hub id; left out, the one that the adapter names."
-LAYOUT_HELP = "How one lora_B of all experts is laid out, where the adapter does not tell: `rank-major` (PEFT's) or "
+OUTPUT_HELP = "Folder to write; it is written completely or not at all."
+BASE_HELP = "The base model, a folder or a Hub id; default: the one that the adapter names."
+LAYOUT_HELP = "Layout of a lora_B that holds all experts, if the adapter does not record it: `rank-major` (PEFT's) or "
 LAYOUT_HELP += "`expert-major` (Unsloth's until September 2026)."
 
 
@@ -19,12 +19,12 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help=OUTPUT_HELP)],
     base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
     layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP)] = None,
-    mxfp4: Annotated[bool, typer.Option("--mxfp4", help="Pack the experts of a base in MXFP4 again.")] = False,
+    mxfp4: Annotated[bool, typer.Option("--mxfp4", help="Repack the experts of an MXFP4 base in MXFP4.")] = False,
 ) -> None:
     """Merge a LoRA adapter into its base model, in the base's dtypes, keys and files.
 
-    Proved in float32: logits of base and adapter under PEFT against those of the merged weights. Exit code 1, and
-    nothing is written, if they differ; 2 if adapter or base cannot be read, or do not fit.
+    The logits of base and adapter under PEFT are compared with those of the merged weights, in float32. If they differ,
+    nothing is written and the exit code is 1. It is 2 if adapter or base cannot be read, or do not match.
     """
     from expertmesh.adapters import merge as merging
     from expertmesh.cli.check import quiet
@@ -45,7 +45,7 @@ def merge(
 
 @contextmanager
 def naming_the_fix() -> Iterator[None]:
-    """An adapter or a base that cannot be used is wrong usage: exit code 2."""
+    """Context manager that turns errors of an adapter or a base model into ConfigError, which gives exit code 2."""
     from expertmesh.adapters.files import AdapterError
     from expertmesh.train.errors import ConfigError
     from expertmesh.weights.files import DamagedError
@@ -57,7 +57,7 @@ def naming_the_fix() -> Iterator[None]:
 
 
 def known_layout(layout: str | None) -> None:
-    """Raises ConfigError for a layout that there is not."""
+    """Raise ConfigError for an unknown layout."""
     from expertmesh.adapters.layouts import EXPERT_MAJOR, RANK_MAJOR
     from expertmesh.train.errors import check_choice
 

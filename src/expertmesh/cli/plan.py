@@ -1,4 +1,4 @@
-"""`expertmesh plan`: whether a run fits a kind of GPU, how fast it will be, and which layouts are faster."""
+"""`expertmesh plan`: predict whether a run fits a type of GPU, how fast it is, and which layouts are faster."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from expertmesh.plan.simulate import Simulation
 
 GIB = 2**30
-SHOWN = 10  # layouts
-SMALLEST = 0.005 * GIB  # what is shown of a piece
-SIMULATE = "Lay the model out for so many ranks by the real code, and plan from the shards that one holds."
-GPU = "Kind of GPU: h200, h100-80gb, b200, a100-80gb or rtx-4090."
+SHOWN = 10  # number of layouts that are listed
+SMALLEST = 0.005 * GIB  # smaller pieces of memory are not listed
+SIMULATE = "Shard the model for this number of ranks with the real code, and plan from the shards of one rank."
+GPU = "GPU type: h200, h100-80gb, b200, a100-80gb or rtx-4090."
 
 
 def plan(
@@ -25,21 +25,21 @@ def plan(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [KEY.SUB=VALUE]...",
-            help="What `expertmesh train` is given: a YAML file, and keys that replace what it says.",
+            help="The arguments of `expertmesh train`: a YAML file, and keys that override it.",
             show_default=False,
         ),
     ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs; without it parallel.nproc, or 1.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; default: parallel.nproc, or 1.")] = None,
     gpu: Annotated[str, typer.Option(help=GPU)] = "h200",
     simulate: Annotated[int | None, typer.Option(min=1, help=SIMULATE, show_default=False)] = None,
-    per_node: Annotated[int, typer.Option(min=1, help="With --simulate: GPUs of a node.")] = 8,
-    network: Annotated[float, typer.Option(min=0.1, help="GB/s that a GPU sends to other nodes.")] = 40.0,
-    layouts: Annotated[bool, typer.Option(help="Look for faster layouts, which takes a few minutes.")] = True,
+    per_node: Annotated[int, typer.Option(min=1, help="With --simulate: GPUs per node.")] = 8,
+    network: Annotated[float, typer.Option(min=0.1, help="With --simulate: GB/s per GPU to other nodes.")] = 40.0,
+    layouts: Annotated[bool, typer.Option(help="Search for faster layouts, which takes a few minutes.")] = True,
 ) -> None:
-    """Say what each GPU of a run needs, piece by piece, how long a step takes, and which layouts fit, fastest first.
+    """Predict the memory of each GPU in detail, the time of a step, and the layouts that fit, fastest first.
 
-    Of the model only config.json is read, and no GPU is needed. Exit codes: 0 it fits, 1 it does not, 2 wrong usage or
-    configuration.
+    Only the model's config.json is read, and no GPU is needed. Exit codes: 0 if the run fits, 1 if it does not, 2 for
+    wrong usage or configuration.
     """
     from expertmesh.plan.gpus import GPUS
     from expertmesh.plan.layouts import search
@@ -61,15 +61,15 @@ def plan(
         typer.echo("\n".join([*simulated(simulation), "", *report(simulation.plan)]))
         raise typer.Exit(0 if simulation.plan.fits else 1)
     with as_config_error("The run cannot be planned"):
-        found = plan_of(config, ranks, kind)
-    typer.echo("\n".join(report(found)))
+        run_plan = plan_of(config, ranks, kind)
+    typer.echo("\n".join(report(run_plan)))
     if layouts:
-        typer.echo("\n".join(ranked(search(found.layout.job, found.gpu))))
-    raise typer.Exit(0 if found.fits else 1)
+        typer.echo("\n".join(ranked(search(run_plan.layout.job, run_plan.gpu))))
+    raise typer.Exit(0 if run_plan.fits else 1)
 
 
 def report(found: "Plan") -> list[str]:
-    """The lines of a plan."""
+    """Format a plan as lines of text."""
     job, memory, speed, gpu = found.layout.job, found.layout.memory, found.layout.speed, found.gpu
     rates = "measured on it" if gpu.measured else "assumed from its data sheet"
     lines = [
@@ -94,11 +94,11 @@ def report(found: "Plan") -> list[str]:
 
 
 def simulated(found: "Simulation") -> list[str]:
-    """The lines of what real shards say."""
+    """Format the result of --simulate as lines of text."""
     job, speed = found.plan.layout.job, found.plan.layout.speed
     least = speed.step - found.seconds_hidden
     return [
-        f"{found.parameters / 1e9:.1f}B parameters, laid out by the real code for {job.world_size} ranks, "
+        f"{found.parameters / 1e9:.1f}B parameters, sharded by the real code for {job.world_size} ranks, "
         f"{job.per_node} on a node",
         "",
         "shards of a GPU                    GiB",
@@ -113,7 +113,7 @@ def simulated(found: "Simulation") -> list[str]:
 
 
 def ranked(found: "list[Layout]") -> list[str]:
-    """The lines of the fastest layouts."""
+    """Format the fastest layouts as lines of text."""
     if not found:
         return ["", "No layout fits: take more GPUs, fewer tokens (data.max_length), or adapters (lora)."]
     best = [
@@ -124,7 +124,7 @@ def ranked(found: "list[Layout]") -> list[str]:
 
 
 def named(layout: "Layout") -> str:
-    """A layout in words."""
+    """Describe a layout in words."""
     job = layout.job
     words = [f"{job.batch} x {job.seq} tokens"]
     shards = job.world_size // job.dp_replicate_size // job.tp_size

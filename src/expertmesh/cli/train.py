@@ -1,4 +1,4 @@
-"""`expertmesh train`: a fine-tuning run from one YAML file, on all GPUs of a machine or as a rank of a larger run."""
+"""`expertmesh train`: fine-tune a model from a YAML file, on all GPUs of a machine or as a rank of a larger run."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from expertmesh.train.config import Config
 
-DRY_RUN = "Look at everything that a run needs but the weights, print the resolved configuration, and stop."
+DRY_RUN = "Check everything that a run needs except the weights, print the resolved configuration, and stop."
 
 
 def train(
@@ -19,16 +19,17 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [KEY.SUB=VALUE]...",
-            help="A YAML file, and keys that replace what it says, as in train.learning_rate=1e-4. "
-            "Without a file a tiny model learns the built-in data.",
+            help="A YAML file, and keys that override it, as in train.learning_rate=1e-4. "
+            "Without a file, a tiny model is trained on the built-in data.",
             show_default=False,
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN)] = False,
 ) -> None:
-    """Fine-tune a model as a YAML file says; `expertmesh schema` lists the keys.
+    """Fine-tune a model from a YAML file; `expertmesh schema` lists the keys.
 
-    Exit codes: 0 done, 1 failed, 2 wrong configuration, 75 (SIGTERM, SIGHUP) and 130 (Ctrl-C) stopped and saved.
+    Exit codes: 0 done, 1 failed, 2 wrong configuration; stopped after saving a checkpoint: 75 (SIGTERM, SIGHUP) and 130
+    (Ctrl-C).
     """
     config = configuration(arguments or [])
     if dry_run:
@@ -36,14 +37,14 @@ def train(
         from expertmesh.train.inputs import gather
         from expertmesh.train.planned import open_keys, resolve_auto
 
-        not_here: list[str] = []
-        gather(config, not_here)
+        unchecked: list[str] = []
+        gather(config, unchecked)
         if open_keys(config) and backends.gpu() is None:
-            not_here.append("what is `auto`, which is chosen for a GPU, and there is none here.")
+            unchecked.append("keys that are `auto`, as they are chosen for a GPU, and there is none here.")
         else:
             config = resolve_auto(config, num_ranks(config))
-        for sentence in not_here:
-            typer.echo(f"Not looked at: {sentence}", err=True)
+        for sentence in unchecked:
+            typer.echo(f"Not checked: {sentence}", err=True)
         typer.echo(config.to_yaml(), nl=False)
         return
 
@@ -56,10 +57,10 @@ def train(
         from expertmesh.weights.files import folder_lock
 
         check_settings(config)
-        with folder_lock(config.save.output_dir, ALONE):  # now: `launch` begins to write there
+        with folder_lock(config.save.output_dir, ALONE):  # raise before `launch` writes its logs there
             pass
-        found = auto_values(resolve_auto(config, nproc))  # now: ranks would all plan
-        chosen = [f"{key}={found[key]}" for key in open_keys(config)]
+        values = auto_values(resolve_auto(config, nproc))  # here, so that not every rank plans
+        chosen = [f"{key}={values[key]}" for key in open_keys(config)]
         command = [sys.executable, "-m", "expertmesh", "train", *(arguments or []), *chosen]
         raise typer.Exit(launch(command, nproc, Path(config.save.output_dir) / "logs"))
 
@@ -70,17 +71,17 @@ def train(
         raise typer.Exit(result.exit_code)
     if result.exit_code:
         again = " ".join(["expertmesh train", *(arguments or []), "save.resume_from_checkpoint=auto"])
-        typer.echo(f"Stopped, with a checkpoint in {result.output_dir}. To go on: {again}", err=True)
+        typer.echo(f"Stopped, with a checkpoint in {result.output_dir}. To resume: {again}", err=True)
         raise typer.Exit(result.exit_code)
     model = f"the model is in {result.final}, " if result.final else "the model was not saved, "
     typer.echo(f"Done: {model}metrics and plots are in {result.output_dir}.", err=True)
 
 
 def configuration(words: Sequence[str]) -> "Config":
-    """What a YAML file, if there is one among the words, and keys of the command line say."""
+    """Return the configuration from command-line arguments: an optional YAML file and KEY=VALUE overrides."""
     from expertmesh.train.config import Config, ConfigError, load_config
 
-    def is_override(word: str) -> bool:  # else it is a path, which may hold a `=`, too
+    def is_override(word: str) -> bool:  # else it is a path, which may also contain `=`
         key, equals, _ = word.partition("=")
         if key.strip().partition(".")[0] in Config.model_fields:
             return bool(equals)
@@ -88,12 +89,12 @@ def configuration(words: Sequence[str]) -> "Config":
 
     files = [word for word in words if not is_override(word)]
     if len(files) > 1:
-        raise ConfigError(f"One configuration file is expected, and here are {len(files)}: {', '.join(files)}.")
+        raise ConfigError(f"Only one configuration file is expected, but there are {len(files)}: {', '.join(files)}.")
     return load_config(files[0] if files else None, [word for word in words if is_override(word)])
 
 
 def num_ranks(config: "Config") -> int:
-    """As `parallel.nproc` says, else one for each GPU that this process may use, or one."""
+    """Return `parallel.nproc`; if it is unset, the number of visible GPUs, or 1 without a GPU."""
     import torch
 
     return config.parallel.nproc or max(1, torch.cuda.device_count())

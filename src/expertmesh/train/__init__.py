@@ -1,1 +1,1 @@
-"""Fine-tuning: config.py says what, run.py does it, trainer.py is transformers' and TRL's Trainer; guarded."""
+"""Fine-tuning. config.py defines the configuration, run.py runs it, and trainer.py extends Transformers' Trainer."""

@@ -1,9 +1,9 @@
-"""Even load without an auxiliary loss: after each step the routers' bias moves towards experts that got too little.
+"""Load balancing without an auxiliary loss: after each step, raise the router bias of experts with too few tokens.
 
-    bias_e += rate * sign(mean of c - c_e)      c: rows that each expert got in the step, summed over all ranks
+    bias_e += rate * sign(mean of c - c_e)      c: tokens that each expert got in the step, summed over all ranks
 
-DeepSeek-V3's way (arXiv 2412.19437, section 2.1.2; arXiv 2408.15664), for its routers and others with an
-`e_score_correction_bias`, which takes part in the choice of experts, not in their weights, and has no gradient.
+This is the method of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2; arXiv 2408.15664). It works for every router with an
+`e_score_correction_bias`. That bias affects which experts are chosen, not their weights, and has no gradient.
 """
 
 from typing import Any
@@ -20,9 +20,9 @@ BIAS = "e_score_correction_bias"
 
 
 class BalanceRouters(TrainerCallback):
-    """A callback for `Trainer`. `load` counts the tokens (the trainer's own, `trainer.load`).
+    """Callback for `Trainer`. Pass `trainer.load`, which counts the tokens of each expert, as `load`.
 
-    rate: by how much a bias moves per step; scores are between 0 and 1. DeepSeek-V3 was trained with 0.001. Raises
+    rate: the change of a bias per step; scores are between 0 and 1. DeepSeek-V3 was trained with 0.001. Raises
     ValueError if no router of the model has such a bias.
     """
 
@@ -37,12 +37,12 @@ class BalanceRouters(TrainerCallback):
         self.before_LE = self._counts()
 
     def _counts(self) -> torch.Tensor:
-        none, counts = torch.zeros_like(getattr(self.routers[0], BIAS), dtype=torch.long), self.load.counts
-        return torch.stack([counts.get(router, none) for router in self.routers])
+        zeros_E, counts = torch.zeros_like(getattr(self.routers[0], BIAS), dtype=torch.long), self.load.counts
+        return torch.stack([counts.get(router, zeros_E) for router in self.routers])
 
     @torch.no_grad()
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """After the optimizer, on every rank; nothing here waits for the device. What did not run stays as it is."""
+        """Update the biases, on every rank, without waiting for the device. Routers that did not run do not change."""
         all_LE = self._counts()
         counts_LE, self.before_LE = all_LE - self.before_LE.to(all_LE.device), all_LE
         if dist.is_initialized():

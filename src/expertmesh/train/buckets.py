@@ -1,15 +1,14 @@
-"""Batches of changing lengths brought to few shapes, so that steps on them can be recorded (graphed.py).
+"""Pad batches of varying lengths to a few shapes (buckets), so that their steps can be recorded as CUDA graphs.
 
-Packed documents and padded rows become one row of documents, whose bounds are `cu_seq_lens_q`, and its sizes are
-rounded up:
+Packed documents and padded rows become one packed row with cu_seqlens (`cu_seq_lens_q`). Three sizes are rounded up:
 
-    tokens       to a multiple of a quarter of the power of two below, by documents of padding with label -100
-    documents    to a multiple of 32, by empty documents at the end
-    longest      the length that kernels are given (max_length_q), to a power of two
+    tokens       to a multiple of a quarter of the next lower power of two, by adding padding documents (label -100)
+    documents    to a multiple of 32, by adding empty documents at the end
+    longest      max_length_q, which the kernels get, to a power of two
 
-`attention_mask` marks the added tokens with 0, for the router's auxiliary loss and for token counts. Rows are laid out
-on the CPU, in the collator (`one_row`), and filled up on the device, without a synchronization, once all ranks know
-each other's sizes (`bucket_for`, `pad_to_bucket`).
+`attention_mask` is 0 on the added tokens, for the router's auxiliary loss and for token counts. The collator packs
+batches on the CPU (`one_row`). The padding is added on the device, without a synchronization, after all ranks have
+exchanged their sizes (`bucket_for`, `pad_to_bucket`).
 """
 
 from collections.abc import Mapping
@@ -25,14 +24,14 @@ from expertmesh.layers.rows import Unpadded, inspect_rows
 
 ROWS = "input_ids", "labels", "attention_mask", "position_ids", "seq_idx"
 BOUNDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-LEAST = 64  # tokens: below that nothing is gained by fewer
+LEAST = 64  # tokens: a smaller bucket would not run faster
 Sizes = tuple[int, int, int]  # tokens, documents, longest
 
 
 def fused_base(model: Any) -> FastBaseModel | None:
-    """The base model of a fused model, or of PEFT's wrapper around one, if it finds documents and padding by itself."""
+    """Return the base model of a fused model, also inside a PEFT wrapper; None if it cannot take packed rows."""
     if hasattr(model, "get_base_model"):
-        if model.active_peft_config.is_prompt_learning:  # which puts tokens before each row
+        if model.active_peft_config.is_prompt_learning:  # it inserts tokens before each row
             return None
         model = model.get_base_model()
     base = model.base_model if isinstance(model, PreTrainedModel) else None
@@ -40,69 +39,70 @@ def fused_base(model: Any) -> FastBaseModel | None:
 
 
 def one_row(batch: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A collator's batch, still on the CPU, as inputs of a model: one row of documents.
+    """Pack a collator's batch, on the CPU, into a single row of documents, as model inputs.
 
-    None where the row would not train the same: inputs other than tokens, padding between tokens, labels on padding.
+    Return None if training on that row would differ: inputs other than tokens, padding in the middle, labelled padding.
     """
-    ids, labels, mask, positions, numbers = map(batch.get, ROWS)
+    ids, labels, mask, positions, seq_idx = map(batch.get, ROWS)
     bounds = batch.keys() & BOUNDS
     if batch.keys() - BOUNDS - {*ROWS} or ids is None or ids.ndim != 2 or labels is None or len(bounds) not in (0, 4):
         return None
     shape = (ids.shape[0], ids.shape[1])
-    if not all(x is None or is_of_rows(x, shape) for x in (labels, mask, positions, numbers)):
+    if not all(x is None or is_of_rows(x, shape) for x in (labels, mask, positions, seq_idx)):
         return None
     targets = next_tokens(labels)
-    found = inspect_rows(shape, mask, positions, numbers, targets)
-    apart = Unpadded.of(found.keep, ids.device)
-    wanted = apart.take(targets)
-    if not found.count or found.has_holes or found.labelled_padding or wanted[0, -1] != -100:
+    layout = inspect_rows(shape, mask, positions, seq_idx, targets)
+    unpadded = Unpadded.of(layout.keep, ids.device)
+    packed_targets = unpadded.take(targets)
+    if not layout.count or layout.has_holes or layout.labelled_padding or packed_targets[0, -1] != -100:
         return None
-    cu_seqlens = batch["cu_seq_lens_q"].int() if bounds and mask is None else found.cu_seqlens
-    positions = found.positions(ids.device) if positions is None else positions.expand(shape)
+    cu_seqlens = batch["cu_seq_lens_q"].int() if bounds and mask is None else layout.cu_seqlens
+    positions = layout.positions(ids.device) if positions is None else positions.expand(shape)
     return {
-        "input_ids": apart.take(ids),
-        "labels": F.pad(wanted[:, :-1], (1, 0), value=-100),  # behind each token what it was to predict
-        "position_ids": apart.take(positions),
+        "input_ids": unpadded.take(ids),
+        "labels": F.pad(packed_targets[:, :-1], (1, 0), value=-100),  # undo the shift: targets back to labels
+        "position_ids": unpadded.take(positions),
         "cu_seq_lens_q": cu_seqlens,
         "max_length_q": int(cu_seqlens.diff().max()),
     }
 
 
 def sizes(row: Mapping[str, Any]) -> Sizes:
-    """Of what `one_row` made."""
+    """Return the sizes of a row from `one_row`."""
     return row["input_ids"].numel(), len(row["cu_seq_lens_q"]) - 1, row["max_length_q"]
 
 
 def bucket_for(row: Sizes, made: list[Sizes]) -> Sizes:
-    """What such a row is filled up to: the smallest of the buckets that were `made` if one fits, else a new one among
-    them. All ranks that ask for the same rows get the same answers.
+    """Return the smallest of the existing buckets (`made`) that fits a row. If none fits, append a new one to `made`.
+
+    The result depends on the arguments alone: ranks that make the same calls get the same buckets.
     """
     (tokens, documents, longest), step = row, max(LEAST, (1 << row[0].bit_length()) // 8)
-    full = -(-tokens // step) * step
+    padded_tokens = -(-tokens // step) * step
 
-    def padded(longest: int) -> int:
-        """Documents, with those of padding."""
-        return documents + -(-(full - tokens) // longest)
+    def with_padding(longest: int) -> int:
+        """Return the number of documents, padding documents included."""
+        return documents + -(-(padded_tokens - tokens) // longest)
 
-    fits = [each for each in made if each[0] == full and each[1] >= padded(each[2]) and each[2] >= longest]
-    if not fits:  # what was large once will be so again
-        longest = max([LEAST, 1 << (longest - 1).bit_length(), *(each[2] for each in made)])
-        fits = [(full, max([-(-padded(longest) // 32) * 32, *(each[1] for each in made)]), longest)]
+    fits = [b for b in made if b[0] == padded_tokens and b[1] >= with_padding(b[2]) and b[2] >= longest]
+    if not fits:  # a new bucket is at least as large as all earlier ones: such sizes will come again
+        longest = max([LEAST, 1 << (longest - 1).bit_length(), *(b[2] for b in made)])
+        fits = [(padded_tokens, max([-(-with_padding(longest) // 32) * 32, *(b[1] for b in made)]), longest)]
         made += fits
     return min(fits)
 
 
 def pad_to_bucket(row: Mapping[str, Any], bucket: Sizes) -> dict[str, Any]:
-    """The row with padding behind it, so that its sizes are those of the bucket."""
+    """Append padding to a row, so that it has the sizes of the bucket."""
     ids, positions, (tokens, documents, longest) = row["input_ids"], row["position_ids"], bucket
-    there, own, _ = sizes(row)
-    added = (0, tokens - there)
-    places = torch.arange(tokens - there, device=ids.device)[None] % longest
-    ends = (there + longest * torch.arange(1, documents - own + 1, device=ids.device)).clamp(max=tokens)
+    row_tokens, row_documents, _ = sizes(row)
+    added = (0, tokens - row_tokens)
+    new_positions = torch.arange(tokens - row_tokens, device=ids.device)[None] % longest
+    ends = (row_tokens + longest * torch.arange(1, documents - row_documents + 1, device=ids.device)).clamp(max=tokens)
     return {
         "input_ids": F.pad(ids, added),
         "labels": F.pad(row["labels"], added, value=-100),
-        "position_ids": torch.cat([positions, places.to(positions.dtype)], dim=1),
+        "position_ids": torch.cat([positions, new_positions.to(positions.dtype)], dim=1),
         "cu_seq_lens_q": torch.cat([row["cu_seq_lens_q"], ends.int()]),
         "max_length_q": longest,
         "attention_mask": F.pad(torch.ones_like(ids), added),

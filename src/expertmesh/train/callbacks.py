@@ -1,4 +1,4 @@
-"""What a run does between its steps: it can be stopped, with a checkpoint, and shows on the screen where it is."""
+"""Callbacks of a run: stop with a checkpoint after a signal, and show the progress on stderr."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ from transformers import TrainerCallback
 from expertmesh.timeouts import gather_on_hosts
 from expertmesh.train.errors import EXIT_CODES, signal_handler
 
-SAID = {"loss": "loss {:.4f}", "eval_loss": "held-out loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+LOG_FORMATS = {"loss": "loss {:.4f}", "eval_loss": "held-out loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
 
 
 class Interrupt(TrainerCallback):
-    """A callback, and a context manager around `trainer.train()`: within it the signals ask for checkpoint and stop.
+    """Callback and context manager around `trainer.train()` that turns signals into "save a checkpoint and stop".
 
-    `exit_code` is None if the run was not stopped. A second signal acts at once. Ranks need not get the signal at the
-    same time, nor all of them: after every step they agree whether to stop.
+    `exit_code` is None if the run was not stopped. A second signal ends the process at once. It is enough if one rank
+    gets the signal: after every step, all ranks agree whether to stop.
     """
 
     exit_code: int | None = None
@@ -36,7 +36,7 @@ class Interrupt(TrainerCallback):
     def _on_signal(self, number: int, _: object) -> None:
         self._received = number
         self.__exit__()
-        for output in self._terminals if number == signal.SIGHUP else ():  # nobody reads there, and writing is an error
+        for output in self._terminals if number == signal.SIGHUP else ():  # writing to a closed terminal raises
             os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -47,18 +47,18 @@ class Interrupt(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """Loss, tokens/s and expert balance on stderr: a bar on a terminal, one line per record anywhere else.
+    """Show loss, tokens/s and expert balance on stderr: a bar on a terminal, else one line per record.
 
-    Balance is the mean load of the experts over the load of the busiest one: 100% is even, 1/experts is a collapse.
+    Expert balance is the mean load over the largest load: 100% is even, 1/experts means one expert gets everything.
     """
 
     def __init__(self):
         self.console = Console(stderr=True, highlight=False)
-        said = TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True))
-        columns = BarColumn(16), MofNCompleteColumn(), said, TimeRemainingColumn(compact=True)
+        text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True))
+        columns = BarColumn(16), MofNCompleteColumn(), text, TimeRemainingColumn(compact=True)
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("training", said="")
-        self.stop = self.bar.stop  # to be called at the end, also of a training that ends with an error
+        self.task = self.bar.add_task("training", text="")
+        self.stop = self.bar.stop  # call it at the end, also after an error
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
@@ -68,11 +68,11 @@ class ProgressLine(TrainerCallback):
         self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        parts = [text.format(logs[key]) for key, text in SAID.items() if key in logs]
+        parts = [template.format(logs[key]) for key, template in LOG_FORMATS.items() if key in logs]
         if "moe/max_vio" in logs:
             parts.append(f"expert balance {1 / (1 + logs['moe/max_vio']):.0%}")
-        said = "  ".join(parts)
-        if said and self.console.is_terminal and "eval_loss" not in logs:
-            self.bar.update(self.task, said=said)
-        elif said:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {said}")
+        text = "  ".join(parts)
+        if text and self.console.is_terminal and "eval_loss" not in logs:
+            self.bar.update(self.task, text=text)
+        elif text:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}")

@@ -1,7 +1,7 @@
-"""What a run needs apart from weights, looked at before these are loaded, which takes minutes with 30 billion of them.
+"""Load and check all that a run needs except the weights, before these are loaded (minutes for 30 billion parameters).
 
-Settings are tried out on one weight, the model is built without memory (on the meta device), every row is looked at and
-one conversation of each shape is rendered. `expertmesh train --dry-run` stops behind that.
+The settings are tried on a single weight, the model is built on the meta device, every row is read and one conversation
+of each shape is rendered. `expertmesh train --dry-run` stops after these checks.
 """
 
 import copy
@@ -41,11 +41,11 @@ log = logging.getLogger(__name__)
 
 
 class Unreachable(ConfigError):
-    """A model or dataset that is on the Hugging Face Hub, which cannot be reached from here."""
+    """Raised for a model or dataset of the Hugging Face Hub while the Hub cannot be reached."""
 
 
 class Inputs(NamedTuple):
-    """What `gather` found. Only where it was asked to go on without, tokenizer and rows may be None."""
+    """The result of `gather`. Tokenizer and rows are None only if `gather` got a list `unreachable` and named them."""
 
     tokenizer: Any
     train_rows: Any
@@ -53,14 +53,15 @@ class Inputs(NamedTuple):
 
 
 def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
-    """Tokenizer and rows of a run, once all that it needs apart from weights was looked at. Raises ConfigError.
+    """Check all that a run needs except weights, and return tokenizer and rows. Raises ConfigError.
 
-    What the Hub has, where the Hub cannot be reached, goes by name into `unreachable` if that is given.
+    unreachable: a list that gets the messages about models and datasets on the Hub if the Hub cannot be reached;
+    without it, the first of them is raised.
     """
 
-    def reach(load: Callable[..., Any], *which: Any) -> Any:
+    def reach(load: Callable[..., Any], *args: Any) -> Any:
         try:
-            return load(config, *which)
+            return load(config, *args)
         except Unreachable as error:
             if unreachable is None:
                 raise
@@ -71,27 +72,27 @@ def gather(config: Config, unreachable: list[str] | None = None) -> Inputs:
     model_config, tokenizer = reach(load_model_config), reach(load_tokenizer)
     if model_config is not None:
         check_model(config, model_config, tokenizer)
-    section, found = config.data, []
+    section, splits = config.data, []
     for split in (section.split, section.eval_split):
         rows = None if split is None else reach(load_rows, split)
         if rows is not None and tokenizer is not None:
             check_rows(config, tokenizer, rows, f"{section.name}, split {split},")
-        found.append(rows)
-    if found[0] is not None and section.eval_split is None and section.eval_fraction:
+        splits.append(rows)
+    if splits[0] is not None and section.eval_split is None and section.eval_fraction:
         with as_config_error("data.eval_fraction"):
-            found = [*data.hold_out(found[0], section.eval_fraction, config.train.seed)]
-    return Inputs(tokenizer, *found)
+            splits = [*data.hold_out(splits[0], section.eval_fraction, config.train.seed)]
+    return Inputs(tokenizer, *splits)
 
 
 def check_settings(config: Config) -> None:
-    """Raises ConfigError for a folder, optimizer, schedule, tracker or fusion that cannot be used here."""
+    """Raise ConfigError for a folder, optimizer, schedule, tracker or fusion that cannot be used on this machine."""
     optim, schedule = config.train.optim, config.train.lr_scheduler_type
     check_choice("train.optim", optim, [*(name.value for name in OptimizerNames), "muon"])
     check_choice("train.lr_scheduler_type", schedule, [name.value for name in transformers.SchedulerType])
     for name in config.log.report_to:
         check_choice("log.report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
     with as_config_error(f"train.optim: {optim} cannot be used here"):
-        # TrainingArguments themselves ask for a device, which this process may be about to start others for
+        # a real TrainingArguments would initialize the device, but this process may only launch the ranks
         defaults = {field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)}
         given = {"optim": OptimizerNames(config.train.optimizer()[0]), "learning_rate": config.train.learning_rate}
         arguments: Any = SimpleNamespace(**defaults | given)
@@ -100,46 +101,46 @@ def check_settings(config: Config) -> None:
     if config.train.optim_states == "24bit" and config.model.dtype == "auto" and not torch.cuda.is_available():
         raise ConfigError("train.optim_states: 24bit extends bfloat16 weights. Set model.dtype=bfloat16, or take 8bit.")
     if schedule == "reduce_lr_on_plateau" and not config.log.eval_steps:
-        raise ConfigError(f"train.lr_scheduler_type: {schedule} looks at evaluations: set log.eval_steps.")
-    with as_config_error(f"train.lr_scheduler_type: {schedule} needs what no key of a configuration says"):
+        raise ConfigError(f"train.lr_scheduler_type: {schedule} needs evaluations: set log.eval_steps.")
+    with as_config_error(f"train.lr_scheduler_type: {schedule} needs arguments that no key can set"):
         transformers.get_scheduler(schedule, optimizer, 1, 10)
     for name in INTEGRATION_TO_CALLBACK.keys() & config.log.report_to:
         with as_config_error(
             f"log.report_to: {name} cannot be used here ({install(name)} adds it where it is missing)"
         ):
             INTEGRATION_TO_CALLBACK[name]()
-    with as_config_error("model.fused: it cannot be switched so"), loading(config.model.fused):
+    with as_config_error("model.fused: this value is not valid"), loading(config.model.fused):
         pass
     check_folder(config)
 
 
 def load_model_config(config: Config) -> PreTrainedConfig:
-    """The config.json of `model.name`."""
+    """Load the config.json of `model.name`."""
     with loading_part(config, "config.json"):
-        found = AutoConfig.from_pretrained(**origin(config))
-        if not isinstance(found.get_text_config().vocab_size, int):
-            raise ValueError("it has no vocab_size, so it is no language model's")
-        return found
+        model_config = AutoConfig.from_pretrained(**origin(config))
+        if not isinstance(model_config.get_text_config().vocab_size, int):
+            raise ValueError("it has no vocab_size, so it does not belong to a language model")
+        return model_config
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer of `model.name`."""
+    """Load the tokenizer of `model.name`."""
     with loading_part(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**origin(config))
-        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what Transformers makes of no files at all
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # Transformers returns this if there are no files
             raise ValueError("it has no vocabulary, such as tokenizer.json")
         return tokenizer
 
 
 def origin(config: Config) -> dict[str, Any]:
-    """The arguments with which all parts of a model are loaded."""
+    """Return the `from_pretrained` arguments that name the model, for config, tokenizer and weights."""
     name = data.DEMO_FOLDER if config.model.name == "demo" else config.model.name
     options = config.model.model_dump(include={"revision", "trust_remote_code"})
     return {"pretrained_model_name_or_path": name, **options}
 
 
 def load_rows(config: Config, split: str) -> Any:
-    """The Dataset of a split of `data.name`, in one of TRL's formats."""
+    """Load a split of `data.name` as a Dataset in one of TRL's formats."""
     name = config.data.name
     try:
         return data.load_dataset(name, split, config.train.seed, name=config.data.config)
@@ -150,7 +151,7 @@ def load_rows(config: Config, split: str) -> Any:
 
 
 def check_model(config: Config, model_config: PreTrainedConfig, tokenizer: Any = None) -> None:
-    """Raises ConfigError where the model cannot be built, trained as the configuration says, or lacks tokens."""
+    """Raise ConfigError if the model cannot be built or trained with this configuration, or has invalid token ids."""
     name, text = config.model.name, model_config.get_text_config()
     for owner, where, keys in (
         (text, "config.json", ("pad_token_id", "bos_token_id")),
@@ -165,7 +166,7 @@ def check_model(config: Config, model_config: PreTrainedConfig, tokenizer: Any =
                 )
     if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise ConfigError(
-            f"model.name: the tokenizer of {name} has neither a pad_token nor an eos_token to fill up short rows. Set "
+            f"model.name: the tokenizer of {name} has neither a pad_token nor an eos_token to pad short rows. Set "
             "one in its tokenizer_config.json."
         )
     if tokenizer is not None and len(tokenizer) > text.vocab_size:
@@ -175,7 +176,7 @@ def check_model(config: Config, model_config: PreTrainedConfig, tokenizer: Any =
             f"data.max_length: {config.data.max_length} tokens are more than the {limit} positions {name} was made "
             "for. Lower it, or raise max_position_embeddings in its config.json."
         )
-    if not hasattr(model_config, "auto_map"):  # code that comes with a checkpoint may not know the meta device
+    if not hasattr(model_config, "auto_map"):  # remote code may not support the meta device
         _check_skeleton(config, model_config)
     if config.moe.router_aux_loss_coef and not hasattr(text, "output_router_logits"):
         raise ConfigError(f"moe.router_aux_loss_coef: {name} has no router logits to weigh. Remove the key.")
@@ -184,7 +185,7 @@ def check_model(config: Config, model_config: PreTrainedConfig, tokenizer: Any =
 
 
 def _positions(text: PreTrainedConfig) -> float:
-    """How many positions a model has, YaRN's and the like counted; inf where its config.json does not say."""
+    """Return a model's number of positions, extended by YaRN or other RoPE scaling; inf if config.json has none."""
     limit, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
     if not isinstance(limit, int) or limit < 1:
         return math.inf
@@ -197,17 +198,17 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
     with quiet(), torch.device("meta"):
         with as_config_error(f"model.name: no causal language model can be made from the config.json of {name}"):
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
-        if attention is not None and "/" not in attention:  # which is a kernel of the Hub
+        if attention is not None and "/" not in attention:  # a name with "/" is a kernel on the Hub
             with as_config_error(f"model.attn_implementation: {name} cannot be run with {attention!r} here"):
                 model.set_attn_implementation(attention)
         if config.moe.freeze_router and not any(routers(model)):
             raise ConfigError(f"moe.freeze_router: {type(model).__name__} has no routers. Remove the key.")
         if config.quantization is not None:
             with as_config_error(f"quantization.experts: {name} cannot have its experts in 4 bits"):
-                found = [(weight, m) for m in model.modules() if is_experts(m) for weight in m.parameters()]
-                if not found:
+                weights = [(weight, m) for m in model.modules() if is_experts(m) for weight in m.parameters()]
+                if not weights:
                     raise ValueError("it has none")
-                for weight, experts in found:
+                for weight, experts in weights:
                     if weight.ndim == 3:
                         Packed.like(weight, config.quantization.experts, experts.is_transposed, DecodeBuffer())
         if (adapter := lora(config)) is not None:
@@ -215,26 +216,26 @@ def _check_skeleton(config: Config, model_config: PreTrainedConfig) -> None:
 
 
 def _check_targets(name: str, model: nn.Module, adapter: Any) -> None:
-    """Raises ConfigError if a name among the targets matches nothing; PEFT minds only if none of them does."""
+    """Raise ConfigError if one of the targets matches no module; PEFT raises only if none of them matches."""
     import peft
 
     linears = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     with as_config_error(f"lora.target_modules: {name} cannot get such adapters"), warnings.catch_warnings():
         warnings.filterwarnings("error", ".* were set but no (module|parameter) was matched")
         adapted = peft.get_peft_model(model, adapter).base_model
-    found = [f".{path}" for path in adapted.targeted_module_names + adapted.targeted_parameter_names]
+    paths = [f".{path}" for path in adapted.targeted_module_names + adapted.targeted_parameter_names]
     for key in ("target_modules", "target_parameters"):
         targets = getattr(adapter, key) or ()
-        lost = [each for each in targets if not any(path.endswith(f".{each}") for path in found)]
-        if lost and not isinstance(targets, str):
+        unmatched = [target for target in targets if not any(path.endswith(f".{target}") for path in paths)]
+        if unmatched and not isinstance(targets, str):
             raise ConfigError(
-                f"lora.{key}: {', '.join(sorted(lost))} matched nothing in {name}. Its linear layers are called "
+                f"lora.{key}: {', '.join(sorted(unmatched))} matched nothing in {name}. Its linear layers are called "
                 f"{', '.join(sorted(linears))}."
             )
 
 
 def _check_files(folder: Path) -> None:
-    """Raises ConfigError where weights are missing or cut short. PyTorch's own files only have to be there."""
+    """Raise ConfigError if weight files are missing or truncated. Of PyTorch's *.bin files one only has to exist."""
     with as_config_error(f"model.name: {folder / SAFE_WEIGHTS_INDEX_NAME} cannot be read"):
         files = weight_files(folder)
     if not files and not any(folder.glob("*.bin")):
@@ -247,7 +248,7 @@ def _check_files(folder: Path) -> None:
 
 
 def lora(config: Config) -> Any:
-    """PEFT's configuration of `lora`, None without."""
+    """Return PEFT's LoraConfig for the section `lora`, None if it is unset."""
     if config.lora is None:
         return None
     from peft import LoraConfig
@@ -257,31 +258,31 @@ def lora(config: Config) -> Any:
 
 
 def freeze_routers(config: Config, model: nn.Module) -> None:
-    """Keep the model's routers as they are, by `moe.freeze_router`."""
+    """Freeze the model's routers if `moe.freeze_router` is set."""
     for _, router in routers(model) if config.moe.freeze_router else ():
         router.requires_grad_(False)
 
 
 @contextmanager
 def loading_part(config: Config, what: str, errors: Any = Exception) -> Iterator[None]:
-    """Turns errors in loading a part of `model.name`, which may be any, into a ConfigError that says what to change."""
+    """Context manager that turns errors while a part of `model.name` is loaded into a ConfigError with the fix."""
     try:
         yield
     except errors as error:
         name, why, kind = config.model.name, short_message(error), ConfigError
         if Path(name).is_dir():
-            said = f"the {what} in the folder {name} cannot be read: {why}."
+            text = f"the {what} in the folder {name} cannot be read: {why}."
         elif Path(name).exists():
-            said = f"{name} is no folder. Name the folder of a model, with its config.json."
+            text = f"{name} is not a folder. Name the folder of a model, with its config.json."
         elif name.startswith((".", "/")) or name.count("/") > 1:
-            said = f"the folder {name} does not exist. Check the spelling, or name a Hub id."
+            text = f"the folder {name} does not exist. Check the spelling, or name a Hub id."
         else:
             if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
                 why, kind = "it is not in the cache, and HF_HUB_OFFLINE forbids fetching it", Unreachable
             elif "couldn't connect" in str(error):
                 kind = Unreachable
-            said = (
-                f"there is no folder {name!r} here, and as a Hugging Face id its {what} cannot be had: {why}. Check "
+            text = (
+                f"there is no folder {name!r} here, and as a Hugging Face id its {what} cannot be loaded: {why}. Check "
                 f"the spelling, name a local folder, run `hf download {name}` where there is a network, or use `demo`."
             )
-        raise kind(f"model.name: {said}") from error
+        raise kind(f"model.name: {text}") from error

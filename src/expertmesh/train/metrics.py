@@ -1,7 +1,7 @@
-"""metrics.jsonl: every record that a run logs, one JSON object per line, always.
+"""Write and read metrics.jsonl, which has every record that a run logs, one JSON object per line.
 
-Each line has `step`, `time` (seconds since 1970) and what transformers, TRL and our Trainer log. Records of training
-carry the router metrics layer by layer as `moe_layers`.
+Each line has `step`, `time` (seconds since 1970) and everything that transformers, TRL and expertmesh's Trainer log.
+Training records have the router metrics of each layer as `moe_layers`.
 """
 
 import json
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile(TrainerCallback):
-    """Writes the records. A new run replaces the file; a resumed one first drops what came after its checkpoint."""
+    """Append log records to the file. A new run replaces the file; a resumed run drops what followed its checkpoint."""
 
     def __init__(self, folder: str | Path, load: RouterLoad):
         self.path = Path(folder) / "metrics.jsonl"
@@ -32,14 +32,14 @@ class MetricsFile(TrainerCallback):
         records = kept + read_metrics(self.path)[len(self.old) :]
         new = self.path.with_name(f".{self.path.name}")
         new.write_text("".join(json.dumps(record) + "\n" for record in records))
-        new.replace(self.path)  # a kill while it is written costs nothing
+        new.replace(self.path)  # atomic: if the process is killed while it writes, the old file is intact
         self.old = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
         record: dict[str, Any] = {"step": state.global_step, "time": round(time.time(), 3)} | (logs or {})
-        # there is no nan and no infinity in JSON: they become null
+        # JSON has neither nan nor infinity: write null
         record = json.loads(json.dumps(record, default=lambda x: x.item()), parse_constant=lambda _: None)
         if "moe/load_cv" in record and self.load.last is not None:
             layers = layer_metrics(self.load.last, self.load.ranks)
@@ -50,9 +50,9 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, [] where there is none.
+    """Return the records of a metrics.jsonl, [] if the file does not exist.
 
-    A last line that a crash cut short is left out; other lines that are no record too, and a warning names them.
+    Skip a last line that a crash cut short. Also skip other damaged lines, with a warning that names them.
     """
     lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
     if lines and not lines[-1].endswith("}"):

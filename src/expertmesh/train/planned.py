@@ -1,6 +1,6 @@
-"""The plan of a run from its configuration, what is left to it (`auto`), and what fits where its settings do not.
+"""Plan a run from its configuration, choose values for `auto` keys, and suggest settings that fit in memory.
 
-`expertmesh train` says it before weights are read, after ten measured steps, and when memory ends.
+`expertmesh train` logs the plan before loading weights and after ten measured steps, and adds it to memory errors.
 """
 
 import copy
@@ -29,42 +29,42 @@ from expertmesh.train.folder import starting_point
 from expertmesh.train.inputs import freeze_routers, load_model_config, lora
 from expertmesh.train.launch import layout
 
-#: optimizers by transformers' names -> by plan/memory.py's
+#: {Transformers' name of an optimizer: its name in plan/memory.py}
 OPTIMS = {"adamw_torch_fused": "adamw", "adamw_torch": "adamw", "adamw_8bit": "adamw-8bit"}
 OPTIMS |= {"adamw_bnb_8bit": "adamw-8bit", "adamw_torch_8bit": "adamw-8bit", "sgd": "sgd"}
 BATCH, EP_SIZE = "train.per_device_train_batch_size", "parallel.ep_size"
 ACCUMULATION, RECOMPUTE = "train.gradient_accumulation_steps", "train.activation_checkpointing"
 LEVELS: tuple[dict[str, Any], ...] = {}, {RECOMPUTE: "experts"}, {RECOMPUTE: True}, {RECOMPUTE: "offload"}
-ROOM = 0.97  # of a GPU's memory for what is chosen here; plans count 6 % for fragmentation besides
-SHORTEST = 256  # tokens of a row that is still proposed
+ROOM = 0.97  # share of a GPU's memory that chosen settings may use; plans add another 6 % for fragmentation
+SHORTEST = 256  # tokens; shorter rows are not suggested
 WARM_UP, MEASURED = 3, 10  # steps: the first ones compile, tune and record
-LESS = 0.9  # of what the plan says that a run needs, for settings that are proposed where even that did not fit
-SHOWN = 4  # pieces of memory, and of time
+LESS = 0.9  # limit for suggested settings, relative to the plan of a run that should have fit but ran out of memory
+SHOWN = 4  # largest pieces of memory and of time that are listed
 
 
 def plan_of(config: Config, gpus: int, gpu: GPU) -> Plan:
-    """The plan of this run on so many GPUs of a kind; of the model only its config.json is read.
+    """Return the plan of this run on `gpus` GPUs of type `gpu`. Only the model's config.json is read.
 
-    Raises ConfigError for settings that cannot be planned, ValueError for those that do not fit each other.
+    Raises ConfigError for settings that cannot be planned, ValueError for settings that conflict.
     """
     return plan(job_of(config, gpus), gpu, config.train.gradient_accumulation_steps)
 
 
 def job_of(config: Config, gpus: int) -> Job:
-    """The `Job` of a run. Raises ConfigError for settings that a plan does not know."""
+    """Return the `Job` of a run. Raise ConfigError for settings that plans do not support."""
     train, parallel, section = config.train, config.parallel, config.model
     batch, ep_size = train.per_device_train_batch_size, parallel.ep_size
-    assert isinstance(batch, int) and isinstance(ep_size, int), "what is `auto` is chosen before (settle)"
+    assert isinstance(batch, int) and isinstance(ep_size, int), "resolve_auto comes first"
     if train.bf16:
-        raise ConfigError("train.bf16: a plan does not know autocast. Set model.dtype to bfloat16 instead.")
+        raise ConfigError("train.bf16: a plan does not support autocast. Set model.dtype to bfloat16 instead.")
     if train.optim not in OPTIMS:
-        raise ConfigError(f"train.optim: a plan does not know {train.optim!r}, only {', '.join(OPTIMS)}.")
+        raise ConfigError(f"train.optim: a plan does not support {train.optim!r}, only {', '.join(OPTIMS)}.")
     layout(config, gpus)
     model = load_model_config(config)
     if hasattr(model, "auto_map"):
         raise ConfigError("model.trust_remote_code: a plan does not run code that comes with a checkpoint.")
-    predicts = bool(getattr(model, "num_nextn_predict_layers", 0))
-    own: Any = torch.float32 if section.name == "demo" else model.dtype or torch.bfloat16  # as load_model has it
+    has_mtp = bool(getattr(model, "num_nextn_predict_layers", 0))
+    default: Any = torch.float32 if section.name == "demo" else model.dtype or torch.bfloat16  # as in load_model
     return Job(
         model,
         batch=batch,
@@ -77,18 +77,18 @@ def job_of(config: Config, gpus: int) -> Job:
         optimizer=f"adamw-{train.optim_states}" if train.optim_states else OPTIMS[train.optim],
         released=train.gradient_release or False,
         offloaded=train.optim_offload,
-        dtype=own if section.dtype == "auto" else getattr(torch, section.dtype),
+        dtype=default if section.dtype == "auto" else getattr(torch, section.dtype),
         fused=section.fused,
         attention=section.attn_implementation,
         experts=config.quantization.experts if config.quantization else None,
         adapt=partial(_adapt, config) if config.lora or config.moe.freeze_router else None,
-        mtp=predicts and section.fused is not False and not section.random_weights,
+        mtp=has_mtp and section.fused is not False and not section.random_weights,
         accumulates=train.gradient_accumulation_steps > 1,
     )
 
 
 def _adapt(config: Config, model: Any) -> Any:
-    """What a run does to its model before it trains."""
+    """Freeze routers and add LoRA adapters, as a run does before it trains."""
     freeze_routers(config, model)
     if config.lora is None:
         return model
@@ -98,21 +98,21 @@ def _adapt(config: Config, model: Any) -> Any:
 
 
 def open_keys(config: Config) -> list[str]:
-    """The keys whose value is `auto`."""
+    """Return the keys whose value is `auto`."""
     return [key for key, value in auto_values(config).items() if value == "auto"]
 
 
 def resolve_auto(config: Config, num_ranks: int) -> Config:
-    """The configuration with a number for each key that is `auto`, which is said: the plan's fastest on so many GPUs of
-    this machine's kind. A run that goes on from a checkpoint keeps those of the config.yaml beside it.
+    """Replace `auto` by the numbers that are fastest by the plan on `num_ranks` of this machine's GPUs, and log them.
 
-    Raises ConfigError without a GPU of a known kind, and where nothing fits.
+    A resumed run keeps the numbers in the config.yaml next to its checkpoint. Raises ConfigError without a GPU of a
+    known type, or if nothing fits.
     """
-    keys, config = open_keys(config), _as_before(config, num_ranks)
+    keys, config = open_keys(config), _from_earlier_run(config, num_ranks)
     if num_ranks == 1 and EP_SIZE in open_keys(config):
         config = with_keys(config, {EP_SIZE: 1})
-    if left := open_keys(config):
-        with as_config_error(f"{left[0]}: `auto` is planned for a GPU, so set a number"):
+    if unresolved := open_keys(config):
+        with as_config_error(f"{unresolved[0]}: `auto` is planned for a GPU, so set a number"):
             if (gpu := gpu_here()) is None:
                 raise ValueError("there is none here")
         config = fastest_settings(config, num_ranks, gpu)
@@ -122,8 +122,9 @@ def resolve_auto(config: Config, num_ranks: int) -> Config:
 
 
 def fastest_settings(config: Config, num_ranks: int, gpu: GPU) -> Config:
-    """The configuration with a number for each key that is `auto`: the fastest that leaves 3 % of such a GPU's memory.
-    Raises ConfigError if nothing fits, and says what would.
+    """Replace `auto` values by the fastest numbers that leave 3 % of the memory of such a GPU.
+
+    Raises ConfigError if nothing fits; the message suggests settings that do.
     """
     keys, room = open_keys(config), ROOM * gpu.memory
     smallest = with_keys(config, dict.fromkeys(keys, 1))
@@ -131,40 +132,40 @@ def fastest_settings(config: Config, num_ranks: int, gpu: GPU) -> Config:
     sizes = ep_sizes(job) if EP_SIZE in keys else [job.ep_size]
     rows = [2**n for n in range(MOST_ROWS.bit_length())] if BATCH in keys else [job.batch]
     with as_config_error(f"{keys[0]}: `auto` needs a plan"):
-        found = fastest(job, gpu, sizes, rows, room, steps)
-    if found is None:
+        layout = fastest(job, gpu, sizes, rows, room, steps)
+    if layout is None:
         fits = next_setting(smallest, num_ranks, gpu, room)
         raise ConfigError(f"{keys[0]}: `auto` finds nothing that fits {num_ranks} x {gpu.name}. {fits}")
-    best = {BATCH: found.job.batch, EP_SIZE: found.job.ep_size}
+    best = {BATCH: layout.job.batch, EP_SIZE: layout.job.ep_size}
     return with_keys(config, {key: best[key] for key in keys})
 
 
 def next_setting(config: Config, num_ranks: int, gpu: GPU, limit: float) -> str:
-    """A sentence with keys to add to a command so that its run needs at most so many bytes by the plan, if any do.
+    """Return a sentence that suggests keys with which the run needs at most `limit` bytes by the plan.
 
-    First what leaves a step's numbers as they are (fewer rows at once, recomputed layers), then what `_kinds` changes.
-    Of each kind it is the fastest.
+    It first tries keys that keep a step's numerics (smaller micro-batches, recomputed layers), then adds the changes of
+    `_changes` one after the other. Of the first change that fits, it suggests the fastest variant.
     """
 
     def fitting(keys: dict[str, Any]) -> tuple[float, dict[str, Any]] | None:
         try:
             layout = plan_of(with_keys(config, keys), num_ranks, gpu).layout
-        except ValueError:  # keys that do not go together, or cannot be planned: they are not proposed
+        except ValueError:  # these keys conflict or cannot be planned: do not suggest them
             return None
         return (layout.speed.tokens_per_second, keys) if layout.memory.needed <= limit else None
 
-    policy = config.train.activation_checkpointing  # what is set stays, but layers that are recomputed may offload
+    policy = config.train.activation_checkpointing  # keep the user's policy; but whole-layer recompute may offload
     levels = LEVELS if not policy else (LEVELS[0], LEVELS[-1]) if policy in WHOLE else LEVELS[:1]
-    for kind in _kinds(config, num_ranks):
-        rows = _fewer_rows(config, "train.gradient_release" in kind)
-        tried = (map(fitting, (kind | fewer | recompute for fewer in rows)) for recompute in levels)
-        if found := [fits for level in tried for fits in takewhile(bool, level) if fits]:
-            return f"This fits: {as_arguments(max(found, key=lambda one: one[0])[1])}"
+    for change in _changes(config, num_ranks):
+        rows = _fewer_rows(config, "train.gradient_release" in change)
+        tried = (map(fitting, (change | fewer | recompute for fewer in rows)) for recompute in levels)
+        if fitted := [fits for level in tried for fits in takewhile(bool, level) if fits]:
+            return f"This fits: {as_arguments(max(fitted, key=lambda fit: fit[0])[1])}"
     return "No other settings fit: take more GPUs, or larger ones."
 
 
 def with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
-    """The configuration with other values of these keys. Raises ValueError if they do not go together."""
+    """Return the configuration with these keys replaced. Raise ValueError if the values conflict."""
     tree = config.model_dump(exclude_unset=True)
     for key, value in keys.items():
         section, _, name = key.partition(".")
@@ -173,29 +174,29 @@ def with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
 
 
 def as_arguments(keys: Mapping[str, Any]) -> str:
-    """Keys and values as the command line takes them."""
+    """Format keys and values as command-line arguments."""
     return " ".join(f"{key}={str(value).lower()}" for key, value in keys.items())
 
 
 def auto_values(config: Config) -> dict[str, Any]:
-    """The keys that may be `auto`, and what they are."""
+    """Return the keys that may be `auto`, with their values."""
     return {BATCH: config.train.per_device_train_batch_size, EP_SIZE: config.parallel.ep_size}
 
 
-def _as_before(config: Config, num_ranks: int) -> Config:
-    """With what the run chose that this one goes on from."""
+def _from_earlier_run(config: Config, num_ranks: int) -> Config:
+    """Replace `auto` by the values of the run that this one resumes from, if there is one."""
     keys, checkpoint = open_keys(config), starting_point(config)
     folder = Path(config.save.output_dir) if checkpoint is True else Path(checkpoint or "").absolute().parent
     if not keys or checkpoint is None or not (folder / "config.yaml").is_file():
         return config
     before = auto_values(load_config(folder / "config.yaml"))
     if before[EP_SIZE] == 1 or num_ranks // config.parallel.dp_replicate_size % before[EP_SIZE]:
-        before[EP_SIZE] = "auto"  # it ran on another number of ranks, perhaps on one; on the same a plan finds 1 again
+        before[EP_SIZE] = "auto"  # it ran on another number of ranks, or chose 1, which a new plan would find again
     return with_keys(config, {key: before[key] for key in keys})
 
 
-def _kinds(config: Config, num_ranks: int) -> Iterator[dict[str, Any]]:
-    """What else than rows and recomputing is changed."""
+def _changes(config: Config, num_ranks: int) -> Iterator[dict[str, Any]]:
+    """Yield changes other than rows and recompute, in the order in which `next_setting` tries them."""
     train, small = config.train, dict[str, Any]()
     yield small
     ours = train.optim in ("adamw_torch", "adamw_torch_fused")
@@ -214,39 +215,39 @@ def _kinds(config: Config, num_ranks: int) -> Iterator[dict[str, Any]]:
 
 
 def _fewer_rows(config: Config, released: bool) -> list[dict[str, Any]]:
-    """A micro-batch of one row, ..., of a quarter, a half, of as many as now; a step's batch stays where it can."""
+    """Return keys for smaller micro-batches, from 1 row up to the present size. Accumulation keeps the step's batch."""
     rows, steps = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
     assert isinstance(rows, int)
-    sizes, once = [rows], released or config.train.gradient_release  # no accumulation
+    sizes, once = [rows], released or config.train.gradient_release  # released gradients cannot be accumulated
     while sizes[0] > 1:
         sizes.insert(0, 1 if sizes[0] % 2 else sizes[0] // 2)
     return [{BATCH: few} | ({} if once else {ACCUMULATION: steps * rows // few}) for few in sizes[:-1]] + [{}]
 
 
 def planned(config: Config, num_ranks: int) -> Plan | None:
-    """The plan of a run on so many GPUs of this machine's kind; None without a GPU, or with a line that says why."""
+    """Return the plan of a run on `num_ranks` GPUs of this machine's type; None without a GPU or on a logged error."""
     try:
         return plan_of(config, num_ranks, gpu) if (gpu := gpu_here()) else None
-    except Exception as error:  # whatever a model's code cannot do on tensors without memory, it may do on a GPU
+    except Exception as error:  # a model's code that fails on meta tensors may still run on a GPU
         backends.logger().info(f"No plan: {short_message(error)}.")
         return None
 
 
 @torch.random.fork_rng(devices=[])  # the model's weights are drawn later
 def log_plan(config: Config, num_ranks: int) -> Plan | None:
-    """Say what a run needs and how fast it will be, if it can be `planned`, and return that."""
-    if (found := planned(config, num_ranks)) is None:
+    """Log the memory and speed that the plan predicts, and return the plan; None if the run cannot be planned."""
+    if (run_plan := planned(config, num_ranks)) is None:
         return None
-    for line in summary_lines(found):
+    for line in summary_lines(run_plan):
         backends.logger().info(f"Plan: {line}")
-    if not found.fits:
-        backends.logger().info(f"Plan: {next_setting(config, num_ranks, found.gpu, ROOM * found.gpu.memory)}")
-    return found
+    if not run_plan.fits:
+        backends.logger().info(f"Plan: {next_setting(config, num_ranks, run_plan.gpu, ROOM * run_plan.gpu.memory)}")
+    return run_plan
 
 
 @contextmanager
 def suggest_what_fits(config: Config, num_ranks: int) -> Iterator[None]:
-    """Within, an error of a GPU without room has a note: what the run needs by its plan, and what fits."""
+    """Context manager that adds a note to out-of-memory errors: what the run needs by its plan, and what would fit."""
     try:
         yield
     except RuntimeError as error:
@@ -261,7 +262,7 @@ def suggest_what_fits(config: Config, num_ranks: int) -> Iterator[None]:
 
 
 def summary_lines(found: Plan) -> list[str]:
-    """A plan in two lines: memory and time, the largest pieces of both."""
+    """Return two lines that summarize a plan: memory and time, with the largest pieces of both."""
     memory, speed = found.layout.memory, found.layout.speed
     rest = f"{found.left / GIB:.1f} are left" if found.fits else f"{-found.left / GIB:.1f} lack"
     return [
@@ -273,7 +274,7 @@ def summary_lines(found: Plan) -> list[str]:
 
 
 class MeasuredSteps(TrainerCallback):
-    """After ten steps: their median time, tokens and memory, and what was planned. Goes into metrics.jsonl, too."""
+    """Callback that logs measured and planned time, tokens/s and memory after ten steps, also to metrics.jsonl."""
 
     def __init__(self, plan: Plan, trainer: Any) -> None:
         self.plan, self.trainer = plan, trainer
@@ -301,7 +302,7 @@ class MeasuredSteps(TrainerCallback):
         backends.logger().info(f"Step {state.global_step}: {', '.join(parts)}.")
         logs = {f"measured/{key}": round(found, 2) for key, _, found, _ in rows}
         logs |= {f"planned/{key}": round(plan, 2) for key, *_, plan in rows}
-        self.trainer.callback_handler.on_log(args, state, copy.copy(control), logs)  # it clears `should_log`
+        self.trainer.callback_handler.on_log(args, state, copy.copy(control), logs)  # a copy: it clears `should_log`
 
 
 def _largest(pieces: Mapping[str, float], scale: float, digits: str) -> str:

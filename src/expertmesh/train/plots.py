@@ -1,4 +1,4 @@
-"""Two pictures of a run: how the loss fell, and where the tokens went. Needs matplotlib (the `plots` extra)."""
+"""Plot a run's loss curve and its router load. Needs matplotlib (the `plots` extra)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def loss_curve(records: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws training and held-out loss over the optimizer steps from the records of a metrics.jsonl."""
+    """Plot training and held-out loss over the optimizer steps. records: from `read_metrics`."""
     with picture(path, 7.2, 4.0) as (_, (axes,)):
         for key, name, marker in (("loss", "training", ""), ("eval_loss", "held out", "o")):
             points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
@@ -21,9 +21,9 @@ def loss_curve(records: Sequence[dict[str, Any]], path: str | Path) -> None:
 
 
 def router_heatmap(windows: Sequence[tuple[str, np.ndarray]], path: str | Path) -> None:
-    """Draws the load of every expert, one panel per (title, counts [layers, experts]).
+    """Plot the load of every expert, one panel per (title, counts [layers, experts]).
 
-    Colour is an expert's share of its layer's rows times the number of experts: 1 is an even share, 0 a dead expert.
+    The colour is an expert's share of its layer's tokens times the number of experts: 1 is even, 0 a dead expert.
     """
     layers, experts = windows[0][1].shape
     width, height = np.clip(experts * 0.32, 3.2, 9.0) * len(windows) + 1.4, np.clip(layers * 0.32, 1.6, 9.0) + 1.2
@@ -39,7 +39,7 @@ def router_heatmap(windows: Sequence[tuple[str, np.ndarray]], path: str | Path) 
 
 @contextmanager
 def picture(path: str | Path, width: float, height: float, panels: int = 1) -> Iterator[tuple[Any, Any]]:
-    """A figure of this size in inches and the axes of its panels, in our style; behind the block it is in `path`."""
+    """Context manager that yields (figure, axes of the panels) and saves to `path` on exit. Sizes are in inches."""
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 

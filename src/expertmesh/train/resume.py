@@ -1,8 +1,8 @@
 """Saving and resuming for transformers' Trainer, sharded models included.
 
-transformers' own writes a checkpoint file by file under its final name, cannot resume a model that was sharded when it
-was made, and looks for experts under names that they do not have on disk. Here a checkpoint appears whole, is checked
-before anything is loaded from it, and holds the optimizer by parameter name, so that another layout can read it.
+transformers writes a checkpoint file by file under its final name, cannot resume a model that was sharded when it was
+created, and looks for experts under names that differ from those on disk. Here a checkpoint is published atomically and
+verified before it is loaded. Optimizer state is saved by parameter name, so that any layout can read it.
 """
 
 import json
@@ -29,16 +29,16 @@ from expertmesh.weights.files import DamagedError, atomic_export, folder_lock
 from expertmesh.weights.read import load_weights, weight_files
 
 log = logging.getLogger(__name__)
-# arguments that may differ among ranks: where files are, and what is said of the run
+# arguments that may differ between ranks: paths, reporting and data loading
 _OWN = re.compile("dir$|rank|hub|report_to|run_name|project|trackio|tqdm|log_level|log_on|workers|pin_memory|prefetch")
 
 
 class ResumableTrainer(transformers.Trainer):
-    """transformers.Trainer whose checkpoints are whole, checked, and loadable under another layout.
+    """transformers.Trainer with checkpoints that are written atomically, verified, and loadable under another layout.
 
-    `train` raises DamagedError for a damaged checkpoint, FileExistsError before the first step if output_dir holds
-    checkpoints that the run would come to replace, and FolderInUseError if another run trains there. DeepSpeed and
-    Accelerate's FSDP keep their own checkpoints.
+    `train` raises DamagedError for a damaged checkpoint, FileExistsError before the first step if output_dir has
+    checkpoints that the run would replace later, and FolderInUseError if another run trains there. DeepSpeed and
+    Accelerate's FSDP keep their own checkpoint format.
     """
 
     model: Any
@@ -53,7 +53,7 @@ class ResumableTrainer(transformers.Trainer):
     def _validate_args(self) -> None:
         super()._validate_args()
         self._is_sharded = self.is_distributed_loading_by_transformers
-        self.is_distributed_loading_by_transformers = False  # else it is refused behind this: stock cannot resume it
+        self.is_distributed_loading_by_transformers = False  # else transformers raises, as it cannot resume such models
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any):
         """As in transformers. `resume_from_checkpoint=True` takes the newest complete checkpoint in output_dir."""
@@ -79,13 +79,13 @@ class ResumableTrainer(transformers.Trainer):
         newest = newest_complete(output_dir)
         if newest is None:
             raise ValueError(f"There is no complete checkpoint in {output_dir}: start without resume_from_checkpoint.")
-        ranks.barrier()  # all ranks have looked before anything moves
+        ranks.barrier()  # all ranks must have searched the folder before anything is renamed
         with ranks.fail_together():
             for step, path in checkpoints(output_dir) if ranks.rank() == 0 else ():
                 if step > _step_of(newest) and not is_complete(path):
                     log.warning("%s is incomplete: it is moved aside.", path)
                     aside = path.with_name(f"{path.name}.incomplete")
-                    while os.path.lexists(aside):  # moved there by an earlier run
+                    while os.path.lexists(aside):  # from an earlier run
                         aside = aside.with_name(f"{aside.name}-")
                     path.rename(aside)
         return str(newest)
@@ -95,7 +95,7 @@ class ResumableTrainer(transformers.Trainer):
             return super()._save_checkpoint(model, trial)
         step, run_dir = self.state.global_step, Path(super()._get_output_dir(trial))
         if step == self._published_step:
-            return  # asked for twice after one step
+            return  # this step is already saved
         with publishing(run_dir, step) as folder:
             self._staging = folder
             try:
@@ -104,7 +104,7 @@ class ResumableTrainer(transformers.Trainer):
             finally:
                 self._staging = None
             inner, best = folder / f"checkpoint-{step}", self.state.best_global_step
-            # transformers looks for the best checkpoint beside the one it writes
+            # transformers searches the best checkpoint in the folder of the one that it writes
             if best and (best == step or (run_dir / f"checkpoint-{best}").exists()):
                 self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
             with ranks.fail_together():
@@ -120,7 +120,7 @@ class ResumableTrainer(transformers.Trainer):
             super()._push_from_checkpoint(str(run_dir / f"checkpoint-{step}"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        # in a checkpoint the optimizer comes next, which all ranks save together
+        # in a checkpoint, a collective save of the optimizer follows: no rank may enter it if another one failed here
         with nullcontext() if self._staging is None else ranks.fail_together():
             super().save_model(output_dir, _internal_call)
 
@@ -134,7 +134,7 @@ class ResumableTrainer(transformers.Trainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else: once it is published
+        if self._staging is None:  # else `_save_checkpoint` pushes after publishing
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -147,18 +147,18 @@ class ResumableTrainer(transformers.Trainer):
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
-        wrapped: Any = self.optimizer  # by Accelerate
+        wrapped: Any = self.optimizer  # Accelerate's wrapper
         return getattr(wrapped, "optimizer", wrapped)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Weights in place, from the names on disk; every file is checked first. ValueError if any is missing."""
+        """Verify the files, then load the weights in place. Raise ValueError if a weight is missing."""
         folder = Path(resume_from_checkpoint)
         if is_complete(folder):
             verify(folder)
         else:
             log.warning("%s has no checkpoint.sha256, so its files cannot be checked.", folder)
-        plain = isinstance(self.model, transformers.PreTrainedModel) and not self._has_other_format
-        if not plain or not weight_files(folder):
+        is_own_format = isinstance(self.model, transformers.PreTrainedModel) and not self._has_other_format
+        if not is_own_format or not weight_files(folder):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_weights(self.model, folder)
 
@@ -177,9 +177,9 @@ class ResumableTrainer(transformers.Trainer):
 
 @contextmanager
 def replacing_adapter(folder: str | Path, group: Any = None) -> Iterator[Path]:
-    """`atomic_export` for an adapter: PEFT writes file by file, and goes on in the model card that it finds.
+    """`atomic_export` for a PEFT adapter. An existing model card is copied first, because PEFT extends it.
 
-    How lora_B of experts is laid out is recorded, as Unsloth does: its shape does not tell.
+    Record the layout of the experts' lora_B in the adapter's config, as Unsloth does: the shape does not show it.
     """
     with atomic_export(folder, group) as staging:
         card = Path(folder, "README.md")
@@ -193,11 +193,11 @@ def replacing_adapter(folder: str | Path, group: Any = None) -> Iterator[Path]:
 
 
 def refuse_to_replace(output_dir: str, checkpoint: str | None) -> None:
-    """Raise FileExistsError, not hours later, if a run that begins at `checkpoint` would come to one that exists."""
+    """Raise FileExistsError at the start if a run from `checkpoint` would later replace an existing checkpoint."""
     step = -1 if checkpoint is None else _step_of(Path(checkpoint))
     if later := [path for number, path in checkpoints(output_dir) if number > step]:
         raise FileExistsError(
-            f"{later[-1]} exists, and this run would come to replace it. Go on from it (resume_from_checkpoint=True, "
+            f"{later[-1]} exists, and this run would later replace it. Resume from it (resume_from_checkpoint=True, "
             f"in a configuration save.resume_from_checkpoint=auto), choose another folder, or move it away."
         )
 
@@ -221,6 +221,6 @@ def _step_of(checkpoint: Path) -> int:
         return TrainerState.load_from_json(str(state)).global_step
     except (ValueError, TypeError) as error:
         raise DamagedError(
-            f"{state} cannot be read ({error}). Restore it from a copy, or move {checkpoint} away and resume from the "
-            f"one before."
+            f"{state} cannot be read ({error}). Restore it from a copy, or move {checkpoint} away and resume from an "
+            f"earlier one."
         ) from None

@@ -1,6 +1,6 @@
-"""A run from its configuration: model, data and trainer are built, trained, evaluated, and written to one folder.
+"""Run a configuration: build model, data and trainer, train, evaluate, and write everything to one folder.
 
-docs/train.md says what lies in the folder; `logs/` has what ranks other than the first have to say.
+docs/train.md describes the folder; `logs/` has the output of all ranks but the first.
 """
 
 import json
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Result:
-    """What a run left behind. `exit_code` is 0, or 75 / 130 after SIGTERM / Ctrl-C. `final` is None if not saved."""
+    """Result of a run. `exit_code` is 0, or 75 / 130 after SIGTERM / Ctrl-C. `final` is None if no model was saved."""
 
     output_dir: Path
     exit_code: int = 0
@@ -48,17 +48,17 @@ class Result:
 
 
 def run(config: Config) -> Result:
-    """Trains as the configuration says. Raises ConfigError for what cannot be run, NonFiniteError for a bad step."""
+    """Run a configuration. Raise ConfigError if it is not valid, NonFiniteError if a loss or gradient is not finite."""
     check_folder(config)
-    with folder_lock(config.save.output_dir, ranks.ALONE) if _is_first() else nullcontext():  # before a model is loaded
+    with folder_lock(config.save.output_dir, ranks.ALONE) if _is_first() else nullcontext():  # before loading a model
         config = resolve_auto(config, current_world_size())
         with suggest_what_fits(config, current_world_size()):
             return train(config, build(config))
 
 
 def build(config: Config) -> SFTTrainer:
-    """The trainer of a run, with model, tokenizer and prepared data, before its first step."""
-    if not _is_first():  # say only what goes wrong: the rest is rank 0's to say
+    """Return the trainer of a run, with model, tokenizer and prepared data, ready for the first step."""
+    if not _is_first():  # log only errors: rank 0 logs the rest
         logging.disable(logging.WARNING)
         transformers.logging.disable_progress_bar()
         warnings.simplefilter("ignore")
@@ -85,7 +85,7 @@ def build(config: Config) -> SFTTrainer:
         cuda_graph=config.train.cuda_graph,
         gradient_release=config.train.gradient_release,
     )
-    trainer.remove_callback(transformers.PrinterCallback)  # which stands in for the bar that `disable_tqdm` takes away
+    trainer.remove_callback(transformers.PrinterCallback)  # transformers adds it because of `disable_tqdm`
     if plan is not None:
         trainer.add_callback(MeasuredSteps(plan, trainer))
     _check_prepared(trainer, inputs, config)
@@ -93,7 +93,7 @@ def build(config: Config) -> SFTTrainer:
 
 
 def train(config: Config, trainer: SFTTrainer) -> Result:
-    """Trains what `build` made, evaluates, and writes the folder of the run."""
+    """Train with the trainer from `build`, evaluate, and write the folder of the run."""
     output_dir = Path(config.save.output_dir)
     with folder_lock(output_dir):
         if config.save.final:
@@ -111,7 +111,7 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
             if interrupt.exit_code is not None:
                 return Result(output_dir, interrupt.exit_code)
             final = output_dir / "final" if config.save.final else None
-            if final is not None:  # first, so that no later error loses the trained model
+            if final is not None:  # save before evaluating, so that no error there loses the trained model
                 save_final(trainer.model, trainer.processing_class, final)
             metrics = _evaluate(trainer)
         finally:
@@ -122,7 +122,7 @@ def train(config: Config, trainer: SFTTrainer) -> Result:
 
 
 def load_model(config: Config) -> transformers.PreTrainedModel:
-    """The fused model of `model.name`, on the device it is trained on; of several ranks, each holds its part."""
+    """Load the fused model of `model.name` onto the training device; with several ranks, each loads its shards."""
     section, on_gpu, auto = config.model, torch.cuda.is_available(), expertmesh.AutoModelForCausalLM
     options = section.model_dump(include={"fused", "dtype", "attn_implementation"}, exclude_none=True)
     if section.dtype == "auto" and (section.name == "demo" or not on_gpu):
@@ -132,7 +132,7 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
     if (setup := layout(config, current_world_size())) is not None:
         options["distributed_setup"] = setup
         if setup.tp_size > 1 and not on_gpu:
-            raise ConfigError("parallel.tp_size: Accelerate shares out batches so among GPUs only. Set it to 1.")
+            raise ConfigError("parallel.tp_size: Accelerate supports tensor parallelism on GPUs only. Set it to 1.")
     device = torch.cuda.current_device() if on_gpu and setup is None else None
     if section.name == "demo" or section.random_weights:
         model_config = data.demo_config() if section.name == "demo" else load_model_config(config)
@@ -141,7 +141,7 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
         with nullcontext() if device is None else torch.device("cuda", device):
             return auto.from_config(model_config, trust_remote_code=section.trust_remote_code, **options)
     if device is not None:
-        options["device_map"] = {"": device}  # straight to the GPU, not through the CPU's memory
+        options["device_map"] = {"": device}  # load directly to the GPU, not through host memory
     try:
         with loading_part(config, "model", (OSError, SafetensorError)):
             return auto.from_pretrained(**origin(config), **options)
@@ -149,13 +149,13 @@ def load_model(config: Config) -> transformers.PreTrainedModel:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ConfigError(
-            f"model.name: weights of {section.name} have other shapes than its config.json says (as reported above). "
-            "Take the config.json that belongs to them."
+            f"model.name: the weights of {section.name} and its config.json differ in shapes (as reported above). "
+            "Take the config.json that belongs to the weights."
         ) from error
 
 
 def training_arguments(config: Config):
-    """The TRL arguments that say what `config` says."""
+    """Return the TRL arguments for `config`."""
     from trl import SFTConfig
 
     train, log, save, on_gpu = config.train, config.log, config.save, torch.cuda.is_available()
@@ -168,8 +168,8 @@ def training_arguments(config: Config):
         num_train_epochs=train.num_train_epochs or 1.0,
         optim=optim,
         optim_args=optim_args,
-        gradient_checkpointing=train.activation_checkpointing in WHOLE,  # the old name, by which TRL switches it on
-        # else it takes ranks on CPUs for one process, and refuses bf16
+        gradient_checkpointing=train.activation_checkpointing in WHOLE,  # TRL only reads this old name
+        # without it, transformers treats ranks on CPUs as a single process and refuses bf16
         use_cpu=not on_gpu and (current_world_size() > 1 or not torch.accelerator.is_available()),
         dataloader_pin_memory=on_gpu,
         router_aux_loss_coef=config.moe.router_aux_loss_coef,
@@ -186,7 +186,7 @@ def training_arguments(config: Config):
 
 
 def environment(model: torch.nn.Module) -> dict[str, Any]:
-    """Versions, hardware and fusions, as plain data."""
+    """Return versions, hardware and fusions, as plain data for env.json."""
     report = getattr(model, "fusion_report", None)
     return {
         "expertmesh": expertmesh.__version__,
@@ -200,7 +200,7 @@ def environment(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def plot(trainer: SFTTrainer, output_dir: Path) -> None:
-    """Writes plots/loss.png and, for a model with routers, plots/router.png. Without matplotlib it says so."""
+    """Write plots/loss.png and, for a model with routers, plots/router.png. Log a warning without matplotlib."""
     if backends.version_of("matplotlib") is None:
         log.warning("No plots were drawn: matplotlib is not installed. %s adds it.", install("matplotlib"))
         return
@@ -214,12 +214,12 @@ def plot(trainer: SFTTrainer, output_dir: Path) -> None:
 
 
 def _is_first() -> bool:
-    """Whether this is rank 0, which alone prints and writes what is not each rank's own."""
+    """Whether this is rank 0, the only one that prints and writes the common files."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _evaluate(trainer: SFTTrainer) -> dict[str, float]:
-    """Held-out metrics after the last step, {} without held-out data."""
+    """Evaluate, or return the metrics if the last step was already evaluated; {} without evaluation data."""
     if trainer.eval_dataset is None:
         return {}
     last = trainer.state.log_history[-2:]  # the record of the last evaluation, then the summary of the training
@@ -228,7 +228,7 @@ def _evaluate(trainer: SFTTrainer) -> dict[str, float]:
 
 
 def _check_prepared(trainer: SFTTrainer, inputs: Inputs, config: Config) -> None:
-    """Says how many rows lost all their labels when they were cut. Raises ConfigError where none is left."""
+    """Warn of rows whose labels were all cut off by max_length. Raise ConfigError if that holds for all rows."""
     prepared: Any = trainer.train_dataset, trainer.eval_dataset
     for which, given, rows in zip(("training", "evaluation"), inputs[1:], prepared, strict=True):
         lost = 0 if given is None else count_unlearned(rows) if config.data.packing else len(given) - len(rows)
@@ -236,4 +236,4 @@ def _check_prepared(trainer: SFTTrainer, inputs: Inputs, config: Config) -> None
             raise nothing_learned(config, f"the {which} rows of {config.data.name}")
         if lost:
             what = f"{lost} of {len(given)} {which} rows have no token to learn"
-            log.warning("%s within data.max_length=%d, and teach nothing.", what, config.data.max_length)
+            log.warning("%s within data.max_length=%d: they have no effect.", what, config.data.max_length)

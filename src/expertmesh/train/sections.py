@@ -1,4 +1,4 @@
-"""What a configuration is made of: YAML in which a key stands once, and sections of keys with types."""
+"""Building blocks of a configuration: a YAML loader that refuses duplicate keys, and sections of typed keys."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,33 +16,33 @@ def _name(text: str) -> str:
 
 
 def number(value: Any) -> Any:
-    """`value`, but YAML's yes and no are none."""
+    """Return `value`. Raise ValueError for a bool, which pydantic would convert to 0 or 1."""
     if isinstance(value, bool):
         raise ValueError("a number is wanted, not yes or no")
     return value
 
 
 Name = Annotated[str, AfterValidator(_name)]
-"""A word or a path; `~` is the home folder."""
+"""A word or a path; `~` at its beginning is expanded to the home folder."""
 Count = Annotated[int, BeforeValidator(number), Field(gt=0)]
 Size = Annotated[float, BeforeValidator(number), Field(ge=0)]
 
 
 class Section(BaseModel):
-    """Keys of one part of a configuration; a key that is not among them is an error."""
+    """Base class of the sections; an unknown key is an error, and docstrings of keys become their descriptions."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once, and what looks like a date is text: no key is a date."""
+    """YAML loader that refuses duplicate keys and reads dates as text, because no key takes a date."""
 
     def construct_mapping(self, node, deep=False):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in lines:
-                raise yaml.YAMLError(f"`{name}` stands in line {lines[name]} and again in line {line}")
+                raise yaml.YAMLError(f"`{name}` is in line {lines[name]} and again in line {line}")
             lines[name] = line
         return super().construct_mapping(node, deep)
 
@@ -51,15 +51,15 @@ _Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.valu
 
 
 def parse(text: str, source: object, fix: str) -> Any:
-    """What a YAML text says. Raises ConfigError, which names its source and ends with `fix`."""
+    """Parse a YAML text. Raise ConfigError, with a message that names `source` and ends with `fix`."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also of 5,000 digits, or of 5,000 brackets
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an int of 5,000 digits, 5,000 nested brackets
         raise ConfigError(f"{source} is not valid YAML: {short_message(error)}. {fix}") from None
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file. Raises ConfigError where it cannot be read, or holds none."""
+    """Read the sections of a YAML file. Raise ConfigError if it cannot be read or has no sections."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

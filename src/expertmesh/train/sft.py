@@ -1,4 +1,4 @@
-"""SFTTrainer: TRL's, with what trainer.py adds. A file of its own, because TRL is an extra and Trainer does without."""
+"""SFTTrainer: TRL's with the features of trainer.py. It is a separate file because trainer.py must not require TRL."""
 
 import logging
 from typing import Any, Literal
@@ -18,24 +18,24 @@ log = logging.getLogger(__name__)
 class SFTTrainer(Trainer, trl.SFTTrainer):
     """TRL's SFTTrainer that stops at a loss or gradient that is not finite and logs the load of the experts.
 
-    All else is TRL's. In training the loss comes from the model's own head where that is the same number
-    (`why_not_own_loss`): TRL's makes the logits twice, and waits for the device at every step to read its metrics.
-    These are made with the loss, and read when they are logged.
+    In training, the loss comes from the model's own head if that gives the same number (`why_not_own_loss`). TRL's code
+    computes the logits twice and waits for the device at every step to read its metrics. Here the metrics are computed
+    together with the loss and read only when they are logged.
     """
 
-    _makes_logits = False  # whether the head was seen making them
+    _makes_logits = False  # whether the head has returned real logits
 
     def __init__(self, *args: Any, cuda_graph: bool | Literal["auto"] = "auto", **kwargs: Any):
         super().__init__(*args, cuda_graph=cuda_graph, **kwargs)
-        # of one microbatch: labelled tokens, sums of entropies and hits, tokens, auxiliary loss, 1 once they are there;
-        # always at the same place, as a recorded step writes to it
+        # of one micro-batch: labelled tokens, sum of entropies, correct predictions, tokens, auxiliary loss, and 1 if
+        # the others are set; always the same memory, because replayed CUDA graphs write to it
         self._sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
         self._unread: list[torch.Tensor] = []
         if (reason := self.why_not_own_loss()) is not None:
-            log.info("SFTTrainer: the loss comes from TRL's head, because of %s.", reason)
+            log.info("SFTTrainer: TRL computes the loss, because of %s.", reason)
 
     def why_not_own_loss(self) -> str | None:
-        """What in the settings or the model asks for TRL's head in training, or None."""
+        """Return the setting or the property of the model that requires TRL's loss in training, else None."""
         settings: Any = self.args
         layout, model = self.accelerator.parallelism_config, self._causal_lm
         defers = isinstance(model, FusedModel) and isinstance(model.get_output_embeddings(), FastHead)
@@ -45,25 +45,25 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
             "compute_loss_func": self.compute_loss_func is not None,
             "torch_compile": settings.torch_compile,
             "tensor parallelism": self.get_tp_size() > 1,
-            "sequence or context parallelism": any(getattr(layout, f"{way}_enabled", False) for way in ("sp", "cp")),
+            "sequence or context parallelism": any(getattr(layout, f"{kind}_enabled", False) for kind in ("sp", "cp")),
             "virtual tokens": getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False),
             "an auxiliary loss that the model adds by its configuration": self.aux_loss_enabled
             and not hasattr(model, "router_aux_loss_coef"),
-            # a recorded step must not wait, at the price of the logits' memory
+            # with cuda_graph=True use it anyway: TRL's loss waits for the device; this costs the logits' memory
             "a head that makes logits": self.cuda_graph is not True and (self._makes_logits or not defers),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
     @property
     def _causal_lm(self) -> Any:
-        # accelerate's is_peft_model reads files at every call
+        # not accelerate's is_peft_model, which reads files at every call
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def why_not_recorded(self) -> str | None:
-        """As in `Trainer`, and what asks for another loss than the model's own."""
+        """As in `Trainer`; in addition, recording needs the model's own loss."""
         if (reason := self.why_not_own_loss()) is None:
             return super().why_not_recorded()
-        return f"the model's own loss cannot take the place of TRL's because of {reason}. Leave that out"
+        return f"the model's own loss cannot replace TRL's because of {reason}. Leave that out"
 
     def _as_one_row(self, inputs: Any, row: Any) -> Any:
         return inputs if self.why_not_own_loss() is not None else super()._as_one_row(inputs, row)
@@ -72,17 +72,17 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
         if return_outputs or not model.training or self.why_not_own_loss() is not None:
             self._read_metrics()
             counted = self._total_train_tokens
-            if self._base is not None and not inputs.keys() & {"attention_mask", "cu_seq_lens_q"}:  # TRL counts by it
+            if self._base is not None and not inputs.keys() & {"attention_mask", "cu_seq_lens_q"}:  # TRL counts with it
                 inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            if self._release is not None and self._release.measuring:  # the same batch comes again
+            if self._release is not None and self._release.measuring:  # a second pass over the same batch follows
                 self._total_train_tokens = counted
             return loss
         inputs |= {"use_cache": False, "count_predictions": True}
         aux_loss, causal_lm = 0.0, self._causal_lm
         if not self.aux_loss_enabled:
             loss, outputs = transformers.Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
-        else:  # the model computes it, and TRL's formula adds it
+        else:  # the model computes the auxiliary loss; add it by TRL's formula
             inputs["output_router_logits"] = True
             coef, causal_lm.router_aux_loss_coef = causal_lm.router_aux_loss_coef, 0.0
             try:
@@ -97,32 +97,32 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
 
     @torch.no_grad()
     def _count(self, inputs: dict[str, Any], logits: torch.Tensor, aux_loss: torch.Tensor | float) -> None:
-        found = getattr(logits, "statistics", None)
-        if found is None:
-            found = statistics_reference(logits.flatten(0, -2), next_tokens(inputs["labels"]).flatten())
+        statistics = getattr(logits, "statistics", None)
+        if statistics is None:
+            statistics = statistics_reference(logits.flatten(0, -2), next_tokens(inputs["labels"]).flatten())
             if self.cuda_graph is not True:
-                log.warning("SFTTrainer: from now on the loss comes from TRL's, because of a head that made logits.")
+                log.warning("SFTTrainer: TRL computes the loss of all later steps, because the head made logits.")
                 self._makes_logits = True
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        for place, value in zip(self._sums, (*found, tokens, aux_loss, 1.0), strict=True):
-            place.fill_(value)
+        for slot, value in zip(self._sums, (*statistics, tokens, aux_loss, 1.0), strict=True):
+            slot.fill_(value)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._sums.zero_()
         loss = super().training_step(model, inputs, num_items_in_batch)
         data = self.accelerator.gradient_state
         if data.end_of_dataloader and 0 < data.remainder <= self.accelerator.process_index:
-            self._sums.zero_()  # repeated rows that fill the last batch: TRL does not count them
+            self._sums.zero_()  # this rank's rows are repetitions that fill the last batch; TRL does not count them
         self._unread.append(self._sums.clone())
         return loss
 
     def _read_metrics(self) -> None:
-        """Hand TRL the metrics of all microbatches since the last call, which is the same on all ranks."""
+        """Pass the metrics of all micro-batches since the last call to TRL. All ranks must call it together."""
         rows = self.accelerator.reduce(torch.stack(self._unread), "sum").tolist() if self._unread else []
         self._unread.clear()
         metrics = self._metrics["train"]
         for labelled, entropy, correct, tokens, aux_loss, ranks in rows:
-            if not ranks:  # TRL's own loss, which has counted
+            if not ranks:  # TRL's own loss, which has added its metrics already
                 continue
             metrics["entropy"].append(entropy / labelled if labelled else 0.0)
             metrics["mean_token_accuracy"].append(correct / labelled if labelled else 0.0)
@@ -132,6 +132,6 @@ class SFTTrainer(Trainer, trl.SFTTrainer):
                 metrics["aux_loss"].append(aux_loss / ranks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if logs.keys() & {"loss", "train_loss"}:  # a record that all ranks write
+        if logs.keys() & {"loss", "train_loss"}:  # all ranks log these records, so all take part in the collective
             self._read_metrics()
         super().log(logs, start_time)
