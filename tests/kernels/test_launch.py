@@ -1,6 +1,8 @@
 """A kernel that is launched again is found without Triton's own search, and only where that would find the same."""
 
+import importlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +142,16 @@ def test_compiled_code_launches_as_eager_code_does(jit, monkeypatch):
     want = torch.autograd.grad((2 * x.sin()).cos().sum(), x)[0]
     torch.testing.assert_close(x.grad, want)
     assert len(jit.searched) == 1 and len(jit.launched) == 0
+
+
+def test_no_parameter_has_a_name_that_triton_takes_for_itself():
+    """Triton writes a function around each kernel, whose own names these are; its interpreter does not."""
+    kernels = {}
+    for file in Path(launch.__file__).parent.glob("*.py"):
+        module = importlib.import_module(f"expertmesh.kernels.{file.stem}")
+        kernels |= {
+            name: found for name, found in vars(module).items() if hasattr(getattr(found, "jit", found), "arg_names")
+        }
+    taken = {"options", "backend", "specialize_impl", "JITCallable", "grid", "warmup"}
+    assert len(kernels) > 30
+    assert not {name for name, kernel in kernels.items() if taken & set(getattr(kernel, "jit", kernel).arg_names)}

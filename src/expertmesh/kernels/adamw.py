@@ -166,10 +166,10 @@ def _is_on_device(lr: Any) -> bool:
 
 
 @fast_jit
-def _prepare_kernel(table, options, like, scale, found_inf, scalars):
+def _prepare_kernel(table, settings, like, scale, found_inf, scalars):
     """Increment the step count of one tensor and write its scalars, computed in float64."""
     row = table + tl.program_id(0) * 14
-    group = options + tl.load(row + 11) * 8
+    group = settings + tl.load(row + 11) * 8
     to = scalars + tl.program_id(0) * 10
     lr, beta1, beta2 = tl.load(group), tl.load(group + 1), tl.load(group + 2)
     counter = tl.load(row + 7).to(like.dtype)
