@@ -52,7 +52,7 @@ def test_an_unknown_key(complain):
 
 def test_two_configuration_files():
     code, said = stderr_of(["train", "a.yaml", "b.yaml"])
-    assert code == 2 and "One configuration file is expected" in said
+    assert code == 2 and "Only one configuration file is expected" in said
 
 
 @pytest.mark.parametrize(

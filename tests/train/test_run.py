@@ -151,7 +151,7 @@ def test_a_full_disk_does_not_cost_the_trained_model(tmp_path, monkeypatch, capl
     monkeypatch.setattr("expertmesh.weights.files.sync", full)
     monkeypatch.setattr("time.sleep", waited.append)
     result = train(config, trainer)
-    assert waited == [30] and "The disk is full. Free room" in caplog.text
+    assert waited == [30] and "The disk is full. Free space" in caplog.text
     transformers.AutoModelForCausalLM.from_pretrained(result.final)
 
 

@@ -128,7 +128,7 @@ def test_modules_for_multi_token_prediction_train_here_and_are_refused_by_trl(tm
     parameters = ours._mtp.parameters_of(ours)
     before = [ours.weights_before[name] for name, _ in ours.named_parameters() if ours._mtp.owns(name)]
     assert all(not torch.equal(now, then) for now, then in zip(parameters, before, strict=True))
-    with pytest.raises(ValueError, match="take expertmesh.SFTTrainer"):
+    with pytest.raises(ValueError, match="use expertmesh.SFTTrainer"):
         trained(trl.SFTTrainer, tmp_path, make(), texts(), **PACKED)
 
 
@@ -160,7 +160,7 @@ def test_a_model_that_turns_out_to_make_its_logits_goes_on_with_trl_s_head(tmp_p
         return model
 
     theirs, ours = both(tmp_path, texts(), make)
-    assert "a head that made logits" in caplog.text
+    assert "the head made logits" in caplog.text
     assert ours.why_not_own_loss() == "a head that makes logits"
     for key in ("loss", *METRICS):
         torch.testing.assert_close(history(ours, key), history(theirs, key), rtol=1e-4, atol=1e-4)

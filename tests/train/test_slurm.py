@@ -48,5 +48,5 @@ def test_an_address_that_is_set_is_kept():
 
 def test_a_variable_that_is_missing_is_named():
     del (task := dict(TASK))["SLURM_LOCALID"]
-    with pytest.raises(ConfigError, match="without all variables of srun .*: 'SLURM_LOCALID'"):
+    with pytest.raises(ConfigError, match="without all of srun's variables .*: 'SLURM_LOCALID'"):
         slurm_variables(task)

@@ -173,7 +173,7 @@ class StepRecorder(TorchDispatchMode):
             rows = len(tensors[4] if tensors[token] is None else tensors[token]) * self.share
             if constants.get("RANK"):  # quack never runs with adapters
                 kind = "experts, adapters"
-            if not constants.get("AGAIN"):  # usually it has no rows to recompute
+            if not constants.get("RECOMPUTE"):  # usually it has no rows to recompute
                 self.add(kind, 2.0 * rows * tensors[weights].numel() / (tensors[bounds].numel() - 1), size)
         elif name == "offload._copy":
             self.add("host, backward" if constants["back"] else "host", 0.0, size)
