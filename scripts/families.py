@@ -39,29 +39,29 @@ GENERIC = {
     "jamba": "Jamba",
 }
 WHAT = {
-    "experts": "all experts of a layer at once: grouped GEMMs that gather their rows and hold the activation",
+    "experts": "all experts of a layer in grouped GEMMs that gather their rows and include the activation",
     "router": "from logits to weights and expert ids in one kernel",
     "rms_norm": "RMSNorm in one kernel forward and one backward",
     "swiglu": "`silu(gate) * up`, or `relu(x)^2`, of dense and shared MLPs in one kernel",
-    "mla_rope": "latent attention (MLA): RoPE of queries and the shared key, and keys put together, in one kernel",
+    "mla_rope": "latent attention (MLA): RoPE of queries and the shared key, and assembly of keys, in one kernel",
     "qk_norm_rope": "norms of each query and key head and RoPE in one kernel",
     "rope": "RoPE in one kernel, where neither of the two above applies",
-    "sink_attention": "attention with sinks, full and sliding, without a mask in memory, and its RoPE",
-    "add_norm": "residual adds inside the norm behind attention and inside the experts' last kernel or product",
-    "mamba2": "Mamba2's convolution, scan and gated norm in Triton, packed documents kept apart",
-    "linear_cross_entropy": "the loss from hidden states; logits are never held in training",
+    "sink_attention": "attention with sinks, full and sliding-window, without a materialized mask, and its RoPE",
+    "add_norm": "residual adds fused into the norm after attention and into the experts' last kernel or product",
+    "mamba2": "Mamba2's convolution, scan and gated norm in Triton, separate for each packed document",
+    "linear_cross_entropy": "the loss from hidden states; training never holds the logits",
 }
 HEAD = f"""# Model families
 
 Written by `python scripts/families.py`, which builds a tiny model of each family and asks it for its `fusion_report()`.
-A class gets a fast twin only if its code is, by fingerprint, the code that the twin equals; all else runs
-Transformers' own. How a family gets more of them: [Add a family](add-a-family.md).
+A class gets a fast twin only if a fingerprint of its code shows that the twin computes the same; all other classes run
+Transformers' code. [Add a family](add-a-family.md) shows how to add rules.
 
-The same on Transformers {backends.OLDEST} and {backends.NEWEST}: a test compares these tables with the models of both.
+The tables are the same on Transformers {backends.OLDEST} and {backends.NEWEST}: a test compares them with both.
 
-For every family with experts in these tables tests hold that loss, logits and all gradients equal stock Transformers'
-to 1e-5 in float32, that stock Transformers reads what was saved bit for bit, and that two ranks with expert parallelism
-give the gradients of one process.
+For every family in these tables, tests check that loss, logits and all gradients equal stock Transformers' to 1e-5 in
+float32, that stock Transformers loads the saved model bit for bit, and that two ranks with expert parallelism give the
+gradients of one process.
 """
 TAIL = """
 ## Models without experts
@@ -73,15 +73,15 @@ Llama, Qwen3 and all others without experts stay stock Transformers, and the log
 ## All others
 
 Any Mixture-of-Experts model of Transformers whose experts are behind its `ExpertsInterface` gets the fast experts,
-expert parallelism and the loss head, and the fusions that its code happens to share with a family above. One whose
-experts are not, and any other model, is treated as a model without experts.
+expert parallelism and the loss head, and the fusions for code that it shares with a family above. A model whose
+experts are not behind this interface is treated as a model without experts.
 
 ## What no fusion covers
 
-- Qwen3-Next and Qwen3.5: the linear-attention layers are Transformers' own, which calls flash-linear-attention and
-  causal-conv1d where they are installed, and is slow where they are not.
-- Phi-3.5-MoE: in training the router draws experts at random, and the norms are LayerNorms. Its expert parallelism is
-  tested with that noise off.
+- Qwen3-Next and Qwen3.5: the linear-attention layers run Transformers' code. It calls flash-linear-attention and
+  causal-conv1d if they are installed, and is slow otherwise.
+- Phi-3.5-MoE: in training the router samples experts at random, and the norms are LayerNorms. Its expert parallelism is
+  tested without this noise.
 """
 
 

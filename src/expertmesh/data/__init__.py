@@ -1,4 +1,4 @@
-"""Training text: where it comes from, which shapes it may have, how it is split, and what is supervised in it."""
+"""Training data: sources, row formats, the held-out split, and which tokens are supervised."""
 
 from expertmesh.data.labels import IGNORED, REMEDY
 from expertmesh.data.sources import Unreachable, hold_out, load_dataset

@@ -1,4 +1,4 @@
-"""The built-in data, which needs no network: `demo:chat` is shipped, `demo:python` comes from the standard library.
+"""Built-in data, available offline: `demo:chat` is shipped, `demo:python` is made from the standard library.
 
 demo:chat    a part of the English dialogues of chatterbot-corpus (BSD 3-Clause), selected by hand; see chat/LICENSE
 demo:python  questions about Python, answered by the docstrings and reference topics of the interpreter that runs it
@@ -30,17 +30,17 @@ tracemalloc types typing unicodedata unittest unittest.mock urllib.parse urllib.
 xml.dom.minidom xml.etree.ElementTree zipfile zlib zoneinfo
 """.split()
 
-SHORTEST, LONGEST = 40, 400  # characters of an answer: below it says nothing, above it is cut at a paragraph
+SHORTEST, LONGEST = 40, 400  # characters of an answer: shorter ones are dropped, longer ones are cut at a paragraph
 
 
 def chat_dialogues(seed: int = 0) -> list[Row]:
-    """The dialogues of `demo:chat` as `{"messages": [...]}` rows, in an order that depends on the seed alone."""
+    """Return the dialogues of `demo:chat` as `{"messages": [...]}` rows, in an order that depends only on the seed."""
     text = resources.files("expertmesh.data").joinpath("chat/dialogues.jsonl").read_text("utf-8")
     return _shuffled([{"messages": json.loads(line)["messages"]} for line in text.splitlines()], seed)
 
 
 def python_dialogues(seed: int = 0) -> list[Row]:
-    """The question and answer pairs of `demo:python` as `{"messages": [...]}` rows, shuffled by the seed.
+    """Return the question and answer pairs of `demo:python` as `{"messages": [...]}` rows, shuffled by the seed.
 
     The same interpreter always gives the same rows; another Python version has other docstrings.
     Raises ValueError where docstrings were stripped (`python -OO`).
@@ -61,7 +61,7 @@ def python_dialogues(seed: int = 0) -> list[Row]:
 
 
 def all_dialogues(seed: int = 0) -> list[Row]:
-    """The rows of `demo:all`: both of the above, shuffled together."""
+    """Return the rows of `demo:all`: both of the above, shuffled together."""
     return _shuffled(chat_dialogues(seed) + python_dialogues(seed), seed)
 
 
@@ -89,12 +89,12 @@ def _module_pairs(name: str, module: ModuleType) -> Iterator[tuple[str, str]]:
 
 
 def _public(module: ModuleType) -> Iterator[tuple[str, object]]:
-    """The functions and classes a module offers: what `__all__` lists, or without one what it defines itself."""
+    """Return the functions and classes of a module: those in `__all__`, or without it those defined in the module."""
     names = getattr(module, "__all__", None)
     for attribute, value in sorted(vars(module).items()):
         if attribute.startswith("_") or not (inspect.isclass(value) or inspect.isroutine(value)):
             continue
-        if attribute.endswith("hook"):  # sys.excepthook and its like: whoever runs us may have put in their own
+        if attribute.endswith("hook"):  # sys.excepthook and the like may be replaced by the user's own
             continue
         home = getattr(value, "__module__", None)
         if attribute in names if names is not None else home in (module.__name__, f"_{module.__name__}"):
@@ -102,7 +102,7 @@ def _public(module: ModuleType) -> Iterator[tuple[str, object]]:
 
 
 def _answer(value: object, call: str | None = None) -> str | None:
-    """The object's own docstring, below its signature where it has one; None if there is nothing worth telling."""
+    """Return the object's own docstring below its signature, if it has one; None if the docstring is too short."""
     doc = value.__doc__
     if not isinstance(doc, str) or len(doc := _first_paragraphs(inspect.cleandoc(doc))) < SHORTEST:
         return None
@@ -117,7 +117,7 @@ def _answer(value: object, call: str | None = None) -> str | None:
 
 
 def _topic_pairs() -> Iterator[tuple[str, str]]:
-    """The language reference by topic, as `help("lambda")` shows it."""
+    """Return the language reference by topic, as `help("lambda")` shows it."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
         lines = [line for line in topics[name].strip().splitlines() if not re.fullmatch(r"[*=\-~^]{3,}", line.strip())]
@@ -127,7 +127,7 @@ def _topic_pairs() -> Iterator[tuple[str, str]]:
 
 
 def _first_paragraphs(text: str) -> str:
-    """As many whole paragraphs as fit into LONGEST characters; nothing if an object's address shows in them."""
+    """Return the first whole paragraphs within LONGEST characters; nothing if they contain the address of an object."""
     kept = ""
     for paragraph in re.split(r"\n\s*\n", text.strip()):
         if len(kept) + len(paragraph) > LONGEST:

@@ -1,4 +1,4 @@
-"""The shapes a row of training data may have, and how each becomes one that TRL trains on.
+"""Formats of training rows, and their conversion to formats that TRL trains on.
 
 Three are TRL's own and stay: `text`, `messages` and `prompt` with `completion`. Two are converted to `messages`: alpaca
 (`instruction`, optional `input` and `system`, `output`) and sharegpt (`conversations` of `from` and `value`).
@@ -21,7 +21,7 @@ ACCEPTED = (
     "alpaca: `instruction`, `output`, optionally `input` and `system`; "
     "sharegpt: `conversations` (a list of {from, value})"
 )
-# What a row keeps: everything else is metadata that the trainer would not look at.
+# Columns that are kept. The trainer does not read any others.
 COLUMNS = {
     "messages": ("messages", "tools", "chat_template_kwargs"),
     "conversations": ("conversations", "tools", "chat_template_kwargs"),
@@ -40,7 +40,7 @@ ROLES = {
 
 
 def detect_format(columns: Iterable[str]) -> str | None:
-    """The key of COLUMNS that these column names satisfy, the richest first, or None."""
+    """Return the first key of COLUMNS whose columns are all present, or None."""
     names = set(columns)
     return next((kind for kind in COLUMNS if NEEDED.get(kind, {kind}) <= names), None)
 
@@ -69,7 +69,7 @@ def to_standard(dataset: "Dataset", source: str, plain: Path | None = None) -> "
         raise ValueError(f"{source} has no rows. Give a file or split that has some.")
     dataset = dataset.select_columns([name for name in COLUMNS[kind] if name in columns])
     rows: Callable[[], Iterator[Row]] = dataset.__iter__
-    if plain is not None:  # the time is for `datasets`, which keeps what it made of the same arguments
+    if plain is not None:  # the file's time invalidates the cache of `datasets`
         rows = partial(_json_rows, plain, dataset.column_names, plain.stat().st_mtime_ns)
     changes = plain is not None
     for number, row in enumerate(rows()):
@@ -77,7 +77,7 @@ def to_standard(dataset: "Dataset", source: str, plain: Path | None = None) -> "
             changes |= _standard(row) != row
         except ValueError as error:
             raise ValueError(f"{source}: row {number} {error} Accepted are {ACCEPTED}.") from None
-    # not `map`, which would press what comes out into the columns' old types
+    # not `map`, which would cast the results to the old column types
     return type(dataset).from_generator(_standard_rows, gen_kwargs={"rows": rows}) if changes else dataset
 
 
@@ -94,7 +94,7 @@ def _standard_rows(rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
 
 
 def _standard(row: Row) -> Row:
-    """The row in TRL's form. Raises ValueError with the end of a sentence that begins with the row."""
+    """Return the row in TRL's format. The ValueError of a bad row is the end of a sentence that begins with the row."""
     if "conversations" in row:
         kept = {name: value for name, value in row.items() if name != "conversations"}
         return _standard({"messages": _speakers(row["conversations"]), **kept})
@@ -154,7 +154,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _speakers(turns: Any) -> Any:
-    """sharegpt's turns as {role, content}; what is no list of such turns is left to be refused."""
+    """Convert ShareGPT's turns to {role, content}. Anything else is returned as it is, and `_turns` refuses it."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return turns
     spoken = []

@@ -1,11 +1,11 @@
-"""What is supervised, and what to do where nothing is.
+"""Which tokens are supervised, and the errors if none are.
 
 A chat template without a generation block gives an all-zero assistant mask, every label becomes -100, and the run looks
 healthy while it learns nothing. That is an error: before the first step it is found in the rows
 (train/conversations.py), then at each step (train/guard.py).
 """
 
-IGNORED = -100  # the label that the loss leaves out, as everywhere in Transformers
+IGNORED = -100  # the label that the loss ignores, as in Transformers
 
 REMEDY = (
     "Assistant-only labels need a chat template that wraps the assistant's text in "

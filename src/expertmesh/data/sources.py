@@ -1,4 +1,4 @@
-"""From a name to rows: built-in data, local files and folders, and datasets on the Hugging Face Hub."""
+"""Load rows by name: built-in data, local files and folders, and datasets on the Hugging Face Hub."""
 
 import difflib
 import hashlib
@@ -19,13 +19,13 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 
 class Unreachable(ValueError):
-    """A dataset on the Hub that cannot be asked for from here: there is no network, or it is forbidden."""
+    """Raised for a dataset on the Hub if there is no network, or offline mode is on."""
 
 
 def load_dataset(
     source: str | Sequence[str], split: str = "train", seed: int = 0, *, name: str | None = None
 ) -> "Dataset":
-    """Rows of one source, or of several one after the other, in one of the standard shapes (formats.py).
+    """Load the rows of one source, or of several concatenated, in one of the standard formats (formats.py).
 
     source  `demo:chat`, `demo:python`, `demo:all`; a json, jsonl, csv, parquet, arrow or txt file (txt: one row per
             paragraph); a folder of such files or one that `Dataset.save_to_disk` wrote; the id of a dataset on the Hub
@@ -33,8 +33,8 @@ def load_dataset(
     seed    orders the built-in sources
     name    the configuration of a Hub dataset that has several
 
-    Raises ValueError, saying what to do, if the source does not exist or cannot be read, or has no usable column or a
-    row of another shape; Unreachable if it is on the Hub and the Hub is not there.
+    Raises ValueError if the source does not exist, cannot be read, has no usable column or a row of another format; the
+    message names the fix. Raises Unreachable if the source is on the Hub and the Hub cannot be reached.
     """
     if not isinstance(source, str):
         return _concatenate([(one, load_dataset(one, split, seed, name=name)) for one in source])
@@ -44,7 +44,7 @@ def load_dataset(
 
 
 def hold_out(dataset: "Dataset", fraction: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
-    """(training rows, held-out rows): about `fraction` of the rows, at least one, is held out.
+    """Return (training rows, held-out rows). About `fraction` of the rows is held out, at least one.
 
     Rows are chosen by a hash of the seed and of their question (or text): the choice depends neither on the order nor
     on other rows, and no question is on both sides. Raises ValueError if one side would be empty.
@@ -108,7 +108,7 @@ def _read(source: str, split: str, seed: int, name: str | None) -> "Dataset":
 
 
 def _only_train(source: str, split: str, name: str | None) -> None:
-    """Evaluating on the rows that are trained on, because a file has no other, would look like success."""
+    """Raise ValueError for another split than `train`: evaluation on the training rows would look like success."""
     if split != "train" or name is not None:
         asked = f"split {split!r}" if split != "train" else f"configuration {name!r}"
         raise ValueError(
@@ -128,7 +128,7 @@ def _read_file(path: Path) -> "Dataset":
         return datasets.Dataset.from_dict({"text": _paragraphs(path)})
     try:
         return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # readers of six formats have their own ways to say what is wrong with a file
+    except Exception as error:  # the readers of six formats raise different errors
         raise ValueError(
             f"The data file {path} cannot be read as {path.suffix[1:]}: {_cause(error)} "
             f"Mend the file, or give it the ending of what it is ({', '.join(BUILDERS)})."
@@ -175,7 +175,7 @@ def _read_hub(source: str, split: str, name: str | None) -> "Dataset":
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom of a chain of exceptions."""
+    """Return the first line of the innermost exception of a chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__

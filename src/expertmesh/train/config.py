@@ -88,7 +88,7 @@ class TrainSection(Section):
     optim: Name = "adamw_torch_fused"
     """Optimizer as Transformers names it, or `muon`: Muon for hidden matrices, experts included, AdamW for the rest."""
     optim_states: Literal["8bit", "24bit", "float32"] | None = None
-    """AdamW's states: `8bit` (4 bytes per bfloat16 weight, weight included), `24bit` (5), `float32` (14); default 6."""
+    """AdamW's states: `8bit` (4 bytes per bfloat16 weight and its states), `24bit` (5), `float32` (14); unset: 6."""
     optim_offload: bool = False
     """Whether AdamW's states of large weights are in host memory, copied over PCIe at each step; one GPU only."""
     bf16: bool = False
