@@ -7,8 +7,8 @@ routing: shapes depend only on each rank's number of tokens, which the hosts exc
 waits for a device. The experts skip pairs whose ids belong to other ranks. The backward swaps the two collectives.
 
 The rows are sent by a link, chosen and logged once per group. `Collectives` uses torch.distributed on any backend.
-`Mailboxes` are buffers that each GPU of a node maps into the memory of all others. Copy engines move the rows, so no
-SM is taken from computation. A rank writes to the others' mailboxes, all ranks pass a barrier on the device, and each
+`Mailboxes` are receive buffers, each mapped by all GPUs of a node. Copy engines move the rows, so no SM is taken from
+computation. A rank writes to the others' mailboxes, all ranks pass a barrier on the device, and each
 rank reads its own mailbox. Exchanges alternate between two mailboxes: a rank that passes a barrier knows that the
 others have read everything sent before the previous barrier, so one barrier per exchange is enough.
 """
